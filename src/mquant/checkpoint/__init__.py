@@ -1,0 +1,27 @@
+"""Reading checkpoints: headers as hostile input, folders and hub repos, one view of them."""
+
+from mquant.checkpoint.checkpoint import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    Checkpoint,
+    open_checkpoint,
+    read_header,
+    read_json,
+)
+from mquant.checkpoint.headers import TensorInfo, build_header, header_length, parse_header
+from mquant.checkpoint.source import Folder, Source
+
+__all__ = [
+    "CONFIG_NAME",
+    "INDEX_NAME",
+    "Checkpoint",
+    "Folder",
+    "Source",
+    "TensorInfo",
+    "build_header",
+    "header_length",
+    "open_checkpoint",
+    "parse_header",
+    "read_header",
+    "read_json",
+]

@@ -1,0 +1,196 @@
+"""A checkpoint as its headers, index and config describe it. No weight is read here."""
+
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Final, TypeVar
+
+from mquant.checkpoint.headers import PREFIX_BYTES, TensorInfo, header_length, parse_header
+from mquant.checkpoint.source import Source
+from mquant.errors import SourceError
+from mquant.findings import Finding, names
+
+INDEX_NAME: Final = "model.safetensors.index.json"
+CONFIG_NAME: Final = "config.json"
+MAX_JSON_BYTES: Final = 200_000_000
+# One request usually brings prefix and header together; locally it is a single page read.
+FIRST_READ: Final = 64 * 1024
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that can be known of a checkpoint without reading a weight.
+
+    `tensors` is keyed by name, in natural order of shards and positions; `config` is the raw
+    JSON; `findings` are the ways in which index and headers disagree.
+    """
+
+    source: Source
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    shards: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors' data."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+        return sum(tensor.elements for tensor in self.tensors.values())
+
+    @property
+    def side_files(self) -> tuple[str, ...]:
+        """Files that are neither weights nor their index nor config.json."""
+        weights = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".h5")
+        return tuple(
+            path
+            for path in self.source.files
+            if path != CONFIG_NAME and not path.endswith(weights) and "/." not in f"/{path}"
+        )
+
+
+def open_checkpoint(source: Source) -> Checkpoint:
+    """Read config, index and every header of a checkpoint.
+
+    Raises SourceError where one is missing or unreadable, HeaderError where a header lies.
+    Disagreements of index and headers, and tensors stored twice, are findings.
+    """
+    if CONFIG_NAME not in source.files:
+        raise SourceError(
+            f"{source.name} has no config.json, so it is no checkpoint.",
+            "Give the folder that holds config.json and the .safetensors files.",
+        )
+    config = read_json(source, CONFIG_NAME)
+    index = _read_index(source)
+    shards = tuple(sorted(path for path in source.files if _is_shard(path)))
+    if not shards:
+        raise SourceError(
+            f"{source.name} has no .safetensors file.",
+            "Download the weights, or convert them to safetensors first.",
+        )
+    findings: list[Finding] = []
+    headers = _map(lambda shard: read_header(source, shard), shards)
+    tensors: dict[str, TensorInfo] = {}
+    for tensor in (tensor for header in headers for tensor in header):
+        if tensor.name in tensors:
+            findings.append(_stored_twice(tensor, tensors[tensor.name]))
+        else:
+            tensors[tensor.name] = tensor
+    if index is not None:
+        findings += _index_findings(index, tensors, source.files)
+    elif len(shards) > 1:
+        findings.append(
+            Finding(
+                "index-missing",
+                "error",
+                INDEX_NAME,
+                f"There are {len(shards)} shards but no {INDEX_NAME}.",
+                f"Download {INDEX_NAME} too.",
+            )
+        )
+    return Checkpoint(source, config, tensors, shards, tuple(findings))
+
+
+def read_header(source: Source, shard: str) -> tuple[TensorInfo, ...]:
+    """The tensors of one shard, from one read, or two where the header is long."""
+    size = source.files[shard]
+    first = source.read(shard, 0, min(FIRST_READ, size))
+    end = PREFIX_BYTES + header_length(first[:PREFIX_BYTES], size, shard)
+    if end > len(first):
+        first += source.read(shard, len(first), end)
+    return parse_header(first[PREFIX_BYTES:end], size, shard)
+
+
+def read_json(source: Source, path: str) -> dict[str, Any]:
+    """A JSON object of the checkpoint. Raises SourceError where it is not one."""
+    if source.files.get(path, 0) > MAX_JSON_BYTES:
+        raise SourceError(f"{path} is too large to be what it says.", "Get the file again.")
+    try:
+        value = json.loads(source.read(path).decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise SourceError(f"{path} is not valid JSON.", "Get the file again.") from None
+    if not isinstance(value, dict):
+        raise SourceError(f"{path} is not a JSON object.", "Get the file again.")
+    return value
+
+
+def _read_index(source: Source) -> dict[str, str] | None:
+    if INDEX_NAME not in source.files:
+        return None
+    table = read_json(source, INDEX_NAME).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+        raise SourceError(f"{INDEX_NAME} has no usable weight_map.", "Get the file again.")
+    return table
+
+
+def _is_shard(path: str) -> bool:
+    # Weights in subfolders (an "original/" copy, adapters) belong to something else.
+    return path.endswith(".safetensors") and len(PurePosixPath(path).parts) == 1
+
+
+def _stored_twice(tensor: TensorInfo, first: TensorInfo) -> Finding:
+    return Finding(
+        "tensor-stored-twice",
+        "error",
+        tensor.name,
+        f"{tensor.name} is stored twice, in {first.shard} and in {tensor.shard}.",
+        "Remove the shard that does not belong to this checkpoint.",
+    )
+
+
+def _index_findings(
+    index: dict[str, str], tensors: dict[str, TensorInfo], files: Iterable[str]
+) -> list[Finding]:
+    present = set(files)
+    findings: list[Finding] = []
+
+    def report(rule: str, bad: list[str], sentence: str, fix: str) -> None:
+        if bad:
+            what = f"{len(bad):,} tensor{'s' if len(bad) > 1 else ''} ({names(bad)})"
+            findings.append(Finding(rule, "error", bad[0], sentence.format(what), fix))
+
+    lost = sorted({shard for shard in index.values() if shard not in present})
+    if lost:
+        findings.append(
+            Finding(
+                "shard-missing",
+                "error",
+                lost[0],
+                f"{INDEX_NAME} names {names(lost)}, which is not there.",
+                "Download the missing shards.",
+            )
+        )
+    absent = [n for n, shard in index.items() if shard in present and n not in tensors]
+    moved = [n for n, shard in index.items() if n in tensors and tensors[n].shard != shard]
+    extra = [n for n in tensors if n not in index]
+    again = f"Get the shards and {INDEX_NAME} again, from one revision."
+    report("index-without-tensor", absent, INDEX_NAME + " lists {}, which no shard holds.", again)
+    report(
+        "index-wrong-shard", moved, INDEX_NAME + " puts {} into a shard that has no such.", again
+    )
+    report("tensor-not-in-index", extra, "The shards hold {} that " + INDEX_NAME + " lacks.", again)
+    return findings
+
+
+def _map(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    # Headers are small and many: on a hub each costs a round trip.
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        return list(pool.map(function, items))
+
+
+__all__ = [
+    "CONFIG_NAME",
+    "INDEX_NAME",
+    "Checkpoint",
+    "open_checkpoint",
+    "read_header",
+    "read_json",
+]

@@ -1,0 +1,186 @@
+"""safetensors headers, read as hostile input.
+
+A file is 8 bytes of little-endian header length, a JSON header, then the data. Everything in the
+header is somebody else's claim: lengths, offsets and shapes are checked against each other and
+against the file's real size before anything is allocated or read by them.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Final
+
+from mquant.dtypes import BITS, RANK, nbytes
+from mquant.errors import HeaderError
+
+MAX_HEADER_BYTES: Final = 100_000_000  # safetensors' own limit
+MAX_NAME_LENGTH: Final = 1024
+PREFIX_BYTES: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a shard. `start` and `end` are byte positions in the file itself."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return self.end - self.start
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+def header_length(prefix: bytes, file_size: int, shard: str) -> int:
+    """Length of the JSON header, from the file's first 8 bytes.
+
+    Raises HeaderError where the file is too short or the length cannot be true.
+    """
+    if len(prefix) < PREFIX_BYTES or file_size < PREFIX_BYTES:
+        raise HeaderError(
+            f"{shard} is {file_size} bytes long, too short for a safetensors file.",
+            "Download the file again.",
+        )
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError(
+            f"{shard} claims a header of {length:,} bytes; the format allows {MAX_HEADER_BYTES:,}.",
+            "The file is damaged or not a safetensors file (a Git LFS pointer?): get it again.",
+        )
+    if PREFIX_BYTES + length > file_size:
+        raise HeaderError(
+            f"{shard} is truncated: its header needs {PREFIX_BYTES + length:,} bytes, "
+            f"the file has {file_size:,}.",
+            "Download the file again.",
+        )
+    return length
+
+
+def parse_header(raw: bytes, file_size: int, shard: str) -> tuple[TensorInfo, ...]:
+    """The tensors of a shard in file order, from its JSON header.
+
+    Raises HeaderError on invalid JSON, duplicate or absurd names, unknown dtypes, shapes that
+    disagree with offsets, holes, overlaps, and data that ends before or after the file does.
+    """
+    entries = _load(raw, shard)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(shard, "__metadata__ is not a table of strings")
+    base = PREFIX_BYTES + len(raw)
+    tensors = [_tensor(name, entry, base, shard) for name, entry in entries.items()]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
+    _check_layout(tensors, base, file_size, shard)
+    return tuple(tensors)
+
+
+def build_header(tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+    """A shard's first bytes, and each tensor's position in the file, from names, dtypes, shapes.
+
+    The bytes are those safetensors' own writer makes for the same tensors with
+    `{"format": "pt"}`: tensors by descending dtype, then by name, padded with spaces to 8 bytes.
+    """
+    ordered = sorted(tensors, key=lambda t: (-RANK[t[1]], t[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    offsets: dict[str, int] = {}
+    for name, dtype, shape in ordered:
+        end = position + nbytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        offsets[name] = position
+        position = end
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    base = PREFIX_BYTES + len(raw)
+    first = len(raw).to_bytes(PREFIX_BYTES, "little") + raw
+    return first, {name: base + offset for name, offset in offsets.items()}
+
+
+def _load(raw: bytes, shard: str) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise _damaged(shard, "a name appears twice")
+        return table
+
+    try:
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError):
+        raise _damaged(shard, "it is not valid UTF-8 JSON") from None
+    if not isinstance(entries, dict):
+        raise _damaged(shard, "it is not a JSON object")
+    return entries
+
+
+def _tensor(name: str, entry: object, base: int, shard: str) -> TensorInfo:
+    if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        raise _damaged(shard, f"{name[:60]!r} is no tensor name")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(shard, f"{name} lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise _damaged(shard, f"{name} has the unknown dtype {str(dtype)[:40]!r}")
+    if not _naturals(shape) or len(shape) > 8:
+        raise _damaged(shard, f"{name} has an invalid shape")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _damaged(shard, f"{name} has invalid data_offsets")
+    try:
+        size = nbytes(dtype, tuple(shape))
+    except ValueError:
+        raise _damaged(shard, f"{name} does not fill whole bytes") from None
+    if size != offsets[1] - offsets[0]:
+        raise _damaged(
+            shard, f"{name} is {dtype} {shape}, {size:,} bytes, but has {offsets[1] - offsets[0]:,}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), shard, base + offsets[0], base + offsets[1])
+
+
+def _naturals(value: object) -> bool:
+    # 2**53: what every JSON reader agrees on; also keeps products small enough to compute.
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item < 2**53 for item in value
+    )
+
+
+def _check_layout(tensors: list[TensorInfo], base: int, file_size: int, shard: str) -> None:
+    position = base
+    for tensor in tensors:
+        if tensor.start != position:
+            what = "a hole before" if tensor.start > position else "bytes shared with"
+            raise _damaged(shard, f"there is {what} {tensor.name}")
+        position = tensor.end
+    if position > file_size:
+        raise HeaderError(
+            f"{shard} is truncated: its tensors end at byte {position:,}, "
+            f"the file at {file_size:,}.",
+            "Download the file again.",
+        )
+    if position < file_size:
+        raise _damaged(shard, f"{file_size - position:,} bytes after the last tensor are unclaimed")
+
+
+def _damaged(shard: str, why: str) -> HeaderError:
+    return HeaderError(
+        f"The header of {shard} is invalid: {why}.",
+        "The file is damaged or was written by a broken tool: get it again.",
+    )
+
+
+__all__ = [
+    "MAX_HEADER_BYTES",
+    "PREFIX_BYTES",
+    "TensorInfo",
+    "build_header",
+    "header_length",
+    "parse_header",
+]

@@ -1,0 +1,108 @@
+"""Where a checkpoint's bytes come from: a folder here; `hub` has the other one."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from mquant.errors import SourceError
+
+
+class Source(Protocol):
+    """A named set of files that can be read in ranges. Nothing ever writes through it."""
+
+    @property
+    def name(self) -> str:
+        """The name a person knows it by: the folder's, or `org/model`."""
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Relative POSIX paths of all files, with their sizes in bytes, sorted."""
+
+    def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes [start, end) of a file. Raises SourceError where fewer come back."""
+
+    def identity(self) -> dict[str, str]:
+        """What tells this checkpoint from another; equal wherever the same files lie."""
+
+
+class Folder:
+    """A checkpoint folder on this machine."""
+
+    def __init__(self, root: Path) -> None:
+        if not root.exists():
+            raise SourceError(
+                f"{root} does not exist.",
+                "Give an existing folder, or a hub repo id such as org/model.",
+            )
+        if not root.is_dir():
+            raise SourceError(f"{root} is not a folder.", "Give the checkpoint's folder.")
+        self.root = root
+        self.files: Mapping[str, int] = dict(sorted(self._walk()))
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.root.resolve().name
+
+    def path(self, path: str) -> Path:
+        """Where a listed file lies. Raises SourceError for a name that is not listed."""
+        if path not in self.files:
+            raise SourceError(f"{self.name} has no file {path!r}.", "Download it again.")
+        return self.root / PurePosixPath(path)
+
+    def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes [start, end) of a file."""
+        end = self.files.get(path, 0) if end is None else end
+        try:
+            with self.path(path).open("rb") as file:
+                data = os.pread(file.fileno(), end - start, start)
+                while len(data) < end - start:  # pread stops at 2 GiB
+                    more = os.pread(file.fileno(), end - start - len(data), start + len(data))
+                    if not more:
+                        break
+                    data += more
+        except OSError as error:
+            raise SourceError(
+                f"{path} cannot be read: {error.strerror}.", "Check the disk."
+            ) from error
+        if len(data) != end - start:
+            raise SourceError(
+                f"{path} ends at byte {start + len(data):,}; {end:,} were expected.",
+                "The file changed while it was read, or is truncated: get it again.",
+            )
+        return data
+
+    def identity(self) -> dict[str, str]:
+        """`content`: sha256 over names, sizes, small files whole and samples of the shards.
+
+        64 samples of 4 KiB, evenly spread, stand for a shard, its header included: reading all
+        of a 278 GB checkpoint to recognise it would cost as much as quantizing it.
+        """
+        digest = hashlib.sha256()
+        for path, size in self.files.items():
+            if not path.endswith((".safetensors", ".json")):
+                continue
+            digest.update(f"{path}\0{size}\0".encode())
+            step = max(size // 64, 4096)
+            for start in range(0, size, step):
+                digest.update(self.read(path, start, min(start + 4096, size)))
+        return {"kind": "folder", "content": digest.hexdigest()}
+
+    def _walk(self) -> list[tuple[str, int]]:
+        # Folders of the checkpoint count (some tokenizers have one); hidden ones (.git, .cache)
+        # do not, and a link that leaves the folder's own tree is followed as a file only: hub
+        # caches are made of such links.
+        found: list[tuple[str, int]] = []
+        for folder, folders, names in os.walk(self.root):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in names:
+                path = Path(folder, name)
+                if name.startswith(".") or not path.is_file():
+                    continue
+                found.append((path.relative_to(self.root).as_posix(), path.stat().st_size))
+        return found
+
+
+__all__ = ["Folder", "Source"]

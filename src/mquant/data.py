@@ -1,0 +1,39 @@
+"""The data folders that ship with mquant: `configs/` (families) and `recipes/`."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mquant.errors import DataFileError
+
+MAX_YAML_BYTES = 1_000_000
+
+
+def folder(kind: Literal["configs", "recipes"]) -> Path:
+    """Where the shipped files lie: inside the package in a wheel, at the root of a checkout."""
+    package = Path(__file__).parent
+    shipped = package / kind
+    return shipped if shipped.is_dir() else package.parent.parent / kind
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds one table. Raises DataFileError where it does not."""
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise DataFileError(f"{path} is too large for a recipe.", "Give a recipe file.")
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataFileError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError:
+        raise DataFileError(f"{path} is not a text file.", "Give a YAML file.") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise DataFileError(f"{path} is not valid YAML{line}.", "Correct the file.") from None
+    if not isinstance(value, dict):
+        raise DataFileError(f"{path} does not hold a table of keys.", "Correct the file.")
+    return value
+
+
+__all__ = ["folder", "read_yaml"]

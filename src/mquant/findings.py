@@ -1,0 +1,34 @@
+"""What was found in a checkpoint: the one type of a plan's refusals and a verifier's report."""
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+Severity = Literal["error", "warning", "info"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong, odd or worth knowing.
+
+    `rule` is a stable id; `where` names the tensor, file or key (the first of them, where there
+    are many); `message` is one sentence; `fix` says what to do.
+    """
+
+    rule: str
+    severity: Severity
+    where: str
+    message: str
+    fix: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        """The finding as it stands in every JSON envelope."""
+        return asdict(self)
+
+
+def names(items: list[str] | tuple[str, ...], shown: int = 3) -> str:
+    """`a, b, c and 59 more`: a list of names that stays a sentence."""
+    head = ", ".join(items[:shown])
+    return head if len(items) <= shown else f"{head} and {len(items) - shown:,} more"
+
+
+__all__ = ["Finding", "Severity", "names"]

@@ -1,0 +1,20 @@
+"""Checkpoint x Family x Recipe -> Plan: the only place that decides what happens to a tensor."""
+
+from mquant.plan.build import DEFAULT_SHARD_BYTES, make_plan, natural, safe_ignore
+from mquant.plan.model import Action, Job, Output, Plan, ShardJob
+from mquant.plan.survey import Member, Survey, survey
+
+__all__ = [
+    "DEFAULT_SHARD_BYTES",
+    "Action",
+    "Job",
+    "Member",
+    "Output",
+    "Plan",
+    "ShardJob",
+    "Survey",
+    "make_plan",
+    "natural",
+    "safe_ignore",
+    "survey",
+]

@@ -1,0 +1,254 @@
+"""Survey x Recipe -> Plan. Pure: no weight is read, nothing is written."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from mquant.checkpoint import Checkpoint
+from mquant.dtypes import FLOAT_WEIGHTS
+from mquant.errors import Refused
+from mquant.family import Family, Role
+from mquant.findings import Finding, names
+from mquant.plan.model import Action, Job, Output, Plan, ShardJob
+from mquant.plan.survey import FusedKey, Member, Survey, survey
+from mquant.recipe import Recipe, matches
+from mquant.schemes import Scheme
+
+DEFAULT_SHARD_BYTES: Final = 5_000_000_000
+
+_KEPT_BECAUSE: Final = {
+    Role.ROUTER: "loaders refuse a quantized router",
+    Role.ROUTING_BIAS: "not a weight; it steers the routing",
+    Role.EMBEDDING: "loaders refuse quantized embeddings",
+    Role.HEAD: "loaders refuse a quantized lm_head",
+    Role.NORM: "norms are vectors",
+    Role.OTHER: "not known to be a linear layer",
+}
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    families: Mapping[str, Family],
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    allow_unsafe: bool = False,
+) -> Plan:
+    """Decide what happens to every tensor.
+
+    Problems are `findings` of the plan; the plan must not be carried out where one is an error.
+    Raises Refused where there is no plan to show: the family is unknown.
+    `allow_unsafe` turns the refusal of quantized routers, embeddings and head into a warning.
+    """
+    found = survey(checkpoint, families)
+    family = found.family
+    if family is None:
+        raise Refused(found.findings)
+    actions = [_action(member, family, recipe) for member in found.members]
+    jobs = _jobs(found.members, actions)
+    findings = [
+        *found.findings,
+        *_unsafe(actions, family, recipe, allow_unsafe=allow_unsafe),
+        *_unmatched(found, family, recipe),
+        *_unquantizable(actions),
+        *_split_sets(jobs),
+        *_nothing(actions, recipe),
+    ]
+    return Plan(
+        survey=found,
+        family=family,
+        recipe=recipe,
+        shards=_shards(jobs, max_shard_bytes),
+        ignore=_ignore(actions),
+        findings=tuple(findings),
+    )
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _action(member: Member, family: Family, recipe: Recipe) -> Action:
+    info = member.info
+    both = (member.module, family.in_memory_name(member.module))
+    scheme = recipe.scheme(member.role, both) if info.name.endswith(".weight") else None
+    if scheme and _obstacle(member, scheme):
+        outputs: Iterable[tuple[str, str, tuple[int, ...]]] = ()
+    elif scheme:
+        outputs = scheme.outputs(member.module, info.shape)
+    else:
+        outputs = ((info.name, info.dtype, info.shape),)
+    return Action(
+        source=info,
+        role=member.role,
+        module=member.module,
+        layer=member.meaning.layer,
+        expert=member.meaning.expert,
+        scheme=scheme,
+        reason="" if scheme else _KEPT_BECAUSE.get(member.role, f"{recipe.name} keeps it"),
+        outputs=tuple(Output(*output) for output in outputs),
+    )
+
+
+def _obstacle(member: Member | Action, scheme: Scheme) -> str:
+    """Why a tensor cannot be stored in a scheme, as the end of a sentence; empty: it can."""
+    info = member.info if isinstance(member, Member) else member.source
+    if info.dtype not in FLOAT_WEIGHTS:
+        return f"is {info.dtype}; {scheme.name} is made from BF16, F16 or F32"
+    if len(info.shape) != 2:
+        return f"has {len(info.shape)} dimensions; {scheme.name} needs a matrix"
+    if info.shape[1] % scheme.group_size or 0 in info.shape:
+        return (
+            f"is {list(info.shape)}: {info.shape[1]} columns do not divide into "
+            f"groups of {scheme.group_size}"
+        )
+    return ""
+
+
+def _unquantizable(actions: list[Action]) -> list[Finding]:
+    bad = [(a, why) for a in actions if a.scheme and (why := _obstacle(a, a.scheme))]
+    if not bad:
+        return []
+    action, why = bad[0]
+    more = f" (and {len(bad) - 1:,} more like it)" if len(bad) > 1 else ""
+    return [
+        Finding(
+            "not-quantizable",
+            "error",
+            action.source.name,
+            f"{action.source.name} {why}{more}.",
+            f'Keep it: add "{action.module}" to the recipe\'s ignore list.',
+        )
+    ]
+
+
+def _jobs(members: tuple[Member, ...], actions: list[Action]) -> list[Job]:
+    """Actions grouped by fused set, each set where its first member lies in the source."""
+    groups: dict[FusedKey | str, list[Action]] = {}
+    for member, action in zip(members, actions, strict=True):
+        groups.setdefault(member.fused or member.info.name, []).append(action)
+    return [Job(tuple(sorted(group, key=lambda a: a.source.name))) for group in groups.values()]
+
+
+def _split_sets(jobs: list[Job]) -> list[Finding]:
+    split = [job for job in jobs if len({a.scheme for a in job.actions}) > 1]
+    if not split:
+        return []
+    kept = [a.module for a in split[0].actions if a.scheme is None]
+    return [
+        Finding(
+            "fused-set-split",
+            "error",
+            split[0].actions[0].source.name,
+            f"{names([a.module for a in split[0].actions])} are one matrix to loaders, but the "
+            f"recipe keeps {names(kept)} only.",
+            "Quantize all members of the set, or list all of them in ignore.",
+        )
+    ]
+
+
+def _nothing(actions: list[Action], recipe: Recipe) -> list[Finding]:
+    if any(action.scheme for action in actions):
+        return []
+    return [
+        Finding(
+            "nothing-to-quantize",
+            "error",
+            recipe.name,
+            f"Recipe {recipe.name} quantizes no tensor of this checkpoint.",
+            "Check the recipe's roles, targets and ignore.",
+        )
+    ]
+
+
+def _shards(jobs: list[Job], limit: int) -> tuple[ShardJob, ...]:
+    groups: list[list[Job]] = []
+    size = 0
+    for job in jobs:
+        if not groups or size + job.output_bytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(job)
+        size += job.output_bytes
+    total = len(groups)
+    return tuple(
+        ShardJob(f"model-{number:05d}-of-{total:05d}.safetensors", tuple(group))
+        for number, group in enumerate(groups, start=1)
+    )
+
+
+def _ignore(actions: list[Action]) -> tuple[str, ...]:
+    """The modules with a matrix that stays as it is, by name, in natural order.
+
+    `targets: ["Linear"]` would otherwise claim them. Exact names: no loader reads them otherwise.
+    """
+    kept = (a for a in actions if a.scheme is None and a.source.name.endswith(".weight"))
+    return tuple(sorted((a.module for a in kept if len(a.source.shape) == 2), key=natural))
+
+
+def _unsafe(
+    actions: list[Action], family: Family, recipe: Recipe, *, allow_unsafe: bool
+) -> list[Finding]:
+    """The origin of this project: a recipe that quantizes what loaders refuse."""
+    findings = []
+    kinds = {
+        Role.ROUTER: ("router-quantized", "router"),
+        Role.EMBEDDING: ("embedding-quantized", "embedding"),
+        Role.HEAD: ("head-quantized", "output head"),
+    }
+    for role, (rule, noun) in kinds.items():
+        hit = [a.module for a in actions if a.role is role and a.scheme]
+        if not hit:
+            continue
+        noun += "s" if len(hit) > 1 else ""
+        findings.append(
+            Finding(
+                rule,
+                "warning" if allow_unsafe else "error",
+                hit[0],
+                f"Recipe {recipe.name} would quantize {len(hit)} {noun} ({names(hit, 2)}); "
+                "vLLM refuses to load that.",
+                f"Use ignore: {safe_ignore(family, recipe)}  (or --allow-unsafe to do it anyway).",
+            )
+        )
+    return findings
+
+
+def safe_ignore(family: Family, recipe: Recipe) -> str:
+    """The recipe's ignore list completed for a family, as YAML in one line."""
+    entries = []
+    for row in family.tensors:
+        module = row.name.rpartition(".")[0]
+        if row.role.refused_by_loaders:
+            entries.append(
+                "re:" + re.escape(module).replace(r"\{layer\}", r"\d+") + "$"
+                if "{layer}" in module
+                else module
+            )
+    entries += [e for e in recipe.ignore if e not in entries]
+    entries.sort(key=lambda entry: entry.startswith("re:"))
+    return "[" + ", ".join(f"'{e}'" if e.startswith("re:") else e for e in entries) + "]"
+
+
+def _unmatched(found: Survey, family: Family, recipe: Recipe) -> list[Finding]:
+    """Entries of the recipe that match no module: a typo in ours, common in llmcompressor's."""
+    modules = {m.module for m in found.members if m.info.name.endswith(".weight")}
+    both = [(module, family.in_memory_name(module)) for module in modules]
+    return [
+        Finding(
+            "entry-unmatched",
+            "warning" if recipe.foreign else "error",
+            entry,
+            f"{entry!r} in {key} of recipe {recipe.name} matches no module of "
+            f"{found.checkpoint.source.name}.",
+            "Correct the entry, or remove it. Names are those of the hub or of transformers; "
+            "`re:` entries match from the start of a name.",
+        )
+        for key, entries in (("ignore", recipe.ignore), ("targets", recipe.targets))
+        for entry in entries
+        if not any(matches(entry, pair) for pair in both)
+    ]
+
+
+__all__ = ["DEFAULT_SHARD_BYTES", "make_plan", "natural", "safe_ignore"]

@@ -1,0 +1,183 @@
+"""The Plan: a frozen value that says what happens to every tensor, before any weight is read."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from mquant.checkpoint import TensorInfo, build_header
+from mquant.dtypes import nbytes
+from mquant.family import Family, Role
+from mquant.findings import Finding
+from mquant.plan.survey import Survey
+from mquant.recipe import Recipe
+from mquant.schemes import FORMAT_VERSION, Scheme
+
+ActionKind = Literal["copy", "quantize"]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor of the result."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return nbytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What happens to one source tensor, and what comes of it.
+
+    `scheme` is None where the tensor is copied bit for bit; `reason` says why it is.
+    """
+
+    source: TensorInfo
+    role: Role
+    module: str
+    layer: int | None
+    expert: int | None
+    scheme: Scheme | None
+    reason: str
+    outputs: tuple[Output, ...]
+
+    @property
+    def kind(self) -> ActionKind:
+        """What is done."""
+        return "quantize" if self.scheme else "copy"
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all it becomes."""
+        return sum(output.nbytes for output in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The smallest piece of work: a tensor, or a fused set, whose members share a global scale."""
+
+    actions: tuple[Action, ...]
+
+    @property
+    def outputs(self) -> Iterator[Output]:
+        """All tensors it makes."""
+        return (output for action in self.actions for output in action.outputs)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all it makes."""
+        return sum(action.output_bytes for action in self.actions)
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One output shard: its final name, and the jobs that fill it."""
+
+    name: str
+    jobs: tuple[Job, ...]
+
+    @cached_property
+    def layout(self) -> tuple[bytes, dict[str, int]]:
+        """The file's first bytes (its header), and where each tensor's data begins."""
+        outputs = [(o.name, o.dtype, o.shape) for job in self.jobs for o in job.outputs]
+        return build_header(outputs)
+
+    @cached_property
+    def file_bytes(self) -> int:
+        """The file's size, header included."""
+        return len(self.layout[0]) + sum(job.output_bytes for job in self.jobs)
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors it holds."""
+        return sum(len(action.outputs) for job in self.jobs for action in job.actions)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Checkpoint x Family x Recipe. Engines obey it, `verify` checks against it.
+
+    `ignore` is config.json's list as it will be written. A plan with findings of severity
+    `error` must not be carried out.
+    """
+
+    survey: Survey
+    family: Family
+    recipe: Recipe
+    shards: tuple[ShardJob, ...]
+    ignore: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def actions(self) -> Iterator[Action]:
+        """Every source tensor's action, exactly once, in the order of the output."""
+        return (a for shard in self.shards for job in shard.jobs for a in job.actions)
+
+    @property
+    def refusals(self) -> tuple[Finding, ...]:
+        """Why it must not be carried out; empty for a good plan."""
+        return tuple(f for f in self.findings if f.severity == "error")
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The schemes in use, by name."""
+        found = {a.scheme.name: a.scheme for a in self.actions if a.scheme}
+        return tuple(found[name] for name in sorted(found))
+
+    @cached_property
+    def source_bytes(self) -> int:
+        """Bytes of all source tensors."""
+        return self.survey.checkpoint.nbytes
+
+    @cached_property
+    def output_bytes(self) -> int:
+        """Bytes of all output tensors: the index's `total_size`."""
+        return sum(action.output_bytes for action in self.actions)
+
+    @cached_property
+    def file_bytes(self) -> int:
+        """Bytes of all output shards, headers included: the disk they need."""
+        return sum(shard.file_bytes for shard in self.shards)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of every decision: equal exactly where the same bytes are to be made."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(f"{shard.name}\n".encode())
+            for action in (action for job in shard.jobs for action in job.actions):
+                source = action.source
+                scheme = action.scheme.name if action.scheme else "copy"
+                digest.update(f"{source.name} {source.dtype} {source.shape} {scheme}\n".encode())
+        digest.update(json.dumps(self.ignore).encode())
+        digest.update(json.dumps([s.config_group for s in self.schemes]).encode())
+        return digest.hexdigest()
+
+    @property
+    def quantization_config(self) -> dict[str, Any]:
+        """config.json's `quantization_config`, in the shape compressed-tensors writes it."""
+        return {
+            "config_groups": {
+                f"group_{number}": {**scheme.config_group, "targets": ["Linear"]}
+                for number, scheme in enumerate(self.schemes)
+            },
+            "format": self.schemes[0].format,
+            "global_compression_ratio": None,
+            "ignore": list(self.ignore),
+            "kv_cache_scheme": None,
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "sparsity_config": {},
+            "transform_config": {},
+            "version": FORMAT_VERSION,
+        }
+
+
+__all__ = ["Action", "Job", "Output", "Plan", "ShardJob"]

@@ -1,0 +1,316 @@
+"""Checkpoint x Family: what every tensor is, and where the checkpoint is not whole.
+
+Completeness, counts and shapes are judged here, from headers and config.json alone. All findings
+are errors of the *source*: quantizing a checkpoint that is not what it claims to be only hides it.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mquant.checkpoint import Checkpoint, TensorInfo
+from mquant.family import Family, Meaning, Role, TensorRow, family_of
+from mquant.findings import Finding, names
+from mquant.schemes import QUANTIZED_SUFFIXES
+
+FusedKey = tuple[str, int | None, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A source tensor and what its name means."""
+
+    info: TensorInfo
+    meaning: Meaning
+
+    @property
+    def role(self) -> Role:
+        """What the tensor is for."""
+        return self.meaning.row.role
+
+    @property
+    def module(self) -> str:
+        """The hub name of the module that owns the tensor."""
+        return self.info.name.rpartition(".")[0]
+
+    @property
+    def fused(self) -> FusedKey | None:
+        """The fused set it belongs to: its name, layer and expert."""
+        fused = self.meaning.row.fused
+        return (fused, self.meaning.layer, self.meaning.expert) if fused else None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Every tensor of a checkpoint, classified; and the ways in which it is not whole."""
+
+    checkpoint: Checkpoint
+    family: Family | None
+    members: tuple[Member, ...]
+    layers: int
+    experts: int
+    findings: tuple[Finding, ...]
+
+    def of(self, *roles: Role) -> list[Member]:
+        """The members of some roles."""
+        return [member for member in self.members if member.role in roles]
+
+
+def survey(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Survey:
+    """Classify every tensor of a checkpoint and check that it is whole."""
+    findings = [*checkpoint.findings, *_already_quantized(checkpoint)]
+    family = family_of(checkpoint.config, families)
+    if family is None:
+        kind = checkpoint.config.get("model_type")
+        findings.append(
+            Finding(
+                "family-unknown",
+                "error",
+                "config.json",
+                f"config.json says model_type {str(kind)[:60]!r}, a family mquant does not know.",
+                f"Known are {', '.join(families)}; a family is one YAML file, see "
+                "docs/architecture.md.",
+            )
+        )
+        return Survey(checkpoint, None, (), 0, 0, tuple(findings))
+    members: list[Member] = []
+    unknown: list[str] = []
+    for info in checkpoint.tensors.values():
+        meaning = family.classify(info.name)
+        if meaning is None:
+            unknown.append(info.name)
+        else:
+            members.append(Member(info, meaning))
+    already = any(f.rule == "source-quantized" for f in findings)
+    if unknown and not already:
+        findings.append(_unknown(unknown, family))
+    layers = _count(member.meaning.layer for member in members)
+    experts = _count(member.meaning.expert for member in members)
+    if not already:
+        findings += _wholeness(family, members, checkpoint.config)
+    return Survey(checkpoint, family, tuple(members), layers, experts, tuple(findings))
+
+
+def _count(numbers: Iterable[int | None]) -> int:
+    return len({number for number in numbers if number is not None})
+
+
+def _already_quantized(checkpoint: Checkpoint) -> list[Finding]:
+    config = checkpoint.config.get("quantization_config")
+    traces = [name for name in checkpoint.tensors if name.endswith(QUANTIZED_SUFFIXES)]
+    if not traces and not config:
+        return []
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    how = f"config.json says {method}" if method else f"it holds {names(traces, 1)}"
+    return [
+        Finding(
+            "source-quantized",
+            "error",
+            traces[0] if traces else "config.json",
+            f"{checkpoint.source.name} is already quantized ({how}).",
+            "Start from the BF16 checkpoint it was made from, or dequantize it first.",
+        )
+    ]
+
+
+def _unknown(unknown: list[str], family: Family) -> Finding:
+    count = f"{len(unknown):,} tensor{'s' if len(unknown) > 1 else ''}"
+    return Finding(
+        "tensor-unknown",
+        "error",
+        unknown[0],
+        f"{family.title} has no such tensor as {names(unknown)} ({count}).",
+        f"If it belongs to the model, add its name to configs/{family.name}.yaml "
+        "(role `other` copies it); if not, remove it from the checkpoint.",
+    )
+
+
+def _wholeness(family: Family, members: list[Member], config: Mapping[str, Any]) -> list[Finding]:
+    counts: dict[str, int] = {}
+    for key in filter(None, (family.config.layers, family.config.experts)):
+        value = config.get(key)
+        # No checkpoint has more layers or experts than tensors; a lie must not cost a long loop.
+        if type(value) is not int or not 0 <= value <= max(len(members), 1):
+            return [
+                Finding(
+                    "config-key-missing",
+                    "error",
+                    "config.json",
+                    f"config.json has no usable {key} ({str(value)[:40]}).",
+                    "Take config.json from the model's repo.",
+                )
+            ]
+        counts[key] = value
+    return [
+        *_expert_findings(family, members, counts.get(family.config.experts, 0)),
+        *_missing(family, members, counts[family.config.layers]),
+        *_layers_findings(family, members, counts[family.config.layers]),
+        *_fused_findings(family, members),
+        *_shape_findings(family, members, config),
+    ]
+
+
+def _expert_findings(family: Family, members: list[Member], configured: int) -> list[Finding]:
+    found: dict[int, set[int]] = defaultdict(set)
+    for member in members:
+        if member.meaning.expert is not None and member.meaning.layer is not None:
+            found[member.meaning.layer].add(member.meaning.expert)
+    gaps = [
+        (layer, sorted(set(range(max(experts) + 1)) - experts))
+        for layer, experts in sorted(found.items())
+        if max(experts) + 1 != len(experts)
+    ]
+    if gaps:
+        layer, missing = gaps[0]
+        return [
+            Finding(
+                "expert-gap",
+                "error",
+                f"layer {layer}",
+                f"Layer {layer} has no expert {names([str(e) for e in missing])} of 0 to "
+                f"{max(found[layer])}{_elsewhere(len(gaps) - 1)}.",
+                "Number the experts without gaps, as pruning tools do, or get the missing shards.",
+            )
+        ]
+    wrong = [layer for layer, experts in sorted(found.items()) if len(experts) != configured]
+    if wrong:
+        layer = wrong[0]
+        return [
+            Finding(
+                "experts-disagree",
+                "error",
+                f"layer {layer}",
+                f"Layer {layer} has {len(found[layer])} experts, config.json says "
+                f"{family.config.experts} {configured}{_elsewhere(len(wrong) - 1)}.",
+                f"Set {family.config.experts} to what the shards hold, or get the right shards.",
+            )
+        ]
+    return []
+
+
+def _elsewhere(more: int) -> str:
+    return f" (and {more} more layer{'s' if more > 1 else ''} like it)" if more > 0 else ""
+
+
+def _missing(family: Family, members: list[Member], layers: int) -> list[Finding]:
+    present = {member.info.name for member in members}
+    experts: dict[tuple[str, int | None], set[int | None]] = defaultdict(set)
+    for member in members:
+        experts[member.meaning.row.block, member.meaning.layer].add(member.meaning.expert)
+    absent = [
+        name
+        for row in family.tensors
+        for name in _expected(row, layers, experts)
+        if name not in present and not _in_started_set(family, name, present)
+    ]
+    if not absent:
+        return []
+    count = f"{len(absent):,} tensor{'s' if len(absent) > 1 else ''}"
+    return [
+        Finding(
+            "tensor-missing",
+            "error",
+            absent[0],
+            f"The checkpoint lacks {names(absent)} ({count}).",
+            "Download the shards that hold them.",
+        )
+    ]
+
+
+def _expected(
+    row: TensorRow, layers: int, experts: Mapping[tuple[str, int | None], set[int | None]]
+) -> Iterator[str]:
+    """Names a row must have in a whole checkpoint.
+
+    A row of a named block is expected only in layers that have some of the block, a row with
+    {expert} for every expert that its block has in that layer (gaps are found elsewhere).
+    """
+    for layer in range(layers) if "{layer}" in row.name else (None,):
+        found = experts.get((row.block, layer), set())
+        if row.block != "layer" and not found:
+            continue
+        numbers = sorted(number for number in found if number is not None) or [0]
+        for expert in numbers if "{expert}" in row.name else (None,):
+            yield row.format(layer, expert)
+
+
+def _layers_findings(family: Family, members: list[Member], layers: int) -> list[Finding]:
+    beyond = sorted(
+        {layer for m in members if (layer := m.meaning.layer) is not None and layer >= layers}
+    )
+    if not beyond:
+        return []
+    return [
+        Finding(
+            "layers-disagree",
+            "error",
+            f"layer {beyond[0]}",
+            f"The shards hold layer {beyond[0]}, config.json says {family.config.layers} {layers}.",
+            f"Set {family.config.layers} to what the shards hold, or get the right shards.",
+        )
+    ]
+
+
+def _siblings(family: Family, meaning: Meaning) -> list[str]:
+    rows = family.fused_sets[meaning.row.fused] if meaning.row.fused else ()
+    return [row.format(meaning.layer, meaning.expert) for row in rows]
+
+
+def _in_started_set(family: Family, name: str, present: set[str]) -> bool:
+    meaning = family.classify(name)
+    return meaning is not None and any(n in present for n in _siblings(family, meaning))
+
+
+def _fused_findings(family: Family, members: list[Member]) -> list[Finding]:
+    present = {member.info.name for member in members}
+    for member in members:
+        if member.fused is None:
+            continue
+        absent = [name for name in _siblings(family, member.meaning) if name not in present]
+        if absent:
+            return [
+                Finding(
+                    "fused-set-incomplete",
+                    "error",
+                    absent[0],
+                    f"{member.info.name} is there but {names(absent)} is not; loaders fuse them, "
+                    "and they share one scale.",
+                    "Download the shard that holds it.",
+                )
+            ]
+    return []
+
+
+def _shape_findings(
+    family: Family, members: list[Member], config: Mapping[str, Any]
+) -> list[Finding]:
+    expected: dict[str, tuple[int, ...] | None] = {
+        row.key: family.shape(row, config) for row in family.tensors
+    }
+    wrong: dict[str, list[Member]] = defaultdict(list)
+    for member in members:
+        shape = expected[member.meaning.row.key]
+        if shape is not None and member.info.shape != shape:
+            wrong[member.meaning.row.key].append(member)
+    return [
+        _shape_finding(group[0].meaning.row, group, expected[key]) for key, group in wrong.items()
+    ]
+
+
+def _shape_finding(
+    row: TensorRow, group: list[Member], expected: tuple[int, ...] | None
+) -> Finding:
+    info = group[0].info
+    more = f", and {len(group) - 1:,} more like it" if len(group) > 1 else ""
+    return Finding(
+        "shape-disagrees",
+        "error",
+        info.name,
+        f"{info.name} is {list(info.shape)}, but config.json implies {list(expected or ())} "
+        f"({', '.join(row.shape)}){more}.",
+        "Take config.json and shards from the same checkpoint.",
+    )
+
+
+__all__ = ["FusedKey", "Member", "Survey", "survey"]

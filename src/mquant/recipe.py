@@ -1,0 +1,202 @@
+"""Recipes: which precision each role gets. *What* is wanted, never where files lie or how fast.
+
+A recipe is a file of ours (`recipes/*.yaml`: role -> scheme) or one of llmcompressor's, with a
+QuantizationModifier (targets, scheme, ignore). The second is read into the first, so that
+everything after this module knows one kind.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from mquant.data import folder, read_yaml
+from mquant.errors import DataFileError, UsageError
+from mquant.family import Role
+from mquant.schemes import SCHEMES, Scheme
+
+
+def _known_scheme(name: str) -> str:
+    if name not in SCHEMES:
+        raise ValueError(f"unknown scheme {name!r}; there is {', '.join(SCHEMES)}")
+    return name
+
+
+def _compiles(entry: str) -> str:
+    if entry.startswith("re:"):
+        try:
+            re.compile(entry[3:])
+        except re.error as error:
+            raise ValueError(f"{entry!r} is no regular expression: {error}") from None
+    return entry
+
+
+SchemeName = Annotated[str, AfterValidator(_known_scheme)]
+Pattern = Annotated[str, AfterValidator(_compiles)]
+
+
+class Recipe(BaseModel):
+    """Role -> scheme. A role that is not named keeps the parent's bytes.
+
+    `targets` and `ignore` narrow this by module name: exact, or `re:` and a regular expression
+    matched from the start of the name, as compressed-tensors and vLLM match. Either the hub's
+    name of a module or its name in memory may match.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    title: str = ""
+    description: str = ""
+    suffix: str = Field(pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*")
+    roles: Mapping[Role, SchemeName]
+    targets: tuple[Pattern, ...] = ()
+    ignore: tuple[Pattern, ...] = ()
+    foreign: bool = Field(default=False, exclude=True)
+    """Read from llmcompressor's format, where an entry that matches nothing is common."""
+
+    def scheme(self, role: Role, module_names: tuple[str, ...]) -> Scheme | None:
+        """What a module of this role and these names is stored as; None: as it is."""
+        scheme = self.roles.get(role)
+        if scheme is None or any(matches(entry, module_names) for entry in self.ignore):
+            return None
+        if self.targets and not any(matches(entry, module_names) for entry in self.targets):
+            return None
+        return SCHEMES[scheme]
+
+
+def matches(entry: str, names: tuple[str, ...]) -> bool:
+    """Whether an `ignore` or `targets` entry matches one of a module's names."""
+    if entry.startswith("re:"):
+        return any(re.match(entry[3:], name) for name in names)
+    return entry in names
+
+
+def load_recipes() -> dict[str, Recipe]:
+    """Every recipe that ships, by name, sorted."""
+    return {path.stem: load_recipe(path) for path in sorted(folder("recipes").glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe by the name it ships under, or from a file.
+
+    Raises UsageError where there is neither, DataFileError where the file is wrong.
+    """
+    shipped = folder("recipes") / f"{name}.yaml"
+    if re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) and shipped.is_file():
+        return load_recipe(shipped)
+    path = Path(name)
+    if not path.is_file():
+        raise UsageError(
+            f"There is no recipe {name!r}, and no such file.",
+            f"Take one of: {', '.join(load_recipes())}; or give a YAML file.",
+        )
+    return load_recipe(path)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """A recipe file, ours or llmcompressor's. Raises DataFileError naming what is wrong."""
+    data = read_yaml(path)
+    modifier = _quantization_modifier(data, path.name)
+    if modifier is not None:
+        data = _from_llmcompressor(modifier, path)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise DataFileError(f"{path.name}: {where}: {message}.", "Correct the recipe.") from None
+
+
+def _quantization_modifier(data: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """The one QuantizationModifier of an llmcompressor recipe; None for a recipe of ours."""
+    stages = [value for key, value in data.items() if key.endswith("_stage")]
+    groups = [
+        value
+        for stage in (stages or [data])
+        if isinstance(stage, Mapping)
+        for key, value in stage.items()
+        if key.endswith("_modifiers") and isinstance(value, Mapping)
+    ]
+    modifiers = [(kind, body) for group in groups for kind, body in group.items()]
+    if not modifiers:
+        return None
+    if len(modifiers) > 1 or modifiers[0][0] != "QuantizationModifier":
+        raise DataFileError(
+            f"{name} asks for {', '.join(kind for kind, _ in modifiers)}; "
+            "mquant reads recipes with one QuantizationModifier.",
+            "Leave only the QuantizationModifier, or run the recipe with llmcompressor.",
+        )
+    body = modifiers[0][1]
+    if not isinstance(body, Mapping):
+        raise DataFileError(f"{name}: QuantizationModifier holds no keys.", "Correct the recipe.")
+    return body
+
+
+def _from_llmcompressor(body: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    unknown = sorted(body.keys() - {"targets", "scheme", "ignore", "config_groups"})
+    if unknown:
+        raise DataFileError(
+            f"{path.name}: mquant does not know {', '.join(unknown)} of a QuantizationModifier.",
+            "Remove the key, or run the recipe with llmcompressor.",
+        )
+    scheme, targets = _scheme_and_targets(body, path.name)
+    # "Linear" is every linear layer: also the router, which is one to the hub's own model code
+    # and to every tool that goes by tensor names.
+    return {
+        "name": path.stem,
+        "title": f"{scheme}, from {path.name}",
+        "suffix": scheme,
+        "roles": {role.value: scheme for role in Role if role.linear},
+        "targets": [] if targets == ["Linear"] else targets,
+        "ignore": _strings(body.get("ignore", [])),
+        "foreign": True,
+    }
+
+
+def _scheme_and_targets(body: Mapping[str, Any], name: str) -> tuple[str, list[str]]:
+    groups = body.get("config_groups")
+    if isinstance(groups, Mapping) and len(groups) == 1 and "scheme" not in body:
+        group = next(iter(groups.values()))
+        if isinstance(group, Mapping):
+            return _scheme_of_group(group, name), _strings(group.get("targets", ["Linear"]))
+    scheme = body.get("scheme")
+    if isinstance(scheme, str) and not groups:
+        return scheme, _strings(body.get("targets", ["Linear"]))
+    if isinstance(scheme, Mapping) and len(scheme) == 1 and not groups:
+        preset, targets = next(iter(scheme.items()))
+        return str(preset), _strings(targets)
+    raise DataFileError(
+        f"{name}: mquant needs one scheme or one config group.",
+        f"Write `scheme: {next(iter(SCHEMES))}` and `targets: [Linear]`.",
+    )
+
+
+def _scheme_of_group(group: Mapping[str, Any], name: str) -> str:
+    weights = group.get("weights")
+    for scheme in SCHEMES.values():
+        wanted = scheme.config_group["weights"]
+        if (
+            isinstance(weights, Mapping)
+            and not group.get("input_activations")
+            and all(weights.get(key) == wanted[key] for key in ("num_bits", "type", "group_size"))
+            and weights.get("strategy") == wanted["strategy"]
+            and weights.get("observer", wanted["observer"]) in ("minmax", wanted["observer"])
+        ):
+            return scheme.name
+    raise DataFileError(
+        f"{name}: its config group is no scheme mquant knows ({', '.join(SCHEMES)}).",
+        "Use one of these, or run the recipe with llmcompressor.",
+    )
+
+
+def _strings(value: object) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    return [str(item) for item in value] if isinstance(value, list | tuple) else []
+
+
+__all__ = ["Recipe", "find_recipe", "load_recipe", "load_recipes", "matches"]
