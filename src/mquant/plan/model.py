@@ -3,11 +3,11 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from mquant.checkpoint import TensorInfo, build_header
+from mquant.checkpoint import Source, TensorInfo, build_header
 from mquant.dtypes import nbytes
 from mquant.family import Family, Role
 from mquant.findings import Finding
@@ -130,6 +130,11 @@ class Plan:
         """The schemes in use, by name."""
         found = {a.scheme.name: a.scheme for a in self.actions if a.scheme}
         return tuple(found[name] for name in sorted(found))
+
+    def reading_from(self, source: Source) -> "Plan":
+        """The same plan, with the same files read from another place (a download)."""
+        checkpoint = replace(self.survey.checkpoint, source=source)
+        return replace(self, survey=replace(self.survey, checkpoint=checkpoint))
 
     @cached_property
     def source_bytes(self) -> int:

@@ -1,0 +1,33 @@
+# Sourced by quickstart.sh and test.sh: a venv in .venv with mquant and everything it can use.
+# Running it again is cheap: pip is asked only when a file that decides what is installed changed.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+venv=${MQUANT_VENV:-$root/.venv}
+stamp=$(cat pyproject.toml constraints.txt | cksum)
+
+if [ ! -x "$venv/bin/python" ]; then
+    python=""
+    for candidate in python3.13 python3.12 python3.11 python3; do
+        if command -v "$candidate" >/dev/null &&
+            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            python=$candidate
+            break
+        fi
+    done
+    if [ -z "$python" ]; then
+        echo "mquant needs Python 3.11 or newer; none was found on PATH." >&2
+        exit 1
+    fi
+    "$python" -m venv "$venv"
+fi
+
+if [ "$(cat "$venv/.mquant-installed" 2>/dev/null)" != "$stamp" ]; then
+    echo "Installing into $venv (about 2 minutes the first time) ..."
+    # torch by its own line first: the plain CPU build is taken where constraints.txt pins one.
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+        -e '.[oneshot,dev]'
+    echo "$stamp" >"$venv/.mquant-installed"
+fi
+PATH=$venv/bin:$PATH
+export PATH

@@ -1,0 +1,193 @@
+"""Everything around the shards: side files, recipe.yaml, mquant.json, index, and last config.json.
+
+A checkpoint without config.json is none, to every loader; so it is written when all else is on
+disk, and the index just before it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import yaml
+
+from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
+from mquant.events import Emit, Note, Progress, silent
+from mquant.family import Family, TensorRow
+from mquant.output.folder import LEDGER, RECORD
+from mquant.output.shards import PARTIAL, fsync_folder, out_of_space
+from mquant.plan import Action, Plan
+
+RECIPE_NAME: Final = "recipe.yaml"
+_PICTURES: Final = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".mp4")
+_OURS: Final = {RECORD, LEDGER, RECIPE_NAME, "hf_quant_config.json"}
+# What people expect beside weights: any one of the names will do.
+_EXPECTED: Final = {
+    "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model"),
+    "generation config": ("generation_config.json",),
+    "licence": ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE-MODEL"),
+}
+
+
+def side_files(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Files of the parent that go along byte for byte.
+
+    Not its model card, which describes another checkpoint, nor the card's pictures.
+    """
+    return tuple(
+        path
+        for path in checkpoint.side_files
+        if path not in _OURS
+        and PurePosixPath(path).name.lower() != "readme.md"
+        and not path.lower().endswith(_PICTURES)
+    )
+
+
+def file_names(plan: Plan) -> tuple[str, ...]:
+    """Every file the finished output will hold."""
+    shards = tuple(shard.name for shard in plan.shards)
+    copied = side_files(plan.survey.checkpoint)
+    return (*shards, *copied, RECIPE_NAME, RECORD, INDEX_NAME, CONFIG_NAME)
+
+
+def finish(out: Path, plan: Plan, provenance: Mapping[str, Any], emit: Emit = silent) -> None:
+    """Complete OUT, whose shards are all there. config.json is the last file to appear.
+
+    `provenance` goes into mquant.json as it is: it must not differ between two equal runs.
+    """
+    for path in side_files(plan.survey.checkpoint):
+        _write(out, path, plan.survey.checkpoint.source.read(path))
+    for sentence in absent_files(plan.survey.checkpoint):
+        emit(Note("info", sentence))
+    _write(out, RECIPE_NAME, recipe_yaml(plan).encode())
+    index, config = _json(index_json(plan)), _json(config_json(plan))
+    digests = _digests(out, plan, emit)
+    for name, content in ((INDEX_NAME, index), (CONFIG_NAME, config)):
+        digests[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    files = {name: digests[name] for name in sorted(digests)}
+    _write(out, RECORD, _json({"schema": "mquant.output/1", **provenance, "files": files}))
+    _write(out, INDEX_NAME, index)
+    _write(out, CONFIG_NAME, config)
+
+
+def index_json(plan: Plan) -> dict[str, Any]:
+    """The index: sorted names, and the true number of bytes of all tensors."""
+    table = {o.name: s.name for s in plan.shards for job in s.jobs for o in job.outputs}
+    return {
+        "metadata": {"total_size": plan.output_bytes},
+        "weight_map": {name: table[name] for name in sorted(table)},
+    }
+
+
+def config_json(plan: Plan) -> dict[str, Any]:
+    """The parent's raw config.json, every key of it, and `quantization_config`."""
+    return {**plan.survey.checkpoint.config, "quantization_config": plan.quantization_config}
+
+
+def recipe_yaml(plan: Plan) -> str:
+    """A recipe with which llmcompressor makes the same decisions.
+
+    Its `ignore` has the hub's names and, where they differ, the names in memory, as patterns
+    where a whole row of the family is kept.
+    """
+    modifier = {
+        "targets": ["Linear"],
+        "scheme": plan.schemes[0].name,
+        "ignore": [*_ignore_patterns(plan)],
+    }
+    recipe = {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
+    head = f"# What mquant did (recipe {plan.recipe.name}), as a recipe for llmcompressor.\n"
+    return head + yaml.safe_dump(recipe, sort_keys=False)
+
+
+def absent_files(checkpoint: Checkpoint) -> list[str]:
+    """One sentence for each thing people expect beside weights that is not there."""
+    present = set(checkpoint.side_files)
+    absent = [
+        f"The source has no {what} ({' or '.join(options[:2])}); none was written."
+        for what, options in _EXPECTED.items()
+        if not present & set(options)
+    ]
+    if not any("chat_template" in path for path in present):
+        tokenizer = "tokenizer_config.json"
+        text = checkpoint.source.read(tokenizer) if tokenizer in present else b""
+        if b'"chat_template"' not in text:
+            absent.append("The source has no chat template; none was written.")
+    return absent
+
+
+def _ignore_patterns(plan: Plan) -> Iterator[str]:
+    rows: dict[str, list[Action]] = {}
+    family = plan.family
+    for action in plan.actions:
+        meaning = family.classify(action.source.name)
+        if meaning and len(action.source.shape) == 2 and action.source.name.endswith(".weight"):
+            rows.setdefault(meaning.row.name, []).append(action)
+    for row in family.tensors:
+        actions = rows.get(row.name, [])
+        kept = [action.module for action in actions if action.scheme is None]
+        if kept and len(kept) == len(actions):
+            yield from _row_patterns(row, family)
+        else:
+            for module in kept:
+                yield from dict.fromkeys((module, family.in_memory_name(module)))
+
+
+def _row_patterns(row: TensorRow, family: Family) -> Iterator[str]:
+    module = row.name.rpartition(".")[0]
+    for name in dict.fromkeys((module, family.in_memory_name(module))):
+        if "{" not in name:
+            yield name
+            continue
+        escaped = name.replace(".", r"\.")
+        yield "re:" + escaped.replace("{layer}", r"\d+").replace("{expert}", r"\d+") + "$"
+
+
+def _digests(out: Path, plan: Plan, emit: Emit) -> dict[str, dict[str, Any]]:
+    names = [*(s.name for s in plan.shards), *side_files(plan.survey.checkpoint), RECIPE_NAME]
+    sizes = {name: (out / name).stat().st_size for name in names}
+    done, total = 0, sum(sizes.values())
+
+    def digest(name: str) -> str:
+        with (out / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    digests: dict[str, dict[str, Any]] = {}
+    with out_of_space(out / RECORD, 0), ThreadPoolExecutor(max_workers=2) as pool:
+        for name, sha256 in zip(names, pool.map(digest, names), strict=True):
+            digests[name] = {"bytes": sizes[name], "sha256": sha256}
+            done += sizes[name]
+            emit(Progress("checksums", done, total))
+    return digests
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write(out: Path, name: str, content: bytes) -> None:
+    path = out / name
+    partial = path.with_name(path.name + PARTIAL)
+    with out_of_space(path, len(content)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        fsync_folder(path.parent)
+
+
+__all__ = [
+    "RECIPE_NAME",
+    "absent_files",
+    "config_json",
+    "file_names",
+    "finish",
+    "index_json",
+    "recipe_yaml",
+    "side_files",
+]
