@@ -61,7 +61,7 @@ def examine(out: Path, source: Path | None, fingerprint: dict[str, Any], *, rest
             f"{out} is not empty, and mquant did not make it.",
             "Give another folder with -o, or empty this one.",
         )
-    files = _safe_names(found.get("files", ()))
+    files = tuple(dict.fromkeys((*_safe_names(found.get("files", ())), RECORD)))
     whole = record is not None and (out / "config.json").is_file()
     if found.get("fingerprint") != fingerprint:
         if not restart:

@@ -1,0 +1,155 @@
+"""The oneshot engine: llmcompressor's own `oneshot`, drained module by module.
+
+llmcompressor's modifier calibrates one group of siblings after another; each module's tensors go
+to the output before the next group is read. llmcompressor saves nothing, so neither its names nor
+its dtypes reach the checkpoint: only the bytes of quantized weights do.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final
+from unittest.mock import patch
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # oneshot sets it too, with a warning
+os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")  # or importing it writes to stdout
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization.lifecycle import apply as apply_module
+from compressed_tensors.quantization.utils import is_module_quantized
+from llmcompressor import oneshot
+from llmcompressor.core import create_session
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from loguru import logger
+from pydantic import PrivateAttr
+
+from mquant.engines.parent import ParentCache, attach, build_model
+from mquant.errors import EngineError
+from mquant.events import Emit, Note, silent
+from mquant.plan import Plan
+
+# Elements compressed at once: compressed-tensors makes a dozen copies of what it is given.
+_AT_ONCE: Final = 400_000
+_PER_TENSOR: Final = frozenset({"weight_global_scale", "input_global_scale"})
+
+Tensors = dict[str, torch.Tensor]
+Write = Callable[[str, memoryview], None]
+
+logger.remove()  # loguru's own stderr handler; `_quiet` adds ours while a run lasts
+logger.enable("llmcompressor")
+
+
+def run(plan: Plan, write: Write, emit: Emit = silent) -> None:
+    """Quantize every module the plan quantizes, and hand each tensor to `write`, by hub name.
+
+    Modules come in the model's order. Raises EngineError where the model as transformers builds
+    it is not the one that was planned.
+    """
+    (scheme,) = plan.schemes
+    checkpoint = plan.survey.checkpoint
+    in_memory = plan.family.in_memory_name
+    tensors = {in_memory(info.name): info for info in checkpoint.tensors.values()}
+    wanted = {in_memory(a.module): a.module for a in plan.actions if a.scheme}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mquant-")))
+        stack.enter_context(_quiet(emit))
+        session = stack.enter_context(create_session())  # nothing global keeps the model alive
+        model = build_model(folder, checkpoint.config)
+        attach(model, checkpoint.source, tensors)
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        if missing := sorted(wanted.keys() - linears.keys()):
+            raise EngineError(
+                f"{wanted[missing[0]]} is no linear layer of the model transformers builds.",
+                "Keep it with the recipe's ignore list, or correct the family's `in_memory`.",
+            )
+        modifier = Drained(
+            targets=["Linear"], scheme=scheme.name, ignore=sorted(linears.keys() - wanted.keys())
+        )
+        modifier.drain({linears[name]: hub for name, hub in wanted.items()}, write)
+        # A processor that is neither None nor a name: oneshot looks for none.
+        oneshot(model=model, recipe=modifier, processor=object())
+        session.reset()
+
+
+class Drained(QuantizationModifier):  # type: ignore[misc]  # untyped base
+    """llmcompressor's QuantizationModifier, one group of siblings at a time."""
+
+    _names: dict[torch.nn.Module, str] = PrivateAttr()
+    _write: Write = PrivateAttr()
+
+    def drain(self, names: dict[torch.nn.Module, str], write: Write) -> None:
+        """Hand the tensors of each module in `names` to `write`, under its name there."""
+        self._names, self._write = names, write
+
+    def on_sequential_epoch_end(
+        self, state: Any, event: Any, modules: list[torch.nn.Module], **kwargs: Any
+    ) -> None:
+        """Calibrate and hand over siblings together: the members of a fused set are siblings."""
+        quantized = [module for module in modules if is_module_quantized(module)]
+        for _, group in groupby(quantized, lambda module: self._names[module].rpartition(".")[0]):
+            siblings = list(group)
+            with torch.no_grad(), ParentCache.disable_offloading():  # each weight is read once
+                super().on_sequential_epoch_end(state, event, siblings, **kwargs)
+                for module in siblings:
+                    for suffix, tensor in compress(module).items():
+                        self._write(f"{self._names[module]}.{suffix}", as_bytes(tensor))
+            for module in siblings:
+                module._parameters.forget()  # type: ignore[operator, union-attr]  # ParentCache
+
+
+def compress(module: torch.nn.Module) -> Tensors:
+    """What compressed-tensors would save for a calibrated Linear, on the CPU.
+
+    Rows go through its compressor a few at a time where all scales but the global ones are per
+    row. The bytes are the same, the memory is not.
+    """
+    scheme: Any = module.quantization_scheme
+    form = infer_module_format(type(module), scheme)
+    compressor: Any = BaseCompressor.get_value_from_registry(form.value)
+    names = [name for name in module._parameters if name != "bias"]
+    state = {name: getattr(module, name).detach() for name in names}
+    rows, columns = state["weight"].shape
+    by_row = {name for name, tensor in state.items() if name not in _PER_TENSOR}
+    if any(state[name].shape[:1] != (rows,) for name in by_row):
+        return {name: t.cpu() for name, t in compressor.compress(state, scheme).items()}
+    step = max(1, _AT_ONCE // columns)
+    parts: list[Tensors] = []
+    for start in range(0, rows, step):
+        part = {n: t[start : start + step] if n in by_row else t for n, t in state.items()}
+        parts.append({n: t.cpu() for n, t in compressor.compress(part, scheme).items()})
+    return {
+        name: first if name in _PER_TENSOR else torch.cat([part[name] for part in parts])
+        for name, first in parts[0].items()
+    }
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """A CPU tensor's bytes, in order."""
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+@contextmanager
+def _quiet(emit: Emit) -> Iterator[None]:
+    """Pass on what llmcompressor warns of, each once; drop its other lines and progress bars."""
+    said: set[str] = set()
+
+    def forward(message: Any) -> None:
+        text = message.record["message"]
+        if text not in said:
+            said.add(text)
+            emit(Note("info", text))
+
+    handler = logger.add(forward, level="WARNING", format="{message}")
+    try:
+        with patch.object(apply_module, "tqdm", lambda items, **_options: items):
+            yield
+    finally:
+        logger.remove(handler)
+
+
+__all__ = ["Drained", "as_bytes", "compress", "run"]

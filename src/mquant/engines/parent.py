@@ -1,0 +1,153 @@
+"""The parent as a transformers model whose weights stay in its shards.
+
+The model is built on torch's meta device and stays there. `ParentCache`, an offload cache of
+compressed-tensors, reads a weight when somebody asks for it; so memory is what is in use, whatever
+the model's size. Nothing here can write to the parent.
+"""
+
+import json
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+from unittest.mock import patch
+
+import torch
+from compressed_tensors.offload import cache as offload_cache
+from compressed_tensors.offload import offload_module
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from mquant.checkpoint import Source, TensorInfo
+from mquant.errors import EngineError
+
+DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+Read = Callable[[], torch.Tensor]
+
+
+class ParentCache(offload_cache.OffloadCache):  # type: ignore[misc]  # untyped base
+    """A module's tensors: the parent's are read on every access, new ones are kept.
+
+    `offloaded_values` holds meta tensors only; `reads` says where those of the parent come from,
+    `own` holds the values of the others. While the onload device is meta, which it is until a
+    pipeline names another, nothing is read and nothing is allocated.
+    """
+
+    offload_device = torch.device("cpu")
+
+    def __init__(
+        self,
+        onload_device: torch.device | str,
+        offload_device: torch.device | str | None = None,
+        *,
+        reads: Mapping[torch.Tensor, Read],
+    ) -> None:
+        super().__init__(onload_device, offload_device)
+        self.reads = reads
+        self.own: dict[torch.Tensor, torch.Tensor] = {}
+
+    def onload(self, offloaded: torch.Tensor | None) -> torch.Tensor | None:
+        """The tensor on the onload device; the meta tensor where there is no value yet."""
+        if offloaded is None or torch.device(self.onload_device).type == "meta":
+            return offloaded
+        if offloaded in self.own:
+            return self.own[offloaded].to(self.onload_device)
+        if offloaded in self.reads:
+            return self.reads[offloaded]().to(self.onload_device)
+        return offloaded
+
+    def offload(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """A meta tensor for a new one, whose value is kept unless it is meta itself."""
+        if tensor is None or tensor.is_meta:
+            return tensor
+        offloaded = torch.nn.Parameter(tensor.to("meta"), requires_grad=False)
+        self.own[offloaded] = tensor.detach()
+        return offloaded
+
+    def update_offload(self, offloaded: torch.Tensor, data: torch.Tensor | None) -> None:
+        """Keep a new value, in the tensor's own dtype."""
+        if data is None:
+            return
+        self.own[offloaded] = data.detach().to(offloaded.dtype).reshape_as(offloaded)
+        if offloaded in self.keep_onloaded_values:
+            self.keep_onloaded_values[offloaded] = self.own[offloaded].to(self.onload_device)
+
+    def forget(self) -> None:
+        """Drop every value that is not the parent's."""
+        self.own.clear()
+
+    def __delitem__(self, key: Hashable) -> None:
+        self.own.pop(self.offloaded_values[key], None)
+        super().__delitem__(key)
+
+
+def build_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
+    """The architecture, with experts as one Linear per matrix and every tensor on meta.
+
+    `folder` becomes the model's name_or_path: oneshot reads config.json there once more.
+    Raises EngineError where transformers does not know the architecture or refuses the config.
+    """
+    # No auto_map: only transformers' own code ever runs, and nothing asks whether to trust another.
+    plain = {key: value for key, value in config.items() if key != "auto_map"}
+    (folder / "config.json").write_text(json.dumps(plain), encoding="utf-8")
+    try:
+        parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                parsed, trust_remote_code=False
+            )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise EngineError(
+            f"transformers cannot build this model from config.json: {reason}",
+            "Compare config.json with the one in the model's repo.",
+        ) from error
+    with torch.device("meta"):
+        for name, experts in get_non_linearized_moes(model):
+            linear = LinearExperts2D.get_linear_experts_cls(type(experts))(parsed)
+            model.set_submodule(name, linear)
+    return model.eval()
+
+
+def attach(model: PreTrainedModel, source: Source, tensors: Mapping[str, TensorInfo]) -> None:
+    """Let every parameter and buffer come from the parent, in the parent's dtype.
+
+    `tensors` is keyed by names in memory. What it lacks stays on meta: to use it is an error.
+    """
+    reads: dict[torch.Tensor, Read] = {}
+    for prefix, module in model.named_modules():
+        for slot in (module._parameters, module._buffers):
+            for name in list(slot):
+                info = tensors.get(f"{prefix}.{name}")
+                if slot[name] is None or info is None:
+                    continue
+                _expect_shape(f"{prefix}.{name}", slot[name], info)
+                meta = torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
+                if slot is module._parameters:
+                    meta = torch.nn.Parameter(meta, requires_grad=False)
+                slot[name] = meta
+                reads[meta] = partial(read_tensor, source, info)
+    # compressed-tensors chooses a cache class by device only; ours is its class for all of them.
+    with patch.object(offload_cache.OffloadCache, "cls_from_device", lambda _device: ParentCache):
+        for module in model.modules():
+            offload_module(module, "meta", ParentCache.offload_device, reads=reads)
+
+
+def read_tensor(source: Source, info: TensorInfo) -> torch.Tensor:
+    """One tensor, read and never mapped, so that its memory is ours to give back."""
+    data = bytearray(source.read(info.shard, info.start, info.end))
+    return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(info.shape)
+
+
+def _expect_shape(name: str, built: torch.Tensor | None, info: TensorInfo) -> None:
+    if built is not None and tuple(built.shape) != info.shape:
+        raise EngineError(
+            f"transformers builds {name} as {list(built.shape)}, the checkpoint has "
+            f"{list(info.shape)}.",
+            "config.json and shards do not belong together.",
+        )
+
+
+__all__ = ["ParentCache", "attach", "build_model", "read_tensor"]

@@ -1,0 +1,144 @@
+"""OUT: whose it is, and what a run may do to it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mquant.errors import OutputError
+from mquant.output import LEDGER, RECORD, Claim, Ledger, State, examine
+
+RUN = {"source": "aa", "plan": "bb"}
+
+
+def finished(out: Path, fingerprint: dict[str, str]) -> None:
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "a.safetensors").write_bytes(b"weights")
+    record = {"fingerprint": fingerprint, "files": {"a.safetensors": {}, "config.json": {}}}
+    (out / RECORD).write_text(json.dumps(record))
+
+
+def unfinished(out: Path, fingerprint: dict[str, str]) -> None:
+    ledger = Ledger(out, Claim(State.FREE, ()), fingerprint)
+    ledger.record(["a.safetensors", "sub/b.json", "config.json"])
+    (out / "a.safetensors.partial").write_bytes(b"half")
+    (out / "sub").mkdir()
+    (out / "sub/b.json").write_text("{}")
+    ledger.release()
+
+
+def test_a_folder_that_is_not_there_is_free(tmp_path: Path) -> None:
+    assert examine(tmp_path / "out", None, RUN, restart=False).state is State.FREE
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_folder_is_free(tmp_path: Path) -> None:
+    assert examine(tmp_path, None, RUN, restart=False).state is State.FREE
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_folder_mquant_did_not_make_is_refused(tmp_path: Path, *, restart: bool) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="is not empty, and mquant did not make it") as caught:
+        examine(tmp_path, None, RUN, restart=restart)
+    assert caught.value.fix == "Give another folder with -o, or empty this one."
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(OutputError, match="is a file"):
+        examine(tmp_path / "out", None, RUN, restart=False)
+
+
+@pytest.mark.parametrize("out", ["src", "src/inside", "."])
+def test_out_and_source_never_overlap(tmp_path: Path, out: str) -> None:
+    (tmp_path / "src").mkdir()
+    with pytest.raises(OutputError, match="the source is never written to"):
+        examine(tmp_path / out, tmp_path / "src", RUN, restart=True)
+
+
+def test_a_link_to_the_source_is_the_source(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "out").symlink_to("src")
+    with pytest.raises(OutputError, match="overlap"):
+        examine(tmp_path / "out", tmp_path / "src", RUN, restart=False)
+
+
+def test_the_same_finished_run_is_done(tmp_path: Path) -> None:
+    finished(tmp_path / "out", RUN)
+    assert examine(tmp_path / "out", None, RUN, restart=False).state is State.DONE
+
+
+def test_another_finished_run_is_refused_with_both_values(tmp_path: Path) -> None:
+    finished(tmp_path / "out", {"source": "aa", "plan": "cc"})
+    with pytest.raises(OutputError, match="plan was cc, is bb") as caught:
+        examine(tmp_path / "out", None, RUN, restart=False)
+    assert "--restart" in caught.value.fix
+
+
+def test_restart_deletes_what_was_recorded_and_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finished(out, {"source": "other"})
+    (out / "notes.txt").write_text("mine")
+    claim = examine(out, None, RUN, restart=True)
+    Ledger(out, claim, RUN).release()
+    assert sorted(path.name for path in out.iterdir()) == [LEDGER, "notes.txt"]
+
+
+def test_an_unfinished_run_starts_over(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    unfinished(out, RUN)
+    claim = examine(out, None, RUN, restart=False)
+    assert claim.state is State.UNFINISHED
+    Ledger(out, claim, RUN).release()
+    assert [path.name for path in out.iterdir()] == [LEDGER]
+
+
+def test_an_unfinished_other_run_is_refused(tmp_path: Path) -> None:
+    unfinished(tmp_path / "out", {"source": "zz", "plan": "bb"})
+    with pytest.raises(OutputError, match="source was zz, is aa"):
+        examine(tmp_path / "out", None, RUN, restart=False)
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, Claim(State.FREE, ()), RUN)
+    ledger.record(["a"])
+    with pytest.raises(OutputError, match="Another mquant is writing into"):
+        Ledger(tmp_path, Claim(State.UNFINISHED, ("a",)), RUN)
+    ledger.release()
+
+
+def test_a_second_process_deletes_nothing(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, Claim(State.FREE, ()), RUN)
+    ledger.record(["a"])
+    (tmp_path / "a").write_text("being written")
+    with pytest.raises(OutputError):
+        Ledger(tmp_path, Claim(State.UNFINISHED, ("a",)), RUN)
+    assert (tmp_path / "a").read_text() == "being written"
+    ledger.release()
+
+
+def test_a_run_stopped_while_it_claimed_out_leaves_it_free(tmp_path: Path) -> None:
+    (tmp_path / LEDGER).write_text('{"schema": "mqu')
+    assert examine(tmp_path, None, RUN, restart=False).state is State.FREE
+
+
+@pytest.mark.parametrize("name", ["../victim", "/etc/victim", "a/../../victim", ""])
+def test_a_record_cannot_ask_for_files_outside_out(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (out / LEDGER).write_text(json.dumps({"fingerprint": RUN, "files": [name, "ok"]}))
+    claim = examine(out, None, RUN, restart=True)
+    assert claim.files == ("ok", RECORD)
+    Ledger(out, claim, RUN).release()
+    assert victim.read_text() == "precious"
+
+
+def test_a_complete_run_leaves_no_ledger(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, Claim(State.FREE, ()), RUN)
+    ledger.record(["a"])
+    ledger.complete()
+    assert list(tmp_path.iterdir()) == []
