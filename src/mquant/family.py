@@ -6,6 +6,7 @@ unknown tensors: mquant stops and names them.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -43,6 +44,13 @@ class Role(StrEnum):
     def refused_by_loaders(self) -> bool:
         """Whether engines refuse, or wrongly load, a checkpoint that has this quantized."""
         return self in (Role.ROUTER, Role.EMBEDDING, Role.HEAD)
+
+
+def _distinct(rows: "tuple[TensorRow, ...]") -> "tuple[TensorRow, ...]":
+    twice = [key for key, count in Counter(row.key for row in rows).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} has two rows")
+    return rows
 
 
 def _product(text: str) -> str:
@@ -113,7 +121,7 @@ class Family(_Data):
     title: str
     model_types: tuple[str, ...]
     config: ConfigKeys
-    tensors: tuple[TensorRow, ...]
+    tensors: Annotated[tuple[TensorRow, ...], AfterValidator(_distinct)]
     in_memory: tuple[tuple[str, str], ...] = ()
     unpruned_experts: int | None = None
     required_config: tuple[str, ...] = ()
@@ -135,7 +143,7 @@ class Family(_Data):
     def classify(self, name: str) -> Meaning | None:
         """What the tensor is, or None where the family does not know it."""
         row = self._rows.get(_NUMBER.sub("#", name))
-        if row is None:
+        if row is None or "#" in name:
             return None
         numbers = [int(number) for number in _NUMBER.findall(name)]
         layer = numbers.pop(0) if "{layer}" in row.name else None
@@ -175,8 +183,9 @@ def load_family(path: Path) -> Family:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
         raise DataFileError(
-            f"{path.name}: {where}: {first['msg']}.", "Correct the family file."
+            f"{path.name}: {where}: {message}.", "Correct the family file."
         ) from None
 
 

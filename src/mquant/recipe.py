@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from mquant.data import folder, read_yaml
 from mquant.errors import DataFileError, UsageError
 from mquant.family import Role
+from mquant.findings import names
 from mquant.schemes import SCHEMES, Scheme
 
 
@@ -50,7 +51,7 @@ class Recipe(BaseModel):
     name: str
     title: str = ""
     description: str = ""
-    suffix: str = Field(pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*")
+    suffix: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     roles: Mapping[Role, SchemeName]
     targets: tuple[Pattern, ...] = ()
     ignore: tuple[Pattern, ...] = ()
@@ -103,7 +104,8 @@ def load_recipe(path: Path) -> Recipe:
     if modifier is not None:
         data = _from_llmcompressor(modifier, path)
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
+        return recipe.model_copy(update={"foreign": modifier is not None})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -113,20 +115,20 @@ def load_recipe(path: Path) -> Recipe:
 
 def _quantization_modifier(data: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     """The one QuantizationModifier of an llmcompressor recipe; None for a recipe of ours."""
-    stages = [value for key, value in data.items() if key.endswith("_stage")]
+    stages = [value for key, value in data.items() if str(key).endswith("_stage")]
     groups = [
         value
         for stage in (stages or [data])
         if isinstance(stage, Mapping)
         for key, value in stage.items()
-        if key.endswith("_modifiers") and isinstance(value, Mapping)
+        if str(key).endswith("_modifiers") and isinstance(value, Mapping)
     ]
     modifiers = [(kind, body) for group in groups for kind, body in group.items()]
     if not modifiers:
         return None
     if len(modifiers) > 1 or modifiers[0][0] != "QuantizationModifier":
         raise DataFileError(
-            f"{name} asks for {', '.join(kind for kind, _ in modifiers)}; "
+            f"{name} asks for {', '.join(str(kind) for kind, _ in modifiers)}; "
             "mquant reads recipes with one QuantizationModifier.",
             "Leave only the QuantizationModifier, or run the recipe with llmcompressor.",
         )
@@ -137,10 +139,12 @@ def _quantization_modifier(data: Mapping[str, Any], name: str) -> Mapping[str, A
 
 
 def _from_llmcompressor(body: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    unknown = sorted(body.keys() - {"targets", "scheme", "ignore", "config_groups"})
+    known = {"targets", "scheme", "ignore", "config_groups"}
+    # llmcompressor writes every default out; what is null or false asks for nothing.
+    unknown = sorted(str(key) for key, value in body.items() if value and key not in known)
     if unknown:
         raise DataFileError(
-            f"{path.name}: mquant does not know {', '.join(unknown)} of a QuantizationModifier.",
+            f"{path.name}: mquant cannot do what {names(unknown)} asks of a QuantizationModifier.",
             "Remove the key, or run the recipe with llmcompressor.",
         )
     scheme, targets = _scheme_and_targets(body, path.name)
@@ -151,24 +155,23 @@ def _from_llmcompressor(body: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "title": f"{scheme}, from {path.name}",
         "suffix": scheme,
         "roles": {role.value: scheme for role in Role if role.linear},
-        "targets": [] if targets == ["Linear"] else targets,
-        "ignore": _strings(body.get("ignore", [])),
-        "foreign": True,
+        "targets": [] if "Linear" in targets else targets,
+        "ignore": _list(body.get("ignore")),
     }
 
 
-def _scheme_and_targets(body: Mapping[str, Any], name: str) -> tuple[str, list[str]]:
+def _scheme_and_targets(body: Mapping[str, Any], name: str) -> tuple[str, list[Any]]:
     groups = body.get("config_groups")
-    if isinstance(groups, Mapping) and len(groups) == 1 and "scheme" not in body:
+    if isinstance(groups, Mapping) and len(groups) == 1 and not body.get("scheme"):
         group = next(iter(groups.values()))
         if isinstance(group, Mapping):
-            return _scheme_of_group(group, name), _strings(group.get("targets", ["Linear"]))
+            return _scheme_of_group(group, name), _list(group.get("targets", "Linear"))
     scheme = body.get("scheme")
     if isinstance(scheme, str) and not groups:
-        return scheme, _strings(body.get("targets", ["Linear"]))
+        return scheme, _list(body.get("targets", "Linear"))
     if isinstance(scheme, Mapping) and len(scheme) == 1 and not groups:
         preset, targets = next(iter(scheme.items()))
-        return str(preset), _strings(targets)
+        return str(preset), _list(targets)
     raise DataFileError(
         f"{name}: mquant needs one scheme or one config group.",
         f"Write `scheme: {next(iter(SCHEMES))}` and `targets: [Linear]`.",
@@ -182,8 +185,12 @@ def _scheme_of_group(group: Mapping[str, Any], name: str) -> str:
         if (
             isinstance(weights, Mapping)
             and not group.get("input_activations")
+            and not group.get("output_activations")
             and all(weights.get(key) == wanted[key] for key in ("num_bits", "type", "group_size"))
             and weights.get("strategy") == wanted["strategy"]
+            and weights.get("symmetric", True) is True
+            and not weights.get("dynamic")
+            and not weights.get("actorder")
             and weights.get("observer", wanted["observer"]) in ("minmax", wanted["observer"])
         ):
             return scheme.name
@@ -193,10 +200,11 @@ def _scheme_of_group(group: Mapping[str, Any], name: str) -> str:
     )
 
 
-def _strings(value: object) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    return [str(item) for item in value] if isinstance(value, list | tuple) else []
+def _list(value: object) -> list[Any]:
+    """One entry or a list of them, as llmcompressor takes either; Recipe checks what is in it."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 __all__ = ["Recipe", "find_recipe", "load_recipe", "load_recipes", "matches"]

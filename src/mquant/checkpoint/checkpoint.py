@@ -164,7 +164,7 @@ def _index_findings(
                 "shard-missing",
                 "error",
                 lost[0],
-                f"{INDEX_NAME} names {names(lost)}, which is not there.",
+                f"{INDEX_NAME} names shards that are not there: {names(lost)}.",
                 "Download the missing shards.",
             )
         )
@@ -173,9 +173,7 @@ def _index_findings(
     extra = [n for n in tensors if n not in index]
     again = f"Get the shards and {INDEX_NAME} again, from one revision."
     report("index-without-tensor", absent, INDEX_NAME + " lists {}, which no shard holds.", again)
-    report(
-        "index-wrong-shard", moved, INDEX_NAME + " puts {} into a shard that has no such.", again
-    )
+    report("index-wrong-shard", moved, INDEX_NAME + " names the wrong shard for {}.", again)
     report("tensor-not-in-index", extra, "The shards hold {} that " + INDEX_NAME + " lacks.", again)
     return findings
 

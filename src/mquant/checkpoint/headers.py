@@ -6,6 +6,8 @@ against the file's real size before anything is allocated or read by them.
 """
 
 import json
+import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -74,8 +76,9 @@ def parse_header(raw: bytes, file_size: int, shard: str) -> tuple[TensorInfo, ..
     disagree with offsets, holes, overlaps, and data that ends before or after the file does.
     """
     entries = _load(raw, shard)
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
         raise _damaged(shard, "__metadata__ is not a table of strings")
     base = PREFIX_BYTES + len(raw)
     tensors = [_tensor(name, entry, base, shard) for name, entry in entries.items()]
@@ -110,11 +113,17 @@ def _load(raw: bytes, shard: str) -> dict[str, Any]:
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
-            raise _damaged(shard, "a name appears twice")
+            name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise _damaged(shard, f"{name[:60]!r} appears twice")
         return table
 
+    def integer(text: str) -> int:
+        return -1 if text.startswith("-") else int(text)  # safetensors refuses -0, too
+
     try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+        entries = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=no_duplicates, parse_int=integer
+        )
     except (ValueError, RecursionError):
         raise _damaged(shard, "it is not valid UTF-8 JSON") from None
     if not isinstance(entries, dict):
@@ -126,11 +135,11 @@ def _tensor(name: str, entry: object, base: int, shard: str) -> TensorInfo:
     if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise _damaged(shard, f"{name[:60]!r} is no tensor name")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(shard, f"{name} lacks dtype, shape or data_offsets")
+        raise _damaged(shard, f"{name} has other keys than dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
         raise _damaged(shard, f"{name} has the unknown dtype {str(dtype)[:40]!r}")
-    if not _naturals(shape) or len(shape) > 8:
+    if not _naturals(shape) or len(shape) > 8 or math.prod(filter(None, shape)) >= 2**53:
         raise _damaged(shard, f"{name} has an invalid shape")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _damaged(shard, f"{name} has invalid data_offsets")
@@ -145,8 +154,13 @@ def _tensor(name: str, entry: object, base: int, shard: str) -> TensorInfo:
     return TensorInfo(name, dtype, tuple(shape), shard, base + offsets[0], base + offsets[1])
 
 
+def _is_text(value: object) -> bool:
+    # JSON can escape half a surrogate pair; no other reader takes that for a string.
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
 def _naturals(value: object) -> bool:
-    # 2**53: what every JSON reader agrees on; also keeps products small enough to compute.
+    # 2**53: what every JSON reader agrees on; also keeps sizes within 64 bits.
     return isinstance(value, list) and all(
         type(item) is int and 0 <= item < 2**53 for item in value
     )
@@ -156,8 +170,9 @@ def _check_layout(tensors: list[TensorInfo], base: int, file_size: int, shard: s
     position = base
     for tensor in tensors:
         if tensor.start != position:
-            what = "a hole before" if tensor.start > position else "bytes shared with"
-            raise _damaged(shard, f"there is {what} {tensor.name}")
+            hole = tensor.start > position
+            what = "there is a hole before" if hole else "other tensors overlap"
+            raise _damaged(shard, f"{what} {tensor.name}")
         position = tensor.end
     if position > file_size:
         raise HeaderError(
@@ -166,7 +181,7 @@ def _check_layout(tensors: list[TensorInfo], base: int, file_size: int, shard: s
             "Download the file again.",
         )
     if position < file_size:
-        raise _damaged(shard, f"{file_size - position:,} bytes after the last tensor are unclaimed")
+        raise _damaged(shard, f"its tensors end at byte {position:,}, the file at {file_size:,}")
 
 
 def _damaged(shard: str, why: str) -> HeaderError:

@@ -1,5 +1,23 @@
-"""The command line."""
+"""The command line: the only place that prints, draws and exits."""
+
+import sys
 
 
 def main() -> None:
-    """Run mquant."""
+    """Run mquant, and leave with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # Under an ASCII locale a mark becomes an escape instead of a failure.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        from mquant.cli.app import app  # here, so that Ctrl-C during imports is caught too
+
+        app(prog_name="mquant")
+    except KeyboardInterrupt:
+        from mquant.cli.output import INTERRUPTED, write
+
+        write(INTERRUPTED + "\n", stderr=True)
+        sys.exit(130)
+
+
+__all__ = ["main"]

@@ -1,8 +1,11 @@
 """Survey x Recipe -> Plan. Pure: no weight is read, nothing is written."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Final
+
+import yaml
 
 from mquant.checkpoint import Checkpoint
 from mquant.dtypes import FLOAT_WEIGHTS
@@ -50,10 +53,10 @@ def make_plan(
         *found.findings,
         *_unsafe(actions, family, recipe, allow_unsafe=allow_unsafe),
         *_unmatched(found, family, recipe),
-        *_unquantizable(actions),
-        *_split_sets(jobs),
-        *_nothing(actions, recipe),
     ]
+    # Of a source that is quantized already, that is all there is to say.
+    if not any(finding.rule == "source-quantized" for finding in findings):
+        findings += [*_unquantizable(actions), *_split_sets(jobs), *_nothing(actions, recipe)]
     return Plan(
         survey=found,
         family=family,
@@ -66,7 +69,9 @@ def make_plan(
 
 def natural(name: str) -> list[tuple[int, str]]:
     """Sort key that puts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]
 
 
 def _action(member: Member, family: Family, recipe: Recipe) -> Action:
@@ -228,7 +233,7 @@ def safe_ignore(family: Family, recipe: Recipe) -> str:
             )
     entries += [e for e in recipe.ignore if e not in entries]
     entries.sort(key=lambda entry: entry.startswith("re:"))
-    return "[" + ", ".join(f"'{e}'" if e.startswith("re:") else e for e in entries) + "]"
+    return yaml.safe_dump(entries, default_flow_style=True, width=math.inf).strip()
 
 
 def _unmatched(found: Survey, family: Family, recipe: Recipe) -> list[Finding]:

@@ -103,6 +103,8 @@ def _already_quantized(checkpoint: Checkpoint) -> list[Finding]:
         return []
     method = config.get("quant_method") if isinstance(config, dict) else None
     how = f"config.json says {method}" if method else f"it holds {names(traces, 1)}"
+    if not method and not traces:
+        how = "config.json has a quantization_config"
     return [
         Finding(
             "source-quantized",
@@ -156,20 +158,21 @@ def _expert_findings(family: Family, members: list[Member], configured: int) -> 
     for member in members:
         if member.meaning.expert is not None and member.meaning.layer is not None:
             found[member.meaning.layer].add(member.meaning.expert)
-    gaps = [
-        (layer, sorted(set(range(max(experts) + 1)) - experts))
-        for layer, experts in sorted(found.items())
-        if max(experts) + 1 != len(experts)
-    ]
+    gaps = [layer for layer, experts in sorted(found.items()) if max(experts) + 1 != len(experts)]
     if gaps:
-        layer, missing = gaps[0]
+        layer = gaps[0]
+        last = max(found[layer])
+        # A file can claim an expert 999,999,999; a lie must not cost a long list.
+        first = next(number for number in range(last) if number not in found[layer])
+        missing = last + 1 - len(found[layer])
+        more = f" and {missing - 1:,} more" if missing > 1 else ""
         return [
             Finding(
                 "expert-gap",
                 "error",
                 f"layer {layer}",
-                f"Layer {layer} has no expert {names([str(e) for e in missing])} of 0 to "
-                f"{max(found[layer])}{_elsewhere(len(gaps) - 1)}.",
+                f"Layer {layer} has no expert {first}{more} of 0 to {last}"
+                f"{_elsewhere(len(gaps) - 1)}.",
                 "Number the experts without gaps, as pruning tools do, or get the missing shards.",
             )
         ]
@@ -181,7 +184,7 @@ def _expert_findings(family: Family, members: list[Member], configured: int) -> 
                 "experts-disagree",
                 "error",
                 f"layer {layer}",
-                f"Layer {layer} has {len(found[layer])} experts, config.json says "
+                f"Layer {layer} has {len(found[layer])} experts, but config.json says "
                 f"{family.config.experts} {configured}{_elsewhere(len(wrong) - 1)}.",
                 f"Set {family.config.experts} to what the shards hold, or get the right shards.",
             )
@@ -246,7 +249,8 @@ def _layers_findings(family: Family, members: list[Member], layers: int) -> list
             "layers-disagree",
             "error",
             f"layer {beyond[0]}",
-            f"The shards hold layer {beyond[0]}, config.json says {family.config.layers} {layers}.",
+            f"The shards hold layer {beyond[0]} (the first is 0), but config.json says "
+            f"{family.config.layers} {layers}.",
             f"Set {family.config.layers} to what the shards hold, or get the right shards.",
         )
     ]
@@ -274,9 +278,9 @@ def _fused_findings(family: Family, members: list[Member]) -> list[Finding]:
                     "fused-set-incomplete",
                     "error",
                     absent[0],
-                    f"{member.info.name} is there but {names(absent)} is not; loaders fuse them, "
-                    "and they share one scale.",
-                    "Download the shard that holds it.",
+                    f"{member.info.name} is there without {names(absent)}; loaders make one "
+                    "matrix of them, with one scale.",
+                    "Download the shards that hold them.",
                 )
             ]
     return []

@@ -1,0 +1,482 @@
+"""A hub repo as a `Source`: its list of files, ranges of them by HTTP, or all of them downloaded.
+
+Everything a hub answers is somebody else's claim: the commit, names, sizes, ranges and lengths
+are checked. huggingface_hub and httpx are imported where they are used: they take a third of a
+second, and `mquant --help` needs neither.
+"""
+
+import contextlib
+import email.utils
+import glob
+import json
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from urllib.parse import quote, urljoin, urlsplit
+
+from mquant import __version__
+from mquant.errors import SourceError
+from mquant.events import Emit, Progress
+
+if TYPE_CHECKING:
+    import httpx
+
+T = TypeVar("T")
+
+MAX_LISTING_BYTES: Final = 64_000_000
+# What a server that ignores ranges may send before the part that was asked for.
+MAX_SKIPPED_BYTES: Final = 16_000_000
+TRIES: Final = 5
+TRIES_TO_CONNECT: Final = 3  # a hub that is not there will not be there in ten seconds
+BACKOFF_SECONDS: Final = 0.5
+LONGEST_WAIT: Final = 300.0  # the hub's own window of rate limits
+TIMEOUT_SECONDS: Final = 30.0
+MAX_REDIRECTS: Final = 5
+PROGRESS_BYTES: Final = 8_000_000
+
+_TRANSIENT: Final = frozenset({408, 429, 500, 502, 503, 504})
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
+# Other formats of the same weights, which nothing here reads.
+_OTHER_WEIGHTS: Final = (
+    ".bin",
+    ".bin.index.json",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".ot",
+    ".pt",
+    ".pth",
+    ".tflite",
+)
+_LOG_IN: Final = "log in with `hf auth login` or set HF_TOKEN"
+
+
+class _Again(Exception):
+    """A failure that may pass. `wait`: how long the server asks for; `tries`: when to give up."""
+
+    def __init__(self, error: SourceError, wait: float | None = None, tries: int = TRIES) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.wait = wait
+        self.tries = tries
+
+
+class HubRepo:
+    """A model repo on the hub, at one commit.
+
+    The commit is fixed when the object is made: what is read later is of that commit, whatever is
+    pushed meanwhile. Reads may come from many threads. HF_ENDPOINT and the token are
+    huggingface_hub's, read when the object is made; the token goes to that host only.
+    `requests` and `bytes_read` count what was asked for and came back, retries included.
+
+    Raises SourceError where the repo cannot be listed.
+    """
+
+    def __init__(self, repo_id: str, revision: str | None = None) -> None:
+        from huggingface_hub import constants
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import build_hf_headers, validate_repo_id  # type: ignore[attr-defined]
+
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError:
+            raise SourceError(
+                f"{repo_id[:96]!r} is neither a folder here nor a hub repo id.",
+                "Give an existing folder, or a repo id such as org/model.",
+            ) from None
+        self.repo_id = repo_id
+        self.revision = revision
+        self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        self.requests = 0
+        self.bytes_read = 0
+        self._count = threading.Lock()
+        self._headers: dict[str, str] = {
+            **build_hf_headers(library_name="mquant", library_version=__version__),
+            # A range of compressed bytes would be a range of something else.
+            "Accept-Encoding": "identity",
+        }
+        self.commit, self.files = self._list()
+
+    @property
+    def name(self) -> str:
+        """The repo id."""
+        return self.repo_id
+
+    @property
+    def host(self) -> str:
+        """The hub's host name, for messages: HF_ENDPOINT may hold a password."""
+        return urlsplit(self.endpoint).hostname or "the hub"
+
+    def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes [start, end) of a file, in one request where nothing fails."""
+        from huggingface_hub import hf_hub_url
+
+        size = self.files.get(path)
+        if size is None:
+            raise SourceError(
+                f"{self.repo_id} has no file {path!r}.", "Check the repo and --revision."
+            )
+        end = size if end is None else end
+        if not 0 <= start <= end <= size:
+            raise SourceError(
+                f"{path} ends at byte {size:,}; {end:,} were expected.",
+                "The file is truncated on the hub: tell the repo's owner.",
+            )
+        if start == end:
+            return b""
+        url = hf_hub_url(self.repo_id, path, revision=self.commit, endpoint=self.endpoint)
+        return _retrying(lambda: self._range(url, path, start, end))
+
+    def identity(self) -> dict[str, str]:
+        """The repo and the commit."""
+        return {"kind": "hub", "repo": self.repo_id, "commit": self.commit}
+
+    def _list(self) -> tuple[str, Mapping[str, int]]:
+        revision = quote(self.revision or "main", safe="")
+        url = f"{self.endpoint}/api/models/{self.repo_id}/revision/{revision}?blobs=true"
+        raw = _retrying(lambda: self._whole(url))
+        try:
+            listing = json.loads(raw)
+            commit, siblings = listing["sha"], listing["siblings"]
+            files = dict(sorted(_file(sibling) for sibling in siblings))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise self._nonsense("lists the repo in a way mquant does not understand") from None
+        if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+            raise self._nonsense("names no commit")
+        # As in a folder: hidden files (.gitattributes) are no part of a checkpoint.
+        return commit, {path: size for path, size in files.items() if "/." not in f"/{path}"}
+
+    def _whole(self, url: str) -> bytes:
+        with self._get(url, {}) as response:
+            if response.status_code != 200:
+                self._refuse(response)
+            data = self._body(response, 0, MAX_LISTING_BYTES + 1)
+        if len(data) > MAX_LISTING_BYTES:
+            raise self._nonsense("lists more files than any checkpoint has")
+        return data
+
+    def _range(self, url: str, path: str, start: int, end: int) -> bytes:
+        size = self.files[path]
+        part = (start, end) != (0, size)
+        headers = {"Range": f"bytes={start}-{end - 1}"} if part else {}
+        with self._get(url, headers) as response:
+            skip = 0
+            if response.status_code == 206 and part:
+                self._check_range(response, path, start, end)
+            elif response.status_code == 200:
+                skip = start  # the whole file is coming: read what is before, and hang up after
+            else:
+                self._refuse(response, path)
+            if response.headers.get("Content-Encoding", "identity") != "identity":
+                raise self._nonsense(f"compresses {path} though asked not to")
+            if skip > MAX_SKIPPED_BYTES:
+                raise SourceError(
+                    f"{self.host} does not serve parts of files ({path}).",
+                    f"Download {self.repo_id} and give the folder.",
+                )
+            data = self._body(response, skip, end - start)
+        if len(data) != end - start:
+            raise _Again(
+                SourceError(
+                    f"{self.host} sent {len(data):,} of {end - start:,} bytes of {path}.",
+                    "Try again later.",
+                )
+            )
+        return data
+
+    def _check_range(self, response: "httpx.Response", path: str, start: int, end: int) -> None:
+        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        size = str(self.files[path])
+        if not match or match.groups() not in (
+            (str(start), str(end - 1), size),
+            (str(start), str(end - 1), "*"),
+        ):
+            raise self._nonsense(f"answers with another part of {path} than asked for")
+
+    def _body(self, response: "httpx.Response", skip: int, limit: int) -> bytes:
+        """`limit` bytes of a body after the first `skip`; what is beyond is never read."""
+        data = bytearray()
+        for chunk in response.iter_raw():
+            with self._count:
+                self.bytes_read += len(chunk)
+            rest = chunk[skip:]
+            skip -= len(chunk) - len(rest)
+            data += rest[: limit - len(data)]
+            if len(data) == limit:
+                break
+        return bytes(data)
+
+    @contextlib.contextmanager
+    def _get(self, url: str, headers: dict[str, str]) -> "Iterator[httpx.Response]":
+        """One GET, redirects followed by hand: the token must not go where they lead."""
+        import httpx
+        from huggingface_hub.errors import OfflineModeIsEnabled
+        from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+
+        home = _origin(self.endpoint)
+        try:
+            for _ in range(MAX_REDIRECTS + 1):
+                sent = {**self._headers, **headers}
+                if _origin(url) != home:
+                    sent = {k: v for k, v in sent.items() if k.lower() != "authorization"}
+                with self._count:
+                    self.requests += 1
+                with get_session().stream(
+                    "GET", url, headers=sent, follow_redirects=False, timeout=TIMEOUT_SECONDS
+                ) as response:
+                    if response.status_code not in _REDIRECTS:
+                        yield response
+                        return
+                    url = urljoin(url, response.headers.get("Location", ""))
+                if self.endpoint.startswith("https:") and not url.startswith("https:"):
+                    raise self._nonsense("redirects to an insecure address")
+            raise self._nonsense("redirects without end")
+        except OfflineModeIsEnabled:
+            raise self._offline() from None
+        except (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.InvalidURL, ValueError):
+            # Not shown: what was malformed may be the token.
+            raise SourceError(
+                f"{self.host} cannot be asked: HF_ENDPOINT or the token is malformed.",
+                "HF_ENDPOINT must be like https://huggingface.co; a token is letters and digits.",
+            ) from None
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            raise _Again(self._unreachable(), tries=TRIES_TO_CONNECT) from None
+        except httpx.TransportError:
+            raise _Again(self._unreachable()) from None
+
+    def _refuse(self, response: "httpx.Response", path: str = "") -> NoReturn:
+        error = self._explain(response, path)
+        if response.status_code in _TRANSIENT:
+            raise _Again(error, _asked_to_wait(response.headers))
+        raise error
+
+    def _explain(self, response: "httpx.Response", path: str = "") -> SourceError:
+        """What a status and the hub's own error headers mean, as a sentence and a fix."""
+        status = response.status_code
+        code = response.headers.get("X-Error-Code", "")
+        said = response.headers.get("X-Error-Message", "")
+        repo, host = self.repo_id, self.host
+        token = "authorization" in self._headers
+        log_in = "use a token that may read it" if token else _LOG_IN
+        if code == "RevisionNotFound":
+            return SourceError(
+                f"{repo} has no revision {(self.revision or self.commit)!r}.",
+                f"Take a branch, tag or commit that {host} lists, or leave --revision out.",
+            )
+        if code == "GatedRepo":
+            return SourceError(
+                f"{repo} is gated: its owner grants access on request.",
+                f"Ask for access at {self._page}, then {log_in}.",
+            )
+        if said.startswith("Access to this resource is disabled"):
+            return SourceError(f"{host} has disabled {repo}.", "Take another copy of the model.")
+        if said.startswith("Invalid credentials"):
+            return SourceError(
+                f"{host} does not accept your token.",
+                f"It may have expired: {_LOG_IN} anew; public repos need none.",
+            )
+        if code == "EntryNotFound" or (path and status == 404 and code != "RepoNotFound"):
+            return SourceError(
+                f"{repo} lists {path} but does not serve it.", "Tell the repo's owner."
+            )
+        if code == "RepoNotFound" or status in (401, 404):
+            return SourceError(
+                f"There is no repo {repo} on {host}, or it is private.",
+                f"Check the name; if it is private, {log_in}.",
+            )
+        if status == 403:
+            return SourceError(
+                f"{host} forbids reading {repo} with your token.",
+                "Give the token the right to read this repo, in its settings on the hub.",
+            )
+        if status == 429:
+            return SourceError(
+                f"{host} limits how often you may ask (HTTP 429).",
+                "Try again in a few minutes"
+                + ("." if token else "; limits are higher when you are logged in."),
+            )
+        if status >= 500:
+            return SourceError(f"{host} is in trouble (HTTP {status}).", "Try again later.")
+        return SourceError(
+            f"{host} answers HTTP {status} where a file of {repo} was expected.",
+            "Check HF_ENDPOINT, or try again later.",
+        )
+
+    @property
+    def _page(self) -> str:
+        split = urlsplit(self.endpoint)
+        return f"{split.scheme}://{split.netloc.rpartition('@')[2]}/{self.repo_id}"
+
+    def _nonsense(self, what: str) -> SourceError:
+        return SourceError(f"{self.host} {what}.", "Check HF_ENDPOINT, or try again later.")
+
+    def _unreachable(self) -> SourceError:
+        return SourceError(
+            f"{self.host} cannot be reached.",
+            "Check the network, proxy and HF_ENDPOINT, or give the folder of a local copy.",
+        )
+
+    def _offline(self) -> SourceError:
+        return SourceError(
+            f"HF_HUB_OFFLINE is set, so {self.repo_id} cannot be read from {self.host}.",
+            "Unset it, or give the folder of a local copy.",
+        )
+
+
+def download(repo: HubRepo, emit: Emit) -> Path:
+    """Bring the repo's commit into the Hugging Face cache, and return its folder there.
+
+    Files that are there already are not fetched again. Weights in other formats than
+    safetensors, or in subfolders, are left out. Raises SourceError where it fails.
+    """
+    wanted = {path: size for path, size in repo.files.items() if _matters(path)}
+    folder = _retrying(lambda: _snapshot(repo, wanted, emit))
+    for path, size in wanted.items():
+        if not (folder / path).is_file() or (folder / path).stat().st_size != size:
+            raise SourceError(
+                f"{path} of {repo.repo_id} is not whole in the cache.",
+                f"Delete {folder}, then run this again.",
+            )
+    total = sum(wanted.values())
+    emit(Progress("download", total, total))
+    return folder
+
+
+def _snapshot(repo: HubRepo, wanted: Mapping[str, int], emit: Emit) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, XetDownloadError
+
+    try:
+        with _quiet():
+            folder = snapshot_download(
+                repo.repo_id,
+                revision=repo.commit,
+                endpoint=repo.endpoint,
+                library_name="mquant",
+                library_version=__version__,
+                allow_patterns=[glob.escape(path) for path in wanted],
+                tqdm_class=_bar(sum(wanted.values()), emit),
+            )
+    except OfflineModeIsEnabled:
+        raise repo._offline() from None
+    except HfHubHTTPError as error:
+        repo._refuse(error.response)
+    except (httpx.HTTPError, XetDownloadError):
+        raise _Again(repo._unreachable()) from None
+    except OSError as error:
+        # huggingface_hub's own errors (a file that could not be had) are OSErrors without a number.
+        if error.errno is None:
+            raise _Again(repo._unreachable()) from None
+        raise SourceError(
+            f"{repo.repo_id} cannot be stored in the Hugging Face cache: {error.strerror}.",
+            "Free space there, or set HF_HOME to a folder on another disk.",
+        ) from error
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep huggingface_hub's warnings (each retry is one) off stderr; failures still raise."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _bar(total: int, emit: Emit) -> Any:
+    """A bar class for huggingface_hub that draws nothing and emits Progress."""
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+    lock = threading.Lock()
+    done = told = 0
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            # Of the bars of a download only this one counts bytes on disk.
+            self._counts = kwargs.get("name") == "huggingface_hub.snapshot_download"
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal done, told
+            if self._counts and n:
+                with lock:
+                    done = min(done + int(n), total)
+                    if done - told >= PROGRESS_BYTES:
+                        told = done
+                        emit(Progress("download", done, total))
+
+    return Bar
+
+
+def _retrying(attempt: Callable[[], T]) -> T:
+    """Try again after failures that may pass, waiting longer each time or as long as asked to."""
+    failures = 0
+    while True:
+        try:
+            return attempt()
+        except _Again as failure:
+            failures += 1
+            wait = failure.wait
+            if wait is None:  # jitter, lest sixteen readers come back in the same instant
+                wait = BACKOFF_SECONDS * 2 ** (failures - 1) * random.uniform(0.75, 1.25)  # noqa: S311
+            if failures >= failure.tries or wait > LONGEST_WAIT:
+                raise failure.error from None
+        time.sleep(wait)
+
+
+def _matters(path: str) -> bool:
+    nested = len(PurePosixPath(path).parts) > 1
+    weights = (".safetensors", ".safetensors.index.json")
+    return not path.endswith(_OTHER_WEIGHTS) and not (nested and path.endswith(weights))
+
+
+def _file(sibling: Mapping[str, Any]) -> tuple[str, int]:
+    """A file's name and size. Raises TypeError, KeyError or ValueError where it is neither."""
+    path = sibling["rfilename"]
+    size = (sibling.get("lfs") or sibling)["size"]
+    if type(path) is not str or type(size) is not int or not 0 <= size < 2**53:
+        raise TypeError(path)
+    parts = PurePosixPath(path).parts
+    if not path.isprintable() or "\\" in path or path != "/".join(parts) or ".." in parts:
+        raise ValueError(path)
+    return path, size
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    split = urlsplit(url)
+    return split.scheme, split.hostname, split.port
+
+
+def _asked_to_wait(headers: Mapping[str, str]) -> float | None:
+    """Seconds the server asks to wait: Retry-After in either form, or the hub's rate limit."""
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    after = headers.get("Retry-After", "").strip()
+    if after.isascii() and after.isdigit():
+        return min(float(after), 1e9)
+    if after:
+        with contextlib.suppress(ValueError):
+            when = email.utils.parsedate_to_datetime(after)
+            when = when if when.tzinfo else when.replace(tzinfo=UTC)
+            return max(0.0, (when - datetime.now(UTC)).total_seconds())
+    limit = parse_ratelimit_headers(headers)
+    return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
+
+
+__all__ = ["HubRepo", "download"]

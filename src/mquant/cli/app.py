@@ -1,0 +1,59 @@
+"""The verbs, in the order in which a person needs them."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from mquant.cli import families, recipes
+from mquant.cli.inspect import inspect
+from mquant.cli.plan import plan
+from mquant.cli.quantize import quantize
+from mquant.cli.synth import synth
+
+app = typer.Typer(
+    name="mquant",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    # `output` turns every failure into a sentence; nothing is left for a pretty traceback.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from mquant import __version__
+
+        typer.echo(f"mquant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _mquant(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Turn a mixture-of-experts checkpoint into a low-bit one that loads the first time.
+
+    Example: mquant quantize MiniMaxAI/MiniMax-M2 --recipe nvfp4
+    """
+
+
+def _group(name: str, listing: Callable[..., None], show: Callable[..., None]) -> None:
+    """A noun that lists what there is, and shows one of it."""
+    group = typer.Typer(rich_markup_mode="rich")
+    group.callback(invoke_without_command=True)(listing)
+    group.command("show")(show)
+    app.add_typer(group, name=name)
+
+
+app.command("inspect")(inspect)
+app.command("plan")(plan)
+app.command("quantize")(quantize)
+_group("recipes", recipes.recipes, recipes.show)
+_group("families", families.families, families.show)
+app.command("synth")(synth)
+
+__all__ = ["app"]

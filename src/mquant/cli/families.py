@@ -1,0 +1,63 @@
+"""`mquant families`: what mquant can read."""
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from mquant.cli.options import FormatChoice, shipped
+from mquant.cli.output import Format, output
+from mquant.cli.recipes import show_file
+from mquant.cli.text import clean
+
+
+def _complete(incomplete: str) -> list[str]:
+    return shipped("configs", incomplete)
+
+
+Name = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="NAME", help="The family.", show_default=False, autocompletion=_complete
+    ),
+]
+
+
+def families(context: typer.Context, form: FormatChoice = Format.HUMAN) -> None:
+    """List the model families that mquant knows.
+
+    Example: mquant families
+    """
+    if context.invoked_subcommand is not None:
+        return
+    with output("families", form) as out:
+        from mquant.family import load_families
+
+        found = load_families()
+        out.put(
+            families=[
+                {"name": name, "title": family.title, "model_types": list(family.model_types)}
+                for name, family in found.items()
+            ]
+        )
+        for name, family in found.items():
+            types = ", ".join(family.model_types)
+            out.show(
+                Text.assemble(
+                    (clean(name), "bold"), f"  {clean(family.title)} (model_type {clean(types)})"
+                )
+            )
+
+
+def show(name: Name = None, form: FormatChoice = Format.HUMAN) -> None:
+    """Print a family's file: its tensors' names, roles and fused sets.
+
+    Example: mquant families show minimax_m2
+    """
+    with output("families.show", form) as out:
+        from mquant.family import load_families
+
+        show_file(out, "families", name, load_families())
+
+
+__all__ = ["families", "show"]

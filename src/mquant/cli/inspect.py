@@ -1,0 +1,87 @@
+"""`mquant inspect`: what a checkpoint is."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from mquant.cli.options import FormatChoice, Revision, Src
+from mquant.cli.output import Format, output
+from mquant.cli.source import open_source
+from mquant.cli.tables import facts, table
+from mquant.cli.text import both_sizes, clean, plural, size
+
+if TYPE_CHECKING:
+    from mquant.workflows.inspect import Inspection, Share
+
+
+def inspect(
+    src: Src = None,
+    revision: Revision = None,
+    form: FormatChoice = Format.HUMAN,
+) -> None:
+    """Say what a checkpoint is, and what is unusual about it, from its headers alone.
+
+    Example: mquant inspect MiniMaxAI/MiniMax-M2
+    """
+    with output("inspect", form) as out:
+        source = open_source(src, revision, "mquant inspect MiniMaxAI/MiniMax-M2")
+        from mquant.checkpoint import open_checkpoint
+        from mquant.family import load_families
+        from mquant.workflows.inspect import inspect as look
+
+        inspection = look(open_checkpoint(source), load_families())
+        out.put(**inspection.to_json())
+        out.show(render(inspection))
+        out.report(inspection.findings)
+
+
+def render(inspection: "Inspection") -> RenderableType:
+    """The inspection for a person, findings apart."""
+    return Group(
+        Text(clean(inspection.name), "bold"),
+        "",
+        facts(_facts(inspection)),
+        "",
+        _shares("role", inspection.roles),
+        "",
+        _shares("dtype", inspection.dtypes),
+        "",
+    )
+
+
+def _facts(inspection: "Inspection") -> list[tuple[str, str]]:
+    family = inspection.family or f"unknown (model_type {inspection.model_type})"
+    experts = _count(inspection.experts)
+    if inspection.pruned:
+        experts += f" of the family's {inspection.unpruned_experts}: looks expert-pruned"
+    parameters = _count(inspection.parameters)
+    if inspection.parameters is not None:
+        parameters += f" ({inspection.parameters / 1e9:,.2f} billion)"
+    shards = plural(inspection.shards, "shard")
+    return [
+        ("Family", family),
+        ("Quantized", inspection.quantization or "no"),
+        ("Layers", _count(inspection.layers)),
+        ("Experts", experts),
+        ("Top-k", _count(inspection.experts_per_token)),
+        ("Context", _count(inspection.context, " tokens")),
+        ("Vocabulary", _count(inspection.vocabulary, " tokens")),
+        ("Parameters", parameters),
+        ("Tensors", f"{inspection.tensors:,} in {shards}"),
+        ("Bytes", both_sizes(inspection.bytes)),
+    ]
+
+
+def _count(value: int | None, unit: str = "") -> str:
+    return "not known" if value is None else f"{value:,}{unit}"
+
+
+def _shares(title: str, shares: "tuple[Share, ...]") -> RenderableType:
+    rows = table((title, "left"), ("tensors", "right"), ("bytes", "right"))
+    for share in shares:
+        rows.add_row(clean(share.name), f"{share.tensors:,}", size(share.bytes))
+    return rows
+
+
+__all__ = ["inspect", "render"]

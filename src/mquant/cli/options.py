@@ -1,0 +1,79 @@
+"""Arguments and options that several verbs share, so that they read the same everywhere."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mquant.cli.output import Format
+
+
+def shipped(kind: Literal["configs", "recipes"], incomplete: str) -> list[str]:
+    """Names for the shell's completion."""
+    from mquant.data import folder
+
+    names = sorted(path.stem for path in folder(kind).glob("*.yaml"))
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def _recipes(incomplete: str) -> list[str]:
+    return shipped("recipes", incomplete)
+
+
+Src = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="SRC",
+        help="A checkpoint folder, or a hub repo id. Left out: the current folder.",
+        show_default=False,
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of the hub repo.", show_default=False),
+]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="A recipe's name (see: mquant recipes), or a YAML file, llmcompressor's too.",
+        show_default=False,
+        autocompletion=_recipes,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT",
+        help="The folder to write. Left out: SRC's name and the recipe's suffix.",
+        show_default=False,
+    ),
+]
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="Largest shard, e.g. 500MB or 1GiB. Default: 5GB.", show_default=False
+    ),
+]
+AllowUnsafe = Annotated[
+    bool,
+    typer.Option(
+        "--allow-unsafe", help="Also quantize a router, embeddings or head that the recipe names."
+    ),
+]
+FormatChoice = Annotated[
+    Format, typer.Option("--format", help="How the result is written to stdout.")
+]
+
+__all__ = [
+    "AllowUnsafe",
+    "FormatChoice",
+    "MaxShardSize",
+    "Out",
+    "RecipeName",
+    "Revision",
+    "Src",
+    "shipped",
+]

@@ -1,0 +1,206 @@
+"""The one sink of the command line: the result on stdout, everything else on stderr.
+
+    with output("plan", form) as out:
+        out.put(totals=...)          # keys of the JSON envelope
+        out.show(table)              # what a person sees, at once
+        out.report(findings)         # both
+
+Whatever way the block is left, `output` says why, prints the envelope, and sets the exit code.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any, Final, TextIO
+
+import typer
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from mquant.cli.text import clean
+from mquant.errors import MquantError, OutputError, Refused
+from mquant.findings import Finding
+
+INTERRUPTED: Final = "Interrupted; it is safe to run the same command again."
+_MARKS: Final = {"error": ("✗", "bold red"), "warning": ("!", "bold yellow"), "info": ("·", "cyan")}
+
+
+class Format(StrEnum):
+    """How the result is written to stdout."""
+
+    HUMAN = "human"
+    JSON = "json"
+    QUIET = "quiet"
+
+
+class Output:
+    """What one run of a verb says. Strings may come from files: they are shown, never obeyed."""
+
+    def __init__(self, verb: str, form: Format) -> None:
+        self.form = form
+        self._verb = verb
+        self._keys: dict[str, Any] = {}
+        self._findings: list[Finding] = []
+        self._error: dict[str, str] | None = None
+
+    def show(self, *parts: RenderableType) -> None:
+        """Print for a person, at once; nothing in the other formats."""
+        if self.form is Format.HUMAN:
+            console = plain_console()
+            with console.capture() as captured:
+                for part in parts:
+                    console.print(part)
+            # Padding to the right edge is noise in a file, and folds in a narrower terminal.
+            write("\n".join(line.rstrip() for line in captured.get().split("\n")))
+
+    def put(self, **keys: Any) -> None:
+        """Add keys to the JSON envelope. They are printed also where the verb fails later."""
+        self._keys.update(keys)
+
+    def report(self, findings: Iterable[Finding]) -> None:
+        """Add findings to the result. `quiet` still tells the errors, on stderr."""
+        for finding in findings:
+            if finding in self._findings:
+                continue
+            self._findings.append(finding)
+            if self.form is Format.HUMAN:
+                write(_finding(finding, plain_console()))
+            elif self.form is Format.QUIET and finding.severity == "error":
+                write(_finding(finding, plain_console(stderr=True)), stderr=True)
+
+    def note(self, message: str, style: str = "") -> None:
+        """One line on stderr; nothing in `quiet`."""
+        if self.form is not Format.QUIET:
+            _say(message, style)
+
+    def fail(self, error: MquantError) -> None:
+        """Tell an error, on stderr and in the envelope."""
+        known = self._findings
+        self._error = {"message": error.message, "fix": error.fix}
+        refusals = error.findings if isinstance(error, Refused) else ()
+        fresh = [finding for finding in refusals if finding not in known]
+        self._findings = [*known, *fresh]
+        seen = self.form is Format.QUIET or (self.form is Format.HUMAN and sys.stdout.isatty())
+        if refusals and not fresh and seen:
+            _say("Refused, for the reasons above; nothing was written.", "bold red")
+            return
+        prefix = "" if isinstance(error, Refused) else "Error: "
+        _say(prefix + error.message, "bold red")
+        if error.fix:
+            _say(error.fix)
+        for finding in refusals[1:]:
+            write(_finding(finding, plain_console(stderr=True)), stderr=True)
+
+    def crash(self, error: Exception) -> None:
+        """Tell a failure that nobody foresaw: a bug of ours."""
+        if os.environ.get("MQUANT_TRACEBACK"):
+            write("".join(traceback.format_exception(error)), stderr=True)
+        self.fail(
+            MquantError(
+                f"mquant failed unexpectedly: {type(error).__name__}: {error}.",
+                "Please report this, with what you ran; run it with MQUANT_TRACEBACK=1 for the "
+                "traceback.",
+            )
+        )
+
+    def interrupted(self) -> None:
+        """Tell that a person, or the system, stopped the run."""
+        self._error = {"message": INTERRUPTED, "fix": ""}
+        _say(INTERRUPTED)
+
+    def close(self, *, ok: bool) -> None:
+        """Print the envelope, where JSON is wanted."""
+        if self.form is not Format.JSON:
+            return
+        envelope: dict[str, Any] = {
+            "schema": f"mquant.{self._verb}/1",
+            "ok": ok,
+            "findings": [finding.to_json() for finding in self._findings],
+        }
+        if self._error is not None:
+            envelope["error"] = self._error
+        # Only ASCII: a bidi mark or a lone surrogate in a name must not reach the terminal.
+        write(json.dumps({**envelope, **self._keys}, indent=2) + "\n")
+
+
+@contextmanager
+def output(verb: str, form: Format) -> Iterator[Output]:
+    """The sink of one run of a verb. Turns every error into its sentence and its exit code."""
+    out = Output(verb, form)
+    code = 0
+    try:
+        yield out
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except MquantError as error:
+        out.fail(error)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        out.interrupted()
+        code = 130
+    except Exception as error:  # noqa: BLE001 -- the last resort, in place of a traceback
+        out.crash(error)
+        code = 1
+    try:
+        out.close(ok=code == 0)
+    except OutputError as error:
+        _say(f"Error: {error.message}", "bold red")
+        code = code or error.exit_code
+    if code:
+        raise typer.Exit(code)
+
+
+def plain_console(*, stderr: bool = False) -> Console:
+    """A console that takes strings for what they are: no markup, no emoji, no highlighting."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def write(text: str, *, stderr: bool = False) -> None:
+    """Write and flush. A reader who has seen enough (`| head`) is no error.
+
+    Raises OutputError where stdout cannot take the result, e.g. a full disk.
+    """
+    stream = sys.stderr if stderr else sys.stdout
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        _abandon(stream)
+    except OSError as error:
+        _abandon(stream)
+        if not stderr:
+            raise OutputError(
+                f"The result cannot be written to stdout: {error.strerror}."
+            ) from error
+
+
+def _abandon(stream: TextIO) -> None:
+    # What is left in the buffer must not fail again when the interpreter flushes it at exit.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _say(message: str, style: str = "") -> None:
+    console = plain_console(stderr=True)
+    with console.capture() as captured:
+        console.print(Text(clean(message), style), soft_wrap=True)
+    write(captured.get(), stderr=True)
+
+
+def _finding(finding: Finding, console: Console) -> str:
+    # Not wrapped: a fix is there to be copied.
+    mark, style = _MARKS[finding.severity]
+    line = Text.assemble((mark, style), " ", clean(finding.message))
+    with console.capture() as captured:
+        console.print(line, soft_wrap=True)
+        if finding.fix:
+            console.print(Text("  " + clean(finding.fix), "dim"), soft_wrap=True)
+    return captured.get()
+
+
+__all__ = ["INTERRUPTED", "Format", "Output", "output", "plain_console", "write"]

@@ -1,0 +1,183 @@
+"""`mquant plan`: what would happen to every tensor, before any weight is read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mquant.cli.options import AllowUnsafe, FormatChoice, MaxShardSize, Out, RecipeName, Revision
+from mquant.cli.options import Src as SrcArgument
+from mquant.cli.output import Format, Output, output
+from mquant.cli.source import default_out, open_source
+from mquant.cli.tables import facts, table
+from mquant.cli.text import both_sizes, clean, compress, parse_size, plural, size
+from mquant.errors import Refused, UsageError
+
+if TYPE_CHECKING:
+    from mquant.plan import Plan
+
+_SHARDS_SHOWN = 8
+
+
+def plan(
+    src: SrcArgument = None,
+    recipe: RecipeName = None,
+    out_folder: Out = None,
+    max_shard_size: MaxShardSize = None,
+    allow_unsafe: AllowUnsafe = False,
+    revision: Revision = None,
+    form: FormatChoice = Format.HUMAN,
+) -> None:
+    """Show what a recipe would do to every tensor of a checkpoint, and what that takes.
+
+    No weight is read and nothing is written. Exit code 1: `quantize` would refuse.
+
+    Example: mquant plan MiniMaxAI/MiniMax-M2 --recipe nvfp4
+    """
+    with output("plan", form) as out:
+        made = make(
+            "plan",
+            src,
+            recipe,
+            revision=revision,
+            max_shard_size=max_shard_size,
+            allow_unsafe=allow_unsafe,
+        )
+        show_plan(out, made, out_folder)
+
+
+def make(
+    verb: str,
+    src: str | None,
+    recipe: str | None,
+    *,
+    revision: str | None,
+    max_shard_size: str | None,
+    allow_unsafe: bool,
+) -> "Plan":
+    """The plan for what a person typed after `verb`; it may hold refusals.
+
+    Raises UsageError where the command line makes no sense, before SRC is looked at.
+    """
+    example = f"mquant {verb} MiniMaxAI/MiniMax-M2 --recipe nvfp4"
+    if recipe is None:
+        raise UsageError("--recipe is missing.", f"Example: {example}  (mquant recipes lists them)")
+    limit = None if max_shard_size is None else parse_size(max_shard_size)
+    from mquant.checkpoint import open_checkpoint
+    from mquant.family import load_families
+    from mquant.plan import DEFAULT_SHARD_BYTES, make_plan
+    from mquant.recipe import find_recipe
+
+    wanted = find_recipe(recipe)
+    return make_plan(
+        open_checkpoint(open_source(src, revision, example)),
+        wanted,
+        load_families(),
+        max_shard_bytes=DEFAULT_SHARD_BYTES if limit is None else limit,
+        allow_unsafe=allow_unsafe,
+    )
+
+
+def show_plan(out: Output, made: "Plan", out_folder: Path | None) -> None:
+    """Show a plan, its findings and what it takes, in the format that is wanted.
+
+    Raises Refused, after all of it is shown, for a plan that must not be carried out.
+    """
+    from mquant.workflows.plan_report import measure, plan_report, resource_findings
+
+    where = out_folder or default_out(made.survey.checkpoint.source, made.recipe.suffix)
+    resources = measure(made, where)
+    report = plan_report(made, resources)
+    out.put(**report)
+    out.show(render_plan(report, where))
+    out.report(made.findings)
+    out.report(resource_findings(made, resources, where))
+    if made.refusals:
+        raise Refused(made.refusals)
+
+
+def render_plan(report: Mapping[str, Any], out_folder: Path) -> RenderableType:
+    """A plan's report for a person, findings apart."""
+    before, after = report["totals"]["source"], report["totals"]["output"]
+    needs = report["resources"]
+    ratio = f", {after['bytes'] / before['bytes']:.1%}" if before["bytes"] else ""
+    title = Text.assemble(
+        (clean(report["source"]), "bold"),
+        f"  family {clean(report['family'])}, recipe ",
+        (clean(report["recipe"]), "bold"),
+    )
+    return Group(
+        title,
+        "",
+        _roles(report["roles"]),
+        "",
+        facts(
+            [
+                ("Source", f"{plural(before['tensors'], 'tensor')}, {both_sizes(before['bytes'])}"),
+                (
+                    "Output",
+                    f"{plural(after['tensors'], 'tensor')}, {both_sizes(after['bytes'])}{ratio}",
+                ),
+                *_shards(report["shards"]),
+                *_ignore(report["ignore"]),
+                (
+                    "Disk",
+                    f"{both_sizes(needs['disk_needed'])} needed, {size(needs['disk_available'])} "
+                    f"free for {out_folder}",
+                ),
+                (
+                    "Memory",
+                    f"{both_sizes(needs['memory_needed'])} needed, "
+                    f"{size(needs['memory_available'])} free",
+                ),
+            ]
+        ),
+        "",
+    )
+
+
+def _roles(roles: list[dict[str, Any]]) -> Table:
+    rows = table(
+        ("role", "left"),
+        ("tensors", "right"),
+        ("before", "right"),
+        ("after", "right"),
+        ("bits", "right"),
+        ("scheme, or why it stays", "left"),
+    )
+    for role in roles:
+        bits = role["bits_per_weight"]
+        rows.add_row(
+            role["role"],
+            f"{role['tensors']:,}",
+            size(role["bytes_before"]),
+            size(role["bytes_after"]),
+            "-" if bits is None else f"{bits:.2f}",
+            Text(role["scheme"], "green")
+            if role["scheme"] and bits is not None
+            else Text(clean(role["reason"])),
+        )
+    return rows
+
+
+def _shards(shards: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    lines = [
+        f"{shard['name']}  {size(shard['bytes'])}, {plural(shard['tensors'], 'tensor')}"
+        for shard in shards
+    ]
+    if len(lines) > _SHARDS_SHOWN:
+        lines = [*lines[:3], f"... {len(lines) - 4} more ...", lines[-1]]
+    return [("Shards" if number == 0 else "", line) for number, line in enumerate(lines)]
+
+
+def _ignore(ignore: list[str]) -> list[tuple[str, str]]:
+    entries = [
+        pattern if count == 1 else f"{pattern} ({count:,})" for pattern, count in compress(ignore)
+    ]
+    return [("Ignore" if n == 0 else "", entry) for n, entry in enumerate(entries or ["nothing"])]
+
+
+__all__ = ["make", "plan", "render_plan", "show_plan"]

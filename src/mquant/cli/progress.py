@@ -1,0 +1,67 @@
+"""The core's events, as a person sees them: a bar on a terminal, notes as lines."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mquant.cli.output import Format, Output
+from mquant.cli.text import clean
+from mquant.events import Emit, Event, Note, Progress
+
+
+@contextmanager
+def progress(out: Output) -> Iterator[Emit]:
+    """An `Emit` that shows progress (bytes, rate, time left) while the block runs.
+
+    Bars only for a person at a terminal; notes also elsewhere, as lines on stderr, but not in
+    `quiet`. It may be called from any thread.
+    """
+    if out.form is Format.HUMAN and sys.stderr.isatty():
+        with _bars(out) as emit:
+            yield emit
+    else:
+        yield lambda event: _note(out, event)
+
+
+def _note(out: Output, event: Event) -> None:
+    if isinstance(event, Note):
+        out.note(event.message, "yellow" if event.level == "warning" else "")
+
+
+@contextmanager
+def _bars(out: Output) -> Iterator[Emit]:
+    from rich.progress import (  # not needed for --help
+        BarColumn,
+        DownloadColumn,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    from mquant.cli.output import plain_console
+
+    tasks: dict[str, TaskID] = {}
+    with Bars(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+        console=plain_console(stderr=True),
+    ) as bars:
+
+        def emit(event: Event) -> None:
+            if isinstance(event, Progress):
+                if event.stage not in tasks:
+                    tasks[event.stage] = bars.add_task(clean(event.stage), total=event.total)
+                bars.update(tasks[event.stage], completed=event.done, total=event.total)
+            else:
+                # While bars are live, rich lifts what goes through stderr above them.
+                _note(out, event)
+
+        yield emit
+
+
+__all__ = ["progress"]

@@ -1,0 +1,81 @@
+"""`mquant recipes`: what can be asked for."""
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import typer
+from rich.padding import Padding
+from rich.text import Text
+
+from mquant.cli.options import FormatChoice, shipped
+from mquant.cli.output import Format, Output, output, write
+from mquant.cli.text import clean
+from mquant.errors import UsageError
+
+
+def _complete(incomplete: str) -> list[str]:
+    return shipped("recipes", incomplete)
+
+
+Name = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="NAME", help="The recipe.", show_default=False, autocompletion=_complete
+    ),
+]
+
+
+def recipes(context: typer.Context, form: FormatChoice = Format.HUMAN) -> None:
+    """List the recipes: which precision each role gets.
+
+    Example: mquant recipes
+    """
+    if context.invoked_subcommand is not None:
+        return
+    with output("recipes", form) as out:
+        from mquant.recipe import load_recipes
+
+        found = load_recipes()
+        out.put(
+            recipes=[
+                {"name": name, "title": recipe.title, "description": recipe.description}
+                for name, recipe in found.items()
+            ]
+        )
+        for name, recipe in found.items():
+            title = Text.assemble((clean(name), "bold"), f"  {clean(recipe.title)}")
+            out.show(title, Padding(Text(clean(recipe.description)), (0, 0, 0, 2)))
+
+
+def show(name: Name = None, form: FormatChoice = Format.HUMAN) -> None:
+    """Print a recipe's file; the start of one of your own.
+
+    Example: mquant recipes show nvfp4
+    """
+    with output("recipes.show", form) as out:
+        from mquant.recipe import load_recipes
+
+        show_file(out, "recipes", name, load_recipes())
+
+
+def show_file(
+    out: Output, verb: Literal["recipes", "families"], name: str | None, known: Iterable[str]
+) -> None:
+    """Print a shipped file, or give its content as JSON. Raises UsageError for a wrong name."""
+    from mquant.data import folder, read_yaml
+
+    names = list(known)
+    if name not in names:
+        noun = "recipe" if verb == "recipes" else "family"
+        raise UsageError(
+            f"There is no {noun} {name!r}." if name else "NAME is missing.",
+            f"Take one of: {', '.join(names)}. Example: mquant {verb} show {names[0]}",
+        )
+    path = folder("recipes" if verb == "recipes" else "configs") / f"{name}.yaml"
+    out.put(name=name, content=read_yaml(path))
+    if out.form is Format.HUMAN:
+        # The file as it is: the reader may redirect it into one of their own.
+        write(path.read_text(encoding="utf-8"))
+
+
+__all__ = ["recipes", "show", "show_file"]

@@ -1,0 +1,67 @@
+"""SRC and OUT: from what a person typed to a source and a folder."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from mquant.errors import SourceError, UsageError
+
+if TYPE_CHECKING:
+    from mquant.checkpoint import Source
+
+# As the hub has it: `org/name`, 96 characters at most.
+_REPO_ID: Final = re.compile(r"(?=.{3,96}$)\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+def open_source(
+    src: str | None,
+    revision: str | None,
+    example: str = "mquant inspect MiniMaxAI/MiniMax-M2",
+) -> "Source":
+    """The checkpoint a person means: a folder, a hub repo id, or, left out, the current folder.
+
+    A folder that exists comes first; what starts with `.`, `/` or `~` is always a folder.
+    Raises UsageError, with the verb's `example`, where nothing is given and nothing is here;
+    SourceError where there is no such folder.
+    """
+    from mquant.checkpoint import Folder
+
+    try:
+        if src is None:
+            if not Path("config.json").is_file():
+                raise UsageError(
+                    "SRC is missing, and the current folder is no checkpoint (no config.json).",
+                    f"Example: {example}",
+                )
+            src = "."
+        path = Path(src).expanduser()
+        here = path.exists()
+        if not here and not src.startswith((".", "/", "~")) and _REPO_ID.fullmatch(src):
+            from mquant.checkpoint.hub import HubRepo  # slow to import
+
+            return HubRepo(src, revision)
+        folder = Folder(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: `~nobody`
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise SourceError(f"{src} cannot be read: {reason}.", "Check the path.") from error
+    if revision is not None:
+        raise UsageError(
+            f"--revision is for hub repos; {src} is a folder.", "Leave --revision out."
+        )
+    return folder
+
+
+def default_out(source: "Source", suffix: str) -> Path:
+    """Where `-o` points if left out: `<name of SRC>-<suffix>`, here, or beside SRC if SRC is here.
+
+    `suffix` is the recipe's.
+    """
+    from mquant.checkpoint import Folder
+
+    name = f"{source.name.rpartition('/')[2]}-{suffix}"
+    if isinstance(source, Folder) and source.root.resolve() == Path.cwd():
+        return Path("..") / name
+    return Path(name)
+
+
+__all__ = ["default_out", "open_source"]

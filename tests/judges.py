@@ -1,0 +1,68 @@
+"""Judges we did not write: upstream's own tools, run on the same files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mquant.checkpoint import Folder, open_checkpoint
+from mquant.checkpoint.checkpoint import Checkpoint
+
+IGNORE = ["lm_head", "model.embed_tokens", r"re:.*block_sparse_moe\.gate$", r"re:.*norm$"]
+
+
+def model_free_ptq(src: Path, out: Path, ignore: list[str] | None = None) -> Path:
+    """Quantize with llmcompressor's model_free_ptq, NVFP4A16."""
+    from llmcompressor import model_free_ptq as upstream
+
+    upstream(str(src), str(out), scheme="NVFP4A16", ignore=ignore or IGNORE, device="cpu")
+    return out
+
+
+def one_shard(src: Path, out: Path) -> Path:
+    """The same checkpoint in one shard: model_free_ptq rejects some legal ways to cut one."""
+    from safetensors.torch import load_file, save_file
+
+    out.mkdir()
+    tensors: dict[str, Any] = {}
+    for shard in sorted(src.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_bytes((src / "config.json").read_bytes())
+    return out
+
+
+def opened(path: Path) -> Checkpoint:
+    """A checkpoint folder, headers read."""
+    return open_checkpoint(Folder(path))
+
+
+def data(checkpoint: Checkpoint, name: str) -> bytes:
+    """One tensor's bytes."""
+    tensor = checkpoint.tensors[name]
+    return checkpoint.source.read(tensor.shard, tensor.start, tensor.end)
+
+
+def differences(ours: Path, theirs: Path, names: set[str]) -> list[str]:
+    """The names among `names` whose dtype, shape or bytes differ."""
+    a, b = opened(ours), opened(theirs)
+    return [
+        name
+        for name in sorted(names)
+        if name not in a.tensors
+        or name not in b.tensors
+        or (a.tensors[name].dtype, a.tensors[name].shape)
+        != (b.tensors[name].dtype, b.tensors[name].shape)
+        or data(a, name) != data(b, name)
+    ]
+
+
+def quantized_names(folder: Path) -> set[str]:
+    """Names of the tensors only a quantized module has."""
+    suffixes = (".weight_packed", ".weight_scale", ".weight_global_scale")
+    return {name for name in opened(folder).tensors if name.endswith(suffixes)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file."""
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value

@@ -1,0 +1,27 @@
+"""Running mquant in tests."""
+
+from pathlib import Path
+
+from mquant.checkpoint import Folder, open_checkpoint
+from mquant.events import Emit, silent
+from mquant.family import load_families
+from mquant.plan import Plan, make_plan
+from mquant.recipe import find_recipe
+from mquant.workflows.quantize import quantize
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TRAINED = FIXTURES / "tiny-minimax-m2"
+
+
+def plan_of(src: Path, recipe: str = "nvfp4", max_shard_bytes: int = 5_000_000_000) -> Plan:
+    """The plan of a checkpoint folder."""
+    checkpoint = open_checkpoint(Folder(src))
+    return make_plan(
+        checkpoint, find_recipe(recipe), load_families(), max_shard_bytes=max_shard_bytes
+    )
+
+
+def quantize_nvfp4(src: Path, out: Path, emit: Emit = silent, shard_bytes: int = 10**9) -> Path:
+    """Quantize a folder with the recipe nvfp4, in this process."""
+    quantize(plan_of(src, max_shard_bytes=shard_bytes), out, emit=emit)
+    return out
