@@ -140,6 +140,12 @@ class Family(_Data):
                 sets[row.fused] = (*sets.get(row.fused, ()), row)
         return sets
 
+    @cached_property
+    def shape_keys(self) -> tuple[str, ...]:
+        """The keys of config.json that the tensors' shapes are made of."""
+        factors = {f for row in self.tensors for size in row.shape for f in size.split(" * ")}
+        return tuple(sorted(factor for factor in factors if not factor.isdigit()))
+
     def classify(self, name: str) -> Meaning | None:
         """What the tensor is, or None where the family does not know it."""
         row = self._rows.get(_NUMBER.sub("#", name))

@@ -191,7 +191,7 @@ def _scheme_of_group(group: Mapping[str, Any], name: str) -> str:
             and weights.get("symmetric", True) is True
             and not weights.get("dynamic")
             and not weights.get("actorder")
-            and weights.get("observer", wanted["observer"]) in ("minmax", wanted["observer"])
+            and weights.get("observer") in (None, "minmax", "memoryless_minmax")
         ):
             return scheme.name
     raise DataFileError(

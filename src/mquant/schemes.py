@@ -49,7 +49,7 @@ NVFP4A16: Final = Scheme(
             "dynamic": False,
             "group_size": 16,
             "num_bits": 4,
-            "observer": "memoryless_minmax",
+            "observer": None,
             "observer_kwargs": {},
             "scale_dtype": "torch.float8_e4m3fn",
             "strategy": "tensor_group",

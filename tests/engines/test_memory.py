@@ -29,7 +29,7 @@ finally:
 
 def test_half_the_models_bytes_are_enough_memory(tmp_path: Path) -> None:
     src, out = tmp_path / "src", tmp_path / "out"
-    size = "--layers 2 --experts 38 --hidden 3072 --intermediate 1536".split()
+    size = "--family minimax_m2 --layers 2 --experts 38 --hidden 3072 --intermediate 1536".split()
     subprocess.run([sys.executable, "-m", "mquant", "synth", str(src), *size], check=True)
     nbytes = read_json(src / "model.safetensors.index.json")["metadata"]["total_size"]
     assert nbytes > 2e9

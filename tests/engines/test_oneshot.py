@@ -1,5 +1,6 @@
 """The oneshot engine's bytes, judged by upstream's own tools on the same files."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def saved_by_upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
         targets="Linear", scheme="NVFP4A16", ignore=["lm_head", r"re:.*block_sparse_moe\.gate$"]
     )
     oneshot(model=model, recipe=recipe, processor=object())
-    model.save_pretrained(out, save_compressed=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of memory, when it saves
+        model.save_pretrained(out, save_compressed=True)
     return out
 
 
@@ -66,7 +69,11 @@ def _adversarial(rows: list[Row]) -> list[Row]:
     """Zero tensors and blocks, -0.0, subnormals, ties and huge values in expert weights."""
     edited: list[Row] = []
     for name, dtype, shape, raw in rows:
-        value = np.frombuffer(raw, ml_dtypes.bfloat16).reshape(shape).copy() if dtype == "BF16" else None
+        value = (
+            np.frombuffer(raw, ml_dtypes.bfloat16).reshape(shape).copy()
+            if dtype == "BF16"
+            else None
+        )
         if value is not None and value.ndim == 2 and ".experts." in name:
             if ".experts.0." in name:
                 value[:] = 0
@@ -115,7 +122,9 @@ def test_compressed_tensors_decompresses_to_the_parent_within_half_a_step(ours: 
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
-    config = QuantizationConfig.model_validate(read_json(ours / "config.json")["quantization_config"])
+    config = QuantizationConfig.model_validate(
+        read_json(ours / "config.json")["quantization_config"]
+    )
     scheme = config.config_groups["group_0"]
     compressor: Any = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
     parent, result = opened(TRAINED), opened(ours)
@@ -184,7 +193,7 @@ def test_config_json_says_what_upstream_says_but_for_ignore(ours: Path, tmp_path
     )["quantization_config"]
     mine = read_json(ours / "config.json")["quantization_config"]
     differ = {k for k in theirs.keys() | mine.keys() if theirs.get(k) != mine.get(k)}
-    assert differ <= {"ignore", "config_groups"}
+    assert differ == {"ignore", "config_groups"}
     (their_group,) = theirs["config_groups"].values()
     (my_group,) = mine["config_groups"].values()
     assert my_group == their_group

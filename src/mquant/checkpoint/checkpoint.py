@@ -126,7 +126,9 @@ def _read_index(source: Source) -> dict[str, str] | None:
     if INDEX_NAME not in source.files:
         return None
     table = read_json(source, INDEX_NAME).get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+    if not isinstance(table, dict) or not all(
+        isinstance(shard, str) and (name + shard).isprintable() for name, shard in table.items()
+    ):
         raise SourceError(f"{INDEX_NAME} has no usable weight_map.", "Get the file again.")
     return table
 

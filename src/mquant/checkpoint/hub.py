@@ -120,8 +120,6 @@ class HubRepo:
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes [start, end) of a file, in one request where nothing fails."""
-        from huggingface_hub import hf_hub_url
-
         size = self.files.get(path)
         if size is None:
             raise SourceError(
@@ -135,7 +133,7 @@ class HubRepo:
             )
         if start == end:
             return b""
-        url = hf_hub_url(self.repo_id, path, revision=self.commit, endpoint=self.endpoint)
+        url = f"{self.endpoint}/{self.repo_id}/resolve/{self.commit}/{quote(path)}"
         return _retrying(lambda: self._range(url, path, start, end))
 
     def identity(self) -> dict[str, str]:
@@ -224,8 +222,8 @@ class HubRepo:
         from huggingface_hub.errors import OfflineModeIsEnabled
         from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
-        home = _origin(self.endpoint)
         try:
+            home = _origin(self.endpoint)
             for _ in range(MAX_REDIRECTS + 1):
                 sent = {**self._headers, **headers}
                 if _origin(url) != home:
@@ -239,8 +237,9 @@ class HubRepo:
                         yield response
                         return
                     url = urljoin(url, response.headers.get("Location", ""))
-                if self.endpoint.startswith("https:") and not url.startswith("https:"):
-                    raise self._nonsense("redirects to an insecure address")
+                scheme = urlsplit(url).scheme
+                if scheme not in ("https", home[0]):
+                    raise self._nonsense(f"redirects to an address that begins with {scheme!r}")
             raise self._nonsense("redirects without end")
         except OfflineModeIsEnabled:
             raise self._offline() from None
@@ -392,7 +391,7 @@ def _quiet() -> Iterator[None]:
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(40)  # ERROR of the standard library
     try:
         yield
     finally:
@@ -410,7 +409,7 @@ def _bar(total: int, emit: Emit) -> Any:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             # Of the bars of a download only this one counts bytes on disk.
             self._counts = kwargs.get("name") == "huggingface_hub.snapshot_download"
-            super().__init__(*args, **{**kwargs, "disable": True})
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> None:
             nonlocal done, told

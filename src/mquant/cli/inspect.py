@@ -56,8 +56,10 @@ def _facts(inspection: "Inspection") -> list[tuple[str, str]]:
     if inspection.pruned:
         experts += f" of the family's {inspection.unpruned_experts}: looks expert-pruned"
     parameters = _count(inspection.parameters)
-    if inspection.parameters is not None:
-        parameters += f" ({inspection.parameters / 1e9:,.2f} billion)"
+    for unit, name in ((1e9, "billion"), (1e6, "million")):
+        if (inspection.parameters or 0) >= unit:
+            parameters += f" ({(inspection.parameters or 0) / unit:,.2f} {name})"
+            break
     shards = plural(inspection.shards, "shard")
     return [
         ("Family", family),

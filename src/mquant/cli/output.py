@@ -8,6 +8,7 @@
 Whatever way the block is left, `output` says why, prints the envelope, and sets the exit code.
 """
 
+import io
 import json
 import os
 import sys
@@ -50,12 +51,9 @@ class Output:
     def show(self, *parts: RenderableType) -> None:
         """Print for a person, at once; nothing in the other formats."""
         if self.form is Format.HUMAN:
-            console = plain_console()
-            with console.capture() as captured:
-                for part in parts:
-                    console.print(part)
+            text = _draw(parts, sys.stdout)
             # Padding to the right edge is noise in a file, and folds in a narrower terminal.
-            write("\n".join(line.rstrip() for line in captured.get().split("\n")))
+            write("\n".join(line.rstrip() for line in text.split("\n")))
 
     def put(self, **keys: Any) -> None:
         """Add keys to the JSON envelope. They are printed also where the verb fails later."""
@@ -68,9 +66,9 @@ class Output:
                 continue
             self._findings.append(finding)
             if self.form is Format.HUMAN:
-                write(_finding(finding, plain_console()))
+                _tell(finding)
             elif self.form is Format.QUIET and finding.severity == "error":
-                write(_finding(finding, plain_console(stderr=True)), stderr=True)
+                _tell(finding, stderr=True)
 
     def note(self, message: str, style: str = "") -> None:
         """One line on stderr; nothing in `quiet`."""
@@ -93,7 +91,7 @@ class Output:
         if error.fix:
             _say(error.fix)
         for finding in refusals[1:]:
-            write(_finding(finding, plain_console(stderr=True)), stderr=True)
+            _tell(finding, stderr=True)
 
     def crash(self, error: Exception) -> None:
         """Tell a failure that nobody foresaw: a bug of ours."""
@@ -154,9 +152,9 @@ def output(verb: str, form: Format) -> Iterator[Output]:
         raise typer.Exit(code)
 
 
-def plain_console(*, stderr: bool = False) -> Console:
+def plain_console(file: TextIO) -> Console:
     """A console that takes strings for what they are: no markup, no emoji, no highlighting."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    return Console(file=file, markup=False, emoji=False, highlight=False)
 
 
 def write(text: str, *, stderr: bool = False) -> None:
@@ -186,21 +184,39 @@ def _abandon(stream: TextIO) -> None:
 
 
 def _say(message: str, style: str = "") -> None:
-    console = plain_console(stderr=True)
-    with console.capture() as captured:
-        console.print(Text(clean(message), style), soft_wrap=True)
-    write(captured.get(), stderr=True)
+    write(_draw([Text(clean(message), style)], sys.stderr, soft_wrap=True), stderr=True)
 
 
-def _finding(finding: Finding, console: Console) -> str:
-    # Not wrapped: a fix is there to be copied.
+def _tell(finding: Finding, *, stderr: bool = False) -> None:
     mark, style = _MARKS[finding.severity]
-    line = Text.assemble((mark, style), " ", clean(finding.message))
-    with console.capture() as captured:
-        console.print(line, soft_wrap=True)
-        if finding.fix:
-            console.print(Text("  " + clean(finding.fix), "dim"), soft_wrap=True)
-    return captured.get()
+    lines = [Text.assemble((mark, style), " ", clean(finding.message))]
+    if finding.fix:
+        lines.append(Text("  " + clean(finding.fix), "dim"))
+    # Not wrapped: a fix is there to be copied.
+    write(_draw(lines, sys.stderr if stderr else sys.stdout, soft_wrap=True), stderr=stderr)
+
+
+class _Page(io.StringIO):
+    """Paper with the properties of a stream: rich draws for the stream, `write` writes to it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+
+def _draw(parts: Iterable[RenderableType], stream: TextIO, *, soft_wrap: bool = False) -> str:
+    page = _Page(stream)
+    console = plain_console(page)
+    for part in parts:
+        console.print(part, soft_wrap=soft_wrap)
+    return page.getvalue()
 
 
 __all__ = ["INTERRUPTED", "Format", "Output", "output", "plain_console", "write"]

@@ -156,11 +156,19 @@ def _roles(roles: list[dict[str, Any]]) -> Table:
             size(role["bytes_before"]),
             size(role["bytes_after"]),
             "-" if bits is None else f"{bits:.2f}",
-            Text(role["scheme"], "green")
-            if role["scheme"] and bits is not None
-            else Text(clean(role["reason"])),
+            _what(role),
         )
     return rows
+
+
+def _what(role: dict[str, Any]) -> Text:
+    from mquant.family import Role
+
+    if role["scheme"] is None:
+        return Text(clean(role["reason"]))
+    if role["bits_per_weight"] is None:
+        return Text(f"{role['scheme']}: {clean(role['reason'])}", "red")
+    return Text(role["scheme"], "red" if Role(role["role"]).refused_by_loaders else "green")
 
 
 def _shards(shards: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -49,7 +49,7 @@ def _bars(out: Output) -> Iterator[Emit]:
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(compact=True),
-        console=plain_console(stderr=True),
+        console=plain_console(sys.stderr),
     ) as bars:
 
         def emit(event: Event) -> None:

@@ -29,6 +29,7 @@ from llmcompressor.core import create_session
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
 from pydantic import PrivateAttr
+from transformers.utils import logging as transformers_logging
 
 from mquant.engines.parent import ParentCache, attach, build_model
 from mquant.errors import EngineError
@@ -165,7 +166,10 @@ def _threads() -> Iterator[Executor]:
 
 @contextmanager
 def _quiet(emit: Emit) -> Iterator[None]:
-    """Pass on what llmcompressor warns of, each once; drop its other lines and progress bars."""
+    """Pass on what llmcompressor warns of, each once; drop its other lines and progress bars.
+
+    transformers' warnings are dropped too: they are of generating text with the model.
+    """
     said: set[str] = set()
 
     def forward(message: Any) -> None:
@@ -175,10 +179,13 @@ def _quiet(emit: Emit) -> Iterator[None]:
             emit(Note("info", text))
 
     handler = logger.add(forward, level="WARNING", format="{message}")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         with patch.object(apply_module, "tqdm", lambda items, **_options: items):
             yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         logger.remove(handler)
 
 

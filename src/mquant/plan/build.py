@@ -77,7 +77,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 def _action(member: Member, family: Family, recipe: Recipe) -> Action:
     info = member.info
     both = (member.module, family.in_memory_name(member.module))
-    scheme = recipe.scheme(member.role, both) if info.name.endswith(".weight") else None
+    scheme = recipe.scheme(member.role, both)
     if scheme and _obstacle(member, scheme):
         outputs: Iterable[tuple[str, str, tuple[int, ...]]] = ()
     elif scheme:
@@ -101,9 +101,9 @@ def _obstacle(member: Member | Action, scheme: Scheme) -> str:
     info = member.info if isinstance(member, Member) else member.source
     if info.dtype not in FLOAT_WEIGHTS:
         return f"is {info.dtype}; {scheme.name} is made from BF16, F16 or F32"
-    if len(info.shape) != 2:
-        return f"has {len(info.shape)} dimensions; {scheme.name} needs a matrix"
-    if info.shape[1] % scheme.group_size or 0 in info.shape:
+    if len(info.shape) != 2 or 0 in info.shape or not info.name.endswith(".weight"):
+        return f"is {list(info.shape)}; {scheme.name} needs the weight matrix of a layer"
+    if info.shape[1] % scheme.group_size:
         return (
             f"is {list(info.shape)}: {info.shape[1]} columns do not divide into "
             f"groups of {scheme.group_size}"
@@ -123,7 +123,7 @@ def _unquantizable(actions: list[Action]) -> list[Finding]:
             "error",
             action.source.name,
             f"{action.source.name} {why}{more}.",
-            f'Keep it: add "{action.module}" to the recipe\'s ignore list.',
+            f"Leave {action.role} out of the recipe's roles, or add every such module to its ignore.",
         )
     ]
 
@@ -147,7 +147,7 @@ def _split_sets(jobs: list[Job]) -> list[Finding]:
             "error",
             split[0].actions[0].source.name,
             f"{names([a.module for a in split[0].actions])} are one matrix to loaders, but the "
-            f"recipe keeps {names(kept)} only.",
+            f"recipe keeps only {names(kept)}.",
             "Quantize all members of the set, or list all of them in ignore.",
         )
     ]
@@ -214,7 +214,7 @@ def _unsafe(
                 hit[0],
                 f"Recipe {recipe.name} would quantize {len(hit)} {noun} ({names(hit, 2)}); "
                 "vLLM refuses to load that.",
-                f"Use ignore: {safe_ignore(family, recipe)}  (or --allow-unsafe to do it anyway).",
+                f"Use ignore: {safe_ignore(family, recipe)} (or --allow-unsafe to do it anyway).",
             )
         )
     return findings
@@ -232,7 +232,7 @@ def safe_ignore(family: Family, recipe: Recipe) -> str:
                 else module
             )
     entries += [e for e in recipe.ignore if e not in entries]
-    entries.sort(key=lambda entry: entry.startswith("re:"))
+    entries.sort(key=lambda entry: (entry.startswith("re:"), natural(entry)))
     return yaml.safe_dump(entries, default_flow_style=True, width=math.inf).strip()
 
 

@@ -179,7 +179,6 @@ class Plan:
             "kv_cache_scheme": None,
             "quant_method": "compressed-tensors",
             "quantization_status": "compressed",
-            "sparsity_config": {},
             "transform_config": {},
             "version": FORMAT_VERSION,
         }

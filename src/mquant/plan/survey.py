@@ -4,6 +4,7 @@ Completeness, counts and shapes are judged here, from headers and config.json al
 are errors of the *source*: quantizing a checkpoint that is not what it claims to be only hides it.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def survey(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Survey:
                 "family-unknown",
                 "error",
                 "config.json",
-                f"config.json says model_type {str(kind)[:60]!r}, a family mquant does not know.",
+                f"config.json says model_type {json.dumps(kind)[:60]}, a family mquant does not know.",
                 f"Known are {', '.join(families)}; a family is one YAML file, see "
                 "docs/architecture.md.",
             )
@@ -102,7 +103,9 @@ def _already_quantized(checkpoint: Checkpoint) -> list[Finding]:
     if not traces and not config:
         return []
     method = config.get("quant_method") if isinstance(config, dict) else None
-    how = f"config.json says {method}" if method else f"it holds {names(traces, 1)}"
+    how = (
+        f"config.json says {json.dumps(method)[:60]}" if method else f"it holds {names(traces, 1)}"
+    )
     if not method and not traces:
         how = "config.json has a quantization_config"
     return [
@@ -129,25 +132,27 @@ def _unknown(unknown: list[str], family: Family) -> Finding:
 
 
 def _wholeness(family: Family, members: list[Member], config: Mapping[str, Any]) -> list[Finding]:
-    counts: dict[str, int] = {}
-    for key in filter(None, (family.config.layers, family.config.experts)):
+    counts = [key for key in (family.config.layers, family.config.experts) if key]
+    for key in (*counts, *family.shape_keys):
         value = config.get(key)
         # No checkpoint has more layers or experts than tensors; a lie must not cost a long loop.
-        if type(value) is not int or not 0 <= value <= max(len(members), 1):
+        limit = max(len(members), 1) if key in counts else 2**53
+        if type(value) is not int or not 0 <= value <= limit:
+            said = f"says {key} {json.dumps(value)[:40]}, which cannot be"
             return [
                 Finding(
-                    "config-key-missing",
+                    "config-key-unusable",
                     "error",
                     "config.json",
-                    f"config.json has no usable {key} ({str(value)[:40]}).",
+                    f"config.json {said if key in config else f'has no {key}'}.",
                     "Take config.json from the model's repo.",
                 )
             ]
-        counts[key] = value
+    layers = config[family.config.layers]
     return [
-        *_expert_findings(family, members, counts.get(family.config.experts, 0)),
-        *_missing(family, members, counts[family.config.layers]),
-        *_layers_findings(family, members, counts[family.config.layers]),
+        *_expert_findings(family, members, config.get(family.config.experts, 0)),
+        *_missing(family, members, layers),
+        *_layers_findings(family, members, layers),
         *_fused_findings(family, members),
         *_shape_findings(family, members, config),
     ]

@@ -1,0 +1,131 @@
+"""`mquant synth`: a checkpoint of any size that nobody had to train or download."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from mquant.cli.options import FormatChoice, MaxShardSize, shipped
+from mquant.cli.output import Format, output
+from mquant.cli.progress import progress
+from mquant.cli.tables import facts
+from mquant.cli.text import both_sizes, parse_size, plural
+from mquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from mquant.family import Family
+
+_EXAMPLE = "mquant synth OUT --family minimax_m2"
+
+
+def _families(incomplete: str) -> list[str]:
+    return shipped("configs", incomplete)
+
+
+Out = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="OUT", help="The folder to write: empty, or not there yet.", show_default=False
+    ),
+]
+FamilyName = Annotated[
+    str | None,
+    typer.Option(
+        "--family",
+        help="The model family (see: mquant families).",
+        show_default=False,
+        autocompletion=_families,
+    ),
+]
+Layers = Annotated[int | None, typer.Option(help="Number of layers.", show_default=False)]
+Experts = Annotated[int | None, typer.Option(help="Experts in a layer.", show_default=False)]
+Hidden = Annotated[int | None, typer.Option(help="Hidden size.", show_default=False)]
+Intermediate = Annotated[
+    int | None, typer.Option(help="Intermediate size of an expert.", show_default=False)
+]
+Vocab = Annotated[int | None, typer.Option(help="Size of the vocabulary.", show_default=False)]
+Dtype = Annotated[
+    Literal["bf16", "fp16", "fp32", "fp8-block"],
+    typer.Option(help="What weights are stored as; fp8-block: with a scale per 128 x 128."),
+]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same bytes.")]
+ShapesOnly = Annotated[
+    bool,
+    typer.Option(
+        "--shapes-only", help="The real model's sizes, as sparse files that take no disk."
+    ),
+]
+
+
+def synth(
+    out_folder: Out = None,
+    family: FamilyName = None,
+    layers: Layers = None,
+    experts: Experts = None,
+    hidden: Hidden = None,
+    intermediate: Intermediate = None,
+    vocab: Vocab = None,
+    dtype: Dtype = "bf16",
+    max_shard_size: MaxShardSize = None,
+    seed: Seed = 0,
+    shapes_only: ShapesOnly = False,
+    form: FormatChoice = Format.HUMAN,
+) -> None:
+    """Write a checkpoint with made-up weights: a tiny one, or the real one's shapes.
+
+    Example: mquant synth OUT --family minimax_m2 --layers 62 --experts 154 --shapes-only
+    """
+    with output("synth", form) as out:
+        if out_folder is None:
+            raise UsageError("OUT is missing.", f"Example: {_EXAMPLE}")
+        limit = None if max_shard_size is None else parse_size(max_shard_size)
+        # numpy is slow to import, and --help does without it.
+        from mquant.family import load_families
+        from mquant.plan import DEFAULT_SHARD_BYTES
+        from mquant.workflows.synth import Precision, Sizes
+        from mquant.workflows.synth import synth as write
+
+        chosen = _choose(family, load_families().values())
+        with progress(out) as emit:
+            made = write(
+                out_folder,
+                chosen,
+                sizes=Sizes(layers, experts, hidden, intermediate, vocab),
+                precision=Precision(dtype),
+                max_shard_bytes=DEFAULT_SHARD_BYTES if limit is None else limit,
+                seed=seed,
+                shapes_only=shapes_only,
+                emit=emit,
+            )
+        out.put(
+            path=str(made.path),
+            tensors=made.tensors,
+            bytes=made.nbytes,
+            parameters=made.parameters,
+            shards=made.shards,
+        )
+        out.show(
+            facts(
+                [
+                    ("Written", str(made.path)),
+                    ("Tensors", f"{made.tensors:,}, {both_sizes(made.nbytes)}"),
+                    ("Parameters", f"{made.parameters:,}"),
+                    ("Shards", plural(made.shards, "shard")),
+                    *([("Weights", "holes: every byte reads as zero")] if shapes_only else []),
+                ]
+            )
+        )
+
+
+def _choose(name: str | None, families: "Iterable[Family]") -> "Family":
+    known = {family.name: family for family in families}
+    if name not in known:
+        raise UsageError(
+            f"There is no family {name!r}." if name else "--family is missing.",
+            f"Take one of: {', '.join(known)}. Example: {_EXAMPLE}",
+        )
+    return known[name]
+
+
+__all__ = ["synth"]
