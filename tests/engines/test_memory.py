@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from judges import read_json
 
 pytestmark = pytest.mark.upstream
@@ -29,13 +30,15 @@ finally:
 
 def test_half_the_models_bytes_are_enough_memory(tmp_path: Path) -> None:
     src, out = tmp_path / "src", tmp_path / "out"
-    size = "--family minimax_m2 --layers 2 --experts 38 --hidden 3072 --intermediate 1536".split()
-    subprocess.run([sys.executable, "-m", "mquant", "synth", str(src), *size], check=True)
+    size = {"layers": 2, "experts": 38, "hidden": 3072, "intermediate": 1536}
+    options = [word for name, value in size.items() for word in (f"--{name}", str(value))]
+    mquant = [sys.executable, "-m", "mquant"]
+    subprocess.run([*mquant, "synth", str(src), "--family", "minimax_m2", *options], check=True)
     nbytes = read_json(src / "model.safetensors.index.json")["metadata"]["total_size"]
     assert nbytes > 2e9
+    limited = [sys.executable, "-c", LIMITED, str(nbytes // 2)]
     run = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(nbytes // 2), "quantize", str(src)]
-        + ["--recipe", "nvfp4", "-o", str(out)],
+        [*limited, "quantize", str(src), "--recipe", "nvfp4", "-o", str(out)],
         capture_output=True,
         text=True,
         check=False,

@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+
 from judges import data, differences, model_free_ptq, one_shard, opened, quantized_names, read_json
 from make import Row, make_checkpoint
 from run import TRAINED, quantize_nvfp4

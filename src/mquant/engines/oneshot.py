@@ -75,7 +75,7 @@ def run(plan: Plan, write: Write, emit: Emit = silent) -> None:
         modifier = Drained(
             targets=["Linear"], scheme=scheme.name, ignore=[f"re:(?:{spared})$"] if spared else []
         )
-        hub_names = {linears[name]: hub for name, hub in wanted.items()}
+        hub_names: dict[torch.nn.Module, str] = {linears[name]: hub for name, hub in wanted.items()}
         modifier.drain(hub_names, write, stack.enter_context(_threads()))
         # A processor that is neither None nor a name: oneshot looks for none.
         oneshot(model=model, recipe=modifier, processor=object())

@@ -123,7 +123,7 @@ def _unquantizable(actions: list[Action]) -> list[Finding]:
             "error",
             action.source.name,
             f"{action.source.name} {why}{more}.",
-            f"Leave {action.role} out of the recipe's roles, or add every such module to its ignore.",
+            f"Leave {action.role} out of the recipe's roles, or list all such modules in ignore.",
         )
     ]
 

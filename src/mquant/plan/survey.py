@@ -69,7 +69,8 @@ def survey(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Survey:
                 "family-unknown",
                 "error",
                 "config.json",
-                f"config.json says model_type {json.dumps(kind)[:60]}, a family mquant does not know.",
+                f"config.json says model_type {json.dumps(kind)[:60]}, a family mquant does not "
+                "know.",
                 f"Known are {', '.join(families)}; a family is one YAML file, see "
                 "docs/architecture.md.",
             )

@@ -1,0 +1,220 @@
+"""`mquant inspect`: what a checkpoint is, from headers alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from make import Edit, adding, make_checkpoint, renamed, without
+from mquant.cli.app import app
+from mquant.schemes import NVFP4A16
+
+
+def inspect(src: Path, form: str = "human") -> Result:
+    return CliRunner().invoke(app, ["inspect", str(src), "--format", form])
+
+
+def document(src: Path) -> dict[str, Any]:
+    result = inspect(src, "json")
+    assert result.exit_code == 0
+    value: dict[str, Any] = json.loads(result.stdout)
+    assert (value["schema"], value["ok"]) == ("mquant.inspect/1", True)
+    return value
+
+
+def messages(src: Path) -> dict[str, str]:
+    return {finding["rule"]: finding["message"] for finding in document(src)["findings"]}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "model")
+
+
+def test_json_says_what_it_is(model: Path) -> None:
+    found = document(model)
+    del found["findings"], found["roles"], found["dtypes"]
+    shards = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    assert found == {
+        "schema": "mquant.inspect/1",
+        "ok": True,
+        "name": "model",
+        "family": "minimax_m2",
+        "model_type": "minimax_m2",
+        "quantization": None,
+        "layers": 2,
+        "experts": 4,
+        "unpruned_experts": 256,
+        "pruned": True,
+        "experts_per_token": 2,
+        "context": 2048,
+        "vocabulary": 64,
+        "parameters": 82_952,
+        "tensors": 47,
+        "bytes": 166_944,
+        "file_bytes": shards,
+        "shards": 2,
+    }
+
+
+def test_roles_and_dtypes_add_up_to_the_whole(model: Path) -> None:
+    found = document(model)
+    for shares in (found["roles"], found["dtypes"]):
+        assert sum(share["tensors"] for share in shares) == found["tensors"]
+        assert sum(share["bytes"] for share in shares) == found["bytes"]
+    assert [share["name"] for share in found["dtypes"]] == ["BF16", "F32"]
+    assert {share["name"]: share["tensors"] for share in found["roles"]} == {
+        "expert": 24,
+        "attention": 8,
+        "router": 2,
+        "routing_bias": 2,
+        "embedding": 1,
+        "head": 1,
+        "norm": 9,
+    }
+
+
+def test_a_person_sees_the_same(model: Path) -> None:
+    lines = inspect(model).stdout.splitlines()
+    assert lines[0] == "model"
+    assert "Experts     4 of the family's 256: looks expert-pruned" in lines
+    assert "Context     2,048 tokens" in lines
+    assert "Tensors     47 in 2 shards" in lines
+    assert "Bytes       166.9 kB (163.03 KiB)" in lines
+    assert max(map(len, lines)) <= 80
+
+
+# --- what is unusual
+
+
+def test_pruned_experts(model: Path) -> None:
+    assert messages(model)["expert-pruned"] == (
+        "It has 4 of the family's 256 experts: looks expert-pruned."
+    )
+
+
+def test_mtp_that_config_promises_and_shards_lack(model: Path) -> None:
+    assert messages(model)["mtp-without-tensors"] == (
+        "config.json says num_mtp_modules 3, but there is no tensor of such a module."
+    )
+
+
+@pytest.mark.parametrize("count", [0, ..., "three"])
+def test_no_word_of_mtp_where_none_is_promised(tmp_path: Path, count: Any) -> None:
+    model = make_checkpoint(tmp_path / "model", config={"num_mtp_modules": count})
+    assert "mtp-without-tensors" not in messages(model)
+
+
+def test_no_word_of_mtp_where_its_tensors_are(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", edit=adding("model.mtp.0.eh_proj.weight"))
+    assert "mtp-without-tensors" not in messages(model)
+
+
+def test_an_f32_router_beside_bf16(model: Path) -> None:
+    assert messages(model)["dtype-differs"] == (
+        "4 tensors of router and routing_bias in F32 beside BF16 weights."
+    )
+
+
+def test_fused_sets_cut_by_shard_borders(model: Path) -> None:
+    assert messages(model)["fused-set-cut"] == (
+        "1 fused set is cut by shard borders (first: qkv of layer 1)."
+    )
+
+
+def test_config_keys_that_loaders_need(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", config={"rotary_dim": ...})
+    assert messages(model)["required-config-missing"] == (
+        "config.json lacks rotary_dim, without which vLLM and SGLang do not load it."
+    )
+
+
+def test_a_missing_tokenizer(model: Path) -> None:
+    assert messages(model)["tokenizer-missing"] == "There are no tokenizer files."
+    (model / "tokenizer.json").write_text("{}")
+    assert "tokenizer-missing" not in messages(model)
+
+
+def test_a_plain_whole_model_has_nothing_unusual(tmp_path: Path) -> None:
+    def bf16(rows: list[Any]) -> list[Any]:
+        return [(n, "BF16" if d == "F32" else d, s, b[: len(b) // (1 + (d == "F32"))])
+                for n, d, s, b in rows]  # fmt: skip
+
+    model = make_checkpoint(
+        tmp_path / "model", experts=256, shards=1, config={"num_mtp_modules": 0}, edit=bf16
+    )
+    (model / "tokenizer.json").write_text("{}")
+    assert messages(model) == {}
+
+
+# --- checkpoints that a plan refuses can be inspected
+
+
+def test_an_unknown_family(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", config={"model_type": "gpt2"})
+    found = document(model)
+    assert (found["family"], found["model_type"], found["layers"]) == (None, "gpt2", None)
+    assert [share["name"] for share in found["roles"]] == ["unknown"]
+    assert [f["severity"] for f in found["findings"] if f["rule"] == "family-unknown"] == ["info"]
+    assert "Family      unknown (model_type gpt2)" in inspect(model).stdout
+
+
+def test_a_quantized_checkpoint(tmp_path: Path) -> None:
+    def pack(rows: list[Any]) -> list[Any]:
+        packed = []
+        for name, dtype, shape, data in rows:
+            if ".experts." not in name:
+                packed.append((name, dtype, shape, data))
+                continue
+            for part, kind, size in NVFP4A16.outputs(name.removesuffix(".weight"), shape):
+                width = {"U8": 1, "F8_E4M3": 1, "F32": 4}[kind]
+                count = width * size[0] * (size[1] if len(size) > 1 else 1)
+                packed.append((part, kind, size, bytes(count)))
+        return packed
+
+    declared = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    model = make_checkpoint(tmp_path / "model", config=declared, edit=pack)
+    found = document(model)
+    assert found["quantization"] == "compressed-tensors"
+    assert found["parameters"] is None
+    assert {s["name"]: s["tensors"] for s in found["roles"]}["expert"] == 3 * 24
+    assert messages(model)["source-quantized"] == (
+        "model is already quantized (config.json says compressed-tensors)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("edit", "rule"),
+    [
+        (without("layers.1.self_attn.o_proj"), "tensor-missing"),
+        (without("experts.2."), "expert-gap"),
+        (adding("model.layers.0.surprise.weight"), "tensor-unknown"),
+        (lambda rows: renamed(rows, "lm_head", "output"), "tensor-unknown"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole(tmp_path: Path, edit: Edit, rule: str) -> None:
+    assert rule in messages(make_checkpoint(tmp_path / "model", edit=edit))
+
+
+@pytest.mark.parametrize("value", [True, -1, 10**400, "62", None, [1], 1.5])
+def test_nonsense_in_config_is_not_repeated_as_fact(tmp_path: Path, value: Any) -> None:
+    model = make_checkpoint(tmp_path / "model", config={"max_position_embeddings": value})
+    assert document(model)["context"] is None
+    assert "Context     not known" in inspect(model).stdout
+
+
+def test_escapes_in_config_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", config={"model_type": "\x1b[31m[bold]x"})
+    result = inspect(model)
+    assert "\x1b" not in result.output
+    assert r"unknown (model_type \x1b[31m[bold]x)" in result.stdout
+
+
+def test_what_is_no_checkpoint_is_unreadable(tmp_path: Path) -> None:
+    result = inspect(tmp_path, "json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["error"]["message"] == (
+        f"{tmp_path.name} has no config.json, so it is no checkpoint."
+    )
