@@ -7,14 +7,16 @@ runs it, so the reference cannot fall behind.
 """
 
 import sys
+from enum import EnumType
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer
 
 from mquant.cli.app import app
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
+KINDS = {str: "TEXT", int: "N", Path: "PATH"}
 HEAD = """# Command line reference
 
 Made by `scripts/make_docs.py` from `mquant --help`; do not edit.
@@ -52,17 +54,15 @@ def section(path: str, command: Any) -> str:
 
 def row(param: Any) -> str:
     """One argument or option."""
-    names = [*param.opts, *param.secondary_opts]
+    kind = param.type_descriptor.annotation
     if param.param_type_name == "argument":
         title = param.metavar
+    elif getattr(param, "is_flag", False):
+        title = ", ".join(param.opts)
     else:
-        choices = getattr(param.type, "choices", None)
-        value = (
-            "\\|".join(getattr(c, "value", str(c)) for c in choices) if choices else param.metavar
-        )
-        flag = getattr(param, "is_flag", False)
-        kind = "" if flag else f" {value or param.type.name.upper()}"
-        title = ", ".join(names) + kind
+        values = list(kind) if isinstance(kind, EnumType) else get_args(kind)
+        choices = "\\|".join(values)
+        title = ", ".join(param.opts) + " " + (choices or param.metavar or KINDS.get(kind, "TEXT"))
     default = param.default
     shown = getattr(default, "value", default)
     tail = f" Default: {shown}." if shown not in (None, False, (), "") else ""
