@@ -163,8 +163,8 @@ def test_a_recipe_that_would_quantize_the_routers_is_refused(model: Path, reap: 
     result = plan(model, recipe=reap)
     assert result.exit_code == 1
     fix = (
-        "Use ignore: [model.embed_tokens, lm_head, "
-        r"'re:model\.layers\.\d+\.block_sparse_moe\.gate$']  (or --allow-unsafe to do it anyway)."
+        "Use ignore: [lm_head, model.embed_tokens, "
+        r"'re:model\.layers\.\d+\.block_sparse_moe\.gate$'] (or --allow-unsafe to do it anyway)."
     )
     assert result.stderr == f"Refused: {ROUTER_MESSAGE}\n{fix}\n"
     assert f"✗ {ROUTER_MESSAGE}\n  {fix}\n" in result.stdout
@@ -188,7 +188,7 @@ def test_allow_unsafe_makes_it_a_warning(model: Path, reap: Path) -> None:
 
 def test_the_advised_ignore_list_is_accepted(model: Path, reap: Path) -> None:
     fix = document(plan(model, "--format", "json", recipe=reap))["error"]["fix"]
-    ignore = fix.removeprefix("Use ignore: ").partition("  (or")[0]
+    ignore = fix.removeprefix("Use ignore: ").partition(" (or")[0]
     reap.write_text(LLMCOMPRESSOR.replace("[lm_head]", ignore))
     assert plan(model, recipe=reap).exit_code == 0
 
