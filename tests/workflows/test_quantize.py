@@ -6,15 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from judges import differences, opened, read_json
 from make import make_checkpoint
-from run import TRAINED, plan_of, quantize_nvfp4
-
 from mquant.engines import oneshot
 from mquant.errors import OutputError
 from mquant.events import Event, Note, Progress
 from mquant.output import LEDGER
 from mquant.workflows.quantize import quantize
+from run import TRAINED, plan_of, quantize_nvfp4
 
 pytestmark = pytest.mark.upstream
 

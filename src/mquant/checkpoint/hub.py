@@ -116,7 +116,9 @@ class HubRepo:
     @property
     def host(self) -> str:
         """The hub's host name, for messages: HF_ENDPOINT may hold a password."""
-        return urlsplit(self.endpoint).hostname or "the hub"
+        with contextlib.suppress(ValueError):
+            return urlsplit(self.endpoint).hostname or "the hub"
+        return "the hub"
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes [start, end) of a file, in one request where nothing fails."""
@@ -372,7 +374,7 @@ def _snapshot(repo: HubRepo, wanted: Mapping[str, int], emit: Emit) -> Path:
         raise repo._offline() from None
     except HfHubHTTPError as error:
         repo._refuse(error.response)
-    except (httpx.HTTPError, XetDownloadError):
+    except (httpx.HTTPError, XetDownloadError, RuntimeError):  # hf_xet raises RuntimeError
         raise _Again(repo._unreachable()) from None
     except OSError as error:
         # huggingface_hub's own errors (a file that could not be had) are OSErrors without a number.

@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from itertools import groupby
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Final
 
 import ml_dtypes
@@ -32,9 +34,8 @@ FP8_BLOCK: Final = 128
 _CHUNK: Final = 1 << 20  # elements made at once: a few MB, whatever the tensor's size
 _STAGING: Final = ".mquant-synth"
 _STD: Final = 0.02
-# E4M3 ends at 448. A standard deviation of 100 puts the largest of 128 x 128 normals there.
+# E4M3 ends at 448; this puts the largest of our normals, 4.33 deviations out, near there.
 _FP8_STD: Final = 100.0
-_FP8_MAX: Final = 448.0
 
 
 class Precision(StrEnum):
@@ -259,22 +260,33 @@ def _write_shard(
         os.fsync(file.fileno())
 
 
-def _values(tensor: SynthTensor, seed: int) -> Iterator[bytes]:
-    """A tensor's data, in chunks. They depend on the seed and the tensor's name alone."""
+def _values(tensor: SynthTensor, seed: int) -> Iterator[memoryview]:
+    """A tensor's data, in chunks that are valid until the next one is asked for.
+
+    They depend on the seed and the tensor's name alone. 16 random bits choose one of 65,536
+    quantiles: several times faster than true normals, and no coarser than 16-bit floats are.
+    """
     digest = hashlib.sha256(f"{seed}\0{tensor.name}".encode()).digest()
     random = np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
-    dtype = _NUMPY[tensor.dtype]
+    table = _quantiles(tensor.dtype, tensor.mean, tensor.std)
     left = _elements(tensor.shape)
-    values = np.empty(min(left, _CHUNK), np.float32)
+    values = np.empty(min(left, _CHUNK), table.dtype)
     while left:
         values = values[:left]
-        random.standard_normal(dtype=np.float32, out=values)
-        values *= np.float32(tensor.std)
-        values += np.float32(tensor.mean)
-        if tensor.dtype == "F8_E4M3":
-            np.clip(values, -_FP8_MAX, _FP8_MAX, out=values)
-        yield values.astype(dtype).tobytes()
+        words = random.integers(0, 2**64, -(-len(values) // 4), dtype=np.uint64)
+        chosen = words.astype("<u8", copy=False).view("<u2")[: len(values)]
+        # No index is out of bounds; "clip" only spares `take` a copy.
+        np.take(table, chosen, out=values, mode="clip")
+        yield values.data.cast("B")
         left -= len(values)
+
+
+@cache
+def _quantiles(dtype: str, mean: float, std: float) -> "np.ndarray[Any, np.dtype[Any]]":
+    """65,536 quantiles of a normal distribution, as the bits of `dtype`."""
+    normal = NormalDist(mean, std)
+    values = np.array([normal.inv_cdf((i + 0.5) / 65536) for i in range(65536)], np.float32)
+    return values.astype(_NUMPY[dtype]).view(f"u{nbytes(dtype, (1,))}")
 
 
 def _side_files(vocabulary: int) -> dict[str, dict[str, Any]]:

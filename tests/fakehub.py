@@ -1,0 +1,348 @@
+"""A hub in this process: an HTTP server on 127.0.0.1 that serves folders as model repos.
+
+It speaks as much of the hub's protocol as huggingface_hub 1.33 uses for reading: model info and
+file trees with sizes, HEAD and GET of files with ranges, the error headers, and a "CDN" under
+another host name to which weights are redirected. It can be told to fail, and it counts.
+
+    def test_it(hub: FakeHub) -> None:
+        hub.add("org/model", folder)
+        HubRepo("org/model")
+        assert hub.bytes_served < 100_000
+
+The fixture `hub` also points HF_ENDPOINT, the cache and the token at this hub, for this process
+and for those it starts.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+
+GOOD_TOKEN = "hf_goodgoodgoodgoodgoodgoodgoodgood"  # noqa: S105
+POOR_TOKEN = "hf_poorpoorpoorpoorpoorpoorpoorpoor"  # noqa: S105
+"""A valid token without access to gated or private repos."""
+
+Ranges = Literal["served", "ignored", "shifted", "cut short"]
+
+_FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+_API = re.compile(
+    r"/api/models/(?P<repo>[^/]+/[^/]+?)"
+    r"(?:/(?P<kind>revision|tree)/(?P<revision>[^/]+))?"
+)
+_PIECE = 64 * 1024
+
+
+@dataclass
+class Repo:
+    """A repo: its revisions' folders and commits, and who may read it."""
+
+    access: Literal["public", "gated", "private"] = "public"
+    folders: dict[str, Path] = field(default_factory=dict)
+    """Commit -> folder."""
+    revisions: dict[str, str] = field(default_factory=dict)
+    """Branch -> commit."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that came in."""
+
+    host: str
+    method: str
+    path: str
+    range: str | None
+    authorization: str | None
+
+
+class FakeHub:
+    """The hub. `close` it, or use the fixture."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.requests: list[Request] = []
+        self.bytes_served = 0
+        self.ranges: Ranges = "served"
+        self.redirect_to = ""
+        """Where files are redirected to instead of being served; `{path}` is the request's."""
+        self._failures: list[tuple[int, dict[str, str]]] = []
+        self._lock = threading.Lock()
+        hub = self
+
+        class Handler(_Handler):
+            pass
+
+        Handler.hub = hub
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self._server.server_port
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        """The hub's address."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def cdn(self) -> str:
+        """The same server under the name of another host."""
+        return f"http://localhost:{self.port}"
+
+    def add(
+        self,
+        repo_id: str,
+        folder: Path,
+        *,
+        revision: str = "main",
+        access: Literal["public", "gated", "private"] = "public",
+    ) -> str:
+        """Serve a folder as a repo, or as one more branch of it; returns the commit."""
+        digest = hashlib.sha1(repo_id.encode())  # noqa: S324
+        for path, size in _listing(folder):
+            digest.update(f"{path}\0{size}\0{_etag(folder / path)}".encode())
+        commit = digest.hexdigest()
+        repo = self.repos.setdefault(repo_id, Repo())
+        repo.access = access
+        repo.folders[commit] = folder
+        repo.revisions[revision] = commit
+        return commit
+
+    def fail(self, status: int, times: int = 1, **headers: str) -> None:
+        """Answer the next `times` requests with a status, and headers like `Retry_After="0"`."""
+        fields = {key.replace("_", "-"): value for key, value in headers.items()}
+        self._failures += [(status, fields)] * times
+
+    def forget(self) -> None:
+        """Start counting anew."""
+        self.requests.clear()
+        self.bytes_served = 0
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def note(self, request: Request) -> tuple[int, dict[str, str]] | None:
+        """Count a request; the failure it is to meet, if any."""
+        with self._lock:
+            self.requests.append(request)
+            return self._failures.pop(0) if self._failures else None
+
+    def served(self, count: int) -> None:
+        """Count bytes of bodies."""
+        with self._lock:
+            self.bytes_served += count
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: FakeHub
+    # One connection a request: none is left open when the server stops.
+    protocol_version = "HTTP/1.0"
+
+    def do_GET(self) -> None:
+        # A client that has seen enough hangs up.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self._answer()
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        pass
+
+    def _answer(self) -> None:
+        host = self.headers.get("Host", "").partition(":")[0]
+        authorization = self.headers.get("Authorization")
+        failure = self.hub.note(
+            Request(host, self.command, self.path, self.headers.get("Range"), authorization)
+        )
+        if failure is not None:
+            return self._send(failure[0], b"", failure[1])
+        url = urlsplit(self.path)
+        if match := _API.fullmatch(url.path):
+            return self._api(match, parse_qs(url.query))
+        if match := _FILE.fullmatch(url.path):
+            return self._file(match, on_cdn=host == "localhost")
+        return self._error(404, "", "Not Found")
+
+    def _api(self, match: re.Match[str], query: dict[str, list[str]]) -> None:
+        # The hub shows what is in a gated repo to everyone.
+        found = self._find(match["repo"], match["revision"] or "main", door="api")
+        if found is None:
+            return None
+        repo, commit, folder = found
+        entries = []
+        for path, size in _listing(folder):
+            entry: dict[str, Any] = {"size": size, "oid": _etag(folder / path)}
+            if _is_lfs(path):
+                entry["lfs"] = {"oid": _etag(folder / path), "size": size, "pointerSize": 134}
+            entries.append((path, entry))
+        if match["kind"] == "tree":
+            return self._json([{"type": "file", "path": path, **e} for path, e in entries])
+        siblings: list[dict[str, Any]] = [{"rfilename": path} for path, _ in entries]
+        if "blobs" in query:
+            for sibling, (_, entry) in zip(siblings, entries, strict=True):
+                sibling |= {"blobId": entry["oid"], "size": entry["size"]}
+                if "lfs" in entry:
+                    sibling["lfs"] = {"sha256": entry["oid"], "size": entry["size"]}
+        return self._json(
+            {
+                "id": match["repo"],
+                "modelId": match["repo"],
+                "sha": commit,
+                "private": repo.access == "private",
+                "gated": "manual" if repo.access == "gated" else False,
+                "disabled": False,
+                "tags": [],
+                "siblings": siblings,
+            }
+        )
+
+    def _file(self, match: re.Match[str], *, on_cdn: bool) -> None:
+        found = self._find(match["repo"], match["revision"], door="cdn" if on_cdn else "file")
+        if found is None:
+            return None
+        _, commit, folder = found
+        name = unquote(match["path"])
+        if name not in dict(_listing(folder)):
+            return self._error(404, "EntryNotFound", "Entry not found")
+        path = folder / name
+        size = path.stat().st_size
+        headers = {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if _is_lfs(name) and not on_cdn:
+            target = self.hub.redirect_to or self.hub.cdn + "{path}"
+            headers |= {
+                "Location": target.replace("{path}", self.path),
+                "X-Linked-Size": str(size),
+                "X-Linked-Etag": f'"{_etag(path)}"',
+            }
+            return self._send(302, b"", headers)
+        return self._bytes(path, size, headers)
+
+    def _bytes(self, path: Path, size: int, headers: dict[str, str]) -> None:
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start, end, status = 0, size, HTTPStatus.OK
+        if asked and self.hub.ranges != "ignored":
+            start = int(asked[1])
+            end = min(size, int(asked[2]) + 1) if asked[2] else size
+            if start >= size:
+                return self._send(416, b"", {"Content-Range": f"bytes */{size}"})
+            if self.hub.ranges == "shifted":
+                start, end = start + 1, min(size, end + 1)
+            status = HTTPStatus.PARTIAL_CONTENT
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+        self._head(status, {**headers, "Content-Length": str(end - start)})
+        if self.command == "HEAD":
+            return None
+        if self.hub.ranges == "cut short":
+            end = start + (end - start) // 2
+        with path.open("rb") as file:
+            file.seek(start)
+            while start < end:
+                piece = file.read(min(_PIECE, end - start))
+                # Counted first: the client may act on it before this thread goes on.
+                self.hub.served(len(piece))
+                self.wfile.write(piece)
+                start += len(piece)
+        return None
+
+    def _find(
+        self, repo_id: str, revision: str, *, door: Literal["api", "file", "cdn"]
+    ) -> tuple[Repo, str, Path] | None:
+        """The repo, its commit and folder; None where an error was sent."""
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if token not in ("", GOOD_TOKEN, POOR_TOKEN):
+            self._error(401, "", "Invalid credentials in Authorization header")
+            return None
+        repo = self.hub.repos.get(repo_id)
+        closed = {"api": ("private",), "file": ("private", "gated"), "cdn": ()}[door]
+        denied = repo is not None and repo.access in closed and token != GOOD_TOKEN
+        if repo is None or (denied and repo.access == "private"):
+            # Without a token the hub does not even say whether there is such a repo.
+            self._error(404 if token else 401, "RepoNotFound", "Repository not found")
+            return None
+        if denied:
+            said = f"Access to model {repo_id} is restricted."
+            self._error(403 if token else 401, "GatedRepo", said)
+            return None
+        wanted = unquote(revision)
+        commit = repo.revisions.get(wanted, wanted)
+        if commit not in repo.folders:
+            self._error(404, "RevisionNotFound", f"Invalid rev id: {wanted}")
+            return None
+        return repo, commit, repo.folders[commit]
+
+    def _error(self, status: int, code: str, message: str) -> None:
+        headers = {"X-Error-Message": message}
+        if code:
+            headers["X-Error-Code"] = code
+        self._send(status, json.dumps({"error": message}).encode(), headers)
+
+    def _json(self, value: object) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self._head(status, {**headers, "Content-Length": str(len(body))})
+        if self.command != "HEAD":
+            self.hub.served(len(body))
+            self.wfile.write(body)
+
+    def _head(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+
+
+def _listing(folder: Path) -> list[tuple[str, int]]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in files)
+
+
+def _is_lfs(path: str) -> bool:
+    return path.endswith((".safetensors", ".bin"))
+
+
+def _etag(path: Path) -> str:
+    # The beginning of a file tells the tests' files apart, and sparse ones stay cheap.
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read(1_000_000)).hexdigest()
+
+
+@pytest.fixture
+def hub(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FakeHub]:
+    """A fake hub which is the hub, to this process and those it starts."""
+    from huggingface_hub import constants
+
+    home = tmp_path_factory.mktemp("hf-home")
+    hub = FakeHub()
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setenv("HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    # huggingface_hub reads the environment once, when it is imported.
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    try:
+        yield hub
+    finally:
+        hub.close()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+__all__ = ["GOOD_TOKEN", "POOR_TOKEN", "FakeHub", "Request", "hub"]

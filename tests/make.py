@@ -1,0 +1,187 @@
+"""Small MiniMax-M2 checkpoints for tests, in the names and with the config.json of the hub."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, build_header
+from mquant.family import Family, Role, TensorRow, load_families
+
+Row = tuple[str, str, tuple[int, ...], bytes]
+"""name, dtype, shape, data"""
+
+Edit = Callable[[list[Row]], list[Row] | None]
+"""Changes the rows in place, or returns others."""
+
+NUMPY = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+}
+
+# A cut after one of these splits a fused set: q|k|v of a layer, w1|w3 of an expert.
+_INSIDE_A_SET = (".q_proj.weight", ".k_proj.weight", ".w1.weight", ".w2.weight")
+
+
+@cache
+def minimax_m2() -> Family:
+    """The family the checkpoints are of."""
+    return load_families()["minimax_m2"]
+
+
+def make_checkpoint(
+    path: Path,
+    *,
+    layers: int = 2,
+    experts: int = 4,
+    hidden: int = 64,
+    intermediate: int = 32,
+    vocab: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    dtype: str = "BF16",
+    shards: int = 2,
+    config: Mapping[str, Any | EllipsisType] | None = None,
+    edit: Edit | None = None,
+    index: bool = True,
+    seed: int = 0,
+) -> Path:
+    """Write a checkpoint and return its folder.
+
+    `config` overrides keys of config.json after the weights' shapes are fixed (`...` removes a
+    key), `edit` the tensors before they are written. Every cut between shards splits a fused set.
+    One shard is `model.safetensors` without an index, as on the hub.
+    """
+    table = make_config(
+        num_hidden_layers=layers,
+        num_local_experts=experts,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        vocab_size=vocab,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rotary_dim=head_dim // 2,
+        num_experts_per_tok=min(2, experts),
+        max_position_embeddings=2048,
+    )
+    random = np.random.default_rng(seed)
+    rows = [
+        make_row(name, dtype if row.dtype == "BF16" else row.dtype, _shape(row, table), random)
+        for row, name in make_names(layers, experts)
+    ]
+    if edit is not None:
+        rows = edit(rows) or rows
+    table = {key: value for key, value in {**table, **(config or {})}.items() if value is not ...}
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / CONFIG_NAME, table)
+    parts = list(_cut(rows, shards))
+    files = (
+        ["model.safetensors"]
+        if len(parts) == 1
+        else [f"model-{n:05d}-of-{len(parts):05d}.safetensors" for n in range(1, len(parts) + 1)]
+    )
+    for file, part in zip(files, parts, strict=True):
+        write_shard(path / file, part)
+    if index and len(parts) > 1:
+        where = {row[0]: file for file, part in zip(files, parts, strict=True) for row in part}
+        total = sum(len(row[3]) for row in rows)
+        write_index(path, dict(sorted(where.items())), total)
+    return path
+
+
+def make_config(**overrides: Any) -> dict[str, Any]:
+    """A config.json as on the hub, of the family's real size but for `overrides`."""
+    synth = minimax_m2().synth
+    table = {**synth.config, **overrides}
+    layers = table["num_hidden_layers"]
+    return {**table, **{key: [value] * layers for key, value in synth.per_layer.items()}}
+
+
+def make_names(layers: int, experts: int) -> Iterator[tuple[TensorRow, str]]:
+    """The family's row and name of every tensor, in the order of the hub's files."""
+    rows = minimax_m2().tensors
+    inner = [row for row in rows if "{layer}" in row.name]
+    first = rows.index(inner[0])
+    for row in rows[:first]:
+        yield row, row.name
+    for layer in range(layers):
+        for row in inner:
+            if row.role is not Role.EXPERT:
+                yield row, row.format(layer, None)
+        for expert in range(experts):
+            for row in inner:
+                if row.role is Role.EXPERT:
+                    yield row, row.format(layer, expert)
+    for row in rows[first + len(inner) :]:
+        yield row, row.name
+
+
+def make_row(
+    name: str, dtype: str, shape: tuple[int, ...], random: np.random.Generator | int = 0
+) -> Row:
+    """A tensor of small random values."""
+    values = np.random.default_rng(random).standard_normal(shape, np.float32)
+    scale = 0.05 if NUMPY[dtype].kind not in "iu" else 16
+    return name, dtype, shape, (values * scale).astype(NUMPY[dtype]).tobytes()
+
+
+def renamed(rows: list[Row], old: str, new: str) -> list[Row]:
+    """The rows, with `old` replaced in every name."""
+    return [(name.replace(old, new), *rest) for name, *rest in rows]  # type: ignore[misc]
+
+
+def without(*parts: str) -> Edit:
+    """An `edit` that drops every tensor with one of these in its name."""
+    return lambda rows: [row for row in rows if not any(part in row[0] for part in parts)]
+
+
+def adding(*names: str, dtype: str = "BF16", shape: tuple[int, ...] = (16, 16)) -> Edit:
+    """An `edit` that adds tensors."""
+    return lambda rows: [*rows, *(make_row(name, dtype, shape) for name in names)]
+
+
+def write_shard(path: Path, rows: list[Row]) -> None:
+    """Write a .safetensors file."""
+    first, places = build_header([(name, dtype, shape) for name, dtype, shape, _ in rows])
+    data = {name: data for name, _, _, data in rows}
+    ordered = sorted((row[0] for row in rows), key=lambda name: (places[name], len(data[name])))
+    path.write_bytes(first + b"".join(data[name] for name in ordered))
+
+
+def write_index(path: Path, where: Mapping[str, str], total: int = 0) -> None:
+    """Write a checkpoint's index."""
+    write_json(path / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(where)})
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON as the hub has it."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _shape(row: TensorRow, config: Mapping[str, Any]) -> tuple[int, ...]:
+    shape = minimax_m2().shape(row, config)
+    assert shape is not None
+    return shape
+
+
+def _cut(rows: list[Row], count: int) -> Iterator[list[Row]]:
+    start = 0
+    for number in range(1, count):
+        end = max(start, number * len(rows) // count)
+        while end < len(rows) and not rows[end - 1][0].endswith(_INSIDE_A_SET):
+            end += 1
+        yield rows[start:end]
+        start = end
+    yield rows[start:]
