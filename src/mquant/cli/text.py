@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Final
 
 from mquant.errors import UsageError
+from mquant.findings import size
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b)?", re.IGNORECASE)
 _POWER: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -23,18 +24,6 @@ def clean(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
-
-
-def size(count: int) -> str:
-    """Bytes in decimal units: `80.14 GB`."""
-    if count < 1000:
-        return f"{count} B"
-    units = iter(("kB", "MB", "GB", "TB", "PB"))
-    value, unit = count / 1000, next(units)
-    while value >= 999.5 and unit != "PB":
-        value, unit = value / 1000, next(units)
-    digits = 2 if value < 100 else 1
-    return f"{value:,.{digits}f} {unit}"
 
 
 def binary_size(count: int) -> str:

@@ -13,6 +13,7 @@ from typing import Final
 from mquant.checkpoint import Source
 from mquant.errors import EngineError, OutputError
 from mquant.events import Emit, Progress, silent
+from mquant.findings import size
 from mquant.plan import Action, Output, Plan, ShardJob
 
 PARTIAL: Final = ".partial"
@@ -157,8 +158,7 @@ class out_of_space:  # noqa: N801  (a context manager reads as a phrase)
         name = self._path.name.removesuffix(PARTIAL)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
-                f"The disk is full: {name} needs {self._needed / 1e9:.2f} GB in "
-                f"{self._path.parent}.",
+                f"The disk is full: {name} needs {size(self._needed)} in {self._path.parent}.",
                 "Free space, then run the same command again.",
             ) from error
         raise OutputError(

@@ -9,7 +9,7 @@ from typing import Any, Final
 from mquant.checkpoint import Folder
 from mquant.errors import OutputError
 from mquant.family import Role
-from mquant.findings import Finding
+from mquant.findings import Finding, size
 from mquant.output import examine
 from mquant.plan import Action, Plan
 from mquant.workflows.quantize import free_disk
@@ -80,8 +80,8 @@ def resource_findings(plan: Plan, resources: Resources, out: Path) -> tuple[Find
                 "disk-too-small",
                 "warning",
                 str(out),
-                f"{out} needs {resources.disk_needed / 1e9:.2f} GB, "
-                f"{resources.disk_available / 1e9:.2f} GB are free there.",
+                f"{out} needs {size(resources.disk_needed)}, "
+                f"{size(resources.disk_available)} are free there.",
                 "Free space, or give a folder on another disk with -o.",
             )
         )
@@ -91,8 +91,8 @@ def resource_findings(plan: Plan, resources: Resources, out: Path) -> tuple[Find
                 "memory-too-small",
                 "warning",
                 "memory",
-                f"A run takes about {resources.memory_needed / 1e9:.2f} GB of memory, "
-                f"{resources.memory_available / 1e9:.2f} GB are free.",
+                f"A run takes about {size(resources.memory_needed)} of memory, "
+                f"{size(resources.memory_available)} are free.",
                 "Close other programs, or run on a larger machine.",
             )
         )

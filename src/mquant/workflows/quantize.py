@@ -11,6 +11,7 @@ from mquant import __version__
 from mquant.checkpoint import Folder, Source, read_header
 from mquant.errors import EngineError, MissingExtra, OutputError, Refused
 from mquant.events import Emit, Note, silent
+from mquant.findings import size
 from mquant.output import Claim, Ledger, ShardSet, State, examine, file_names, finish
 from mquant.plan import Plan
 
@@ -112,7 +113,7 @@ def _check_disk(out: Path, claim: Claim, plan: Plan) -> None:
     free = free_disk(out) + held
     if free < plan.file_bytes:
         raise OutputError(
-            f"{out} needs {plan.file_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there.",
+            f"{out} needs {size(plan.file_bytes)}, {size(free)} are free there.",
             "Free space, or give a folder on another disk with -o.",
         )
 
