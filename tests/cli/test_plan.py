@@ -254,7 +254,7 @@ def test_too_little_disk_and_memory_are_warnings(
     monkeypatch.setattr(plan_report, "measure", lambda plan, out: small)
     result = plan(model, "-o", "out")
     assert result.exit_code == 0
-    assert "! out needs 0.00 GB, 0.00 GB are free there.\n" in result.stdout
+    assert "! out needs 75.00 kB, 10 B are free there.\n" in result.stdout
     assert "! A run takes about 10.00 GB of memory, 1.00 GB are free.\n" in result.stdout
 
 
