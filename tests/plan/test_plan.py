@@ -1,0 +1,363 @@
+"""Plans: every tensor has one fate, and every output its place, before a weight is read."""
+
+import gzip
+import json
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from make import NUMPY, make_checkpoint, make_config, write_index, write_shard
+from make import make_row as row
+from mquant.checkpoint import Checkpoint, Folder, TensorInfo, open_checkpoint, read_header
+from mquant.dtypes import nbytes
+from mquant.family import Role, load_families
+from mquant.plan import DEFAULT_SHARD_BYTES, Plan, make_plan, natural
+from mquant.recipe import Recipe, find_recipe
+
+LISTING = Path(__file__).parent.parent / "data" / "minimax-m2.7-reap-154.tensors.tsv.gz"
+
+
+@pytest.fixture
+def src(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "src", shards=3)
+
+
+def planned(
+    src: Path, recipe: Recipe | None = None, shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> Plan:
+    checkpoint = open_checkpoint(Folder(src))
+    recipe = recipe or find_recipe("nvfp4")
+    return make_plan(checkpoint, recipe, load_families(), max_shard_bytes=shard_bytes)
+
+
+def only(*roles: Role, ignore: tuple[str, ...] = ()) -> Recipe:
+    """A recipe that quantizes some roles."""
+    scheme = dict.fromkeys(roles, "NVFP4A16")
+    return Recipe(name="mine", suffix="MINE", roles=scheme, ignore=ignore)
+
+
+# --- actions
+
+
+def test_every_source_tensor_has_exactly_one_action(src: Path) -> None:
+    plan = planned(src, shard_bytes=20_000)
+
+    tensors = open_checkpoint(Folder(src)).tensors
+    assert sorted(action.source.name for action in plan.actions) == sorted(tensors)
+
+
+def test_nvfp4_quantizes_experts_and_attention_and_copies_the_rest(src: Path) -> None:
+    kinds = {(action.role, action.kind) for action in planned(src).actions}
+
+    assert kinds == {
+        (Role.EXPERT, "quantize"),
+        (Role.ATTENTION, "quantize"),
+        (Role.ROUTER, "copy"),
+        (Role.ROUTING_BIAS, "copy"),
+        (Role.EMBEDDING, "copy"),
+        (Role.HEAD, "copy"),
+        (Role.NORM, "copy"),
+    }
+
+
+def test_a_copied_tensor_keeps_name_dtype_and_shape_and_says_why(src: Path) -> None:
+    copied = [action for action in planned(src).actions if action.kind == "copy"]
+
+    for action in copied:
+        (output,) = action.outputs
+        kept = (action.source.name, action.source.dtype, action.source.shape)
+        assert (output.name, output.dtype, output.shape) == kept
+        assert action.output_bytes == action.source.nbytes
+        assert action.reason
+    assert {a.source.dtype for a in copied if a.role in (Role.ROUTER, Role.ROUTING_BIAS)} == {"F32"}
+
+
+def test_a_role_the_recipe_leaves_out_is_copied_because_the_recipe_keeps_it(src: Path) -> None:
+    plan = planned(src, only(Role.EXPERT))
+
+    assert {a.reason for a in plan.actions if a.role is Role.ATTENTION} == {"mine keeps it"}
+
+
+def test_a_quantized_tensor_becomes_packed_codes_scales_and_a_global_scale(src: Path) -> None:
+    (action,) = [a for a in planned(src).actions if a.module.endswith("layers.1.self_attn.k_proj")]
+
+    assert action.source.shape == (32, 64)
+    assert [(o.name, o.dtype, o.shape, o.nbytes) for o in action.outputs] == [
+        ("model.layers.1.self_attn.k_proj.weight_packed", "U8", (32, 32), 1024),
+        ("model.layers.1.self_attn.k_proj.weight_scale", "F8_E4M3", (32, 4), 128),
+        ("model.layers.1.self_attn.k_proj.weight_global_scale", "F32", (1,), 4),
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_weights_of_any_float_are_quantized(tmp_path: Path, dtype: str) -> None:
+    plan = planned(make_checkpoint(tmp_path / "src", dtype=dtype))
+
+    assert plan.findings == ()
+    assert {a.source.dtype for a in plan.actions if a.scheme} == {dtype}
+
+
+# --- jobs and shards
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 3_000, 10_000, DEFAULT_SHARD_BYTES])
+def test_a_fused_set_is_one_job_of_one_shard_also_where_the_parent_cuts_it(
+    src: Path, shard_bytes: int
+) -> None:
+    plan = planned(src, shard_bytes=shard_bytes)
+    jobs = [
+        {action.module.rpartition(".")[2] for action in job.actions}
+        for shard in plan.shards
+        for job in shard.jobs
+        if len(job.actions) > 1
+    ]
+    cut = [
+        job
+        for shard in plan.shards
+        for job in shard.jobs
+        if len({action.source.shard for action in job.actions}) > 1
+    ]
+
+    assert Counter(map(frozenset, jobs)) == {
+        frozenset({"q_proj", "k_proj", "v_proj"}): 2,
+        frozenset({"w1", "w3"}): 8,
+    }
+    assert len(cut) == 2  # the parent has three shards, and every cut splits a set
+    for shard in plan.shards:
+        for job in shard.jobs:
+            assert len({(action.layer, action.expert) for action in job.actions}) == 1
+
+
+@pytest.mark.parametrize("limit", [1, 5_000, 20_000, 60_000])
+def test_a_shard_stays_within_the_limit_unless_one_job_alone_exceeds_it(
+    src: Path, limit: int
+) -> None:
+    shards = planned(src, shard_bytes=limit).shards
+
+    assert len(shards) > 1
+    for shard in shards:
+        size = sum(job.output_bytes for job in shard.jobs)
+        assert size <= limit or len(shard.jobs) == 1
+    for shard, following in pairwise(shards):
+        size = sum(job.output_bytes for job in shard.jobs)
+        assert size + following.jobs[0].output_bytes > limit  # nothing is split in vain
+
+
+def test_shards_are_numbered_to_their_total(src: Path) -> None:
+    shards = planned(src, shard_bytes=40_000).shards
+
+    assert [shard.name for shard in shards] == [
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
+
+
+def test_planned_files_are_to_the_byte_those_safetensors_writes(src: Path, tmp_path: Path) -> None:
+    plan = planned(src, shard_bytes=20_000)
+
+    for shard in plan.shards:
+        outputs = [output for job in shard.jobs for output in job.outputs]
+        arrays = {o.name: np.zeros(o.shape, NUMPY[o.dtype]) for o in outputs}
+        save_file(arrays, tmp_path / shard.name, metadata={"format": "pt"})
+        file = (tmp_path / shard.name).read_bytes()
+        first, places = shard.layout
+        assert len(file) == shard.file_bytes
+        assert file.startswith(first)
+        found = {t.name: t.start for t in _tensors(tmp_path / shard.name)}
+        assert found == places
+        assert shard.tensors == len(outputs)
+    assert plan.file_bytes == sum(shard.file_bytes for shard in plan.shards)
+    assert plan.output_bytes == sum(a.output_bytes for a in plan.actions)
+    assert plan.source_bytes == open_checkpoint(Folder(src)).nbytes
+
+
+def _tensors(path: Path) -> tuple[TensorInfo, ...]:
+    return read_header(Folder(path.parent), path.name)
+
+
+# --- ignore and config
+
+
+def test_ignore_names_every_matrix_that_is_kept_in_natural_order(tmp_path: Path) -> None:
+    plan = planned(make_checkpoint(tmp_path / "src", layers=12, experts=2))
+
+    assert plan.ignore == (
+        "lm_head",
+        "model.embed_tokens",
+        *(f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(12)),
+    )
+
+
+def test_ignore_holds_attention_where_it_is_kept(src: Path) -> None:
+    plan = planned(src, only(Role.EXPERT))
+
+    assert {name for name in plan.ignore if ".self_attn." in name} == {
+        f"model.layers.{layer}.self_attn.{part}_proj" for layer in (0, 1) for part in "qkvo"
+    }
+
+
+def test_ignore_is_found_without_regular_expressions(src: Path) -> None:
+    assert not [name for name in planned(src).ignore if name.startswith("re:")]
+
+
+def test_quantization_config_targets_linear_with_the_ignore_list(src: Path) -> None:
+    plan = planned(src)
+    written = plan.quantization_config
+
+    assert list(written["config_groups"]) == ["group_0"]
+    assert written["config_groups"]["group_0"]["targets"] == ["Linear"]
+    assert written["config_groups"]["group_0"]["input_activations"] is None
+    assert written["ignore"] == list(plan.ignore)
+    assert written["format"] == "nvfp4-pack-quantized"
+    assert written["quantization_status"] == "compressed"
+    json.dumps(written)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["layers.2", "layers.10"],
+        ["a", "a.1", "a.1.b", "b"],
+        ["lm_head", "model.x"],
+        ["y", "\u00b2"],
+    ],
+)
+def test_natural_order_puts_layer_two_before_layer_ten(names: list[str]) -> None:
+    assert sorted(sorted(names), key=natural) == names
+
+
+# --- fingerprint
+
+
+def test_equal_plans_have_equal_fingerprints_wherever_they_lie(tmp_path: Path) -> None:
+    one, other = (make_checkpoint(tmp_path / name) for name in ("a", "b"))
+
+    assert planned(one).fingerprint == planned(other).fingerprint
+
+
+def test_a_recipe_by_another_name_that_decides_the_same_has_the_same_fingerprint(src: Path) -> None:
+    assert planned(src).fingerprint == planned(src, only(Role.EXPERT, Role.ATTENTION)).fingerprint
+
+
+def test_another_recipe_shard_size_or_source_has_another_fingerprint(
+    src: Path, tmp_path: Path
+) -> None:
+    wider = make_checkpoint(tmp_path / "wider", intermediate=48, shards=3)
+    halves = make_checkpoint(tmp_path / "halves", dtype="F16", shards=3)
+    kept = "model.layers.0.self_attn.o_proj"
+    prints = {
+        planned(src).fingerprint,
+        planned(src, only(Role.EXPERT)).fingerprint,
+        planned(src, only(Role.EXPERT, Role.ATTENTION, ignore=(kept,))).fingerprint,
+        planned(src, shard_bytes=20_000).fingerprint,
+        planned(wider).fingerprint,
+        planned(halves).fingerprint,
+    }
+
+    assert len(prints) == 6
+
+
+def test_a_shard_size_that_changes_no_shard_keeps_the_fingerprint(src: Path) -> None:
+    assert planned(src).fingerprint == planned(src, shard_bytes=10**9).fingerprint
+
+
+# --- the real thing
+
+
+class Listed:
+    """A source of which only the names, sizes and shapes exist."""
+
+    name = "MiniMax-M2.7-REAP-154"
+
+    def __init__(self, files: Mapping[str, int]) -> None:
+        self.files = files
+
+    def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
+        raise AssertionError(f"a plan reads no byte of {path} [{start}, {end})")
+
+    def identity(self) -> dict[str, str]:
+        return {}
+
+
+@cache
+def golden() -> Plan:
+    """The plan of the full-size listing."""
+    tensors, places = {}, Counter[str]()
+    lines = gzip.decompress(LISTING.read_bytes()).decode().splitlines()
+    for number, line in enumerate(line for line in lines if not line.startswith("#")):
+        name, dtype, sizes = line.split("\t")
+        shape = tuple(map(int, sizes.split("x")))
+        shard = f"model-{number // 300 + 1:05d}-of-00098.safetensors"
+        end = places[shard] + nbytes(dtype, shape)
+        tensors[name] = TensorInfo(name, dtype, shape, shard, places[shard], end)
+        places[shard] = end
+    source = Listed(places)
+    checkpoint = Checkpoint(source, make_config(), tensors, tuple(sorted(places)), ())
+    return make_plan(checkpoint, find_recipe("nvfp4"), load_families())
+
+
+def test_the_full_size_model_is_planned_from_names_alone() -> None:
+    plan = golden()
+
+    assert plan.findings == ()
+    assert (plan.survey.layers, plan.survey.experts) == (62, 154)
+    assert len(plan.survey.checkpoint.tensors) == 29_267
+    assert plan.source_bytes == 278_357_089_584
+    assert plan.survey.checkpoint.parameters == 139_149_203_788
+
+
+def test_the_full_size_model_becomes_80_gb() -> None:
+    plan = golden()
+
+    assert sum(shard.tensors for shard in plan.shards) == 87_051
+    assert plan.output_bytes == 80_140_558_496
+    assert all(sum(j.output_bytes for j in s.jobs) <= DEFAULT_SHARD_BYTES for s in plan.shards)
+
+
+def test_the_full_size_model_ignores_head_embeddings_and_62_gates() -> None:
+    assert golden().ignore == (
+        "lm_head",
+        "model.embed_tokens",
+        *(f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(62)),
+    )
+
+
+def test_fused_sets_stay_whole_in_the_full_size_model() -> None:
+    sizes = Counter(len(job.actions) for shard in golden().shards for job in shard.jobs)
+
+    assert sizes[3] == 62
+    assert sizes[2] == 62 * 154
+
+
+def test_an_unsorted_parent_is_planned_as_well(tmp_path: Path) -> None:
+    src = make_checkpoint(tmp_path / "src", edit=lambda rows: rows[::-1])
+
+    assert planned(src).findings == ()
+
+
+def test_a_set_scattered_over_three_shards_is_one_job(tmp_path: Path) -> None:
+    src = make_checkpoint(tmp_path / "src", shards=1)
+    rows = {t.name: row(t.name, t.dtype, t.shape) for t in _tensors(src / "model.safetensors")}
+    (src / "model.safetensors").unlink()
+    where = {}
+    for number, (name, tensor) in enumerate(rows.items()):
+        where[name] = f"{number % 47:02d}.safetensors"
+        write_shard(src / where[name], [tensor])
+    write_index(src, where)
+
+    plan = planned(src)
+
+    assert plan.findings == ()
+    (job,) = [
+        job
+        for shard in plan.shards
+        for job in shard.jobs
+        if any(a.module == "model.layers.0.self_attn.q_proj" for a in job.actions)
+    ]
+    assert len({action.source.shard for action in job.actions}) == 3
