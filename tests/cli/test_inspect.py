@@ -181,7 +181,7 @@ def test_a_quantized_checkpoint(tmp_path: Path) -> None:
     assert found["parameters"] is None
     assert {s["name"]: s["tensors"] for s in found["roles"]}["expert"] == 3 * 24
     assert messages(model)["source-quantized"] == (
-        "model is already quantized (config.json says \"compressed-tensors\")."
+        'model is already quantized (config.json says "compressed-tensors").'
     )
 
 
