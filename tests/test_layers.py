@@ -20,7 +20,7 @@ LAYERS = (
     {"plan"},
     {"recipe", "checkpoint"},
     {"family"},
-    {"schemes", "dtypes", "data", "events", "expressions"},
+    {"schemes", "dtypes", "data", "events"},
     {"errors"},
     {"findings"},
 )

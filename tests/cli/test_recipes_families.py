@@ -29,18 +29,15 @@ def test_recipes_as_json() -> None:
 
 def test_families_are_listed_with_their_model_types() -> None:
     result = mquant("families")
-    assert (result.exit_code, result.stdout) == (
-        0,
-        "minimax_m2  MiniMax-M2 (model_type minimax_m2)\n",
-    )
+    assert result.exit_code == 0
+    assert "minimax_m2  MiniMax-M2 (model_type minimax_m2)\n" in result.stdout
 
 
 def test_families_as_json() -> None:
     document = json.loads(mquant("families", "--format", "json").stdout)
     assert document["schema"] == "mquant.families/1"
-    assert document["families"] == [
-        {"name": "minimax_m2", "title": "MiniMax-M2", "model_types": ["minimax_m2"]}
-    ]
+    listed = {"name": "minimax_m2", "title": "MiniMax-M2", "model_types": ["minimax_m2"]}
+    assert listed in document["families"]
 
 
 SHOWN = [("recipes", "nvfp4", "recipes"), ("families", "minimax_m2", "configs")]
@@ -76,7 +73,8 @@ def test_show_prints_nothing_in_quiet() -> None:
         (
             ("families", "show", "../recipes/nvfp4"),
             "Error: There is no family '../recipes/nvfp4'.\n"
-            "Take one of: minimax_m2. Example: mquant families show minimax_m2\n",
+            "Take one of: deepseek_v3, llama, minimax_m2, mixtral, qwen3, qwen3_moe. "
+            "Example: mquant families show deepseek_v3\n",
         ),
         (
             ("recipes", "show"),

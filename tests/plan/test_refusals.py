@@ -457,6 +457,24 @@ def test_a_fused_set_that_ignore_splits_is_refused(
     )
 
 
+def test_one_plain_expert_among_quantized_ones_is_refused(make: Make) -> None:
+    kept = f"re:{MOE}.experts.2."
+    assert refusal(make(), ours(Role.EXPERT, Role.ATTENTION, ignore=(kept,))) == Finding(
+        "experts-unlike",
+        "error",
+        f"{MOE}.experts.2.w1",
+        f"The recipe keeps {MOE}.experts.2.w1, {MOE}.experts.2.w2, {MOE}.experts.2.w3 of layer 1 "
+        "and quantizes its other experts; vLLM refuses to load that.",
+        "Quantize all experts of a layer, or list all of them in ignore.",
+    )
+
+
+def test_kept_experts_are_ignored_by_vllms_name_too(make: Make) -> None:
+    ignore = planned(make(), ours(Role.ATTENTION)).ignore
+    assert f"{MOE}.experts.0.w1" in ignore
+    assert "model.layers.1.mlp.experts.0.w1" in ignore
+
+
 @pytest.mark.parametrize("recipe", [ours(), ours(Role.OTHER), ours(Role.EXPERT, ignore=("re:",))])
 def test_a_recipe_that_quantizes_nothing_is_refused(make: Make, recipe: Recipe) -> None:
     assert refusal(make(), recipe) == Finding(
@@ -570,7 +588,7 @@ def test_a_refusal_in_one_sentence_names_the_first_and_counts_the_others(make: M
 
     assert refused.message == (
         "Refused: Layer 0 has 4 experts, but config.json says num_local_experts 6 "
-        "(and 1 more layer like it). (and 2 more problems)"
+        "(and 1 more layer like it). There are 2 more."
     )
     assert refused.fix == "Set num_local_experts to what the shards hold, or get the right shards."
     assert refused.exit_code == 1

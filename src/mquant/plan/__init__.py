@@ -2,7 +2,7 @@
 
 from mquant.plan.build import DEFAULT_SHARD_BYTES, make_plan, natural, safe_ignore
 from mquant.plan.model import Action, Job, Output, Plan, ShardJob
-from mquant.plan.survey import Member, Survey, survey
+from mquant.plan.survey import Member, Survey, survey, wholeness
 
 __all__ = [
     "DEFAULT_SHARD_BYTES",
@@ -17,4 +17,5 @@ __all__ = [
     "natural",
     "safe_ignore",
     "survey",
+    "wholeness",
 ]

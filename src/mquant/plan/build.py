@@ -56,13 +56,17 @@ def make_plan(
     ]
     # Of a source that is quantized already, that is all there is to say.
     if not any(finding.rule == "source-quantized" for finding in findings):
-        findings += [*_unquantizable(actions), *_split_sets(jobs), *_nothing(actions, recipe)]
+        findings += [
+            *_unquantizable(actions),
+            *(_split_sets(jobs) or _unlike_experts(actions)),
+            *_nothing(actions, recipe),
+        ]
     return Plan(
         survey=found,
         family=family,
         recipe=recipe,
         shards=_shards(jobs, max_shard_bytes),
-        ignore=_ignore(actions),
+        ignore=_ignore(actions, family),
         findings=tuple(findings),
     )
 
@@ -153,6 +157,29 @@ def _split_sets(jobs: list[Job]) -> list[Finding]:
     ]
 
 
+def _unlike_experts(actions: list[Action]) -> list[Finding]:
+    """Loaders hold a layer's routed experts as one: all are quantized, or none."""
+    kept: dict[int | None, list[Action]] = {}
+    for action in actions:
+        if action.role is Role.EXPERT and action.scheme is None:
+            kept.setdefault(action.layer, []).append(action)
+    quantized = {a.layer for a in actions if a.role is Role.EXPERT and a.scheme}
+    mixed = [layer for layer in kept if layer in quantized]
+    if not mixed:
+        return []
+    modules = [action.module for action in kept[mixed[0]]]
+    return [
+        Finding(
+            "experts-unlike",
+            "error",
+            modules[0],
+            f"The recipe keeps {names(modules)} of layer {mixed[0]} and quantizes its other "
+            "experts; vLLM refuses to load that.",
+            "Quantize all experts of a layer, or list all of them in ignore.",
+        )
+    ]
+
+
 def _nothing(actions: list[Action], recipe: Recipe) -> list[Finding]:
     if any(action.scheme for action in actions):
         return []
@@ -183,13 +210,21 @@ def _shards(jobs: list[Job], limit: int) -> tuple[ShardJob, ...]:
     )
 
 
-def _ignore(actions: list[Action]) -> tuple[str, ...]:
+def _ignore(actions: list[Action], family: Family) -> tuple[str, ...]:
     """The modules with a matrix that stays as it is, by name, in natural order.
 
-    `targets: ["Linear"]` would otherwise claim them. Exact names: no loader reads them otherwise.
+    `targets: ["Linear"]` would otherwise claim them. Exact names, which every loader reads alike:
+    the hub's, and vLLM's own where that is another.
     """
-    kept = (a for a in actions if a.scheme is None and a.source.name.endswith(".weight"))
-    return tuple(sorted((a.module for a in kept if len(a.source.shape) == 2), key=natural))
+    kept = [
+        action.module
+        for action in actions
+        if action.scheme is None
+        and action.source.name.endswith(".weight")
+        and len(action.source.shape) == 2
+    ]
+    both = {name for module in kept for name in (module, family.in_vllm_name(module))}
+    return tuple(sorted(both, key=natural))
 
 
 def _unsafe(

@@ -7,7 +7,7 @@ are errors of the *source*: quantizing a checkpoint that is not what it claims t
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mquant.checkpoint import Checkpoint, TensorInfo
@@ -90,8 +90,30 @@ def survey(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Survey:
     layers = _count(member.meaning.layer for member in members)
     experts = _count(member.meaning.expert for member in members)
     if not already:
-        findings += _wholeness(family, members, checkpoint.config)
+        findings += wholeness(family, members, checkpoint.config)
+    members = _mtp_kept(family, members, checkpoint.config)
     return Survey(checkpoint, family, tuple(members), layers, experts, tuple(findings))
+
+
+def _mtp_kept(family: Family, members: list[Member], config: Mapping[str, Any]) -> list[Member]:
+    """The members, those of multi-token prediction's layers in role `other`, which is copied.
+
+    transformers builds no such layers, so there is nothing upstream's arithmetic could run on.
+    """
+    layers = family.value(family.config.layers, config)
+    if layers is None or not family.mtp_layers(config):
+        return members
+    kept: dict[TensorRow, TensorRow] = {}
+
+    def keep(member: Member) -> Member:
+        row, layer = member.meaning.row, member.meaning.layer
+        if layer is None or layer < layers:
+            return member
+        if row not in kept:
+            kept[row] = row.model_copy(update={"role": Role.OTHER, "fused": ""})
+        return replace(member, meaning=replace(member.meaning, row=kept[row]))
+
+    return [keep(member) for member in members]
 
 
 def _count(numbers: Iterable[int | None]) -> int:
@@ -132,9 +154,16 @@ def _unknown(unknown: list[str], family: Family) -> Finding:
     )
 
 
-def _wholeness(family: Family, members: list[Member], config: Mapping[str, Any]) -> list[Finding]:
+def wholeness(family: Family, members: list[Member], config: Mapping[str, Any]) -> list[Finding]:
+    """The ways in which tensors are not all of a model, or not the model config.json describes.
+
+    `members` may stand for what is stored in another way: a verifier gives each quantized module
+    as the weight it holds.
+    """
     counts = [key for key in (family.config.layers, family.config.experts) if key]
-    for key in (*counts, *family.shape_keys):
+    if family.mtp_layers(config):
+        counts.append(family.config.mtp)
+    for key in (*counts, *family.needed_keys(config)):
         value = config.get(key)
         # No checkpoint has more layers or experts than tensors; a lie must not cost a long loop.
         limit = max(len(members), 1) if key in counts else 2**53
@@ -152,9 +181,10 @@ def _wholeness(family: Family, members: list[Member], config: Mapping[str, Any])
     layers = config[family.config.layers]
     return [
         *_expert_findings(family, members, config.get(family.config.experts, 0)),
-        *_missing(family, members, layers),
-        *_layers_findings(family, members, layers),
-        *_fused_findings(family, members),
+        *_missing(family, members, layers, config),
+        *_layers_findings(family, members, layers, layers + family.mtp_layers(config)),
+        *_block_findings(family, members, config),
+        *_fused_findings(family, members, config),
         *_shape_findings(family, members, config),
     ]
 
@@ -202,16 +232,23 @@ def _elsewhere(more: int) -> str:
     return f" (and {more} more layer{'s' if more > 1 else ''} like it)" if more > 0 else ""
 
 
-def _missing(family: Family, members: list[Member], layers: int) -> list[Finding]:
+def _missing(
+    family: Family, members: list[Member], layers: int, config: Mapping[str, Any]
+) -> list[Finding]:
     present = {member.info.name for member in members}
     experts: dict[tuple[str, int | None], set[int | None]] = defaultdict(set)
     for member in members:
         experts[member.meaning.row.block, member.meaning.layer].add(member.meaning.expert)
+    # Releases have layers of multi-token prediction, but most copies of them do not.
+    started = {layer for _, layer in experts if layer is not None and layer >= layers}
+    mtp = sorted(layer for layer in started if layer < layers + family.mtp_layers(config))
     absent = [
         name
         for row in family.tensors
-        for name in _expected(row, layers, experts)
-        if name not in present and not _in_started_set(family, name, present)
+        if not family.may_lack(row, config)
+        for layer in ((*range(layers), *mtp) if "{layer}" in row.name else (None,))
+        for name in _expected(row, layer, family.has_block(row.block, layer, config), experts)
+        if name not in present and not _in_started_set(family, name, present, config)
     ]
     if not absent:
         return []
@@ -228,25 +265,54 @@ def _missing(family: Family, members: list[Member], layers: int) -> list[Finding
 
 
 def _expected(
-    row: TensorRow, layers: int, experts: Mapping[tuple[str, int | None], set[int | None]]
+    row: TensorRow,
+    layer: int | None,
+    has_block: bool | None,
+    experts: Mapping[tuple[str, int | None], set[int | None]],
 ) -> Iterator[str]:
-    """Names a row must have in a whole checkpoint.
+    """Names a row must have in one layer of a whole checkpoint.
 
-    A row of a named block is expected only in layers that have some of the block, a row with
-    {expert} for every expert that its block has in that layer (gaps are found elsewhere).
+    Where nothing says whether the layer has the row's block, it has once it has some of it. A row
+    with {expert} is expected for every expert that its block has in that layer (gaps are found
+    elsewhere).
     """
-    for layer in range(layers) if "{layer}" in row.name else (None,):
-        found = experts.get((row.block, layer), set())
-        if row.block != "layer" and not found:
-            continue
+    found = experts.get((row.block, layer), set())
+    if has_block or (has_block is None and found):
         numbers = sorted(number for number in found if number is not None) or [0]
         for expert in numbers if "{expert}" in row.name else (None,):
             yield row.format(layer, expert)
 
 
-def _layers_findings(family: Family, members: list[Member], layers: int) -> list[Finding]:
+def _block_findings(
+    family: Family, members: list[Member], config: Mapping[str, Any]
+) -> list[Finding]:
+    first: dict[tuple[str, int | None], Member] = {}
+    for member in members:
+        first.setdefault((member.meaning.row.block, member.meaning.layer), member)
+    wrong = [
+        member
+        for (block, layer), member in first.items()
+        if family.has_block(block, layer, config) is False
+    ]
+    if not wrong:
+        return []
+    member = min(wrong, key=lambda member: member.meaning.layer or 0)
+    return [
+        Finding(
+            "block-disagrees",
+            "error",
+            member.info.name,
+            f"{member.info.name} is there, but config.json implies that it is not: "
+            f"{family.title} has it where `{family.blocks[member.meaning.row.block]}`"
+            f"{_elsewhere(len(wrong) - 1)}.",
+            "Take config.json and shards from the same checkpoint.",
+        )
+    ]
+
+
+def _layers_findings(family: Family, members: list[Member], layers: int, end: int) -> list[Finding]:
     beyond = sorted(
-        {layer for m in members if (layer := m.meaning.layer) is not None and layer >= layers}
+        {layer for m in members if (layer := m.meaning.layer) is not None and layer >= end}
     )
     if not beyond:
         return []
@@ -262,22 +328,31 @@ def _layers_findings(family: Family, members: list[Member], layers: int) -> list
     ]
 
 
-def _siblings(family: Family, meaning: Meaning) -> list[str]:
-    rows = family.fused_sets[meaning.row.fused] if meaning.row.fused else ()
-    return [row.format(meaning.layer, meaning.expert) for row in rows]
+def _siblings(family: Family, meaning: Meaning, config: Mapping[str, Any]) -> list[str]:
+    """The names of the fused set a tensor is in; members its layer cannot have are left out."""
+    own, layer = meaning.row.block, meaning.layer
+    return [
+        row.format(layer, meaning.expert)
+        for row in (family.fused_sets[meaning.row.fused] if meaning.row.fused else ())
+        if row.block == own or family.has_block(row.block, layer, config) is not False
+    ]
 
 
-def _in_started_set(family: Family, name: str, present: set[str]) -> bool:
+def _in_started_set(
+    family: Family, name: str, present: set[str], config: Mapping[str, Any]
+) -> bool:
     meaning = family.classify(name)
-    return meaning is not None and any(n in present for n in _siblings(family, meaning))
+    return meaning is not None and any(n in present for n in _siblings(family, meaning, config))
 
 
-def _fused_findings(family: Family, members: list[Member]) -> list[Finding]:
+def _fused_findings(
+    family: Family, members: list[Member], config: Mapping[str, Any]
+) -> list[Finding]:
     present = {member.info.name for member in members}
     for member in members:
         if member.fused is None:
             continue
-        absent = [name for name in _siblings(family, member.meaning) if name not in present]
+        absent = [name for name in _siblings(family, member.meaning, config) if name not in present]
         if absent:
             return [
                 Finding(
@@ -323,4 +398,4 @@ def _shape_finding(
     )
 
 
-__all__ = ["FusedKey", "Member", "Survey", "survey"]
+__all__ = ["FusedKey", "Member", "Survey", "survey", "wholeness"]

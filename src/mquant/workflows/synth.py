@@ -7,6 +7,7 @@ data are holes that take no disk.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ from mquant.dtypes import nbytes
 from mquant.errors import DataFileError, OutputError, UsageError
 from mquant.events import Emit, Progress, silent
 from mquant.family import Family, Role, TensorRow
+from mquant.findings import size
 from mquant.output.shards import fsync_folder, out_of_space
 from mquant.plan import DEFAULT_SHARD_BYTES
 
@@ -54,6 +56,8 @@ _DTYPES: Final = {
     Precision.FP32: ("F32", "float32"),
     Precision.FP8_BLOCK: ("BF16", "bfloat16"),
 }
+# What releases in FP8 have in it: every linear layer but routers and head.
+_IN_FP8: Final = (Role.EXPERT, Role.SHARED_EXPERT, Role.MLP, Role.ATTENTION)
 _NUMPY: Final = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
@@ -182,13 +186,13 @@ def make_tensors(
     family: Family, config: Mapping[str, Any], precision: Precision
 ) -> Iterator[SynthTensor]:
     """Every tensor of a synthetic checkpoint, in the order in which releases store them."""
-    layers = config[family.config.layers]
+    layers = config[family.config.layers] + family.mtp_layers(config)
     experts = config[family.config.experts] if family.config.experts else 0
-    tied = config.get("tie_word_embeddings") is True
     for per_layer, rows in groupby(family.tensors, key=lambda row: "{layer}" in row.name):
-        group = [row for row in rows if not (tied and row.role is Role.HEAD)]
+        group = [row for row in rows if not family.may_lack(row, config)]
         for layer in range(layers) if per_layer else (None,):
-            for per_expert, inner in groupby(group, key=lambda row: "{expert}" in row.name):
+            here = [r for r in group if family.has_block(r.block, layer, config) is not False]
+            for per_expert, inner in groupby(here, key=lambda row: "{expert}" in row.name):
                 same = list(inner)
                 for expert in range(experts) if per_expert else (None,):
                     for row in same:
@@ -206,7 +210,7 @@ def _tensor(
             f"Add {' and '.join(row.shape) or 'a shape'} to the family file.",
         )
     mean, std = (1.0, 0.05) if row.role is Role.NORM else (0.0, _STD)
-    block = row.role in (Role.EXPERT, Role.ATTENTION) and name.endswith(".weight")
+    block = row.role in _IN_FP8 and name.endswith(".weight")
     if precision is Precision.FP8_BLOCK and block and len(shape) == 2 and row.dtype != "F32":
         # Codes and scales are drawn apart: then each can be written without the other at hand.
         yield SynthTensor(name, "F8_E4M3", shape, 0.0, _FP8_STD)
@@ -362,7 +366,7 @@ def _staging(out: Path, needed: int) -> Iterator[Path]:
         free = shutil.disk_usage(out).free
         if free < needed:
             raise OutputError(
-                f"{out} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there.",
+                f"{out} needs {size(needed)}, {size(free)} are free there.",
                 "Free space, ask for smaller sizes, or give a folder on another disk.",
             )
         yield folder
@@ -391,10 +395,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+    return math.prod(shape)
 
 
 __all__ = ["Precision", "Sizes", "SynthTensor", "Synthetic", "make_config", "make_tensors", "synth"]

@@ -1,0 +1,456 @@
+"""Families: what their files say is what upstream does. MiniMax-M2 has tests of its own, too.
+
+Checkpoints are `synth`'s; the judges are transformers' own model code, llmcompressor, and the
+published numbers of parameters.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import yaml
+
+from judges import data, differences, model_free_ptq, one_shard, opened, quantized_names, read_json
+from mquant.data import folder
+from mquant.errors import DataFileError
+from mquant.family import Family, Role, load_families, load_family
+from mquant.plan import Plan
+from mquant.plan.survey import FusedKey
+from mquant.workflows.synth import Precision, Sizes, make_config, make_tensors, synth
+from run import plan_of, quantize_nvfp4
+
+FAMILIES = load_families()
+NAMES = ["deepseek_v3", "llama", "mixtral", "qwen3", "qwen3_moe"]
+SHARED = {
+    "deepseek_v3": {
+        "qkv_a": ["q_a_proj", "kv_a_proj_with_mqa"],
+        "gate_up": ["gate_proj", "up_proj"],
+        "expert_gate_up": ["gate_proj", "up_proj"],
+        "shared_gate_up": ["gate_proj", "up_proj"],
+    },
+    "llama": {"qkv": ["q_proj", "k_proj", "v_proj"], "gate_up": ["gate_proj", "up_proj"]},
+    "mixtral": {"qkv": ["q_proj", "k_proj", "v_proj"], "w13": ["w1", "w3"]},
+    "qwen3": {"qkv": ["q_proj", "k_proj", "v_proj"], "gate_up": ["gate_proj", "up_proj"]},
+    "qwen3_moe": {
+        "qkv": ["q_proj", "k_proj", "v_proj"],
+        "gate_up": ["gate_proj", "up_proj"],
+        "expert_gate_up": ["gate_proj", "up_proj"],
+    },
+}
+ROUTERS = {
+    "deepseek_v3": [f"model.layers.{layer}.mlp.gate" for layer in (1, 2)],
+    "llama": [],
+    "mixtral": [f"model.layers.{layer}.block_sparse_moe.gate" for layer in (0, 1)],
+    "qwen3": [],
+    "qwen3_moe": [f"model.layers.{layer}.mlp.gate" for layer in (0, 1)],
+}
+# What is set, as its name: variants whose tensors differ from the release `synth` follows.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v3, whole query": ("deepseek_v3", {"q_lora_rank": None}),
+    "deepseek_v3, two shared experts": ("deepseek_v3", {"n_shared_experts": 2}),
+    "deepseek_v3, multi-token prediction": ("deepseek_v3", {"num_nextn_predict_layers": 1}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen3, tied": ("qwen3", {"tie_word_embeddings": True}),
+    "qwen3_moe, a dense layer": ("qwen3_moe", {"mlp_only_layers": [1]}),
+}
+CASES = {**{name: (name, {}) for name in NAMES}, **VARIANTS}
+
+
+def with_config(family: Family, **tiny: Any) -> Family:
+    """The family, other values in its tiny config.json."""
+    made = family.synth.model_copy(update={"tiny": {**family.synth.tiny, **tiny}})
+    return family.model_copy(update={"synth": made})
+
+
+def make(out: Path, name: str, *, drop: str = "", **tiny: Any) -> Path:
+    """A tiny checkpoint of a family, without the rows whose name ends in `drop`."""
+    family = with_config(FAMILIES[name], **tiny)
+    if drop:
+        rows = tuple(row for row in family.tensors if not row.name.endswith(drop))
+        family = family.model_copy(update={"tensors": rows})
+    return synth(out, family, max_shard_bytes=300_000).path
+
+
+def reconfigured(path: Path, **changes: Any) -> Path:
+    """The same tensors under another config.json; `...` removes a key."""
+    config = {**read_json(path / "config.json"), **changes}
+    config = {key: value for key, value in config.items() if value is not ...}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def rules(path: Path) -> set[str]:
+    return {finding.rule for finding in plan_of(path).findings}
+
+
+Quantized = tuple[str, Path, Path]
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Quantized]:
+    """A case's family, its checkpoint and what the engine makes of it; each made once."""
+    made: dict[str, Quantized] = {}
+
+    def get(case: str) -> Quantized:
+        if case not in made:
+            name, tiny = CASES[case]
+            folder = tmp_path_factory.mktemp(name)
+            src = make(folder / "src", name, **tiny)
+            made[case] = (name, src, quantize_nvfp4(src, folder / "out", shard_bytes=400_000))
+        return made[case]
+
+    return get
+
+
+def test_every_family_that_ships_is_tried() -> None:
+    assert sorted([*NAMES, "minimax_m2"]) == sorted(FAMILIES)
+    assert [family.name for family in FAMILIES.values()] == list(FAMILIES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fused_sets_are_what_loaders_make_one_matrix_of(name: str) -> None:
+    sets = {
+        fused: [row.name.split(".")[-2] for row in rows]
+        for fused, rows in FAMILIES[name].fused_sets.items()
+    }
+    assert sets == SHARED[name]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_synthetic_checkpoint_plans_clean(tmp_path: Path, case: str) -> None:
+    name, tiny = CASES[case]
+    plan = plan_of(make(tmp_path / "src", name, **tiny))
+
+    assert plan.findings == ()
+    quantized = {action.role for action in plan.actions if action.scheme}
+    assert quantized <= {Role.EXPERT, Role.SHARED_EXPERT, Role.MLP, Role.ATTENTION}
+    kept = [a for a in plan.actions if a.role in quantized and not a.scheme]
+    assert [action.source.name for action in kept] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_routers_head_and_embeddings_stay_and_nothing_else(tmp_path: Path, name: str) -> None:
+    plan = plan_of(make(tmp_path / "src", name))
+
+    assert list(plan.ignore) == ["lm_head", "model.embed_tokens", *ROUTERS[name]]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama", 8_030_261_248),
+        ("mixtral", 46_702_792_704),
+        ("qwen3", 8_190_735_360),
+        ("qwen3_moe", 30_532_122_624),
+        ("deepseek_v3", 684_489_845_504),
+    ],
+)
+def test_the_real_size_has_the_parameters_of_the_release(
+    tmp_path: Path, name: str, parameters: int
+) -> None:
+    made = synth(tmp_path / "out", FAMILIES[name], shapes_only=True)
+
+    assert made.parameters == parameters
+    assert plan_of(made.path).findings == ()
+
+
+def test_deepseek_v3_without_multi_token_prediction_is_671_billion() -> None:
+    family = FAMILIES["deepseek_v3"]
+    config = make_config(family, Sizes(), Precision.BF16, tiny=False)
+    tensors = list(make_tensors(family, config, Precision.BF16))
+    main = [t for t in tensors if not t.name.startswith("model.layers.61.")]
+
+    assert sum(int(np.prod(tensor.shape)) for tensor in main) == 671_026_419_200
+    assert len(tensors) - len(main) == 3 * 256 + 20
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("case", [case for case in CASES if "multi-token" not in case])
+def test_transformers_loads_every_tensor_and_misses_none(tmp_path: Path, case: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    name, tiny = CASES[case]
+    src = make(tmp_path / "src", name, **tiny)
+    _, report = AutoModelForCausalLM.from_pretrained(src, dtype="auto", output_loading_info=True)
+
+    assert {key: value for key, value in report.items() if value} == {}
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("case", CASES)
+def test_fused_sets_share_one_global_scale_made_of_the_largest_weight(
+    quantized: Callable[[str], Quantized], case: str
+) -> None:
+    _, src, out = quantized(case)
+    result = opened(out)
+    sets: dict[FusedKey, list[str]] = {}
+    for member in plan_of(src).survey.members:
+        if member.fused:
+            sets.setdefault(member.fused, []).append(member.module)
+
+    assert sets
+    for modules in sets.values():
+        scales = {data(result, f"{module}.weight_global_scale") for module in modules}
+        assert scales == {_global_scale(src, modules)}, modules
+
+
+def _global_scale(src: Path, modules: list[str]) -> bytes:
+    """448 * 6 / amax as upstream makes it: a reciprocal and a product, both rounded to BF16."""
+    checkpoint, bf16 = opened(src), ml_dtypes.bfloat16
+    raw = [data(checkpoint, f"{module}.weight") for module in modules]
+    largest = max(np.abs(np.frombuffer(r, bf16)).max() for r in raw)
+    reciprocal = (np.float32(1) / np.float32(largest)).astype(bf16).astype(np.float32)
+    scale = (reciprocal * np.float32(448 * 6)).astype(bf16).astype(np.float32)
+    return bytes(scale.tobytes())
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("case", CASES)
+def test_all_that_is_not_quantized_is_bit_identical(
+    quantized: Callable[[str], Quantized], case: str
+) -> None:
+    _, src, out = quantized(case)
+    source, result = opened(src), opened(out)
+    linear = {a.source.name for a in plan_of(src).actions if a.scheme}
+    kept = set(source.tensors) - linear
+
+    assert linear
+    assert set(result.tensors) - quantized_names(out) == kept
+    assert differences(out, src, kept) == []
+    assert len(quantized_names(out)) == 3 * len(linear)
+
+
+@pytest.mark.upstream
+def test_mixtral_equals_model_free_ptq(
+    quantized: Callable[[str], Quantized], tmp_path: Path
+) -> None:
+    _, src, out = quantized("mixtral")
+    theirs = model_free_ptq(one_shard(src, tmp_path / "one"), tmp_path / "theirs")
+
+    assert quantized_names(out) == quantized_names(theirs)
+    assert differences(out, theirs, quantized_names(theirs)) == []
+
+
+@pytest.mark.upstream
+def test_model_free_ptq_gives_deepseek_s_sets_several_scales(
+    quantized: Callable[[str], Quantized], tmp_path: Path
+) -> None:
+    _, src, _ = quantized("deepseek_v3")
+    ignore = ["lm_head", "model.embed_tokens", r"re:.*\.gate$", r"re:.*norm$"]
+    theirs = opened(model_free_ptq(one_shard(src, tmp_path / "one"), tmp_path / "theirs", ignore))
+    sets: dict[FusedKey, set[bytes]] = {}
+    for member in plan_of(src).survey.members:
+        if member.fused:
+            scale = data(theirs, f"{member.module}.weight_global_scale")
+            sets.setdefault(member.fused, set()).add(scale)
+    split = {fused[0] for fused, scales in sets.items() if len(scales) > 1}
+
+    assert split == {"qkv_a", "expert_gate_up", "shared_gate_up"}
+
+
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+MISSING, THERE = "tensor-missing", "block-disagrees"
+# Family, the tiny config.json it was made with, what is changed afterwards, and what is found.
+Change = tuple[str, dict[str, Any], dict[str, Any], set[str]]
+CHANGES: list[Change] = [
+    ("llama", {}, TIED, set()),
+    ("llama", TIED, UNTIED, {MISSING}),
+    ("llama", TIED, {"tie_word_embeddings": ...}, {MISSING}),
+    ("llama", {}, {"attention_bias": True}, {MISSING}),
+    ("llama", {"attention_bias": True}, {"attention_bias": ...}, {THERE}),
+    ("llama", {}, {"head_dim": None}, set()),
+    ("llama", {}, {"head_dim": 64}, {"shape-disagrees"}),
+    ("llama", {}, {"num_key_value_heads": ...}, {"shape-disagrees"}),
+    ("llama", {}, {"num_attention_heads": ...}, {"config-key-unusable"}),
+    ("qwen3", {}, {"head_dim": ...}, {"config-key-unusable"}),
+    ("qwen3_moe", {}, {"mlp_only_layers": ...}, set()),
+    ("qwen3_moe", {}, {"mlp_only_layers": [0]}, {MISSING, THERE}),
+    ("deepseek_v3", {}, {"first_k_dense_replace": 2}, {MISSING, THERE}),
+    ("deepseek_v3", {}, {"first_k_dense_replace": ...}, {"config-key-unusable"}),
+    ("deepseek_v3", {"n_shared_experts": None}, {}, set()),
+    ("deepseek_v3", {"n_shared_experts": None}, {"n_shared_experts": 1}, {MISSING}),
+    ("deepseek_v3", {}, {"n_shared_experts": 2}, {"shape-disagrees"}),
+    ("deepseek_v3", {}, {"q_lora_rank": None}, {MISSING, THERE}),
+    (
+        "deepseek_v3",
+        {"q_lora_rank": None},
+        {"q_lora_rank": 48},
+        {MISSING, THERE, "fused-set-incomplete"},
+    ),
+    ("deepseek_v3", {}, {"num_nextn_predict_layers": 1}, set()),
+    ("deepseek_v3", {}, {"num_nextn_predict_layers": ...}, set()),
+    ("deepseek_v3", {}, {"num_nextn_predict_layers": 10**6}, {"config-key-unusable"}),
+    (
+        "deepseek_v3",
+        {"num_nextn_predict_layers": 1},
+        {"num_nextn_predict_layers": 0},
+        {"layers-disagree"},
+    ),
+    (
+        "deepseek_v3",
+        {"num_nextn_predict_layers": 2},
+        {"num_nextn_predict_layers": 1},
+        {"layers-disagree"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "before", "after", "found"), CHANGES)
+def test_what_config_json_implies_is_what_must_be_there(
+    tmp_path: Path, name: str, before: dict[str, Any], after: dict[str, Any], found: set[str]
+) -> None:
+    src = reconfigured(make(tmp_path / "src", name, **before), **after)
+
+    assert rules(src) == found
+
+
+@pytest.mark.parametrize(
+    "drop", ["shared_experts.up_proj.weight", "shared_experts.down_proj.weight"]
+)
+def test_half_a_shared_expert_is_found(tmp_path: Path, drop: str) -> None:
+    found = rules(make(tmp_path / "src", "deepseek_v3", drop=drop))
+
+    assert found == {"fused-set-incomplete" if "up_proj" in drop else "tensor-missing"}
+
+
+def mtp_plan(tmp_path: Path, **options: Any) -> Plan:
+    return plan_of(make(tmp_path / "src", "deepseek_v3", num_nextn_predict_layers=1, **options))
+
+
+def test_multi_token_prediction_is_copied_and_on_the_ignore_list(tmp_path: Path) -> None:
+    plan = mtp_plan(tmp_path)
+    beyond = [action for action in plan.actions if action.layer == 3]
+
+    assert {action.role for action in beyond} == {Role.OTHER}
+    assert not [action for action in beyond if action.scheme]
+    matrices = {action.module for action in beyond if len(action.source.shape) == 2}
+    assert {"model.layers.3.eh_proj", "model.layers.3.mlp.experts.7.up_proj"} <= matrices
+    assert {entry for entry in plan.ignore if ".layers.3." in entry} == matrices
+
+
+@pytest.mark.parametrize("drop", [".eh_proj.weight", ".shared_head.norm.weight"])
+def test_half_a_layer_of_multi_token_prediction_is_found(tmp_path: Path, drop: str) -> None:
+    plan = mtp_plan(tmp_path, drop=drop)
+
+    assert [finding.rule for finding in plan.findings] == ["tensor-missing"]
+    assert plan.findings[0].where == f"model.layers.3{drop}"
+
+
+def test_a_table_of_old_llama_releases_may_be_there(tmp_path: Path) -> None:
+    family = FAMILIES["llama"]
+    rows = tuple(row.model_copy(update={"optional": False}) for row in family.tensors)
+    src = synth(tmp_path / "src", family.model_copy(update={"tensors": rows})).path
+    plan = plan_of(src)
+    tables = [a for a in plan.actions if a.source.name.endswith(".inv_freq")]
+
+    assert plan.findings == ()
+    assert [(a.source.shape, a.scheme) for a in tables] == [((16,), None)] * 2
+
+
+def test_fp8_releases_have_every_linear_layer_in_blocks(tmp_path: Path) -> None:
+    family = FAMILIES["deepseek_v3"]
+    src = synth(tmp_path / "src", family, precision=Precision.FP8_BLOCK).path
+    roles = {
+        meaning.row.role
+        for name, tensor in opened(src).tensors.items()
+        if tensor.dtype == "F8_E4M3" and (meaning := family.classify(name))
+    }
+
+    assert roles == {Role.EXPERT, Role.SHARED_EXPERT, Role.MLP, Role.ATTENTION}
+
+
+KEYS: dict[str, Any] = {"a": 6, "b": 4, "zero": 0, "listed": [1, 3], "null": None, "yes": True}
+
+
+def complaint(tmp_path: Path, key: str, value: object) -> str:
+    """What is said of a family file in which `key` is changed."""
+    shipped = yaml.safe_load((folder("configs") / "llama.yaml").read_text())
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**shipped, key: value}))
+    with pytest.raises(DataFileError) as caught:
+        load_family(path)
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a", 6),
+        ("12", 12),
+        ("a * b", 24),
+        ("a * b + a * 2", 36),
+        ("a + b / 2", 8),
+        ("a * b / 3", 8),
+        ("a / b", None),
+        ("a / zero", None),
+        ("a + absent", None),
+        ("a * null", None),
+        ("yes", None),
+    ],
+)
+def test_a_size(text: str, value: int | None) -> None:
+    family = FAMILIES["llama"].model_copy(update={"defaults": {"made": text}})
+
+    assert family.value("made", KEYS) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a*b", "a - b", "a +", "(a + b)", "a ** b", "A", "a; b", " a"]
+)
+def test_what_is_no_size(tmp_path: Path, text: str) -> None:
+    assert "is no sum of products" in complaint(tmp_path, "defaults", {"made": text})
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("layer < b", [0, 1, 2, 3]),
+        ("layer < 1", [0]),
+        ("layer >= b", [4, 5]),
+        ("layer in listed", [1, 3]),
+        ("layer not in listed", [0, 2, 4, 5]),
+        ("layer in absent", []),
+        ("layer not in absent", [0, 1, 2, 3, 4, 5]),
+        ("layer in a", []),
+        ("layer < absent", []),
+        ("layer >= yes", []),
+        ("yes", [0, 1, 2, 3, 4, 5]),
+        ("null", []),
+        ("absent", []),
+        ("zero", []),
+        ("not null", [0, 1, 2, 3, 4, 5]),
+        ("layer >= 2 and layer < b and yes", [2, 3]),
+        ("layer >= 2 and not yes", []),
+    ],
+)
+def test_a_condition(text: str, layers: list[int]) -> None:
+    family = FAMILIES["llama"].model_copy(update={"blocks": {"some": text}})
+
+    assert [layer for layer in range(6) if family.has_block("some", layer, KEYS)] == layers
+
+
+def test_a_condition_of_some_layer_or_other_depends_on_config_alone() -> None:
+    blocks = {"some": "layer < absent and yes", "none": "layer < a and null"}
+    family = FAMILIES["llama"].model_copy(update={"blocks": blocks})
+
+    assert family.has_block("some", None, KEYS) is True
+    assert family.has_block("none", None, KEYS) is False
+    assert family.has_block("unnamed", None, KEYS) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "layer > a", "layer", "layer < ", "a or b", "a and", "not not a", "layer < a + b"]
+)
+def test_what_is_no_condition(tmp_path: Path, text: str) -> None:
+    assert "is no condition" in complaint(tmp_path, "blocks", {"some": text})
+
+
+def test_a_default_stands_below_what_it_is_made_of(tmp_path: Path) -> None:
+    message = complaint(tmp_path, "defaults", {"a": "b * 2", "b": "hidden_size"})
+
+    assert message == "mine.yaml: defaults: a is made of b, which must stand above it."

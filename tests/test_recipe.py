@@ -1,0 +1,411 @@
+"""Recipes: ours, and llmcompressor's read into ours; what is not understood is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from make import make_checkpoint
+from mquant.checkpoint import Folder, open_checkpoint
+from mquant.errors import DataFileError, UsageError
+from mquant.family import Role, load_families
+from mquant.findings import Finding
+from mquant.plan import Plan, make_plan
+from mquant.recipe import Recipe, find_recipe, load_recipe, load_recipes
+from mquant.schemes import NVFP4A16
+
+ROLES = "{} or {}.".format(", ".join(f"'{role}'" for role in [*Role][:-1]), f"'{[*Role][-1]}'")
+OURS = "name: mine\nsuffix: MINE\nroles: {expert: NVFP4A16}\n"
+MODIFIER = "QuantizationModifier: {scheme: NVFP4A16, targets: [Linear], ignore: [lm_head]}"
+LINEAR = dict.fromkeys((role for role in Role if role.linear), "NVFP4A16")
+
+
+def written(tmp_path: Path, text: str, name: str = "mine.yaml") -> Path:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def loaded(tmp_path: Path, text: str) -> Recipe:
+    return load_recipe(written(tmp_path, text))
+
+
+def foreign(tmp_path: Path, modifier: str) -> Recipe:
+    """A recipe of llmcompressor's with this body, a YAML flow mapping."""
+    return loaded(
+        tmp_path, f"quant_stage: {{quant_modifiers: {{QuantizationModifier: {modifier}}}}}"
+    )
+
+
+def complaint(tmp_path: Path, text: str) -> tuple[str, str]:
+    with pytest.raises(DataFileError) as caught:
+        loaded(tmp_path, text)
+    return caught.value.message, caught.value.fix
+
+
+def planned(tmp_path: Path, recipe: Recipe) -> Plan:
+    checkpoint = open_checkpoint(Folder(make_checkpoint(tmp_path / "src")))
+    return make_plan(checkpoint, recipe, load_families())
+
+
+def findings(tmp_path: Path, recipe: Recipe, rule: str) -> list[Finding]:
+    return [found for found in planned(tmp_path, recipe).findings if found.rule == rule]
+
+
+# --- where a recipe comes from
+
+
+def test_nvfp4_quantizes_experts_and_attention_and_nothing_else() -> None:
+    recipe = find_recipe("nvfp4")
+
+    assert {Role.EXPERT, Role.ATTENTION} <= recipe.roles.keys()
+    assert all(role.linear and not role.refused_by_loaders for role in recipe.roles)
+    assert (recipe.suffix, recipe.ignore, recipe.targets, recipe.foreign) == (
+        "NVFP4",
+        (),
+        (),
+        False,
+    )
+
+
+def test_every_shipped_recipe_is_named_as_its_file() -> None:
+    recipes = load_recipes()
+
+    assert "nvfp4" in recipes
+    assert all(recipe.name == stem for stem, recipe in recipes.items())
+
+
+def test_a_file_is_a_recipe_by_its_path(tmp_path: Path) -> None:
+    assert find_recipe(str(written(tmp_path, OURS))).name == "mine"
+
+
+def test_a_name_that_is_no_recipe_and_no_file_lists_those_there_are() -> None:
+    with pytest.raises(UsageError) as caught:
+        find_recipe("nvfp5")
+
+    assert caught.value.message == "There is no recipe 'nvfp5', and no such file."
+    assert caught.value.fix == f"Take one of: {', '.join(load_recipes())}; or give a YAML file."
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../recipes/nvfp4", "nvfp4.yaml", "/"])
+def test_a_name_never_leads_out_of_the_recipes(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        find_recipe(name)
+
+
+# --- ours
+
+
+def test_a_role_that_is_not_named_keeps_the_parents_bytes(tmp_path: Path) -> None:
+    recipe = loaded(tmp_path, OURS)
+
+    assert recipe.scheme(Role.EXPERT, ("a",)) is NVFP4A16
+    assert recipe.scheme(Role.ATTENTION, ("a",)) is None
+
+
+def test_ignore_is_exact_or_a_regular_expression_from_the_start(tmp_path: Path) -> None:
+    recipe = loaded(tmp_path, OURS + "ignore: [exact, 're:start', 're:.*end$']\n")
+
+    kept = ["exact", "start.and.more", "the.end"]
+    assert [recipe.scheme(Role.EXPERT, (name,)) for name in kept] == [None] * 3
+    quantized = ["exact.not", "not.exact", "restart", "the.end.not"]
+    assert [recipe.scheme(Role.EXPERT, (name,)) for name in quantized] == [NVFP4A16] * 4
+
+
+def test_targets_narrow_a_recipe_and_ignore_wins(tmp_path: Path) -> None:
+    recipe = loaded(tmp_path, OURS + "targets: ['re:a']\nignore: [ab]\n")
+
+    assert recipe.scheme(Role.EXPERT, ("aa",)) is NVFP4A16
+    assert recipe.scheme(Role.EXPERT, ("ab",)) is None
+    assert recipe.scheme(Role.EXPERT, ("b",)) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("speed: 9", "mine.yaml: speed: Extra inputs are not permitted."),
+        ("1: 9", "mine.yaml: 1: Keys should be strings."),
+        (
+            "roles: {expert: NVFP3}",
+            "mine.yaml: roles.expert: unknown scheme 'NVFP3'; there is NVFP4A16.",
+        ),
+        (
+            "ignore: ['re:[']",
+            "mine.yaml: ignore.0: 're:[' is no regular expression: unterminated character set at "
+            "position 0.",
+        ),
+        ("ignore: [3]", "mine.yaml: ignore.0: Input should be a valid string."),
+        (
+            "suffix: ../../etc",
+            "mine.yaml: suffix: String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$'.",
+        ),
+        (
+            "suffix: 'a b'",
+            "mine.yaml: suffix: String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$'.",
+        ),
+        (
+            "roles: {experts: NVFP4A16}",
+            "mine.yaml: roles.experts.[key]: Input should be " + ROLES,
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_is_named(tmp_path: Path, change: str, sentence: str) -> None:
+    key = change.split(":")[0]
+    kept = "".join(f"{line}\n" for line in OURS.splitlines() if not line.startswith(key))
+
+    assert complaint(tmp_path, f"{kept}{change}\n") == (sentence, "Correct the recipe.")
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    assert complaint(tmp_path, "name: mine\n")[0] == "mine.yaml: suffix: Field required."
+
+
+def test_a_recipe_of_ours_cannot_claim_to_be_foreign(tmp_path: Path) -> None:
+    # It would turn a typo in `ignore` from an error into a warning.
+    assert not loaded(tmp_path, OURS + "foreign: true\n").foreign
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a: [", "{} is not valid YAML at line 1."),
+        ("a: 1\nb: *nowhere\n", "{} is not valid YAML at line 2."),
+        ("[" * 5000, "{} is not valid YAML."),
+        ("!!python/object/apply:os.system [id]", "{} is not valid YAML at line 1."),
+        ("- a\n", "{} does not hold a table of keys."),
+        ("", "{} does not hold a table of keys."),
+    ],
+    ids=["cut off", "no anchor", "deep", "code", "list", "empty"],
+)
+def test_a_file_that_is_no_table_of_keys_is_named(tmp_path: Path, text: str, sentence: str) -> None:
+    path = str(tmp_path / "mine.yaml")
+
+    assert complaint(tmp_path, text) == (sentence.format(path), "Correct the file.")
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\x80\x81")
+
+    with pytest.raises(DataFileError) as caught:
+        load_recipe(path)
+    assert caught.value.message == f"{path} is not a text file."
+
+
+def test_a_model_given_as_a_recipe_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.truncate(10**12)
+
+    with pytest.raises(DataFileError) as caught:
+        load_recipe(path)
+    assert caught.value.message == f"{path} is too large for a recipe."
+
+
+# --- llmcompressor's
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"quant_stage:\n  quant_modifiers:\n    {MODIFIER}\n",
+        f"default_stage:\n  default_modifiers:\n    {MODIFIER}\n",
+        f"quant_modifiers:\n  {MODIFIER}\n",
+        f"args: {{}}\nquant_stage:\n  run_type: oneshot\n  quant_modifiers:\n    {MODIFIER}\n",
+    ],
+    ids=["quant_stage", "default_stage", "no stage", "with other keys"],
+)
+def test_a_quantization_modifier_is_read_from_any_stage(tmp_path: Path, text: str) -> None:
+    recipe = loaded(tmp_path, text)
+
+    assert recipe == Recipe(
+        name="mine",
+        title="NVFP4A16, from mine.yaml",
+        suffix="NVFP4A16",
+        roles=LINEAR,
+        ignore=("lm_head",),
+        foreign=True,
+    )
+
+
+WEIGHTS = "num_bits: 4, type: float, strategy: tensor_group, group_size: 16"
+
+
+@pytest.mark.parametrize(
+    "modifier",
+    [
+        "{scheme: NVFP4A16}",
+        "{scheme: NVFP4A16, targets: Linear}",
+        "{scheme: NVFP4A16, targets: [Linear], ignore: null}",
+        "{scheme: NVFP4A16, targets: [Linear, 're:.*attn.*']}",
+        "{scheme: {NVFP4A16: [Linear]}}",
+        "{scheme: {NVFP4A16: Linear}, targets: [Linear]}",
+        f"{{config_groups: {{group_0: {{targets: [Linear], weights: {{{WEIGHTS}}}}}}}}}",
+        f"{{config_groups: {{g: {{weights: {{{WEIGHTS}, observer: minmax}}}}}}, scheme: null}}",
+        "{scheme: NVFP4A16, config_groups: null, kv_cache_scheme: null, weight_observer: null}",
+        "{scheme: NVFP4A16, bypass_divisibility_checks: false, requires_calibration_data: false}",
+    ],
+)
+def test_every_way_to_write_nvfp4a16_on_linear_is_one_recipe(tmp_path: Path, modifier: str) -> None:
+    recipe = foreign(tmp_path, modifier)
+
+    assert (recipe.roles, recipe.targets, recipe.ignore) == (LINEAR, (), ())
+
+
+def test_targets_other_than_linear_are_kept(tmp_path: Path) -> None:
+    recipe = foreign(tmp_path, "{scheme: {NVFP4A16: ['re:.*experts.*']}}")
+
+    assert recipe.targets == ("re:.*experts.*",)
+
+
+ONE_GROUP = "mine.yaml: its config group is no scheme mquant knows (NVFP4A16)."
+
+
+@pytest.mark.parametrize(
+    ("modifier", "sentence"),
+    [
+        ("{scheme: W4A16}", "mine.yaml: roles.expert: unknown scheme 'W4A16'; there is NVFP4A16."),
+        ("{scheme: NVFP4}", "mine.yaml: roles.expert: unknown scheme 'NVFP4'; there is NVFP4A16."),
+        ("{targets: [Linear]}", "mine.yaml: mquant needs one scheme or one config group."),
+        (
+            "{scheme: {NVFP4A16: [Linear], FP8: ['re:.*x']}}",
+            "mine.yaml: mquant needs one scheme or one config group.",
+        ),
+        (
+            f"{{scheme: NVFP4A16, config_groups: {{g: {{weights: {{{WEIGHTS}}}}}}}}}",
+            "mine.yaml: mquant needs one scheme or one config group.",
+        ),
+        (f"{{config_groups: {{g: {{weights: {{{WEIGHTS}, symmetric: false}}}}}}}}", ONE_GROUP),
+        (f"{{config_groups: {{g: {{weights: {{{WEIGHTS}, observer: mse}}}}}}}}", ONE_GROUP),
+        (
+            f"{{config_groups: {{g: {{weights: {{{WEIGHTS}}}, input_activations: {{a: 4}}}}}}}}",
+            ONE_GROUP,
+        ),
+        ("{config_groups: {g: {weights: {num_bits: 8}}}}", ONE_GROUP),
+        ("{config_groups: {g: {}}}", ONE_GROUP),
+        (
+            "{scheme: NVFP4A16, weight_observer: mse}",
+            "mine.yaml: mquant cannot do what weight_observer asks of a QuantizationModifier.",
+        ),
+        (
+            "{scheme: NVFP4A16, kv_cache_scheme: {num_bits: 8}, actorder: static, 5: x}",
+            "mine.yaml: mquant cannot do what 5, actorder, kv_cache_scheme asks of a "
+            "QuantizationModifier.",
+        ),
+        (
+            "{scheme: NVFP4A16, ignore: {a: b}}",
+            "mine.yaml: ignore.0: Input should be a valid string.",
+        ),
+        (
+            "{scheme: NVFP4A16, ignore: ['re:*']}",
+            "mine.yaml: ignore.0: 're:*' is no regular expression: nothing to repeat at "
+            "position 0.",
+        ),
+        ("[]", "mine.yaml: QuantizationModifier holds no keys."),
+    ],
+)
+def test_what_we_would_do_otherwise_is_refused(
+    tmp_path: Path, modifier: str, sentence: str
+) -> None:
+    with pytest.raises(DataFileError) as caught:
+        foreign(tmp_path, modifier)
+    assert caught.value.message == sentence
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "kinds"),
+    [
+        ("{SmoothQuantModifier: {}, QuantizationModifier: {scheme: NVFP4A16}}",
+         "SmoothQuantModifier, QuantizationModifier"),
+        ("{GPTQModifier: {scheme: NVFP4A16}}", "GPTQModifier"),
+    ],
+)  # fmt: skip
+def test_modifiers_we_do_not_run_are_named(tmp_path: Path, modifiers: str, kinds: str) -> None:
+    assert complaint(tmp_path, f"s_stage: {{s_modifiers: {modifiers}}}") == (
+        f"mine.yaml asks for {kinds}; mquant reads recipes with one QuantizationModifier.",
+        "Leave only the QuantizationModifier, or run the recipe with llmcompressor.",
+    )
+
+
+def test_a_recipe_of_two_stages_is_refused(tmp_path: Path) -> None:
+    text = f"a_stage: {{a_modifiers: {{{MODIFIER}}}}}\nb_stage: {{b_modifiers: {{{MODIFIER}}}}}\n"
+
+    assert complaint(tmp_path, text)[0] == (
+        "mine.yaml asks for QuantizationModifier, QuantizationModifier; mquant reads recipes with "
+        "one QuantizationModifier."
+    )
+
+
+# --- names
+
+
+@pytest.mark.parametrize(
+    "gates",
+    ["re:.*block_sparse_moe\\.gate$", "re:.*mlp\\.gate$", "re:model.layers.\\d+.mlp.gate"],
+)
+def test_ignore_takes_names_of_the_hub_or_of_the_model_in_memory(
+    tmp_path: Path, gates: str
+) -> None:
+    plan = planned(
+        tmp_path, foreign(tmp_path, f"{{scheme: NVFP4A16, ignore: [lm_head, '{gates}']}}")
+    )
+
+    assert plan.findings == ()
+    assert [a.role for a in plan.actions if a.scheme and a.role is Role.ROUTER] == []
+
+
+UNMATCHED = (
+    "'model.layers.0.typo' in ignore of recipe mine matches no module of src.",
+    "Correct the entry, or remove it. Names are those of the hub or of transformers; `re:` "
+    "entries match from the start of a name.",
+)
+
+
+def test_an_entry_that_matches_nothing_is_an_error_in_a_recipe_of_ours(tmp_path: Path) -> None:
+    recipe = loaded(tmp_path, OURS + "ignore: [model.layers.0.typo]\n")
+
+    (found,) = findings(tmp_path, recipe, "entry-unmatched")
+
+    assert (found.severity, found.where) == ("error", "model.layers.0.typo")
+    assert (found.message, found.fix) == UNMATCHED
+
+
+def test_an_entry_that_matches_nothing_is_a_warning_in_a_recipe_of_llmcompressors(
+    tmp_path: Path,
+) -> None:
+    recipe = foreign(tmp_path, "{scheme: NVFP4A16, ignore: [lm_head, model.layers.0.typo]}")
+
+    (found,) = findings(tmp_path, recipe, "entry-unmatched")
+
+    assert found.severity == "warning"
+    assert (found.message, found.fix) == UNMATCHED
+
+
+def test_a_target_that_matches_nothing_is_found_too(tmp_path: Path) -> None:
+    recipe = loaded(tmp_path, OURS + "targets: ['re:.*experts.*', 're:experts']\n")
+
+    (found,) = findings(tmp_path, recipe, "entry-unmatched")
+
+    assert found.message == "'re:experts' in targets of recipe mine matches no module of src."
+
+
+@pytest.mark.upstream
+def test_a_recipe_that_llmcompressor_wrote_is_read(tmp_path: Path) -> None:
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.recipe import Recipe as Theirs
+
+    group = preset_name_to_scheme("NVFP4A16", ["Linear"])
+    ignore = ["lm_head", "re:.*mlp.gate$"]
+    for number, modifier in enumerate(
+        (
+            QuantizationModifier(targets="Linear", scheme="NVFP4A16", ignore=ignore),
+            QuantizationModifier(scheme={"NVFP4A16": ["Linear"]}, ignore=ignore),
+            QuantizationModifier(config_groups={"group_0": group}, ignore=ignore),
+        )
+    ):
+        text = Theirs.from_modifiers(modifier).yaml()
+
+        recipe = load_recipe(written(tmp_path, text, f"recipe-{number}.yaml"))
+
+        assert (recipe.roles, recipe.targets, recipe.ignore) == (LINEAR, (), tuple(ignore))
