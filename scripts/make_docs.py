@@ -1,8 +1,8 @@
-"""Write docs/cli.md from the command line's own help.
+"""Write docs/cli.md from the command line's own help, docs/verify-rules.md from the rules.
 
 Run it: python scripts/make_docs.py [--check]
 
-`--check` writes nothing and fails where the page is not what the help says; the tests' command
+`--check` writes nothing and fails where a page is not what the program says; the tests' command
 runs it, so the reference cannot fall behind.
 """
 
@@ -13,16 +13,26 @@ from typing import Any, get_args
 
 import typer
 
+import mquant.workflows.verify  # noqa: F401 -- registers every rule
 from mquant.cli.app import app
+from mquant.verify.rules import RULES, Rule
 
-PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
+DOCS = Path(__file__).parent.parent / "docs"
 KINDS = {str: "TEXT", int: "N", Path: "PATH"}
 HEAD = """# Command line reference
 
 Made by `scripts/make_docs.py` from `mquant --help`; do not edit.
 
 SRC is a folder or a hub repo id. stdout is the result, stderr everything else. Exit codes: 0 done;
-1 failed or refused; 2 the command line makes no sense; 130 interrupted, safe to run again.
+1 failed or refused; 2 the command line makes no sense; 3 a checkpoint was read and found wrong;
+130 interrupted, safe to run again.
+"""
+RULES_HEAD = """# What `mquant verify` checks
+
+Made by `scripts/make_docs.py` from the rules in `src/mquant/verify`; do not edit.
+
+`structure` needs headers and JSON only, `numbers` reads all data, `against` compares with the
+parent (`--against`). Errors exit with 3; warnings too, with `--fail-on warning`.
 """
 
 
@@ -30,6 +40,22 @@ def page() -> str:
     """The whole page."""
     root: Any = typer.main.get_command(app)
     return HEAD + "".join(section(path, command) for path, command in verbs("mquant", root))
+
+
+def rules_page() -> str:
+    """The page of rules, by what they need."""
+    text = RULES_HEAD
+    for depth in ("structure", "numbers", "against"):
+        found = sorted((r for r in RULES.values() if r.depth == depth), key=lambda rule: rule.id)
+        text += f"\n## {depth}\n\n| rule | severity | what must hold | why | fix |\n"
+        text += "| --- | --- | --- | --- | --- |\n" + "".join(map(rule_row, found))
+    return text
+
+
+def rule_row(rule: Rule) -> str:
+    """One rule."""
+    cells = (f"`{rule.id}`", rule.severity, rule.what, rule.why, rule.fix)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
 def verbs(path: str, command: Any) -> list[tuple[str, Any]]:
@@ -70,15 +96,16 @@ def row(param: Any) -> str:
 
 
 def main() -> int:
-    """Write the page, or check it."""
-    text = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        print("docs/cli.md is not what the help says: run python scripts/make_docs.py")
-        return 1
-    return 0
+    """Write the pages, or check them."""
+    behind = 0
+    for name, text in (("cli.md", page()), ("verify-rules.md", rules_page())):
+        path = DOCS / name
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            print(f"docs/{name} is not what the program says: run python scripts/make_docs.py")
+            behind = 1
+    return behind
 
 
 if __name__ == "__main__":

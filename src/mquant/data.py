@@ -27,7 +27,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise DataFileError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError:
         raise DataFileError(f"{path} is not a text file.", "Give a YAML file.") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: 2001-99-99
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         raise DataFileError(f"{path} is not valid YAML{line}.", "Correct the file.") from None

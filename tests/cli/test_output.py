@@ -81,7 +81,7 @@ def test_a_refusal_names_every_reason_on_stderr() -> None:
     result = run(failing(Refused([BAD, WORSE])))
     assert result.exit_code == 1
     assert result.stderr == (
-        "Refused: The tensor x is odd. (and 1 more problem)\n"
+        "Refused: The tensor x is odd. There is 1 more.\n"
         "Remove it.\n"
         "✗ The tensor y is gone.\n"
         "  Get it.\n"

@@ -10,7 +10,7 @@ import pytest
 from judges import differences, opened, read_json
 from make import make_checkpoint
 from mquant.engines import oneshot
-from mquant.errors import OutputError
+from mquant.errors import EngineError, OutputError
 from mquant.events import Event, Note, Progress
 from mquant.output import LEDGER
 from mquant.workflows.quantize import quantize
@@ -179,6 +179,28 @@ def test_too_little_disk_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_that_does_not_verify_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src, out = make_checkpoint(tmp_path / "src"), tmp_path / "out"
+    compress = oneshot.compress
+
+    def swaps(*arguments: object) -> object:
+        made = compress(*arguments)  # type: ignore[arg-type]
+        for name, value in made.items():
+            if name.endswith("weight_packed"):
+                made[name] = (value >> 4) | (value << 4)
+        return made
+
+    with monkeypatch.context() as patched:
+        patched.setattr(oneshot, "compress", swaps)
+        with pytest.raises(EngineError, match=r"is wrong \(weight-beyond-bound\)"):
+            quantize_nvfp4(src, out)
+    assert not (out / "config.json").exists()
+    quantize_nvfp4(src, out)
+    assert (out / "config.json").exists()
+
+
 def test_absent_side_files_are_notes(tmp_path: Path) -> None:
     src = make_checkpoint(tmp_path / "src")
     events: list[Event] = []
@@ -191,7 +213,7 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
     src = make_checkpoint(tmp_path / "src")
     events: list[Event] = []
     quantize_nvfp4(src, tmp_path / "out", emit=events.append)
-    for stage in ("quantize", "checksums"):
+    for stage in ("quantize", "checksums", "verify", "compare"):
         steps = [e for e in events if isinstance(e, Progress) and e.stage == stage]
         assert steps[-1].done == steps[-1].total
         assert [step.done for step in steps] == sorted(step.done for step in steps)

@@ -9,13 +9,14 @@ from mquant.checkpoint.checkpoint import (
     read_json,
 )
 from mquant.checkpoint.headers import TensorInfo, build_header, header_length, parse_header
-from mquant.checkpoint.source import Folder, Source
+from mquant.checkpoint.source import Folder, Overlay, Source
 
 __all__ = [
     "CONFIG_NAME",
     "INDEX_NAME",
     "Checkpoint",
     "Folder",
+    "Overlay",
     "Source",
     "TensorInfo",
     "build_header",

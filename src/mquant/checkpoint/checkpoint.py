@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 
 from mquant.checkpoint.headers import PREFIX_BYTES, TensorInfo, header_length, parse_header
 from mquant.checkpoint.source import Source
-from mquant.errors import SourceError
+from mquant.errors import HeaderError, SourceError
 from mquant.findings import Finding, names
 
 INDEX_NAME: Final = "model.safetensors.index.json"
@@ -27,7 +27,8 @@ class Checkpoint:
     """Everything that can be known of a checkpoint without reading a weight.
 
     `tensors` is keyed by name, in natural order of shards and positions; `config` is the raw
-    JSON; `findings` are the ways in which index and headers disagree.
+    JSON; `findings` are the ways in which index and headers disagree. `total_size` is what the
+    index claims all tensors' bytes are, where it claims a number.
     """
 
     source: Source
@@ -35,6 +36,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     shards: tuple[str, ...]
     findings: tuple[Finding, ...]
+    total_size: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -57,11 +59,12 @@ class Checkpoint:
         )
 
 
-def open_checkpoint(source: Source) -> Checkpoint:
+def open_checkpoint(source: Source, *, tolerant: bool = False) -> Checkpoint:
     """Read config, index and every header of a checkpoint.
 
     Raises SourceError where one is missing or unreadable, HeaderError where a header lies.
-    Disagreements of index and headers, and tensors stored twice, are findings.
+    Disagreements of index and headers, and tensors stored twice, are findings. `tolerant` is for
+    judging: a header that lies is a finding too, and so are shards of which there is none.
     """
     if CONFIG_NAME not in source.files:
         raise SourceError(
@@ -69,23 +72,26 @@ def open_checkpoint(source: Source) -> Checkpoint:
             "Give the folder that holds config.json and the .safetensors files.",
         )
     config = read_json(source, CONFIG_NAME)
-    index = _read_index(source)
+    index, total_size = _read_index(source)
     shards = tuple(sorted(path for path in source.files if _is_shard(path)))
-    if not shards:
+    if not shards and not (tolerant and index):
         raise SourceError(
             f"{source.name} has no .safetensors file.",
             "Download the weights, or convert them to safetensors first.",
         )
     findings: list[Finding] = []
-    headers = _map(lambda shard: read_header(source, shard), shards)
     tensors: dict[str, TensorInfo] = {}
+    headers, unreadable = _read_headers(source, shards, tolerant=tolerant)
+    findings += unreadable
     for tensor in (tensor for header in headers for tensor in header):
         if tensor.name in tensors:
             findings.append(_stored_twice(tensor, tensors[tensor.name]))
         else:
             tensors[tensor.name] = tensor
     if index is not None:
-        findings += _index_findings(index, tensors, source.files)
+        damaged = {finding.where for finding in unreadable}
+        whole = {name: shard for name, shard in index.items() if shard not in damaged}
+        findings += _index_findings(whole, tensors, source.files)
     elif len(shards) > 1:
         findings.append(
             Finding(
@@ -96,7 +102,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
                 f"Download {INDEX_NAME} too.",
             )
         )
-    return Checkpoint(source, config, tensors, shards, tuple(findings))
+    return Checkpoint(source, config, tensors, shards, tuple(findings), total_size)
 
 
 def read_header(source: Source, shard: str) -> tuple[TensorInfo, ...]:
@@ -122,15 +128,36 @@ def read_json(source: Source, path: str) -> dict[str, Any]:
     return value
 
 
-def _read_index(source: Source) -> dict[str, str] | None:
+def _read_headers(
+    source: Source, shards: tuple[str, ...], *, tolerant: bool
+) -> tuple[list[tuple[TensorInfo, ...]], list[Finding]]:
+    # A shard that cannot be *had* (a network, a disk) still raises: that says nothing of it.
+    findings: list[Finding] = []
+
+    def read(shard: str) -> tuple[TensorInfo, ...]:
+        try:
+            return read_header(source, shard)
+        except HeaderError as error:
+            if not tolerant:
+                raise
+            findings.append(Finding("shard-damaged", "error", shard, error.message, error.fix))
+            return ()
+
+    headers = _map(read, shards)
+    return headers, sorted(findings, key=lambda finding: finding.where)
+
+
+def _read_index(source: Source) -> tuple[dict[str, str] | None, int | None]:
     if INDEX_NAME not in source.files:
-        return None
-    table = read_json(source, INDEX_NAME).get("weight_map")
+        return None, None
+    index = read_json(source, INDEX_NAME)
+    table, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(table, dict) or not all(
         isinstance(shard, str) and (name + shard).isprintable() for name, shard in table.items()
     ):
         raise SourceError(f"{INDEX_NAME} has no usable weight_map.", "Get the file again.")
-    return table
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return table, total if type(total) is int else None
 
 
 def _is_shard(path: str) -> bool:

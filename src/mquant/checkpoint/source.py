@@ -77,12 +77,13 @@ class Folder:
     def identity(self) -> dict[str, str]:
         """`content`: sha256 over names, sizes, small files whole and samples of the shards.
 
-        64 samples of 4 KiB, evenly spread, stand for a shard, its header included: reading all
-        of a 278 GB checkpoint to recognise it would cost as much as quantizing it.
+        64 samples of 4 KiB, evenly spread, stand for a large file, a shard's header included:
+        reading all of a 278 GB checkpoint to recognise it would cost as much as quantizing it.
+        The model card does not count: nothing is made of it.
         """
         digest = hashlib.sha256()
         for path, size in self.files.items():
-            if not path.endswith((".safetensors", ".json")):
+            if path.lower() == "readme.md":
                 continue
             digest.update(f"{path}\0{size}\0".encode())
             step = max(size // 64, 4096)
@@ -105,4 +106,32 @@ class Folder:
         return found
 
 
-__all__ = ["Folder", "Source"]
+class Overlay:
+    """A source with some files in memory, in place of its own or beside them.
+
+    So a checkpoint can be judged before the files that make it one are written.
+    """
+
+    def __init__(self, below: Source, files: Mapping[str, bytes]) -> None:
+        self._below = below
+        self._over = files
+        sizes = {**below.files, **{path: len(content) for path, content in files.items()}}
+        self.files: Mapping[str, int] = dict(sorted(sizes.items()))
+
+    @property
+    def name(self) -> str:
+        """The name of the source below."""
+        return self._below.name
+
+    def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes [start, end) of a file."""
+        if path in self._over:
+            return self._over[path][start:end]
+        return self._below.read(path, start, end)
+
+    def identity(self) -> dict[str, str]:
+        """The identity of the source below: what is in memory is not there yet."""
+        return self._below.identity()
+
+
+__all__ = ["Folder", "Overlay", "Source"]

@@ -10,6 +10,8 @@ from mquant.cli.inspect import inspect
 from mquant.cli.plan import plan
 from mquant.cli.quantize import quantize
 from mquant.cli.synth import synth
+from mquant.cli.verify import verify
+from mquant.cli.verify_ignore import verify_ignore
 
 app = typer.Typer(
     name="mquant",
@@ -52,6 +54,8 @@ def _group(name: str, listing: Callable[..., None], show: Callable[..., None]) -
 app.command("inspect")(inspect)
 app.command("plan")(plan)
 app.command("quantize")(quantize)
+app.command("verify")(verify)
+app.command("verify-ignore")(verify_ignore)
 _group("recipes", recipes.recipes, recipes.show)
 _group("families", families.families, families.show)
 app.command("synth")(synth)

@@ -141,8 +141,12 @@ def output(verb: str, form: Format) -> Iterator[Output]:
         out.interrupted()
         code = 130
     except Exception as error:  # noqa: BLE001 -- the last resort, in place of a traceback
-        out.crash(error)
-        code = 1
+        if _by_interrupt(error):
+            out.interrupted()
+            code = 130
+        else:
+            out.crash(error)
+            code = 1
     try:
         out.close(ok=code == 0)
     except OutputError as error:
@@ -150,6 +154,13 @@ def output(verb: str, form: Format) -> Iterator[Output]:
         code = code or error.exit_code
     if code:
         raise typer.Exit(code)
+
+
+def _by_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: libraries make errors of theirs of what it interrupts."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def plain_console(file: TextIO) -> Console:

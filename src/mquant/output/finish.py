@@ -7,14 +7,21 @@ disk, and the index just before it.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import yaml
 
-from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
+from mquant.checkpoint import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    Checkpoint,
+    Folder,
+    Overlay,
+    Source,
+)
 from mquant.events import Emit, Note, Progress, silent
 from mquant.family import Family, TensorRow
 from mquant.output.folder import LEDGER, RECORD
@@ -53,10 +60,18 @@ def file_names(plan: Plan) -> tuple[str, ...]:
     return (*shards, *copied, RECIPE_NAME, RECORD, INDEX_NAME, CONFIG_NAME)
 
 
-def finish(out: Path, plan: Plan, provenance: Mapping[str, Any], emit: Emit = silent) -> None:
+def finish(
+    out: Path,
+    plan: Plan,
+    provenance: Mapping[str, Any],
+    judge: Callable[[Source], None],
+    emit: Emit = silent,
+) -> None:
     """Complete OUT, whose shards are all there. config.json is the last file to appear.
 
     `provenance` goes into mquant.json as it is: it must not differ between two equal runs.
+    `judge` sees the checkpoint as it will be, when only index and config.json are not yet on disk;
+    what it raises keeps them from being written.
     """
     for path in side_files(plan.survey.checkpoint):
         _write(out, path, plan.survey.checkpoint.source.read(path))
@@ -69,6 +84,7 @@ def finish(out: Path, plan: Plan, provenance: Mapping[str, Any], emit: Emit = si
         digests[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     files = {name: digests[name] for name in sorted(digests)}
     _write(out, RECORD, _json({"schema": "mquant.output/1", **provenance, "files": files}))
+    judge(Overlay(Folder(out), {INDEX_NAME: index, CONFIG_NAME: config}))
     _write(out, INDEX_NAME, index)
     _write(out, CONFIG_NAME, config)
 

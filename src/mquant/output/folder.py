@@ -62,7 +62,7 @@ def examine(out: Path, source: Path | None, fingerprint: dict[str, Any], *, rest
             "Give another folder with -o, or empty this one.",
         )
     files = tuple(dict.fromkeys((*_safe_names(found.get("files", ())), RECORD)))
-    whole = record is not None and (out / "config.json").is_file()
+    whole = ledger is None and (out / "config.json").is_file()
     if found.get("fingerprint") != fingerprint:
         if not restart:
             raise _other_run(out, found.get("fingerprint"), fingerprint)

@@ -1,8 +1,9 @@
-"""Carry out a plan: check what can be checked, claim OUT, run the engine, look again, finish."""
+"""Carry out a plan: check what can be checked, claim OUT, run the engine, finish, verify."""
 
 import shutil
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,7 @@ from mquant.events import Emit, Note, silent
 from mquant.findings import size
 from mquant.output import Claim, Ledger, ShardSet, State, examine, file_names, finish
 from mquant.plan import Plan
+from mquant.workflows.verify import verify
 
 
 class Engine(StrEnum):
@@ -77,7 +79,8 @@ def quantize(
         ledger.record(file_names(plan))
         _run(plan, out, emit)
         _look_again(plan, out)
-        finish(out, plan, _provenance(plan, engine, identity, versions, fingerprint), emit)
+        provenance = _provenance(plan, engine, identity, versions, fingerprint)
+        finish(out, plan, provenance, partial(_judge, plan, emit=emit), emit)
         ledger.complete()
     finally:
         ledger.release()
@@ -167,6 +170,24 @@ def _look_again(plan: Plan, out: Path) -> None:
                 f"{shard.name} in {out} is not what was planned ({odd}).",
                 "Please report this; OUT has no config.json, so nothing will load it.",
             )
+
+
+def _judge(plan: Plan, result: Source, emit: Emit) -> None:
+    """Judge what was made as `mquant verify OUT --against SRC` does.
+
+    What was asked for knowingly (--allow-unsafe) does not count, and what the parent lacks is told
+    but does not count either: the output has the parent's config.json, key by key.
+    """
+    source = plan.survey.checkpoint.source
+    report = verify(result, {plan.family.name: plan.family}, parent=source, emit=emit)
+    known = {finding.rule for finding in plan.findings} | {"config-key-missing"}
+    for finding in report.findings:
+        if finding.severity == "error" and finding.rule not in known:
+            raise EngineError(
+                f"What was made is wrong ({finding.rule}): {finding.message}",
+                "Please report this; OUT has no config.json, so nothing will load it.",
+            )
+        emit(Note("warning", finding.message))
 
 
 __all__ = ["Engine", "Result", "choose_engine", "free_disk", "quantize"]

@@ -1,0 +1,96 @@
+"""`mquant verify`: whether a checkpoint is whole, sane, and made from its parent."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.text import Text
+
+from mquant.cli.options import FormatChoice, Revision, Src
+from mquant.cli.output import Format, output
+from mquant.cli.progress import progress
+from mquant.cli.source import open_source
+from mquant.cli.text import plural, size
+
+if TYPE_CHECKING:
+    from mquant.workflows.verify import Report
+
+_EXAMPLE = "mquant verify ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP"
+
+Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PARENT",
+        help="The folder or hub repo it was made from: what must be equal, and near, is compared.",
+        show_default=False,
+    ),
+]
+DepthChoice = Annotated[
+    Literal["structure", "numbers", "full"] | None,
+    typer.Option(
+        help="What is read: headers and JSON; all data too; with --against, all of the parent "
+        "too, instead of a sample. Left out: numbers for a folder, structure for a hub repo.",
+        show_default=False,
+    ),
+]
+FailOn = Annotated[
+    Literal["error", "warning"], typer.Option(help="The least severity that exits with 3.")
+]
+
+
+def verify(
+    src: Src = None,
+    against: Against = None,
+    depth: DepthChoice = None,
+    fail_on: FailOn = "error",
+    revision: Revision = None,
+    form: FormatChoice = Format.HUMAN,
+) -> None:
+    """Judge a checkpoint: is it whole, are its numbers sane, is it made from its parent.
+
+    docs/verify-rules.md has every rule. Of a hub repo only headers are read, unless --depth says
+    more. Exit code 3: it was read and found wrong.
+
+    Example: mquant verify ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP
+    """
+    with output("verify", form) as out:
+        source = open_source(src, revision, _EXAMPLE)
+        parent = None if against is None else open_source(against, None, _EXAMPLE)
+        from mquant.family import load_families
+        from mquant.workflows.verify import Depth
+        from mquant.workflows.verify import verify as judge
+
+        with progress(out) as emit:
+            wanted = None if depth is None else Depth(depth)
+            report = judge(source, load_families(), wanted, parent, emit)
+        out.put(verdict=verdict(report), **report.to_json())
+        bad = bool(report.count("error"))
+        out.show(Text(verdict(report), "bold red" if bad else "bold green"))
+        if report.bytes_read is not None:
+            read = size(report.bytes_read)
+            out.show(f"Read {read} in {plural(report.requests or 0, 'request')} from the hub.")
+        out.report(report.findings)
+        if bad or (fail_on == "warning" and report.count("warning")):
+            raise typer.Exit(3)
+
+
+def verdict(report: "Report") -> str:
+    """The report in one sentence."""
+    looked = ["structure"]
+    looked += ["numbers"] if "numbers" in report.checked else []
+    what = " and ".join(looked)
+    if report.parent is not None:
+        how = "a sample of its weights" if report.sampled else "all of its weights"
+        what += f", compared with {report.parent} ({how})"
+    counts = f"{plural(report.tensors, 'tensor')}, {plural(report.quantized, 'quantized module')}"
+    errors, warnings = report.count("error"), report.count("warning")
+    wrong = [
+        plural(count, noun) for count, noun in ((errors, "error"), (warnings, "warning")) if count
+    ]
+    if errors:
+        return f"Broken: {', '.join(wrong)} in {counts}; checked {what}."
+    if warnings:
+        return f"Sound, with {wrong[0]}: {counts}, checked {what}."
+    return f"Clean: {counts}, checked {what}."
+
+
+__all__ = ["verdict", "verify"]

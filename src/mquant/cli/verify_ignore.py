@@ -1,0 +1,91 @@
+"""`mquant verify-ignore`: whether the ignore list, and what is quantized, stop a loader."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mquant.cli.options import FormatChoice, Revision, Src
+from mquant.cli.output import Format, output
+from mquant.cli.source import open_source
+from mquant.cli.tables import table
+from mquant.cli.text import clean
+
+if TYPE_CHECKING:
+    from mquant.verify.ignore import IgnoreReport
+
+_ENTRIES_SHOWN = 20
+
+
+def verify_ignore(
+    src: Src = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 3 for warnings, too.")
+    ] = False,
+    revision: Revision = None,
+    form: FormatChoice = Format.HUMAN,
+) -> None:
+    """Say whether routers, lm_head and embeddings were kept, and whether ignore says so.
+
+    Only headers and config.json are read. Exit code 3: a loader will refuse the checkpoint, or
+    load it wrongly. An unquantized checkpoint is fine.
+
+    Example: mquant verify-ignore MiniMaxAI/MiniMax-M2
+    """
+    with output("verify-ignore", form) as out:
+        source = open_source(src, revision, "mquant verify-ignore MiniMaxAI/MiniMax-M2")
+        from mquant.checkpoint import open_checkpoint
+        from mquant.family import load_families
+        from mquant.verify.ignore import check_ignore
+        from mquant.verify.layout import read_layout
+
+        report = check_ignore(read_layout(open_checkpoint(source), load_families()))
+        out.put(**report.to_json())
+        out.show(render(report))
+        out.report(report.findings)
+        bad = {"error", "warning"} if strict else {"error"}
+        if any(found.severity in bad for found in report.findings):
+            raise typer.Exit(3)
+
+
+def render(report: "IgnoreReport") -> RenderableType:
+    """The report for a person, findings apart."""
+    parts: list[RenderableType] = [Text(clean(report.verdict), "bold"), "", _kinds(report), ""]
+    if report.entries:
+        parts += [_entries(report), ""]
+    return Group(*parts)
+
+
+def _kinds(report: "IgnoreReport") -> Table:
+    rows = table(
+        ("kind", "left"),
+        ("found", "right"),
+        ("kept", "right"),
+        ("quantized", "right"),
+        ("in ignore", "right"),
+    )
+    for kind in report.kinds:
+        bad = kind.quantized and kind.role.refused_by_loaders
+        rows.add_row(
+            kind.role.value,
+            f"{kind.found:,}",
+            f"{kind.kept:,}",
+            Text(f"{kind.quantized:,}", "red" if bad else ""),
+            f"{kind.covered:,}",
+        )
+    return rows
+
+
+def _entries(report: "IgnoreReport") -> Table:
+    rows = table(("hub", "right"), ("vLLM", "right"), ("names that match", "left"))
+    for entry in report.entries[:_ENTRIES_SHOWN]:
+        rows.add_row(f"{entry.hub:,}", f"{entry.vllm:,}", Text(clean(entry.entry)))
+    more = len(report.entries) - _ENTRIES_SHOWN
+    if more > 0:
+        rows.add_row("", "", f"... and {more:,} more")
+    return rows
+
+
+__all__ = ["render", "verify_ignore"]

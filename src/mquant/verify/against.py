@@ -1,0 +1,330 @@
+"""What the parent tells: whether only the quantized weights changed, and no more than they may."""
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+
+from mquant.checkpoint import TensorInfo
+from mquant.checkpoint.hub import HubRepo
+from mquant.events import Emit, Progress, silent
+from mquant.family import Role
+from mquant.findings import Finding, names
+from mquant.verify.formats import kind_of
+from mquant.verify.layout import Layout, Module
+from mquant.verify.numbers import PIECE, THREADS, read
+from mquant.verify.rules import Rule, finding, register
+from mquant.verify.tally import Tally
+from mquant.verify.weights import TYPICAL, Weight, weight_of
+
+SAMPLED_ROWS: Final = 64
+_SAMPLED_BYTES: Final = 64 * 1024
+# What every writer stamps, and what newer writers rename: no loader decides by them.
+_STAMPS: Final = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
+_NEEDED: Final = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
+    "tiktoken.model",
+    "chat_template*",
+    "generation_config.json",
+    "*.py",
+)
+_LICENCE: Final = ("LICENSE*", "LICENCE*", "NOTICE*")
+
+Break = tuple[str, str, str]
+Job = tuple[int, Callable[[], list[Break]]]
+
+
+def _rule(name: str, what: str, why: str, fix: str, *, warns: bool = False) -> Rule:
+    return Rule(name, "warning" if warns else "error", "against", what, why, fix)
+
+
+register(
+    _rule(
+        "parent-tensor-missing",
+        "Every tensor of the parent is there, plain or quantized.",
+        "What is missing stays uninitialised: vLLM does not look in quantized models.",
+        "Quantize again, or copy the tensors from the parent.",
+    ),
+    _rule(
+        "parent-lacks-tensor",
+        "Every tensor belongs to one of the parent's.",
+        "It is another model, or loaders drop the tensor.",
+        "Give the parent it was made from, or remove the tensor.",
+    ),
+    _rule(
+        "kept-tensor-differs",
+        "What is not quantized is bit-identical to the parent, dtype included.",
+        "A router cast from F32 to BF16 sends tokens to other experts.",
+        "Copy the tensor from the parent.",
+    ),
+    _rule(
+        "weight-beyond-bound",
+        "Dequantized weights are as near to the parent's as rounding leaves them: in NVFP4, "
+        "within amax/3 * 17/16 of each block.",
+        "Swapped nibbles, rows, experts or scales load without an error.",
+        "Quantize again. Methods that change weights on purpose (AWQ, SmoothQuant) have "
+        "no parent to be compared with.",
+    ),
+    _rule(
+        "weight-error-high",
+        "The relative error of a whole weight is one that rounding explains (NVFP4: about 0.1).",
+        "The scales are badly chosen, or of another weight.",
+        "Quantize again, and compare the tools.",
+        warns=True,
+    ),
+    _rule(
+        "config-key-lost",
+        "config.json has every key of the parent's.",
+        "Loaders take a default, and compute something else: rope_theta, rotary_dim.",
+        "Copy the keys from the parent's config.json.",
+    ),
+    _rule(
+        "config-key-differs",
+        "config.json says what the parent's says.",
+        "Loaders compute something else than the model was trained for.",
+        "Copy the keys from the parent's config.json.",
+    ),
+    _rule(
+        "side-file-missing",
+        "Tokenizer, chat template, generation config and model code of the parent are there.",
+        "Without them engines do not serve it, or with other prompts and sampling.",
+        "Copy the files from the parent.",
+    ),
+    _rule(
+        "side-file-differs",
+        "Tokenizer, chat template, generation config and model code are the parent's.",
+        "Another template or tokenizer is another model to its users.",
+        "Copy the files from the parent.",
+        warns=True,
+    ),
+    _rule(
+        "licence-missing",
+        "The parent's licence is there.",
+        "Most licences ask for it in every copy.",
+        "Copy the file from the parent.",
+        warns=True,
+    ),
+)
+
+
+def check_against(
+    layout: Layout, parent: Layout, *, everything: bool, emit: Emit = silent
+) -> tuple[Finding, ...]:
+    """Compare a checkpoint with the one it was made from.
+
+    Unless `everything` is wanted, quantized weights are sampled: all but experts in the first and
+    last layer, one expert in each layer, and 64 rows of each; the same ones every time. What is
+    not quantized is compared whole, but for hub repos, where large tensors are sampled too.
+    Raises SourceError where data cannot be read.
+    """
+    tally = Tally()
+    jobs = list(_jobs(layout, parent, everything, tally))
+    done, total = 0, sum(size for size, _ in jobs)
+    with ThreadPoolExecutor(max_workers=THREADS) as pool:
+        try:
+            results = pool.map(lambda job: job[1](), jobs)
+            for (size, _), breaks in zip(jobs, results, strict=True):
+                for found in breaks:
+                    tally.add(*found)
+                done += size
+                emit(Progress("compare", done, total))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    config, theirs = layout.checkpoint.config, parent.checkpoint.config
+    return (*tally.findings(), *_config(config, theirs), *_side_files(layout, parent))
+
+
+def _jobs(layout: Layout, parent: Layout, everything: bool, tally: Tally) -> Iterator[Job]:
+    local = not any(isinstance(each.checkpoint.source, HubRepo) for each in (layout, parent))
+    for name in sorted(layout.modules.keys() - parent.modules.keys()):
+        tally.add("parent-lacks-tensor", name, f"The parent has no {name}")
+    layers = [m.meaning.layer for m in layout.modules.values() if m.meaning and m.meaning.layer]
+    last = max(layers, default=0)
+    for name, theirs in parent.modules.items():
+        mine = layout.modules.get(name)
+        if mine is None:
+            lost = next(iter(theirs.tensors.values())).name
+            tally.add("parent-tensor-missing", lost, f"{lost} of the parent is missing")
+        elif kind_of(layout, mine) is None and kind_of(parent, theirs) is None:
+            yield from _kept(layout, parent, mine, theirs, everything or local, tally)
+        elif everything or _in_sample(mine, last, parent):
+            yield from _rounded(layout, parent, mine, theirs, everything)
+
+
+def _in_sample(module: Module, last: int, parent: Layout) -> bool:
+    meaning = module.meaning
+    if meaning is None or meaning.layer is None:
+        return True
+    if meaning.row.role is not Role.EXPERT:
+        return meaning.layer in (0, last)
+    experts = parent.checkpoint.config.get(parent.family.config.experts) if parent.family else None
+    count = experts if type(experts) is int and experts > 0 else 1
+    return meaning.expert == zlib.crc32(str(meaning.layer).encode()) % count
+
+
+def _kept(
+    layout: Layout, parent: Layout, mine: Module, theirs: Module, whole: bool, tally: Tally
+) -> Iterator[Job]:
+    for suffix, original in theirs.tensors.items():
+        info = mine.tensors.get(suffix)
+        if info is None:
+            tally.add(
+                "parent-tensor-missing", original.name, f"{original.name} of the parent is missing"
+            )
+        elif (info.dtype, info.shape) != (original.dtype, original.shape):
+            tally.add(
+                "kept-tensor-differs",
+                info.name,
+                f"{info.name} is {info.dtype} {list(info.shape)}; the parent's is "
+                f"{original.dtype} {list(original.shape)}",
+            )
+        else:
+            spans = list(_spans(info.nbytes, whole))
+            size = sum(end - start for start, end in spans)
+            yield size, partial(_equal, layout, parent, info, original, spans)
+    for suffix in mine.tensors.keys() - theirs.tensors.keys():
+        tally.add(
+            "parent-lacks-tensor",
+            f"{mine.name}.{suffix}",
+            f"The parent has no {mine.name}.{suffix}",
+        )
+
+
+def _spans(size: int, whole: bool) -> Iterator[tuple[int, int]]:
+    if whole or size <= 16 * _SAMPLED_BYTES:
+        for start in range(0, size, PIECE):
+            yield start, min(start + PIECE, size)
+    else:
+        for number in range(4):
+            start = number * (size - _SAMPLED_BYTES) // 3
+            yield start, start + _SAMPLED_BYTES
+
+
+def _equal(
+    layout: Layout,
+    parent: Layout,
+    info: TensorInfo,
+    original: TensorInfo,
+    spans: list[tuple[int, int]],
+) -> list[Break]:
+    for start, end in spans:
+        if read(layout, info, start, end) != read(parent, original, start, end):
+            return [
+                ("kept-tensor-differs", info.name, f"{info.name} is not bit-equal to the parent's")
+            ]
+    return []
+
+
+def _rounded(
+    layout: Layout, parent: Layout, mine: Module, theirs: Module, everything: bool
+) -> Iterator[Job]:
+    weight, original = weight_of(layout, mine), weight_of(parent, theirs)
+    if weight is None or original is None:
+        return
+    if weight.shape != original.shape:
+        message = f"{mine.name} is {list(weight.shape)}; the parent's is {list(original.shape)}"
+        yield 0, lambda: [("weight-beyond-bound", mine.name, message)]
+        return
+    rows, columns = weight.shape
+    first, last = 0, rows
+    if not everything and rows > SAMPLED_ROWS:
+        # Neighbours, since they are one read; where, is drawn from the name.
+        first = zlib.crc32(mine.name.encode()) % (rows - SAMPLED_ROWS + 1)
+        last = first + SAMPLED_ROWS
+    yield (last - first) * columns, partial(_compare, weight, original, first, last)
+
+
+def _compare(weight: Weight, original: Weight, first: int, last: int) -> list[Break]:
+    columns = weight.shape[1]
+    step = max(1, PIECE // 4 // columns)
+    error = power = 0.0
+    name = weight.module.name
+    kind = weight.kind or original.kind
+    for start in range(first, last, step):
+        end = min(start + step, last)
+        mine, theirs = weight.rows(start, end), original.rows(start, end).values
+        off = np.abs(mine.values - theirs)
+        allowed = mine.allowed(theirs)
+        # Written so that NaN on either side is out of bounds, too.
+        beyond = ~(off <= allowed)
+        if beyond.any():
+            row, column = np.unravel_index(int(np.argmax(beyond)), beyond.shape)
+            said = f"{mine.values[row, column]:.4g} for the parent's {theirs[row, column]:.4g}"
+            where = f"row {start + row:,}, column {column:,}"
+            return [
+                (
+                    "weight-beyond-bound",
+                    name,
+                    f"{name} is further from the parent than {kind} explains: {said} ({where})",
+                )
+            ]
+        error += float(np.sum(np.square(off, dtype=np.float64)))
+        power += float(np.sum(np.square(theirs, dtype=np.float64)))
+    relative = (error / power) ** 0.5 if power else 0.0
+    if relative > TYPICAL[weight.kind]:
+        message = f"{name} has a relative error of {relative:.2f}; {kind} stays below "
+        return [("weight-error-high", name, f"{message}{TYPICAL[weight.kind]}")]
+    return []
+
+
+def _config(config: Mapping[str, Any], parent: Mapping[str, Any]) -> Iterator[Finding]:
+    keys = [key for key in parent if key not in (*_STAMPS, "quantization_config")]
+    lost = [key for key in keys if key not in config]
+    changed = [key for key in keys if key in config and config[key] != parent[key]]
+    if lost:
+        yield finding("config-key-lost", "config.json", f"config.json lost {names(lost)}.")
+    if changed:
+        yield finding(
+            "config-key-differs",
+            "config.json",
+            f"config.json differs from the parent's in {names(changed)}.",
+        )
+
+
+def _side_files(layout: Layout, parent: Layout) -> Iterator[Finding]:
+    mine, theirs = layout.checkpoint.source, parent.checkpoint.source
+    needed = [path for path in theirs.files if _like(path, _NEEDED)]
+    missing = [path for path in needed if path not in mine.files]
+    if _has_template(layout):  # newer tools keep it in a file of its own, older ones did not
+        missing = [path for path in missing if not path.startswith("chat_template")]
+    if missing:
+        yield finding(
+            "side-file-missing", missing[0], f"The parent's {names(missing)} did not come along."
+        )
+    changed = [
+        path
+        for path in needed
+        if path in mine.files
+        and (mine.files[path] != theirs.files[path] or mine.read(path) != theirs.read(path))
+    ]
+    if changed:
+        yield finding(
+            "side-file-differs", changed[0], f"Other than in the parent: {names(changed)}."
+        )
+    licence = [path for path in theirs.files if _like(path, _LICENCE)]
+    if licence and not any(_like(path, _LICENCE) for path in mine.files):
+        yield finding(
+            "licence-missing", licence[0], f"The parent's {names(licence)} did not come along."
+        )
+
+
+def _like(path: str, patterns: tuple[str, ...]) -> bool:
+    return "/" not in path and any(fnmatch(path, pattern) for pattern in patterns)
+
+
+def _has_template(layout: Layout) -> bool:
+    name, source = "tokenizer_config.json", layout.checkpoint.source
+    return name in source.files and b'"chat_template"' in source.read(name)
+
+
+__all__ = ["SAMPLED_ROWS", "check_against"]

@@ -1,0 +1,190 @@
+"""Whether something is quantized that loaders refuse, or ignored in vain: the origin bug."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, Final
+
+from mquant.family import Role
+from mquant.findings import Finding
+from mquant.verify.ignore_checks import findings_of
+from mquant.verify.ignore_rules import QUANTIZED
+from mquant.verify.in_vllm import Judged, View, view_of
+from mquant.verify.layout import Layout
+
+_PLURAL: Final = {Role.ROUTER: "routers", Role.EMBEDDING: "embeddings", Role.HEAD: "heads"}
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """The modules of one role: how many there are, kept plain, quantized, meant by `ignore`."""
+
+    role: Role
+    found: int
+    kept: int
+    quantized: int
+    covered: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An entry of the ignore list, and how many names of each sort it matches."""
+
+    entry: str
+    hub: int
+    vllm: int
+    in_memory: int
+
+
+@dataclass(frozen=True)
+class IgnoreReport:
+    """What `verify-ignore` found.
+
+    `verdict` is one sentence. `quantized` are the modules loaders refuse quantized, with their
+    suffixes on disk; `uncovered` those that are kept but that the list does not mean.
+    """
+
+    verdict: str
+    source: str
+    family: str | None
+    method: str
+    kinds: tuple[Kind, ...]
+    quantized: tuple[tuple[str, Role, tuple[str, ...]], ...]
+    entries: tuple[Entry, ...]
+    uncovered: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of `mquant.verify-ignore/1` besides the envelope's; `findings` are there."""
+        return {
+            "verdict": self.verdict,
+            "source": self.source,
+            "family": self.family,
+            "method": self.method or None,
+            "kinds": {
+                kind.role.value: {
+                    "found": kind.found,
+                    "kept": kind.kept,
+                    "quantized": kind.quantized,
+                    "covered": kind.covered,
+                }
+                for kind in self.kinds
+            },
+            "quantized": [
+                {"module": module, "role": role.value, "suffixes": list(suffixes)}
+                for module, role, suffixes in self.quantized
+            ],
+            "ignore": [
+                {
+                    "entry": entry.entry,
+                    "matches": {
+                        "hub": entry.hub,
+                        "vllm": entry.vllm,
+                        "transformers": entry.in_memory,
+                    },
+                }
+                for entry in self.entries
+            ],
+            "uncovered": list(self.uncovered),
+        }
+
+
+def check_ignore(layout: Layout) -> IgnoreReport:
+    """Judge what is quantized, and the ignore list, as vLLM does when it loads the checkpoint.
+
+    Raises SourceError for an ignore list that takes too long to be judged.
+    """
+    view = view_of(layout)
+    quantized = [j for j in view.judged if j.role.refused_by_loaders and j.module.quantized]
+    uncovered = _uncovered(view)
+    findings = findings_of(view, quantized, uncovered)
+    kinds = _kinds(view)
+    return IgnoreReport(
+        verdict=_verdict(view, kinds, findings),
+        source=layout.checkpoint.source.name,
+        family=layout.family.name if layout.family else None,
+        method=layout.method,
+        kinds=kinds,
+        quantized=tuple((j.module.name, j.role, j.module.quantized) for j in quantized),
+        entries=_entries(view),
+        uncovered=tuple(uncovered),
+        findings=tuple(findings),
+    )
+
+
+def _kinds(view: View) -> tuple[Kind, ...]:
+    by_role: dict[Role, list[Judged]] = defaultdict(list)
+    for judged in view.judged:
+        by_role[judged.role].append(judged)
+    order = [*QUANTIZED, *(role for role in Role if role not in QUANTIZED)]
+    kinds = []
+    for role in (role for role in order if role in by_role):
+        group = by_role[role]
+        quantized = sum(bool(judged.module.quantized) for judged in group)
+        covered = sum(map(view.covered, group))
+        kinds.append(Kind(role, len(group), len(group) - quantized, quantized, covered))
+    return tuple(kinds)
+
+
+def _entries(view: View) -> tuple[Entry, ...]:
+    in_memory = frozenset(view.in_memory.values())
+    return tuple(
+        Entry(entry, len(found & view.hub), len(found & view.vllm), len(found & in_memory))
+        for entry, found in view.ignore.by_entry.items()
+    )
+
+
+def _uncovered(view: View) -> list[str]:
+    # Only tools that go by tensor names take embeddings for linear layers, and they write
+    # compressed-tensors.
+    roles = set(QUANTIZED) - ({Role.EMBEDDING} if view.method != "compressed-tensors" else set())
+    return [
+        judged.module.name
+        for judged in view.judged
+        if view.style and judged.role in roles
+        if not judged.module.quantized and not view.covered(judged)
+    ]
+
+
+def _verdict(view: View, kinds: tuple[Kind, ...], findings: list[Finding]) -> str:
+    rules = {found.rule for found in findings if found.severity == "error"}
+    refused = [kind for kind in kinds if kind.role in QUANTIZED and kind.quantized]
+    if refused:
+        are = _are([_part(kind, kind.quantized) for kind in refused])
+        return f"{are} quantized: vLLM will refuse to load this."
+    if "expert-names" in rules:
+        return (
+            "The experts have names that vLLM does not know: it will load this without an error "
+            "and leave them uninitialised."
+        )
+    if rules:
+        return "vLLM will not load this as it is: its config.json and its tensors disagree."
+    parts = [_part(kind, kind.found) for kind in kinds if kind.role in QUANTIZED]
+    kept = f"{_are(parts)} kept" if parts else "No router, lm_head or embeddings were found"
+    if not view.layout.method:
+        return f"Nothing is quantized, so there is no ignore list to judge. {kept}."
+    if view.layout.family is None:
+        return f"{kept}; routers of an unknown family cannot be judged."
+    if view.style is None:
+        return f"{kept}; what the ignore list means was not judged."
+    return f"{kept}: nothing in ignore stops vLLM from loading this."
+
+
+def _part(kind: Kind, count: int) -> tuple[str, bool]:
+    """Modules of a kind as words, and whether they are many."""
+    if kind.found == 1:
+        one = {Role.HEAD: "lm_head", Role.EMBEDDING: "the embeddings"}
+        return one.get(kind.role, "the only router"), kind.role is Role.EMBEDDING
+    if kind.quantized:
+        return f"{count:,} of {kind.found:,} {_PLURAL[kind.role]}", True
+    return f"all {count:,} {_PLURAL[kind.role]}", True
+
+
+def _are(parts: list[tuple[str, bool]]) -> str:
+    *first, last = [text for text, _ in parts]
+    text = f"{', '.join(first)} and {last}" if first else last
+    if not text.startswith("lm_head"):  # a name, spelled as it is
+        text = text[0].upper() + text[1:]
+    return f"{text} {'are' if first or parts[0][1] else 'is'}"
+
+
+__all__ = ["Entry", "IgnoreReport", "Kind", "check_ignore"]

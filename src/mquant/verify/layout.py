@@ -1,0 +1,107 @@
+"""A checkpoint as modules: which are quantized, in which layout, with which tensors.
+
+Judged by the tensors on disk first, since that is what a loader meets, and by config.json second.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from mquant.checkpoint import Checkpoint, TensorInfo, read_json
+from mquant.family import Family, Meaning, Role, family_of
+from mquant.schemes import QUANTIZED_SUFFIXES
+
+MODELOPT_NAME: Final = "hf_quant_config.json"
+FP8_DTYPES: Final = ("F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True)
+class Module:
+    """The tensors of one module, by what follows its name (`weight`, `weight_packed`, ...).
+
+    `meaning` is what the family says of the module's weight; None where it does not know it.
+    """
+
+    name: str
+    tensors: Mapping[str, TensorInfo]
+    meaning: Meaning | None
+
+    @property
+    def role(self) -> Role | None:
+        """What the module is for, where the family knows it."""
+        return self.meaning.row.role if self.meaning else None
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """The suffixes on disk that only a quantized module has; empty for a plain one.
+
+        A `weight` that is U8 or FP8 counts: ModelOpt and FP8 layouts keep that name.
+        """
+        found = [s for s in self.tensors if f".{s}" in QUANTIZED_SUFFIXES]
+        weight = self.tensors.get("weight")
+        if weight is not None and weight.dtype in ("U8", "I8", *FP8_DTYPES):
+            found.append("weight")
+        return tuple(sorted(found))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkpoint's modules and the method that quantized it.
+
+    `method` is `compressed-tensors`, `modelopt`, `fp8`, another name config.json gives, or empty
+    where nothing says that the checkpoint is quantized. `config` is the quantization config.
+    """
+
+    checkpoint: Checkpoint
+    family: Family | None
+    modules: Mapping[str, Module]
+    method: str
+    config: Mapping[str, Any]
+
+    @property
+    def quantized(self) -> tuple[Module, ...]:
+        """Modules that are quantized on disk."""
+        return tuple(module for module in self.modules.values() if module.quantized)
+
+    def of(self, *roles: Role) -> tuple[Module, ...]:
+        """Modules of some roles."""
+        return tuple(module for module in self.modules.values() if module.role in roles)
+
+    @property
+    def ignore(self) -> tuple[str, ...]:
+        """The entries that keep modules from being quantized, whatever the method calls them."""
+        for key in ("ignore", "exclude_modules", "modules_to_not_convert"):
+            entries = self.config.get(key)
+            if isinstance(entries, list):
+                return tuple(entry for entry in entries if isinstance(entry, str))
+        return ()
+
+
+def read_layout(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Layout:
+    """Group a checkpoint's tensors by module and find out how it was quantized."""
+    family = family_of(checkpoint.config, families)
+    grouped: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    for info in checkpoint.tensors.values():
+        module, _, suffix = info.name.rpartition(".")
+        grouped[module][suffix] = info
+    modules = {
+        name: Module(name, tensors, family.classify(f"{name}.weight") if family else None)
+        for name, tensors in grouped.items()
+    }
+    method, config = _method(checkpoint)
+    return Layout(checkpoint, family, modules, method, config)
+
+
+def _method(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]]:
+    config = checkpoint.config.get("quantization_config")
+    if isinstance(config, dict):
+        method = config.get("quant_method")
+        return (method if isinstance(method, str) else "unknown"), config
+    if MODELOPT_NAME in checkpoint.source.files:
+        table = read_json(checkpoint.source, MODELOPT_NAME).get("quantization")
+        return "modelopt", table if isinstance(table, dict) else {}
+    return "", {}
+
+
+__all__ = ["FP8_DTYPES", "MODELOPT_NAME", "Layout", "Module", "read_layout"]

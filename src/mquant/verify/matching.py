@@ -1,0 +1,132 @@
+"""How loaders match the entries of `ignore`, `targets` and their like against module names.
+
+Entries are somebody else's, and some regular expressions take longer than the universe has: what
+is not a plain comparison runs in a process of its own, and is stopped when its time is up.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Final
+
+from mquant.errors import SourceError
+
+MAX_ENTRIES: Final = 100_000
+MAX_LENGTH: Final = 1_000
+TIME_LIMIT: Final = 30.0
+"""Seconds for all entries. A dozen expressions on a model of 30,000 modules take about one."""
+
+
+class Style(StrEnum):
+    """Whose rules: an entry always matches the name that equals it.
+
+    NAMES (compressed-tensors, in vLLM): also `re:` and an expression, anchored at the start only.
+    GLOBS (ModelOpt, in vLLM): also a part of the name, wherever it is cut, or a glob for all of
+    it. PARTS (FP8, in transformers): also whole parts of the name between its dots.
+    EXACT (FP8, in vLLM): nothing more.
+    """
+
+    NAMES = "names"
+    GLOBS = "globs"
+    PARTS = "parts"
+    EXACT = "exact"
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Which names every entry matches; `bad` has the entries that no loader can read, and why."""
+
+    by_entry: Mapping[str, frozenset[str]]
+    bad: Mapping[str, str]
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The names that some entry matches."""
+        return frozenset().union(*self.by_entry.values())
+
+
+def match(entries: Sequence[str], names: Iterable[str], style: Style) -> Matches:
+    """Match entries against names, as loaders do.
+
+    Raises SourceError for a list that is too long, or takes too long, to be judged.
+    """
+    if len(entries) > MAX_ENTRIES or any(len(entry) > MAX_LENGTH for entry in entries):
+        raise SourceError(
+            f"The ignore list cannot be judged: it has more than {MAX_ENTRIES:,} entries, or one "
+            f"of more than {MAX_LENGTH:,} characters.",
+            "Write `re:` patterns instead of many names, and shorter ones.",
+        )
+    known = sorted(set(names))
+    present = frozenset(known)
+    distinct = list(dict.fromkeys(entries))
+    slow = [entry for entry in distinct if not _is_plain(entry, style)]
+    answers = dict(zip(slow, _ask(slow, known, style), strict=True)) if slow else {}
+    by_entry: dict[str, frozenset[str]] = {}
+    bad: dict[str, str] = {}
+    for entry in distinct:
+        answer = answers.get(entry)
+        if isinstance(answer, str):
+            bad[entry] = answer
+        elif answer is not None:
+            by_entry[entry] = frozenset(known[number] for number in answer)
+        else:
+            by_entry[entry] = frozenset({entry}) & present
+    return Matches(by_entry, bad)
+
+
+def _is_plain(entry: str, style: Style) -> bool:
+    return style is Style.EXACT or (style is Style.NAMES and not entry.startswith("re:"))
+
+
+# One line for every entry: the numbers of the names it matches, or why it is bad.
+_PROGRAM: Final = r"""
+import fnmatch, json, re, sys
+
+task = json.load(sys.stdin)
+
+def test(entry, style):
+    if style == "names":
+        return re.compile(entry[3:]).match
+    if style == "parts":
+        return lambda name: f".{entry}." in f".{name}."
+    glob = re.compile(fnmatch.translate(entry)).match
+    return lambda name: entry in name or glob(name)
+
+for entry in task["entries"]:
+    try:
+        matches = test(entry, task["style"])
+        answer = [number for number, name in enumerate(task["names"]) if matches(name)]
+    except (re.error, RecursionError, OverflowError, MemoryError) as error:
+        answer = str(error) or type(error).__name__
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+"""
+
+
+def _ask(entries: Sequence[str], names: Sequence[str], style: Style) -> list[list[int] | str]:
+    task = json.dumps({"entries": entries, "names": names, "style": style.value})
+    # -I and -S: nothing of the environment or of this folder is run, and it starts at once.
+    command = [sys.executable, "-I", "-S", "-c", _PROGRAM]
+    try:
+        run = subprocess.run(  # noqa: S603 -- our own program; what is hostile goes in by stdin
+            command, input=task.encode(), capture_output=True, timeout=TIME_LIMIT, check=True
+        )
+    except subprocess.TimeoutExpired as late:
+        entry = entries[min((late.stdout or b"").count(b"\n"), len(entries) - 1)]
+        raise SourceError(
+            f"The ignore list cannot be judged: after {TIME_LIMIT:g} s it was still at {entry!r}.",
+            "Write it simpler, without repeats inside repeats; vLLM would take as long.",
+        ) from None
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SourceError(
+            f"The ignore list cannot be judged: {type(error).__name__} in matching it.",
+            "Check that this machine has memory and processes left.",
+        ) from error
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+__all__ = ["MAX_ENTRIES", "MAX_LENGTH", "TIME_LIMIT", "Matches", "Style", "match"]

@@ -1,0 +1,257 @@
+"""What the data tell: scales that can be divided by, and no number that is none.
+
+Everything is read once, in pieces: memory stays at a few times PIECE, whatever the checkpoint.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from mquant.checkpoint import TensorInfo
+from mquant.events import Emit, Progress, silent
+from mquant.findings import Finding
+from mquant.verify.decode import GROUP, Floats, floats
+from mquant.verify.formats import Kind, kind_of
+from mquant.verify.layout import FP8_DTYPES, Layout, Module
+from mquant.verify.rules import Rule, register
+from mquant.verify.tally import Tally
+
+PIECE: Final = 16_000_000
+THREADS: Final = 2
+_GLOBALS: Final = ("weight_global_scale", "weight_scale_2")
+_INPUTS: Final = ("input_global_scale", "input_scale")
+_BLOCKS: Final = ("weight_scale", "weight_scale_inv")
+# dtype -> its bits as an integer, and where exponent is all ones: infinity or NaN.
+_NOT_FINITE: Final = {
+    "BF16": ("<u2", 0x7F80),
+    "F16": ("<u2", 0x7C00),
+    "F32": ("<u4", 0x7F80_0000),
+    "F64": ("<u8", 0x7FF0_0000_0000_0000),
+    "F8_E5M2": ("u1", 0x7C),
+    "F8_E4M3": ("u1", 0x7F),  # the one code, with either sign, that is no number
+}
+_AGAIN: Final = "Quantize again; if it stays so, look at the weight in the parent."
+
+register(
+    Rule(
+        "value-not-finite",
+        "error",
+        "numbers",
+        "Weights that are not quantized, and FP8 codes, hold neither NaN nor infinity.",
+        "One NaN spreads through the whole model; loaders do not look.",
+        "Take the tensor from the parent, or, if it is like that there, from the original release.",
+    ),
+    Rule(
+        "scale-not-finite",
+        "error",
+        "numbers",
+        "Scales of blocks, channels and tensors are finite numbers (in E4M3: not 7f or ff).",
+        "One such scale makes NaN of a whole block, and then of the model's output.",
+        _AGAIN,
+    ),
+    Rule(
+        "scale-negative",
+        "error",
+        "numbers",
+        "Scales of blocks, channels and tensors are not negative.",
+        "Kernels that take the sign bit for part of the number compute something else.",
+        _AGAIN,
+    ),
+    Rule(
+        "scale-zero",
+        "error",
+        "numbers",
+        "No scale is zero where the codes under it are not.",
+        "The whole block loads as zero.",
+        _AGAIN,
+    ),
+    Rule(
+        "global-scale-invalid",
+        "error",
+        "numbers",
+        "Global scales, and scales of activations, are finite and positive.",
+        "vLLM loads infinity and NaN without an error; the module then computes nothing else.",
+        _AGAIN,
+    ),
+    Rule(
+        "global-scale-differs",
+        "error",
+        "numbers",
+        "The members of a fused set (q, k, v; w1, w3) have the same global scale, bit by bit.",
+        "Loaders apply one of them to all: vLLM only warns, SGLang stops.",
+        "Quantize the members together, with a tool that knows the fused set.",
+    ),
+    Rule(
+        "global-scale-inverted",
+        "warning",
+        "numbers",
+        "compressed-tensors' weight_global_scale is a divisor, and so hardly ever below 1.",
+        "ModelOpt's weight_scale_2 is the reciprocal; under the other name weights are off by "
+        "its square.",
+        "Store 1 / weight_scale_2 as weight_global_scale.",
+    ),
+)
+
+
+@dataclass
+class _Seen:
+    """What one job found: breaks of rules, and the global scale of its module."""
+
+    module: Module | None = None
+    breaks: list[tuple[str, str, str]] = field(default_factory=list)
+    global_scale: tuple[str, bytes] | None = None
+
+    def add(self, rule: str, info: TensorInfo, message: str) -> None:
+        self.breaks.append((rule, info.name, f"{info.name} {message}"))
+
+
+def check_numbers(layout: Layout, emit: Emit = silent) -> tuple[Finding, ...]:
+    """Read all data once and judge it. Raises SourceError where it cannot be read."""
+    jobs = list(_jobs(layout))
+    total = sum(size for size, _ in jobs)
+    done = told = 0
+    tally = Tally()
+    scales: dict[tuple[str, int | None, int | None], list[tuple[str, bytes]]] = defaultdict(list)
+    with ThreadPoolExecutor(max_workers=THREADS) as pool:
+        try:
+            for (size, _), seen in zip(jobs, pool.map(lambda job: job[1](), jobs), strict=True):
+                for found in seen.breaks:
+                    tally.add(*found)
+                meaning = seen.module.meaning if seen.module else None
+                if meaning and meaning.row.fused and seen.global_scale:
+                    scales[meaning.row.fused, meaning.layer, meaning.expert].append(
+                        seen.global_scale
+                    )
+                done += size
+                if done - told >= PIECE or done == total:
+                    told = done
+                    emit(Progress("verify", done, total))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    _fused(scales.values(), tally)
+    return tally.findings()
+
+
+def _jobs(layout: Layout) -> Iterator[tuple[int, Callable[[], _Seen]]]:
+    for module in layout.modules.values():
+        kind = kind_of(layout, module)
+        if kind in (None, Kind.OTHER):
+            for info in module.tensors.values():
+                yield info.nbytes, partial(_plain, layout, info)
+        else:
+            size = sum(info.nbytes for info in module.tensors.values())
+            yield size, partial(_quantized, layout, module, kind)
+
+
+def _plain(layout: Layout, info: TensorInfo, seen: _Seen | None = None) -> _Seen:
+    seen = seen or _Seen()
+    if info.dtype not in _NOT_FINITE:
+        return seen
+    kind, exponent = _NOT_FINITE[info.dtype]
+    for raw in pieces(layout, info):
+        bits = np.frombuffer(raw, kind)
+        bad = int(np.count_nonzero((bits & bits.dtype.type(exponent)) == exponent))
+        if bad:
+            seen.add("value-not-finite", info, "holds NaN or infinity")
+            break
+    return seen
+
+
+def _quantized(layout: Layout, module: Module, kind: Kind | None) -> _Seen:
+    seen = _Seen(module)
+    for suffix, info in module.tensors.items():
+        if suffix in (*_GLOBALS, *_INPUTS):
+            _scalar(layout, info, suffix, seen)
+        elif suffix in _BLOCKS:
+            _scales(layout, info, seen)
+        elif info.dtype in FP8_DTYPES or suffix not in ("weight", "weight_packed"):
+            _plain(layout, info, seen)
+    if kind in (Kind.NVFP4, Kind.MODELOPT_NVFP4):
+        _dead_blocks(layout, module, seen)
+    return seen
+
+
+def _scalar(layout: Layout, info: TensorInfo, suffix: str, seen: _Seen) -> None:
+    if info.dtype not in ("F32", "BF16", "F16") or info.elements != 1:
+        return  # a matter of structure
+    raw = read(layout, info)
+    value = float(floats(raw, info.dtype)[0])
+    if not np.isfinite(value) or value <= 0:
+        seen.add("global-scale-invalid", info, f"is {value:g}")
+    elif suffix == "weight_global_scale" and value < 1:
+        seen.add("global-scale-inverted", info, f"is {value:.3g}, which looks like a reciprocal")
+    if suffix in _GLOBALS:
+        seen.global_scale = (info.name, raw)
+
+
+def _scales(layout: Layout, info: TensorInfo, seen: _Seen) -> None:
+    if info.dtype not in ("F8_E4M3", "F32", "BF16", "F16"):
+        return
+    for raw in pieces(layout, info):
+        values: Floats = floats(raw, info.dtype)
+        if not np.isfinite(values).all():
+            seen.add("scale-not-finite", info, "holds NaN or infinity")
+        if (values < 0).any():
+            seen.add("scale-negative", info, "holds negative scales")
+        if info.dtype != "F8_E4M3" and (values == 0).any():
+            # Tools write a tiny scale, never zero, for a channel of zeros.
+            seen.add("scale-zero", info, "holds scales that are zero")
+
+
+def _dead_blocks(layout: Layout, module: Module, seen: _Seen) -> None:
+    codes = module.tensors.get("weight_packed") or module.tensors.get("weight")
+    scale = module.tensors.get("weight_scale")
+    if codes is None or scale is None or scale.dtype != "F8_E4M3" or codes.dtype != "U8":
+        return
+    if len(codes.shape) != 2 or scale.shape != (codes.shape[0], codes.shape[1] * 2 // GROUP):
+        return
+    if codes.shape[1] * 2 % GROUP or not codes.elements:
+        return
+    per_block = GROUP // 2
+    step = PIECE // per_block * per_block
+    for start in range(0, codes.nbytes, step):
+        end = min(start + step, codes.nbytes)
+        # 8 bytes are one block: as one integer, without the signs, it is zero or not.
+        blocks: npt.NDArray[np.uint64] = np.frombuffer(read(layout, codes, start, end), "<u8")
+        some = (blocks & np.uint64(0x7777_7777_7777_7777)) != 0
+        raw = read(layout, scale, start // per_block, end // per_block)
+        dead = (np.frombuffer(raw, np.uint8) & 0x7F) == 0
+        if (some & dead).any():
+            block = start // per_block + int(np.argmax(some & dead))
+            row = block // scale.shape[1]
+            seen.add("scale-zero", scale, f"is zero over a block that is not (row {row:,})")
+            return
+
+
+def _fused(sets: Iterable[list[tuple[str, bytes]]], tally: Tally) -> None:
+    for members in sets:
+        first, scale = members[0]
+        other = next((name for name, raw in members if raw != scale), None)
+        if other is not None:
+            tally.add(
+                "global-scale-differs",
+                other,
+                f"{first} and {other} differ, but loaders make one matrix of them",
+            )
+
+
+def pieces(layout: Layout, info: TensorInfo) -> Iterator[bytes]:
+    """A tensor's data in pieces of whole elements."""
+    for start in range(0, info.nbytes, PIECE):
+        yield read(layout, info, start, min(start + PIECE, info.nbytes))
+
+
+def read(layout: Layout, info: TensorInfo, start: int = 0, end: int | None = None) -> bytes:
+    """Bytes [start, end) of a tensor's data."""
+    end = info.nbytes if end is None else end
+    return layout.checkpoint.source.read(info.shard, info.start + start, info.start + end)
+
+
+__all__ = ["PIECE", "check_numbers", "pieces", "read"]

@@ -1,0 +1,300 @@
+"""What headers and JSON tell: whether all of the model is there, and every part as it must be."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+import mquant.verify.structure_rules  # noqa: F401 -- registers the rules
+from mquant.family import Family, Role
+from mquant.findings import Finding
+from mquant.plan import Member, wholeness
+from mquant.schemes import QUANTIZED_SUFFIXES
+from mquant.verify.formats import (
+    CODES,
+    Kind,
+    activations,
+    groups,
+    kind_of,
+    parts,
+    weight_shape,
+)
+from mquant.verify.layout import Layout, Module
+from mquant.verify.rules import finding
+from mquant.verify.tally import Tally
+
+# Scales of the KV cache: loaders know them beside any attention, and do without.
+_HARMLESS: Final = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "output_scale")
+_INPUTS: Final = ("input_global_scale", "input_scale")
+_STRATEGIES: Final = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
+_FORMATS: Final = {
+    "nvfp4-pack-quantized": Kind.NVFP4,
+    "pack-quantized": Kind.INT,
+    "float-quantized": Kind.FP8,
+    "naive-quantized": None,
+    "int-quantized": None,
+    "mixed-precision": None,
+    "mxfp4-pack-quantized": None,
+    "mxfp8-quantized": None,
+    "marlin-24": None,
+    "dense": None,
+}
+
+Kinds = Mapping[str, Kind]
+"""Quantized modules by name."""
+
+
+def check_structure(layout: Layout) -> tuple[Finding, ...]:
+    """Judge a checkpoint by its headers, index and config.json."""
+    modules = layout.modules.values()
+    kinds = {m.name: kind for m in modules if (kind := kind_of(layout, m)) is not None}
+    tally = Tally()
+    _modules(layout, kinds, tally)
+    _config(layout, kinds, tally)
+    found = [*layout.checkpoint.findings, *_total_size(layout)]
+    if layout.family is None:
+        found.append(_unknown_family(layout))
+        return (*found, *tally.findings())
+    _names(layout, layout.family, tally)
+    _mixed(layout, kinds, tally)
+    whole = [*wholeness(layout.family, _members(layout, kinds), layout.checkpoint.config)]
+    if lost_shards(layout):
+        # What a lost shard held is missing: saying so tensor by tensor tells nothing new.
+        whole = [f for f in whole if f.rule == "shape-disagrees"]
+        rest = [f for f in tally.findings() if f.rule not in ("part-missing", "fused-set-mixed")]
+        return (*found, *whole, *rest)
+    return (*found, *whole, *tally.findings())
+
+
+def lost_shards(layout: Layout) -> bool:
+    """Whether shards are missing or damaged; what they held is then not known to be lacking."""
+    rules = {finding.rule for finding in layout.checkpoint.findings}
+    return bool(rules & {"shard-damaged", "shard-missing"})
+
+
+def _members(layout: Layout, kinds: Kinds) -> list[Member]:
+    """Every known tensor as if nothing were quantized: of a quantized module, its weight."""
+    members = []
+    family, config = layout.family, layout.checkpoint.config
+    for module in layout.modules.values():
+        kind = kinds.get(module.name)
+        for suffix, info in module.tensors.items():
+            meaning = family.classify(info.name) if family else None
+            if meaning is not None and not (kind and suffix == "weight"):
+                members.append(Member(info, meaning))
+        if kind is not None and family and module.meaning is not None:
+            shape = weight_shape(kind, module, layout) or family.shape(module.meaning.row, config)
+            any_part = next(iter(module.tensors.values()))
+            weight = replace(any_part, name=f"{module.name}.weight", shape=shape or ())
+            members.append(Member(weight, module.meaning))
+    return members
+
+
+def _total_size(layout: Layout) -> Iterator[Finding]:
+    checkpoint = layout.checkpoint
+    if checkpoint.total_size not in (None, checkpoint.nbytes) and not lost_shards(layout):
+        yield finding(
+            "total-size-wrong",
+            "model.safetensors.index.json",
+            f"The index says total_size {checkpoint.total_size:,}; the tensors are "
+            f"{checkpoint.nbytes:,} bytes.",
+        )
+
+
+def _unknown_family(layout: Layout) -> Finding:
+    kind = str(layout.checkpoint.config.get("model_type"))[:60]
+    return finding(
+        "family-unknown",
+        "config.json",
+        f"config.json says model_type {kind!r}, a family mquant does not know: only what holds "
+        "for every model was checked.",
+    )
+
+
+def _names(layout: Layout, family: Family, tally: Tally) -> None:
+    for module in layout.modules.values():
+        renamed = family.classify_in_memory(f"{module.name}.weight")
+        for suffix, info in module.tensors.items():
+            if family.classify(info.name) is not None or suffix in _HARMLESS:
+                continue
+            part = f".{suffix}" in QUANTIZED_SUFFIXES or suffix == "weight_g_idx"
+            if module.meaning is not None and part:
+                continue
+            if renamed is not None and (part or suffix == "weight"):
+                if renamed.row.role is Role.EXPERT:
+                    continue  # told by `check_ignore`, with all that vLLM makes of it
+                hub = renamed.row.format(renamed.layer, renamed.expert).removesuffix(".weight")
+                tally.add(
+                    "tensor-renamed",
+                    info.name,
+                    f"{info.name} has a loaded model's name; on disk the module is {hub}",
+                )
+            else:
+                tally.add(
+                    "tensor-unknown", info.name, f"{family.title} has no such tensor as {info.name}"
+                )
+
+
+def _modules(layout: Layout, kinds: Kinds, tally: Tally) -> None:
+    declared = activations(layout)
+    for name, kind in kinds.items():
+        module = layout.modules[name]
+        if kind is Kind.OTHER:
+            continue
+        _inputs(module, kind, declared, tally)
+        codes = CODES[kind]
+        if codes != "weight" and codes in module.tensors and "weight" in module.tensors:
+            tally.add("weight-stored-twice", name, f"{name} has both weight and {codes}")
+        _parts(layout, module, kind, tally)
+
+
+def _parts(layout: Layout, module: Module, kind: Kind, tally: Tally) -> None:
+    shape = weight_shape(kind, module, layout)
+    # Without codes nothing says how large the rest must be.
+    expected = parts(kind, module, shape or (0, 0), layout)
+    present = ", ".join(sorted(s for s in module.tensors if s in expected))
+    for suffix, part in expected.items():
+        info = module.tensors.get(suffix)
+        if info is None:
+            if part.required:
+                tally.add(
+                    "part-missing",
+                    f"{module.name}.{suffix}",
+                    f"{module.name} is quantized ({kind}: {present}), but has no {suffix}",
+                )
+        elif info.dtype not in part.dtypes:
+            wanted = " or ".join(part.dtypes)
+            tally.add("part-dtype", info.name, f"{info.name} is {info.dtype}; {kind} has {wanted}")
+        elif shape and part.shapes and info.shape not in part.shapes:
+            wanted = " or ".join(str(list(each)) for each in part.shapes)
+            tally.add(
+                "part-shape",
+                info.name,
+                f"{info.name} is {list(info.shape)}; a weight of {list(shape)} needs {wanted}",
+            )
+    known = {*expected, *_INPUTS, "weight"}
+    for suffix, info in module.tensors.items():
+        if f".{suffix}" in QUANTIZED_SUFFIXES and suffix not in known:
+            tally.add("part-unexpected", info.name, f"{info.name} is no part of a module in {kind}")
+
+
+def _inputs(module: Module, kind: Kind, declared: bool | None, tally: Tally) -> None:
+    name = "input_global_scale" if kind is Kind.NVFP4 else "input_scale"
+    there = any(suffix in module.tensors for suffix in _INPUTS)
+    if declared and kind is not Kind.INT and name not in module.tensors:
+        tally.add(
+            "activation-scales-missing",
+            f"{module.name}.{name}",
+            f"config.json declares quantized activations, but {module.name} has no {name}",
+        )
+    elif declared is False and there:
+        tally.add(
+            "activation-scales-undeclared",
+            module.name,
+            f"{module.name} has a scale of its input, but config.json declares no static "
+            "scales of activations",
+        )
+
+
+def _mixed(layout: Layout, kinds: Kinds, tally: Tally) -> None:
+    sets: dict[tuple[str, int | None, int | None], list[Module]] = defaultdict(list)
+    experts: dict[int | None, list[Module]] = defaultdict(list)
+    for module in layout.modules.values():
+        if module.meaning is None:
+            continue
+        row, layer = module.meaning.row, module.meaning.layer
+        if row.fused:
+            sets[row.fused, layer, module.meaning.expert].append(module)
+        if row.role is Role.EXPERT:
+            experts[layer].append(module)
+    for rule, groups_ in (("fused-set-mixed", sets.values()), ("experts-mixed", experts.values())):
+        for group in groups_:
+            _alike(rule, group, kinds, tally)
+
+
+def _alike(rule: str, group: list[Module], kinds: Kinds, tally: Tally) -> None:
+    def state(module: Module) -> str:
+        return kinds.get(module.name, "not quantized")
+
+    states = [state(module) for module in group]
+    common = max(set(states), key=states.count)
+    # The odd one out is what a person looks for; of a pair, the plain one.
+    if odd := next((m for m in group if state(m) != common), None):
+        other = next(m for m in group if state(m) == common)
+        if states.count(common) == states.count(state(odd)) and odd.name in kinds:
+            odd, other = other, odd
+        tally.add(
+            rule,
+            odd.name,
+            f"{odd.name} is {_say(state(odd))}, but {other.name} is {_say(state(other))}",
+        )
+
+
+def _say(state: str) -> str:
+    return state if state == "not quantized" else f"quantized ({state})"
+
+
+def _config(layout: Layout, kinds: Kinds, tally: Tally) -> None:
+    config = layout.checkpoint.config
+    for key in layout.family.required_config if layout.family else ():
+        if key not in config:
+            tally.add("config-key-missing", "config.json", f"config.json has no {key}")
+    if layout.method and not kinds:
+        tally.add(
+            "quantization-unused",
+            "config.json",
+            f"config.json declares {layout.method[:40]!r}, but no tensor is quantized",
+        )
+    for why in _invalid(layout):
+        tally.add("quantization-config-invalid", "config.json", f"quantization_config {why}")
+    if layout.method == "compressed-tensors":
+        formats = {str(group["format"]) for group in groups(layout) if group.get("format")}
+        declared = formats or {str(layout.config.get("format"))}
+        expected = _FORMATS.get(next(iter(declared))) if len(declared) == 1 else None
+        wrong = {name: kind for name, kind in kinds.items() if expected and kind != expected}
+        if wrong:
+            name, kind = next(iter(wrong.items()))
+            tally.add(
+                "format-differs",
+                "config.json",
+                f"config.json says format {declared.pop()!r}, but {name} is {kind}",
+            )
+
+
+def _invalid(layout: Layout) -> Iterator[str]:
+    """What no loader could parse, as ends of a sentence."""
+    stated = layout.checkpoint.config.get("quantization_config")
+    if stated is not None and not isinstance(stated, dict):
+        yield "is no table of keys"
+        return
+    if isinstance(stated, dict) and not isinstance(stated.get("quant_method"), str):
+        yield "has no quant_method"
+    if layout.method != "compressed-tensors":
+        return
+    table = layout.config.get("config_groups")
+    if not isinstance(table, dict) or not table:
+        yield "has no config_groups"
+        return
+    for name, group in table.items():
+        if why := _invalid_group(group):
+            yield f"has a config group {name[:40]!r} that {why}"
+
+
+def _invalid_group(group: Any) -> str:
+    if not isinstance(group, dict):
+        return "is no table of keys"
+    targets, args, form = group.get("targets"), group.get("weights"), group.get("format")
+    if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
+        return "has no list of targets"
+    if form is not None and form not in _FORMATS:
+        return f"has the unknown format {str(form)[:40]!r}"
+    if args is None:
+        return ""
+    if not isinstance(args, dict) or type(args.get("num_bits")) is not int:
+        return "does not say how many bits weights have"
+    if args.get("strategy") not in (None, *_STRATEGIES):
+        return f"has the unknown strategy {str(args['strategy'])[:40]!r}"
+    return ""
+
+
+__all__ = ["check_structure", "lost_shards"]

@@ -1,0 +1,31 @@
+"""One finding for each rule, however many tensors break it."""
+
+from mquant.findings import Finding
+from mquant.verify.rules import finding
+
+
+class Tally:
+    """Collects what is wrong. A checkpoint broken in one way 20,000 times is one sentence."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[str, str, str]] = {}
+        self._more: dict[str, int] = {}
+
+    def add(self, rule: str, where: str, message: str, fix: str = "") -> None:
+        """Note a break of a rule; `message` is a sentence without its full stop."""
+        if rule in self._first:
+            self._more[rule] = self._more.get(rule, 0) + 1
+        else:
+            self._first[rule] = (where, message, fix)
+
+    def findings(self) -> tuple[Finding, ...]:
+        """What was noted, the first of each rule told."""
+        found = []
+        for rule, (where, message, fix) in self._first.items():
+            more = self._more.get(rule, 0)
+            tail = f" (and {more:,} more like it)" if more else ""
+            found.append(finding(rule, where, f"{message}{tail}.", fix))
+        return tuple(found)
+
+
+__all__ = ["Tally"]

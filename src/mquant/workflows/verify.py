@@ -1,0 +1,125 @@
+"""Judge a checkpoint: read what its depth needs, apply every rule, and say what was looked at."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+from mquant.checkpoint import Source, open_checkpoint
+from mquant.checkpoint.hub import HubRepo
+from mquant.events import Emit, silent
+from mquant.family import Family
+from mquant.findings import Finding, Severity
+from mquant.verify.against import check_against
+from mquant.verify.ignore import check_ignore
+from mquant.verify.layout import Layout, read_layout
+from mquant.verify.numbers import check_numbers
+from mquant.verify.structure import check_structure, lost_shards
+
+_ORDER: Final[tuple[Severity, ...]] = ("error", "warning", "info")
+
+
+class Depth(StrEnum):
+    """How much is read: headers and JSON; also all data; also every row of the parent."""
+
+    STRUCTURE = "structure"
+    NUMBERS = "numbers"
+    FULL = "full"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a verification found, and what it looked at.
+
+    `findings` stand errors first. `checked` names what was judged: structure, numbers, and the
+    parent, `sampled` or not. `bytes_read` and `requests` count what came from a hub, both
+    checkpoints together; None where nothing did.
+    """
+
+    source: str
+    family: str | None
+    method: str
+    tensors: int
+    quantized: int
+    parent: str | None
+    checked: tuple[str, ...]
+    sampled: bool
+    findings: tuple[Finding, ...]
+    bytes_read: int | None = None
+    requests: int | None = None
+
+    def count(self, severity: Severity) -> int:
+        """How many findings there are of a severity."""
+        return Counter(finding.severity for finding in self.findings)[severity]
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of `mquant.verify/1` besides the envelope's; `findings` are there."""
+        return {
+            "source": self.source,
+            "family": self.family,
+            "quantization": self.method or None,
+            "tensors": self.tensors,
+            "quantized_modules": self.quantized,
+            "parent": self.parent,
+            "checked": list(self.checked),
+            "sampled": self.sampled,
+            "errors": self.count("error"),
+            "warnings": self.count("warning"),
+            "bytes_read": self.bytes_read,
+            "requests": self.requests,
+        }
+
+
+def verify(
+    source: Source,
+    families: Mapping[str, Family],
+    depth: Depth | None = None,
+    parent: Source | None = None,
+    emit: Emit = silent,
+) -> Report:
+    """Judge a checkpoint, and, where `parent` is given, whether it is made from that.
+
+    `depth` None: `numbers` for a folder, `structure` for a hub repo. Raises SourceError where
+    there is no checkpoint to judge, or it cannot be read.
+    """
+    if depth is None:
+        depth = Depth.STRUCTURE if isinstance(source, HubRepo) else Depth.NUMBERS
+    layout = read_layout(open_checkpoint(source, tolerant=True), families)
+    original = read_layout(open_checkpoint(parent), families) if parent else None
+    found = [*check_structure(layout), *_ignore(layout)]
+    checked = ["structure"]
+    if depth is not Depth.STRUCTURE:
+        checked.append("numbers")
+        found += check_numbers(layout, emit)
+    if original is not None:
+        checked.append("against")
+        found += check_against(layout, original, everything=depth is Depth.FULL, emit=emit)
+    hubs = [each for each in (source, parent) if isinstance(each, HubRepo)]
+    return Report(
+        source=source.name,
+        family=layout.family.name if layout.family else None,
+        method=layout.method,
+        tensors=len(layout.checkpoint.tensors),
+        quantized=len(layout.quantized),
+        parent=parent.name if parent else None,
+        checked=tuple(checked),
+        sampled=original is not None and depth is not Depth.FULL,
+        findings=_sorted(found),
+        bytes_read=sum(hub.bytes_read for hub in hubs) if hubs else None,
+        requests=sum(hub.requests for hub in hubs) if hubs else None,
+    )
+
+
+def _ignore(layout: Layout) -> list[Finding]:
+    # Entries that match nothing may be meant for what lay in a lost shard.
+    findings = check_ignore(layout).findings
+    return [f for f in findings if f.severity == "error" or not lost_shards(layout)]
+
+
+def _sorted(findings: list[Finding]) -> tuple[Finding, ...]:
+    # Several checks may see the same thing: it is told once.
+    return tuple(sorted(dict.fromkeys(findings), key=lambda found: _ORDER.index(found.severity)))
+
+
+__all__ = ["Depth", "Report", "verify"]

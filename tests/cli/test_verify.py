@@ -1,0 +1,167 @@
+"""`mquant verify`: verdicts, exit codes, formats, and what is read of a hub repo."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fakehub import FakeHub, hub
+from make import make_checkpoint, without
+from mquant.cli.app import app
+from mutate import changed, mutated, setting
+from run import TRAINED, quantize_nvfp4
+
+__all__ = ["hub"]  # the fixture
+
+
+def verify(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["verify", *map(str, arguments)])
+
+
+def document(*arguments: object) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(verify(*arguments, "--format", "json").stdout)
+    assert value["schema"] == "mquant.verify/1"
+    return value
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "plain")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("trained") / "out")
+
+
+def said(result: Result) -> str:
+    return " ".join(result.stdout.split())
+
+
+def test_clean_is_one_sentence_and_zero(plain: Path) -> None:
+    result = verify(plain)
+    assert result.exit_code == 0
+    assert said(result) == (
+        "Clean: 47 tensors, 0 quantized modules, checked structure and numbers."
+    )
+    assert result.stderr == ""
+
+
+@pytest.mark.upstream
+def test_against_the_parent(trained: Path) -> None:
+    result = verify(trained, "--against", TRAINED)
+    assert result.exit_code == 0
+    assert said(result) == (
+        "Clean: 327 tensors, 102 quantized modules, checked structure and numbers, "
+        "compared with tiny-minimax-m2 (a sample of its weights)."
+    )
+    assert "(all of its weights)" in said(verify(trained, "--against", TRAINED, "--depth", "full"))
+
+
+def test_errors_come_first_and_exit_with_three(plain: Path, tmp_path: Path) -> None:
+    bad = mutated(plain, tmp_path, edit=without("lm_head"), total_size=1)
+    result = verify(bad)
+    assert result.exit_code == 3
+    assert said(result).startswith("Broken: 1 error, 1 warning in 46 tensors")
+    assert result.stdout.index("✗ The checkpoint lacks lm_head.weight") < result.stdout.index("! ")
+    found = document(bad)
+    assert (found["ok"], found["errors"], found["warnings"]) == (False, 1, 1)
+    assert [f["rule"] for f in found["findings"]] == ["tensor-missing", "total-size-wrong"]
+    assert found["verdict"].startswith("Broken: ")
+
+
+def test_warnings_fail_only_where_that_is_asked_for(plain: Path, tmp_path: Path) -> None:
+    bad = mutated(plain, tmp_path, total_size=1)
+    result = verify(bad)
+    assert (result.exit_code, said(result)[:23]) == (0, "Sound, with 1 warning: ")
+    assert verify(bad, "--fail-on", "warning").exit_code == 3
+    assert verify(plain, "--fail-on", "warning").exit_code == 0
+
+
+def test_depth_decides_what_is_read(plain: Path, tmp_path: Path) -> None:
+    edit = changed("model.norm.weight", data=setting(slice(None), 0xFF))
+    bad = mutated(plain, tmp_path, edit=edit)
+    assert verify(bad).exit_code == 3
+    assert verify(bad, "--depth", "structure").exit_code == 0
+    assert document(bad, "--depth", "structure")["checked"] == ["structure"]
+
+
+def test_json_says_what_was_looked_at(plain: Path) -> None:
+    found = document(plain)
+    assert found == {
+        "schema": "mquant.verify/1",
+        "ok": True,
+        "findings": [],
+        "verdict": "Clean: 47 tensors, 0 quantized modules, checked structure and numbers.",
+        "source": "plain",
+        "family": "minimax_m2",
+        "quantization": None,
+        "tensors": 47,
+        "quantized_modules": 0,
+        "parent": None,
+        "checked": ["structure", "numbers"],
+        "sampled": False,
+        "errors": 0,
+        "warnings": 0,
+        "bytes_read": None,
+        "requests": None,
+    }
+
+
+def test_quiet_tells_errors_on_stderr(plain: Path, tmp_path: Path) -> None:
+    result = verify(mutated(plain, tmp_path, edit=without("lm_head")), "--format", "quiet")
+    assert result.stdout == ""
+    assert "lacks lm_head.weight" in result.stderr
+
+
+def test_what_cannot_be_read_is_one_sentence_and_one(tmp_path: Path, plain: Path) -> None:
+    for arguments in ((tmp_path / "none",), (tmp_path,), (plain, "--against", tmp_path / "none")):
+        result = verify(*arguments)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.startswith("Error: ")
+
+
+@pytest.mark.upstream
+def test_of_a_hub_repo_only_headers_are_read(hub: FakeHub, trained: Path) -> None:
+    hub.add("org/tiny", trained)
+    result = verify("org/tiny")
+    assert result.exit_code == 0
+    assert "Clean: 327 tensors, 102 quantized modules, checked structure." in said(result)
+    weights = sum(path.stat().st_size for path in trained.glob("*.safetensors"))
+    assert hub.bytes_served < weights / 10
+    hub.forget()
+    found = document("org/tiny")
+    assert found["requests"] == len(hub.requests)
+    assert 0 < found["bytes_read"] <= hub.bytes_served
+    assert "in 5 requests from the hub" in said(verify("org/tiny"))
+
+
+@pytest.mark.upstream
+def test_a_hub_repo_against_its_parent_is_sampled(hub: FakeHub, trained: Path) -> None:
+    hub.add("org/tiny", trained)
+    hub.add("org/parent", TRAINED)
+    assert verify("org/tiny", "--against", "org/parent").exit_code == 0
+    assert document("org/tiny", "--against", TRAINED)["errors"] == 0
+
+
+def test_missing_and_gated_repos_are_one_sentence_and_one(hub: FakeHub, plain: Path) -> None:
+    hub.add("org/gated", plain, access="gated")
+    hub.add("org/open", plain)
+    for arguments in (("org/none",), ("org/gated",), ("org/open", "--revision", "v9")):
+        result = verify(*arguments)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.startswith("Error: ")
+
+
+def test_it_starts_without_torch(plain: Path) -> None:
+    code = (
+        "import sys; from mquant.cli import app as _; from mquant.cli.app import app\n"
+        f"try: app(['verify', {str(plain)!r}])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

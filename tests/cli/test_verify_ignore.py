@@ -1,0 +1,242 @@
+"""`mquant verify-ignore`: checkpoints that upstream really writes, in folders and on a hub."""
+
+import json
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fakehub import FakeHub, hub
+from judges import model_free_ptq, one_shard
+from make import make_checkpoint, write_json
+from mquant.cli.app import app
+from run import TRAINED, quantize_nvfp4
+
+__all__ = ["hub"]
+
+GATES = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(3)]
+PACKED = ["weight_global_scale", "weight_packed", "weight_scale"]
+GOOD = (
+    "All 3 routers, lm_head and the embeddings are kept: nothing in ignore stops vLLM from "
+    "loading this."
+)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["verify-ignore", *map(str, arguments)])
+
+
+def document(*arguments: object, code: int) -> dict[str, Any]:
+    result = run(*arguments, "--format", "json")
+    assert result.exit_code == code, result.output
+    value: dict[str, Any] = json.loads(result.stdout)
+    assert (value["schema"], value["ok"]) == ("mquant.verify-ignore/1", code == 0)
+    return value
+
+
+def found_rules(value: dict[str, Any]) -> dict[str, str]:
+    return {found["rule"]: found["severity"] for found in value["findings"]}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained checkpoint, quantized by mquant."""
+    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("good") / "out")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained checkpoint in one shard, unquantized."""
+    return one_shard(TRAINED, tmp_path_factory.mktemp("one") / "out")
+
+
+@pytest.fixture(scope="module")
+def saved_by_oneshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained checkpoint through plain `oneshot` and `save_pretrained`, as people do it."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path_factory.mktemp("upstream") / "out"
+    model = AutoModelForCausalLM.from_pretrained(TRAINED, dtype="auto")
+    recipe = QuantizationModifier(
+        targets="Linear", scheme="NVFP4A16", ignore=["lm_head", r"re:.*block_sparse_moe\.gate$"]
+    )
+    oneshot(model=model, recipe=recipe, processor=object())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of memory, when it saves
+        model.save_pretrained(out, save_compressed=True)
+    return out
+
+
+def here_and_there(
+    hub: FakeHub,
+    folder: Path,
+    code: int,
+) -> dict[str, Any]:
+    """The document on a folder, which is the same for a hub repo of it, from headers alone."""
+    here = document(folder, code=code)
+    hub.add("org/model", folder)
+    there = document("org/model", code=code)
+    assert {**there, "source": None} == {**here, "source": None}
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    # One read of 64 KiB a shard, at most, with config.json, the index and the listing.
+    limit = sum(min(path.stat().st_size, 200_000) for path in folder.iterdir())
+    assert 0 < hub.bytes_served < min(limit + 20_000, weights / 2)
+    return here
+
+
+# --- what people make
+
+
+def test_our_own_passes(hub: FakeHub, good: Path) -> None:
+    found = here_and_there(hub, good, code=0)
+    assert found["verdict"] == GOOD
+    assert found["findings"] == found["quantized"] == found["uncovered"] == []
+    assert found["kinds"]["router"] == {"found": 3, "kept": 3, "quantized": 0, "covered": 3}
+    assert [entry["entry"] for entry in found["ignore"]] == [
+        "lm_head",
+        "model.embed_tokens",
+        *GATES,
+    ]
+    assert document(good, "--strict", code=0)["findings"] == []
+
+
+@pytest.mark.upstream
+def test_model_free_ptq_that_ignores_lm_head_only(
+    hub: FakeHub,
+    one: Path,
+    tmp_path: Path,
+) -> None:
+    found = here_and_there(hub, model_free_ptq(one, tmp_path / "out", ["lm_head"]), code=3)
+    assert found["verdict"] == (
+        "3 of 3 routers and the embeddings are quantized: vLLM will refuse to load this."
+    )
+    assert found_rules(found) == {"router-quantized": "error", "embedding-quantized": "error"}
+    assert {entry["module"]: entry["suffixes"] for entry in found["quantized"]} == dict.fromkeys(
+        [*GATES, "model.embed_tokens"], PACKED
+    )
+
+
+@pytest.mark.upstream
+def test_model_free_ptq_that_forgets_the_routers(
+    hub: FakeHub,
+    one: Path,
+    tmp_path: Path,
+) -> None:
+    out = model_free_ptq(one, tmp_path / "out", ["lm_head", "model.embed_tokens"])
+    found = here_and_there(hub, out, code=3)
+    assert found["verdict"] == "3 of 3 routers are quantized: vLLM will refuse to load this."
+    assert found_rules(found) == {"router-quantized": "error"}
+
+
+@pytest.mark.upstream
+def test_model_free_ptq_with_the_list_that_was_meant(one: Path, tmp_path: Path) -> None:
+    found = document(model_free_ptq(one, tmp_path / "out"), code=0)
+    assert (found["verdict"], found["findings"]) == (GOOD, [])
+
+
+@pytest.mark.upstream
+def test_what_plain_oneshot_saves(hub: FakeHub, saved_by_oneshot: Path) -> None:
+    found = here_and_there(hub, saved_by_oneshot, code=3)
+    assert found_rules(found) == {"expert-names": "error", "ignore-uncovered": "warning"}
+    assert found["uncovered"] == ["model.embed_tokens"]
+
+
+def test_unquantized(one: Path) -> None:
+    found = document(one, "--strict", code=0)
+    assert found["verdict"].startswith("Nothing is quantized, so there is no ignore list")
+    assert found["method"] is None
+
+
+# --- what a person sees
+
+
+def test_the_verdict_comes_first(good: Path) -> None:
+    result = run(good)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert " ".join(lines[:2]) == GOOD
+    assert "router         3     3          0          3" in lines
+    assert "  1     1  lm_head" in lines
+    assert max(map(len, lines)) <= 80
+
+
+def test_warnings_fail_only_if_strict(good: Path, tmp_path: Path) -> None:
+    for path in good.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((good / "config.json").read_text())
+    config["quantization_config"]["ignore"] = ["re:nothing", "\x1b[2J"]
+    write_json(tmp_path / "config.json", config)
+    found = document(tmp_path, code=0)
+    assert set(found_rules(found).items()) == {
+        ("ignore-uncovered", "warning"),
+        ("ignore-unmatched", "warning"),
+    }
+    assert found_rules(document(tmp_path, "--strict", code=3)) == found_rules(found)
+    assert "\x1b" not in run(tmp_path).stdout
+
+
+# --- what cannot be judged
+
+
+def one_sentence(result: Result) -> str:
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    error, _, fix = result.stderr.partition("\n")
+    assert error.startswith("Error: ")
+    assert fix.count("\n") == 1
+    return error
+
+
+def test_missing(tmp_path: Path) -> None:
+    assert "does not exist" in one_sentence(run(tmp_path / "nothing"))
+
+
+def test_no_such_repo_no_such_revision_and_gated(
+    hub: FakeHub,
+    tmp_path: Path,
+) -> None:
+    folder = make_checkpoint(tmp_path / "model")
+    hub.add("org/model", folder)
+    hub.add("org/gated", folder, access="gated")
+    assert "There is no repo org/nothing" in one_sentence(run("org/nothing"))
+    said = one_sentence(run("org/model", "--revision", "v9"))
+    assert "org/model has no revision 'v9'" in said
+    assert "org/gated is gated" in one_sentence(run("org/gated"))
+
+
+def test_a_truncated_shard(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", shards=1)
+    shard = folder / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert "model.safetensors" in one_sentence(run(folder))
+
+
+# --- speed
+
+
+def test_it_starts_in_under_a_second_without_torch(tmp_path: Path) -> None:
+    src = make_checkpoint(tmp_path / "model")
+    code = (
+        "import atexit, sys; from mquant.cli import main\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
+        "main()"
+    )
+    times = []
+    for _ in range(3):  # other processes may be at work
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code, "verify-ignore", str(src)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        times.append(time.perf_counter() - start)
+        assert done.stdout.splitlines()[-1] == "False"
+    assert min(times) < 1

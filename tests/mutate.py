@@ -1,0 +1,116 @@
+"""Breaking good checkpoints by code: copy one, change one thing, keep all else as it was.
+
+bad = mutated(good, tmp_path, edit=without(".w1.weight_scale"))
+bad = mutated(good, tmp_path, config={"rotary_dim": ...})
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import numpy as np
+
+from judges import data, opened, read_json
+from make import Edit, Row, write_index, write_json, write_shard
+from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Folder
+from mquant.family import load_families
+from mquant.verify.rules import RULES
+from mquant.workflows.verify import Depth, verify
+
+Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+
+def mutated(
+    good: Path,
+    folder: Path,
+    *,
+    edit: Edit | None = None,
+    config: Mapping[str, Any | EllipsisType] | None = None,
+    index: Callable[[dict[str, str]], dict[str, str] | None] | None = None,
+    total_size: int | None = None,
+) -> Path:
+    """A copy of a checkpoint in `folder`, with changed tensors, config keys or weight_map.
+
+    After an `edit` every shard is written anew and the index is true again; a new tensor goes
+    where the last one is. `...` removes a config key. `index` and `total_size` then lie.
+    """
+    bad = Path(shutil.copytree(good, folder / "bad"))
+    checkpoint = opened(good)
+    where = {name: info.shard for name, info in checkpoint.tensors.items()}
+    total = checkpoint.nbytes
+    if edit is not None:
+        rows: list[Row] = [
+            (info.name, info.dtype, info.shape, data(checkpoint, info.name))
+            for info in checkpoint.tensors.values()
+        ]
+        rows = edit(rows) or rows
+        last = checkpoint.shards[-1]
+        where = {row[0]: where.get(row[0], last) for row in rows}
+        total = sum(len(row[3]) for row in rows)
+        for shard in checkpoint.shards:
+            write_shard(bad / shard, [row for row in rows if where[row[0]] == shard])
+    if (bad / INDEX_NAME).exists():
+        where = (index(where) or where) if index else where
+        write_index(bad, where, total if total_size is None else total_size)
+    if config is not None:
+        table = {**read_json(bad / CONFIG_NAME), **config}
+        write_json(bad / CONFIG_NAME, {k: v for k, v in table.items() if v is not ...})
+    return bad
+
+
+def changed(
+    name: str,
+    *,
+    data: Callable[[Bytes], Bytes | None] | None = None,
+    dtype: str = "",
+    shape: tuple[int, ...] | None = None,
+) -> Edit:
+    """An `edit` of the one tensor of that name: its bytes, its dtype, its shape."""
+
+    def edit(rows: list[Row]) -> None:
+        (number,) = (n for n, row in enumerate(rows) if row[0] == name)
+        _, old_dtype, old_shape, raw = rows[number]
+        if data is not None:
+            values = np.frombuffer(raw, np.uint8).copy()
+            fresh = data(values)
+            raw = (values if fresh is None else fresh).tobytes()
+        rows[number] = (name, dtype or old_dtype, old_shape if shape is None else shape, raw)
+
+    return edit
+
+
+def setting(position: int | slice, value: int) -> Callable[[Bytes], None]:
+    """Bytes of a tensor set to a value."""
+
+    def change(values: Bytes) -> None:
+        values[position] = value
+
+    return change
+
+
+def scalar(value: float) -> Callable[[Bytes], Bytes]:
+    """All of a tensor replaced by one F32."""
+    return lambda _: np.frombuffer(np.float32(value).tobytes(), np.uint8)
+
+
+def judged(
+    folder: Path, parent: Path | None = None, depth: Depth = Depth.STRUCTURE
+) -> dict[str, str]:
+    """Rule -> message of what `verify` finds."""
+    against = None if parent is None else Folder(parent)
+    report = verify(Folder(folder), load_families(), depth, against)
+    assert {finding.rule for finding in report.findings} <= RULES.keys()
+    for finding in report.findings:
+        assert finding.where
+        assert finding.severity == RULES[finding.rule].severity
+        assert finding.message.endswith(".")
+        assert finding.fix
+    messages: dict[str, str] = {}
+    for finding in report.findings:
+        messages.setdefault(finding.rule, finding.message)
+    return messages
+
+
+__all__ = ["changed", "judged", "mutated", "scalar", "setting"]

@@ -1,0 +1,215 @@
+"""What a comparison with the parent gives away."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from judges import opened, read_json
+from make import Edit, Row, adding, make_checkpoint, without
+from mquant.family import load_families
+from mquant.verify.layout import read_layout
+from mquant.verify.rules import RULES
+from mquant.verify.weights import weight_of
+from mutate import changed, judged, mutated, setting
+from run import TRAINED, quantize_nvfp4
+
+pytestmark = pytest.mark.upstream
+
+LAYER = "model.layers.0."
+QUERY = f"{LAYER}self_attn.q_proj"
+GATE = f"{LAYER}block_sparse_moe.gate.weight"
+
+
+def test_mquants_own_output_is_clean_at_every_depth(good: Path, parent: Path) -> None:
+    from mquant.workflows.verify import Depth
+
+    for depth in Depth:
+        assert judged(good, parent, depth) == {}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("trained") / "out")
+
+
+def full(bad: Path, parent: Path) -> dict[str, str]:
+    from mquant.workflows.verify import Depth
+
+    return judged(bad, parent, Depth.FULL)
+
+
+def to_bf16(rows: list[Row]) -> None:
+    """A router cast as `save_pretrained` casts it."""
+    (number,) = (n for n, row in enumerate(rows) if row[0] == GATE)
+    _, _, shape, raw = rows[number]
+    rows[number] = (GATE, "BF16", shape, np.frombuffer(raw, "<u2")[1::2].tobytes())
+
+
+def swapped(one: str, other: str) -> Edit:
+    """Two modules' tensors, each under the other's name."""
+
+    def edit(rows: list[Row]) -> list[Row]:
+        names = {one: other, other: one}
+        return [
+            (f"{names.get(module, module)}.{suffix}", *row[1:])
+            for row in rows
+            for module, _, suffix in [row[0].rpartition(".")]
+        ]
+
+    return edit
+
+
+def swap_nibbles(values: "np.ndarray[tuple[int], np.dtype[np.uint8]]") -> Any:
+    return (values >> 4) | (values << 4)
+
+
+@pytest.mark.parametrize(
+    ("edit", "rule", "words"),
+    [
+        (changed(GATE, data=setting(0, 0x55)), "kept-tensor-differs", "not bit-equal"),
+        (to_bf16, "kept-tensor-differs", f"{GATE} is BF16 [4, 64]; the parent's is F32"),
+        (without("lm_head"), "parent-tensor-missing", "lm_head.weight of the parent is missing"),
+        (without(".e_score"), "parent-tensor-missing", "e_score_correction_bias of the parent"),
+        (adding("model.extra.weight"), "parent-lacks-tensor", "no model.extra"),
+        (adding("lm_head.bias"), "parent-lacks-tensor", "no lm_head.bias"),
+        (
+            changed(f"{QUERY}.weight_packed", data=swap_nibbles),
+            "weight-beyond-bound",
+            f"{QUERY} is further from the parent than NVFP4 explains",
+        ),
+        (
+            changed(f"{QUERY}.weight_packed", data=setting(5, 0x77)),
+            "weight-beyond-bound",
+            "(row 0, column 1",
+        ),
+        (
+            changed(f"{QUERY}.weight_scale", data=setting(6, 0x7E)),
+            "weight-beyond-bound",
+            "(row 1, column ",
+        ),
+        (
+            changed(f"{QUERY}.weight_global_scale", data=setting(2, 0xFF)),
+            "weight-beyond-bound",
+            QUERY,
+        ),
+        (
+            swapped(f"{LAYER}self_attn.k_proj", f"{LAYER}self_attn.v_proj"),
+            "weight-beyond-bound",
+            "k_proj is further",
+        ),
+    ],
+)
+def test_tensors(
+    good: Path, parent: Path, tmp_path: Path, edit: Edit, rule: str, words: str
+) -> None:
+    assert words in full(mutated(good, tmp_path, edit=edit), parent)[rule]
+
+
+def test_experts_swapped_are_found_by_the_sample_of_one(tmp_path: Path) -> None:
+    src = make_checkpoint(tmp_path / "src", layers=8)
+    good = quantize_nvfp4(src, tmp_path / "out")
+    experts = [f"model.layers.{{}}.block_sparse_moe.experts.{n}.w2" for n in range(4)]
+
+    def edit(rows: list[Row]) -> list[Row]:
+        for layer in range(8):
+            for one, other in ((0, 1), (2, 3)):
+                swap = swapped(experts[one].format(layer), experts[other].format(layer))
+                rows = swap(rows) or rows
+        return rows
+
+    found = judged(mutated(good, tmp_path, edit=edit), src)
+    assert "and 7 more like it" in found["weight-beyond-bound"]
+
+
+def test_halved_precision_everywhere_is_a_high_error(
+    good: Path, parent: Path, tmp_path: Path
+) -> None:
+    """Codes one step towards zero: no element is out of bounds, the whole is too far off."""
+
+    def smaller(values: "np.ndarray[tuple[int], np.dtype[np.uint8]]") -> Any:
+        low, high = values & 15, values >> 4
+        low, high = (n - ((n & 7) > 1) for n in (low, high))
+        return (low | (high << 4)).astype(np.uint8)
+
+    edit = changed(f"{QUERY}.weight_packed", data=smaller)
+    found = full(mutated(good, tmp_path, edit=edit), parent)
+    assert set(found) <= {"weight-error-high", "weight-beyond-bound"}
+    assert found
+
+
+@pytest.mark.parametrize(
+    ("config", "rule", "words"),
+    [
+        ({"rope_theta": ...}, "config-key-lost", "lost rope_theta"),
+        ({"rope_theta": 1}, "config-key-differs", "in rope_theta"),
+    ],
+)
+def test_config(
+    good: Path, parent: Path, tmp_path: Path, config: Any, rule: str, words: str
+) -> None:
+    assert words in judged(mutated(good, tmp_path, config=config), parent)[rule]
+
+
+def test_stamps_of_writers_may_differ(good: Path, parent: Path, tmp_path: Path) -> None:
+    bad = mutated(good, tmp_path, config={"transformers_version": "5.17.0", "torch_dtype": ...})
+    assert judged(bad, parent) == {}
+
+
+def test_side_files(trained: Path, tmp_path: Path) -> None:
+    assert judged(trained, TRAINED) == {}
+    bad = Path(shutil.copytree(trained, tmp_path / "bad"))
+    for name in ("tokenizer.json", "modeling_minimax_m2.py", "LICENSE"):
+        (bad / name).unlink()
+    with (bad / "generation_config.json").open("a") as file:
+        file.write(" ")
+    assert judged(bad) == {}  # nothing to miss without a parent
+    found = judged(bad, TRAINED)
+    assert "modeling_minimax_m2.py, tokenizer.json did not" in found["side-file-missing"]
+    assert "generation_config.json" in found["side-file-differs"]
+    assert "LICENSE" in found["licence-missing"]
+
+
+def test_another_model_is_no_parent(good: Path, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other", seed=7)
+    found = judged(good, other)
+    assert {"kept-tensor-differs", "weight-beyond-bound"} <= set(found)
+
+
+def test_a_template_inside_the_tokenizer_config_is_there(trained: Path, tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(trained, tmp_path / "bad"))
+    (bad / "chat_template.jinja").unlink()
+    assert "side-file-missing" in judged(bad, TRAINED)
+    table = read_json(bad / "tokenizer_config.json")
+    from make import write_json
+
+    write_json(bad / "tokenizer_config.json", {**table, "chat_template": "{{ messages }}"})
+    assert set(judged(bad, TRAINED)) == {"side-file-differs"}
+
+
+def test_every_rule_against_the_parent_is_tested() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    declared = [rule.id for rule in RULES.values() if rule.depth == "against"]
+    assert [rule for rule in declared if f'"{rule}"' not in text] == []
+
+
+def test_rows_are_what_compressed_tensors_decompresses(trained: Path) -> None:
+    import torch
+    from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor
+    from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
+    from safetensors.torch import load_file
+
+    scheme: QuantizationScheme = preset_name_to_scheme("NVFP4A16", ["Linear"])
+    tensors = {n: t for s in trained.glob("*.safetensors") for n, t in load_file(s).items()}
+    layout = read_layout(opened(trained), load_families())
+    for name in (QUERY, f"{LAYER}block_sparse_moe.experts.3.w2"):
+        parts = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{name}.")}
+        theirs = NVFP4PackedCompressor.decompress(parts, scheme)["weight"].to(torch.float32)
+        weight = weight_of(layout, layout.modules[name])
+        assert weight is not None
+        ours = weight.rows(0, weight.shape[0]).values
+        # Theirs is rounded to BF16.
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=2**-7, atol=0)
+        np.testing.assert_array_equal(weight.rows(3, 9).values, ours[3:9])

@@ -1,0 +1,386 @@
+"""Judging ignore lists: checkpoints made by code, in the layouts that are out there."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from make import Edit, Row, make_checkpoint, make_names, make_row, minimax_m2, renamed, write_json
+from mquant.checkpoint import Folder, open_checkpoint
+from mquant.errors import SourceError
+from mquant.family import load_families
+from mquant.verify.ignore import IgnoreReport, check_ignore
+from mquant.verify.layout import MODELOPT_NAME, read_layout
+
+Suffixes = dict[str, str]
+"""What a quantized weight becomes: suffix -> dtype."""
+
+NVFP4A16 = {"weight_packed": "U8", "weight_scale": "F8_E4M3", "weight_global_scale": "F32"}
+NVFP4 = {**NVFP4A16, "input_global_scale": "F32"}
+FP8 = {"weight": "F8_E4M3", "weight_scale": "BF16"}
+W4A16 = {"weight_packed": "I8", "weight_scale": "BF16", "weight_shape": "I8"}
+MODELOPT = {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32"}
+FP8_BLOCK = {"weight": "F8_E4M3", "weight_scale_inv": "F32"}
+
+GATES = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(2)]
+KEPT = ["lm_head", "model.embed_tokens", *GATES]
+LINEAR = ("_proj", ".w1", ".w2", ".w3")
+HUB_EXPERT = "model.layers.0.block_sparse_moe.experts.{}.{}"
+
+
+def quantized(suffixes: Suffixes, *more: str, but: tuple[str, ...] = ()) -> Edit:
+    """An edit that quantizes linear layers and those that end like `more`, without those with
+    one of `but` in their names."""
+
+    def edit(rows: list[Row]) -> list[Row]:
+        made: list[Row] = []
+        for row in rows:
+            module = row[0].removesuffix(".weight")
+            if module.endswith((*LINEAR, *more)) and not any(part in module for part in but):
+                made += [make_row(f"{module}.{s}", dtype, (4,)) for s, dtype in suffixes.items()]
+            else:
+                made.append(row)
+        return made
+
+    return edit
+
+
+def compressed(ignore: Any, targets: Any = ("Linear",)) -> dict[str, Any]:
+    """A quantization_config of compressed-tensors."""
+    groups = {"group_0": {"targets": list(targets), "weights": {"num_bits": 4}}}
+    return {"quant_method": "compressed-tensors", "ignore": ignore, "config_groups": groups}
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> Callable[..., IgnoreReport]:
+    """Make a checkpoint, and judge it."""
+
+    def made(edit: Edit | None, config: Any = ..., **keys: Any) -> IgnoreReport:
+        keys |= {"quantization_config": config}
+        folder = make_checkpoint(tmp_path / "model", edit=edit, config=keys)
+        return check_ignore(read_layout(open_checkpoint(Folder(folder)), load_families()))
+
+    return made
+
+
+Judge = Callable[..., IgnoreReport]
+GOOD = (
+    "All 2 routers, lm_head and the embeddings are kept: nothing in ignore stops vLLM from "
+    "loading this."
+)
+
+
+def rules(report: IgnoreReport) -> dict[str, str]:
+    return {found.rule: found.severity for found in report.findings}
+
+
+def message(report: IgnoreReport, rule: str) -> str:
+    (found,) = [found for found in report.findings if found.rule == rule]
+    assert found.fix
+    return found.message
+
+
+# --- layouts
+
+
+@pytest.mark.parametrize("suffixes", [NVFP4A16, NVFP4, FP8, W4A16])
+def test_good_compressed_tensors(judge: Judge, suffixes: Suffixes) -> None:
+    report = judge(quantized(suffixes), compressed(KEPT))
+    assert report.findings == ()
+    assert report.verdict == GOOD
+    assert [(k.role.value, k.found, k.kept, k.quantized, k.covered) for k in report.kinds] == [
+        ("router", 2, 2, 0, 2),
+        ("head", 1, 1, 0, 1),
+        ("embedding", 1, 1, 0, 1),
+        ("expert", 24, 0, 24, 0),
+        ("attention", 8, 0, 8, 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "excluded"),
+    [
+        ({"quant_method": "modelopt", "ignore": ["lm_head", "*gate"]}, None),
+        (..., ["lm_head", *GATES]),
+        (..., ["lm_head", "model.layers.*.block_sparse_moe.gate"]),
+    ],
+)
+def test_good_modelopt(tmp_path: Path, config: Any, excluded: list[str] | None) -> None:
+    keys = {"quantization_config": config}
+    folder = make_checkpoint(tmp_path, edit=quantized(MODELOPT), config=keys)
+    if excluded:
+        table = {"quantization": {"quant_algo": "W4A16_NVFP4", "exclude_modules": excluded}}
+        write_json(folder / MODELOPT_NAME, table)
+    report = check_ignore(read_layout(open_checkpoint(Folder(folder)), load_families()))
+    assert report.findings == ()
+    assert report.verdict == GOOD
+    assert report.method == "modelopt"
+
+
+def test_the_original_release_is_good(judge: Judge) -> None:
+    kept = ["gate", "e_score_correction_bias", "lm_head"]
+    config = {"quant_method": "fp8", "modules_to_not_convert": kept}
+    report = judge(quantized(FP8_BLOCK), config)
+    assert report.findings == ()
+    assert report.verdict == GOOD
+    assert [entry.hub for entry in report.entries] == [2, 2, 1]
+
+
+def test_nothing_is_quantized(judge: Judge) -> None:
+    report = judge(None)
+    assert report.findings == ()
+    assert report.verdict == (
+        "Nothing is quantized, so there is no ignore list to judge. All 2 routers, lm_head and "
+        "the embeddings are kept."
+    )
+
+
+# --- what loaders refuse on disk
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "config"),
+    [
+        (NVFP4A16, compressed(["lm_head", "model.embed_tokens"])),
+        (NVFP4A16, compressed(KEPT)),  # whatever the list says
+        (MODELOPT, {"quant_method": "modelopt", "ignore": ["lm_head"]}),
+        (FP8_BLOCK, {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}),
+    ],
+)
+def test_quantized_routers(judge: Judge, suffixes: Suffixes, config: Any) -> None:
+    report = judge(quantized(suffixes, ".gate"), config)
+    assert report.verdict == "2 of 2 routers are quantized: vLLM will refuse to load this."
+    assert rules(report) == {"router-quantized": "error"}
+    assert message(report, "router-quantized") == (
+        f"2 router modules are quantized ({', '.join(GATES)}), with "
+        f"{', '.join(sorted(suffixes))} on disk; vLLM refuses to load that."
+    )
+    assert [(name, found) for name, _, found in report.quantized] == [
+        (gate, tuple(sorted(suffixes))) for gate in GATES
+    ]
+
+
+def test_everything_is_quantized(judge: Judge) -> None:
+    report = judge(quantized(NVFP4A16, ".gate", "lm_head", "embed_tokens"), compressed([]))
+    assert report.verdict == (
+        "2 of 2 routers, lm_head and the embeddings are quantized: vLLM will refuse to load this."
+    )
+    assert set(rules(report)) == {"router-quantized", "embedding-quantized", "head-quantized"}
+
+
+def test_one_head_is_one(judge: Judge) -> None:
+    report = judge(quantized(NVFP4A16, "lm_head"), compressed(KEPT[1:]))
+    assert report.verdict == "lm_head is quantized: vLLM will refuse to load this."
+    assert rules(report) == {"head-quantized": "error"}
+
+
+def test_a_lone_scale_beside_a_plain_router_is_refused(judge: Judge) -> None:
+    def edit(rows: list[Row]) -> list[Row]:
+        made = quantized(NVFP4A16)(rows) or rows
+        return [*made, make_row(f"{GATES[1]}.weight_scale", "F8_E4M3", (4,))]
+
+    report = judge(edit, compressed(KEPT))
+    assert report.verdict == "1 of 2 routers are quantized: vLLM will refuse to load this."
+    assert report.quantized[0][2] == ("weight_scale",)
+
+
+def _as_oneshot(rows: list[Row]) -> list[Row]:
+    rows = quantized(NVFP4A16)(rows) or rows
+    for old, new in ((".w1.", ".gate_proj."), (".w2.", ".down_proj."), (".w3.", ".up_proj.")):
+        rows = renamed(rows, old, new)
+    return rows
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_experts_under_transformers_names(judge: Judge, whole: bool) -> None:
+    def edit(rows: list[Row]) -> list[Row]:
+        rows = _as_oneshot(rows)
+        return renamed(rows, ".block_sparse_moe.", ".mlp.") if whole else rows
+
+    report = judge(edit, compressed(["lm_head", "model.embed_tokens", r"re:.*\.gate$"]))
+    assert rules(report) == {"expert-names": "error"}
+    assert "24 expert modules are named as in a loaded model" in message(report, "expert-names")
+    assert "leave them uninitialised" in report.verdict
+
+
+def test_nothing_says_that_it_is_quantized(judge: Judge) -> None:
+    report = judge(quantized(NVFP4A16))
+    assert rules(report) == {"quantization-undeclared": "error"}
+
+
+# --- lists that stop vLLM
+
+
+def test_plain_attention_that_is_not_ignored(judge: Judge) -> None:
+    edit = quantized(NVFP4A16, but=("self_attn",))
+    report = judge(edit, compressed(KEPT))
+    assert rules(report) == {"kept-but-not-ignored": "error"}
+    assert "8 modules are plain on disk" in message(report, "kept-but-not-ignored")
+    fine = judge(edit, compressed([*KEPT, r"re:.*self_attn.*"]))
+    assert fine.findings == ()
+    assert fine.verdict == GOOD
+
+
+def test_plain_experts_that_are_ignored_by_the_hub_s_names_alone(judge: Judge) -> None:
+    edit = quantized(NVFP4A16, but=("experts",))
+    report = judge(edit, compressed([*KEPT, r"re:.*block_sparse_moe\.experts.*"]))
+    assert rules(report) == {"kept-but-not-ignored": "error", "ignore-hub-only": "warning"}
+    assert "(to vLLM it is model.layers.0.mlp.experts.0.w1)" in message(
+        report, "kept-but-not-ignored"
+    )
+    assert judge(edit, compressed([*KEPT, r"re:.*mlp\.experts\..*"])).findings == ()
+    assert judge(edit, compressed([*KEPT, r"re:.*experts\..*"])).findings == ()
+
+
+def test_quantized_experts_that_are_ignored_by_the_hub_s_names_alone(judge: Judge) -> None:
+    ignore = [*KEPT, r"re:.*block_sparse_moe\.experts\.[0-9]"]
+    report = judge(quantized(NVFP4A16), compressed(ignore))
+    assert rules(report) == {"ignore-hub-only": "warning"}
+    assert report.verdict == GOOD
+    assert (report.entries[-1].hub, report.entries[-1].vllm) == (24, 0)
+
+
+def test_one_plain_expert_among_quantized_ones(judge: Judge) -> None:
+    edit = quantized(NVFP4A16, but=("layers.0.block_sparse_moe.experts.3.",))
+    names = [HUB_EXPERT.format(3, w) for w in ("w1", "w2", "w3")]
+    names += [name.replace("block_sparse_moe", "mlp") for name in names]
+    report = judge(edit, compressed([*KEPT, *names]))
+    assert "kept-but-not-ignored" in rules(report)
+    assert "3 modules are" in message(report, "kept-but-not-ignored")
+
+
+def test_exact_names_of_every_expert_are_fine_where_vllm_finds_the_first(judge: Judge) -> None:
+    rows = (row.removesuffix(".weight") for _, row in make_names(layers=2, experts=4))
+    hub = [name for name in rows if ".experts." in name]
+    both = [*hub, *(minimax_m2().in_vllm_name(name) for name in hub)]
+    edit = quantized(NVFP4A16, but=("experts",))
+    assert rules(judge(edit, compressed([*KEPT, *hub]))) == {
+        "kept-but-not-ignored": "error",
+        "ignore-hub-only": "warning",
+    }
+    first = [name for name in both if "mlp" not in name or ".experts.0." in name]
+    assert judge(edit, compressed([*KEPT, *first])).findings == ()
+
+
+def test_quantized_layers_that_are_ignored(judge: Judge) -> None:
+    report = judge(quantized(NVFP4A16), compressed([*KEPT, r"re:.*o_proj$"]))
+    assert rules(report) == {"ignored-but-quantized": "error"}
+    assert "2 modules are quantized on disk" in message(report, "ignored-but-quantized")
+
+
+@pytest.mark.parametrize("style", ["modelopt", "fp8"])
+def test_other_layouts_know_disagreements_too(judge: Judge, style: str) -> None:
+    suffixes = MODELOPT if style == "modelopt" else FP8_BLOCK
+    key = "ignore" if style == "modelopt" else "modules_to_not_convert"
+    o_proj = "model.layers.1.self_attn.o_proj"
+    experts = "model.layers.1.mlp.experts"
+    kept = {"quant_method": style, key: ["lm_head", *GATES]}
+    ignored = {"quant_method": style, key: ["lm_head", *GATES, o_proj, experts]}
+    both = (o_proj, "layers.1.block_sparse_moe.experts")
+    assert rules(judge(quantized(suffixes, but=both), ignored)) == {}
+    assert rules(judge(quantized(suffixes), ignored)) == {"ignored-but-quantized": "error"}
+    assert rules(judge(quantized(suffixes, but=both), kept)) == {"kept-but-not-ignored": "error"}
+
+
+def test_modelopt_takes_lm_head_for_linear(judge: Judge) -> None:
+    report = judge(quantized(MODELOPT), {"quant_method": "modelopt", "ignore": GATES})
+    assert rules(report) == {"kept-but-not-ignored": "error", "ignore-uncovered": "warning"}
+
+
+@pytest.mark.parametrize("entry", [r"re:.*q_proj$", "model.layers.0.self_attn.q_proj"])
+def test_a_third_of_q_k_v_cannot_be_ignored(judge: Judge, entry: str) -> None:
+    report = judge(quantized(NVFP4A16, but=("q_proj",)), compressed([*KEPT, entry]))
+    assert rules(report)["fused-set-split"] == "error"
+    assert report.verdict.startswith("vLLM will not load this")
+
+
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [
+        (["Linear"], {}),
+        (["re:.*self_attn.*_proj$", r"re:.*mlp\.experts\.\d+\.w[123]$"], {}),
+        (
+            ["re:.*self_attn.*_proj$", r"re:.*block_sparse_moe\.experts.*"],
+            {"quantized-not-targeted": "error"},
+        ),
+        (
+            ["re:.*self_attn.*_proj$", r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"],
+            {"quantized-not-targeted": "error"},
+        ),
+        (["re:.*[kvo]_proj$", r"re:.*mlp\.experts.*"], {"fused-set-split": "error"}),
+        ([], {"quantized-not-targeted": "error"}),
+        (["re:("], {"quantized-not-targeted": "error", "ignore-bad-entry": "error"}),
+    ],
+)
+def test_targets_are_matched_on_vllm_s_names(
+    judge: Judge, targets: list[str], found: dict[str, str]
+) -> None:
+    report = judge(quantized(NVFP4A16), compressed(KEPT, targets))
+    assert rules(report) == found
+    if "re:(" in targets:
+        assert "'re:(' in targets" in message(report, "ignore-bad-entry")
+
+
+# --- entries
+
+
+def test_a_gate_that_is_not_covered_loads(judge: Judge) -> None:
+    report = judge(quantized(NVFP4A16), compressed([]))
+    assert rules(report) == {"ignore-uncovered": "warning"}
+    assert set(report.uncovered) == set(KEPT)
+    assert report.verdict == GOOD
+
+
+def test_routers_are_covered_by_transformers_name_too(judge: Judge) -> None:
+    ignore = ["lm_head", "model.embed_tokens", r"re:.*mlp\.gate$"]
+    assert judge(quantized(NVFP4A16), compressed(ignore)).findings == ()
+
+
+def test_entries_that_match_nothing(judge: Judge) -> None:
+    ignore = [*KEPT, "head", r"re:block_sparse_moe\.gate$", "model.visual"]
+    report = judge(quantized(NVFP4A16), compressed(ignore))
+    assert rules(report) == {"ignore-unmatched": "warning"}
+    assert message(report, "ignore-unmatched").startswith("3 entries of ignore match nothing")
+    assert [entry.hub for entry in report.entries[-3:]] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "ignore", [["re:(", *KEPT], [*KEPT, 7], "lm_head", {"lm_head": 1}, [["lm_head"], *KEPT]]
+)
+def test_entries_that_vllm_cannot_read(judge: Judge, ignore: Any) -> None:
+    report = judge(quantized(NVFP4A16), compressed(ignore))
+    assert rules(report)["ignore-bad-entry"] == "error"
+    assert report.verdict.startswith("vLLM will not load this")
+
+
+def test_a_list_that_cannot_be_judged(judge: Judge) -> None:
+    with pytest.raises(SourceError, match="cannot be judged"):
+        judge(quantized(NVFP4A16), compressed(["x" * 2000]))
+
+
+@pytest.mark.parametrize("groups", [None, [], {"a": None}, {"a": {"targets": None}}, {"a": {}}])
+def test_config_groups_that_are_none(judge: Judge, groups: Any) -> None:
+    config = {**compressed(KEPT), "config_groups": groups}
+    assert rules(judge(quantized(NVFP4A16), config)) == {"quantized-not-targeted": "error"}
+
+
+# --- what is not known
+
+
+def test_an_unknown_family_is_judged_by_usual_names(judge: Judge) -> None:
+    report = judge(quantized(NVFP4A16), compressed(["lm_head"]), model_type="odd")
+    assert rules(report) == {"ignore-uncovered": "warning", "ignore-not-judged": "warning"}
+    assert report.verdict == (
+        "lm_head and the embeddings are kept; routers of an unknown family cannot be judged."
+    )
+    bad = judge(quantized(NVFP4A16, "lm_head"), compressed(["lm_head"]), model_type="odd")
+    assert bad.verdict == "lm_head is quantized: vLLM will refuse to load this."
+
+
+def test_an_unknown_method_is_judged_by_its_tensors(judge: Judge) -> None:
+    suffixes = {"qweight": "I8", "qzeros": "I8", "scales": "F16"}
+    report = judge(quantized(suffixes), {"quant_method": "awq"})
+    assert rules(report) == {"ignore-not-judged": "warning"}
+    assert "was not judged" in report.verdict
+    assert "router-quantized" in rules(judge(quantized(suffixes, ".gate"), {"quant_method": "awq"}))
