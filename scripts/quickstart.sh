@@ -17,6 +17,9 @@ mquant plan "$parent" --recipe nvfp4 -o "$out"
 echo; echo "== Do it: mquant quantize"
 mquant quantize "$parent" --recipe nvfp4 -o "$out" --restart
 
+echo; echo "== Is it right: mquant verify (quantize ended with it already)"
+mquant verify "$out" --against "$parent"
+
 echo; echo "== Was it worth it: perplexity on text the model was not trained on"
 python scripts/perplexity.py "$parent" "$out" --text tests/fixtures/heldout.txt
 echo
