@@ -1,6 +1,7 @@
 """Judges we did not write: upstream's own tools, run on the same files."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,23 @@ def model_free_ptq(src: Path, out: Path, ignore: list[str] | None = None) -> Pat
     from llmcompressor import model_free_ptq as upstream
 
     upstream(str(src), str(out), scheme="NVFP4A16", ignore=ignore or IGNORE, device="cpu")
+    return out
+
+
+def oneshot_and_save(src: Path, out: Path) -> Path:
+    """Quantize as people do it: transformers loads, `oneshot`, `save_pretrained`."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(src, dtype="auto")
+    recipe = QuantizationModifier(
+        targets="Linear", scheme="NVFP4A16", ignore=["lm_head", r"re:.*block_sparse_moe\.gate$"]
+    )
+    oneshot(model=model, recipe=recipe, processor=object())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of memory, when it saves
+        model.save_pretrained(out, save_compressed=True)
     return out
 
 

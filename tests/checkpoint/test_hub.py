@@ -13,7 +13,8 @@ from huggingface_hub import constants
 import mquant.checkpoint.hub as hub_module
 from fakehub import GOOD_TOKEN, POOR_TOKEN, FakeHub, hub
 from mquant.checkpoint import Folder, open_checkpoint
-from mquant.checkpoint.hub import HubRepo, download
+from mquant.checkpoint.download import download
+from mquant.checkpoint.hub import HubRepo
 from mquant.errors import SourceError
 from mquant.events import Event, Progress, silent
 from mquant.family import load_families
@@ -42,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr("mquant.checkpoint.retry.BACKOFF_SECONDS", 0.001)
 
 
 def refusal(repo_id: str = REPO, revision: str | None = None) -> SourceError:
@@ -245,7 +246,7 @@ def test_the_hub_says_how_long_to_wait(
 ) -> None:
     hub.add(REPO, folder)
     waits: list[float] = []
-    monkeypatch.setattr("mquant.checkpoint.hub.time.sleep", waits.append)
+    monkeypatch.setattr("mquant.checkpoint.retry.time.sleep", waits.append)
     soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
     hub.fail(503, Retry_After="7")
     hub.fail(429, Retry_After=soon)

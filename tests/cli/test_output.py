@@ -237,24 +237,17 @@ def test_json_is_ascii() -> None:
 # --- the app
 
 
-def test_help_is_fast_and_loads_no_torch() -> None:
+def test_help_loads_nothing_heavy() -> None:
     code = (
-        "import sys, time\n"
+        "import sys\n"
         "from typer.testing import CliRunner\n"
         "from mquant.cli.app import app\n"
         "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
-        "print(time.process_time())\n"  # of this process alone, whatever else runs here
         "heavy = {'torch', 'transformers', 'llmcompressor', 'huggingface_hub', 'httpx'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.splitlines()
-        for _ in range(3)
-    ]
-    assert {heavy for _, heavy in runs} == {"[]"}
-    assert min(float(seconds) for seconds, _ in runs) < 0.5
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_version() -> None:

@@ -3,8 +3,6 @@
 import json
 import subprocess
 import sys
-import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fakehub import FakeHub, hub
-from judges import model_free_ptq, one_shard
+from judges import model_free_ptq, one_shard, oneshot_and_save
 from make import make_checkpoint, write_json
 from mquant.cli.app import app
 from run import TRAINED, quantize_nvfp4
@@ -58,20 +56,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def saved_by_oneshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained checkpoint through plain `oneshot` and `save_pretrained`, as people do it."""
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import QuantizationModifier
-    from transformers import AutoModelForCausalLM
-
-    out = tmp_path_factory.mktemp("upstream") / "out"
-    model = AutoModelForCausalLM.from_pretrained(TRAINED, dtype="auto")
-    recipe = QuantizationModifier(
-        targets="Linear", scheme="NVFP4A16", ignore=["lm_head", r"re:.*block_sparse_moe\.gate$"]
-    )
-    oneshot(model=model, recipe=recipe, processor=object())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of memory, when it saves
-        model.save_pretrained(out, save_compressed=True)
-    return out
+    return oneshot_and_save(TRAINED, tmp_path_factory.mktemp("upstream") / "out")
 
 
 def here_and_there(
@@ -221,22 +206,17 @@ def test_a_truncated_shard(tmp_path: Path) -> None:
 # --- speed
 
 
-def test_it_starts_in_under_a_second_without_torch(tmp_path: Path) -> None:
+def test_it_imports_no_torch(tmp_path: Path) -> None:
     src = make_checkpoint(tmp_path / "model")
     code = (
         "import atexit, sys; from mquant.cli import main\n"
         "atexit.register(lambda: print('torch' in sys.modules))\n"
         "main()"
     )
-    times = []
-    for _ in range(3):  # other processes may be at work
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code, "verify-ignore", str(src)],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        times.append(time.perf_counter() - start)
-        assert done.stdout.splitlines()[-1] == "False"
-    assert min(times) < 1
+    done = subprocess.run(
+        [sys.executable, "-c", code, "verify-ignore", str(src)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "False"

@@ -1,6 +1,5 @@
 """The oneshot engine's bytes, judged by upstream's own tools on the same files."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from judges import data, differences, model_free_ptq, one_shard, opened, quantized_names, read_json
+from judges import (
+    data,
+    differences,
+    model_free_ptq,
+    one_shard,
+    oneshot_and_save,
+    opened,
+    quantized_names,
+    read_json,
+)
 from make import Row, make_checkpoint
 from run import TRAINED, quantize_nvfp4
 
@@ -26,20 +34,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def saved_by_upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained checkpoint through plain `oneshot` and `save_pretrained`, as people do it."""
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import QuantizationModifier
-    from transformers import AutoModelForCausalLM
-
-    out = tmp_path_factory.mktemp("upstream") / "out"
-    model = AutoModelForCausalLM.from_pretrained(TRAINED, dtype="auto")
-    recipe = QuantizationModifier(
-        targets="Linear", scheme="NVFP4A16", ignore=["lm_head", r"re:.*block_sparse_moe\.gate$"]
-    )
-    oneshot(model=model, recipe=recipe, processor=object())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of memory, when it saves
-        model.save_pretrained(out, save_compressed=True)
-    return out
+    return oneshot_and_save(TRAINED, tmp_path_factory.mktemp("upstream") / "out")
 
 
 def test_a_trained_checkpoint_equals_model_free_ptq(ours: Path, tmp_path: Path) -> None:

@@ -85,11 +85,10 @@ def test_real_shapes_take_no_disk(full: Path) -> None:
     assert all(file.st_size < 5_100_000_000 for file in files)
 
 
-def test_real_shapes_plan_within_time_and_memory(full: Path) -> None:
+def test_real_shapes_plan_in_a_gigabyte_of_memory(full: Path) -> None:
     code = """
-import json, resource, sys, time
+import json, resource, sys
 from pathlib import Path
-begun = time.perf_counter()
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.family import load_families
 from mquant.plan import make_plan
@@ -101,7 +100,6 @@ assert plan.findings == (), plan.findings
 print(json.dumps({
     "tensors": sum(shard.tensors for shard in plan.shards),
     "bytes": plan.output_bytes,
-    "seconds": time.perf_counter() - begun,
     "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
 }))
 """
@@ -110,7 +108,6 @@ print(json.dumps({
     found = json.loads(done.stdout)
     assert found["tensors"] == 87_051
     assert found["bytes"] == 80_140_558_496
-    assert found["seconds"] < 10
     assert found["memory"] < 1_000_000_000
 
 

@@ -1,4 +1,4 @@
-"""A hub repo as a `Source`: its list of files, ranges of them by HTTP, or all of them downloaded.
+"""A hub repo as a `Source`: its list of files, and ranges of them by HTTP.
 
 Everything a hub answers is somebody else's claim: the commit, names, sizes, ranges and lengths
 are checked. huggingface_hub and httpx are imported where they are used: they take a third of a
@@ -7,69 +7,35 @@ second, and `mquant --help` needs neither.
 
 import contextlib
 import email.utils
-import glob
 import json
 import os
-import random
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 from urllib.parse import quote, urljoin, urlsplit
 
 from mquant import __version__
+from mquant.checkpoint.retry import Again, retrying
 from mquant.errors import SourceError
-from mquant.events import Emit, Progress
 
 if TYPE_CHECKING:
     import httpx
 
-T = TypeVar("T")
-
 MAX_LISTING_BYTES: Final = 64_000_000
 # What a server that ignores ranges may send before the part that was asked for.
 MAX_SKIPPED_BYTES: Final = 16_000_000
-TRIES: Final = 5
 TRIES_TO_CONNECT: Final = 3  # a hub that is not there will not be there in ten seconds
-BACKOFF_SECONDS: Final = 0.5
-LONGEST_WAIT: Final = 300.0  # the hub's own window of rate limits
 TIMEOUT_SECONDS: Final = 30.0
 MAX_REDIRECTS: Final = 5
-PROGRESS_BYTES: Final = 8_000_000
 
 _TRANSIENT: Final = frozenset({408, 429, 500, 502, 503, 504})
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
-# Other formats of the same weights, which nothing here reads.
-_OTHER_WEIGHTS: Final = (
-    ".bin",
-    ".bin.index.json",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".onnx_data",
-    ".ot",
-    ".pt",
-    ".pth",
-    ".tflite",
-)
 _LOG_IN: Final = "log in with `hf auth login` or set HF_TOKEN"
-
-
-class _Again(Exception):
-    """A failure that may pass. `wait`: how long the server asks for; `tries`: when to give up."""
-
-    def __init__(self, error: SourceError, wait: float | None = None, tries: int = TRIES) -> None:
-        super().__init__(error.message)
-        self.error = error
-        self.wait = wait
-        self.tries = tries
 
 
 class HubRepo:
@@ -136,7 +102,7 @@ class HubRepo:
         if start == end:
             return b""
         url = f"{self.endpoint}/{self.repo_id}/resolve/{self.commit}/{quote(path)}"
-        return _retrying(lambda: self._range(url, path, start, end))
+        return retrying(lambda: self._range(url, path, start, end))
 
     def identity(self) -> dict[str, str]:
         """The repo and the commit."""
@@ -145,7 +111,7 @@ class HubRepo:
     def _list(self) -> tuple[str, Mapping[str, int]]:
         revision = quote(self.revision or "main", safe="")
         url = f"{self.endpoint}/api/models/{self.repo_id}/revision/{revision}?blobs=true"
-        raw = _retrying(lambda: self._whole(url))
+        raw = retrying(lambda: self._whole(url))
         try:
             listing = json.loads(raw)
             commit, siblings = listing["sha"], listing["siblings"]
@@ -160,7 +126,7 @@ class HubRepo:
     def _whole(self, url: str) -> bytes:
         with self._get(url, {}) as response:
             if response.status_code != 200:
-                self._refuse(response)
+                self.refuse(response)
             data = self._body(response, 0, MAX_LISTING_BYTES + 1)
         if len(data) > MAX_LISTING_BYTES:
             raise self._nonsense("lists more files than any checkpoint has")
@@ -177,7 +143,7 @@ class HubRepo:
             elif response.status_code == 200:
                 skip = start  # the whole file is coming: read what is before, and hang up after
             else:
-                self._refuse(response, path)
+                self.refuse(response, path)
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 raise self._nonsense(f"compresses {path} though asked not to")
             if skip > MAX_SKIPPED_BYTES:
@@ -187,7 +153,7 @@ class HubRepo:
                 )
             data = self._body(response, skip, end - start)
         if len(data) != end - start:
-            raise _Again(
+            raise Again(
                 SourceError(
                     f"{self.host} sent {len(data):,} of {end - start:,} bytes of {path}.",
                     "Try again later.",
@@ -244,7 +210,7 @@ class HubRepo:
                     raise self._nonsense(f"redirects to an address that begins with {scheme!r}")
             raise self._nonsense("redirects without end")
         except OfflineModeIsEnabled:
-            raise self._offline() from None
+            raise self.offline() from None
         except (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.InvalidURL, ValueError):
             # Not shown: what was malformed may be the token.
             raise SourceError(
@@ -252,14 +218,15 @@ class HubRepo:
                 "HF_ENDPOINT must be like https://huggingface.co; a token is letters and digits.",
             ) from None
         except (httpx.ConnectError, httpx.ConnectTimeout):
-            raise _Again(self._unreachable(), tries=TRIES_TO_CONNECT) from None
+            raise Again(self.unreachable(), tries=TRIES_TO_CONNECT) from None
         except httpx.TransportError:
-            raise _Again(self._unreachable()) from None
+            raise Again(self.unreachable()) from None
 
-    def _refuse(self, response: "httpx.Response", path: str = "") -> NoReturn:
+    def refuse(self, response: "httpx.Response", path: str = "") -> NoReturn:
+        """Raise what an answer that is no success means; `Again` where it may pass."""
         error = self._explain(response, path)
         if response.status_code in _TRANSIENT:
-            raise _Again(error, _asked_to_wait(response.headers))
+            raise Again(error, _asked_to_wait(response.headers))
         raise error
 
     def _explain(self, response: "httpx.Response", path: str = "") -> SourceError:
@@ -322,129 +289,19 @@ class HubRepo:
     def _nonsense(self, what: str) -> SourceError:
         return SourceError(f"{self.host} {what}.", "Check HF_ENDPOINT, or try again later.")
 
-    def _unreachable(self) -> SourceError:
+    def unreachable(self) -> SourceError:
+        """The error of a hub that does not answer."""
         return SourceError(
             f"{self.host} cannot be reached.",
             "Check the network, proxy and HF_ENDPOINT, or give the folder of a local copy.",
         )
 
-    def _offline(self) -> SourceError:
+    def offline(self) -> SourceError:
+        """The error of asking while huggingface_hub is told not to."""
         return SourceError(
             f"HF_HUB_OFFLINE is set, so {self.repo_id} cannot be read from {self.host}.",
             "Unset it, or give the folder of a local copy.",
         )
-
-
-def download(repo: HubRepo, emit: Emit) -> Path:
-    """Bring the repo's commit into the Hugging Face cache, and return its folder there.
-
-    Files that are there already are not fetched again. Weights in other formats than
-    safetensors, or in subfolders, are left out. Raises SourceError where it fails.
-    """
-    wanted = {path: size for path, size in repo.files.items() if _matters(path)}
-    folder = _retrying(lambda: _snapshot(repo, wanted, emit))
-    for path, size in wanted.items():
-        if not (folder / path).is_file() or (folder / path).stat().st_size != size:
-            raise SourceError(
-                f"{path} of {repo.repo_id} is not whole in the cache.",
-                f"Delete {folder}, then run this again.",
-            )
-    total = sum(wanted.values())
-    emit(Progress("download", total, total))
-    return folder
-
-
-def _snapshot(repo: HubRepo, wanted: Mapping[str, int], emit: Emit) -> Path:
-    import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, XetDownloadError
-
-    try:
-        with _quiet():
-            folder = snapshot_download(
-                repo.repo_id,
-                revision=repo.commit,
-                endpoint=repo.endpoint,
-                library_name="mquant",
-                library_version=__version__,
-                allow_patterns=[glob.escape(path) for path in wanted],
-                tqdm_class=_bar(sum(wanted.values()), emit),
-            )
-    except OfflineModeIsEnabled:
-        raise repo._offline() from None
-    except HfHubHTTPError as error:
-        repo._refuse(error.response)
-    except (httpx.HTTPError, XetDownloadError, RuntimeError):  # hf_xet raises RuntimeError
-        raise _Again(repo._unreachable()) from None
-    except OSError as error:
-        # huggingface_hub's own errors (a file that could not be had) are OSErrors without a number.
-        if error.errno is None:
-            raise _Again(repo._unreachable()) from None
-        raise SourceError(
-            f"{repo.repo_id} cannot be stored in the Hugging Face cache: {error.strerror}.",
-            "Free space there, or set HF_HOME to a folder on another disk.",
-        ) from error
-    return Path(folder)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep huggingface_hub's warnings (each retry is one) off stderr; failures still raise."""
-    from huggingface_hub.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity(40)  # ERROR of the standard library
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _bar(total: int, emit: Emit) -> Any:
-    """A bar class for huggingface_hub that draws nothing and emits Progress."""
-    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
-
-    lock = threading.Lock()
-    done = told = 0
-
-    class Bar(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            # Of the bars of a download only this one counts bytes on disk.
-            self._counts = kwargs.get("name") == "huggingface_hub.snapshot_download"
-            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
-
-        def update(self, n: float | None = 1) -> None:
-            nonlocal done, told
-            if self._counts and n:
-                with lock:
-                    done = min(done + int(n), total)
-                    if done - told >= PROGRESS_BYTES:
-                        told = done
-                        emit(Progress("download", done, total))
-
-    return Bar
-
-
-def _retrying(attempt: Callable[[], T]) -> T:
-    """Try again after failures that may pass, waiting longer each time or as long as asked to."""
-    failures = 0
-    while True:
-        try:
-            return attempt()
-        except _Again as failure:
-            failures += 1
-            wait = failure.wait
-            if wait is None:  # jitter, lest sixteen readers come back in the same instant
-                wait = BACKOFF_SECONDS * 2 ** (failures - 1) * random.uniform(0.75, 1.25)  # noqa: S311
-            if failures >= failure.tries or wait > LONGEST_WAIT:
-                raise failure.error from None
-        time.sleep(wait)
-
-
-def _matters(path: str) -> bool:
-    nested = len(PurePosixPath(path).parts) > 1
-    weights = (".safetensors", ".safetensors.index.json")
-    return not path.endswith(_OTHER_WEIGHTS) and not (nested and path.endswith(weights))
 
 
 def _file(sibling: Mapping[str, Any]) -> tuple[str, int]:
@@ -480,4 +337,4 @@ def _asked_to_wait(headers: Mapping[str, str]) -> float | None:
     return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
 
 
-__all__ = ["HubRepo", "download"]
+__all__ = ["HubRepo"]

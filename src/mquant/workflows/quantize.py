@@ -122,7 +122,8 @@ def _check_disk(out: Path, claim: Claim, plan: Plan) -> None:
 
 
 def _download(source: Source, emit: Emit) -> Folder:
-    from mquant.checkpoint.hub import HubRepo, download
+    from mquant.checkpoint.download import download
+    from mquant.checkpoint.hub import HubRepo
 
     if not isinstance(source, HubRepo):
         raise TypeError(f"cannot download from {type(source).__name__}")

@@ -1,0 +1,130 @@
+"""A hub repo, downloaded whole into the Hugging Face cache."""
+
+import contextlib
+import glob
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+from mquant import __version__
+from mquant.checkpoint.hub import HubRepo
+from mquant.checkpoint.retry import Again, retrying
+from mquant.errors import SourceError
+from mquant.events import Emit, Progress
+
+PROGRESS_BYTES: Final = 8_000_000
+# Other formats of the same weights, which nothing here reads.
+_OTHER_WEIGHTS: Final = (
+    ".bin",
+    ".bin.index.json",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".ot",
+    ".pt",
+    ".pth",
+    ".tflite",
+)
+
+
+def download(repo: HubRepo, emit: Emit) -> Path:
+    """Bring the repo's commit into the Hugging Face cache, and return its folder there.
+
+    Files that are there already are not fetched again. Weights in other formats than
+    safetensors, or in subfolders, are left out. Raises SourceError where it fails.
+    """
+    wanted = {path: size for path, size in repo.files.items() if _matters(path)}
+    folder = retrying(lambda: _snapshot(repo, wanted, emit))
+    for path, size in wanted.items():
+        if not (folder / path).is_file() or (folder / path).stat().st_size != size:
+            raise SourceError(
+                f"{path} of {repo.repo_id} is not whole in the cache.",
+                f"Delete {folder}, then run this again.",
+            )
+    total = sum(wanted.values())
+    emit(Progress("download", total, total))
+    return folder
+
+
+def _snapshot(repo: HubRepo, wanted: Mapping[str, int], emit: Emit) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, XetDownloadError
+
+    try:
+        with _quiet():
+            folder = snapshot_download(
+                repo.repo_id,
+                revision=repo.commit,
+                endpoint=repo.endpoint,
+                library_name="mquant",
+                library_version=__version__,
+                allow_patterns=[glob.escape(path) for path in wanted],
+                tqdm_class=_bar(sum(wanted.values()), emit),
+            )
+    except OfflineModeIsEnabled:
+        raise repo.offline() from None
+    except HfHubHTTPError as error:
+        repo.refuse(error.response)
+    except (httpx.HTTPError, XetDownloadError, RuntimeError):  # hf_xet raises RuntimeError
+        raise Again(repo.unreachable()) from None
+    except OSError as error:
+        # huggingface_hub's own errors (a file that could not be had) are OSErrors without a number.
+        if error.errno is None:
+            raise Again(repo.unreachable()) from None
+        raise SourceError(
+            f"{repo.repo_id} cannot be stored in the Hugging Face cache: {error.strerror}.",
+            "Free space there, or set HF_HOME to a folder on another disk.",
+        ) from error
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep huggingface_hub's warnings (each retry is one) off stderr; failures still raise."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(40)  # ERROR of the standard library
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _bar(total: int, emit: Emit) -> Any:
+    """A bar class for huggingface_hub that draws nothing and emits Progress."""
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+    lock = threading.Lock()
+    done = told = 0
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            # Of the bars of a download only this one counts bytes on disk.
+            self._counts = kwargs.get("name") == "huggingface_hub.snapshot_download"
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal done, told
+            if self._counts and n:
+                with lock:
+                    done = min(done + int(n), total)
+                    if done - told >= PROGRESS_BYTES:
+                        told = done
+                        emit(Progress("download", done, total))
+
+    return Bar
+
+
+def _matters(path: str) -> bool:
+    nested = len(PurePosixPath(path).parts) > 1
+    weights = (".safetensors", ".safetensors.index.json")
+    return not path.endswith(_OTHER_WEIGHTS) and not (nested and path.endswith(weights))
+
+
+__all__ = ["download"]

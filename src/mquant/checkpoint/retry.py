@@ -1,0 +1,43 @@
+"""Trying again what may pass: a busy server, a broken connection."""
+
+import random
+import time
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from mquant.errors import SourceError
+
+T = TypeVar("T")
+
+TRIES: Final = 5
+BACKOFF_SECONDS: Final = 0.5
+LONGEST_WAIT: Final = 300.0  # the hub's own window of rate limits
+
+
+class Again(Exception):
+    """A failure that may pass. `wait`: how long the server asks for; `tries`: when to give up."""
+
+    def __init__(self, error: SourceError, wait: float | None = None, tries: int = TRIES) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.wait = wait
+        self.tries = tries
+
+
+def retrying(attempt: Callable[[], T]) -> T:
+    """Try again after failures that may pass, waiting longer each time or as long as asked to."""
+    failures = 0
+    while True:
+        try:
+            return attempt()
+        except Again as failure:
+            failures += 1
+            wait = failure.wait
+            if wait is None:  # jitter, lest sixteen readers come back in the same instant
+                wait = BACKOFF_SECONDS * 2 ** (failures - 1) * random.uniform(0.75, 1.25)  # noqa: S311
+            if failures >= failure.tries or wait > LONGEST_WAIT:
+                raise failure.error from None
+        time.sleep(wait)
+
+
+__all__ = ["Again", "retrying"]
