@@ -137,13 +137,14 @@ def perplexity(folder: Path, text: str) -> float:
     method = config.get("quantization_config", {}).get("quant_method")
     if method not in (None, "compressed-tensors"):
         raise ValueError(f"{folder}: cannot dequantize {method!r}")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if method is None:
-        return math.exp(mean_loss(load_model(folder), tokens))
     with tempfile.TemporaryDirectory() as scratch:
-        dequantize(folder, Path(scratch))
-        return math.exp(mean_loss(load_model(Path(scratch)), tokens))
+        if method is not None:
+            dequantize(folder, Path(scratch))
+            folder = Path(scratch)
+        model = load_model(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return math.exp(mean_loss(model, tokens))
 
 
 def main() -> None:
