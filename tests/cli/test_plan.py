@@ -127,6 +127,16 @@ def test_a_person_sees_it_within_80_columns(model: Path) -> None:
     assert "\x1b" not in result.stdout
 
 
+@pytest.mark.parametrize("columns", ["20", "40"])
+def test_a_narrow_terminal_cuts_no_number_off(
+    model: Path, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = plan(model).stdout.splitlines()
+    assert "…" not in "".join(lines)
+    assert [line.split()[-1] for line in lines if line.startswith("expert")] == ["NVFP4A16"]
+
+
 def test_many_shards_are_shortened(model: Path) -> None:
     lines = plan(model, "--max-shard-size", "4kB").stdout.splitlines()
     shards = [line for line in lines if ".safetensors" in line or "more ..." in line]

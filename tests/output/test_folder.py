@@ -15,7 +15,8 @@ def finished(out: Path, fingerprint: dict[str, str]) -> None:
     out.mkdir()
     (out / "config.json").write_text("{}")
     (out / "a.safetensors").write_bytes(b"weights")
-    record = {"fingerprint": fingerprint, "files": {"a.safetensors": {}, "config.json": {}}}
+    files = {"a.safetensors": {"bytes": 7}, "config.json": {"bytes": 2}}
+    record = {"fingerprint": fingerprint, "files": files}
     (out / RECORD).write_text(json.dumps(record))
 
 
@@ -68,6 +69,22 @@ def test_a_link_to_the_source_is_the_source(tmp_path: Path) -> None:
 def test_the_same_finished_run_is_done(tmp_path: Path) -> None:
     finished(tmp_path / "out", RUN)
     assert examine(tmp_path / "out", None, RUN, restart=False).state is State.DONE
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "config.json"])
+def test_a_finished_run_that_lost_a_file_starts_over(tmp_path: Path, name: str) -> None:
+    finished(tmp_path / "out", RUN)
+    (tmp_path / "out" / name).unlink()
+    assert examine(tmp_path / "out", None, RUN, restart=False).state is State.UNFINISHED
+
+
+def test_a_finished_run_with_a_changed_file_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finished(out, RUN)
+    (out / "a.safetensors").write_bytes(b"cut")
+    with pytest.raises(OutputError, match="changed since mquant made it: it was 7 bytes, is 3"):
+        examine(out, None, RUN, restart=False)
+    assert examine(out, None, RUN, restart=True).state is State.UNFINISHED
 
 
 def test_another_finished_run_is_refused_with_both_values(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """The command line: the only place that prints, draws and exits."""
 
+import signal
 import sys
+from types import FrameType
 
 
 def main() -> None:
     """Run mquant, and leave with its exit code."""
+    signal.signal(signal.SIGTERM, _stop)
     for stream in (sys.stdout, sys.stderr):
         # Under an ASCII locale a mark becomes an escape instead of a failure.
         if hasattr(stream, "reconfigure"):
@@ -18,6 +21,11 @@ def main() -> None:
 
         write(INTERRUPTED + "\n", stderr=True)
         sys.exit(130)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """Take what schedulers and containers send for Ctrl-C: one sentence, and exit code 130."""
+    raise KeyboardInterrupt
 
 
 __all__ = ["main"]

@@ -226,7 +226,7 @@ def _draw(parts: Iterable[RenderableType], stream: TextIO, *, soft_wrap: bool = 
     page = _Page(stream)
     console = plain_console(page)
     for part in parts:
-        console.print(part, soft_wrap=soft_wrap)
+        console.print(part, soft_wrap=soft_wrap, crop=False)
     return page.getvalue()
 
 

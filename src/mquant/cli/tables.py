@@ -1,13 +1,17 @@
 """The two shapes in which verbs show what they know: facts, and rows of numbers."""
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Final, Literal
 
 from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from mquant.cli.text import clean
+
+_GAP: Final = 2  # between columns
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> Table:
@@ -20,9 +24,26 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
     return grid
 
 
+class _Numbers(Table):
+    """Never narrower than its numbers and words; where rich would cut them, the terminal folds."""
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        super().add_row(*cells, **options)
+        for column, cell in zip(self.columns, cells, strict=True):
+            for text in (str(column.header), str(cell)):
+                parts = [text] if column.no_wrap else text.split()
+                column.min_width = max(column.min_width or 0, *map(cell_len, parts), 0)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        least = sum((column.min_width or 0) + _GAP for column in self.columns)
+        yield from super().__rich_console__(
+            console, options.update(width=max(options.max_width, least))
+        )
+
+
 def table(*columns: tuple[str, Literal["left", "right"]]) -> Table:
     """A table of numbers; where the last column is text it may wrap, nothing else does."""
-    rows = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="cyan")
+    rows = _Numbers(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="cyan")
     for title, justify in columns:
         wraps = (title, justify) == columns[-1] and justify == "left"
         rows.add_column(title, justify=justify, no_wrap=not wraps)

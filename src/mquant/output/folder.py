@@ -42,8 +42,9 @@ def examine(out: Path, source: Path | None, fingerprint: dict[str, Any], *, rest
     """Say what OUT holds; write nothing.
 
     `fingerprint` is what tells one run from another: a table of strings.
-    Raises OutputError for an OUT that is not ours, or that another run made or is making, unless
-    `restart`; never lets OUT be, hold, or lie in the source folder.
+    Raises OutputError for an OUT that is not ours, and unless `restart` for one that another run
+    made or is making, or whose files were changed since; never lets OUT be, hold, or lie in the
+    source folder.
     """
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file.", "Give a folder with -o.")
@@ -62,12 +63,9 @@ def examine(out: Path, source: Path | None, fingerprint: dict[str, Any], *, rest
             "Give another folder with -o, or empty this one.",
         )
     files = tuple(dict.fromkeys((*_safe_names(found.get("files", ())), RECORD)))
-    whole = ledger is None and (out / "config.json").is_file()
-    if found.get("fingerprint") != fingerprint:
-        if not restart:
-            raise _other_run(out, found.get("fingerprint"), fingerprint)
-        return Claim(State.UNFINISHED, files)
-    if restart or not whole:
+    if not restart and found.get("fingerprint") != fingerprint:
+        raise _other_run(out, found.get("fingerprint"), fingerprint)
+    if restart or ledger is not None or not _is_whole(out, found):
         return Claim(State.UNFINISHED, files)
     return Claim(State.DONE, files)
 
@@ -126,6 +124,26 @@ def discard(out: Path, files: Iterable[str]) -> None:
         parent = (out / name).parent
         if parent != out and parent.is_dir() and not any(parent.iterdir()):
             parent.rmdir()
+
+
+def _is_whole(out: Path, record: dict[str, Any]) -> bool:
+    """Whether a finished run's files are all there.
+
+    Raises OutputError for one of another size: it may be somebody's work.
+    """
+    files = record.get("files")
+    files = files if isinstance(files, dict) else {}
+    there = [name for name in _safe_names(files) if (out / name).is_file()]
+    for name in there:
+        meant = files[name].get("bytes") if isinstance(files[name], dict) else None
+        found = (out / name).stat().st_size
+        if found != meant:
+            raise OutputError(
+                f"{name} in {out} was changed since mquant made it: it was {meant} bytes, "
+                f"is {found}.",
+                "Give another folder with -o, or --restart to make everything there again.",
+            )
+    return "config.json" in there and len(there) == len(files)
 
 
 def _safe_names(value: object) -> tuple[str, ...]:
