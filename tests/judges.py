@@ -11,11 +11,13 @@ from mquant.checkpoint.checkpoint import Checkpoint
 IGNORE = ["lm_head", "model.embed_tokens", r"re:.*block_sparse_moe\.gate$", r"re:.*norm$"]
 
 
-def model_free_ptq(src: Path, out: Path, ignore: list[str] | None = None) -> Path:
-    """Quantize with llmcompressor's model_free_ptq, NVFP4A16."""
+def model_free_ptq(
+    src: Path, out: Path, ignore: list[str] | None = None, scheme: str = "NVFP4A16"
+) -> Path:
+    """Quantize with llmcompressor's model_free_ptq."""
     from llmcompressor import model_free_ptq as upstream
 
-    upstream(str(src), str(out), scheme="NVFP4A16", ignore=ignore or IGNORE, device="cpu")
+    upstream(str(src), str(out), scheme=scheme, ignore=ignore or IGNORE, device="cpu")
     return out
 
 

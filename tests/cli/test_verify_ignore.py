@@ -68,7 +68,11 @@ def here_and_there(
     here = document(folder, code=code)
     hub.add("org/model", folder)
     there = document("org/model", code=code)
-    assert {**there, "source": None} == {**here, "source": None}
+    same = {"source": None, "bytes_read": None, "requests": None}
+    assert {**there, **same} == {**here, **same}
+    assert (here["bytes_read"], here["requests"]) == (None, None)
+    assert (there["bytes_read"] <= hub.bytes_served, there["requests"]) == (True, len(hub.requests))
+    assert f"in {there['requests']} requests from the hub." in run("org/model").stdout
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     # One read of 64 KiB a shard, at most, with config.json, the index and the listing.
     limit = sum(min(path.stat().st_size, 200_000) for path in folder.iterdir())
@@ -131,6 +135,9 @@ def test_what_plain_oneshot_saves(hub: FakeHub, saved_by_oneshot: Path) -> None:
     found = here_and_there(hub, saved_by_oneshot, code=3)
     assert found_rules(found) == {"expert-names": "error", "ignore-uncovered": "warning"}
     assert found["uncovered"] == ["model.embed_tokens"]
+    judged = CliRunner().invoke(app, ["verify", str(saved_by_oneshot), "--format", "json"])
+    assert judged.exit_code == 3
+    assert found_rules(json.loads(judged.stdout)) == found_rules(found)
 
 
 def test_unquantized(one: Path) -> None:

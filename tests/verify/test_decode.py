@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mquant.verify.decode import E2M1, e2m1, e4m3, floats, int4, scaled
+from mquant.verify.decode import E2M1, e2m1, e4m3, floats, integers, scaled
 
 
 def test_e4m3_is_ml_dtypes_for_every_code() -> None:
@@ -49,10 +49,11 @@ def test_nvfp4_is_compressed_tensors_unpacking() -> None:
 
 
 @pytest.mark.upstream
-def test_int4_is_compressed_tensors_unpacking() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_are_compressed_tensors_unpacking(bits: int) -> None:
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    values = np.random.default_rng(0).integers(-8, 8, (4, 32)).astype(np.int8)
-    packed = pack_to_int32(torch.from_numpy(values), 4).numpy()
-    np.testing.assert_array_equal(int4(packed), values)
+    values = np.random.default_rng(0).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (4, 32))
+    packed = pack_to_int32(torch.from_numpy(values.astype(np.int8)), bits).numpy()
+    np.testing.assert_array_equal(integers(packed, bits), values)

@@ -11,7 +11,7 @@ from mquant.cli.options import FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.source import open_source
 from mquant.cli.tables import table
-from mquant.cli.text import clean
+from mquant.cli.text import clean, plural, size
 
 if TYPE_CHECKING:
     from mquant.verify.ignore import IgnoreReport
@@ -37,13 +37,22 @@ def verify_ignore(
     with output("verify-ignore", form) as out:
         source = open_source(src, revision, "mquant verify-ignore MiniMaxAI/MiniMax-M2")
         from mquant.checkpoint import open_checkpoint
+        from mquant.checkpoint.hub import HubRepo
         from mquant.family import load_families
         from mquant.verify.ignore import check_ignore
         from mquant.verify.layout import read_layout
 
         report = check_ignore(read_layout(open_checkpoint(source), load_families()))
-        out.put(**report.to_json())
+        hub = source if isinstance(source, HubRepo) else None
+        out.put(
+            **report.to_json(),
+            bytes_read=hub.bytes_read if hub else None,
+            requests=hub.requests if hub else None,
+        )
         out.show(render(report))
+        if hub:
+            read = f"{size(hub.bytes_read)} in {plural(hub.requests, 'request')}"
+            out.show(f"Read {read} from the hub.", "")
         out.report(report.findings)
         bad = {"error", "warning"} if strict else {"error"}
         if any(found.severity in bad for found in report.findings):

@@ -19,7 +19,7 @@ from mquant.verify.layout import Layout, Module
 from mquant.verify.numbers import PIECE, THREADS, read
 from mquant.verify.rules import Rule, finding, register
 from mquant.verify.tally import Tally
-from mquant.verify.weights import TYPICAL, Weight, weight_of
+from mquant.verify.weights import TYPICAL, Weight, decodable, weight_of
 
 SAMPLED_ROWS: Final = 64
 _SAMPLED_BYTES: Final = 64 * 1024
@@ -79,6 +79,14 @@ register(
         "The relative error of a whole weight is one that rounding explains (NVFP4: about 0.1).",
         "The scales are badly chosen, or of another weight.",
         "Quantize again, and compare the tools.",
+        warns=True,
+    ),
+    _rule(
+        "weight-not-compared",
+        "Quantized weights are in a layout that verify can dequantize.",
+        "Whether the others are near the parent's, nobody has looked.",
+        "Compare them with the tool that wrote them; those of NVFP4, ModelOpt, FP8 and symmetric "
+        "integers of 4 and 8 bits are compared here.",
         warns=True,
     ),
     _rule(
@@ -157,8 +165,19 @@ def _jobs(layout: Layout, parent: Layout, everything: bool, tally: Tally) -> Ite
             tally.add("parent-tensor-missing", lost, f"{lost} of the parent is missing")
         elif kind_of(layout, mine) is None and kind_of(parent, theirs) is None:
             yield from _kept(layout, parent, mine, theirs, everything or local, tally)
+        elif foreign := _undecodable(layout, mine) or _undecodable(parent, theirs):
+            message = f"{name} was not compared: {foreign} cannot be dequantized here"
+            tally.add("weight-not-compared", name, message)
         elif everything or _in_sample(mine, last, parent):
             yield from _rounded(layout, parent, mine, theirs, everything)
+
+
+def _undecodable(layout: Layout, module: Module) -> str:
+    kind = kind_of(layout, module)
+    if kind is None or decodable(kind, module, layout):
+        return ""
+    parts = ", ".join(f"{suffix} {module.tensors[suffix].dtype}" for suffix in module.quantized)
+    return f"its layout ({parts})"
 
 
 def _in_sample(module: Module, last: int, parent: Layout) -> bool:
@@ -245,6 +264,11 @@ def _rounded(
 
 
 def _compare(weight: Weight, original: Weight, first: int, last: int) -> list[Break]:
+    with np.errstate(all="ignore"):  # broken scales overflow, and are out of bounds then
+        return _differences(weight, original, first, last)
+
+
+def _differences(weight: Weight, original: Weight, first: int, last: int) -> list[Break]:
     columns = weight.shape[1]
     step = max(1, PIECE // 4 // columns)
     error = power = 0.0

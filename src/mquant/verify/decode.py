@@ -66,11 +66,14 @@ def e2m1(packed: Bytes) -> Floats:
     return _E2M1_SIGNED[codes].reshape(*packed.shape[:-1], -1)
 
 
-def int4(packed: npt.NDArray[np.int32]) -> Floats:
-    """compressed-tensors' `pack-quantized`: eight codes an int32, lowest first, stored plus 8."""
-    shifts = np.arange(8, dtype=np.uint32) * 4
-    codes = (packed.view(np.uint32)[..., None] >> shifts) & 15
-    return codes.reshape(*packed.shape[:-1], -1).astype(np.float32) - 8
+def integers(packed: npt.NDArray[np.int32], bits: int) -> Floats:
+    """compressed-tensors' `pack-quantized`: codes of 4 or 8 bits in an int32, lowest first.
+
+    They are stored plus half their range.
+    """
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    codes = (packed.view(np.uint32)[..., None] >> shifts) & np.uint32(2**bits - 1)
+    return codes.reshape(*packed.shape[:-1], -1).astype(np.float32) - np.float32(2 ** (bits - 1))
 
 
 def scaled(values: Floats, scales: Floats, block: tuple[int, int]) -> Floats:
@@ -89,6 +92,6 @@ __all__ = [
     "e2m1",
     "e4m3",
     "floats",
-    "int4",
+    "integers",
     "scaled",
 ]

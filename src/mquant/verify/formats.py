@@ -37,6 +37,13 @@ CODES: Final[dict[Kind, str]] = {
 }
 """Where the codes of the weight are."""
 
+_DECLARED: Final[dict[Kind, dict[str, object]]] = {
+    Kind.NVFP4: {"type": "float", "num_bits": 4, "group_size": GROUP},
+    Kind.FP8: {"type": "float", "num_bits": 8},
+    Kind.INT: {"type": "int"},
+}
+"""What `weights` of a config group must say where it says anything."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -55,7 +62,7 @@ def kind_of(layout: Layout, module: Module) -> Kind | None:
     weight, packed = tensors.get("weight"), tensors.get("weight_packed")
     formats = {str(group.get("format")) for group in groups(layout)}
     formats.add(str(layout.config.get("format")))
-    if packed is not None and packed.dtype == "I32":
+    if "weight_shape" in tensors or (packed is not None and packed.dtype == "I32"):
         return Kind.INT
     if any(name.startswith(("mxfp", "int-", "naive", "marlin")) for name in formats):
         return Kind.OTHER
@@ -85,6 +92,25 @@ def weight_args(layout: Layout) -> Mapping[str, Any]:
     """What config.json says of quantized weights; nothing where groups differ."""
     found = [args for group in groups(layout) if isinstance(args := group.get("weights"), dict)]
     return found[0] if found and all(args == found[0] for args in found) else {}
+
+
+def misdeclared(kind: Kind, layout: Layout) -> str:
+    """What no config group of compressed-tensors should say of a layout, but the first one does.
+
+    Empty where some group fits, or none is there to be judged.
+    """
+    said = []
+    for group in groups(layout):
+        args = group.get("weights")
+        if args is not None and not isinstance(args, dict):
+            return ""  # no loader can parse that
+        wrong = [
+            f"{key} {args[key]}"
+            for key, value in _DECLARED.get(kind, {}).items()
+            if args and args.get(key, value) != value
+        ]
+        said.append("no weights" if args is None else ", ".join(wrong))
+    return said[0] if said and all(said) else ""
 
 
 def activations(layout: Layout) -> bool | None:
@@ -167,16 +193,23 @@ def _fp8_scales(rows: int, columns: int, layout: Layout) -> tuple[Shape, ...]:
 def _integers(rows: int, columns: int, layout: Layout) -> dict[str, Part]:
     args = weight_args(layout)
     bits, size = args.get("num_bits"), args.get("group_size")
-    group = size if type(size) is int and size > 0 else columns
-    stored = columns * bits // 32 if bits in (2, 4, 8) else columns
-    scales = (rows, -(-columns // group))
+    if bits not in (2, 4, 8) or not columns:
+        # Nothing says how many codes are in an integer, or the codes are missing.
+        scales: tuple[Shape, ...] = ()
+        zeros: tuple[Shape, ...] = ()
+        packed: tuple[Shape, ...] = ()
+    else:
+        count = -(-columns // (size if type(size) is int and size > 0 else columns))
+        scales = ((rows, count),)
+        zeros = ((-(-rows * bits // 32), count), (rows, count))
+        packed = ((rows, columns * bits // 32),)
     symmetric = args.get("symmetric") is not False
     return {
-        "weight_packed": Part(("I32",), ((rows, stored),)),
-        "weight_scale": Part(_FLOATS, (scales,)),
+        "weight_packed": Part(("I32",), packed),
+        "weight_scale": Part(_FLOATS, scales),
         "weight_shape": Part(("I64", "I32"), ((2,),)),
-        "weight_zero_point": Part((*_FLOATS, "I32", "I8"), (), not symmetric),
-        "weight_g_idx": Part(("I32",), ((columns,),), False),
+        "weight_zero_point": Part((*_FLOATS, "I32", "I8"), zeros, not symmetric),
+        "weight_g_idx": Part(("I32",), ((columns,),) if packed else (), False),
     }
 
 
@@ -188,6 +221,7 @@ __all__ = [
     "fp8_block",
     "groups",
     "kind_of",
+    "misdeclared",
     "parts",
     "weight_args",
     "weight_shape",

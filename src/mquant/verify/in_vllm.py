@@ -88,8 +88,9 @@ class View:
         bare = (
             info.name
             for module in self.layout.modules.values()
-            if not module.quantized and "weight" not in module.tensors
-            for info in module.tensors.values()
+            if not module.quantized
+            for suffix, info in module.tensors.items()
+            if suffix != "weight"
         )
         return frozenset((*self.layout.modules, *bare))
 

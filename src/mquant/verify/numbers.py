@@ -17,7 +17,7 @@ from mquant.checkpoint import TensorInfo
 from mquant.events import Emit, Progress, silent
 from mquant.findings import Finding
 from mquant.verify.decode import GROUP, Floats, floats
-from mquant.verify.formats import Kind, kind_of
+from mquant.verify.formats import Kind, kind_of, weight_args
 from mquant.verify.layout import FP8_DTYPES, Layout, Module
 from mquant.verify.rules import Rule, register
 from mquant.verify.tally import Tally
@@ -70,6 +70,14 @@ register(
         "No scale is zero where the codes under it are not.",
         "The whole block loads as zero.",
         _AGAIN,
+    ),
+    Rule(
+        "packed-shape-differs",
+        "error",
+        "numbers",
+        "weight_shape of packed integers is the shape that weight_packed unpacks to.",
+        "compressed-tensors unpacks by it: columns are lost, or it stops.",
+        "Quantize again, with a tool that writes the whole module.",
     ),
     Rule(
         "global-scale-invalid",
@@ -175,7 +183,22 @@ def _quantized(layout: Layout, module: Module, kind: Kind | None) -> _Seen:
             _plain(layout, info, seen)
     if kind in (Kind.NVFP4, Kind.MODELOPT_NVFP4):
         _dead_blocks(layout, module, seen)
+    if kind is Kind.INT:
+        _stated_shape(layout, module, seen)
     return seen
+
+
+def _stated_shape(layout: Layout, module: Module, seen: _Seen) -> None:
+    codes, info = module.tensors.get("weight_packed"), module.tensors.get("weight_shape")
+    bits = weight_args(layout).get("num_bits")
+    kinds = {"I64": "<i8", "I32": "<i4"}
+    if codes is None or info is None or bits not in (2, 4, 8) or len(codes.shape) != 2:
+        return
+    if info.dtype in kinds and info.elements == 2:
+        rows, columns = np.frombuffer(read(layout, info), kinds[info.dtype]).tolist()
+        if (rows, -(-columns * bits // 32)) != codes.shape:
+            packed = list(codes.shape)
+            seen.add("packed-shape-differs", info, f"is {[rows, columns]}; the codes are {packed}")
 
 
 def _scalar(layout: Layout, info: TensorInfo, suffix: str, seen: _Seen) -> None:

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any, Final
 
 import mquant.verify.structure_rules  # noqa: F401 -- registers the rules
-from mquant.family import Family, Role
-from mquant.findings import Finding
+from mquant.family import Family, Meaning, Role
+from mquant.findings import Finding, names
 from mquant.plan import Member, wholeness
 from mquant.schemes import QUANTIZED_SUFFIXES
 from mquant.verify.formats import (
@@ -16,6 +16,7 @@ from mquant.verify.formats import (
     activations,
     groups,
     kind_of,
+    misdeclared,
     parts,
     weight_shape,
 )
@@ -73,21 +74,32 @@ def lost_shards(layout: Layout) -> bool:
 
 
 def _members(layout: Layout, kinds: Kinds) -> list[Member]:
-    """Every known tensor as if nothing were quantized: of a quantized module, its weight."""
-    members = []
+    """Every known tensor as if nothing were quantized: of a quantized module, its weight.
+
+    What has a loaded model's name counts as what it is: it has a finding of its own.
+    """
+    members: list[Member] = []
     family, config = layout.family, layout.checkpoint.config
+    if family is None:
+        return members
     for module in layout.modules.values():
         kind = kinds.get(module.name)
         for suffix, info in module.tensors.items():
-            meaning = family.classify(info.name) if family else None
+            meaning = _meant(family, info.name)
             if meaning is not None and not (kind and suffix == "weight"):
-                members.append(Member(info, meaning))
-        if kind is not None and family and module.meaning is not None:
-            shape = weight_shape(kind, module, layout) or family.shape(module.meaning.row, config)
+                name = meaning.row.format(meaning.layer, meaning.expert)
+                members.append(Member(replace(info, name=name), meaning))
+        meaning = _meant(family, f"{module.name}.weight")
+        if kind is not None and meaning is not None:
+            shape = weight_shape(kind, module, layout) or family.shape(meaning.row, config)
+            name = meaning.row.format(meaning.layer, meaning.expert)
             any_part = next(iter(module.tensors.values()))
-            weight = replace(any_part, name=f"{module.name}.weight", shape=shape or ())
-            members.append(Member(weight, module.meaning))
+            members.append(Member(replace(any_part, name=name, shape=shape or ()), meaning))
     return members
+
+
+def _meant(family: Family, name: str) -> Meaning | None:
+    return family.classify(name) or family.classify_in_memory(name)
 
 
 def _total_size(layout: Layout) -> Iterator[Finding]:
@@ -236,18 +248,34 @@ def _say(state: str) -> str:
 
 def _config(layout: Layout, kinds: Kinds, tally: Tally) -> None:
     config = layout.checkpoint.config
-    for key in layout.family.required_config if layout.family else ():
+    for key in ("architectures", *(layout.family.required_config if layout.family else ())):
         if key not in config:
             tally.add("config-key-missing", "config.json", f"config.json has no {key}")
-    if layout.method and not kinds:
+    if layout.method and not kinds and not lost_shards(layout):
         tally.add(
             "quantization-unused",
             "config.json",
             f"config.json declares {layout.method[:40]!r}, but no tensor is quantized",
         )
+    other = [name for name, kind in kinds.items() if kind is Kind.OTHER]
+    if other:
+        tally.add(
+            "layout-not-judged",
+            other[0],
+            f"How {names(other)} {'is' if len(other) == 1 else 'are'} quantized is not known here: "
+            "neither parts nor numbers were judged",
+        )
     for why in _invalid(layout):
         tally.add("quantization-config-invalid", "config.json", f"quantization_config {why}")
     if layout.method == "compressed-tensors":
+        for kind in dict.fromkeys(kinds.values()):
+            if said := misdeclared(kind, layout):
+                name = next(name for name in kinds if kinds[name] is kind)
+                tally.add(
+                    "weights-misdeclared",
+                    "config.json",
+                    f"config_groups of config.json say {said}, but {name} is {kind}",
+                )
         formats = {str(group["format"]) for group in groups(layout) if group.get("format")}
         declared = formats or {str(layout.config.get("format"))}
         expected = _FORMATS.get(next(iter(declared))) if len(declared) == 1 else None

@@ -206,6 +206,18 @@ register(
         "vLLM stops at what it does not understand.",
         "Take the quantization_config that the tool wrote.",
     ),
+    _error(
+        "weights-misdeclared",
+        "The type, bits and group size in config_groups are those of the tensors.",
+        "vLLM chooses the kernel by them: it stops, or expects other shapes.",
+        "Take the quantization_config that the tool wrote.",
+    ),
+    _warning(
+        "layout-not-judged",
+        "Quantized modules are in a layout that mquant knows.",
+        "Of others (MXFP4, GPTQ, INT8) neither parts nor numbers can be judged.",
+        "Known are NVFP4, FP8 and packed integers of compressed-tensors, ModelOpt and FP8-block.",
+    ),
     _warning(
         "format-differs",
         "The declared format is the one the tensors have.",

@@ -26,7 +26,7 @@ from mquant.verify.decode import (
     e2m1,
     e4m3,
     floats,
-    int4,
+    integers,
     scaled,
 )
 from mquant.verify.formats import CODES, Kind, fp8_block, kind_of, parts, weight_args, weight_shape
@@ -68,7 +68,7 @@ class Weight:
             Kind.NVFP4: self._nvfp4,
             Kind.MODELOPT_NVFP4: self._nvfp4,
             Kind.FP8: self._fp8,
-            Kind.INT: self._int4,
+            Kind.INT: self._integers,
         }
         if self.kind is None:
             values = self._part("weight", first, last)
@@ -91,7 +91,8 @@ class Weight:
 
     def _nvfp4(self, first: int, last: int) -> Rows:
         if self.kind is Kind.NVFP4:
-            factor = 1 / self._scalar("weight_global_scale")
+            # Of zero, infinity: out of every bound, which is what it is.
+            factor = float(np.float64(1) / np.float64(self._scalar("weight_global_scale")))
         else:
             factor = self._scalar("weight_scale_2")
         _, raw = self._raw(CODES[self.kind or Kind.NVFP4], first, last)
@@ -121,19 +122,20 @@ class Weight:
         skip = first % high
         return scaled(ones, table, (high, wide))[skip : skip + last - first]
 
-    def _int4(self, first: int, last: int) -> Rows:
+    def _integers(self, first: int, last: int) -> Rows:
         _, raw = self._raw("weight_packed", first, last)
-        codes = int4(np.frombuffer(raw, "<i4").reshape(last - first, -1))
+        bits = weight_args(self.layout)["num_bits"]
+        codes = integers(np.frombuffer(raw, "<i4").reshape(last - first, -1), bits)
         scales = self._part("weight_scale", first, last)
         group = -(-codes.shape[1] // scales.shape[1])
         values = scaled(codes, scales, (1, group))
-        return Rows(values, lambda parent: _amax(parent, group) * np.float32(2 / 15))
+        return Rows(values, lambda parent: _amax(parent, group) * np.float32(2 / (2**bits - 1)))
 
 
 def weight_of(layout: Layout, module: Module) -> Weight | None:
     """The weight of a module, or None where it cannot be read by rows.
 
-    That is so for vectors, layouts that are not decoded here, and parts that do not fit each
+    That is so for vectors, layouts that are not `decodable`, and parts that do not fit each
     other, which is a matter of structure.
     """
     kind = kind_of(layout, module)
@@ -143,7 +145,7 @@ def weight_of(layout: Layout, module: Module) -> Weight | None:
             return None
         return Weight(layout, module, None, (info.shape[0], info.shape[1]))
     shape = weight_shape(kind, module, layout)
-    if shape is None or 0 in shape or not _decodable(kind, module, layout):
+    if shape is None or 0 in shape or not decodable(kind, module, layout):
         return None
     for suffix, part in parts(kind, module, shape, layout).items():
         info = module.tensors.get(suffix)
@@ -156,11 +158,14 @@ def weight_of(layout: Layout, module: Module) -> Weight | None:
     return Weight(layout, module, kind, shape)
 
 
-def _decodable(kind: Kind, module: Module, layout: Layout) -> bool:
+def decodable(kind: Kind | None, module: Module, layout: Layout) -> bool:
+    """Whether numbers can be made of a module in this layout, its parts given."""
     if kind is Kind.INT:
         plain = not {"weight_zero_point", "weight_g_idx"} & module.tensors.keys()
-        return plain and weight_args(layout).get("num_bits") == 4
-    return kind is not Kind.FP8 or module.tensors["weight"].dtype == "F8_E4M3"
+        return plain and weight_args(layout).get("num_bits") in (4, 8)
+    if kind is Kind.FP8:
+        return "weight" not in module.tensors or module.tensors["weight"].dtype == "F8_E4M3"
+    return kind is not Kind.OTHER
 
 
 def _amax(values: Floats, group: int) -> Floats:
@@ -172,4 +177,4 @@ def _amax(values: Floats, group: int) -> Floats:
     return np.repeat(largest, group, axis=1)[:, :columns]
 
 
-__all__ = ["TYPICAL", "Rows", "Weight", "weight_of"]
+__all__ = ["TYPICAL", "Rows", "Weight", "decodable", "weight_of"]

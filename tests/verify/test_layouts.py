@@ -1,0 +1,318 @@
+"""Layouts other than our own: FP8 and packed integers as upstream writes them, and ModelOpt's."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from judges import data, model_free_ptq, one_shard, opened, read_json
+from make import Edit, Row, make_row, without, write_json, write_shard
+from mquant.checkpoint import CONFIG_NAME
+from mquant.family import load_families
+from mquant.verify.ignore import IgnoreReport, check_ignore
+from mquant.verify.layout import MODELOPT_NAME, read_layout
+from mquant.workflows.synth import Precision, Sizes, synth
+from mquant.workflows.verify import Depth
+from mutate import changed, judged, mutated, scalar, setting
+from run import quantize_nvfp4
+
+pytestmark = pytest.mark.upstream
+
+KEY = "model.layers.1.self_attn.k_proj"
+EXPERT = "model.layers.1.block_sparse_moe.experts.1.w1"
+GATE = "model.layers.1.block_sparse_moe.gate"
+KEPT = ["lm_head", "model.embed_tokens"]
+ROUTERS = r"re:.*block_sparse_moe\.gate$"
+LOADS = "nothing in ignore stops vLLM from loading this."
+
+Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+
+class Built:
+    """Parents and what upstream makes of them, each made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.parent = cache(self._parent)
+        self.upstream = cache(self._upstream)
+        self.modelopt = cache(self._modelopt)
+
+    def _parent(self, family: str) -> Path:
+        # 256 is a multiple of the groups and blocks of 128.
+        src = self.folder / f"{family}-synth"
+        synth(src, load_families()[family], sizes=Sizes(hidden=256, intermediate=256))
+        return one_shard(src, self.folder / family)
+
+    def _upstream(self, family: str, scheme: str) -> Path:
+        out = self.folder / f"{family}-{scheme}"
+        kept = [*KEPT, ROUTERS] if family == "minimax_m2" else KEPT
+        return model_free_ptq(self.parent(family), out, kept, scheme)
+
+    def _modelopt(self, family: str) -> Path:
+        """The same numbers as ModelOpt stores them, with its own quantization config."""
+        src, out = self._as_modelopt(family)
+        table = read_json(src / CONFIG_NAME)
+        del table["quantization_config"]
+        write_json(out / CONFIG_NAME, table)
+        quantization = {
+            "quant_algo": "NVFP4",
+            "kv_cache_quant_algo": None,
+            "group_size": 16,
+            "exclude_modules": ["lm_head", *(["*.gate"] if family == "minimax_m2" else [])],
+        }
+        producer = {"name": "modelopt", "version": "0.39.0"}
+        write_json(out / MODELOPT_NAME, {"producer": producer, "quantization": quantization})
+        return out
+
+    def _as_modelopt(self, family: str) -> tuple[Path, Path]:
+        src, out = self.upstream(family, "NVFP4A16"), self.folder / f"{family}-modelopt"
+        out.mkdir()
+        checkpoint, rows = opened(src), list[Row]()
+        for info in checkpoint.tensors.values():
+            module, _, suffix = info.name.rpartition(".")
+            raw = data(checkpoint, info.name)
+            if suffix == "weight_packed":
+                rows.append((f"{module}.weight", info.dtype, info.shape, raw))
+            elif suffix == "weight_global_scale":
+                factor = 1 / np.frombuffer(raw, np.float32)
+                rows.append((f"{module}.weight_scale_2", "F32", (), factor.tobytes()))
+                rows.append((f"{module}.input_scale", "F32", (), np.float32(0.01).tobytes()))
+            else:
+                rows.append((info.name, info.dtype, info.shape, raw))
+        write_shard(out / "model.safetensors", rows)
+        return src, out
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return Built(tmp_path_factory.mktemp("layouts"))
+
+
+def judge_ignore(folder: Path) -> IgnoreReport:
+    return check_ignore(read_layout(opened(folder), load_families()))
+
+
+def only(name: str) -> Edit:
+    """An `edit` that drops the tensor of exactly that name."""
+    return lambda rows: [row for row in rows if row[0] != name]
+
+
+def halved(name: str, shape: tuple[int, ...]) -> Edit:
+    """An `edit` that leaves the first half of a tensor's bytes."""
+    return changed(name, shape=shape, data=lambda raw: raw[: len(raw) // 2])
+
+
+def rolled(values: Bytes) -> Bytes:
+    return np.roll(values, len(values) // 2)
+
+
+# --- good ones
+
+
+@pytest.mark.parametrize("family", sorted(load_families()))
+def test_our_own_of_every_family_is_clean(family: str, tmp_path: Path) -> None:
+    synth(tmp_path / "src", load_families()[family])
+    out = quantize_nvfp4(tmp_path / "src", tmp_path / "out")
+    assert judged(out, tmp_path / "src", Depth.FULL) == {}
+    report = judge_ignore(out)
+    assert (report.verdict.endswith(LOADS), report.findings) == (True, ())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "minimax_m2"])
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8_BLOCK", "W4A16", "W8A16"])
+def test_upstreams_own_is_clean(built: Built, family: str, scheme: str) -> None:
+    out = built.upstream(family, scheme)
+    assert judged(out, built.parent(family), Depth.FULL) == {}
+    report = judge_ignore(out)
+    assert (report.verdict.endswith(LOADS), report.findings) == (True, ())
+
+
+@pytest.mark.parametrize("family", ["llama", "minimax_m2"])
+def test_modelopts_is_clean(built: Built, family: str) -> None:
+    out = built.modelopt(family)
+    assert judged(out, built.parent(family), Depth.FULL) == {}
+    report = judge_ignore(out)
+    assert (report.verdict.endswith(LOADS), report.findings) == (True, ())
+    assert report.method == "modelopt"
+
+
+def test_modelopts_config_may_be_in_config_json(built: Built, tmp_path: Path) -> None:
+    table = read_json(built.modelopt("llama") / MODELOPT_NAME)["quantization"]
+    config = {"quantization_config": {"quant_method": "modelopt", **table}}
+    out = mutated(built.modelopt("llama"), tmp_path, config=config)
+    (out / MODELOPT_NAME).unlink()
+    assert judged(out, built.parent("llama"), Depth.FULL) == {}
+    assert judge_ignore(out).findings == ()
+
+
+@pytest.mark.parametrize("family", sorted(load_families()))
+def test_fp8_with_blocks_is_clean(family: str, tmp_path: Path) -> None:
+    synth(tmp_path / "out", load_families()[family], precision=Precision.FP8_BLOCK)
+    assert judged(tmp_path / "out", depth=Depth.NUMBERS) == {}
+
+
+# --- ModelOpt, broken
+
+
+@pytest.mark.parametrize(
+    ("edit", "rule", "words"),
+    [
+        (only(f"{KEY}.weight"), "part-missing", "has no weight."),
+        (only(f"{KEY}.weight_scale"), "part-missing", "has no weight_scale."),
+        (only(f"{KEY}.weight_scale_2"), "part-missing", "has no weight_scale_2."),
+        (without("weight_scale_2"), "part-missing", "and 13 more like it"),
+        (only(f"{KEY}.input_scale"), "activation-scales-missing", f"{KEY} has no input_scale"),
+        (changed(f"{KEY}.weight_scale", dtype="U8"), "part-dtype", "is U8; ModelOpt NVFP4 has"),
+        (changed(f"{KEY}.weight_scale_2", shape=(1, 1)), "part-shape", "needs [1] or []"),
+        (changed(f"{KEY}.weight_scale", shape=(64, 32)), "part-shape", "needs [128, 16]"),
+        (halved(f"{KEY}.weight", (64, 128)), "shape-disagrees", "implies [128, 256]"),
+        (changed(f"{KEY}.weight_scale_2", data=scalar(0)), "global-scale-invalid", "is 0"),
+        (changed(f"{KEY}.weight_scale_2", data=scalar(1)), "global-scale-differs", KEY),
+        (changed(f"{KEY}.input_scale", data=scalar(-1)), "global-scale-invalid", "is -1"),
+        (changed(f"{KEY}.weight_scale", data=setting(3, 0x7F)), "scale-not-finite", KEY),
+        (changed(f"{KEY}.weight_scale", data=setting(3, 0)), "scale-zero", "over a block"),
+    ],
+)
+def test_modelopt(built: Built, tmp_path: Path, edit: Edit, rule: str, words: str) -> None:
+    bad = mutated(built.modelopt("llama"), tmp_path, edit=edit)
+    assert words in judged(bad, depth=Depth.NUMBERS)[rule]
+
+
+def test_a_router_that_modelopt_quantized(built: Built, tmp_path: Path) -> None:
+    def edit(rows: list[Row]) -> list[Row]:
+        kept = [row for row in rows if row[0] != f"{GATE}.weight"]
+        return [
+            *kept,
+            make_row(f"{GATE}.weight", "U8", (8, 128)),
+            make_row(f"{GATE}.weight_scale", "F8_E4M3", (8, 16)),
+            make_row(f"{GATE}.weight_scale_2", "F32", ()),
+            make_row(f"{GATE}.input_scale", "F32", ()),
+        ]
+
+    report = judge_ignore(mutated(built.modelopt("minimax_m2"), tmp_path, edit=edit))
+    assert report.verdict == "1 of 2 routers are quantized: vLLM will refuse to load this."
+    suffixes = ("input_scale", "weight", "weight_scale", "weight_scale_2")
+    assert [(name, found) for name, _, found in report.quantized] == [(GATE, suffixes)]
+
+
+# --- packed integers, broken
+
+
+@pytest.mark.parametrize(
+    ("edit", "rule", "words"),
+    [
+        (only(f"{EXPERT}.weight_packed"), "part-missing", "has no weight_packed"),
+        (only(f"{EXPERT}.weight_scale"), "part-missing", "has no weight_scale"),
+        (only(f"{EXPERT}.weight_shape"), "part-missing", "has no weight_shape"),
+        (without(f"{EXPERT}."), "fused-set-incomplete", f"without {EXPERT}.weight"),
+        (changed(f"{EXPERT}.weight_scale", dtype="I16"), "part-dtype", "is I16; packed integers"),
+        (changed(f"{EXPERT}.weight_scale", shape=(128, 4)), "part-shape", "needs [256, 2]"),
+        (halved(f"{EXPERT}.weight_packed", (256, 16)), "shape-disagrees", "implies [256, 256]"),
+        (changed(f"{EXPERT}.weight_shape", data=setting(0, 9)), "packed-shape-differs", "is [265,"),
+        (changed(f"{EXPERT}.weight_scale", data=setting(slice(2), 0)), "scale-zero", EXPERT),
+        (
+            changed(f"{EXPERT}.weight_scale", data=setting(slice(2), 255)),
+            "scale-not-finite",
+            EXPERT,
+        ),
+        (changed(f"{EXPERT}.weight_packed", data=rolled), "weight-beyond-bound", EXPERT),
+    ],
+)
+def test_integers(built: Built, tmp_path: Path, edit: Edit, rule: str, words: str) -> None:
+    bad = mutated(built.upstream("minimax_m2", "W4A16"), tmp_path, edit=edit)
+    assert words in judged(bad, built.parent("minimax_m2"), Depth.FULL)[rule]
+
+
+def weights(built: Built, scheme: str, **keys: object) -> dict[str, Any]:
+    """The quantization_config of a llama of ours, with other `weights`."""
+    table = read_json(built.upstream("llama", scheme) / CONFIG_NAME)["quantization_config"]
+    ((name, group),) = table["config_groups"].items()
+    group = {**group, "weights": {**group["weights"], **keys}}
+    return {"quantization_config": {**table, "config_groups": {name: group}}}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "keys", "rule", "words"),
+    [
+        ("W4A16", {"group_size": 64}, "part-shape", "needs [256, 4]"),
+        ("W4A16", {"num_bits": 8}, "shape-disagrees", "config.json implies"),
+        ("W4A16", {"symmetric": False}, "part-missing", "has no weight_zero_point"),
+        ("W4A16", {"type": "float"}, "weights-misdeclared", "say type float, but"),
+        ("FP8_DYNAMIC", {"num_bits": 4}, "weights-misdeclared", "say num_bits 4, but"),
+        ("FP8_DYNAMIC", {"strategy": "tensor"}, "part-shape", "needs [1] or []"),
+        ("NVFP4A16", {"group_size": 32}, "weights-misdeclared", "say group_size 32, but"),
+    ],
+)
+def test_what_config_json_says(
+    built: Built, tmp_path: Path, scheme: str, keys: dict[str, object], rule: str, words: str
+) -> None:
+    config = weights(built, scheme, **keys)
+    assert words in judged(mutated(built.upstream("llama", scheme), tmp_path, config=config))[rule]
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4A16", "W4A16", "FP8_DYNAMIC"])
+def test_without_a_quantization_config(built: Built, tmp_path: Path, scheme: str) -> None:
+    bad = mutated(built.upstream("llama", scheme), tmp_path, config={"quantization_config": ...})
+    assert set(judged(bad, built.parent("llama"), Depth.FULL)) >= {"quantization-undeclared"}
+
+
+def test_groups_of_packed_integers_that_differ(built: Built, tmp_path: Path) -> None:
+    config = weights(built, "W4A16")
+    groups = config["quantization_config"]["config_groups"]
+    other = {**groups["W4A16"], "targets": ["re:.*down_proj"]}
+    groups["more"] = {**other, "weights": {**other["weights"], "num_bits": 8}}
+    found = judged(mutated(built.upstream("llama", "W4A16"), tmp_path, config=config))
+    assert found == {}
+
+
+# --- FP8, broken
+
+
+@pytest.mark.parametrize(
+    ("edit", "rule", "words"),
+    [
+        (only(f"{KEY}.weight"), "part-missing", "has no weight."),
+        (only(f"{KEY}.weight_scale"), "part-missing", "has no weight_scale"),
+        (halved(f"{KEY}.weight_scale", (64, 1)), "part-shape", "needs [128, 1] or [128]"),
+        (halved(f"{KEY}.weight", (64, 256)), "shape-disagrees", "implies [128, 256]"),
+        (changed(f"{KEY}.weight", data=setting(0, 0x7F)), "value-not-finite", f"{KEY}.weight"),
+        (changed(f"{KEY}.weight_scale", data=setting(slice(2), 0)), "scale-zero", KEY),
+        (changed(f"{KEY}.weight", data=rolled), "weight-beyond-bound", KEY),
+    ],
+)
+def test_fp8(built: Built, tmp_path: Path, edit: Edit, rule: str, words: str) -> None:
+    bad = mutated(built.upstream("llama", "FP8_DYNAMIC"), tmp_path, edit=edit)
+    assert words in judged(bad, built.parent("llama"), Depth.FULL)[rule]
+
+
+# --- what is not known here says so
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4A16", "W8A8"])
+def test_layouts_that_are_not_judged(built: Built, scheme: str) -> None:
+    found = judged(built.upstream("llama", scheme), built.parent("llama"), Depth.FULL)
+    assert set(found) == {"layout-not-judged", "weight-not-compared"}
+    assert "neither parts nor numbers were judged" in found["layout-not-judged"]
+    assert "and 13 more like it" in found["weight-not-compared"]
+
+
+def test_integers_with_zero_points_are_not_compared(built: Built, tmp_path: Path) -> None:
+    out = built.upstream("llama", "W4A16_ASYM")
+    assert set(judged(out, built.parent("llama"), Depth.FULL)) == {"weight-not-compared"}
+    edit = halved(f"{KEY}.weight_zero_point", (8, 2))
+    found = judged(mutated(out, tmp_path, edit=edit))
+    assert "needs [16, 2] or [128, 2]" in found["part-shape"]
+
+
+def test_a_global_scale_of_zero_is_beyond_every_bound(built: Built, tmp_path: Path) -> None:
+    edit = changed(f"{KEY}.weight_global_scale", data=scalar(0))
+    bad = mutated(built.upstream("llama", "NVFP4A16"), tmp_path, edit=edit)
+    found = judged(bad, built.parent("llama"), Depth.FULL)
+    assert {"global-scale-invalid", "weight-beyond-bound"} <= set(found)
+
+
+def test_no_architectures(built: Built, tmp_path: Path) -> None:
+    bad = mutated(built.parent("llama"), tmp_path, config={"architectures": ...})
+    assert "no architectures" in judged(bad)["config-key-missing"]
