@@ -48,17 +48,17 @@ FLOATS: Final = {form.name: form for form in (BF16, F16, F32)}
 """By safetensors' name of the dtype."""
 
 
-def _magnitudes(exponent_bits: int, mantissa_bits: int, bias: int, count: int) -> Floats:
+def _magnitudes(mantissa_bits: int, bias: int, count: int) -> Floats:
     """The first `count` non-negative values of a small float format, by code.
 
     IEEE 754's scheme: subnormals where the exponent field is 0, an implied leading 1 elsewhere.
     """
     codes = np.arange(count)
     exponent, mantissa = codes >> mantissa_bits, codes & ((1 << mantissa_bits) - 1)
-    assert exponent.max() < 1 << exponent_bits
     leading = (exponent > 0).astype(np.float64)
     fraction = leading + mantissa / (1 << mantissa_bits)
-    return (fraction * 2.0 ** (np.maximum(exponent, 1) - bias)).astype(np.float32)
+    values: Floats = (fraction * 2.0 ** (np.maximum(exponent, 1) - bias)).astype(np.float32)
+    return values
 
 
 def _edges(values: Floats) -> Floats:
@@ -71,11 +71,11 @@ def _edges(values: Floats) -> Floats:
     return np.where(even, middle, np.nextafter(middle, np.float32(np.inf)))
 
 
-E2M1: Final = _magnitudes(2, 1, bias=1, count=8)
+E2M1: Final = _magnitudes(1, bias=1, count=8)
 """float32 [8]: the values of OCP FP4 E2M1 without its sign (bit 3): 0, 0.5, 1, 1.5, 2, 3, 4, 6."""
 E2M1_EDGES: Final = _edges(E2M1)
 """float32 [7]: the smallest absolute values that round to codes 1 to 7."""
-E4M3: Final = _magnitudes(4, 3, bias=7, count=127)
+E4M3: Final = _magnitudes(3, bias=7, count=127)
 """float32 [127]: the values of FP8 E4M3 (`fn`: no infinities) without sign or NaN, 0 to 448."""
 E4M3_EDGES: Final = _edges(E4M3)
 """float32 [126]: the smallest numbers that round to codes 1 to 126."""

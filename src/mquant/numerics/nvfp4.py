@@ -55,7 +55,7 @@ def global_scale_of(amaxes: Iterable[Array]) -> np.float32:
     dtypes = {scalar.dtype for scalar in scalars}
     dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
     tiny = np.float32(2.0**-14 if dtype == np.float16 else 2.0**-126)
-    largest = max(tiny, *(scalar.astype(np.float32) for scalar in scalars)).astype(dtype)
+    largest = np.max([tiny, *(scalar.astype(np.float32) for scalar in scalars)]).astype(dtype)
     with np.errstate(over="ignore", under="ignore"):  # F16 overflows below an amax of 0.041
         scale = dtype.type(1) / largest * dtype.type(E4M3[-1] * E2M1[-1])
     as_float32 = np.float32(scale)
@@ -72,7 +72,8 @@ def quantize(weight: Array, scale: np.float32) -> tuple[Bytes, Bytes]:
     blocks = weight.reshape(rows, columns // GROUP, GROUP)
     scales = block_scales(np.abs(blocks).max(axis=-1), scale)
     codes = element_codes(quotients(blocks, scales[..., None], scale)).reshape(rows, columns)
-    return codes[:, ::2] | codes[:, 1::2] << 4, scales
+    packed: Bytes = codes[:, ::2] | codes[:, 1::2] << np.uint8(4)
+    return packed, scales
 
 
 def rounded_scales(amax: Array, scale: np.float32) -> Bytes:
@@ -101,7 +102,8 @@ def quotients(elements: Array, scales: Bytes, scale: np.float32) -> Floats:
 def element_codes(quotient: Floats) -> Bytes:
     """E2M1 codes with their sign in bit 3: that of a zero is lost, of a tiny number is kept."""
     negative = (quotient < 0).astype(np.uint8)
-    return e2m1_codes(np.abs(quotient)) | negative << 3
+    codes: Bytes = e2m1_codes(np.abs(quotient)) | negative << np.uint8(3)
+    return codes
 
 
 __all__ = [

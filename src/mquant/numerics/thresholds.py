@@ -64,9 +64,7 @@ def _code_steps(form: FloatFormat, scale: np.float32) -> Words:
     scales = np.maximum(np.arange(len(E4M3)), 1).astype(np.uint8)[:, None]
     # The sign is kept where the quotient is not zero.
     edges = np.concatenate([[np.nextafter(np.float32(0), np.float32(1))], E2M1_EDGES])
-    steps = _first(
-        form, lambda x: quotients(x, scales, scale) >= edges, (len(scales), len(edges))
-    )
+    steps = _first(form, lambda x: quotients(x, scales, scale) >= edges, (len(scales), len(edges)))
     steps[:, 0] |= form.sign
     return steps.astype(form.word)
 
