@@ -80,7 +80,7 @@ def loaded_by(*arguments: str) -> set[str]:
     """The heavy modules that a command has loaded when it ends; it must succeed."""
     code = (
         "import atexit, sys; from mquant.cli import main\n"
-        f"atexit.register(lambda: print('LOADED', *({HEAVY!r} & set(sys.modules))))\n"
+        f"atexit.register(lambda: print('LOADED', *({HEAVY | {'numba'}!r} & set(sys.modules))))\n"
         "main()"
     )
     command = [sys.executable, "-c", code, *arguments]

@@ -1,0 +1,164 @@
+"""Compiled kernels: the reference's bytes at the speed of memory, with the GIL released.
+
+They compare integers and compute nothing that rounds; `thresholds` holds all the arithmetic.
+Loops are short and without branches so that LLVM makes SIMD code of them: what a branch depends on
+here is random, and a wrong guess costs more than a block. Blocks are handled a few hundred at a
+time, so that what goes from one loop to the next stays in the first-level cache.
+
+The first call for a dtype compiles for seconds; numba keeps the result on disk. Arrays must be
+C-contiguous; a read-only one is a type of its own to numba, and compiled for anew.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final, TypeVar, cast
+
+import numba
+import numpy as np
+
+from mquant.numerics.formats import Array, Bytes, FloatFormat, Words
+from mquant.numerics.nvfp4 import GROUP, SCALE_OF_ZERO
+from mquant.numerics.thresholds import Thresholds
+
+_AT_ONCE: Final = 512  # blocks: 48 KiB of scratch
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def absmax(words: Words, form: FloatFormat) -> tuple[int, int]:
+    """The largest magnitude among bit patterns [n], and how many are NaN or infinite.
+
+    `form.values(np.array([magnitude]))` is the absolute maximum. Where any are not finite it
+    is not; the caller must stop, for the other kernels take them for large numbers.
+    """
+    _check(words, form)
+    largest = int(_largest(words, form.word.type(form.sign - 1)))
+    if largest < form.infinity:
+        return largest, 0
+    return largest, int(np.count_nonzero((words & (form.sign - 1)) >= form.infinity))
+
+
+def quantize_into(words: Words, steps: Thresholds, packed: Bytes, scales: Bytes) -> None:
+    """Quantize bit patterns [n] of finite numbers, n a multiple of 16, in blocks of 16.
+
+    Fills `packed`, uint8 [n / 2], and `scales`, uint8 [n / 16]. As rows are whole blocks, that
+    is a weight [out, in], or any rows of it, laid flat.
+    """
+    _check(words, steps.form)
+    size = len(words)
+    if size % GROUP or packed.shape != (size // 2,) or scales.shape != (size // GROUP,):
+        raise ValueError(f"{size} elements into {packed.shape} bytes and {scales.shape} scales")
+    _quantize(words, steps.start, steps.scale, steps.code, packed, scales)
+
+
+def _check(words: Words, form: FloatFormat) -> None:
+    if words.dtype != form.word or words.ndim != 1 or not words.flags.c_contiguous:
+        raise ValueError(f"{form.name} comes as flat {form.word}, not {words.dtype}")
+
+
+def _compiled(function: _F) -> _F:
+    return cast(_F, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+
+
+@_compiled
+def _largest(words: Array, mask: Any) -> Any:
+    largest = words.dtype.type(0)
+    for i in range(words.size):
+        largest = max(largest, words.dtype.type(words[i] & mask))
+    return largest
+
+
+@_compiled
+def _quantize(
+    words: Array, start: Array, steps: Array, table: Array, packed: Array, scales: Array
+) -> None:
+    # Each of its own: told apart by address, they need not be reloaded after every store.
+    wide = np.empty(_AT_ONCE * 8, np.uint32)
+    narrow = np.empty(_AT_ONCE * 8, np.uint32)
+    codes = np.empty((_AT_ONCE, 16), np.uint16)
+    pairs = codes.view(np.uint32).reshape(-1)
+    for first in range(0, scales.size, _AT_ONCE):
+        last = min(first + _AT_ONCE, scales.size)
+        blocks = last - first
+        some, some_scales = words[first * 16 : last * 16], scales[first:last]
+        _block_max(some, wide[: blocks * 8], narrow[: blocks * 8])
+        _block_scales(narrow[:blocks], start, steps, words.itemsize == 4, some_scales)
+        _codes(some.reshape(blocks, 16), some_scales, table, codes)
+        _pack(pairs[: blocks * 8], packed[first * 8 : last * 8])
+
+
+@_compiled
+def _block_max(words: Array, wide: Array, narrow: Array) -> None:
+    """The largest magnitude of each block into the front of `narrow`, by halving four times."""
+    eighth = wide.size // 8
+    if words.itemsize == 2:
+        _halve_u16(words.view(np.uint32), wide)
+    else:
+        _halve_u32(words.view(np.uint64), wide)
+    _halve_u32(wide.view(np.uint64), narrow[: eighth * 4])
+    _halve_u32(narrow[: eighth * 4].view(np.uint64), wide[: eighth * 2])
+    _halve_u32(wide[: eighth * 2].view(np.uint64), narrow[:eighth])
+
+
+@_compiled
+def _halve_u16(pairs: Array, out: Array) -> None:
+    mask = np.uint32(0x7FFF)
+    for i in range(out.size):
+        pair = pairs[i]
+        out[i] = max(np.uint32(pair & mask), np.uint32((pair >> np.uint32(16)) & mask))
+
+
+@_compiled
+def _halve_u32(pairs: Array, out: Array) -> None:
+    mask = np.uint64(0x7FFFFFFF)
+    for i in range(out.size):
+        pair = pairs[i]
+        out[i] = max(np.uint32(pair & mask), np.uint32((pair >> np.uint64(32)) & mask))
+
+
+@_compiled
+def _block_scales(amax: Array, start: Array, steps: Array, wide: bool, out: Array) -> None:
+    """Block scales' codes from magnitudes: the rank of the bucket, and on from there.
+
+    Where buckets hold one magnitude that is all. In F32 they hold one step at most, but for
+    subnormal numbers.
+    """
+    if not wide:
+        for i in range(out.size):
+            rank = start[amax[i]]
+            out[i] = rank if rank else np.uint8(SCALE_OF_ZERO)
+        return
+    for i in range(out.size):
+        rank = start[amax[i] >> np.uint32(16)]
+        while amax[i] >= steps[rank]:
+            rank = np.uint8(rank + np.uint8(1))
+        out[i] = rank if rank else np.uint8(SCALE_OF_ZERO)
+
+
+@_compiled
+def _codes(words: Array, scales: Array, table: Array, codes: Array) -> None:
+    """E2M1 codes with their sign, a uint16 each; `words` and `codes` are [blocks, 16]."""
+    mask = np.uint32(0x7FFF if words.itemsize == 2 else 0x7FFFFFFF)
+    for block in range(scales.size):
+        row = scales[block]
+        t0, t1, t2, t3 = table[row, 0], table[row, 1], table[row, 2], table[row, 3]
+        t4, t5, t6, t7 = table[row, 4], table[row, 5], table[row, 6], table[row, 7]
+        for i in range(16):
+            word = words[block, i]
+            m = words.dtype.type(word & mask)
+            code = np.uint16(m >= t1)
+            code = np.uint16(code + np.uint16(m >= t2))
+            code = np.uint16(code + np.uint16(m >= t3))
+            code = np.uint16(code + np.uint16(m >= t4))
+            code = np.uint16(code + np.uint16(m >= t5))
+            code = np.uint16(code + np.uint16(m >= t6))
+            code = np.uint16(code + np.uint16(m >= t7))
+            codes[block, i] = np.uint16(code | np.uint16(np.uint16(word >= t0) << np.uint16(3)))
+
+
+@_compiled
+def _pack(pairs: Array, packed: Array) -> None:
+    """Two codes, seen as one uint32, into a byte each: the first in the low nibble."""
+    for i in range(packed.size):
+        packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint32(12)))
+
+
+__all__ = ["absmax", "quantize_into"]

@@ -1,0 +1,94 @@
+"""The tables, exhaustively: every magnitude, every scale code, every step against upstream."""
+
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.quantization import preset_name_to_scheme
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+import upstream
+from mquant.numerics import nvfp4
+from mquant.numerics.formats import FLOATS, Array, Bytes, FloatFormat
+from mquant.numerics.thresholds import Thresholds, thresholds
+
+# An exact power of two makes exact ties; the others are the extremes, and one of a usual size.
+SCALES = {
+    "BF16": (1.0, 4864.0, 7.93e-36, 3.29e38),
+    "F16": (1.0, 4864.0, 0.0410, 65472.0),
+}
+ALL = [(dtype, scale) for dtype, scales in SCALES.items() for scale in scales]
+
+
+def finite(form: FloatFormat) -> Array:
+    """Every finite magnitude of a 16-bit format, in whole blocks."""
+    return np.arange(form.infinity, dtype=form.word)
+
+
+def global_scale(dtype: str, scale: float) -> np.float32:
+    """The nearest number that the dtype can make a global scale of."""
+    return np.float32(np.array([scale], FLOATS[dtype].value)[0])
+
+
+def codes_by_thresholds(steps: Thresholds, words: Array, scale: int) -> Bytes:
+    """Signed E2M1 codes of bit patterns under one block scale, from the table alone."""
+    first, *rest = steps.code[scale]
+    magnitudes = words & (steps.form.sign - 1)
+    code = sum((magnitudes >= step).astype(np.uint8) for step in rest)
+    signed: Bytes = code | (words >= first).astype(np.uint8) << 3
+    return signed
+
+
+@pytest.mark.parametrize(("dtype", "scale"), ALL)
+def test_every_magnitude_under_every_scale_code(dtype: str, scale: float) -> None:
+    form, exact = FLOATS[dtype], global_scale(dtype, scale)
+    steps = thresholds(dtype, float(exact))
+    words = finite(form)
+    words[1::2] |= form.sign
+    both = np.stack([words, words ^ form.sign])
+    for scale_codes in np.array_split(np.arange(1, 127, dtype=np.uint8), 3):
+        weights = both[scale_codes % 2]  # each magnitude with either sign, in turns
+        scales = np.repeat(scale_codes[:, None], weights.shape[1] // 16, axis=1)
+        theirs = upstream.with_scales(weights, dtype, scales, exact)
+        for words, code, packed in zip(weights, scale_codes, theirs, strict=True):
+            mine = codes_by_thresholds(steps, words, int(code))
+            assert np.array_equal(mine[::2] | mine[1::2] << 4, packed)
+
+
+@pytest.mark.parametrize("dtype", SCALES)
+def test_every_block_amax_under_many_global_scales(dtype: str) -> None:
+    form = FLOATS[dtype]
+    args = preset_name_to_scheme("NVFP4A16", ["Linear"]).weights
+    words = finite(form)
+    amax = upstream.tensor(words[None], dtype)[0]
+    random = form.values(np.random.default_rng(0).integers(1, form.infinity, 30, form.word))
+    scales = [global_scale(dtype, scale) for scale in SCALES[dtype]]
+    for exact in [*scales, *(nvfp4.global_scale_of([value]) for value in random)]:
+        theirs, _ = calculate_qparams(-amax, amax, args, torch.tensor([exact]))
+        codes = theirs.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        start = thresholds(dtype, float(exact)).start[: form.infinity]
+        assert np.array_equal(np.where(start == 0, nvfp4.SCALE_OF_ZERO, start), codes)
+        assert np.array_equal(nvfp4.block_scales(form.values(words), exact), codes)
+
+
+@pytest.mark.parametrize("dtype", SCALES)
+def test_every_amax_gives_upstreams_global_scale(dtype: str) -> None:
+    form = FLOATS[dtype]
+    words = finite(form)[:: 5 if dtype == "F16" else 3]
+    amaxes = upstream.tensor(words[None], dtype)[0]
+    for value, amax in zip(form.values(words), amaxes, strict=True):
+        theirs = generate_gparam(-amax.reshape(1), amax.reshape(1))
+        assert nvfp4.global_scale_of([value]) == theirs.item()
+
+
+def test_f32_thresholds_are_where_the_reference_steps() -> None:
+    form = FLOATS["F32"]
+    for scale in (1.0, 4321.123, 7.9e-36, 3.4e38):
+        exact = np.float32(scale)
+        steps = thresholds("F32", float(exact))
+        reached = steps.code[1:, 1:][steps.code[1:, 1:] < form.infinity]
+        rows, columns = np.nonzero(steps.code[1:, 1:] < form.infinity)
+        for offset in (0, 1):
+            words = (reached - np.uint32(offset)).astype(np.uint32)
+            scales = (rows + 1).astype(np.uint8)
+            codes = nvfp4.element_codes(nvfp4.quotients(form.values(words), scales, exact))
+            assert ((codes >= columns + 1) == (offset == 0)).all()
