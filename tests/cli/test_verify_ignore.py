@@ -77,6 +77,8 @@ def here_and_there(
     # One read of 64 KiB a shard, at most, with config.json, the index and the listing.
     limit = sum(min(path.stat().st_size, 200_000) for path in folder.iterdir())
     assert 0 < hub.bytes_served < min(limit + 20_000, weights / 2)
+    for where in (str(folder), "org/model"):  # `verify` comes to the same verdict
+        assert CliRunner().invoke(app, ["verify", where]).exit_code == code
     return here
 
 

@@ -332,9 +332,11 @@ def test_a_gate_that_is_not_covered_loads(judge: Judge) -> None:
     assert report.verdict == GOOD
 
 
-def test_routers_are_covered_by_transformers_name_too(judge: Judge) -> None:
+def test_an_entry_that_only_transformers_understands_covers_nothing(judge: Judge) -> None:
     ignore = ["lm_head", "model.embed_tokens", r"re:.*mlp\.gate$"]
-    assert judge(quantized(NVFP4A16), compressed(ignore)).findings == ()
+    report = judge(quantized(NVFP4A16), compressed(ignore))
+    assert rules(report) == {"ignore-uncovered": "warning", "ignore-unmatched": "warning"}
+    assert message(report, "ignore-unmatched").endswith("; only transformers has such names.")
 
 
 def test_entries_that_match_nothing(judge: Judge) -> None:

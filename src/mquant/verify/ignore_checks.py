@@ -150,12 +150,15 @@ def _uncovered(modules: list[str]) -> Iterator[Finding]:
 def _unmatched(view: View) -> Iterator[Finding]:
     if view.style is None or view.layout.family is None:
         return
-    idle = [entry for entry, found in view.ignore.by_entry.items() if not found]
+    known = view.hub | view.vllm
+    idle = [entry for entry, found in view.ignore.by_entry.items() if not found & known]
     if idle:
+        in_memory = any(view.ignore.by_entry[entry] for entry in idle)
         yield finding(
             "ignore-unmatched",
             idle[0],
-            f"{_entries_match(idle)} nothing, neither on the hub nor in vLLM ({names(idle)}).",
+            f"{_entries_match(idle)} nothing, neither on the hub nor in vLLM ({names(idle)})"
+            + ("; only transformers has such names." if in_memory else "."),
         )
 
 

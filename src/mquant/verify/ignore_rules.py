@@ -110,7 +110,7 @@ register(
     _rule(
         "ignore-unmatched",
         "warning",
-        "Every entry of `ignore` matches a name of the hub's, of vLLM's or of transformers'.",
+        "Every entry of `ignore` matches a name of the hub's or of vLLM's.",
         "An entry that matches nothing protects nothing: often it is a name from another model, "
         "or an expression that is anchored at the start and was not meant to be.",
         _LIST,

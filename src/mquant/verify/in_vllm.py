@@ -118,10 +118,8 @@ class View:
         return match(_targets(self.layout.config), self.vllm, Style.NAMES)
 
     def covered(self, judged: Judged) -> bool:
-        """Whether the ignore list speaks of a module, by any of its names."""
-        name = judged.module.name
-        own = {name, self.in_memory.get(name, name), *judged.vllm}
-        return not own.isdisjoint(self.ignore.names)
+        """Whether the ignore list speaks of a module, by the hub's name or vLLM's."""
+        return not {judged.module.name, *judged.vllm}.isdisjoint(self.ignore.names)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
