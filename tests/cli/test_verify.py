@@ -83,6 +83,14 @@ def test_warnings_fail_only_where_that_is_asked_for(plain: Path, tmp_path: Path)
     assert verify(plain, "--fail-on", "warning").exit_code == 0
 
 
+def test_quiet_still_says_what_fails_it(plain: Path, tmp_path: Path) -> None:
+    bad = mutated(plain, tmp_path, total_size=1)
+    assert verify(bad, "--format", "quiet").output == ""
+    failed = verify(bad, "--format", "quiet", "--fail-on", "warning")
+    assert (failed.exit_code, failed.stdout) == (3, "")
+    assert "! " in failed.stderr
+
+
 def test_depth_decides_what_is_read(plain: Path, tmp_path: Path) -> None:
     edit = changed("model.norm.weight", data=setting(slice(None), 0xFF))
     bad = mutated(plain, tmp_path, edit=edit)

@@ -27,6 +27,7 @@ from mquant.errors import MquantError, OutputError, Refused
 from mquant.findings import Finding
 
 INTERRUPTED: Final = "Interrupted; it is safe to run the same command again."
+_ERRORS: Final = frozenset({"error"})
 _MARKS: Final = {"error": ("✗", "bold red"), "warning": ("!", "bold yellow"), "info": ("·", "cyan")}
 
 
@@ -59,15 +60,18 @@ class Output:
         """Add keys to the JSON envelope. They are printed also where the verb fails later."""
         self._keys.update(keys)
 
-    def report(self, findings: Iterable[Finding]) -> None:
-        """Add findings to the result. `quiet` still tells the errors, on stderr."""
+    def report(self, findings: Iterable[Finding], *, failing: frozenset[str] = _ERRORS) -> None:
+        """Add findings to the result. `quiet` still tells those that fail the verb, on stderr.
+
+        `failing` are their severities.
+        """
         for finding in findings:
             if finding in self._findings:
                 continue
             self._findings.append(finding)
             if self.form is Format.HUMAN:
                 _tell(finding)
-            elif self.form is Format.QUIET and finding.severity == "error":
+            elif self.form is Format.QUIET and finding.severity in failing:
                 _tell(finding, stderr=True)
 
     def note(self, message: str, style: str = "") -> None:

@@ -68,8 +68,9 @@ def verify(
         if report.bytes_read is not None:
             read = size(report.bytes_read)
             out.show(f"Read {read} in {plural(report.requests or 0, 'request')} from the hub.")
-        out.report(report.findings)
-        if bad or (fail_on == "warning" and report.count("warning")):
+        failing = frozenset({"error", fail_on})
+        out.report(report.findings, failing=failing)
+        if any(found.severity in failing for found in report.findings):
             raise typer.Exit(3)
 
 

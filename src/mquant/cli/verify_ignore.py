@@ -53,8 +53,8 @@ def verify_ignore(
         if hub:
             read = f"{size(hub.bytes_read)} in {plural(hub.requests, 'request')}"
             out.show(f"Read {read} from the hub.", "")
-        out.report(report.findings)
-        bad = {"error", "warning"} if strict else {"error"}
+        bad = frozenset({"error", "warning"} if strict else {"error"})
+        out.report(report.findings, failing=bad)
         if any(found.severity in bad for found in report.findings):
             raise typer.Exit(3)
 
