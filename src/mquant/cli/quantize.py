@@ -88,7 +88,7 @@ def _tell(out: Output, result: "Result") -> None:
         totals={
             "source": {"tensors": len(plan.survey.members), "bytes": plan.source_bytes},
             "output": {
-                "tensors": sum(shard.tensors for shard in plan.shards),
+                "tensors": plan.output_tensors,
                 "bytes": plan.output_bytes,
                 "file_bytes": plan.file_bytes,
                 "shards": len(plan.shards),
@@ -97,7 +97,7 @@ def _tell(out: Output, result: "Result") -> None:
         ignore=list(plan.ignore),
     )
     verb = "Quantized" if result.fresh else "Already done:"
-    tensors = sum(shard.tensors for shard in plan.shards)
+    tensors = plan.output_tensors
     out.show(
         Text.assemble((verb, "bold green"), f" {result.out}"),
         facts(

@@ -1,6 +1,6 @@
 """Checkpoint x Family x Recipe -> Plan: the only place that decides what happens to a tensor."""
 
-from mquant.plan.build import DEFAULT_SHARD_BYTES, make_plan, natural, safe_ignore
+from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, make_plan, natural, safe_ignore
 from mquant.plan.model import Action, Job, Output, Plan, ShardJob
 from mquant.plan.survey import Member, Survey, survey, wholeness
 
@@ -13,6 +13,7 @@ __all__ = [
     "Plan",
     "ShardJob",
     "Survey",
+    "cut_shards",
     "make_plan",
     "natural",
     "safe_ignore",

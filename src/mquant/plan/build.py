@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, TypeVar
 
 import yaml
 
@@ -16,6 +16,8 @@ from mquant.plan.model import Action, Job, Output, Plan, ShardJob
 from mquant.plan.survey import FusedKey, Member, Survey, survey
 from mquant.recipe import Recipe, matches
 from mquant.schemes import Scheme
+
+T = TypeVar("T")
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 
@@ -65,7 +67,12 @@ def make_plan(
         survey=found,
         family=family,
         recipe=recipe,
-        shards=_shards(jobs, max_shard_bytes),
+        shards=tuple(
+            ShardJob(name, tuple(group))
+            for name, group in cut_shards(
+                jobs, lambda job: job.output_bytes, max_shard_bytes
+            ).items()
+        ),
         ignore=_ignore(actions, family),
         findings=tuple(findings),
     )
@@ -194,20 +201,23 @@ def _nothing(actions: list[Action], recipe: Recipe) -> list[Finding]:
     ]
 
 
-def _shards(jobs: list[Job], limit: int) -> tuple[ShardJob, ...]:
-    groups: list[list[Job]] = []
+def cut_shards(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> dict[str, list[T]]:
+    """Final shard name -> its items, in their order, each shard as full as `limit` bytes allow.
+
+    An item larger than the limit gets a shard of its own.
+    """
+    groups: list[list[T]] = []
     size = 0
-    for job in jobs:
-        if not groups or size + job.output_bytes > limit:
+    for item in items:
+        if not groups or size + nbytes(item) > limit:
             groups.append([])
             size = 0
-        groups[-1].append(job)
-        size += job.output_bytes
-    total = len(groups)
-    return tuple(
-        ShardJob(f"model-{number:05d}-of-{total:05d}.safetensors", tuple(group))
+        groups[-1].append(item)
+        size += nbytes(item)
+    return {
+        f"model-{number:05d}-of-{len(groups):05d}.safetensors": group
         for number, group in enumerate(groups, start=1)
-    )
+    }
 
 
 def _ignore(actions: list[Action], family: Family) -> tuple[str, ...]:
@@ -291,4 +301,4 @@ def _unmatched(found: Survey, family: Family, recipe: Recipe) -> list[Finding]:
     ]
 
 
-__all__ = ["DEFAULT_SHARD_BYTES", "make_plan", "natural", "safe_ignore"]
+__all__ = ["DEFAULT_SHARD_BYTES", "cut_shards", "make_plan", "natural", "safe_ignore"]

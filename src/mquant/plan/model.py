@@ -141,6 +141,11 @@ class Plan:
         """Bytes of all source tensors."""
         return self.survey.checkpoint.nbytes
 
+    @property
+    def output_tensors(self) -> int:
+        """How many tensors the output holds."""
+        return sum(shard.tensors for shard in self.shards)
+
     @cached_property
     def output_bytes(self) -> int:
         """Bytes of all output tensors: the index's `total_size`."""

@@ -116,7 +116,7 @@ def plan_report(plan: Plan, resources: Resources) -> dict[str, Any]:
         "totals": {
             "source": {"tensors": len(checkpoint.tensors), "bytes": plan.source_bytes},
             "output": {
-                "tensors": sum(shard.tensors for shard in plan.shards),
+                "tensors": plan.output_tensors,
                 "bytes": plan.output_bytes,
                 "file_bytes": plan.file_bytes,
                 "shards": len(plan.shards),

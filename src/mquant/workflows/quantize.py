@@ -152,7 +152,7 @@ def _provenance(
                 "bytes": plan.source_bytes,
             },
             "output": {
-                "tensors": sum(shard.tensors for shard in plan.shards),
+                "tensors": plan.output_tensors,
                 "bytes": plan.output_bytes,
             },
         },

@@ -30,7 +30,7 @@ from mquant.events import Emit, Progress, silent
 from mquant.family import Family, Role, TensorRow
 from mquant.findings import size
 from mquant.output.shards import fsync_folder, out_of_space
-from mquant.plan import DEFAULT_SHARD_BYTES
+from mquant.plan import DEFAULT_SHARD_BYTES, cut_shards
 
 FP8_BLOCK: Final = 128
 _CHUNK: Final = 1 << 20  # elements made at once: a few MB, whatever the tensor's size
@@ -125,7 +125,7 @@ def synth(
     """
     config = make_config(family, sizes or Sizes(), precision, tiny=not shapes_only)
     tensors = list(make_tensors(family, config, precision))
-    shards = _cut(tensors, max_shard_bytes)
+    shards = cut_shards(tensors, lambda tensor: tensor.nbytes, max_shard_bytes)
     total = sum(tensor.nbytes for tensor in tensors)
     side = _side_files(config[family.config.vocabulary])
     with _staging(out, 0 if shapes_only else total) as folder:
@@ -227,22 +227,6 @@ def _not_converted(family: Family) -> list[str]:
     kept = (Role.ROUTER, Role.ROUTING_BIAS, Role.HEAD)
     names = (row.name.removesuffix(".weight") for row in family.tensors if row.role in kept)
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-
-
-def _cut(tensors: list[SynthTensor], limit: int) -> dict[str, list[SynthTensor]]:
-    """Shards as full as the limit allows, cut wherever that falls: inside fused sets too."""
-    groups: list[list[SynthTensor]] = []
-    size = 0
-    for tensor in tensors:
-        if not groups or size + tensor.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.nbytes
-    return {
-        f"model-{number:05d}-of-{len(groups):05d}.safetensors": group
-        for number, group in enumerate(groups, start=1)
-    }
 
 
 def _write_shard(
