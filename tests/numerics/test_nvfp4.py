@@ -63,15 +63,18 @@ def by_kernel(words: Array, form: FloatFormat, scale: np.float32) -> upstream.Qu
     rows, columns = words.shape
     packed = np.empty((rows, columns // 2), np.uint8)
     scales = np.empty((rows, columns // 16), np.uint8)
+    maxima = np.empty(rows * columns // 16, np.uint32)
+    kernels.block_maxima(words.reshape(-1), form, maxima)
     steps = thresholds(form.name, float(scale))
-    kernels.quantize_into(words.reshape(-1), steps, packed.reshape(-1), scales.reshape(-1))
+    kernels.quantize_into(words.reshape(-1), maxima, steps, packed.reshape(-1), scales.reshape(-1))
     return upstream.Quantized(packed, scales, scale)
 
 
 def scale_by_kernel(members: list[tuple[Array, str]]) -> np.float32:
     amaxes = []
     for words, dtype in members:
-        magnitude, wrong = kernels.absmax(words.reshape(-1), FLOATS[dtype])
+        maxima = np.empty(words.size // 16, np.uint32)
+        magnitude, wrong = kernels.block_maxima(words.reshape(-1), FLOATS[dtype], maxima)
         assert wrong == 0
         amaxes.append(FLOATS[dtype].values(np.array(magnitude, FLOATS[dtype].word)))
     return nvfp4.global_scale_of(amaxes)
@@ -198,19 +201,22 @@ def test_nan_and_infinity_are_counted(dtype: str) -> None:
     weight = form.values(normal((33, 48), dtype, 1.0, seed=5)).copy()
     for index, wrong in ((0, np.nan), (100, np.inf), (101, -np.inf), (1583, -np.nan)):
         weight.flat[index] = form.value.type(wrong)
-    _, count = kernels.absmax(weight.view(form.word).reshape(-1), form)
+    words, maxima = weight.view(form.word).reshape(-1), np.empty(99, np.uint32)
+    _, count = kernels.block_maxima(words, form, maxima)
     assert count == 4
-    weight.flat[:] = form.values(np.array([form.infinity - 1], form.word))
-    assert kernels.absmax(weight.view(form.word).reshape(-1), form) == (form.infinity - 1, 0)
+    words[:] = form.infinity - 1
+    assert kernels.block_maxima(words, form, maxima) == (form.infinity - 1, 0)
 
 
 def test_read_only_bytes_will_do() -> None:
     words = F32.words(np.full(16, 3, np.float32).tobytes())
     packed, scales = np.empty(8, np.uint8), np.empty(1, np.uint8)
-    kernels.quantize_into(words, thresholds("F32", 896.0), packed, scales)
+    maxima = np.empty(1, np.uint32)
+    assert kernels.block_maxima(words, F32, maxima) == (0x40400000, 0)
+    kernels.quantize_into(words, maxima, thresholds("F32", 896.0), packed, scales)
     assert packed.tolist() == [0x77] * 8
     assert scales.tolist() == [126]
-    assert kernels.absmax(F32.words(b""), F32) == (0, 0)
+    assert kernels.block_maxima(F32.words(b""), F32, maxima[:0]) == (0, 0)
 
 
 @pytest.mark.parametrize(("elements", "packed", "scales"), [(24, 12, 1), (32, 8, 2), (32, 16, 1)])
@@ -218,9 +224,15 @@ def test_sizes_that_do_not_fit_are_refused(elements: int, packed: int, scales: i
     steps = thresholds("F32", 1.0)
     words = np.zeros(elements, np.uint32)
     with pytest.raises(ValueError, match=f"{elements} elements into"):
-        kernels.quantize_into(words, steps, np.zeros(packed, np.uint8), np.zeros(scales, np.uint8))
+        kernels.quantize_into(
+            words,
+            np.zeros(elements // 16, np.uint32),
+            steps,
+            np.zeros(packed, np.uint8),
+            np.zeros(scales, np.uint8),
+        )
 
 
 def test_other_dtypes_are_refused() -> None:
     with pytest.raises(ValueError, match="F32 comes as flat uint32, not uint16"):
-        kernels.absmax(np.zeros(16, np.uint16), F32)
+        kernels.block_maxima(np.zeros(16, np.uint16), F32, np.zeros(1, np.uint32))

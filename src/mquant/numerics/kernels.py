@@ -17,36 +17,43 @@ import numpy as np
 
 from mquant.numerics.formats import Array, Bytes, FloatFormat, Words
 from mquant.numerics.nvfp4 import GROUP, SCALE_OF_ZERO
-from mquant.numerics.thresholds import Thresholds
+from mquant.numerics.prefetch import prefetch
+from mquant.numerics.thresholds import Magnitudes, Thresholds
 
-_AT_ONCE: Final = 512  # blocks: 48 KiB of scratch
+_AT_ONCE: Final = 512  # blocks: 32 KiB of scratch
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def absmax(words: Words, form: FloatFormat) -> tuple[int, int]:
+def block_maxima(words: Words, form: FloatFormat, maxima: Magnitudes) -> tuple[int, int]:
     """The largest magnitude among bit patterns [n], and how many are NaN or infinite.
 
+    Fills `maxima`, uint32 [n / 16], with the largest magnitude of each block of 16.
     `form.values(np.array([magnitude]))` is the absolute maximum. Where any are not finite it
-    is not; the caller must stop, for the other kernels take them for large numbers.
+    is not; the caller must stop, for `quantize_into` takes them for large numbers.
     """
     _check(words, form)
-    largest = int(_largest(words, form.word.type(form.sign - 1)))
+    if maxima.shape != (len(words) // GROUP,) or len(words) % GROUP:
+        raise ValueError(f"{len(words)} elements into {maxima.shape} maxima")
+    largest = int(_block_maxima(words, maxima))
     if largest < form.infinity:
         return largest, 0
     return largest, int(np.count_nonzero((words & (form.sign - 1)) >= form.infinity))
 
 
-def quantize_into(words: Words, steps: Thresholds, packed: Bytes, scales: Bytes) -> None:
+def quantize_into(
+    words: Words, maxima: Magnitudes, steps: Thresholds, packed: Bytes, scales: Bytes
+) -> None:
     """Quantize bit patterns [n] of finite numbers, n a multiple of 16, in blocks of 16.
 
-    Fills `packed`, uint8 [n / 2], and `scales`, uint8 [n / 16]. As rows are whole blocks, that
-    is a weight [out, in], or any rows of it, laid flat.
+    `maxima`, uint32 [n / 16], are the blocks' largest magnitudes. Fills `packed`, uint8 [n / 2],
+    and `scales`, uint8 [n / 16]. As rows are whole blocks, that is a weight [out, in], or any rows
+    of it, laid flat.
     """
     _check(words, steps.form)
     size = len(words)
-    if size % GROUP or packed.shape != (size // 2,) or scales.shape != (size // GROUP,):
+    if size % GROUP or not len(maxima) * GROUP == len(packed) * 2 == len(scales) * GROUP == size:
         raise ValueError(f"{size} elements into {packed.shape} bytes and {scales.shape} scales")
-    _quantize(words, steps.start, steps.scale, steps.code, packed, scales)
+    _quantize(words, maxima, steps.start, steps.scale, steps.code, packed, scales)
 
 
 def _check(words: Words, form: FloatFormat) -> None:
@@ -55,32 +62,48 @@ def _check(words: Words, form: FloatFormat) -> None:
 
 
 def _compiled(function: _F) -> _F:
-    return cast(_F, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return cast(_F, numba.njit(cache=True, **options)(function))
+    except RuntimeError:  # no folder to keep compiled code in: each run compiles, for seconds
+        return cast(_F, numba.njit(**options)(function))
 
 
 @_compiled
-def _largest(words: Array, mask: Any) -> Any:
-    largest = words.dtype.type(0)
-    for i in range(words.size):
-        largest = max(largest, words.dtype.type(words[i] & mask))
+def _block_maxima(words: Array, maxima: Array) -> Any:
+    # Each of its own: told apart by address, they need not be reloaded after every store.
+    wide = np.empty(_AT_ONCE * 8, np.uint32)
+    narrow = np.empty(_AT_ONCE * 8, np.uint32)
+    largest = np.uint32(0)
+    for first in range(0, maxima.size, _AT_ONCE):
+        blocks = min(_AT_ONCE, maxima.size - first)
+        some = words[first * 16 : (first + blocks) * 16]
+        _block_max(some, wide[: blocks * 8], narrow[: blocks * 8])
+        for i in range(blocks):
+            maxima[first + i] = narrow[i]
+            largest = max(largest, narrow[i])
     return largest
 
 
 @_compiled
 def _quantize(
-    words: Array, start: Array, steps: Array, table: Array, packed: Array, scales: Array
+    words: Array,
+    maxima: Array,
+    start: Array,
+    steps: Array,
+    table: Array,
+    packed: Array,
+    scales: Array,
 ) -> None:
-    # Each of its own: told apart by address, they need not be reloaded after every store.
-    wide = np.empty(_AT_ONCE * 8, np.uint32)
-    narrow = np.empty(_AT_ONCE * 8, np.uint32)
     codes = np.empty((_AT_ONCE, 16), np.uint16)
     pairs = codes.view(np.uint32).reshape(-1)
     for first in range(0, scales.size, _AT_ONCE):
         last = min(first + _AT_ONCE, scales.size)
         blocks = last - first
         some, some_scales = words[first * 16 : last * 16], scales[first:last]
-        _block_max(some, wide[: blocks * 8], narrow[: blocks * 8])
-        _block_scales(narrow[:blocks], start, steps, words.itemsize == 4, some_scales)
+        for line in range(last * 16, (last + blocks) * 16, 64 // words.itemsize):
+            prefetch(words, line)
+        _block_scales(maxima[first:last], start, steps, words.itemsize == 4, some_scales)
         _codes(some.reshape(blocks, 16), some_scales, table, codes)
         _pack(pairs[: blocks * 8], packed[first * 8 : last * 8])
 
@@ -161,4 +184,4 @@ def _pack(pairs: Array, packed: Array) -> None:
         packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint32(12)))
 
 
-__all__ = ["absmax", "quantize_into"]
+__all__ = ["block_maxima", "quantize_into"]

@@ -84,4 +84,4 @@ def _first(
     return high
 
 
-__all__ = ["BUCKETS", "Thresholds", "thresholds"]
+__all__ = ["BUCKETS", "Magnitudes", "Thresholds", "thresholds"]
