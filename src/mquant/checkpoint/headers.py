@@ -8,6 +8,7 @@ against the file's real size before anything is allocated or read by them.
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -87,13 +88,16 @@ def parse_header(raw: bytes, file_size: int, shard: str) -> tuple[TensorInfo, ..
     return tuple(tensors)
 
 
-def build_header(tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+def build_header(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], *, keep_order: bool = False
+) -> tuple[bytes, dict[str, int]]:
     """A shard's first bytes, and each tensor's position in the file, from names, dtypes, shapes.
 
     The bytes are those safetensors' own writer makes for the same tensors with
     `{"format": "pt"}`: tensors by descending dtype, then by name, padded with spaces to 8 bytes.
+    With `keep_order` the tensors lie in the order given.
     """
-    ordered = sorted(tensors, key=lambda t: (-RANK[t[1]], t[0]))
+    ordered = tensors if keep_order else sorted(tensors, key=lambda t: (-RANK[t[1]], t[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     offsets: dict[str, int] = {}

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from mquant.checkpoint import Source, TensorInfo, build_header
-from mquant.dtypes import nbytes
+from mquant.dtypes import BITS, nbytes
 from mquant.family import Family, Role
 from mquant.findings import Finding
 from mquant.plan.survey import Survey
@@ -71,6 +71,19 @@ class Job:
         return (output for action in self.actions for output in action.outputs)
 
     @property
+    def scheme(self) -> Scheme | None:
+        """The scheme its tensors are quantized with; None where they are copied.
+
+        The members of a fused set are treated alike, or the plan is refused.
+        """
+        return self.actions[0].scheme
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all it is made from."""
+        return sum(action.source.nbytes for action in self.actions)
+
+    @property
     def output_bytes(self) -> int:
         """Bytes of all it makes."""
         return sum(action.output_bytes for action in self.actions)
@@ -85,9 +98,17 @@ class ShardJob:
 
     @cached_property
     def layout(self) -> tuple[bytes, dict[str, int]]:
-        """The file's first bytes (its header), and where each tensor's data begins."""
+        """The file's first bytes (its header), and where each tensor's data begins.
+
+        Tensors lie in the order of the jobs, so that a shard is written, and hashed, from front
+        to back. Where that would leave one at an odd address, they lie as safetensors' own writer
+        has them: by dtype.
+        """
         outputs = [(o.name, o.dtype, o.shape) for job in self.jobs for o in job.outputs]
-        return build_header(outputs)
+        first, places = build_header(outputs, keep_order=True)
+        if any(places[name] * 8 % BITS[dtype] for name, dtype, _ in outputs):
+            return build_header(outputs)
+        return first, places
 
     @cached_property
     def file_bytes(self) -> int:
@@ -161,7 +182,7 @@ class Plan:
         """sha256 of every decision: equal exactly where the same bytes are to be made."""
         digest = hashlib.sha256()
         for shard in self.shards:
-            digest.update(f"{shard.name}\n".encode())
+            digest.update(f"{shard.name}\n".encode() + shard.layout[0])
             for action in (action for job in shard.jobs for action in job.actions):
                 source = action.source
                 scheme = action.scheme.name if action.scheme else "copy"
