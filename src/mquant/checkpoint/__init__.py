@@ -9,7 +9,8 @@ from mquant.checkpoint.checkpoint import (
     read_json,
 )
 from mquant.checkpoint.headers import TensorInfo, build_header, header_length, parse_header
-from mquant.checkpoint.source import Folder, Overlay, Source
+from mquant.checkpoint.reader import Reader
+from mquant.checkpoint.source import Folder, Overlay, Source, Stamp, stamp
 
 __all__ = [
     "CONFIG_NAME",
@@ -17,7 +18,9 @@ __all__ = [
     "Checkpoint",
     "Folder",
     "Overlay",
+    "Reader",
     "Source",
+    "Stamp",
     "TensorInfo",
     "build_header",
     "header_length",
@@ -25,4 +28,5 @@ __all__ = [
     "parse_header",
     "read_header",
     "read_json",
+    "stamp",
 ]

@@ -8,6 +8,14 @@ from typing import Protocol
 
 from mquant.errors import SourceError
 
+Stamp = tuple[int, int]
+"""A file's size, and when it was last written to, in ns: what changes when its content does."""
+
+
+def stamp(stat: os.stat_result) -> Stamp:
+    """The stamp in a file's status."""
+    return stat.st_size, stat.st_mtime_ns
+
 
 class Source(Protocol):
     """A named set of files that can be read in ranges. Nothing ever writes through it."""
@@ -28,7 +36,7 @@ class Source(Protocol):
 
 
 class Folder:
-    """A checkpoint folder on this machine."""
+    """A checkpoint folder on this machine, as it is now: `stamps` are of its files, by path."""
 
     def __init__(self, root: Path) -> None:
         if not root.exists():
@@ -39,7 +47,8 @@ class Folder:
         if not root.is_dir():
             raise SourceError(f"{root} is not a folder.", "Give the checkpoint's folder.")
         self.root = root
-        self.files: Mapping[str, int] = dict(sorted(self._walk()))
+        self.stamps: Mapping[str, Stamp] = dict(sorted(self._walk()))
+        self.files: Mapping[str, int] = {path: size for path, (size, _) in self.stamps.items()}
 
     @property
     def name(self) -> str:
@@ -91,18 +100,18 @@ class Folder:
                 digest.update(self.read(path, start, min(start + 4096, size)))
         return {"kind": "folder", "content": digest.hexdigest()}
 
-    def _walk(self) -> list[tuple[str, int]]:
+    def _walk(self) -> list[tuple[str, Stamp]]:
         # Folders of the checkpoint count (some tokenizers have one); hidden ones (.git, .cache)
         # do not, and a link that leaves the folder's own tree is followed as a file only: hub
         # caches are made of such links.
-        found: list[tuple[str, int]] = []
+        found: list[tuple[str, Stamp]] = []
         for folder, folders, names in os.walk(self.root):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in names:
                 path = Path(folder, name)
                 if name.startswith(".") or not path.is_file():
                     continue
-                found.append((path.relative_to(self.root).as_posix(), path.stat().st_size))
+                found.append((path.relative_to(self.root).as_posix(), stamp(path.stat())))
         return found
 
 
@@ -134,4 +143,4 @@ class Overlay:
         return self._below.identity()
 
 
-__all__ = ["Folder", "Overlay", "Source"]
+__all__ = ["Folder", "Overlay", "Source", "Stamp", "stamp"]

@@ -1,0 +1,81 @@
+"""Reading a folder's files into one's own buffers, in parallel, and noticing when they change."""
+
+import os
+from pathlib import PurePosixPath
+from threading import Lock
+from typing import Final
+
+from mquant.checkpoint.source import Folder, stamp
+from mquant.errors import SourceError
+
+_PREFETCH_BYTES: Final = 1 << 20  # Linux takes no more from one call than a disk from one request
+_FIX: Final = "Let it be whole and at rest, then run the same command again."
+
+
+class Reader:
+    """Open files of a folder. Any number of threads may read at once.
+
+    Bytes are read, not mapped: mapped pages count as this process's memory, and a mapped file that
+    shrinks kills it.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._files: dict[str, int] = {}
+        self._lock = Lock()
+
+    def read_into(self, path: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the file's bytes from `start` on.
+
+        Raises SourceError where the file cannot be read, or is not long enough any more.
+        """
+        file, done = self._open(path), 0
+        while done < len(buffer):  # preadv stops at 2 GiB
+            try:
+                got = os.preadv(file, [buffer[done:]], start + done)
+            except OSError as error:
+                raise SourceError(
+                    f"{path} cannot be read at byte {start + done:,}: {error.strerror}.",
+                    "Check the disk, or get the file again; then run the same command again.",
+                ) from error
+            if not got:
+                raise SourceError(
+                    f"{path} ends at byte {start + done:,}; {start + len(buffer):,} were expected.",
+                    "The file changed while it was read: " + _FIX[0].lower() + _FIX[1:],
+                )
+            done += got
+
+    def prefetch(self, path: str, start: int, end: int) -> None:
+        """Have the system fetch bytes [start, end) from the disk meanwhile."""
+        file = self._open(path)
+        for at in range(start, end, _PREFETCH_BYTES):
+            os.posix_fadvise(file, at, min(_PREFETCH_BYTES, end - at), os.POSIX_FADV_WILLNEED)
+
+    def check(self, path: str) -> None:
+        """Raise SourceError where a file was written to since its folder was looked at."""
+        if stamp(os.fstat(self._open(path))) != self._folder.stamps[path]:
+            raise SourceError(f"{path} changed while it was read.", _FIX)
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+    def _open(self, path: str) -> int:
+        file = self._files.get(path)
+        if file is not None:
+            return file
+        with self._lock:
+            if path not in self._files:
+                try:
+                    self._files[path] = os.open(self._folder.path(path), os.O_RDONLY)
+                except OSError as error:
+                    raise SourceError(
+                        f"{PurePosixPath(path).name} cannot be read: {error.strerror}.",
+                        "Check the disk; then run the same command again.",
+                    ) from error
+            return self._files[path]
+
+
+__all__ = ["Reader"]
