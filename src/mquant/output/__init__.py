@@ -1,17 +1,19 @@
 """Writing: atomic shards at planned sizes, the claim on OUT, and the order of finishing."""
 
 from mquant.output.finish import file_names, finish
-from mquant.output.folder import LEDGER, RECORD, Claim, Ledger, State, examine
-from mquant.output.shards import ShardSet, ShardWriter
+from mquant.output.folder import RECORD, Claim, State, discard, examine
+from mquant.output.ledger import LEDGER, Ledger, Recorded
+from mquant.output.shards import ShardSet
 
 __all__ = [
     "LEDGER",
     "RECORD",
     "Claim",
     "Ledger",
+    "Recorded",
     "ShardSet",
-    "ShardWriter",
     "State",
+    "discard",
     "examine",
     "file_names",
     "finish",

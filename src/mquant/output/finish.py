@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -22,10 +21,11 @@ from mquant.checkpoint import (
     Overlay,
     Source,
 )
-from mquant.events import Emit, Note, Progress, silent
+from mquant.events import Emit, Note, silent
 from mquant.family import Family, TensorRow
-from mquant.output.folder import LEDGER, RECORD
-from mquant.output.shards import PARTIAL, fsync_folder, out_of_space
+from mquant.output.disk import PARTIAL, fsync_folder, out_of_space
+from mquant.output.folder import RECORD
+from mquant.output.ledger import LEDGER
 from mquant.plan import Action, Plan
 
 RECIPE_NAME: Final = "recipe.yaml"
@@ -63,30 +63,42 @@ def file_names(plan: Plan) -> tuple[str, ...]:
 def finish(
     out: Path,
     plan: Plan,
+    digests: Mapping[str, str],
     provenance: Mapping[str, Any],
     judge: Callable[[Source], None],
     emit: Emit = silent,
 ) -> None:
-    """Complete OUT, whose shards are all there. config.json is the last file to appear.
+    """Complete OUT, whose shards, with these sha256, are all there. config.json appears last.
 
     `provenance` goes into mquant.json as it is: it must not differ between two equal runs.
     `judge` sees the checkpoint as it will be, when only index and config.json are not yet on disk;
     what it raises keeps them from being written.
     """
-    for path in side_files(plan.survey.checkpoint):
-        _write(out, path, plan.survey.checkpoint.source.read(path))
-    for sentence in absent_files(plan.survey.checkpoint):
-        emit(Note("info", sentence))
-    _write(out, RECIPE_NAME, recipe_yaml(plan).encode())
+    checkpoint = plan.survey.checkpoint
+    files = {
+        shard.name: {"bytes": shard.file_bytes, "sha256": digests[shard.name]}
+        for shard in plan.shards
+    }
     index, config = _json(index_json(plan)), _json(config_json(plan))
-    digests = _digests(out, plan, emit)
-    for name, content in ((INDEX_NAME, index), (CONFIG_NAME, config)):
-        digests[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    files = {name: digests[name] for name in sorted(digests)}
-    _write(out, RECORD, _json({"schema": "mquant.output/1", **provenance, "files": files}))
+    for path in side_files(checkpoint):
+        content = checkpoint.source.read(path)
+        _write(out, path, content)
+        files[path] = _described(content)
+    for sentence in absent_files(checkpoint):
+        emit(Note("info", sentence))
+    recipe = recipe_yaml(plan).encode()
+    _write(out, RECIPE_NAME, recipe)
+    for name, content in ((RECIPE_NAME, recipe), (INDEX_NAME, index), (CONFIG_NAME, config)):
+        files[name] = _described(content)
+    record = {"schema": "mquant.output/1", **provenance, "files": dict(sorted(files.items()))}
+    _write(out, RECORD, _json(record))
     judge(Overlay(Folder(out), {INDEX_NAME: index, CONFIG_NAME: config}))
     _write(out, INDEX_NAME, index)
     _write(out, CONFIG_NAME, config)
+
+
+def _described(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def index_json(plan: Plan) -> dict[str, Any]:
@@ -160,24 +172,6 @@ def _row_patterns(row: TensorRow, family: Family) -> Iterator[str]:
             continue
         escaped = name.replace(".", r"\.")
         yield "re:" + escaped.replace("{layer}", r"\d+").replace("{expert}", r"\d+") + "$"
-
-
-def _digests(out: Path, plan: Plan, emit: Emit) -> dict[str, dict[str, Any]]:
-    names = [*(s.name for s in plan.shards), *side_files(plan.survey.checkpoint), RECIPE_NAME]
-    sizes = {name: (out / name).stat().st_size for name in names}
-    done, total = 0, sum(sizes.values())
-
-    def digest(name: str) -> str:
-        with (out / name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    digests: dict[str, dict[str, Any]] = {}
-    with out_of_space(out / RECORD, 0), ThreadPoolExecutor(max_workers=2) as pool:
-        for name, sha256 in zip(names, pool.map(digest, names), strict=True):
-            digests[name] = {"bytes": sizes[name], "sha256": sha256}
-            done += sizes[name]
-            emit(Progress("checksums", done, total))
-    return digests
 
 
 def _json(value: object) -> bytes:

@@ -1,24 +1,22 @@
 """The output folder: whose it is, whether a run goes on, starts over, or is already done.
 
-While a run is under way OUT holds a ledger, `mquant-run.json`: what is being made and every file
-name that will be. It is written before anything else and goes when config.json is there. So a
-folder with a ledger is unfinished and ours, one with mquant.json and without a ledger is finished
-and ours, an empty one is free, and every other one is refused.
+While a run is under way OUT holds its ledger, which names every file that will be made. It is
+written before anything else and goes when config.json is there. So a folder with a ledger is
+unfinished and ours, one with mquant.json and without a ledger is finished and ours, an empty one is
+free, and every other one is refused.
 """
 
-import fcntl
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, TextIO
+from typing import Any, Final
 
 from mquant.errors import OutputError
-from mquant.output.shards import PARTIAL, fsync_folder, out_of_space
+from mquant.output.disk import PARTIAL
+from mquant.output.ledger import LEDGER, Recorded, read_ledger
 
-LEDGER: Final = "mquant-run.json"
 RECORD: Final = "mquant.json"
 
 
@@ -32,10 +30,14 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Claim:
-    """What OUT holds of this very run, and the files of it that are known by name."""
+    """What OUT holds of this very run, and the files of it that are known by name.
+
+    `recorded` is what the ledger says of an unfinished one, where that may be gone on with.
+    """
 
     state: State
-    files: tuple[str, ...]
+    files: tuple[str, ...] = ()
+    recorded: Recorded | None = None
 
 
 def examine(out: Path, source: Path | None, fingerprint: dict[str, Any], *, restart: bool) -> Claim:
@@ -51,68 +53,28 @@ def examine(out: Path, source: Path | None, fingerprint: dict[str, Any], *, rest
     if source is not None:
         _refuse_overlap(out.resolve(), source.resolve())
     if not out.is_dir() or not any(out.iterdir()):
-        return Claim(State.FREE, ())
-    ledger = _read(out / LEDGER)
-    record = _read(out / RECORD)
-    if ledger == {} and [path.name for path in out.iterdir()] == [LEDGER]:
-        return Claim(State.FREE, ())  # a run that was stopped while it claimed OUT
-    found = ledger or record
-    if found is None:
+        return Claim(State.FREE)
+    ledger, record = read_ledger(out), _read(out / RECORD)
+    if ledger is not None and not ledger.files:
+        ledger = None  # of a run that was stopped while it claimed OUT, or that claims it now
+        if [path.name for path in out.iterdir()] == [LEDGER]:
+            return Claim(State.FREE)
+    if ledger is None and record is None:
         raise OutputError(
             f"{out} is not empty, and mquant did not make it.",
             "Give another folder with -o, or empty this one.",
         )
-    files = tuple(dict.fromkeys((*_safe_names(found.get("files", ())), RECORD)))
-    if not restart and found.get("fingerprint") != fingerprint:
-        raise _other_run(out, found.get("fingerprint"), fingerprint)
-    if restart or ledger is not None or not _is_whole(out, found):
+    made = (record or {}) if ledger is None else {}
+    theirs = made.get("fingerprint") if ledger is None else ledger.fingerprint
+    names = made.get("files", ()) if ledger is None else ledger.files
+    if not restart and theirs != fingerprint:
+        raise _other_run(out, theirs, fingerprint)
+    files = tuple(dict.fromkeys((*_safe_names(names), RECORD)))
+    if restart:
         return Claim(State.UNFINISHED, files)
-    return Claim(State.DONE, files)
-
-
-class Ledger:
-    """The claim on OUT during a run: a locked file that says what is being made."""
-
-    def __init__(self, out: Path, claim: Claim, fingerprint: dict[str, Any]) -> None:
-        """Claim OUT, dropping what an earlier, unfinished run left there.
-
-        Raises OutputError where another process is at work in OUT.
-        """
-        self._out = out
-        with out_of_space(out / LEDGER, 0):
-            out.mkdir(parents=True, exist_ok=True)
-            self._file: TextIO = (out / LEDGER).open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise OutputError(
-                f"Another mquant is writing into {out}.", "Wait for it, or give another -o."
-            ) from None
-        discard(out, claim.files)
-        self._fingerprint = fingerprint
-
-    def record(self, files: Iterable[str]) -> None:
-        """Write down every file this run will make, durably, before the first is."""
-        content = {"schema": "mquant.run/1", "fingerprint": self._fingerprint}
-        text = json.dumps({**content, "files": sorted(files)}, indent=2)
-        with out_of_space(self._out / LEDGER, len(text)):
-            self._file.truncate(0)
-            self._file.write(text + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            fsync_folder(self._out)
-
-    def complete(self) -> None:
-        """The run is whole: the ledger goes."""
-        with out_of_space(self._out / LEDGER, 0):
-            (self._out / LEDGER).unlink()
-            fsync_folder(self._out)
-        self._file.close()
-
-    def release(self) -> None:
-        """Let go of OUT and leave the ledger, so that the next run knows the folder is ours."""
-        self._file.close()
+    if ledger is not None:
+        return Claim(State.UNFINISHED, files, ledger)
+    return Claim(State.DONE if _is_whole(out, made) else State.UNFINISHED, files)
 
 
 def discard(out: Path, files: Iterable[str]) -> None:
@@ -148,7 +110,7 @@ def _is_whole(out: Path, record: dict[str, Any]) -> bool:
 
 def _safe_names(value: object) -> tuple[str, ...]:
     """Names a record may ask to delete: plain relative paths inside OUT."""
-    names = list(value) if isinstance(value, dict | list) else []
+    names = list(value) if isinstance(value, dict | list | tuple) else []
     return tuple(
         name
         for name in names
@@ -188,4 +150,4 @@ def _read(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else {}
 
 
-__all__ = ["LEDGER", "RECORD", "Claim", "Ledger", "State", "discard", "examine"]
+__all__ = ["RECORD", "Claim", "State", "discard", "examine"]

@@ -1,197 +1,199 @@
-"""Output shards: sizes and places known beforehand, whole under their final name or not there.
+"""All output shards of a plan: who awaits which bytes, and what is on disk for good."""
 
-A shard is written as `NAME.partial`: header first, every tensor at its planned offset in any
-order, then fsync and rename. A crash leaves partials, never a shard that only looks whole.
-"""
-
-import errno
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from threading import Lock
 
-from mquant.checkpoint import Source
-from mquant.errors import EngineError, OutputError
+from mquant.checkpoint import Stamp
+from mquant.errors import EngineError
 from mquant.events import Emit, Progress, silent
-from mquant.findings import size
-from mquant.plan import Action, Output, Plan, ShardJob
+from mquant.output.disk import PARTIAL, out_of_space
+from mquant.output.ledger import Ledger, Recorded
+from mquant.output.writer import ShardWriter
+from mquant.plan import Job, Plan
 
-PARTIAL: Final = ".partial"
-COPY_BYTES: Final = 16 * 1024 * 1024
+
+@dataclass(slots=True)
+class _Task:
+    """A job: its shard, its number there, and how many bytes of it are still to be written."""
+
+    shard: int
+    number: int
+    job: Job
+    left: int
 
 
-class ShardWriter:
-    """One output shard being written."""
+@dataclass(slots=True)
+class _Tensor:
+    """An awaited tensor: its job, its place in the file, and how much of it is written."""
 
-    def __init__(self, out: Path, shard: ShardJob) -> None:
-        self.shard = shard
-        self._final = out / shard.name
-        self._partial = out / (shard.name + PARTIAL)
-        header, self._offsets = shard.layout
-        self._missing: dict[str, Output] = {o.name: o for job in shard.jobs for o in job.outputs}
-        with out_of_space(self._partial, shard.file_bytes):
-            self._file = os.open(self._partial, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
-            try:
-                preallocate(self._file, shard.file_bytes)
-                _pwrite(self._file, header, 0)
-            except BaseException:
-                os.close(self._file)
-                raise
-
-    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> int:
-        """Write one tensor's bytes; returns how many.
-
-        Raises EngineError for a tensor that is not planned here, was written before, or has
-        another size than planned.
-        """
-        output = self._missing.pop(name, None)
-        if output is None:
-            raise EngineError(f"The engine made {name}, which {self.shard.name} does not await.")
-        offset = written = self._offsets[name]
-        with out_of_space(self._partial, self.shard.file_bytes):
-            for chunk in chunks:
-                written += _pwrite(self._file, chunk, written)
-        if written - offset != output.nbytes:
-            raise EngineError(
-                f"{name} came out with {written - offset:,} bytes; {output.nbytes:,} were planned."
-            )
-        return output.nbytes
-
-    def close(self) -> None:
-        """Put the shard under its final name, on disk. Raises EngineError if it is not whole."""
-        if self._missing:
-            name = next(iter(self._missing))
-            raise EngineError(f"The engine did not make {name} of {self.shard.name}.")
-        with out_of_space(self._partial, self.shard.file_bytes):
-            os.fsync(self._file)
-            os.close(self._file)
-            self._partial.rename(self._final)
-            fsync_folder(self._final.parent)
-
-    def abandon(self) -> None:
-        """Close the file and leave the partial."""
-        os.close(self._file)
+    task: int
+    place: int
+    nbytes: int
+    written: int = 0
 
 
 class ShardSet:
-    """All output shards of a plan. A shard is finished as soon as its last tensor is made.
+    """All output shards of a plan.
 
-    Engines hand in quantized tensors, in any order; tensors that are copied come from the source.
+    Engines hand in tensors, in any order, each from its first byte to its last. A shard is
+    finished as soon as its last tensor is; what is on disk is counted in the ledger.
     """
 
-    def __init__(self, out: Path, plan: Plan, emit: Emit = silent) -> None:
-        self._out = out
-        self._plan = plan
-        self._source = plan.survey.checkpoint.source
-        self._emit = emit
-        self._open: dict[str, ShardWriter] = {}
-        self._place: dict[str, ShardJob] = {}
-        self._awaited: dict[str, int] = {}
-        for shard in plan.shards:
-            made = [o.name for a in _actions(shard) if a.scheme for o in a.outputs]
-            self._place.update(dict.fromkeys(made, shard))
-            self._awaited[shard.name] = len(made)
-        self._done = 0
+    def __init__(
+        self,
+        out: Path,
+        plan: Plan,
+        ledger: Ledger,
+        recorded: Recorded | None = None,
+        sources: Mapping[str, Stamp] | None = None,
+        emit: Emit = silent,
+    ) -> None:
+        """Go on with what is `recorded` of an earlier run, where it was made from `sources`."""
+        self._out, self._plan, self._ledger, self._emit = out, plan, ledger, emit
+        self._tasks = [
+            _Task(shard, number, job, job.output_bytes)
+            for shard, each in enumerate(plan.shards)
+            for number, job in enumerate(each.jobs)
+        ]
+        self._tensors: dict[str, _Tensor] = {}
+        for index, task in enumerate(self._tasks):
+            _, places = plan.shards[task.shard].layout
+            for output in task.job.outputs:
+                self._tensors[output.name] = _Tensor(index, places[output.name], output.nbytes)
+        self._lock = Lock()
+        self._open: dict[int, ShardWriter] = {}
+        self._written: set[int] = set()  # tasks whose bytes may not be on disk yet
+        self.digests: dict[str, str] = {}
+        self._done: set[int] = set()
+        if recorded is not None:
+            self._take_up(recorded, sources or {})
+        self._left = [len(shard.jobs) for shard in plan.shards]
+        for index in self._done:
+            self._left[self._tasks[index].shard] -= 1
+        self._bytes = sum(self._tasks[index].job.source_bytes for index in self._done)
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes of the source that need not be read any more."""
+        return self._bytes
+
+    @property
+    def pending(self) -> list[Job]:
+        """The jobs that are not done, in the order of the output."""
+        return [task.job for i, task in enumerate(self._tasks) if i not in self._done]
 
     def write(self, name: str, data: bytes | memoryview) -> None:
-        """Take one tensor of a quantized module: its name in the output, its bytes."""
-        shard = self._place.get(name)
-        if shard is None:
+        """Take the next bytes of a tensor, by its name in the output.
+
+        Raises EngineError for a tensor that is not awaited, or larger than planned.
+        """
+        tensor = self._tensors.get(name)
+        if tensor is None:
             raise EngineError(f"The engine made {name}, which is not in the plan.")
-        if shard.name not in self._open:
-            self._open[shard.name] = ShardWriter(self._out, shard)
-        self._count(self._open[shard.name].write(name, [data]))
-        self._awaited[shard.name] -= 1
-        if not self._awaited[shard.name]:
-            self._complete(shard)
+        task = self._tasks[tensor.task]
+        nbytes = memoryview(data).nbytes
+        if tensor.task in self._done or tensor.written + nbytes > tensor.nbytes:
+            raise EngineError(f"{name} came out larger than {tensor.nbytes:,} bytes, or twice.")
+        writer = self._writer(task.shard)
+        writer.write(data, tensor.place + tensor.written)
+        tensor.written += nbytes
+        task.left -= nbytes
+        if not task.left:
+            self._complete(tensor.task)
+
+    def commit(self) -> None:
+        """Put on disk what is written, and count the jobs that are complete."""
+        with self._lock:
+            jobs, writers = set(self._written), list(self._open.values())
+        if jobs:
+            for writer in writers:
+                writer.sync()
+            self._ledger.count(jobs)
+            with self._lock:
+                self._written -= jobs
 
     def finish(self) -> None:
-        """Write the shards that only copy. Raises EngineError where a planned tensor is missing."""
-        for shard in self._plan.shards:
-            if shard.name in self._open or not any(a.scheme for a in _actions(shard)):
-                self._complete(shard)
+        """Name the shards that lack nothing else. Raises EngineError for a tensor not made."""
+        for index, task in enumerate(self._tasks):
+            if index not in self._done:
+                names = (o.name for o in task.job.outputs)
+                name = next(n for n in names if self._tensors[n].written < self._tensors[n].nbytes)
+                raise EngineError(f"The engine did not make {name} as planned.")
+        for shard, left in enumerate(self._left):
+            if not left and self._plan.shards[shard].name not in self.digests:
+                self._close(shard)  # all was done, but for the name
 
     def abandon(self) -> None:
-        """Close what is open; the partials stay, to be dropped by the next run."""
+        """Close what is open; the partials stay for the next run."""
         for writer in self._open.values():
             writer.abandon()
         self._open.clear()
 
-    def _complete(self, shard: ShardJob) -> None:
-        writer = self._open.get(shard.name) or ShardWriter(self._out, shard)
-        self._open[shard.name] = writer
-        for action in _actions(shard):
-            if action.scheme is None:
-                self._count(writer.write(action.source.name, _read(self._source, action)))
-        writer.close()
-        del self._open[shard.name]
+    def _writer(self, shard: int) -> ShardWriter:
+        writer = self._open.get(shard)
+        if writer is not None:
+            return writer
+        with self._lock:
+            if shard not in self._open:
+                jobs = self._jobs_of(shard)
+                done = {i - jobs.start for i in jobs if i in self._done}
+                self._open[shard] = ShardWriter(self._out, self._plan.shards[shard], done)
+            return self._open[shard]
 
-    def _count(self, written: int) -> None:
-        self._done += written
-        self._emit(Progress("quantize", self._done, self._plan.output_bytes))
+    def _complete(self, index: int) -> None:
+        task = self._tasks[index]
+        writer = self._open[task.shard]
+        writer.done(task.number)
+        with self._lock:
+            self._done.add(index)
+            self._written.add(index)
+            self._bytes += task.job.source_bytes
+            self._left[task.shard] -= 1
+            last = not self._left[task.shard]
+            self._emit(Progress("quantize", self._bytes, self._plan.source_bytes))
+        if last:
+            self._close(task.shard)
+        else:
+            writer.hash()
 
+    def _close(self, shard: int) -> None:
+        name = self._plan.shards[shard].name
+        digest = self._writer(shard).close()
+        jobs = self._jobs_of(shard)
+        self._ledger.complete_shard(name, digest, jobs)
+        with self._lock:
+            self.digests[name] = digest
+            self._written.difference_update(jobs)
+            del self._open[shard]
 
-def preallocate(file: int, size: int) -> None:
-    """Reserve `size` bytes, so that a full disk shows before the work is done."""
-    try:
-        os.posix_fallocate(file, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-        os.ftruncate(file, size)
+    def _jobs_of(self, shard: int) -> range:
+        first = sum(len(each.jobs) for each in self._plan.shards[:shard])
+        return range(first, first + len(self._plan.shards[shard].jobs))
 
+    def _take_up(self, recorded: Recorded, sources: Mapping[str, Stamp]) -> None:
+        """Find out which recorded jobs count: their sources are unchanged, and their file there."""
+        for shard, each in enumerate(self._plan.shards):
+            final, partial = self._out / each.name, self._out / (each.name + PARTIAL)
+            jobs = self._jobs_of(shard)
+            counted = {i for i in jobs if self._counts(i, recorded, sources)}
+            with out_of_space(partial, each.file_bytes):
+                whole = final.is_file() and final.stat().st_size == each.file_bytes
+                if whole and each.name in recorded.shards and len(counted) == len(jobs):
+                    self.digests[each.name] = recorded.shards[each.name]
+                elif final.is_file():
+                    final.rename(partial)
+                if each.name not in self.digests and not (
+                    partial.is_file() and partial.stat().st_size == each.file_bytes
+                ):
+                    counted.clear()
+            self._done |= counted
 
-class out_of_space:  # noqa: N801  (a context manager reads as a phrase)
-    """Turn OSErrors of the output folder into one sentence."""
-
-    def __init__(self, path: Path, needed: int) -> None:
-        self._path = path
-        self._needed = needed
-
-    def __enter__(self) -> None:
-        """Begin."""
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Raise OutputError in place of an OSError."""
-        if not isinstance(error, OSError):
-            return
-        name = self._path.name.removesuffix(PARTIAL)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(
-                f"The disk is full: {name} needs {size(self._needed)} in {self._path.parent}.",
-                "Free space, then run the same command again.",
-            ) from error
-        raise OutputError(
-            f"{self._path.parent} cannot be written ({name}: {error.strerror}).",
-            "Check the folder and the disk, then run the same command again.",
-        ) from error
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _actions(shard: ShardJob) -> Iterator[Action]:
-    return (action for job in shard.jobs for action in job.actions)
-
-
-def _read(source: Source, action: Action) -> Iterator[bytes]:
-    info = action.source
-    for start in range(info.start, info.end, COPY_BYTES):
-        yield source.read(info.shard, start, min(start + COPY_BYTES, info.end))
+    def _counts(self, index: int, recorded: Recorded, sources: Mapping[str, Stamp]) -> bool:
+        made_from = recorded.jobs.get(index, {})
+        files = {action.source.shard for action in self._tasks[index].job.actions}
+        return all(file in sources and made_from.get(file) == sources[file] for file in files)
 
 
-def _pwrite(file: int, data: bytes | memoryview, offset: int) -> int:
-    view = memoryview(data).cast("B")
-    done = 0
-    while done < len(view):  # pwrite stops at 2 GiB
-        done += os.pwrite(file, view[done:], offset + done)
-    return done
-
-
-__all__ = ["PARTIAL", "ShardSet", "ShardWriter", "fsync_folder", "out_of_space"]
+__all__ = ["ShardSet"]

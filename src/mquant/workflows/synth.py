@@ -29,7 +29,7 @@ from mquant.errors import DataFileError, OutputError, UsageError
 from mquant.events import Emit, Progress, silent
 from mquant.family import Family, Role, TensorRow
 from mquant.findings import size
-from mquant.output.shards import fsync_folder, out_of_space
+from mquant.output.disk import fsync_folder, out_of_space
 from mquant.plan import DEFAULT_SHARD_BYTES, cut_shards
 
 FP8_BLOCK: Final = 128

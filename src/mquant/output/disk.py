@@ -1,0 +1,69 @@
+"""What every writer in OUT needs: room, durability, and one sentence when the disk says no."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Final
+
+from mquant.errors import OutputError
+from mquant.findings import size
+
+PARTIAL: Final = ".partial"
+"""What the name of a file ends in until it is whole."""
+
+
+def preallocate(file: int, size: int) -> None:
+    """Reserve `size` bytes, so that a full disk shows before the work is done."""
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(file, size)
+
+
+class out_of_space:  # noqa: N801  (a context manager reads as a phrase)
+    """Turn OSErrors of the output folder into one sentence."""
+
+    def __init__(self, path: Path, needed: int) -> None:
+        self._path = path
+        self._needed = needed
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Raise OutputError in place of an OSError."""
+        if not isinstance(error, OSError):
+            return
+        name = self._path.name.removesuffix(PARTIAL)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"The disk is full: {name} needs {size(self._needed)} in {self._path.parent}.",
+                "Free space, then run the same command again.",
+            ) from error
+        raise OutputError(
+            f"{self._path.parent} cannot be written ({name}: {error.strerror}).",
+            "Check the folder and the disk, then run the same command again.",
+        ) from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def pwrite(file: int, data: bytes | memoryview, offset: int) -> int:
+    """Write all of `data` at `offset`; returns how many bytes that were."""
+    view = memoryview(data).cast("B")
+    done = 0
+    while done < len(view):  # pwrite stops at 2 GiB
+        done += os.pwrite(file, view[done:], offset + done)
+    return done
+
+
+__all__ = ["PARTIAL", "fsync_folder", "out_of_space", "preallocate", "pwrite"]

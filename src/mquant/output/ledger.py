@@ -1,0 +1,196 @@
+"""The ledger of a run: what OUT will hold, and what of it is on disk for good.
+
+An append-only file of JSON lines, there and locked while a run is at work, and gone when it is
+complete. Every line is on disk before what it says counts; a last line without its end does not.
+
+    {"schema": "mquant.run/2", "fingerprint": {...}, "files": ["config.json", ...]}
+    {"sources": {"model-00001-of-00002.safetensors": [size, mtime_ns], ...}}     at each start
+    {"jobs": [[0, 41], [44, 44]]}      jobs first to last, as numbered in the plan
+    {"shard": "model-00001-of-00003.safetensors", "sha256": "...", "jobs": [[0, 99]]}      whole
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from threading import Lock
+from typing import Any, Final
+
+from mquant.checkpoint import Stamp
+from mquant.errors import OutputError
+from mquant.output.disk import fsync_folder, out_of_space
+
+LEDGER: Final = "mquant-run.jsonl"
+_SCHEMA: Final = "mquant.run/2"
+_MOST_JOBS: Final = 10_000_000
+
+
+@dataclass(slots=True)
+class Recorded:
+    """What a ledger says.
+
+    `jobs` has the stamps of the sources a job was made from, by its number; `shards` the digests
+    of complete shards, by name.
+    """
+
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    jobs: dict[int, Mapping[str, Stamp]] = field(default_factory=dict)
+    shards: dict[str, str] = field(default_factory=dict)
+
+
+def read_ledger(out: Path) -> Recorded | None:
+    """What the ledger in `out` says; None without one, nothing at all where it has no first line.
+
+    Lines that make no sense are passed over: what they said does not count, and is made again.
+    """
+    try:
+        text = (out / LEDGER).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    recorded = Recorded()
+    sources: dict[str, Stamp] = {}
+    for line in text.splitlines(keepends=True):
+        entry = _parse(line)
+        match entry:
+            case {"schema": str(schema), "fingerprint": dict(fingerprint), "files": list(files)}:
+                recorded = Recorded(fingerprint if schema == _SCHEMA else {}, tuple(files))
+            case {"sources": dict(table)}:
+                sources = {path: _stamp(value) for path, value in table.items()}
+            case {"jobs": list(spans)}:
+                for number in chain.from_iterable(map(_span, spans)):
+                    recorded.jobs[number] = sources
+                if "shard" in entry:
+                    recorded.shards[str(entry["shard"])] = str(entry.get("sha256"))
+    return recorded
+
+
+class Ledger:
+    """The claim on OUT during a run. Its methods may be called from any thread."""
+
+    def __init__(self, out: Path) -> None:
+        """Lock OUT, which is made where it is not there.
+
+        Raises OutputError where another process is at work in it.
+        """
+        self._out = out
+        self._path = out / LEDGER
+        self._lock = Lock()
+        with out_of_space(self._path, 0):
+            out.mkdir(parents=True, exist_ok=True)
+            self._file = self._open()
+
+    def _open(self) -> int:
+        while True:
+            file = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(file)
+                raise OutputError(
+                    f"Another mquant is writing into {self._out}.",
+                    "Wait for it, or give another -o.",
+                ) from None
+            if self._is_at(file):
+                return file
+            os.close(file)  # another run was complete just then, and deleted it
+
+    def begin(self, fingerprint: dict[str, Any], files: Iterable[str], *, afresh: bool) -> None:
+        """Write down what this run will make, before it makes anything.
+
+        `afresh` forgets what an earlier run made; otherwise this one goes on with it.
+        """
+        if afresh:
+            with out_of_space(self._path, 0):
+                os.ftruncate(self._file, 0)
+            head = {"schema": _SCHEMA, "fingerprint": fingerprint, "files": sorted(files)}
+            self._append(head)
+        elif not self._ends_a_line():
+            self._append(None)
+        with out_of_space(self._path, 0):
+            fsync_folder(self._out)
+
+    def read_from(self, sources: Mapping[str, Stamp]) -> None:
+        """Write down the state of the source's files that the jobs from now on are made from."""
+        self._append({"sources": dict(sources)})
+
+    def count(self, jobs: Iterable[int]) -> None:
+        """These jobs' bytes are on disk."""
+        spans: list[list[int]] = []
+        for number in sorted(jobs):
+            if spans and number == spans[-1][1] + 1:
+                spans[-1][1] = number
+            else:
+                spans.append([number, number])
+        if spans:
+            self._append({"jobs": spans})
+
+    def complete_shard(self, name: str, sha256: str, jobs: range) -> None:
+        """A shard, which is all of these jobs, is on disk under its final name."""
+        self._append({"shard": name, "sha256": sha256, "jobs": [[jobs.start, jobs.stop - 1]]})
+
+    def complete(self) -> None:
+        """The run is whole: the ledger goes."""
+        with out_of_space(self._path, 0):
+            self._path.unlink()
+            fsync_folder(self._out)
+
+    def release(self) -> None:
+        """Let go of OUT. The ledger stays, so that the next run knows the folder is ours.
+
+        Unless it is empty: then nothing was claimed.
+        """
+        if self._is_at(self._file) and not os.fstat(self._file).st_size:
+            self._path.unlink()
+        os.close(self._file)
+
+    def _append(self, entry: dict[str, Any] | None) -> None:
+        line = b"\n" if entry is None else json.dumps(entry).encode() + b"\n"
+        with self._lock, out_of_space(self._path, len(line)):
+            if not self._is_at(self._file):
+                raise OutputError(
+                    f"{self._out} was deleted or replaced during the run.",
+                    "Run the same command again; what was made there is lost.",
+                )
+            while line:
+                line = line[os.write(self._file, line) :]
+            os.fsync(self._file)
+
+    def _ends_a_line(self) -> bool:
+        size = os.fstat(self._file).st_size
+        return os.pread(self._file, 1, size - 1) == b"\n" if size else True
+
+    def _is_at(self, file: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+
+def _stamp(value: object) -> Stamp:
+    match value:
+        case [int(size), int(time)]:
+            return size, time
+    return -1, -1  # no file's
+
+
+def _span(value: object) -> range:
+    match value:
+        case [int(first), int(last)] if 0 <= first <= last < _MOST_JOBS:
+            return range(first, last + 1)
+    return range(0)
+
+
+def _parse(line: str) -> Any:
+    if not line.endswith("\n"):
+        return None
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+__all__ = ["LEDGER", "Ledger", "Recorded", "read_ledger"]
