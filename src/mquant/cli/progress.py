@@ -55,7 +55,11 @@ def _bars(out: Output) -> Iterator[Emit]:
         def emit(event: Event) -> None:
             if isinstance(event, Progress):
                 if event.stage not in tasks:
-                    tasks[event.stage] = bars.add_task(clean(event.stage), total=event.total)
+                    tasks[event.stage] = bars.add_task(
+                        clean(event.stage),
+                        total=event.total,
+                        completed=event.done,  # what an earlier run did says nothing of the rate
+                    )
                 bars.update(tasks[event.stage], completed=event.done, total=event.total)
             else:
                 # While bars are live, rich lifts what goes through stderr above them.

@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 EngineChoice = Annotated[
     Engine, typer.Option(help="What does the arithmetic. `auto` takes the best one there is.")
 ]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Fused sets the streaming engine has under way. Default: cores + 1.",
+        show_default=False,
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the plan, as `mquant plan`.")]
 Restart = Annotated[
     bool,
@@ -44,6 +53,7 @@ def quantize(
     engine: EngineChoice = Engine.AUTO,
     dry_run: DryRun = False,
     max_shard_size: MaxShardSize = None,
+    workers: Workers = None,
     restart: Restart = False,
     allow_unsafe: AllowUnsafe = False,
     revision: Revision = None,
@@ -52,7 +62,8 @@ def quantize(
     """Quantize a checkpoint into a folder that loads.
 
     What would give a broken checkpoint is refused before any weight is read. Running the same
-    command again is safe: a finished folder is left alone, an unfinished one is done over.
+    command again is safe: a finished folder is left alone, an unfinished one is
+    gone on with.
 
     Example: mquant quantize ./MiniMax-M2.7-REAP --recipe nvfp4 -o ./MiniMax-M2.7-REAP-NVFP4
     """
@@ -73,7 +84,9 @@ def quantize(
 
         where = out_folder or default_out(plan.survey.checkpoint.source, plan.recipe.suffix)
         with progress(out) as emit:
-            result = carry_out(plan, where, engine=engine, restart=restart, emit=emit)
+            result = carry_out(
+                plan, where, engine=engine, workers=workers, restart=restart, emit=emit
+            )
         _tell(out, result)
 
 

@@ -12,14 +12,12 @@ from mquant.family import Role
 from mquant.findings import Finding, size
 from mquant.output import examine
 from mquant.plan import Action, Plan
-from mquant.workflows.quantize import free_disk
+from mquant.workflows.quantize import default_workers, free_disk
 
-# Python, torch, transformers and llmcompressor, imported: 0.47 GB; and the model's modules on meta,
-# which for 62 layers of 154 experts came to 0.46 GB.
-_BASE_MEMORY: Final = 1_000_000_000
-# A fused set's weights, read and copied once, their results, and blocks of rows in float32:
-# 0.18 GB where the set has 0.05 GB.
-_MEMORY_FACTOR: Final = 4
+# Python, numpy, numba and the plan of 62 layers of 154 experts, imported and made: 0.27 GB.
+_BASE_MEMORY: Final = 350_000_000
+# A worker holds a fused set, its blocks' largest magnitudes (an eighth of that), and small buffers.
+_PER_WORKER: Final = 1.2
 # Files that hold a control group's limit, in version 2 and in version 1.
 _LIMITS: Final = ("memory.max", "memory.limit_in_bytes")
 
@@ -40,14 +38,13 @@ def measure(plan: Plan, out: Path) -> Resources:
 
 
 def memory_needed(plan: Plan) -> int:
-    """Bytes of memory a run takes at its largest fused set, whatever the size of the model.
+    """Bytes of memory the streaming engine takes, whatever the size of the model.
 
     Tensors that are copied pass through a small buffer.
     """
-    jobs = (job for shard in plan.shards for job in shard.jobs)
-    quantized = (job for job in jobs if any(action.scheme for action in job.actions))
-    widest = max((sum(a.source.nbytes for a in job.actions) for job in quantized), default=0)
-    return widest * _MEMORY_FACTOR + _BASE_MEMORY
+    jobs = (job for shard in plan.shards for job in shard.jobs if job.scheme)
+    widest = max((job.source_bytes for job in jobs), default=0)
+    return _BASE_MEMORY + int(default_workers() * widest * _PER_WORKER)
 
 
 def memory_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -1,0 +1,187 @@
+"""The stream engine: no model, no torch; arithmetic on blocks of 16 at the speed of the disk.
+
+Workers take one fused set after another, in the order of the output: read it into a buffer of
+their own, taking the largest magnitudes on the way, quantize it from there a piece at a time, and
+hand each piece to the output. So while one reads another computes or writes, every byte of the
+source is read once, and memory holds a fused set per worker, however large the model is.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import closing, suppress
+from threading import Event, Lock
+from typing import Final, Protocol
+
+import numpy as np
+
+from mquant.checkpoint import Folder, Reader
+from mquant.errors import OutputError, SourceError
+from mquant.numerics.formats import FLOATS, Array, Bytes
+from mquant.numerics.kernels import block_maxima, quantize_into
+from mquant.numerics.nvfp4 import GROUP, global_scale_of
+from mquant.numerics.thresholds import Magnitudes, thresholds
+from mquant.plan import Action, Job
+
+PIECE: Final = 2 << 20
+"""Bytes handled at once: few enough for a cache, enough to make calls cost nothing."""
+_AHEAD: Final = 64 << 20
+"""Bytes of a job that the system is asked to fetch ahead of time; it reads on by itself."""
+_COMMIT_SECONDS: Final = 0.3
+
+
+class Output(Protocol):
+    """Where tensors go: `mquant.output.ShardSet`."""
+
+    @property
+    def pending(self) -> list[Job]:
+        """The jobs to do."""
+
+    def write(self, name: str, data: memoryview) -> None:
+        """Take the next bytes of a tensor."""
+
+    def commit(self) -> None:
+        """Make what was written count."""
+
+
+def run(source: Folder, output: Output, workers: int) -> None:
+    """Do all pending jobs of `output`.
+
+    Raises SourceError for a source that cannot be read, changes, or holds NaN or infinity where
+    it is quantized. However it ends, jobs that were complete by then count.
+    """
+    jobs = output.pending
+    stop = Event()
+    with closing(Reader(source)) as reader, ThreadPoolExecutor(workers) as pool:
+        queue = _Queue(jobs, reader, ahead=workers)
+
+        def work() -> None:
+            worker = Worker(reader, output.write, jobs)
+            for job in queue:
+                if stop.is_set():
+                    return
+                worker.do(job)
+
+        busy = {pool.submit(work) for _ in range(min(workers, len(jobs)))}
+        try:
+            while busy:
+                done, busy = wait(busy, _COMMIT_SECONDS, return_when=FIRST_EXCEPTION)
+                output.commit()
+                for each in done:
+                    each.result()
+        except BaseException:
+            stop.set()
+            wait(busy)
+            with suppress(OutputError):  # what stopped the run says more
+                output.commit()
+            raise
+
+
+class _Queue(Iterator[Job]):
+    """Jobs for threads to take. When one is taken, a later one's bytes are asked for."""
+
+    def __init__(self, jobs: list[Job], reader: Reader, ahead: int) -> None:
+        self._jobs, self._reader, self._ahead = jobs, reader, ahead
+        self._next = 0
+        self._lock = Lock()
+
+    def __next__(self) -> Job:
+        with self._lock:
+            taken = self._next
+            self._next += 1
+        for later in self._jobs[taken + self._ahead : taken + self._ahead + 1]:
+            for source in (action.source for action in later.actions):
+                end = min(source.end, source.start + _AHEAD)
+                self._reader.prefetch(source.shard, source.start, end)
+        if taken >= len(self._jobs):
+            raise StopIteration
+        return self._jobs[taken]
+
+
+class Worker:
+    """Does jobs, one at a time, in buffers that it keeps."""
+
+    def __init__(
+        self, reader: Reader, write: Callable[[str, memoryview], None], jobs: list[Job]
+    ) -> None:
+        """Make buffers that hold the largest fused set among `jobs`."""
+        self._reader = reader
+        self._write = write
+        sets = [job for job in jobs if job.scheme]
+        self._weights = np.empty(max([PIECE, *(job.source_bytes for job in sets)]), np.uint8)
+        self._maxima = np.empty(max([0, *map(_blocks, sets)]), np.uint32)
+        self._packed = np.empty(PIECE // 4, np.uint8)  # of a 16-bit source; F32 fills half
+        self._scales = np.empty(PIECE // 2 // GROUP, np.uint8)
+
+    def do(self, job: Job) -> None:
+        """Quantize or copy the tensors of a job."""
+        if job.scheme is None:
+            for action in job.actions:
+                self._copy(action)
+        else:
+            self._quantize(job)
+        for path in {action.source.shard for action in job.actions}:
+            self._reader.check(path)
+
+    def _copy(self, action: Action) -> None:
+        source = action.source
+        for start in range(source.start, source.end, PIECE) or [source.start]:
+            part = self._weights[: min(PIECE, source.end - start)].data
+            self._reader.read_into(source.shard, start, part)
+            self._write(source.name, part)
+
+    def _quantize(self, job: Job) -> None:
+        sizes = [(0, 0)]
+        for action in job.actions:
+            nbytes, blocks = sizes[-1]
+            source = action.source
+            sizes.append((nbytes + source.nbytes, blocks + source.elements // GROUP))
+        members = [
+            (action, self._weights[begin:end], self._maxima[first:last])
+            for action, (begin, first), (end, last) in zip(
+                job.actions, sizes, sizes[1:], strict=False
+            )
+        ]
+        scale = global_scale_of([self._read(*member) for member in members])
+        for member in members:
+            self._pack(*member, scale)
+
+    def _read(self, action: Action, weight: Bytes, maxima: Magnitudes) -> Array:
+        """Read a weight; returns its absolute maximum, a scalar in its own dtype."""
+        source, form = action.source, FLOATS[action.source.dtype]
+        blocks = PIECE // form.word.itemsize // GROUP
+        largest = bad = 0
+        for i, start in enumerate(range(0, len(weight), PIECE)):
+            part = weight[start : start + PIECE]
+            self._reader.read_into(source.shard, source.start + start, part.data)
+            magnitude, odd = block_maxima(
+                part.view(form.word), form, maxima[i * blocks : (i + 1) * blocks]
+            )
+            largest, bad = max(largest, magnitude), bad + odd
+        if bad:
+            values = "value that is" if bad == 1 else "values that are"
+            raise SourceError(
+                f"{source.name} holds {bad:,} {values} NaN or infinite: it cannot be quantized.",
+                "Get the checkpoint again; or keep the module with the recipe's ignore list.",
+            )
+        return form.values(np.array(largest, form.word))
+
+    def _pack(self, action: Action, weight: Bytes, maxima: Magnitudes, scale: np.float32) -> None:
+        packed_name, scale_name, global_name = (output.name for output in action.outputs)
+        steps = thresholds(action.source.dtype, float(scale))
+        words = weight.view(steps.form.word)
+        blocks = PIECE // steps.form.word.itemsize // GROUP
+        for first in range(0, len(maxima), blocks):
+            some = maxima[first : first + blocks]
+            packed, scales = self._packed[: len(some) * GROUP // 2], self._scales[: len(some)]
+            piece = words[first * GROUP : (first + blocks) * GROUP]
+            quantize_into(piece, some, steps, packed, scales)
+            self._write(packed_name, packed.data)
+            self._write(scale_name, scales.data)
+        self._write(global_name, np.array([scale], "<f4").data.cast("B"))
+
+
+def _blocks(job: Job) -> int:
+    return sum(action.source.elements for action in job.actions) // GROUP
+
+
+__all__ = ["PIECE", "run"]
