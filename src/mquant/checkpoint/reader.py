@@ -1,6 +1,7 @@
 """Reading a folder's files into one's own buffers, in parallel, and noticing when they change."""
 
 import os
+from contextlib import suppress
 from pathlib import PurePosixPath
 from threading import Lock
 from typing import Final
@@ -46,10 +47,11 @@ class Reader:
             done += got
 
     def prefetch(self, path: str, start: int, end: int) -> None:
-        """Have the system fetch bytes [start, end) from the disk meanwhile."""
-        file = self._open(path)
-        for at in range(start, end, _PREFETCH_BYTES):
-            os.posix_fadvise(file, at, min(_PREFETCH_BYTES, end - at), os.POSIX_FADV_WILLNEED)
+        """Have the system fetch bytes [start, end) from the disk meanwhile. A hint: never fails."""
+        with suppress(OSError, SourceError):
+            file = self._open(path)
+            for at in range(start, end, _PREFETCH_BYTES):
+                os.posix_fadvise(file, at, min(_PREFETCH_BYTES, end - at), os.POSIX_FADV_WILLNEED)
 
     def check(self, path: str) -> None:
         """Raise SourceError where a file was written to since its folder was looked at."""

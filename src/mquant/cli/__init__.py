@@ -1,5 +1,6 @@
 """The command line: the only place that prints, draws and exits."""
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -8,6 +9,8 @@ from types import FrameType
 def main() -> None:
     """Run mquant, and leave with its exit code."""
     signal.signal(signal.SIGTERM, _stop)
+    # numpy's linear algebra, which nothing here uses, keeps a thread spinning on every core.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for stream in (sys.stdout, sys.stderr):
         # Under an ASCII locale a mark becomes an escape instead of a failure.
         if hasattr(stream, "reconfigure"):

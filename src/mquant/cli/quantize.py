@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from mquant.workflows.quantize import Result
 
 EngineChoice = Annotated[
-    Engine, typer.Option(help="What does the arithmetic. `auto` takes the best one there is.")
+    Engine,
+    typer.Option(help="What does the arithmetic; `auto`: stream, as no recipe needs data yet."),
 ]
 Workers = Annotated[
     int | None,

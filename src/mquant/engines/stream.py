@@ -17,7 +17,7 @@ import numpy as np
 from mquant.checkpoint import Folder, Reader
 from mquant.errors import OutputError, SourceError
 from mquant.numerics.formats import FLOATS, Array, Bytes
-from mquant.numerics.kernels import block_maxima, quantize_into
+from mquant.numerics.kernels import block_maxima, prepare, quantize_into
 from mquant.numerics.nvfp4 import GROUP, global_scale_of
 from mquant.numerics.thresholds import Magnitudes, thresholds
 from mquant.plan import Action, Job
@@ -50,6 +50,8 @@ def run(source: Folder, output: Output, workers: int) -> None:
     it is quantized. However it ends, jobs that were complete by then count.
     """
     jobs = output.pending
+    for dtype in sorted({a.source.dtype for job in jobs if job.scheme for a in job.actions}):
+        prepare(FLOATS[dtype])
     stop = Event()
     with closing(Reader(source)) as reader, ThreadPoolExecutor(workers) as pool:
         queue = _Queue(jobs, reader, ahead=workers)

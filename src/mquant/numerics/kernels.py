@@ -15,13 +15,31 @@ from typing import Any, Final, TypeVar, cast
 import numba
 import numpy as np
 
+from mquant.errors import EngineError
 from mquant.numerics.formats import Array, Bytes, FloatFormat, Words
 from mquant.numerics.nvfp4 import GROUP, SCALE_OF_ZERO
 from mquant.numerics.prefetch import prefetch
-from mquant.numerics.thresholds import Magnitudes, Thresholds
+from mquant.numerics.thresholds import Magnitudes, Thresholds, thresholds
 
 _AT_ONCE: Final = 512  # blocks: 32 KiB of scratch
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def prepare(form: FloatFormat) -> None:
+    """Compile the kernels for a format, or take them from numba's cache.
+
+    Raises EngineError where they can be compiled but not kept.
+    """
+    words, maxima = np.zeros(GROUP, form.word), np.zeros(1, np.uint32)
+    packed, scales = np.empty(GROUP // 2, np.uint8), np.empty(1, np.uint8)
+    try:
+        block_maxima(words, form, maxima)
+        quantize_into(words, maxima, thresholds(form.name, 1.0), packed, scales)
+    except OSError as error:
+        raise EngineError(
+            f"numba cannot keep compiled code in its cache folder: {error.strerror}.",
+            "Free space there, or set NUMBA_CACHE_DIR to another folder.",
+        ) from error
 
 
 def block_maxima(words: Words, form: FloatFormat, maxima: Magnitudes) -> tuple[int, int]:
@@ -184,4 +202,4 @@ def _pack(pairs: Array, packed: Array) -> None:
         packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint32(12)))
 
 
-__all__ = ["block_maxima", "quantize_into"]
+__all__ = ["block_maxima", "prepare", "quantize_into"]

@@ -1,5 +1,6 @@
 """Writing: atomic shards at planned sizes, the claim on OUT, and the order of finishing."""
 
+from mquant.output.disk import PARTIAL
 from mquant.output.finish import file_names, finish
 from mquant.output.folder import RECORD, Claim, State, discard, examine
 from mquant.output.ledger import LEDGER, Ledger, Recorded
@@ -7,6 +8,7 @@ from mquant.output.shards import ShardSet
 
 __all__ = [
     "LEDGER",
+    "PARTIAL",
     "RECORD",
     "Claim",
     "Ledger",

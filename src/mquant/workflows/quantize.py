@@ -15,6 +15,7 @@ from mquant.errors import EngineError, MissingExtra, OutputError, Refused
 from mquant.events import Emit, Note, Progress, silent
 from mquant.findings import size
 from mquant.output import (
+    PARTIAL,
     Claim,
     Ledger,
     ShardSet,
@@ -126,7 +127,8 @@ def _versions(engine: Engine) -> dict[str, str]:
 
 
 def _check_disk(out: Path, claim: Claim, plan: Plan) -> None:
-    held = sum((out / f).stat().st_size for f in claim.files if (out / f).is_file())
+    ours = (out / (name + end) for name in claim.files for end in ("", PARTIAL))
+    held = sum(path.stat().st_blocks * 512 for path in ours if path.is_file())
     free = free_disk(out) + held
     if free < plan.file_bytes:
         raise OutputError(
@@ -206,6 +208,9 @@ class Run:
         try:
             self._run_engines(output)
             output.finish()
+        except BaseException:
+            self._tell(output, "are done; the same command goes on from there")
+            raise
         finally:
             output.abandon()
         self._look_again()
@@ -214,16 +219,19 @@ class Run:
     def _run_engines(self, output: ShardSet) -> None:
         from mquant.engines import stream  # numba
 
-        if output.done_bytes:
-            done, total = output.done_bytes, self.plan.source_bytes
-            self.emit(Note("info", f"Going on: {size(done)} of {size(total)} are done."))
-            self.emit(Progress("quantize", done, total))
+        self._tell(output, "were done before")
+        self.emit(Progress("quantize", output.done_bytes, self.plan.source_bytes))
         if self.engine is Engine.ONESHOT:
             from mquant.engines import oneshot  # torch and transformers: seconds, and optional
 
             oneshot.run(self.plan, output.write, self.emit)
         # After oneshot, what is left are the tensors that are copied.
         stream.run(self.source, output, self.workers or default_workers())
+
+    def _tell(self, output: ShardSet, what: str) -> None:
+        if self.engine is Engine.STREAM and output.done_bytes:
+            done, total = size(output.done_bytes), size(self.plan.source_bytes)
+            self.emit(Note("info", f"{done} of {total} {what}."))
 
     def _look_again(self) -> None:
         """Read the shards' headers back: tensors, dtypes and shapes as planned, and no other."""
