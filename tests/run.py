@@ -7,7 +7,7 @@ from mquant.events import Emit, silent
 from mquant.family import load_families
 from mquant.plan import Plan, make_plan
 from mquant.recipe import find_recipe
-from mquant.workflows.quantize import quantize
+from mquant.workflows.quantize import Engine, quantize
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TRAINED = FIXTURES / "tiny-minimax-m2"
@@ -21,7 +21,13 @@ def plan_of(src: Path, recipe: str = "nvfp4", max_shard_bytes: int = 5_000_000_0
     )
 
 
-def quantize_nvfp4(src: Path, out: Path, emit: Emit = silent, shard_bytes: int = 10**9) -> Path:
+def quantize_nvfp4(
+    src: Path,
+    out: Path,
+    emit: Emit = silent,
+    shard_bytes: int = 10**9,
+    engine: Engine = Engine.AUTO,
+) -> Path:
     """Quantize a folder with the recipe nvfp4, in this process."""
-    quantize(plan_of(src, max_shard_bytes=shard_bytes), out, emit=emit)
+    quantize(plan_of(src, max_shard_bytes=shard_bytes), out, engine=engine, emit=emit)
     return out

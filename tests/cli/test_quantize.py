@@ -182,7 +182,7 @@ def test_without_the_extra_one_sentence_names_it(
         raise PackageNotFoundError(package)
 
     monkeypatch.setattr("mquant.workflows.quantize.version", absent)
-    result = quantize("model", "--recipe", "nvfp4", "-o", "out")
+    result = quantize("model", "--recipe", "nvfp4", "-o", "out", "--engine", "oneshot")
     assert result.exit_code == 1
     assert result.stderr == (
         "Error: The oneshot engine needs packages that are not installed.\n"

@@ -18,6 +18,7 @@ from judges import (
     read_json,
 )
 from make import Row, make_checkpoint
+from mquant.workflows.quantize import Engine
 from run import TRAINED, quantize_nvfp4
 
 pytestmark = pytest.mark.upstream
@@ -28,7 +29,7 @@ GATES = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(3)]
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained checkpoint, whose shards cut fused sets, quantized by mquant."""
-    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("ours") / "out")
+    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("ours") / "out", engine=Engine.ONESHOT)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_real_shapes_equal_model_free_ptq(tmp_path: Path) -> None:
         shards=1,
     )
     theirs = model_free_ptq(src, tmp_path / "theirs")
-    ours = quantize_nvfp4(src, tmp_path / "ours")
+    ours = quantize_nvfp4(src, tmp_path / "ours", engine=Engine.ONESHOT)
     assert len(quantized_names(ours)) == 3 * 7
     assert differences(ours, theirs, quantized_names(theirs)) == []
 
@@ -86,7 +87,7 @@ def _adversarial(rows: list[Row]) -> list[Row]:
 def test_hard_values_equal_model_free_ptq(tmp_path: Path) -> None:
     src = make_checkpoint(tmp_path / "src", experts=4, shards=1, edit=_adversarial)
     theirs = model_free_ptq(src, tmp_path / "theirs")
-    ours = quantize_nvfp4(src, tmp_path / "ours")
+    ours = quantize_nvfp4(src, tmp_path / "ours", engine=Engine.ONESHOT)
     assert differences(ours, theirs, quantized_names(theirs)) == []
 
 
@@ -94,7 +95,7 @@ def test_hard_values_equal_model_free_ptq(tmp_path: Path) -> None:
 def test_other_source_dtypes_equal_model_free_ptq(tmp_path: Path, dtype: str) -> None:
     src = make_checkpoint(tmp_path / "src", dtype=dtype, shards=1)
     theirs = model_free_ptq(src, tmp_path / "theirs")
-    ours = quantize_nvfp4(src, tmp_path / "ours")
+    ours = quantize_nvfp4(src, tmp_path / "ours", engine=Engine.ONESHOT)
     assert differences(ours, theirs, quantized_names(theirs)) == []
 
 

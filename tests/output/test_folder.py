@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mquant.errors import OutputError
-from mquant.output import LEDGER, RECORD, Claim, Ledger, State, examine
+from mquant.output import LEDGER, RECORD, Ledger, State, discard, examine
 
 RUN = {"source": "aa", "plan": "bb"}
 
@@ -21,8 +21,8 @@ def finished(out: Path, fingerprint: dict[str, str]) -> None:
 
 
 def unfinished(out: Path, fingerprint: dict[str, str]) -> None:
-    ledger = Ledger(out, Claim(State.FREE, ()), fingerprint)
-    ledger.record(["a.safetensors", "sub/b.json", "config.json"])
+    ledger = Ledger(out)
+    ledger.begin(fingerprint, ["a.safetensors", "sub/b.json", "config.json"], afresh=True)
     (out / "a.safetensors.partial").write_bytes(b"half")
     (out / "sub").mkdir()
     (out / "sub/b.json").write_text("{}")
@@ -98,42 +98,36 @@ def test_restart_deletes_what_was_recorded_and_nothing_else(tmp_path: Path) -> N
     out = tmp_path / "out"
     finished(out, {"source": "other"})
     (out / "notes.txt").write_text("mine")
-    claim = examine(out, None, RUN, restart=True)
-    Ledger(out, claim, RUN).release()
-    assert sorted(path.name for path in out.iterdir()) == [LEDGER, "notes.txt"]
+    discard(out, examine(out, None, RUN, restart=True).files)
+    assert sorted(path.name for path in out.iterdir()) == ["notes.txt"]
 
 
-def test_an_unfinished_run_starts_over(tmp_path: Path) -> None:
+def test_an_unfinished_run_can_be_gone_on_with(tmp_path: Path) -> None:
     out = tmp_path / "out"
     unfinished(out, RUN)
     claim = examine(out, None, RUN, restart=False)
     assert claim.state is State.UNFINISHED
-    Ledger(out, claim, RUN).release()
+    assert claim.recorded is not None
+    assert claim.recorded.fingerprint == RUN
+
+
+def test_what_an_unfinished_run_made_can_be_discarded(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    unfinished(out, RUN)
+    discard(out, examine(out, None, RUN, restart=False).files)
     assert [path.name for path in out.iterdir()] == [LEDGER]
+
+
+def test_restart_goes_on_with_nothing(tmp_path: Path) -> None:
+    unfinished(tmp_path / "out", RUN)
+    claim = examine(tmp_path / "out", None, RUN, restart=True)
+    assert (claim.state, claim.recorded) == (State.UNFINISHED, None)
 
 
 def test_an_unfinished_other_run_is_refused(tmp_path: Path) -> None:
     unfinished(tmp_path / "out", {"source": "zz", "plan": "bb"})
     with pytest.raises(OutputError, match="source was zz, is aa"):
         examine(tmp_path / "out", None, RUN, restart=False)
-
-
-def test_a_second_process_is_refused(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, Claim(State.FREE, ()), RUN)
-    ledger.record(["a"])
-    with pytest.raises(OutputError, match="Another mquant is writing into"):
-        Ledger(tmp_path, Claim(State.UNFINISHED, ("a",)), RUN)
-    ledger.release()
-
-
-def test_a_second_process_deletes_nothing(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, Claim(State.FREE, ()), RUN)
-    ledger.record(["a"])
-    (tmp_path / "a").write_text("being written")
-    with pytest.raises(OutputError):
-        Ledger(tmp_path, Claim(State.UNFINISHED, ("a",)), RUN)
-    assert (tmp_path / "a").read_text() == "being written"
-    ledger.release()
 
 
 def test_a_run_stopped_while_it_claimed_out_leaves_it_free(tmp_path: Path) -> None:
@@ -147,15 +141,19 @@ def test_a_record_cannot_ask_for_files_outside_out(tmp_path: Path, name: str) ->
     out.mkdir()
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    (out / LEDGER).write_text(json.dumps({"fingerprint": RUN, "files": [name, "ok"]}))
+    head = {"schema": "mquant.run/2", "fingerprint": RUN, "files": [name, "ok"]}
+    (out / LEDGER).write_text(json.dumps(head) + "\n")
     claim = examine(out, None, RUN, restart=True)
     assert claim.files == ("ok", RECORD)
-    Ledger(out, claim, RUN).release()
+    discard(out, claim.files)
     assert victim.read_text() == "precious"
 
 
-def test_a_complete_run_leaves_no_ledger(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, Claim(State.FREE, ()), RUN)
-    ledger.record(["a"])
-    ledger.complete()
-    assert list(tmp_path.iterdir()) == []
+def test_a_claim_that_was_just_made_does_not_hide_a_finished_run(tmp_path: Path) -> None:
+    # Another process may lock OUT, with an empty ledger, in the moment in which a run completes.
+    out = tmp_path / "out"
+    finished(out, RUN)
+    ledger = Ledger(out)
+    assert examine(out, None, RUN, restart=False).state is State.DONE
+    ledger.release()
+    assert not (out / LEDGER).exists()

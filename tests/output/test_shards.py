@@ -1,28 +1,38 @@
 """Shards: written at planned places, whole under their final name or not there."""
 
 import errno
+import hashlib
 import json
 import os
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 
-from make import make_checkpoint
-from mquant.checkpoint import Folder, open_checkpoint
+from judges import data, opened
+from make import Row, make_checkpoint
+from make import make_row as row
+from mquant.checkpoint import Folder, Stamp
 from mquant.errors import EngineError, OutputError
 from mquant.events import Event, Progress
-from mquant.family import load_families
-from mquant.output import ShardSet
-from mquant.plan import Output, Plan, make_plan
-from mquant.recipe import find_recipe
+from mquant.output import PARTIAL, Ledger, ShardSet
+from mquant.output.ledger import read_ledger
+from mquant.plan import Job, Output, Plan
+from run import plan_of
+
+RUN = {"plan": "aa"}
 
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
-    checkpoint = open_checkpoint(Folder(make_checkpoint(tmp_path / "src", shards=3)))
-    return make_plan(checkpoint, find_recipe("nvfp4"), load_families(), max_shard_bytes=20_000)
+    return plan_of(make_checkpoint(tmp_path / "src", shards=3), max_shard_bytes=20_000)
 
 
 @pytest.fixture
@@ -32,113 +42,301 @@ def out(tmp_path: Path) -> Path:
     return folder
 
 
-def quantized(plan: Plan) -> list[Output]:
-    return [output for action in plan.actions if action.scheme for output in action.outputs]
+@pytest.fixture
+def ledger(out: Path) -> Iterator[Ledger]:
+    ledger = Ledger(out)
+    ledger.begin(RUN, [], afresh=True)
+    yield ledger
+    ledger.release()
+
+
+def stamps(plan: Plan) -> dict[str, Stamp]:
+    source = plan.survey.checkpoint.source
+    assert isinstance(source, Folder)
+    return {name: source.stamps[name] for name in plan.survey.checkpoint.shards}
+
+
+def outputs(plan: Plan) -> list[Output]:
+    return [output for action in plan.actions for output in action.outputs]
 
 
 def fill(output: Output) -> bytes:
     return bytes(np.random.default_rng(len(output.name)).integers(0, 256, output.nbytes, np.uint8))
 
 
-def test_every_planned_tensor_lands_in_its_shard(plan: Plan, out: Path) -> None:
-    shards = ShardSet(out, plan)
-    for output in reversed(quantized(plan)):  # in any order
+def do(shards: ShardSet, job: Job) -> None:
+    for output in job.outputs:
+        shards.write(output.name, fill(output))
+
+
+def assert_whole(out: Path, plan: Plan, digests: dict[str, str]) -> None:
+    names = [shard.name for shard in plan.shards]
+    assert sorted(path.name for path in out.glob("*.safetensors*")) == names
+    assert digests == {
+        name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in names
+    }
+    (out / "config.json").write_text(json.dumps(plan.survey.checkpoint.config))
+    written = opened(out)
+    assert written.tensors.keys() == {output.name for output in outputs(plan)}
+    assert all(data(written, output.name) == fill(output) for output in outputs(plan))
+
+
+def test_every_planned_tensor_lands_in_its_shard(plan: Plan, out: Path, ledger: Ledger) -> None:
+    shards = ShardSet(out, plan, ledger)
+    for output in reversed(outputs(plan)):  # in any order
         shards.write(output.name, fill(output))
     shards.finish()
-    assert sorted(path.name for path in out.iterdir()) == [shard.name for shard in plan.shards]
+    assert_whole(out, plan, shards.digests)
     for shard in plan.shards:
         assert (out / shard.name).stat().st_size == shard.file_bytes
         with safe_open(out / shard.name, framework="np") as file:
-            names = {o.name for job in shard.jobs for o in job.outputs}
-            assert set(file.keys()) == names
-    packed = {o.name: fill(o) for o in quantized(plan)}
-    written = open_checkpoint(_with_config(out, plan))
-    for tensor in written.tensors.values():
-        if tensor.name in packed:
-            data = written.source.read(tensor.shard, tensor.start, tensor.end)
-            assert data == packed[tensor.name]
+            assert set(file.keys()) == {o.name for job in shard.jobs for o in job.outputs}
 
 
-def _with_config(out: Path, plan: Plan) -> Folder:
-    (out / "config.json").write_text(json.dumps(plan.survey.checkpoint.config))
-    return Folder(out)
-
-
-def test_copied_tensors_are_the_parents_bytes(plan: Plan, out: Path, tmp_path: Path) -> None:
-    shards = ShardSet(out, plan)
-    for output in quantized(plan):
-        shards.write(output.name, fill(output))
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 10**6))
+def test_pieces_of_any_size_make_the_same_file(
+    tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("pieces")
+    plan = plan_of(make_checkpoint(folder / "src", layers=1), max_shard_bytes=20_000)
+    ledger, dice = Ledger(folder / "out"), random.Random(seed)  # noqa: S311 -- not a secret
+    shards = ShardSet(folder / "out", plan, ledger)
+    for output in outputs(plan):
+        content, done = fill(output), 0
+        while done < len(content):
+            end = min(len(content), done + dice.randrange(1, 3000))
+            shards.write(output.name, content[done:end])
+            done = end
     shards.finish()
-    parent = open_checkpoint(Folder(tmp_path / "src"))
-    written = open_checkpoint(_with_config(out, plan))
-    copied = [a.source.name for a in plan.actions if a.scheme is None]
-    assert "model.layers.0.block_sparse_moe.gate.weight" in copied
-    for name in copied:
-        theirs, ours = parent.tensors[name], written.tensors[name]
-        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
-        assert written.source.read(ours.shard, ours.start, ours.end) == parent.source.read(
-            theirs.shard, theirs.start, theirs.end
-        )
+    ledger.release()
+    assert_whole(folder / "out", plan, shards.digests)
 
 
-def test_a_shard_is_a_partial_until_its_last_tensor(plan: Plan, out: Path) -> None:
-    shards = ShardSet(out, plan)
-    first = quantized(plan)[0]
+def test_threads_write_at_once(plan: Plan, out: Path, ledger: Ledger) -> None:
+    shards = ShardSet(out, plan, ledger)
+    jobs = shards.pending
+    random.Random(1).shuffle(jobs)  # noqa: S311 -- not a secret
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda job: do(shards, job), jobs))
+    shards.finish()
+    assert_whole(out, plan, shards.digests)
+
+
+def test_a_shard_is_a_partial_until_its_last_tensor(plan: Plan, out: Path, ledger: Ledger) -> None:
+    shards = ShardSet(out, plan, ledger)
+    first = outputs(plan)[0]
     shards.write(first.name, fill(first))
-    assert [path.suffix for path in out.iterdir()] == [".partial"]
+    assert [path.name for path in out.glob("*.safetensors*")] == [plan.shards[0].name + PARTIAL]
     shards.abandon()
 
 
-def test_a_tensor_of_another_size_than_planned_is_refused(plan: Plan, out: Path) -> None:
-    shards = ShardSet(out, plan)
-    first = quantized(plan)[0]
-    with pytest.raises(EngineError, match=f"{first.nbytes:,} were planned"):
-        shards.write(first.name, fill(first)[:-1])
+def test_a_tensor_larger_than_planned_is_refused(plan: Plan, out: Path, ledger: Ledger) -> None:
+    shards = ShardSet(out, plan, ledger)
+    first = outputs(plan)[0]
+    with pytest.raises(EngineError, match=rf"{first.name} came out larger than {first.nbytes:,}"):
+        shards.write(first.name, fill(first) + b"1")
     shards.abandon()
 
 
-def test_a_tensor_the_plan_does_not_await_is_refused(plan: Plan, out: Path) -> None:
+def test_a_tensor_the_plan_does_not_await_is_refused(plan: Plan, out: Path, ledger: Ledger) -> None:
     with pytest.raises(EngineError, match=r"lm_head\.weight_packed, which is not in the plan"):
-        ShardSet(out, plan).write("lm_head.weight_packed", b"")
+        ShardSet(out, plan, ledger).write("lm_head.weight_packed", b"")
 
 
-def test_a_tensor_written_twice_is_refused(plan: Plan, out: Path) -> None:
-    shards = ShardSet(out, plan)
-    first = quantized(plan)[0]
+def test_a_tensor_written_twice_is_refused(plan: Plan, out: Path, ledger: Ledger) -> None:
+    shards = ShardSet(out, plan, ledger)
+    first = outputs(plan)[0]
     shards.write(first.name, fill(first))
-    with pytest.raises(EngineError, match="does not await"):
+    with pytest.raises(EngineError, match="or twice"):
         shards.write(first.name, fill(first))
     shards.abandon()
 
 
-def test_finishing_without_a_planned_tensor_names_it(plan: Plan, out: Path) -> None:
-    shards = ShardSet(out, plan)
-    first, *rest = quantized(plan)
+@pytest.mark.parametrize("kept", [0, 10])
+def test_finishing_without_a_planned_tensor_names_it(
+    plan: Plan, out: Path, ledger: Ledger, kept: int
+) -> None:
+    shards = ShardSet(out, plan, ledger)
+    first, *rest = outputs(plan)
+    shards.write(first.name, fill(first)[:kept])
     for output in rest:
         shards.write(output.name, fill(output))
-    with pytest.raises(EngineError, match=f"did not make {first.name}"):
+    with pytest.raises(EngineError, match=f"did not make {first.name} as planned"):
         shards.finish()
     shards.abandon()
 
 
 def test_a_full_disk_is_one_sentence(
-    plan: Plan, out: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, out: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    first = quantized(plan)[0]
+    first = outputs(plan)[0]
     with pytest.raises(OutputError) as caught:
-        ShardSet(out, plan).write(first.name, fill(first))
+        ShardSet(out, plan, ledger).write(first.name, fill(first))
     assert caught.value.message.startswith("The disk is full: model-00001-of-")
     assert caught.value.fix == "Free space, then run the same command again."
 
 
-def test_progress_ends_at_the_planned_total(plan: Plan, out: Path) -> None:
+def test_progress_counts_the_sources_bytes(plan: Plan, out: Path, ledger: Ledger) -> None:
     events: list[Event] = []
-    shards = ShardSet(out, plan, events.append)
-    for output in quantized(plan):
+    shards = ShardSet(out, plan, ledger, emit=events.append)
+    for output in outputs(plan):
         shards.write(output.name, fill(output))
+    assert events[-1] == Progress("quantize", plan.source_bytes, plan.source_bytes)
+
+
+# --- going on
+
+
+def half(out: Path, plan: Plan, ledger: Ledger, *, committed: bool = True) -> list[Job]:
+    """Do every other job of a run, and stop; returns those that are left."""
+    ledger.read_from(stamps(plan))
+    shards = ShardSet(out, plan, ledger)
+    jobs = shards.pending
+    for job in jobs[::2]:
+        do(shards, job)
+    if committed:
+        shards.commit()
+    shards.abandon()
+    return jobs[1::2]
+
+
+def test_what_was_committed_is_not_asked_for_again(plan: Plan, out: Path, ledger: Ledger) -> None:
+    left = half(out, plan, ledger)
+    shards = ShardSet(out, plan, ledger, read_ledger(out), stamps(plan))
+    assert shards.pending == left
+    assert shards.done_bytes == plan.source_bytes - sum(job.source_bytes for job in left)
+    for job in left:
+        do(shards, job)
     shards.finish()
-    assert events[-1] == Progress("quantize", plan.output_bytes, plan.output_bytes)
+    assert_whole(out, plan, shards.digests)
+
+
+def test_what_was_not_committed_is_done_again(plan: Plan, out: Path, ledger: Ledger) -> None:
+    half(out, plan, ledger, committed=False)
+    shards = ShardSet(out, plan, ledger, read_ledger(out), stamps(plan))
+    assert len(shards.pending) == len(ShardSet(out, plan, ledger).pending)
+
+
+def test_what_was_made_from_a_file_that_changed_is_done_again(
+    plan: Plan, out: Path, ledger: Ledger
+) -> None:
+    left = half(out, plan, ledger)
+    changed = sorted(stamps(plan))[1]
+    now = {**stamps(plan), changed: (1, 1)}
+    pending = ShardSet(out, plan, ledger, read_ledger(out), now).pending
+    more = [job for job in pending if job not in left]
+    assert more
+    assert all(changed in {a.source.shard for a in job.actions} for job in more)
+
+
+@pytest.mark.parametrize("damage", ["gone", "short"])
+def test_a_partial_that_is_not_what_was_left_is_done_over(
+    plan: Plan, out: Path, ledger: Ledger, damage: str
+) -> None:
+    half(out, plan, ledger)
+    partial = out / (plan.shards[0].name + PARTIAL)
+    if damage == "gone":
+        partial.unlink()
+    else:
+        os.truncate(partial, 1000)
+    shards = ShardSet(out, plan, ledger, read_ledger(out), stamps(plan))
+    assert shards.pending[: len(plan.shards[0].jobs)] == list(plan.shards[0].jobs)
+    for job in shards.pending:
+        do(shards, job)
+    shards.finish()
+    assert_whole(out, plan, shards.digests)
+
+
+def test_a_complete_shard_is_left_alone(plan: Plan, out: Path, ledger: Ledger) -> None:
+    ledger.read_from(stamps(plan))
+    shards = ShardSet(out, plan, ledger)
+    for job in plan.shards[0].jobs:
+        do(shards, job)
+    before = (out / plan.shards[0].name).stat()
+    again = ShardSet(out, plan, ledger, read_ledger(out), stamps(plan))
+    assert again.pending == [job for shard in plan.shards[1:] for job in shard.jobs]
+    for job in again.pending:
+        do(again, job)
+    again.finish()
+    after = (out / plan.shards[0].name).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert_whole(out, plan, again.digests)
+
+
+def test_a_shard_named_before_the_ledger_said_so_is_taken_up(
+    plan: Plan, out: Path, ledger: Ledger
+) -> None:
+    ledger.read_from(stamps(plan))
+    shards = ShardSet(out, plan, ledger)
+    jobs = plan.shards[0].jobs
+    for job in jobs[:-1]:
+        do(shards, job)
+    shards.commit()
+    do(shards, jobs[-1])
+    recorded = read_ledger(out)
+    assert recorded is not None
+    recorded.shards.clear()
+    del recorded.jobs[len(jobs) - 1]
+    again = ShardSet(out, plan, ledger, recorded, stamps(plan))
+    assert again.pending[0] == jobs[-1]
+    for job in again.pending:
+        do(again, job)
+    again.finish()
+    assert_whole(out, plan, again.digests)
+
+
+def test_a_shard_that_lacks_only_its_name_gets_it(plan: Plan, out: Path, ledger: Ledger) -> None:
+    ledger.read_from(stamps(plan))
+    shards = ShardSet(out, plan, ledger)
+    for job in shards.pending:
+        do(shards, job)
+    name = plan.shards[1].name
+    (out / name).rename(out / (name + PARTIAL))
+    again = ShardSet(out, plan, ledger, read_ledger(out), stamps(plan))
+    assert again.pending == []
+    again.finish()
+    assert_whole(out, plan, again.digests)
+
+
+def _odd(rows: list[Row]) -> list[Row]:
+    odd = "model.layers.0.input_layernorm.weight"
+    return [row(odd, "BF16", (65,)) if each[0] == odd else each for each in rows]
+
+
+def test_a_shard_in_another_order_than_its_jobs_is_hashed_all_the_same(tmp_path: Path) -> None:
+    plan = plan_of(make_checkpoint(tmp_path / "src", edit=_odd))
+    ledger = Ledger(tmp_path / "out")
+    shards = ShardSet(tmp_path / "out", plan, ledger)
+    for job in shards.pending:
+        do(shards, job)
+    shards.finish()
+    ledger.release()
+    assert_whole(tmp_path / "out", plan, shards.digests)
+
+
+def test_committing_while_others_write_counts_only_whole_jobs(
+    plan: Plan, out: Path, ledger: Ledger
+) -> None:
+    ledger.read_from(stamps(plan))
+    shards = ShardSet(out, plan, ledger)
+    stop = threading.Event()
+
+    def commit() -> None:
+        while not stop.is_set():
+            shards.commit()
+
+    with ThreadPoolExecutor(3) as pool:
+        committer = pool.submit(commit)
+        list(pool.map(lambda job: do(shards, job), shards.pending))
+        stop.set()
+        committer.result()
+    shards.commit()
+    recorded = read_ledger(out)
+    assert recorded is not None
+    assert recorded.jobs.keys() == set(range(sum(len(shard.jobs) for shard in plan.shards)))
+    assert_whole(out, plan, shards.digests)

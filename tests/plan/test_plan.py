@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from make import NUMPY, make_checkpoint, make_config, write_index, write_shard
+from make import NUMPY, Row, make_checkpoint, make_config, write_index, write_shard
 from make import make_row as row
 from mquant.checkpoint import Checkpoint, Folder, TensorInfo, open_checkpoint, read_header
 from mquant.dtypes import nbytes
@@ -158,23 +159,51 @@ def test_shards_are_numbered_to_their_total(src: Path) -> None:
     ]
 
 
-def test_planned_files_are_to_the_byte_those_safetensors_writes(src: Path, tmp_path: Path) -> None:
+def test_planned_files_are_what_safetensors_reads(src: Path, tmp_path: Path) -> None:
     plan = planned(src, shard_bytes=20_000)
 
     for shard in plan.shards:
         outputs = [output for job in shard.jobs for output in job.outputs]
-        arrays = {o.name: np.zeros(o.shape, NUMPY[o.dtype]) for o in outputs}
-        save_file(arrays, tmp_path / shard.name, metadata={"format": "pt"})
-        file = (tmp_path / shard.name).read_bytes()
         first, places = shard.layout
-        assert len(file) == shard.file_bytes
-        assert file.startswith(first)
-        found = {t.name: t.start for t in _tensors(tmp_path / shard.name)}
-        assert found == places
+        file = tmp_path / shard.name
+        file.write_bytes(first + bytes(shard.file_bytes - len(first)))
+        found = {t.name: (t.start, t.dtype, t.shape) for t in _tensors(file)}
+        assert found == {o.name: (places[o.name], o.dtype, o.shape) for o in outputs}
+        with safe_open(file, framework="np") as theirs:
+            assert set(theirs.keys()) == found.keys()
         assert shard.tensors == len(outputs)
     assert plan.file_bytes == sum(shard.file_bytes for shard in plan.shards)
     assert plan.output_bytes == sum(a.output_bytes for a in plan.actions)
     assert plan.source_bytes == open_checkpoint(Folder(src)).nbytes
+
+
+def test_tensors_lie_in_the_order_of_the_jobs(src: Path) -> None:
+    for shard in planned(src, shard_bytes=20_000).shards:
+        first, places = shard.layout
+        position = len(first)
+        for output in (output for job in shard.jobs for output in job.outputs):
+            assert places[output.name] == position
+            position += output.nbytes
+
+
+def test_where_that_would_misalign_one_they_lie_as_safetensors_has_them(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(Folder(make_checkpoint(tmp_path / "src", edit=_odd_norm)))
+    plan = make_plan(checkpoint, find_recipe("nvfp4"), load_families())
+    (shard,) = plan.shards
+    outputs = [output for job in shard.jobs for output in job.outputs]
+    arrays = {o.name: np.zeros(o.shape, NUMPY[o.dtype]) for o in outputs}
+    save_file(arrays, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+
+    first, places = shard.layout
+
+    assert (tmp_path / "theirs.safetensors").read_bytes().startswith(first)
+    assert all(places[o.name] % NUMPY[o.dtype].itemsize == 0 for o in outputs)
+
+
+def _odd_norm(rows: list[Row]) -> list[Row]:
+    """A norm of an odd length, so that what follows it is at an odd address."""
+    odd = "model.layers.0.input_layernorm.weight"
+    return [row(odd, "BF16", (65,)) if each[0] == odd else each for each in rows]
 
 
 def _tensors(path: Path) -> tuple[TensorInfo, ...]:
