@@ -27,7 +27,9 @@ def quantize_nvfp4(
     emit: Emit = silent,
     shard_bytes: int = 10**9,
     engine: Engine = Engine.AUTO,
+    workers: int | None = None,
 ) -> Path:
     """Quantize a folder with the recipe nvfp4, in this process."""
-    quantize(plan_of(src, max_shard_bytes=shard_bytes), out, engine=engine, emit=emit)
+    plan = plan_of(src, max_shard_bytes=shard_bytes)
+    quantize(plan, out, engine=engine, workers=workers, emit=emit)
     return out

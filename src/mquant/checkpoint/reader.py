@@ -41,7 +41,8 @@ class Reader:
                 ) from error
             if not got:
                 raise SourceError(
-                    f"{path} ends at byte {start + done:,}; {start + len(buffer):,} were expected.",
+                    f"{path} ends at byte {os.fstat(file).st_size:,}; "
+                    f"{start + len(buffer):,} were expected.",
                     "The file changed while it was read: " + _FIX[0].lower() + _FIX[1:],
                 )
             done += got

@@ -1,0 +1,79 @@
+"""Runs that are killed: each in a process of its own, forked where the kernels are compiled."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from mquant.engines import stream
+from mquant.events import Event, Progress
+from mquant.output import ShardSet
+from run import quantize_nvfp4
+
+_SERVER = multiprocessing.get_context("forkserver")
+
+
+def run_and_die(src: Path, out: Path, shard_bytes: int, job: int, *, counted: bool) -> int | None:
+    """Quantize, and kill the process when it has done `job` jobs; returns its exit code.
+
+    With `counted` every job is in the ledger before the next begins; without, none is before its
+    shard is whole. One worker, so that it is the same jobs every time.
+    """
+    return _outcome(_start(_die_after, src, out, shard_bytes, job, counted))
+
+
+def run_and_kill(src: Path, out: Path, shard_bytes: int, seconds: float) -> int | None:
+    """Quantize, and kill the process from outside when it has been at work for `seconds`."""
+    process = _start(quantize_nvfp4, src, out, _nothing, shard_bytes)
+    ledger = out / "mquant-run.jsonl"
+    deadline = time.monotonic() + 30
+    while process.is_alive() and not ledger.exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.join(seconds)
+    process.kill()
+    return _outcome(process)
+
+
+def _start(target: Callable[..., object], *arguments: Any) -> ForkServerProcess:
+    _SERVER.set_forkserver_preload(["numba", "mquant.engines.stream", "mquant.workflows.quantize"])
+    process = _SERVER.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def _outcome(process: ForkServerProcess) -> int | None:
+    process.join(60)
+    code = process.exitcode
+    process.close()
+    return code
+
+
+def _die_after(src: Path, out: Path, shard_bytes: int, job: int, counted: bool) -> None:
+    complete = ShardSet._complete
+    done = 0
+
+    def complete_and_die(self: ShardSet, index: int) -> None:
+        nonlocal done
+        complete(self, index)
+        if counted:
+            self.commit()
+        done += 1
+        if done == job:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ShardSet._complete = complete_and_die  # type: ignore[method-assign]
+    stream._COMMIT_SECONDS = 1000.0  # type: ignore[misc]
+    quantize_nvfp4(src, out, shard_bytes=shard_bytes, workers=1)
+
+
+def _nothing(_event: Event) -> None:
+    """An emit that can be sent to another process."""
+
+
+def first_progress(events: list[Event]) -> int:
+    """Bytes that a run found done."""
+    return next(event.done for event in events if isinstance(event, Progress))
