@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from judges import read_json
-
-pytestmark = pytest.mark.upstream
+from mquant.numerics.formats import FLOATS
+from mquant.numerics.kernels import prepare
 
 # The limit counts what is allocated from here on (RLIMIT_DATA: heap and private mappings, which
 # also a mapped shard would be); importing torch alone maps more than a small limit allows.
@@ -18,7 +18,7 @@ from mquant.engines import oneshot
 from mquant.cli import main
 status = open("/proc/self/status").read()
 used = int(status.partition("VmData:")[2].split()[0]) * 1024
-limit = used + int(sys.argv.pop(1))
+limit = used + HALF
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 try:
     main()
@@ -30,32 +30,58 @@ finally:
 """
 
 
-def test_half_the_models_bytes_are_enough_memory(tmp_path: Path) -> None:
-    src, out = tmp_path / "src", tmp_path / "out"
-    size = {"layers": 2, "experts": 38, "hidden": 3072, "intermediate": 1536}
+MEASURED = """
+import sys
+from mquant.cli import main
+try:
+    main()
+finally:
+    status = open("/proc/self/status").read()
+    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    print(f"torch {'torch' in sys.modules} peak {peak}", file=sys.stderr)
+"""
+
+
+def synth(src: Path, layers: int, experts: int) -> int:
+    """A checkpoint of real shapes; returns its size in bytes."""
+    size = {"layers": layers, "experts": experts, "hidden": 3072, "intermediate": 1536}
     options = [word for name, value in size.items() for word in (f"--{name}", str(value))]
     mquant = [sys.executable, "-m", "mquant"]
     subprocess.run([*mquant, "synth", str(src), "--family", "minimax_m2", *options], check=True)
     nbytes = read_json(src / "model.safetensors.index.json")["metadata"]["total_size"]
-    assert nbytes > 2e9
-    limited = [sys.executable, "-c", LIMITED, str(nbytes // 2)]
-    run = subprocess.run(
-        [
-            *limited,
-            "quantize",
-            str(src),
-            "--recipe",
-            "nvfp4",
-            "-o",
-            str(out),
-            "--engine",
-            "oneshot",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    assert isinstance(nbytes, int)
+    return nbytes
+
+
+def quantize(program: str, src: Path, out: Path, *options: str) -> str:
+    """Quantize in a process of its own; returns what it says of its memory."""
+    arguments = ["quantize", str(src), "--recipe", "nvfp4", "-o", str(out), *options]
+    command = [sys.executable, "-c", program, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert (out / "config.json").is_file()
-    peak = int(run.stderr.rpartition("peak ")[2])
+    return run.stderr
+
+
+@pytest.mark.upstream
+def test_half_the_models_bytes_are_enough_memory_for_oneshot(tmp_path: Path) -> None:
+    nbytes = synth(tmp_path / "src", layers=1, experts=50)
+    assert nbytes > 1.4e9
+    limited = LIMITED.replace("HALF", str(nbytes // 2))
+    said = quantize(limited, tmp_path / "src", tmp_path / "out", "--engine", "oneshot")
+    peak = int(said.rpartition("peak ")[2])
     assert peak < nbytes / 2, "resident memory, torch itself included"
+
+
+def test_the_streaming_engine_needs_no_more_for_a_model_twice_the_size(tmp_path: Path) -> None:
+    prepare(FLOATS["BF16"])  # to compile takes memory of its own, once
+    peaks, sizes = [], []
+    for layers in (1, 2):
+        src = tmp_path / f"src-{layers}"
+        sizes.append(synth(src, layers, experts=10))
+        said = quantize(MEASURED, src, tmp_path / f"out-{layers}", "--workers", "3")
+        assert "torch False" in said
+        peaks.append(int(said.rpartition("peak ")[2]))
+    assert sizes[1] > 1.9 * sizes[0]
+    assert abs(peaks[1] - peaks[0]) < 0.1 * peaks[0]
+    assert max(peaks) < 450e6
