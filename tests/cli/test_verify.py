@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -166,16 +165,11 @@ def test_missing_and_gated_repos_are_one_sentence_and_one(hub: FakeHub, plain: P
         assert result.stderr.startswith("Error: ")
 
 
-def test_it_starts_in_under_a_second_without_torch(plain: Path) -> None:
+def test_it_loads_no_torch(plain: Path) -> None:
     code = (
         "import sys; from mquant.cli import app as _; from mquant.cli.app import app\n"
         f"try: app(['verify', {str(plain)!r}])\n"
         "except SystemExit as stop: assert not stop.code\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
-    times = []
-    for _ in range(3):  # other processes may be at work
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
