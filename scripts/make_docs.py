@@ -32,7 +32,8 @@ RULES_HEAD = """# What `mquant verify` checks
 Made by `scripts/make_docs.py` from the rules in `src/mquant/verify`; do not edit.
 
 `structure` needs headers and JSON only, `numbers` reads all data, `against` compares with the
-parent (`--against`). Errors exit with 3; warnings too, with `--fail-on warning`.
+parent (`--against`), `loader` has a real loader load the headers (`--loader vllm`). Errors exit
+with 3; warnings too, with `--fail-on warning`.
 """
 
 
@@ -45,7 +46,7 @@ def page() -> str:
 def rules_page() -> str:
     """The page of rules, by what they need."""
     text = RULES_HEAD
-    for depth in ("structure", "numbers", "against"):
+    for depth in ("structure", "numbers", "against", "loader"):
         found = sorted((r for r in RULES.values() if r.depth == depth), key=lambda rule: rule.id)
         text += f"\n## {depth}\n\n| rule | severity | what must hold | why | fix |\n"
         text += "| --- | --- | --- | --- | --- |\n" + "".join(map(rule_row, found))

@@ -8,6 +8,7 @@
     ├── Refused                 the plan must not be carried out           (exit 1)
     ├── OutputError             OUT is not ours, full, or went away        (exit 1)
     ├── EngineError             an engine failed or disobeyed the plan     (exit 1)
+    ├── LoaderError             a loader to be asked is not there          (exit 1)
     └── MissingExtra            an optional dependency is not installed    (exit 1)
 
 The command line prints `message`, then `fix`, and leaves with `exit_code`; nothing else in the
@@ -68,6 +69,10 @@ class EngineError(MquantError):
     """An engine failed, or made something else than the plan says."""
 
 
+class LoaderError(MquantError):
+    """A loader that is to be asked is not installed, or cannot be."""
+
+
 class MissingExtra(MquantError):
     """An optional dependency is not installed."""
 
@@ -82,6 +87,7 @@ __all__ = [
     "DataFileError",
     "EngineError",
     "HeaderError",
+    "LoaderError",
     "MissingExtra",
     "MquantError",
     "OutputError",

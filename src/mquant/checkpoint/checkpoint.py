@@ -79,7 +79,7 @@ def open_checkpoint(source: Source, *, tolerant: bool = False) -> Checkpoint:
             f"{source.name} has no .safetensors file.",
             "Download the weights, or convert them to safetensors first.",
         )
-    findings: list[Finding] = []
+    shards, findings = _named(shards, index)
     tensors: dict[str, TensorInfo] = {}
     headers, unreadable = _read_headers(source, shards, tolerant=tolerant)
     findings += unreadable
@@ -158,6 +158,20 @@ def _read_index(source: Source) -> tuple[dict[str, str] | None, int | None]:
         raise SourceError(f"{INDEX_NAME} has no usable weight_map.", "Get the file again.")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     return table, total if type(total) is int else None
+
+
+def _named(
+    shards: tuple[str, ...], index: dict[str, str] | None
+) -> tuple[tuple[str, ...], list[Finding]]:
+    """The shards that loaders read: all, or those that the index names."""
+    named = tuple(shard for shard in shards if shard in set((index or {}).values()))
+    spare = [shard for shard in shards if shard not in named]
+    if not named or not spare:
+        return shards, []
+    what = f"{names(spare)}, which {'is' if len(spare) == 1 else 'are'} not read"
+    message = f"{INDEX_NAME} does not name {what}."
+    fix = "Remove the file, or get the index again, from one revision."
+    return named, [Finding("shard-not-in-index", "warning", spare[0], message, fix)]
 
 
 def _is_shard(path: str) -> bool:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mquant.cli import families, recipes
+from mquant.cli import families, loader, recipes
 from mquant.cli.inspect import inspect
 from mquant.cli.plan import plan
 from mquant.cli.quantize import quantize
@@ -59,5 +59,11 @@ app.command("verify-ignore")(verify_ignore)
 _group("recipes", recipes.recipes, recipes.show)
 _group("families", families.families, families.show)
 app.command("synth")(synth)
+_loader = typer.Typer(
+    rich_markup_mode="rich", no_args_is_help=True, help="Real loaders, to be asked by verify."
+)
+_loader.command("install")(loader.install)
+_loader.callback()(lambda: None)
+app.add_typer(_loader, name="loader")
 
 __all__ = ["app"]

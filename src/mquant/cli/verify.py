@@ -32,6 +32,14 @@ DepthChoice = Annotated[
         show_default=False,
     ),
 ]
+LoaderChoice = Annotated[
+    Literal["vllm"] | None,
+    typer.Option(
+        help="Also have this loader's own code load the headers, without a GPU "
+        "(see: mquant loader install).",
+        show_default=False,
+    ),
+]
 FailOn = Annotated[
     Literal["error", "warning"], typer.Option(help="The least severity that exits with 3.")
 ]
@@ -41,6 +49,7 @@ def verify(
     src: Src = None,
     against: Against = None,
     depth: DepthChoice = None,
+    loader: LoaderChoice = None,
     fail_on: FailOn = "error",
     revision: Revision = None,
     form: FormatChoice = Format.HUMAN,
@@ -61,10 +70,12 @@ def verify(
 
         with progress(out) as emit:
             wanted = None if depth is None else Depth(depth)
-            report = judge(source, load_families(), wanted, parent, emit)
+            report = judge(source, load_families(), wanted, parent, emit, ask_vllm=loader == "vllm")
         out.put(verdict=verdict(report), **report.to_json())
         bad = bool(report.count("error"))
         out.show(Text(verdict(report), "bold red" if bad else "bold green"))
+        if report.loader is not None:
+            out.show(f"vLLM {report.loader.version}: {report.loader.verdict}.")
         if report.bytes_read is not None:
             read = size(report.bytes_read)
             out.show(f"Read {read} in {plural(report.requests or 0, 'request')} from the hub.")

@@ -104,16 +104,29 @@ register(
         "its square.",
         "Store 1 / weight_scale_2 as weight_global_scale.",
     ),
+    Rule(
+        "global-scales-reciprocal",
+        "error",
+        "numbers",
+        "Not every weight_global_scale of compressed-tensors is below 1.",
+        "One may be; all are where a tool stored ModelOpt's weight_scale_2 under the other name. "
+        "Loaders take them as they are, and weights are off by the scales' square.",
+        "Store 1 / weight_scale_2 as weight_global_scale.",
+    ),
 )
 
 
 @dataclass
 class _Seen:
-    """What one job found: breaks of rules, and the global scale of its module."""
+    """What one job found: breaks of rules, and the global scale of its module.
+
+    `divisor` is that scale's value, where it is compressed-tensors' own.
+    """
 
     module: Module | None = None
     breaks: list[tuple[str, str, str]] = field(default_factory=list)
     global_scale: tuple[str, bytes] | None = None
+    divisor: float | None = None
 
     def add(self, rule: str, info: TensorInfo, message: str) -> None:
         self.breaks.append((rule, info.name, f"{info.name} {message}"))
@@ -126,11 +139,14 @@ def check_numbers(layout: Layout, emit: Emit = silent) -> tuple[Finding, ...]:
     done = told = 0
     tally = Tally()
     scales: dict[tuple[str, int | None, int | None], list[tuple[str, bytes]]] = defaultdict(list)
+    divisors: list[float] = []
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
         try:
             for (size, _), seen in zip(jobs, pool.map(lambda job: job[1](), jobs), strict=True):
                 for found in seen.breaks:
                     tally.add(*found)
+                if seen.divisor is not None:
+                    divisors.append(seen.divisor)
                 meaning = seen.module.meaning if seen.module else None
                 if meaning and meaning.row.fused and seen.global_scale:
                     scales[meaning.row.fused, meaning.layer, meaning.expert].append(
@@ -144,6 +160,13 @@ def check_numbers(layout: Layout, emit: Emit = silent) -> tuple[Finding, ...]:
             pool.shutdown(cancel_futures=True)
             raise
     _fused(scales.values(), tally)
+    if len(divisors) > 1 and 0 < max(divisors) < 1:
+        tally.add(
+            "global-scales-reciprocal",
+            "weight_global_scale",
+            f"All {len(divisors):,} weight_global_scale are below 1, the largest is "
+            f"{max(divisors):.3g}: they look like reciprocals",
+        )
     return tally.findings()
 
 
@@ -210,6 +233,8 @@ def _scalar(layout: Layout, info: TensorInfo, suffix: str, seen: _Seen) -> None:
         seen.add("global-scale-invalid", info, f"is {value:g}")
     elif suffix == "weight_global_scale" and value < 1:
         seen.add("global-scale-inverted", info, f"is {value:.3g}, which looks like a reciprocal")
+    if suffix == "weight_global_scale":
+        seen.divisor = value
     if suffix in _GLOBALS:
         seen.global_scale = (info.name, raw)
 

@@ -8,15 +8,15 @@ from typing import Final, Literal
 
 from mquant.findings import Finding, Severity
 
-Depth = Literal["structure", "numbers", "against"]
+Depth = Literal["structure", "numbers", "against", "loader"]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One thing that is checked.
 
-    `depth` says what it needs: headers and JSON (`structure`), the data (`numbers`), or the
-    parent (`against`). `fix` is the default fix of its findings.
+    `depth` says what it needs: headers and JSON (`structure`), the data (`numbers`), the parent
+    (`against`), or a loader of its own (`loader`). `fix` is the default fix of its findings.
     """
 
     id: str

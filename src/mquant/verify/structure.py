@@ -12,6 +12,7 @@ from mquant.plan import Member, wholeness
 from mquant.schemes import QUANTIZED_SUFFIXES
 from mquant.verify.formats import (
     CODES,
+    METHODS,
     Kind,
     activations,
     groups,
@@ -21,11 +22,11 @@ from mquant.verify.formats import (
     weight_shape,
 )
 from mquant.verify.layout import Layout, Module
-from mquant.verify.rules import finding
+from mquant.verify.rules import RULES, finding
 from mquant.verify.tally import Tally
 
 # Scales of the KV cache: loaders know them beside any attention, and do without.
-_HARMLESS: Final = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "output_scale")
+_HARMLESS: Final = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale")
 _INPUTS: Final = ("input_global_scale", "input_scale")
 _STRATEGIES: Final = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 _FORMATS: Final = {
@@ -52,7 +53,9 @@ def check_structure(layout: Layout) -> tuple[Finding, ...]:
     tally = Tally()
     _modules(layout, kinds, tally)
     _config(layout, kinds, tally)
-    found = [*layout.checkpoint.findings, *_total_size(layout)]
+    # Quantizing refuses what a loader can still make sense of; here it is a warning.
+    found = [replace(f, severity=RULES[f.rule].severity) for f in layout.checkpoint.findings]
+    found += _total_size(layout)
     if layout.family is None:
         found.append(_unknown_family(layout))
         return (*found, *tally.findings())
@@ -297,6 +300,8 @@ def _invalid(layout: Layout) -> Iterator[str]:
         return
     if isinstance(stated, dict) and not isinstance(stated.get("quant_method"), str):
         yield "has no quant_method"
+    elif layout.method not in METHODS:
+        yield f"has the unknown quant_method {layout.method[:40]!r}"
     if layout.method != "compressed-tensors":
         return
     table = layout.config.get("config_groups")

@@ -35,10 +35,10 @@ register(
         "Loaders stop, or leave the shard's tensors uninitialised.",
         "Download the missing shards.",
     ),
-    _error(
+    _warning(
         "index-missing",
         "Several shards come with an index.",
-        "Without it loaders read one shard, or whatever lies in the folder.",
+        "vLLM reads whatever lies in the folder; other loaders look for one shard, and stop.",
         "Download model.safetensors.index.json too.",
     ),
     _error(
@@ -47,22 +47,29 @@ register(
         "Which of the two is loaded depends on the order of files.",
         "Remove the shard that does not belong to this checkpoint.",
     ),
-    _error(
+    _warning(
         "index-without-tensor",
         "Every tensor that the index lists is in a shard.",
-        _SILENT,
+        "vLLM goes by the shards, other loaders stop. (A tensor that the model lacks is an error "
+        "of its own.)",
         _AGAIN,
     ),
-    _error(
+    _warning(
         "index-wrong-shard",
         "The index names the shard that holds the tensor.",
-        "Tools that read by the index fail, or find nothing.",
+        "vLLM goes by the shards; tools that read by the index fail, or find nothing.",
         _AGAIN,
     ),
-    _error(
+    _warning(
+        "shard-not-in-index",
+        "Every shard is one that the index names.",
+        "Loaders pass it over: it costs a download, or is what should have been loaded.",
+        "Remove the file, or get the index again, from one revision.",
+    ),
+    _warning(
         "tensor-not-in-index",
         "Every tensor in the shards is in the index.",
-        "vLLM loads it all the same, and so a tensor that nobody meant to ship.",
+        "vLLM loads it all the same, other loaders do not: they load different models.",
         _AGAIN,
     ),
     _warning(

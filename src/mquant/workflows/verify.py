@@ -14,6 +14,8 @@ from mquant.findings import Finding, Severity
 from mquant.verify.against import check_against
 from mquant.verify.ignore import check_ignore
 from mquant.verify.layout import Layout, read_layout
+from mquant.verify.loaders.install import find_python
+from mquant.verify.loaders.vllm import Verdict, ask
 from mquant.verify.numbers import check_numbers
 from mquant.verify.structure import check_structure, lost_shards
 
@@ -34,7 +36,7 @@ class Report:
 
     `findings` stand errors first. `checked` names what was judged: structure, numbers, and the
     parent, `sampled` or not. `bytes_read` and `requests` count what came from a hub, both
-    checkpoints together; None where nothing did.
+    checkpoints together; None where nothing did. `loader` is what a real loader made of it.
     """
 
     source: str
@@ -48,6 +50,7 @@ class Report:
     findings: tuple[Finding, ...]
     bytes_read: int | None = None
     requests: int | None = None
+    loader: Verdict | None = None
 
     def count(self, severity: Severity) -> int:
         """How many findings there are of a severity."""
@@ -68,6 +71,7 @@ class Report:
             "warnings": self.count("warning"),
             "bytes_read": self.bytes_read,
             "requests": self.requests,
+            "loader": self.loader.to_json() if self.loader else None,
         }
 
 
@@ -77,12 +81,17 @@ def verify(
     depth: Depth | None = None,
     parent: Source | None = None,
     emit: Emit = silent,
+    *,
+    ask_vllm: bool = False,
 ) -> Report:
     """Judge a checkpoint, and, where `parent` is given, whether it is made from that.
 
-    `depth` None: `numbers` for a folder, `structure` for a hub repo. Raises SourceError where
-    there is no checkpoint to judge, or it cannot be read.
+    `depth` None: `numbers` for a folder, `structure` for a hub repo. `ask_vllm`: have vLLM load
+    the headers too. Raises SourceError where there is no checkpoint to judge, or it cannot be
+    read, LoaderError where there is no vLLM to ask.
     """
+    if ask_vllm:
+        find_python()  # before anything is read
     if depth is None:
         depth = Depth.STRUCTURE if isinstance(source, HubRepo) else Depth.NUMBERS
     layout = read_layout(open_checkpoint(source, tolerant=True), families)
@@ -95,6 +104,11 @@ def verify(
     if original is not None:
         checked.append("against")
         found += check_against(layout, original, everything=depth is Depth.FULL, emit=emit)
+    loader = None
+    if ask_vllm:
+        checked.append("vllm")
+        loader = ask(source, layout.checkpoint.shards)
+        found += loader.findings
     hubs = [each for each in (source, parent) if isinstance(each, HubRepo)]
     return Report(
         source=source.name,
@@ -108,6 +122,7 @@ def verify(
         findings=_sorted(found),
         bytes_read=sum(hub.bytes_read for hub in hubs) if hubs else None,
         requests=sum(hub.requests for hub in hubs) if hubs else None,
+        loader=loader,
     )
 
 

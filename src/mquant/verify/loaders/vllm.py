@@ -1,0 +1,246 @@
+"""vLLM's own verdict, without a GPU and without a weight.
+
+vLLM parses the config, builds the model and loads the headers, in a Python of its own
+(`vllm_probe.py` says how). What it refuses is an error in its own words; so is what it drops,
+leaves unset, bends or converts without a word.
+"""
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Source
+from mquant.errors import HeaderError
+from mquant.findings import Finding
+from mquant.verify.loaders.install import find_python
+from mquant.verify.rules import Rule, finding, register
+
+PROBE: Final = Path(__file__).with_name("vllm_probe.py")
+_JSON: Final = (CONFIG_NAME, INDEX_NAME, "generation_config.json", "hf_quant_config.json")
+_MOST_JSON: Final = 50_000_000
+_SECONDS: Final = 300
+_STAGES: Final = {
+    "start": "starting",
+    "config": "reading config.json",
+    "model": "building the model",
+    "weights": "loading the weights",
+}
+# What vLLM says where this machine, and not the checkpoint, is the reason.
+_NOT_HERE: Final = (
+    "not supported on",
+    "no kernel",
+    "find a kernel",
+    "no available",
+    "requires a gpu",
+    "cuda",
+    "compute capability",
+    "min_capability",
+    "current platform",
+    "device type",
+)
+
+register(
+    Rule(
+        "vllm-refuses",
+        "error",
+        "loader",
+        "vLLM parses the config, builds the model and takes every tensor.",
+        "Nobody can serve the checkpoint with it.",
+        "Mend what vLLM names; findings of other rules say what that is.",
+    ),
+    Rule(
+        "vllm-drops",
+        "error",
+        "loader",
+        "vLLM puts every tensor somewhere.",
+        "What it drops, without a word, is not in the model: often a name that it does not know.",
+        "Give the tensors the original release's names, or remove those that do not belong.",
+    ),
+    Rule(
+        "vllm-leaves-unset",
+        "error",
+        "loader",
+        "vLLM fills every parameter of the model from the checkpoint.",
+        "The rest is whatever lay in memory: vLLM does not look for it in quantized models.",
+        "Quantize again, or add what is missing.",
+    ),
+    Rule(
+        "vllm-reshapes",
+        "error",
+        "loader",
+        "vLLM copies every tensor into a place of its own shape.",
+        "It spreads what is too small over the place, without a word.",
+        "Quantize again, with a tool that writes the shapes of the layout.",
+    ),
+    Rule(
+        "vllm-converts",
+        "error",
+        "loader",
+        "vLLM keeps what the bytes of codes and scales mean.",
+        "It converts U8 to E4M3 by value, for one: other scales, without a word.",
+        "Quantize again, with a tool that writes the dtypes of the layout.",
+    ),
+    Rule(
+        "vllm-not-asked",
+        "warning",
+        "loader",
+        "vLLM's CPU build can be asked about the checkpoint.",
+        "Some layouts can only be built where there is a GPU: nobody has looked.",
+        "Try to load it with vLLM on a machine with a GPU.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What vLLM made of a checkpoint: `loads`, `refuses`, `loads wrong` or `not asked`.
+
+    `words` are vLLM's own, where it stopped.
+    """
+
+    version: str
+    verdict: str
+    words: str
+    findings: tuple[Finding, ...]
+
+    def to_json(self) -> dict[str, str]:
+        """The key `loader` of `mquant.verify/1`."""
+        return {
+            "name": "vllm",
+            "version": self.version,
+            "verdict": self.verdict,
+            "words": self.words,
+        }
+
+
+def ask(source: Source, shards: tuple[str, ...]) -> Verdict:
+    """Ask vLLM about a checkpoint, by its headers and JSON alone.
+
+    Raises LoaderError without a vLLM, and what reading the source raises.
+    """
+    python = find_python()
+    with tempfile.TemporaryDirectory(prefix="mquant-vllm-") as where:
+        folder, result = Path(where, "checkpoint"), Path(where, "result.json")
+        _materialise(source, shards, folder)
+        why = _run(python, folder, result)
+        return read_verdict(_read(result), why)
+
+
+def read_verdict(said: Mapping[str, Any], why: str = "") -> Verdict:
+    """Findings from what the probe wrote; `why` it did not come to an end, where it did not."""
+    version, stage = str(said.get("vllm", "?")), str(said.get("stage", "start"))
+    if stage == "done":
+        found = tuple(_silent(said))
+        return Verdict(version, "loads wrong" if found else "loads", "", found)
+    error = str(said.get("error", ""))
+    words = " ".join(error.split())[:600] or why or "it stopped without a word"
+    kind = said.get("kind", "")
+    quoted = f"{kind}: {words}" if kind else words
+    doing = _STAGES.get(stage, stage)
+    if stage == "start" or kind == "ImportError" or any(w in words.lower() for w in _NOT_HERE):
+        message = f"vLLM {version} could not be asked; it stopped while {doing}: {quoted}"
+        found = (finding("vllm-not-asked", "vLLM", _sentence(message)),)
+        return Verdict(version, "not asked", quoted, found)
+    message = f"vLLM {version} refuses it while {doing}: {quoted}"
+    return Verdict(
+        version, "refuses", quoted, (finding("vllm-refuses", "vLLM", _sentence(message)),)
+    )
+
+
+def _silent(said: Mapping[str, Any]) -> list[Finding]:
+    """What vLLM does to tensors without a word, one finding of each kind."""
+    version = said.get("vllm", "?")
+    counts = said.get("counts", {})
+
+    def tell(rule: str, key: str, message: str, where: str) -> None:
+        more = f" (and {counts[key] - 1:,} more)" if counts.get(key, 1) > 1 else ""
+        found.append(finding(rule, where, f"vLLM {version} {message}{more}, without a word."))
+
+    found: list[Finding] = []
+    for name in said.get("dropped", [])[:1]:
+        tell("vllm-drops", "dropped", f"drops {name}", name)
+    for name, lacking in said.get("unset", [])[:1]:
+        tell("vllm-leaves-unset", "unset", f"leaves {lacking:,} elements of {name} unset", name)
+    for name, shape, into in said.get("reshaped", [])[:1]:
+        tell("vllm-reshapes", "reshaped", f"spreads {name}, {shape}, over {into}", name)
+    for name, dtype, into in said.get("converted", [])[:1]:
+        plain = (dtype.removeprefix("torch."), into.removeprefix("torch."))
+        tell("vllm-converts", "converted", f"converts {name} from {plain[0]} to {plain[1]}", name)
+    return found
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(".") else text + "."
+
+
+def _materialise(source: Source, shards: tuple[str, ...], folder: Path) -> None:
+    """The checkpoint in `folder`: JSON whole, shards as sparse files with their headers.
+
+    Names come from the source's own listing, of top-level files only; nothing else is followed.
+    """
+    folder.mkdir()
+    for name in _JSON:
+        if source.files.get(name, _MOST_JSON) < _MOST_JSON:
+            (folder / name).write_bytes(source.read(name))
+
+    def shard(name: str) -> None:
+        with (folder / name).open("wb") as file:
+            file.write(_first_bytes(source, name))
+            file.truncate(source.files[name])
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(shard, shards))
+
+
+def _first_bytes(source: Source, shard: str) -> bytes:
+    from mquant.checkpoint.headers import PREFIX_BYTES, header_length
+
+    size = source.files[shard]
+    first = source.read(shard, 0, min(64 * 1024, size))
+    try:
+        end = PREFIX_BYTES + header_length(first[:PREFIX_BYTES], size, shard)
+    except HeaderError:
+        return first  # vLLM shall say it in its own words
+    return first + source.read(shard, len(first), end) if end > len(first) else first
+
+
+def _run(python: Path, folder: Path, result: Path) -> str:
+    """Run the probe; returns why it did not come to an end, where it did not."""
+    # No tokens, no proxies, no settings of this process; vLLM gets its own home to write to.
+    keep = {"PATH": os.environ.get("PATH", ""), "HOME": str(result.parent), "LC_ALL": "C.UTF-8"}
+    # -P: or `import vllm` would find this file, which lies beside the probe.
+    command = [str(python), "-P", str(PROBE), str(folder), str(result)]
+    try:
+        subprocess.run(  # noqa: S603  (the user's own Python)
+            command,
+            env=keep,
+            cwd=result.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_SECONDS,
+            check=False,
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired:
+        return f"it took more than {_SECONDS} seconds"
+    except OSError as error:
+        return f"{python} cannot be run: {error.strerror}"
+    return ""
+
+
+def _read(result: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(result.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+__all__ = ["Verdict", "ask", "read_verdict"]
