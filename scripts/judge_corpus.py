@@ -1,0 +1,108 @@
+"""Have vLLM itself judge every case of the tests' corpus, and compare its verdicts with ours.
+
+Run it: scripts/test-loaders.sh, or python scripts/judge_corpus.py [--check]
+
+Writes docs/loaders.md and tests/data/vllm-verdicts.json; with `--check` it fails where they are
+not what it would write. It always fails where vLLM refuses a checkpoint, or loads it wrong, that
+`mquant verify` finds no error in, or the other way round.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from mquant.checkpoint import Folder
+from mquant.family import load_families
+from mquant.verify.loaders.install import find_python
+from mquant.verify.loaders.vllm import PROBE, Verdict, read_verdict
+from mquant.workflows.verify import Depth, verify
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests"))
+
+from corpus import CASES, Case  # noqa: E402  (the tests' folder is no package)
+from run import TRAINED, quantize_nvfp4  # noqa: E402
+
+PAGE, DATA = ROOT / "docs/loaders.md", ROOT / "tests/data/vllm-verdicts.json"
+HEAD = """# What vLLM makes of broken checkpoints, and what `mquant verify` says
+
+Made by `scripts/test-loaders.sh`, which breaks the tiny trained checkpoint in {count} ways, has
+`mquant verify` judge each, and vLLM {version} load its headers; do not edit.
+
+vLLM *refuses*, *loads* what it was given, or *loads wrong*: it drops tensors, leaves parameters
+unset, spreads or converts them, without a word. What is wrong in the numbers alone no load check
+sees: those cases say why they are wrong. Errors of ours are **bold**, warnings are not.
+
+| case | mquant verify | vLLM | its words, or what it does |
+| --- | --- | --- | --- |
+"""
+
+
+def main() -> int:
+    """Judge, compare, write."""
+    with tempfile.TemporaryDirectory() as where:
+        rows = judge(Path(where))
+    version = next(verdict.version for _, _, verdict in rows)
+    page = HEAD.format(count=len(rows) - 1, version=version) + "".join(
+        line(case, rules, verdict) for case, rules, verdict in rows
+    )
+    verdicts = {case.name: {"verdict": v.verdict, "words": words(v)} for case, _, v in rows}
+    data = json.dumps({"vllm": version, "verdicts": verdicts}, indent=1) + "\n"
+    bad = [
+        case.name
+        for case, rules, verdict in rows
+        if ("error" in rules.values()) != (verdict.verdict != "loads" or bool(case.silent))
+    ]
+    for name in bad:
+        print(f"disagreement: {name}")
+    for path, text in ((PAGE, page), (DATA, data)):
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != text:
+            print(f"{path.relative_to(ROOT)} is not what vLLM {version} says now")
+            bad.append(path.name)
+    print(f"{len(rows)} cases, vLLM {version}: {len(bad)} disagreements")
+    return bool(bad)
+
+
+def judge(folder: Path) -> list[tuple[Case, dict[str, str], Verdict]]:
+    """Each case with our rules and their severity, and vLLM's verdict."""
+    good = quantize_nvfp4(TRAINED, folder / "good", shard_bytes=10**6)
+    families = load_families()
+    ours, arguments = [], []
+    for number, case in enumerate(CASES):
+        place = folder / str(number)
+        place.mkdir()
+        bad = case.make(good, place)
+        report = verify(Folder(bad), families, Depth.NUMBERS)
+        ours.append({found.rule: found.severity for found in report.findings})
+        arguments += [str(bad), str(place / "vllm.json")]
+    subprocess.run(
+        [str(find_python()), "-P", str(PROBE), *arguments], check=True, capture_output=True
+    )
+    theirs = [json.loads(Path(path).read_text("utf-8")) for path in arguments[1::2]]
+    return [
+        (case, dict(rules), read_verdict(said))
+        for case, rules, said in zip(CASES, ours, theirs, strict=True)
+    ]
+
+
+def words(verdict: Verdict) -> str:
+    """The words of vLLM, short and without what changes from run to run."""
+    told = verdict.words or " ".join(finding.message for finding in verdict.findings)
+    told = told.partition(" For further information")[0]
+    return " ".join("PATH" if part.startswith(("/", "'/")) else part for part in told.split())[:160]
+
+
+def line(case: Case, rules: dict[str, str], verdict: Verdict) -> str:
+    """A row of the table."""
+    ours = ", ".join(f"**{r}**" if s == "error" else r for r, s in rules.items()) or "clean"
+    theirs = words(verdict) or (f"({case.silent})" if case.silent else "")
+    cells = (case.name, ours, verdict.verdict, theirs)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Every case of the corpus: what is found, and that it agrees with what vLLM makes of it.
+
+vLLM's verdicts are those that scripts/test-loaders.sh recorded; it fails where they change.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from corpus import CASES, Case
+from mquant.checkpoint import Folder
+from mquant.family import load_families
+from mquant.workflows.verify import Depth, verify
+from run import TRAINED, quantize_nvfp4
+
+ROOT = Path(__file__).parents[2]
+VERDICTS = json.loads((ROOT / "tests/data/vllm-verdicts.json").read_text("utf-8"))["verdicts"]
+
+
+@pytest.fixture(scope="session")
+def fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("corpus") / "good", shard_bytes=10**6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_case_has_its_findings_and_agrees_with_vllm(
+    fixture: Path, tmp_path: Path, case: Case
+) -> None:
+    report = verify(Folder(case.make(fixture, tmp_path)), load_families(), Depth.NUMBERS)
+    assert case.rules <= {finding.rule for finding in report.findings}
+    wrong = VERDICTS[case.name]["verdict"] != "loads" or bool(case.silent)
+    assert bool(report.count("error")) == wrong
+    if not case.rules:
+        assert report.findings == ()
+
+
+def test_no_two_cases_have_one_name() -> None:
+    assert len({case.name for case in CASES}) == len(CASES) >= 60
+
+
+def test_the_table_in_the_docs_has_every_case() -> None:
+    page = (ROOT / "docs/loaders.md").read_text("utf-8")
+    assert [line.split(" | ")[0][2:] for line in page.splitlines() if line.startswith("| ")][
+        2:
+    ] == [case.name for case in CASES]
+    assert VERDICTS.keys() == {case.name for case in CASES}
