@@ -27,7 +27,9 @@ LAYERS = (
 HEIGHT = {name: -depth for depth, layer in enumerate(LAYERS) for name in layer}
 NEVER = {"checkpoint": {"family"}, "verify": {"numerics"}}  # though they lie lower
 HEAVY = {"torch", "llmcompressor", "transformers", "compressed_tensors", "accelerate"}
-FILES = sorted(ROOT.rglob("*.py"))
+# Run by vLLM's own Python; not a part of the program, but of its data.
+PROBE = ROOT / "verify/loaders/vllm_probe.py"
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != PROBE)
 MODULES = [path for path in FILES if path.parent != ROOT or not path.stem.startswith("__")]
 
 

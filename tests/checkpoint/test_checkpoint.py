@@ -304,12 +304,23 @@ def test_an_index_that_names_the_wrong_shard_is_reported(src: Path) -> None:
 
 def test_a_tensor_stored_twice_is_named_with_both_shards(src: Path) -> None:
     write_shard(src / "zz.safetensors", [make_row(NORM, "BF16", (64,))])
+    write_index(src, {**weight_map(src), "model.spare": "zz.safetensors"})
 
-    found = finding(src)
+    found = next(f for f in opened(src).findings if f.rule == "tensor-stored-twice")
 
     assert (found.rule, found.where) == ("tensor-stored-twice", NORM)
     assert found.message == f"{NORM} is stored twice, in {SECOND} and in zz.safetensors."
     assert found.fix == "Remove the shard that does not belong to this checkpoint."
+
+
+def test_a_shard_that_the_index_does_not_name_is_passed_over(src: Path) -> None:
+    write_shard(src / "zz.safetensors", [make_row(NORM, "BF16", (64,))])
+
+    (found,) = opened(src).findings
+
+    assert (found.rule, found.severity) == ("shard-not-in-index", "warning")
+    assert found.message == f"{INDEX_NAME} does not name zz.safetensors, which is not read."
+    assert "zz.safetensors" not in opened(src).shards
 
 
 def test_several_shards_without_an_index_are_reported(tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def test_json_says_what_was_looked_at(plain: Path) -> None:
         "warnings": 0,
         "bytes_read": None,
         "requests": None,
+        "loader": None,
     }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from judges import opened
-from make import Edit, make_checkpoint, without
+from make import Edit, Row, make_checkpoint, without
 from mquant.checkpoint import Folder
 from mquant.events import Event, Progress
 from mquant.family import load_families
@@ -70,6 +70,22 @@ def test_numbers(good: Path, tmp_path: Path, edit: Edit, rule: str, words: str) 
     found = judged(bad, depth=Depth.NUMBERS)
     assert words in found[rule]
     assert len(found) == 1
+
+
+def test_global_scales_that_are_all_reciprocals_are_an_error(good: Path, tmp_path: Path) -> None:
+    def inverted(rows: list[Row]) -> list[Row]:
+        return [
+            (
+                n,
+                d,
+                s,
+                (1 / np.frombuffer(raw, "<f4")).tobytes() if "weight_global_scale" in n else raw,
+            )
+            for n, d, s, raw in rows
+        ]
+
+    found = judged(mutated(good, tmp_path, edit=inverted), depth=Depth.NUMBERS)
+    assert "they look like reciprocals" in found["global-scales-reciprocal"]
 
 
 def test_every_numbers_rule_is_tested() -> None:

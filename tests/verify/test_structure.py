@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from judges import opened, read_json
-from make import Edit, Row, adding, make_checkpoint, renamed, without, write_shard
+from make import Edit, Row, adding, make_checkpoint, renamed, without, write_index, write_shard
+from mquant.checkpoint import INDEX_NAME
 from mquant.verify.rules import RULES
 from mutate import changed, judged, mutated
 
@@ -221,6 +222,9 @@ def test_no_index(good: Path, tmp_path: Path) -> None:
 def test_a_tensor_stored_twice(good: Path, tmp_path: Path) -> None:
     bad = Path(shutil.copytree(good, tmp_path / "bad"))
     write_shard(bad / "model-99.safetensors", adding("lm_head.weight", shape=(64, 64))([]) or [])
+    assert "does not name model-99" in judged(bad)["shard-not-in-index"]
+    index = read_json(bad / INDEX_NAME)
+    write_index(bad, {**index["weight_map"], "spare": "model-99.safetensors"}, 1)
     assert "stored twice" in judged(bad)["tensor-stored-twice"]
 
 

@@ -300,7 +300,7 @@ def _invalid(layout: Layout) -> Iterator[str]:
         return
     if isinstance(stated, dict) and not isinstance(stated.get("quant_method"), str):
         yield "has no quant_method"
-    elif layout.method not in METHODS:
+    elif isinstance(stated, dict) and layout.method not in METHODS:
         yield f"has the unknown quant_method {layout.method[:40]!r}"
     if layout.method != "compressed-tensors":
         return

@@ -166,7 +166,7 @@ def _silent(said: Mapping[str, Any]) -> list[Finding]:
     for name in said.get("dropped", [])[:1]:
         tell("vllm-drops", "dropped", f"drops {name}", name)
     for name, lacking in said.get("unset", [])[:1]:
-        tell("vllm-leaves-unset", "unset", f"leaves {lacking:,} elements of {name} unset", name)
+        tell("vllm-leaves-unset", "unset", f"leaves {lacking:,} of {name}'s elements unset", name)
     for name, shape, into in said.get("reshaped", [])[:1]:
         tell("vllm-reshapes", "reshaped", f"spreads {name}, {shape}, over {into}", name)
     for name, dtype, into in said.get("converted", [])[:1]:

@@ -1,0 +1,151 @@
+"""Asking vLLM: what it is given, what its answers become. (scripts/test-loaders.sh asks it.)"""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from make import make_checkpoint
+from mquant.checkpoint import Folder
+from mquant.cli.app import app
+from mquant.errors import LoaderError
+from mquant.family import load_families
+from mquant.verify.loaders.install import environment, find_python, install
+from mquant.verify.loaders.vllm import read_verdict
+from mquant.workflows.verify import verify
+
+DONE = {"vllm": "0.32.0", "stage": "done", "counts": {}}
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for vLLM's Python: keeps what it is given, and answers what `answer` holds."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        f'#!/bin/sh\ncp -r --sparse=always "$3" {tmp_path}/given\nenv > {tmp_path}/env\n'
+        f'cp {tmp_path}/answer "$4"\n'
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("MQUANT_VLLM_PYTHON", str(stand_in))
+    (tmp_path / "answer").write_text(json.dumps(DONE))
+    return tmp_path
+
+
+def test_it_gets_headers_and_json_and_nothing_else(asked: Path) -> None:
+    src = make_checkpoint(asked / "src", shards=2)
+    (src / "modeling.py").write_text("raise SystemExit")
+    report = verify(Folder(src), load_families(), ask_vllm=True)
+    given = asked / "given"
+    assert {path.name for path in given.iterdir()} == {
+        "config.json",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    }
+    for shard in given.glob("*.safetensors"):
+        with safe_open(shard, "np") as a, safe_open(src / shard.name, "np") as b:
+            assert a.keys() == b.keys()
+        assert shard.stat().st_size == (src / shard.name).stat().st_size
+        assert not any(shard.read_bytes()[-1000:])
+    assert "hf_secret" not in (asked / "env").read_text()
+    assert report.loader is not None
+    assert report.loader.to_json() == {
+        "name": "vllm",
+        "version": "0.32.0",
+        "verdict": "loads",
+        "words": "",
+    }
+
+
+def test_its_verdict_joins_the_report(asked: Path) -> None:
+    answer = {"vllm": "0.32.0", "stage": "weights", "kind": "ValueError", "error": "No\n such."}
+    (asked / "answer").write_text(json.dumps(answer))
+    src = make_checkpoint(asked / "src")
+    run = CliRunner().invoke(app, ["verify", str(src), "--loader", "vllm", "--format", "json"])
+    document = json.loads(run.stdout)
+    assert run.exit_code == 3
+    assert document["loader"]["words"] == "ValueError: No such."
+    (found,) = (f for f in document["findings"] if f["rule"] == "vllm-refuses")
+    assert found["message"] == (
+        "vLLM 0.32.0 refuses it while loading the weights: ValueError: No such."
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "rule", "words"),
+    [
+        ({"dropped": ["a"], "counts": {"dropped": 3}}, "vllm-drops", "drops a (and 2 more), "),
+        ({"unset": [["a", 9]], "counts": {"unset": 1}}, "vllm-leaves-unset", "leaves 9 of a's "),
+        ({"reshaped": [["a", [2], [4]]]}, "vllm-reshapes", "spreads a, [2], over [4], "),
+        ({"converted": [["a", "torch.uint8", "torch.x"]]}, "vllm-converts", "a from uint8 to x"),
+    ],
+)
+def test_what_it_does_without_a_word_is_an_error(
+    answer: dict[str, object], rule: str, words: str
+) -> None:
+    verdict = read_verdict({**DONE, **answer})
+    (found,) = verdict.findings
+    assert (verdict.verdict, found.rule, found.severity) == ("loads wrong", rule, "error")
+    assert words in found.message
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {
+            "vllm": "0.32.0",
+            "stage": "model",
+            "kind": "ValueError",
+            "error": "Failed to find a kernel",
+        },
+        {"vllm": "0.32.0", "stage": "model", "kind": "ImportError", "error": "no triton"},
+    ],
+)
+def test_what_this_machine_cannot_tell_is_a_warning(answer: dict[str, object]) -> None:
+    verdict = read_verdict(answer)
+    assert verdict.verdict == "not asked"
+    assert [found.severity for found in verdict.findings] == ["warning"]
+
+
+def test_an_answer_that_is_none_is_a_warning(asked: Path) -> None:
+    (asked / "answer").write_text('{"vllm": ')
+    report = verify(Folder(make_checkpoint(asked / "src")), load_families(), ask_vllm=True)
+    assert [found.rule for found in report.findings] == ["vllm-not-asked"]
+
+
+def test_without_vllm_one_sentence_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MQUANT_VLLM_PYTHON", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(LoaderError, match="not installed") as caught:
+        find_python()
+    assert caught.value.fix.startswith("Run: mquant loader install vllm")
+    monkeypatch.setenv("MQUANT_VLLM_PYTHON", str(tmp_path / "none"))
+    with pytest.raises(LoaderError, match="which is no file"):
+        find_python()
+
+
+def test_an_installation_that_fails_says_where_the_log_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    log = tmp_path / "log"
+    with pytest.raises(LoaderError, match=r"`-m venv .*` failed") as caught:
+        install(log)
+    assert str(log) in caught.value.fix
+    assert not (environment() / "installed").exists()
+
+
+def test_what_is_installed_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    environment().mkdir(parents=True)
+    (environment() / "installed").write_text("")
+    run = CliRunner().invoke(app, ["loader", "install", "vllm"])
+    assert run.stdout.startswith("Already there: vLLM 0.32.0")
+    assert [path.name for path in environment().iterdir()] == ["installed"]
