@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+import yaml
 from typer.testing import CliRunner, Result
 
 from fakehub import FakeHub, hub
@@ -174,3 +176,40 @@ def test_it_loads_no_torch(plain: Path) -> None:
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_junit_has_a_case_for_each_rule(trained: Path, tmp_path: Path) -> None:
+    bad = mutated(
+        trained, tmp_path, edit=without(".w1.weight_scale"), total_size=1, config={"x\x1b": "\x00"}
+    )
+    file = tmp_path / "verify.xml"
+    assert verify(bad, "--junit", file).exit_code == 3
+    suite = ElementTree.parse(file).getroot()
+    cases = {case.get("name"): case for case in suite}
+    assert {case.get("classname") for case in suite} == {"mquant.structure", "mquant.numbers"}
+    assert cases["part-missing"].find("failure") is not None
+    assert cases["total-size-wrong"].find("skipped") is not None
+    assert len(cases["router-quantized"]) == 0
+    assert suite.get("tests") == str(len(cases))
+    assert suite.get("failures") == str(len(suite.findall("*/failure")))
+    verify(bad, "--junit", file, "--fail-on", "warning")
+    failing = ElementTree.parse(file).getroot().find("*[@name='total-size-wrong']/failure")
+    assert failing is not None
+
+
+def test_a_junit_file_that_cannot_be_written_is_one_sentence(trained: Path, tmp_path: Path) -> None:
+    result = verify(trained, "--junit", tmp_path / "none/verify.xml")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {tmp_path}/none/verify.xml cannot be written: No such")
+
+
+def test_the_action_in_the_docs_runs_a_command_that_there_is() -> None:
+    page = (Path(__file__).parents[2] / "docs/ci.md").read_text("utf-8")
+    action = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
+    (run,) = (
+        step["run"] for step in action["jobs"]["verify"]["steps"] if "mquant verify" in str(step)
+    )
+    options = [word for word in run.split() if word.startswith("--")]
+    shown = verify("--help").stdout
+    assert options == ["--fail-on", "--junit"]
+    assert all(option in shown for option in options)

@@ -1,10 +1,12 @@
 """`mquant verify`: whether a checkpoint is whole, sane, and made from its parent."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.text import Text
 
+from mquant.cli.junit import write_junit
 from mquant.cli.options import FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
@@ -40,6 +42,12 @@ LoaderChoice = Annotated[
         show_default=False,
     ),
 ]
+JUnit = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Also write the result as JUnit XML, for CI.", show_default=False
+    ),
+]
 FailOn = Annotated[
     Literal["error", "warning"], typer.Option(help="The least severity that exits with 3.")
 ]
@@ -51,6 +59,7 @@ def verify(
     depth: DepthChoice = None,
     loader: LoaderChoice = None,
     fail_on: FailOn = "error",
+    junit: JUnit = None,
     revision: Revision = None,
     form: FormatChoice = Format.HUMAN,
 ) -> None:
@@ -80,6 +89,8 @@ def verify(
             read = size(report.bytes_read)
             out.show(f"Read {read} in {plural(report.requests or 0, 'request')} from the hub.")
         failing = frozenset({"error", fail_on})
+        if junit is not None:
+            write_junit(junit, report, failing)
         out.report(report.findings, failing=failing)
         if any(found.severity in failing for found in report.findings):
             raise typer.Exit(3)
