@@ -18,6 +18,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -73,6 +74,8 @@ class FakeHub:
         self.requests: list[Request] = []
         self.bytes_served = 0
         self.ranges: Ranges = "served"
+        self.latency = 0.0
+        """Seconds before each answer."""
         self.redirect_to = ""
         """Where files are redirected to instead of being served; `{path}` is the request's."""
         self._failures: list[tuple[int, dict[str, str]]] = []
@@ -161,6 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _answer(self) -> None:
+        time.sleep(self.hub.latency)
         host = self.headers.get("Host", "").partition(":")[0]
         authorization = self.headers.get("Authorization")
         failure = self.hub.note(

@@ -1,0 +1,85 @@
+"""Time `mquant verify` on a repo of the real model's size, on a hub 40 ms away.
+
+    python scripts/bench_hub.py [--latency 0.04] [--runs 3] [--loader vllm]
+
+The repo is what `mquant quantize --recipe nvfp4` makes of 62 layers of 154 experts: real headers,
+index and config, shards as sparse files (87,051 tensors, 80 GB). The hub is the tests' own; every
+answer comes after the latency.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mquant.checkpoint import Folder, open_checkpoint
+from mquant.family import load_families
+from mquant.output.finish import config_json, index_json
+from mquant.plan import Plan, make_plan
+from mquant.recipe import find_recipe
+from mquant.workflows.synth import Sizes, synth
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+
+from fakehub import FakeHub
+
+
+def main() -> None:
+    """Make the repo, serve it, verify it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--latency", type=float, default=0.04, help="seconds before each answer")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--loader", choices=["vllm"], help="have it asked too")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as where:
+        repo = make_repo(Path(where))
+        hub = FakeHub()
+        hub.latency = options.latency
+        hub.add("org/model", repo)
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": f"{where}/home"}
+        environment.pop("HF_TOKEN", None)
+        command = [sys.executable, "-m", "mquant", "verify", "org/model", "--format", "json"]
+        command += ["--loader", options.loader] if options.loader else []
+        try:
+            for _ in range(options.runs):
+                start = time.perf_counter()
+                run = subprocess.run(
+                    command, env=environment, capture_output=True, text=True, check=False
+                )
+                seconds = time.perf_counter() - start
+                said = json.loads(run.stdout)
+                total = sum(path.stat().st_size for path in repo.glob("*.safetensors"))
+                print(
+                    f"{seconds:.1f} s, {said['requests']} requests, {said['bytes_read']:,} bytes "
+                    f"({said['bytes_read'] / total:.3%}), {said['tensors']:,} tensors, "
+                    f"exit {run.returncode}; loader: {(said['loader'] or {}).get('verdict')}"
+                )
+        finally:
+            hub.close()
+
+
+def make_repo(where: Path) -> Path:
+    """The quantized checkpoint's headers, index and config, over sparse files."""
+    family = load_families()["minimax_m2"]
+    parent = synth(where / "parent", family, sizes=Sizes(62, 154), shapes_only=True).path
+    plan: Plan = make_plan(open_checkpoint(Folder(parent)), find_recipe("nvfp4"), load_families())
+    repo = where / "repo"
+    repo.mkdir()
+    for shard in plan.shards:
+        header, _ = shard.layout
+        with (repo / shard.name).open("wb") as file:
+            file.write(header)
+            file.truncate(shard.file_bytes)
+    (repo / "model.safetensors.index.json").write_text(json.dumps(index_json(plan), indent=2))
+    (repo / "config.json").write_text(json.dumps(config_json(plan), indent=2))
+    return repo
+
+
+if __name__ == "__main__":
+    main()
