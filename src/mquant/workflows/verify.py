@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -96,18 +97,19 @@ def verify(
         depth = Depth.STRUCTURE if isinstance(source, HubRepo) else Depth.NUMBERS
     layout = read_layout(open_checkpoint(source, tolerant=True), families)
     original = read_layout(open_checkpoint(parent), families) if parent else None
-    found = [*check_structure(layout), *_ignore(layout)]
-    checked = ["structure"]
-    if depth is not Depth.STRUCTURE:
-        checked.append("numbers")
-        found += check_numbers(layout, emit)
-    if original is not None:
-        checked.append("against")
-        found += check_against(layout, original, everything=depth is Depth.FULL, emit=emit)
-    loader = None
-    if ask_vllm:
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, source, layout.checkpoint.shards) if ask_vllm else None
+        found = [*check_structure(layout), *_ignore(layout)]
+        checked = ["structure"]
+        if depth is not Depth.STRUCTURE:
+            checked.append("numbers")
+            found += check_numbers(layout, emit)
+        if original is not None:
+            checked.append("against")
+            found += check_against(layout, original, everything=depth is Depth.FULL, emit=emit)
+        loader = asked.result() if asked else None
+    if loader is not None:
         checked.append("vllm")
-        loader = ask(source, layout.checkpoint.shards)
         found += loader.findings
     hubs = [each for each in (source, parent) if isinstance(each, HubRepo)]
     return Report(

@@ -226,7 +226,6 @@ def _run(python: Path, folder: Path, result: Path) -> str:
             stderr=subprocess.DEVNULL,
             timeout=_SECONDS,
             check=False,
-            start_new_session=True,
         )
     except subprocess.TimeoutExpired:
         return f"it took more than {_SECONDS} seconds"

@@ -62,6 +62,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reshaped: dict[str, tuple[str, list[int], list[int]]] = {}
         self.converted: dict[str, tuple[str, str, str]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing compiles here; the guard takes as long as all else
+
     def offer(self, name: str, tensor: torch.Tensor) -> None:
         """A tensor of the checkpoint, about to be loaded."""
         self._mark(tensor, name)
@@ -76,10 +80,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in ("_local_scalar_dense", "item"):
             raise RuntimeError("the value of a tensor was asked for; only headers are here")
         made = func(*args, **(kwargs or {}))
-        sources = [a for a in args if isinstance(a, torch.Tensor)]
-        origin = next((self._of(a) for a in sources if self._of(a)), None)
-        if origin and isinstance(made, torch.Tensor) and self._of(made) is None:
-            self._mark(made, origin)
+        if not func.is_view and isinstance(made, torch.Tensor) and self._of(made) is None:
+            sources = [a for a in args if isinstance(a, torch.Tensor)]
+            origin = next((self._of(a) for a in sources if self._of(a)), None)
+            if origin:  # converted, or made contiguous; a view has its storage
+                self._mark(made, origin)
         return made
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
