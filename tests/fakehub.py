@@ -164,7 +164,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _answer(self) -> None:
-        time.sleep(self.hub.latency)
+        if self.hub.latency:
+            time.sleep(self.hub.latency)
         host = self.headers.get("Host", "").partition(":")[0]
         authorization = self.headers.get("Authorization")
         failure = self.hub.note(
