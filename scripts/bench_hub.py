@@ -16,16 +16,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from mquant.checkpoint import Folder, open_checkpoint
 from mquant.family import load_families
 from mquant.output.finish import config_json, index_json
-from mquant.plan import Plan, make_plan
-from mquant.recipe import find_recipe
 from mquant.workflows.synth import Sizes, synth
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 from fakehub import FakeHub
+from run import plan_of
 
 
 def main() -> None:
@@ -42,6 +40,7 @@ def main() -> None:
         hub = FakeHub()
         hub.latency = options.latency
         hub.add("org/model", repo)
+        total = sum(path.stat().st_size for path in repo.glob("*.safetensors"))
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": f"{where}/home"}
         environment.pop("HF_TOKEN", None)
         command = [sys.executable, "-m", "mquant", "verify", "org/model", "--format", "json"]
@@ -54,7 +53,6 @@ def main() -> None:
                 )
                 seconds = time.perf_counter() - start
                 said = json.loads(run.stdout)
-                total = sum(path.stat().st_size for path in repo.glob("*.safetensors"))
                 print(
                     f"{seconds:.1f} s, {said['requests']} requests, {said['bytes_read']:,} bytes "
                     f"({said['bytes_read'] / total:.3%}), {said['tensors']:,} tensors, "
@@ -68,7 +66,7 @@ def make_repo(where: Path) -> Path:
     """The quantized checkpoint's headers, index and config, over sparse files."""
     family = load_families()["minimax_m2"]
     parent = synth(where / "parent", family, sizes=Sizes(62, 154), shapes_only=True).path
-    plan: Plan = make_plan(open_checkpoint(Folder(parent)), find_recipe("nvfp4"), load_families())
+    plan = plan_of(parent)
     repo = where / "repo"
     repo.mkdir()
     for shard in plan.shards:

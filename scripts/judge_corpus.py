@@ -44,7 +44,7 @@ def main() -> int:
     """Judge, compare, write."""
     with tempfile.TemporaryDirectory() as where:
         rows = judge(Path(where))
-    version = next(verdict.version for _, _, verdict in rows)
+    version = rows[0][2].version
     page = HEAD.format(count=len(rows) - 1, version=version) + "".join(
         line(case, rules, verdict) for case, rules, verdict in rows
     )
@@ -53,7 +53,7 @@ def main() -> int:
     bad = [
         case.name
         for case, rules, verdict in rows
-        if ("error" in rules.values()) != (verdict.verdict != "loads" or bool(case.silent))
+        if ("error" in rules.values()) != case.is_wrong(verdict.verdict)
     ]
     for name in bad:
         print(f"disagreement: {name}")
@@ -71,7 +71,8 @@ def judge(folder: Path) -> list[tuple[Case, dict[str, str], Verdict]]:
     """Each case with our rules and their severity, and vLLM's verdict."""
     good = quantize_nvfp4(TRAINED, folder / "good", shard_bytes=10**6)
     families = load_families()
-    ours, arguments = [], []
+    ours: list[dict[str, str]] = []
+    arguments: list[str] = []
     for number, case in enumerate(CASES):
         place = folder / str(number)
         place.mkdir()
@@ -84,7 +85,7 @@ def judge(folder: Path) -> list[tuple[Case, dict[str, str], Verdict]]:
     )
     theirs = [json.loads(Path(path).read_text("utf-8")) for path in arguments[1::2]]
     return [
-        (case, dict(rules), read_verdict(said))
+        (case, rules, read_verdict(said))
         for case, rules, said in zip(CASES, ours, theirs, strict=True)
     ]
 

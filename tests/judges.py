@@ -1,5 +1,6 @@
 """Judges we did not write: upstream's own tools, run on the same files."""
 
+import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -60,6 +61,15 @@ def data(checkpoint: Checkpoint, name: str) -> bytes:
     """One tensor's bytes."""
     tensor = checkpoint.tensors[name]
     return checkpoint.source.read(tensor.shard, tensor.start, tensor.end)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Every file's sha256, by its path in the folder."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def differences(ours: Path, theirs: Path, names: set[str]) -> list[str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mquant.engines import stream
-from mquant.events import Event, Progress
-from mquant.output import ShardSet
+from mquant.events import silent
+from mquant.output import LEDGER, ShardSet
 from run import quantize_nvfp4
 
 _SERVER = multiprocessing.get_context("forkserver")
@@ -28,8 +28,8 @@ def run_and_die(src: Path, out: Path, shard_bytes: int, job: int, *, counted: bo
 
 def run_and_kill(src: Path, out: Path, shard_bytes: int, seconds: float) -> int | None:
     """Quantize, and kill the process from outside when it has been at work for `seconds`."""
-    process = _start(quantize_nvfp4, src, out, _nothing, shard_bytes)
-    ledger = out / "mquant-run.jsonl"
+    process = _start(quantize_nvfp4, src, out, silent, shard_bytes)
+    ledger = out / LEDGER
     deadline = time.monotonic() + 30
     while process.is_alive() and not ledger.exists() and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -68,12 +68,3 @@ def _die_after(src: Path, out: Path, shard_bytes: int, job: int, counted: bool) 
     ShardSet._complete = complete_and_die  # type: ignore[method-assign]
     stream._COMMIT_SECONDS = 1000.0  # type: ignore[misc]
     quantize_nvfp4(src, out, shard_bytes=shard_bytes, workers=1)
-
-
-def _nothing(_event: Event) -> None:
-    """An emit that can be sent to another process."""
-
-
-def first_progress(events: list[Event]) -> int:
-    """Bytes that a run found done."""
-    return next(event.done for event in events if isinstance(event, Progress))

@@ -10,35 +10,27 @@ from judges import read_json
 from mquant.numerics.formats import FLOATS
 from mquant.numerics.kernels import prepare
 
-# The limit counts what is allocated from here on (RLIMIT_DATA: heap and private mappings, which
-# also a mapped shard would be); importing torch alone maps more than a small limit allows.
-LIMITED = """
-import resource, sys
-from mquant.engines import oneshot
-from mquant.cli import main
-status = open("/proc/self/status").read()
-used = int(status.partition("VmData:")[2].split()[0]) * 1024
-limit = used + HALF
-resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-try:
-    main()
-finally:
-    # Not ru_maxrss, which a process started by a large one begins with.
-    status = open("/proc/self/status").read()
-    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    print(f"peak {peak}", file=sys.stderr)
-"""
-
-
 MEASURED = """
 import sys
 from mquant.cli import main
 try:
     main()
 finally:
+    # Not ru_maxrss, which a process started by a large one begins with.
     status = open("/proc/self/status").read()
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     print(f"torch {'torch' in sys.modules} peak {peak}", file=sys.stderr)
+"""
+# The limit counts what is allocated from here on (RLIMIT_DATA: heap and private mappings, which
+# also a mapped shard would be); importing torch alone maps more than a small limit allows.
+LIMIT = """
+import resource
+from mquant.cli import main
+from mquant.engines import oneshot
+status = open("/proc/self/status").read()
+used = int(status.partition("VmData:")[2].split()[0]) * 1024
+limit = used + HALF
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 """
 
 
@@ -67,7 +59,7 @@ def quantize(program: str, src: Path, out: Path, *options: str) -> str:
 def test_half_the_models_bytes_are_enough_memory_for_oneshot(tmp_path: Path) -> None:
     nbytes = synth(tmp_path / "src", layers=1, experts=50)
     assert nbytes > 1.4e9
-    limited = LIMITED.replace("HALF", str(nbytes // 2))
+    limited = LIMIT.replace("HALF", str(nbytes // 2)) + MEASURED
     said = quantize(limited, tmp_path / "src", tmp_path / "out", "--engine", "oneshot")
     peak = int(said.rpartition("peak ")[2])
     assert peak < nbytes / 2, "resident memory, torch itself included"

@@ -1,6 +1,5 @@
 """The streaming engine's bytes, judged by upstream's own tools on the same files."""
 
-import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from judges import differences, model_free_ptq, one_shard, opened, quantized_names
+from judges import differences, hashes, model_free_ptq, one_shard, opened, quantized_names
 from make import Row, make_checkpoint
 from mquant.checkpoint import Reader
 from mquant.errors import SourceError
@@ -27,14 +26,6 @@ REAL = {
     "kv_heads": 8,
     "head_dim": 128,
 }
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def assert_as_model_free_ptq(src: Path, tmp_path: Path) -> None:

@@ -1,13 +1,12 @@
 """`quantize` from end to end: what is in OUT, when, and what happens when it goes wrong."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from judges import differences, opened, read_json
+from judges import differences, hashes, opened, read_json
 from make import make_checkpoint
 from mquant.engines import oneshot
 from mquant.errors import EngineError, OutputError
@@ -20,17 +19,9 @@ from run import TRAINED, plan_of, quantize_nvfp4
 def snapshot(folder: Path) -> dict[str, tuple[str, int]]:
     """Every file's hash and modification time."""
     return {
-        path.relative_to(folder).as_posix(): (
-            hashlib.sha256(path.read_bytes()).hexdigest(),
-            path.stat().st_mtime_ns,
-        )
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        name: (digest, (folder / name).stat().st_mtime_ns)
+        for name, digest in hashes(folder).items()
     }
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {name: digest for name, (digest, _) in snapshot(folder).items()}
 
 
 @pytest.fixture(scope="module")

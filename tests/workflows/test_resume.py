@@ -1,7 +1,6 @@
 """Killed, interrupted, out of disk, robbed of its source: the same command goes on from there."""
 
 import errno
-import hashlib
 import os
 import random
 import shutil
@@ -12,7 +11,8 @@ from typing import TypeVar
 
 import pytest
 
-from killed import first_progress, run_and_die, run_and_kill
+from judges import hashes
+from killed import run_and_die, run_and_kill
 from make import make_checkpoint
 from mquant.checkpoint import Folder
 from mquant.errors import MquantError, OutputError, SourceError
@@ -23,14 +23,6 @@ from run import plan_of, quantize_nvfp4
 
 SMALL = 20_000
 """Bytes of an output shard that make several of a small checkpoint."""
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +45,7 @@ def go_on(src: Path, out: Path) -> int:
     """Run again, to the end; returns the source's bytes that were done before."""
     events: list[Event] = []
     quantize_nvfp4(src, out, events.append, SMALL)
-    return first_progress(events)
+    return next(event.done for event in events if isinstance(event, Progress))
 
 
 # --- SIGKILL
