@@ -94,7 +94,9 @@ def words(verdict: Verdict) -> str:
     """The words of vLLM, short and without what changes from run to run."""
     told = verdict.words or " ".join(finding.message for finding in verdict.findings)
     told = told.partition(" For further information")[0]
-    return " ".join("PATH" if part.startswith(("/", "'/", "{'/")) else part for part in told.split())[:160]
+    return " ".join(
+        "PATH" if part.startswith(("/", "'/", "{'/")) else part for part in told.split()
+    )[:160]
 
 
 def line(case: Case, rules: dict[str, str], verdict: Verdict) -> str:
