@@ -8,9 +8,11 @@ not what it would write. It always fails where vLLM refuses a checkpoint, or loa
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mquant.checkpoint import Folder
@@ -72,22 +74,33 @@ def judge(folder: Path) -> list[tuple[Case, dict[str, str], Verdict]]:
     good = quantize_nvfp4(TRAINED, folder / "good", shard_bytes=10**6)
     families = load_families()
     ours: list[dict[str, str]] = []
-    arguments: list[str] = []
+    pairs: list[tuple[Path, Path]] = []
     for number, case in enumerate(CASES):
         place = folder / str(number)
         place.mkdir()
         bad = case.make(good, place)
         report = verify(Folder(bad), families, Depth.NUMBERS)
         ours.append({found.rule: found.severity for found in report.findings})
-        arguments += [str(bad), str(place / "vllm.json")]
-    subprocess.run(
-        [str(find_python()), "-P", str(PROBE), *arguments], check=True, capture_output=True
-    )
-    theirs = [json.loads(Path(path).read_text("utf-8")) for path in arguments[1::2]]
+        pairs.append((bad, place / "vllm.json"))
+    cores = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(cores) as pool:
+        list(pool.map(ask_vllm, (pairs[i::cores] for i in range(cores))))
+    theirs = [json.loads(path.read_text("utf-8")) for _, path in pairs]
     return [
         (case, rules, read_verdict(said))
         for case, rules, said in zip(CASES, ours, theirs, strict=True)
     ]
+
+
+def ask_vllm(pairs: list[tuple[Path, Path]]) -> None:
+    """Have one process judge folders, each into its file."""
+    paths = [str(path) for pair in pairs for path in pair]
+    subprocess.run(
+        [str(find_python()), "-P", str(PROBE), *paths],
+        check=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def words(verdict: Verdict) -> str:

@@ -25,7 +25,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     stand_in = tmp_path / "python"
     stand_in.write_text(
-        f'#!/bin/sh\ncp -r --sparse=always "$3" {tmp_path}/given\nenv > {tmp_path}/env\n'
+        f'#!/bin/sh\ncat\ncp -r --sparse=always "$3" {tmp_path}/given\nenv > {tmp_path}/env\n'
         f'cp {tmp_path}/answer "$4"\n'
     )
     stand_in.chmod(0o755)

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,8 +127,7 @@ def ask(source: Source, shards: tuple[str, ...]) -> Verdict:
     python = find_python()
     with tempfile.TemporaryDirectory(prefix="mquant-vllm-") as where:
         folder, result = Path(where, "checkpoint"), Path(where, "result.json")
-        _materialise(source, shards, folder)
-        why = _run(python, folder, result)
+        why = _run(python, folder, result, lambda: _materialise(source, shards, folder))
         return read_verdict(_read(result), why)
 
 
@@ -203,27 +202,32 @@ def _materialise(source: Source, shards: tuple[str, ...], folder: Path) -> None:
         list(pool.map(shard, shards))
 
 
-def _run(python: Path, folder: Path, result: Path) -> str:
-    """Run the probe; returns why it did not come to an end, where it did not."""
+def _run(python: Path, folder: Path, result: Path, materialise: Callable[[], None]) -> str:
+    """Run the probe; returns why it did not come to an end, where it did not.
+
+    It imports vLLM, for seconds, while `materialise` makes the folder, and then waits for it.
+    """
     # No tokens, no proxies, no settings of this process; vLLM gets its own home to write to.
     keep = {"PATH": os.environ.get("PATH", ""), "HOME": str(result.parent), "LC_ALL": "C.UTF-8"}
     # -P: or `import vllm` would find this file, which lies beside the probe.
     command = [str(python), "-P", str(PROBE), str(folder), str(result)]
+    null = subprocess.DEVNULL
     try:
-        subprocess.run(  # noqa: S603  (the user's own Python)
-            command,
-            env=keep,
-            cwd=result.parent,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=_SECONDS,
-            check=False,
+        probe = subprocess.Popen(  # noqa: S603  (the user's own Python)
+            command, env=keep, cwd=result.parent, stdin=subprocess.PIPE, stdout=null, stderr=null
         )
-    except subprocess.TimeoutExpired:
-        return f"it took more than {_SECONDS} seconds"
     except OSError as error:
         return f"{python} cannot be run: {error.strerror}"
+    with probe:
+        try:
+            materialise()
+            probe.communicate(timeout=_SECONDS)
+        except subprocess.TimeoutExpired:
+            probe.kill()
+            return f"it took more than {_SECONDS} seconds"
+        except BaseException:
+            probe.kill()
+            raise
     return ""
 
 

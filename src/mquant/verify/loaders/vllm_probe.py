@@ -2,11 +2,13 @@
 
     python vllm_probe.py FOLDER RESULT [FOLDER RESULT ...]
 
-FOLDER holds a checkpoint whose shards need no data (sparse files do). vLLM parses its config,
-builds the model on torch's meta device and loads tensors that have a dtype and a shape only. Every
-copy that vLLM's loaders make is watched, and so what they drop, leave out, bend into another shape
-or convert is known, whatever the model or the layout. RESULT becomes a JSON object, each made in a
-process of its own:
+FOLDER holds a checkpoint whose shards need no data (sparse files do); it need not be there before
+standard input ends. vLLM parses its config, builds the model on torch's meta device and loads
+tensors that have a dtype and a shape only. Every copy that vLLM's loaders make is watched, and so
+what they drop, leave out, bend into another shape or convert is known, whatever the model or the
+layout: at a glance first, and, where that does not account for everything, once more with every
+operation followed, which takes three times as long. RESULT becomes a JSON object, each made in
+processes of its own:
 
     vllm            version
     stage           what was reached: start, config, model, weights, done
@@ -25,10 +27,12 @@ import math
 import os
 import sys
 from collections import defaultdict
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 # Before vLLM is imported: no compilation, no telemetry, no network, the CPU.
 os.environ.update(
@@ -46,11 +50,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 MOST = 200  # of each list; `counts` has the true numbers
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows offered tensors through views and conversions, and notes where they are copied."""
+class Copies:
+    """Which offered tensors were copied where, known by their storage."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self._origin: dict[int, str] = {}
         self._kept: list[Any] = []  # a storage that is freed would give its address to another
         self._sizes: dict[str, int] = {}
@@ -62,33 +65,24 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reshaped: dict[str, tuple[str, list[int], list[int]]] = {}
         self.converted: dict[str, tuple[str, str, str]] = {}
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing compiles here; the guard takes as long as all else
-
     def offer(self, name: str, tensor: torch.Tensor) -> None:
         """A tensor of the checkpoint, about to be loaded."""
-        self._mark(tensor, name)
+        self.mark(tensor, name)
         self._sizes[name] = tensor.numel()
         self._dtypes[name] = tensor.dtype
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name == "copy_":
-            self._copy(args[0], args[1])
-            return args[0]
-        if name in ("_local_scalar_dense", "item"):
-            raise RuntimeError("the value of a tensor was asked for; only headers are here")
-        made = func(*args, **(kwargs or {}))
-        if not func.is_view and isinstance(made, torch.Tensor) and self._of(made) is None:
-            sources = [a for a in args if isinstance(a, torch.Tensor)]
-            origin = next((self._of(a) for a in sources if self._of(a)), None)
-            if origin:  # converted, or made contiguous; a view has its storage
-                self._mark(made, origin)
-        return made
+    def mark(self, tensor: torch.Tensor, name: str) -> None:
+        """What lies in a tensor's storage comes from the offered one of that name."""
+        self._origin[_storage(tensor)] = name
+        self._kept.append(tensor.untyped_storage())
 
-    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        name = self._of(source)
+    def of(self, tensor: torch.Tensor) -> str | None:
+        """The offered tensor that one comes from."""
+        return self._origin.get(_storage(tensor))
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """A copy is about to be made. Raises as the real one would."""
+        name = self.of(source)
         if name is None:
             return  # not from the checkpoint: a default, or one buffer into another
         target_shape, shape = list(target.shape), list(source.shape)
@@ -102,7 +96,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.converted.setdefault(name, row)
         place = (int(target.storage_offset()), tuple(target.shape), tuple(target.stride()))
         self._written[_storage(target)].add(place)
-        if self._of(target) is None:
+        if self.of(target) is None:
             self._kept.append(target.untyped_storage())
 
     def dropped(self) -> list[str]:
@@ -119,12 +113,55 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 rows.append((name, parameter.numel() - came))
         return rows
 
-    def _of(self, tensor: torch.Tensor) -> str | None:
-        return self._origin.get(_storage(tensor))
 
-    def _mark(self, tensor: torch.Tensor, name: str) -> None:
-        self._origin[_storage(tensor)] = name
-        self._kept.append(tensor.untyped_storage())
+@contextmanager
+def glance(copies: Copies) -> Iterator[None]:
+    """Note the copies that loaders make of offered tensors and of views of them.
+
+    What they make of conversions is not seen: it counts as dropped.
+    """
+
+    def copy_(self: torch.Tensor, source: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        copies.copy(self, source)
+        return _COPY(self, source, *rest, **more)
+
+    def setitem(self: torch.Tensor, key: Any, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            copies.copy(self[key], value)
+        _SETITEM(self, key, value)
+
+    with patch.multiple(torch.Tensor, copy_=copy_, __setitem__=setitem):
+        yield
+
+
+_COPY, _SETITEM = torch.Tensor.copy_, torch.Tensor.__setitem__
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows offered tensors through every operation, conversions included."""
+
+    def __init__(self, copies: Copies) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._copies = copies
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing compiles here; the guard takes as long as all else
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        of = self._copies.of
+        if name == "copy_":
+            self._copies.copy(args[0], args[1])
+            return args[0]
+        if name in ("_local_scalar_dense", "item"):
+            raise RuntimeError("the value of a tensor was asked for; only headers are here")
+        made = func(*args, **(kwargs or {}))
+        if not func.is_view and isinstance(made, torch.Tensor) and of(made) is None:
+            origin = next((of(a) for a in args if isinstance(a, torch.Tensor) and of(a)), None)
+            if origin:  # converted, or made contiguous; a view has its storage
+                self._copies.mark(made, origin)
+        return made
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -154,8 +191,12 @@ def _needless(model: torch.nn.Module, name: str) -> bool:
     return isinstance(method, BaseKVCacheMethod)  # optional, with defaults
 
 
-def stub_kernels() -> None:
-    """Which kernel would compute is no question of loading, and needs a GPU to answer."""
+def stub() -> None:
+    """What is no question of loading: which kernel would compute needs a GPU to answer.
+
+    And vLLM looks at the model's class in a process of its own, so as not to touch a GPU in this
+    one; that takes as long as all of the loading.
+    """
     from vllm.model_executor.layers.fused_moe.oracle import nvfp4
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_w4a4_nvfp4 as moe,
@@ -163,13 +204,15 @@ def stub_kernels() -> None:
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
         compressed_tensors_w4a4_nvfp4 as linear,
     )
+    from vllm.model_executor.models import registry
 
+    registry._run_in_subprocess = lambda look: look()
     linear.init_nvfp4_linear_kernel = lambda **_: SimpleNamespace(input_quant_key=lambda: None)
     moe.select_nvfp4_moe_backend = lambda **_: (nvfp4.NvFp4MoeBackend.MARLIN, None)
 
 
-def load(folder: str, result: dict[str, Any], said: Any) -> None:
-    """Do as vLLM does, noting in `result` what was reached."""
+def load(folder: str, result: dict[str, Any], said: Any, *, closely: bool) -> None:
+    """Do as vLLM does, noting in `result` what was reached, and what became of the tensors."""
     import tempfile
 
     from vllm import __version__
@@ -181,7 +224,7 @@ def load(folder: str, result: dict[str, Any], said: Any) -> None:
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     result["vllm"] = __version__
-    stub_kernels()
+    stub()
     said("config")
     arguments = EngineArgs(
         model=folder,
@@ -203,7 +246,7 @@ def load(folder: str, result: dict[str, Any], said: Any) -> None:
         said("weights")
         loader = DefaultModelLoader(config.load_config)
         prepared = loader._prepare_weights(folder, None, None, True, None)
-        watch = Watch()
+        copies = Copies()
         count = 0
 
         def offered() -> Any:
@@ -211,16 +254,16 @@ def load(folder: str, result: dict[str, Any], said: Any) -> None:
             for file in sorted(prepared[1]):
                 for name, tensor in headers(file):
                     count += 1
-                    watch.offer(name, tensor)
+                    copies.offer(name, tensor)
                     yield name, tensor
 
-        with watch:
+        with Watch(copies) if closely else glance(copies):
             model.load_weights(offered())
     found: dict[str, list[Any]] = {
-        "dropped": watch.dropped(),
-        "unset": watch.unset(model),
-        "reshaped": list(watch.reshaped.values()),
-        "converted": list(watch.converted.values()),
+        "dropped": copies.dropped(),
+        "unset": copies.unset(model),
+        "reshaped": list(copies.reshaped.values()),
+        "converted": list(copies.converted.values()),
     }
     result.update({key: value[:MOST] for key, value in found.items()})
     result["counts"] = {key: len(value) for key, value in found.items()}
@@ -240,8 +283,8 @@ def headers(file: str) -> Any:
             yield name, torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
-def judge(folder: str, path: str) -> None:
-    """Load one folder and write what came."""
+def judge(folder: str, path: str, *, closely: bool) -> bool:
+    """Load one folder and write what came; whether that is all there is to say."""
     result: dict[str, Any] = {}
 
     def said(stage: str) -> None:
@@ -250,10 +293,20 @@ def judge(folder: str, path: str) -> None:
 
     said("start")
     try:
-        load(folder, result, said)
+        load(folder, result, said, closely=closely)
     except Exception as error:  # noqa: BLE001  (whatever it is, it is vLLM's verdict)
         result["error"], result["kind"] = str(error), type(error).__name__
         said(result["stage"])
+    return closely or not any(result.get("counts", {}).values())
+
+
+def in_child(folder: str, path: str, *, closely: bool) -> bool:
+    """The same in a process of its own, which may die."""
+    child = os.fork()
+    if not child:
+        told = judge(folder, path, closely=closely)
+        os._exit(0 if told else 1)  # vLLM leaves threads behind
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 1
 
 
 def main() -> None:
@@ -261,12 +314,10 @@ def main() -> None:
     import vllm.engine.arg_utils
     import vllm.model_executor.model_loader  # noqa: F401  (seconds, once for all)
 
+    sys.stdin.read()
     for folder, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-        child = os.fork()
-        if not child:
-            judge(folder, path)
-            os._exit(0)  # vLLM leaves threads behind
-        os.waitpid(child, 0)
+        if not in_child(folder, path, closely=False):
+            in_child(folder, path, closely=True)
 
 
 if __name__ == "__main__":
