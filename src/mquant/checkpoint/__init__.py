@@ -1,5 +1,6 @@
 """Reading checkpoints: headers as hostile input, folders and hub repos, one view of them."""
 
+from mquant.checkpoint.assembly import Assembly, AssemblyReader
 from mquant.checkpoint.checkpoint import (
     CONFIG_NAME,
     FIRST_READ,
@@ -18,6 +19,8 @@ __all__ = [
     "CONFIG_NAME",
     "FIRST_READ",
     "INDEX_NAME",
+    "Assembly",
+    "AssemblyReader",
     "Checkpoint",
     "Folder",
     "Overlay",

@@ -8,13 +8,12 @@ source is read once, and memory holds a fused set per worker, however large the 
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import closing, suppress
+from contextlib import suppress
 from threading import Event, Lock
 from typing import Final, Protocol
 
 import numpy as np
 
-from mquant.checkpoint import Folder, Reader
 from mquant.errors import OutputError, SourceError
 from mquant.numerics.formats import FLOATS, Array, Bytes
 from mquant.numerics.kernels import block_maxima, prepare, quantize_into
@@ -27,6 +26,19 @@ PIECE: Final = 2 << 20
 _AHEAD: Final = 64 << 20
 """Bytes of a job that the system is asked to fetch ahead of time; it reads on by itself."""
 _COMMIT_SECONDS: Final = 0.3
+
+
+class Reader(Protocol):
+    """Where bytes come from: `mquant.checkpoint.Reader`, or an assembly's. Any thread may call."""
+
+    def read_into(self, path: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the file's bytes from `start` on."""
+
+    def prefetch(self, path: str, start: int, end: int) -> None:
+        """Have bytes [start, end) fetched meanwhile."""
+
+    def check(self, path: str) -> None:
+        """Raise SourceError where the file has changed since it was planned with."""
 
 
 class Output(Protocol):
@@ -43,7 +55,7 @@ class Output(Protocol):
         """Make what was written count."""
 
 
-def run(source: Folder, output: Output, workers: int) -> None:
+def run(reader: Reader, output: Output, workers: int) -> None:
     """Do all pending jobs of `output`.
 
     Raises SourceError for a source that cannot be read, changes, or holds NaN or infinity where
@@ -53,7 +65,7 @@ def run(source: Folder, output: Output, workers: int) -> None:
     for dtype in sorted({a.source.dtype for job in jobs if job.scheme for a in job.actions}):
         prepare(FLOATS[dtype])
     stop = Event()
-    with closing(Reader(source)) as reader, ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         queue = _Queue(jobs, reader, ahead=workers)
 
         def work() -> None:
@@ -125,11 +137,11 @@ class Worker:
             self._reader.check(path)
 
     def _copy(self, action: Action) -> None:
-        source = action.source
+        source, (output,) = action.source, action.outputs
         for start in range(source.start, source.end, PIECE) or [source.start]:
             part = self._weights[: min(PIECE, source.end - start)].data
             self._reader.read_into(source.shard, start, part)
-            self._write(source.name, part)
+            self._write(output.name, part)
 
     def _quantize(self, job: Job) -> None:
         sizes = [(0, 0)]

@@ -1,7 +1,7 @@
 """Writing: atomic shards at planned sizes, the claim on OUT, and the order of finishing."""
 
 from mquant.output.disk import PARTIAL
-from mquant.output.finish import file_names, finish
+from mquant.output.finish import config_json, file_names, finish, index_json, side_files
 from mquant.output.folder import RECORD, Claim, State, discard, examine
 from mquant.output.ledger import LEDGER, Ledger, Recorded
 from mquant.output.shards import ShardSet
@@ -15,8 +15,11 @@ __all__ = [
     "Recorded",
     "ShardSet",
     "State",
+    "config_json",
     "discard",
     "examine",
     "file_names",
     "finish",
+    "index_json",
+    "side_files",
 ]

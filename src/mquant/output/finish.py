@@ -7,7 +7,7 @@ disk, and the index just before it.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -53,35 +53,34 @@ def side_files(checkpoint: Checkpoint) -> tuple[str, ...]:
     )
 
 
-def file_names(plan: Plan) -> tuple[str, ...]:
+def file_names(plan: Plan, sides: Iterable[str]) -> tuple[str, ...]:
     """Every file the finished output will hold."""
     shards = tuple(shard.name for shard in plan.shards)
-    copied = side_files(plan.survey.checkpoint)
-    return (*shards, *copied, RECIPE_NAME, RECORD, INDEX_NAME, CONFIG_NAME)
+    return (*shards, *sides, RECIPE_NAME, RECORD, INDEX_NAME, CONFIG_NAME)
 
 
 def finish(
     out: Path,
     plan: Plan,
-    digests: Mapping[str, str],
+    shards: Mapping[str, Mapping[str, Any]],
+    sides: Mapping[str, Source],
     provenance: Mapping[str, Any],
     judge: Callable[[Source], None],
     emit: Emit = silent,
 ) -> None:
-    """Complete OUT, whose shards, with these sha256, are all there. config.json appears last.
+    """Complete OUT, whose shards are all there. config.json appears last.
 
+    `shards` has `bytes` and `sha256` of each, and of whatever else belongs to the checkpoint and
+    is not written here; `sides` are the side files to write, and where to read each.
     `provenance` goes into mquant.json as it is: it must not differ between two equal runs.
     `judge` sees the checkpoint as it will be, when only index and config.json are not yet on disk;
     what it raises keeps them from being written.
     """
     checkpoint = plan.survey.checkpoint
-    files = {
-        shard.name: {"bytes": shard.file_bytes, "sha256": digests[shard.name]}
-        for shard in plan.shards
-    }
+    files = dict(shards)
     index, config = _json(index_json(plan)), _json(config_json(plan))
-    for path in side_files(checkpoint):
-        content = checkpoint.source.read(path)
+    for path, source in sides.items():
+        content = source.read(path)
         _write(out, path, content)
         files[path] = _described(content)
     for sentence in absent_files(checkpoint):

@@ -49,9 +49,11 @@ class ShardSet:
         recorded: Recorded | None = None,
         sources: Mapping[str, Stamp] | None = None,
         emit: Emit = silent,
+        stage: str = "quantize",
     ) -> None:
         """Go on with what is `recorded` of an earlier run, where it was made from `sources`."""
         self._out, self._plan, self._ledger, self._emit = out, plan, ledger, emit
+        self._stage = stage
         self._tasks = [
             _Task(shard, number, job, job.output_bytes)
             for shard, each in enumerate(plan.shards)
@@ -152,7 +154,7 @@ class ShardSet:
             self._bytes += task.job.source_bytes
             self._left[task.shard] -= 1
             last = not self._left[task.shard]
-            self._emit(Progress("quantize", self._bytes, self._plan.source_bytes))
+            self._emit(Progress(self._stage, self._bytes, self._plan.source_bytes))
         if last:
             self._close(task.shard)
         else:

@@ -160,7 +160,7 @@ class Plan:
     @cached_property
     def source_bytes(self) -> int:
         """Bytes of all source tensors."""
-        return self.survey.checkpoint.nbytes
+        return sum(action.source.nbytes for action in self.actions)
 
     @property
     def output_tensors(self) -> int:

@@ -12,7 +12,7 @@ from mquant.family import Role
 from mquant.findings import Finding, size
 from mquant.output import examine
 from mquant.plan import Action, Plan
-from mquant.workflows.quantize import default_workers, free_disk
+from mquant.workflows.making import default_workers, free_disk
 
 # Python, numpy, numba and the plan of 62 layers of 154 experts, imported and made: 0.27 GB.
 _BASE_MEMORY: Final = 350_000_000

@@ -1,7 +1,6 @@
 """Carry out a plan: check what can be checked, claim OUT, run the engine, finish, verify."""
 
-import os
-import shutil
+from contextlib import closing
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -10,22 +9,21 @@ from pathlib import Path
 from typing import Any, Final
 
 from mquant import __version__
-from mquant.checkpoint import Folder, Source, read_header
-from mquant.errors import EngineError, MissingExtra, OutputError, Refused
-from mquant.events import Emit, Note, Progress, silent
-from mquant.findings import size
+from mquant.checkpoint import Folder, Reader, Source
+from mquant.errors import EngineError, MissingExtra, Refused
+from mquant.events import Emit, Note, silent
 from mquant.output import (
-    PARTIAL,
     Claim,
     Ledger,
     ShardSet,
     State,
-    discard,
     examine,
     file_names,
     finish,
+    side_files,
 )
 from mquant.plan import Plan
+from mquant.workflows.making import Making, check_disk, default_workers
 from mquant.workflows.verify import Depth, verify
 
 
@@ -37,7 +35,6 @@ class Engine(StrEnum):
     ONESHOT = "oneshot"
 
 
-_MOST_CORES: Final = 16
 # Packages whose versions can change the bytes an engine makes.
 _DECISIVE: Final[dict[Engine, tuple[str, ...]]] = {
     Engine.STREAM: (),
@@ -88,7 +85,7 @@ def quantize(
     claim = look(restart=restart)
     if claim.state is State.DONE:
         return Result(out, plan, engine, fresh=False)
-    _check_disk(out, claim, plan)
+    check_disk(out, claim.files, plan.file_bytes)
     folder = source if isinstance(source, Folder) else _download(source, emit)
     ledger = Ledger(out)
     try:
@@ -96,27 +93,18 @@ def quantize(
         if claim.state is State.DONE:
             return Result(out, plan, engine, fresh=False)
         run = Run(plan.reading_from(folder), out, engine, workers, emit)
-        digests = run.make_shards(ledger, claim, fingerprint)
+        sides = dict.fromkeys(side_files(plan.survey.checkpoint), folder)
+        digests = run.make_shards(ledger, claim, fingerprint, file_names(plan, sides))
+        shards = {
+            shard.name: {"bytes": shard.file_bytes, "sha256": digests[shard.name]}
+            for shard in plan.shards
+        }
         provenance = _provenance(plan, engine, identity, versions, fingerprint)
-        finish(out, run.plan, digests, provenance, run.judge, emit)
+        finish(out, run.plan, shards, sides, provenance, run.judge, emit)
         ledger.complete()
     finally:
         ledger.release()
     return Result(out, plan, engine, fresh=True)
-
-
-def default_workers() -> int:
-    """One for each core this process may use, and one more to keep the disk busy meanwhile.
-
-    No disk is faster than 16 cores.
-    """
-    return min(len(os.sched_getaffinity(0)), _MOST_CORES) + 1
-
-
-def free_disk(out: Path) -> int:
-    """Bytes free where `out` is, or will be."""
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
 
 
 def _versions(engine: Engine) -> dict[str, str]:
@@ -124,17 +112,6 @@ def _versions(engine: Engine) -> dict[str, str]:
         return {package: version(package) for package in _DECISIVE[engine]}
     except PackageNotFoundError:
         raise MissingExtra(f"The {engine} engine", engine.value) from None
-
-
-def _check_disk(out: Path, claim: Claim, plan: Plan) -> None:
-    ours = (out / (name + end) for name in claim.files for end in ("", PARTIAL))
-    held = sum(path.stat().st_blocks * 512 for path in ours if path.is_file())
-    free = free_disk(out) + held
-    if free < plan.file_bytes:
-        raise OutputError(
-            f"{out} needs {size(plan.file_bytes)}, {size(free)} are free there.",
-            "Free space, or give a folder on another disk with -o.",
-        )
 
 
 def _download(source: Source, emit: Emit) -> Folder:
@@ -194,57 +171,25 @@ class Run:
         return source
 
     def make_shards(
-        self, ledger: Ledger, claim: Claim, fingerprint: dict[str, str]
+        self, ledger: Ledger, claim: Claim, fingerprint: dict[str, str], files: tuple[str, ...]
     ) -> dict[str, str]:
         """Make all shards, but for what an earlier run made; returns their sha256, by name."""
-        # oneshot starts over: its modules come in the order of the model, not of the output.
-        recorded = claim.recorded if self.engine is Engine.STREAM else None
-        shards = {shard.name for shard in self.plan.shards} if recorded else set()
-        discard(self.out, [name for name in claim.files if name not in shards])
-        ledger.begin(fingerprint, file_names(self.plan), afresh=recorded is None)
         stamps = {name: self.source.stamps[name] for name in self.plan.survey.checkpoint.shards}
-        ledger.read_from(stamps)
-        output = ShardSet(self.out, self.plan, ledger, recorded, stamps, self.emit)
-        try:
-            self._run_engines(output)
-            output.finish()
-        except BaseException:
-            self._tell(output, "are done; the same command goes on from there")
-            raise
-        finally:
-            output.abandon()
-        self._look_again()
-        return output.digests
+        making = Making(self.plan, self.out, files, stamps, self.emit, "quantize")
+        # oneshot starts over: its modules come in the order of the model, not of the output.
+        resume = self.engine is Engine.STREAM
+        return making.shards(ledger, claim, fingerprint, self._run_engines, resume=resume)
 
     def _run_engines(self, output: ShardSet) -> None:
         from mquant.engines import stream  # numba
 
-        self._tell(output, "were done before")
-        self.emit(Progress("quantize", output.done_bytes, self.plan.source_bytes))
         if self.engine is Engine.ONESHOT:
             from mquant.engines import oneshot  # torch and transformers: seconds, and optional
 
             oneshot.run(self.plan, output.write, self.emit)
         # After oneshot, what is left are the tensors that are copied.
-        stream.run(self.source, output, self.workers or default_workers())
-
-    def _tell(self, output: ShardSet, what: str) -> None:
-        if self.engine is Engine.STREAM and output.done_bytes:
-            done, total = size(output.done_bytes), size(self.plan.source_bytes)
-            self.emit(Note("info", f"{done} of {total} {what}."))
-
-    def _look_again(self) -> None:
-        """Read the shards' headers back: tensors, dtypes and shapes as planned, and no other."""
-        folder = Folder(self.out)
-        for shard in self.plan.shards:
-            found = {(t.name, t.dtype, t.shape) for t in read_header(folder, shard.name)}
-            planned = {(o.name, o.dtype, o.shape) for job in shard.jobs for o in job.outputs}
-            if found != planned:
-                odd = min(name for name, _, _ in found ^ planned)
-                raise EngineError(
-                    f"{shard.name} in {self.out} is not what was planned ({odd}).",
-                    "Please report this; OUT has no config.json, so nothing will load it.",
-                )
+        with closing(Reader(self.source)) as reader:
+            stream.run(reader, output, self.workers or default_workers())
 
     def judge(self, result: Source) -> None:
         """Judge what was made as `mquant verify OUT --against SRC` does.
@@ -269,4 +214,4 @@ class Run:
             self.emit(Note("warning", finding.message))
 
 
-__all__ = ["Engine", "Result", "choose_engine", "default_workers", "free_disk", "quantize"]
+__all__ = ["Engine", "Result", "choose_engine", "quantize"]

@@ -1,0 +1,113 @@
+"""Making the shards of a plan in OUT: what all verbs that write checkpoints have in common."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from mquant.checkpoint import Folder, Stamp, read_header
+from mquant.errors import EngineError, OutputError
+from mquant.events import Emit, Note, Progress
+from mquant.findings import size
+from mquant.output import PARTIAL, Claim, Ledger, ShardSet, discard
+from mquant.plan import Plan
+
+_MOST_CORES: Final = 16
+
+
+@dataclass(frozen=True)
+class Making:
+    """Shards being made in a claimed OUT.
+
+    `plan` has the shards to make, whose tensors come from files with these `stamps`; `files` are
+    all that OUT will hold in the end. `stage` is what progress is called.
+    """
+
+    plan: Plan
+    out: Path
+    files: tuple[str, ...]
+    stamps: Mapping[str, Stamp]
+    emit: Emit
+    stage: str
+
+    def shards(
+        self,
+        ledger: Ledger,
+        claim: Claim,
+        fingerprint: dict[str, str],
+        run: Callable[[ShardSet], None],
+        *,
+        resume: bool = True,
+    ) -> dict[str, str]:
+        """Have `run` make all shards; returns their sha256, by name.
+
+        `resume`: what an earlier run made counts, and is gone on with.
+        """
+        recorded = claim.recorded if resume else None
+        shards = {shard.name for shard in self.plan.shards} if recorded else set()
+        discard(self.out, [name for name in claim.files if name not in shards])
+        ledger.begin(fingerprint, self.files, afresh=recorded is None)
+        ledger.read_from(self.stamps)
+        output = ShardSet(
+            self.out, self.plan, ledger, recorded, self.stamps, self.emit, stage=self.stage
+        )
+        try:
+            self._tell(output, "were done before", resume=resume)
+            self.emit(Progress(self.stage, output.done_bytes, self.plan.source_bytes))
+            run(output)
+            output.finish()
+        except BaseException:
+            self._tell(output, "are done; the same command goes on from there", resume=resume)
+            raise
+        finally:
+            output.abandon()
+        self._look_again()
+        return output.digests
+
+    def _tell(self, output: ShardSet, what: str, *, resume: bool) -> None:
+        if resume and output.done_bytes:
+            done, total = size(output.done_bytes), size(self.plan.source_bytes)
+            self.emit(Note("info", f"{done} of {total} {what}."))
+
+    def _look_again(self) -> None:
+        """Read the shards' headers back: tensors, dtypes and shapes as planned, and no other."""
+        folder = Folder(self.out)
+        for shard in self.plan.shards:
+            found = {(t.name, t.dtype, t.shape) for t in read_header(folder, shard.name)}
+            planned = {(o.name, o.dtype, o.shape) for job in shard.jobs for o in job.outputs}
+            if found != planned:
+                odd = min(name for name, _, _ in found ^ planned)
+                raise EngineError(
+                    f"{shard.name} in {self.out} is not what was planned ({odd}).",
+                    "Please report this; OUT has no config.json, so nothing will load it.",
+                )
+
+
+def default_workers() -> int:
+    """One for each core this process may use, and one more to keep the disk busy meanwhile.
+
+    No disk is faster than 16 cores.
+    """
+    return min(len(os.sched_getaffinity(0)), _MOST_CORES) + 1
+
+
+def free_disk(out: Path) -> int:
+    """Bytes free where `out` is, or will be."""
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def check_disk(out: Path, ours: Iterable[str], needed: int) -> None:
+    """Raise OutputError where `needed` bytes do not fit, what we hold there already counted."""
+    held = (out / (name + end) for name in ours for end in ("", PARTIAL))
+    free = free_disk(out) + sum(p.stat().st_blocks * 512 for p in held if p.is_file())
+    if free < needed:
+        raise OutputError(
+            f"{out} needs {size(needed)}, {size(free)} are free there.",
+            "Free space, or give a folder on another disk with -o.",
+        )
+
+
+__all__ = ["Making", "check_disk", "default_workers", "free_disk"]
