@@ -1,9 +1,9 @@
 """A checkpoint as its headers, index and config describe it. No weight is read here."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Final, TypeVar
 
@@ -28,7 +28,9 @@ class Checkpoint:
 
     `tensors` is keyed by name, in natural order of shards and positions; `config` is the raw
     JSON; `findings` are the ways in which index and headers disagree. `total_size` is what the
-    index claims all tensors' bytes are, where it claims a number.
+    index claims all tensors' bytes are, where it claims a number; `index` in which shard it says
+    each tensor is, unchecked. `again` are tensors stored once more, under the name of one in
+    `tensors`.
     """
 
     source: Source
@@ -37,6 +39,8 @@ class Checkpoint:
     shards: tuple[str, ...]
     findings: tuple[Finding, ...]
     total_size: int | None = None
+    index: Mapping[str, str] = field(default_factory=dict)
+    again: tuple[TensorInfo, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +77,7 @@ def open_checkpoint(source: Source, *, tolerant: bool = False) -> Checkpoint:
         )
     config = read_json(source, CONFIG_NAME)
     index, total_size = _read_index(source)
-    shards = tuple(sorted(path for path in source.files if _is_shard(path)))
+    shards = tuple(sorted(path for path in source.files if is_shard(path)))
     if not shards and not (tolerant and index):
         raise SourceError(
             f"{source.name} has no .safetensors file.",
@@ -81,11 +85,13 @@ def open_checkpoint(source: Source, *, tolerant: bool = False) -> Checkpoint:
         )
     shards, findings = _named(shards, index)
     tensors: dict[str, TensorInfo] = {}
+    again: list[TensorInfo] = []
     headers, unreadable = _read_headers(source, shards, tolerant=tolerant)
     findings += unreadable
     for tensor in (tensor for header in headers for tensor in header):
         if tensor.name in tensors:
             findings.append(_stored_twice(tensor, tensors[tensor.name]))
+            again.append(tensor)
         else:
             tensors[tensor.name] = tensor
     if index is not None:
@@ -102,7 +108,9 @@ def open_checkpoint(source: Source, *, tolerant: bool = False) -> Checkpoint:
                 f"Download {INDEX_NAME} too.",
             )
         )
-    return Checkpoint(source, config, tensors, shards, tuple(findings), total_size)
+    return Checkpoint(
+        source, config, tensors, shards, tuple(findings), total_size, index or {}, tuple(again)
+    )
 
 
 def read_header(source: Source, shard: str) -> tuple[TensorInfo, ...]:
@@ -181,7 +189,8 @@ def _named(
     return named, [Finding("shard-not-in-index", "warning", spare[0], message, fix)]
 
 
-def _is_shard(path: str) -> bool:
+def is_shard(path: str) -> bool:
+    """Whether a file of a checkpoint holds its weights."""
     # Weights in subfolders (an "original/" copy, adapters) belong to something else.
     return path.endswith(".safetensors") and len(PurePosixPath(path).parts) == 1
 

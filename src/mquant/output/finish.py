@@ -62,6 +62,7 @@ def file_names(plan: Plan, sides: Iterable[str]) -> tuple[str, ...]:
 def finish(
     out: Path,
     plan: Plan,
+    index: Mapping[str, Any],
     shards: Mapping[str, Mapping[str, Any]],
     sides: Mapping[str, Source],
     provenance: Mapping[str, Any],
@@ -70,15 +71,16 @@ def finish(
 ) -> None:
     """Complete OUT, whose shards are all there. config.json appears last.
 
-    `shards` has `bytes` and `sha256` of each, and of whatever else belongs to the checkpoint and
-    is not written here; `sides` are the side files to write, and where to read each.
+    `plan` decided what config.json and recipe.yaml say; `index` is the index. `shards` has `bytes`
+    and `sha256` of each, and of whatever else belongs to the checkpoint and is not written here;
+    `sides` are the side files to write, and where to read each.
     `provenance` goes into mquant.json as it is: it must not differ between two equal runs.
     `judge` sees the checkpoint as it will be, when only index and config.json are not yet on disk;
     what it raises keeps them from being written.
     """
     checkpoint = plan.survey.checkpoint
     files = dict(shards)
-    index, config = _json(index_json(plan)), _json(config_json(plan))
+    table, config = _json(index), _json(config_json(plan))
     for path, source in sides.items():
         content = source.read(path)
         _write(out, path, content)
@@ -87,12 +89,12 @@ def finish(
         emit(Note("info", sentence))
     recipe = recipe_yaml(plan).encode()
     _write(out, RECIPE_NAME, recipe)
-    for name, content in ((RECIPE_NAME, recipe), (INDEX_NAME, index), (CONFIG_NAME, config)):
+    for name, content in ((RECIPE_NAME, recipe), (INDEX_NAME, table), (CONFIG_NAME, config)):
         files[name] = _described(content)
     record = {"schema": "mquant.output/1", **provenance, "files": dict(sorted(files.items()))}
     _write(out, RECORD, _json(record))
-    judge(Overlay(Folder(out), {INDEX_NAME: index, CONFIG_NAME: config}))
-    _write(out, INDEX_NAME, index)
+    judge(Overlay(Folder(out), {INDEX_NAME: table, CONFIG_NAME: config}))
+    _write(out, INDEX_NAME, table)
     _write(out, CONFIG_NAME, config)
 
 

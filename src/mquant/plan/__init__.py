@@ -1,20 +1,25 @@
 """Checkpoint x Family x Recipe -> Plan: the only place that decides what happens to a tensor."""
 
 from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, make_plan, natural, safe_ignore
+from mquant.plan.mend import BAD, PARENT, Mending, mend
 from mquant.plan.model import Action, Job, Output, Plan, ShardJob
 from mquant.plan.survey import Member, Survey, survey, wholeness
 
 __all__ = [
+    "BAD",
     "DEFAULT_SHARD_BYTES",
+    "PARENT",
     "Action",
     "Job",
     "Member",
+    "Mending",
     "Output",
     "Plan",
     "ShardJob",
     "Survey",
     "cut_shards",
     "make_plan",
+    "mend",
     "natural",
     "safe_ignore",
     "survey",

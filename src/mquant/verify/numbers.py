@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from mquant.checkpoint import TensorInfo
 from mquant.events import Emit, Progress, silent
-from mquant.findings import Finding
 from mquant.verify.decode import GROUP, Floats, floats
 from mquant.verify.formats import Kind, kind_of, weight_args
 from mquant.verify.layout import FP8_DTYPES, Layout, Module
@@ -120,33 +119,33 @@ register(
 class _Seen:
     """What one job found: breaks of rules, and the global scale of its module.
 
-    `divisor` is that scale's value, where it is compressed-tensors' own.
+    `divisor` is that scale's name and value, where it is compressed-tensors' own.
     """
 
     module: Module | None = None
     breaks: list[tuple[str, str, str]] = field(default_factory=list)
     global_scale: tuple[str, bytes] | None = None
-    divisor: float | None = None
+    divisor: tuple[str, float] | None = None
 
     def add(self, rule: str, info: TensorInfo, message: str) -> None:
         self.breaks.append((rule, info.name, f"{info.name} {message}"))
 
 
-def check_numbers(layout: Layout, emit: Emit = silent) -> tuple[Finding, ...]:
+def check_numbers(layout: Layout, emit: Emit = silent) -> Tally:
     """Read all data once and judge it. Raises SourceError where it cannot be read."""
     jobs = list(_jobs(layout))
     total = sum(size for size, _ in jobs)
     done = told = 0
     tally = Tally()
     scales: dict[tuple[str, int | None, int | None], list[tuple[str, bytes]]] = defaultdict(list)
-    divisors: list[float] = []
+    divisors: dict[str, float] = {}
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
         try:
             for (size, _), seen in zip(jobs, pool.map(lambda job: job[1](), jobs), strict=True):
                 for found in seen.breaks:
                     tally.add(*found)
                 if seen.divisor is not None:
-                    divisors.append(seen.divisor)
+                    divisors[seen.divisor[0]] = seen.divisor[1]
                 meaning = seen.module.meaning if seen.module else None
                 if meaning and meaning.row.fused and seen.global_scale:
                     scales[meaning.row.fused, meaning.layer, meaning.expert].append(
@@ -160,14 +159,16 @@ def check_numbers(layout: Layout, emit: Emit = silent) -> tuple[Finding, ...]:
             pool.shutdown(cancel_futures=True)
             raise
     _fused(scales.values(), tally)
-    if len(divisors) > 1 and 0 < max(divisors) < 1:
+    largest = max(divisors.values(), default=1.0)
+    if len(divisors) > 1 and 0 < largest < 1:
+        tally.places.update(divisors)
         tally.add(
             "global-scales-reciprocal",
-            "weight_global_scale",
+            next(iter(divisors)),
             f"All {len(divisors):,} weight_global_scale are below 1, the largest is "
-            f"{max(divisors):.3g}: they look like reciprocals",
+            f"{largest:.3g}: they look like reciprocals",
         )
-    return tally.findings()
+    return tally
 
 
 def _jobs(layout: Layout) -> Iterator[tuple[int, Callable[[], _Seen]]]:
@@ -234,7 +235,7 @@ def _scalar(layout: Layout, info: TensorInfo, suffix: str, seen: _Seen) -> None:
     elif suffix == "weight_global_scale" and value < 1:
         seen.add("global-scale-inverted", info, f"is {value:.3g}, which looks like a reciprocal")
     if suffix == "weight_global_scale":
-        seen.divisor = value
+        seen.divisor = (info.name, value)
     if suffix in _GLOBALS:
         seen.global_scale = (info.name, raw)
 

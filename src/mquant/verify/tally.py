@@ -5,14 +5,19 @@ from mquant.verify.rules import finding
 
 
 class Tally:
-    """Collects what is wrong. A checkpoint broken in one way 20,000 times is one sentence."""
+    """Collects what is wrong. A checkpoint broken in one way 20,000 times is one sentence.
+
+    `places` are all the names that were found wrong.
+    """
 
     def __init__(self) -> None:
+        self.places: set[str] = set()
         self._first: dict[str, tuple[str, str, str]] = {}
         self._more: dict[str, int] = {}
 
     def add(self, rule: str, where: str, message: str, fix: str = "") -> None:
         """Note a break of a rule; `message` is a sentence without its full stop."""
+        self.places.add(where)
         if rule in self._first:
             self._more[rule] = self._more.get(rule, 0) + 1
         else:

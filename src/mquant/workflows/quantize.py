@@ -20,6 +20,7 @@ from mquant.output import (
     examine,
     file_names,
     finish,
+    index_json,
     side_files,
 )
 from mquant.plan import Plan
@@ -100,7 +101,7 @@ def quantize(
             for shard in plan.shards
         }
         provenance = _provenance(plan, engine, identity, versions, fingerprint)
-        finish(out, run.plan, shards, sides, provenance, run.judge, emit)
+        finish(out, run.plan, index_json(plan), shards, sides, provenance, run.judge, emit)
         ledger.complete()
     finally:
         ledger.release()

@@ -35,9 +35,10 @@ class Depth(StrEnum):
 class Report:
     """What a verification found, and what it looked at.
 
-    `findings` stand errors first. `checked` names what was judged: structure, numbers, and the
-    parent, `sampled` or not. `bytes_read` and `requests` count what came from a hub, both
-    checkpoints together; None where nothing did. `loader` is what a real loader made of it.
+    `findings` stand errors first; `wrong` are all tensors with wrong numbers. `checked` names what
+    was judged: structure, numbers, and the parent, `sampled` or not. `bytes_read` and `requests`
+    count what came from a hub, both checkpoints together; None where nothing did. `loader` is what
+    a real loader made of it.
     """
 
     source: str
@@ -49,6 +50,7 @@ class Report:
     checked: tuple[str, ...]
     sampled: bool
     findings: tuple[Finding, ...]
+    wrong: frozenset[str] = frozenset()
     bytes_read: int | None = None
     requests: int | None = None
     loader: Verdict | None = None
@@ -100,10 +102,12 @@ def verify(
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask, source, layout.checkpoint.shards) if ask_vllm else None
         found = [*check_structure(layout), *_ignore(layout)]
-        checked = ["structure"]
+        checked, wrong = ["structure"], frozenset[str]()
         if depth is not Depth.STRUCTURE:
             checked.append("numbers")
-            found += check_numbers(layout, emit)
+            numbers = check_numbers(layout, emit)
+            found += numbers.findings()
+            wrong = frozenset(numbers.places)
         if original is not None:
             checked.append("against")
             found += check_against(layout, original, everything=depth is Depth.FULL, emit=emit)
@@ -122,6 +126,7 @@ def verify(
         checked=tuple(checked),
         sampled=original is not None and depth is not Depth.FULL,
         findings=_sorted(found),
+        wrong=wrong,
         bytes_read=sum(hub.bytes_read for hub in hubs) if hubs else None,
         requests=sum(hub.requests for hub in hubs) if hubs else None,
         loader=loader,

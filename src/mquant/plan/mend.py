@@ -1,0 +1,178 @@
+"""A broken checkpoint, mended: what of it stays, what its parent gives, and in which shard. Pure.
+
+`Plan` says what the parent becomes when all goes right. Every tensor of that either lies in the
+broken checkpoint, by its name or that of a loaded model, as planned and not known to be wrong: then
+it is copied from there. Or its whole job, which is a fused set or a tensor that is kept, is done
+again from the parent. Tensors that no plan asks for are left out.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Final
+
+from mquant.checkpoint import Checkpoint, TensorInfo, is_shard
+from mquant.family import Family
+from mquant.plan.model import Action, Job, Output, Plan, ShardJob
+
+BAD: Final = "bad/"
+PARENT: Final = "parent/"
+"""What files of the two checkpoints are called, as sources of a mended one."""
+
+
+@dataclass(frozen=True)
+class Mending:
+    """What a broken checkpoint becomes.
+
+    `right` is what the parent becomes when all goes right; `plan` makes the same tensors, in the
+    broken one's shards, from files under `bad/` and `parent/`. `kept` are the shards that are the
+    broken one's files as they are. `renamed` maps names in the broken one to the right ones;
+    `dropped` are its tensors that do not belong.
+    """
+
+    right: Plan
+    plan: Plan
+    kept: frozenset[str]
+    renamed: Mapping[str, str]
+    dropped: tuple[str, ...]
+
+    @cached_property
+    def rewritten(self) -> Plan:
+        """The same with no other shards than those that must be written."""
+        shards = tuple(shard for shard in self.plan.shards if shard.name not in self.kept)
+        return replace(self.plan, shards=shards)
+
+    @cached_property
+    def replaced(self) -> tuple[Action, ...]:
+        """What is made from the parent."""
+        actions = self.plan.actions
+        return tuple(action for action in actions if action.source.shard.startswith(PARENT))
+
+    @property
+    def parent_bytes(self) -> int:
+        """Bytes that are read of the parent's tensors."""
+        return sum(action.source.nbytes for action in self.replaced)
+
+
+def mend(right: Plan, bad: Checkpoint, wrong: Collection[str]) -> Mending:
+    """Decide for every tensor of `right` where it comes from.
+
+    `wrong` are tensors of `bad` that are not to be trusted, whatever their headers say.
+    """
+    found = _Found(right.family, bad, wrong)
+    shards: dict[str, list[Job]] = defaultdict(list)
+    renamed: dict[str, str] = {}
+    outputs: set[str] = set()
+    home = min(filter(is_shard, bad.shards), default="model-00001-of-00001.safetensors")
+    for job in (job for shard in right.shards for job in shard.jobs):
+        outputs.update(output.name for output in job.outputs)
+        if all(found.sound(output) for output in job.outputs):
+            for shard, kept in found.copies(job):
+                shards[shard].append(kept)
+                home = shard
+            renamed.update(found.renamed(job))
+        else:
+            home = found.home(job) or home
+            actions = (replace(a, source=_under(PARENT, a.source)) for a in job.actions)
+            shards[home].append(Job(tuple(actions)))
+    plan = replace(right, shards=tuple(ShardJob(n, tuple(shards[n])) for n in sorted(shards)))
+    return Mending(
+        right=right,
+        plan=plan,
+        kept=frozenset(shard.name for shard in plan.shards if found.holds_just(shard)),
+        renamed=renamed,
+        dropped=tuple(n for n in bad.tensors if found.hub_name[n] not in outputs),
+    )
+
+
+class _Found:
+    """What lies in a broken checkpoint, by the names it should have."""
+
+    def __init__(self, family: Family, bad: Checkpoint, wrong: Collection[str]) -> None:
+        self.hub_name = {name: hub_name(family, name) for name in bad.tensors}
+        known: dict[str, list[TensorInfo]] = defaultdict(list)
+        self._modules: dict[str, str] = {}
+        for info in (*bad.tensors.values(), *bad.again):
+            name = self.hub_name[info.name]
+            known[name].append(info)
+            self._modules.setdefault(_module(name), info.shard)
+        # Which of two is the right one, nobody can tell.
+        self._tensors = {name: infos[0] for name, infos in known.items() if len(infos) == 1}
+        self._places = {name: infos[0].shard for name, infos in known.items()}
+        for name, shard in bad.index.items():
+            if is_shard(shard):
+                self._places.setdefault(hub_name(family, name), shard)
+                self._modules.setdefault(_module(hub_name(family, name)), shard)
+        self._wrong = wrong
+        self._headers: dict[str, list[tuple[str, str, tuple[int, ...]]]] = defaultdict(list)
+        for info in (*bad.tensors.values(), *bad.again):
+            self._headers[info.shard].append((info.name, info.dtype, info.shape))
+
+    def sound(self, output: Output) -> bool:
+        """Whether a tensor is there as planned, and not known to be wrong."""
+        info = self._tensors.get(output.name)
+        return (
+            info is not None
+            and info.name not in self._wrong
+            and (info.dtype, info.shape) == (output.dtype, output.shape)
+        )
+
+    def copies(self, job: Job) -> Iterator[tuple[str, Job]]:
+        """The jobs that copy what is there, each with the shard where it lies."""
+        shards: dict[str, list[Action]] = defaultdict(list)
+        for action in job.actions:
+            for output in action.outputs:
+                info = self._tensors[output.name]
+                shards[info.shard].append(
+                    replace(
+                        action,
+                        source=_under(BAD, info),
+                        scheme=None,
+                        reason="as it should be",
+                        outputs=(output,),
+                    )
+                )
+        return ((shard, Job(tuple(actions))) for shard, actions in shards.items())
+
+    def renamed(self, job: Job) -> dict[str, str]:
+        """Names of a sound job's tensors that are not what they should be."""
+        pairs = ((self._tensors[output.name].name, output.name) for output in job.outputs)
+        return {old: new for old, new in pairs if old != new}
+
+    def home(self, job: Job) -> str | None:
+        """The shard where a job's tensors, or others of its modules, lie or should lie."""
+        places = [self._places.get(output.name) for output in job.outputs]
+        places += [self._modules.get(action.module) for action in job.actions]
+        return next((place for place in places if place), None)
+
+    def holds_just(self, shard: ShardJob) -> bool:
+        """Whether a planned shard is the file of that name as it is."""
+        actions = [action for job in shard.jobs for action in job.actions]
+        if any(action.source.shard != BAD + shard.name for action in actions):
+            return False
+        planned = [(o.name, o.dtype, o.shape) for action in actions for o in action.outputs]
+        return sorted(planned) == sorted(self._headers[shard.name])
+
+
+def hub_name(family: Family, name: str) -> str:
+    """The hub's name of a tensor that may be named as in a loaded model, or a mix of both."""
+    module, _, suffix = name.rpartition(".")
+    if family.classify(name) or family.classify(f"{module}.weight"):
+        return name
+    if meaning := family.classify_in_memory(name):
+        return meaning.row.format(meaning.layer, meaning.expert)
+    if meaning := family.classify_in_memory(f"{module}.weight"):
+        return f"{_module(meaning.row.format(meaning.layer, meaning.expert))}.{suffix}"
+    return name
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _under(prefix: str, info: TensorInfo) -> TensorInfo:
+    return replace(info, shard=prefix + info.shard)
+
+
+__all__ = ["BAD", "PARENT", "Mending", "hub_name", "mend"]
