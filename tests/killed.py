@@ -9,9 +9,13 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from mquant.checkpoint import Folder
 from mquant.engines import stream
 from mquant.events import silent
+from mquant.family import load_families
 from mquant.output import LEDGER, ShardSet
+from mquant.workflows.diagnose import diagnose
+from mquant.workflows.repair import repair_in_place
 from run import quantize_nvfp4
 
 _SERVER = multiprocessing.get_context("forkserver")
@@ -38,8 +42,15 @@ def run_and_kill(src: Path, out: Path, shard_bytes: int, seconds: float) -> int 
     return _outcome(process)
 
 
+def repair_and_die(bad: Path, parent: Path, changes: int) -> int | None:
+    """Repair in place, and kill the process when it has changed `changes` names in the folder."""
+    return _outcome(_start(_die_after_changes, bad, parent, changes))
+
+
 def _start(target: Callable[..., object], *arguments: Any) -> ForkServerProcess:
-    _SERVER.set_forkserver_preload(["numba", "mquant.engines.stream", "mquant.workflows.quantize"])
+    _SERVER.set_forkserver_preload(
+        ["numba", "mquant.engines.stream", "mquant.workflows.quantize", "mquant.workflows.repair"]
+    )
     process = _SERVER.Process(target=target, args=arguments)
     process.start()
     return process
@@ -68,3 +79,21 @@ def _die_after(src: Path, out: Path, shard_bytes: int, job: int, counted: bool) 
     ShardSet._complete = complete_and_die  # type: ignore[method-assign]
     stream._COMMIT_SECONDS = 1000.0  # type: ignore[misc]
     quantize_nvfp4(src, out, shard_bytes=shard_bytes, workers=1)
+
+
+def _die_after_changes(bad: Path, parent: Path, changes: int) -> None:
+    left = changes
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            nonlocal left
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            return function(*arguments, **named)
+
+        return call
+
+    for name in ("rename", "replace", "unlink", "rmdir"):
+        setattr(Path, name, counted(getattr(Path, name)))
+    repair_in_place(diagnose(Folder(bad), Folder(parent), load_families()))

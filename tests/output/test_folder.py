@@ -30,52 +30,52 @@ def unfinished(out: Path, fingerprint: dict[str, str]) -> None:
 
 
 def test_a_folder_that_is_not_there_is_free(tmp_path: Path) -> None:
-    assert examine(tmp_path / "out", None, RUN, restart=False).state is State.FREE
+    assert examine(tmp_path / "out", [], RUN, restart=False).state is State.FREE
     assert not (tmp_path / "out").exists()
 
 
 def test_an_empty_folder_is_free(tmp_path: Path) -> None:
-    assert examine(tmp_path, None, RUN, restart=False).state is State.FREE
+    assert examine(tmp_path, [], RUN, restart=False).state is State.FREE
 
 
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_folder_mquant_did_not_make_is_refused(tmp_path: Path, *, restart: bool) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match="is not empty, and mquant did not make it") as caught:
-        examine(tmp_path, None, RUN, restart=restart)
+        examine(tmp_path, [], RUN, restart=restart)
     assert caught.value.fix == "Give another folder with -o, or empty this one."
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(OutputError, match="is a file"):
-        examine(tmp_path / "out", None, RUN, restart=False)
+        examine(tmp_path / "out", [], RUN, restart=False)
 
 
 @pytest.mark.parametrize("out", ["src", "src/inside", "."])
 def test_out_and_source_never_overlap(tmp_path: Path, out: str) -> None:
     (tmp_path / "src").mkdir()
     with pytest.raises(OutputError, match="the source is never written to"):
-        examine(tmp_path / out, tmp_path / "src", RUN, restart=True)
+        examine(tmp_path / out, [tmp_path / "src"], RUN, restart=True)
 
 
 def test_a_link_to_the_source_is_the_source(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     (tmp_path / "out").symlink_to("src")
     with pytest.raises(OutputError, match="overlap"):
-        examine(tmp_path / "out", tmp_path / "src", RUN, restart=False)
+        examine(tmp_path / "out", [tmp_path / "src"], RUN, restart=False)
 
 
 def test_the_same_finished_run_is_done(tmp_path: Path) -> None:
     finished(tmp_path / "out", RUN)
-    assert examine(tmp_path / "out", None, RUN, restart=False).state is State.DONE
+    assert examine(tmp_path / "out", [], RUN, restart=False).state is State.DONE
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "config.json"])
 def test_a_finished_run_that_lost_a_file_starts_over(tmp_path: Path, name: str) -> None:
     finished(tmp_path / "out", RUN)
     (tmp_path / "out" / name).unlink()
-    assert examine(tmp_path / "out", None, RUN, restart=False).state is State.UNFINISHED
+    assert examine(tmp_path / "out", [], RUN, restart=False).state is State.UNFINISHED
 
 
 def test_a_finished_run_with_a_changed_file_is_refused(tmp_path: Path) -> None:
@@ -83,14 +83,14 @@ def test_a_finished_run_with_a_changed_file_is_refused(tmp_path: Path) -> None:
     finished(out, RUN)
     (out / "a.safetensors").write_bytes(b"cut")
     with pytest.raises(OutputError, match="changed since mquant made it: it was 7 bytes, is 3"):
-        examine(out, None, RUN, restart=False)
-    assert examine(out, None, RUN, restart=True).state is State.UNFINISHED
+        examine(out, [], RUN, restart=False)
+    assert examine(out, [], RUN, restart=True).state is State.UNFINISHED
 
 
 def test_another_finished_run_is_refused_with_both_values(tmp_path: Path) -> None:
     finished(tmp_path / "out", {"source": "aa", "plan": "cc"})
     with pytest.raises(OutputError, match="plan was cc, is bb") as caught:
-        examine(tmp_path / "out", None, RUN, restart=False)
+        examine(tmp_path / "out", [], RUN, restart=False)
     assert "--restart" in caught.value.fix
 
 
@@ -98,14 +98,14 @@ def test_restart_deletes_what_was_recorded_and_nothing_else(tmp_path: Path) -> N
     out = tmp_path / "out"
     finished(out, {"source": "other"})
     (out / "notes.txt").write_text("mine")
-    discard(out, examine(out, None, RUN, restart=True).files)
+    discard(out, examine(out, [], RUN, restart=True).files)
     assert sorted(path.name for path in out.iterdir()) == ["notes.txt"]
 
 
 def test_an_unfinished_run_can_be_gone_on_with(tmp_path: Path) -> None:
     out = tmp_path / "out"
     unfinished(out, RUN)
-    claim = examine(out, None, RUN, restart=False)
+    claim = examine(out, [], RUN, restart=False)
     assert claim.state is State.UNFINISHED
     assert claim.recorded is not None
     assert claim.recorded.fingerprint == RUN
@@ -114,25 +114,25 @@ def test_an_unfinished_run_can_be_gone_on_with(tmp_path: Path) -> None:
 def test_what_an_unfinished_run_made_can_be_discarded(tmp_path: Path) -> None:
     out = tmp_path / "out"
     unfinished(out, RUN)
-    discard(out, examine(out, None, RUN, restart=False).files)
+    discard(out, examine(out, [], RUN, restart=False).files)
     assert [path.name for path in out.iterdir()] == [LEDGER]
 
 
 def test_restart_goes_on_with_nothing(tmp_path: Path) -> None:
     unfinished(tmp_path / "out", RUN)
-    claim = examine(tmp_path / "out", None, RUN, restart=True)
+    claim = examine(tmp_path / "out", [], RUN, restart=True)
     assert (claim.state, claim.recorded) == (State.UNFINISHED, None)
 
 
 def test_an_unfinished_other_run_is_refused(tmp_path: Path) -> None:
     unfinished(tmp_path / "out", {"source": "zz", "plan": "bb"})
     with pytest.raises(OutputError, match="source was zz, is aa"):
-        examine(tmp_path / "out", None, RUN, restart=False)
+        examine(tmp_path / "out", [], RUN, restart=False)
 
 
 def test_a_run_stopped_while_it_claimed_out_leaves_it_free(tmp_path: Path) -> None:
     (tmp_path / LEDGER).write_text('{"schema": "mqu')
-    assert examine(tmp_path, None, RUN, restart=False).state is State.FREE
+    assert examine(tmp_path, [], RUN, restart=False).state is State.FREE
 
 
 @pytest.mark.parametrize("name", ["../victim", "/etc/victim", "a/../../victim", ""])
@@ -143,7 +143,7 @@ def test_a_record_cannot_ask_for_files_outside_out(tmp_path: Path, name: str) ->
     victim.write_text("precious")
     head = {"schema": "mquant.run/2", "fingerprint": RUN, "files": [name, "ok"]}
     (out / LEDGER).write_text(json.dumps(head) + "\n")
-    claim = examine(out, None, RUN, restart=True)
+    claim = examine(out, [], RUN, restart=True)
     assert claim.files == ("ok", RECORD)
     discard(out, claim.files)
     assert victim.read_text() == "precious"
@@ -154,6 +154,6 @@ def test_a_claim_that_was_just_made_does_not_hide_a_finished_run(tmp_path: Path)
     out = tmp_path / "out"
     finished(out, RUN)
     ledger = Ledger(out)
-    assert examine(out, None, RUN, restart=False).state is State.DONE
+    assert examine(out, [], RUN, restart=False).state is State.DONE
     ledger.release()
     assert not (out / LEDGER).exists()

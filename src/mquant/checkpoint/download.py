@@ -3,7 +3,7 @@
 import contextlib
 import glob
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -31,13 +31,15 @@ _OTHER_WEIGHTS: Final = (
 )
 
 
-def download(repo: HubRepo, emit: Emit) -> Path:
+def download(repo: HubRepo, emit: Emit, only: Collection[str] | None = None) -> Path:
     """Bring the repo's commit into the Hugging Face cache, and return its folder there.
 
-    Files that are there already are not fetched again. Weights in other formats than
-    safetensors, or in subfolders, are left out. Raises SourceError where it fails.
+    `only` names the files to bring; None: all but weights in other formats than safetensors, or in
+    subfolders. Files that are there already are not fetched again. Raises SourceError where it
+    fails.
     """
-    wanted = {path: size for path, size in repo.files.items() if _matters(path)}
+    chosen = [path for path in repo.files if (_matters(path) if only is None else path in only)]
+    wanted = {path: repo.files[path] for path in chosen}
     folder = retrying(lambda: _snapshot(repo, wanted, emit))
     for path, size in wanted.items():
         if not (folder / path).is_file() or (folder / path).stat().st_size != size:

@@ -34,6 +34,7 @@ MAX_REDIRECTS: Final = 5
 _TRANSIENT: Final = frozenset({408, 429, 500, 502, 503, 504})
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 _LOG_IN: Final = "log in with `hf auth login` or set HF_TOKEN"
 
@@ -42,9 +43,10 @@ class HubRepo:
     """A model repo on the hub, at one commit.
 
     The commit is fixed when the object is made: what is read later is of that commit, whatever is
-    pushed meanwhile. Reads may come from many threads. HF_ENDPOINT and the token are
-    huggingface_hub's, read when the object is made; the token goes to that host only.
-    `requests` and `bytes_read` count what was asked for and came back, retries included.
+    pushed meanwhile. `sha256` has the digests of large files, as the hub lists them. Reads may come
+    from many threads. HF_ENDPOINT and the token are huggingface_hub's, read when the object is
+    made; the token goes to that host only. `requests` and `bytes_read` count what was asked for and
+    came back, retries included.
 
     Raises SourceError where the repo cannot be listed.
     """
@@ -72,7 +74,7 @@ class HubRepo:
             # A range of compressed bytes would be a range of something else.
             "Accept-Encoding": "identity",
         }
-        self.commit, self.files = self._list()
+        self.commit, self.files, self.sha256 = self._list()
 
     @property
     def name(self) -> str:
@@ -108,7 +110,7 @@ class HubRepo:
         """The repo and the commit."""
         return {"kind": "hub", "repo": self.repo_id, "commit": self.commit}
 
-    def _list(self) -> tuple[str, Mapping[str, int]]:
+    def _list(self) -> tuple[str, Mapping[str, int], Mapping[str, str]]:
         revision = quote(self.revision or "main", safe="")
         url = f"{self.endpoint}/api/models/{self.repo_id}/revision/{revision}?blobs=true"
         raw = retrying(lambda: self._whole(url))
@@ -116,12 +118,14 @@ class HubRepo:
             listing = json.loads(raw)
             commit, siblings = listing["sha"], listing["siblings"]
             files = dict(sorted(_file(sibling) for sibling in siblings))
+            digests = dict(filter(None, map(_digest, siblings)))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise self._nonsense("lists the repo in a way mquant does not understand") from None
         if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
             raise self._nonsense("names no commit")
         # As in a folder: hidden files (.gitattributes) are no part of a checkpoint.
-        return commit, {path: size for path, size in files.items() if "/." not in f"/{path}"}
+        shown = {path: size for path, size in files.items() if "/." not in f"/{path}"}
+        return commit, shown, digests
 
     def _whole(self, url: str) -> bytes:
         with self._get(url, {}) as response:
@@ -314,6 +318,15 @@ def _file(sibling: Mapping[str, Any]) -> tuple[str, int]:
     if not path.isprintable() or "\\" in path or path != "/".join(parts) or ".." in parts:
         raise ValueError(path)
     return path, size
+
+
+def _digest(sibling: Mapping[str, Any]) -> tuple[str, str] | None:
+    """A large file's name and sha256, which the hub's storage knows it by; None for others."""
+    lfs = sibling.get("lfs")
+    digest = lfs.get("sha256") if isinstance(lfs, dict) else None
+    if isinstance(digest, str) and _SHA256.fullmatch(digest):
+        return sibling["rfilename"], digest
+    return None
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

@@ -9,6 +9,7 @@ from mquant.cli import families, loader, recipes
 from mquant.cli.inspect import inspect
 from mquant.cli.plan import plan
 from mquant.cli.quantize import quantize
+from mquant.cli.repair import repair
 from mquant.cli.synth import synth
 from mquant.cli.verify import verify
 from mquant.cli.verify_ignore import verify_ignore
@@ -56,6 +57,7 @@ app.command("plan")(plan)
 app.command("quantize")(quantize)
 app.command("verify")(verify)
 app.command("verify-ignore")(verify_ignore)
+app.command("repair")(repair)
 _group("recipes", recipes.recipes, recipes.show)
 _group("families", families.families, families.show)
 app.command("synth")(synth)

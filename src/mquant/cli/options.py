@@ -63,6 +63,21 @@ AllowUnsafe = Annotated[
         "--allow-unsafe", help="Also quantize a router, embeddings or head that the recipe names."
     ),
 ]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Fused sets the streaming engine has under way. Default: cores + 1.",
+        show_default=False,
+    ),
+]
+Restart = Annotated[
+    bool,
+    typer.Option(
+        "--restart", help="Delete what an earlier run of mquant made in OUT, and only that."
+    ),
+]
 FormatChoice = Annotated[
     Format, typer.Option("--format", help="How the result is written to stdout.")
 ]
@@ -73,7 +88,9 @@ __all__ = [
     "MaxShardSize",
     "Out",
     "RecipeName",
+    "Restart",
     "Revision",
     "Src",
+    "Workers",
     "shipped",
 ]

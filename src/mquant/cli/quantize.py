@@ -11,8 +11,10 @@ from mquant.cli.options import (
     MaxShardSize,
     Out,
     RecipeName,
+    Restart,
     Revision,
     Src,
+    Workers,
 )
 from mquant.cli.output import Format, Output, output
 from mquant.cli.plan import make, show_plan
@@ -29,22 +31,7 @@ EngineChoice = Annotated[
     Engine,
     typer.Option(help="What does the arithmetic; `auto`: stream, as no recipe needs data yet."),
 ]
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        metavar="N",
-        help="Fused sets the streaming engine has under way. Default: cores + 1.",
-        show_default=False,
-    ),
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the plan, as `mquant plan`.")]
-Restart = Annotated[
-    bool,
-    typer.Option(
-        "--restart", help="Delete what an earlier run of mquant made in OUT, and only that."
-    ),
-]
 
 
 def quantize(

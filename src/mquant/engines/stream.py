@@ -90,6 +90,16 @@ def run(reader: Reader, output: Output, workers: int) -> None:
             raise
 
 
+def make(reader: Reader, job: Job) -> dict[str, bytes]:
+    """The tensors of one job, by name, in memory. Raises as `run`."""
+    if job.scheme is not None:
+        for dtype in {action.source.dtype for action in job.actions}:
+            prepare(FLOATS[dtype])
+    made: dict[str, bytearray] = {output.name: bytearray() for output in job.outputs}
+    Worker(reader, lambda name, data: made[name].extend(data), [job]).do(job)
+    return {name: bytes(data) for name, data in made.items()}
+
+
 class _Queue(Iterator[Job]):
     """Jobs for threads to take. When one is taken, a later one's bytes are asked for."""
 
@@ -198,4 +208,4 @@ def _blocks(job: Job) -> int:
     return sum(action.source.elements for action in job.actions) // GROUP
 
 
-__all__ = ["PIECE", "run"]
+__all__ = ["PIECE", "make", "run"]

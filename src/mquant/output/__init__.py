@@ -1,6 +1,7 @@
 """Writing: atomic shards at planned sizes, the claim on OUT, and the order of finishing."""
 
-from mquant.output.disk import PARTIAL
+from mquant.output.apply import WORK, apply, is_staged, stage
+from mquant.output.disk import PARTIAL, link
 from mquant.output.finish import config_json, file_names, finish, index_json, side_files
 from mquant.output.folder import RECORD, Claim, State, discard, examine
 from mquant.output.ledger import LEDGER, Ledger, Recorded
@@ -10,16 +11,21 @@ __all__ = [
     "LEDGER",
     "PARTIAL",
     "RECORD",
+    "WORK",
     "Claim",
     "Ledger",
     "Recorded",
     "ShardSet",
     "State",
+    "apply",
     "config_json",
     "discard",
     "examine",
     "file_names",
     "finish",
     "index_json",
+    "is_staged",
+    "link",
     "side_files",
+    "stage",
 ]

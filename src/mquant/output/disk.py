@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Final
 
@@ -48,6 +49,26 @@ class out_of_space:  # noqa: N801  (a context manager reads as a phrase)
         ) from error
 
 
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name, on another file system a copy, under a name that is not taken.
+
+    The file itself, where `source` is a link to it.
+    """
+    partial = target.with_name(target.name + PARTIAL)
+    with out_of_space(target, source.stat().st_size):
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(source.resolve(), partial)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                raise
+            shutil.copyfile(source, partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        partial.rename(target)
+        fsync_folder(target.parent)
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
@@ -66,4 +87,4 @@ def pwrite(file: int, data: bytes | memoryview, offset: int) -> int:
     return done
 
 
-__all__ = ["PARTIAL", "fsync_folder", "out_of_space", "preallocate", "pwrite"]
+__all__ = ["PARTIAL", "fsync_folder", "link", "out_of_space", "preallocate", "pwrite"]

@@ -39,18 +39,20 @@ _EXPECTED: Final = {
 }
 
 
-def side_files(checkpoint: Checkpoint) -> tuple[str, ...]:
+def side_files(checkpoint: Checkpoint, *, cards: bool = False) -> tuple[str, ...]:
     """Files of the parent that go along byte for byte.
 
-    Not its model card, which describes another checkpoint, nor the card's pictures.
+    Not its model card, which describes another checkpoint, nor the card's pictures, unless `cards`.
     """
     return tuple(
         path
         for path in checkpoint.side_files
-        if path not in _OURS
-        and PurePosixPath(path).name.lower() != "readme.md"
-        and not path.lower().endswith(_PICTURES)
+        if path not in _OURS and (cards or not _of_card(path))
     )
+
+
+def _of_card(path: str) -> bool:
+    return PurePosixPath(path).name.lower() == "readme.md" or path.lower().endswith(_PICTURES)
 
 
 def file_names(plan: Plan, sides: Iterable[str]) -> tuple[str, ...]:

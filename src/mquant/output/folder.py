@@ -40,17 +40,25 @@ class Claim:
     recorded: Recorded | None = None
 
 
-def examine(out: Path, source: Path | None, fingerprint: dict[str, Any], *, restart: bool) -> Claim:
+def examine(
+    out: Path,
+    sources: Iterable[Path],
+    fingerprint: dict[str, Any],
+    *,
+    restart: bool,
+    elsewhere: Iterable[str] = (),
+) -> Claim:
     """Say what OUT holds; write nothing.
 
-    `fingerprint` is what tells one run from another: a table of strings.
+    `fingerprint` is what tells one run from another: a table of strings. `elsewhere` are files
+    that the finished checkpoint has and OUT has not.
     Raises OutputError for an OUT that is not ours, and unless `restart` for one that another run
-    made or is making, or whose files were changed since; never lets OUT be, hold, or lie in the
+    made or is making, or whose files were changed since; never lets OUT be, hold, or lie in a
     source folder.
     """
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file.", "Give a folder with -o.")
-    if source is not None:
+    for source in sources:
         _refuse_overlap(out.resolve(), source.resolve())
     if not out.is_dir() or not any(out.iterdir()):
         return Claim(State.FREE)
@@ -69,12 +77,13 @@ def examine(out: Path, source: Path | None, fingerprint: dict[str, Any], *, rest
     names = made.get("files", ()) if ledger is None else ledger.files
     if not restart and theirs != fingerprint:
         raise _other_run(out, theirs, fingerprint)
-    files = tuple(dict.fromkeys((*_safe_names(names), RECORD)))
+    files = tuple(dict.fromkeys((*safe_names(names), RECORD)))
     if restart:
         return Claim(State.UNFINISHED, files)
     if ledger is not None:
         return Claim(State.UNFINISHED, files, ledger)
-    return Claim(State.DONE if _is_whole(out, made) else State.UNFINISHED, files)
+    done = _is_whole(out, made, frozenset(elsewhere))
+    return Claim(State.DONE if done else State.UNFINISHED, files)
 
 
 def discard(out: Path, files: Iterable[str]) -> None:
@@ -88,14 +97,15 @@ def discard(out: Path, files: Iterable[str]) -> None:
             parent.rmdir()
 
 
-def _is_whole(out: Path, record: dict[str, Any]) -> bool:
-    """Whether a finished run's files are all there.
+def _is_whole(out: Path, record: dict[str, Any], elsewhere: frozenset[str]) -> bool:
+    """Whether a finished run's files are all there, but for those that are elsewhere.
 
     Raises OutputError for one of another size: it may be somebody's work.
     """
     files = record.get("files")
     files = files if isinstance(files, dict) else {}
-    there = [name for name in _safe_names(files) if (out / name).is_file()]
+    files = {name: value for name, value in files.items() if name not in elsewhere}
+    there = [name for name in safe_names(files) if (out / name).is_file()]
     for name in there:
         meant = files[name].get("bytes") if isinstance(files[name], dict) else None
         found = (out / name).stat().st_size
@@ -108,7 +118,7 @@ def _is_whole(out: Path, record: dict[str, Any]) -> bool:
     return "config.json" in there and len(there) == len(files)
 
 
-def _safe_names(value: object) -> tuple[str, ...]:
+def safe_names(value: object) -> tuple[str, ...]:
     """Names a record may ask to delete: plain relative paths inside OUT."""
     names = list(value) if isinstance(value, dict | list | tuple) else []
     return tuple(
@@ -150,4 +160,4 @@ def _read(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else {}
 
 
-__all__ = ["RECORD", "Claim", "State", "discard", "examine"]
+__all__ = ["RECORD", "Claim", "State", "discard", "examine", "safe_names"]

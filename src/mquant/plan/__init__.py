@@ -1,7 +1,7 @@
 """Checkpoint x Family x Recipe -> Plan: the only place that decides what happens to a tensor."""
 
 from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, make_plan, natural, safe_ignore
-from mquant.plan.mend import BAD, PARENT, Mending, mend
+from mquant.plan.mend import BAD, PARENT, Mending, from_parent, mend
 from mquant.plan.model import Action, Job, Output, Plan, ShardJob
 from mquant.plan.survey import Member, Survey, survey, wholeness
 
@@ -18,6 +18,7 @@ __all__ = [
     "ShardJob",
     "Survey",
     "cut_shards",
+    "from_parent",
     "make_plan",
     "mend",
     "natural",

@@ -6,7 +6,7 @@ it is copied from there. Or its whole job, which is a fused set or a tensor that
 again from the parent. Tensors that no plan asks for are left out.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,13 +27,15 @@ class Mending:
 
     `right` is what the parent becomes when all goes right; `plan` makes the same tensors, in the
     broken one's shards, from files under `bad/` and `parent/`. `kept` are the shards that are the
-    broken one's files as they are. `renamed` maps names in the broken one to the right ones;
-    `dropped` are its tensors that do not belong.
+    broken one's files as they are. `sound` are the broken one's tensors that are as they should be,
+    by their right names, whether they are copied or made again with their fused set. `renamed` maps
+    names in the broken one to the right ones; `dropped` are its tensors that do not belong.
     """
 
     right: Plan
     plan: Plan
     kept: frozenset[str]
+    sound: Mapping[str, TensorInfo]
     renamed: Mapping[str, str]
     dropped: tuple[str, ...]
 
@@ -50,6 +52,11 @@ class Mending:
         return tuple(action for action in actions if action.source.shard.startswith(PARENT))
 
     @property
+    def replaced_by_role(self) -> dict[str, int]:
+        """How many tensors are made from the parent, by what they are for."""
+        return dict(Counter(action.role.value for action in self.replaced))
+
+    @property
     def parent_bytes(self) -> int:
         """Bytes that are read of the parent's tensors."""
         return sum(action.source.nbytes for action in self.replaced)
@@ -63,24 +70,27 @@ def mend(right: Plan, bad: Checkpoint, wrong: Collection[str]) -> Mending:
     found = _Found(right.family, bad, wrong)
     shards: dict[str, list[Job]] = defaultdict(list)
     renamed: dict[str, str] = {}
+    sound: dict[str, TensorInfo] = {}
     outputs: set[str] = set()
     home = min(filter(is_shard, bad.shards), default="model-00001-of-00001.safetensors")
     for job in (job for shard in right.shards for job in shard.jobs):
         outputs.update(output.name for output in job.outputs)
-        if all(found.sound(output) for output in job.outputs):
+        there = {o.name: info for o in job.outputs if (info := found.sound(o)) is not None}
+        sound.update(there)
+        if all(output.name in there for output in job.outputs):
             for shard, kept in found.copies(job):
                 shards[shard].append(kept)
                 home = shard
             renamed.update(found.renamed(job))
         else:
             home = found.home(job) or home
-            actions = (replace(a, source=_under(PARENT, a.source)) for a in job.actions)
-            shards[home].append(Job(tuple(actions)))
+            shards[home].append(from_parent(job))
     plan = replace(right, shards=tuple(ShardJob(n, tuple(shards[n])) for n in sorted(shards)))
     return Mending(
         right=right,
         plan=plan,
         kept=frozenset(shard.name for shard in plan.shards if found.holds_just(shard)),
+        sound=sound,
         renamed=renamed,
         dropped=tuple(n for n in bad.tensors if found.hub_name[n] not in outputs),
     )
@@ -90,7 +100,7 @@ class _Found:
     """What lies in a broken checkpoint, by the names it should have."""
 
     def __init__(self, family: Family, bad: Checkpoint, wrong: Collection[str]) -> None:
-        self.hub_name = {name: hub_name(family, name) for name in bad.tensors}
+        self.hub_name = {name: _hub_name(family, name) for name in bad.tensors}
         known: dict[str, list[TensorInfo]] = defaultdict(list)
         self._modules: dict[str, str] = {}
         for info in (*bad.tensors.values(), *bad.again):
@@ -102,21 +112,20 @@ class _Found:
         self._places = {name: infos[0].shard for name, infos in known.items()}
         for name, shard in bad.index.items():
             if is_shard(shard):
-                self._places.setdefault(hub_name(family, name), shard)
-                self._modules.setdefault(_module(hub_name(family, name)), shard)
+                self._places.setdefault(_hub_name(family, name), shard)
+                self._modules.setdefault(_module(_hub_name(family, name)), shard)
         self._wrong = wrong
         self._headers: dict[str, list[tuple[str, str, tuple[int, ...]]]] = defaultdict(list)
         for info in (*bad.tensors.values(), *bad.again):
             self._headers[info.shard].append((info.name, info.dtype, info.shape))
 
-    def sound(self, output: Output) -> bool:
-        """Whether a tensor is there as planned, and not known to be wrong."""
+    def sound(self, output: Output) -> TensorInfo | None:
+        """A tensor that is there as planned, and not known to be wrong."""
         info = self._tensors.get(output.name)
-        return (
-            info is not None
-            and info.name not in self._wrong
-            and (info.dtype, info.shape) == (output.dtype, output.shape)
-        )
+        if info is None or info.name in self._wrong:
+            return None
+        alike = (info.dtype, info.shape) == (output.dtype, output.shape)
+        return _under(BAD, info) if alike else None
 
     def copies(self, job: Job) -> Iterator[tuple[str, Job]]:
         """The jobs that copy what is there, each with the shard where it lies."""
@@ -155,7 +164,7 @@ class _Found:
         return sorted(planned) == sorted(self._headers[shard.name])
 
 
-def hub_name(family: Family, name: str) -> str:
+def _hub_name(family: Family, name: str) -> str:
     """The hub's name of a tensor that may be named as in a loaded model, or a mix of both."""
     module, _, suffix = name.rpartition(".")
     if family.classify(name) or family.classify(f"{module}.weight"):
@@ -167,6 +176,11 @@ def hub_name(family: Family, name: str) -> str:
     return name
 
 
+def from_parent(job: Job) -> Job:
+    """A job of the right plan, as it is done again."""
+    return Job(tuple(replace(a, source=_under(PARENT, a.source)) for a in job.actions))
+
+
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
@@ -175,4 +189,4 @@ def _under(prefix: str, info: TensorInfo) -> TensorInfo:
     return replace(info, shard=prefix + info.shard)
 
 
-__all__ = ["BAD", "PARENT", "Mending", "hub_name", "mend"]
+__all__ = ["BAD", "PARENT", "Mending", "from_parent", "mend"]

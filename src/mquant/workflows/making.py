@@ -5,8 +5,9 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from mquant import __version__
 from mquant.checkpoint import Folder, Stamp, read_header
 from mquant.errors import EngineError, OutputError
 from mquant.events import Emit, Note, Progress
@@ -85,6 +86,24 @@ class Making:
                 )
 
 
+def provenance(
+    plan: Plan, source: dict[str, str], engine: Mapping[str, Any], fingerprint: dict[str, str]
+) -> dict[str, Any]:
+    """What mquant.json says besides the files: equal for equal runs, wherever they ran."""
+    return {
+        "mquant": __version__,
+        "source": source,
+        "family": plan.family.name,
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "engine": dict(engine),
+        "fingerprint": fingerprint,
+        "totals": {
+            "source": {"tensors": len(plan.survey.members), "bytes": plan.source_bytes},
+            "output": {"tensors": plan.output_tensors, "bytes": plan.output_bytes},
+        },
+    }
+
+
 def default_workers() -> int:
     """One for each core this process may use, and one more to keep the disk busy meanwhile.
 
@@ -110,4 +129,4 @@ def check_disk(out: Path, ours: Iterable[str], needed: int) -> None:
         )
 
 
-__all__ = ["Making", "check_disk", "default_workers", "free_disk"]
+__all__ = ["Making", "check_disk", "default_workers", "free_disk", "provenance"]

@@ -96,7 +96,7 @@ def resource_findings(plan: Plan, resources: Resources, out: Path) -> tuple[Find
     source = plan.survey.checkpoint.source
     try:
         # restart=True: a folder of ours is fine here, whatever it was made from.
-        examine(out, source.root if isinstance(source, Folder) else None, {}, restart=True)
+        examine(out, [source.root] if isinstance(source, Folder) else [], {}, restart=True)
     except OutputError as error:
         findings.append(Finding("out-not-free", "warning", str(out), error.message, error.fix))
     return tuple(findings)

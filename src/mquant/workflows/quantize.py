@@ -6,9 +6,8 @@ from enum import StrEnum
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from mquant import __version__
 from mquant.checkpoint import Folder, Reader, Source
 from mquant.errors import EngineError, MissingExtra, Refused
 from mquant.events import Emit, Note, silent
@@ -24,7 +23,7 @@ from mquant.output import (
     side_files,
 )
 from mquant.plan import Plan
-from mquant.workflows.making import Making, check_disk, default_workers
+from mquant.workflows.making import Making, check_disk, default_workers, provenance
 from mquant.workflows.verify import Depth, verify
 
 
@@ -79,7 +78,7 @@ def quantize(
     engine = choose_engine(engine)
     versions = _versions(engine)
     source = plan.survey.checkpoint.source
-    local = source.root if isinstance(source, Folder) else None
+    local = [source.root] if isinstance(source, Folder) else []
     identity = source.identity()
     fingerprint = {**identity, "plan": plan.fingerprint, "engine": engine.value, **versions}
     look = partial(examine, out, local, fingerprint)
@@ -100,8 +99,9 @@ def quantize(
             shard.name: {"bytes": shard.file_bytes, "sha256": digests[shard.name]}
             for shard in plan.shards
         }
-        provenance = _provenance(plan, engine, identity, versions, fingerprint)
-        finish(out, run.plan, index_json(plan), shards, sides, provenance, run.judge, emit)
+        made_by = {"name": engine.value, "versions": versions}
+        record = provenance(plan, identity, made_by, fingerprint)
+        finish(out, run.plan, index_json(plan), shards, sides, record, run.judge, emit)
         ledger.complete()
     finally:
         ledger.release()
@@ -123,34 +123,6 @@ def _download(source: Source, emit: Emit) -> Folder:
         raise TypeError(f"cannot download from {type(source).__name__}")
     emit(Note("info", f"Downloading {source.name}."))
     return Folder(download(source, emit))
-
-
-def _provenance(
-    plan: Plan,
-    engine: Engine,
-    identity: dict[str, str],
-    versions: dict[str, str],
-    fingerprint: dict[str, str],
-) -> dict[str, Any]:
-    """What mquant.json says besides the files: equal for equal runs, wherever they ran."""
-    return {
-        "mquant": __version__,
-        "source": identity,
-        "family": plan.family.name,
-        "recipe": plan.recipe.model_dump(mode="json"),
-        "engine": {"name": engine.value, "versions": versions},
-        "fingerprint": fingerprint,
-        "totals": {
-            "source": {
-                "tensors": len(plan.survey.members),
-                "bytes": plan.source_bytes,
-            },
-            "output": {
-                "tensors": plan.output_tensors,
-                "bytes": plan.output_bytes,
-            },
-        },
-    }
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,197 @@
+"""`mquant repair`: a broken checkpoint, mended with its parent."""
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.text import Text
+
+from mquant.cli.options import FormatChoice, Out, Restart, Revision, Src, Workers
+from mquant.cli.output import Format, Output, output
+from mquant.cli.progress import progress
+from mquant.cli.source import default_out, open_source
+from mquant.cli.tables import facts
+from mquant.cli.text import plural, size
+from mquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from mquant.checkpoint import Source
+    from mquant.workflows.diagnose import Diagnosis
+    from mquant.workflows.repair import Repaired
+
+_EXAMPLE = "mquant repair ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP -o ./Repaired"
+
+From = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="PARENT",
+        help="The folder or hub repo it was quantized from.",
+        show_default=False,
+    ),
+]
+InPlace = Annotated[
+    bool,
+    typer.Option("--in-place", help="Mend the folder itself. Killed anywhere, a rerun finishes."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")]
+DepthChoice = Annotated[
+    Literal["structure", "numbers"] | None,
+    typer.Option(
+        help="Where wrong tensors are looked for: headers and JSON; all data too. Left out: "
+        "numbers for a folder, structure for a hub repo.",
+        show_default=False,
+    ),
+]
+
+
+def repair(
+    src: Src = None,
+    parent: From = None,
+    out_folder: Out = None,
+    in_place: InPlace = False,
+    dry_run: DryRun = False,
+    depth: DepthChoice = None,
+    workers: Workers = None,
+    restart: Restart = False,
+    revision: Revision = None,
+    form: FormatChoice = Format.HUMAN,
+) -> None:
+    """Mend a broken checkpoint with its parent, reading no more of that than it needs.
+
+    Tensors that loaders refuse quantized, or that are missing, downcast, renamed or wrong, become
+    what a correct run would have made of them, in the shards where they were. Shards without a
+    change are hard-linked. Of a hub repo, just the files to upload are made.
+
+    Example: mquant repair ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP -o ./Repaired
+    """
+    with output("repair", form) as out:
+        source = _source(src, parent, revision, out_folder, in_place=in_place)
+        from mquant.checkpoint import Folder
+        from mquant.family import load_families
+        from mquant.workflows.diagnose import diagnose
+        from mquant.workflows.repair import finish_in_place
+        from mquant.workflows.repair import repair as mend
+        from mquant.workflows.repair import repair_in_place as mend_in_place
+        from mquant.workflows.verify import Depth
+
+        if in_place and isinstance(source, Folder) and not dry_run and finish_in_place(source.root):
+            out.put(out=str(source.root), needed=True)
+            out.show(Text.assemble(("Repaired", "bold green"), f" {source.root}"))
+            return
+        original = open_source(parent, None, _EXAMPLE)
+        with progress(out) as emit:
+            wanted = None if depth is None else Depth(depth)
+            diagnosis = diagnose(source, original, load_families(), wanted, emit)
+        # What will be mended does not fail this run.
+        out.report(diagnosis.report.findings, failing=frozenset())
+        _tell(out, diagnosis)
+        if dry_run or not diagnosis.needed:
+            return
+        with progress(out) as emit:
+            if in_place:
+                done = mend_in_place(diagnosis, workers=workers, restart=restart, emit=emit)
+            else:
+                where = out_folder or default_out(source, "repaired")
+                done = mend(diagnosis, where, workers=workers, restart=restart, emit=emit)
+        _tell_done(out, diagnosis, done, in_place=in_place)
+
+
+def _source(
+    src: str | None,
+    parent: str | None,
+    revision: str | None,
+    out_folder: Path | None,
+    *,
+    in_place: bool,
+) -> "Source":
+    if parent is None:
+        raise UsageError("--from is missing: the checkpoint it was made from.", _EXAMPLE)
+    if in_place and out_folder is not None:
+        raise UsageError("-o and --in-place exclude each other.", "Leave one of them out.")
+    source = open_source(src, revision, _EXAMPLE)
+    from mquant.checkpoint import Folder
+
+    if in_place and not isinstance(source, Folder):
+        raise UsageError(
+            f"--in-place is for folders; {source.name} is a hub repo.",
+            "Leave it out: what has to be uploaded is made in a folder.",
+        )
+    return source
+
+
+def _tell(out: Output, diagnosis: "Diagnosis") -> None:
+    mending = diagnosis.mending
+    rewritten = mending.rewritten
+    out.put(
+        source=diagnosis.bad.source.name,
+        parent=diagnosis.parent.source.name,
+        needed=diagnosis.needed,
+        made_by=diagnosis.made_by or None,
+        replaced=[action.source.name for action in mending.replaced],
+        renamed=dict(mending.renamed),
+        dropped=list(mending.dropped),
+        config_differs=diagnosis.config_differs,
+        side_files=list(diagnosis.missing),
+        parent_bytes=mending.parent_bytes,
+        shards={
+            "kept": sorted(mending.kept),
+            "rewritten": [shard.name for shard in rewritten.shards],
+            "bytes": rewritten.file_bytes,
+        },
+    )
+    if not diagnosis.needed:
+        out.show(Text("Nothing to repair: it is what a correct run makes.", "bold green"))
+        return
+    out.show(facts(list(_facts(diagnosis))))
+
+
+def _facts(diagnosis: "Diagnosis") -> Iterator[tuple[str, str]]:
+    mending = diagnosis.mending
+    for role, count in mending.replaced_by_role.items():
+        tensors = [a.source.nbytes for a in mending.replaced if a.role.value == role]
+        yield f"From the parent: {role}", f"{plural(count, 'tensor')}, {size(sum(tensors))}"
+    if mending.renamed:
+        old, new = next(iter(mending.renamed.items()))
+        yield "Renamed", f"{plural(len(mending.renamed), 'tensor')} ({old} is {new})"
+    if mending.dropped:
+        first = mending.dropped[0]
+        yield "Left out", f"{plural(len(mending.dropped), 'tensor')} that do not belong ({first})"
+    if diagnosis.missing:
+        yield "Side files", ", ".join(diagnosis.missing)
+    yield "config.json", "the parent's, and quantization_config as quantize writes it"
+    count, rewritten = len(mending.kept), mending.rewritten
+    bytes_ = size(rewritten.file_bytes)
+    yield "Shards", f"{count} stay, {len(rewritten.shards)} are written ({bytes_})"
+
+
+def _tell_done(out: Output, diagnosis: "Diagnosis", done: "Repaired", *, in_place: bool) -> None:
+    from mquant.checkpoint import Folder
+
+    out.put(out=str(done.out), already_done=not done.fresh, read_of_parent=done.parent_bytes)
+    verb = "Repaired" if done.fresh else "Already done:"
+    out.show(Text.assemble((verb, "bold green"), f" {done.out}"))
+    if isinstance(diagnosis.bad.source, Folder):
+        return
+    commands = list(_upload(diagnosis, done.out))
+    out.put(commands=commands)
+    out.show("These are the files that change. Upload them in one commit, then judge the repo:")
+    out.show(*(Text(f"  {command}") for command in commands))
+
+
+def _upload(diagnosis: "Diagnosis", folder: Path) -> Iterator[str]:
+    from mquant.checkpoint import is_shard
+
+    repo = diagnosis.bad.source
+    shards = {shard.name for shard in diagnosis.mending.plan.shards}
+    obsolete = [path for path in repo.files if is_shard(path) and path not in shards]
+    delete = [word for path in obsolete for word in ("--delete", path)]
+    yield shlex.join(
+        ["hf", "upload", repo.name, str(folder), ".", *delete, "--commit-message", "Repair"]
+    )
+    yield shlex.join(["mquant", "verify", repo.name])
+
+
+__all__ = ["repair"]

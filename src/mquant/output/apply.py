@@ -1,0 +1,105 @@
+"""Putting files into a folder that is a checkpoint already, so that it is one again or none.
+
+What is new waits, whole, in a hidden folder inside. When `stage` has written what is to happen,
+it will: `apply` takes config.json away, moves one file after another into its place, deletes what
+is obsolete, and moves index and config.json last. Killed anywhere, it does the rest when it is
+called again.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from mquant.checkpoint import CONFIG_NAME, INDEX_NAME
+from mquant.errors import OutputError
+from mquant.output.disk import PARTIAL, fsync_folder, out_of_space
+from mquant.output.folder import safe_names
+
+WORK: Final = ".mquant-repair"
+_STAGED: Final = "apply.json"
+_SCHEMA: Final = "mquant.apply/1"
+
+
+def stage(root: Path, obsolete: Iterable[str]) -> None:
+    """Decide that all files in the hidden folder of `root` replace those of `root`."""
+    work = root / WORK
+    files = [path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file()]
+    table = {"schema": _SCHEMA, "files": sorted(files), "obsolete": sorted(obsolete)}
+    partial = work / (_STAGED + PARTIAL)
+    with out_of_space(partial, 0):
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(table, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(work / _STAGED)
+        fsync_folder(work)
+
+
+def is_staged(root: Path) -> bool:
+    """Whether nothing but `apply` is left to do: files wait, or what held them is left."""
+    work = root / WORK
+    staged = (work / _STAGED).is_file()
+    return staged or (work.is_dir() and not any(path.is_file() for path in work.rglob("*")))
+
+
+def apply(root: Path) -> None:
+    """Do what was staged, or the rest of it. Raises OutputError where the folder cannot be written.
+
+    A staged file that would leave `root` through a link is refused before anything is moved.
+    """
+    work = root / WORK
+    table = _read(work / _STAGED) if (work / _STAGED).exists() else {}
+    last = [INDEX_NAME, CONFIG_NAME]
+    files = [name for name in safe_names(table.get("files", ())) if name not in last]
+    for name in files:
+        _refuse_outside(root, name)
+    with out_of_space(root / CONFIG_NAME, 0):
+        if (work / CONFIG_NAME).exists():
+            (root / CONFIG_NAME).unlink(missing_ok=True)
+            fsync_folder(root)
+        for name in files:
+            _move(work, root, name)
+        for name in safe_names(table.get("obsolete", ())):
+            (root / name).unlink(missing_ok=True)
+        for name in last:
+            fsync_folder(root)
+            _move(work, root, name)
+        fsync_folder(root)
+        (work / _STAGED).unlink(missing_ok=True)
+        for path in sorted(work.rglob("*"), reverse=True):
+            path.rmdir()
+        work.rmdir()
+        fsync_folder(root)
+
+
+def _move(work: Path, root: Path, name: str) -> None:
+    if (work / name).exists():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).replace(root / name)
+        fsync_folder((root / name).parent)
+
+
+def _refuse_outside(root: Path, name: str) -> None:
+    if not (root / name).parent.resolve().is_relative_to(root.resolve()):
+        raise OutputError(
+            f"{name} would be written outside of {root}: a folder on its way is a link.",
+            "Remove the link, or repair into another folder with -o.",
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict) or table.get("schema") != _SCHEMA:
+        raise OutputError(
+            f"{path} says nothing that mquant understands.",
+            "If mquant did not write it, delete its folder; then run the same command again.",
+        )
+    return table
+
+
+__all__ = ["WORK", "apply", "is_staged", "stage"]
