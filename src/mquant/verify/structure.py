@@ -10,6 +10,7 @@ from mquant.family import Family, Meaning, Role
 from mquant.findings import Finding, names
 from mquant.plan import Member, wholeness
 from mquant.schemes import QUANTIZED_SUFFIXES
+from mquant.verify.facts import check_mtp
 from mquant.verify.formats import (
     CODES,
     METHODS,
@@ -22,6 +23,7 @@ from mquant.verify.formats import (
     weight_shape,
 )
 from mquant.verify.layout import Layout, Module
+from mquant.verify.parallel import check_parallel
 from mquant.verify.rules import RULES, finding
 from mquant.verify.tally import Tally
 
@@ -67,7 +69,12 @@ def check_structure(layout: Layout) -> tuple[Finding, ...]:
         whole = [f for f in whole if f.rule == "shape-disagrees"]
         rest = [f for f in tally.findings() if f.rule not in ("part-missing", "fused-set-mixed")]
         return (*found, *whole, *rest)
-    return (*found, *whole, *tally.findings())
+    found += [*whole, *tally.findings()]
+    named = ((name, module.meaning) for name, module in layout.modules.items())
+    found += check_mtp(layout.family, layout.checkpoint.config, named)
+    if not any(f.severity == "error" for f in found):  # else shapes say nothing of what is meant
+        found += check_parallel(layout, kinds)
+    return tuple(found)
 
 
 def lost_shards(layout: Layout) -> bool:

@@ -266,7 +266,8 @@ class Run:
                     f"What was made is wrong ({finding.rule}): {finding.message}",
                     "Please report this; OUT has no config.json, so nothing will load it.",
                 )
-            self.emit(Note("warning", finding.message))
+            level = "info" if finding.severity == "info" else "warning"
+            self.emit(Note(level, finding.message))
 
 
 __all__ = ["Engine", "Result", "choose_engine", "default_workers", "free_disk", "quantize"]
