@@ -120,8 +120,8 @@ def test_a_hidden_size_no_kernel_takes_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_layer_that_stays_plain_asks_for_no_groups(tmp_path: Path) -> None:
-    sizes = {"hidden": 128, "intermediate": 256, "heads": 16, "head_dim": 8, "experts": 16}
-    src = make_checkpoint(tmp_path / "src", layers=1, **sizes)
+    sizes: dict[str, Any] = {"hidden": 128, "intermediate": 256, "heads": 16, "head_dim": 8}
+    src = make_checkpoint(tmp_path / "src", layers=1, experts=16, **sizes)
     all_of_it = quantize_nvfp4(src, tmp_path / "all")
     # o reads 128 channels: half a group for each of 16.
     assert "vLLM 0.32 with 1, 2, 4, 8 (not 16: " in facts(all_of_it)["tensor-parallel"]

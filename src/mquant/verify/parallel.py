@@ -1,22 +1,24 @@
-"""Over how many GPUs vLLM and SGLang can split an NVFP4 checkpoint, from the shapes of its weights.
+"""Over how many GPUs vLLM and SGLang can split an NVFP4 checkpoint, from its weights' shapes.
 
-Both run weight-only NVFP4 with FP4 Marlin kernels, and split a model over the ranks of a
-tensor-parallel group alike: q, k, v, gate and up by their outputs, o and down by their inputs. What
-that asks of the shapes was read in vLLM 0.32.0 and SGLang 0.5.23:
+Both run NVFP4 weights with FP4 Marlin kernels where activations stay in 16 bits, or the GPU has no
+FP4, and split a model over the ranks of a tensor-parallel group alike: q, k, v, gate and up by
+their outputs, o and down by their inputs. What that asks of the shapes was read in vLLM 0.32.0 and
+SGLang 0.5.23:
 
 - Attention heads are shared out evenly. vLLM: config/model.py, `verify_with_parallel_config`; both:
-  `QKVParallelLinear`. Key and value heads are shared out evenly, or each is given to as many ranks.
-- So are the inputs of o and down, in whole groups of 16, as a rank has a scale for each group of its
-  own: `RowParallelLinear`, and `create_weights` of the two NVFP4 schemes of compressed-tensors.
-  vLLM does not look whether a group is cut in two, and loads other scales.
-- Linear layers are padded to the kernel's tiles, (64, 128) or (128, 64), whatever their shape. vLLM:
-  quantization/utils/marlin_utils.py, `marlin_padded_nk`; SGLang: marlin_utils_fp4.py,
+  `QKVParallelLinear`. Key and value heads are shared out evenly, or each goes to as many ranks.
+- So are the inputs of o and down, in whole groups of 16, as a rank takes the scales of its own
+  groups: `RowParallelLinear`, and `create_weights` of the NVFP4 schemes of compressed-tensors.
+  Where a group is cut in two, `load_row_parallel_weight` takes scales of other weights.
+- Linear layers are padded to the kernel's tiles, (64, 128) or (128, 64), whatever their shape.
+  vLLM: marlin_utils.py, `marlin_padded_nk`; SGLang: marlin_utils_fp4.py,
   `prepare_nvfp4_layer_for_marlin`.
-- Experts are padded by vLLM, along their inner dimension only: the hidden size must be a multiple
+- Experts are padded by vLLM along their inner dimension only: the hidden size must be a multiple
   of 64 (marlin_utils_fp4.py, `prepare_nvfp4_moe_layer_for_marlin`). SGLang does not pad them: 128,
   and 64 for a rank's share of the inner dimension (compressed_tensors_w4a16_nvfp4_moe.py,
   `process_weights_after_loading`).
-- The vocabulary is padded to a multiple of 64, so it can be split over every number of ranks here.
+- The vocabulary is padded to a multiple of 64, so any number of ranks here can share it
+  (vocab_parallel_embedding.py, `pad_vocab_size`).
 - Some models want no more ranks than experts: `tp_within_experts` of the family.
 """
 
@@ -27,7 +29,7 @@ from typing import Any, Final
 from mquant.family import Family, Role, TensorRow
 from mquant.findings import Finding
 from mquant.verify.decode import GROUP
-from mquant.verify.formats import Kind, weight_shape
+from mquant.verify.formats import Kind, kind_of, weight_shape
 from mquant.verify.layout import Layout, Module
 from mquant.verify.rules import Rule, finding, register
 
@@ -38,7 +40,7 @@ register(
         "tensor-parallel",
         "info",
         "structure",
-        "An NVFP4 checkpoint can be split over every number of GPUs, up to 16.",
+        "An NVFP4 checkpoint can be split over 1, 2, 4, 8 and 16 GPUs.",
         "Heads, groups and the tiles of FP4 Marlin kernels cannot be cut in two: a server stops, "
         "after it has loaded everything, or computes with the scales of other weights.",
         "Nothing to do: serve it with one of these tensor-parallel sizes.",
@@ -49,8 +51,7 @@ register(
         "structure",
         "vLLM's FP4 Marlin kernels can run the quantized weights on some number of GPUs.",
         "vLLM loads the checkpoint, and stops when it prepares the weights for the kernel.",
-        "Leave the experts unquantized, or serve it with another kernel (vLLM: --moe-backend "
-        "emulation).",
+        "Leave the experts of this model unquantized.",
     ),
 )
 
@@ -78,15 +79,19 @@ class Weight:
     quantized: bool
 
 
-def check_parallel(layout: Layout, kinds: Mapping[str, Kind]) -> Iterator[Finding]:
-    """Which tensor-parallel sizes work; nothing where other layouts than NVFP4 are among it."""
+def check_parallel(layout: Layout) -> Iterator[Finding]:
+    """Which tensor-parallel sizes work; nothing where other layouts than NVFP4 are among it.
+
+    For checkpoints without errors: else the shapes may be what is wrong.
+    """
     family, config = layout.family, layout.checkpoint.config
+    kinds = {m.name: kind for m in layout.modules.values() if (kind := kind_of(layout, m))}
     used = set(kinds.values())
     if family is None or not used or not used <= {Kind.NVFP4, Kind.MODELOPT_NVFP4}:
         return
     weights = _weights(layout, kinds)
     loaders = [VLLM]
-    # ModelOpt's layout, and latent attention, which needs the weights of kv_b, are other code there.
+    # ModelOpt's layout, and latent attention, which takes kv_b apart, are other code in SGLang.
     if used == {Kind.NVFP4} and family.config.kv_heads:
         loaders.append(SGLANG)
     said = []

@@ -23,7 +23,6 @@ from mquant.verify.formats import (
     weight_shape,
 )
 from mquant.verify.layout import Layout, Module
-from mquant.verify.parallel import check_parallel
 from mquant.verify.rules import RULES, finding
 from mquant.verify.tally import Tally
 
@@ -72,8 +71,6 @@ def check_structure(layout: Layout) -> tuple[Finding, ...]:
     found += [*whole, *tally.findings()]
     named = ((name, module.meaning) for name, module in layout.modules.items())
     found += check_mtp(layout.family, layout.checkpoint.config, named)
-    if not any(f.severity == "error" for f in found):  # else shapes say nothing of what is meant
-        found += check_parallel(layout, kinds)
     return tuple(found)
 
 

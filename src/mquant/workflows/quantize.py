@@ -266,8 +266,8 @@ class Run:
                     f"What was made is wrong ({finding.rule}): {finding.message}",
                     "Please report this; OUT has no config.json, so nothing will load it.",
                 )
-            level = "info" if finding.severity == "info" else "warning"
-            self.emit(Note(level, finding.message))
+            fact = finding.severity == "info"
+            self.emit(Note("info" if fact else "warning", finding.message))
 
 
 __all__ = ["Engine", "Result", "choose_engine", "default_workers", "free_disk", "quantize"]

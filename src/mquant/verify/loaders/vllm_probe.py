@@ -97,7 +97,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not (source.numel() == 1 and target.numel() <= 1):
                 self.reshaped.setdefault(name, (name, shape, target_shape))
         self._used[name] += source.numel()
-        if _loses(self._dtypes[name], target.dtype):
+        # Experts' weight_shape goes into a BF16 parameter that nothing reads.
+        if _loses(self._dtypes[name], target.dtype) and not name.endswith(".weight_shape"):
             row = (name, str(self._dtypes[name]), str(target.dtype))
             self.converted.setdefault(name, row)
         place = (int(target.storage_offset()), tuple(target.shape), tuple(target.stride()))
@@ -155,17 +156,39 @@ def _needless(model: torch.nn.Module, name: str) -> bool:
 
 
 def stub_kernels() -> None:
-    """Which kernel would compute is no question of loading, and needs a GPU to answer."""
-    from vllm.model_executor.layers.fused_moe.oracle import nvfp4
+    """Which kernel would compute is no question of loading, and needs a GPU to answer.
+
+    vLLM asks while it builds a layer. Whichever it is, the layer's parameters are the same.
+    """
+    from vllm.model_executor.layers.fused_moe.oracle import fp8 as fp8_moe
+    from vllm.model_executor.layers.fused_moe.oracle import int_wna16, nvfp4
+    from vllm.model_executor.layers.quantization import fp8, modelopt
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_w4a4_nvfp4 as moe,
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_wna16 as integers,
     )
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
         compressed_tensors_w4a4_nvfp4 as linear,
     )
 
-    linear.init_nvfp4_linear_kernel = lambda **_: SimpleNamespace(input_quant_key=lambda: None)
-    moe.select_nvfp4_moe_backend = lambda **_: (nvfp4.NvFp4MoeBackend.MARLIN, None)
+    def kernel(**_: Any) -> Any:
+        return SimpleNamespace(input_quant_key=lambda: None)
+
+    def of_integers(quant_config: Any, **_: Any) -> Any:
+        # Only Marlin takes scales per channel; only others take every shape with groups.
+        grouped = quant_config.strategy == "group"
+        kernels = int_wna16.WNA16MoEBackend
+        return kernels.TRITON if grouped else kernels.MARLIN, None
+
+    for module in (linear, modelopt):
+        module.init_nvfp4_linear_kernel = kernel
+    for module in (moe, modelopt):
+        module.select_nvfp4_moe_backend = lambda **_: (nvfp4.NvFp4MoeBackend.MARLIN, None)
+    fp8.init_fp8_linear_kernel = kernel
+    fp8.select_fp8_moe_backend = lambda **_: (fp8_moe.Fp8MoeBackend.MARLIN, None)
+    integers.select_wna16_moe_backend = of_integers
 
 
 def load(folder: str, result: dict[str, Any], said: Any) -> None:
