@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from make import make_checkpoint, write_json
+from judges import opened, read_json
+from make import make_checkpoint, make_row, without, write_index, write_json, write_shard
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME
 from mquant.data import folder
 from mquant.family import load_families
@@ -129,6 +130,24 @@ def test_a_layer_that_stays_plain_asks_for_no_groups(tmp_path: Path) -> None:
     recipe.write_text(RECIPE.read_text("utf-8").replace("  attention: NVFP4A16\n", ""))
     quantize(plan_of(src, str(recipe)), tmp_path / "experts")
     assert "vLLM 0.32 with 1, 2, 4, 8, 16;" in facts(tmp_path / "experts")["tensor-parallel"]
+
+
+def test_the_layers_that_are_quantized_decide(tmp_path: Path) -> None:
+    out = made(tmp_path, layers=2, hidden=128, intermediate=256, heads=16, head_dim=8, experts=16)
+    first = "model.layers.0.self_attn.o_proj"
+    table = read_json(out / CONFIG_NAME)["quantization_config"]
+    table["ignore"].append(first)
+
+    mixed = mutated(out, tmp_path, edit=without(first), config={"quantization_config": table})
+    plain = make_row(f"{first}.weight", "BF16", (128, 128))
+    write_shard(mixed / "model-0.safetensors", [plain])  # what is met first
+    before = opened(mixed)
+    where = {info.name: info.shard for info in before.tensors.values()}
+    where[plain[0]] = "model-0.safetensors"
+    write_index(mixed, where, before.nbytes + len(plain[3]))
+    assert judged(mixed) == {}
+    said = facts(mixed)["tensor-parallel"]
+    assert "(not 16: model.layers.1.self_attn.o_proj reads 128, 8 a rank, " in said
 
 
 def test_nothing_is_said_of_what_is_not_nvfp4(parent: Path, tmp_path: Path) -> None:
