@@ -35,7 +35,12 @@ Made by `scripts/test-loaders.sh`, which breaks the tiny trained checkpoint in {
 
 vLLM *refuses*, *loads* what it was given, or *loads wrong*: it drops tensors, leaves parameters
 unset, spreads or converts them, without a word. What is wrong in the numbers alone no load check
-sees: those cases say why they are wrong. Errors of ours are **bold**, warnings are not.
+sees: those cases say why they are wrong. Errors of ours are **bold**, warnings are not; what is
+only worth knowing (an info) is left out, but where a case is about it.
+
+vLLM is *not asked* where its CPU build has no kernel that it could build the layer for. Kernels of
+NVFP4, of FP8 in blocks and of packed integers need a GPU too, but the probe answers in their stead:
+whichever computes, the tensors that are loaded are the same. INT8 of experts stays not asked.
 
 | case | mquant verify | vLLM | its words, or what it does |
 | --- | --- | --- | --- |
@@ -80,7 +85,8 @@ def judge(folder: Path) -> list[tuple[Case, dict[str, str], Verdict]]:
         place.mkdir()
         bad = case.make(good, place)
         report = verify(Folder(bad), families, Depth.NUMBERS)
-        ours.append({found.rule: found.severity for found in report.findings})
+        told = [f for f in report.findings if f.severity != "info" or f.rule in case.rules]
+        ours.append({found.rule: found.severity for found in told})
         pairs.append((bad, place / "vllm.json"))
     cores = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(cores) as pool:

@@ -33,7 +33,7 @@ Made by `scripts/make_docs.py` from the rules in `src/mquant/verify`; do not edi
 
 `structure` needs headers and JSON only, `numbers` reads all data, `against` compares with the
 parent (`--against`), `loader` has a real loader load the headers (`--loader vllm`). Errors exit
-with 3; warnings too, with `--fail-on warning`.
+with 3; warnings too, with `--fail-on warning`; an info is something worth knowing, and never fails.
 """
 
 

@@ -1,7 +1,8 @@
 """Ways to break, or harmlessly vary, a good checkpoint, and what is to be found in each.
 
 `rules`: what `verify` must report, warnings too. `silent`: it loads without an error and computes
-something else, in a way that headers do not show; the reason why it is wrong all the same.
+something else, in a way that headers do not show, or vLLM's CPU build cannot be asked; the reason
+why it is wrong all the same.
 """
 
 import shutil
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
+import schemes
 from judges import opened, read_json
 from make import Edit, Row, renamed, without, write_index, write_shard
 from mquant.checkpoint import INDEX_NAME
@@ -40,7 +42,7 @@ class Case:
 
     def is_wrong(self, verdict: str) -> bool:
         """Whether `verify` must find an error, where this is what vLLM makes of it."""
-        return verdict != "loads" or bool(self.silent)
+        return verdict not in ("loads", "not asked") or bool(self.silent)
 
     def make(self, good: Path, folder: Path) -> Path:
         """Make it in `folder`."""
@@ -102,6 +104,10 @@ def _quantized(*modules: str) -> Edit:
     return edit
 
 
+def _then(*edits: Edit) -> Edit:
+    return lambda rows: reduce(lambda made, edit: edit(made) or made, edits, rows)
+
+
 def _copied(part: str, new: str) -> Edit:
     def edit(rows: list[Row]) -> list[Row]:
         return [*rows, *((r[0].replace(part, new), *r[1:]) for r in rows if part in r[0])]
@@ -130,6 +136,10 @@ def _quant(**keys: Any) -> Callable[[dict[str, Any]], None]:
             del table[key]
 
     return change
+
+
+def _both(*changes: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], object]:
+    return lambda config: [change(config) for change in changes]
 
 
 def _group(**keys: Any) -> Callable[[dict[str, Any]], None]:
@@ -235,11 +245,6 @@ def _twice(folder: Path) -> None:
     write_index(folder, {**table, "model.spare": extra}, opened(folder).nbytes)
 
 
-def _both_formats(config: dict[str, Any]) -> None:
-    _quant(format="float-quantized")(config)
-    _group(format="float-quantized")(config)
-
-
 def _spare_first(index: dict[str, str]) -> dict[str, str]:
     return dict(list(index.items())[1:])
 
@@ -342,7 +347,7 @@ CASES: Final = (
     _case("experts targeted by the hub's name", "quantized-not-targeted", config=_group(targets=[r"re:.*self_attn\..*_proj$", r"re:.*block_sparse_moe\.experts.*"])),
     _case("experts targeted by vLLM's name", config=_group(targets=[r"re:.*self_attn\..*_proj$", r"re:.*mlp\.experts.*"])),
     _case("attention not targeted", "quantized-not-targeted", config=_group(targets=[r"re:.*mlp\.experts.*"])),
-    _case("another format", "format-differs", config=_both_formats),
+    _case("another format", "format-differs", config=_both(_quant(format="float-quantized"), _group(format="float-quantized"))),
     _case("no quantization_status", config=_quant(quantization_status=...)),
     _case("groups of 32", "weights-misdeclared", config=_weights(group_size=32)),
     _case("8 bits", "weights-misdeclared", config=_weights(num_bits=8)),
@@ -361,6 +366,7 @@ CASES: Final = (
     _case("another intermediate_size", "shape-disagrees", config=_plus_one("intermediate_size", 64)),
     _case("another vocab_size", "shape-disagrees", config=_plus_one("vocab_size", 64)),
     _case("other key and value heads", "shape-disagrees", config=_plus_one("num_key_value_heads", 2)),
+    _case("one module of MTP advertised", "mtp-without-tensors", "tensor-parallel", config={"num_mtp_modules": 1}),
     _case("no MTP advertised", config={"use_mtp": False, "num_mtp_modules": 0}),
     # Files and index
     _case("a truncated shard", "shard-damaged", files=_truncate),
@@ -374,4 +380,17 @@ CASES: Final = (
     _case("a tensor in two shards, with other values", "tensor-stored-twice", files=_twice, silent="the last shard's is loaded"),
     _case("a scale of the KV cache", edit=_plus(_row(ATTENTION + "k_scale", "F32", (1,), 0x3F))),
     _case("a scale of the KV cache, by llmcompressor's older name", "tensor-unknown", edit=_plus(_row(ATTENTION + "k_proj.output_scale", "F32", (1,), 0x3F))),
+    # Other schemes
+    _case("activations in NVFP4, too", edit=schemes.with_input_scales, config=schemes.w4a4),
+    _case("activations in NVFP4, an input's scale missing", "activation-scales-missing", edit=_then(schemes.with_input_scales, _without(EXPERT + "w1.input_global_scale")), config=schemes.w4a4),
+    _case("ModelOpt's NVFP4", edit=schemes.as_modelopt, config=schemes.modelopt),
+    _case("ModelOpt's NVFP4, a second scale missing", "part-missing", edit=_then(schemes.as_modelopt, _without(ATTENTION + "o_proj.weight_scale_2")), config=schemes.modelopt),
+    _case("ModelOpt's NVFP4, routers not excluded", "ignore-uncovered", edit=schemes.as_modelopt, config=_both(schemes.modelopt, _quant(ignore=["lm_head"]))),
+    _case("FP8 with a scale per channel", edit=schemes.FP8_CHANNEL, config=schemes.fp8_channel),
+    _case("FP8 with a scale per channel, one missing", "part-missing", edit=_then(schemes.FP8_CHANNEL, _without(EXPERT + "w2.weight_scale")), config=schemes.fp8_channel),
+    _case("FP8 with a scale per block", edit=schemes.FP8_BLOCKS, config=schemes.fp8_blocks),
+    _case("FP8 with a scale per block, one cut short", "part-shape", edit=_then(schemes.FP8_BLOCKS, _resized(ATTENTION + "o_proj.weight_scale_inv", lambda s: (s[0] // 2, s[1]))), config=schemes.fp8_blocks),
+    _case("4-bit integers in groups of 32", edit=schemes.INT4, config=schemes.int4),
+    _case("4-bit integers, scales missing", "part-missing", edit=_then(schemes.INT4, _without(EXPERT + "w3.weight_scale")), config=schemes.int4),
+    _case("8-bit integers, activations too", "layout-not-judged", edit=schemes.INT8, config=schemes.int8),
 )  # fmt: skip

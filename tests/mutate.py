@@ -16,6 +16,7 @@ from judges import data, opened, read_json
 from make import Edit, Row, write_index, write_json, write_shard
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Folder
 from mquant.family import load_families
+from mquant.findings import Severity
 from mquant.verify.rules import RULES
 from mquant.workflows.verify import Depth, verify
 
@@ -96,9 +97,12 @@ def scalar(value: float) -> Callable[[Bytes], Bytes]:
 
 
 def judged(
-    folder: Path, parent: Path | None = None, depth: Depth = Depth.STRUCTURE
+    folder: Path,
+    parent: Path | None = None,
+    depth: Depth = Depth.STRUCTURE,
+    severities: tuple[Severity, ...] = ("error", "warning"),
 ) -> dict[str, str]:
-    """Rule -> message of what `verify` finds."""
+    """Rule -> message of what `verify` finds wrong; of `severities`."""
     against = None if parent is None else Folder(parent)
     report = verify(Folder(folder), load_families(), depth, against)
     assert {finding.rule for finding in report.findings} <= RULES.keys()
@@ -109,7 +113,8 @@ def judged(
         assert finding.fix
     messages: dict[str, str] = {}
     for finding in report.findings:
-        messages.setdefault(finding.rule, finding.message)
+        if finding.severity in severities:
+            messages.setdefault(finding.rule, finding.message)
     return messages
 
 

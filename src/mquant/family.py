@@ -201,7 +201,9 @@ class ConfigKeys(_Data):
     context: str
     vocabulary: str
     hidden: str
+    heads: str
     intermediate: str
+    kv_heads: str = ""
     experts: str = ""
     top_k: str = ""
     mtp: str = ""
@@ -235,6 +237,8 @@ class Family(_Data):
     in_memory: tuple[tuple[str, str], ...] = ()
     in_vllm: tuple[tuple[str, str], ...] = ()
     unpruned_experts: int | None = None
+    tp_within_experts: bool = False
+    """vLLM and SGLang refuse to split the model over more ranks than it has experts."""
     required_config: tuple[str, ...] = ()
     defaults: Annotated[Mapping[str, Size], AfterValidator(_in_order)] = Field(default_factory=dict)
     """What a size is where config.json leaves it out, or says null."""

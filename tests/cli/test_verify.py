@@ -32,7 +32,7 @@ def document(*arguments: object) -> dict[str, Any]:
 
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "plain")
+    return make_checkpoint(tmp_path / "plain", config={"num_mtp_modules": 0})
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,9 @@ def test_clean_is_one_sentence_and_zero(plain: Path) -> None:
 def test_against_the_parent(trained: Path) -> None:
     result = verify(trained, "--against", TRAINED)
     assert result.exit_code == 0
-    assert said(result) == (
+    assert said(result).startswith(
         "Clean: 327 tensors, 102 quantized modules, checked structure and numbers, "
-        "compared with tiny-minimax-m2 (a sample of its weights)."
+        "compared with tiny-minimax-m2 (a sample of its weights). · "
     )
     assert "(all of its weights)" in said(verify(trained, "--against", TRAINED, "--depth", "full"))
 
@@ -90,6 +90,25 @@ def test_quiet_still_says_what_fails_it(plain: Path, tmp_path: Path) -> None:
     failed = verify(bad, "--format", "quiet", "--fail-on", "warning")
     assert (failed.exit_code, failed.stdout) == (3, "")
     assert "! " in failed.stderr
+
+
+def test_what_is_only_worth_knowing_is_told_and_never_fails(trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "verify.xml"
+    result = verify(trained, "--fail-on", "warning", "--junit", file)
+    assert (result.exit_code, said(result)[:20]) == (0, "Clean: 327 tensors, ")
+    assert "· config.json says num_mtp_modules 3, but there is no tensor" in said(result)
+    assert "· With FP4 Marlin kernels, by tensor-parallel size: vLLM" in said(result)
+    found = document(trained)
+    assert (found["ok"], found["errors"], found["warnings"]) == (True, 0, 0)
+    assert {f["rule"]: f["severity"] for f in found["findings"]} == {
+        "mtp-without-tensors": "info",
+        "tensor-parallel": "info",
+    }
+    assert verify(trained, "--format", "quiet", "--fail-on", "warning").output == ""
+    suite = ElementTree.parse(file).getroot()
+    (case,) = suite.findall("*[@name='tensor-parallel']")
+    assert [part.tag for part in case] == ["system-out"]
+    assert (suite.get("failures"), suite.get("skipped")) == ("0", "0")
 
 
 def test_depth_decides_what_is_read(plain: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_a_case_has_its_findings_and_agrees_with_vllm(
     assert case.rules <= {finding.rule for finding in report.findings}
     assert bool(report.count("error")) == case.is_wrong(VERDICTS[case.name]["verdict"])
     if not case.rules:
-        assert report.findings == ()
+        assert {finding.severity for finding in report.findings} <= {"info"}
 
 
 def test_no_two_cases_have_one_name() -> None:

@@ -134,7 +134,7 @@ def test_large_tensors_are_read_in_pieces(
     bad = mutated(good, tmp_path, edit=changed(SCALE, data=setting(60, 0)))
     report = verify(Watched(bad), load_families(), Depth.NUMBERS)
     assert max(sizes) <= 64
-    assert [f.message[-9:] for f in report.findings] == ["(row 30)."]
+    assert [f.message[-9:] for f in report.findings if f.severity != "info"] == ["(row 30)."]
 
 
 def test_progress_reaches_the_end(good: Path) -> None:

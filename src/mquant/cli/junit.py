@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 def write_junit(path: Path, report: "Report", failing: Collection[str]) -> None:
-    """Write a report: a rule that `failing` findings break fails, others of it are skipped.
+    """Write a report: a rule that `failing` findings break fails, other warnings are skipped.
 
-    A rule that nothing breaks passes, where what it needs was looked at. Raises OutputError.
+    A rule that nothing breaks passes, where what it needs was looked at; so does one that has only
+    something to tell. Raises OutputError.
     """
     from mquant.verify.rules import RULES
 
@@ -29,7 +30,9 @@ def write_junit(path: Path, report: "Report", failing: Collection[str]) -> None:
             continue
         case = ET.SubElement(suite, "testcase", classname=f"mquant.{rule.depth}", name=rule.id)
         counts["tests"] += 1
-        if broken:
+        if broken and broken[0].severity == "info":
+            ET.SubElement(case, "system-out").text = "\n".join(map(_text, broken))
+        elif broken:
             kind = "failure" if broken[0].severity in failing else "skipped"
             counts["failures" if kind == "failure" else "skipped"] += 1
             told = ET.SubElement(case, kind, message=clean(broken[0].message))

@@ -10,6 +10,7 @@ from mquant.family import Family, Meaning, Role
 from mquant.findings import Finding, names
 from mquant.plan import Member, wholeness
 from mquant.schemes import QUANTIZED_SUFFIXES
+from mquant.verify.facts import check_mtp
 from mquant.verify.formats import (
     CODES,
     METHODS,
@@ -67,7 +68,10 @@ def check_structure(layout: Layout) -> tuple[Finding, ...]:
         whole = [f for f in whole if f.rule == "shape-disagrees"]
         rest = [f for f in tally.findings() if f.rule not in ("part-missing", "fused-set-mixed")]
         return (*found, *whole, *rest)
-    return (*found, *whole, *tally.findings())
+    found += [*whole, *tally.findings()]
+    named = ((name, module.meaning) for name, module in layout.modules.items())
+    found += check_mtp(layout.family, layout.checkpoint.config, named)
+    return tuple(found)
 
 
 def lost_shards(layout: Layout) -> bool:

@@ -10,6 +10,7 @@ from mquant.family import Family, Meaning, Role
 from mquant.findings import Finding, names
 from mquant.plan import survey
 from mquant.schemes import QUANTIZED_SUFFIXES
+from mquant.verify.facts import check_mtp
 
 # Several weights in one stored element: only the scheme knows how many.
 _PACKED: Final = (".weight_packed", ".qweight")
@@ -175,7 +176,8 @@ def _unusual(
             f"It has {inspection.experts} of the family's {inspection.unpruned_experts} experts: "
             "looks expert-pruned.",
         )
-    yield from _mtp(checkpoint, family, inspection.layers, known, unknown)
+    found = [*((info.name, m) for info, m in known), *((info.name, None) for info in unknown)]
+    yield from check_mtp(family, checkpoint.config, found)
     yield from _dtypes(inspection, known)
     missing = [key for key in family.required_config if key not in checkpoint.config]
     if missing:
@@ -187,28 +189,6 @@ def _unusual(
             "Take the keys from the config.json of the model's first release.",
         )
     yield from _cut_sets(known)
-
-
-def _mtp(
-    checkpoint: Checkpoint,
-    family: Family,
-    layers: int | None,
-    known: list[Known],
-    unknown: list[TensorInfo],
-) -> Iterable[Finding]:
-    count = checkpoint.config.get(family.config.mtp) if family.config.mtp else None
-    if type(count) is not int or not 0 < count < 2**53:
-        return
-    # Such modules lie beyond the last layer, or under a name of their own.
-    beyond = any((m.layer or 0) >= (layers or 0) for _, m in known if m.layer is not None)
-    if not beyond and not any("mtp" in info.name for info in unknown):
-        yield _info(
-            "mtp-without-tensors",
-            family.config.mtp,
-            f"config.json says {family.config.mtp} {count}, but there is no tensor of such a "
-            "module.",
-            "Nothing to do: loaders go without; multi-token prediction cannot be used.",
-        )
 
 
 def _dtypes(inspection: Inspection, known: list[Known]) -> Iterable[Finding]:

@@ -184,7 +184,8 @@ class Run:
                     f"What was made is wrong ({finding.rule}): {finding.message}",
                     "Please report this; OUT has no config.json, so nothing will load it.",
                 )
-            self.emit(Note("warning", finding.message))
+            fact = finding.severity == "info"
+            self.emit(Note("info" if fact else "warning", finding.message))
 
 
 __all__ = ["Engine", "Result", "choose_engine", "quantize"]

@@ -18,6 +18,7 @@ from mquant.verify.layout import Layout, read_layout
 from mquant.verify.loaders.install import find_python
 from mquant.verify.loaders.vllm import Verdict, ask
 from mquant.verify.numbers import check_numbers
+from mquant.verify.parallel import check_parallel
 from mquant.verify.structure import check_structure, lost_shards
 
 _ORDER: Final[tuple[Severity, ...]] = ("error", "warning", "info")
@@ -115,6 +116,8 @@ def verify(
     if loader is not None:
         checked.append("vllm")
         found += loader.findings
+    if not any(finding.severity == "error" for finding in found):
+        found += check_parallel(layout)
     hubs = [each for each in (source, parent) if isinstance(each, HubRepo)]
     return Report(
         source=source.name,

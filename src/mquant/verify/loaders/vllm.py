@@ -37,6 +37,7 @@ _NOT_HERE: Final = (
     "no kernel",
     "find a kernel",
     "no available",
+    "supports the deployment configuration",
     "requires a gpu",
     "cuda",
     "compute capability",

@@ -91,7 +91,8 @@ class Copies:
             if not (source.numel() == 1 and target.numel() <= 1):
                 self.reshaped.setdefault(name, (name, shape, target_shape))
         self._used[name] += source.numel()
-        if _loses(self._dtypes[name], target.dtype):
+        # Experts' weight_shape goes into a BF16 parameter that nothing reads.
+        if _loses(self._dtypes[name], target.dtype) and not name.endswith(".weight_shape"):
             row = (name, str(self._dtypes[name]), str(target.dtype))
             self.converted.setdefault(name, row)
         place = (int(target.storage_offset()), tuple(target.shape), tuple(target.stride()))
@@ -194,12 +195,18 @@ def _needless(model: torch.nn.Module, name: str) -> bool:
 def stub() -> None:
     """What is no question of loading: which kernel would compute needs a GPU to answer.
 
-    And vLLM looks at the model's class in a process of its own, so as not to touch a GPU in this
-    one; that takes as long as all of the loading.
+    vLLM asks while it builds a layer. Whichever it is, the layer's parameters are the same. And
+    vLLM looks at the model's class in a process of its own, so as not to touch a GPU in this one;
+    that takes as long as all of the loading.
     """
-    from vllm.model_executor.layers.fused_moe.oracle import nvfp4
+    from vllm.model_executor.layers.fused_moe.oracle import fp8 as fp8_moe
+    from vllm.model_executor.layers.fused_moe.oracle import int_wna16, nvfp4
+    from vllm.model_executor.layers.quantization import fp8, modelopt
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_w4a4_nvfp4 as moe,
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_wna16 as integers,
     )
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
         compressed_tensors_w4a4_nvfp4 as linear,
@@ -207,8 +214,23 @@ def stub() -> None:
     from vllm.model_executor.models import registry
 
     registry._run_in_subprocess = lambda look: look()
-    linear.init_nvfp4_linear_kernel = lambda **_: SimpleNamespace(input_quant_key=lambda: None)
-    moe.select_nvfp4_moe_backend = lambda **_: (nvfp4.NvFp4MoeBackend.MARLIN, None)
+
+    def kernel(**_: Any) -> Any:
+        return SimpleNamespace(input_quant_key=lambda: None)
+
+    def of_integers(quant_config: Any, **_: Any) -> Any:
+        # Only Marlin takes scales per channel; only others take every shape with groups.
+        grouped = quant_config.strategy == "group"
+        kernels = int_wna16.WNA16MoEBackend
+        return kernels.TRITON if grouped else kernels.MARLIN, None
+
+    for module in (linear, modelopt):
+        module.init_nvfp4_linear_kernel = kernel
+    for module in (moe, modelopt):
+        module.select_nvfp4_moe_backend = lambda **_: (nvfp4.NvFp4MoeBackend.MARLIN, None)
+    fp8.init_fp8_linear_kernel = kernel
+    fp8.select_fp8_moe_backend = lambda **_: (fp8_moe.Fp8MoeBackend.MARLIN, None)
+    integers.select_wna16_moe_backend = of_integers
 
 
 def load(folder: str, result: dict[str, Any], said: Any, *, closely: bool) -> None:

@@ -1,0 +1,46 @@
+"""What is no fault of a checkpoint, and worth knowing before it is served."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from mquant.family import Family, Meaning
+from mquant.findings import Finding
+from mquant.verify.rules import Rule, finding, register
+
+register(
+    Rule(
+        "mtp-without-tensors",
+        "info",
+        "structure",
+        "Where config.json speaks of modules for multi-token prediction, their tensors are there.",
+        "Loaders go without; speculative decoding with them is not possible. The releases of "
+        "MiniMax-M2 lack them, too.",
+        "Nothing to do: loaders go without; multi-token prediction cannot be used.",
+    ),
+)
+
+
+def check_mtp(
+    family: Family, config: Mapping[str, Any], found: Iterable[tuple[str, Meaning | None]]
+) -> Iterator[Finding]:
+    """Whether config.json promises modules for multi-token prediction that are not there.
+
+    `found` are names of tensors or modules, and what the family makes of each.
+    """
+    key = family.config.mtp
+    count = config.get(key) if key else None
+    if type(count) is not int or not 0 < count < 2**53:
+        return
+    layers = family.value(family.config.layers, config) or 0
+    # Such modules lie beyond the last layer, or under a name of their own.
+    for name, meaning in found:
+        if "mtp" in name if meaning is None else (meaning.layer or -1) >= layers:
+            return
+    yield finding(
+        "mtp-without-tensors",
+        key,
+        f"config.json says {key} {count}, but there is no tensor of such a module.",
+    )
+
+
+__all__ = ["check_mtp"]
