@@ -255,7 +255,7 @@ def _swap_shards(index: dict[str, str]) -> dict[str, str]:
     return {**index, name: shards[-1]}
 
 
-CASES: Final = (
+OF_NVFP4A16: Final = (
     _case("the good checkpoint"),
     # Routers, head, embeddings: quantized, though no loader takes them so
     _case("the origin bug: all routers quantized", "router-quantized", edit=_quantized("moe.gate")),
@@ -380,7 +380,8 @@ CASES: Final = (
     _case("a tensor in two shards, with other values", "tensor-stored-twice", files=_twice, silent="the last shard's is loaded"),
     _case("a scale of the KV cache", edit=_plus(_row(ATTENTION + "k_scale", "F32", (1,), 0x3F))),
     _case("a scale of the KV cache, by llmcompressor's older name", "tensor-unknown", edit=_plus(_row(ATTENTION + "k_proj.output_scale", "F32", (1,), 0x3F))),
-    # Other schemes
+)  # fmt: skip
+OF_OTHER_SCHEMES: Final = (
     _case("activations in NVFP4, too", edit=schemes.with_input_scales, config=schemes.w4a4),
     _case("activations in NVFP4, an input's scale missing", "activation-scales-missing", edit=_then(schemes.with_input_scales, _without(EXPERT + "w1.input_global_scale")), config=schemes.w4a4),
     _case("ModelOpt's NVFP4", edit=schemes.as_modelopt, config=schemes.modelopt),
@@ -394,3 +395,4 @@ CASES: Final = (
     _case("4-bit integers, scales missing", "part-missing", edit=_then(schemes.INT4, _without(EXPERT + "w3.weight_scale")), config=schemes.int4),
     _case("8-bit integers, activations too", "layout-not-judged", edit=schemes.INT8, config=schemes.int8),
 )  # fmt: skip
+CASES: Final = OF_NVFP4A16 + OF_OTHER_SCHEMES

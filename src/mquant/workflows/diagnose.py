@@ -94,6 +94,7 @@ def diagnose(
     # config.json may be what is broken; what it says of the model, the parent says too.
     config = {**original.config, **_quantization(checkpoint.config)}
     layout = read_layout(replace(checkpoint, config=config), families)
+    _refuse_other_layouts(layout)
     stated = _stated_recipe(checkpoint)
     recipe = stated or _read_off(layout, original)
     if layout.family and not recipe.roles:
@@ -142,7 +143,7 @@ def _stated_recipe(checkpoint: Checkpoint) -> Recipe | None:
 
 
 def _read_off(layout: Layout, parent: Checkpoint) -> Recipe:
-    """Which modules are quantized, from what is there; raises Refused for layouts not ours.
+    """Which modules are quantized, from what is there.
 
     What loaders treat as one (a layer's experts, a fused set) counts by its majority, and what is
     not there at all as most of its role.
@@ -150,7 +151,6 @@ def _read_off(layout: Layout, parent: Checkpoint) -> Recipe:
     family = layout.family
     if family is None:
         return _recipe({}, [])  # make_plan says which are known
-    _refuse_other_layouts(layout)
     units: dict[Hashable, Counter[bool]] = defaultdict(Counter)
     members: dict[Hashable, list[str]] = defaultdict(list)
     roles: dict[Role, Counter[bool]] = defaultdict(Counter)
