@@ -164,7 +164,7 @@ def _facts(diagnosis: "Diagnosis") -> Iterator[tuple[str, str]]:
     yield "config.json", "the parent's, and quantization_config as quantize writes it"
     count, rewritten = len(mending.kept), mending.rewritten
     bytes_ = size(rewritten.file_bytes)
-    yield "Shards", f"{count} stay, {len(rewritten.shards)} are written ({bytes_})"
+    yield "Shards", f"{count} stay, {len(rewritten.shards)} written ({bytes_})"
 
 
 def _tell_done(out: Output, diagnosis: "Diagnosis", done: "Repaired", *, in_place: bool) -> None:

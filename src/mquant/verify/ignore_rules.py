@@ -12,8 +12,8 @@ QUANTIZED: Final = {
 }
 
 _AGAIN: Final = (
-    "Quantize again from the parent, with an ignore list that names them; "
-    "`mquant quantize --recipe nvfp4` does."
+    "Take them from the parent, which `mquant repair SRC --from PARENT` does; or quantize again, "
+    "with an ignore list that names them."
 )
 _LIST: Final = "Correct the list in config.json, with exact names; `mquant plan` shows them."
 
@@ -52,7 +52,7 @@ register(
         "Experts have the hub's names, not those that transformers gives them in memory.",
         "Saving a loaded MiniMax-M2 writes gate_proj, up_proj and down_proj for w1, w3 and w2. "
         "vLLM skips such names without an error, and every expert is left uninitialised.",
-        "Rename the tensors, or quantize again with `mquant quantize`, which keeps the names.",
+        "Rename the tensors, which `mquant repair SRC --from PARENT` does.",
     ),
     _rule(
         "kept-but-not-ignored",

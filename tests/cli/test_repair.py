@@ -1,0 +1,179 @@
+"""`mquant repair`: what it says, what it writes, and what it takes from a hub."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from corpus import OF_NVFP4A16
+from fakehub import FakeHub, hub
+from judges import hashes, opened, read_json
+from mquant.checkpoint import FIRST_READ
+from mquant.cli.app import app
+from mquant.output import WORK
+from run import TRAINED, quantize_nvfp4
+
+__all__ = ["hub"]
+
+BAD, PARENT = "org/bad", "org/parent"
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("right") / "good", shard_bytes=400_000)
+
+
+def broken(right: Path, folder: Path, name: str) -> Path:
+    return next(case for case in OF_NVFP4A16 if case.name == name).make(right, folder)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["repair", *map(str, arguments)])
+
+
+def document(*arguments: object, code: int = 0) -> dict[str, Any]:
+    result = run(*arguments, "--format", "json")
+    assert result.exit_code == code, result.output
+    value: dict[str, Any] = json.loads(result.stdout)
+    assert (value["schema"], value["ok"]) == ("mquant.repair/1", code == 0)
+    return value
+
+
+def said(result: Result) -> str:
+    return " ".join(result.stdout.split())
+
+
+def test_it_tells_what_was_wrong_and_what_it_did(right: Path, tmp_path: Path) -> None:
+    bad = broken(right, tmp_path, "the origin bug: all routers quantized")
+    result = run(bad, "--from", TRAINED, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    told = said(result)
+    assert "3 router modules are quantized" in told
+    assert "From the parent: router 3 tensors, 30.72 kB" in told
+    assert "Left out 9 tensors that do not belong" in told
+    assert f"Repaired {tmp_path / 'out'}" in told
+
+
+def test_a_dry_run_says_it_and_writes_nothing(right: Path, tmp_path: Path) -> None:
+    bad = broken(right, tmp_path, "an expert missing")
+    before = hashes(tmp_path)
+    found = document(bad, "--from", TRAINED, "-o", tmp_path / "out", "--dry-run")
+    assert len(found["replaced"]) == 3
+    sizes = {name: info.nbytes for name, info in opened(TRAINED).tensors.items()}
+    assert found["parent_bytes"] == sum(sizes[name] for name in found["replaced"])
+    assert len(found["shards"]["rewritten"]) == 1
+    assert found["needed"]
+    assert "out" not in found
+    assert hashes(tmp_path) == before
+
+
+def test_nothing_to_repair_is_said_and_nothing_written(right: Path, tmp_path: Path) -> None:
+    result = run(right, "--from", TRAINED, "-o", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "Nothing to repair: it is what a correct run makes." in said(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_repaired_is_refused_before_anything_is_written(
+    right: Path, tmp_path: Path
+) -> None:
+    bad = broken(right, tmp_path, "an expert missing")
+    stranger = Path(shutil.copytree(TRAINED, tmp_path / "stranger"))
+    config = read_json(stranger / "config.json")
+    (stranger / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    result = run(bad, "--from", stranger, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "Refused: " in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "--from is missing: the checkpoint it was made from."),
+        (["--from", "x", "-o", "y", "--in-place"], "-o and --in-place exclude each other."),
+    ],
+)
+def test_a_wrong_command_line_is_a_sentence(
+    right: Path, arguments: list[str], sentence: str
+) -> None:
+    result = run(right, *arguments)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+
+
+def test_in_place(right: Path, tmp_path: Path) -> None:
+    bad = broken(right, tmp_path, "one router quantized")
+    found = document(bad, "--from", TRAINED, "--in-place")
+    assert found["out"] == str(bad)
+    assert not (bad / WORK).exists()
+    assert not document(bad, "--from", TRAINED, "--dry-run")["needed"]
+
+
+def test_of_a_hub_parent_just_headers_and_what_is_replaced_come(
+    right: Path, tmp_path: Path, hub: FakeHub
+) -> None:
+    bad = broken(right, tmp_path, "the origin bug: all routers quantized")
+    hub.add(PARENT, TRAINED)
+    found = document(bad, "--from", PARENT, "-o", tmp_path / "out")
+    routers = found["parent_bytes"]
+    assert found["read_of_parent"] == routers
+    files = {path.name: path.stat().st_size for path in TRAINED.iterdir()}
+    shards = [size for name, size in files.items() if name.endswith(".safetensors")]
+    headers = sum(min(size, 65_536) for size in shards)
+    norms = 3 * 1024
+    small = files["config.json"] + files["model.safetensors.index.json"] + 20_000  # the listing
+    assert hub.bytes_served <= routers + headers + norms + small
+    assert hashes(tmp_path / "out").keys() == hashes(right).keys()
+
+
+def test_of_a_hub_repo_the_files_to_upload_are_made_and_no_other_is_fetched(
+    right: Path, tmp_path: Path, hub: FakeHub
+) -> None:
+    bad = broken(right, tmp_path, "a tensor in two shards, with other values")
+    hub.add(BAD, bad)
+    out = tmp_path / "out"
+    found = document(BAD, "--from", TRAINED, "-o", out)
+    shards = {path.name for path in out.glob("*.safetensors")}
+    assert shards == set(found["shards"]["rewritten"]) < {p.name for p in bad.glob("*.safetensors")}
+    whole = {r.path.rpartition("/")[2] for r in hub.requests if r.method == "GET" and not r.range}
+    large = {path.name for path in bad.glob("*.safetensors") if path.stat().st_size > FIRST_READ}
+    assert whole & large == shards & large
+
+    upload, verify = found["commands"]
+    assert shlex.split(upload) == [
+        *("hf", "upload", BAD, str(out), "."),
+        *("--delete", "model-99999-of-99999.safetensors"),
+        *("--commit-message", "Repair"),
+    ]
+    assert shlex.split(verify) == ["mquant", "verify", BAD]
+    (bad / "model-99999-of-99999.safetensors").unlink()
+    shutil.copytree(out, bad, dirs_exist_ok=True)
+    hub.add(BAD, bad)
+    judged = CliRunner().invoke(app, ["verify", BAD, "--depth", "numbers", "--format", "json"])
+    assert (judged.exit_code, json.loads(judged.stdout)["warnings"]) == (0, 0)
+    assert document(BAD, "--from", TRAINED, "-o", out, "--depth", "numbers")["needed"] is False
+    files = read_json(bad / "mquant.json")["files"]
+    assert {name: entry["sha256"] for name, entry in files.items()} == {
+        name: digest for name, digest in hashes(bad).items() if name != "mquant.json"
+    }
+
+
+def test_made_twice_for_a_hub_repo_it_is_already_done(
+    right: Path, tmp_path: Path, hub: FakeHub
+) -> None:
+    hub.add(BAD, broken(right, tmp_path, "one router quantized"))
+    out = tmp_path / "out"
+    assert not document(BAD, "--from", TRAINED, "-o", out)["already_done"]
+    assert document(BAD, "--from", TRAINED, "-o", out)["already_done"]
+
+
+def test_a_hub_repo_cannot_be_mended_in_place(right: Path, hub: FakeHub) -> None:
+    hub.add(BAD, right)
+    result = run(BAD, "--from", TRAINED, "--in-place")
+    assert result.exit_code == 2
+    assert "--in-place is for folders; org/bad is a hub repo." in result.stderr
