@@ -1,0 +1,145 @@
+"""Repair a checkpoint of the real model's size whose routers were quantized, and say what it cost.
+
+    python scripts/bench_repair.py [--folder DIR] [--layers 62] [--experts 154] [--in-place]
+        [--sparse]
+
+Parent and broken checkpoint have real headers, indexes and configs over sparse files (62 layers,
+154 experts: 278 GB and 80 GB, though they take megabytes), and the parent's routers real bytes; the
+broken one has the origin bug: all routers quantized. Only structure is looked at, as the numbers of
+a sparse file are all zero. The result needs 81 GB in DIR; with `--sparse` zeros are not written,
+all else is as always.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from mquant.checkpoint import Folder, open_checkpoint
+from mquant.family import Role, load_families
+from mquant.findings import size
+from mquant.output import config_json, index_json
+from mquant.plan import Output, Plan, ShardJob
+from mquant.schemes import NVFP4A16
+from mquant.workflows.synth import Sizes, synth
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+
+from run import plan_of
+
+_ROUTER = ".block_sparse_moe.gate.weight"
+_SPARSE = """
+import os
+import numpy as np
+from mquant.output import writer
+from mquant.workflows import making
+from mquant.cli import main
+
+def pwrite(file, data, at):
+    return write(file, data, at) if np.frombuffer(data, np.uint8).any() else len(data)
+
+write, writer.pwrite = writer.pwrite, pwrite
+writer.preallocate = os.ftruncate
+making.free_disk = lambda out: 1 << 50
+main()
+"""
+
+
+def main() -> None:
+    """Make both, repair, report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", help="where to work; left out: the system's temporary folder")
+    parser.add_argument("--layers", type=int, default=62)
+    parser.add_argument("--experts", type=int, default=154)
+    parser.add_argument("--in-place", action="store_true")
+    parser.add_argument("--sparse", action="store_true", help="do not write zeros")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as where:
+        family = load_families()["minimax_m2"]
+        sizes = Sizes(options.layers, options.experts)
+        parent = synth(Path(where) / "parent", family, sizes=sizes, shapes_only=True).path
+        fill_routers(parent)
+        bad = broken(plan_of(parent), Path(where) / "bad")
+        place = ["--in-place"] if options.in_place else ["-o", f"{where}/out"]
+        mquant = ["-c", _SPARSE] if options.sparse else ["-m", "mquant"]
+        command = [sys.executable, *mquant, "repair", str(bad), "--from", str(parent)]
+        command += [*place, "--depth", "structure", "--format", "json"]
+        start = time.perf_counter()
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        seconds = time.perf_counter() - start
+        said = json.loads(run.stdout)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        shards = said["shards"]
+        print(
+            f"{seconds:.1f} s, exit {run.returncode}; {len(said['replaced'])} tensors replaced, "
+            f"{size(said['read_of_parent'])} of the parent read; {len(shards['kept'])} shards "
+            f"kept, {len(shards['rewritten'])} written ({size(shards['bytes'])}); peak {size(peak)}"
+        )
+        print("routers are the parent's:", routers(Path(said["out"])) == routers(parent))
+        judged = [sys.executable, "-m", "mquant", "verify", said["out"], "--depth", "structure"]
+        subprocess.run(judged, check=False)
+
+
+def fill_routers(folder: Path) -> None:
+    """Random bytes for every router of a sparse checkpoint."""
+    for info in open_checkpoint(Folder(folder)).tensors.values():
+        if info.name.endswith(_ROUTER):
+            with (folder / info.shard).open("r+b") as file:
+                file.seek(info.start)
+                file.write(os.urandom(info.nbytes))
+
+
+def routers(folder: Path) -> dict[str, bytes]:
+    """Every router's bytes."""
+    source = Folder(folder)
+    return {
+        info.name: source.read(info.shard, info.start, info.end)
+        for info in open_checkpoint(source).tensors.values()
+        if info.name.endswith(_ROUTER)
+    }
+
+
+def broken(plan: Plan, folder: Path) -> Path:
+    """What the plan makes, as sparse files, but with quantized routers."""
+    folder.mkdir()
+    wrong = replace(plan, shards=tuple(map(_with_quantized_routers, plan.shards)))
+    for shard in wrong.shards:
+        with (folder / shard.name).open("wb") as file:
+            file.write(shard.layout[0])
+            file.truncate(shard.file_bytes)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_json(wrong)))
+    config = config_json(plan)
+    config["quantization_config"]["ignore"] = ["lm_head"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _with_quantized_routers(shard: ShardJob) -> ShardJob:
+    jobs = []
+    for job in shard.jobs:
+        actions = tuple(
+            replace(
+                action,
+                outputs=tuple(
+                    Output(*output)
+                    for output in NVFP4A16.outputs(action.module, action.source.shape)
+                ),
+            )
+            if action.role is Role.ROUTER
+            else action
+            for action in job.actions
+        )
+        jobs.append(replace(job, actions=actions))
+    return replace(shard, jobs=tuple(jobs))
+
+
+if __name__ == "__main__":
+    main()
