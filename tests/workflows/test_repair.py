@@ -81,6 +81,7 @@ def test_a_case_comes_out_as_a_correct_run_makes_it(
         assert tensors(bad) == tensors(right)
         return
     done = repair(diagnosis, tmp_path / "out")
+    assert done.parent_bytes == sum(a.source.nbytes for a in diagnosis.mending.replaced)
     assert tensors(done.out) == tensors(right)
     assert read_json(done.out / "config.json") == read_json(right / "config.json")
     assert not loud(done.out)
