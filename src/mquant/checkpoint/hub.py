@@ -7,7 +7,6 @@ second, and `mquant --help` needs neither.
 
 import contextlib
 import email.utils
-import json
 import os
 import re
 import threading
@@ -20,11 +19,12 @@ from urllib.parse import quote, urljoin, urlsplit
 from mquant import __version__
 from mquant.checkpoint.retry import Again, retrying
 from mquant.errors import SourceError
+from mquant.untrusted import parse_json
 
 if TYPE_CHECKING:
     import httpx
 
-MAX_LISTING_BYTES: Final = 64_000_000
+MAX_LISTING_BYTES: Final = 16_000_000
 # What a server that ignores ranges may send before the part that was asked for.
 MAX_SKIPPED_BYTES: Final = 16_000_000
 TRIES_TO_CONNECT: Final = 3  # a hub that is not there will not be there in ten seconds
@@ -113,10 +113,10 @@ class HubRepo:
         url = f"{self.endpoint}/api/models/{self.repo_id}/revision/{revision}?blobs=true"
         raw = retrying(lambda: self._whole(url))
         try:
-            listing = json.loads(raw)
+            listing = parse_json(raw)
             commit, siblings = listing["sha"], listing["siblings"]
             files = dict(sorted(_file(sibling) for sibling in siblings))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise self._nonsense("lists the repo in a way mquant does not understand") from None
         if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
             raise self._nonsense("names no commit")
@@ -311,7 +311,8 @@ def _file(sibling: Mapping[str, Any]) -> tuple[str, int]:
     if type(path) is not str or type(size) is not int or not 0 <= size < 2**53:
         raise TypeError(path)
     parts = PurePosixPath(path).parts
-    if not path.isprintable() or "\\" in path or path != "/".join(parts) or ".." in parts:
+    plain = path.isprintable() and "\\" not in path and parts and path == "/".join(parts)
+    if not plain or ".." in parts or len(path) > 1024:
         raise ValueError(path)
     return path, size
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 from pathlib import Path
 from typing import Final
 
@@ -48,6 +49,21 @@ class out_of_space:  # noqa: N801  (a context manager reads as a phrase)
         ) from error
 
 
+def read_own(path: Path, most: int) -> bytes | None:
+    """A record of ours, which somebody may have replaced: by a link, a pipe, a terabyte.
+
+    None where there is no plain file of at most `most` bytes that can be read.
+    """
+    try:
+        # A pipe without a writer would have us wait for one.
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(file, "rb") as opened:
+            plain = stat.S_ISREG(os.fstat(file).st_mode) and os.fstat(file).st_size <= most
+            return opened.read(most) if plain else None
+    except OSError:
+        return None
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
@@ -66,4 +82,4 @@ def pwrite(file: int, data: bytes | memoryview, offset: int) -> int:
     return done
 
 
-__all__ = ["PARTIAL", "fsync_folder", "out_of_space", "preallocate", "pwrite"]
+__all__ = ["PARTIAL", "fsync_folder", "out_of_space", "preallocate", "pwrite", "read_own"]
