@@ -82,7 +82,6 @@ class Fuzzer:
         home = {"HF_HOME": str(where / "home"), "HF_HUB_DISABLE_XET": "1"}
         os.environ.update(home, HF_ENDPOINT=self.hub.url, NO_PROXY="127.0.0.1,localhost")
         from hostile import Bases
-
         from mquant.checkpoint import retry
 
         retry.BACKOFF_SECONDS = 0.0  # type: ignore[misc]

@@ -56,11 +56,10 @@ class Checkpoint:
     @property
     def side_files(self) -> tuple[str, ...]:
         """Files that are neither weights nor their index nor config.json."""
-        weights = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".h5")
         return tuple(
             path
             for path in self.source.files
-            if path != CONFIG_NAME and not path.endswith(weights) and "/." not in f"/{path}"
+            if path != CONFIG_NAME and not is_weights(path) and "/." not in f"/{path}"
         )
 
 
@@ -87,7 +86,7 @@ def open_checkpoint(source: Source, *, tolerant: bool = False) -> Checkpoint:
     shards, findings = _named(shards, index)
     if len(shards) > MAX_SHARDS:
         raise SourceError(
-            f"{source.name} has {len(shards):,} shards; {MAX_SHARDS:,} are as many as mquant reads.",
+            f"{source.name} has {len(shards):,} shards; mquant reads {MAX_SHARDS:,} at most.",
             "Write the weights into larger files.",
         )
     tensors: dict[str, TensorInfo] = {}
@@ -115,6 +114,20 @@ def open_checkpoint(source: Source, *, tolerant: bool = False) -> Checkpoint:
     return Checkpoint(source, config, tensors, shards, tuple(findings), total_size)
 
 
+def is_weights(path: str) -> bool:
+    """Whether a file's name is that of weights, in any format, or of their index."""
+    endings = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".h5")
+    return path.endswith(endings)
+
+
+def has_chat_template(source: Source) -> bool:
+    """Whether tokenizer_config.json holds a chat template, as older tools wrote it."""
+    name = "tokenizer_config.json"
+    if not 0 < source.files.get(name, 0) <= MAX_JSON_BYTES:
+        return False
+    return b'"chat_template"' in source.read(name)
+
+
 def read_header(source: Source, shard: str) -> tuple[TensorInfo, ...]:
     """The tensors of one shard."""
     return parse_header(read_first(source, shard)[PREFIX_BYTES:], source.files[shard], shard)
@@ -136,12 +149,13 @@ def read_first(source: Source, shard: str, allowed: "_Allowance | None" = None) 
 def read_json(source: Source, path: str) -> dict[str, Any]:
     """A JSON object of the checkpoint. Raises SourceError where it is not one."""
     most = MAX_JSON_BYTES if path == INDEX_NAME else MAX_CONFIG_BYTES
+    too_large = SourceError(f"{path} is too large to be what it says.", "Get the file again.")
     if source.files.get(path, 0) > most:
-        raise SourceError(f"{path} is too large to be what it says.", "Get the file again.")
+        raise too_large
     try:
         value = parse_json(source.read(path))
     except TooMuch:
-        raise SourceError(f"{path} is too large to be what it says.", "Get the file again.") from None
+        raise too_large from None
     except ValueError:
         raise SourceError(f"{path} is not valid JSON.", "Get the file again.") from None
     if not isinstance(value, dict):
@@ -278,6 +292,8 @@ __all__ = [
     "FIRST_READ",
     "INDEX_NAME",
     "Checkpoint",
+    "has_chat_template",
+    "is_weights",
     "open_checkpoint",
     "read_first",
     "read_header",

@@ -117,9 +117,9 @@ class HubRepo:
             commit, siblings = listing["sha"], listing["siblings"]
             files = dict(sorted(_file(sibling) for sibling in siblings))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise self._nonsense("lists the repo in a way mquant does not understand") from None
+            raise self.nonsense("lists the repo in a way mquant does not understand") from None
         if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
-            raise self._nonsense("names no commit")
+            raise self.nonsense("names no commit")
         # As in a folder: hidden files (.gitattributes) are no part of a checkpoint.
         return commit, {path: size for path, size in files.items() if "/." not in f"/{path}"}
 
@@ -129,7 +129,7 @@ class HubRepo:
                 self.refuse(response)
             data = self._body(response, 0, MAX_LISTING_BYTES + 1)
         if len(data) > MAX_LISTING_BYTES:
-            raise self._nonsense("lists more files than any checkpoint has")
+            raise self.nonsense("lists more files than any checkpoint has")
         return data
 
     def _range(self, url: str, path: str, start: int, end: int) -> bytes:
@@ -145,7 +145,7 @@ class HubRepo:
             else:
                 self.refuse(response, path)
             if response.headers.get("Content-Encoding", "identity") != "identity":
-                raise self._nonsense(f"compresses {path} though asked not to")
+                raise self.nonsense(f"compresses {path} though asked not to")
             if skip > MAX_SKIPPED_BYTES:
                 raise SourceError(
                     f"{self.host} does not serve parts of files ({path}).",
@@ -168,7 +168,7 @@ class HubRepo:
             (str(start), str(end - 1), size),
             (str(start), str(end - 1), "*"),
         ):
-            raise self._nonsense(f"answers with another part of {path} than asked for")
+            raise self.nonsense(f"answers with another part of {path} than asked for")
 
     def _body(self, response: "httpx.Response", skip: int, limit: int) -> bytes:
         """`limit` bytes of a body after the first `skip`; what is beyond is never read."""
@@ -207,8 +207,8 @@ class HubRepo:
                     url = urljoin(url, response.headers.get("Location", ""))
                 scheme = urlsplit(url).scheme
                 if scheme not in ("https", home[0]):
-                    raise self._nonsense(f"redirects to an address that begins with {scheme!r}")
-            raise self._nonsense("redirects without end")
+                    raise self.nonsense(f"redirects to an address that begins with {scheme!r}")
+            raise self.nonsense("redirects without end")
         except OfflineModeIsEnabled:
             raise self.offline() from None
         except (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.InvalidURL, ValueError):
@@ -286,7 +286,8 @@ class HubRepo:
         split = urlsplit(self.endpoint)
         return f"{split.scheme}://{split.netloc.rpartition('@')[2]}/{self.repo_id}"
 
-    def _nonsense(self, what: str) -> SourceError:
+    def nonsense(self, what: str) -> SourceError:
+        """The error of a hub that does `what` no hub does."""
         return SourceError(f"{self.host} {what}.", "Check HF_ENDPOINT, or try again later.")
 
     def unreachable(self) -> SourceError:

@@ -89,8 +89,9 @@ class Folder:
         The hub cache's folders consist of links to `../../blobs`: those are inside.
         """
         root = self.root.resolve()
-        inside = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
-        return not any(self.path(path).resolve().is_relative_to(each) for each in inside)
+        cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+        real = self.path(path).resolve()
+        return not (real.is_relative_to(root) or real.is_relative_to(cache))
 
     def identity(self) -> dict[str, str]:
         """`content`: sha256 over names, sizes, small files whole and samples of the shards.

@@ -114,16 +114,18 @@ def _is_whole(out: Path, record: dict[str, Any]) -> bool:
 def _safe_names(out: Path, value: object) -> tuple[str, ...]:
     """Names a record may ask to delete: plain relative paths inside OUT, not by way of a link."""
     names = list(value) if isinstance(value, dict | list | tuple) else []
-    return tuple(name for name in names if isinstance(name, str) and _is_inside(out, name))
+    return tuple(name for name in names if isinstance(name, str) and is_inside(out, name))
 
 
-def _is_inside(out: Path, name: str) -> bool:
+def is_inside(out: Path, name: str) -> bool:
+    """Whether a name stands for a file in OUT, and no link on the way leads elsewhere."""
     path = PurePosixPath(name)
     if not name.isprintable() or not path.parts or path.is_absolute() or ".." in path.parts:
         return False
     if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
         return False
-    return (out / path).parent.resolve() == out.resolve() / path.parent
+    real = Path(os.path.realpath(out))  # `resolve` raises for a link to itself
+    return Path(os.path.realpath(real / path.parent)) == real / path.parent
 
 
 def _refuse_overlap(out: Path, source: Path) -> None:
@@ -137,7 +139,8 @@ def _refuse_overlap(out: Path, source: Path) -> None:
 def _other_run(out: Path, theirs: object, ours: dict[str, Any]) -> OutputError:
     theirs = theirs if isinstance(theirs, dict) else {}
     keys = [key for key in ours if theirs.get(key) != ours[key]] or ["fingerprint"]
-    differ = "; ".join(f"{key} was {str(theirs.get(key))[:80]}, is {ours.get(key)}" for key in keys)
+    was = {key: str(theirs.get(key))[:80] for key in keys}
+    differ = "; ".join(f"{key} was {was[key]}, is {ours.get(key)}" for key in keys)
     return OutputError(
         f"{out} was made from something else: {differ}.",
         "Give another folder with -o, or --restart to delete what mquant made there.",
@@ -156,4 +159,4 @@ def _read(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else {}
 
 
-__all__ = ["RECORD", "Claim", "State", "discard", "examine"]
+__all__ = ["RECORD", "Claim", "State", "discard", "examine", "is_inside"]

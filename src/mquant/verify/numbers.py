@@ -17,7 +17,7 @@ from mquant.checkpoint import TensorInfo
 from mquant.events import Emit, Progress, silent
 from mquant.findings import Finding
 from mquant.verify.decode import GROUP, Floats, floats
-from mquant.verify.formats import Kind, kind_of, weight_args
+from mquant.verify.formats import Kind, integer_bits, kind_of
 from mquant.verify.layout import FP8_DTYPES, Layout, Module
 from mquant.verify.rules import Rule, register
 from mquant.verify.tally import Tally
@@ -213,9 +213,9 @@ def _quantized(layout: Layout, module: Module, kind: Kind | None) -> _Seen:
 
 def _stated_shape(layout: Layout, module: Module, seen: _Seen) -> None:
     codes, info = module.tensors.get("weight_packed"), module.tensors.get("weight_shape")
-    bits = weight_args(layout).get("num_bits")
+    bits = integer_bits(layout)
     kinds = {"I64": "<i8", "I32": "<i4"}
-    if codes is None or info is None or bits not in (2, 4, 8) or len(codes.shape) != 2:
+    if codes is None or info is None or bits is None or len(codes.shape) != 2:
         return
     if info.dtype in kinds and info.elements == 2:
         rows, columns = np.frombuffer(read(layout, info), kinds[info.dtype]).tolist()
