@@ -89,7 +89,7 @@ class Fuzzer:
         self.bases = Bases.make(where / "bases")
 
     def close(self) -> None:
-        """Stop the hub."""
+        """Stop the hub, whose thread would keep this process alive."""
         self.hub.close()
 
     def try_case(self, number: int) -> list[str]:

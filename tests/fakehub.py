@@ -114,7 +114,9 @@ class FakeHub:
         """Serve a folder as a repo, or as one more branch of it; returns the commit."""
         digest = hashlib.sha1(repo_id.encode())  # noqa: S324
         for path, size in _listing(folder):
-            digest.update(f"{path}\0{size}\0{_etag(folder / path)}".encode())
+            digest.update(
+                f"{path}\0{size}\0{_etag(folder / path)}".encode(errors="surrogateescape")
+            )
         commit = digest.hexdigest()
         repo = self.repos.setdefault(repo_id, Repo())
         repo.access = access

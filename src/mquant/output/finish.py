@@ -65,8 +65,9 @@ def linked_files(source: Source) -> list[str]:
 
     Whoever packed the checkpoint may have meant them to lead to what only its user can read.
     """
-    files = source.files if isinstance(source, Folder) else ()
-    away = [path for path in files if source.leads_out(path) and not is_weights(path)]
+    if not isinstance(source, Folder):
+        return []
+    away = [path for path in source.files if source.leads_out(path) and not is_weights(path)]
     what = "a link" if len(away) == 1 else "links"
     return [f"Not copied, being {what} out of the source folder: {names(away)}."] if away else []
 
@@ -157,9 +158,9 @@ def absent_files(checkpoint: Checkpoint) -> list[str]:
         for what, options in _EXPECTED.items()
         if not present & set(options)
     ]
-    if not any("chat_template" in path for path in present):
-        if not has_chat_template(checkpoint.source):
-            absent.append("The source has no chat template; none was written.")
+    own = any("chat_template" in path for path in present)
+    if not own and not has_chat_template(checkpoint.source):
+        absent.append("The source has no chat template; none was written.")
     return absent
 
 

@@ -104,8 +104,8 @@ def _is_whole(out: Path, record: dict[str, Any]) -> bool:
         found = (out / name).stat().st_size
         if found != meant:
             raise OutputError(
-                f"{name} in {out} was changed since mquant made it: it was {str(meant)[:20]} bytes, "
-                f"is {found}.",
+                f"{name} in {out} was changed since mquant made it: it was {str(meant)[:20]} "
+                f"bytes, is {found}.",
                 "Give another folder with -o, or --restart to make everything there again.",
             )
     return "config.json" in there and len(there) == len(files)
