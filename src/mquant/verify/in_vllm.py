@@ -11,8 +11,8 @@ from functools import cached_property
 from typing import Any, Final
 
 from mquant.family import Family, Meaning, Role
+from mquant.matching import Matches, Style, match
 from mquant.verify.layout import Layout, Module
-from mquant.verify.matching import Matches, Style, match
 
 COVER_STYLES: Final = {
     "compressed-tensors": Style.NAMES,

@@ -23,6 +23,7 @@ The process may die; then RESULT has the last stage it reached.
 import json
 import math
 import os
+import resource
 import sys
 from collections import defaultdict
 from contextlib import ExitStack
@@ -43,6 +44,8 @@ os.environ.update(
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+MEMORY = 16 << 30
+"""Bytes vLLM may take: a config.json that asks for a billion layers gets no more."""
 MOST = 200  # of each list; `counts` has the true numbers
 
 
@@ -264,6 +267,7 @@ def main() -> None:
     for folder, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         child = os.fork()
         if not child:
+            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
             judge(folder, path)
             os._exit(0)  # vLLM leaves threads behind
         os.waitpid(child, 0)
