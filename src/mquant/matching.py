@@ -104,9 +104,9 @@ for entry in task["entries"]:
     try:
         matches = test(entry, task["style"])
         answer = [number for number, name in enumerate(task["names"]) if matches(name)]
+        left -= len(answer)
     except (re.error, RecursionError, OverflowError, MemoryError) as error:
         answer = str(error) or type(error).__name__
-    left -= len(answer)
     if left < 0:
         sys.exit("too many matches")
     sys.stdout.write(json.dumps(answer) + "\n")

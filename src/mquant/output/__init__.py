@@ -1,7 +1,7 @@
 """Writing: atomic shards at planned sizes, the claim on OUT, and the order of finishing."""
 
 from mquant.output.disk import PARTIAL
-from mquant.output.finish import file_names, finish
+from mquant.output.finish import file_names, finish, side_files
 from mquant.output.folder import RECORD, Claim, State, discard, examine
 from mquant.output.ledger import LEDGER, Ledger, Recorded
 from mquant.output.shards import ShardSet
@@ -19,4 +19,5 @@ __all__ = [
     "examine",
     "file_names",
     "finish",
+    "side_files",
 ]

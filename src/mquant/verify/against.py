@@ -16,7 +16,7 @@ from mquant.family import Role
 from mquant.findings import Finding, names
 from mquant.verify.formats import kind_of
 from mquant.verify.layout import Layout, Module
-from mquant.verify.numbers import PIECE, THREADS, read
+from mquant.verify.numbers import PIECE, THREADS, in_order, read
 from mquant.verify.rules import Rule, finding, register
 from mquant.verify.tally import Tally
 from mquant.verify.weights import TYPICAL, Weight, decodable, weight_of
@@ -139,7 +139,7 @@ def check_against(
     done, total = 0, sum(size for size, _ in jobs)
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
         try:
-            results = pool.map(lambda job: job[1](), jobs)
+            results = in_order(pool, [job for _, job in jobs])
             for (size, _), breaks in zip(jobs, results, strict=True):
                 for found in breaks:
                     tally.add(*found)

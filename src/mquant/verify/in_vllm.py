@@ -32,7 +32,7 @@ _USUAL: Final = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Judged:
     """A linear module, or the embeddings.
 

@@ -16,7 +16,7 @@ MODELOPT_NAME: Final = "hf_quant_config.json"
 FP8_DTYPES: Final = ("F8_E4M3", "F8_E5M2")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Module:
     """The tensors of one module, by what follows its name (`weight`, `weight_packed`, ...).
 

@@ -24,6 +24,7 @@ from mquant.output import (
     examine,
     file_names,
     finish,
+    side_files,
 )
 from mquant.plan import Plan
 from mquant.workflows.verify import Depth, verify
@@ -130,9 +131,11 @@ def _check_disk(out: Path, claim: Claim, plan: Plan) -> None:
     ours = (out / (name + end) for name in claim.files for end in ("", PARTIAL))
     held = sum(path.stat().st_blocks * 512 for path in ours if path.is_file())
     free = free_disk(out) + held
-    if free < plan.file_bytes:
+    files = plan.survey.checkpoint.source.files
+    needed = plan.file_bytes + sum(files[path] for path in side_files(plan.survey.checkpoint))
+    if free < needed:
         raise OutputError(
-            f"{out} needs {size(plan.file_bytes)}, {size(free)} are free there.",
+            f"{out} needs {size(needed)}, {size(free)} are free there.",
             "Free space, or give a folder on another disk with -o.",
         )
 
