@@ -166,6 +166,7 @@ def view_of(layout: Layout) -> View:
 
 
 def _known(layout: Layout, family: Family, method: str) -> Iterator[Judged]:
+    shared: dict[Any, Any] = {}  # of equals one is kept: experts are many
     for module in layout.modules.values():
         meaning = module.meaning or family.classify_in_memory(f"{module.name}.weight")
         if meaning is None:
@@ -177,6 +178,7 @@ def _known(layout: Layout, family: Family, method: str) -> Iterator[Judged]:
         if role is Role.EXPERT:
             group = ("experts", meaning.layer, None)
         names = _vllm_names(module, meaning, family, method)
+        names, group = shared.setdefault(names, names), shared.setdefault(group, group)
         yield Judged(module, role, module.meaning is None, names, group)
 
 
