@@ -17,8 +17,8 @@ INDEX_NAME: Final = "model.safetensors.index.json"
 CONFIG_NAME: Final = "config.json"
 MAX_JSON_BYTES: Final = 64_000_000
 MAX_CONFIG_BYTES: Final = 8_000_000
-# Of all shards together: 290,000 tensors, and as much again for long names.
-MAX_HEADER_BYTES_IN_ALL: Final = 96_000_000
+# Of all shards together: 290,000 tensors, and half as much again for long names.
+MAX_HEADER_BYTES_IN_ALL: Final = 64_000_000
 MAX_SHARDS: Final = 10_000
 # One request usually brings prefix and header together; locally it is a single page read.
 FIRST_READ: Final = 64 * 1024
