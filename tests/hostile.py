@@ -197,8 +197,9 @@ def _links(folder: Path, random: Random) -> None:
     name = random.choice((name, name, _file(folder, random, ".safetensors").name))
     path = folder / name
     path.parent.mkdir(exist_ok=True)
-    if path.is_symlink() or path.is_file():
-        path.unlink()
+    if path.is_dir() and not path.is_symlink():
+        return
+    path.unlink(missing_ok=True)
     elsewhere = folder.parent / "elsewhere"
     match random.randrange(7):
         case 0:
@@ -209,10 +210,10 @@ def _links(folder: Path, random: Random) -> None:
             path.symlink_to("/dev/zero")
         case 3:
             path.symlink_to(elsewhere)
-        case 4 if not path.exists():
+        case 4:
             os.mkfifo(path)
         case 5:
-            path.mkdir(exist_ok=True)
+            path.mkdir()
         case _:
             odd = os.fsdecode(random.choice((b"\xff\xfe", b"\x1b[2Jx", "\u202ex".encode())))
             (folder / f"{odd}.json").write_bytes(b"{}")
