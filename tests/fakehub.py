@@ -19,7 +19,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -79,6 +79,8 @@ class FakeHub:
         """Seconds before each answer."""
         self.redirect_to = ""
         """Where files are redirected to instead of being served; `{path}` is the request's."""
+        self.tamper: Callable[[bytes], bytes] | None = None
+        """What is made of listings before they are sent."""
         self._failures: list[tuple[int, dict[str, str]]] = []
         self._lock = threading.Lock()
         hub = self
@@ -113,7 +115,9 @@ class FakeHub:
         """Serve a folder as a repo, or as one more branch of it; returns the commit."""
         digest = hashlib.sha1(repo_id.encode())  # noqa: S324
         for path, size in _listing(folder):
-            digest.update(f"{path}\0{size}\0{_etag(folder / path)}".encode())
+            digest.update(
+                f"{path}\0{size}\0{_etag(folder / path)}".encode(errors="surrogateescape")
+            )
         commit = digest.hexdigest()
         repo = self.repos.setdefault(repo_id, Repo())
         repo.access = access
@@ -295,7 +299,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, json.dumps({"error": message}).encode(), headers)
 
     def _json(self, value: object) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+        body = json.dumps(value).encode()
+        body = self.hub.tamper(body) if self.hub.tamper else body
+        self._send(200, body, {"Content-Type": "application/json"})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self._head(status, {**headers, "Content-Length": str(len(body))})

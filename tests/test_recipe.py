@@ -96,23 +96,25 @@ def test_a_name_never_leads_out_of_the_recipes(name: str, tmp_path: Path) -> Non
 
 
 def test_a_role_that_is_not_named_keeps_the_parents_bytes(tmp_path: Path) -> None:
-    recipe = loaded(tmp_path, OURS)
+    recipe = loaded(tmp_path, OURS).on(["a"])
 
     assert recipe.scheme(Role.EXPERT, ("a",)) is NVFP4A16
     assert recipe.scheme(Role.ATTENTION, ("a",)) is None
 
 
 def test_ignore_is_exact_or_a_regular_expression_from_the_start(tmp_path: Path) -> None:
-    recipe = loaded(tmp_path, OURS + "ignore: [exact, 're:start', 're:.*end$']\n")
-
     kept = ["exact", "start.and.more", "the.end"]
-    assert [recipe.scheme(Role.EXPERT, (name,)) for name in kept] == [None] * 3
     quantized = ["exact.not", "not.exact", "restart", "the.end.not"]
+    recipe = loaded(tmp_path, OURS + "ignore: [exact, 're:start', 're:.*end$']\n").on(
+        [*kept, *quantized]
+    )
+
+    assert [recipe.scheme(Role.EXPERT, (name,)) for name in kept] == [None] * 3
     assert [recipe.scheme(Role.EXPERT, (name,)) for name in quantized] == [NVFP4A16] * 4
 
 
 def test_targets_narrow_a_recipe_and_ignore_wins(tmp_path: Path) -> None:
-    recipe = loaded(tmp_path, OURS + "targets: ['re:a']\nignore: [ab]\n")
+    recipe = loaded(tmp_path, OURS + "targets: ['re:a']\nignore: [ab]\n").on(["aa", "ab", "b"])
 
     assert recipe.scheme(Role.EXPERT, ("aa",)) is NVFP4A16
     assert recipe.scheme(Role.EXPERT, ("ab",)) is None

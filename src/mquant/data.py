@@ -7,7 +7,14 @@ import yaml
 
 from mquant.errors import DataFileError
 
-MAX_YAML_BYTES = 1_000_000
+MAX_YAML_BYTES = 200_000
+
+
+class _Loader(yaml.SafeLoader):
+    """Without `<<`, whose copies of copies of a table can fill any memory."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge nothing: `<<` is then a key that nobody can make a value of."""
 
 
 def folder(kind: Literal["configs", "recipes"]) -> Path:
@@ -22,12 +29,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise DataFileError(f"{path} is too large for a recipe.", "Give a recipe file.")
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 -- it is a SafeLoader
     except OSError as error:
         raise DataFileError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError:
         raise DataFileError(f"{path} is not a text file.", "Give a YAML file.") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: 2001-99-99
+    # What PyYAML's constructors raise: 2001-99-99, `!!bool maybe`, `!!timestamp x`, `!!int ""`.
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         raise DataFileError(f"{path} is not valid YAML{line}.", "Correct the file.") from None

@@ -28,6 +28,9 @@ _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")
 _EVERY_LAYER = "layer"
 _MTP = "mtp"
 
+MOST_LAYERS: Final = 1_000
+"""No model has more layers, or more entries in a list of some of them."""
+
 Lookup = Callable[[str], int | None]
 
 _FACTOR: Final = r"[a-z0-9_]+"
@@ -138,7 +141,8 @@ def _clause(text: str, layer: int | None, config: Mapping[str, Any], lookup: Loo
         return True
     if operator in ("in", "not in"):
         listed = config.get(right)
-        return (layer in listed if isinstance(listed, list) else False) is (operator == "in")
+        listed = listed if isinstance(listed, list) and len(listed) <= MOST_LAYERS else []
+        return (layer in listed) is (operator == "in")
     limit = int(right) if right.isdigit() else lookup(right)
     return limit is not None and (layer < limit if operator == "<" else layer >= limit)
 
@@ -377,6 +381,7 @@ def family_of(config: Mapping[str, Any], families: Mapping[str, Family]) -> Fami
 
 
 __all__ = [
+    "MOST_LAYERS",
     "Family",
     "Meaning",
     "Role",

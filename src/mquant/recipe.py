@@ -6,7 +6,8 @@ everything after this module knows one kind.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from mquant.data import folder, read_yaml
 from mquant.errors import DataFileError, UsageError
 from mquant.family import Role
 from mquant.findings import names
+from mquant.matching import MAX_LENGTH, Matches, Style, match
 from mquant.schemes import SCHEMES, Scheme
 
 
@@ -26,10 +28,12 @@ def _known_scheme(name: str) -> str:
 
 
 def _compiles(entry: str) -> str:
+    if len(entry) > MAX_LENGTH:
+        raise ValueError(f"an entry of more than {MAX_LENGTH:,} characters")
     if entry.startswith("re:"):
         try:
             re.compile(entry[3:])
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"{entry!r} is no regular expression: {error}") from None
     return entry
 
@@ -58,21 +62,35 @@ class Recipe(BaseModel):
     foreign: bool = Field(default=False, exclude=True)
     """Read from llmcompressor's format, where an entry that matches nothing is common."""
 
+    def on(self, names: Iterable[str]) -> "Choice":
+        """The recipe applied to a model whose modules have these names.
+
+        Raises SourceError where its entries cannot be matched in reasonable time.
+        """
+        known = frozenset(names)
+        return Choice(
+            self,
+            match(self.targets, known, Style.NAMES),
+            match(self.ignore, known, Style.NAMES),
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A recipe, and what its entries match among a model's names."""
+
+    recipe: Recipe
+    targets: Matches
+    ignore: Matches
+
     def scheme(self, role: Role, module_names: tuple[str, ...]) -> Scheme | None:
         """What a module of this role and these names is stored as; None: as it is."""
-        scheme = self.roles.get(role)
-        if scheme is None or any(matches(entry, module_names) for entry in self.ignore):
+        scheme = self.recipe.roles.get(role)
+        if scheme is None or not self.ignore.names.isdisjoint(module_names):
             return None
-        if self.targets and not any(matches(entry, module_names) for entry in self.targets):
+        if self.recipe.targets and self.targets.names.isdisjoint(module_names):
             return None
         return SCHEMES[scheme]
-
-
-def matches(entry: str, names: tuple[str, ...]) -> bool:
-    """Whether an `ignore` or `targets` entry matches one of a module's names."""
-    if entry.startswith("re:"):
-        return any(re.match(entry[3:], name) for name in names)
-    return entry in names
 
 
 def load_recipes() -> dict[str, Recipe]:
@@ -207,4 +225,4 @@ def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-__all__ = ["Recipe", "find_recipe", "load_recipe", "load_recipes", "matches"]
+__all__ = ["Choice", "Recipe", "find_recipe", "load_recipe", "load_recipes"]

@@ -1,20 +1,25 @@
 """A checkpoint as its headers, index and config describe it. No weight is read here."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from threading import Lock
 from typing import Any, Final, TypeVar
 
 from mquant.checkpoint.headers import PREFIX_BYTES, TensorInfo, header_length, parse_header
 from mquant.checkpoint.source import Source
 from mquant.errors import HeaderError, SourceError
 from mquant.findings import Finding, names
+from mquant.untrusted import MAX_TENSORS, TooMuch, parse_json
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 CONFIG_NAME: Final = "config.json"
-MAX_JSON_BYTES: Final = 200_000_000
+MAX_JSON_BYTES: Final = 64_000_000
+MAX_CONFIG_BYTES: Final = 8_000_000
+# Of all shards together: 290,000 tensors, and half as much again for long names.
+MAX_HEADER_BYTES_IN_ALL: Final = 64_000_000
+MAX_SHARDS: Final = 10_000
 # One request usually brings prefix and header together; locally it is a single page read.
 FIRST_READ: Final = 64 * 1024
 
@@ -55,11 +60,10 @@ class Checkpoint:
     @property
     def side_files(self) -> tuple[str, ...]:
         """Files that are neither weights nor their index nor config.json."""
-        weights = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".h5")
         return tuple(
             path
             for path in self.source.files
-            if path != CONFIG_NAME and not path.endswith(weights) and "/." not in f"/{path}"
+            if path != CONFIG_NAME and not is_weights(path) and "/." not in f"/{path}"
         )
 
 
@@ -84,6 +88,11 @@ def open_checkpoint(source: Source, *, tolerant: bool = False) -> Checkpoint:
             "Download the weights, or convert them to safetensors first.",
         )
     shards, findings = _named(shards, index)
+    if len(shards) > MAX_SHARDS:
+        raise SourceError(
+            f"{source.name} has {len(shards):,} shards; mquant reads {MAX_SHARDS:,} at most.",
+            "Write the weights into larger files.",
+        )
     tensors: dict[str, TensorInfo] = {}
     again: list[TensorInfo] = []
     headers, unreadable = _read_headers(source, shards, tolerant=tolerant)
@@ -113,29 +122,49 @@ def open_checkpoint(source: Source, *, tolerant: bool = False) -> Checkpoint:
     )
 
 
+def is_weights(path: str) -> bool:
+    """Whether a file's name is that of weights, in any format, or of their index."""
+    endings = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".h5")
+    return path.endswith(endings)
+
+
+def has_chat_template(source: Source) -> bool:
+    """Whether tokenizer_config.json holds a chat template, as older tools wrote it."""
+    name = "tokenizer_config.json"
+    if not 0 < source.files.get(name, 0) <= MAX_JSON_BYTES:
+        return False
+    return b'"chat_template"' in source.read(name)
+
+
 def read_header(source: Source, shard: str) -> tuple[TensorInfo, ...]:
     """The tensors of one shard."""
     return parse_header(read_first(source, shard)[PREFIX_BYTES:], source.files[shard], shard)
 
 
-def read_first(source: Source, shard: str) -> bytes:
+def read_first(source: Source, shard: str, allowed: "_Allowance | None" = None) -> bytes:
     """A shard's bytes before its data, from one read, or two where the header is long.
 
-    Raises HeaderError where its length cannot be true.
+    Raises HeaderError where its length cannot be true, SourceError where it is not `allowed`.
     """
     size = source.files[shard]
     first = source.read(shard, 0, min(FIRST_READ, size))
     end = PREFIX_BYTES + header_length(first[:PREFIX_BYTES], size, shard)
+    if allowed is not None:
+        allowed.spend(nbytes=end)
     return first[:end] + source.read(shard, len(first), end) if end > len(first) else first[:end]
 
 
 def read_json(source: Source, path: str) -> dict[str, Any]:
     """A JSON object of the checkpoint. Raises SourceError where it is not one."""
-    if source.files.get(path, 0) > MAX_JSON_BYTES:
-        raise SourceError(f"{path} is too large to be what it says.", "Get the file again.")
+    most = MAX_JSON_BYTES if path == INDEX_NAME else MAX_CONFIG_BYTES
+    too_large = SourceError(f"{path} is too large to be what it says.", "Get the file again.")
+    if source.files.get(path, 0) > most:
+        raise too_large
     try:
-        value = json.loads(source.read(path).decode("utf-8"))
-    except (ValueError, RecursionError):
+        value = parse_json(source.read(path))
+    except TooMuch:
+        raise too_large from None
+    except ValueError:
         raise SourceError(f"{path} is not valid JSON.", "Get the file again.") from None
     if not isinstance(value, dict):
         raise SourceError(f"{path} is not a JSON object.", "Get the file again.")
@@ -147,10 +176,14 @@ def _read_headers(
 ) -> tuple[list[tuple[TensorInfo, ...]], list[Finding]]:
     # A shard that cannot be *had* (a network, a disk) still raises: that says nothing of it.
     findings: list[Finding] = []
+    allowed = _Allowance(source.name)
 
     def read(shard: str) -> tuple[TensorInfo, ...]:
         try:
-            return read_header(source, shard)
+            raw = read_first(source, shard, allowed)[PREFIX_BYTES:]
+            tensors = parse_header(raw, source.files[shard], shard)
+            allowed.spend(tensors=len(tensors))
+            return tensors
         except HeaderError as error:
             if not tolerant:
                 raise
@@ -159,6 +192,26 @@ def _read_headers(
 
     headers = _map(read, shards)
     return headers, sorted(findings, key=lambda finding: finding.where)
+
+
+class _Allowance:
+    """How much all headers of a checkpoint may hold together. Threads share it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._nbytes, self._tensors = MAX_HEADER_BYTES_IN_ALL, MAX_TENSORS
+        self._lock = Lock()
+
+    def spend(self, *, nbytes: int = 0, tensors: int = 0) -> None:
+        with self._lock:
+            self._nbytes -= nbytes
+            self._tensors -= tensors
+            if self._nbytes < 0 or self._tensors < 0:
+                raise SourceError(
+                    f"The headers of {self._name} hold more than any checkpoint's: more than "
+                    f"{MAX_TENSORS:,} tensors, or {MAX_HEADER_BYTES_IN_ALL:,} bytes.",
+                    "Take out the shards that do not belong to it.",
+                )
 
 
 def _read_index(source: Source) -> tuple[dict[str, str] | None, int | None]:
@@ -248,6 +301,8 @@ __all__ = [
     "FIRST_READ",
     "INDEX_NAME",
     "Checkpoint",
+    "has_chat_template",
+    "is_weights",
     "open_checkpoint",
     "read_first",
     "read_header",

@@ -74,6 +74,8 @@ def _snapshot(repo: HubRepo, wanted: Mapping[str, int], emit: Emit) -> Path:
         repo.refuse(error.response)
     except (httpx.HTTPError, XetDownloadError, RuntimeError):  # hf_xet raises RuntimeError
         raise Again(repo.unreachable()) from None
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        raise repo.nonsense("lists the repo in a way huggingface_hub does not understand") from None
     except OSError as error:
         # huggingface_hub's own errors (a file that could not be had) are OSErrors without a number.
         if error.errno is None:

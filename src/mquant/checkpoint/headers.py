@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from mquant.dtypes import BITS, RANK, nbytes
 from mquant.errors import HeaderError
+from mquant.untrusted import HEADER, TooMuch, parse_json
 
 MAX_HEADER_BYTES: Final = 100_000_000  # safetensors' own limit
 MAX_NAME_LENGTH: Final = 1024
@@ -79,7 +80,7 @@ def parse_header(raw: bytes, file_size: int, shard: str) -> tuple[TensorInfo, ..
     entries = _load(raw, shard)
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(shard, "__metadata__ is not a table of strings")
     base = PREFIX_BYTES + len(raw)
     tensors = [_tensor(name, entry, base, shard) for name, entry in entries.items()]
@@ -125,10 +126,10 @@ def _load(raw: bytes, shard: str) -> dict[str, Any]:
         return -1 if text.startswith("-") else int(text)  # safetensors refuses -0, too
 
     try:
-        entries = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=no_duplicates, parse_int=integer
-        )
-    except (ValueError, RecursionError):
+        entries = parse_json(raw, HEADER, object_pairs_hook=no_duplicates, parse_int=integer)
+    except TooMuch:
+        raise _damaged(shard, "it holds more than any checkpoint's") from None
+    except ValueError:
         raise _damaged(shard, "it is not valid UTF-8 JSON") from None
     if not isinstance(entries, dict):
         raise _damaged(shard, "it is not a JSON object")
@@ -156,11 +157,6 @@ def _tensor(name: str, entry: object, base: int, shard: str) -> TensorInfo:
             shard, f"{name} is {dtype} {shape}, {size:,} bytes, but has {offsets[1] - offsets[0]:,}"
         )
     return TensorInfo(name, dtype, tuple(shape), shard, base + offsets[0], base + offsets[1])
-
-
-def _is_text(value: object) -> bool:
-    # JSON can escape half a surrogate pair; no other reader takes that for a string.
-    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _naturals(value: object) -> bool:

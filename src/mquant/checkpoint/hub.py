@@ -7,7 +7,6 @@ second, and `mquant --help` needs neither.
 
 import contextlib
 import email.utils
-import json
 import os
 import re
 import threading
@@ -20,11 +19,12 @@ from urllib.parse import quote, urljoin, urlsplit
 from mquant import __version__
 from mquant.checkpoint.retry import Again, retrying
 from mquant.errors import SourceError
+from mquant.untrusted import parse_json
 
 if TYPE_CHECKING:
     import httpx
 
-MAX_LISTING_BYTES: Final = 64_000_000
+MAX_LISTING_BYTES: Final = 16_000_000
 # What a server that ignores ranges may send before the part that was asked for.
 MAX_SKIPPED_BYTES: Final = 16_000_000
 TRIES_TO_CONNECT: Final = 3  # a hub that is not there will not be there in ten seconds
@@ -115,14 +115,14 @@ class HubRepo:
         url = f"{self.endpoint}/api/models/{self.repo_id}/revision/{revision}?blobs=true"
         raw = retrying(lambda: self._whole(url))
         try:
-            listing = json.loads(raw)
+            listing = parse_json(raw)
             commit, siblings = listing["sha"], listing["siblings"]
             files = dict(sorted(_file(sibling) for sibling in siblings))
             digests = dict(filter(None, map(_digest, siblings)))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise self._nonsense("lists the repo in a way mquant does not understand") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise self.nonsense("lists the repo in a way mquant does not understand") from None
         if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
-            raise self._nonsense("names no commit")
+            raise self.nonsense("names no commit")
         # As in a folder: hidden files (.gitattributes) are no part of a checkpoint.
         shown = {path: size for path, size in files.items() if "/." not in f"/{path}"}
         return commit, shown, digests
@@ -133,7 +133,7 @@ class HubRepo:
                 self.refuse(response)
             data = self._body(response, 0, MAX_LISTING_BYTES + 1)
         if len(data) > MAX_LISTING_BYTES:
-            raise self._nonsense("lists more files than any checkpoint has")
+            raise self.nonsense("lists more files than any checkpoint has")
         return data
 
     def _range(self, url: str, path: str, start: int, end: int) -> bytes:
@@ -149,7 +149,7 @@ class HubRepo:
             else:
                 self.refuse(response, path)
             if response.headers.get("Content-Encoding", "identity") != "identity":
-                raise self._nonsense(f"compresses {path} though asked not to")
+                raise self.nonsense(f"compresses {path} though asked not to")
             if skip > MAX_SKIPPED_BYTES:
                 raise SourceError(
                     f"{self.host} does not serve parts of files ({path}).",
@@ -172,7 +172,7 @@ class HubRepo:
             (str(start), str(end - 1), size),
             (str(start), str(end - 1), "*"),
         ):
-            raise self._nonsense(f"answers with another part of {path} than asked for")
+            raise self.nonsense(f"answers with another part of {path} than asked for")
 
     def _body(self, response: "httpx.Response", skip: int, limit: int) -> bytes:
         """`limit` bytes of a body after the first `skip`; what is beyond is never read."""
@@ -211,8 +211,8 @@ class HubRepo:
                     url = urljoin(url, response.headers.get("Location", ""))
                 scheme = urlsplit(url).scheme
                 if scheme not in ("https", home[0]):
-                    raise self._nonsense(f"redirects to an address that begins with {scheme!r}")
-            raise self._nonsense("redirects without end")
+                    raise self.nonsense(f"redirects to an address that begins with {scheme!r}")
+            raise self.nonsense("redirects without end")
         except OfflineModeIsEnabled:
             raise self.offline() from None
         except (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.InvalidURL, ValueError):
@@ -290,7 +290,8 @@ class HubRepo:
         split = urlsplit(self.endpoint)
         return f"{split.scheme}://{split.netloc.rpartition('@')[2]}/{self.repo_id}"
 
-    def _nonsense(self, what: str) -> SourceError:
+    def nonsense(self, what: str) -> SourceError:
+        """The error of a hub that does `what` no hub does."""
         return SourceError(f"{self.host} {what}.", "Check HF_ENDPOINT, or try again later.")
 
     def unreachable(self) -> SourceError:
@@ -315,7 +316,8 @@ def _file(sibling: Mapping[str, Any]) -> tuple[str, int]:
     if type(path) is not str or type(size) is not int or not 0 <= size < 2**53:
         raise TypeError(path)
     parts = PurePosixPath(path).parts
-    if not path.isprintable() or "\\" in path or path != "/".join(parts) or ".." in parts:
+    plain = path.isprintable() and "\\" not in path and parts and path == "/".join(parts)
+    if not plain or ".." in parts or len(path) > 1024:
         raise ValueError(path)
     return path, size
 

@@ -83,6 +83,16 @@ class Folder:
             )
         return data
 
+    def leads_out(self, path: str) -> bool:
+        """Whether a listed file is a link to somewhere else than this folder.
+
+        The hub cache's folders consist of links to `../../blobs`: those are inside.
+        """
+        root = self.root.resolve()
+        cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+        real = self.path(path).resolve()
+        return not (real.is_relative_to(root) or real.is_relative_to(cache))
+
     def identity(self) -> dict[str, str]:
         """`content`: sha256 over names, sizes, small files whole and samples of the shards.
 
@@ -102,17 +112,21 @@ class Folder:
 
     def _walk(self) -> list[tuple[str, Stamp]]:
         # Folders of the checkpoint count (some tokenizers have one); hidden ones (.git, .cache)
-        # do not, and a link that leaves the folder's own tree is followed as a file only: hub
-        # caches are made of such links.
+        # do not, and a link is followed to a file only: hub caches are made of such links. Pipes
+        # and devices are no files, and no checkpoint has a name that cannot be printed.
         found: list[tuple[str, Stamp]] = []
         for folder, folders, names in os.walk(self.root):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = sorted(filter(_is_visible, folders))
             for name in names:
                 path = Path(folder, name)
-                if name.startswith(".") or not path.is_file():
+                if not _is_visible(name) or not path.is_file():
                     continue
                 found.append((path.relative_to(self.root).as_posix(), stamp(path.stat())))
         return found
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name.isprintable()
 
 
 class Overlay:

@@ -21,7 +21,7 @@ from mquant.cli.plan import make, show_plan
 from mquant.cli.progress import progress
 from mquant.cli.source import default_out
 from mquant.cli.tables import facts
-from mquant.cli.text import both_sizes, plural
+from mquant.cli.text import both_sizes, clean, plural
 from mquant.workflows.quantize import Engine
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _tell(out: Output, result: "Result") -> None:
     verb = "Quantized" if result.fresh else "Already done:"
     tensors = plan.output_tensors
     out.show(
-        Text.assemble((verb, "bold green"), f" {result.out}"),
+        Text.assemble((verb, "bold green"), f" {clean(str(result.out))}"),
         facts(
             [
                 ("Source", both_sizes(plan.source_bytes)),

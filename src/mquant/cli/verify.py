@@ -11,7 +11,7 @@ from mquant.cli.options import FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
 from mquant.cli.source import open_source
-from mquant.cli.text import plural, size
+from mquant.cli.text import clean, plural, size
 
 if TYPE_CHECKING:
     from mquant.workflows.verify import Report
@@ -82,9 +82,9 @@ def verify(
             report = judge(source, load_families(), wanted, parent, emit, ask_vllm=loader == "vllm")
         out.put(verdict=verdict(report), **report.to_json())
         bad = bool(report.count("error"))
-        out.show(Text(verdict(report), "bold red" if bad else "bold green"))
+        out.show(Text(clean(verdict(report)), "bold red" if bad else "bold green"))
         if report.loader is not None:
-            out.show(f"vLLM {report.loader.version}: {report.loader.verdict}.")
+            out.show(clean(f"vLLM {report.loader.version}: {report.loader.verdict}."))
         if report.bytes_read is not None:
             read = size(report.bytes_read)
             out.show(f"Read {read} in {plural(report.requests or 0, 'request')} from the hub.")

@@ -15,7 +15,7 @@ from typing import Any, Final
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME
 from mquant.errors import OutputError
 from mquant.output.disk import PARTIAL, fsync_folder, out_of_space
-from mquant.output.folder import safe_names
+from mquant.output.folder import is_inside
 
 WORK: Final = ".mquant-repair"
 _STAGED: Final = "apply.json"
@@ -52,16 +52,15 @@ def apply(root: Path) -> None:
     work = root / WORK
     table = _read(work / _STAGED) if (work / _STAGED).exists() else {}
     last = [INDEX_NAME, CONFIG_NAME]
-    files = [name for name in safe_names(table.get("files", ())) if name not in last]
-    for name in files:
-        _refuse_outside(root, name)
+    files = [name for name in _names(root, table, "files") if name not in last]
+    obsolete = _names(root, table, "obsolete")
     with out_of_space(root / CONFIG_NAME, 0):
         if (work / CONFIG_NAME).exists():
             (root / CONFIG_NAME).unlink(missing_ok=True)
             fsync_folder(root)
         for name in files:
             _move(work, root, name)
-        for name in safe_names(table.get("obsolete", ())):
+        for name in obsolete:
             (root / name).unlink(missing_ok=True)
         for name in last:
             fsync_folder(root)
@@ -81,12 +80,16 @@ def _move(work: Path, root: Path, name: str) -> None:
         fsync_folder((root / name).parent)
 
 
-def _refuse_outside(root: Path, name: str) -> None:
-    if not (root / name).parent.resolve().is_relative_to(root.resolve()):
-        raise OutputError(
-            f"{name} would be written outside of {root}: a folder on its way is a link.",
-            "Remove the link, or repair into another folder with -o.",
-        )
+def _names(root: Path, table: dict[str, Any], key: str) -> list[str]:
+    value = table.get(key, [])
+    names = [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
+    for name in names:
+        if not is_inside(root, name):
+            raise OutputError(
+                f"{name} would be outside of {root}: by its name, or by a link on the way.",
+                "Remove the link, or repair into another folder with -o.",
+            )
+    return names
 
 
 def _read(path: Path) -> dict[str, Any]:

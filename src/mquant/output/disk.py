@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Final
 
@@ -69,6 +70,21 @@ def link(source: Path, target: Path) -> None:
         fsync_folder(target.parent)
 
 
+def read_own(path: Path, most: int) -> bytes | None:
+    """A record of ours, which somebody may have replaced: by a link, a pipe, a terabyte.
+
+    None where there is no plain file of at most `most` bytes that can be read.
+    """
+    try:
+        # A pipe without a writer would have us wait for one.
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(file, "rb") as opened:
+            plain = stat.S_ISREG(os.fstat(file).st_mode) and os.fstat(file).st_size <= most
+            return opened.read(most) if plain else None
+    except OSError:
+        return None
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
@@ -87,4 +103,12 @@ def pwrite(file: int, data: bytes | memoryview, offset: int) -> int:
     return done
 
 
-__all__ = ["PARTIAL", "fsync_folder", "link", "out_of_space", "preallocate", "pwrite"]
+__all__ = [
+    "PARTIAL",
+    "fsync_folder",
+    "link",
+    "out_of_space",
+    "preallocate",
+    "pwrite",
+    "read_own",
+]

@@ -20,16 +20,21 @@ from mquant.checkpoint import (
     Folder,
     Overlay,
     Source,
+    has_chat_template,
+    is_weights,
 )
+from mquant.errors import OutputError
 from mquant.events import Emit, Note, silent
 from mquant.family import Family, TensorRow
+from mquant.findings import names
 from mquant.output.disk import PARTIAL, fsync_folder, out_of_space
-from mquant.output.folder import RECORD
+from mquant.output.folder import RECORD, is_inside
 from mquant.output.ledger import LEDGER
 from mquant.plan import Action, Plan
 
 RECIPE_NAME: Final = "recipe.yaml"
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".mp4")
+_PIECE: Final = 16_000_000
 _OURS: Final = {RECORD, LEDGER, RECIPE_NAME, "hf_quant_config.json"}
 # What people expect beside weights: any one of the names will do.
 _EXPECTED: Final = {
@@ -44,15 +49,31 @@ def side_files(checkpoint: Checkpoint, *, cards: bool = False) -> tuple[str, ...
 
     Not its model card, which describes another checkpoint, nor the card's pictures, unless `cards`.
     """
+    source = checkpoint.source
     return tuple(
         path
         for path in checkpoint.side_files
-        if path not in _OURS and (cards or not _of_card(path))
+        if path not in _OURS
+        and not path.endswith(PARTIAL)
+        and (cards or not _of_card(path))
+        and not (isinstance(source, Folder) and source.leads_out(path))
     )
 
 
 def _of_card(path: str) -> bool:
     return PurePosixPath(path).name.lower() == "readme.md" or path.lower().endswith(_PICTURES)
+
+
+def linked_files(source: Source) -> list[str]:
+    """One sentence, where files of the source are links to elsewhere and do not go along.
+
+    Whoever packed the checkpoint may have meant them to lead to what only its user can read.
+    """
+    if not isinstance(source, Folder):
+        return []
+    away = [path for path in source.files if source.leads_out(path) and not is_weights(path)]
+    what = "a link" if len(away) == 1 else "links"
+    return [f"Not copied, being {what} out of the source folder: {names(away)}."] if away else []
 
 
 def file_names(plan: Plan, sides: Iterable[str]) -> tuple[str, ...]:
@@ -84,20 +105,20 @@ def finish(
     files = dict(shards)
     table, config = _json(index), _json(config_json(plan))
     for path, source in sides.items():
-        content = source.read(path)
-        _write(out, path, content)
-        files[path] = _described(content)
+        files[path] = _copy(source, path, out)
+    for sentence in linked_files(checkpoint.source):
+        emit(Note("warning", sentence))
     for sentence in absent_files(checkpoint):
         emit(Note("info", sentence))
     recipe = recipe_yaml(plan).encode()
-    _write(out, RECIPE_NAME, recipe)
+    _write(out, RECIPE_NAME, [recipe])
     for name, content in ((RECIPE_NAME, recipe), (INDEX_NAME, table), (CONFIG_NAME, config)):
         files[name] = _described(content)
     record = {"schema": "mquant.output/1", **provenance, "files": dict(sorted(files.items()))}
-    _write(out, RECORD, _json(record))
+    _write(out, RECORD, [_json(record)])
     judge(Overlay(Folder(out), {INDEX_NAME: table, CONFIG_NAME: config}))
-    _write(out, INDEX_NAME, table)
-    _write(out, CONFIG_NAME, config)
+    _write(out, INDEX_NAME, [table])
+    _write(out, CONFIG_NAME, [config])
 
 
 def _described(content: bytes) -> dict[str, Any]:
@@ -142,11 +163,9 @@ def absent_files(checkpoint: Checkpoint) -> list[str]:
         for what, options in _EXPECTED.items()
         if not present & set(options)
     ]
-    if not any("chat_template" in path for path in present):
-        tokenizer = "tokenizer_config.json"
-        text = checkpoint.source.read(tokenizer) if tokenizer in present else b""
-        if b'"chat_template"' not in text:
-            absent.append("The source has no chat template; none was written.")
+    own = any("chat_template" in path for path in present)
+    if not own and not has_chat_template(checkpoint.source):
+        absent.append("The source has no chat template; none was written.")
     return absent
 
 
@@ -181,17 +200,35 @@ def _json(value: object) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _write(out: Path, name: str, content: bytes) -> None:
+def _copy(source: Source, path: str, out: Path) -> dict[str, Any]:
+    size = source.files[path]
+    starts = range(0, size, _PIECE)
+    digest = _write(out, path, (source.read(path, at, min(at + _PIECE, size)) for at in starts))
+    return {"bytes": size, "sha256": digest}
+
+
+def _write(out: Path, name: str, pieces: Iterable[bytes]) -> str:
+    """Write a file, whole or not at all; returns its sha256."""
     path = out / name
     partial = path.with_name(path.name + PARTIAL)
-    with out_of_space(path, len(content)):
+    digest = hashlib.sha256()
+    with out_of_space(path, 0):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
+        if not is_inside(out, name):
+            raise OutputError(
+                f"{path.parent} is a link; mquant writes into OUT and nowhere else.",
+                "Remove it, or give another folder with -o.",
+            )
+        partial.unlink(missing_ok=True)  # a link, perhaps
+        with partial.open("xb") as file:
+            for piece in pieces:
+                file.write(piece)
+                digest.update(piece)
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)
         fsync_folder(path.parent)
+    return digest.hexdigest()
 
 
 __all__ = [
@@ -201,6 +238,7 @@ __all__ = [
     "file_names",
     "finish",
     "index_json",
+    "linked_files",
     "recipe_yaml",
     "side_files",
 ]

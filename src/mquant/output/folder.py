@@ -6,7 +6,7 @@ unfinished and ours, one with mquant.json and without a ledger is finished and o
 free, and every other one is refused.
 """
 
-import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -14,10 +14,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from mquant.errors import OutputError
-from mquant.output.disk import PARTIAL
+from mquant.output.disk import PARTIAL, read_own
 from mquant.output.ledger import LEDGER, Recorded, read_ledger
+from mquant.untrusted import parse_json
 
 RECORD: Final = "mquant.json"
+_MOST_BYTES: Final = 64_000_000
+_LONGEST_NAME: Final = 255 - len(PARTIAL)
 
 
 class State(Enum):
@@ -77,7 +80,7 @@ def examine(
     names = made.get("files", ()) if ledger is None else ledger.files
     if not restart and theirs != fingerprint:
         raise _other_run(out, theirs, fingerprint)
-    files = tuple(dict.fromkeys((*safe_names(names), RECORD)))
+    files = tuple(dict.fromkeys((*_safe_names(out, names), RECORD)))
     if restart:
         return Claim(State.UNFINISHED, files)
     if ledger is not None:
@@ -105,30 +108,34 @@ def _is_whole(out: Path, record: dict[str, Any], elsewhere: frozenset[str]) -> b
     files = record.get("files")
     files = files if isinstance(files, dict) else {}
     files = {name: value for name, value in files.items() if name not in elsewhere}
-    there = [name for name in safe_names(files) if (out / name).is_file()]
+    there = [name for name in _safe_names(out, files) if (out / name).is_file()]
     for name in there:
         meant = files[name].get("bytes") if isinstance(files[name], dict) else None
         found = (out / name).stat().st_size
         if found != meant:
             raise OutputError(
-                f"{name} in {out} was changed since mquant made it: it was {meant} bytes, "
-                f"is {found}.",
+                f"{name} in {out} was changed since mquant made it: it was {str(meant)[:20]} "
+                f"bytes, is {found}.",
                 "Give another folder with -o, or --restart to make everything there again.",
             )
     return "config.json" in there and len(there) == len(files)
 
 
-def safe_names(value: object) -> tuple[str, ...]:
-    """Names a record may ask to delete: plain relative paths inside OUT."""
+def _safe_names(out: Path, value: object) -> tuple[str, ...]:
+    """Names a record may ask to delete: plain relative paths inside OUT, not by way of a link."""
     names = list(value) if isinstance(value, dict | list | tuple) else []
-    return tuple(
-        name
-        for name in names
-        if isinstance(name, str)
-        and name
-        and not PurePosixPath(name).is_absolute()
-        and not {"..", "."} & set(PurePosixPath(name).parts)
-    )
+    return tuple(name for name in names if isinstance(name, str) and is_inside(out, name))
+
+
+def is_inside(out: Path, name: str) -> bool:
+    """Whether a name stands for a file in OUT, and no link on the way leads elsewhere."""
+    path = PurePosixPath(name)
+    if not name.isprintable() or not path.parts or path.is_absolute() or ".." in path.parts:
+        return False
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+        return False
+    real = Path(os.path.realpath(out))  # `resolve` raises for a link to itself
+    return Path(os.path.realpath(real / path.parent)) == real / path.parent
 
 
 def _refuse_overlap(out: Path, source: Path) -> None:
@@ -142,7 +149,8 @@ def _refuse_overlap(out: Path, source: Path) -> None:
 def _other_run(out: Path, theirs: object, ours: dict[str, Any]) -> OutputError:
     theirs = theirs if isinstance(theirs, dict) else {}
     keys = [key for key in ours if theirs.get(key) != ours[key]] or ["fingerprint"]
-    differ = "; ".join(f"{key} was {theirs.get(key)}, is {ours.get(key)}" for key in keys)
+    was = {key: str(theirs.get(key))[:80] for key in keys}
+    differ = "; ".join(f"{key} was {was[key]}, is {ours.get(key)}" for key in keys)
     return OutputError(
         f"{out} was made from something else: {differ}.",
         "Give another folder with -o, or --restart to delete what mquant made there.",
@@ -151,13 +159,14 @@ def _other_run(out: Path, theirs: object, ours: dict[str, Any]) -> OutputError:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """A JSON record of ours; None where there is none, an empty one where it is cut off."""
-    if not path.is_file():
+    raw = read_own(path, _MOST_BYTES)
+    if raw is None:
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = parse_json(raw)
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 
 
-__all__ = ["RECORD", "Claim", "State", "discard", "examine", "safe_names"]
+__all__ = ["RECORD", "Claim", "State", "discard", "examine", "is_inside"]

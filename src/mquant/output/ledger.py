@@ -14,18 +14,21 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final
 
 from mquant.checkpoint import Stamp
 from mquant.errors import OutputError
-from mquant.output.disk import fsync_folder, out_of_space
+from mquant.output.disk import fsync_folder, out_of_space, read_own
+from mquant.untrusted import MAX_TENSORS, parse_json
 
 LEDGER: Final = "mquant-run.jsonl"
 _SCHEMA: Final = "mquant.run/2"
-_MOST_JOBS: Final = 10_000_000
+_MOST_BYTES: Final = 64_000_000
+# A plan has no more jobs than tensors; a ledger names each a few times.
+_MOST_JOBS: Final = 4 * MAX_TENSORS
 
 
 @dataclass(slots=True)
@@ -47,13 +50,13 @@ def read_ledger(out: Path) -> Recorded | None:
 
     Lines that make no sense are passed over: what they said does not count, and is made again.
     """
-    try:
-        text = (out / LEDGER).read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    raw = read_own(out / LEDGER, _MOST_BYTES)
+    if raw is None:
         return None
     recorded = Recorded()
     sources: dict[str, Stamp] = {}
-    for line in text.splitlines(keepends=True):
+    left = _MOST_JOBS
+    for line in raw.splitlines(keepends=True):
         entry = _parse(line)
         match entry:
             case {"schema": str(schema), "fingerprint": dict(fingerprint), "files": list(files)}:
@@ -61,8 +64,9 @@ def read_ledger(out: Path) -> Recorded | None:
             case {"sources": dict(table)}:
                 sources = {path: _stamp(value) for path, value in table.items()}
             case {"jobs": list(spans)}:
-                for number in chain.from_iterable(map(_span, spans)):
+                for number in islice(chain.from_iterable(map(_span, spans)), left):
                     recorded.jobs[number] = sources
+                    left -= 1
                 if "shard" in entry:
                     recorded.shards[str(entry["shard"])] = str(entry.get("sha256"))
     return recorded
@@ -85,7 +89,8 @@ class Ledger:
 
     def _open(self) -> int:
         while True:
-            file = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            flags = os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+            file = os.open(self._path, flags, 0o644)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -179,17 +184,17 @@ def _stamp(value: object) -> Stamp:
 
 def _span(value: object) -> range:
     match value:
-        case [int(first), int(last)] if 0 <= first <= last < _MOST_JOBS:
+        case [int(first), int(last)] if 0 <= first <= last < MAX_TENSORS:
             return range(first, last + 1)
     return range(0)
 
 
-def _parse(line: str) -> Any:
-    if not line.endswith("\n"):
+def _parse(line: bytes) -> Any:
+    if not line.endswith(b"\n"):
         return None
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_json(line)
+    except ValueError:
         return None
 
 

@@ -181,6 +181,8 @@ class ShardSet:
             jobs = self._jobs_of(shard)
             counted = {i for i in jobs if self._counts(i, recorded, sources)}
             with out_of_space(partial, each.file_bytes):
+                if final.is_symlink():
+                    final.unlink()  # made by nobody here
                 whole = final.is_file() and final.stat().st_size == each.file_bytes
                 if whole and each.name in recorded.shards and len(counted) == len(jobs):
                     self.digests[each.name] = recorded.shards[each.name]

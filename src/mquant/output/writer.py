@@ -41,7 +41,8 @@ class ShardWriter:
         self._closing = Lock()
         self._file = -1
         with out_of_space(self._partial, shard.file_bytes):
-            flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | (0 if done else os.O_TRUNC)
+            flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW  # a link leads away
+            flags |= 0 if done else os.O_TRUNC
             self._file = os.open(self._partial, flags, 0o644)
             try:
                 preallocate(self._file, shard.file_bytes)

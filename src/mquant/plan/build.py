@@ -14,7 +14,7 @@ from mquant.family import Family, Role
 from mquant.findings import Finding, names
 from mquant.plan.model import Action, Job, Output, Plan, ShardJob
 from mquant.plan.survey import FusedKey, Member, Survey, survey
-from mquant.recipe import Recipe, matches
+from mquant.recipe import Choice, Recipe
 from mquant.schemes import Scheme
 
 T = TypeVar("T")
@@ -49,12 +49,14 @@ def make_plan(
     family = found.family
     if family is None:
         raise Refused(found.findings)
-    actions = [_action(member, family, recipe) for member in found.members]
+    both = {m.module: (m.module, family.in_memory_name(m.module)) for m in found.members}
+    choice = recipe.on(name for pair in both.values() for name in pair)
+    actions = [_action(member, both[member.module], choice) for member in found.members]
     jobs = _jobs(found.members, actions)
     findings = [
         *found.findings,
         *_unsafe(actions, family, recipe, allow_unsafe=allow_unsafe),
-        *_unmatched(found, family, recipe),
+        *_unmatched(found, both, choice),
     ]
     # Of a source that is quantized already, that is all there is to say.
     if not any(finding.rule == "source-quantized" for finding in findings):
@@ -85,10 +87,9 @@ def natural(name: str) -> list[tuple[int, str]]:
     ]
 
 
-def _action(member: Member, family: Family, recipe: Recipe) -> Action:
-    info = member.info
-    both = (member.module, family.in_memory_name(member.module))
-    scheme = recipe.scheme(member.role, both)
+def _action(member: Member, both: tuple[str, str], choice: Choice) -> Action:
+    info, recipe = member.info, choice.recipe
+    scheme = choice.scheme(member.role, both)
     if scheme and _obstacle(member, scheme):
         outputs: Iterable[tuple[str, str, tuple[int, ...]]] = ()
     elif scheme:
@@ -281,10 +282,11 @@ def safe_ignore(family: Family, recipe: Recipe) -> str:
     return yaml.safe_dump(entries, default_flow_style=True, width=math.inf).strip()
 
 
-def _unmatched(found: Survey, family: Family, recipe: Recipe) -> list[Finding]:
+def _unmatched(found: Survey, both: Mapping[str, tuple[str, str]], choice: Choice) -> list[Finding]:
     """Entries of the recipe that match no module: a typo in ours, common in llmcompressor's."""
+    recipe = choice.recipe
     modules = {m.module for m in found.members if m.info.name.endswith(".weight")}
-    both = [(module, family.in_memory_name(module)) for module in modules]
+    known = {name for module in modules for name in both[module]}
     return [
         Finding(
             "entry-unmatched",
@@ -295,9 +297,9 @@ def _unmatched(found: Survey, family: Family, recipe: Recipe) -> list[Finding]:
             "Correct the entry, or remove it. Names are those of the hub or of transformers; "
             "`re:` entries match from the start of a name.",
         )
-        for key, entries in (("ignore", recipe.ignore), ("targets", recipe.targets))
-        for entry in entries
-        if not any(matches(entry, pair) for pair in both)
+        for key, said in (("ignore", choice.ignore), ("targets", choice.targets))
+        for entry, matched in said.by_entry.items()
+        if matched.isdisjoint(known)
     ]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mquant.checkpoint import Checkpoint, TensorInfo
-from mquant.family import Family, Meaning, Role, TensorRow, family_of
+from mquant.family import MOST_LAYERS, Family, Meaning, Role, TensorRow, family_of
 from mquant.findings import Finding, names
 from mquant.schemes import QUANTIZED_SUFFIXES
 
@@ -166,7 +166,8 @@ def wholeness(family: Family, members: list[Member], config: Mapping[str, Any]) 
     for key in (*counts, *family.needed_keys(config)):
         value = config.get(key)
         # No checkpoint has more layers or experts than tensors; a lie must not cost a long loop.
-        limit = max(len(members), 1) if key in counts else 2**53
+        most = len(members) if key == family.config.experts else min(len(members), MOST_LAYERS)
+        limit = max(most, 1) if key in counts else 2**53
         if type(value) is not int or not 0 <= value <= limit:
             said = f"says {key} {json.dumps(value)[:40]}, which cannot be"
             return [

@@ -9,14 +9,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from mquant.checkpoint import TensorInfo
+from mquant.checkpoint import Source, TensorInfo, has_chat_template
 from mquant.checkpoint.hub import HubRepo
 from mquant.events import Emit, Progress, silent
 from mquant.family import Role
 from mquant.findings import Finding, names
 from mquant.verify.formats import kind_of
 from mquant.verify.layout import Layout, Module
-from mquant.verify.numbers import PIECE, THREADS, read
+from mquant.verify.numbers import PIECE, THREADS, in_order, read
 from mquant.verify.rules import Rule, finding, register
 from mquant.verify.tally import Tally
 from mquant.verify.weights import TYPICAL, Weight, decodable, weight_of
@@ -139,7 +139,7 @@ def check_against(
     done, total = 0, sum(size for size, _ in jobs)
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
         try:
-            results = pool.map(lambda job: job[1](), jobs)
+            results = in_order(pool, [job for _, job in jobs])
             for (size, _), breaks in zip(jobs, results, strict=True):
                 for found in breaks:
                     tally.add(*found)
@@ -255,6 +255,10 @@ def _rounded(
         yield 0, lambda: [("weight-beyond-bound", mine.name, message)]
         return
     rows, columns = weight.shape
+    if columns > PIECE:  # no model has such a row, and it could not be held
+        message = f"{mine.name} was not compared: its rows have {columns:,} elements"
+        yield 0, lambda: [("weight-not-compared", mine.name, message)]
+        return
     first, last = 0, rows
     if not everything and rows > SAMPLED_ROWS:
         # Neighbours, since they are one read; where, is drawn from the name.
@@ -319,18 +323,13 @@ def _side_files(layout: Layout, parent: Layout) -> Iterator[Finding]:
     mine, theirs = layout.checkpoint.source, parent.checkpoint.source
     needed = [path for path in theirs.files if _like(path, _NEEDED)]
     missing = [path for path in needed if path not in mine.files]
-    if _has_template(layout):  # newer tools keep it in a file of its own, older ones did not
+    if has_chat_template(mine):  # newer tools keep it in a file of its own, older ones did not
         missing = [path for path in missing if not path.startswith("chat_template")]
     if missing:
         yield finding(
             "side-file-missing", missing[0], f"The parent's {names(missing)} did not come along."
         )
-    changed = [
-        path
-        for path in needed
-        if path in mine.files
-        and (mine.files[path] != theirs.files[path] or mine.read(path) != theirs.read(path))
-    ]
+    changed = [path for path in needed if path in mine.files and not _same(mine, theirs, path)]
     if changed:
         yield finding(
             "side-file-differs", changed[0], f"Other than in the parent: {names(changed)}."
@@ -346,9 +345,12 @@ def _like(path: str, patterns: tuple[str, ...]) -> bool:
     return "/" not in path and any(fnmatch(path, pattern) for pattern in patterns)
 
 
-def _has_template(layout: Layout) -> bool:
-    name, source = "tokenizer_config.json", layout.checkpoint.source
-    return name in source.files and b'"chat_template"' in source.read(name)
+def _same(mine: Source, theirs: Source, path: str) -> bool:
+    size = mine.files[path]
+    spans = ((start, min(start + PIECE, size)) for start in range(0, size, PIECE))
+    return size == theirs.files[path] and all(
+        mine.read(path, *span) == theirs.read(path, *span) for span in spans
+    )
 
 
 __all__ = ["SAMPLED_ROWS", "check_against"]

@@ -133,6 +133,12 @@ def weight_args(layout: Layout) -> Mapping[str, Any]:
     return found[0] if found and all(args == found[0] for args in found) else {}
 
 
+def integer_bits(layout: Layout) -> int | None:
+    """How many bits config.json says packed integers have; None where that cannot be."""
+    bits = weight_args(layout).get("num_bits")
+    return bits if type(bits) is int and bits in (2, 4, 8) else None
+
+
 def misdeclared(kind: Kind, layout: Layout) -> str:
     """What no config group of compressed-tensors should say of a layout, but the first one does.
 
@@ -144,7 +150,7 @@ def misdeclared(kind: Kind, layout: Layout) -> str:
         if args is not None and not isinstance(args, dict):
             return ""  # no loader can parse that
         wrong = [
-            f"{key} {args[key]}"
+            f"{key} {str(args[key])[:40]}"
             for key, value in _DECLARED.get(kind, {}).items()
             if args and args.get(key, value) != value
         ]
@@ -174,8 +180,8 @@ def weight_shape(kind: Kind, module: Module, layout: Layout) -> tuple[int, int] 
         return None
     rows, columns = codes.shape
     if kind is Kind.INT:
-        bits = weight_args(layout).get("num_bits")
-        return (rows, columns * 32 // bits) if bits in (2, 4, 8) else None
+        bits = integer_bits(layout)
+        return (rows, columns * 32 // bits) if bits else None
     return (rows, columns if kind is Kind.FP8 else columns * 2)
 
 
@@ -231,8 +237,8 @@ def _fp8_scales(rows: int, columns: int, layout: Layout) -> tuple[Shape, ...]:
 
 def _integers(rows: int, columns: int, layout: Layout) -> dict[str, Part]:
     args = weight_args(layout)
-    bits, size = args.get("num_bits"), args.get("group_size")
-    if bits not in (2, 4, 8) or not columns:
+    bits, size = integer_bits(layout), args.get("group_size")
+    if bits is None or not columns:
         # Nothing says how many codes are in an integer, or the codes are missing.
         scales: tuple[Shape, ...] = ()
         zeros: tuple[Shape, ...] = ()
@@ -260,6 +266,7 @@ __all__ = [
     "activations",
     "fp8_block",
     "groups",
+    "integer_bits",
     "kind_of",
     "misdeclared",
     "parts",

@@ -76,11 +76,12 @@ def _bad_entries(view: View) -> Iterator[Finding]:
     if view.style is None:
         return
     for key, bad in (("ignore", view.ignore.bad), ("targets", view.targets.bad)):
-        for entry, reason in bad.items():
+        for entry, reason in [*bad.items()][:1]:
+            more = f" (and {len(bad) - 1:,} more like it)" if len(bad) > 1 else ""
             yield finding(
                 "ignore-bad-entry",
                 entry,
-                f"{entry!r} in {key} is no regular expression ({reason}); vLLM stops there.",
+                f"{entry!r} in {key} is no regular expression ({reason}){more}; vLLM stops there.",
             )
     for key in _LISTS:
         value = view.layout.config.get(key)

@@ -11,8 +11,8 @@ from functools import cached_property
 from typing import Any, Final
 
 from mquant.family import Family, Meaning, Role
+from mquant.matching import Matches, Style, match
 from mquant.verify.layout import Layout, Module
-from mquant.verify.matching import Matches, Style, match
 
 COVER_STYLES: Final = {
     "compressed-tensors": Style.NAMES,
@@ -32,7 +32,7 @@ _USUAL: Final = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Judged:
     """A linear module, or the embeddings.
 
@@ -166,6 +166,7 @@ def view_of(layout: Layout) -> View:
 
 
 def _known(layout: Layout, family: Family, method: str) -> Iterator[Judged]:
+    shared: dict[Any, Any] = {}  # of equals one is kept: experts are many
     for module in layout.modules.values():
         meaning = module.meaning or family.classify_in_memory(f"{module.name}.weight")
         if meaning is None:
@@ -177,6 +178,7 @@ def _known(layout: Layout, family: Family, method: str) -> Iterator[Judged]:
         if role is Role.EXPERT:
             group = ("experts", meaning.layer, None)
         names = _vllm_names(module, meaning, family, method)
+        names, group = shared.setdefault(names, names), shared.setdefault(group, group)
         yield Judged(module, role, module.meaning is None, names, group)
 
 

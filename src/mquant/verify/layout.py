@@ -6,17 +6,21 @@ Judged by the tensors on disk first, since that is what a loader meets, and by c
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from sys import intern
 from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo, read_json
+from mquant.errors import SourceError
 from mquant.family import Family, Meaning, Role, family_of
 from mquant.schemes import QUANTIZED_SUFFIXES
 
+MAX_MODULES: Final = 150_000
+"""Twice those of the largest known model: 61 layers of 384 experts."""
 MODELOPT_NAME: Final = "hf_quant_config.json"
 FP8_DTYPES: Final = ("F8_E4M3", "F8_E5M2")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Module:
     """The tensors of one module, by what follows its name (`weight`, `weight_packed`, ...).
 
@@ -79,12 +83,21 @@ class Layout:
 
 
 def read_layout(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Layout:
-    """Group a checkpoint's tensors by module and find out how it was quantized."""
+    """Group a checkpoint's tensors by module and find out how it was quantized.
+
+    Raises SourceError where there are more modules than a model can have.
+    """
     family = family_of(checkpoint.config, families)
     grouped: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for info in checkpoint.tensors.values():
         module, _, suffix = info.name.rpartition(".")
-        grouped[module][suffix] = info
+        grouped[module][intern(suffix)] = info
+    if len(grouped) > MAX_MODULES:
+        raise SourceError(
+            f"{checkpoint.source.name} has {len(grouped):,} modules; no model has more than "
+            f"{MAX_MODULES:,}.",
+            "Take out the tensors that do not belong to it.",
+        )
     modules = {
         name: Module(name, tensors, family.classify(f"{name}.weight") if family else None)
         for name, tensors in grouped.items()

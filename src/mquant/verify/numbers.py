@@ -3,12 +3,12 @@
 Everything is read once, in pieces: memory stays at a few times PIECE, whatever the checkpoint.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +16,15 @@ import numpy.typing as npt
 from mquant.checkpoint import TensorInfo
 from mquant.events import Emit, Progress, silent
 from mquant.verify.decode import GROUP, Floats, floats
-from mquant.verify.formats import Kind, kind_of, weight_args
+from mquant.verify.formats import Kind, integer_bits, kind_of
 from mquant.verify.layout import FP8_DTYPES, Layout, Module
 from mquant.verify.rules import Rule, register
 from mquant.verify.tally import Tally
 
+T = TypeVar("T")
+
 PIECE: Final = 16_000_000
+_AHEAD: Final = 100
 THREADS: Final = 2
 _GLOBALS: Final = ("weight_global_scale", "weight_scale_2")
 _INPUTS: Final = ("input_global_scale", "input_scale")
@@ -141,7 +144,7 @@ def check_numbers(layout: Layout, emit: Emit = silent) -> Tally:
     divisors: dict[str, float] = {}
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
         try:
-            for (size, _), seen in zip(jobs, pool.map(lambda job: job[1](), jobs), strict=True):
+            for (size, _), seen in zip(jobs, in_order(pool, [job for _, job in jobs]), strict=True):
                 for found in seen.breaks:
                     tally.add(*found)
                 if seen.divisor is not None:
@@ -214,9 +217,9 @@ def _quantized(layout: Layout, module: Module, kind: Kind | None) -> _Seen:
 
 def _stated_shape(layout: Layout, module: Module, seen: _Seen) -> None:
     codes, info = module.tensors.get("weight_packed"), module.tensors.get("weight_shape")
-    bits = weight_args(layout).get("num_bits")
+    bits = integer_bits(layout)
     kinds = {"I64": "<i8", "I32": "<i4"}
-    if codes is None or info is None or bits not in (2, 4, 8) or len(codes.shape) != 2:
+    if codes is None or info is None or bits is None or len(codes.shape) != 2:
         return
     if info.dtype in kinds and info.elements == 2:
         rows, columns = np.frombuffer(read(layout, info), kinds[info.dtype]).tolist()
@@ -291,6 +294,17 @@ def _fused(sets: Iterable[list[tuple[str, bytes]]], tally: Tally) -> None:
             )
 
 
+def in_order(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """The results of jobs that a pool does, a few ahead: `pool.map` holds all of them at once."""
+    waiting: deque[Future[T]] = deque()
+    for job in jobs:
+        waiting.append(pool.submit(job))
+        if len(waiting) > _AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
 def pieces(layout: Layout, info: TensorInfo) -> Iterator[bytes]:
     """A tensor's data in pieces of whole elements."""
     for start in range(0, info.nbytes, PIECE):
@@ -303,4 +317,4 @@ def read(layout: Layout, info: TensorInfo, start: int = 0, end: int | None = Non
     return layout.checkpoint.source.read(info.shard, info.start + start, info.start + end)
 
 
-__all__ = ["PIECE", "check_numbers", "pieces", "read"]
+__all__ = ["PIECE", "check_numbers", "in_order", "pieces", "read"]

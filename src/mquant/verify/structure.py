@@ -323,7 +323,7 @@ def _invalid_group(group: Any) -> str:
     targets, args, form = group.get("targets"), group.get("weights"), group.get("format")
     if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
         return "has no list of targets"
-    if form is not None and form not in _FORMATS:
+    if form is not None and (not isinstance(form, str) or form not in _FORMATS):
         return f"has the unknown format {str(form)[:40]!r}"
     if args is None:
         return ""

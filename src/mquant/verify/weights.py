@@ -29,7 +29,7 @@ from mquant.verify.decode import (
     integers,
     scaled,
 )
-from mquant.verify.formats import CODES, Kind, fp8_block, kind_of, parts, weight_args, weight_shape
+from mquant.verify.formats import CODES, Kind, fp8_block, integer_bits, kind_of, parts, weight_shape
 from mquant.verify.layout import Layout, Module
 from mquant.verify.numbers import read
 
@@ -118,13 +118,14 @@ class Weight:
             return self._part(suffix, first, last)
         high, wide = fp8_block(self.layout)
         table = self._part(suffix, first // high, -(-last // high))
-        ones = np.ones((table.shape[0] * high, self.shape[1]), np.float32)
-        skip = first % high
-        return scaled(ones, table, (high, wide))[skip : skip + last - first]
+        # Blocks are as large as config.json says: what is made is as large as the rows.
+        rows = np.arange(first, last) // high - first // high
+        columns = np.arange(self.shape[1]) // wide
+        return table[rows[:, None], columns]
 
     def _integers(self, first: int, last: int) -> Rows:
         _, raw = self._raw("weight_packed", first, last)
-        bits = weight_args(self.layout)["num_bits"]
+        bits = integer_bits(self.layout) or 4
         codes = integers(np.frombuffer(raw, "<i4").reshape(last - first, -1), bits)
         scales = self._part("weight_scale", first, last)
         group = -(-codes.shape[1] // scales.shape[1])
@@ -162,7 +163,7 @@ def decodable(kind: Kind | None, module: Module, layout: Layout) -> bool:
     """Whether numbers can be made of a module in this layout, its parts given."""
     if kind is Kind.INT:
         plain = not {"weight_zero_point", "weight_g_idx"} & module.tensors.keys()
-        return plain and weight_args(layout).get("num_bits") in (4, 8)
+        return plain and integer_bits(layout) in (4, 8)
     if kind is Kind.FP8:
         return "weight" not in module.tensors or module.tensors["weight"].dtype == "F8_E4M3"
     return kind is not Kind.OTHER

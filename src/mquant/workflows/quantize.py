@@ -85,7 +85,8 @@ def quantize(
     claim = look(restart=restart)
     if claim.state is State.DONE:
         return Result(out, plan, engine, fresh=False)
-    check_disk(out, claim.files, plan.file_bytes)
+    own = side_files(plan.survey.checkpoint)
+    check_disk(out, claim.files, plan.file_bytes + sum(source.files[path] for path in own))
     folder = source if isinstance(source, Folder) else _download(source, emit)
     ledger = Ledger(out)
     try:
@@ -93,7 +94,7 @@ def quantize(
         if claim.state is State.DONE:
             return Result(out, plan, engine, fresh=False)
         run = Run(plan.reading_from(folder), out, engine, workers, emit)
-        sides = dict.fromkeys(side_files(plan.survey.checkpoint), folder)
+        sides = dict.fromkeys(own, folder)
         digests = run.make_shards(ledger, claim, fingerprint, file_names(plan, sides))
         shards = {
             shard.name: {"bytes": shard.file_bytes, "sha256": digests[shard.name]}

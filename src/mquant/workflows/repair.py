@@ -143,7 +143,8 @@ class _Run:
         claim = examine(self.out, folders, fingerprint, restart=restart, elsewhere=elsewhere)
         if claim.state is State.DONE:
             return Repaired(self.out, fresh=False)
-        check_disk(self.out, claim.files, self.plan.file_bytes)
+        beside = sum(source.files[path] for path, source in self.sides.items())
+        check_disk(self.out, claim.files, self.plan.file_bytes + beside)
         assembly = assemble(self._local_bad(), parent)
         shards = self._kept_files()
         ledger = Ledger(self.out)

@@ -7,6 +7,7 @@ leaves unset, bends or converts without a word.
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mquant.checkpoint import CONFIG_NAME, FIRST_READ, INDEX_NAME, Source, read_first
-from mquant.errors import HeaderError
+from mquant.errors import HeaderError, LoaderError
 from mquant.findings import Finding
 from mquant.verify.loaders.install import find_python
 from mquant.verify.rules import Rule, finding, register
@@ -183,6 +184,7 @@ def _materialise(source: Source, shards: tuple[str, ...], folder: Path) -> None:
     """The checkpoint in `folder`: JSON whole, shards as sparse files with their headers.
 
     Names come from the source's own listing, of top-level files only; nothing else is followed.
+    Raises LoaderError where the disk does not take them.
     """
     folder.mkdir()
     for name in _JSON:
@@ -195,9 +197,15 @@ def _materialise(source: Source, shards: tuple[str, ...], folder: Path) -> None:
             first = read_first(source, name)
         except HeaderError:  # vLLM shall say it in its own words
             first = source.read(name, 0, min(FIRST_READ, size))
-        with (folder / name).open("wb") as file:
-            file.write(first)
-            file.truncate(size)
+        try:
+            with (folder / name).open("wb") as file:
+                file.write(first)
+                file.truncate(size)
+        except OSError as error:  # of a size, or a name, that no file has
+            raise LoaderError(
+                f"vLLM cannot be given {name[:60]} ({error.strerror}).",
+                "Leave --loader out, or set TMPDIR to a folder on another disk.",
+            ) from error
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(shard, shards))
@@ -215,7 +223,13 @@ def _run(python: Path, folder: Path, result: Path, materialise: Callable[[], Non
     null = subprocess.DEVNULL
     try:
         probe = subprocess.Popen(  # noqa: S603  (the user's own Python)
-            command, env=keep, cwd=result.parent, stdin=subprocess.PIPE, stdout=null, stderr=null
+            command,
+            env=keep,
+            cwd=result.parent,
+            stdin=subprocess.PIPE,
+            stdout=null,
+            stderr=null,
+            start_new_session=True,
         )
     except OSError as error:
         return f"{python} cannot be run: {error.strerror}"
@@ -224,11 +238,10 @@ def _run(python: Path, folder: Path, result: Path, materialise: Callable[[], Non
             materialise()
             probe.communicate(timeout=_SECONDS)
         except subprocess.TimeoutExpired:
-            probe.kill()
             return f"it took more than {_SECONDS} seconds"
-        except BaseException:
-            probe.kill()
-            raise
+        finally:
+            if probe.poll() is None:  # vLLM works in a child of the probe: both must go
+                os.killpg(probe.pid, signal.SIGKILL)
     return ""
 
 

@@ -25,6 +25,7 @@ The process may die; then RESULT has the last stage it reached.
 import json
 import math
 import os
+import resource
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -47,6 +48,8 @@ os.environ.update(
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+MEMORY = 16 << 30
+"""Bytes vLLM may take: a config.json that asks for a billion layers gets no more."""
 MOST = 200  # of each list; `counts` has the true numbers
 
 
@@ -326,6 +329,7 @@ def in_child(folder: str, path: str, *, closely: bool) -> bool:
     """The same in a process of its own, which may die."""
     child = os.fork()
     if not child:
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         told = judge(folder, path, closely=closely)
         os._exit(0 if told else 1)  # vLLM leaves threads behind
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 1

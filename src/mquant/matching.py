@@ -17,6 +17,8 @@ from mquant.errors import SourceError
 
 MAX_ENTRIES: Final = 100_000
 MAX_LENGTH: Final = 1_000
+MAX_MATCHES: Final = 3_000_000
+"""Of all entries together: what they match is held in memory."""
 TIME_LIMIT: Final = 30.0
 """Seconds for all entries. A dozen expressions on a model of 30,000 modules take about one."""
 
@@ -84,9 +86,11 @@ def _is_plain(entry: str, style: Style) -> bool:
 
 # One line for every entry: the numbers of the names it matches, or why it is bad.
 _PROGRAM: Final = r"""
-import fnmatch, json, re, sys
+import fnmatch, json, re, resource, sys
 
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 task = json.load(sys.stdin)
+left = task["most"]
 
 def test(entry, style):
     if style == "names":
@@ -100,15 +104,20 @@ for entry in task["entries"]:
     try:
         matches = test(entry, task["style"])
         answer = [number for number, name in enumerate(task["names"]) if matches(name)]
+        left -= len(answer)
     except (re.error, RecursionError, OverflowError, MemoryError) as error:
         answer = str(error) or type(error).__name__
+    if left < 0:
+        sys.exit("too many matches")
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
 """
 
 
 def _ask(entries: Sequence[str], names: Sequence[str], style: Style) -> list[list[int] | str]:
-    task = json.dumps({"entries": entries, "names": names, "style": style.value})
+    task = json.dumps(
+        {"entries": entries, "names": names, "style": style.value, "most": MAX_MATCHES}
+    )
     # -I and -S: nothing of the environment or of this folder is run, and it starts at once.
     command = [sys.executable, "-I", "-S", "-c", _PROGRAM]
     try:
@@ -121,7 +130,14 @@ def _ask(entries: Sequence[str], names: Sequence[str], style: Style) -> list[lis
             f"The ignore list cannot be judged: after {TIME_LIMIT:g} s it was still at {entry!r}.",
             "Write it simpler, without repeats inside repeats; vLLM would take as long.",
         ) from None
-    except (OSError, subprocess.CalledProcessError) as error:
+    except subprocess.CalledProcessError as stopped:
+        many = b"too many matches" in stopped.stderr
+        what = f"its entries match more than {MAX_MATCHES:,} names" if many else "its process died"
+        raise SourceError(
+            f"The ignore list cannot be judged: {what}.",
+            "Write fewer and simpler entries; check that this machine has memory left.",
+        ) from None
+    except OSError as error:
         raise SourceError(
             f"The ignore list cannot be judged: {type(error).__name__} in matching it.",
             "Check that this machine has memory and processes left.",
@@ -129,4 +145,4 @@ def _ask(entries: Sequence[str], names: Sequence[str], style: Style) -> list[lis
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-__all__ = ["MAX_ENTRIES", "MAX_LENGTH", "TIME_LIMIT", "Matches", "Style", "match"]
+__all__ = ["MAX_ENTRIES", "MAX_LENGTH", "MAX_MATCHES", "TIME_LIMIT", "Matches", "Style", "match"]

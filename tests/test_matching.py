@@ -3,10 +3,10 @@
 import pytest
 
 from make import minimax_m2
+from mquant import matching
 from mquant.errors import SourceError
 from mquant.family import Role
-from mquant.verify import matching
-from mquant.verify.matching import Style, match
+from mquant.matching import Style, match
 
 GATE = "model.layers.0.block_sparse_moe.gate"
 W1 = "model.layers.0.mlp.experts.0.w1"

@@ -1,0 +1,160 @@
+"""Feed mquant hostile checkpoints, made from good ones by chance, until the time is up.
+
+    python scripts/fuzz.py [--seconds 900] [--seed 0] [--case N]
+
+Of every case `inspect`, `plan`, `verify`, `verify-ignore` and `quantize` are run, in this process;
+every fifth case lies on a hub (the tests' own) whose answers are tampered with, too. A failure is:
+an exit code other than 0 to 3, a traceback, a command that takes more than 10 s or 500 MB, a file
+outside OUT that changed, a control character on the terminal. It keeps the case's folder and says
+how to make it again.
+"""
+
+import argparse
+import faulthandler
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+
+SECONDS, MOST_MB = 10, 500
+
+
+class TooLong(BaseException):
+    """A command took longer than it may; no `except Exception` of ours catches it."""
+
+
+def main() -> int:
+    """Run cases; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--case", type=int, help="only this one")
+    options = parser.parse_args()
+    signal.signal(signal.SIGALRM, _too_long)
+    where = Path(tempfile.mkdtemp(prefix="mquant-fuzz-"))
+    fuzzer = Fuzzer(where, options.seed)
+    start, number = time.monotonic(), options.case or 0
+    try:
+        while time.monotonic() - start < options.seconds:
+            if wrong := fuzzer.try_case(number):
+                print(f"case {number} of seed {options.seed} ({where / str(number)}):", *wrong)
+                print(f"again: python scripts/fuzz.py --seed {options.seed} --case {number}")
+                return 1
+            number += 1
+            if options.case is not None:
+                break
+    finally:
+        fuzzer.close()
+    shutil.rmtree(where)
+    took, cases = time.monotonic() - start, number - (options.case or 0)
+    print(f"{cases:,} cases in {took:,.0f} s, {cases / took:.1f} a second; ", end="")
+    print(f"peak memory {fuzzer.peak:,.0f} MB; slowest command {fuzzer.slowest:.1f} s; exit codes ")
+    for verb, codes in sorted(fuzzer.codes.items()):
+        print(f"  {verb}: " + ", ".join(f"{n:,} x {code}" for code, n in sorted(codes.items())))
+    return 0
+
+
+class Fuzzer:
+    """Makes and tries cases in a folder."""
+
+    def __init__(self, where: Path, seed: int) -> None:
+        from fakehub import FakeHub
+
+        self.where, self.seed = where, seed
+        self.codes: dict[str, Counter[int]] = {}
+        self.peak = self.slowest = 0.0
+        self.hub = FakeHub()
+        # Before huggingface_hub is imported, which reads the environment once.
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+            os.environ.pop(name, None)
+        home = {"HF_HOME": str(where / "home"), "HF_HUB_DISABLE_XET": "1"}
+        os.environ.update(home, HF_ENDPOINT=self.hub.url, NO_PROXY="127.0.0.1,localhost")
+        from hostile import Bases
+        from mquant.checkpoint import retry
+
+        retry.BACKOFF_SECONDS = 0.0  # type: ignore[misc]
+        (where / "bases").mkdir()
+        self.bases = Bases.make(where / "bases")
+
+    def close(self) -> None:
+        """Stop the hub, whose thread would keep this process alive."""
+        self.hub.close()
+
+    def try_case(self, number: int) -> list[str]:
+        """Make case `number` and run commands on it; returns what was wrong."""
+        import hostile
+
+        chance = random.Random(f"{self.seed}-{number}")  # noqa: S311
+        where = self.where / str(number)
+        src = str(hostile.make_case(self.bases, where, chance))
+        if number % 5 == 4:
+            src = self._publish(where, chance)
+        before = hostile.snapshot(where)
+        for command in hostile.commands(src, where, chance):
+            if wrong := self._run(command):
+                return [" ".join(command) + ":", *wrong]
+        after = hostile.snapshot(where)
+        if changed := [name for name in {*before, *after} if before.get(name) != after.get(name)]:
+            return [f"changed outside OUT: {changed}"]
+        self.hub.tamper = None
+        self.hub.ranges = "served"
+        shutil.rmtree(where)
+        shutil.rmtree(self.where / "home", ignore_errors=True)
+        return []
+
+    def _publish(self, where: Path, chance: random.Random) -> str:
+        import hostile
+
+        if any(p.is_file() and p.stat().st_size > 10**8 for p in (where / "src").rglob("*")):
+            return str(where / "src")  # 1 TB of zeros takes long to send
+        self.hub.repos.clear()
+        self.hub.add("org/model", where / "src")
+        self.hub.ranges = chance.choice(("served", "served", "ignored", "shifted", "cut short"))
+
+        def tamper(answer: bytes) -> bytes:
+            value: Any = hostile.twisted(json.loads(answer), chance)
+            return hostile.dumped(value, chance)
+
+        self.hub.tamper = tamper if chance.random() < 0.6 else None
+        return "org/model"
+
+    def _run(self, command: list[str]) -> list[str]:
+        import hostile
+
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is of this command
+        faulthandler.dump_traceback_later(6 * SECONDS, exit=True)
+        start = time.monotonic()
+        signal.alarm(SECONDS)
+        try:
+            code, wrong = hostile.run_command(command)
+        except TooLong as late:
+            return [f"took more than {SECONDS} s", repr(late.args)]
+        finally:
+            signal.alarm(0)
+            faulthandler.cancel_dump_traceback_later()
+        self.slowest = max(self.slowest, time.monotonic() - start)
+        status = Path("/proc/self/status").read_text()
+        used = int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) * 1024 / 1e6
+        self.peak = max(self.peak, used)
+        self.codes.setdefault(command[0], Counter())[code] += 1
+        return [*wrong, *([f"took {used:,.0f} MB"] if used > MOST_MB else [])]
+
+
+def _too_long(signum: int, frame: Any) -> None:
+    raise TooLong(f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""JSON that somebody else wrote: what it may hold is bounded before it is parsed.
+
+Parsed JSON takes up to 60 times the memory of its text, and what is nested too deeply to be walked
+through fails wherever that is tried. So the text's brackets, colons and commas are counted first.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+MAX_TENSORS: Final = 290_000
+"""In a checkpoint. The largest known (61 layers of 384 experts in NVFP4) has 280,000."""
+MAX_DEPTH: Final = 50
+MAX_TEXT_BYTES: Final = 100_000_000  # in memory: one emoji makes every character take 4 bytes
+HEADER: Final = {
+    "{": MAX_TENSORS + 10_000,
+    "[": 2 * MAX_TENSORS + 10_000,
+    ":": 4 * MAX_TENSORS + 10_000,
+    ",": 9 * MAX_TENSORS,
+}
+"""A tensor has an object, two lists, four keys and some numbers; the rest is for __metadata__."""
+RECORD: Final = {"{": MAX_TENSORS, "[": MAX_TENSORS, ":": 3 * MAX_TENSORS, ",": 3 * MAX_TENSORS}
+"""What config.json, an index, a hub's listing and our own records may hold."""
+
+
+class TooMuch(ValueError):
+    """There is more in it than in anything of its kind."""
+
+
+def parse_json(
+    raw: bytes,
+    most: dict[str, int] = RECORD,
+    *,
+    parse_int: Callable[[str], Any] | None = None,
+    object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
+    """The value of a JSON text in UTF-8.
+
+    Raises TooMuch where it is larger, or has more of some character, than `most` allows, and
+    ValueError where it is no JSON, is nested deeper than MAX_DEPTH, or holds half of a surrogate
+    pair, which no UTF-8 can say again.
+    """
+    text = raw.decode("utf-8")
+    if sys.getsizeof(text) > MAX_TEXT_BYTES or any(text.count(c) > most[c] for c in most):
+        raise TooMuch
+    try:
+        value = json.loads(text, parse_int=parse_int, object_pairs_hook=object_pairs_hook)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [item for each in level for item in _items(each) if isinstance(item, dict | list)]
+        if not level:
+            break
+    else:
+        raise ValueError("nested too deeply")
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+    return value
+
+
+def _items(value: Any) -> Any:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+__all__ = ["HEADER", "MAX_DEPTH", "MAX_TENSORS", "RECORD", "TooMuch", "parse_json"]

@@ -1,0 +1,327 @@
+"""Hostile checkpoints and recipes: a sentence each time, and no harm done.
+
+Headers have a file of their own (checkpoint/test_headers.py). What `scripts/fuzz.py` found, or an
+attacker would try, stands here and in test_hostile_out.py by name; below, a few seconds of the
+fuzzer itself.
+"""
+
+import json
+import os
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hostile
+from make import Row, make_checkpoint, write_json
+from mquant import matching
+from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Folder, checkpoint, open_checkpoint
+from mquant.data import read_yaml
+from mquant.errors import DataFileError, MquantError
+from mquant.events import Event, Note
+from mquant.family import load_families
+from mquant.matching import Style, match
+from mquant.recipe import find_recipe
+from mquant.untrusted import TooMuch, parse_json
+from mquant.verify import layout
+from mquant.workflows.verify import Depth, verify
+from mutate import judged, mutated
+from run import plan_of, quantize_nvfp4
+
+KEY = "model.layers.0.self_attn.k_proj"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> hostile.Bases:
+    return hostile.Bases.make(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture
+def src(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "src")
+
+
+def sentence(run: Any, *arguments: Any) -> str:
+    """What something is refused with."""
+    with pytest.raises(MquantError) as caught:
+        run(*arguments)
+    assert caught.value.fix
+    return caught.value.message
+
+
+def opened(folder: Path) -> Any:
+    return open_checkpoint(Folder(folder))
+
+
+# --- JSON
+
+
+def test_json_is_measured_before_it_is_parsed() -> None:
+    for raw in (b"[" + b"[]," * 300_000 + b"0]", b'{"a":' + b"0," * 900_000 + b"}"):
+        with pytest.raises(TooMuch):
+            parse_json(raw)
+
+
+def test_one_emoji_does_not_make_text_four_times_as_large() -> None:
+    with pytest.raises(TooMuch):
+        parse_json('"🙂"'.encode() + b" " * 30_000_000)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"[" * 51 + b"]" * 51, b"[" * 10**5, b'"\\ud800"', b'{"\\uDC00": 1}', b"\xff", b"9" * 5000],
+    ids=["deep", "very deep", "surrogate", "surrogate key", "no UTF-8", "long number"],
+)
+def test_json_that_could_not_be_written_again_is_none(raw: bytes) -> None:
+    with pytest.raises(ValueError):
+        parse_json(raw)
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, INDEX_NAME])
+def test_a_huge_json_file_is_not_even_read(src: Path, name: str) -> None:
+    os.truncate(src / name, 2**40)
+
+    assert sentence(opened, src) == f"{name} is too large to be what it says."
+
+
+def test_headers_are_limited_together(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "MAX_HEADER_BYTES_IN_ALL", 5_000)
+
+    assert sentence(opened, src).startswith("The headers of src hold more than any checkpoint's")
+
+
+def test_tensors_are_limited_together(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "MAX_TENSORS", 30)
+
+    assert "hold more than any checkpoint's: more than 30 tensors" in sentence(opened, src)
+
+
+def test_shards_are_limited(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "MAX_SHARDS", 1)
+
+    assert sentence(opened, src) == "src has 2 shards; mquant reads 1 at most."
+
+
+def test_modules_are_limited(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "MAX_MODULES", 30)
+
+    said = sentence(verify, Folder(src), load_families())
+    assert said == "src has 47 modules; no model has more than 30."
+
+
+@pytest.mark.parametrize("value", [10**18, -1, 2.0, True, "2", None, [2], 1001])
+def test_a_number_of_layers_that_cannot_be_costs_no_loop(src: Path, value: Any) -> None:
+    table = json.loads((src / CONFIG_NAME).read_text())
+    write_json(src / CONFIG_NAME, {**table, "num_hidden_layers": value})
+
+    (found,) = plan_of(src).refusals
+    assert found.rule == "config-key-unusable"
+
+
+# --- folders
+
+
+def test_pipes_folders_and_unprintable_names_are_no_files(src: Path) -> None:
+    before = dict(Folder(src).files)
+    os.mkfifo(src / "pipe.safetensors")
+    (src / "folder.safetensors").mkdir()
+    (src / "zero.safetensors").symlink_to("/dev/zero")
+    (src / "loop.json").symlink_to("loop.json")
+    (src / os.fsdecode(b"\xff.json")).write_text("{}")
+    (src / "\x1b[2J.json").write_text("{}")
+
+    assert Folder(src).files == before
+
+
+def test_a_link_out_of_the_source_is_not_copied(src: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("whatever only this user can read")
+    (src / "tokenizer.json").symlink_to(tmp_path / "secret")
+    (src / "inside.json").symlink_to(src / CONFIG_NAME)
+    told: list[Event] = []
+
+    out = quantize_nvfp4(src, tmp_path / "out", told.append)
+
+    assert not (out / "tokenizer.json").exists()
+    assert (out / "inside.json").read_bytes() == (src / CONFIG_NAME).read_bytes()
+    assert not (out / "inside.json").is_symlink()
+    said = "Not copied, being a link out of the source folder: tokenizer.json."
+    assert Note("warning", said) in told
+
+
+def test_the_hub_caches_links_lead_nowhere_else(src: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/c0ffee", tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in src.iterdir():
+        file.rename(blobs / file.name)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+
+    folder = Folder(snapshot)
+
+    assert len(folder.files) == 4
+    assert not any(map(folder.leads_out, folder.files))
+
+
+def test_a_terabyte_of_side_file_is_counted_before_it_is_copied(src: Path, tmp_path: Path) -> None:
+    (src / "tokenizer.json").touch()
+    os.truncate(src / "tokenizer.json", 2**43)
+
+    assert "needs 8.80 TB" in sentence(quantize_nvfp4, src, tmp_path / "out")
+
+
+def test_side_files_are_compared_piece_by_piece(src: Path, tmp_path: Path) -> None:
+    out = quantize_nvfp4(src, tmp_path / "out")
+    for folder in (src, out):
+        (folder / "tokenizer.json").touch()
+        os.truncate(folder / "tokenizer.json", 40_000_000)
+    with (out / "tokenizer.json").open("r+b") as file:
+        file.seek(39_999_999)
+        file.write(b"x")
+
+    assert "side-file-differs" in judged(out, src)
+
+
+# --- quantization_config
+
+
+def configured(good: Path, tmp_path: Path, **weights: Any) -> Path:
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", **weights}}
+    table = {"quant_method": "compressed-tensors", "config_groups": {"g": group}}
+    return mutated(good, tmp_path, config={"quantization_config": table})
+
+
+def test_a_format_that_is_no_word_is_told(bases: hostile.Bases, tmp_path: Path) -> None:
+    group = {"targets": ["Linear"], "format": ["dense"]}
+    table = {"quant_method": "compressed-tensors", "config_groups": {"g": group}}
+    bad = mutated(bases.folder / "nvfp4", tmp_path, config={"quantization_config": table})
+
+    assert "has the unknown format" in judged(bad)["quantization-config-invalid"]
+
+
+@pytest.mark.parametrize("bits", [4.0, True, 0, -4, 10**9, "4"])
+def test_bits_that_cannot_be_are_no_bits(src: Path, tmp_path: Path, bits: Any) -> None:
+    def edit(rows: list[Row]) -> list[Row]:
+        rows = [row for row in rows if row[0] != f"{KEY}.weight"]
+        scales = np.ones((32, 2), "<f4").tobytes()
+        return [
+            *rows,
+            (f"{KEY}.weight_packed", "I32", (32, 8), bytes(1024)),
+            (f"{KEY}.weight_scale", "F32", (32, 2), scales),
+            (f"{KEY}.weight_shape", "I64", (2,), np.array([32, 64], "<i8").tobytes()),
+        ]
+
+    made = mutated(src, tmp_path / "a", edit=edit)
+    bad = configured(made, tmp_path / "b", num_bits=bits)
+
+    assert "weight-not-compared" in judged(bad, src, Depth.NUMBERS)
+
+
+@pytest.mark.parametrize("block", [[10**9, 10**9], [10**18, 1]])
+def test_blocks_larger_than_the_weight_cost_nothing(
+    src: Path, tmp_path: Path, block: list[int]
+) -> None:
+    columns = -(-64 // block[1])
+
+    def edit(rows: list[Row]) -> list[Row]:
+        rows = [row for row in rows if row[0] != f"{KEY}.weight"]
+        scales = np.ones((1, columns), "<f4").tobytes()
+        return [
+            *rows,
+            (f"{KEY}.weight", "F8_E4M3", (32, 64), bytes(2048)),
+            (f"{KEY}.weight_scale_inv", "F32", (1, columns), scales),
+        ]
+
+    table = {"quant_method": "fp8", "weight_block_size": block}
+    bad = mutated(src, tmp_path / "a", edit=edit, config={"quantization_config": table})
+
+    assert "is further from the parent" in judged(bad, src, Depth.NUMBERS)["weight-beyond-bound"]
+
+
+def test_a_row_that_could_not_be_held_is_not_compared(
+    bases: hostile.Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mquant.verify.against.PIECE", 31)
+    said = judged(bases.folder / "nvfp4", bases.folder / "bf16")
+
+    assert "its rows have 32 elements" in said["weight-not-compared"]
+
+
+# --- expressions, recipes
+
+
+def test_many_bad_entries_are_one_finding(bases: hostile.Bases, tmp_path: Path) -> None:
+    table = {"quant_method": "compressed-tensors", "ignore": [f"re:({n}" for n in range(5_000)]}
+    bad = mutated(bases.folder / "nvfp4", tmp_path, config={"quantization_config": table})
+
+    said = judged(bad)["ignore-bad-entry"]
+    assert "'re:(0' in ignore is no regular expression" in said
+    assert "(and 4,999 more like it)" in said
+
+
+def test_what_entries_match_together_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "MAX_MATCHES", 10)
+
+    said = sentence(match, ["re:.*", "re:.*x?"], [str(n) for n in range(6)], Style.NAMES)
+    assert said == "The ignore list cannot be judged: its entries match more than 10 names."
+
+
+def test_a_recipe_that_matches_forever_is_stopped(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matching, "TIME_LIMIT", 0.5)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "{name: a, suffix: A, roles: {expert: NVFP4A16}, ignore: ['re:([a-z]+|_|[a-z0-9_.]+)*!']}"
+    )
+
+    assert "still at 're:" in sentence(plan_of, src, str(recipe))
+
+
+@pytest.mark.parametrize("entry", ["re:(", "re:a{99999999999}", "re:" + "(" * 900, "x" * 1001])
+def test_an_entry_that_is_no_expression_is_refused(tmp_path: Path, entry: str) -> None:
+    recipe = {"name": "a", "suffix": "A", "roles": {"expert": "NVFP4A16"}, "ignore": [entry]}
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps(recipe))
+
+    assert sentence(find_recipe, str(path)).startswith("mine.yaml: ignore.0: ")
+
+
+LAUGHS = "a: &a {k: 1}\n" + "".join(
+    f"{new}: &{new} {{<<: [{', '.join([f'*{old}'] * 20)}]}}\n"
+    for old, new in zip("abcdefg", "bcdefgh", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [LAUGHS, "a: !!bool maybe", "a: !!timestamp x", "a: !!int ''", "a: 2001-99-99", "[" * 9999],
+    ids=["laughs", "bool", "timestamp", "int", "date", "deep"],
+)
+def test_yaml_that_means_nothing_is_not_valid(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+
+    with pytest.raises(DataFileError, match="is not valid YAML"):
+        read_yaml(tmp_path / "x.yaml")
+
+
+# --- by chance
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=12)
+@given(st.integers(0, 2**32))
+def test_no_command_is_harmed_and_none_does_harm(
+    bases: hostile.Bases, tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
+    where, random = tmp_path_factory.mktemp("cases") / "case", Random(seed)  # noqa: S311
+    src = hostile.make_case(bases, where, random)
+    before = hostile.snapshot(where)
+
+    for command in hostile.commands(str(src), where, random):
+        _, wrong = hostile.run_command(command)
+        assert not wrong, command
+
+    assert hostile.snapshot(where) == before
