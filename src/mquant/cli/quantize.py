@@ -1,5 +1,6 @@
 """`mquant quantize`: the main job."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,6 +30,14 @@ EngineChoice = Annotated[
     Engine,
     typer.Option(help="What does the arithmetic; `auto`: stream, as no recipe needs data yet."),
 ]
+Importance = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="How much an error in each input channel counts, for recipes that search scales.",
+        show_default=False,
+    ),
+]
 Workers = Annotated[
     int | None,
     typer.Option(
@@ -52,6 +61,7 @@ def quantize(
     recipe: RecipeName = None,
     out_folder: Out = None,
     engine: EngineChoice = Engine.AUTO,
+    importance: Importance = None,
     dry_run: DryRun = False,
     max_shard_size: MaxShardSize = None,
     workers: Workers = None,
@@ -86,7 +96,13 @@ def quantize(
         where = out_folder or default_out(plan.survey.checkpoint.source, plan.recipe.suffix)
         with progress(out) as emit:
             result = carry_out(
-                plan, where, engine=engine, workers=workers, restart=restart, emit=emit
+                plan,
+                where,
+                engine=engine,
+                importance=importance,
+                workers=workers,
+                restart=restart,
+                emit=emit,
             )
         _tell(out, result)
 

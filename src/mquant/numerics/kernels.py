@@ -9,7 +9,8 @@ The first call for a dtype compiles for seconds; numba keeps the result on disk.
 C-contiguous; a read-only one is a type of its own to numba, and compiled for anew.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar, cast
 
 import numba
@@ -33,9 +34,16 @@ def prepare(form: FloatFormat) -> None:
     """
     words, maxima = np.zeros(GROUP, form.word), np.zeros(1, np.uint32)
     packed, scales = np.empty(GROUP // 2, np.uint8), np.empty(1, np.uint8)
-    try:
+    with compiling():
         block_maxima(words, form, maxima)
         quantize_into(words, maxima, thresholds(form.name, 1.0), packed, scales)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Around first calls. Raises EngineError where compiled code cannot be kept."""
+    try:
+        yield
     except OSError as error:
         raise EngineError(
             f"numba cannot keep compiled code in its cache folder: {error.strerror}.",
@@ -215,4 +223,11 @@ def _pack(pairs: Array, packed: Array) -> None:
         packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint32(12)))
 
 
-__all__ = ["block_maxima", "compiled", "pack_into", "prepare", "quantize_into"]
+__all__ = [
+    "block_maxima",
+    "compiled",
+    "compiling",
+    "pack_into",
+    "prepare",
+    "quantize_into",
+]

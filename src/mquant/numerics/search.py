@@ -14,7 +14,7 @@ others lose:
 - d > a / 3.5: then no q is above 3, and d / 2 has every point that d has up to there. Half of
   code c is c - 8, but for odd codes below 16, of which all are tried where a block is that small.
 - 6 * d < 0.65 * a: cutting off a costs more than (0.35 * a)**2 = 4.41 * (a / 6)**2. Whatever the
-  other 15 weights are, some code costs at most 4.11 * (a / 6)**2: for every position of a / 6
+  other 15 weights are, some code costs at most 4.3 * (a / 6)**2: for every position of a / 6
   between two codes there is a mixture of the codes tried under which no 15 weights cost more on
   average (a game, solved in tests/numerics/test_search.py). With `w` such a code could win, and
   is not wanted: a channel that calibration did not see would lose a third of its largest weight.
@@ -35,13 +35,15 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from mquant.numerics.formats import BF16, E4M3, Array, Bytes, FloatFormat, Floats, Words
-from mquant.numerics.kernels import compiled
+from mquant.numerics.kernels import compiled, compiling
 from mquant.numerics.nvfp4 import GROUP, SCALE_OF_ZERO, global_scale_of
 from mquant.numerics.thresholds import Magnitudes
 
 RATIOS: Final = tuple(1 + sixteenth / 16 for sixteenth in range(16))
 _UNBOUND: Final = 6 / 3.5
 """From this ratio on the largest block has every code up to a / 3.5."""
+ALIKE: Final = np.empty(0, np.float32)
+"""The importance of columns that count alike."""
 _SAMPLED: Final = 16384  # blocks of a fused set that all global scales are tried on
 
 _TILE: Final = 128  # blocks at once: what they need stays in the first-level cache
@@ -62,13 +64,20 @@ class Weight(NamedTuple):
     """A weight [out, in] of finite numbers, to be searched: bit patterns, flat.
 
     `maxima`, uint32 [blocks], has each block's largest magnitude, `importance`, float32 [in], how
-    much an error in each column counts; empty: all alike.
+    much an error in each column counts, or `ALIKE`.
     """
 
     words: Words
     form: FloatFormat
     maxima: Magnitudes
     importance: Floats
+
+
+def prepare_search(form: FloatFormat) -> None:
+    """Compile the search for a format, as `kernels.prepare` does what comes before and after."""
+    words, maxima = np.zeros(GROUP, form.word), np.zeros(1, np.uint32)
+    with compiling():
+        search([Weight(words, form, maxima, ALIKE)], np.empty((3, 1), np.uint8))
 
 
 def search(weights: Sequence[Weight], scratch: Bytes) -> tuple[np.float32, Bytes]:
@@ -101,9 +110,8 @@ def _base(weights: Sequence[Weight]) -> np.float32:
 def _relative(weights: Sequence[Weight]) -> list[Weight]:
     """Importance of the set's largest: sums of squares stay numbers. All zero says nothing."""
     largest = max(float(w.importance.max(initial=0)) for w in weights)
-    none = np.empty(0, np.float32)
     return [
-        w._replace(importance=w.importance / np.float32(largest) if largest else none)
+        w._replace(importance=w.importance / np.float32(largest) if largest else ALIKE)
         for w in weights
     ]
 
@@ -124,9 +132,7 @@ def _search_under(
         end = start + len(maxima)
         as_float = _SHIFT[form.name], _UNIT[form.name], power
         under = scales / power, divisors, inverse
-        _search(
-            words, maxima, importance, every, as_float, *under, codes[:, start:end], totals
-        )
+        _search(words, maxima, importance, every, as_float, *under, codes[:, start:end], totals)
         start = end
     return totals
 
@@ -222,9 +228,9 @@ def _centers(largest: Array, ratio: Any, center: Array, codes: Array) -> int:
         if scale >= np.float32(2.0**-6):  # 3 bits of mantissa are kept; to nearest even
             bits = scale.view(np.uint32)
             bits = np.uint32(bits + np.uint32(0x7FFFF) + ((bits >> np.uint32(20)) & np.uint32(1)))
-            code = min(np.int32(bits >> np.uint32(20)) - np.int32((127 - 7) << 3), _LAST)
+            code = min(int(bits >> np.uint32(20)) - ((127 - 7) << 3), _LAST)
         else:
-            code = np.int32((scale * np.float32(512) + _ONES) - _ONES)
+            code = int((scale * np.float32(512) + _ONES) - _ONES)
         center[b] = code
         codes[b] = code if code else SCALE_OF_ZERO
         if code < _SMALL and largest[b]:
@@ -286,4 +292,4 @@ def _error(x: Any, w: Any, d: Any, over_d: Any) -> Any:
     return w * (off * off)
 
 
-__all__ = ["RATIOS", "Weight", "search"]
+__all__ = ["ALIKE", "RATIOS", "Weight", "prepare_search", "search"]
