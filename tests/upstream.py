@@ -36,8 +36,11 @@ def tensor(words: Array, dtype: str) -> torch.Tensor:
     return torch.from_numpy(signed).view(DTYPES[dtype])
 
 
-def linear(weight: torch.Tensor) -> Any:
-    return initialize_quantized_linear(weight, preset_name_to_scheme("NVFP4A16", ["Linear"]), "cpu")
+def linear(weight: torch.Tensor, observer: str = "") -> Any:
+    scheme = preset_name_to_scheme("NVFP4A16", ["Linear"])
+    assert scheme.weights is not None
+    scheme.weights.observer = observer or scheme.weights.observer
+    return initialize_quantized_linear(weight, scheme, "cpu")
 
 
 def compressed(module: Any) -> Quantized:
@@ -59,11 +62,16 @@ def alone(words: Array, dtype: str) -> Quantized:
     return compressed(module)
 
 
-def fused(names: tuple[str, ...], members: list[tuple[Array, str]]) -> list[Quantized]:
-    """Weights of one fused set, linked as `oneshot` links them: by their names in a module."""
+def fused(
+    names: tuple[str, ...], members: list[tuple[Array, str]], observer: str = ""
+) -> list[Quantized]:
+    """Weights of one fused set, linked as `oneshot` links them: by their names in a module.
+
+    `observer`: how scales are chosen, in llmcompressor's words; the preset's is min-max.
+    """
     parent = torch.nn.Module()
     for name, (words, dtype) in zip(names, members, strict=True):
-        parent.add_module(name, linear(tensor(words, dtype)))
+        parent.add_module(name, linear(tensor(words, dtype), observer))
     modules: list[Any] = list(parent.children())
     for module in modules:
         initialize_observer(module, "weight")
@@ -80,3 +88,16 @@ def with_scales(words: Array, dtype: str, scales: Bytes, global_scale: np.float3
     module.weight_scale.data.copy_(torch.from_numpy(scales.copy()).view(torch.float8_e4m3fn))
     module.weight_global_scale.data.fill_(float(global_scale))
     return compressed(module).packed
+
+
+def decompressed(quantized: Quantized) -> torch.Tensor:
+    """The weight [out, in], BF16, that compressed-tensors makes of it."""
+    state = {
+        "weight_packed": torch.from_numpy(quantized.packed),
+        "weight_scale": torch.from_numpy(quantized.scales).view(torch.float8_e4m3fn),
+        "weight_global_scale": torch.tensor([quantized.global_scale]),
+    }
+    compressor: Any = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    scheme = preset_name_to_scheme("NVFP4A16", ["Linear"])
+    weight: torch.Tensor = compressor.decompress(state, scheme)["weight"]
+    return weight

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -57,6 +57,8 @@ class Recipe(BaseModel):
     description: str = ""
     suffix: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     roles: Mapping[Role, SchemeName]
+    scales: Literal["minmax", "search"] = "minmax"
+    """`minmax`: llmcompressor's default, bit for bit. `search`: those of the smallest error."""
     targets: tuple[Pattern, ...] = ()
     ignore: tuple[Pattern, ...] = ()
     foreign: bool = Field(default=False, exclude=True)

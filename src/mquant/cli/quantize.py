@@ -1,5 +1,6 @@
 """`mquant quantize`: the main job."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,6 +32,14 @@ EngineChoice = Annotated[
     Engine,
     typer.Option(help="What does the arithmetic; `auto`: stream, as no recipe needs data yet."),
 ]
+Importance = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="How much an error in each input channel counts, for recipes that search scales.",
+        show_default=False,
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the plan, as `mquant plan`.")]
 
 
@@ -39,6 +48,7 @@ def quantize(
     recipe: RecipeName = None,
     out_folder: Out = None,
     engine: EngineChoice = Engine.AUTO,
+    importance: Importance = None,
     dry_run: DryRun = False,
     max_shard_size: MaxShardSize = None,
     workers: Workers = None,
@@ -73,7 +83,13 @@ def quantize(
         where = out_folder or default_out(plan.survey.checkpoint.source, plan.recipe.suffix)
         with progress(out) as emit:
             result = carry_out(
-                plan, where, engine=engine, workers=workers, restart=restart, emit=emit
+                plan,
+                where,
+                engine=engine,
+                importance=importance,
+                workers=workers,
+                restart=restart,
+                emit=emit,
             )
         _tell(out, result)
 

@@ -3,7 +3,8 @@
 Workers take one fused set after another, in the order of the output: read it into a buffer of
 their own, taking the largest magnitudes on the way, quantize it from there a piece at a time, and
 hand each piece to the output. So while one reads another computes or writes, every byte of the
-source is read once, and memory holds a fused set per worker, however large the model is.
+source is read once, and memory holds a fused set per worker, however large the model is. Where the
+recipe has scales searched, that is one more step, between reading and quantizing.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,9 +16,10 @@ from typing import Final, Protocol
 import numpy as np
 
 from mquant.errors import OutputError, SourceError
-from mquant.numerics.formats import FLOATS, Array, Bytes
-from mquant.numerics.kernels import block_maxima, prepare, quantize_into
+from mquant.numerics.formats import FLOATS, Array, Bytes, Floats
+from mquant.numerics.kernels import block_maxima, pack_into, prepare, quantize_into
 from mquant.numerics.nvfp4 import GROUP, global_scale_of
+from mquant.numerics.search import ALIKE, Weight, prepare_search, search
 from mquant.numerics.thresholds import Magnitudes, thresholds
 from mquant.plan import Action, Job
 
@@ -26,6 +28,14 @@ PIECE: Final = 2 << 20
 _AHEAD: Final = 64 << 20
 """Bytes of a job that the system is asked to fetch ahead of time; it reads on by itself."""
 _COMMIT_SECONDS: Final = 0.3
+
+Importance = Callable[[str], Floats]
+"""A module's name -> float32 [in]: how much an error in each column of its weight counts."""
+
+
+def alike(_module: str) -> Floats:
+    """The importance of everything where nothing is known."""
+    return ALIKE
 
 
 class Reader(Protocol):
@@ -55,8 +65,8 @@ class Output(Protocol):
         """Make what was written count."""
 
 
-def run(reader: Reader, output: Output, workers: int) -> None:
-    """Do all pending jobs of `output`.
+def run(reader: Reader, output: Output, workers: int, importance: Importance | None = None) -> None:
+    """Do all pending jobs of `output`; scales are searched where an `importance` is given.
 
     Raises SourceError for a source that cannot be read, changes, or holds NaN or infinity where
     it is quantized. However it ends, jobs that were complete by then count.
@@ -64,12 +74,14 @@ def run(reader: Reader, output: Output, workers: int) -> None:
     jobs = output.pending
     for dtype in sorted({a.source.dtype for job in jobs if job.scheme for a in job.actions}):
         prepare(FLOATS[dtype])
+        if importance:
+            prepare_search(FLOATS[dtype])
     stop = Event()
     with ThreadPoolExecutor(workers) as pool:
         queue = _Queue(jobs, reader, ahead=workers)
 
         def work() -> None:
-            worker = Worker(reader, output.write, jobs)
+            worker = Worker(reader, output.write, jobs, importance)
             for job in queue:
                 if stop.is_set():
                     return
@@ -96,7 +108,7 @@ def make(reader: Reader, job: Job) -> dict[str, bytes]:
         for dtype in {action.source.dtype for action in job.actions}:
             prepare(FLOATS[dtype])
     made: dict[str, bytearray] = {output.name: bytearray() for output in job.outputs}
-    Worker(reader, lambda name, data: made[name].extend(data), [job]).do(job)
+    Worker(reader, lambda name, data: made[name].extend(data), [job], None).do(job)
     return {name: bytes(data) for name, data in made.items()}
 
 
@@ -125,16 +137,22 @@ class Worker:
     """Does jobs, one at a time, in buffers that it keeps."""
 
     def __init__(
-        self, reader: Reader, write: Callable[[str, memoryview], None], jobs: list[Job]
+        self,
+        reader: Reader,
+        write: Callable[[str, memoryview], None],
+        jobs: list[Job],
+        importance: Importance | None,
     ) -> None:
         """Make buffers that hold the largest fused set among `jobs`."""
         self._reader = reader
         self._write = write
+        self._importance = importance
         sets = [job for job in jobs if job.scheme]
         self._weights = np.empty(max([PIECE, *(job.source_bytes for job in sets)]), np.uint8)
         self._maxima = np.empty(max([0, *map(_blocks, sets)]), np.uint32)
         self._packed = np.empty(PIECE // 4, np.uint8)  # of a 16-bit source; F32 fills half
         self._scales = np.empty(PIECE // 2 // GROUP, np.uint8)
+        self._found = np.empty((3, len(self._maxima) if importance else 0), np.uint8)
 
     def do(self, job: Job) -> None:
         """Quantize or copy the tensors of a job."""
@@ -165,9 +183,23 @@ class Worker:
                 job.actions, sizes, sizes[1:], strict=False
             )
         ]
-        scale = global_scale_of([self._read(*member) for member in members])
-        for member in members:
-            self._pack(*member, scale)
+        amaxes = [self._read(*member) for member in members]
+        if self._importance is None:
+            scale, found = global_scale_of(amaxes), None
+        else:
+            scale, found = self._search(members, self._importance)
+        for member, (_, first), (_, last) in zip(members, sizes, sizes[1:], strict=False):
+            self._pack(*member, scale, None if found is None else found[first:last])
+
+    def _search(
+        self, members: list[tuple[Action, Bytes, Magnitudes]], importance: Importance
+    ) -> tuple[np.float32, Bytes]:
+        """The best global scale of a fused set, and the best codes of all its blocks."""
+        weights = []
+        for action, weight, maxima in members:
+            form = FLOATS[action.source.dtype]
+            weights.append(Weight(weight.view(form.word), form, maxima, importance(action.module)))
+        return search(weights, self._found)
 
     def _read(self, action: Action, weight: Bytes, maxima: Magnitudes) -> Array:
         """Read a weight; returns its absolute maximum, a scalar in its own dtype."""
@@ -189,7 +221,14 @@ class Worker:
             )
         return form.values(np.array(largest, form.word))
 
-    def _pack(self, action: Action, weight: Bytes, maxima: Magnitudes, scale: np.float32) -> None:
+    def _pack(
+        self,
+        action: Action,
+        weight: Bytes,
+        maxima: Magnitudes,
+        scale: np.float32,
+        found: Bytes | None,
+    ) -> None:
         packed_name, scale_name, global_name = (output.name for output in action.outputs)
         steps = thresholds(action.source.dtype, float(scale))
         words = weight.view(steps.form.word)
@@ -198,7 +237,11 @@ class Worker:
             some = maxima[first : first + blocks]
             packed, scales = self._packed[: len(some) * GROUP // 2], self._scales[: len(some)]
             piece = words[first * GROUP : (first + blocks) * GROUP]
-            quantize_into(piece, some, steps, packed, scales)
+            if found is None:
+                quantize_into(piece, some, steps, packed, scales)
+            else:
+                scales = found[first : first + blocks]
+                pack_into(piece, steps, scales, packed)
             self._write(packed_name, packed.data)
             self._write(scale_name, scales.data)
         self._write(global_name, np.array([scale], "<f4").data.cast("B"))
@@ -208,4 +251,4 @@ def _blocks(job: Job) -> int:
     return sum(action.source.elements for action in job.actions) // GROUP
 
 
-__all__ = ["PIECE", "make", "run"]
+__all__ = ["PIECE", "Importance", "alike", "make", "run"]

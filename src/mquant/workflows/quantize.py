@@ -6,10 +6,10 @@ from enum import StrEnum
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from mquant.checkpoint import Folder, Reader, Source
-from mquant.errors import EngineError, MissingExtra, Refused
+from mquant.errors import EngineError, MissingExtra, Refused, UsageError
 from mquant.events import Emit, Note, silent
 from mquant.output import (
     Claim,
@@ -23,8 +23,12 @@ from mquant.output import (
     side_files,
 )
 from mquant.plan import Plan
+from mquant.recipe import Recipe
 from mquant.workflows.making import Making, check_disk, default_workers, provenance
 from mquant.workflows.verify import Depth, verify
+
+if TYPE_CHECKING:
+    from mquant.workflows.importance import Importance
 
 
 class Engine(StrEnum):
@@ -52,8 +56,16 @@ class Result:
     fresh: bool
 
 
-def choose_engine(wanted: Engine) -> Engine:
-    """The engine that will run: `auto` takes the streaming one, as no scheme needs data yet."""
+def choose_engine(wanted: Engine, recipe: Recipe) -> Engine:
+    """The engine that will run: `auto` takes the streaming one, as no scheme needs data yet.
+
+    Raises UsageError for one that cannot do what the recipe asks for.
+    """
+    if wanted is Engine.ONESHOT and recipe.scales == "search":
+        raise UsageError(
+            f"Recipe {recipe.name} has its scales searched, which only the stream engine does.",
+            "Leave out --engine, or take recipe nvfp4.",
+        )
     return Engine.STREAM if wanted is Engine.AUTO else wanted
 
 
@@ -62,6 +74,7 @@ def quantize(
     out: Path,
     *,
     engine: Engine = Engine.AUTO,
+    importance: Path | None = None,
     workers: int | None = None,
     restart: bool = False,
     emit: Emit = silent,
@@ -69,18 +82,24 @@ def quantize(
     """Write the checkpoint that `plan` describes into `out`, or go on with what is there of it.
 
     `workers`: how many fused sets the streaming engine has under way; None: as many as the cores
-    can use. Raises Refused for a plan with errors, MissingExtra without the engine's packages,
-    OutputError for an OUT that is not ours, is in use or too small, and what the engine raises.
-    Until it returns there is no config.json in `out`, so nothing there looks like a checkpoint.
+    can use. `importance`: a file that says how much an error in each input channel counts where
+    scales are searched (see `workflows.importance`). Raises Refused for a plan with errors,
+    UsageError and DataFileError for what does not go with it, MissingExtra without the engine's
+    packages, OutputError for an OUT that is not ours, is in use or too small, and what the engine
+    raises. Until it returns there is no config.json in `out`, so nothing there looks like a
+    checkpoint.
     """
     if plan.refusals:
         raise Refused(plan.refusals)
-    engine = choose_engine(engine)
+    engine = choose_engine(engine, plan.recipe)
     versions = _versions(engine)
     source = plan.survey.checkpoint.source
     local = [source.root] if isinstance(source, Folder) else []
     identity = source.identity()
     fingerprint = {**identity, "plan": plan.fingerprint, "engine": engine.value, **versions}
+    weights = _read_importance(importance, plan)
+    if plan.recipe.scales == "search":
+        fingerprint["importance"] = weights.sha256 if weights else "none"
     look = partial(examine, out, local, fingerprint)
     claim = look(restart=restart)
     if claim.state is State.DONE:
@@ -93,7 +112,7 @@ def quantize(
         claim = look(restart=restart)  # again: now nobody else can change it
         if claim.state is State.DONE:
             return Result(out, plan, engine, fresh=False)
-        run = Run(plan.reading_from(folder), out, engine, workers, emit)
+        run = Run(plan.reading_from(folder), out, engine, workers, weights, emit)
         sides = dict.fromkeys(own, folder)
         digests = run.make_shards(ledger, claim, fingerprint, file_names(plan, sides))
         shards = {
@@ -107,6 +126,19 @@ def quantize(
     finally:
         ledger.release()
     return Result(out, plan, engine, fresh=True)
+
+
+def _read_importance(path: Path | None, plan: Plan) -> "Importance | None":
+    if path is None:
+        return None
+    if plan.recipe.scales != "search":
+        raise UsageError(
+            f"Recipe {plan.recipe.name} has no scales searched, so --importance says nothing.",
+            "Take recipe nvfp4-opt, or leave out --importance.",
+        )
+    from mquant.workflows.importance import open_importance  # numpy
+
+    return open_importance(path, plan)
 
 
 def _versions(engine: Engine) -> dict[str, str]:
@@ -134,6 +166,7 @@ class Run:
     out: Path
     engine: Engine
     workers: int | None
+    importance: "Importance | None"
     emit: Emit
 
     @property
@@ -161,9 +194,15 @@ class Run:
             from mquant.engines import oneshot  # torch and transformers: seconds, and optional
 
             oneshot.run(self.plan, output.write, self.emit)
+        weigh = self.importance.of if self.importance else stream.alike
         # After oneshot, what is left are the tensors that are copied.
         with closing(Reader(self.source)) as reader:
-            stream.run(reader, output, self.workers or default_workers())
+            stream.run(
+                reader,
+                output,
+                self.workers or default_workers(),
+                weigh if self.plan.recipe.scales == "search" else None,
+            )
 
     def judge(self, result: Source) -> None:
         """Judge what was made as `mquant verify OUT --against SRC` does.

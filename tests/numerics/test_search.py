@@ -1,0 +1,302 @@
+"""Searched scales: the best of all codes for every block, the best global scale for the set."""
+
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import upstream
+from mquant.checkpoint import Folder, open_checkpoint
+from mquant.numerics import kernels, nvfp4
+from mquant.numerics.formats import BF16, E2M1, E4M3, FLOATS, Array, Bytes, FloatFormat, Floats
+from mquant.numerics.search import ALIKE, RATIOS, Weight, search
+from mquant.numerics.thresholds import thresholds
+from numerics.test_nvfp4 import BLOCKS, QKV, block, normal
+from run import TRAINED
+
+DTYPES = pytest.mark.parametrize("dtype", FLOATS)
+EVERY_CODE: Final = np.arange(1, 127, dtype=np.uint8)
+
+
+def weight_of(words: Array, form: FloatFormat, importance: Floats = ALIKE) -> Weight:
+    maxima = np.empty(words.size // 16, np.uint32)
+    kernels.block_maxima(words.reshape(-1), form, maxima)
+    return Weight(words.reshape(-1), form, maxima, importance)
+
+
+def searched(*weights: Weight) -> tuple[np.float32, list[Bytes]]:
+    """The set's global scale, and each weight's codes."""
+    sizes = [len(weight.maxima) for weight in weights]
+    scale, codes = search(weights, np.empty((3, sum(sizes)), np.uint8))
+    return scale, np.split(codes, np.cumsum(sizes)[:-1])
+
+
+def unit(scale: np.float32) -> float:
+    """What errors are in: squares of tiny weights stay numbers."""
+    return float(4.0 ** np.floor(np.log2(float(scale))))
+
+
+def largest(*weights: Weight) -> np.float32:
+    return np.float32(max(np.abs(w.form.values(w.words).astype(np.float32)).max() for w in weights))
+
+
+def errors(weight: Weight, codes: Array, scale: np.float32) -> Array:
+    """Every block's error, in float64 and `unit`s, with the reference's elements."""
+    x = weight.form.values(weight.words).reshape(-1, 16)
+    codes = np.broadcast_to(codes, len(x))[:, None]
+    q = nvfp4.element_codes(nvfp4.quotients(x, codes, scale))
+    decoded = np.where(q & 8, -1.0, 1.0) * E2M1[q & 7] * (E4M3[codes] / scale)
+    w = weight.importance.astype(np.float64)
+    wide = np.resize(w.reshape(-1, 16), (len(x), 16)) if w.size else 1.0
+    off = (x.astype(np.float64) - decoded) * unit(scale) ** 0.5
+    total: Array = np.sum(wide * off**2, axis=1)
+    return total
+
+
+def of_every_code(weight: Weight, scale: np.float32) -> Array:
+    """Every block's error under each of the 126 codes [126, blocks]."""
+    return np.stack([errors(weight, code, scale) for code in EVERY_CODE[:, None]])
+
+
+def assert_best(weight: Weight, codes: Bytes, scale: np.float32) -> None:
+    """No code does better in any block, of all 126, but for what F32 rounds of x and q * d."""
+    mine = errors(weight, codes, scale)
+    every = of_every_code(weight, scale)
+    rounding = 2.0**-21 * np.sqrt(every.max(axis=0))  # at least 2**-23 of the block's norm
+    assert np.all(np.sqrt(mine) <= np.sqrt(every.min(axis=0)) + rounding)
+
+
+@DTYPES
+@settings(deadline=None, max_examples=100)
+@given(kinds=st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=6), seed=st.integers(0))
+def test_no_code_is_better_for_blocks_of_every_kind(
+    dtype: str, kinds: list[str], seed: int
+) -> None:
+    form, rng = FLOATS[dtype], np.random.default_rng(seed)
+    weight = weight_of(np.stack([block(kind, form, rng) for kind in kinds]), form)
+    scale, (codes,) = searched(weight)
+    assert_best(weight, codes, scale)
+
+
+@DTYPES
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_no_code_is_better_for_arbitrary_bits(dtype: str, data: st.DataObject) -> None:
+    form = FLOATS[dtype]
+    words = data.draw(st.lists(st.integers(0, form.infinity - 1), min_size=32, max_size=32))
+    weight = weight_of(np.array(words, form.word), form)
+    scale, (codes,) = searched(weight)
+    assert_best(weight, codes, scale)
+
+
+@DTYPES
+@pytest.mark.parametrize("exponent", range(-24, 3, 3))
+def test_no_code_is_better_for_blocks_far_below_the_largest(dtype: str, exponent: int) -> None:
+    form = FLOATS[dtype]
+    words = normal((8, 256), dtype, 0.5 * 2.0**exponent, seed=exponent + 30)
+    words[0, 0] = np.array([1], form.value).view(form.word)[0]
+    weight = weight_of(words, form)
+    scale, (codes,) = searched(weight)
+    assert_best(weight, codes, scale)
+
+
+def test_codes_that_are_not_tried_cannot_be_the_best() -> None:
+    """Whatever 15 of a block's weights are, a code that is tried costs less than 0.35 of the 16th.
+
+    So what cuts more than 0.35 off that one costs more. Positions of a / 6 between two codes are
+    taken in slices. The mixture of codes is found by multiplicative weights; what it costs at most
+    is exact: between the points where a code rounds to its next value it is a sum of parabolas.
+    """
+    for code in range(64, 72):  # one octave
+        first, last = (E4M3[code - 1] + E4M3[code]) / 2, (E4M3[code] + E4M3[code + 1]) / 2
+        for low, high in pairwise(np.linspace(first, last, 9)):
+            tried = E4M3[code - 5 : code + 8].astype(float)
+            tried = tried[tried >= 0.65 * high]
+            assert cost_at_most(tried, 6 * low, 6 * high) < (0.35 * 6 * low) ** 2
+
+
+def cost_at_most(scales: Array, low: float, high: float) -> float:
+    """What the best of `scales` costs at most, where the largest weight is from `low` to `high`."""
+    edges = np.outer(scales, (E2M1[:-1] + E2M1[1:]) / 2).ravel()
+    x = np.concatenate([[0, low, high], edges[edges < high]])
+    near = np.abs(x[:, None, None] - np.outer(scales, E2M1)).min(axis=2) ** 2
+    largest = np.flatnonzero(x >= low)
+    mixture, total, bound = np.ones(len(scales)), np.zeros(len(scales)), np.inf
+    for _ in range(500):
+        mixture /= mixture.sum()
+        total += mixture
+        costs = near @ (total / total.sum())
+        bound = min(bound, 15 * costs.max() + costs[largest].max())
+        costs = near @ mixture
+        worst = 15 * near[costs.argmax()] + near[largest[costs[largest].argmax()]]
+        mixture = mixture * np.exp(-0.01 * worst / scales.min() ** 2)
+    return bound
+
+
+@DTYPES
+def test_no_global_scale_of_an_octave_is_better(dtype: str) -> None:
+    weights = [weight_of(normal((40, 64), dtype, 0.02, i), FLOATS[dtype]) for i in range(2)]
+    scale, codes = searched(*weights)
+    first = np.float32(BF16.value.type(2688 / largest(*weights)))
+    tried = [np.float32(BF16.value.type(first / np.float32(ratio))) for ratio in RATIOS]
+    best = [sum(of_every_code(w, g).min(axis=0).sum() / unit(g) for w in weights) for g in tried]
+    mine = sum(errors(w, c, scale).sum() / unit(scale) for w, c in zip(weights, codes, strict=True))
+    assert mine <= min(best) * (1 + 1e-5)
+    assert len({f"{error:.6g}" for error in best}) > 8  # it matters
+
+
+@DTYPES
+def test_global_scales_are_bf16_numbers_whatever_the_weights_are(dtype: str) -> None:
+    for seed in range(8):
+        scale, _ = searched(weight_of(normal((8, 64), dtype, 0.02, seed), FLOATS[dtype]))
+        assert scale == np.float32(BF16.value.type(scale))
+        # ModelOpt stores the reciprocal; rounded to BF16, its own is the scale again.
+        assert BF16.value.type(np.float32(1) / (np.float32(1) / scale)) == scale
+
+
+def test_a_block_far_above_all_others_has_all_its_codes_too() -> None:
+    """It lies where no sample looks, and its error is most of the tensor's."""
+    words = normal((640, 1024), "BF16", 0.001, seed=3)
+    words[2, :16] = np.resize([1, 0.75, 0.375], 16).astype(BF16.value).view(BF16.word)
+    scale, (codes,) = searched(weight_of(words, BF16))
+    # 4, 3 and 1.5 of 0.25, which is half as much again as what min-max allows.
+    assert E4M3[codes[128]] / scale == pytest.approx(0.25, rel=1 / 16)
+    assert nvfp4.global_scale([BF16.values(words)]) / scale >= 6 / 3.5
+
+
+@DTYPES
+def test_it_is_never_worse_than_min_max(dtype: str) -> None:
+    for seed in range(4):
+        weight = weight_of(normal((64, 256), dtype, 0.02, seed), FLOATS[dtype])
+        values = weight.form.values(weight.words).reshape(64, 256)
+        theirs = nvfp4.global_scale([values])
+        _, their_codes = nvfp4.quantize(values, theirs)
+        scale, (codes,) = searched(weight)
+        mine = errors(weight, codes, scale).sum() / unit(scale)
+        assert mine < 0.8 * errors(weight, their_codes.ravel(), theirs).sum() / unit(theirs)
+
+
+def test_what_min_max_stores_exactly_stays_as_it_is() -> None:
+    points = np.resize([*E2M1, *-E2M1], (4, 64)) * np.array([[1], [2], [8], [448]])
+    weight = weight_of(points.astype(BF16.value).view(BF16.word), BF16)
+    scale, (codes,) = searched(weight)
+    assert scale == 1
+    assert codes.reshape(4, 4).tolist() == [[56] * 4, [64] * 4, [80] * 4, [126] * 4]
+    assert errors(weight, codes, scale).sum() == 0
+
+
+def test_blocks_of_zeros_keep_min_max_scale() -> None:
+    words = normal((2, 64), "BF16", 1, seed=1)
+    words[1] = 0
+    _, (codes,) = searched(weight_of(words, BF16))
+    assert codes[4:].tolist() == [nvfp4.SCALE_OF_ZERO] * 4
+    _, (codes,) = searched(weight_of(words[1:], BF16))
+    assert codes.tolist() == [nvfp4.SCALE_OF_ZERO] * 4
+
+
+# --- importance
+
+
+def test_errors_count_by_the_importance_of_their_columns() -> None:
+    words = normal((64, 256), "BF16", 0.02, seed=5)
+    importance = np.random.default_rng(5).lognormal(0, 2, 256).astype(np.float32)
+    plain, weighed = weight_of(words, BF16), weight_of(words, BF16, importance)
+    plain_scale, (plain_codes,) = searched(plain)
+    scale, (codes,) = searched(weighed)
+    assert (codes != plain_codes).mean() > 0.3
+    mine = errors(weighed, codes, scale).sum() / unit(scale)
+    assert mine < 0.9 * errors(weighed, plain_codes, plain_scale).sum() / unit(plain_scale)
+
+
+@pytest.mark.parametrize("importance", [0, 1, 3e-38, 3e38])
+def test_the_same_importance_everywhere_is_none(importance: float) -> None:
+    words = normal((8, 256), "BF16", 0.02, seed=6)
+    plain = searched(weight_of(words, BF16))
+    same = searched(weight_of(words, BF16, np.full(256, importance, np.float32)))
+    assert plain[0] == same[0]
+    assert np.array_equal(plain[1], same[1])
+
+
+def test_no_weight_is_given_up_however_little_it_counts() -> None:
+    words = normal((512, 16), "BF16", 0.02, seed=7)
+    importance = np.ones(16, np.float32)
+    importance[3] = 0
+    weight = weight_of(words, BF16, importance)
+    scale, (codes,) = searched(weight)
+    amax = np.abs(BF16.values(words).astype(np.float32)).max(axis=1)
+    kept = 6 * E4M3[codes] / scale / amax
+    assert 0.65 <= kept.min() < 0.7
+
+
+# --- how it gets there
+
+
+def test_two_searches_are_the_same_bytes() -> None:
+    words = normal((512, 1040), "BF16", 0.02, seed=8)
+    first, second = searched(weight_of(words, BF16)), searched(weight_of(words.copy(), BF16))
+    assert first[0] == second[0]
+    assert np.array_equal(first[1], second[1])
+
+
+@DTYPES
+def test_elements_are_packed_as_the_reference_rounds_them(dtype: str) -> None:
+    form, words = FLOATS[dtype], normal((130, 1040), dtype, 1.0, seed=9)
+    codes = np.random.default_rng(9).integers(1, 127, 130 * 65).astype(np.uint8)
+    packed = np.empty(words.size // 2, np.uint8)
+    kernels.pack_into(words.reshape(-1), thresholds(dtype, 600.0), codes, packed)
+    x = form.values(words).reshape(-1, 16)
+    elements = nvfp4.element_codes(nvfp4.quotients(x, codes[:, None], np.float32(600)))
+    assert np.array_equal(packed.reshape(-1, 8), elements[:, ::2] | elements[:, 1::2] << 4)
+    with pytest.raises(ValueError, match="135200 elements into"):
+        kernels.pack_into(words.reshape(-1), thresholds(dtype, 600.0), codes[1:], packed)
+
+
+# --- compared with upstream
+
+
+def test_compressed_tensors_decodes_it_to_what_was_searched_for() -> None:
+    words = normal((48, 128), "BF16", 0.02, seed=10)
+    weight = weight_of(words, BF16)
+    scale, (codes,) = searched(weight)
+    packed = np.empty(words.size // 2, np.uint8)
+    kernels.pack_into(weight.words, thresholds("BF16", float(scale)), codes, packed)
+    theirs = upstream.decompressed(
+        upstream.Quantized(packed.reshape(48, 64), codes.reshape(48, 8), scale)
+    )
+    elements = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1, 16)
+    values = np.where(elements & 8, -1, 1) * E2M1[elements & 7]
+    decoded = values.astype(np.float32) * (E4M3[codes] / scale)[:, None]
+    assert np.array_equal(theirs.float().numpy().reshape(-1, 16), decoded.astype(BF16.value))
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize(
+    "names",
+    [
+        tuple(f"self_attn.{name}" for name in QKV),
+        ("self_attn.o_proj",),
+        ("block_sparse_moe.experts.1.w1", "block_sparse_moe.experts.1.w3"),
+        ("block_sparse_moe.experts.1.w2",),
+    ],
+)
+def test_no_tensor_is_worse_than_with_llmcompressor_s_expanded_mse(names: tuple[str, ...]) -> None:
+    checkpoint = open_checkpoint(Folder(TRAINED))
+    infos = [checkpoint.tensors[f"model.layers.1.{name}.weight"] for name in names]
+    words = [
+        np.frombuffer(checkpoint.source.read(i.shard, i.start, i.end), "<u2").reshape(i.shape)
+        for i in infos
+    ]
+    last = tuple(name.rpartition(".")[2] for name in names)
+    members = [(each, info.dtype) for each, info in zip(words, infos, strict=True)]
+    theirs = upstream.fused(last, members, "nvfp4_expanded_mse")
+    weights = [
+        weight_of(each.copy(), FLOATS[i.dtype]) for each, i in zip(words, infos, strict=True)
+    ]
+    scale, codes = searched(*weights)
+    for weight, code, other in zip(weights, codes, theirs, strict=True):
+        mine = errors(weight, code, scale).sum() / unit(scale)
+        their_error = errors(weight, other.scales.reshape(-1), other.global_scale).sum()
+        assert mine < their_error / unit(other.global_scale)
