@@ -30,7 +30,7 @@ def weight_of(words: Array, form: FloatFormat, importance: Floats = ALIKE) -> We
 def searched(*weights: Weight) -> tuple[np.float32, list[Bytes]]:
     """The set's global scale, and each weight's codes."""
     sizes = [len(weight.maxima) for weight in weights]
-    scale, codes = search(weights, np.empty((3, sum(sizes)), np.uint8))
+    scale, codes = search(weights, np.empty((2, sum(sizes)), np.uint8))
     return scale, np.split(codes, np.cumsum(sizes)[:-1])
 
 

@@ -130,7 +130,7 @@ class Worker:
         self._maxima = np.empty(max([0, *map(_blocks, sets)]), np.uint32)
         self._packed = np.empty(PIECE // 4, np.uint8)  # of a 16-bit source; F32 fills half
         self._scales = np.empty(PIECE // 2 // GROUP, np.uint8)
-        self._found = np.empty((3, len(self._maxima) if importance else 0), np.uint8)
+        self._found = np.empty((2, len(self._maxima) if importance else 0), np.uint8)
 
     def do(self, job: Job) -> None:
         """Quantize or copy the tensors of a job."""
