@@ -54,6 +54,14 @@ def findings(tmp_path: Path, recipe: Recipe, rule: str) -> list[Finding]:
 # --- where a recipe comes from
 
 
+def test_nvfp4_opt_is_nvfp4_but_for_its_scales() -> None:
+    minmax, searched = find_recipe("nvfp4"), find_recipe("nvfp4-opt")
+
+    assert (minmax.scales, searched.scales) == ("minmax", "search")
+    assert searched.roles == minmax.roles
+    assert searched.suffix != minmax.suffix
+
+
 def test_nvfp4_quantizes_experts_and_attention_and_nothing_else() -> None:
     recipe = find_recipe("nvfp4")
 
@@ -135,6 +143,7 @@ def test_targets_narrow_a_recipe_and_ignore_wins(tmp_path: Path) -> None:
             "mine.yaml: ignore.0: 're:[' is no regular expression: unterminated character set at "
             "position 0.",
         ),
+        ("scales: best", "mine.yaml: scales: Input should be 'minmax' or 'search'."),
         ("ignore: [3]", "mine.yaml: ignore.0: Input should be a valid string."),
         (
             "suffix: ../../etc",

@@ -97,7 +97,8 @@ class Choice:
 
 def load_recipes() -> dict[str, Recipe]:
     """Every recipe that ships, by name, sorted."""
-    return {path.stem: load_recipe(path) for path in sorted(folder("recipes").glob("*.yaml"))}
+    found = {path.stem: load_recipe(path) for path in folder("recipes").glob("*.yaml")}
+    return dict(sorted(found.items()))
 
 
 def find_recipe(name: str) -> Recipe:

@@ -23,7 +23,7 @@ def test_recipes_are_listed_with_title_and_description() -> None:
 def test_recipes_as_json() -> None:
     document = json.loads(mquant("recipes", "--format", "json").stdout)
     assert (document["schema"], document["ok"]) == ("mquant.recipes/1", True)
-    assert [recipe["name"] for recipe in document["recipes"]] == ["nvfp4"]
+    assert [recipe["name"] for recipe in document["recipes"]] == ["nvfp4", "nvfp4-opt"]
     assert set(document["recipes"][0]) == {"name", "title", "description"}
 
 
@@ -68,7 +68,7 @@ def test_show_prints_nothing_in_quiet() -> None:
         (
             ("recipes", "show", "nvpf4"),
             "Error: There is no recipe 'nvpf4'.\n"
-            "Take one of: nvfp4. Example: mquant recipes show nvfp4\n",
+            "Take one of: nvfp4, nvfp4-opt. Example: mquant recipes show nvfp4\n",
         ),
         (
             ("families", "show", "../recipes/nvfp4"),
@@ -78,7 +78,8 @@ def test_show_prints_nothing_in_quiet() -> None:
         ),
         (
             ("recipes", "show"),
-            "Error: NAME is missing.\nTake one of: nvfp4. Example: mquant recipes show nvfp4\n",
+            "Error: NAME is missing.\n"
+            "Take one of: nvfp4, nvfp4-opt. Example: mquant recipes show nvfp4\n",
         ),
     ],
 )

@@ -129,6 +129,10 @@ def test_other_dtypes_are_searched_too(tmp_path: Path, dtype: str) -> None:
     assert all(ours[name] < 0.85 * theirs[name] for name in theirs)
 
 
+def test_the_recipe_for_llmcompressor_says_that_its_numbers_are_others(trained: Path) -> None:
+    assert "# Scales were searched" in (trained / "recipe.yaml").read_text()
+
+
 @pytest.mark.parametrize("workers", [2, 5])
 def test_the_number_of_workers_changes_no_byte(trained: Path, tmp_path: Path, workers: int) -> None:
     file = written(tmp_path / "i.safetensors", vectors(TRAINED))

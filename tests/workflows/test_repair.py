@@ -12,17 +12,18 @@ import pytest
 from corpus import EXPERT, OF_NVFP4A16, OF_OTHER_SCHEMES, Case
 from judges import data, hashes, model_free_ptq, one_shard, oneshot_and_save, opened, read_json
 from killed import repair_and_die
-from make import Row, make_checkpoint, without, write_json
+from make import Row, make_checkpoint, without, write_json, write_shard
 from mquant.checkpoint import Folder
 from mquant.errors import OutputError, Refused, SourceError
 from mquant.family import load_families
 from mquant.findings import Finding
 from mquant.output import RECORD, WORK, apply
 from mquant.workflows.diagnose import Diagnosis, diagnose
+from mquant.workflows.quantize import quantize
 from mquant.workflows.repair import finish_in_place, repair, repair_in_place
 from mquant.workflows.verify import Depth, verify
 from mutate import changed, mutated, scalar
-from run import TRAINED, quantize_nvfp4
+from run import TRAINED, plan_of, quantize_nvfp4
 
 FAMILIES = load_families()
 UNKNOWN = "a prefix before every name"
@@ -117,13 +118,54 @@ def test_attention_that_was_kept_stays_kept(tmp_path: Path) -> None:
     parent = make_checkpoint(tmp_path / "parent")
     recipe = tmp_path / "experts.yaml"
     recipe.write_text("{name: experts, suffix: x, roles: {expert: NVFP4A16}}")
-    from mquant.workflows.quantize import quantize
-    from run import plan_of
-
     good = quantize(plan_of(parent, str(recipe)), tmp_path / "good").out
     bad = mutated(good, tmp_path, edit=without("experts.3."))
     (bad / RECORD).unlink()
     assert tensors(mended(bad, tmp_path / "out", parent)) == tensors(good)
+
+
+@pytest.fixture(scope="module")
+def importance(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    random = np.random.default_rng(0)
+    rows: list[Row] = []
+    for action in (a for a in plan_of(TRAINED, "nvfp4-opt").actions if a.scheme):
+        wide = action.source.shape[1]
+        rows.append((action.module, "F32", (wide,), random.random(wide, "<f4").tobytes()))
+    file = tmp_path_factory.mktemp("importance") / "importance.safetensors"
+    write_shard(file, rows)
+    return file
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_scales_that_were_searched_are_searched_again(
+    tmp_path: Path, importance: Path, *, weighed: bool
+) -> None:
+    file = importance if weighed else None
+    good = quantize(plan_of(TRAINED, "nvfp4-opt"), tmp_path / "good", importance=file).out
+    bad = mutated(good, tmp_path, edit=without(EXPERT))
+    diagnosis = diagnose(Folder(bad), Folder(TRAINED), FAMILIES, importance=file)
+    out = repair(diagnosis, tmp_path / "out").out
+    assert tensors(out) == tensors(good)
+    made = [read_json(folder / RECORD)["fingerprint"]["importance"] for folder in (good, out)]
+    assert made[0] == made[1]
+
+
+def test_how_scales_were_searched_is_found_out(tmp_path: Path) -> None:
+    good = quantize(plan_of(TRAINED, "nvfp4-opt"), tmp_path / "good").out
+    bad = mutated(good, tmp_path, edit=without(EXPERT))
+    (bad / RECORD).unlink()
+    diagnosis = found(bad)
+    assert (diagnosis.made_by, diagnosis.mending.right.recipe.name) == ("reproduced", "nvfp4-opt")
+    assert tensors(repair(diagnosis, tmp_path / "out").out) == tensors(good)
+
+
+def test_without_the_importance_file_it_says_so(tmp_path: Path, importance: Path) -> None:
+    plan = plan_of(TRAINED, "nvfp4-opt")
+    good = quantize(plan, tmp_path / "good", importance=importance).out
+    told = refusal(mutated(good, tmp_path, edit=without(EXPERT)))
+    assert told.fix.startswith(
+        "If it was made with an importance file, give that with --importance. "
+    )
 
 
 # --- What is read, and what is written

@@ -78,6 +78,14 @@ Restart = Annotated[
         "--restart", help="Delete what an earlier run of mquant made in OUT, and only that."
     ),
 ]
+Importance = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="How much an error in each input channel counts, for recipes that search scales.",
+        show_default=False,
+    ),
+]
 FormatChoice = Annotated[
     Format, typer.Option("--format", help="How the result is written to stdout.")
 ]
@@ -85,6 +93,7 @@ FormatChoice = Annotated[
 __all__ = [
     "AllowUnsafe",
     "FormatChoice",
+    "Importance",
     "MaxShardSize",
     "Out",
     "RecipeName",

@@ -1,6 +1,5 @@
 """`mquant quantize`: the main job."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,6 +8,7 @@ from rich.text import Text
 from mquant.cli.options import (
     AllowUnsafe,
     FormatChoice,
+    Importance,
     MaxShardSize,
     Out,
     RecipeName,
@@ -31,14 +31,6 @@ if TYPE_CHECKING:
 EngineChoice = Annotated[
     Engine,
     typer.Option(help="What does the arithmetic; `auto`: stream, as no recipe needs data yet."),
-]
-Importance = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="How much an error in each input channel counts, for recipes that search scales.",
-        show_default=False,
-    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the plan, as `mquant plan`.")]
 

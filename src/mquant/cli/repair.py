@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.text import Text
 
-from mquant.cli.options import FormatChoice, Out, Restart, Revision, Src, Workers
+from mquant.cli.options import FormatChoice, Importance, Out, Restart, Revision, Src, Workers
 from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
 from mquant.cli.source import default_out, open_source
@@ -54,6 +54,7 @@ def repair(
     in_place: InPlace = False,
     dry_run: DryRun = False,
     depth: DepthChoice = None,
+    importance: Importance = None,
     workers: Workers = None,
     restart: Restart = False,
     revision: Revision = None,
@@ -84,7 +85,9 @@ def repair(
         original = open_source(parent, None, _EXAMPLE)
         with progress(out) as emit:
             wanted = None if depth is None else Depth(depth)
-            diagnosis = diagnose(source, original, load_families(), wanted, emit)
+            diagnosis = diagnose(
+                source, original, load_families(), wanted, emit, importance=importance
+            )
         # What will be mended does not fail this run.
         out.report(diagnosis.report.findings, failing=frozenset())
         _tell(out, diagnosis)

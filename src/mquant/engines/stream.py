@@ -72,10 +72,7 @@ def run(reader: Reader, output: Output, workers: int, importance: Importance | N
     it is quantized. However it ends, jobs that were complete by then count.
     """
     jobs = output.pending
-    for dtype in sorted({a.source.dtype for job in jobs if job.scheme for a in job.actions}):
-        prepare(FLOATS[dtype])
-        if importance:
-            prepare_search(FLOATS[dtype])
+    _prepare(jobs, importance)
     stop = Event()
     with ThreadPoolExecutor(workers) as pool:
         queue = _Queue(jobs, reader, ahead=workers)
@@ -102,14 +99,19 @@ def run(reader: Reader, output: Output, workers: int, importance: Importance | N
             raise
 
 
-def make(reader: Reader, job: Job) -> dict[str, bytes]:
+def make(reader: Reader, job: Job, importance: Importance | None = None) -> dict[str, bytes]:
     """The tensors of one job, by name, in memory. Raises as `run`."""
-    if job.scheme is not None:
-        for dtype in {action.source.dtype for action in job.actions}:
-            prepare(FLOATS[dtype])
+    _prepare([job], importance)
     made: dict[str, bytearray] = {output.name: bytearray() for output in job.outputs}
-    Worker(reader, lambda name, data: made[name].extend(data), [job], None).do(job)
+    Worker(reader, lambda name, data: made[name].extend(data), [job], importance).do(job)
     return {name: bytes(data) for name, data in made.items()}
+
+
+def _prepare(jobs: list[Job], importance: Importance | None) -> None:
+    for dtype in sorted({a.source.dtype for job in jobs if job.scheme for a in job.actions}):
+        prepare(FLOATS[dtype])
+        if importance:
+            prepare_search(FLOATS[dtype])
 
 
 class _Queue(Iterator[Job]):
@@ -152,7 +154,7 @@ class Worker:
         self._maxima = np.empty(max([0, *map(_blocks, sets)]), np.uint32)
         self._packed = np.empty(PIECE // 4, np.uint8)  # of a 16-bit source; F32 fills half
         self._scales = np.empty(PIECE // 2 // GROUP, np.uint8)
-        self._found = np.empty((3, len(self._maxima) if importance else 0), np.uint8)
+        self._found = np.empty((2, len(self._maxima) if importance else 0), np.uint8)
 
     def do(self, job: Job) -> None:
         """Quantize or copy the tensors of a job."""

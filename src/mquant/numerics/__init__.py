@@ -1,5 +1,6 @@
 """Exact NVFP4 arithmetic on arrays. It knows no checkpoints, and only `kernels` imports numba.
 
 `formats` defines the number formats, `nvfp4` is the readable reference, `thresholds` turns the
-reference into tables of integers, `kernels` applies these at the speed of memory.
+reference into tables of integers, `kernels` applies these at the speed of memory; `search` looks
+for better scales than the reference's.
 """

@@ -20,11 +20,10 @@ others lose:
   is not wanted: a channel that calibration did not see would lose a third of its largest weight.
 
 **Which global scales.** Halving G moves every code by 8 and changes nothing but what falls off
-E4M3's ends, so one octave holds all grids there are. `RATIOS` are 16 of it below the min-max one,
-where the largest blocks find codes above a / 6. All are tried on a sample of blocks; three on all
-of them: the best, the best of those that leave the largest block all its codes, which no sample
-need show, and the min-max one. So min-max's never does better. All are BF16 numbers, in which
-1 / G can be taken and undone.
+E4M3's ends, so one octave holds all grids there are. The min-max G leaves the largest block no
+code above a / 6; so `RATIOS` below it, an octave in 16 steps, begin where it has all of them. The
+best of these on a sample of blocks is compared with the min-max one on all blocks: so min-max's
+never does better. All are BF16 numbers, in which 1 / G can be taken and undone.
 
 Deterministic: sums are taken in one order, whatever the vectors' width or the number of threads.
 """
@@ -39,12 +38,11 @@ from mquant.numerics.kernels import compiled, compiling
 from mquant.numerics.nvfp4 import GROUP, SCALE_OF_ZERO, global_scale_of
 from mquant.numerics.thresholds import Magnitudes
 
-RATIOS: Final = tuple(1 + sixteenth / 16 for sixteenth in range(16))
-_UNBOUND: Final = 6 / 3.5
-"""From this ratio on the largest block has every code up to a / 3.5."""
+RATIOS: Final = tuple(1.75 * (1 + sixteenth / 16) for sixteenth in range(16))
+"""Of the min-max global scale to those tried; 1.75 is the first sixteenth from 6 / 3.5 on."""
 ALIKE: Final = np.empty(0, np.float32)
 """The importance of columns that count alike."""
-_SAMPLED: Final = 16384  # blocks of a fused set that all global scales are tried on
+_SAMPLED: Final = 8192  # blocks of a fused set that all global scales are tried on
 
 _TILE: Final = 128  # blocks at once: what they need stays in the first-level cache
 _LAST: Final = len(E4M3) - 1
@@ -77,26 +75,24 @@ def prepare_search(form: FloatFormat) -> None:
     """Compile the search for a format, as `kernels.prepare` does what comes before and after."""
     words, maxima = np.zeros(GROUP, form.word), np.zeros(1, np.uint32)
     with compiling():
-        search([Weight(words, form, maxima, ALIKE)], np.empty((3, 1), np.uint8))
+        search([Weight(words, form, maxima, ALIKE)], np.empty((2, 1), np.uint8))
 
 
 def search(weights: Sequence[Weight], scratch: Bytes) -> tuple[np.float32, Bytes]:
     """The global scale of a fused set, and the E4M3 codes of all its blocks, one after another.
 
-    `scratch`, uint8 [3, blocks], holds them until it is used again.
+    `scratch`, uint8 [2, blocks], holds them until it is used again.
     """
     first = _base(weights)
     below = (BF16.value.type(first / np.float32(ratio)) for ratio in RATIOS)
-    scales = np.array(list(dict.fromkeys(below)), np.float32)
-    unbound = np.flatnonzero(first / scales >= _UNBOUND)
+    scales = np.array(list(below), np.float32)
     weights = _relative(weights)
     power = np.ldexp(np.float32(1), np.frexp(first)[1] - 1)
     blocks = sum(len(weight.maxima) for weight in weights)
     sampled = _search_under(scales, weights, power, max(1, blocks // _SAMPLED), scratch[:1])
-    unbound_best = unbound[np.argmin(sampled[unbound])] if len(unbound) else 0
-    finalists = scales[list(dict.fromkeys((0, int(np.argmin(sampled)), int(unbound_best))))]
-    best = np.argmin(_search_under(finalists, weights, power, 1, scratch))
-    return finalists[best], scratch[best, :blocks]
+    scales = np.array([first, scales[np.argmin(sampled)]])
+    best = np.argmin(_search_under(scales, weights, power, 1, scratch))
+    return scales[best], scratch[best, :blocks]
 
 
 def _base(weights: Sequence[Weight]) -> np.float32:

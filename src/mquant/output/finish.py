@@ -152,6 +152,8 @@ def recipe_yaml(plan: Plan) -> str:
     }
     recipe = {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
     head = f"# What mquant did (recipe {plan.recipe.name}), as a recipe for llmcompressor.\n"
+    if plan.recipe.scales == "search":
+        head += "# Scales were searched: it keeps and quantizes the same, with other numbers.\n"
     return head + yaml.safe_dump(recipe, sort_keys=False)
 
 

@@ -3,10 +3,10 @@
 The bounds. Round to nearest in NVFP4 moves an element by half a step at most: s in the widest
 gap of E2M1 (4 to 6), where s, the block's scale, is amax / 6 rounded to E4M3 (1/16 at most, either
 way): amax / 6 * 17/16. Tools that search for better scales go up to 2 s (half a step is then
-amax / 3) and down to 0.71 s (what is cut off is 0.29 amax). So an element further off than
-amax / 3 * 17/16 was not made from this parent by any choice of scale. Blocks far below the
-tensor's amax fall under the smallest E4M3 scale, 2**-9, or below its half and become zero: that
-adds 6 * 2**-9 / global scale.
+amax / 3) and down to 0.65 s (what is cut off is 0.35 amax: recipe nvfp4-opt's limit, beyond which
+no scale has a block's smallest squared error). So an element further off than amax / 3 * 17/16 was
+not made from this parent by any choice of scale. Blocks far below the tensor's amax fall under the
+smallest E4M3 scale, 2**-9, or below its half and become zero: that adds 6 * 2**-9 / global scale.
 
 FP8 moves an element by 1/16 of itself (3 bits of mantissa), or half of its smallest step, 2**-9 of
 the scale; integers of b bits by amax / (2**b - 1). Both are doubled, for searched scales.

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -32,9 +33,11 @@ from mquant.recipe import Recipe, load_recipes
 from mquant.schemes import NVFP4A16
 from mquant.verify.formats import Kind, activations, kind_of
 from mquant.verify.layout import Layout, Module, read_layout
+from mquant.workflows.importance import Importance, read_importance, weigher
 from mquant.workflows.verify import Depth, Report, verify
 
 _QUANTIZE: Final = "Quantize the parent again: mquant quantize PARENT --recipe nvfp4."
+_IMPORTANCE: Final = "If it was made with an importance file, give that with --importance. "
 _TRIED: Final = 3
 """Fused sets that are made again, and norms that are compared, before one is believed."""
 
@@ -44,8 +47,9 @@ class Diagnosis:
     """A broken checkpoint, what `verify` says of it, and how to mend it.
 
     `made_by` says how the recipe is known: `mquant.json`, `reproduced`, or empty where nothing has
-    to be quantized again. `config_differs`: config.json is not the parent's, as it should be.
-    `missing` are the parent's side files that are not there.
+    to be quantized again; `importance` is what its scales were searched with. `config_differs`:
+    config.json is not the parent's, as it should be. `missing` are the parent's side files that
+    are not there.
     """
 
     bad: Checkpoint
@@ -54,6 +58,7 @@ class Diagnosis:
     mending: Mending
     made_by: str
     config_differs: bool
+    importance: Importance | None
     missing: tuple[str, ...]
 
     @property
@@ -83,11 +88,14 @@ def diagnose(
     families: Mapping[str, Family],
     depth: Depth | None = None,
     emit: Emit = silent,
+    *,
+    importance: Path | None = None,
 ) -> Diagnosis:
     """Find out what is wrong with `bad`, and how each of it is mended from `parent`.
 
-    Raises Refused where it cannot be: the parent is not whole or not the parent, the layout is not
-    one that mquant writes, or tensors must be quantized again and nobody knows how.
+    `importance` is the file that its scales were searched with, where there was one. Raises Refused
+    where it cannot be mended: the parent is not whole or not the parent, the layout is not one that
+    mquant writes, or tensors must be quantized again and nobody knows how.
     """
     report = verify(bad, families, depth, emit=emit)
     checkpoint, original = open_checkpoint(bad, tolerant=True), open_checkpoint(parent)
@@ -106,10 +114,11 @@ def diagnose(
     wrong |= _unlike_parent(layout, original, wrong)
     mending = mend(right, checkpoint, wrong)
     made_by = ""
+    weights = read_importance(importance, right)
     if any(action.scheme for action in mending.replaced):
         made_by = "mquant.json" if stated else "reproduced"
-        known = [recipe] if stated else [*load_recipes().values()]
-        how = _reproduced(mending, assemble(bad, parent), known)
+        known = [recipe] if stated else _known(recipe)
+        how = _reproduced(mending, assemble(bad, parent), known, weights)
         if how is None and not (stated and not _intact(mending)):
             raise Refused([_unknown(mending, stated)])
         if how is not None:
@@ -122,6 +131,7 @@ def diagnose(
         mending=mending,
         made_by=made_by,
         config_differs={**plain, **_quantization(config_json(right))} != config_json(right),
+        importance=weights,
         missing=tuple(path for path in side_files(original) if path not in bad.files),
     )
 
@@ -261,7 +271,22 @@ def _intact(mending: Mending) -> list[tuple[Job, set[str]]]:
     return sorted(jobs, key=lambda pair: pair[0].source_bytes)
 
 
-def _reproduced(mending: Mending, assembly: Assembly, known: Iterable[Recipe]) -> Recipe | None:
+def _known(recipe: Recipe) -> list[Recipe]:
+    """The recipes that ship and store what `recipe` does, one for each way to choose scales."""
+    alike = [each for each in load_recipes().values() if _schemes(each) == _schemes(recipe)]
+    return list({each.scales: each for each in alike}.values())
+
+
+def _schemes(recipe: Recipe) -> set[str]:
+    return set(recipe.roles.values())
+
+
+def _reproduced(
+    mending: Mending,
+    assembly: Assembly,
+    known: Iterable[Recipe],
+    importance: Importance | None,
+) -> Recipe | None:
     """The recipe that makes one of the intact fused sets again, byte for byte."""
     from mquant.engines import stream  # numba
 
@@ -270,7 +295,7 @@ def _reproduced(mending: Mending, assembly: Assembly, known: Iterable[Recipe]) -
             infos = {name: mending.sound[name] for name in there}
             theirs = {n: assembly.read(i.shard, i.start, i.end) for n, i in infos.items()}
             for recipe in known:
-                made = stream.make(reader, from_parent(job))
+                made = stream.make(reader, from_parent(job), weigher(recipe, importance))
                 if all(made[name] == data for name, data in theirs.items()):
                     return recipe
     return None
@@ -278,7 +303,7 @@ def _reproduced(mending: Mending, assembly: Assembly, known: Iterable[Recipe]) -
 
 def _made_by(mending: Mending, how: Recipe) -> Mending:
     """The same, with the name of the recipe that it was found to be made by."""
-    named = {"name": how.name, "title": how.title, "suffix": how.suffix}
+    named = {"name": how.name, "title": how.title, "suffix": how.suffix, "scales": how.scales}
     recipe = mending.right.recipe.model_copy(update=named)
     return replace(
         mending,
@@ -311,7 +336,7 @@ def _unknown(mending: Mending, stated: Recipe | None) -> Finding:
         "error",
         lost[0],
         f"{names(lost)} must be quantized again, but {what}.",
-        _QUANTIZE,
+        _IMPORTANCE + _QUANTIZE if stated and stated.scales == "search" else _QUANTIZE,
     )
 
 

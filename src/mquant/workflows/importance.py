@@ -9,6 +9,7 @@ nor does a vector of zeros, under which all channels count alike.
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,10 +18,11 @@ import numpy as np
 
 from mquant.checkpoint import Stamp, TensorInfo, header_length, parse_header, stamp
 from mquant.checkpoint.headers import PREFIX_BYTES
-from mquant.errors import DataFileError, SourceError
+from mquant.errors import DataFileError, SourceError, UsageError
 from mquant.findings import names
 from mquant.numerics.formats import Floats
 from mquant.plan import Plan
+from mquant.recipe import Recipe
 
 _FIX: Final = "Make it from a calibration run of this checkpoint, with this recipe."
 
@@ -48,6 +50,37 @@ class Importance:
                     "Let it be whole and at rest, then run the same command again.",
                 )
         return np.frombuffer(bytearray(raw), "<f4")
+
+
+def read_importance(path: Path | None, plan: Plan) -> Importance | None:
+    """The file a person gave, or none. Raises UsageError where the recipe has no use for it.
+
+    And what `open_importance` raises.
+    """
+    if path is None:
+        return None
+    if plan.recipe.scales != "search":
+        raise UsageError(
+            f"Recipe {plan.recipe.name} has no scales searched, so --importance says nothing.",
+            "Take recipe nvfp4-opt, or leave out --importance.",
+        )
+    return open_importance(path, plan)
+
+
+def stated(recipe: Recipe, importance: Importance | None) -> dict[str, str]:
+    """What a run's fingerprint says of it: nothing, where no scales are searched."""
+    if recipe.scales != "search":
+        return {}
+    return {"importance": importance.sha256 if importance else "none"}
+
+
+def weigher(recipe: Recipe, importance: Importance | None) -> Callable[[str], Floats] | None:
+    """What the streaming engine asks for a module's importance; None: scales are not searched."""
+    if recipe.scales != "search":
+        return None
+    from mquant.engines.stream import alike  # numba
+
+    return importance.of if importance else alike
 
 
 def open_importance(path: Path, plan: Plan) -> Importance:
@@ -103,4 +136,4 @@ def _check_values(file: str, info: TensorInfo, data: bytes) -> None:
         )
 
 
-__all__ = ["Importance", "open_importance"]
+__all__ = ["Importance", "open_importance", "read_importance", "stated", "weigher"]

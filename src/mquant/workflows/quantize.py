@@ -89,6 +89,8 @@ def quantize(
     raises. Until it returns there is no config.json in `out`, so nothing there looks like a
     checkpoint.
     """
+    from mquant.workflows.importance import read_importance, stated  # numpy
+
     if plan.refusals:
         raise Refused(plan.refusals)
     engine = choose_engine(engine, plan.recipe)
@@ -97,9 +99,8 @@ def quantize(
     local = [source.root] if isinstance(source, Folder) else []
     identity = source.identity()
     fingerprint = {**identity, "plan": plan.fingerprint, "engine": engine.value, **versions}
-    weights = _read_importance(importance, plan)
-    if plan.recipe.scales == "search":
-        fingerprint["importance"] = weights.sha256 if weights else "none"
+    weights = read_importance(importance, plan)
+    fingerprint |= stated(plan.recipe, weights)
     look = partial(examine, out, local, fingerprint)
     claim = look(restart=restart)
     if claim.state is State.DONE:
@@ -126,19 +127,6 @@ def quantize(
     finally:
         ledger.release()
     return Result(out, plan, engine, fresh=True)
-
-
-def _read_importance(path: Path | None, plan: Plan) -> "Importance | None":
-    if path is None:
-        return None
-    if plan.recipe.scales != "search":
-        raise UsageError(
-            f"Recipe {plan.recipe.name} has no scales searched, so --importance says nothing.",
-            "Take recipe nvfp4-opt, or leave out --importance.",
-        )
-    from mquant.workflows.importance import open_importance  # numpy
-
-    return open_importance(path, plan)
 
 
 def _versions(engine: Engine) -> dict[str, str]:
@@ -189,20 +177,16 @@ class Run:
 
     def _run_engines(self, output: ShardSet) -> None:
         from mquant.engines import stream  # numba
+        from mquant.workflows.importance import weigher
 
         if self.engine is Engine.ONESHOT:
             from mquant.engines import oneshot  # torch and transformers: seconds, and optional
 
             oneshot.run(self.plan, output.write, self.emit)
-        weigh = self.importance.of if self.importance else stream.alike
         # After oneshot, what is left are the tensors that are copied.
         with closing(Reader(self.source)) as reader:
-            stream.run(
-                reader,
-                output,
-                self.workers or default_workers(),
-                weigh if self.plan.recipe.scales == "search" else None,
-            )
+            weigh = weigher(self.plan.recipe, self.importance)
+            stream.run(reader, output, self.workers or default_workers(), weigh)
 
     def judge(self, result: Source) -> None:
         """Judge what was made as `mquant verify OUT --against SRC` does.

@@ -35,6 +35,7 @@ from mquant.output import (
 )
 from mquant.plan import BAD, Plan
 from mquant.workflows.diagnose import Diagnosis, assemble
+from mquant.workflows.importance import stated, weigher
 from mquant.workflows.making import Making, check_disk, default_workers, provenance
 from mquant.workflows.verify import Depth, verify
 
@@ -154,13 +155,14 @@ class _Run:
                 return Repaired(self.out, fresh=False)
             with closing(AssemblyReader(assembly)) as reader:
                 making = self._making(assembly)
+                weigh = weigher(mending.right.recipe, self.diagnosis.importance)
                 from mquant.engines import stream  # numba
 
                 digests = making.shards(
                     ledger,
                     claim,
                     fingerprint,
-                    lambda output: stream.run(reader, output, workers or default_workers()),
+                    lambda output: stream.run(reader, output, workers or default_workers(), weigh),
                 )
                 parent_bytes = reader.bytes_read.get(parent, 0)
             for shard in self.plan.shards:
@@ -184,6 +186,7 @@ class _Run:
             "plan": self.diagnosis.mending.plan.fingerprint,
             "origin": origin.hexdigest(),
             "engine": "stream",
+            **stated(self.diagnosis.mending.right.recipe, self.diagnosis.importance),
         }
 
     def _local_bad(self) -> Source:
