@@ -1,6 +1,7 @@
 """Train the small MiniMax-M2 checkpoint that the tests quantize, and write it with hub names.
 
     python scripts/train_tiny_moe.py [--out tests/fixtures/tiny-minimax-m2] [--steps 1400]
+        [--hidden 256 --intermediate 64 --layers 3]    larger ones are for scripts/accuracy.py
 
 The steps, in the order of this file:
 
@@ -231,7 +232,7 @@ def train(model: Any, tokens: Tensor, steps: int) -> Iterator[tuple[int, float]]
 @torch.no_grad()
 def measure_experts(model: Any, windows: Tensor) -> tuple[Tensor, Tensor]:
     """[layer, expert]: REAP's saliency, and the number of tokens that went to the expert."""
-    saliency, routed = torch.zeros(2, LAYERS, EXPERTS)
+    saliency, routed = torch.zeros(2, CONFIG["num_hidden_layers"], EXPERTS)
 
     def observe(layer: int, experts: Any, hidden: Tensor, chosen: Tensor, gates: Tensor) -> None:
         for expert in range(EXPERTS):
@@ -339,7 +340,16 @@ def main() -> None:
     parser.add_argument("--heldout", type=Path, default=fixtures / "heldout.txt")
     parser.add_argument("--steps", type=int, default=1400, help=f"of {BATCH} x {WINDOW} tokens")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--hidden", type=int, default=CONFIG["hidden_size"])
+    parser.add_argument("--intermediate", type=int, default=CONFIG["intermediate_size"])
+    parser.add_argument("--layers", type=int, default=LAYERS, help="3 or more")
     args = parser.parse_args()
+    CONFIG.update(
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_hidden_layers=args.layers,
+        attn_type_list=[1] * args.layers,
+    )
     torch.set_num_threads(1)  # the order of every sum is then the same each time
     torch.use_deterministic_algorithms(True)
     # Only costs time here:

@@ -1,0 +1,291 @@
+"""Measure what every recipe costs in accuracy, beside llmcompressor, and write docs/accuracy.md.
+
+    python scripts/accuracy.py [MODEL ...] [--data FILE] [--text FILE]
+
+MODEL: folders that scripts/train_tiny_moe.py made. Left out: the tests' fixture, and two larger
+ones that are trained into out/accuracy first, for half an hour.
+
+Each checkpoint is quantized by `mquant quantize`, one process a recipe, start-up included, and by
+llmcompressor's observers and compressed-tensors' compressor on weights in memory, timed alone. Both
+are made BF16 again, and run by transformers in F32: perplexity, and the mean Kullback-Leibler
+divergence of the parent's next-token distribution from theirs, on text that was not trained on.
+Calibration text (--data) is of the training text.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from bench_search import tensor as as_tensor
+from bench_search import theirs, values
+from mquant.checkpoint import Folder, open_checkpoint
+from mquant.family import load_families
+from mquant.plan import Plan, make_plan
+from mquant.recipe import find_recipe, load_recipes
+from perplexity import load_model
+from train_tiny_moe import read_library
+
+ROOT = Path(__file__).parent.parent
+FIXTURE = ROOT / "tests/fixtures/tiny-minimax-m2"
+OBSERVERS = {
+    "memoryless_minmax": "llmcompressor: minmax",
+    "memoryless_mse": "llmcompressor: memoryless_mse",
+    "nvfp4_expanded_mse": "llmcompressor: expanded MSE",
+}
+WEIGHED = "nvfp4-opt with --importance"
+WINDOW = 256
+TRAINED = {
+    "m8": ["--steps", "500", "--hidden", "384", "--intermediate", "128", "--layers", "4"],
+    "m13": ["--steps", "400", "--hidden", "512", "--intermediate", "96", "--layers", "6"],
+}
+
+
+@dataclass
+class Row:
+    """One way to quantize one model. `note` says why there are no numbers, where there are none."""
+
+    name: str
+    seconds: float = 0.0
+    error: float = math.nan
+    kl: float = math.nan
+    perplexity: float = math.nan
+    size: float = math.nan
+    note: str = ""
+
+
+def main() -> None:
+    """Train what is missing, quantize, measure, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", type=Path)
+    parser.add_argument("--data", type=Path, help="calibration text; left out: of the training's")
+    parser.add_argument("--text", type=Path, default=ROOT / "tests/fixtures/heldout.txt")
+    parser.add_argument("--tokens", type=int, default=16 * 1024, help="of the text, at most")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/accuracy.md")
+    options = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    models = options.models or [FIXTURE, *train()]
+    with tempfile.TemporaryDirectory() as where:
+        data = options.data or calibration(Path(where) / "calibration.txt")
+        pages = []
+        for model in models:
+            judge = Judge(model, options.text, options.tokens)
+            rows = list(measure(model, data, judge, Path(where)))
+            pages.append((model, judge, rows))
+            print(table(rows), flush=True)
+    options.out.write_text(page(pages), encoding="utf-8")
+
+
+def train() -> list[Path]:
+    """Two larger models, trained where they are not there yet."""
+    folder = ROOT / "out/accuracy"
+    for seed, (name, sizes) in enumerate(TRAINED.items(), start=2):
+        if not (folder / name / "training.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            files = ["--out", str(folder / name), "--heldout", str(folder / "heldout.txt")]
+            script = str(ROOT / "scripts/train_tiny_moe.py")
+            command = [sys.executable, script, *files, *sizes, "--seed", str(seed)]
+            subprocess.run(command, check=True)
+    return [folder / name for name in TRAINED]
+
+
+def calibration(path: Path) -> Path:
+    """Some of the text that the models were trained on, one document a line, as JSON."""
+    documents, _ = read_library()
+    chosen = documents[:: max(1, len(documents) // 256)]
+    path = path.with_suffix(".jsonl")
+    path.write_text("".join(json.dumps({"text": text[:8000]}) + "\n" for text in chosen))
+    return path
+
+
+class Judge:
+    """The parent's predictions on a text, and how far another model's are from them."""
+
+    def __init__(self, parent: Path, text: Path, most: int) -> None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(parent)
+        ids = tokenizer(text.read_text("utf-8"), add_special_tokens=False)["input_ids"][: most + 1]
+        whole = (len(ids) - 1) // WINDOW
+        self.windows = torch.tensor(ids[: whole * WINDOW + 1]).unfold(0, WINDOW + 1, WINDOW)
+        self.parameters = open_checkpoint(Folder(parent)).parameters
+        self.parent = list(self._predict(parent))
+        self.perplexity = self.of(parent)[1]
+
+    def of(self, folder: Path) -> tuple[float, float]:
+        """Mean KL (nats a token) from the parent, and perplexity, of a BF16 checkpoint."""
+        kl = loss = 0.0
+        for window, ours, logs in zip(
+            torch.split(self.windows, 8), self.parent, self._predict(folder), strict=True
+        ):
+            kl += float((ours.exp() * (ours - logs)).sum(dtype=torch.float64))
+            targets = window[:, 1:].unsqueeze(-1)
+            loss -= float(logs.gather(-1, targets).sum(dtype=torch.float64))
+        count = self.windows.shape[0] * WINDOW
+        return kl / count, math.exp(loss / count)
+
+    def _predict(self, folder: Path) -> Iterator[torch.Tensor]:
+        model = load_model(folder)
+        with torch.inference_mode():
+            for window in torch.split(self.windows, 8):
+                logits = model(input_ids=window[:, :-1], use_cache=False).logits
+                yield logits.float().log_softmax(-1)
+
+
+def measure(model: Path, data: Path, judge: Judge, where: Path) -> Iterator[Row]:
+    """Every recipe, then llmcompressor's observers."""
+    for recipe in load_recipes().values():
+        options = ["--data", str(data)] if getattr(recipe, "calibration", None) else []
+        yield ours(model, recipe.name, recipe.name, options, judge, where)
+        if recipe.scales == "search":
+            file = where / "importance.safetensors"
+            file.unlink(missing_ok=True)
+            run("calibrate", model, "--recipe", recipe.name, "--data", data, "-o", file)
+            yield ours(model, WEIGHED, recipe.name, ["--importance", str(file)], judge, where)
+    plan = make_plan(open_checkpoint(Folder(model)), find_recipe("nvfp4"), load_families())
+    for observer, name in OBSERVERS.items():
+        yield upstream(model, plan, observer, name, judge, where)
+
+
+def ours(model: Path, name: str, recipe: str, options: list[str], judge: Judge, where: Path) -> Row:
+    """`mquant quantize`, timed as a process."""
+    out = where / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    start = time.perf_counter()
+    done = run("quantize", model, "--recipe", recipe, "-o", out, *options, check=False)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        return Row(name, note=done.stderr.strip().splitlines()[0])
+    return judged(Row(name, seconds), model, out, judge, where)
+
+
+def upstream(model: Path, plan: Plan, observer: str, name: str, judge: Judge, where: Path) -> Row:
+    """Llmcompressor's observer on every fused set; its tensors in place of ours."""
+    out = where / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    run("quantize", model, "--recipe", "nvfp4", "-o", out)
+    seconds = 0.0
+    made: dict[str, torch.Tensor] = {}
+    for job in (job for shard in plan.shards for job in shard.jobs if job.scheme):
+        weights = [as_tensor(values(plan.survey.checkpoint, a.source.name)) for a in job.actions]
+        took, found = theirs(job, weights, observer)
+        seconds += took
+        for action, parts in zip(job.actions, found, strict=True):
+            named = zip(action.outputs, parts, strict=True)
+            made |= {output.name: torch.from_numpy(np.array(part)) for output, part in named}
+    for shard in out.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for key in tensors.keys() & made.keys():
+            tensors[key] = made[key].view(tensors[key].dtype).reshape(tensors[key].shape)
+        save_file(tensors, shard, metadata={"format": "pt"})
+    return judged(Row(name, seconds), model, out, judge, where)
+
+
+def judged(row: Row, model: Path, out: Path, judge: Judge, where: Path) -> Row:
+    """The numbers of a quantized checkpoint."""
+    plain = where / "plain"
+    shutil.rmtree(plain, ignore_errors=True)
+    run("dequantize", out, "-o", plain)
+    row.kl, row.perplexity = judge.of(plain)
+    parent, quantized = open_checkpoint(Folder(model)), open_checkpoint(Folder(out))
+    errors = []
+    for name, weight in weights_of(plain).items():
+        original = values(parent, name).astype(np.float32)
+        if name not in quantized.tensors or quantized.tensors[name].dtype != "BF16":
+            errors.append(np.linalg.norm(weight - original) / np.linalg.norm(original))
+    row.error = float(np.mean(errors))
+    row.size = quantized.nbytes / parent.nbytes
+    return row
+
+
+def weights_of(folder: Path) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    """The matrices of linear layers, in F32."""
+    checkpoint = open_checkpoint(Folder(folder))
+    names = [name for name in checkpoint.tensors if "_proj." in name or ".experts." in name]
+    return {name: values(checkpoint, name).astype(np.float32) for name in names}
+
+
+def run(*arguments: object, check: bool = True) -> "subprocess.CompletedProcess[str]":
+    """`mquant`, in a process."""
+    command = [sys.executable, "-m", "mquant", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if check and done.returncode:
+        raise RuntimeError(f"{' '.join(command[3:])}: {done.stderr}")
+    return done
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown, the smallest KL last."""
+    head = "| recipe | size | weight error | KL, nats/token | perplexity | seconds |\n"
+    lines = [head + "| --- | --- | --- | --- | --- | --- |"]
+    for row in rows:
+        if row.note:
+            lines.append(f"| {row.name} | {row.note} | | | | |")
+            continue
+        lines.append(
+            f"| {row.name} | {row.size:.1%} | {row.error:.4f} | {row.kl:.5f} | "
+            f"{row.perplexity:.3f} | {row.seconds:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def page(results: list[tuple[Path, Judge, list[Row]]]) -> str:
+    """docs/accuracy.md."""
+    parts = [HEAD]
+    for model, judge, rows in results:
+        tokens = judge.windows.shape[0] * WINDOW
+        parts.append(
+            f"## {model.name}: {judge.parameters / 1e6:.1f} million parameters\n\n"
+            f"The parent's perplexity is {judge.perplexity:.3f}, on {tokens:,} tokens.\n\n"
+            + table(rows)
+        )
+    parts.append(summary([rows for _, _, rows in results]))
+    return "\n".join(parts)
+
+
+def summary(results: list[list[Row]]) -> str:
+    """KL beside expanded MSE's, over all models."""
+    by_name = [{row.name: row for row in rows} for rows in results]
+    base = OBSERVERS["nvfp4_expanded_mse"]
+    number: Callable[[str], float] = lambda name: float(  # noqa: E731
+        np.mean([rows[name].kl / rows[base].kl for rows in by_name if name in rows])
+    )
+    lines = ["## Beside llmcompressor's expanded MSE\n", "| | KL over its KL, mean of the models |"]
+    lines.append("| --- | --- |")
+    measured = [name for name, row in by_name[0].items() if not row.note]
+    lines += [f"| {name} | {number(name):.3f} |" for name in measured]
+    return "\n".join(lines) + "\n"
+
+
+HEAD = """# Accuracy
+
+Made by `scripts/accuracy.py`, which trains what it measures; do not edit. Small models, trained for
+minutes on the sources of Python's standard library: they rank methods, they do not predict what a
+large model loses.
+
+*weight error* is the mean over all quantized matrices of |decoded - parent| / |parent| (L2). *KL*
+is how far the next-token distribution is from the parent's. Activations are not quantized here:
+recipes that do so are shown by their weights alone. *seconds*: `mquant` as a whole process,
+start-up included; llmcompressor's observers on weights in memory, alone.
+"""
+
+
+if __name__ == "__main__":
+    main()
