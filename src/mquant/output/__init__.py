@@ -1,6 +1,6 @@
 """Writing: atomic shards at planned sizes, the claim on OUT, and the order of finishing."""
 
-from mquant.output.disk import PARTIAL
+from mquant.output.disk import PARTIAL, is_there
 from mquant.output.finish import file_names, finish, side_files
 from mquant.output.folder import RECORD, Claim, State, discard, examine
 from mquant.output.ledger import LEDGER, Ledger, Recorded
@@ -19,5 +19,6 @@ __all__ = [
     "examine",
     "file_names",
     "finish",
+    "is_there",
     "side_files",
 ]

@@ -24,6 +24,7 @@ from mquant.output import (
     examine,
     file_names,
     finish,
+    is_there,
     side_files,
 )
 from mquant.plan import Plan
@@ -116,7 +117,7 @@ def default_workers() -> int:
 
 def free_disk(out: Path) -> int:
     """Bytes free where `out` is, or will be."""
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    existing = next(path for path in (out, *out.absolute().parents) if is_there(path))
     return shutil.disk_usage(existing).free
 
 
