@@ -94,21 +94,18 @@ def _header(folder: Path, random: Random) -> None:
     """A shard's header, as JSON."""
     path = _file(folder, random, ".safetensors")
     raw, data = _split(path)
-    try:
-        table = json.loads(raw)
-    except ValueError:
-        return
+    table = _loaded(raw)
     for _ in range(random.choice((1, 1, 2, 5))):
         table = twisted(table, random)
     fresh = dumped(table, random)
-    path.write_bytes(len(fresh).to_bytes(PREFIX_BYTES, "little") + fresh + data)
+    _put(path, len(fresh).to_bytes(PREFIX_BYTES, "little") + fresh + data)
 
 
 def _layout(folder: Path, random: Random) -> None:
     """A shard with other dtypes, shapes and names, and offsets that fit them."""
     path = _file(folder, random, ".safetensors")
     try:
-        table = json.loads(_split(path)[0])
+        table = _loaded(_split(path)[0])
         position = 0
         for entry in [entry for name, entry in table.items() if name != "__metadata__"]:
             if random.random() < 0.2:
@@ -134,7 +131,7 @@ def _layout(folder: Path, random: Random) -> None:
 def _length(folder: Path, random: Random) -> None:
     path = _file(folder, random, ".safetensors")
     length = random.choice(LENGTHS)
-    path.write_bytes(length.to_bytes(PREFIX_BYTES, "little") + _bytes(path)[PREFIX_BYTES:])
+    _put(path, length.to_bytes(PREFIX_BYTES, "little") + _bytes(path)[PREFIX_BYTES:])
 
 
 def _resized(folder: Path, random: Random) -> None:
@@ -152,41 +149,34 @@ def _scribbled(folder: Path, random: Random) -> None:
         place = random.randint(0, min(len(data), random.choice((16, 2000, 10**9))))
         token = random.choice((b"\xff", b"\0", b'"', b"{", b"]", b",", b"-", b"9" * 30, b"1e400"))
         data[place : place + random.choice((0, 0, 1, 9))] = token
-    path.write_bytes(data)
+    _put(path, bytes(data))
 
 
 def _json(name: str) -> Change:
     def change(folder: Path, random: Random) -> None:
         path = folder / name
-        try:
-            table = json.loads(_bytes(path))
-        except ValueError:
-            return
+        table = _loaded(_bytes(path))
         for _ in range(random.choice((1, 1, 2, 6))):
             inner = table.get("quantization_config") if isinstance(table, dict) else None
             if inner and random.random() < 0.6:
                 table["quantization_config"] = twisted(inner, random)
             else:
                 table = twisted(table, random)
-        path.write_bytes(dumped(table, random))
+        _put(path, dumped(table, random))
 
     return change
 
 
 def _quantization(folder: Path, random: Random) -> None:
-    try:
-        table = json.loads(_bytes(folder / CONFIG_NAME))
-        table["quantization_config"] = twisted(random.choice(QUANTIZATIONS), random)
-    except (ValueError, TypeError):
-        return
-    (folder / CONFIG_NAME).write_bytes(dumped(table, random))
+    table = _loaded(_bytes(folder / CONFIG_NAME))
+    table = table if isinstance(table, dict) else {}
+    table["quantization_config"] = twisted(random.choice(QUANTIZATIONS), random)
+    _put(folder / CONFIG_NAME, dumped(table, random))
 
 
 def _index_paths(folder: Path, random: Random) -> None:
     where = random.choice(("../x.safetensors", "/etc/passwd", "a/../../b", "", "\x1b]0;x\x07"))
-    path = folder / INDEX_NAME
-    if path.is_file() or not path.exists():  # a pipe would have us wait for a reader
-        path.write_text(json.dumps({"weight_map": {"lm_head.weight": where}}))
+    _put(folder / INDEX_NAME, json.dumps({"weight_map": {"lm_head.weight": where}}).encode())
 
 
 def _links(folder: Path, random: Random) -> None:
@@ -302,6 +292,22 @@ def dumped(value: Any, random: Random) -> bytes:
     if random.random() < 0.1:
         text = text.replace("{", '{"a": 1e400, "a": 2, ', 1)
     return text.encode()
+
+
+def _loaded(raw: bytes) -> Any:
+    """JSON's value; an empty table where there is none, or it could not be dumped again."""
+    try:
+        value = json.loads(raw)
+        json.dumps(value)
+    except (ValueError, RecursionError):
+        return {}
+    return value
+
+
+def _put(path: Path, data: bytes) -> None:
+    """Write a file, unless there is something else: a pipe would have us wait for a reader."""
+    if path.is_file() or not (path.exists() or path.is_symlink()):
+        path.write_bytes(data)
 
 
 def _split(path: Path) -> tuple[bytes, bytes]:

@@ -19,6 +19,7 @@ from mquant.output import LEDGER, RECORD, Claim, Ledger, State, discard, examine
 from mquant.output import ledger as ledger_module
 from mquant.output.ledger import read_ledger
 from mquant.verify.loaders import vllm
+from mquant.workflows.making import free_disk
 from run import quantize_nvfp4
 
 __all__ = ["hub"]
@@ -62,6 +63,13 @@ def test_a_ledger_that_is_a_link_is_not_written_through(tmp_path: Path, victim: 
         examine(out, [], RUN, restart=True)
     with pytest.raises(OutputError, match="cannot be written"):
         Ledger(out)
+
+
+def test_a_name_that_no_folder_can_have_is_refused(src: Path, tmp_path: Path) -> None:
+    out = tmp_path / ("x" * 300)
+
+    assert sentence(free_disk, out).endswith("cannot be looked at: File name too long.")
+    assert sentence(quantize_nvfp4, src, out).endswith("cannot be looked at: File name too long.")
 
 
 def test_a_ledger_that_is_a_pipe_is_no_ledger(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Writing: atomic shards at planned sizes, the claim on OUT, and the order of finishing."""
 
 from mquant.output.apply import WORK, apply, is_staged, stage
-from mquant.output.disk import PARTIAL, link
+from mquant.output.disk import PARTIAL, is_there, link
 from mquant.output.finish import config_json, file_names, finish, index_json, side_files
 from mquant.output.folder import RECORD, Claim, State, discard, examine
 from mquant.output.ledger import LEDGER, Ledger, Recorded
@@ -25,6 +25,7 @@ __all__ = [
     "finish",
     "index_json",
     "is_staged",
+    "is_there",
     "link",
     "side_files",
     "stage",

@@ -14,6 +14,17 @@ PARTIAL: Final = ".partial"
 """What the name of a file ends in until it is whole."""
 
 
+def is_there(out: Path) -> bool:
+    """Whether OUT exists. Raises OutputError for a name that no folder can have."""
+    try:
+        return out.exists()
+    except OSError as error:
+        raise OutputError(
+            f"{str(out)[:200]} cannot be looked at: {error.strerror}.",
+            "Give another folder with -o.",
+        ) from error
+
+
 def preallocate(file: int, size: int) -> None:
     """Reserve `size` bytes, so that a full disk shows before the work is done."""
     try:
@@ -106,6 +117,7 @@ def pwrite(file: int, data: bytes | memoryview, offset: int) -> int:
 __all__ = [
     "PARTIAL",
     "fsync_folder",
+    "is_there",
     "link",
     "out_of_space",
     "preallocate",

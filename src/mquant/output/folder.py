@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from mquant.errors import OutputError
-from mquant.output.disk import PARTIAL, read_own
+from mquant.output.disk import PARTIAL, is_there, read_own
 from mquant.output.ledger import LEDGER, Recorded, read_ledger
 from mquant.untrusted import parse_json
 
@@ -59,7 +59,7 @@ def examine(
     made or is making, or whose files were changed since; never lets OUT be, hold, or lie in a
     source folder.
     """
-    if out.exists() and not out.is_dir():
+    if is_there(out) and not out.is_dir():
         raise OutputError(f"{out} is a file.", "Give a folder with -o.")
     for source in sources:
         _refuse_overlap(out.resolve(), source.resolve())

@@ -12,7 +12,7 @@ from mquant.checkpoint import Folder, Stamp, read_header
 from mquant.errors import EngineError, OutputError
 from mquant.events import Emit, Note, Progress
 from mquant.findings import size
-from mquant.output import PARTIAL, Claim, Ledger, ShardSet, discard
+from mquant.output import PARTIAL, Claim, Ledger, ShardSet, discard, is_there
 from mquant.plan import Plan
 
 _MOST_CORES: Final = 16
@@ -114,7 +114,7 @@ def default_workers() -> int:
 
 def free_disk(out: Path) -> int:
     """Bytes free where `out` is, or will be."""
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    existing = next(path for path in (out, *out.absolute().parents) if is_there(path))
     return shutil.disk_usage(existing).free
 
 
