@@ -2,11 +2,11 @@
 
     python scripts/fuzz.py [--seconds 900] [--seed 0] [--case N]
 
-Of every case `inspect`, `plan`, `verify`, `verify-ignore` and `quantize` are run, in this process;
-every fifth case lies on a hub (the tests' own) whose answers are tampered with, too. A failure is:
-an exit code other than 0 to 3, a traceback, a command that takes more than 10 s or 500 MB, a file
-outside OUT that changed, a control character on the terminal. It keeps the case's folder and says
-how to make it again.
+Of every case `inspect`, `plan`, `verify`, `verify-ignore`, `quantize` and `repair` are run, in this
+process; every fifth case lies on a hub (the tests' own) whose answers are tampered with, too. A
+failure is: an exit code other than 0 to 3, a traceback, a command that takes more than 10 s or
+500 MB, a file outside OUT that changed, a control character on the terminal. It keeps the case's
+folder and says how to make it again.
 """
 
 import argparse

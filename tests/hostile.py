@@ -330,7 +330,7 @@ def _bytes(path: Path) -> bytes:
 def make_case(bases: Bases, where: Path, random: Random) -> Path:
     """A hostile checkpoint in `where`/src, with its parent and `elsewhere` beside it."""
     where.mkdir()
-    for name in ("bf16", "elsewhere"):
+    for name in ("bf16", "nvfp4", "elsewhere"):
         shutil.copytree(bases.folder / name, where / name)
     src = where / "src"
     shutil.copytree(bases.folder / random.choice(("bf16", "nvfp4")), src)
@@ -359,6 +359,13 @@ def commands(src: str, where: Path, random: Random) -> Iterator[list[str]]:
     restart = random.choice(([], ["--restart"]))
     for _ in range(random.choice((1, 1, 2))):
         yield ["quantize", src, "--recipe", recipe, *out, *restart, *form]
+    looked = ["--depth", "structure"] if depth[1] == "structure" else []
+    mended = ["-o", str(where / "out-mended"), *looked, *restart, *form]
+    # The hostile one is what is mended, or what it is mended with.
+    pair = random.choice(
+        ((src, str(where / "bf16")), (src, str(where / "bf16")), (str(where / "nvfp4"), src))
+    )
+    yield ["repair", pair[0], "--from", pair[1], *mended]
 
 
 def run_command(command: list[str]) -> tuple[int, list[str]]:
@@ -382,7 +389,7 @@ def snapshot(where: Path) -> dict[str, tuple[int, int, int]]:
     found = {}
     for folder, folders, names in os.walk(where):
         if Path(folder) == where:
-            folders[:] = [name for name in folders if name != "out"]
+            folders[:] = [name for name in folders if name not in ("out", "out-mended")]
             names = [name for name in names if name != "out.xml"]
         for name in (*folders, *names):
             path = Path(folder, name)
