@@ -267,7 +267,7 @@ def test_without_a_folder_to_keep_it_in_code_is_compiled_for_the_run(
 
     monkeypatch.setattr(numba, "njit", njit)
 
-    @kernels._compiled
+    @kernels.compiled
     def double(x: int) -> int:
         return 2 * x
 

@@ -9,7 +9,8 @@ The first call for a dtype compiles for seconds; numba keeps the result on disk.
 C-contiguous; a read-only one is a type of its own to numba, and compiled for anew.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar, cast
 
 import numba
@@ -32,9 +33,16 @@ def prepare(form: FloatFormat) -> None:
     """
     words, maxima = np.zeros(GROUP, form.word), np.zeros(1, np.uint32)
     packed, scales = np.empty(GROUP // 2, np.uint8), np.empty(1, np.uint8)
-    try:
+    with compiling():
         block_maxima(words, form, maxima)
         quantize_into(words, maxima, thresholds(form.name, 1.0), packed, scales)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Around first calls. Raises EngineError where compiled code cannot be kept."""
+    try:
+        yield
     except OSError as error:
         raise EngineError(
             f"numba cannot keep compiled code in its cache folder: {error.strerror}.",
@@ -79,7 +87,8 @@ def _check(words: Words, form: FloatFormat) -> None:
         raise ValueError(f"{form.name} comes as flat {form.word}, not {words.dtype}")
 
 
-def _compiled(function: _F) -> _F:
+def compiled(function: _F) -> _F:
+    """A function that numba compiles when it is first called, and keeps on disk where it can."""
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return cast(_F, numba.njit(cache=True, **options)(function))
@@ -87,7 +96,7 @@ def _compiled(function: _F) -> _F:
         return cast(_F, numba.njit(**options)(function))
 
 
-@_compiled
+@compiled
 def _block_maxima(words: Array, maxima: Array) -> Any:
     # Each of its own: told apart by address, they need not be reloaded after every store.
     wide = np.empty(_AT_ONCE * 8, np.uint32)
@@ -103,7 +112,7 @@ def _block_maxima(words: Array, maxima: Array) -> Any:
     return largest
 
 
-@_compiled
+@compiled
 def _quantize(
     words: Array,
     maxima: Array,
@@ -126,7 +135,7 @@ def _quantize(
         _pack(pairs[: blocks * 8], packed[first * 8 : last * 8])
 
 
-@_compiled
+@compiled
 def _block_max(words: Array, wide: Array, narrow: Array) -> None:
     """The largest magnitude of each block into the front of `narrow`, by halving four times."""
     eighth = wide.size // 8
@@ -139,7 +148,7 @@ def _block_max(words: Array, wide: Array, narrow: Array) -> None:
     _halve_u32(wide[: eighth * 2].view(np.uint64), narrow[:eighth])
 
 
-@_compiled
+@compiled
 def _halve_u16(pairs: Array, out: Array) -> None:
     mask = np.uint32(0x7FFF)
     for i in range(out.size):
@@ -147,7 +156,7 @@ def _halve_u16(pairs: Array, out: Array) -> None:
         out[i] = max(np.uint32(pair & mask), np.uint32((pair >> np.uint32(16)) & mask))
 
 
-@_compiled
+@compiled
 def _halve_u32(pairs: Array, out: Array) -> None:
     mask = np.uint64(0x7FFFFFFF)
     for i in range(out.size):
@@ -155,7 +164,7 @@ def _halve_u32(pairs: Array, out: Array) -> None:
         out[i] = max(np.uint32(pair & mask), np.uint32((pair >> np.uint64(32)) & mask))
 
 
-@_compiled
+@compiled
 def _block_scales(amax: Array, start: Array, steps: Array, wide: bool, out: Array) -> None:
     """Block scales' codes from magnitudes: the rank of the bucket, and on from there.
 
@@ -174,7 +183,7 @@ def _block_scales(amax: Array, start: Array, steps: Array, wide: bool, out: Arra
         out[i] = rank if rank else np.uint8(SCALE_OF_ZERO)
 
 
-@_compiled
+@compiled
 def _codes(words: Array, scales: Array, table: Array, codes: Array) -> None:
     """E2M1 codes with their sign, a uint16 each; `words` and `codes` are [blocks, 16]."""
     mask = np.uint32(0x7FFF if words.itemsize == 2 else 0x7FFFFFFF)
@@ -195,11 +204,11 @@ def _codes(words: Array, scales: Array, table: Array, codes: Array) -> None:
             codes[block, i] = np.uint16(code | np.uint16(np.uint16(word >= t0) << np.uint16(3)))
 
 
-@_compiled
+@compiled
 def _pack(pairs: Array, packed: Array) -> None:
     """Two codes, seen as one uint32, into a byte each: the first in the low nibble."""
     for i in range(packed.size):
         packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint32(12)))
 
 
-__all__ = ["block_maxima", "prepare", "quantize_into"]
+__all__ = ["block_maxima", "compiled", "compiling", "prepare", "quantize_into"]

@@ -58,7 +58,8 @@ def _of_card(path: str) -> bool:
 def file_names(plan: Plan, sides: Iterable[str]) -> tuple[str, ...]:
     """Every file the finished output will hold."""
     shards = tuple(shard.name for shard in plan.shards)
-    return (*shards, *sides, RECIPE_NAME, RECORD, INDEX_NAME, CONFIG_NAME)
+    recipe = (RECIPE_NAME,) if plan.schemes else ()
+    return (*shards, *sides, *recipe, RECORD, INDEX_NAME, CONFIG_NAME)
 
 
 def finish(
@@ -89,9 +90,11 @@ def finish(
         files[path] = _described(content)
     for sentence in absent_files(checkpoint):
         emit(Note("info", sentence))
-    recipe = recipe_yaml(plan).encode()
-    _write(out, RECIPE_NAME, recipe)
-    for name, content in ((RECIPE_NAME, recipe), (INDEX_NAME, table), (CONFIG_NAME, config)):
+    if plan.schemes:
+        recipe = recipe_yaml(plan).encode()
+        _write(out, RECIPE_NAME, recipe)
+        files[RECIPE_NAME] = _described(recipe)
+    for name, content in ((INDEX_NAME, table), (CONFIG_NAME, config)):
         files[name] = _described(content)
     record = {"schema": "mquant.output/1", **provenance, "files": dict(sorted(files.items()))}
     _write(out, RECORD, _json(record))
@@ -114,8 +117,11 @@ def index_json(plan: Plan) -> dict[str, Any]:
 
 
 def config_json(plan: Plan) -> dict[str, Any]:
-    """The parent's raw config.json, every key of it, and `quantization_config`."""
-    return {**plan.survey.checkpoint.config, "quantization_config": plan.quantization_config}
+    """The parent's raw config.json, every key of it, and how the result is quantized, if it is."""
+    config = plan.survey.checkpoint.config
+    if not plan.quantization_config:
+        return {key: value for key, value in config.items() if key != "quantization_config"}
+    return {**config, "quantization_config": plan.quantization_config}
 
 
 def recipe_yaml(plan: Plan) -> str:

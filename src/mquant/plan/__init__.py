@@ -3,11 +3,13 @@
 from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, make_plan, natural, safe_ignore
 from mquant.plan.mend import BAD, PARENT, Mending, from_parent, mend
 from mquant.plan.model import Action, Job, Output, Plan, ShardJob
+from mquant.plan.stored import Form, Stored
 from mquant.plan.survey import Member, Survey, survey, wholeness
 
 __all__ = [
     "BAD",
     "DEFAULT_SHARD_BYTES",
+    "Form",
     "PARENT",
     "Action",
     "Job",
@@ -16,6 +18,7 @@ __all__ = [
     "Output",
     "Plan",
     "ShardJob",
+    "Stored",
     "Survey",
     "cut_shards",
     "from_parent",

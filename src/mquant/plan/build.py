@@ -13,6 +13,7 @@ from mquant.errors import Refused
 from mquant.family import Family, Role
 from mquant.findings import Finding, names
 from mquant.plan.model import Action, Job, Output, Plan, ShardJob
+from mquant.plan.stored import Form
 from mquant.plan.survey import FusedKey, Member, Survey, survey
 from mquant.recipe import Recipe, matches
 from mquant.schemes import Scheme
@@ -45,7 +46,7 @@ def make_plan(
     Raises Refused where there is no plan to show: the family is unknown.
     `allow_unsafe` turns the refusal of quantized routers, embeddings and head into a warning.
     """
-    found = survey(checkpoint, families)
+    found = survey(checkpoint, families, (Form.FP8_BLOCK,))
     family = found.family
     if family is None:
         raise Refused(found.findings)
@@ -53,6 +54,7 @@ def make_plan(
     jobs = _jobs(found.members, actions)
     findings = [
         *found.findings,
+        *dequantizes(found),
         *_unsafe(actions, family, recipe, allow_unsafe=allow_unsafe),
         *_unmatched(found, family, recipe),
     ]
@@ -104,7 +106,27 @@ def _action(member: Member, family: Family, recipe: Recipe) -> Action:
         scheme=scheme,
         reason="" if scheme else _KEPT_BECAUSE.get(member.role, f"{recipe.name} keeps it"),
         outputs=tuple(Output(*output) for output in outputs),
+        stored=member.stored,
     )
+
+
+def dequantizes(found: Survey) -> list[Finding]:
+    """That, and how, the source is quantized, where its weights can be read all the same."""
+    stored = [member.stored for member in found.members if member.stored]
+    if not stored:
+        return []
+    forms = " and ".join(sorted({each.form.value for each in stored}))
+    left_out = len(found.checkpoint.tensors) - len(found.members)
+    return [
+        Finding(
+            "source-dequantized",
+            "info",
+            stored[0].codes.name,
+            f"{found.checkpoint.source.name} is quantized ({forms}): {len(stored):,} weights are "
+            f"dequantized to BF16 as they are read; {left_out:,} tensors that only these need, and "
+            "quantization_config, are left out.",
+        )
+    ]
 
 
 def _obstacle(member: Member | Action, scheme: Scheme) -> str:

@@ -6,13 +6,14 @@ are errors of the *source*: quantizing a checkpoint that is not what it claims t
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.family import Family, Meaning, Role, TensorRow, family_of
 from mquant.findings import Finding, names
+from mquant.plan.stored import Form, Stored, find_stored
 from mquant.schemes import QUANTIZED_SUFFIXES
 
 FusedKey = tuple[str, int | None, int | None]
@@ -20,10 +21,15 @@ FusedKey = tuple[str, int | None, int | None]
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A source tensor and what its name means."""
+    """A source tensor and what its name means.
+
+    A weight that is stored quantized is one member: `info` is the weight in BF16, at the place of
+    its codes, and `stored` says how it lies there.
+    """
 
     info: TensorInfo
     meaning: Meaning
+    stored: Stored | None = None
 
     @property
     def role(self) -> Role:
@@ -58,9 +64,17 @@ class Survey:
         return [member for member in self.members if member.role in roles]
 
 
-def survey(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Survey:
-    """Classify every tensor of a checkpoint and check that it is whole."""
-    findings = [*checkpoint.findings, *_already_quantized(checkpoint)]
+def survey(
+    checkpoint: Checkpoint, families: Mapping[str, Family], forms: Collection[Form] = ()
+) -> Survey:
+    """Classify every tensor of a checkpoint and check that it is whole.
+
+    One that is quantized is a finding, unless all of it lies in one of `forms`: then it is taken
+    for the weights it holds.
+    """
+    shelf = find_stored(checkpoint, forms) if forms else None
+    already = not shelf and _already_quantized(checkpoint)
+    findings = [*checkpoint.findings, *(shelf.findings if shelf else already or ())]
     family = family_of(checkpoint.config, families)
     if family is None:
         kind = checkpoint.config.get("model_type")
@@ -78,13 +92,13 @@ def survey(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Survey:
         return Survey(checkpoint, None, (), 0, 0, tuple(findings))
     members: list[Member] = []
     unknown: list[str] = []
-    for info in checkpoint.tensors.values():
+    for tensor in checkpoint.tensors.values():
+        info, stored = (shelf and shelf.weights.get(tensor.name)) or (tensor, None)
         meaning = family.classify(info.name)
-        if meaning is None:
+        if meaning is not None:
+            members.append(Member(info, meaning, stored))
+        elif not shelf or tensor.name not in shelf.others:
             unknown.append(info.name)
-        else:
-            members.append(Member(info, meaning))
-    already = any(f.rule == "source-quantized" for f in findings)
     if unknown and not already:
         findings.append(_unknown(unknown, family))
     layers = _count(member.meaning.layer for member in members)
