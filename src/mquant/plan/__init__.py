@@ -9,9 +9,9 @@ from mquant.plan.survey import Member, Survey, survey, wholeness
 __all__ = [
     "BAD",
     "DEFAULT_SHARD_BYTES",
-    "Form",
     "PARENT",
     "Action",
+    "Form",
     "Job",
     "Member",
     "Mending",
