@@ -488,7 +488,7 @@ def test_a_recipe_that_quantizes_nothing_is_refused(make: Make, recipe: Recipe) 
 
 # --- a source that is already quantized
 
-DEQUANTIZE = "Start from the BF16 checkpoint it was made from, or dequantize it first."
+DEQUANTIZE = "Start from the BF16 checkpoint it was made from, or make one: mquant dequantize."
 
 
 def test_the_fp8_original_is_refused_by_its_config(make: Make) -> None:

@@ -1,5 +1,6 @@
 """Checkpoint x Family x Recipe -> Plan: the only place that decides what happens to a tensor."""
 
+from mquant.plan.bf16 import make_bf16_plan
 from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, make_plan, natural, safe_ignore
 from mquant.plan.mend import BAD, PARENT, Mending, from_parent, mend
 from mquant.plan.model import Action, Job, Output, Plan, ShardJob
@@ -22,6 +23,7 @@ __all__ = [
     "Survey",
     "cut_shards",
     "from_parent",
+    "make_bf16_plan",
     "make_plan",
     "mend",
     "natural",

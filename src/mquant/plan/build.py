@@ -58,8 +58,8 @@ def make_plan(
         *_unsafe(actions, family, recipe, allow_unsafe=allow_unsafe),
         *_unmatched(found, family, recipe),
     ]
-    # Of a source that is quantized already, that is all there is to say.
-    if not any(finding.rule == "source-quantized" for finding in findings):
+    # Of a source whose weights cannot be read, that is all there is to say.
+    if found.readable:
         findings += [
             *_unquantizable(actions),
             *(_split_sets(jobs) or _unlike_experts(actions)),
@@ -113,7 +113,7 @@ def _action(member: Member, family: Family, recipe: Recipe) -> Action:
 def dequantizes(found: Survey) -> list[Finding]:
     """That, and how, the source is quantized, where its weights can be read all the same."""
     stored = [member.stored for member in found.members if member.stored]
-    if not stored:
+    if not stored or not found.readable:
         return []
     forms = " and ".join(sorted({each.form.value for each in stored}))
     left_out = len(found.checkpoint.tensors) - len(found.members)

@@ -6,7 +6,7 @@ are errors of the *source*: quantizing a checkpoint that is not what it claims t
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,7 +50,11 @@ class Member:
 
 @dataclass(frozen=True)
 class Survey:
-    """Every tensor of a checkpoint, classified; and the ways in which it is not whole."""
+    """Every tensor of a checkpoint, classified; and the ways in which it is not whole.
+
+    Where weights lie quantized in a way that cannot be read, `findings` say so, and nothing else
+    was judged.
+    """
 
     checkpoint: Checkpoint
     family: Family | None
@@ -58,6 +62,7 @@ class Survey:
     layers: int
     experts: int
     findings: tuple[Finding, ...]
+    readable: bool = True
 
     def of(self, *roles: Role) -> list[Member]:
         """The members of some roles."""
@@ -73,8 +78,8 @@ def survey(
     for the weights it holds.
     """
     shelf = find_stored(checkpoint, forms) if forms else None
-    already = not shelf and _already_quantized(checkpoint)
-    findings = [*checkpoint.findings, *(shelf.findings if shelf else already or ())]
+    unreadable = shelf.findings if shelf else _already_quantized(checkpoint)
+    findings = [*checkpoint.findings, *unreadable]
     family = family_of(checkpoint.config, families)
     if family is None:
         kind = checkpoint.config.get("model_type")
@@ -99,14 +104,16 @@ def survey(
             members.append(Member(info, meaning, stored))
         elif not shelf or tensor.name not in shelf.others:
             unknown.append(info.name)
-    if unknown and not already:
+    if unknown and not unreadable:
         findings.append(_unknown(unknown, family))
     layers = _count(member.meaning.layer for member in members)
     experts = _count(member.meaning.expert for member in members)
-    if not already:
+    if not unreadable:
         findings += wholeness(family, members, checkpoint.config)
     members = _mtp_kept(family, members, checkpoint.config)
-    return Survey(checkpoint, family, tuple(members), layers, experts, tuple(findings))
+    return Survey(
+        checkpoint, family, tuple(members), layers, experts, tuple(findings), not unreadable
+    )
 
 
 def _mtp_kept(family: Family, members: list[Member], config: Mapping[str, Any]) -> list[Member]:
@@ -134,7 +141,7 @@ def _count(numbers: Iterable[int | None]) -> int:
     return len({number for number in numbers if number is not None})
 
 
-def _already_quantized(checkpoint: Checkpoint) -> list[Finding]:
+def _already_quantized(checkpoint: Checkpoint) -> Sequence[Finding]:
     config = checkpoint.config.get("quantization_config")
     traces = [name for name in checkpoint.tensors if name.endswith(QUANTIZED_SUFFIXES)]
     if not traces and not config:
@@ -151,7 +158,7 @@ def _already_quantized(checkpoint: Checkpoint) -> list[Finding]:
             "error",
             traces[0] if traces else "config.json",
             f"{checkpoint.source.name} is already quantized ({how}).",
-            "Start from the BF16 checkpoint it was made from, or dequantize it first.",
+            "Start from the BF16 checkpoint it was made from, or make one: mquant dequantize.",
         )
     ]
 
