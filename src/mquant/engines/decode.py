@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from mquant.checkpoint import TensorInfo
-from mquant.numerics.dequantize import decode_fp8, decode_nvfp4, fp8_tables, nvfp4_table
+from mquant.numerics.dequantize import decode_fp8, decode_nvfp4, nvfp4_table
 from mquant.numerics.formats import FLOATS, Array, Bytes, Words
 from mquant.numerics.nvfp4 import GROUP
 from mquant.plan import Action, Form, Stored
@@ -47,9 +47,7 @@ class _FP8:
     def __init__(self, source: Source, stored: Stored, columns: int, scratch: Bytes) -> None:
         self._source, self._stored, self._columns = source, stored, columns
         self._scratch = scratch
-        scales = _read(source, stored.scale)
-        if stored.form is Form.FP8_BLOCK:
-            scales = scales.astype(np.float32)
+        scales = _read(source, stored.scale).astype(np.float32)
         self._scales = scales.reshape(-1, -(-columns // stored.block[1]))
 
     def read(self, first: int, last: int, words: Words) -> None:
@@ -57,9 +55,9 @@ class _FP8:
         codes = self._scratch[: (last - first) * self._columns]
         start = self._stored.codes.start + first * self._columns
         self._source.read_into(self._stored.codes.shard, start, codes.data)
-        tables = fp8_tables(self._scales[first // high : -(-last // high)])
+        scales = self._scales[first // high : -(-last // high)]
         codes = codes.reshape(last - first, self._columns)
-        decode_fp8(codes, tables, self._stored.block, first % high, words)
+        decode_fp8(codes, scales, self._stored.block, first % high, words)
 
 
 class _NVFP4:

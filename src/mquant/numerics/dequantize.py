@@ -1,23 +1,24 @@
-"""From codes and scales back to BF16: what upstream's dequantizers compute, as tables.
+"""From codes and scales back to BF16, bit for bit as upstream's dequantizers compute it.
 
-Under one scale a code can only become one number. So the arithmetic is done once for every code
-there is, in numpy, and the compiled kernels only look up: like those that quantize they have no
-arithmetic that could round in another way.
+| layout | a weight is |
+| --- | --- |
+| FP8 in blocks (`weight_scale_inv`), compressed-tensors FP8 (`weight_scale`) | code * scale |
+| compressed-tensors NVFP4 | code * (block scale / global scale) |
+| ModelOpt NVFP4 | code * (block scale * second scale) |
 
-| layout | a weight is | computed in |
-| --- | --- | --- |
-| FP8 in blocks (`weight_scale_inv`) | code * scale | F32 |
-| compressed-tensors FP8 (`weight_scale`) | code * scale | the scale's own dtype |
-| compressed-tensors NVFP4 | code * (block scale / global scale) | F32 |
-| ModelOpt NVFP4 | code * (block scale * second scale) | F32 |
+Each operation is one of F32, and the result is rounded to BF16, to nearest even. That is
+compressed-tensors' `FP8BlockDequantizer`, the `decompress` of its compressors, and ModelOpt's
+`NVFP4QTensor.dequantize`. (Of FP8 with scales in BF16 upstream takes the product in BF16: that is
+the same, as F32 holds it exactly.)
 
-and then rounded to BF16, to nearest even. That is compressed-tensors' `FP8BlockDequantizer`, the
-`decompress` of its compressors, and ModelOpt's `NVFP4QTensor.dequantize`. NaN, of which FP8 has two
-codes, stays NaN.
+Under one global scale an FP4 code and a block scale can only become one number, so those are looked
+up in a table that numpy makes. FP8's scales are too many for that: there the kernel multiplies,
+once, which IEEE 754 defines to the bit, and rounds with integers. NaN, of which FP8 has two codes,
+comes out as NaN.
 """
 
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -26,9 +27,9 @@ from mquant.numerics.kernels import compiled, compiling
 from mquant.numerics.nvfp4 import GROUP
 
 _NAN: Final = np.array([np.nan], np.float32)
-E4M3_SIGNED: Final[Floats] = np.concatenate([E4M3, _NAN, -E4M3, _NAN])
+_E4M3_SIGNED: Final[Floats] = np.concatenate([E4M3, _NAN, -E4M3, _NAN])
 """float32 [256]: the value of every FP8 E4M3 code."""
-E2M1_SIGNED: Final[Floats] = np.concatenate([E2M1, -E2M1])
+_E2M1_SIGNED: Final[Floats] = np.concatenate([E2M1, -E2M1])
 """float32 [16]: the value of every FP4 E2M1 code."""
 
 
@@ -36,18 +37,8 @@ def prepare_decoding() -> None:
     """Compile the kernels, or take them from numba's cache. Raises as `kernels.prepare`."""
     codes, words = np.zeros(GROUP, np.uint8), np.empty(GROUP, np.uint16)
     with compiling():
-        decode_fp8(codes[None], fp8_tables(np.ones((1, 1), np.float32)), (1, GROUP), 0, words)
+        decode_fp8(codes[None], np.ones((1, 1), np.float32), (1, GROUP), 0, words)
         decode_nvfp4(codes[: GROUP // 2], codes[:1], nvfp4_table(1.0, divide=True), words)
-
-
-def fp8_tables(scales: Array) -> Words:
-    """What every FP8 code stands for under each of `scales`, of any shape: BF16 [..., 256].
-
-    The product is taken in the scales' dtype.
-    """
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        products = E4M3_SIGNED.astype(scales.dtype) * scales[..., None]
-        return _bf16(products)
 
 
 @lru_cache(maxsize=256)  # 8 KiB each; fused sets share a scale, and many sets do
@@ -58,24 +49,26 @@ def nvfp4_table(second: float, *, divide: bool) -> Words:
     """
     exact = np.float32(second)
     with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
-        scales = E4M3_SIGNED / exact if divide else E4M3_SIGNED * exact
-        return _bf16(E2M1_SIGNED * scales[:, None])
+        scales = _E4M3_SIGNED / exact if divide else _E4M3_SIGNED * exact
+        words: Words = (_E2M1_SIGNED * scales[:, None]).astype(BF16.value).view(BF16.word)
+        return words
 
 
 def decode_fp8(
-    codes: Bytes, tables: Words, block: tuple[int, int], first: int, words: Words
+    codes: Bytes, scales: Floats, block: tuple[int, int], first: int, words: Words
 ) -> None:
     """FP8 codes [rows, columns] as BF16 into `words`, uint16 [rows * columns].
 
-    `tables` are of the blocks, of `block` rows and columns, that these rows lie in; `first` is the
-    number of the first row in the first of them.
+    `scales`, float32, are of the blocks, of `block` rows and columns, that these rows lie in;
+    `first` is the number of the first row in the first of them.
     """
     rows, columns = codes.shape
     high, wide = block
-    needed = (-(-(first + rows) // high), -(-columns // wide), 256)
-    if tables.shape != needed or words.shape != (codes.size,):
-        raise ValueError(f"{codes.shape} codes, {tables.shape} tables into {words.shape}")
-    _decode_fp8(codes, tables, first, high, wide, words.reshape(rows, columns))
+    if scales.shape != (-(-(first + rows) // high), -(-columns // wide)):
+        raise ValueError(f"{scales.shape} scales of {block} for {codes.shape} codes from {first}")
+    if words.shape != (codes.size,):
+        raise ValueError(f"{codes.shape} codes into {words.shape}")
+    _decode_fp8(codes, scales, first, high, wide, words.reshape(rows, columns))
 
 
 def decode_nvfp4(packed: Bytes, scales: Bytes, table: Words, words: Words) -> None:
@@ -85,21 +78,50 @@ def decode_nvfp4(packed: Bytes, scales: Bytes, table: Words, words: Words) -> No
     _decode_nvfp4(packed, scales, table, words)
 
 
-def _bf16(values: Array) -> Words:
-    words: Words = values.astype(BF16.value).view(BF16.word)
-    return words
+@compiled
+def _decode_fp8(
+    codes: Array, scales: Array, first: int, high: int, wide: int, words: Array
+) -> None:
+    columns = codes.shape[1]
+    bits = np.empty(columns, np.uint32)
+    values = bits.view(np.float32)
+    for row in range(codes.shape[0]):
+        _fp8_bits(codes[row], bits)
+        for block in range(scales.shape[1]):
+            part = values[block * wide : min((block + 1) * wide, columns)]
+            _multiply(part, scales[(first + row) // high, block])
+        _round(bits, words[row])
 
 
 @compiled
-def _decode_fp8(
-    codes: Array, tables: Array, first: int, high: int, wide: int, words: Array
-) -> None:
-    columns = codes.shape[1]
-    for row in range(codes.shape[0]):
-        for block in range(tables.shape[1]):
-            table = tables[(first + row) // high, block]
-            for i in range(block * wide, min((block + 1) * wide, columns)):
-                words[row, i] = table[codes[row, i]]
+def _fp8_bits(codes: Array, bits: Array) -> None:
+    """FP8 codes as F32 that lacks a factor of 2**120: sign, exponent and mantissa, moved.
+
+    The difference of the exponents' biases; so subnormal numbers need no care.
+    """
+    for i in range(codes.size):
+        code = np.uint32(codes[i])
+        magnitude = np.uint32(code & np.uint32(127))
+        moved = np.uint32(magnitude << np.uint32(20))
+        moved = moved if magnitude < np.uint32(127) else np.uint32(0x7FC00000)
+        bits[i] = moved | ((code & np.uint32(128)) << np.uint32(24))
+
+
+@compiled
+def _multiply(values: Array, scale: Any) -> None:
+    for i in range(values.size):
+        values[i] = values[i] * np.float32(2.0**120) * scale
+
+
+@compiled
+def _round(bits: Array, words: Array) -> None:
+    """F32 to BF16, to nearest even; every NaN to the same."""
+    for i in range(bits.size):
+        word = bits[i]
+        odd = np.uint32((word >> np.uint32(16)) & np.uint32(1))
+        upper = np.uint32((word + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+        number = (word & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000)
+        words[i] = np.uint16(upper if number else np.uint32(0x7FC0))
 
 
 @compiled
@@ -112,11 +134,8 @@ def _decode_nvfp4(packed: Array, scales: Array, table: Array, words: Array) -> N
 
 
 __all__ = [
-    "E2M1_SIGNED",
-    "E4M3_SIGNED",
     "decode_fp8",
     "decode_nvfp4",
-    "fp8_tables",
     "nvfp4_table",
     "prepare_decoding",
 ]

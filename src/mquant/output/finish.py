@@ -118,10 +118,9 @@ def index_json(plan: Plan) -> dict[str, Any]:
 
 def config_json(plan: Plan) -> dict[str, Any]:
     """The parent's raw config.json, every key of it, and how the result is quantized, if it is."""
-    config = plan.survey.checkpoint.config
-    if not plan.quantization_config:
-        return {key: value for key, value in config.items() if key != "quantization_config"}
-    return {**config, "quantization_config": plan.quantization_config}
+    how = "quantization_config"
+    kept = {k: value for k, value in plan.survey.checkpoint.config.items() if k != how}
+    return {**kept, how: plan.quantization_config} if plan.quantization_config else kept
 
 
 def recipe_yaml(plan: Plan) -> str:

@@ -14,7 +14,8 @@ from mquant.findings import Finding
 from mquant.schemes import NVFP4A16, QUANTIZED_SUFFIXES
 
 GROUP: Final = NVFP4A16.group_size
-_FLOATS: Final = ("F32", "BF16", "F16")
+# Of F16 scales upstream takes products in F16; there is nothing that writes them.
+_SCALES: Final = ("F32", "BF16")
 _SCALARS: Final[tuple[tuple[int, ...], ...]] = ((1,), ())
 _FP8_DTYPES: Final = ("F8_E4M3", "F8_E5M2")
 # Scales of what is not a weight: of no use to one that is not quantized any more.
@@ -189,7 +190,7 @@ def _stored(
     else:
         found = _fp8_block(form, codes, scale, config)
         if found is None:
-            return _odd(scale, f"F32, BF16 or F16, one for each block of {list(codes.shape)}")
+            return _odd(scale, f"F32 or BF16, one for each block of {list(codes.shape)}")
         block = found
     return Stored(form, codes, scale, block, second, tensors.get(input_suffix))
 
@@ -199,7 +200,7 @@ def _fp8_block(
 ) -> tuple[int, int] | None:
     """The block of FP8 codes that shares a scale; None where the scales' shape fits none."""
     rows, columns = codes.shape
-    if scale.dtype not in _FLOATS:
+    if scale.dtype not in _SCALES:
         return None
     if form is Form.FP8:
         by_shape = {(1,): (rows, columns), (): (rows, columns), (rows, 1): (1, columns)}
