@@ -27,6 +27,7 @@ from mquant.numerics.kernels import compiled, compiling
 from mquant.numerics.nvfp4 import GROUP
 
 _NAN: Final = np.array([np.nan], np.float32)
+_NAN_WORD: Final = np.uint16(0x7FC0)
 _E4M3_SIGNED: Final[Floats] = np.concatenate([E4M3, _NAN, -E4M3, _NAN])
 """float32 [256]: the value of every FP8 E4M3 code."""
 _E2M1_SIGNED: Final[Floats] = np.concatenate([E2M1, -E2M1])
@@ -50,8 +51,9 @@ def nvfp4_table(second: float, *, divide: bool) -> Words:
     exact = np.float32(second)
     with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
         scales = _E4M3_SIGNED / exact if divide else _E4M3_SIGNED * exact
-        words: Words = (_E2M1_SIGNED * scales[:, None]).astype(BF16.value).view(BF16.word)
-        return words
+        values = _E2M1_SIGNED * scales[:, None]
+        words = values.astype(BF16.value).view(BF16.word)
+    return np.where(np.isnan(values), _NAN_WORD, words)
 
 
 def decode_fp8(
