@@ -29,8 +29,9 @@ from mquant.output.ledger import LEDGER
 from mquant.plan import Action, Plan
 
 RECIPE_NAME: Final = "recipe.yaml"
+MODELOPT_NAME: Final = "hf_quant_config.json"
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".mp4")
-_OURS: Final = {RECORD, LEDGER, RECIPE_NAME, "hf_quant_config.json"}
+_OURS: Final = {RECORD, LEDGER, RECIPE_NAME, MODELOPT_NAME}
 # What people expect beside weights: any one of the names will do.
 _EXPECTED: Final = {
     "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model"),
@@ -200,6 +201,7 @@ def _write(out: Path, name: str, content: bytes) -> None:
 
 
 __all__ = [
+    "MODELOPT_NAME",
     "RECIPE_NAME",
     "absent_files",
     "config_json",

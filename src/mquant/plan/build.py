@@ -7,7 +7,7 @@ from typing import Final, TypeVar
 
 import yaml
 
-from mquant.checkpoint import Checkpoint
+from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.dtypes import FLOAT_WEIGHTS
 from mquant.errors import Refused
 from mquant.family import Family, Role
@@ -75,7 +75,7 @@ def make_plan(
                 jobs, lambda job: job.output_bytes, max_shard_bytes
             ).items()
         ),
-        ignore=_ignore(actions, family),
+        ignore=kept_modules(((a.module, a.source) for a in actions if not a.scheme), family),
         findings=tuple(findings),
     )
 
@@ -242,20 +242,14 @@ def cut_shards(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> di
     }
 
 
-def _ignore(actions: list[Action], family: Family) -> tuple[str, ...]:
-    """The modules with a matrix that stays as it is, by name, in natural order.
+def kept_modules(kept: Iterable[tuple[str, TensorInfo]], family: Family) -> tuple[str, ...]:
+    """The modules, of those that stay as they are, with a matrix, by name, in natural order.
 
     `targets: ["Linear"]` would otherwise claim them. Exact names, which every loader reads alike:
     the hub's, and vLLM's own where that is another.
     """
-    kept = [
-        action.module
-        for action in actions
-        if action.scheme is None
-        and action.source.name.endswith(".weight")
-        and len(action.source.shape) == 2
-    ]
-    both = {name for module in kept for name in (module, family.in_vllm_name(module))}
+    modules = [m for m, info in kept if info.name.endswith(".weight") and len(info.shape) == 2]
+    both = {name for module in modules for name in (module, family.in_vllm_name(module))}
     return tuple(sorted(both, key=natural))
 
 
@@ -323,4 +317,12 @@ def _unmatched(found: Survey, family: Family, recipe: Recipe) -> list[Finding]:
     ]
 
 
-__all__ = ["DEFAULT_SHARD_BYTES", "cut_shards", "make_plan", "natural", "safe_ignore"]
+__all__ = [
+    "DEFAULT_SHARD_BYTES",
+    "cut_shards",
+    "dequantizes",
+    "kept_modules",
+    "make_plan",
+    "natural",
+    "safe_ignore",
+]

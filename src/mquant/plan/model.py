@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -242,20 +242,28 @@ class Plan:
             return dict(self.declared)
         if not self.schemes:
             return {}
-        return {
-            "config_groups": {
-                f"group_{number}": {**scheme.config_group, "targets": ["Linear"]}
-                for number, scheme in enumerate(self.schemes)
-            },
-            "format": self.schemes[0].format,
-            "global_compression_ratio": None,
-            "ignore": list(self.ignore),
-            "kv_cache_scheme": None,
-            "quant_method": "compressed-tensors",
-            "quantization_status": "compressed",
-            "transform_config": {},
-            "version": FORMAT_VERSION,
-        }
+        groups = [scheme.config_group for scheme in self.schemes]
+        return declaration(groups, self.schemes[0].format, self.ignore)
 
 
-__all__ = ["Action", "Job", "Output", "Plan", "ShardJob"]
+def declaration(
+    groups: Sequence[Mapping[str, Any]], form: str, ignore: Sequence[str]
+) -> dict[str, Any]:
+    """A quantization config of compressed-tensors; the groups have all but their targets."""
+    return {
+        "config_groups": {
+            f"group_{number}": {**group, "targets": ["Linear"]}
+            for number, group in enumerate(groups)
+        },
+        "format": form,
+        "global_compression_ratio": None,
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "transform_config": {},
+        "version": FORMAT_VERSION,
+    }
+
+
+__all__ = ["Action", "Job", "Output", "Plan", "ShardJob", "declaration"]
