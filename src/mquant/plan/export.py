@@ -51,8 +51,8 @@ _SCALAR: Final[dict[Target, tuple[int, ...]]] = {
     Target.MODELOPT: (),
     Target.COMPRESSED_TENSORS: (1,),
 }
-# Loaders know the layout by this name, and TensorRT-LLM's AutoDeploy refuses any other; so it is not
-# ours, which is in mquant.json. The version is one that writes this layout.
+# Loaders know the layout by this name, and TensorRT-LLM's AutoDeploy refuses any other: ours is in
+# mquant.json. The version is one that writes this layout.
 _LAYOUT: Final = {"name": "modelopt", "version": "0.39.0"}
 # As ModelOpt writes it (`modelopt/torch/export/convert_hf_config.py`).
 _FP4: Final = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": NVFP4A16.group_size}
