@@ -78,7 +78,8 @@ def main() -> None:
             print(
                 f"{title}: {read / 1e9:.2f} GB in, {nbytes / 1e9:.2f} GB out; best of {args.runs} "
                 f"{best:.2f} s, floor {min(floor.seconds):.2f} s; {read / best / 1e9:.2f} GB/s, "
-                f"{elements / best / 1e9:.2f} of BF16; {ours.peak / 1e6:,.0f} MB",
+                f"{elements / best / 1e9:.2f} of BF16; {ours.cpu:.1f} s of CPU, "
+                f"{ours.peak / 1e6:,.0f} MB",
                 flush=True,
             )
 
