@@ -385,6 +385,7 @@ OF_OTHER_SCHEMES: Final = (
     _case("activations in NVFP4, too", edit=schemes.with_input_scales, config=schemes.w4a4),
     _case("activations in NVFP4, an input's scale missing", "activation-scales-missing", edit=_then(schemes.with_input_scales, _without(EXPERT + "w1.input_global_scale")), config=schemes.w4a4),
     _case("ModelOpt's NVFP4", edit=schemes.as_modelopt, config=schemes.modelopt),
+    _case("ModelOpt's NVFP4 of weights alone", edit=_then(schemes.as_modelopt, _without(".input_scale")), config=_both(schemes.modelopt, _quant(quant_algo="W4A16_NVFP4"))),
     _case("ModelOpt's NVFP4, a second scale missing", "part-missing", edit=_then(schemes.as_modelopt, _without(ATTENTION + "o_proj.weight_scale_2")), config=schemes.modelopt),
     _case("ModelOpt's NVFP4, routers not excluded", "ignore-uncovered", edit=schemes.as_modelopt, config=_both(schemes.modelopt, _quant(ignore=["lm_head"]))),
     _case("FP8 with a scale per channel", edit=schemes.FP8_CHANNEL, config=schemes.fp8_channel),

@@ -52,6 +52,20 @@ def one_shard(src: Path, out: Path) -> Path:
     return out
 
 
+def converted_by(converter: Any, src: Path, out: Path) -> Path:
+    """What one of compressed-tensors' converters makes of all tensors, without a config."""
+    from safetensors.torch import load_file, save_file
+
+    tensors: dict[str, Any] = {}
+    for shard in sorted(src.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    made = {name: tensor.contiguous() for name, tensor in converter.process(tensors).items()}
+    out.mkdir()
+    save_file(made, out / "model.safetensors")
+    (out / "config.json").write_text("{}", encoding="utf-8")
+    return out
+
+
 def opened(path: Path) -> Checkpoint:
     """A checkpoint folder, headers read."""
     return open_checkpoint(Folder(path))

@@ -488,22 +488,21 @@ def test_a_recipe_that_quantizes_nothing_is_refused(make: Make, recipe: Recipe) 
 
 # --- a source that is already quantized
 
-DEQUANTIZE = "Start from the BF16 checkpoint it was made from, or dequantize it first."
+DEQUANTIZE = "Start from the BF16 checkpoint it was made from, or make one: mquant dequantize."
 
 
-def test_the_fp8_original_is_refused_by_its_config(make: Make) -> None:
-    scale = f"{ATTENTION}.q_proj.weight_scale_inv"
+def test_fp8_that_is_not_in_blocks_is_refused_by_its_config(make: Make) -> None:
+    scale = f"{ATTENTION}.q_proj.weight_scale"
     src = make(
-        dtype="F8_E4M3",
-        edit=adding(scale, dtype="F32", shape=(1, 1)),
-        config={"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+        edit=adding(scale, dtype="F32", shape=(1,)),
+        config={"quantization_config": {"quant_method": "fbgemm_fp8"}},
     )
 
     assert refusal(src) == Finding(
         "source-quantized",
         "error",
         scale,
-        'src is already quantized (config.json says "fp8").',
+        'src is already quantized (config.json says "fbgemm_fp8").',
         DEQUANTIZE,
     )
 

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from mquant.cli import families, loader, recipes
+from mquant.cli.dequantize import dequantize
+from mquant.cli.export import export
 from mquant.cli.inspect import inspect
 from mquant.cli.plan import plan
 from mquant.cli.quantize import quantize
@@ -58,6 +60,8 @@ app.command("quantize")(quantize)
 app.command("verify")(verify)
 app.command("verify-ignore")(verify_ignore)
 app.command("repair")(repair)
+app.command("dequantize")(dequantize)
+app.command("export")(export)
 _group("recipes", recipes.recipes, recipes.show)
 _group("families", families.families, families.show)
 app.command("synth")(synth)

@@ -154,7 +154,7 @@ def _tell(out: Output, diagnosis: "Diagnosis") -> None:
 def _facts(diagnosis: "Diagnosis") -> Iterator[tuple[str, str]]:
     mending = diagnosis.mending
     for role, count in mending.replaced_by_role.items():
-        tensors = [a.source.nbytes for a in mending.replaced if a.role.value == role]
+        tensors = [a.source_bytes for a in mending.replaced if a.role.value == role]
         yield f"From the parent: {role}", f"{plural(count, 'tensor')}, {size(sum(tensors))}"
     if mending.renamed:
         old, new = next(iter(mending.renamed.items()))

@@ -5,6 +5,9 @@ their own, taking the largest magnitudes on the way, quantize it from there a pi
 hand each piece to the output. So while one reads another computes or writes, every byte of the
 source is read once, and memory holds a fused set per worker, however large the model is. Where the
 recipe has scales searched, that is one more step, between reading and quantizing.
+
+A weight that the source has quantized is dequantized to BF16 on its way into that buffer, and goes
+on as any other; one that is kept goes to the output a piece at a time.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,8 +18,11 @@ from typing import Final, Protocol
 
 import numpy as np
 
+from mquant.checkpoint import TensorInfo
+from mquant.engines.decode import open_rows
 from mquant.errors import OutputError, SourceError
-from mquant.numerics.formats import FLOATS, Array, Bytes, Floats
+from mquant.numerics.dequantize import prepare_decoding
+from mquant.numerics.formats import BF16, FLOATS, Array, Bytes, Floats
 from mquant.numerics.kernels import block_maxima, pack_into, prepare, quantize_into
 from mquant.numerics.nvfp4 import GROUP, global_scale_of
 from mquant.numerics.search import ALIKE, Weight, prepare_search, search
@@ -108,10 +114,13 @@ def make(reader: Reader, job: Job, importance: Importance | None = None) -> dict
 
 
 def _prepare(jobs: list[Job], importance: Importance | None) -> None:
+    """Have the kernels compiled before the workers start."""
     for dtype in sorted({a.source.dtype for job in jobs if job.scheme for a in job.actions}):
         prepare(FLOATS[dtype])
         if importance:
             prepare_search(FLOATS[dtype])
+    if any(action.stored for job in jobs for action in job.actions):
+        prepare_decoding()
 
 
 class _Queue(Iterator[Job]):
@@ -127,7 +136,7 @@ class _Queue(Iterator[Job]):
             taken = self._next
             self._next += 1
         for later in self._jobs[taken + self._ahead : taken + self._ahead + 1]:
-            for source in (action.source for action in later.actions):
+            for source in (info for action in later.actions for info in action.read):
                 end = min(source.end, source.start + _AHEAD)
                 self._reader.prefetch(source.shard, source.start, end)
         if taken >= len(self._jobs):
@@ -150,24 +159,35 @@ class Worker:
         self._write = write
         self._importance = importance
         sets = [job for job in jobs if job.scheme]
-        self._weights = np.empty(max([PIECE, *(job.source_bytes for job in sets)]), np.uint8)
+        rows = [a.source.shape[1] for job in jobs for a in job.actions if a.stored]
+        widest = max([PIECE // BF16.word.itemsize, *rows])
+        sizes = (widest * BF16.word.itemsize, *(job.weight_bytes for job in sets))
+        self._weights = np.empty(max(sizes), np.uint8)
+        self._codes = np.empty(widest if rows else 0, np.uint8)
         self._maxima = np.empty(max([0, *map(_blocks, sets)]), np.uint32)
         self._packed = np.empty(PIECE // 4, np.uint8)  # of a 16-bit source; F32 fills half
         self._scales = np.empty(PIECE // 2 // GROUP, np.uint8)
         self._found = np.empty((2, len(self._maxima) if importance else 0), np.uint8)
 
     def do(self, job: Job) -> None:
-        """Quantize or copy the tensors of a job."""
+        """Quantize or keep the tensors of a job."""
         if job.scheme is None:
             for action in job.actions:
-                self._copy(action)
+                self._keep(action)
         else:
             self._quantize(job)
-        for path in {action.source.shard for action in job.actions}:
+        for path in job.files:
             self._reader.check(path)
 
-    def _copy(self, action: Action) -> None:
+    def _keep(self, action: Action) -> None:
         source, (output,) = action.source, action.outputs
+        if action.value is not None:
+            self._write(output.name, memoryview(action.value))
+            return
+        if action.stored:
+            for rows in self._decoded(action, self._weights, again=True):
+                self._write(output.name, rows.data)
+            return
         for start in range(source.start, source.end, PIECE) or [source.start]:
             part = self._weights[: min(PIECE, source.end - start)].data
             self._reader.read_into(source.shard, start, part)
@@ -177,8 +197,8 @@ class Worker:
         sizes = [(0, 0)]
         for action in job.actions:
             nbytes, blocks = sizes[-1]
-            source = action.source
-            sizes.append((nbytes + source.nbytes, blocks + source.elements // GROUP))
+            elements = action.source.elements
+            sizes.append((nbytes + action.weight_bytes, blocks + elements // GROUP))
         members = [
             (action, self._weights[begin:end], self._maxima[first:last])
             for action, (begin, first), (end, last) in zip(
@@ -206,15 +226,12 @@ class Worker:
     def _read(self, action: Action, weight: Bytes, maxima: Magnitudes) -> Array:
         """Read a weight; returns its absolute maximum, a scalar in its own dtype."""
         source, form = action.source, FLOATS[action.source.dtype]
-        blocks = PIECE // form.word.itemsize // GROUP
-        largest = bad = 0
-        for i, start in enumerate(range(0, len(weight), PIECE)):
-            part = weight[start : start + PIECE]
-            self._reader.read_into(source.shard, source.start + start, part.data)
-            magnitude, odd = block_maxima(
-                part.view(form.word), form, maxima[i * blocks : (i + 1) * blocks]
-            )
-            largest, bad = max(largest, magnitude), bad + odd
+        largest = bad = first = 0
+        for part in self._decoded(action, weight) if action.stored else self._plain(source, weight):
+            words = part.view(form.word)
+            last = first + len(words) // GROUP
+            magnitude, odd = block_maxima(words, form, maxima[first:last])
+            largest, bad, first = max(largest, magnitude), bad + odd, last
         if bad:
             values = "value that is" if bad == 1 else "values that are"
             raise SourceError(
@@ -222,6 +239,28 @@ class Worker:
                 "Get the checkpoint again; or keep the module with the recipe's ignore list.",
             )
         return form.values(np.array(largest, form.word))
+
+    def _plain(self, source: TensorInfo, weight: Bytes) -> Iterator[Bytes]:
+        """A weight piece by piece, each filled from the source when it is asked for."""
+        for start in range(0, len(weight), PIECE):
+            part = weight[start : start + PIECE]
+            self._reader.read_into(source.shard, source.start + start, part.data)
+            yield part
+
+    def _decoded(self, action: Action, weight: Bytes, *, again: bool = False) -> Iterator[Bytes]:
+        """The same of one that is stored quantized, in BF16 and in whole rows.
+
+        `again`: every piece lies at the front of `weight`, where the one before it lay.
+        """
+        rows, columns = action.source.shape
+        stored, width = open_rows(self._reader, action, self._codes), columns * BF16.word.itemsize
+        at_once = max(1, PIECE // width)
+        for first in range(0, rows, at_once):
+            last = min(first + at_once, rows)
+            place = 0 if again else first * width
+            part = weight[place : place + (last - first) * width]
+            stored.read(first, last, part.view(BF16.word))
+            yield part
 
     def _pack(
         self,

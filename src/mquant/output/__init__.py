@@ -2,14 +2,24 @@
 
 from mquant.output.apply import WORK, apply, is_staged, stage
 from mquant.output.disk import PARTIAL, is_there, link
-from mquant.output.finish import config_json, file_names, finish, index_json, side_files
+from mquant.output.finish import (
+    MODELOPT_NAME,
+    RECIPE_NAME,
+    config_json,
+    file_names,
+    finish,
+    index_json,
+    side_files,
+)
 from mquant.output.folder import RECORD, Claim, State, discard, examine
 from mquant.output.ledger import LEDGER, Ledger, Recorded
 from mquant.output.shards import ShardSet
 
 __all__ = [
     "LEDGER",
+    "MODELOPT_NAME",
     "PARTIAL",
+    "RECIPE_NAME",
     "RECORD",
     "WORK",
     "Claim",

@@ -33,9 +33,10 @@ from mquant.output.ledger import LEDGER
 from mquant.plan import Action, Plan
 
 RECIPE_NAME: Final = "recipe.yaml"
+MODELOPT_NAME: Final = "hf_quant_config.json"
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".mp4")
 _PIECE: Final = 16_000_000
-_OURS: Final = {RECORD, LEDGER, RECIPE_NAME, "hf_quant_config.json"}
+_OURS: Final = {RECORD, LEDGER, RECIPE_NAME, MODELOPT_NAME}
 # What people expect beside weights: any one of the names will do.
 _EXPECTED: Final = {
     "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model"),
@@ -79,7 +80,8 @@ def linked_files(source: Source) -> list[str]:
 def file_names(plan: Plan, sides: Iterable[str]) -> tuple[str, ...]:
     """Every file the finished output will hold."""
     shards = tuple(shard.name for shard in plan.shards)
-    return (*shards, *sides, RECIPE_NAME, RECORD, INDEX_NAME, CONFIG_NAME)
+    recipe = (RECIPE_NAME,) if plan.schemes else ()
+    return (*shards, *sides, *recipe, RECORD, INDEX_NAME, CONFIG_NAME)
 
 
 def finish(
@@ -110,9 +112,11 @@ def finish(
         emit(Note("warning", sentence))
     for sentence in absent_files(checkpoint):
         emit(Note("info", sentence))
-    recipe = recipe_yaml(plan).encode()
-    _write(out, RECIPE_NAME, [recipe])
-    for name, content in ((RECIPE_NAME, recipe), (INDEX_NAME, table), (CONFIG_NAME, config)):
+    if plan.schemes:
+        recipe = recipe_yaml(plan).encode()
+        _write(out, RECIPE_NAME, [recipe])
+        files[RECIPE_NAME] = _described(recipe)
+    for name, content in ((INDEX_NAME, table), (CONFIG_NAME, config)):
         files[name] = _described(content)
     record = {"schema": "mquant.output/1", **provenance, "files": dict(sorted(files.items()))}
     _write(out, RECORD, [_json(record)])
@@ -135,8 +139,10 @@ def index_json(plan: Plan) -> dict[str, Any]:
 
 
 def config_json(plan: Plan) -> dict[str, Any]:
-    """The parent's raw config.json, every key of it, and `quantization_config`."""
-    return {**plan.survey.checkpoint.config, "quantization_config": plan.quantization_config}
+    """The parent's raw config.json, every key of it, and how the result is quantized, if it is."""
+    how = "quantization_config"
+    kept = {k: value for k, value in plan.survey.checkpoint.config.items() if k != how}
+    return {**kept, how: plan.quantization_config} if plan.quantization_config else kept
 
 
 def recipe_yaml(plan: Plan) -> str:
@@ -234,6 +240,7 @@ def _write(out: Path, name: str, pieces: Iterable[bytes]) -> str:
 
 
 __all__ = [
+    "MODELOPT_NAME",
     "RECIPE_NAME",
     "absent_files",
     "config_json",

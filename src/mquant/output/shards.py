@@ -196,7 +196,7 @@ class ShardSet:
 
     def _counts(self, index: int, recorded: Recorded, sources: Mapping[str, Stamp]) -> bool:
         made_from = recorded.jobs.get(index, {})
-        files = {action.source.shard for action in self._tasks[index].job.actions}
+        files = self._tasks[index].job.files
         return all(file in sources and made_from.get(file) == sources[file] for file in files)
 
 

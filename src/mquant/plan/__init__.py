@@ -1,8 +1,11 @@
 """Checkpoint x Family x Recipe -> Plan: the only place that decides what happens to a tensor."""
 
+from mquant.plan.bf16 import make_bf16_plan
 from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, make_plan, natural, safe_ignore
+from mquant.plan.export import Target, hf_quant_config, make_export_plan, scalars, survey_for
 from mquant.plan.mend import BAD, PARENT, Mending, from_parent, mend
 from mquant.plan.model import Action, Job, Output, Plan, ShardJob
+from mquant.plan.stored import Form, Stored
 from mquant.plan.survey import Member, Survey, survey, wholeness
 
 __all__ = [
@@ -10,19 +13,27 @@ __all__ = [
     "DEFAULT_SHARD_BYTES",
     "PARENT",
     "Action",
+    "Form",
     "Job",
     "Member",
     "Mending",
     "Output",
     "Plan",
     "ShardJob",
+    "Stored",
     "Survey",
+    "Target",
     "cut_shards",
     "from_parent",
+    "hf_quant_config",
+    "make_bf16_plan",
+    "make_export_plan",
     "make_plan",
     "mend",
     "natural",
     "safe_ignore",
+    "scalars",
     "survey",
+    "survey_for",
     "wholeness",
 ]

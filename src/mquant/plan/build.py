@@ -7,12 +7,13 @@ from typing import Final, TypeVar
 
 import yaml
 
-from mquant.checkpoint import Checkpoint
+from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.dtypes import FLOAT_WEIGHTS
 from mquant.errors import Refused
 from mquant.family import Family, Role
 from mquant.findings import Finding, names
 from mquant.plan.model import Action, Job, Output, Plan, ShardJob
+from mquant.plan.stored import Form
 from mquant.plan.survey import FusedKey, Member, Survey, survey
 from mquant.recipe import Choice, Recipe
 from mquant.schemes import Scheme
@@ -45,7 +46,7 @@ def make_plan(
     Raises Refused where there is no plan to show: the family is unknown.
     `allow_unsafe` turns the refusal of quantized routers, embeddings and head into a warning.
     """
-    found = survey(checkpoint, families)
+    found = survey(checkpoint, families, (Form.FP8_BLOCK,))
     family = found.family
     if family is None:
         raise Refused(found.findings)
@@ -55,11 +56,12 @@ def make_plan(
     jobs = _jobs(found.members, actions)
     findings = [
         *found.findings,
+        *dequantizes(found),
         *_unsafe(actions, family, recipe, allow_unsafe=allow_unsafe),
         *_unmatched(found, both, choice),
     ]
-    # Of a source that is quantized already, that is all there is to say.
-    if not any(finding.rule == "source-quantized" for finding in findings):
+    # Of a source whose weights cannot be read, that is all there is to say.
+    if found.readable:
         findings += [
             *_unquantizable(actions),
             *(_split_sets(jobs) or _unlike_experts(actions)),
@@ -75,7 +77,7 @@ def make_plan(
                 jobs, lambda job: job.output_bytes, max_shard_bytes
             ).items()
         ),
-        ignore=_ignore(actions, family),
+        ignore=kept_modules(((a.module, a.source) for a in actions if not a.scheme), family),
         findings=tuple(findings),
     )
 
@@ -105,7 +107,27 @@ def _action(member: Member, both: tuple[str, str], choice: Choice) -> Action:
         scheme=scheme,
         reason="" if scheme else _KEPT_BECAUSE.get(member.role, f"{recipe.name} keeps it"),
         outputs=tuple(Output(*output) for output in outputs),
+        stored=member.stored,
     )
+
+
+def dequantizes(found: Survey) -> list[Finding]:
+    """That, and how, the source is quantized, where its weights can be read all the same."""
+    stored = [member.stored for member in found.members if member.stored]
+    if not stored or not found.readable:
+        return []
+    forms = " and ".join(sorted({each.form.value for each in stored}))
+    left_out = len(found.checkpoint.tensors) - len(found.members)
+    return [
+        Finding(
+            "source-dequantized",
+            "info",
+            stored[0].codes.name,
+            f"{found.checkpoint.source.name} is quantized ({forms}): {len(stored):,} weights are "
+            f"dequantized to BF16 as they are read; {left_out:,} tensors that only these need, and "
+            "quantization_config, are left out.",
+        )
+    ]
 
 
 def _obstacle(member: Member | Action, scheme: Scheme) -> str:
@@ -221,20 +243,14 @@ def cut_shards(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> di
     }
 
 
-def _ignore(actions: list[Action], family: Family) -> tuple[str, ...]:
-    """The modules with a matrix that stays as it is, by name, in natural order.
+def kept_modules(kept: Iterable[tuple[str, TensorInfo]], family: Family) -> tuple[str, ...]:
+    """The modules, of those that stay as they are, with a matrix, by name, in natural order.
 
     `targets: ["Linear"]` would otherwise claim them. Exact names, which every loader reads alike:
     the hub's, and vLLM's own where that is another.
     """
-    kept = [
-        action.module
-        for action in actions
-        if action.scheme is None
-        and action.source.name.endswith(".weight")
-        and len(action.source.shape) == 2
-    ]
-    both = {name for module in kept for name in (module, family.in_vllm_name(module))}
+    modules = [m for m, info in kept if info.name.endswith(".weight") and len(info.shape) == 2]
+    both = {name for module in modules for name in (module, family.in_vllm_name(module))}
     return tuple(sorted(both, key=natural))
 
 
@@ -303,4 +319,12 @@ def _unmatched(found: Survey, both: Mapping[str, tuple[str, str]], choice: Choic
     ]
 
 
-__all__ = ["DEFAULT_SHARD_BYTES", "cut_shards", "make_plan", "natural", "safe_ignore"]
+__all__ = [
+    "DEFAULT_SHARD_BYTES",
+    "cut_shards",
+    "dequantizes",
+    "kept_modules",
+    "make_plan",
+    "natural",
+    "safe_ignore",
+]

@@ -59,7 +59,7 @@ class Mending:
     @property
     def parent_bytes(self) -> int:
         """Bytes that are read of the parent's tensors."""
-        return sum(action.source.nbytes for action in self.replaced)
+        return sum(action.source_bytes for action in self.replaced)
 
 
 def mend(right: Plan, bad: Checkpoint, wrong: Collection[str]) -> Mending:
@@ -137,6 +137,7 @@ class _Found:
                     replace(
                         action,
                         source=_under(BAD, info),
+                        stored=None,
                         scheme=None,
                         reason="as it should be",
                         outputs=(output,),
@@ -178,7 +179,16 @@ def _hub_name(family: Family, name: str) -> str:
 
 def from_parent(job: Job) -> Job:
     """A job of the right plan, as it is done again."""
-    return Job(tuple(replace(a, source=_under(PARENT, a.source)) for a in job.actions))
+    return Job(
+        tuple(
+            replace(
+                a,
+                source=_under(PARENT, a.source),
+                stored=a.stored.under(PARENT) if a.stored else None,
+            )
+            for a in job.actions
+        )
+    )
 
 
 def _module(name: str) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -11,11 +11,12 @@ from mquant.checkpoint import Source, TensorInfo, build_header
 from mquant.dtypes import BITS, nbytes
 from mquant.family import Family, Role
 from mquant.findings import Finding
+from mquant.plan.stored import Stored
 from mquant.plan.survey import Survey
 from mquant.recipe import Recipe
 from mquant.schemes import FORMAT_VERSION, Scheme
 
-ActionKind = Literal["copy", "quantize"]
+ActionKind = Literal["copy", "quantize", "dequantize"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,10 @@ class Output:
 class Action:
     """What happens to one source tensor, and what comes of it.
 
-    `scheme` is None where the tensor is copied bit for bit; `reason` says why it is.
+    `scheme` is None where the tensor is kept; `reason` says why it is. A tensor that is `stored`
+    quantized is dequantized to BF16 as it is read, and then quantized or kept; `source` is what it
+    is then, at the place of its codes. Every other one that is kept is copied bit for bit, or,
+    where only its meaning is kept, is `value`.
     """
 
     source: TensorInfo
@@ -47,11 +51,30 @@ class Action:
     scheme: Scheme | None
     reason: str
     outputs: tuple[Output, ...]
+    stored: Stored | None = None
+    value: bytes | None = None
 
     @property
     def kind(self) -> ActionKind:
         """What is done."""
-        return "quantize" if self.scheme else "copy"
+        if self.scheme:
+            return "quantize"
+        return "dequantize" if self.stored else "copy"
+
+    @property
+    def read(self) -> tuple[TensorInfo, ...]:
+        """All that is read for it."""
+        return (self.source, *(self.stored.parts if self.stored else ()))
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all that is read for it."""
+        return sum(info.nbytes for info in self.read)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the source tensor in memory, which are more than there are of its codes."""
+        return nbytes(self.source.dtype, self.source.shape)
 
     @property
     def output_bytes(self) -> int:
@@ -81,7 +104,17 @@ class Job:
     @property
     def source_bytes(self) -> int:
         """Bytes of all it is made from."""
-        return sum(action.source.nbytes for action in self.actions)
+        return sum(action.source_bytes for action in self.actions)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its source tensors in memory."""
+        return sum(action.weight_bytes for action in self.actions)
+
+    @property
+    def files(self) -> frozenset[str]:
+        """The files it is made from."""
+        return frozenset(info.shard for action in self.actions for info in action.read)
 
     @property
     def output_bytes(self) -> int:
@@ -125,8 +158,9 @@ class ShardJob:
 class Plan:
     """Checkpoint x Family x Recipe. Engines obey it, `verify` checks against it.
 
-    `ignore` is config.json's list as it will be written. A plan with findings of severity
-    `error` must not be carried out.
+    `ignore` is config.json's list as it will be written; `declared` is what else than the schemes
+    in use says how the result is quantized. A plan with findings of severity `error` must not be
+    carried out.
     """
 
     survey: Survey
@@ -135,6 +169,7 @@ class Plan:
     shards: tuple[ShardJob, ...]
     ignore: tuple[str, ...]
     findings: tuple[Finding, ...]
+    declared: Mapping[str, Any] | None = None
 
     @property
     def actions(self) -> Iterator[Action]:
@@ -159,8 +194,8 @@ class Plan:
 
     @cached_property
     def source_bytes(self) -> int:
-        """Bytes of all source tensors."""
-        return sum(action.source.nbytes for action in self.actions)
+        """Bytes of all source tensors that are read."""
+        return sum(action.source_bytes for action in self.actions)
 
     @property
     def output_tensors(self) -> int:
@@ -187,27 +222,48 @@ class Plan:
                 source = action.source
                 scheme = action.scheme.name if action.scheme else "copy"
                 digest.update(f"{source.name} {source.dtype} {source.shape} {scheme}\n".encode())
+                if action.stored:
+                    digest.update(f"{action.stored.form} {action.stored.block}\n".encode())
+                if action.value is not None:
+                    digest.update(action.value)
         digest.update(json.dumps(self.ignore).encode())
         digest.update(json.dumps([s.config_group for s in self.schemes]).encode())
+        if self.declared is not None:
+            digest.update(json.dumps(self.declared).encode())
         return digest.hexdigest()
 
     @property
     def quantization_config(self) -> dict[str, Any]:
-        """config.json's `quantization_config`, in the shape compressed-tensors writes it."""
-        return {
-            "config_groups": {
-                f"group_{number}": {**scheme.config_group, "targets": ["Linear"]}
-                for number, scheme in enumerate(self.schemes)
-            },
-            "format": self.schemes[0].format,
-            "global_compression_ratio": None,
-            "ignore": list(self.ignore),
-            "kv_cache_scheme": None,
-            "quant_method": "compressed-tensors",
-            "quantization_status": "compressed",
-            "transform_config": {},
-            "version": FORMAT_VERSION,
-        }
+        """config.json's `quantization_config`, in the shape compressed-tensors writes it.
+
+        Empty where nothing is quantized.
+        """
+        if self.declared is not None:
+            return dict(self.declared)
+        if not self.schemes:
+            return {}
+        groups = [scheme.config_group for scheme in self.schemes]
+        return declaration(groups, self.schemes[0].format, self.ignore)
 
 
-__all__ = ["Action", "Job", "Output", "Plan", "ShardJob"]
+def declaration(
+    groups: Sequence[Mapping[str, Any]], form: str, ignore: Sequence[str]
+) -> dict[str, Any]:
+    """A quantization config of compressed-tensors; the groups have all but their targets."""
+    return {
+        "config_groups": {
+            f"group_{number}": {**group, "targets": ["Linear"]}
+            for number, group in enumerate(groups)
+        },
+        "format": form,
+        "global_compression_ratio": None,
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "transform_config": {},
+        "version": FORMAT_VERSION,
+    }
+
+
+__all__ = ["Action", "Job", "Output", "Plan", "ShardJob", "declaration"]

@@ -6,13 +6,14 @@ are errors of the *source*: quantizing a checkpoint that is not what it claims t
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.family import MOST_LAYERS, Family, Meaning, Role, TensorRow, family_of
 from mquant.findings import Finding, names
+from mquant.plan.stored import Form, Stored, find_stored
 from mquant.schemes import QUANTIZED_SUFFIXES
 
 FusedKey = tuple[str, int | None, int | None]
@@ -20,10 +21,15 @@ FusedKey = tuple[str, int | None, int | None]
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A source tensor and what its name means."""
+    """A source tensor and what its name means.
+
+    A weight that is stored quantized is one member: `info` is the weight in BF16, at the place of
+    its codes, and `stored` says how it lies there.
+    """
 
     info: TensorInfo
     meaning: Meaning
+    stored: Stored | None = None
 
     @property
     def role(self) -> Role:
@@ -44,7 +50,11 @@ class Member:
 
 @dataclass(frozen=True)
 class Survey:
-    """Every tensor of a checkpoint, classified; and the ways in which it is not whole."""
+    """Every tensor of a checkpoint, classified; and the ways in which it is not whole.
+
+    Where weights lie quantized in a way that cannot be read, `findings` say so, and nothing else
+    was judged.
+    """
 
     checkpoint: Checkpoint
     family: Family | None
@@ -52,15 +62,24 @@ class Survey:
     layers: int
     experts: int
     findings: tuple[Finding, ...]
+    readable: bool = True
 
     def of(self, *roles: Role) -> list[Member]:
         """The members of some roles."""
         return [member for member in self.members if member.role in roles]
 
 
-def survey(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Survey:
-    """Classify every tensor of a checkpoint and check that it is whole."""
-    findings = [*checkpoint.findings, *_already_quantized(checkpoint)]
+def survey(
+    checkpoint: Checkpoint, families: Mapping[str, Family], forms: Collection[Form] = ()
+) -> Survey:
+    """Classify every tensor of a checkpoint and check that it is whole.
+
+    One that is quantized is a finding, unless all of it lies in one of `forms`: then it is taken
+    for the weights it holds.
+    """
+    shelf = find_stored(checkpoint, forms) if forms else None
+    unreadable = shelf.findings if shelf else _already_quantized(checkpoint)
+    findings = [*checkpoint.findings, *unreadable]
     family = family_of(checkpoint.config, families)
     if family is None:
         kind = checkpoint.config.get("model_type")
@@ -78,21 +97,23 @@ def survey(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Survey:
         return Survey(checkpoint, None, (), 0, 0, tuple(findings))
     members: list[Member] = []
     unknown: list[str] = []
-    for info in checkpoint.tensors.values():
+    for tensor in checkpoint.tensors.values():
+        info, stored = (shelf and shelf.weights.get(tensor.name)) or (tensor, None)
         meaning = family.classify(info.name)
-        if meaning is None:
+        if meaning is not None:
+            members.append(Member(info, meaning, stored))
+        elif not shelf or tensor.name not in shelf.others:
             unknown.append(info.name)
-        else:
-            members.append(Member(info, meaning))
-    already = any(f.rule == "source-quantized" for f in findings)
-    if unknown and not already:
+    if unknown and not unreadable:
         findings.append(_unknown(unknown, family))
     layers = _count(member.meaning.layer for member in members)
     experts = _count(member.meaning.expert for member in members)
-    if not already:
+    if not unreadable:
         findings += wholeness(family, members, checkpoint.config)
     members = _mtp_kept(family, members, checkpoint.config)
-    return Survey(checkpoint, family, tuple(members), layers, experts, tuple(findings))
+    return Survey(
+        checkpoint, family, tuple(members), layers, experts, tuple(findings), not unreadable
+    )
 
 
 def _mtp_kept(family: Family, members: list[Member], config: Mapping[str, Any]) -> list[Member]:
@@ -120,7 +141,7 @@ def _count(numbers: Iterable[int | None]) -> int:
     return len({number for number in numbers if number is not None})
 
 
-def _already_quantized(checkpoint: Checkpoint) -> list[Finding]:
+def _already_quantized(checkpoint: Checkpoint) -> Sequence[Finding]:
     config = checkpoint.config.get("quantization_config")
     traces = [name for name in checkpoint.tensors if name.endswith(QUANTIZED_SUFFIXES)]
     if not traces and not config:
@@ -137,7 +158,7 @@ def _already_quantized(checkpoint: Checkpoint) -> list[Finding]:
             "error",
             traces[0] if traces else "config.json",
             f"{checkpoint.source.name} is already quantized ({how}).",
-            "Start from the BF16 checkpoint it was made from, or dequantize it first.",
+            "Start from the BF16 checkpoint it was made from, or make one: mquant dequantize.",
         )
     ]
 

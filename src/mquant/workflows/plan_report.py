@@ -43,7 +43,7 @@ def memory_needed(plan: Plan) -> int:
     Tensors that are copied pass through a small buffer.
     """
     jobs = (job for shard in plan.shards for job in shard.jobs if job.scheme)
-    widest = max((job.source_bytes for job in jobs), default=0)
+    widest = max((job.weight_bytes for job in jobs), default=0)
     return _BASE_MEMORY + int(default_workers() * widest * _PER_WORKER)
 
 
@@ -156,7 +156,7 @@ def _role(role: Role, scheme: str, reason: str, actions: list[Action]) -> dict[s
     return {
         "role": role.value,
         "tensors": len(actions),
-        "bytes_before": sum(action.source.nbytes for action in actions),
+        "bytes_before": sum(action.source_bytes for action in actions),
         "bytes_after": after,
         "bits_per_weight": round(after * 8 / elements, 4) if after and elements else None,
         "scheme": scheme or None,

@@ -24,7 +24,7 @@ from mquant.output import (
 )
 from mquant.plan import Plan
 from mquant.recipe import Recipe
-from mquant.workflows.making import Making, check_disk, default_workers, provenance
+from mquant.workflows.making import Making, check_disk, default_workers, here, provenance
 from mquant.workflows.verify import Depth, verify
 
 if TYPE_CHECKING:
@@ -94,6 +94,11 @@ def quantize(
     if plan.refusals:
         raise Refused(plan.refusals)
     engine = choose_engine(engine, plan.recipe)
+    if engine is Engine.ONESHOT and any(action.stored for action in plan.actions):
+        raise UsageError(
+            "The oneshot engine reads BF16, F16 and F32; the source's weights lie in FP8.",
+            "Leave out --engine, or make a BF16 checkpoint first: mquant dequantize.",
+        )
     versions = _versions(engine)
     source = plan.survey.checkpoint.source
     local = [source.root] if isinstance(source, Folder) else []
@@ -107,7 +112,7 @@ def quantize(
         return Result(out, plan, engine, fresh=False)
     own = side_files(plan.survey.checkpoint)
     check_disk(out, claim.files, plan.file_bytes + sum(source.files[path] for path in own))
-    folder = source if isinstance(source, Folder) else _download(source, emit)
+    folder = here(source, emit)
     ledger = Ledger(out)
     try:
         claim = look(restart=restart)  # again: now nobody else can change it
@@ -134,16 +139,6 @@ def _versions(engine: Engine) -> dict[str, str]:
         return {package: version(package) for package in _DECISIVE[engine]}
     except PackageNotFoundError:
         raise MissingExtra(f"The {engine} engine", engine.value) from None
-
-
-def _download(source: Source, emit: Emit) -> Folder:
-    from mquant.checkpoint.download import download
-    from mquant.checkpoint.hub import HubRepo
-
-    if not isinstance(source, HubRepo):
-        raise TypeError(f"cannot download from {type(source).__name__}")
-    emit(Note("info", f"Downloading {source.name}."))
-    return Folder(download(source, emit))
 
 
 @dataclass(frozen=True)

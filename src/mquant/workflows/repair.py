@@ -204,7 +204,7 @@ class _Run:
     def _making(self, assembly: Assembly) -> Making:
         kept = self.kept if self.whole else ()
         files = (*kept, *file_names(self.plan, self.sides))
-        used = {action.source.shard for action in self.plan.actions}
+        used = {path for shard in self.plan.shards for job in shard.jobs for path in job.files}
         stamps = {path: assembly.stamps[path] for path in sorted(used)}
         return Making(self.plan, self.out, files, stamps, self.emit, "repair")
 

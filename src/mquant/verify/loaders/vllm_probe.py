@@ -190,8 +190,9 @@ def _needless(model: torch.nn.Module, name: str) -> bool:
     module, _, last = name.rpartition(".")
     method = getattr(model.get_submodule(module), "quant_method", None)
     method = getattr(model.get_submodule(module), "scheme", method)
-    if "input_global_scale" in last:
-        return bool(getattr(method, "use_a16", False))
+    if "input_global_scale" in last or last.endswith("input_scale"):
+        spec = getattr(method, "spec", None)  # of ModelOpt's linear layers
+        return bool(getattr(method, "use_a16", spec is not None and spec.activation is None))
     return isinstance(method, BaseKVCacheMethod)  # optional, with defaults
 
 

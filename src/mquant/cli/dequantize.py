@@ -1,0 +1,99 @@
+"""`mquant dequantize`: BF16 from a quantized checkpoint."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from mquant.cli.options import FormatChoice, MaxShardSize, Out, Restart, Revision, Src, Workers
+from mquant.cli.output import Format, Output, output
+from mquant.cli.plan import show_plan
+from mquant.cli.progress import progress
+from mquant.cli.source import default_out, open_source
+from mquant.cli.tables import facts
+from mquant.cli.text import both_sizes, parse_size, plural
+
+if TYPE_CHECKING:
+    from mquant.workflows.convert import Converted
+
+_EXAMPLE = "mquant dequantize ./MiniMax-M2.7-REAP-NVFP4 -o ./MiniMax-M2.7-REAP-BF16"
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")]
+
+
+def dequantize(
+    src: Src = None,
+    out_folder: Out = None,
+    dry_run: DryRun = False,
+    max_shard_size: MaxShardSize = None,
+    workers: Workers = None,
+    restart: Restart = False,
+    revision: Revision = None,
+    form: FormatChoice = Format.HUMAN,
+) -> None:
+    """Make a BF16 checkpoint of a quantized one, for tools that read nothing else.
+
+    Reads FP8 in blocks (original releases), compressed-tensors' NVFP4, NVFP4A16 and FP8, and
+    ModelOpt's NVFP4. What is not quantized is copied bit for bit. Running the same command again
+    is safe: an unfinished folder is gone on with.
+
+    Example: mquant dequantize ./MiniMax-M2.7-REAP-NVFP4 -o ./MiniMax-M2.7-REAP-BF16
+    """
+    with output("dequantize", form) as out:
+        limit = None if max_shard_size is None else parse_size(max_shard_size)
+        source = open_source(src, revision, _EXAMPLE)
+        from mquant.checkpoint import open_checkpoint
+        from mquant.family import load_families
+        from mquant.plan import DEFAULT_SHARD_BYTES, make_bf16_plan
+
+        plan = make_bf16_plan(
+            open_checkpoint(source),
+            load_families(),
+            max_shard_bytes=DEFAULT_SHARD_BYTES if limit is None else limit,
+        )
+        if dry_run or plan.refusals:
+            show_plan(out, plan, out_folder)
+            return
+        out.report(plan.findings)
+        from mquant.workflows.convert import convert
+
+        where = out_folder or default_out(source, plan.recipe.suffix)
+        with progress(out) as emit:
+            done = convert(plan, where, "dequantize", workers=workers, restart=restart, emit=emit)
+        tell_converted(out, done, "Dequantized")
+
+
+def tell_converted(out: Output, done: "Converted", verb: str) -> None:
+    """Show what a conversion made; `verb` is what was done to the checkpoint."""
+    plan = done.plan
+    out.put(
+        out=str(done.out),
+        already_done=not done.fresh,
+        fingerprint=plan.fingerprint,
+        totals={
+            "source": {
+                "tensors": len(plan.survey.checkpoint.tensors),
+                "bytes": plan.survey.checkpoint.nbytes,
+            },
+            "output": {
+                "tensors": plan.output_tensors,
+                "bytes": plan.output_bytes,
+                "file_bytes": plan.file_bytes,
+                "shards": len(plan.shards),
+            },
+        },
+    )
+    tensors, shards = plan.output_tensors, len(plan.shards)
+    out.show(
+        Text.assemble((verb if done.fresh else "Already done:", "bold green"), f" {done.out}"),
+        facts(
+            [
+                ("Source", both_sizes(plan.survey.checkpoint.nbytes)),
+                ("Output", both_sizes(plan.output_bytes)),
+                ("Tensors", f"{plural(tensors, 'tensor')} in {plural(shards, 'shard')}"),
+            ]
+        ),
+    )
+
+
+__all__ = ["dequantize", "tell_converted"]

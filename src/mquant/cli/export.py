@@ -1,0 +1,56 @@
+"""`mquant export`: the same NVFP4 in another layout."""
+
+from typing import Annotated
+
+import typer
+
+from mquant.cli.dequantize import tell_converted
+from mquant.cli.options import FormatChoice, Out, Restart, Revision, Src, Workers
+from mquant.cli.output import Format, output
+from mquant.cli.progress import progress
+from mquant.cli.source import default_out, open_source
+from mquant.errors import UsageError
+from mquant.plan import Target
+
+_EXAMPLE = "mquant export ./MiniMax-M2.7-REAP-NVFP4 --to modelopt -o ./MiniMax-M2.7-REAP-ModelOpt"
+
+To = Annotated[
+    Target | None,
+    typer.Option("--to", help="The layout: TensorRT-LLM reads modelopt.", show_default=False),
+]
+
+
+def export(
+    src: Src = None,
+    to: To = None,
+    out_folder: Out = None,
+    workers: Workers = None,
+    restart: Restart = False,
+    revision: Revision = None,
+    form: FormatChoice = Format.HUMAN,
+) -> None:
+    """Store an NVFP4 checkpoint in ModelOpt's layout, or bring it back to compressed-tensors'.
+
+    Codes and block scales stay as they are, byte for byte; a global scale becomes its reciprocal.
+    Back again the files are those there were. W4A16 and W4A4.
+
+    Example: mquant export ./MiniMax-M2.7-REAP-NVFP4 --to modelopt -o ./MiniMax-M2.7-REAP-ModelOpt
+    """
+    with output("export", form) as out:
+        if to is None:
+            raise UsageError("--to is missing: modelopt or compressed-tensors.", _EXAMPLE)
+        source = open_source(src, revision, _EXAMPLE)
+        from mquant.family import load_families
+        from mquant.workflows.export import export as carry_out
+
+        where = out_folder or default_out(source, _SUFFIX[to])
+        with progress(out) as emit:
+            done = carry_out(
+                source, load_families(), to, where, workers=workers, restart=restart, emit=emit
+            )
+        tell_converted(out, done, "Exported")
+
+
+_SUFFIX = {Target.MODELOPT: "ModelOpt", Target.COMPRESSED_TENSORS: "CT"}
+
+__all__ = ["export"]

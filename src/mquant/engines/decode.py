@@ -1,0 +1,93 @@
+"""Rows of weights that lie quantized in the source, as BF16.
+
+What a job needs besides the codes is read when the job begins: FP8's scales, the one scale of an
+NVFP4 weight. Codes, and NVFP4's block scales, are read with the rows they belong to.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+from mquant.checkpoint import TensorInfo
+from mquant.numerics.dequantize import decode_fp8, decode_nvfp4, nvfp4_table
+from mquant.numerics.formats import FLOATS, Array, Bytes, Words
+from mquant.numerics.nvfp4 import GROUP
+from mquant.plan import Action, Form, Stored
+
+
+class Source(Protocol):
+    """Where bytes come from."""
+
+    def read_into(self, path: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the file's bytes from `start` on."""
+
+
+class Rows(Protocol):
+    """A stored weight that can be read by rows."""
+
+    def read(self, first: int, last: int, words: Words) -> None:
+        """Fill `words`, uint16 [rows * columns], with rows [first, last)."""
+
+
+def open_rows(source: Source, action: Action, scratch: Bytes) -> Rows:
+    """The weight that `action.stored` describes. `scratch` holds the codes of any rows asked for.
+
+    Raises SourceError, as reading rows does, where the source cannot be read.
+    """
+    stored = action.stored
+    if stored is None:
+        raise TypeError(f"{action.source.name} is not stored quantized")
+    columns = action.source.shape[1]
+    if stored.form in (Form.NVFP4, Form.MODELOPT_NVFP4):
+        return _NVFP4(source, stored, columns, scratch)
+    return _FP8(source, stored, columns, scratch)
+
+
+class _FP8:
+    def __init__(self, source: Source, stored: Stored, columns: int, scratch: Bytes) -> None:
+        self._source, self._stored, self._columns = source, stored, columns
+        self._scratch = scratch
+        scales = _read(source, stored.scale).astype(np.float32)
+        self._scales = scales.reshape(-1, -(-columns // stored.block[1]))
+
+    def read(self, first: int, last: int, words: Words) -> None:
+        high = self._stored.block[0]
+        codes = self._scratch[: (last - first) * self._columns]
+        start = self._stored.codes.start + first * self._columns
+        self._source.read_into(self._stored.codes.shard, start, codes.data)
+        scales = self._scales[first // high : -(-last // high)]
+        codes = codes.reshape(last - first, self._columns)
+        decode_fp8(codes, scales, self._stored.block, first % high, words)
+
+
+class _NVFP4:
+    def __init__(self, source: Source, stored: Stored, columns: int, scratch: Bytes) -> None:
+        if stored.second is None:
+            raise TypeError(f"{stored.codes.name} has no second scale")
+        self._source, self._stored = source, stored
+        self._packed, self._groups = columns // 2, columns // GROUP
+        self._scratch = scratch
+        second = float(_read(source, stored.second).reshape(-1)[0])
+        self._table = nvfp4_table(second, divide=stored.form is Form.NVFP4)
+
+    def read(self, first: int, last: int, words: Words) -> None:
+        rows = last - first
+        packed = self._scratch[: rows * self._packed]
+        scales = self._scratch[len(packed) : len(packed) + rows * self._groups]
+        for info, part, width in (
+            (self._stored.codes, packed, self._packed),
+            (self._stored.scale, scales, self._groups),
+        ):
+            self._source.read_into(info.shard, info.start + first * width, part.data)
+        decode_nvfp4(packed, scales, self._table, words)
+
+
+def _read(source: Source, info: TensorInfo) -> Array:
+    """A small tensor, in its own dtype."""
+    raw = bytearray(info.nbytes)
+    source.read_into(info.shard, info.start, memoryview(raw))
+    form = FLOATS[info.dtype]
+    return form.values(form.words(raw)).reshape(info.shape)
+
+
+__all__ = ["Rows", "open_rows"]

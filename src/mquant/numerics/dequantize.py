@@ -1,0 +1,143 @@
+"""From codes and scales back to BF16, bit for bit as upstream's dequantizers compute it.
+
+| layout | a weight is |
+| --- | --- |
+| FP8 in blocks (`weight_scale_inv`), compressed-tensors FP8 (`weight_scale`) | code * scale |
+| compressed-tensors NVFP4 | code * (block scale / global scale) |
+| ModelOpt NVFP4 | code * (block scale * second scale) |
+
+Each operation is one of F32, and the result is rounded to BF16, to nearest even. That is
+compressed-tensors' `FP8BlockDequantizer`, the `decompress` of its compressors, and ModelOpt's
+`NVFP4QTensor.dequantize`. (Of FP8 with scales in BF16 upstream takes the product in BF16: that is
+the same, as F32 holds it exactly.)
+
+Under one global scale an FP4 code and a block scale can only become one number, so those are looked
+up in a table that numpy makes. FP8's scales are too many for that: there the kernel multiplies,
+once, which IEEE 754 defines to the bit, and rounds with integers. NaN, of which FP8 has two codes,
+comes out as NaN.
+"""
+
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+
+from mquant.numerics.formats import BF16, E2M1, E4M3, Array, Bytes, Floats, Words
+from mquant.numerics.kernels import compiled, compiling
+from mquant.numerics.nvfp4 import GROUP
+
+_NAN: Final = np.array([np.nan], np.float32)
+_NAN_WORD: Final = np.uint16(0x7FC0)
+_E4M3_SIGNED: Final[Floats] = np.concatenate([E4M3, _NAN, -E4M3, _NAN])
+"""float32 [256]: the value of every FP8 E4M3 code."""
+_E2M1_SIGNED: Final[Floats] = np.concatenate([E2M1, -E2M1])
+"""float32 [16]: the value of every FP4 E2M1 code."""
+
+
+def prepare_decoding() -> None:
+    """Compile the kernels, or take them from numba's cache. Raises as `kernels.prepare`."""
+    codes, words = np.zeros(GROUP, np.uint8), np.empty(GROUP, np.uint16)
+    with compiling():
+        decode_fp8(codes[None], np.ones((1, 1), np.float32), (1, GROUP), 0, words)
+        decode_nvfp4(codes[: GROUP // 2], codes[:1], nvfp4_table(1.0, divide=True), words)
+
+
+@lru_cache(maxsize=256)  # 8 KiB each; fused sets share a scale, and many sets do
+def nvfp4_table(second: float, *, divide: bool) -> Words:
+    """What every FP4 code stands for under every FP8 block scale: BF16 [256, 16].
+
+    `second` is the scale of the whole weight, a float32 number: a divisor or a factor.
+    """
+    exact = np.float32(second)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
+        scales = _E4M3_SIGNED / exact if divide else _E4M3_SIGNED * exact
+        values = _E2M1_SIGNED * scales[:, None]
+        words = values.astype(BF16.value).view(BF16.word)
+    return np.where(np.isnan(values), _NAN_WORD, words)
+
+
+def decode_fp8(
+    codes: Bytes, scales: Floats, block: tuple[int, int], first: int, words: Words
+) -> None:
+    """FP8 codes [rows, columns] as BF16 into `words`, uint16 [rows * columns].
+
+    `scales`, float32, are of the blocks, of `block` rows and columns, that these rows lie in;
+    `first` is the number of the first row in the first of them.
+    """
+    rows, columns = codes.shape
+    high, wide = block
+    if scales.shape != (-(-(first + rows) // high), -(-columns // wide)):
+        raise ValueError(f"{scales.shape} scales of {block} for {codes.shape} codes from {first}")
+    if words.shape != (codes.size,):
+        raise ValueError(f"{codes.shape} codes into {words.shape}")
+    _decode_fp8(codes, scales, first, high, wide, words.reshape(rows, columns))
+
+
+def decode_nvfp4(packed: Bytes, scales: Bytes, table: Words, words: Words) -> None:
+    """FP4 codes, uint8 [n / 2], as BF16 into `words`, uint16 [n]; `scales` are uint8 [n / 16]."""
+    if not len(packed) * 2 == len(scales) * GROUP == len(words):
+        raise ValueError(f"{packed.shape} bytes, {scales.shape} scales into {words.shape}")
+    _decode_nvfp4(packed, scales, table, words)
+
+
+@compiled
+def _decode_fp8(
+    codes: Array, scales: Array, first: int, high: int, wide: int, words: Array
+) -> None:
+    columns = codes.shape[1]
+    bits = np.empty(columns, np.uint32)
+    values = bits.view(np.float32)
+    for row in range(codes.shape[0]):
+        _fp8_bits(codes[row], bits)
+        for block in range(scales.shape[1]):
+            part = values[block * wide : min((block + 1) * wide, columns)]
+            _multiply(part, scales[(first + row) // high, block])
+        _round(bits, words[row])
+
+
+@compiled
+def _fp8_bits(codes: Array, bits: Array) -> None:
+    """FP8 codes as F32 that lacks a factor of 2**120: sign, exponent and mantissa, moved.
+
+    The difference of the exponents' biases; so subnormal numbers need no care.
+    """
+    for i in range(codes.size):
+        code = np.uint32(codes[i])
+        magnitude = np.uint32(code & np.uint32(127))
+        moved = np.uint32(magnitude << np.uint32(20))
+        moved = moved if magnitude < np.uint32(127) else np.uint32(0x7FC00000)
+        bits[i] = moved | ((code & np.uint32(128)) << np.uint32(24))
+
+
+@compiled
+def _multiply(values: Array, scale: Any) -> None:
+    for i in range(values.size):
+        values[i] = values[i] * np.float32(2.0**120) * scale
+
+
+@compiled
+def _round(bits: Array, words: Array) -> None:
+    """F32 to BF16, to nearest even; every NaN to the same."""
+    for i in range(bits.size):
+        word = bits[i]
+        odd = np.uint32((word >> np.uint32(16)) & np.uint32(1))
+        upper = np.uint32((word + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+        number = (word & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000)
+        words[i] = np.uint16(upper if number else np.uint32(0x7FC0))
+
+
+@compiled
+def _decode_nvfp4(packed: Array, scales: Array, table: Array, words: Array) -> None:
+    for block in range(scales.size):
+        row = table[scales[block]]
+        for i in range(block * 8, block * 8 + 8):
+            words[2 * i] = row[packed[i] & np.uint8(15)]
+            words[2 * i + 1] = row[packed[i] >> np.uint8(4)]
+
+
+__all__ = [
+    "decode_fp8",
+    "decode_nvfp4",
+    "nvfp4_table",
+    "prepare_decoding",
+]

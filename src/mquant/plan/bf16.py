@@ -1,0 +1,75 @@
+"""Checkpoint x Family -> the plan of its BF16: every stored weight dequantized, the rest copied."""
+
+from collections.abc import Mapping
+from typing import Final
+
+from mquant.checkpoint import Checkpoint
+from mquant.errors import Refused
+from mquant.family import Family
+from mquant.findings import Finding
+from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, dequantizes
+from mquant.plan.model import Action, Job, Output, Plan, ShardJob
+from mquant.plan.stored import Form
+from mquant.plan.survey import Member, Survey, survey
+from mquant.recipe import Recipe
+
+BF16: Final = Recipe(
+    name="bf16", title="BF16 of whatever is quantized, all else as it is", suffix="BF16", roles={}
+)
+
+
+def make_bf16_plan(
+    checkpoint: Checkpoint,
+    families: Mapping[str, Family],
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Plan:
+    """Decide what becomes of every tensor; problems are findings, as in `make_plan`.
+
+    Raises Refused where the family is unknown.
+    """
+    found = survey(checkpoint, families, tuple(Form))
+    if found.family is None:
+        raise Refused(found.findings)
+    jobs = [Job((_action(member),)) for member in found.members]
+    cut = cut_shards(jobs, lambda job: job.output_bytes, max_shard_bytes)
+    return Plan(
+        survey=found,
+        family=found.family,
+        recipe=BF16,
+        shards=tuple(ShardJob(name, tuple(group)) for name, group in cut.items()),
+        ignore=(),
+        findings=(*found.findings, *dequantizes(found), *_nothing(found)),
+    )
+
+
+def _action(member: Member) -> Action:
+    info, stored = member.info, member.stored
+    return Action(
+        source=info,
+        role=member.role,
+        module=member.module,
+        layer=member.meaning.layer,
+        expert=member.meaning.expert,
+        scheme=None,
+        reason=f"dequantized from {stored.form}" if stored else "as it is",
+        outputs=(Output(info.name, info.dtype, info.shape),),
+        stored=stored,
+    )
+
+
+def _nothing(found: Survey) -> list[Finding]:
+    if not found.readable or any(member.stored for member in found.members):
+        return []
+    return [
+        Finding(
+            "nothing-to-dequantize",
+            "error",
+            "config.json",
+            f"{found.checkpoint.source.name} has no quantized weights.",
+            "Use it as it is.",
+        )
+    ]
+
+
+__all__ = ["BF16", "make_bf16_plan"]

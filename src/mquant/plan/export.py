@@ -1,0 +1,229 @@
+"""NVFP4 in another layout's names: the plan of an export. Pure: the scales are read elsewhere.
+
+Shards, and the order of tensors in them, stay as they are: so what is exported and brought back has
+the files it had.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from enum import StrEnum
+from itertools import groupby
+from typing import Any, Final
+
+from mquant.checkpoint import Checkpoint, TensorInfo
+from mquant.errors import Refused
+from mquant.family import Family
+from mquant.findings import Finding, names
+from mquant.plan.build import kept_modules
+from mquant.plan.model import Action, Job, Output, Plan, ShardJob, declaration
+from mquant.plan.stored import Form
+from mquant.plan.survey import Member, Survey, survey
+from mquant.recipe import Recipe
+from mquant.schemes import NVFP4A16
+
+
+class Target(StrEnum):
+    """The layouts to export to, as config.json's `quant_method` calls them."""
+
+    MODELOPT = "modelopt"
+    COMPRESSED_TENSORS = "compressed-tensors"
+
+
+SOURCE: Final = {
+    Target.MODELOPT: Form.NVFP4,
+    Target.COMPRESSED_TENSORS: Form.MODELOPT_NVFP4,
+}
+"""What each is made from."""
+_RECIPES: Final = {
+    Target.MODELOPT: Recipe(name="export", suffix="ModelOpt", roles={}),
+    Target.COMPRESSED_TENSORS: Recipe(name="export", suffix="CT", roles={}),
+}
+# Of codes, scales of blocks, of the whole weight, and of its input; and the shape of the last two.
+_SUFFIXES: Final = {
+    Target.MODELOPT: ("weight", "weight_scale", "weight_scale_2", "input_scale"),
+    Target.COMPRESSED_TENSORS: (
+        "weight_packed",
+        "weight_scale",
+        "weight_global_scale",
+        "input_global_scale",
+    ),
+}
+_SCALAR: Final[dict[Target, tuple[int, ...]]] = {
+    Target.MODELOPT: (),
+    Target.COMPRESSED_TENSORS: (1,),
+}
+# Loaders know the layout by this name, and TensorRT-LLM's AutoDeploy refuses any other: ours is in
+# mquant.json. The version is one that writes this layout.
+_LAYOUT: Final = {"name": "modelopt", "version": "0.39.0"}
+# As ModelOpt writes it (`modelopt/torch/export/convert_hf_config.py`).
+_FP4: Final = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": NVFP4A16.group_size}
+# As compressed-tensors' preset NVFP4 writes it.
+_LOCAL: Final = {
+    **NVFP4A16.config_group["weights"],
+    "dynamic": "local",
+    "observer": "static_minmax",
+}
+
+
+def survey_for(checkpoint: Checkpoint, families: Mapping[str, Family], target: Target) -> Survey:
+    """The survey of a checkpoint that is to be exported.
+
+    Raises Refused where it is not whole, or not all of it can be said in the other layout.
+    """
+    found = survey(checkpoint, families, (SOURCE[target],))
+    stored = [member.stored for member in found.members if member.stored]
+    known = {info.name for member in found.members for info in _parts(member)}
+    homeless = [name for name in checkpoint.tensors if name not in known]
+    with_input = [each for each in stored if each.input]
+    findings = [finding for finding in found.findings if finding.severity == "error"]
+    if findings or found.family is None:
+        raise Refused(findings)
+    if not stored:
+        findings.append(
+            _refusal(
+                "nothing-to-export",
+                "config.json",
+                f"{checkpoint.source.name} is not {SOURCE[target]}, which {target} is made from.",
+                "Quantize it first: mquant quantize --recipe nvfp4.",
+            )
+        )
+    if homeless:
+        findings.append(
+            _refusal(
+                "not-exportable",
+                homeless[0],
+                f"mquant does not export {names(homeless)}.",
+                "Export a checkpoint without a quantized KV cache.",
+            )
+        )
+    if with_input and len(with_input) < len(stored):
+        lacking = next(each for each in stored if not each.input).codes.name
+        findings.append(
+            _refusal(
+                "activation-scales-missing",
+                lacking,
+                f"{lacking} has no scale of its input, {len(with_input):,} others have one.",
+                "Get the checkpoint again; mquant verify says more.",
+            )
+        )
+    if findings:
+        raise Refused(findings)
+    return found
+
+
+def scalars(found: Survey) -> Iterator[TensorInfo]:
+    """The tensors whose reciprocals an export holds."""
+    for stored in (member.stored for member in found.members if member.stored):
+        yield from filter(None, (stored.second, stored.input))
+
+
+def make_export_plan(
+    found: Survey,
+    target: Target,
+    values: Mapping[str, bytes],
+    declared: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The plan that stores a surveyed checkpoint in another layout.
+
+    `values` has the bytes that take the place of each scalar; `declared` is the quantization
+    config, where it is known what it was.
+    """
+    family = found.family
+    if family is None:
+        raise Refused(found.findings)
+    plain = [member for member in found.members if not member.stored]
+    ignore = kept_modules(((m.module, m.info) for m in plain), family)
+    w4a4 = any(member.stored and member.stored.input for member in found.members)
+    if declared is None:
+        declared = (_to_modelopt if target is Target.MODELOPT else _to_ct)(ignore, w4a4=w4a4)
+    actions = {
+        action.source.name: action
+        for member in found.members
+        for action in _actions(member, target, values)
+    }
+    tensors = (actions[name] for name in found.checkpoint.tensors)
+    shards = tuple(
+        ShardJob(name, tuple(_jobs(group)))
+        for name, group in groupby(tensors, key=lambda action: action.source.shard)
+    )
+    return Plan(
+        survey=found,
+        family=family,
+        recipe=_RECIPES[target],
+        shards=shards,
+        ignore=ignore,
+        findings=found.findings,
+        declared=declared,
+    )
+
+
+def hf_quant_config(plan: Plan) -> dict[str, Any]:
+    """ModelOpt's own file, which says what its `quantization_config` says."""
+    declared = plan.quantization_config
+    return {
+        "producer": declared["producer"],
+        "quantization": {
+            "quant_algo": declared["quant_algo"],
+            "kv_cache_quant_algo": None,
+            "group_size": declared["group_size"],
+            "exclude_modules": declared["ignore"],
+        },
+    }
+
+
+def _to_modelopt(ignore: tuple[str, ...], *, w4a4: bool) -> dict[str, Any]:
+    group = {"input_activations": _FP4} if w4a4 else {}
+    return {
+        "config_groups": {"group_0": {**group, "weights": _FP4, "targets": ["Linear"]}},
+        "group_size": NVFP4A16.group_size,
+        "ignore": list(ignore),
+        "producer": _LAYOUT,
+        "quant_algo": "NVFP4" if w4a4 else "W4A16_NVFP4",
+        "quant_method": "modelopt",
+    }
+
+
+def _to_ct(ignore: tuple[str, ...], *, w4a4: bool) -> dict[str, Any]:
+    group = {**NVFP4A16.config_group, "input_activations": _LOCAL if w4a4 else None}
+    return declaration([group], NVFP4A16.format, ignore)
+
+
+def _parts(member: Member) -> Iterator[TensorInfo]:
+    """All tensors of the source that a member is made of."""
+    if member.stored is None:
+        yield member.info
+        return
+    stored = member.stored
+    yield from filter(None, (stored.codes, stored.scale, stored.second, stored.input))
+
+
+def _actions(member: Member, target: Target, values: Mapping[str, bytes]) -> Iterator[Action]:
+    suffixes: Iterable[str] = _SUFFIXES[target] if member.stored else ("",)
+    # Where there is no scale of the input the last suffix has no part.
+    for info, suffix in zip(_parts(member), suffixes, strict=False):
+        value = values.get(info.name)
+        shape = info.shape if value is None else _SCALAR[target]
+        name = f"{member.module}.{suffix}" if suffix else info.name
+        yield Action(
+            source=info,
+            role=member.role,
+            module=member.module,
+            layer=member.meaning.layer,
+            expert=member.meaning.expert,
+            scheme=None,
+            reason="as it is" if value is None else "the reciprocal",
+            outputs=(Output(name, info.dtype, shape),),
+            value=value,
+        )
+
+
+def _jobs(actions: Iterable[Action]) -> Iterator[Job]:
+    """A job for each run of a module's tensors: the order is the source's."""
+    for _, run in groupby(actions, key=lambda action: action.module):
+        yield Job(tuple(run))
+
+
+def _refusal(rule: str, where: str, message: str, fix: str) -> Finding:
+    return Finding(rule, "error", where, message, fix)
+
+
+__all__ = ["SOURCE", "Target", "hf_quant_config", "make_export_plan", "scalars", "survey_for"]

@@ -1,0 +1,147 @@
+"""Codes and scales back to BF16, held against compressed-tensors, and ModelOpt's formula."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.entrypoints.convert import FP8BlockDequantizer
+from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
+
+from mquant.numerics.dequantize import decode_fp8, decode_nvfp4, nvfp4_table
+from mquant.numerics.formats import E2M1
+
+pytestmark = pytest.mark.upstream
+
+Words = npt.NDArray[np.uint16]
+
+ALL = np.arange(256, dtype=np.uint8)
+# Ones that round, that a BF16 does not hold, that overflow, that leave subnormal numbers and zeros.
+HARD = np.array(
+    [
+        1,
+        0.02 / 100,
+        1 / 3,
+        1.00390625,
+        3e38,
+        7e35,
+        1e-37,
+        2.0**-133,
+        1e-45,
+        0,
+        -0.7,
+        np.inf,
+        np.nan,
+    ],
+    np.float32,
+)
+
+
+def bits(tensor: torch.Tensor) -> Words:
+    """BF16 bit patterns, with one for every NaN: upstream's depends on where the vector ends."""
+    assert tensor.dtype is torch.bfloat16
+    words: Words = tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
+    return np.where((words & 0x7FFF) > 0x7F80, np.uint16(0x7FC0), words)
+
+
+def fp8(codes: npt.NDArray[np.uint8]) -> torch.Tensor:
+    return torch.from_numpy(codes.copy()).view(torch.float8_e4m3fn)
+
+
+def ours(
+    codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32], high: int, wide: int
+) -> Words:
+    words = np.empty(codes.size, np.uint16)
+    decode_fp8(codes, scales, (high, wide), 0, words)
+    return words.reshape(codes.shape)
+
+
+def test_every_fp8_code_under_hard_scales_is_what_fp8blockdequantizer_makes() -> None:
+    codes = np.tile(ALL, (len(HARD), 1))
+    scales = np.repeat(HARD[:, None], 2, axis=1)
+    theirs = FP8BlockDequantizer(weight_block_size=(1, 128))._create_dequantized_weight(
+        fp8(codes), torch.from_numpy(scales)
+    )
+    assert (ours(codes, scales, 1, 128) == bits(theirs)).all()
+
+
+@pytest.mark.parametrize("shape", [(3072, 1536), (200, 300), (1, 129), (128, 128), (130, 16)])
+def test_blocks_that_do_not_fill_the_weight_are_what_fp8blockdequantizer_makes(
+    shape: tuple[int, int],
+) -> None:
+    random = np.random.default_rng(0)
+    codes = random.integers(0, 256, shape, np.uint8)
+    blocks = -(-shape[0] // 128), -(-shape[1] // 128)
+    scales = random.uniform(1e-5, 1e-3, blocks).astype(np.float32)
+    theirs = FP8BlockDequantizer()._create_dequantized_weight(fp8(codes), torch.from_numpy(scales))
+    assert (ours(codes, scales, 128, 128) == bits(theirs)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("strategy", ["channel", "tensor", "block"])
+def test_fp8_is_what_compressed_tensors_decompresses(dtype: torch.dtype, strategy: str) -> None:
+    random = np.random.default_rng(1)
+    codes = random.integers(0, 256, (64, 256), np.uint8)
+    shape, block = {
+        "channel": ((64, 1), (1, 256)),
+        "tensor": ((1,), (64, 256)),
+        "block": ((4, 2), (16, 128)),
+    }[strategy]
+    scale = torch.from_numpy(random.uniform(1e-4, 1e-2, shape)).to(dtype)
+    scheme = preset_name_to_scheme("FP8_DYNAMIC", ["Linear"])
+    args = {"num_bits": 8, "type": "float", "strategy": strategy}
+    if strategy == "block":
+        args["block_structure"] = list(block)
+    scheme.weights = QuantizationArgs(**args)
+    compressor = BaseCompressor.get_value_from_registry("float-quantized")
+    state = compressor.decompress({"weight": fp8(codes), "weight_scale": scale}, scheme)
+    theirs = bits(state["weight"].to(torch.bfloat16))
+    table = scale.float().numpy().reshape(-1, -(-256 // block[1]))
+    assert (ours(codes, table, *block) == theirs).all()
+
+
+@pytest.mark.parametrize("second", [1.0, 20736.0, 3.0, 1e-3, 1e38, 2.0**-126])
+@pytest.mark.parametrize("modelopt", [False, True])
+def test_every_fp4_code_under_every_block_scale(second: float, modelopt: bool) -> None:
+    """Rows are block scales, all 256 codes of them; every byte of two codes is in each."""
+    packed = np.tile(ALL, (256, 1))
+    scales = np.repeat(ALL[:, None], 32, axis=1)
+    words = np.empty((256, 512), np.uint16)
+    table = nvfp4_table(second, divide=not modelopt)
+    decode_nvfp4(packed.reshape(-1), scales.reshape(-1), table, words.reshape(-1))
+    single = torch.tensor([second], dtype=torch.float32)
+    if modelopt:  # `NVFP4QTensor.dequantize`, which torch alone can do
+        values = torch.from_numpy(np.concatenate([E2M1, -E2M1])).to(torch.bfloat16)
+        codes = torch.from_numpy(np.stack([packed & 15, packed >> 4], -1).reshape(256, 32, 16))
+        factors = fp8(scales).float() * single
+        theirs = (values[codes.long()] * factors[..., None]).reshape(256, 512).to(torch.bfloat16)
+    else:
+        compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+        state = {
+            "weight_packed": torch.from_numpy(packed),
+            "weight_scale": fp8(scales),
+            "weight_global_scale": single,
+        }
+        theirs = compressor.decompress(state, preset_name_to_scheme("NVFP4A16", ["Linear"]))[
+            "weight"
+        ]
+    assert (words == bits(theirs)).all()
+
+
+def test_rows_may_begin_within_a_block() -> None:
+    random = np.random.default_rng(2)
+    codes = random.integers(0, 256, (300, 64), np.uint8)
+    scales = random.uniform(1e-4, 1e-2, (3, 1)).astype(np.float32)
+    words = np.empty(50 * 64, np.uint16)
+    decode_fp8(codes[240:290], scales[1:], (128, 128), 240 % 128, words)
+    assert (words.reshape(50, 64) == ours(codes, scales, 128, 128)[240:290]).all()
+
+
+def test_arrays_that_do_not_fit_each_other_are_refused() -> None:
+    codes, words = np.zeros((4, 32), np.uint8), np.empty(128, np.uint16)
+    with pytest.raises(ValueError, match="scales of"):
+        decode_fp8(codes, np.ones((1, 2), np.float32), (128, 128), 0, words)
+    with pytest.raises(ValueError, match="codes into"):
+        decode_fp8(codes, np.ones((1, 1), np.float32), (128, 128), 0, words[1:])
+    with pytest.raises(ValueError, match="scales into"):
+        decode_nvfp4(codes[0], codes[1], nvfp4_table(1.0, divide=True), words[:64])
