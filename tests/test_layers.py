@@ -20,7 +20,7 @@ LAYERS = (
     {"plan"},
     {"recipe", "checkpoint"},
     {"family"},
-    {"schemes", "dtypes", "data", "events"},
+    {"schemes", "dtypes", "data", "events", "text"},
     {"errors"},
     {"findings"},
 )
