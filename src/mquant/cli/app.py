@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mquant.cli import families, loader, recipes
+from mquant.cli.card import card
 from mquant.cli.inspect import inspect
 from mquant.cli.plan import plan
 from mquant.cli.quantize import quantize
@@ -58,6 +59,7 @@ app.command("quantize")(quantize)
 app.command("verify")(verify)
 app.command("verify-ignore")(verify_ignore)
 app.command("repair")(repair)
+app.command("card")(card)
 _group("recipes", recipes.recipes, recipes.show)
 _group("families", families.families, families.show)
 app.command("synth")(synth)

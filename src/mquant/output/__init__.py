@@ -5,6 +5,7 @@ from mquant.output.disk import PARTIAL, link
 from mquant.output.finish import config_json, file_names, finish, index_json, side_files
 from mquant.output.folder import RECORD, Claim, State, discard, examine
 from mquant.output.ledger import LEDGER, Ledger, Recorded
+from mquant.output.record import Record, read_record
 from mquant.output.shards import ShardSet
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "WORK",
     "Claim",
     "Ledger",
+    "Record",
     "Recorded",
     "ShardSet",
     "State",
@@ -26,6 +28,7 @@ __all__ = [
     "index_json",
     "is_staged",
     "link",
+    "read_record",
     "side_files",
     "stage",
 ]
