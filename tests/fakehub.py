@@ -95,6 +95,10 @@ class FakeHub:
         """Where files are redirected to instead of being served; `{path}` is the request's."""
         self.drops = 0
         """How many of the next uploads of a file break off half-way."""
+        self.drop_after: int | None = None
+        """How many uploads may be whole, before all others break off."""
+        self.loses: str | None = None
+        """A file that commits leave out."""
         self.commits: list[Commit] = []
         self.stored: dict[str, bytes] = {}
         """Large files that were uploaded, by sha256, committed or not."""

@@ -49,8 +49,9 @@ def answer(handler: "_Handler", path: str) -> None:
 
 def _store(handler: "_Handler", oid: str) -> None:
     size = int(handler.headers["Content-Length"])
-    if handler.hub.drops:
-        handler.hub.drops -= 1
+    most = handler.hub.drop_after
+    if handler.hub.drops or (most is not None and len(handler.hub.stored) >= most):
+        handler.hub.drops = max(0, handler.hub.drops - 1)
         handler.rfile.read(size // 2)
         handler.connection.shutdown(socket.SHUT_RDWR)
         return None
@@ -111,7 +112,7 @@ def _create(handler: "_Handler", asked: dict[str, Any]) -> None:
         body = json.dumps({**url, "error": "You already created this model repo"}).encode()
         return handler.send(409, body, {"Content-Type": "application/json"})
     folder = handler.hub.made / "empty" / repo_id
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
     private = asked.get("visibility") == "private" or asked.get("private") is True
     handler.hub.add(repo_id, folder, access="private" if private else "public")
@@ -163,6 +164,8 @@ def _commit(handler: "_Handler", repo_id: str, branch: str, body: bytes) -> None
         path.unlink(missing_ok=True)
         if line["key"] == "deletedFile":
             deleted.append(line["value"]["path"])
+            continue
+        if path.name == hub.loses:
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         if line["key"] == "lfsFile":

@@ -1,5 +1,6 @@
-"""The data folders that ship with mquant: `configs/` (families) and `recipes/`."""
+"""The data folders that ship with mquant: `configs/` (families) and `recipes/`; and its cache."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,12 @@ def folder(kind: Literal["configs", "recipes"]) -> Path:
     package = Path(__file__).parent
     shipped = package / kind
     return shipped if shipped.is_dir() else package.parent.parent / kind
+
+
+def cache() -> Path:
+    """Where mquant keeps what it can make again: a folder in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(home) / "mquant"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -36,4 +43,4 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-__all__ = ["folder", "read_yaml"]
+__all__ = ["cache", "folder", "read_yaml"]

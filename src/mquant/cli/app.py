@@ -9,6 +9,7 @@ from mquant.cli import families, loader, recipes
 from mquant.cli.card import card
 from mquant.cli.inspect import inspect
 from mquant.cli.plan import plan
+from mquant.cli.push import push
 from mquant.cli.quantize import quantize
 from mquant.cli.repair import repair
 from mquant.cli.synth import synth
@@ -60,6 +61,7 @@ app.command("verify")(verify)
 app.command("verify-ignore")(verify_ignore)
 app.command("repair")(repair)
 app.command("card")(card)
+app.command("push")(push)
 _group("recipes", recipes.recipes, recipes.show)
 _group("families", families.families, families.show)
 app.command("synth")(synth)
