@@ -91,9 +91,7 @@ class HubRepo:
     @property
     def host(self) -> str:
         """The hub's host name, for messages: HF_ENDPOINT may hold a password."""
-        with contextlib.suppress(ValueError):
-            return urlsplit(self.endpoint).hostname or "the hub"
-        return "the hub"
+        return host_of(self.endpoint)
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes [start, end) of a file, in one request where nothing fails."""
@@ -356,6 +354,13 @@ def _blob(sibling: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
+def host_of(endpoint: str) -> str:
+    """A hub's host name."""
+    with contextlib.suppress(ValueError):
+        return urlsplit(endpoint).hostname or "the hub"
+    return "the hub"
+
+
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     split = urlsplit(url)
     return split.scheme, split.hostname, split.port
@@ -377,4 +382,4 @@ def _asked_to_wait(headers: Mapping[str, str]) -> float | None:
     return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
 
 
-__all__ = ["HubRepo", "NoSuchRepo"]
+__all__ = ["HubRepo", "NoSuchRepo", "host_of"]

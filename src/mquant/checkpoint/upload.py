@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from mquant import __version__
 from mquant.checkpoint.download import quiet
+from mquant.checkpoint.hub import host_of
 from mquant.checkpoint.retry import Again, retrying
 from mquant.errors import MquantError, OutputError
 from mquant.events import Emit, Progress
@@ -52,7 +53,7 @@ class HubWriter:
     @property
     def host(self) -> str:
         """The hub's host name, for messages: HF_ENDPOINT may hold a password."""
-        return urlsplit(self.endpoint).hostname or "the hub"
+        return host_of(self.endpoint)
 
     @property
     def page(self) -> str:
@@ -143,7 +144,7 @@ class HubWriter:
 
     def _refuse(self, error: BaseException) -> NoReturn:
         import httpx
-        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, XetDownloadError
+        from huggingface_hub.errors import HfHubHTTPError, XetDownloadError
 
         chain = list(_causes(error))
         for each in chain:
@@ -154,16 +155,6 @@ class HubWriter:
                     f"{self.host} does not take the metadata of README.md:"
                     f"{self._shown(str(each).removeprefix(_METADATA + '.'))}.",
                     "Make the card again with mquant card.",
-                ) from None
-            if isinstance(each, OfflineModeIsEnabled):
-                raise OutputError(
-                    f"HF_HUB_OFFLINE is set, so nothing can be sent to {self.host}.", "Unset it."
-                ) from None
-            if isinstance(each, httpx.LocalProtocolError | httpx.UnsupportedProtocol):
-                raise OutputError(
-                    f"{self.host} cannot be asked: HF_ENDPOINT or the token is malformed.",
-                    "HF_ENDPOINT must be like https://huggingface.co; a token is letters and "
-                    "digits.",
                 ) from None
             if isinstance(each, OSError) and each.errno is not None and each.filename:
                 raise OutputError(
