@@ -12,6 +12,7 @@ from mquant.cli.plan import plan
 from mquant.cli.push import push
 from mquant.cli.quantize import quantize
 from mquant.cli.repair import repair
+from mquant.cli.smoke import smoke
 from mquant.cli.synth import synth
 from mquant.cli.verify import verify
 from mquant.cli.verify_ignore import verify_ignore
@@ -62,6 +63,7 @@ app.command("verify-ignore")(verify_ignore)
 app.command("repair")(repair)
 app.command("card")(card)
 app.command("push")(push)
+app.command("smoke")(smoke)
 _group("recipes", recipes.recipes, recipes.show)
 _group("families", families.families, families.show)
 app.command("synth")(synth)

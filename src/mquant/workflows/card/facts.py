@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from mquant.checkpoint import Source, open_checkpoint, read_json
+from mquant.checkpoint import Source, open_checkpoint
 from mquant.errors import SourceError
 from mquant.events import Emit, silent
 from mquant.family import Family, Role
@@ -19,20 +19,9 @@ from mquant.workflows.card.about import About
 from mquant.workflows.card.measured import Measured
 from mquant.workflows.card.parent import Parent, find_parent
 from mquant.workflows.inspect import Inspection, inspect
+from mquant.workflows.sampling import read_sampling
 from mquant.workflows.verify import Depth, Report, verify
 
-GENERATION: Final = "generation_config.json"
-_SAMPLING: Final = (
-    "do_sample",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "max_new_tokens",
-)
 _LICENSE: Final = re.compile(r"licen[cs]e[a-z.-]*", re.IGNORECASE | re.ASCII)
 _UNKNOWN: Final = "unknown"
 _CACHE_BYTES: Final = 2  # of an element of the KV cache in 16 bits
@@ -130,18 +119,6 @@ def gather(
     )
 
 
-def read_sampling(source: Source) -> dict[str, float | bool]:
-    """What generation_config.json recommends, in the order of its importance."""
-    if GENERATION not in source.files:
-        return {}
-    said = read_json(source, GENERATION)
-    return {
-        key: said[key]
-        for key in _SAMPLING
-        if isinstance(said.get(key), bool | int | float) and math.isfinite(said[key])
-    }
-
-
 def _scheme(layout: Layout) -> str:
     """The scheme of ours that all quantized modules are in; empty where it is another, or several.
 
@@ -222,4 +199,4 @@ def _cache_bytes(layout: Layout) -> int | None:
     return 2 * _CACHE_BYTES * math.prod(size or 0 for size in sizes)
 
 
-__all__ = ["Card", "RoleFacts", "gather", "read_sampling"]
+__all__ = ["Card", "RoleFacts", "gather"]

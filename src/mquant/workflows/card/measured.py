@@ -7,7 +7,6 @@ the card does.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Final
 from mquant.errors import SourceError
 
 _MOST_BYTES: Final = 50_000_000
+_MOST: Final = 1e12
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ def _document(path: Path, schema: str) -> dict[str, Any]:
 
 
 def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    return float(value) if abs(value) < _MOST else None  # NaN and infinity are not, either
 
 
 __all__ = ["Measured", "read_compare", "read_eval"]

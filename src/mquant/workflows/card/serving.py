@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from mquant.text import binary_size
 from mquant.workflows.card.engines import ENGINES, HARDWARE
-from mquant.workflows.card.facts import GENERATION, Card
+from mquant.workflows.card.facts import Card
 from mquant.workflows.card.markdown import block, code, table, text
+from mquant.workflows.sampling import GENERATION
 
 
 def serving(card: Card) -> str:
