@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -100,7 +101,7 @@ class FakeHub:
         self.loses: str | None = None
         """A file that commits leave out."""
         self.commits: list[Commit] = []
-        self.stored: dict[str, bytes] = {}
+        self.stored: dict[str, Path] = {}
         """Large files that were uploaded, by sha256, committed or not."""
         self.made = Path(tempfile.mkdtemp(prefix="fakehub-"))
         """Where the folders of commits lie."""
@@ -348,16 +349,23 @@ def is_lfs(path: str) -> bool:
 
 
 def etag(path: Path) -> str:
-    """The sha256 of a large file, git's sha1 of another one.
+    """The sha256 of a large file, git's sha1 of another one; of a sparse one, of its beginning."""
+    stat = path.stat()
+    whole = stat.st_size <= _WHOLE or stat.st_blocks * 512 >= stat.st_size
+    return _etag(path, stat.st_ino, stat.st_mtime_ns, stat.st_size if whole else 1_000_000)
 
-    Of really large files, which are sparse ones, that of their beginning: it stays cheap.
-    """
-    size = path.stat().st_size
+
+@cache
+def _etag(path: Path, _inode: int, _time: int, count: int) -> str:
+    if not is_lfs(path.name):
+        blob = b"blob %d\0" % count + path.read_bytes()
+        return hashlib.sha1(blob).hexdigest()  # noqa: S324
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        content = file.read(-1 if size <= _WHOLE else 1_000_000)
-    if is_lfs(path.name):
-        return hashlib.sha256(content).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % size + content).hexdigest()  # noqa: S324
+        while count and (piece := file.read(min(count, _PIECE))):
+            digest.update(piece)
+            count -= len(piece)
+    return digest.hexdigest()
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ _ROUTE = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<kind>preupload|commi
 _BATCH = re.compile(r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
 _OBJECT = re.compile(r"/lfs/(?P<oid>[0-9a-f]{64})")
 _LICENSES = {"apache-2.0", "mit", "other", "llama3.1", "cc-by-4.0", "openrail"}
+_PIECE = 1_000_000
 _FRONT = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
 
 
@@ -52,13 +53,20 @@ def _store(handler: "_Handler", oid: str) -> None:
     most = handler.hub.drop_after
     if handler.hub.drops or (most is not None and len(handler.hub.stored) >= most):
         handler.hub.drops = max(0, handler.hub.drops - 1)
-        handler.rfile.read(size // 2)
+        for _ in range(0, size // 2, _PIECE):
+            handler.rfile.read(min(_PIECE, size // 2))
         handler.connection.shutdown(socket.SHUT_RDWR)
         return None
-    content = handler.rfile.read(size)
-    if hashlib.sha256(content).hexdigest() != oid:
+    digest = hashlib.sha256()
+    path = handler.hub.made / oid
+    with path.open("wb") as file:
+        while size and (piece := handler.rfile.read(min(size, _PIECE))):
+            digest.update(piece)
+            file.write(piece)
+            size -= len(piece)
+    if digest.hexdigest() != oid:
         return handler.error(400, "", "The content has another sha256")
-    handler.hub.stored[oid] = content
+    handler.hub.stored[oid] = path
     return handler.send(200, b"", {})
 
 
@@ -169,7 +177,7 @@ def _commit(handler: "_Handler", repo_id: str, branch: str, body: bytes) -> None
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         if line["key"] == "lfsFile":
-            path.write_bytes(hub.stored[line["value"]["oid"]])
+            os.link(hub.stored[line["value"]["oid"]], path)
         else:
             path.write_bytes(base64.b64decode(line["value"]["content"]))
         added.append(line["value"]["path"])
