@@ -131,6 +131,21 @@ def test_a_new_card_goes_up_alone(src: Path, hub: FakeHub) -> None:
     assert not uploads(hub)
 
 
+def test_a_repaired_checkpoint_with_a_new_card_goes_up(
+    src: Path, tmp_path: Path, hub: FakeHub
+) -> None:
+    CliRunner().invoke(app, ["card", str(src)])
+    bad = next(c for c in OF_NVFP4A16 if c.name == "one router quantized").make(src, tmp_path / "b")
+    good = tmp_path / "good"
+    mend = ["repair", str(bad), "--from", str(TRAINED), "-o", str(good)]
+    assert CliRunner().invoke(app, mend).exit_code == 0
+    assert "README.md" in read_json(good / "mquant.json")["files"]
+    assert CliRunner().invoke(app, ["card", str(good)]).exit_code == 0
+    assert "### Changes since" in (good / "README.md").read_text(encoding="utf-8")
+    run(good, REPO)
+    assert on_the_hub(hub) == hashes(good)
+
+
 def test_a_dry_run_lists_files_and_bytes_and_asks_nobody(
     src: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from mquant.checkpoint import Source, read_json
 from mquant.errors import SourceError
 from mquant.output.folder import RECORD, safe_names
 
+_CARD: Final = "README.md"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -16,8 +17,9 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 class Record:
     """What mquant.json says. Strings are empty, and tables too, where it does not say.
 
-    `source` is the identity of the parent, `files` have bytes and sha256 by path, `repairs` are as
-    `mquant repair` wrote them, oldest first.
+    `source` is the identity of the parent, `files` have bytes and sha256 by path, but for the card,
+    which is written anew when there is more to say; `repairs` are as `mquant repair` wrote them,
+    oldest first.
     """
 
     mquant: str
@@ -50,6 +52,8 @@ def read_record(source: Source) -> Record | None:
 def _files(value: object) -> dict[str, tuple[int, str]]:
     files: dict[str, tuple[int, str]] = {}
     for name, entry in _table(value).items():
+        if name == _CARD:
+            continue
         size, digest = _table(entry).get("bytes"), _table(entry).get("sha256")
         known = isinstance(digest, str) and _SHA256.fullmatch(digest) and safe_names([name])
         if type(size) is not int or not known:
