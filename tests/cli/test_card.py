@@ -36,6 +36,28 @@ base_model: org/Original
 Made of org/Original with REAP (Router-weighted Expert Activation Pruning), 40 % of the experts.
 """
 
+EVALUATED = {
+    "schema": "mquant.eval/1",
+    "ok": True,
+    "source": "org/Tiny-NVFP4",
+    "text": {"name": "heldout.txt"},
+    "tokens": 8192,
+    "context": 512,
+    "perplexity": 12.5,
+    "parent_perplexity": 12.34567,
+    "kl_nats": 0.0043,
+    "top1_agreement": 0.975,
+}
+COMPARED = {
+    "schema": "mquant.compare/1",
+    "ok": True,
+    "source": "Tiny-NVFP4",
+    "roles": [
+        {"role": "expert", "identical": 0, "relative_error": 0.0948},
+        {"role": "router", "identical": 3, "relative_error": None},
+    ],
+}
+
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -201,28 +223,31 @@ def test_the_hub_takes_its_metadata(src: Path, hub: FakeHub) -> None:
 
 def test_accuracy_is_not_measured_or_measured(src: Path, tmp_path: Path) -> None:
     assert "## Accuracy\n\nNot measured.\n" in card_of(src)
-    figures = {
-        "schema": "mquant.eval/1",
-        "ok": True,
-        "text": "heldout.txt",
-        "tokens": 8192,
-        "perplexity": {"parent": 12.34567, "quantized": 12.5},
-        "kl": 0.0043,
-    }
-    compared = {"schema": "mquant.compare/1", "roles": {"expert": {"relative_error": 0.0948}}}
-    evaluated, against = written(tmp_path / "e", figures), written(tmp_path / "c", compared)
-    card = card_of(src, "--eval", evaluated, "--compare", against)
-    assert "| Perplexity of the parent on `heldout.txt`, 8,192 tokens | 12.3457 |" in card
-    assert "| Perplexity of this on `heldout.txt`, 8,192 tokens | 12.5000 |" in card
-    assert "| 0.00430 nats per token |" in card
+    evaluated, compared = written(tmp_path / "e", EVALUATED), written(tmp_path / "c", COMPARED)
+    card = card_of(src, "--eval", evaluated, "--compare", compared)
+    assert "| Perplexity of this | 12.5000 |\n| Perplexity of the parent | 12.3457 |" in card
+    assert "| KL divergence from the parent | 0.00430 nats per token |" in card
+    assert "| The parent's most likely token | 97.50% of positions |" in card
+    assert "By `mquant eval` on `heldout.txt`, 8,192 tokens, windows of 512." in card
     assert "| Relative L2 error of the weights, expert | 0.0948 |" in card
+    assert "weights, router" not in card
     assert "Not measured." not in card
 
 
-def test_figures_of_another_verb_are_refused(src: Path, tmp_path: Path) -> None:
-    wrong = written(tmp_path / "w", {"schema": "mquant.plan/1"})
-    result = run(src, "--eval", wrong, code=1)
-    assert f"{wrong} is no result of mquant eval (mquant.eval/1)." in result.stderr
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"schema": "mquant.plan/1"}, "is no result of mquant eval (mquant.eval/1)."),
+        ({"ok": False}, "is of a run of mquant eval that failed."),
+        ({"source": "Other"}, "is about Other, not about Tiny-NVFP4."),
+    ],
+)
+def test_figures_of_something_else_are_refused(
+    src: Path, tmp_path: Path, change: dict[str, object], sentence: str
+) -> None:
+    wrong = written(tmp_path / "w", {**EVALUATED, **change})
+    assert f"{wrong} {sentence}" in run(src, "--eval", wrong, code=1).stderr
+    assert not (src / "README.md").exists()
 
 
 def test_repairs_are_its_history(src: Path, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def card(
 
         _refuse_foreign(path)
         about = None if about_file is None else read_about(about_file)
-        measured = _measured(eval_file, compare_file)
+        measured = _measured(source.name, eval_file, compare_file)
         with progress(out) as emit:
             found = gather(
                 source,
@@ -147,11 +147,11 @@ def _refuse_foreign(path: Path) -> None:
         )
 
 
-def _measured(eval_file: Path | None, compare_file: Path | None) -> "Measured":
+def _measured(name: str, eval_file: Path | None, compare_file: Path | None) -> "Measured":
     from mquant.workflows.card import Measured, read_compare, read_eval
 
-    figures = {} if eval_file is None else read_eval(eval_file)
-    figures |= {} if compare_file is None else read_compare(compare_file)
+    figures = {} if eval_file is None else read_eval(eval_file, name)
+    figures |= {} if compare_file is None else read_compare(compare_file, name)
     return Measured(**figures)
 
 

@@ -9,6 +9,7 @@ from mquant.text import both_sizes, compress, plural, size
 from mquant.verify.rules import RULES
 from mquant.workflows.card.facts import Card
 from mquant.workflows.card.markdown import block, code, table, text
+from mquant.workflows.card.measured import Measured
 from mquant.workflows.card.metadata import metadata
 from mquant.workflows.card.origin import made, sources
 from mquant.workflows.card.serving import serving
@@ -100,17 +101,27 @@ def _accuracy(card: Card) -> str:
     if not measured.anything:
         return "## Accuracy\n\nNot measured.\n"
     rows = []
-    where = f" on {code(measured.text)}" if measured.text else ""
-    where += f", {plural(measured.tokens, 'token')}" if measured.tokens is not None else ""
+    if measured.perplexity is not None:
+        rows.append(("Perplexity of this", f"{measured.perplexity:.4f}"))
     if measured.parent is not None:
-        rows.append((f"Perplexity of the parent{where}", f"{measured.parent:.4f}"))
-    if measured.quantized is not None:
-        rows.append((f"Perplexity of this{where}", f"{measured.quantized:.4f}"))
+        rows.append(("Perplexity of the parent", f"{measured.parent:.4f}"))
     if measured.kl is not None:
-        rows.append((f"KL divergence from the parent{where}", f"{measured.kl:.5f} nats per token"))
+        rows.append(("KL divergence from the parent", f"{measured.kl:.5f} nats per token"))
+    if measured.agreement is not None:
+        rows.append(("The parent's most likely token", f"{measured.agreement:.2%} of positions"))
     for role, error in measured.errors.items():
         rows.append((f"Relative L2 error of the weights, {text(role)}", f"{error:.4f}"))
-    return "## Accuracy\n\n" + table(("Measured", ""), rows)
+    facts = "" if measured.perplexity is None else _evaluated(measured)
+    return "## Accuracy\n\n" + table(("Measured", ""), rows) + facts
+
+
+def _evaluated(measured: Measured) -> str:
+    on = [code(measured.text)] if measured.text else []
+    if measured.tokens is not None:
+        on.append(plural(measured.tokens, "token"))
+    if measured.context is not None:
+        on.append(f"windows of {measured.context:,}")
+    return f"\nBy `mquant eval` on {', '.join(on)}.\n" if on else ""
 
 
 def _quantized(card: Card) -> str:
