@@ -22,5 +22,10 @@ mquant verify "$out" --against "$parent"
 
 echo; echo "== Was it worth it: perplexity on text the model was not trained on"
 python scripts/perplexity.py "$parent" "$out" --text tests/fixtures/heldout.txt
+
+echo; echo "== Say so: mquant card (README.md for the hub, from facts only)"
+mquant card "$out" --from "$parent"
+
 echo
 echo "The quantized checkpoint is in $out"
+echo "Its card is $out/README.md"

@@ -2,7 +2,8 @@
 
 It speaks as much of the hub's protocol as huggingface_hub 1.33 uses for reading: model info and
 file trees with sizes, HEAD and GET of files with ranges, the error headers, and a "CDN" under
-another host name to which weights are redirected. It can be told to fail, and it counts.
+another host name to which weights are redirected; `uploads` has what it uses for writing. It can
+be told to fail and to drop connections, and it counts.
 
     def test_it(hub: FakeHub) -> None:
         hub.add("org/model", folder)
@@ -17,11 +18,13 @@ import hashlib
 import json
 import re
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,6 +32,8 @@ from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+
+import uploads
 
 GOOD_TOKEN = "hf_goodgoodgoodgoodgoodgoodgoodgood"  # noqa: S105
 POOR_TOKEN = "hf_poorpoorpoorpoorpoorpoorpoorpoor"  # noqa: S105
@@ -67,6 +72,16 @@ class Request:
     authorization: str | None
 
 
+@dataclass(frozen=True)
+class Commit:
+    """A commit that was made: what it added, in its order, and deleted."""
+
+    repo: str
+    message: str
+    added: tuple[str, ...]
+    deleted: tuple[str, ...]
+
+
 class FakeHub:
     """The hub. `close` it, or use the fixture."""
 
@@ -81,6 +96,17 @@ class FakeHub:
         """Where files are redirected to instead of being served; `{path}` is the request's."""
         self.tamper: Callable[[bytes], bytes] | None = None
         """What is made of listings before they are sent."""
+        self.drops = 0
+        """How many of the next uploads of a file break off half-way."""
+        self.drop_after: int | None = None
+        """How many uploads may be whole, before all others break off."""
+        self.loses: str | None = None
+        """A file that commits leave out."""
+        self.commits: list[Commit] = []
+        self.stored: dict[str, Path] = {}
+        """Large files that were uploaded, by sha256, committed or not."""
+        self.made = Path(tempfile.mkdtemp(prefix="fakehub-"))
+        """Where the folders of commits lie."""
         self._failures: list[tuple[int, dict[str, str]]] = []
         self._lock = threading.Lock()
         hub = self
@@ -115,9 +141,7 @@ class FakeHub:
         """Serve a folder as a repo, or as one more branch of it; returns the commit."""
         digest = hashlib.sha1(repo_id.encode())  # noqa: S324
         for path, size in _listing(folder):
-            digest.update(
-                f"{path}\0{size}\0{_etag(folder / path)}".encode(errors="surrogateescape")
-            )
+            digest.update(f"{path}\0{size}\0{etag(folder / path)}".encode(errors="surrogateescape"))
         commit = digest.hexdigest()
         repo = self.repos.setdefault(repo_id, Repo())
         repo.access = access
@@ -140,6 +164,7 @@ class FakeHub:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        shutil.rmtree(self.made, ignore_errors=True)
 
     def note(self, request: Request) -> tuple[int, dict[str, str]] | None:
         """Count a request; the failure it is to meet, if any."""
@@ -163,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         with suppress(BrokenPipeError, ConnectionResetError):
             self._answer()
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         pass
@@ -177,13 +202,15 @@ class _Handler(BaseHTTPRequestHandler):
             Request(host, self.command, self.path, self.headers.get("Range"), authorization)
         )
         if failure is not None:
-            return self._send(failure[0], b"", failure[1])
+            return self.send(failure[0], b"", failure[1])
         url = urlsplit(self.path)
+        if self.command in ("POST", "PUT"):
+            return uploads.answer(self, unquote(url.path))
         if match := _API.fullmatch(url.path):
             return self._api(match, parse_qs(url.query))
         if match := _FILE.fullmatch(url.path):
             return self._file(match, on_cdn=host == "localhost")
-        return self._error(404, "", "Not Found")
+        return self.error(404, "", "Not Found")
 
     def _api(self, match: re.Match[str], query: dict[str, list[str]]) -> None:
         # The hub shows what is in a gated repo to everyone.
@@ -193,19 +220,19 @@ class _Handler(BaseHTTPRequestHandler):
         repo, commit, folder = found
         entries = []
         for path, size in _listing(folder):
-            entry: dict[str, Any] = {"size": size, "oid": _etag(folder / path)}
-            if _is_lfs(path):
-                entry["lfs"] = {"oid": _etag(folder / path), "size": size, "pointerSize": 134}
+            entry: dict[str, Any] = {"size": size, "oid": etag(folder / path)}
+            if is_lfs(path):
+                entry["lfs"] = {"oid": etag(folder / path), "size": size, "pointerSize": 134}
             entries.append((path, entry))
         if match["kind"] == "tree":
-            return self._json([{"type": "file", "path": path, **e} for path, e in entries])
+            return self.json([{"type": "file", "path": path, **e} for path, e in entries])
         siblings: list[dict[str, Any]] = [{"rfilename": path} for path, _ in entries]
         if "blobs" in query:
             for sibling, (_, entry) in zip(siblings, entries, strict=True):
                 sibling |= {"blobId": entry["oid"], "size": entry["size"]}
                 if "lfs" in entry:
                     sibling["lfs"] = {"sha256": entry["oid"], "size": entry["size"]}
-        return self._json(
+        return self.json(
             {
                 "id": match["repo"],
                 "modelId": match["repo"],
@@ -225,18 +252,18 @@ class _Handler(BaseHTTPRequestHandler):
         _, commit, folder = found
         name = unquote(match["path"])
         if name not in dict(_listing(folder)):
-            return self._error(404, "EntryNotFound", "Entry not found")
+            return self.error(404, "EntryNotFound", "Entry not found")
         path = folder / name
         size = path.stat().st_size
-        headers = {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        if _is_lfs(name) and not on_cdn:
+        headers = {"ETag": f'"{etag(path)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if is_lfs(name) and not on_cdn:
             target = self.hub.redirect_to or self.hub.cdn + "{path}"
             headers |= {
                 "Location": target.replace("{path}", self.path),
                 "X-Linked-Size": str(size),
-                "X-Linked-Etag": f'"{_etag(path)}"',
+                "X-Linked-Etag": f'"{etag(path)}"',
             }
-            return self._send(302, b"", headers)
+            return self.send(302, b"", headers)
         return self._bytes(path, size, headers)
 
     def _bytes(self, path: Path, size: int, headers: dict[str, str]) -> None:
@@ -246,7 +273,7 @@ class _Handler(BaseHTTPRequestHandler):
             start = int(asked[1])
             end = min(size, int(asked[2]) + 1) if asked[2] else size
             if start >= size:
-                return self._send(416, b"", {"Content-Range": f"bytes */{size}"})
+                return self.send(416, b"", {"Content-Range": f"bytes */{size}"})
             if self.hub.ranges == "shifted":
                 start, end = start + 1, min(size, end + 1)
             status = HTTPStatus.PARTIAL_CONTENT
@@ -272,38 +299,38 @@ class _Handler(BaseHTTPRequestHandler):
         """The repo, its commit and folder; None where an error was sent."""
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if token not in ("", GOOD_TOKEN, POOR_TOKEN):
-            self._error(401, "", "Invalid credentials in Authorization header")
+            self.error(401, "", "Invalid credentials in Authorization header")
             return None
         repo = self.hub.repos.get(repo_id)
         closed = {"api": ("private",), "file": ("private", "gated"), "cdn": ()}[door]
         denied = repo is not None and repo.access in closed and token != GOOD_TOKEN
         if repo is None or (denied and repo.access == "private"):
             # Without a token the hub does not even say whether there is such a repo.
-            self._error(404 if token else 401, "RepoNotFound", "Repository not found")
+            self.error(404 if token else 401, "RepoNotFound", "Repository not found")
             return None
         if denied:
             said = f"Access to model {repo_id} is restricted."
-            self._error(403 if token else 401, "GatedRepo", said)
+            self.error(403 if token else 401, "GatedRepo", said)
             return None
         wanted = unquote(revision)
         commit = repo.revisions.get(wanted, wanted)
         if commit not in repo.folders:
-            self._error(404, "RevisionNotFound", f"Invalid rev id: {wanted}")
+            self.error(404, "RevisionNotFound", f"Invalid rev id: {wanted}")
             return None
         return repo, commit, repo.folders[commit]
 
-    def _error(self, status: int, code: str, message: str) -> None:
+    def error(self, status: int, code: str, message: str) -> None:
         headers = {"X-Error-Message": message}
         if code:
             headers["X-Error-Code"] = code
-        self._send(status, json.dumps({"error": message}).encode(), headers)
+        self.send(status, json.dumps({"error": message}).encode(), headers)
 
-    def _json(self, value: object) -> None:
+    def json(self, value: object) -> None:
         body = json.dumps(value).encode()
         body = self.hub.tamper(body) if self.hub.tamper else body
-        self._send(200, body, {"Content-Type": "application/json"})
+        self.send(200, body, {"Content-Type": "application/json"})
 
-    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+    def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self._head(status, {**headers, "Content-Length": str(len(body))})
         if self.command != "HEAD":
             self.hub.served(len(body))
@@ -321,15 +348,28 @@ def _listing(folder: Path) -> list[tuple[str, int]]:
     return sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in files)
 
 
-def _is_lfs(path: str) -> bool:
+def is_lfs(path: str) -> bool:
     return path.endswith((".safetensors", ".bin"))
 
 
-def _etag(path: Path) -> str:
-    # The sha256; of large files, which are sparse ones, that of their beginning: it stays cheap.
-    whole = path.stat().st_size <= _WHOLE
+def etag(path: Path) -> str:
+    """The sha256 of a large file, git's sha1 of another one; of a sparse one, of its beginning."""
+    stat = path.stat()
+    whole = stat.st_size <= _WHOLE or stat.st_blocks * 512 >= stat.st_size
+    return _etag(path, stat.st_ino, stat.st_mtime_ns, stat.st_size if whole else 1_000_000)
+
+
+@cache
+def _etag(path: Path, _inode: int, _time: int, count: int) -> str:
+    if not is_lfs(path.name):
+        blob = b"blob %d\0" % count + path.read_bytes()
+        return hashlib.sha1(blob).hexdigest()  # noqa: S324
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.sha256(file.read(-1 if whole else 1_000_000)).hexdigest()
+        while count and (piece := file.read(min(count, _PIECE))):
+            digest.update(piece)
+            count -= len(piece)
+    return digest.hexdigest()
 
 
 @pytest.fixture
@@ -358,4 +398,4 @@ def hub(
         shutil.rmtree(home, ignore_errors=True)
 
 
-__all__ = ["GOOD_TOKEN", "POOR_TOKEN", "FakeHub", "Request", "hub"]
+__all__ = ["GOOD_TOKEN", "POOR_TOKEN", "Commit", "FakeHub", "Request", "hub"]

@@ -20,7 +20,7 @@ LAYERS = (
     {"plan"},
     {"recipe", "checkpoint"},
     {"family"},
-    {"schemes", "dtypes", "data", "events", "matching", "untrusted"},
+    {"schemes", "dtypes", "data", "events", "matching", "untrusted", "text"},
     {"errors"},
     {"findings"},
 )

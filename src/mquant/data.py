@@ -1,5 +1,6 @@
-"""The data folders that ship with mquant: `configs/` (families) and `recipes/`."""
+"""The data folders that ship with mquant: `configs/` (families) and `recipes/`; and its cache."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,12 @@ def folder(kind: Literal["configs", "recipes"]) -> Path:
     return shipped if shipped.is_dir() else package.parent.parent / kind
 
 
+def cache() -> Path:
+    """Where mquant keeps what it can make again: a folder in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(home) / "mquant"
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds one table. Raises DataFileError where it does not."""
     try:
@@ -44,4 +51,4 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-__all__ = ["folder", "read_yaml"]
+__all__ = ["cache", "folder", "read_yaml"]

@@ -58,7 +58,7 @@ def _snapshot(repo: HubRepo, wanted: Mapping[str, int], emit: Emit) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, XetDownloadError
 
     try:
-        with _quiet():
+        with quiet():
             folder = snapshot_download(
                 repo.repo_id,
                 revision=repo.commit,
@@ -88,12 +88,12 @@ def _snapshot(repo: HubRepo, wanted: Mapping[str, int], emit: Emit) -> Path:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep huggingface_hub's warnings (each retry is one) off stderr; failures still raise."""
+def quiet() -> Iterator[None]:
+    """Keep what huggingface_hub logs (each retry is a warning) off stderr; failures still raise."""
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity(40)  # ERROR of the standard library
+    logging.set_verbosity(50)  # CRITICAL of the standard library
     try:
         yield
     finally:
@@ -131,4 +131,4 @@ def _matters(path: str) -> bool:
     return not path.endswith(_OTHER_WEIGHTS) and not (nested and path.endswith(weights))
 
 
-__all__ = ["download"]
+__all__ = ["download", "quiet"]

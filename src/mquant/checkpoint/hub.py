@@ -11,6 +11,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -39,14 +40,18 @@ _CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 _LOG_IN: Final = "log in with `hf auth login` or set HF_TOKEN"
 
 
+class NoSuchRepo(SourceError):
+    """There is no such repo, or this token may not know of it."""
+
+
 class HubRepo:
     """A model repo on the hub, at one commit.
 
     The commit is fixed when the object is made: what is read later is of that commit, whatever is
-    pushed meanwhile. `sha256` has the digests of large files, as the hub lists them. Reads may come
-    from many threads. HF_ENDPOINT and the token are huggingface_hub's, read when the object is
-    made; the token goes to that host only. `requests` and `bytes_read` count what was asked for and
-    came back, retries included.
+    pushed meanwhile. `sha256` has the digests of large files, as the hub lists them, `blobs` git's
+    names of the others. Reads may come from many threads. HF_ENDPOINT and the token are
+    huggingface_hub's, read when the object is made; the token goes to that host only. `requests`
+    and `bytes_read` count what was asked for and came back, retries included.
 
     Raises SourceError where the repo cannot be listed.
     """
@@ -74,7 +79,9 @@ class HubRepo:
             # A range of compressed bytes would be a range of something else.
             "Accept-Encoding": "identity",
         }
-        self.commit, self.files, self.sha256 = self._list()
+        listing = self._list()
+        self.commit, self.private = listing.commit, listing.private
+        self.files, self.sha256, self.blobs = listing.files, listing.sha256, listing.blobs
 
     @property
     def name(self) -> str:
@@ -84,9 +91,7 @@ class HubRepo:
     @property
     def host(self) -> str:
         """The hub's host name, for messages: HF_ENDPOINT may hold a password."""
-        with contextlib.suppress(ValueError):
-            return urlsplit(self.endpoint).hostname or "the hub"
-        return "the hub"
+        return host_of(self.endpoint)
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes [start, end) of a file, in one request where nothing fails."""
@@ -110,7 +115,7 @@ class HubRepo:
         """The repo and the commit."""
         return {"kind": "hub", "repo": self.repo_id, "commit": self.commit}
 
-    def _list(self) -> tuple[str, Mapping[str, int], Mapping[str, str]]:
+    def _list(self) -> "_Listing":
         revision = quote(self.revision or "main", safe="")
         url = f"{self.endpoint}/api/models/{self.repo_id}/revision/{revision}?blobs=true"
         raw = retrying(lambda: self._whole(url))
@@ -119,13 +124,14 @@ class HubRepo:
             commit, siblings = listing["sha"], listing["siblings"]
             files = dict(sorted(_file(sibling) for sibling in siblings))
             digests = dict(filter(None, map(_digest, siblings)))
+            blobs = dict(filter(None, map(_blob, siblings)))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise self.nonsense("lists the repo in a way mquant does not understand") from None
         if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
             raise self.nonsense("names no commit")
         # As in a folder: hidden files (.gitattributes) are no part of a checkpoint.
         shown = {path: size for path, size in files.items() if "/." not in f"/{path}"}
-        return commit, shown, digests
+        return _Listing(commit, listing.get("private") is True, shown, digests, blobs)
 
     def _whole(self, url: str) -> bytes:
         with self._get(url, {}) as response:
@@ -263,7 +269,7 @@ class HubRepo:
                 f"{repo} lists {path} but does not serve it.", "Tell the repo's owner."
             )
         if code == "RepoNotFound" or status in (401, 404):
-            return SourceError(
+            return NoSuchRepo(
                 f"There is no repo {repo} on {host}, or it is private.",
                 f"Check the name; if it is private, {log_in}.",
             )
@@ -309,6 +315,17 @@ class HubRepo:
         )
 
 
+@dataclass(frozen=True)
+class _Listing:
+    """A repo at a commit, as the hub tells it."""
+
+    commit: str
+    private: bool
+    files: Mapping[str, int]
+    sha256: Mapping[str, str]
+    blobs: Mapping[str, str]
+
+
 def _file(sibling: Mapping[str, Any]) -> tuple[str, int]:
     """A file's name and size. Raises TypeError, KeyError or ValueError where it is neither."""
     path = sibling["rfilename"]
@@ -329,6 +346,21 @@ def _digest(sibling: Mapping[str, Any]) -> tuple[str, str] | None:
     if isinstance(digest, str) and _SHA256.fullmatch(digest):
         return sibling["rfilename"], digest
     return None
+
+
+def _blob(sibling: Mapping[str, Any]) -> tuple[str, str] | None:
+    """A small file's name and git's name of its content; None for large ones."""
+    blob = sibling.get("blobId")
+    if not sibling.get("lfs") and isinstance(blob, str) and _COMMIT.fullmatch(blob):
+        return sibling["rfilename"], blob
+    return None
+
+
+def host_of(endpoint: str) -> str:
+    """A hub's host name."""
+    with contextlib.suppress(ValueError):
+        return urlsplit(endpoint).hostname or "the hub"
+    return "the hub"
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -352,4 +384,4 @@ def _asked_to_wait(headers: Mapping[str, str]) -> float | None:
     return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
 
 
-__all__ = ["HubRepo"]
+__all__ = ["HubRepo", "NoSuchRepo", "host_of"]

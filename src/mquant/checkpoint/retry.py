@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from mquant.errors import SourceError
+from mquant.errors import MquantError
 
 T = TypeVar("T")
 
@@ -17,7 +17,7 @@ LONGEST_WAIT: Final = 300.0  # the hub's own window of rate limits
 class Again(Exception):
     """A failure that may pass. `wait`: how long the server asks for; `tries`: when to give up."""
 
-    def __init__(self, error: SourceError, wait: float | None = None, tries: int = TRIES) -> None:
+    def __init__(self, error: MquantError, wait: float | None = None, tries: int = TRIES) -> None:
         super().__init__(error.message)
         self.error = error
         self.wait = wait

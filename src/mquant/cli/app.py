@@ -6,12 +6,15 @@ from typing import Annotated
 import typer
 
 from mquant.cli import families, loader, recipes
+from mquant.cli.card import card
 from mquant.cli.dequantize import dequantize
 from mquant.cli.export import export
 from mquant.cli.inspect import inspect
 from mquant.cli.plan import plan
+from mquant.cli.push import push
 from mquant.cli.quantize import quantize
 from mquant.cli.repair import repair
+from mquant.cli.smoke import smoke
 from mquant.cli.synth import synth
 from mquant.cli.verify import verify
 from mquant.cli.verify_ignore import verify_ignore
@@ -62,6 +65,9 @@ app.command("verify-ignore")(verify_ignore)
 app.command("repair")(repair)
 app.command("dequantize")(dequantize)
 app.command("export")(export)
+app.command("card")(card)
+app.command("push")(push)
+app.command("smoke")(smoke)
 _group("recipes", recipes.recipes, recipes.show)
 _group("families", families.families, families.show)
 app.command("synth")(synth)

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 _REPO_ID: Final = re.compile(r"(?=.{3,96}$)\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
+def is_repo_id(text: str) -> bool:
+    """Whether it could be a hub repo: `org/name`."""
+    return bool(_REPO_ID.fullmatch(text))
+
+
 def open_source(
     src: str | None,
     revision: str | None,
@@ -36,7 +41,7 @@ def open_source(
             src = "."
         path = Path(src).expanduser()
         here = path.exists()
-        if not here and not src.startswith((".", "/", "~")) and _REPO_ID.fullmatch(src):
+        if not here and not src.startswith((".", "/", "~")) and is_repo_id(src):
             from mquant.checkpoint.hub import HubRepo  # slow to import
 
             return HubRepo(src, revision)
@@ -64,4 +69,4 @@ def default_out(source: "Source", suffix: str) -> Path:
     return Path(name)
 
 
-__all__ = ["default_out", "open_source"]
+__all__ = ["default_out", "is_repo_id", "open_source"]

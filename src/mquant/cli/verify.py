@@ -1,7 +1,7 @@
 """`mquant verify`: whether a checkpoint is whole, sane, and made from its parent."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.text import Text
@@ -12,9 +12,6 @@ from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
 from mquant.cli.source import open_source
 from mquant.cli.text import clean, plural, size
-
-if TYPE_CHECKING:
-    from mquant.workflows.verify import Report
 
 _EXAMPLE = "mquant verify ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP"
 
@@ -80,9 +77,9 @@ def verify(
         with progress(out) as emit:
             wanted = None if depth is None else Depth(depth)
             report = judge(source, load_families(), wanted, parent, emit, ask_vllm=loader == "vllm")
-        out.put(verdict=verdict(report), **report.to_json())
+        out.put(verdict=report.verdict, **report.to_json())
         bad = bool(report.count("error"))
-        out.show(Text(clean(verdict(report)), "bold red" if bad else "bold green"))
+        out.show(Text(clean(report.verdict), "bold red" if bad else "bold green"))
         if report.loader is not None:
             out.show(clean(f"vLLM {report.loader.version}: {report.loader.verdict}."))
         if report.bytes_read is not None:
@@ -96,24 +93,4 @@ def verify(
             raise typer.Exit(3)
 
 
-def verdict(report: "Report") -> str:
-    """The report in one sentence."""
-    looked = ["structure"]
-    looked += ["numbers"] if "numbers" in report.checked else []
-    what = " and ".join(looked)
-    if report.parent is not None:
-        how = "a sample of its weights" if report.sampled else "all of its weights"
-        what += f", compared with {report.parent} ({how})"
-    counts = f"{plural(report.tensors, 'tensor')}, {plural(report.quantized, 'quantized module')}"
-    errors, warnings = report.count("error"), report.count("warning")
-    wrong = [
-        plural(count, noun) for count, noun in ((errors, "error"), (warnings, "warning")) if count
-    ]
-    if errors:
-        return f"Broken: {', '.join(wrong)} in {counts}; checked {what}."
-    if warnings:
-        return f"Sound, with {wrong[0]}: {counts}, checked {what}."
-    return f"Clean: {counts}, checked {what}."
-
-
-__all__ = ["verdict", "verify"]
+__all__ = ["verify"]

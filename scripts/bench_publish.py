@@ -1,0 +1,90 @@
+"""Publish a synthetic checkpoint, from its card to the hub, and time each step.
+
+    python scripts/bench_publish.py [--layers 6 --experts 16] [--drops 3]
+
+`mquant quantize`, `card`, `push`, `push` again and `smoke` are run as a person runs them, on a
+checkpoint of the real shapes (3.2 GB quantized from 5.7 GB, by default). The hub and the server are
+the tests' own; the hub breaks off the first uploads.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+
+from fakehub import GOOD_TOKEN, FakeHub
+from fakeserver import FakeServer
+
+REPO = "org/model-NVFP4"
+REAL = ["--hidden", "3072", "--intermediate", "1536", "--vocab", "200064"]
+
+
+def main() -> None:
+    """Make the checkpoint, publish it, ask the server."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--drops", type=int, default=3, help="uploads that break off")
+    options = parser.parse_args()
+    hub, server = FakeHub(), FakeServer()
+    hub.drops = options.drops
+    server.answer = lambda _prompt: "!" * 100
+    try:
+        with tempfile.TemporaryDirectory() as where:
+            publish(Path(where), hub, server, options)
+    finally:
+        hub.close()
+        server.close()
+
+
+def publish(where: Path, hub: FakeHub, server: FakeServer, options: argparse.Namespace) -> None:
+    """Every step, in its order."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(where / "home"),
+        "HF_TOKEN": GOOD_TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "XDG_CACHE_HOME": str(where / "cache"),
+    }
+    src, out = where / "model", where / "model-NVFP4"
+    sizes = ["--layers", str(options.layers), "--experts", str(options.experts), *REAL]
+    step(environment, "synth", str(src), "--family", "minimax_m2", *sizes)
+    step(environment, "quantize", str(src), "--recipe", "nvfp4", "-o", str(out))
+    step(environment, "card", str(out), "--from", str(src))
+    said = step(environment, "push", str(out), REPO)
+    print(f"    {said['bytes']:,} bytes in {len(said['files'])} files; {said['verdict']}")
+    *first, last = hub.commits
+    print(f"    {len(first)} commits, then one of {' and '.join(last.added)}")
+    said = step(environment, "push", str(out), REPO)
+    print(f"    already done: {said['already_done']}")
+    said = step(environment, "smoke", server.url, "--checkpoint", str(out), code=3)
+    print(f"    {said['passed']} of 5 answers of noise pass")
+
+
+def step(environment: dict[str, str], *arguments: str, code: int = 0) -> dict[str, Any]:
+    """Run a verb, and print how long it took; returns what it said."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "mquant", *arguments, "--format", "json"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    if run.returncode != code:
+        sys.exit(run.stderr)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    print(f"{arguments[0]}: {seconds:.1f} s (peak of all so far: {peak:,.0f} MiB)", flush=True)
+    said: dict[str, Any] = json.loads(run.stdout)
+    return said
+
+
+if __name__ == "__main__":
+    main()

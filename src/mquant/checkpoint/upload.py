@@ -1,0 +1,215 @@
+"""A hub repo that is written to: made, filled by huggingface_hub's upload of folders, committed.
+
+The token is sent to the hub and appears nowhere else: huggingface_hub's log is silenced, and no
+error's own text is passed on but what the hub says.
+"""
+
+import glob
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from urllib.parse import urlsplit
+
+from mquant import __version__
+from mquant.checkpoint.download import quiet
+from mquant.checkpoint.hub import host_of
+from mquant.checkpoint.retry import Again, retrying
+from mquant.errors import MquantError, OutputError
+from mquant.events import Emit, Progress
+from mquant.text import clean
+
+if TYPE_CHECKING:
+    import httpx
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
+
+_TRANSIENT: Final = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
+_METADATA: Final = "Invalid metadata in README.md"
+_LOG_IN: Final = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
+_BATCH_BYTES: Final = 4_000_000_000  # most shards are larger: a commit for each
+_AGAIN: Final = "Run the same command again: it goes on from there."
+
+
+class HubWriter:
+    """A model repo to write to, which need not exist yet.
+
+    HF_ENDPOINT and the token are huggingface_hub's, read when the object is made. Raises
+    OutputError without a token; every method raises it where the hub refuses or cannot be reached.
+    """
+
+    def __init__(self, repo_id: str) -> None:
+        from huggingface_hub import constants, get_token
+
+        self.repo_id = repo_id
+        self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        token = get_token()
+        if not token:
+            raise OutputError(f"There is no token, so {self.host} takes no files.", _LOG_IN)
+        self._token = token
+
+    @property
+    def host(self) -> str:
+        """The hub's host name, for messages: HF_ENDPOINT may hold a password."""
+        return host_of(self.endpoint)
+
+    @property
+    def page(self) -> str:
+        """The repo's address."""
+        split = urlsplit(self.endpoint)
+        return f"{split.scheme}://{split.netloc.rpartition('@')[2]}/{self.repo_id}"
+
+    def create(self, *, private: bool) -> None:
+        """Make the repo; one that is there stays as it is."""
+        self._retrying(lambda: self._api.create_repo(self.repo_id, private=private, exist_ok=True))
+
+    def upload(self, folder: Path, files: Mapping[str, int], emit: Emit) -> None:
+        """Upload and commit files of a folder, given with their bytes, some gigabytes at a time.
+
+        huggingface_hub asks the hub what it has: nothing is sent twice, and nothing is written
+        beside the files.
+        """
+        total, before = sum(files.values()), 0
+        emit(Progress("upload", 0, total))
+        for batch in _batches(files):
+            self._upload(folder, batch)
+            before += sum(files[name] for name in batch)
+            emit(Progress("upload", before, total))
+
+    def _upload(self, folder: Path, batch: list[str]) -> None:
+        self._retrying(
+            lambda: self._api.upload_folder(
+                repo_id=self.repo_id,
+                folder_path=folder,
+                allow_patterns=[glob.escape(name) for name in batch],
+                commit_message="Add files; index and config.json come last",
+            )
+        )
+
+    def commit(self, message: str, add: Mapping[str, Path], delete: Iterable[str] = ()) -> str:
+        """Make one commit of few small files, in their order; returns its id."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+
+        def attempt() -> str:
+            # Made anew each time: an operation that was committed cannot be used again.
+            operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+                *(CommitOperationAdd(name, path) for name, path in add.items()),
+                *(CommitOperationDelete(name, is_folder=False) for name in delete),
+            ]
+            done = self._api.create_commit(self.repo_id, operations, commit_message=message)
+            return str(done.oid)
+
+        return self._retrying(attempt)
+
+    @cached_property
+    def _api(self) -> "HfApi":
+        """huggingface_hub's client."""
+        from huggingface_hub import HfApi
+
+        class Api(HfApi):
+            def preupload_lfs_files(self, repo_id: str, additions: Any, **options: Any) -> None:
+                # Without hf_xet, several at once would go through threads that outlive Ctrl-C.
+                for each in list(additions):
+                    super().preupload_lfs_files(repo_id, [each], **options)
+
+        return Api(
+            endpoint=self.endpoint,
+            token=self._token,
+            library_name="mquant",
+            library_version=__version__,
+        )
+
+    def _retrying(self, action: Callable[[], T]) -> T:
+        return retrying(lambda: self._attempt(action))
+
+    def _attempt(self, action: Callable[[], T]) -> T:
+        """Do it once. Raises what its failure means; `Again` where it may pass."""
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            disable_progress_bars,
+            enable_progress_bars,
+        )
+
+        disable_progress_bars()
+        try:
+            with quiet():
+                return action()
+        except MquantError:
+            raise
+        except Exception as error:  # noqa: BLE001 -- huggingface_hub's, httpx's, hf_xet's
+            self._refuse(error)
+        finally:
+            enable_progress_bars()
+
+    def _refuse(self, error: BaseException) -> NoReturn:
+        import httpx
+        from huggingface_hub.errors import HfHubHTTPError, XetDownloadError
+
+        chain = list(_causes(error))
+        for each in chain:
+            if isinstance(each, HfHubHTTPError):
+                self._refuse_answer(each.response)
+            if isinstance(each, ValueError) and str(each).startswith(_METADATA):
+                raise OutputError(
+                    f"{self.host} does not take the metadata of README.md:"
+                    f"{self._shown(str(each).removeprefix(_METADATA + '.'))}.",
+                    "Make the card again with mquant card.",
+                ) from None
+            if isinstance(each, OSError) and each.errno is not None and each.filename:
+                raise OutputError(
+                    f"{each.filename} cannot be read or written: {each.strerror}.",
+                    f"Check the disk. {_AGAIN}",
+                ) from None
+        network = (httpx.HTTPError, XetDownloadError, RuntimeError, OSError)
+        if any(isinstance(each, network) for each in chain):
+            raise Again(OutputError(f"The connection to {self.host} broke.", _AGAIN)) from None
+        kind = type(error).__name__
+        raise OutputError(f"{self.host} answers what is not understood ({kind}).", _AGAIN) from None
+
+    def _refuse_answer(self, response: "httpx.Response") -> NoReturn:
+        status, host, repo = response.status_code, self.host, self.repo_id
+        if status in _TRANSIENT:
+            busy = OutputError(f"{host} is busy or in trouble (HTTP {status}).", _AGAIN)
+            raise Again(busy) from None
+        if status == 401:
+            raise OutputError(f"{host} does not accept your token.", _LOG_IN) from None
+        if status in (402, 403, 404):
+            raise OutputError(
+                f"{host} does not let your token write to {repo} (HTTP {status}).",
+                "Check the name, and give the token the right to write there, in its settings.",
+            ) from None
+        said = self._shown(response.headers.get("X-Error-Message", ""))
+        raise OutputError(
+            f"{host} refuses the files (HTTP {status}){':' if said else ''}{said}.",
+            "Mend what it names, then run the same command again.",
+        ) from None
+
+    def _shown(self, said: str) -> str:
+        """What the hub says, on one line; never the token, should it be repeated."""
+        line = " ".join(said.replace(self._token, "(token)").split())[:300].rstrip(".")
+        return f" {clean(line)}" if line else ""
+
+
+def _causes(error: BaseException | None) -> Iterable[BaseException]:
+    """An error and what was behind it: huggingface_hub's workers wrap theirs."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _batches(files: Mapping[str, int]) -> Iterable[list[str]]:
+    """The files, in their order, in lists of some gigabytes: as many commits will be made."""
+    batch: list[str] = []
+    size = 0
+    for name, count in files.items():
+        batch.append(name)
+        size += count
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+__all__ = ["HubWriter"]

@@ -1,0 +1,179 @@
+"""`mquant card`: README.md for the hub, from facts only."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.text import Text
+
+from mquant.cli.options import FormatChoice, Revision, Src
+from mquant.cli.output import Format, Output, output
+from mquant.cli.progress import progress
+from mquant.cli.source import open_source
+from mquant.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from mquant.checkpoint import Source
+    from mquant.workflows.card import Card, Measured
+
+_EXAMPLE = "mquant card ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP"
+
+From = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="PARENT",
+        help="The folder or hub repo it was made from: its licence is told, and what must be "
+        "equal is compared. Left out: the card of the repo that mquant.json names, if any.",
+        show_default=False,
+    ),
+]
+Eval = Annotated[
+    Path | None,
+    typer.Option("--eval", metavar="FILE", help="JSON of mquant eval.", show_default=False),
+]
+Compare = Annotated[
+    Path | None,
+    typer.Option("--compare", metavar="FILE", help="JSON of mquant compare.", show_default=False),
+]
+AboutFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--about",
+        metavar="FILE",
+        help="YAML with what only you know: repo, base_model, companions (repo, what), citation.",
+        show_default=False,
+    ),
+]
+DepthChoice = Annotated[
+    Literal["structure", "numbers"] | None,
+    typer.Option(
+        help="How deep it is verified for the card. Left out: numbers for a folder, structure for "
+        "a hub repo.",
+        show_default=False,
+    ),
+]
+LoaderChoice = Annotated[
+    Literal["vllm"] | None,
+    typer.Option(help="Have this loader's own code load the headers too.", show_default=False),
+]
+CardFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="The file to write. Left out: README.md in SRC's folder.",
+        show_default=False,
+    ),
+]
+
+
+def card(
+    src: Src = None,
+    parent: From = None,
+    eval_file: Eval = None,
+    compare_file: Compare = None,
+    about_file: AboutFile = None,
+    depth: DepthChoice = None,
+    loader: LoaderChoice = None,
+    file: CardFile = None,
+    revision: Revision = None,
+    form: FormatChoice = Format.HUMAN,
+) -> None:
+    """Write a quantized checkpoint's model card, from facts only.
+
+    It is verified first; of a broken one no card is written (exit code 3). What is not known is
+    left out, and what was not measured is called so.
+
+    Example: mquant card ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP
+    """
+    with output("card", form) as out:
+        source = open_source(src, revision, _EXAMPLE)
+        given = None if parent is None else open_source(parent, None, _EXAMPLE)
+        path = _path(source, file)
+        from mquant.family import load_families
+        from mquant.workflows.card import gather, read_about, render
+        from mquant.workflows.verify import Depth
+
+        _refuse_foreign(path)
+        about = None if about_file is None else read_about(about_file)
+        measured = _measured(source.name, eval_file, compare_file)
+        with progress(out) as emit:
+            found = gather(
+                source,
+                load_families(),
+                given=given,
+                measured=measured,
+                about=about,
+                depth=None if depth is None else Depth(depth),
+                ask_vllm=loader == "vllm",
+                emit=emit,
+            )
+        out.put(verdict=found.report.verdict)
+        if found.report.count("error"):
+            out.report(found.report.findings)
+            out.show(Text("It is broken, so no card was written.", "bold red"))
+            raise typer.Exit(3)
+        _write(path, render(found))
+        _tell(out, found, path)
+
+
+def _path(source: "Source", file: Path | None) -> Path:
+    from mquant.checkpoint import Folder
+
+    if file is not None:
+        return file
+    if isinstance(source, Folder):
+        return source.root / "README.md"
+    raise UsageError(
+        f"{source.name} is a hub repo: say where its card goes, with -o.",
+        f"Example: mquant card {source.name} -o README.md",
+    )
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise OutputError for a file that is there and that this verb did not make."""
+    from mquant.workflows.card import MARK
+
+    try:
+        ours = not path.exists() or MARK in path.read_text("utf-8", "replace")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read: {error.strerror}.", "Give a file.") from error
+    if not ours:
+        raise OutputError(
+            f"{path} is there, and mquant card did not make it.",
+            "Move it away, or give another file with -o.",
+        )
+
+
+def _measured(name: str, eval_file: Path | None, compare_file: Path | None) -> "Measured":
+    from mquant.workflows.card import Measured, read_compare, read_eval
+
+    figures = {} if eval_file is None else read_eval(eval_file, name)
+    figures |= {} if compare_file is None else read_compare(compare_file, name)
+    return Measured(**figures)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror}.", "Give another file with -o."
+        ) from error
+
+
+def _tell(out: Output, card: "Card", path: Path) -> None:
+    out.put(
+        card=str(path),
+        repo=card.repo,
+        scheme=card.scheme or None,
+        base_model=card.about.base_model or card.parent.repo or None,
+        license=card.parent.license or None,
+        measured=card.measured.anything,
+    )
+    out.show(Text.assemble(("Wrote", "bold green"), f" {path}"), card.report.verdict)
+
+
+__all__ = ["card"]

@@ -1,0 +1,114 @@
+"""`mquant push`: publish a checkpoint on the hub."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from mquant.cli.options import FormatChoice
+from mquant.cli.output import Format, Output, output
+from mquant.cli.progress import progress
+from mquant.cli.source import is_repo_id, open_source
+from mquant.cli.tables import table
+from mquant.cli.text import both_sizes, clean, plural
+from mquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from mquant.workflows.push import Pushed, Shipment
+
+_EXAMPLE = "mquant push ./MiniMax-M2.7-REAP-NVFP4 org/MiniMax-M2.7-REAP-NVFP4"
+
+Src = Annotated[
+    str | None,
+    typer.Argument(metavar="SRC", help="The folder that mquant made.", show_default=False),
+]
+Repo = Annotated[
+    str | None,
+    typer.Argument(metavar="REPO", help="The hub repo, as org/name.", show_default=False),
+]
+Public = Annotated[
+    bool, typer.Option("--public", help="Make the repo public. Left out: it is private.")
+]
+Replace = Annotated[
+    bool, typer.Option("--replace", help="Replace another checkpoint that the repo holds.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only list the files and their bytes; ask nobody.")
+]
+
+
+def push(
+    src: Src = None,
+    repo: Repo = None,
+    public: Public = False,
+    replace: Replace = False,
+    dry_run: DryRun = False,
+    form: FormatChoice = Format.HUMAN,
+) -> None:
+    """Publish a checkpoint on the hub, if it is verified and its bytes are those that were made.
+
+    Every file is compared with its sha256 in mquant.json, and the checkpoint is verified; then it
+    goes up, index and config.json last, and the repo is verified. Interrupted, the same command
+    goes on. Exit code 3: the checkpoint, or the repo, was found wrong.
+
+    Example: mquant push ./MiniMax-M2.7-REAP-NVFP4 org/MiniMax-M2.7-REAP-NVFP4
+    """
+    with output("push", form) as out:
+        if src is None or repo is None:
+            raise UsageError("SRC or REPO is missing.", f"Example: {_EXAMPLE}")
+        if not is_repo_id(repo):
+            raise UsageError(f"{clean(repo[:96])!r} is no hub repo id.", f"Example: {_EXAMPLE}")
+        source = open_source(src, None, _EXAMPLE)
+        from mquant.checkpoint import Folder
+        from mquant.family import load_families
+        from mquant.workflows.push import load
+        from mquant.workflows.push import push as publish
+
+        if not isinstance(source, Folder):
+            raise UsageError(f"{src} is a hub repo already.", f"Give a folder: {_EXAMPLE}")
+        shipment = load(source)
+        out.put(repo=repo, files=dict(shipment.files), bytes=sum(shipment.files.values()))
+        out.put(last_commit=list(shipment.last))
+        if dry_run:
+            _list(out, shipment)
+            return
+        with progress(out) as emit:
+            done = publish(shipment, repo, load_families(), emit, public=public, replace=replace)
+        _tell(out, repo, done)
+
+
+def _list(out: Output, shipment: "Shipment") -> None:
+    rows = table(("bytes", "right"), ("file", "left"))
+    for name in (*shipment.first, *shipment.last):
+        rows.add_row(f"{shipment.files[name]:,}", Text(clean(name)))
+    total = sum(shipment.files.values())
+    out.show(rows, "", f"{plural(len(shipment.files), 'file')}, {both_sizes(total)}")
+    out.show(f"{' and '.join(shipment.last)} would go up last, in one commit.")
+
+
+def _tell(out: Output, repo: str, done: "Pushed") -> None:
+    remote = done.remote
+    if remote is None:
+        if done.local is not None:
+            out.report(done.local.findings)
+        out.show(Text("It is broken, so nothing was sent.", "bold red"))
+        raise typer.Exit(3)
+    out.put(
+        url=done.page,
+        private=done.private,
+        sent=list(done.sent),
+        already_done=not done.sent,
+        verdict=remote.verdict,
+    )
+    who = "private" if done.private else "public"
+    verb = "Pushed" if done.sent else "Already there:"
+    out.show(
+        Text.assemble((verb, "bold green"), f" {done.page} ({who})"),
+        f"The repo: {remote.verdict}",
+    )
+    out.report(remote.findings)
+    if remote.count("error"):
+        raise typer.Exit(3)
+
+
+__all__ = ["push"]

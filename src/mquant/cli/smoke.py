@@ -1,0 +1,112 @@
+"""`mquant smoke`: five prompts to a running server."""
+
+from contextlib import closing
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from mquant.cli.options import FormatChoice, Revision
+from mquant.cli.output import Format, Output, output
+from mquant.cli.source import open_source
+from mquant.cli.tables import facts
+from mquant.cli.text import clean
+from mquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from mquant.workflows.smoke import Trial
+
+_EXAMPLE = "mquant smoke http://localhost:8000 --checkpoint ./MiniMax-M2.7-REAP-NVFP4"
+_SHOWN = 200
+
+Url = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="URL", help="The server's address, with or without /v1.", show_default=False
+    ),
+]
+CheckpointOption = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="SRC",
+        help="The folder or hub repo that is served: it is asked with the sampling of its "
+        "generation_config.json. Left out: with the server's own.",
+        show_default=False,
+    ),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="NAME", help="Left out: the first that it serves.", show_default=False
+    ),
+]
+MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")]
+Timeout = Annotated[
+    float, typer.Option(min=1, metavar="SECONDS", help="How long it may take over one answer.")
+]
+
+
+def smoke(
+    url: Url = None,
+    checkpoint: CheckpointOption = None,
+    model: ModelName = None,
+    max_tokens: MaxTokens = 4096,
+    timeout: Timeout = 600,
+    revision: Revision = None,
+    form: FormatChoice = Format.HUMAN,
+) -> None:
+    """Ask a running OpenAI-compatible server five prompts, and check the answers.
+
+    Coding, maths, translation, recall from a long text, JSON: each has a mechanical check. A key
+    is taken from OPENAI_API_KEY. Exit code 3: an answer is wrong.
+
+    Example: mquant smoke http://localhost:8000 --checkpoint ./MiniMax-M2.7-REAP-NVFP4
+    """
+    with output("smoke", form) as out:
+        if url is None:
+            raise UsageError("URL is missing.", f"Example: {_EXAMPLE}")
+        if revision is not None and checkpoint is None:
+            raise UsageError("--revision is for --checkpoint.", f"Example: {_EXAMPLE}")
+        from mquant.workflows.sampling import read_sampling
+        from mquant.workflows.server import Server
+        from mquant.workflows.smoke import options_of
+        from mquant.workflows.smoke import smoke as ask
+
+        source = None if checkpoint is None else open_source(checkpoint, revision, _EXAMPLE)
+        options = options_of(read_sampling(source) if source else {}, max_tokens)
+        trials = []
+        with closing(Server(url, seconds=timeout)) as server:
+            name = server.choose(model)
+            out.put(server=server.name, model=name, options=options)
+            said = ", ".join(f"{key} {value:g}" for key, value in options.items())
+            out.show(facts([("Server", server.name), ("Model", name), ("Options", said)]), "")
+            for trial in ask(server, options):
+                trials.append(trial)
+                _show(out, trial)
+        failed = [trial for trial in trials if trial.wrong]
+        out.put(
+            passed=len(trials) - len(failed),
+            prompts=[
+                {
+                    "id": trial.prompt.id,
+                    "passed": not trial.wrong,
+                    "wrong": trial.wrong or None,
+                    "answer": trial.answer,
+                }
+                for trial in trials
+            ],
+        )
+        out.show(f"{len(trials) - len(failed)} of {len(trials)} answers are right.")
+        out.report(trial.finding(name) for trial in failed)
+        if failed:
+            raise typer.Exit(3)
+
+
+def _show(out: Output, trial: "Trial") -> None:
+    mark = ("✗", "bold red") if trial.wrong else ("✓", "bold green")
+    answer = clean(" ".join(trial.answer.split())[:_SHOWN])
+    out.show(Text.assemble(mark, f" {trial.prompt.what}: ", (answer, "dim")))
+
+
+__all__ = ["smoke"]

@@ -1,0 +1,74 @@
+"""Which engines load what mquant writes, where that was read, and on what hardware they run it.
+
+One row for each engine and scheme; when an engine's new release was looked at, its row changes
+here and nowhere else.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What one engine makes of a scheme: `loads` says whether, `seen` how that is known.
+
+    `only_experts`: the row is about checkpoints with experts.
+    """
+
+    name: str
+    version: str
+    loads: Literal["yes", "no", "wrongly"]
+    what: str
+    seen: str
+    only_experts: bool = False
+
+
+NVFP4A16: Final = (
+    Engine(
+        "vLLM",
+        "0.32.0",
+        "yes",
+        "FP4 Marlin kernels, on NVIDIA GPUs of compute capability 7.5 or newer.",
+        "its loader run on the headers; marlin_utils_fp4.py read",
+    ),
+    Engine(
+        "SGLang",
+        "0.5.23 or newer",
+        "yes",
+        "FP4 Marlin kernels, on NVIDIA GPUs of compute capability 8.0 or newer.",
+        "compressed_tensors_w4a16_nvfp4_moe.py read",
+    ),
+    Engine(
+        "TensorRT-LLM",
+        "",
+        "no",
+        "It reads ModelOpt's layout, and takes compressed-tensors' NVFP4 for one with 4-bit "
+        "activations.",
+        "its parser of quantization_config read",
+    ),
+    Engine(
+        "transformers",
+        "5.17",
+        "wrongly",
+        "It loads the experts without an error and without their weight_global_scale: the "
+        "weights come out wrong.",
+        "run on a small model",
+        only_experts=True,
+    ),
+    Engine(
+        "llama.cpp",
+        "",
+        "no",
+        "It reads GGUF; its quantizations are made from the unquantized parent.",
+        "its converter read",
+    ),
+)
+
+ENGINES: Final[dict[str, tuple[Engine, ...]]] = {"NVFP4A16": NVFP4A16}
+
+HARDWARE: Final[dict[str, str]] = {
+    "NVFP4A16": "Only weights are in 4 bits: they are turned into 16 bits inside the kernel, and "
+    "nothing needs a GPU with FP4 units. What it saves is memory and its bandwidth.",
+}
+
+__all__ = ["ENGINES", "HARDWARE", "Engine"]

@@ -1,0 +1,50 @@
+"""Markdown of strings that come from files: they are shown, never obeyed.
+
+A name could be an image that tells its host who reads the page, end a table, or fake a section.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Final
+
+from mquant.text import clean
+
+# An underscore within a word, and other signs after the first, are what they look like.
+_SPECIAL: Final = re.compile(r"([\\`*\[\]|~$]|^[-+=#]|(?<![^\W_])_|_(?![^\W_]))")
+_HTML: Final = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
+_PLAIN_CODE: Final = re.compile(r"[^`|]*[^`|\s\\]")
+
+
+def text(value: str) -> str:
+    """A string within a sentence or a cell, on one line, with nothing that means something."""
+    escaped = _SPECIAL.sub(r"\\\1", clean(value)).translate(_HTML)
+    # Addresses become links by themselves, and @name tells somebody.
+    for sign, entity in (("://", "&#58;//"), ("@", "&#64;"), ("www.", "www&#46;")):
+        escaped = escaped.replace(sign, entity)
+    return escaped
+
+
+def code(value: str) -> str:
+    """A string as code, in a sentence or a cell."""
+    line = clean(value)
+    if _PLAIN_CODE.fullmatch(line) and not line[0].isspace():
+        return f"`{line}`"
+    return "<code>" + "".join(c if c.isalnum() else f"&#{ord(c)};" for c in line) + "</code>"
+
+
+def block(lines: Iterable[str], language: str = "") -> str:
+    """Lines as a block of code, whatever fences they hold."""
+    shown = [clean(line) for line in lines]
+    longest = max((len(run) for line in shown for run in re.findall("`+", line)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return "\n".join((fence + language, *shown, fence)) + "\n"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table; cells are Markdown already."""
+    titles = list(head)
+    lines = [titles, ["---"] * len(titles), *map(list, rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+__all__ = ["block", "code", "table", "text"]

@@ -1,0 +1,108 @@
+"""What `mquant eval` and `mquant compare` measured, from their JSON.
+
+Of `mquant.eval/1`: `source`, `text.name`, `tokens`, `context`, `perplexity`, `parent_perplexity`,
+`kl_nats`, `top1_agreement`. Of `mquant.compare/1`: `source`, and `roles`, rows with `role` and
+`relative_error`. What a document leaves out, or calls null, the card leaves out too.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from mquant.errors import SourceError
+
+_MOST_BYTES: Final = 500_000_000  # a comparison has a row for every tensor
+_MOST: Final = 1e12
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Accuracy, as far as it was measured: None, and empty, where it was not.
+
+    `kl` is the mean divergence in nats per token, `agreement` the part of positions with the
+    parent's most likely token, `errors` relative L2 errors of the weights by role.
+    """
+
+    text: str = ""
+    tokens: int | None = None
+    context: int | None = None
+    perplexity: float | None = None
+    parent: float | None = None
+    kl: float | None = None
+    agreement: float | None = None
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def anything(self) -> bool:
+        """Whether there is a figure at all."""
+        return bool(self.errors) or self.perplexity is not None
+
+
+def read_eval(path: Path, name: str) -> dict[str, Any]:
+    """The figures of an evaluation of the checkpoint `name`, as keywords of `Measured`.
+
+    Raises SourceError for another document.
+    """
+    document = _document(path, "mquant.eval/1", name)
+    text = document.get("text")
+    text = text.get("name") if isinstance(text, dict) else text
+    return {
+        "text": text if isinstance(text, str) else "",
+        "tokens": _count(document.get("tokens")),
+        "context": _count(document.get("context")),
+        "perplexity": _number(document.get("perplexity")),
+        "parent": _number(document.get("parent_perplexity")),
+        "kl": _number(document.get("kl_nats")),
+        "agreement": _number(document.get("top1_agreement")),
+    }
+
+
+def read_compare(path: Path, name: str) -> dict[str, Any]:
+    """The figures of a comparison, in the same way."""
+    roles = _document(path, "mquant.compare/1", name).get("roles")
+    errors = {
+        row["role"]: _number(row.get("relative_error"))
+        for row in (roles if isinstance(roles, list) else [])
+        if isinstance(row, dict) and isinstance(row.get("role"), str)
+    }
+    return {"errors": {role: error for role, error in errors.items() if error}}
+
+
+def _document(path: Path, schema: str, name: str) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            value = json.loads(file.read(_MOST_BYTES))
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from error
+    except (ValueError, RecursionError):
+        value = None
+    verb = schema.partition("/")[0].removeprefix("mquant.")
+    again = f"Make it with: mquant {verb} ... --format json > {path.name}"
+    if not isinstance(value, dict) or value.get("schema") != schema:
+        raise SourceError(f"{path} is no result of mquant {verb} ({schema}).", again)
+    if value.get("ok") is not True:
+        raise SourceError(f"{path} is of a run of mquant {verb} that failed.", again)
+    measured = value.get("source")
+    if not isinstance(measured, str) or _last(measured) != _last(name):
+        raise SourceError(f"{path} is about {str(measured)[:96]}, not about {name}.", again)
+    return value
+
+
+def _last(name: str) -> str:
+    """A folder's name, or a repo's without its owner: the same checkpoint may be either."""
+    return name.rpartition("/")[2]
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < _MOST else None  # NaN and infinity are not, either
+
+
+def _count(value: object) -> int | None:
+    return value if type(value) is int and 0 <= value < _MOST else None
+
+
+__all__ = ["Measured", "read_compare", "read_eval"]

@@ -1,0 +1,122 @@
+"""What the parent's own card says: its licence, languages, and how it was pruned."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import yaml
+
+from mquant.checkpoint import Source
+from mquant.checkpoint.hub import HubRepo
+from mquant.errors import SourceError
+from mquant.events import Emit, Note
+from mquant.output import Record
+
+_README: Final = "README.md"
+_MOST_BYTES: Final = 1_000_000
+_MOST_QUOTED: Final = 240
+_FRONT: Final = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
+_REAP: Final = re.compile(r"\bREAP\b")
+_PRUNING: Final = re.compile(r"router.weighted expert activation pruning", re.IGNORECASE)
+_WORD: Final = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
+_LANGUAGE: Final = re.compile(r"[a-z]{2,3}(?:-[A-Za-z]{2,4})?")
+_REPO: Final = re.compile(r"(?=.{3,96}$)[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_LINK: Final = re.compile(r"https://[A-Za-z0-9./_~%-]{3,200}|[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The parent, as far as it is known: a folder's `name`, or a `repo` at a `commit`; its card.
+
+    `pruned_from` is its own base model; `reap` the sentence of its card that speaks of REAP.
+    """
+
+    name: str = ""
+    repo: str = ""
+    commit: str = ""
+    license: str = ""
+    license_name: str = ""
+    license_link: str = ""
+    languages: tuple[str, ...] = ()
+    pipeline_tag: str = ""
+    pruned_from: str = ""
+    reap: str = ""
+
+
+def find_parent(record: Record | None, given: Source | None, emit: Emit) -> Parent:
+    """The parent that was given, or else the hub repo that mquant.json names.
+
+    Raises SourceError where what was given is another one than mquant.json says. Where the repo
+    that it names cannot be read, that is said, and what it would tell is left out.
+    """
+    named = record.source if record else {}
+    if given is not None:
+        identity = given.identity()
+        if named.get("kind") == identity["kind"] and dict(named) != identity:
+            raise SourceError(
+                f"{given.name} is not what it was made from: mquant.json says "
+                f"{named.get('repo') or 'a folder with other files'}"
+                f"{' at ' + named['commit'] if 'commit' in named else ''}.",
+                "Give the very parent with --from, or leave it out.",
+            )
+        return _read(given)
+    repo, commit = named.get("repo", ""), named.get("commit", "")
+    if named.get("kind") != "hub" or not _REPO.fullmatch(repo):
+        return Parent()
+    try:
+        return _read(HubRepo(repo, commit))
+    except SourceError as error:
+        emit(Note("warning", f"{error.message} What its card says is left out."))
+        return Parent(repo=repo, commit=commit)
+
+
+def _read(source: Source) -> Parent:
+    if isinstance(source, HubRepo):
+        where = Parent(repo=source.repo_id, commit=source.commit)
+    else:
+        where = Parent(name=source.name)
+    if not 0 < source.files.get(_README, 0) <= _MOST_BYTES:
+        return where
+    card = source.read(_README).decode("utf-8", "replace").replace("\r\n", "\n")
+    front = _FRONT.match(card)
+    said = _metadata(front[1]) if front else {}
+    return replace(
+        where,
+        license=_one(said, "license", _WORD.fullmatch),
+        license_name=_one(said, "license_name", _WORD.fullmatch),
+        license_link=_one(said, "license_link", _LINK.fullmatch),
+        languages=_all(said, "language", _LANGUAGE.fullmatch),
+        pipeline_tag=_one(said, "pipeline_tag", _WORD.fullmatch),
+        pruned_from=_one(said, "base_model", _REPO.fullmatch),
+        reap=_sentence(card[front.end() :] if front else card),
+    )
+
+
+def _metadata(text: str) -> Mapping[str, Any]:
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _all(said: Mapping[str, Any], key: str, fits: Callable[[str], object]) -> tuple[str, ...]:
+    values = said.get(key)
+    values = values if isinstance(values, list) else [values]
+    return tuple(value for value in values if isinstance(value, str) and fits(value))
+
+
+def _one(said: Mapping[str, Any], key: str, fits: Callable[[str], object]) -> str:
+    return next(iter(_all(said, key, fits)), "")
+
+
+def _sentence(body: str) -> str:
+    """The first line of prose that says what REAP is, or else that names it."""
+    lines = [line.strip() for line in body.splitlines()]
+    prose = [line for line in lines if line and line[0] not in "#|<`![" and _REAP.search(line)]
+    line = next(filter(_PRUNING.search, prose), next(iter(prose), ""))
+    return line if len(line) <= _MOST_QUOTED else line[: _MOST_QUOTED - 3].rstrip() + "..."
+
+
+__all__ = ["Parent", "find_parent"]

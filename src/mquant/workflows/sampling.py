@@ -1,0 +1,34 @@
+"""How the model's makers recommend to sample from it: generation_config.json."""
+
+from typing import Final
+
+from mquant.checkpoint import Source, read_json
+
+GENERATION: Final = "generation_config.json"
+_KEYS: Final = (
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "max_new_tokens",
+)
+_MOST: Final = 1e9
+
+
+def read_sampling(source: Source) -> dict[str, float | bool]:
+    """What generation_config.json recommends, in the order of its importance."""
+    if GENERATION not in source.files:
+        return {}
+    said = read_json(source, GENERATION)
+    return {
+        key: said[key]
+        for key in _KEYS
+        if isinstance(said.get(key), bool | int | float) and abs(said[key]) < _MOST
+    }
+
+
+__all__ = ["GENERATION", "read_sampling"]

@@ -1,0 +1,358 @@
+"""`mquant push`: what it refuses, in which order things appear on the hub, and what survives."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
+from typer.testing import CliRunner, Result
+
+from corpus import OF_NVFP4A16
+from fakehub import GOOD_TOKEN, POOR_TOKEN, FakeHub, hub
+from judges import hashes, read_json
+from mquant.checkpoint import retry, upload
+from mquant.cli.app import app
+from run import TRAINED, quantize_nvfp4
+
+__all__ = ["hub"]
+
+REPO = "org/Tiny-NVFP4"
+
+# huggingface_hub's own way of giving a file to httpx.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("push") / "Q", shard_bytes=900_000)
+
+
+@pytest.fixture
+def src(quantized: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(quantized, tmp_path / quantized.name))
+
+
+@pytest.fixture(autouse=True)
+def _upload_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hub: FakeHub) -> None:
+    """Plain LFS, which the fake hub speaks; a token; and nobody waits for better times."""
+    sleep = time.sleep
+    hurried = SimpleNamespace(time=time.time, sleep=lambda seconds: sleep(min(seconds, 0.01)))
+    monkeypatch.setattr(_http, "time", hurried)
+    monkeypatch.setattr(retry, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, ["push", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def document(*arguments: object, code: int = 0) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(run(*arguments, "--format", "json", code=code).stdout)
+    assert (value["schema"], value["ok"]) == ("mquant.push/1", code == 0)
+    return value
+
+
+def on_the_hub(hub: FakeHub) -> dict[str, str]:
+    repo = hub.repos[REPO]
+    found = hashes(repo.folders[repo.revisions["main"]])
+    found.pop(".gitattributes", None)
+    return found
+
+
+def uploads(hub: FakeHub) -> list[str]:
+    """The large files that were sent, whole or not, in their order."""
+    return [request.path for request in hub.requests if request.method == "PUT"]
+
+
+def in_no_commit_is_half_of_it_whole(hub: FakeHub, shards: set[str]) -> None:
+    """Whatever commit one looks at: where there is a config.json, all shards are there."""
+    for folder in hub.repos[REPO].folders.values():
+        there = {path.name for path in folder.iterdir()}
+        assert "config.json" not in there or shards <= there
+
+
+def test_every_file_arrives_and_index_and_config_come_last(src: Path, hub: FakeHub) -> None:
+    CliRunner().invoke(app, ["card", str(src)])
+    before = hashes(src)
+    found = document(src, REPO)
+    assert on_the_hub(hub) == before == hashes(src)
+    assert found["sent"] == sorted(before)
+    assert found["url"] == f"{hub.url}/{REPO}"
+    assert found["verdict"].startswith("Clean: 327 tensors")
+    *first, last = hub.commits
+    assert last.added == ("model.safetensors.index.json", "config.json")
+    assert {name for commit in first for name in commit.added} == before.keys() - set(last.added)
+    in_no_commit_is_half_of_it_whole(hub, {path.name for path in src.glob("*.safetensors")})
+
+
+def test_the_repo_is_private_unless_public_is_asked_for(src: Path, hub: FakeHub) -> None:
+    assert document(src, REPO)["private"]
+    assert hub.repos[REPO].access == "private"
+    del hub.repos[REPO]
+    assert not document(src, REPO, "--public")["private"]
+    assert hub.repos[REPO].access == "public"
+
+
+def test_into_a_public_repo_nothing_goes_by_accident(src: Path, hub: FakeHub) -> None:
+    hub.add(REPO, src)
+    result = run(src, REPO, code=1)
+    assert f"{REPO} is public: what is pushed there is published." in result.stderr
+    assert not hub.commits
+
+
+def test_pushed_again_it_is_already_there(src: Path, hub: FakeHub) -> None:
+    run(src, REPO)
+    commits = list(hub.commits)
+    found = document(src, REPO)
+    assert found["already_done"]
+    assert found["sent"] == []
+    assert hub.commits == commits
+
+
+def test_a_new_card_goes_up_alone(src: Path, hub: FakeHub) -> None:
+    run(src, REPO)
+    hub.forget()
+    CliRunner().invoke(app, ["card", str(src)])
+    assert document(src, REPO)["sent"] == ["README.md"]
+    assert hub.commits[-1].added == ("README.md",)
+    assert not uploads(hub)
+
+
+def test_a_repaired_checkpoint_with_a_new_card_goes_up(
+    src: Path, tmp_path: Path, hub: FakeHub
+) -> None:
+    CliRunner().invoke(app, ["card", str(src)])
+    bad = next(c for c in OF_NVFP4A16 if c.name == "one router quantized").make(src, tmp_path / "b")
+    good = tmp_path / "good"
+    mend = ["repair", str(bad), "--from", str(TRAINED), "-o", str(good)]
+    assert CliRunner().invoke(app, mend).exit_code == 0
+    assert "README.md" in read_json(good / "mquant.json")["files"]
+    assert CliRunner().invoke(app, ["card", str(good)]).exit_code == 0
+    assert "### Changes since" in (good / "README.md").read_text(encoding="utf-8")
+    run(good, REPO)
+    assert on_the_hub(hub) == hashes(good)
+
+
+def test_a_dry_run_lists_files_and_bytes_and_asks_nobody(
+    src: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    found = document(src, REPO, "--dry-run")
+    assert found["files"] == {name: (src / name).stat().st_size for name in hashes(src)}
+    assert found["bytes"] == sum(found["files"].values())
+    assert found["last_commit"] == ["model.safetensors.index.json", "config.json"]
+    assert not hub.requests
+    shown = run(src, REPO, "--dry-run").stdout
+    assert "model.safetensors.index.json and config.json would go up last, in one commit." in shown
+
+
+def test_other_bytes_than_were_made_are_refused(src: Path, hub: FakeHub) -> None:
+    shard = min(src.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    result = run(src, REPO, code=1)
+    assert f"{shard.name} in Q is not the file that mquant.json says" in result.stderr
+    assert not hub.commits
+    assert REPO not in hub.repos
+
+
+def test_a_checkpoint_that_is_found_wrong_is_refused(
+    src: Path, tmp_path: Path, hub: FakeHub
+) -> None:
+    bad = next(c for c in OF_NVFP4A16 if c.name == "one router quantized").make(src, tmp_path / "b")
+    record = read_json(bad / "mquant.json")
+    record["files"] = {
+        name: {"bytes": (bad / name).stat().st_size, "sha256": digest}
+        for name, digest in hashes(bad).items()
+        if name != "mquant.json"
+    }
+    (bad / "mquant.json").write_text(json.dumps(record), encoding="utf-8")
+    found = document(bad, REPO, code=3)
+    assert "router-quantized" in {finding["rule"] for finding in found["findings"]}
+    assert REPO not in hub.repos
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        ("mquant.json", "Q has no mquant.json, so nothing says which bytes are its own."),
+        ("tokenizer.json", "Q lacks tokenizer.json, which its mquant.json names."),
+        ("+evil.py", "evil.py in Q is not in its mquant.json: mquant did not make that."),
+    ],
+)
+def test_what_is_not_the_checkpoint_that_was_made_is_refused(
+    src: Path, hub: FakeHub, edit: str, sentence: str
+) -> None:
+    if edit.startswith("+"):
+        (src / edit[1:]).write_text("x", encoding="utf-8")
+    else:
+        (src / edit).unlink()
+    assert sentence in run(src, REPO, code=1).stderr
+    assert not hub.requests
+
+
+def test_another_checkpoint_is_replaced_only_if_asked_and_never_looks_half_new(
+    src: Path, tmp_path: Path, hub: FakeHub
+) -> None:
+    old = Path(shutil.copytree(TRAINED, tmp_path / "old"))
+    hub.add(REPO, old, access="private")
+    assert f"{REPO} holds another checkpoint." in run(src, REPO, code=1).stderr
+    assert not hub.commits
+    document(src, REPO, "--replace")
+    first, *_, last = hub.commits
+    assert first.deleted == ("config.json", "model.safetensors.index.json")
+    assert (
+        set(last.deleted) == {path.name for path in old.glob("*.safetensors")} - hashes(src).keys()
+    )
+    assert last.added[-1] == "config.json"
+    found = on_the_hub(hub)
+    assert {name: found[name] for name in hashes(src)} == hashes(src)
+
+
+def test_gigabytes_are_committed_piece_by_piece_and_what_is_committed_stays(
+    src: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "_BATCH_BYTES", 1_000_000)
+    hub.drop_after = 2
+    run(src, REPO, code=1)
+    there = on_the_hub(hub)
+    assert {name for name in there if name.endswith(".safetensors")}
+    hub.drop_after = None
+    sent = document(src, REPO)["sent"]
+    assert not there.keys() & set(sent)
+    assert len(hub.commits) >= 4
+    assert on_the_hub(hub) == hashes(src)
+
+
+def test_dropped_connections_are_tried_again(src: Path, hub: FakeHub) -> None:
+    hub.drops = 3
+    document(src, REPO)
+    assert hub.drops == 0
+    assert on_the_hub(hub) == hashes(src)
+
+
+def test_a_hub_that_goes_away_is_a_sentence_and_the_same_command_goes_on(
+    src: Path, hub: FakeHub
+) -> None:
+    shards = sorted(path.name for path in src.glob("*.safetensors"))
+    assert len(shards) >= 4
+    hub.drop_after = 2
+    result = run(src, REPO, code=1)
+    assert "The connection to 127.0.0.1 broke." in result.stderr
+    assert "Run the same command again: it goes on from there." in result.stderr
+    assert len(hub.stored) == 2
+    in_no_commit_is_half_of_it_whole(hub, set(shards))
+    sent = {path for path in uploads(hub) if path.rpartition("/")[2] in hub.stored}
+    hub.drop_after = None
+    hub.forget()
+    result = run(src, REPO)
+    assert "These bytes were verified before." in result.stderr
+    assert not sent & set(uploads(hub)), "what was sent is not sent again"
+    assert on_the_hub(hub) == hashes(src)
+
+
+def test_the_last_commit_is_tried_again_by_the_hubs_own_time(src: Path, hub: FakeHub) -> None:
+    run(src, REPO)
+    (src / "NOTICE").write_text("x", encoding="utf-8")
+    hub.fail(503, times=2)
+    assert document(src, REPO)["sent"] == ["NOTICE"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_it_ends_at_once_and_the_same_command_goes_on(
+    src: Path, hub: FakeHub, signum: int
+) -> None:
+    hub.latency = 0.2
+    command = [sys.executable, "-m", "mquant", "push", str(src), REPO]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not hub.stored and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=60)
+    if signum is signal.SIGINT:
+        assert process.returncode == 130
+        assert errors.endswith("Interrupted; it is safe to run the same command again.\n")
+    assert "config.json" not in on_the_hub(hub)
+    hub.latency = 0
+    run(src, REPO)
+    assert on_the_hub(hub) == hashes(src)
+
+
+def test_without_a_token_it_says_so(
+    src: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    result = run(src, REPO, code=1)
+    assert "There is no token, so 127.0.0.1 takes no files." in result.stderr
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("token", [POOR_TOKEN, "hf_revokedrevokedrevokedrevoked", "hf_bro ken\n"])
+def test_a_token_never_appears(
+    src: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("MQUANT_TRACEBACK", "1")
+    result = run(src, REPO, "--format", "json", code=1)
+    assert token.strip() not in result.output + result.stderr
+    assert "Traceback" not in result.stderr
+    assert json.loads(result.stdout)["error"]["fix"]
+    assert REPO not in hub.repos
+
+
+def test_the_token_goes_to_the_hub_alone_and_into_no_file(
+    src: Path, hub: FakeHub, tmp_path: Path
+) -> None:
+    hub.drop_after = 1
+    run(src, REPO, code=1)
+    assert {r.authorization for r in hub.requests if r.host == "localhost"} == {None}
+    for path in (tmp_path / "cache").rglob("*"):
+        assert path.is_dir() or GOOD_TOKEN not in path.read_text(encoding="utf-8")
+
+
+def test_a_card_that_the_hub_does_not_take_is_a_sentence(src: Path, hub: FakeHub) -> None:
+    (src / "README.md").write_text("---\nlicense: mine\n---\n", encoding="utf-8")
+    result = run(src, REPO, code=1)
+    assert "127.0.0.1 does not take the metadata of README.md:" in result.stderr
+    assert "Make the card again with mquant card." in result.stderr
+
+
+def test_what_the_hub_lost_is_noticed_and_sent_anew(src: Path, hub: FakeHub) -> None:
+    hub.loses = "tokenizer.json"
+    result = run(src, REPO, code=1)
+    assert f"{REPO} does not have tokenizer.json as it is here." in result.stderr
+    hub.loses = None
+    run(src, REPO)
+    assert on_the_hub(hub) == hashes(src)
+
+
+def test_nothing_is_left_in_the_cache(src: Path, tmp_path: Path) -> None:
+    run(src, REPO)
+    assert not list((tmp_path / "cache" / "mquant" / "push").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "SRC or REPO is missing."),
+        (["x"], "SRC or REPO is missing."),
+        (["x", "no repo"], "'no repo' is no hub repo id."),
+    ],
+)
+def test_a_wrong_command_line_is_a_sentence(arguments: list[str], sentence: str) -> None:
+    assert sentence in run(*arguments, code=2).stderr

@@ -1,0 +1,190 @@
+"""The writing half of `fakehub`: repos are created, files uploaded by LFS, commits made."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from fakehub import _Handler
+
+_ROUTE = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<kind>preupload|commit)/(?P<rev>.+)")
+_BATCH = re.compile(r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
+_OBJECT = re.compile(r"/lfs/(?P<oid>[0-9a-f]{64})")
+_LICENSES = {"apache-2.0", "mit", "other", "llama3.1", "cc-by-4.0", "openrail"}
+_PIECE = 1_000_000
+_FRONT = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
+
+
+def answer(handler: "_Handler", path: str) -> None:
+    """Answer a POST or PUT."""
+    from fakehub import GOOD_TOKEN
+
+    if match := _OBJECT.fullmatch(path):
+        return _store(handler, match["oid"])
+    body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+    if handler.headers.get("Transfer-Encoding") == "chunked":
+        body = _chunked(handler)
+    if path == "/api/validate-yaml":
+        return _validate(handler, json.loads(body))
+    token = (handler.headers.get("Authorization") or "").removeprefix("Bearer ")
+    if token != GOOD_TOKEN:
+        said = "You don't have the rights." if token else "Invalid username or password."
+        return handler.error(403 if token else 401, "", said)
+    if path == "/api/repos/create":
+        return _create(handler, json.loads(body))
+    if match := _BATCH.fullmatch(path):
+        return _batch(handler, json.loads(body))
+    if (match := _ROUTE.fullmatch(path)) and match["repo"] in handler.hub.repos:
+        if match["kind"] == "preupload":
+            return _modes(handler, match["repo"], json.loads(body))
+        return _commit(handler, match["repo"], match["rev"], body)
+    return handler.error(404, "RepoNotFound", "Repository not found")
+
+
+def _store(handler: "_Handler", oid: str) -> None:
+    size = int(handler.headers["Content-Length"])
+    most = handler.hub.drop_after
+    if handler.hub.drops or (most is not None and len(handler.hub.stored) >= most):
+        handler.hub.drops = max(0, handler.hub.drops - 1)
+        for _ in range(0, size // 2, _PIECE):
+            handler.rfile.read(min(_PIECE, size // 2))
+        handler.connection.shutdown(socket.SHUT_RDWR)
+        return None
+    digest = hashlib.sha256()
+    path = handler.hub.made / oid
+    with path.open("wb") as file:
+        while size and (piece := handler.rfile.read(min(size, _PIECE))):
+            digest.update(piece)
+            file.write(piece)
+            size -= len(piece)
+    if digest.hexdigest() != oid:
+        return handler.error(400, "", "The content has another sha256")
+    handler.hub.stored[oid] = path
+    return handler.send(200, b"", {})
+
+
+def _chunked(handler: "_Handler") -> bytes:
+    body = b""
+    while size := int(handler.rfile.readline(), 16):
+        body += handler.rfile.read(size)
+        handler.rfile.readline()
+    handler.rfile.readline()
+    return body
+
+
+def _validate(handler: "_Handler", asked: dict[str, Any]) -> None:
+    """As the hub: metadata must be YAML, in types and words that it knows."""
+    errors = metadata_errors(asked["content"])
+    body = {"errors": [{"message": error} for error in errors], "warnings": []}
+    headers = {"Content-Type": "application/json"}
+    handler.send(400 if errors else 200, json.dumps(body).encode(), headers)
+
+
+def metadata_errors(card: str) -> list[str]:
+    """What the hub would say against a card's metadata."""
+    front = _FRONT.match(card)
+    if front is None:
+        return ["no metadata"]
+    try:
+        found = yaml.safe_load(front[1])
+    except yaml.YAMLError as error:
+        return [f"not YAML: {error}"]
+    errors = []
+    for key, kind in {"license_name": str, "license_link": str, "library_name": str}.items():
+        if key in found and not isinstance(found[key], kind):
+            errors.append(f"{key!r} must be a string")
+    if found.get("license", "other") not in _LICENSES:
+        errors.append('"license" must be one of a list')
+    if found.get("base_model_relation", "quantized") not in ("quantized", "finetune", "merge"):
+        errors.append('"base_model_relation" must be one of a list')
+    if "base_model_relation" in found and "base_model" not in found:
+        errors.append('"base_model_relation" without "base_model"')
+    if not all(isinstance(tag, str) for tag in found.get("tags", [])):
+        errors.append('"tags" must be strings')
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", found.get("base_model", "a/b")):
+        errors.append('"base_model" must be a repo id')
+    return errors
+
+
+def _create(handler: "_Handler", asked: dict[str, Any]) -> None:
+    repo_id = f"{asked['organization']}/{asked['name']}"
+    if repo_id in handler.hub.repos:
+        url = {"url": f"{handler.hub.url}/{repo_id}"}
+        body = json.dumps({**url, "error": "You already created this model repo"}).encode()
+        return handler.send(409, body, {"Content-Type": "application/json"})
+    folder = handler.hub.made / "empty" / repo_id
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    private = asked.get("visibility") == "private" or asked.get("private") is True
+    handler.hub.add(repo_id, folder, access="private" if private else "public")
+    return handler.json({"url": f"{handler.hub.url}/{repo_id}", "name": repo_id})
+
+
+def _batch(handler: "_Handler", asked: dict[str, Any]) -> None:
+    objects: list[dict[str, Any]] = []
+    for each in asked["objects"]:
+        entry = {"oid": each["oid"], "size": each["size"]}
+        if each["oid"] not in handler.hub.stored:
+            # Served under the CDN's name: the token is not for it.
+            entry["actions"] = {"upload": {"href": f"{handler.hub.cdn}/lfs/{each['oid']}"}}
+        objects.append(entry)
+    handler.json({"transfer": "basic", "objects": objects})
+
+
+def _modes(handler: "_Handler", repo_id: str, asked: dict[str, Any]) -> None:
+    from fakehub import etag, is_lfs
+
+    repo = handler.hub.repos[repo_id]
+    folder = repo.folders[repo.revisions["main"]]
+    files = []
+    for each in asked["files"]:
+        there = folder / each["path"]
+        files.append(
+            {
+                "path": each["path"],
+                "uploadMode": "lfs" if is_lfs(each["path"]) else "regular",
+                "shouldIgnore": False,
+                "oid": etag(there) if there.is_file() else None,
+            }
+        )
+    handler.json({"files": files})
+
+
+def _commit(handler: "_Handler", repo_id: str, branch: str, body: bytes) -> None:
+    from fakehub import Commit
+
+    hub = handler.hub
+    repo = hub.repos[repo_id]
+    old = repo.folders[repo.revisions[branch]]
+    new = hub.made / f"{len(hub.commits)}" / repo_id
+    shutil.copytree(old, new, copy_function=os.link)
+    lines = [json.loads(line) for line in body.splitlines() if line.strip()]
+    added, deleted = [], []
+    for line in lines[1:]:
+        path = new / line["value"]["path"]
+        path.unlink(missing_ok=True)
+        if line["key"] == "deletedFile":
+            deleted.append(line["value"]["path"])
+            continue
+        if path.name == hub.loses:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if line["key"] == "lfsFile":
+            os.link(hub.stored[line["value"]["oid"]], path)
+        else:
+            path.write_bytes(base64.b64decode(line["value"]["content"]))
+        added.append(line["value"]["path"])
+    message = lines[0]["value"]["summary"]
+    hub.commits.append(Commit(repo_id, message, tuple(added), tuple(deleted)))
+    commit = hub.add(repo_id, new, revision=branch, access=repo.access)
+    handler.json({"commitUrl": f"{hub.url}/{repo_id}/commit/{commit}", "commitOid": commit})
+
+
+__all__ = ["answer", "metadata_errors"]
