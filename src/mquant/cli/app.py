@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mquant.cli import families, loader, recipes
+from mquant.cli.compare import compare
 from mquant.cli.inspect import inspect
 from mquant.cli.plan import plan
 from mquant.cli.quantize import quantize
@@ -57,6 +58,7 @@ app.command("plan")(plan)
 app.command("quantize")(quantize)
 app.command("verify")(verify)
 app.command("verify-ignore")(verify_ignore)
+app.command("compare")(compare)
 app.command("repair")(repair)
 _group("recipes", recipes.recipes, recipes.show)
 _group("families", families.families, families.show)

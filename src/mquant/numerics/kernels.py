@@ -9,12 +9,11 @@ The first call for a dtype compiles for seconds; numba keeps the result on disk.
 C-contiguous; a read-only one is a type of its own to numba, and compiled for anew.
 """
 
-from collections.abc import Callable
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final
 
-import numba
 import numpy as np
 
+from mquant.compiled import compiled
 from mquant.errors import EngineError
 from mquant.numerics.formats import Array, Bytes, FloatFormat, Words
 from mquant.numerics.nvfp4 import GROUP, SCALE_OF_ZERO
@@ -22,7 +21,6 @@ from mquant.numerics.prefetch import prefetch
 from mquant.numerics.thresholds import Magnitudes, Thresholds, thresholds
 
 _AT_ONCE: Final = 512  # blocks: 32 KiB of scratch
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def prepare(form: FloatFormat) -> None:
@@ -79,15 +77,7 @@ def _check(words: Words, form: FloatFormat) -> None:
         raise ValueError(f"{form.name} comes as flat {form.word}, not {words.dtype}")
 
 
-def _compiled(function: _F) -> _F:
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return cast(_F, numba.njit(cache=True, **options)(function))
-    except RuntimeError:  # no folder to keep compiled code in: each run compiles, for seconds
-        return cast(_F, numba.njit(**options)(function))
-
-
-@_compiled
+@compiled
 def _block_maxima(words: Array, maxima: Array) -> Any:
     # Each of its own: told apart by address, they need not be reloaded after every store.
     wide = np.empty(_AT_ONCE * 8, np.uint32)
@@ -103,7 +93,7 @@ def _block_maxima(words: Array, maxima: Array) -> Any:
     return largest
 
 
-@_compiled
+@compiled
 def _quantize(
     words: Array,
     maxima: Array,
@@ -126,7 +116,7 @@ def _quantize(
         _pack(pairs[: blocks * 8], packed[first * 8 : last * 8])
 
 
-@_compiled
+@compiled
 def _block_max(words: Array, wide: Array, narrow: Array) -> None:
     """The largest magnitude of each block into the front of `narrow`, by halving four times."""
     eighth = wide.size // 8
@@ -139,7 +129,7 @@ def _block_max(words: Array, wide: Array, narrow: Array) -> None:
     _halve_u32(wide[: eighth * 2].view(np.uint64), narrow[:eighth])
 
 
-@_compiled
+@compiled
 def _halve_u16(pairs: Array, out: Array) -> None:
     mask = np.uint32(0x7FFF)
     for i in range(out.size):
@@ -147,7 +137,7 @@ def _halve_u16(pairs: Array, out: Array) -> None:
         out[i] = max(np.uint32(pair & mask), np.uint32((pair >> np.uint32(16)) & mask))
 
 
-@_compiled
+@compiled
 def _halve_u32(pairs: Array, out: Array) -> None:
     mask = np.uint64(0x7FFFFFFF)
     for i in range(out.size):
@@ -155,7 +145,7 @@ def _halve_u32(pairs: Array, out: Array) -> None:
         out[i] = max(np.uint32(pair & mask), np.uint32((pair >> np.uint64(32)) & mask))
 
 
-@_compiled
+@compiled
 def _block_scales(amax: Array, start: Array, steps: Array, wide: bool, out: Array) -> None:
     """Block scales' codes from magnitudes: the rank of the bucket, and on from there.
 
@@ -174,7 +164,7 @@ def _block_scales(amax: Array, start: Array, steps: Array, wide: bool, out: Arra
         out[i] = rank if rank else np.uint8(SCALE_OF_ZERO)
 
 
-@_compiled
+@compiled
 def _codes(words: Array, scales: Array, table: Array, codes: Array) -> None:
     """E2M1 codes with their sign, a uint16 each; `words` and `codes` are [blocks, 16]."""
     mask = np.uint32(0x7FFF if words.itemsize == 2 else 0x7FFFFFFF)
@@ -195,7 +185,7 @@ def _codes(words: Array, scales: Array, table: Array, codes: Array) -> None:
             codes[block, i] = np.uint16(code | np.uint16(np.uint16(word >= t0) << np.uint16(3)))
 
 
-@_compiled
+@compiled
 def _pack(pairs: Array, packed: Array) -> None:
     """Two codes, seen as one uint32, into a byte each: the first in the low nibble."""
     for i in range(packed.size):
