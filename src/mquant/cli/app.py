@@ -7,6 +7,7 @@ import typer
 
 from mquant.cli import families, loader, recipes
 from mquant.cli.compare import compare
+from mquant.cli.evaluate import evaluate
 from mquant.cli.inspect import inspect
 from mquant.cli.plan import plan
 from mquant.cli.quantize import quantize
@@ -59,6 +60,7 @@ app.command("quantize")(quantize)
 app.command("verify")(verify)
 app.command("verify-ignore")(verify_ignore)
 app.command("compare")(compare)
+app.command("eval")(evaluate)
 app.command("repair")(repair)
 _group("recipes", recipes.recipes, recipes.show)
 _group("families", families.families, families.show)

@@ -6,17 +6,24 @@ same numbers whatever the number of workers. Memory is a few buffers for each.
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from threading import local
 from typing import Final, cast
 
 import numpy as np
 
 from mquant.events import Emit, Progress, silent
 from mquant.measure.kernels import SUMS, Array, add_nvfp4_sums, add_sums
-from mquant.measure.weights import AnyReader, Matrix, Nvfp4, Plain, Scratch, matrix_of, plain
+from mquant.measure.weights import (
+    AnyReader,
+    Matrix,
+    Nvfp4,
+    Plain,
+    Scratch,
+    Workers,
+    matrix_of,
+    plain,
+)
 from mquant.verify.decode import GROUP, Floats, floats
 from mquant.verify.layout import Layout, Module
 from mquant.verify.tally import Tally
@@ -154,28 +161,21 @@ def compare_pairs(
     where data cannot be read, or a file changes meanwhile.
     """
     total = skipped + sum(pair.nbytes for pair in todo)
-    mine = local()
 
     def work(number: int) -> Difference:
-        if not hasattr(mine, "scratch"):
-            mine.scratch = Scratch()
         for later in todo[number + _AHEAD : number + _AHEAD + 1]:
             later.mine.prefetch()
             later.theirs.prefetch()
-        return difference(todo[number], mine.scratch, _HUB_TILE if hub else _TILE)
+        return difference(todo[number], pool.scratch, _HUB_TILE if hub else _TILE)
 
     so_far = told = skipped
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for pair, found in zip(todo, pool.map(work, range(len(todo))), strict=True):
-                done(found)
-                so_far += pair.nbytes
-                if so_far - told >= _TOLD or so_far == total:
-                    told = so_far
-                    emit(Progress("compare", so_far, total))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with Workers(workers) as pool:
+        for pair, found in zip(todo, pool.map(work, range(len(todo))), strict=True):
+            done(found)
+            so_far += pair.nbytes
+            if so_far - told >= _TOLD or so_far == total:
+                told = so_far
+                emit(Progress("compare", so_far, total))
 
 
 def difference(pair: Pair, scratch: Scratch, tile: int = _TILE) -> Difference:

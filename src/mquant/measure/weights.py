@@ -5,9 +5,12 @@ by it, too. Nothing here is shared with the code that quantizes.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, cast
+from threading import local
+from typing import Any, Final, Self, TypeVar, cast
 
 import numpy as np
 
@@ -18,6 +21,8 @@ from mquant.verify.formats import CODES, Kind, fp8_block
 from mquant.verify.layout import Layout, Module
 from mquant.verify.weights import Weight, weight_of
 
+T = TypeVar("T")
+R = TypeVar("R")
 AnyReader = Reader | RangeReader
 _AHEAD: Final = 64 << 20
 
@@ -85,6 +90,33 @@ class Plain(Matrix):
             unpack_bf16(raw.view("<u2"), out.reshape(-1))
         else:
             out[:] = floats(raw.tobytes(), self.form).reshape(out.shape)
+
+
+class Workers:
+    """Threads that keep their scratch, as whoever shares them out does. A context: it ends them."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool = ThreadPoolExecutor(count)
+        self._local = local()
+
+    @property
+    def scratch(self) -> Scratch:
+        """The calling thread's."""
+        if not hasattr(self._local, "scratch"):
+            self._local.scratch = Scratch()
+        scratch: Scratch = self._local.scratch
+        return scratch
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """Results in the order of `items`, all of which are under way at once."""
+        return self._pool.map(function, items)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -196,4 +228,4 @@ def _rows(
     return raw
 
 
-__all__ = ["AnyReader", "Matrix", "Nvfp4", "Plain", "Scratch", "matrix_of", "plain"]
+__all__ = ["AnyReader", "Matrix", "Nvfp4", "Plain", "Scratch", "Workers", "matrix_of", "plain"]
