@@ -15,7 +15,7 @@ ROOT = Path(mquant.__file__).parent
 LAYERS = (
     {"cli"},
     {"workflows"},
-    {"measure"},
+    {"measure", "page"},
     {"engines", "verify"},
     {"output", "numerics"},
     {"plan"},

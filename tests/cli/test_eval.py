@@ -30,14 +30,14 @@ def test_a_person_sees_both_models_and_their_routers(trained: Path) -> None:
     assert "nats a token" in said
     assert "Experts unused 0 of 30" in said
     assert result.stdout.count("%)") >= 4, "a change of perplexity, and each layer's busiest expert"
-    assert "hidden states take 819.20 kB of memory" in result.stderr
+    assert "hidden states take 819.2 kB of memory" in result.stderr
 
 
 def test_the_document(trained: Path) -> None:
     result = run(trained, "--against", TRAINED, *TEXT, "--format", "json")
     document = json.loads(result.stdout)
     assert (document["schema"], document["ok"]) == ("mquant.eval/1", True)
-    assert document["perplexity"] > document["parent_perplexity"] > 20
+    assert document["perplexity"] > document["parent_perplexity"] > 10
     assert document["text"]["name"] == "heldout.txt"
     assert len(document["routing"][0]["usage"]) == 10
 

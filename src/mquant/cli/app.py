@@ -12,6 +12,7 @@ from mquant.cli.inspect import inspect
 from mquant.cli.plan import plan
 from mquant.cli.quantize import quantize
 from mquant.cli.repair import repair
+from mquant.cli.report import report
 from mquant.cli.synth import synth
 from mquant.cli.verify import verify
 from mquant.cli.verify_ignore import verify_ignore
@@ -61,6 +62,7 @@ app.command("verify")(verify)
 app.command("verify-ignore")(verify_ignore)
 app.command("compare")(compare)
 app.command("eval")(evaluate)
+app.command("report")(report)
 app.command("repair")(repair)
 _group("recipes", recipes.recipes, recipes.show)
 _group("families", families.families, families.show)

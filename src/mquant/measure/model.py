@@ -271,9 +271,10 @@ class Model:
             tokens, places = np.nonzero(chosen == expert)
             some = inner[tokens]
             gate = some @ self.weight(f"{at}.{expert}.gate_proj.weight", "gate").T
-            gate = _silu(gate) * (some @ self.weight(f"{at}.{expert}.up_proj.weight", "up").T)
-            made: Floats = gate @ self.weight(f"{at}.{expert}.down_proj.weight", "down").T
-            made *= weights[tokens, places, None]
+            up: Floats = some @ self.weight(f"{at}.{expert}.up_proj.weight", "up").T
+            up *= _silu(gate)
+            made: Floats = up @ self.weight(f"{at}.{expert}.down_proj.weight", "down").T
+            np.multiply(made, weights[tokens, places, None], out=made)
             return tokens, made
 
         busy = sorted(set(chosen.ravel().tolist()))
