@@ -49,4 +49,10 @@ def table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], numbers: froz
     return tag("div", tag("table", tag("thead", row("th", heads)), body), cls="scroll")
 
 
-__all__ = ["Html", "join", "table", "tag", "text"]
+def facts(rows: Sequence[tuple[str, str]]) -> Html:
+    """Names and values; long values wrap."""
+    made = (tag("tr", tag("td", name), tag("td", value)) for name, value in rows)
+    return tag("table", tag("tbody", *made), cls="facts")
+
+
+__all__ = ["Html", "facts", "join", "table", "tag", "text"]

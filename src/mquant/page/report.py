@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from mquant.findings import Finding, size
 from mquant.page.charts import columns, heatmap, meter
-from mquant.page.html import Html, join, table, tag
+from mquant.page.html import Html, facts, join, table, tag
 
 _POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Nothing is fetched and no script runs, even if a name found a way through the escaping."""
@@ -200,7 +200,7 @@ def _evaluation(evidence: Evidence) -> Html:
         rows.append(("same first choice", f"{found['top1_agreement']:.2%} of tokens"))
     rows.append(("sha256 of the text", tag("code", text["sha256"])))
     how = "Float32 on the CPU, from the weights as they are stored; activations are not quantized."
-    return _section("Evaluation", table(("", ""), rows, frozenset()), tag("p", how, cls="note"))
+    return _section("Evaluation", facts(rows), tag("p"), tag("p", how, cls="note"))
 
 
 def _findings(evidence: Evidence) -> Html:
@@ -222,7 +222,7 @@ def _findings(evidence: Evidence) -> Html:
 
 
 def _recipe(evidence: Evidence) -> Html:
-    parts: list[str] = [table(("", ""), list(evidence.facts), frozenset())]
+    parts: list[str] = [facts(evidence.facts)]
     if evidence.recipe:
         parts += [tag("p"), tag("pre", evidence.recipe)]
     how = tag("pre", "\n".join(evidence.commands))

@@ -5,6 +5,7 @@ import os
 import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -205,7 +206,8 @@ def _write(out: Path, page: str) -> None:
         partial.write_text(page, "utf-8")
         os.replace(partial, out)  # noqa: PTH105 -- over whatever report was there
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise OutputError(
             f"{out} cannot be written: {error.strerror}.", "Give another file with -o."
         ) from error
