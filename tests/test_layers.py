@@ -15,17 +15,22 @@ ROOT = Path(mquant.__file__).parent
 LAYERS = (
     {"cli"},
     {"workflows"},
+    {"measure", "page"},
     {"engines", "verify"},
     {"output", "numerics"},
     {"plan"},
     {"recipe", "checkpoint"},
     {"family"},
-    {"schemes", "dtypes", "data", "events", "matching", "untrusted", "text"},
+    {"schemes", "dtypes", "data", "events", "matching", "untrusted", "text", "compiled"},
     {"errors"},
     {"findings"},
 )
 HEIGHT = {name: -depth for depth, layer in enumerate(LAYERS) for name in layer}
-NEVER = {"checkpoint": {"family"}, "verify": {"numerics"}}  # though they lie lower
+NEVER = {  # though they lie lower
+    "checkpoint": {"family"},
+    "verify": {"numerics"},
+    "measure": {"numerics", "engines"},
+}
 HEAVY = {"torch", "llmcompressor", "transformers", "compressed_tensors", "accelerate"}
 # Run by vLLM's own Python; not a part of the program, but of its data.
 PROBE = ROOT / "verify/loaders/vllm_probe.py"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -213,6 +213,17 @@ class ConfigKeys(_Data):
     mtp: str = ""
 
 
+class Forward(_Data):
+    """How a model of the family computes, where names and shapes do not say."""
+
+    qk_norm: Literal["none", "all heads", "each head"] = "none"
+    """Over what q and k are normed: their whole projection, or each head's part of it."""
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes routing weights of the router's outputs. A routing bias only chooses."""
+    normalised: str = ""
+    """The key of config.json that has the chosen weights add up to 1; empty: they always do."""
+
+
 class SynthData(_Data):
     """What `mquant synth` writes: a config.json of the real size, and what makes it tiny."""
 
@@ -248,6 +259,7 @@ class Family(_Data):
     """What a size is where config.json leaves it out, or says null."""
     blocks: Mapping[str, Condition] = Field(default_factory=dict)
     """Block -> which layers have it. `mtp` is of the layers numbered beyond the last one."""
+    forward: Forward | None = None
     synth: SynthData
 
     @cached_property
@@ -383,6 +395,7 @@ def family_of(config: Mapping[str, Any], families: Mapping[str, Family]) -> Fami
 __all__ = [
     "MOST_LAYERS",
     "Family",
+    "Forward",
     "Meaning",
     "Role",
     "TensorRow",

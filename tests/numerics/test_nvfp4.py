@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import upstream
+from mquant.compiled import compiled
 from mquant.errors import EngineError
 from mquant.numerics import kernels, nvfp4
 from mquant.numerics.formats import F32, FLOATS, Array, FloatFormat
@@ -267,7 +268,7 @@ def test_without_a_folder_to_keep_it_in_code_is_compiled_for_the_run(
 
     monkeypatch.setattr(numba, "njit", njit)
 
-    @kernels.compiled
+    @compiled
     def double(x: int) -> int:
         return 2 * x
 

@@ -15,7 +15,7 @@ from mquant.checkpoint.checkpoint import (
     read_json,
 )
 from mquant.checkpoint.headers import TensorInfo, build_header, header_length, parse_header
-from mquant.checkpoint.reader import Reader
+from mquant.checkpoint.reader import RangeReader, Reader, reader_of
 from mquant.checkpoint.source import Folder, Overlay, Source, Stamp, stamp
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Checkpoint",
     "Folder",
     "Overlay",
+    "RangeReader",
     "Reader",
     "Source",
     "Stamp",
@@ -41,5 +42,6 @@ __all__ = [
     "read_first",
     "read_header",
     "read_json",
+    "reader_of",
     "stamp",
 ]

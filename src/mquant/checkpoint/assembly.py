@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from threading import Lock
 
-from mquant.checkpoint.reader import Reader
+from mquant.checkpoint.reader import reader_of
 from mquant.checkpoint.source import Folder, Source, Stamp
 from mquant.errors import SourceError
 
@@ -58,31 +58,26 @@ class AssemblyReader:
     def __init__(self, assembly: Assembly) -> None:
         self._assembly = assembly
         sources = {source for source, _ in assembly.parts.values()}
-        self._readers = {each: Reader(each) for each in sources if isinstance(each, Folder)}
+        self._readers = {each: reader_of(each) for each in sources}
         self._lock = Lock()
         self.bytes_read: dict[Source, int] = dict.fromkeys(sources, 0)
 
     def read_into(self, path: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the file's bytes from `start` on."""
         source, inner = self._assembly.parts[path]
-        if isinstance(source, Folder):
-            self._readers[source].read_into(inner, start, buffer)
-        else:
-            buffer[:] = source.read(inner, start, start + len(buffer))
+        self._readers[source].read_into(inner, start, buffer)
         with self._lock:
             self.bytes_read[source] += len(buffer)
 
     def prefetch(self, path: str, start: int, end: int) -> None:
         """Have the system fetch bytes [start, end) of a local file meanwhile."""
         source, inner = self._assembly.parts[path]
-        if isinstance(source, Folder):
-            self._readers[source].prefetch(inner, start, end)
+        self._readers[source].prefetch(inner, start, end)
 
     def check(self, path: str) -> None:
         """Raise SourceError where a local file was written to since its folder was looked at."""
         source, inner = self._assembly.parts[path]
-        if isinstance(source, Folder):
-            self._readers[source].check(inner)
+        self._readers[source].check(inner)
 
     def close(self) -> None:
         """Close all files."""

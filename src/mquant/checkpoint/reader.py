@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 from threading import Lock
 from typing import Final
 
-from mquant.checkpoint.source import Folder, stamp
+from mquant.checkpoint.source import Folder, Source, stamp
 from mquant.errors import SourceError
 
 _PREFETCH_BYTES: Final = 1 << 20  # Linux takes no more from one call than a disk from one request
@@ -81,4 +81,29 @@ class Reader:
             return self._files[path]
 
 
-__all__ = ["Reader"]
+class RangeReader:
+    """The same of any source, by one `read` for each call: a hub, whose commit fixes its files."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def read_into(self, path: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the file's bytes from `start` on."""
+        buffer[:] = self._source.read(path, start, start + len(buffer))
+
+    def prefetch(self, path: str, start: int, end: int) -> None:
+        """Nothing: what a hub sends is kept nowhere."""
+
+    def check(self, path: str) -> None:
+        """Nothing: a commit does not change."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def reader_of(source: Source) -> Reader | RangeReader:
+    """The reader of a source's files."""
+    return Reader(source) if isinstance(source, Folder) else RangeReader(source)
+
+
+__all__ = ["RangeReader", "Reader", "reader_of"]

@@ -9,7 +9,7 @@ from types import FrameType
 def main() -> None:
     """Run mquant, and leave with its exit code."""
     signal.signal(signal.SIGTERM, _stop)
-    # numpy's linear algebra, which nothing here uses, keeps a thread spinning on every core.
+    # numpy's linear algebra keeps a thread spinning on every core; `eval` shares out work itself.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for stream in (sys.stdout, sys.stderr):
         # Under an ASCII locale a mark becomes an escape instead of a failure.

@@ -7,13 +7,16 @@ import typer
 
 from mquant.cli import families, loader, recipes
 from mquant.cli.card import card
+from mquant.cli.compare import compare
 from mquant.cli.dequantize import dequantize
+from mquant.cli.evaluate import evaluate
 from mquant.cli.export import export
 from mquant.cli.inspect import inspect
 from mquant.cli.plan import plan
 from mquant.cli.push import push
 from mquant.cli.quantize import quantize
 from mquant.cli.repair import repair
+from mquant.cli.report import report
 from mquant.cli.smoke import smoke
 from mquant.cli.synth import synth
 from mquant.cli.verify import verify
@@ -62,6 +65,9 @@ app.command("plan")(plan)
 app.command("quantize")(quantize)
 app.command("verify")(verify)
 app.command("verify-ignore")(verify_ignore)
+app.command("compare")(compare)
+app.command("eval")(evaluate)
+app.command("report")(report)
 app.command("repair")(repair)
 app.command("dequantize")(dequantize)
 app.command("export")(export)

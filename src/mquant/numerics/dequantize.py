@@ -22,8 +22,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from mquant.compiled import compiled
 from mquant.numerics.formats import BF16, E2M1, E4M3, Array, Bytes, Floats, Words
-from mquant.numerics.kernels import compiled, compiling
+from mquant.numerics.kernels import compiling
 from mquant.numerics.nvfp4 import GROUP
 
 _NAN: Final = np.array([np.nan], np.float32)

@@ -9,13 +9,13 @@ The first call for a dtype compiles for seconds; numba keeps the result on disk.
 C-contiguous; a read-only one is a type of its own to numba, and compiled for anew.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final
 
-import numba
 import numpy as np
 
+from mquant.compiled import compiled
 from mquant.errors import EngineError
 from mquant.numerics.formats import Array, Bytes, FloatFormat, Words
 from mquant.numerics.nvfp4 import GROUP, SCALE_OF_ZERO
@@ -24,7 +24,6 @@ from mquant.numerics.thresholds import Magnitudes, Thresholds, thresholds
 
 _AT_ONCE: Final = 512  # blocks: 32 KiB of scratch
 _NONE: Final = np.empty(0, np.uint32)
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def prepare(form: FloatFormat) -> None:
@@ -95,15 +94,6 @@ def pack_into(words: Words, steps: Thresholds, scales: Bytes, packed: Bytes) -> 
 def _check(words: Words, form: FloatFormat) -> None:
     if words.dtype != form.word or words.ndim != 1 or not words.flags.c_contiguous:
         raise ValueError(f"{form.name} comes as flat {form.word}, not {words.dtype}")
-
-
-def compiled(function: _F) -> _F:
-    """A function that numba compiles when it is first called, and keeps on disk where it can."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return cast(_F, numba.njit(cache=True, **options)(function))
-    except RuntimeError:  # no folder to keep compiled code in: each run compiles, for seconds
-        return cast(_F, numba.njit(**options)(function))
 
 
 @compiled
@@ -225,7 +215,6 @@ def _pack(pairs: Array, packed: Array) -> None:
 
 __all__ = [
     "block_maxima",
-    "compiled",
     "compiling",
     "pack_into",
     "prepare",

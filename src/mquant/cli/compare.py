@@ -1,0 +1,128 @@
+"""`mquant compare`: how far a checkpoint's weights are from its parent's."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from mquant.cli.options import FormatChoice, Revision, Src
+from mquant.cli.output import Format, output
+from mquant.cli.progress import progress
+from mquant.cli.source import open_source
+from mquant.cli.tables import table
+from mquant.cli.text import clean, plural, size
+from mquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from mquant.workflows.compare import Comparison, Error
+
+_EXAMPLE = "mquant compare ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP"
+_SHOWN = 10
+
+Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PARENT", help="The folder or hub repo it was made from.", show_default=False
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        metavar="N",
+        help="Tensors compared at once. Default: cores + 1; 6 where one is a hub repo.",
+        show_default=False,
+    ),
+]
+
+
+def compare(
+    src: Src = None,
+    against: Against = None,
+    workers: Threads = None,
+    revision: Revision = None,
+    form: FormatChoice = Format.HUMAN,
+) -> None:
+    """Measure every weight against the parent's: relative error, SQNR, cosine, worst block.
+
+    Both are read once, whole. Stopped, the same command goes on where it was. The JSON has a row
+    for each tensor. Exit code 3: tensors are missing, unknown, or changed without being quantized.
+
+    Example: mquant compare ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP
+    """
+    with output("compare", form) as out:
+        source = open_source(src, revision, _EXAMPLE)
+        if against is None:
+            raise UsageError("--against is missing.", f"Example: {_EXAMPLE}")
+        parent = open_source(against, None, _EXAMPLE)
+        from mquant.family import load_families
+        from mquant.workflows.compare import compare as measure
+
+        with progress(out) as emit:
+            found = measure(source, parent, load_families(), workers=workers, emit=emit)
+        out.put(verdict=verdict(found), **found.to_json())
+        out.show(render(found))
+        if found.bytes_read is not None:
+            requests = plural(found.requests or 0, "request")
+            out.show(f"Read {size(found.bytes_read)} in {requests} from the hub.")
+        out.report(found.findings)
+        if any(finding.severity == "error" for finding in found.findings):
+            raise typer.Exit(3)
+
+
+def verdict(found: "Comparison") -> str:
+    """The comparison in one sentence."""
+    changed = len(found.changed)
+    same = len(found.tensors) - changed
+    text = f"{plural(same, 'tensor')} identical to {found.parent}"
+    if not changed:
+        return f"{text}, and none changed."
+    return f"{text}, {changed:,} changed by {_percent(found.total)} ({_decibel(found.total)})."
+
+
+def render(found: "Comparison") -> RenderableType:
+    """The comparison for a person, findings apart."""
+    roles = table(
+        ("role", "left"),
+        ("identical", "right"),
+        ("changed", "right"),
+        ("rel. error", "right"),
+        ("SQNR", "right"),
+        ("cosine", "right"),
+    )
+    for role, (same, error) in found.roles.items():
+        numbers = (_percent(error), _decibel(error), f"{error.cosine:.6f}")
+        cells = numbers if error.tensors else ("", "", "")
+        roles.add_row(clean(role), f"{same:,}", f"{error.tensors:,}", *cells)
+    parts: list[RenderableType] = [Text(clean(verdict(found)), "bold"), "", roles, ""]
+    if found.changed:
+        parts += [_worst(found), ""]
+    return Group(*parts)
+
+
+def _worst(found: "Comparison") -> RenderableType:
+    from mquant.workflows.compare import error_of
+
+    rows = table(
+        ("rel. error", "right"), ("SQNR", "right"), ("worst block", "right"), ("worst", "left")
+    )
+    for each in found.changed[:_SHOWN]:
+        error, block = error_of(each), ""
+        if each.worst is not None:
+            row, column, relative = each.worst
+            block = f"{relative:.1%} at [{row}, {column}]"
+        rows.add_row(_percent(error), _decibel(error), block, clean(each.name))
+    return rows
+
+
+def _percent(error: "Error") -> str:
+    return f"{error.relative:.2%}"
+
+
+def _decibel(error: "Error") -> str:
+    return f"{error.sqnr:.1f} dB"
+
+
+__all__ = ["compare", "render", "verdict"]

@@ -1,0 +1,112 @@
+"""`mquant eval`: what a checkpoint and its parent make of a text."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from mquant.cli.options import FormatChoice, Revision, Src
+from mquant.cli.output import Format, output
+from mquant.cli.progress import progress
+from mquant.cli.source import open_source
+from mquant.cli.tables import facts, table
+from mquant.cli.text import clean
+from mquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from mquant.workflows.evaluate import Evaluation
+
+_EXAMPLE = "mquant eval ./Model-NVFP4 --against ./Model --text wiki.txt"
+_SHOWN = 12
+
+Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PARENT",
+        help="The folder or hub repo it was made from. Left out: perplexity alone.",
+        show_default=False,
+    ),
+]
+TextFile = Annotated[
+    Path | None,
+    typer.Option("--text", metavar="FILE", help="The text, in UTF-8.", show_default=False),
+]
+Context = Annotated[
+    int, typer.Option(min=2, metavar="N", help="Tokens of a window: none sees further back.")
+]
+Tokens = Annotated[
+    int, typer.Option(min=1, metavar="N", help="How many tokens of the text are predicted at most.")
+]
+
+
+def evaluate(
+    src: Src = None,
+    against: Against = None,
+    text: TextFile = None,
+    context: Context = 512,
+    tokens: Tokens = 16_384,
+    revision: Revision = None,
+    form: FormatChoice = Format.HUMAN,
+) -> None:
+    """Perplexity of a checkpoint and its parent on your text, their KL, and whether routers agree.
+
+    Both are run in float32 on the CPU, a layer at a time, with weights from disk: a model of any
+    size goes through in the memory of one layer. Activations are not quantized.
+
+    Example: mquant eval ./Model-NVFP4 --against ./Model --text wiki.txt
+    """
+    with output("eval", form) as out:
+        source = open_source(src, revision, _EXAMPLE)
+        if text is None:
+            raise UsageError("--text is missing.", f"Example: {_EXAMPLE}")
+        parent = None if against is None else open_source(against, None, _EXAMPLE)
+        from mquant.family import load_families
+        from mquant.workflows.evaluate import evaluate as run
+
+        with progress(out) as emit:
+            found = run(
+                source, parent, load_families(), text, context=context, tokens=tokens, emit=emit
+            )
+        out.put(**found.to_json())
+        out.show(render(found))
+        out.report(found.findings)
+
+
+def render(found: "Evaluation") -> RenderableType:
+    """The evaluation for a person."""
+    rows = [("Text", f"{found.text}: {found.tokens:,} tokens, windows of {found.context}")]
+    rows.append(("Perplexity", f"{found.perplexity:.4f}"))
+    if found.parent is not None:
+        change = found.perplexity / (found.parent_perplexity or 1) - 1
+        rows[-1] = (
+            "Perplexity",
+            f"{found.perplexity:.4f}, {found.parent} {found.parent_perplexity:.4f} ({change:+.2%})",
+        )
+        rows.append(("KL", f"{found.kl:.5f} nats a token"))
+        rows.append(("Same top token", f"{found.agreement:.2%}"))
+    if found.router_agreement is not None:
+        rows.append(("Same experts", f"{found.router_agreement:.2%} of those chosen"))
+    silent = sum(count == 0 for each in found.routing for count in each.usage)
+    if found.routing:
+        total = sum(len(each.usage) for each in found.routing)
+        rows.append(("Experts unused", f"{silent:,} of {total:,}"))
+    parts: list[RenderableType] = [Text(clean(found.source), "bold"), "", facts(rows), ""]
+    if found.router_agreement is not None:
+        parts += [_routers(found), ""]
+    return Group(*parts)
+
+
+def _routers(found: "Evaluation") -> RenderableType:
+    """The layers whose routers agree least."""
+    rows = table(("layer", "right"), ("same experts", "right"), ("busiest expert", "right"))
+    worst = sorted(found.routing, key=lambda each: each.agreement or 0)[:_SHOWN]
+    for each in worst:
+        busiest = max(range(len(each.usage)), key=lambda expert: each.usage[expert])
+        share = each.usage[busiest] / sum(each.usage)
+        rows.add_row(str(each.layer), f"{each.agreement:.2%}", f"{busiest} ({share:.1%})")
+    return rows
+
+
+__all__ = ["evaluate", "render"]

@@ -1,0 +1,109 @@
+"""`mquant report`: everything that was measured of a checkpoint, as one page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mquant.cli.evaluate import Context, TextFile, Tokens
+from mquant.cli.options import FormatChoice, Revision, Src
+from mquant.cli.output import Format, output
+from mquant.cli.progress import progress
+from mquant.cli.source import open_source
+from mquant.cli.tables import facts
+from mquant.cli.text import size
+from mquant.errors import UsageError
+
+_EXAMPLE = "mquant report ./Model-NVFP4 --against ./Model --text wiki.txt -o report.html"
+
+Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PARENT",
+        help="The folder or hub repo it was made from: without it nothing is compared.",
+        show_default=False,
+    ),
+]
+Comparison = Annotated[
+    Path | None,
+    typer.Option(
+        "--compare",
+        metavar="FILE",
+        help="What mquant compare --format json wrote, instead of comparing now.",
+        show_default=False,
+    ),
+]
+Evaluation = Annotated[
+    Path | None,
+    typer.Option(
+        "--eval",
+        metavar="FILE",
+        help="What mquant eval --format json wrote, instead of evaluating now.",
+        show_default=False,
+    ),
+]
+OutFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="The page. Left out: SRC's name and -report.html, here.",
+        show_default=False,
+    ),
+]
+
+
+def report(
+    src: Src = None,
+    against: Against = None,
+    text: TextFile = None,
+    out_file: OutFile = None,
+    comparison: Comparison = None,
+    evaluation: Evaluation = None,
+    context: Context = 512,
+    tokens: Tokens = 16_384,
+    revision: Revision = None,
+    form: FormatChoice = Format.HUMAN,
+) -> None:
+    """Write one self-contained HTML page: sizes, errors, routing, evaluation, findings, recipe.
+
+    What is not given is measured: verify, compare (with --against), eval (with --text). The page
+    loads nothing from the network and runs no script. Exit code 3: it shows errors.
+
+    Example: mquant report ./Model-NVFP4 --against ./Model --text wiki.txt -o report.html
+    """
+    with output("report", form) as out:
+        source = open_source(src, revision, _EXAMPLE)
+        parent = None if against is None else open_source(against, None, _EXAMPLE)
+        if text is not None and evaluation is not None:
+            raise UsageError("--text and --eval exclude each other.", f"Example: {_EXAMPLE}")
+        from mquant.family import load_families
+        from mquant.workflows.report import Wanted
+        from mquant.workflows.report import report as write
+
+        path = out_file or Path(f"{source.name.rpartition('/')[2]}-report.html")
+        wanted = Wanted(src or ".", against, text, comparison, evaluation, context, tokens)
+        with progress(out) as emit:
+            made = write(source, parent, load_families(), wanted, path, emit=emit)
+        out.put(
+            path=str(path),
+            bytes=path.stat().st_size,
+            verdict=made.verification.verdict,
+            compared=made.comparison is not None,
+            evaluated=made.evaluation is not None,
+        )
+        out.show(
+            facts(
+                [
+                    ("Verdict", made.verification.verdict),
+                    ("Report", f"{path} ({size(path.stat().st_size)}; open it in a browser)"),
+                ]
+            )
+        )
+        out.report(made.verification.findings)
+        if made.verification.count("error"):
+            raise typer.Exit(3)
+
+
+__all__ = ["report"]

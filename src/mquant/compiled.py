@@ -1,0 +1,20 @@
+"""Compiling numeric loops with numba: the GIL released, the result kept on disk."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def compiled(function: _F, **options: Any) -> _F:
+    """The function, compiled at its first call for a type; division by zero gives infinity."""
+    options = {"nogil": True, "error_model": "numpy", **options}
+    try:
+        return cast(_F, numba.njit(cache=True, **options)(function))
+    except RuntimeError:  # no folder to keep compiled code in: each run compiles, for seconds
+        return cast(_F, numba.njit(**options)(function))
+
+
+__all__ = ["compiled"]

@@ -1,0 +1,244 @@
+"""How far a checkpoint's weights are from its parent's, tensor by tensor, in one pass over both.
+
+Workers take one tensor after another in the order of the parent's files, decode a few rows of each
+side into buffers that stay in the cache, and add up squares in float64, a row after the other: the
+same numbers whatever the number of workers. Memory is a few buffers for each.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, cast
+
+import numpy as np
+
+from mquant.events import Emit, Progress, silent
+from mquant.measure.kernels import SUMS, Array, add_nvfp4_sums, add_sums
+from mquant.measure.weights import (
+    AnyReader,
+    Matrix,
+    Nvfp4,
+    Plain,
+    Scratch,
+    Workers,
+    matrix_of,
+    plain,
+)
+from mquant.verify.decode import GROUP, Floats, floats
+from mquant.verify.layout import Layout, Module
+from mquant.verify.tally import Tally
+
+_TILE: Final = 1 << 18
+"""Elements at once: few enough for a cache, enough to make calls cost nothing."""
+_HUB_TILE: Final = 5 << 20
+"""From a hub, where a request costs more than a cache: an expert's weight of MiniMax-M2."""
+_AHEAD: Final = 6  # tensors that are asked for before their turn
+_TOLD: Final = 64_000_000  # bytes between two events of progress
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What was found of one tensor of the parent.
+
+    `form` and `parent_form` are how each is stored. `identical`: bit for bit. Else `error`,
+    `power` and `own` are sums of squares: of the differences, of the parent's weight, of ours;
+    `worst` is the block of 16 in a row with the largest squared error: its row, first column, and
+    relative error.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    expert: int | None
+    form: str
+    parent_form: str
+    elements: int
+    identical: bool
+    error: float = 0.0
+    power: float = 0.0
+    own: float = 0.0
+    worst: tuple[int, int, float] | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tensor of the parent and ours, to be compared."""
+
+    mine: Matrix
+    theirs: Matrix
+    role: str
+    layer: int | None
+    expert: int | None
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in the parent, or the name a quantized parent's would have."""
+        return self.theirs.name
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Where it is in the parent's files."""
+        return self.theirs.tensors[0].shard, self.theirs.tensors[0].start
+
+    @property
+    def nbytes(self) -> int:
+        """What must be read."""
+        return sum(info.nbytes for side in (self.mine, self.theirs) for info in side.tensors)
+
+
+def pairs(
+    layout: Layout, parent: Layout, readers: tuple[AnyReader, AnyReader], tally: Tally
+) -> list[Pair]:
+    """What can be compared, in the order of the parent's files; `tally` gets what cannot."""
+    for name in sorted(layout.modules.keys() - parent.modules.keys()):
+        tally.add("parent-lacks-tensor", name, f"The parent has no {name}")
+    found: list[Pair] = []
+    for name, theirs in parent.modules.items():
+        mine = layout.modules.get(name)
+        if mine is None:
+            lost = next(iter(theirs.tensors.values())).name
+            tally.add("parent-tensor-missing", lost, f"{lost} of the parent is missing")
+        else:
+            found += _of_module(layout, parent, mine, theirs, readers, tally)
+    return sorted(
+        found, key=lambda pair: (pair.theirs.tensors[0].shard, pair.theirs.tensors[0].start)
+    )
+
+
+def _of_module(
+    layout: Layout,
+    parent: Layout,
+    mine: Module,
+    theirs: Module,
+    readers: tuple[AnyReader, AnyReader],
+    tally: Tally,
+) -> Iterator[Pair]:
+    sides: list[tuple[str, Matrix | None, Matrix | None]] = []
+    rest = set(theirs.tensors)
+    if mine.quantized or theirs.quantized:
+        sides.append(
+            (mine.name, matrix_of(layout, mine, readers[0]), matrix_of(parent, theirs, readers[1]))
+        )
+        rest -= {"weight", *theirs.quantized}
+    for suffix in sorted(rest):
+        info = mine.tensors.get(suffix)
+        if info is None:
+            lost = theirs.tensors[suffix].name
+            tally.add("parent-tensor-missing", lost, f"{lost} of the parent is missing")
+        else:
+            original = theirs.tensors[suffix]
+            sides.append((info.name, plain(info, readers[0]), plain(original, readers[1])))
+    for name, ours, other in sides:
+        if ours is None or other is None:
+            what = "its layout cannot be dequantized here"
+            tally.add("weight-not-compared", name, f"{name} was not compared: {what}")
+        elif ours.shape != other.shape:
+            message = f"{name} is {list(ours.shape)}; the parent's is {list(other.shape)}"
+            tally.add("kept-tensor-differs", name, message)
+        else:
+            yield _pair(parent, ours, other)
+
+
+def _pair(parent: Layout, mine: Matrix, theirs: Matrix) -> Pair:
+    meaning = parent.family.classify(theirs.name) if parent.family else None
+    if meaning is None:
+        return Pair(mine, theirs, "unknown", None, None)
+    return Pair(mine, theirs, meaning.row.role.value, meaning.layer, meaning.expert)
+
+
+def compare_pairs(
+    todo: list[Pair],
+    *,
+    hub: bool,
+    workers: int,
+    done: Callable[[Difference], None],
+    emit: Emit = silent,
+    skipped: int = 0,
+) -> None:
+    """Compare, and give every result to `done`, in order, from this thread.
+
+    `hub`: reads are requests, so they are larger. `skipped` bytes count as done. Raises SourceError
+    where data cannot be read, or a file changes meanwhile.
+    """
+    total = skipped + sum(pair.nbytes for pair in todo)
+
+    def work(number: int) -> Difference:
+        for later in todo[number + _AHEAD : number + _AHEAD + 1]:
+            later.mine.prefetch()
+            later.theirs.prefetch()
+        return difference(todo[number], pool.scratch, _HUB_TILE if hub else _TILE)
+
+    so_far = told = skipped
+    with Workers(workers) as pool:
+        for pair, found in zip(todo, pool.map(work, range(len(todo))), strict=True):
+            done(found)
+            so_far += pair.nbytes
+            if so_far - told >= _TOLD or so_far == total:
+                told = so_far
+                emit(Progress("compare", so_far, total))
+
+
+def difference(pair: Pair, scratch: Scratch, tile: int = _TILE) -> Difference:
+    """One tensor, compared. Raises SourceError."""
+    mine, theirs = pair.mine, pair.theirs
+    result = partial(
+        Difference,
+        name=theirs.name,
+        role=pair.role,
+        layer=pair.layer,
+        expert=pair.expert,
+        form=mine.form,
+        parent_form=theirs.form,
+        elements=theirs.shape[0] * theirs.shape[1],
+    )
+    plain_both = isinstance(mine, Plain) and isinstance(theirs, Plain) and mine.form == theirs.form
+    if plain_both and _equal(mine, theirs, scratch, tile):
+        return result(identical=True)
+    sums, worst, largest = np.zeros(SUMS), None, 0.0
+    rows, columns = theirs.shape
+    step = max(1, tile // max(columns, 1))
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        blocks = scratch.floats("blocks", (last - first, -(-columns // GROUP)))
+        parents = _add(pair, first, last, sums, blocks, scratch)
+        row, block = divmod(int(blocks.argmax()), blocks.shape[1])  # of NaN, the first
+        if not blocks[row, block] <= largest:
+            largest, at = float(blocks[row, block]), block * GROUP
+            power = float(np.square(parents(row)[at : at + GROUP], dtype=np.float64).sum())
+            worst = (first + row, at, (largest / power) ** 0.5 if power else float("inf"))
+    for side in (mine, theirs):
+        side.check()
+    error, power, own = sums.tolist()
+    return result(identical=False, error=error, power=power, own=own, worst=worst)
+
+
+def _add(
+    pair: Pair, first: int, last: int, sums: Array, blocks: Floats, scratch: Scratch
+) -> Callable[[int], Floats]:
+    """Add up rows; returns what gives one of the parent's rows, while `scratch` is untouched."""
+    mine, theirs, shape = pair.mine, pair.theirs, (last - first, pair.theirs.shape[1])
+    with np.errstate(all="ignore"):  # broken scales overflow; the sums then say so
+        if isinstance(mine, Nvfp4) and isinstance(theirs, Plain) and theirs.form == "BF16":
+            words = theirs.raw(first, last, scratch).view("<u2").reshape(shape)
+            add_nvfp4_sums(words, mine.stored(first, last, scratch), sums, blocks)
+            return lambda row: floats(words[row].tobytes(), "BF16")
+        x, y = scratch.floats("theirs", shape), scratch.floats("mine", shape)
+        theirs.read(first, last, x, scratch)
+        mine.read(first, last, y, scratch)
+        add_sums(x, y, sums, blocks)
+        return lambda row: cast(Floats, x[row])
+
+
+def _equal(mine: Matrix, theirs: Matrix, scratch: Scratch, tile: int) -> bool:
+    (ours,), (original,) = mine.tensors, theirs.tensors
+    for start in range(0, ours.nbytes, 2 * tile):
+        count = min(2 * tile, ours.nbytes - start)
+        a, b = scratch.bytes("mine", count), scratch.bytes("theirs", count)
+        mine.reader.read_into(ours.shard, ours.start + start, a.data)
+        theirs.reader.read_into(original.shard, original.start + start, b.data)
+        if not np.array_equal(a, b):
+            return False
+    return True
+
+
+__all__ = ["Difference", "Pair", "compare_pairs", "difference", "pairs"]

@@ -1,0 +1,58 @@
+"""HTML from nested calls. Whatever is not HTML already is text, and escaped: names are hostile."""
+
+from collections.abc import Sequence
+from html import escape
+
+
+class Html(str):
+    """Text that is markup, made by `tag` alone."""
+
+    __slots__ = ()
+
+
+def text(value: str) -> Html:
+    r"""Text as markup; what a browser or a reader could obey (controls, bidi) is written `\x1b`."""
+    shown = "".join(
+        c
+        if c.isprintable() or c == "\n"
+        else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in value
+    )
+    return Html(escape(shown))
+
+
+def tag(name: str, /, *children: str, **attributes: str) -> Html:
+    """An element. `cls` is class; underscores are dashes; an empty attribute is left out."""
+    said = "".join(
+        f' {"class" if key == "cls" else key.replace("_", "-")}="{text(value)}"'
+        for key, value in attributes.items()
+        if value
+    )
+    if name in ("meta", "img", "br"):
+        return Html(f"<{name}{said}>")
+    return Html(f"<{name}{said}>{join(*children)}</{name}>")
+
+
+def join(*children: str) -> Html:
+    """Elements and text, one after another."""
+    return Html("".join(c if isinstance(c, Html) else text(c) for c in children))
+
+
+def table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], numbers: frozenset[int]) -> Html:
+    """A table that scrolls by itself where it is too wide. `numbers`: columns to the right."""
+
+    def row(kind: str, cells: tuple[str, ...]) -> Html:
+        made = (tag(kind, c, cls="n" if i in numbers else "") for i, c in enumerate(cells))
+        return tag("tr", *made)
+
+    body = tag("tbody", *(row("td", cells) for cells in rows))
+    return tag("div", tag("table", tag("thead", row("th", heads)), body), cls="scroll")
+
+
+def facts(rows: Sequence[tuple[str, str]]) -> Html:
+    """Names and values; long values wrap."""
+    made = (tag("tr", tag("td", name), tag("td", value)) for name, value in rows)
+    return tag("table", tag("tbody", *made), cls="facts")
+
+
+__all__ = ["Html", "facts", "join", "table", "tag", "text"]

@@ -1,0 +1,100 @@
+"""What a comparison has found so far, kept in the user's cache so that it can go on.
+
+One file for each pair of checkpoints, `~/.cache/mquant/compare/<key>.jsonl` (or under
+XDG_CACHE_HOME): a line for each tensor, appended. The key is of both identities, of the stamps of
+all files and of mquant's version, so whatever changes is compared anew. A torn last line counts for
+nothing. When a comparison is complete its file goes.
+"""
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final, Self
+
+from mquant import __version__
+from mquant.checkpoint import Folder, Source
+from mquant.errors import OutputError
+from mquant.measure.compare import Difference
+
+_LINES_AT_ONCE: Final = 64
+
+
+class Partial:
+    """The tensors that are compared, by name. A context: leaving it without an error deletes it."""
+
+    def __init__(self, source: Source, parent: Source) -> None:
+        """Read what an earlier run left. Raises OutputError where the cache cannot be written."""
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.path = cache / "mquant" / "compare" / f"{_key(source, parent)}.jsonl"
+        self.known: dict[str, Difference] = {}
+        self._waiting: list[str] = []
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            whole = self._read()
+            self._file = self.path.open("a", encoding="utf-8")
+            self._file.truncate(whole)
+        except OSError as error:
+            raise _cannot(error) from error
+
+    def add(self, found: Difference) -> None:
+        """Count one more tensor."""
+        self.known[found.name] = found
+        self._waiting.append(json.dumps(asdict(found)))
+        if len(self._waiting) >= _LINES_AT_ONCE:
+            self._write()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._file.close()
+            self.path.unlink(missing_ok=True)
+        else:
+            with suppress(OutputError):  # what stopped the comparison says more
+                self._write()
+            self._file.close()
+
+    def _read(self) -> int:
+        """Take what is there; returns the length of its whole lines."""
+        whole = 0
+        with suppress(FileNotFoundError):
+            for line in self.path.read_bytes().splitlines(keepends=True):
+                try:
+                    values = json.loads(line)
+                    worst = values.pop("worst")
+                    found = Difference(**values, worst=tuple(worst) if worst else None)
+                except (ValueError, TypeError, KeyError, AttributeError):
+                    break
+                if not line.endswith(b"\n"):
+                    break
+                self.known[found.name] = found
+                whole += len(line)
+        return whole
+
+    def _write(self) -> None:
+        try:
+            self._file.write("".join(f"{line}\n" for line in self._waiting))
+            self._file.flush()
+        except OSError as error:
+            raise _cannot(error) from error
+        self._waiting.clear()
+
+
+def _key(*sources: Source) -> str:
+    stamps = [dict(each.stamps) for each in sources if isinstance(each, Folder)]
+    what = [__version__, [each.identity() for each in sources], stamps]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _cannot(error: OSError) -> OutputError:
+    return OutputError(
+        f"What was compared cannot be kept in the cache folder: {error.strerror}.",
+        "Free space there, or set XDG_CACHE_HOME to another folder.",
+    )
+
+
+__all__ = ["Partial"]

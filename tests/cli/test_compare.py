@@ -1,0 +1,71 @@
+"""`mquant compare`: what a person sees, the document, and exit codes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from make import without
+from mquant.cli.app import app
+from mutate import mutated
+from run import TRAINED, quantize_nvfp4
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["compare", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("trained") / "out")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_person_sees_roles_and_the_worst_ten(trained: Path) -> None:
+    result = run(trained, "--against", TRAINED)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0] == "21 tensors identical to tiny-minimax-m2, 102 changed by 9.51% (20.4 dB)."
+    (expert,) = (line.split() for line in lines if line.startswith("expert "))
+    assert expert == ["expert", "0", "90", "9.51%", "20.4", "dB", "0.995478"]
+    (router,) = (line.split() for line in lines if line.startswith("router "))
+    assert router == ["router", "3", "0"]
+    worst = [line for line in lines if "dB" in line and ".weight" in line]
+    assert len(worst) == 10
+    errors = [float(line.split("%")[0]) for line in worst]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_the_document_has_a_row_for_each_tensor(trained: Path) -> None:
+    document: dict[str, Any] = json.loads(
+        run(trained, "--against", TRAINED, "--format", "json").stdout
+    )
+    assert (document["schema"], document["ok"]) == ("mquant.compare/1", True)
+    assert len(document["tensors"]) == 123
+    assert all(len(row) == len(document["columns"]) for row in document["tensors"])
+    assert [row[:2] for row in document["experts"]] == [[i, j] for i in range(3) for j in range(10)]
+    assert [layer["layer"] for layer in document["layers"]] == [0, 1, 2]
+    table = {row[0]: row for row in document["tensors"]}
+    worst = table[document["worst"][0]]
+    assert worst[document["columns"].index("relative_error")] == max(
+        row[8] for row in table.values()
+    )
+
+
+def test_a_lost_tensor_exits_with_3(trained: Path, tmp_path: Path) -> None:
+    bad = mutated(trained, tmp_path, edit=without("layers.1.self_attn.o_proj"))
+    result = run(bad, "--against", TRAINED)
+    assert result.exit_code == 3
+    assert "model.layers.1.self_attn.o_proj.weight of the parent is missing." in result.stdout
+
+
+def test_the_parent_must_be_given(trained: Path) -> None:
+    result = run(trained)
+    assert result.exit_code == 2
+    assert "--against is missing." in result.stderr

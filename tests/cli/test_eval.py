@@ -1,0 +1,48 @@
+"""`mquant eval`: what a person sees, the document, and what must be given."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from mquant.cli.app import app
+from run import FIXTURES, TRAINED, quantize_nvfp4
+
+TEXT = ("--text", FIXTURES / "heldout.txt", "--tokens", 400, "--context", 100)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("trained") / "out")
+
+
+def test_a_person_sees_both_models_and_their_routers(trained: Path) -> None:
+    result = run(trained, "--against", TRAINED, *TEXT)
+    assert result.exit_code == 0
+    said = " ".join(result.stdout.split())
+    assert "Text heldout.txt: 400 tokens, windows of 100" in said
+    assert "tiny-minimax-m2 " in said
+    assert "nats a token" in said
+    assert "Experts unused 0 of 30" in said
+    assert result.stdout.count("%)") >= 4, "a change of perplexity, and each layer's busiest expert"
+    assert "hidden states take 819.2 kB of memory" in result.stderr
+
+
+def test_the_document(trained: Path) -> None:
+    result = run(trained, "--against", TRAINED, *TEXT, "--format", "json")
+    document = json.loads(result.stdout)
+    assert (document["schema"], document["ok"]) == ("mquant.eval/1", True)
+    assert document["perplexity"] > document["parent_perplexity"] > 10
+    assert document["text"]["name"] == "heldout.txt"
+    assert len(document["routing"][0]["usage"]) == 10
+
+
+def test_the_text_must_be_given() -> None:
+    result = run(TRAINED)
+    assert result.exit_code == 2
+    assert "--text is missing." in result.stderr

@@ -1,0 +1,235 @@
+"""How far weights are from their parent's: the sums, every layout, what is told, and going on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import schemes
+from fakehub import FakeHub, hub
+from judges import opened, read_json
+from make import Edit, make_checkpoint, without
+from mquant.checkpoint import Folder, reader_of
+from mquant.checkpoint.hub import HubRepo
+from mquant.events import Event, Progress
+from mquant.family import load_families
+from mquant.measure.compare import Difference
+from mquant.measure.weights import Scratch, matrix_of
+from mquant.verify.layout import read_layout
+from mquant.verify.weights import weight_of
+from mquant.workflows.compare import Comparison, Error, compare, error_of
+from mquant.workflows.partial import Partial
+from mutate import changed, mutated, setting
+from run import TRAINED, quantize_nvfp4
+
+__all__ = ["hub"]  # the fixture
+
+W2 = "model.layers.1.block_sparse_moe.experts.8.w2.weight"
+NORM = "model.layers.0.input_layernorm.weight"
+Config = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("trained") / "out")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/mquant/compare"
+
+
+def compared(folder: Path, parent: Path = TRAINED, **options: Any) -> Comparison:
+    return compare(Folder(folder), Folder(parent), load_families(), **options)
+
+
+def rewritten(folder: Path, out: Path, edit: Edit | None, config: Config | None) -> Path:
+    """A copy in another scheme."""
+    table = read_json(folder / "config.json")
+    if config is not None:
+        config(table)
+    return mutated(folder, out, edit=edit, config=table)
+
+
+def one(found: Comparison, name: str) -> Difference:
+    (difference,) = (each for each in found.tensors if each.name == name)
+    return difference
+
+
+def values(folder: Path, module: str) -> np.ndarray[Any, Any]:
+    """A weight as the judge decodes it, in float64."""
+    layout = read_layout(opened(folder), load_families())
+    weight = weight_of(layout, layout.modules[module])
+    assert weight is not None
+    return weight.rows(0, weight.shape[0]).values.astype(np.float64)
+
+
+def test_errors_are_those_of_the_definition(trained: Path) -> None:
+    x, y = (values(each, W2.removesuffix(".weight")) for each in (TRAINED, trained))
+    found = one(compared(trained), W2)
+    error = error_of(found)
+    noise = np.linalg.norm(x - y) / np.linalg.norm(x)
+    assert error.relative == pytest.approx(noise, rel=1e-12)
+    assert error.sqnr == pytest.approx(-20 * np.log10(noise), rel=1e-12)
+    cosine = (x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y)
+    assert error.cosine == pytest.approx(cosine, rel=1e-12)
+    assert (found.form, found.parent_form, found.role) == ("NVFP4", "BF16", "expert")
+    assert (found.layer, found.expert, found.elements) == (1, 8, x.size)
+
+
+def test_the_worst_block_is_the_one_that_lost_most(trained: Path) -> None:
+    x, y = (values(each, W2.removesuffix(".weight")) for each in (TRAINED, trained))
+    blocks = np.square(x - y).reshape(len(x), -1, 16).sum(2)
+    row, block = np.unravel_index(blocks.argmax(), blocks.shape)
+    relative = np.sqrt(blocks[row, block] / np.square(x[row, block * 16 : block * 16 + 16]).sum())
+    found = one(compared(trained), W2).worst
+    assert found is not None
+    assert found[:2] == (row, block * 16)
+    assert found[2] == pytest.approx(relative, rel=1e-6)
+
+
+LAYOUTS: dict[str, tuple[Edit | None, Config | None]] = {
+    "NVFP4": (None, None),
+    "NVFP4 W4A4": (schemes.with_input_scales, schemes.w4a4),
+    "ModelOpt NVFP4": (schemes.as_modelopt, schemes.modelopt),
+    "FP8 by channel": (schemes.FP8_CHANNEL, schemes.fp8_channel),
+    "FP8 in blocks": (schemes.FP8_BLOCKS, schemes.fp8_blocks),
+    "INT4": (schemes.INT4, schemes.int4),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_decoded_as_the_judge_decodes_it(
+    layout: str, trained: Path, tmp_path: Path
+) -> None:
+    edit, config = LAYOUTS[layout]
+    folder = rewritten(trained, tmp_path, edit, config)
+    opened_layout = read_layout(opened(folder), load_families())
+    module = opened_layout.modules[W2.removesuffix(".weight")]
+    matrix = matrix_of(opened_layout, module, reader_of(Folder(folder)))
+    assert matrix is not None
+    out = np.full((60, matrix.shape[1]), np.nan, np.float32)
+    matrix.read(3, 63, out, Scratch())  # neither begins nor ends where blocks of rows do
+    assert (out == values(folder, module.name)[3:63]).all()
+    assert 0.005 < compared(folder).total.relative < 0.2
+
+
+def test_a_parent_in_fp8_is_decoded_too(trained: Path, tmp_path: Path) -> None:
+    parent = rewritten(trained, tmp_path, schemes.FP8_BLOCKS, schemes.fp8_blocks)
+    found = compared(trained, parent)
+    assert (one(found, W2).parent_form, one(found, W2).form) == ("FP8", "NVFP4")
+    assert 0.09 < found.total.relative < 0.11
+    assert compared(parent, parent).total.error == 0
+
+
+def test_what_is_kept_is_identical_or_said_not_to_be(trained: Path, tmp_path: Path) -> None:
+    assert all(each.identical for each in compared(trained).tensors if each.form != "NVFP4")
+    bad = mutated(trained, tmp_path / "bad", edit=changed(NORM, data=setting(1, 0x40)))
+    found = compared(bad)
+    (finding,) = found.findings
+    assert finding.rule == "kept-tensor-differs"
+    assert finding.message == f"{NORM} is not bit-equal to the parent's."
+    assert not one(found, NORM).identical
+    assert one(found, NORM).worst is not None
+
+
+def test_what_cannot_be_compared_is_named(trained: Path, tmp_path: Path) -> None:
+    bad = mutated(trained, tmp_path / "bad", edit=without("experts.8.w2.weight_scale"))
+    assert {finding.rule for finding in compared(bad).findings} == {"weight-not-compared"}
+    bad = mutated(trained, tmp_path / "lost", edit=without("experts.8.w2."))
+    assert {finding.rule for finding in compared(bad).findings} == {"parent-tensor-missing"}
+
+
+def test_weights_that_are_not_numbers_come_first(trained: Path, tmp_path: Path) -> None:
+    scale = W2.replace(".weight", ".weight_scale")
+    bad = mutated(trained, tmp_path / "bad", edit=changed(scale, data=setting(0, 0x7F)))
+    found = compared(bad)
+    assert found.changed[0].name == W2
+    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["worst"][0] == W2
+
+
+def test_sums_by_expert_are_of_its_weights_together(trained: Path) -> None:
+    found = compared(trained)
+    weights = [one(found, W2.replace("w2", part)) for part in ("w1", "w2", "w3")]
+    error = found.experts[1, 8]
+    assert error.tensors == 3
+    assert error.error == pytest.approx(sum(each.error for each in weights), rel=1e-12)
+    assert len(found.experts) == 30
+    assert found.layers[1].tensors == 34
+    assert found.roles["router"] == (3, Error())
+
+
+def test_the_numbers_do_not_depend_on_the_number_of_workers(trained: Path) -> None:
+    assert compared(trained, workers=1).tensors == compared(trained, workers=5).tensors
+
+
+def test_shapes_that_blocks_do_not_divide(tmp_path: Path) -> None:
+    name = "model.layers.0.block_sparse_moe.gate.weight"
+    parent = make_checkpoint(tmp_path / "parent", hidden=72, shards=1)
+    mine = mutated(parent, tmp_path / "mine", edit=changed(name, data=setting(slice(-4, None), 0)))
+    found = one(compared(mine, parent), name)
+    assert found.worst is not None
+    assert found.worst[:2] == (3, 64), "the last 8 of 72 columns"
+    assert 0 < error_of(found).relative < 0.5
+
+
+def test_it_goes_on_where_it_was_stopped(
+    trained: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = compared(trained)
+    assert list(cache.iterdir()) == []
+    seen: list[str] = []
+    add = Partial.add
+
+    def stop(partial: Partial, found: Difference) -> None:
+        add(partial, found)
+        seen.append(found.name)
+        if len(seen) == 70:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Partial, "add", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compared(trained)
+    (kept,) = cache.iterdir()
+    assert len(kept.read_bytes().splitlines()) == 70
+    kept.write_bytes(kept.read_bytes()[:-10])  # as a crash leaves it: the last line is torn
+
+    told: list[Event] = []
+    assert compared(trained, emit=told.append) == whole
+    assert len(seen) == 70 + len(whole.tensors) - 69
+    assert "69 tensors were compared before" in str(told[0])
+    assert isinstance(told[-1], Progress)
+    assert told[-1].done == told[-1].total
+    assert list(cache.iterdir()) == []
+
+
+def test_a_changed_file_is_compared_anew(trained: Path, tmp_path: Path, cache: Path) -> None:
+    keys = set()
+    for seed in (0, 1):
+        folder = make_checkpoint(tmp_path / "src", seed=seed)
+        with Partial(Folder(folder), Folder(trained)) as partial:
+            keys.add(partial.path)
+    assert len(keys) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(Exception, match="cannot be kept in the cache folder: Not a directory"):
+        compared(trained)
+
+
+def test_a_hub_is_read_once(hub: FakeHub, trained: Path) -> None:
+    hub.add("org/parent", TRAINED)
+    hub.add("org/mine", trained)
+    found = compare(HubRepo("org/mine"), HubRepo("org/parent"), load_families())
+    local = compared(trained)
+    assert found.tensors == local.tensors
+    assert found.bytes_read is not None
+    assert found.bytes_read < local.bytes_compared + 500_000  # headers and JSON

@@ -1,0 +1,251 @@
+"""Models run a layer at a time: transformers' numbers, what routers did, and what is refused."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import perplexity
+from judges import opened, read_json
+from make import make_checkpoint, write_json
+from mquant.checkpoint import Folder, reader_of
+from mquant.errors import SourceError
+from mquant.family import load_families
+from mquant.measure import score as scoring
+from mquant.measure.model import Model, shape_of
+from mquant.measure.score import score
+from mquant.measure.weights import Workers
+from mquant.verify.layout import read_layout
+from mquant.workflows.evaluate import Evaluation, evaluate
+from mquant.workflows.synth import Precision, Sizes, synth
+from run import FIXTURES, TRAINED, quantize_nvfp4
+
+HELDOUT = FIXTURES / "heldout.txt"
+ALL = 10**9
+WORKERS = Workers(2)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("trained") / "out")
+
+
+def run(folder: Path, parent: Path | None = None, **options: Any) -> Evaluation:
+    text = options.pop("text", HELDOUT)
+    against = Folder(parent) if parent else None
+    return evaluate(Folder(folder), against, load_families(), text, **options)
+
+
+def model_of(folder: Path, context: int = 64) -> Model:
+    folder_ = Folder(folder)
+    layout = read_layout(opened(folder), load_families())
+    return Model(layout, reader_of(folder_), context, WORKERS)
+
+
+def final_states(model: Model, ids: Any, windows: list[slice]) -> Any:
+    hidden = model.embed(ids)
+    for number in range(model.shape.layers):
+        model.layer(number, hidden, windows)
+    return model.norm(hidden, "model.norm.weight")
+
+
+@pytest.mark.upstream
+def test_perplexities_are_those_of_the_whole_models_in_transformers(
+    trained: Path, tmp_path: Path
+) -> None:
+    text = HELDOUT.read_text("utf-8")[:5_000]
+    (tmp_path / "text").write_text(text, "utf-8")
+    found = run(trained, TRAINED, text=tmp_path / "text", context=perplexity.WINDOW, tokens=ALL)
+    assert found.parent_perplexity == pytest.approx(perplexity.perplexity(TRAINED, text), rel=1e-5)
+    # The script dequantizes to BF16, which rounds once more.
+    assert found.perplexity == pytest.approx(perplexity.perplexity(trained, text), rel=1e-3)
+
+
+def _tiny(name: str, folder: Path, **config: Any) -> Path:
+    family = load_families()[name]
+    synth(folder, family, sizes=Sizes(), precision=Precision("fp32"), max_shard_bytes=10**9)
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), **config})
+    return folder
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {"rope_theta": 10000.0},
+    "qwen3": {},
+    "qwen3_moe": {},
+    "mixtral": {},
+    "minimax_m2": {},
+    "llama stretched": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "qwen3_moe not normalised": {"norm_topk_prob": False},
+    "llama tied": {"tie_word_embeddings": True},
+}
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("case", CASES)
+def test_every_family_computes_what_transformers_computes(case: str, tmp_path: Path) -> None:
+    import torch
+
+    folder = _tiny(case.split()[0], tmp_path / "src", **CASES[case])
+    ids = np.random.default_rng(0).integers(0, 256, 100)
+    ours = final_states(model_of(folder), ids, [slice(0, 64), slice(64, 100)])
+    try:
+        whole = perplexity.load_model(folder)
+    except ValueError as error:  # tied: lm_head.weight is there, and nobody's
+        assert "tied" in case
+        pytest.skip(str(error))
+    with torch.inference_mode():
+        for window in (slice(0, 64), slice(64, 100)):
+            theirs = whole.model(input_ids=torch.tensor(ids[window])[None]).last_hidden_state[0]
+            np.testing.assert_allclose(ours[window], theirs.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_agrees_with_itself(trained: Path) -> None:
+    found = run(trained, trained, tokens=600)
+    assert found.perplexity == found.parent_perplexity
+    assert found.kl == pytest.approx(0, abs=1e-9)
+    assert found.agreement == 1
+    assert [each.agreement for each in found.routing] == [1.0, 1.0, 1.0]
+
+
+def test_what_quantization_did(trained: Path) -> None:
+    found = run(trained, TRAINED, tokens=2000)
+    assert found.kl is not None
+    assert 0.001 < found.kl < 0.05
+    assert found.router_agreement is not None
+    assert 0.9 < found.router_agreement < 1
+    for each in found.routing:
+        assert each.parent_usage is not None
+        assert sum(each.usage) == sum(each.parent_usage) == 2000 * 4
+    assert json.loads(json.dumps(found.to_json()))["routing"][2]["layer"] == 2
+
+
+def test_without_a_parent_there_is_perplexity_alone() -> None:
+    found = run(TRAINED, tokens=300)
+    assert found.perplexity == run(TRAINED, TRAINED, tokens=300).parent_perplexity
+    assert (found.kl, found.agreement, found.parent_perplexity) == (None, None, None)
+
+
+def test_scores_are_those_of_all_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "_ROWS", 300)
+    models = [model_of(TRAINED), model_of(TRAINED)]
+    random = np.random.default_rng(0)
+    hidden = [random.standard_normal((70, 256)).astype(np.float32) * 3 for _ in models]
+    targets = random.integers(0, 2048, 70)
+    found = score(models, hidden, targets, WORKERS)
+
+    head = models[0].weight("lm_head.weight", "all").astype(np.float64)
+    logs = []
+    for states in hidden:
+        logits = states @ head.T
+        logs.append(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+    np.testing.assert_allclose(found.losses[0], -logs[0][np.arange(70), targets], rtol=1e-4)
+    divergence = (np.exp(logs[1]) * (logs[1] - logs[0])).sum(axis=1)
+    assert found.divergence is not None
+    np.testing.assert_allclose(found.divergence, divergence, rtol=1e-4)
+    assert (found.agree == (logs[0].argmax(1) == logs[1].argmax(1))).all()
+
+
+def test_windows_see_nothing_of_each_other() -> None:
+    model = model_of(TRAINED)
+    ids = np.arange(40)
+    both = final_states(model, ids, [slice(0, 20), slice(20, 40)])
+    alone = final_states(model, ids[20:], [slice(0, 20)])
+    np.testing.assert_allclose(both[20:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_without_tokens_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint(tmp_path / "src", experts=16, shards=1)
+    model = model_of(folder)
+    read: list[str] = []
+    weight = model.weight
+
+    def noting(name: str, use: str) -> Any:
+        read.append(name)
+        return weight(name, use)
+
+    monkeypatch.setattr(model, "weight", noting)
+    hidden = model.embed(np.array([5]))
+    chosen = model.layer(0, hidden, [slice(0, 1)])
+    assert chosen is not None
+    experts = {name.split(".")[5] for name in read if ".experts." in name}
+    assert experts == set(map(str, chosen[0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "sentence"),
+    [
+        (
+            "deepseek_v3",
+            {},
+            "DeepSeek-V3 cannot be evaluated: mquant does not",
+        ),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act gelu is not known here; silu is."),
+        (
+            "mixtral",
+            {"sliding_window": 8},
+            "Attention slides over 8 tokens; windows of",
+        ),
+        (
+            "qwen3",
+            {"rope_scaling": {"type": "yarn", "factor": 4}},
+            "RoPE of type yarn is not",
+        ),
+        ("llama", {"num_hidden_layers": None}, "config.json does not say num_hidden_layers."),
+    ],
+)
+def test_what_is_not_known_is_refused_in_a_sentence(
+    name: str, config: dict[str, Any], sentence: str
+) -> None:
+    family = load_families()[name]
+    table = {**family.synth.config, **config}
+    with pytest.raises(SourceError) as caught:
+        shape_of(family, table, 64)
+    assert caught.value.message.startswith(sentence)
+
+
+def test_an_unknown_model_type_is_refused(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "src", config={"model_type": "gpt_oss"})
+    with pytest.raises(SourceError, match="model_type gpt_oss cannot be evaluated"):
+        run(folder)
+
+
+def test_texts_and_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "src")
+    with pytest.raises(SourceError, match=r"src has no tokenizer\.json"):
+        run(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"tokenizer\.json cannot be understood"):
+        run(folder)
+    (folder / "tokenizer.json").write_bytes((TRAINED / "tokenizer.json").read_bytes())
+    with pytest.raises(SourceError, match=r"The tokenizer makes token [0-9,]+; the model has 64"):
+        run(folder)
+    (tmp_path / "latin").write_bytes(b"\xe4\xf6")
+    with pytest.raises(SourceError, match="not UTF-8"):
+        run(TRAINED, text=tmp_path / "latin")
+    (tmp_path / "short").write_text("")
+    with pytest.raises(SourceError, match="fewer than two tokens"):
+        run(TRAINED, text=tmp_path / "short")
+    with pytest.raises(SourceError, match="none cannot be read: No such file"):
+        run(TRAINED, text=tmp_path / "none")
+
+
+def test_other_vocabularies_are_refused(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="vocabularies of different sizes"):
+        run(trained, make_checkpoint(tmp_path / "src"))
+
+
+def test_a_broken_model_has_a_perplexity_all_the_same(trained: Path) -> None:
+    assert math.isfinite(run(trained, tokens=2, context=2).perplexity)
