@@ -38,6 +38,15 @@ SchemeName = Annotated[str, AfterValidator(_known_scheme)]
 Pattern = Annotated[str, AfterValidator(_compiles)]
 
 
+class KeptLayers(BaseModel):
+    """How many layers at either end keep the parent's bytes, whatever their role."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    first: int = Field(default=0, ge=0)
+    last: int = Field(default=0, ge=0)
+
+
 class Recipe(BaseModel):
     """Role -> scheme. A role that is not named keeps the parent's bytes.
 
@@ -55,6 +64,7 @@ class Recipe(BaseModel):
     roles: Mapping[Role, SchemeName]
     scales: Literal["minmax", "search"] = "minmax"
     """`minmax`: llmcompressor's default, bit for bit. `search`: those of the smallest error."""
+    keep_layers: KeptLayers = KeptLayers()
     targets: tuple[Pattern, ...] = ()
     ignore: tuple[Pattern, ...] = ()
     foreign: bool = Field(default=False, exclude=True)
@@ -68,6 +78,11 @@ class Recipe(BaseModel):
         if self.targets and not any(matches(entry, module_names) for entry in self.targets):
             return None
         return SCHEMES[scheme]
+
+    def keeps_layer(self, layer: int | None, layers: int) -> bool:
+        """Whether a layer, one of so many, stays as it is."""
+        first, last = self.keep_layers.first, self.keep_layers.last
+        return layer is not None and (layer < first or layers <= layer + last < layers + last)
 
 
 def matches(entry: str, names: tuple[str, ...]) -> bool:
@@ -186,13 +201,9 @@ def _scheme_of_group(group: Mapping[str, Any], name: str) -> str:
         wanted = scheme.config_group["weights"]
         if (
             isinstance(weights, Mapping)
-            and not group.get("input_activations")
+            and _alike(weights, wanted)
+            and _alike(group.get("input_activations"), scheme.config_group["input_activations"])
             and not group.get("output_activations")
-            and all(weights.get(key) == wanted[key] for key in ("num_bits", "type", "group_size"))
-            and weights.get("strategy") == wanted["strategy"]
-            and weights.get("symmetric", True) is True
-            and not weights.get("dynamic")
-            and not weights.get("actorder")
             and weights.get("observer") in (None, "minmax", "memoryless_minmax")
         ):
             return scheme.name
@@ -202,6 +213,15 @@ def _scheme_of_group(group: Mapping[str, Any], name: str) -> str:
     )
 
 
+def _alike(args: object, wanted: Mapping[str, Any] | None) -> bool:
+    """Whether quantization arguments ask for what a scheme's do; observers apart."""
+    if not isinstance(args, Mapping) or wanted is None:
+        return not args and wanted is None
+    keys = ("num_bits", "type", "strategy", "group_size", "block_structure", "dynamic", "actorder")
+    same = all((args.get(key) or None) == (wanted[key] or None) for key in keys)
+    return same and args.get("symmetric", True) is True
+
+
 def _list(value: object) -> list[Any]:
     """One entry or a list of them, as llmcompressor takes either; Recipe checks what is in it."""
     if value is None:
@@ -209,4 +229,4 @@ def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-__all__ = ["Recipe", "find_recipe", "load_recipe", "load_recipes", "matches"]
+__all__ = ["KeptLayers", "Recipe", "find_recipe", "load_recipe", "load_recipes", "matches"]

@@ -22,6 +22,7 @@ os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")  # or importing it 
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization import preset_name_to_scheme
 from compressed_tensors.quantization.lifecycle import apply as apply_module
 from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor import oneshot
@@ -53,7 +54,6 @@ def run(plan: Plan, write: Write, emit: Emit = silent) -> None:
     Modules come in the model's order. Raises EngineError where the model as transformers builds
     it is not the one that was planned.
     """
-    (scheme,) = plan.schemes
     checkpoint = plan.survey.checkpoint
     in_memory = plan.family.in_memory_name
     tensors = {in_memory(info.name): info for info in checkpoint.tensors.values()}
@@ -73,7 +73,11 @@ def run(plan: Plan, write: Write, emit: Emit = silent) -> None:
         # One pattern: a list is searched for every module, which at 29,000 of them takes minutes.
         spared = "|".join(re.escape(name) for name in sorted(linears.keys() - wanted.keys()))
         modifier = Drained(
-            targets=["Linear"], scheme=scheme.name, ignore=[f"re:(?:{spared})$"] if spared else []
+            config_groups={
+                scheme.name: preset_name_to_scheme(scheme.name, plan.targets(scheme, in_memory))
+                for scheme in plan.schemes
+            },
+            ignore=[f"re:(?:{spared})$"] if spared else [],
         )
         hub_names: dict[torch.nn.Module, str] = {linears[name]: hub for name, hub in wanted.items()}
         modifier.drain(hub_names, write, stack.enter_context(_threads()))

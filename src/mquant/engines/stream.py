@@ -17,6 +17,7 @@ import numpy as np
 
 from mquant.errors import OutputError, SourceError
 from mquant.numerics.formats import FLOATS, Array, Bytes, Floats
+from mquant.numerics.fp8 import encode_into, prepare_fp8
 from mquant.numerics.kernels import block_maxima, pack_into, prepare, quantize_into
 from mquant.numerics.nvfp4 import GROUP, global_scale_of
 from mquant.numerics.search import ALIKE, Weight, prepare_search, search
@@ -72,10 +73,7 @@ def run(reader: Reader, output: Output, workers: int, importance: Importance | N
     it is quantized. However it ends, jobs that were complete by then count.
     """
     jobs = output.pending
-    for dtype in sorted({a.source.dtype for job in jobs if job.scheme for a in job.actions}):
-        prepare(FLOATS[dtype])
-        if importance:
-            prepare_search(FLOATS[dtype])
+    _prepare(jobs, search=importance is not None)
     stop = Event()
     with ThreadPoolExecutor(workers) as pool:
         queue = _Queue(jobs, reader, ahead=workers)
@@ -104,12 +102,26 @@ def run(reader: Reader, output: Output, workers: int, importance: Importance | N
 
 def make(reader: Reader, job: Job) -> dict[str, bytes]:
     """The tensors of one job, by name, in memory. Raises as `run`."""
-    if job.scheme is not None:
-        for dtype in {action.source.dtype for action in job.actions}:
-            prepare(FLOATS[dtype])
+    _prepare([job], search=False)
     made: dict[str, bytearray] = {output.name: bytearray() for output in job.outputs}
     Worker(reader, lambda name, data: made[name].extend(data), [job], None).do(job)
     return {name: bytes(data) for name, data in made.items()}
+
+
+def _prepare(jobs: list[Job], *, search: bool) -> None:
+    """Compile what the jobs need, before threads ask for it at once."""
+    wanted = {(_is_fp8(job), a.source.dtype) for job in jobs if job.scheme for a in job.actions}
+    for fp8, dtype in sorted(wanted):
+        if fp8:
+            prepare_fp8(FLOATS[dtype])
+            continue
+        prepare(FLOATS[dtype])
+        if search:
+            prepare_search(FLOATS[dtype])
+
+
+def _is_fp8(job: Job) -> bool:
+    return job.scheme is not None and job.scheme.format == "float-quantized"
 
 
 class _Queue(Iterator[Job]):
@@ -147,8 +159,11 @@ class Worker:
         self._reader = reader
         self._write = write
         self._importance = importance
-        sets = [job for job in jobs if job.scheme]
-        self._weights = np.empty(max([PIECE, *(job.source_bytes for job in sets)]), np.uint8)
+        sets = [job for job in jobs if job.scheme and not _is_fp8(job)]
+        stripes = [_stripe(action)[0] for job in jobs if _is_fp8(job) for action in job.actions]
+        held = max([PIECE, *stripes, *(job.source_bytes for job in sets)])
+        self._weights = np.empty(held, np.uint8)
+        self._codes = np.empty(max([PIECE, *stripes]) // 2 if stripes else 0, np.uint8)
         self._maxima = np.empty(max([0, *map(_blocks, sets)]), np.uint32)
         self._packed = np.empty(PIECE // 4, np.uint8)  # of a 16-bit source; F32 fills half
         self._scales = np.empty(PIECE // 2 // GROUP, np.uint8)
@@ -159,6 +174,9 @@ class Worker:
         if job.scheme is None:
             for action in job.actions:
                 self._copy(action)
+        elif _is_fp8(job):
+            for action in job.actions:
+                self._encode(action)
         else:
             self._quantize(job)
         for path in {action.source.shard for action in job.actions}:
@@ -170,6 +188,26 @@ class Worker:
             part = self._weights[: min(PIECE, source.end - start)].data
             self._reader.read_into(source.shard, start, part)
             self._write(output.name, part)
+
+    def _encode(self, action: Action) -> None:
+        """Quantize a weight to FP8, a few rows of blocks at a time: nothing else is shared."""
+        source, form = action.source, FLOATS[action.source.dtype]
+        codes_name, scale_name = (output.name for output in action.outputs)
+        height, block = _stripe(action)
+        rows, columns = source.shape
+        step = max(1, PIECE // height) * block[0]
+        scales = []
+        for first in range(0, rows, step):
+            count = min(step, rows - first) * columns
+            part = self._weights[: count * form.word.itemsize]
+            start = source.start + first * columns * form.word.itemsize
+            self._reader.read_into(source.shard, start, part.data)
+            words, codes = part.view(form.word).reshape(-1, columns), self._codes[:count]
+            made, bad = encode_into(words, form, block, codes.reshape(-1, columns))
+            _refuse(action, bad)
+            self._write(codes_name, codes.data)
+            scales.append(made.view(form.word))
+        self._write(scale_name, np.concatenate(scales).data.cast("B"))
 
     def _quantize(self, job: Job) -> None:
         sizes = [(0, 0)]
@@ -213,12 +251,7 @@ class Worker:
                 part.view(form.word), form, maxima[i * blocks : (i + 1) * blocks]
             )
             largest, bad = max(largest, magnitude), bad + odd
-        if bad:
-            values = "value that is" if bad == 1 else "values that are"
-            raise SourceError(
-                f"{source.name} holds {bad:,} {values} NaN or infinite: it cannot be quantized.",
-                "Get the checkpoint again; or keep the module with the recipe's ignore list.",
-            )
+        _refuse(action, bad)
         return form.values(np.array(largest, form.word))
 
     def _pack(
@@ -245,6 +278,24 @@ class Worker:
             self._write(packed_name, packed.data)
             self._write(scale_name, scales.data)
         self._write(global_name, np.array([scale], "<f4").data.cast("B"))
+
+
+def _stripe(action: Action) -> tuple[int, tuple[int, int]]:
+    """Bytes of the rows of an FP8 weight that blocks lie across, and a block's height and width."""
+    source = action.source
+    shape = action.scheme.config_group["weights"]["block_structure"] if action.scheme else None
+    high, wide = shape or (1, source.shape[1])
+    return high * source.nbytes // source.shape[0], (high, wide)
+
+
+def _refuse(action: Action, bad: int) -> None:
+    """Raise SourceError where a weight has `bad` numbers that are none."""
+    if bad:
+        values = "value that is" if bad == 1 else "values that are"
+        raise SourceError(
+            f"{action.source.name} holds {bad:,} {values} NaN or infinite: it cannot be quantized.",
+            "Get the checkpoint again; or keep the module with the recipe's ignore list.",
+        )
 
 
 def _blocks(job: Job) -> int:

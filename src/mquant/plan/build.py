@@ -49,7 +49,7 @@ def make_plan(
     family = found.family
     if family is None:
         raise Refused(found.findings)
-    actions = [_action(member, family, recipe) for member in found.members]
+    actions = [_action(member, found, family, recipe) for member in found.members]
     jobs = _jobs(found.members, actions)
     findings = [
         *found.findings,
@@ -59,7 +59,7 @@ def make_plan(
     # Of a source that is quantized already, that is all there is to say.
     if not any(finding.rule == "source-quantized" for finding in findings):
         findings += [
-            *_unquantizable(actions),
+            *_unquantizable(found.members, actions, family),
             *(_split_sets(jobs) or _unlike_experts(actions)),
             *_nothing(actions, recipe),
         ]
@@ -85,45 +85,61 @@ def natural(name: str) -> list[tuple[int, str]]:
     ]
 
 
-def _action(member: Member, family: Family, recipe: Recipe) -> Action:
-    info = member.info
+def _action(member: Member, found: Survey, family: Family, recipe: Recipe) -> Action:
+    info, layer = member.info, member.meaning.layer
     both = (member.module, family.in_memory_name(member.module))
+    layers = family.value(family.config.layers, found.checkpoint.config) or found.layers
     scheme = recipe.scheme(member.role, both)
-    if scheme and _obstacle(member, scheme):
+    reason = _KEPT_BECAUSE.get(member.role, f"{recipe.name} keeps it")
+    if scheme and recipe.keeps_layer(layer, layers):
+        scheme, reason = None, f"{recipe.name} keeps the layers at the ends"
+    if scheme and _obstacle(member, scheme, family):
         outputs: Iterable[tuple[str, str, tuple[int, ...]]] = ()
     elif scheme:
-        outputs = scheme.outputs(member.module, info.shape)
+        outputs = scheme.outputs(member.module, info.shape, info.dtype)
     else:
         outputs = ((info.name, info.dtype, info.shape),)
     return Action(
         source=info,
         role=member.role,
         module=member.module,
-        layer=member.meaning.layer,
+        layer=layer,
         expert=member.meaning.expert,
         scheme=scheme,
-        reason="" if scheme else _KEPT_BECAUSE.get(member.role, f"{recipe.name} keeps it"),
+        reason="" if scheme else reason,
         outputs=tuple(Output(*output) for output in outputs),
     )
 
 
-def _obstacle(member: Member | Action, scheme: Scheme) -> str:
+def _obstacle(member: Member, scheme: Scheme, family: Family) -> str:
     """Why a tensor cannot be stored in a scheme, as the end of a sentence; empty: it can."""
-    info = member.info if isinstance(member, Member) else member.source
+    info, row = member.info, member.meaning.row
     if info.dtype not in FLOAT_WEIGHTS:
         return f"is {info.dtype}; {scheme.name} is made from BF16, F16 or F32"
     if len(info.shape) != 2 or 0 in info.shape or not info.name.endswith(".weight"):
         return f"is {list(info.shape)}; {scheme.name} needs the weight matrix of a layer"
-    if info.shape[1] % scheme.group_size:
+    rows, columns = info.shape
+    if columns % scheme.columns:
         return (
-            f"is {list(info.shape)}: {info.shape[1]} columns do not divide into "
-            f"groups of {scheme.group_size}"
+            f"is {list(info.shape)}: {columns} columns do not divide into "
+            f"groups of {scheme.columns}"
+        )
+    if rows % scheme.rows and row.fused and row != family.fused_sets[row.fused][-1]:
+        return (
+            f"is {list(info.shape)}: {rows} rows do not divide into blocks of {scheme.rows}, and "
+            "loaders put another matrix below them"
         )
     return ""
 
 
-def _unquantizable(actions: list[Action]) -> list[Finding]:
-    bad = [(a, why) for a in actions if a.scheme and (why := _obstacle(a, a.scheme))]
+def _unquantizable(
+    members: tuple[Member, ...], actions: list[Action], family: Family
+) -> list[Finding]:
+    bad = [
+        (action, why)
+        for member, action in zip(members, actions, strict=True)
+        if action.scheme and (why := _obstacle(member, action.scheme, family))
+    ]
     if not bad:
         return []
     action, why = bad[0]
@@ -227,14 +243,16 @@ def _ignore(actions: list[Action], family: Family) -> tuple[str, ...]:
     the hub's, and vLLM's own where that is another.
     """
     kept = [
-        action.module
+        action
         for action in actions
         if action.scheme is None
         and action.source.name.endswith(".weight")
         and len(action.source.shape) == 2
     ]
-    both = {name for module in kept for name in (module, family.in_vllm_name(module))}
-    return tuple(sorted(both, key=natural))
+    hub = {action.module for action in kept}
+    # Of a layer's experts vLLM looks the first one up.
+    vllm = {family.in_vllm_name(action.module) for action in kept if not action.expert}
+    return tuple(sorted(hub | vllm, key=natural))
 
 
 def _unsafe(

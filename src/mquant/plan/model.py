@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -152,6 +152,18 @@ class Plan:
         found = {a.scheme.name: a.scheme for a in self.actions if a.scheme}
         return tuple(found[name] for name in sorted(found))
 
+    def targets(self, scheme: Scheme, *names: Callable[[str], str]) -> list[str]:
+        """What `config_groups` says a scheme is for; `ignore` takes what is kept out of it.
+
+        Of several schemes each names its modules, under what `names` make of the hub's names. A
+        role has one scheme, so these are whole rows of the family.
+        """
+        if len(self.schemes) == 1:
+            return ["Linear"]
+        roles = {action.role for action in self.actions if action.scheme == scheme}
+        rows = [row for row in self.family.tensors if row.role in roles]
+        return list(dict.fromkeys(entry for row in rows for entry in row.patterns(*names)))
+
     def reading_from(self, source: Source) -> "Plan":
         """The same plan, with the same files read from another place (a download)."""
         checkpoint = replace(self.survey.checkpoint, source=source)
@@ -194,12 +206,14 @@ class Plan:
     @property
     def quantization_config(self) -> dict[str, Any]:
         """config.json's `quantization_config`, in the shape compressed-tensors writes it."""
+        formats = {scheme.format for scheme in self.schemes}
+        names = (str, self.family.in_vllm_name, self.family.in_memory_name)
         return {
             "config_groups": {
-                f"group_{number}": {**scheme.config_group, "targets": ["Linear"]}
+                f"group_{number}": {**scheme.config_group, "targets": self.targets(scheme, *names)}
                 for number, scheme in enumerate(self.schemes)
             },
-            "format": self.schemes[0].format,
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "global_compression_ratio": None,
             "ignore": list(self.ignore),
             "kv_cache_scheme": None,

@@ -127,10 +127,26 @@ def groups(layout: Layout) -> Iterator[Mapping[str, Any]]:
             yield group
 
 
-def weight_args(layout: Layout) -> Mapping[str, Any]:
-    """What config.json says of quantized weights; nothing where groups differ."""
-    found = [args for group in groups(layout) if isinstance(args := group.get("weights"), dict)]
+def weight_args(kind: Kind, layout: Layout) -> Mapping[str, Any]:
+    """What config.json says of weights in a layout; nothing where several groups may be meant."""
+    found = [group["weights"] for group in _groups_of(kind, layout)]
     return found[0] if found and all(args == found[0] for args in found) else {}
+
+
+def _groups_of(kind: Kind, layout: Layout) -> list[Mapping[str, Any]]:
+    """The groups that can be of a layout: all but those that say otherwise."""
+    return [
+        group
+        for group in groups(layout)
+        if isinstance(args := group.get("weights"), dict) and not _wrong(kind, args)
+    ]
+
+
+def _wrong(kind: Kind, args: Mapping[str, Any]) -> list[str]:
+    declared = _DECLARED.get(kind, {})
+    return [
+        f"{key} {args[key]}" for key, value in declared.items() if args.get(key, value) != value
+    ]
 
 
 def misdeclared(kind: Kind, layout: Layout) -> str:
@@ -143,19 +159,14 @@ def misdeclared(kind: Kind, layout: Layout) -> str:
         args = group.get("weights")
         if args is not None and not isinstance(args, dict):
             return ""  # no loader can parse that
-        wrong = [
-            f"{key} {args[key]}"
-            for key, value in _DECLARED.get(kind, {}).items()
-            if args and args.get(key, value) != value
-        ]
-        said.append("no weights" if args is None else ", ".join(wrong))
+        said.append("no weights" if args is None else ", ".join(_wrong(kind, args)))
     return said[0] if said and all(said) else ""
 
 
-def activations(layout: Layout) -> bool | None:
+def activations(kind: Kind, layout: Layout) -> bool | None:
     """Whether static scales of activations are declared; None where some modules may have them."""
     said = set()
-    for group in groups(layout):
+    for group in _groups_of(kind, layout) or groups(layout):
         args = group.get("input_activations")
         # Dynamic per token needs no tensor; NVFP4's "local" needs the global scale.
         said.add(isinstance(args, dict) and args.get("dynamic") in (False, "local"))
@@ -174,7 +185,7 @@ def weight_shape(kind: Kind, module: Module, layout: Layout) -> tuple[int, int] 
         return None
     rows, columns = codes.shape
     if kind is Kind.INT:
-        bits = weight_args(layout).get("num_bits")
+        bits = weight_args(kind, layout).get("num_bits")
         return (rows, columns * 32 // bits) if bits in (2, 4, 8) else None
     return (rows, columns if kind is Kind.FP8 else columns * 2)
 
@@ -206,7 +217,7 @@ def fp8_block(layout: Layout) -> tuple[int, int]:
     """The block that shares a scale in FP8 weights with blocks."""
     for block in (
         layout.config.get("weight_block_size"),
-        weight_args(layout).get("block_structure"),
+        weight_args(Kind.FP8, layout).get("block_structure"),
     ):
         if (
             isinstance(block, list)
@@ -221,7 +232,7 @@ def _fp8_scales(rows: int, columns: int, layout: Layout) -> tuple[Shape, ...]:
     high, wide = fp8_block(layout)
     blocks = (-(-rows // high), -(-columns // wide))
     by_strategy = {"tensor": SCALAR, "channel": ((rows, 1), (rows,)), "block": (blocks,)}
-    strategy = weight_args(layout).get("strategy")
+    strategy = weight_args(Kind.FP8, layout).get("strategy")
     if isinstance(strategy, str) and strategy in by_strategy:
         return by_strategy[strategy]
     if layout.config.get("weight_block_size"):
@@ -230,7 +241,7 @@ def _fp8_scales(rows: int, columns: int, layout: Layout) -> tuple[Shape, ...]:
 
 
 def _integers(rows: int, columns: int, layout: Layout) -> dict[str, Part]:
-    args = weight_args(layout)
+    args = weight_args(Kind.INT, layout)
     bits, size = args.get("num_bits"), args.get("group_size")
     if bits not in (2, 4, 8) or not columns:
         # Nothing says how many codes are in an integer, or the codes are missing.

@@ -214,7 +214,7 @@ def _quantized(layout: Layout, module: Module, kind: Kind | None) -> _Seen:
 
 def _stated_shape(layout: Layout, module: Module, seen: _Seen) -> None:
     codes, info = module.tensors.get("weight_packed"), module.tensors.get("weight_shape")
-    bits = weight_args(layout).get("num_bits")
+    bits = weight_args(Kind.INT, layout).get("num_bits")
     kinds = {"I64": "<i8", "I32": "<i4"}
     if codes is None or info is None or bits not in (2, 4, 8) or len(codes.shape) != 2:
         return

@@ -124,7 +124,7 @@ class Weight:
 
     def _integers(self, first: int, last: int) -> Rows:
         _, raw = self._raw("weight_packed", first, last)
-        bits = weight_args(self.layout)["num_bits"]
+        bits = weight_args(Kind.INT, self.layout)["num_bits"]
         codes = integers(np.frombuffer(raw, "<i4").reshape(last - first, -1), bits)
         scales = self._part("weight_scale", first, last)
         group = -(-codes.shape[1] // scales.shape[1])
@@ -162,7 +162,7 @@ def decodable(kind: Kind | None, module: Module, layout: Layout) -> bool:
     """Whether numbers can be made of a module in this layout, its parts given."""
     if kind is Kind.INT:
         plain = not {"weight_zero_point", "weight_g_idx"} & module.tensors.keys()
-        return plain and weight_args(layout).get("num_bits") in (4, 8)
+        return plain and weight_args(Kind.INT, layout).get("num_bits") in (4, 8)
     if kind is Kind.FP8:
         return "weight" not in module.tensors or module.tensors["weight"].dtype == "F8_E4M3"
     return kind is not Kind.OTHER

@@ -198,7 +198,7 @@ def _refuse_other_layouts(layout: Layout) -> None:
     kinds = Counter(kind for m in layout.quantized if (kind := kind_of(layout, m)) is not None)
     common = next((kind for kind, _ in kinds.most_common(1)), Kind.NVFP4)
     inputs = sum("input_global_scale" in module.tensors for module in layout.quantized)
-    static = activations(layout) and inputs * 2 > len(layout.quantized)
+    static = activations(common, layout) and inputs * 2 > len(layout.quantized)
     if common is Kind.NVFP4 and not static:
         return
     what = "NVFP4 with quantized activations" if common is Kind.NVFP4 else str(common)
