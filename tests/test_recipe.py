@@ -126,7 +126,7 @@ def test_targets_narrow_a_recipe_and_ignore_wins(tmp_path: Path) -> None:
         ("1: 9", "mine.yaml: 1: Keys should be strings."),
         (
             "roles: {expert: NVFP3}",
-            "mine.yaml: roles.expert: unknown scheme 'NVFP3'; there is NVFP4A16.",
+            "mine.yaml: roles.expert: unknown scheme 'NVFP3'; there is NVFP4A16, FP8_DYNAMIC, FP8_BLOCK.",
         ),
         (
             "ignore: ['re:[']",
@@ -257,14 +257,22 @@ def test_targets_other_than_linear_are_kept(tmp_path: Path) -> None:
     assert recipe.targets == ("re:.*experts.*",)
 
 
-ONE_GROUP = "mine.yaml: its config group is no scheme mquant knows (NVFP4A16)."
+ONE_GROUP = (
+    "mine.yaml: its config group is no scheme mquant knows (NVFP4A16, FP8_DYNAMIC, FP8_BLOCK)."
+)
 
 
 @pytest.mark.parametrize(
     ("modifier", "sentence"),
     [
-        ("{scheme: W4A16}", "mine.yaml: roles.expert: unknown scheme 'W4A16'; there is NVFP4A16."),
-        ("{scheme: NVFP4}", "mine.yaml: roles.expert: unknown scheme 'NVFP4'; there is NVFP4A16."),
+        (
+            "{scheme: W4A16}",
+            "mine.yaml: roles.expert: unknown scheme 'W4A16'; there is NVFP4A16, FP8_DYNAMIC, FP8_BLOCK.",
+        ),
+        (
+            "{scheme: NVFP4}",
+            "mine.yaml: roles.expert: unknown scheme 'NVFP4'; there is NVFP4A16, FP8_DYNAMIC, FP8_BLOCK.",
+        ),
         ("{targets: [Linear]}", "mine.yaml: mquant needs one scheme or one config group."),
         (
             "{scheme: {NVFP4A16: [Linear], FP8: ['re:.*x']}}",

@@ -94,7 +94,8 @@ def matches(entry: str, names: tuple[str, ...]) -> bool:
 
 def load_recipes() -> dict[str, Recipe]:
     """Every recipe that ships, by name, sorted."""
-    return {path.stem: load_recipe(path) for path in sorted(folder("recipes").glob("*.yaml"))}
+    paths = sorted(folder("recipes").glob("*.yaml"), key=lambda path: path.stem)
+    return {path.stem: load_recipe(path) for path in paths}
 
 
 def find_recipe(name: str) -> Recipe:

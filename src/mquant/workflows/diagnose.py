@@ -108,7 +108,7 @@ def diagnose(
     made_by = ""
     if any(action.scheme for action in mending.replaced):
         made_by = "mquant.json" if stated else "reproduced"
-        known = [recipe] if stated else [*load_recipes().values()]
+        known = [recipe] if stated else [r for r in load_recipes().values() if _is_like(r, recipe)]
         how = _reproduced(mending, assemble(bad, parent), known)
         if how is None and not (stated and not _intact(mending)):
             raise Refused([_unknown(mending, stated)])
@@ -274,6 +274,12 @@ def _reproduced(mending: Mending, assembly: Assembly, known: Iterable[Recipe]) -
                 if all(made[name] == data for name, data in theirs.items()):
                     return recipe
     return None
+
+
+def _is_like(recipe: Recipe, found: Recipe) -> bool:
+    """Whether a recipe that ships gives roles the schemes they were found in, by min-max."""
+    schemes = recipe.roles.values()
+    return recipe.scales == "minmax" and set(schemes) == set(found.roles.values())
 
 
 def _made_by(mending: Mending, how: Recipe) -> Mending:
