@@ -12,6 +12,9 @@ from mquant.findings import Finding
 from mquant.plan import Plan, make_plan
 from mquant.recipe import Recipe, find_recipe, load_recipe, load_recipes
 from mquant.schemes import NVFP4A16
+from mquant.schemes import SCHEMES as KNOWN
+
+SCHEMES = ", ".join(KNOWN)
 
 ROLES = "{} or {}.".format(", ".join(f"'{role}'" for role in [*Role][:-1]), f"'{[*Role][-1]}'")
 OURS = "name: mine\nsuffix: MINE\nroles: {expert: NVFP4A16}\n"
@@ -126,7 +129,7 @@ def test_targets_narrow_a_recipe_and_ignore_wins(tmp_path: Path) -> None:
         ("1: 9", "mine.yaml: 1: Keys should be strings."),
         (
             "roles: {expert: NVFP3}",
-            "mine.yaml: roles.expert: unknown scheme 'NVFP3'; there is NVFP4A16, FP8_DYNAMIC, FP8_BLOCK.",
+            f"mine.yaml: roles.expert: unknown scheme 'NVFP3'; there is {SCHEMES}.",
         ),
         (
             "ignore: ['re:[']",
@@ -257,9 +260,7 @@ def test_targets_other_than_linear_are_kept(tmp_path: Path) -> None:
     assert recipe.targets == ("re:.*experts.*",)
 
 
-ONE_GROUP = (
-    "mine.yaml: its config group is no scheme mquant knows (NVFP4A16, FP8_DYNAMIC, FP8_BLOCK)."
-)
+ONE_GROUP = f"mine.yaml: its config group is no scheme mquant knows ({SCHEMES})."
 
 
 @pytest.mark.parametrize(
@@ -267,11 +268,11 @@ ONE_GROUP = (
     [
         (
             "{scheme: W4A16}",
-            "mine.yaml: roles.expert: unknown scheme 'W4A16'; there is NVFP4A16, FP8_DYNAMIC, FP8_BLOCK.",
+            f"mine.yaml: roles.expert: unknown scheme 'W4A16'; there is {SCHEMES}.",
         ),
         (
             "{scheme: NVFP4}",
-            "mine.yaml: roles.expert: unknown scheme 'NVFP4'; there is NVFP4A16, FP8_DYNAMIC, FP8_BLOCK.",
+            f"mine.yaml: roles.expert: unknown scheme 'NVFP4'; there is {SCHEMES}.",
         ),
         ("{targets: [Linear]}", "mine.yaml: mquant needs one scheme or one config group."),
         (
