@@ -47,6 +47,16 @@ class KeptLayers(BaseModel):
     last: int = Field(default=0, ge=0)
 
 
+class Calibration(BaseModel):
+    """How much text goes through the model: so many samples, each of at most `length` tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    samples: int = Field(default=256, ge=1)
+    length: int = Field(default=2048, ge=2)
+    seed: int = 0
+
+
 class Recipe(BaseModel):
     """Role -> scheme. A role that is not named keeps the parent's bytes.
 
@@ -64,6 +74,9 @@ class Recipe(BaseModel):
     roles: Mapping[Role, SchemeName]
     scales: Literal["minmax", "search"] = "minmax"
     """`minmax`: llmcompressor's default, bit for bit. `search`: those of the smallest error."""
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """`gptq`: each column's error is made up for in those that follow, as the data weighs them."""
+    calibration: Calibration = Calibration()
     keep_layers: KeptLayers = KeptLayers()
     targets: tuple[Pattern, ...] = ()
     ignore: tuple[Pattern, ...] = ()
@@ -78,6 +91,11 @@ class Recipe(BaseModel):
         if self.targets and not any(matches(entry, module_names) for entry in self.targets):
             return None
         return SCHEMES[scheme]
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether text must go through the model."""
+        return self.rounding == "gptq" or any(SCHEMES[s].needs_data for s in self.roles.values())
 
     def keeps_layer(self, layer: int | None, layers: int) -> bool:
         """Whether a layer, one of so many, stays as it is."""
@@ -230,4 +248,12 @@ def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-__all__ = ["KeptLayers", "Recipe", "find_recipe", "load_recipe", "load_recipes", "matches"]
+__all__ = [
+    "Calibration",
+    "KeptLayers",
+    "Recipe",
+    "find_recipe",
+    "load_recipe",
+    "load_recipes",
+    "matches",
+]

@@ -29,6 +29,7 @@ class Scheme:
     `config_group` is the entry of compressed-tensors' `config_groups` without its targets.
     `columns` is what `in` must be a multiple of; `rows` what `out` must be, where another matrix
     comes below in the one that loaders make of a fused set: blocks must not lie across two.
+    `needs_data`: a part of it is measured when text goes through the model.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Scheme:
     config_group: dict[str, Any] = field(hash=False)
     columns: int = 1
     rows: int = 1
+    needs_data: bool = False
 
     @property
     def format(self) -> str:
@@ -100,6 +102,18 @@ NVFP4A16: Final = Scheme(
     _group("nvfp4-pack-quantized", _args(**_E2M1), None),
     columns=16,
 )
+# Activations in 4 bits too: a divisor of theirs, shared by the modules that read the same ones.
+NVFP4: Final = Scheme(
+    "NVFP4",
+    (*_NVFP4_PARTS, Part("input_global_scale", "F32", lambda _rows, _columns: (1,))),
+    _group(
+        "nvfp4-pack-quantized",
+        _args(**_E2M1),
+        _args(**_E2M1, dynamic="local", observer="static_minmax"),
+    ),
+    columns=16,
+    needs_data=True,
+)
 # E4M3 codes with a scale for every row; activations are scaled token by token as they come.
 FP8_DYNAMIC: Final = Scheme(
     "FP8_DYNAMIC",
@@ -122,7 +136,7 @@ FP8_BLOCK: Final = Scheme(
 )
 
 SCHEMES: Final[dict[str, Scheme]] = {
-    scheme.name: scheme for scheme in (NVFP4A16, FP8_DYNAMIC, FP8_BLOCK)
+    scheme.name: scheme for scheme in (NVFP4A16, NVFP4, FP8_DYNAMIC, FP8_BLOCK)
 }
 
 # Endings of tensors that only a quantized checkpoint holds, in any of the common layouts
@@ -147,6 +161,7 @@ __all__ = [
     "FORMAT_VERSION",
     "FP8_BLOCK",
     "FP8_DYNAMIC",
+    "NVFP4",
     "NVFP4A16",
     "QUANTIZED_SUFFIXES",
     "SCHEMES",

@@ -193,6 +193,9 @@ class Plan:
     def fingerprint(self) -> str:
         """sha256 of every decision: equal exactly where the same bytes are to be made."""
         digest = hashlib.sha256(f"{self.recipe.scales}\n".encode())
+        if self.recipe.needs_data:
+            measured = self.recipe.model_dump_json(include={"rounding", "calibration"})
+            digest.update(measured.encode())
         for shard in self.shards:
             digest.update(f"{shard.name}\n".encode() + shard.layout[0])
             for action in (action for job in shard.jobs for action in job.actions):
