@@ -55,7 +55,7 @@ Write = Callable[[str, memoryview], None]
 
 logger.remove()  # loguru's own stderr handler; `_quiet` adds ours while a run lasts
 logger.enable("llmcompressor")
-with suppress(TypeError):  # it has one, where its own log is on
+with suppress(ValueError):  # it is there, where llmcompressor was imported before
     logger.level("METRIC", no=38)  # llmcompressor's, which it uses without its log, too
 
 
