@@ -53,7 +53,7 @@ _PER_TENSOR: Final = frozenset({"weight_global_scale", "input_global_scale"})
 Tensors = dict[str, torch.Tensor]
 Write = Callable[[str, memoryview], None]
 
-logger.remove()  # loguru's own stderr handler; `_quiet` adds ours while a run lasts
+logger.remove()  # loguru's own stderr handler; `quiet` adds ours while a run lasts
 logger.enable("llmcompressor")
 with suppress(ValueError):  # it is there, where llmcompressor was imported before
     logger.level("METRIC", no=38)  # llmcompressor's, which it uses without its log, too
@@ -74,7 +74,7 @@ def run(
     wanted = {in_memory(a.module): a.module for a in plan.actions if a.scheme}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mquant-")))
-        stack.enter_context(_quiet(emit))
+        stack.enter_context(quiet(emit))
         session = stack.enter_context(create_session())  # nothing global keeps the model alive
         model = build_model(folder, checkpoint.config)
         attach(model, checkpoint.source, tensors)
@@ -277,7 +277,7 @@ def _threads() -> Iterator[Executor]:
 
 
 @contextmanager
-def _quiet(emit: Emit) -> Iterator[None]:
+def quiet(emit: Emit) -> Iterator[None]:
     """Pass on what llmcompressor warns of, each once; drop its other lines and progress bars.
 
     transformers' warnings are dropped too: they are of generating text with the model.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mquant import __version__
-from mquant.checkpoint import Folder, Stamp, read_header
+from mquant.checkpoint import Folder, Source, Stamp, read_header
 from mquant.errors import EngineError, OutputError
 from mquant.events import Emit, Note, Progress
 from mquant.findings import size
@@ -104,6 +104,19 @@ def provenance(
     }
 
 
+def local_folder(source: Source, emit: Emit) -> Folder:
+    """A source where its shards can be read: of a hub repo, its download."""
+    from mquant.checkpoint.download import download
+    from mquant.checkpoint.hub import HubRepo
+
+    if isinstance(source, Folder):
+        return source
+    if not isinstance(source, HubRepo):
+        raise TypeError(f"cannot download from {type(source).__name__}")
+    emit(Note("info", f"Downloading {source.name}."))
+    return Folder(download(source, emit))
+
+
 def default_workers() -> int:
     """One for each core this process may use, and one more to keep the disk busy meanwhile.
 
@@ -129,4 +142,11 @@ def check_disk(out: Path, ours: Iterable[str], needed: int) -> None:
         )
 
 
-__all__ = ["Making", "check_disk", "default_workers", "free_disk", "provenance"]
+__all__ = [
+    "Making",
+    "check_disk",
+    "default_workers",
+    "free_disk",
+    "local_folder",
+    "provenance",
+]

@@ -25,7 +25,7 @@ from mquant.output import (
 )
 from mquant.plan import Plan
 from mquant.recipe import Recipe
-from mquant.workflows.making import Making, check_disk, default_workers, provenance
+from mquant.workflows.making import Making, check_disk, default_workers, local_folder, provenance
 from mquant.workflows.verify import Depth, verify
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def quantize(
     if claim.state is State.DONE:
         return Result(out, plan, engine, fresh=False)
     check_disk(out, claim.files, plan.file_bytes)
-    folder = source if isinstance(source, Folder) else _download(source, emit)
+    folder = local_folder(source, emit)
     ledger = Ledger(out)
     try:
         claim = look(restart=restart)  # again: now nobody else can change it
@@ -185,16 +185,6 @@ def _versions(engine: Engine) -> dict[str, str]:
         return {package: version(package) for package in _DECISIVE[engine]}
     except PackageNotFoundError:
         raise MissingExtra(f"The {engine} engine", engine.value) from None
-
-
-def _download(source: Source, emit: Emit) -> Folder:
-    from mquant.checkpoint.download import download
-    from mquant.checkpoint.hub import HubRepo
-
-    if not isinstance(source, HubRepo):
-        raise TypeError(f"cannot download from {type(source).__name__}")
-    emit(Note("info", f"Downloading {source.name}."))
-    return Folder(download(source, emit))
 
 
 @dataclass(frozen=True)
