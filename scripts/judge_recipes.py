@@ -13,14 +13,16 @@ from pathlib import Path
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.family import load_families
 from mquant.plan import Plan, make_plan
-from mquant.recipe import Recipe, load_recipes
+from mquant.recipe import Calibration, Recipe, load_recipes
 from mquant.workflows.quantize import quantize
 from mquant.workflows.verify import Depth, verify
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 from make import make_checkpoint
-from run import TRAINED
+from run import FIXTURES, TRAINED
+
+TEXT = str(FIXTURES / "heldout.txt")
 
 
 def main() -> int:
@@ -37,12 +39,13 @@ def main() -> int:
 
 def planned(src: Path, recipe: Recipe) -> Plan:
     """What a recipe makes of a checkpoint."""
-    return make_plan(open_checkpoint(Folder(src)), recipe, load_families())
+    few = recipe.model_copy(update={"calibration": Calibration(samples=4, length=64)})
+    return make_plan(open_checkpoint(Folder(src)), few, load_families())
 
 
 def loads(plan: Plan, out: Path) -> bool:
     """Carry a plan out; whether what it makes is clean, and vLLM loads it. Says so."""
-    quantize(plan, out)
+    quantize(plan, out, data=TEXT if plan.recipe.needs_data else None)
     parent = plan.survey.checkpoint.source
     report = verify(Folder(out), load_families(), Depth.FULL, parent=parent, ask_vllm=True)
     wrong = [finding.rule for finding in report.findings if finding.severity != "info"]

@@ -12,6 +12,7 @@ from mquant.checkpoint import Folder
 from mquant.errors import DataFileError, UsageError
 from mquant.events import Event, Note
 from mquant.family import load_families
+from mquant.output.finish import recipe_yaml
 from mquant.recipe import Calibration
 from mquant.workflows.quantize import Engine, quantize
 from mquant.workflows.verify import Depth, verify
@@ -216,6 +217,20 @@ def test_experts_that_no_token_was_routed_to_are_named(tmp_path: Path) -> None:
     # All of them saw all tokens, so none lacks a scale of its inputs.
     made = opened(tmp_path / "out").tensors
     assert sum(name.endswith(".input_global_scale") for name in made) == 102
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_llmcompressor_accepts_recipe_yaml(tmp_path: Path, name: str) -> None:
+    from llmcompressor.recipe import Recipe
+
+    text = tmp_path / "recipe.yaml"
+    text.write_text(recipe_yaml(plan_of(TRAINED, name)))
+    (modifier,) = Recipe.create_instance(str(text)).modifiers
+
+    assert (type(modifier).__name__, modifier.scheme) == {
+        "nvfp4-w4a4": ("QuantizationModifier", "NVFP4"),
+        "nvfp4-gptq": ("GPTQModifier", "NVFP4A16"),
+    }[name]
 
 
 def test_a_recipe_that_needs_data_is_refused_without(tmp_path: Path) -> None:

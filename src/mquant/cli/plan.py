@@ -186,7 +186,7 @@ def _data(calibration: dict[str, int] | None) -> list[tuple[str, str]]:
     if calibration is None:
         return []
     amount = f"{calibration['samples']:,} samples of {calibration['length']:,} tokens"
-    return [("Data", f"needed: up to {amount}, named by --data of mquant quantize")]
+    return [("Data", f"{amount} at most, from --data")]
 
 
 def _ignore(ignore: list[str]) -> list[tuple[str, str]]:

@@ -129,7 +129,10 @@ def recipe_yaml(plan: Plan) -> str:
         modifier = {"targets": ["Linear"], "scheme": plan.schemes[0].name, "ignore": ignore}
     else:
         modifier = {"config_groups": plan.quantization_config["config_groups"], "ignore": ignore}
-    recipe = {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
+    kind = "QuantizationModifier"
+    if plan.recipe.rounding == "gptq":
+        kind, modifier["actorder"] = "GPTQModifier", None
+    recipe = {"quant_stage": {"quant_modifiers": {kind: modifier}}}
     head = f"# What mquant did (recipe {plan.recipe.name}), as a recipe for llmcompressor.\n"
     return head + yaml.safe_dump(recipe, sort_keys=False)
 
