@@ -315,6 +315,34 @@ def test_routers_are_mended_whatever_made_the_rest(right: Path, tmp_path: Path) 
     assert tensors(mended(bad, tmp_path / "out")) == tensors(good)
 
 
+def _calibrated(right: Path, tmp_path: Path) -> Path:
+    """Codes of another method, and an mquant.json that says it needed data."""
+    good = mutated(right, tmp_path, edit=_searched)
+    record = read_json(good / RECORD)
+    record["recipe"] |= {"name": "nvfp4-gptq", "rounding": "gptq"}
+    write_json(good / RECORD, record)
+    return good
+
+
+def test_what_was_calibrated_is_not_quantized_again(right: Path, tmp_path: Path) -> None:
+    bad = mutated(_calibrated(right, tmp_path / "good"), tmp_path, edit=without(EXPERT))
+    told = refusal(bad)
+    assert told.rule == "recipe-not-known"
+    assert told.message == (
+        f"{EXPERT}w1, {EXPERT}w3, {EXPERT}w2 must be quantized again, but recipe nvfp4-gptq, which "
+        "mquant.json names, depends on the data it was calibrated with."
+    )
+    assert told.fix == (
+        "Quantize the parent again: mquant quantize PARENT --recipe nvfp4-gptq --data FILE."
+    )
+
+
+def test_routers_beside_what_was_calibrated_are_mended(right: Path, tmp_path: Path) -> None:
+    good = _calibrated(right, tmp_path / "good")
+    bad = case_of("the origin bug: all routers quantized").make(good, tmp_path)
+    assert tensors(mended(bad, tmp_path / "out")) == tensors(good)
+
+
 def test_without_a_known_name_or_mquant_json_it_is_refused(right: Path, tmp_path: Path) -> None:
     bad = case_of(UNKNOWN).make(right, tmp_path)
     (bad / RECORD).unlink()
