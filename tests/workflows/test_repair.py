@@ -352,6 +352,19 @@ def test_without_a_known_name_or_mquant_json_it_is_refused(right: Path, tmp_path
     )
 
 
+@pytest.mark.parametrize("keep_record", [True, False])
+def test_experts_in_nvfp4_beside_attention_in_fp8_are_refused(
+    tmp_path: Path, *, keep_record: bool
+) -> None:
+    good = quantize(plan_of(TRAINED, "nvfp4-fp8"), tmp_path / "mixed").out
+    bad = mutated(good, tmp_path, edit=without(EXPERT))
+    if not keep_record:
+        (bad / RECORD).unlink()
+    told = refusal(bad)
+    assert told.rule == "layout-not-repairable"
+    assert told.message == "bad is quantized as FP8; mquant repairs NVFP4A16."
+
+
 @pytest.mark.parametrize("case", OF_OTHER_SCHEMES, ids=lambda case: case.name)
 def test_other_schemes_are_refused(right: Path, tmp_path: Path, case: Case) -> None:
     bad = case.make(right, tmp_path)

@@ -207,8 +207,14 @@ def _linear(layout: Layout, family: Family) -> Iterator[tuple[Module, str, Role,
 
 
 def _refuse_other_layouts(layout: Layout) -> None:
-    kinds = Counter(kind for m in layout.quantized if (kind := kind_of(layout, m)) is not None)
-    common = next((kind for kind, _ in kinds.most_common(1)), Kind.NVFP4)
+    """Raise Refused where most of what is quantized, or of a role of it, is not NVFP4A16."""
+    kinds: dict[Role | None, Counter[Kind]] = defaultdict(Counter)
+    for module in layout.quantized:
+        role = module.meaning.row.role if module.meaning else None
+        if (kind := kind_of(layout, module)) and not (role and role.refused_by_loaders):
+            kinds[role][kind] += 1
+    most = [counter.most_common(1)[0][0] for counter in kinds.values()]
+    common = next((kind for kind in most if kind is not Kind.NVFP4), Kind.NVFP4)
     inputs = sum("input_global_scale" in module.tensors for module in layout.quantized)
     static = activations(common, layout) and inputs * 2 > len(layout.quantized)
     if common is Kind.NVFP4 and not static:
