@@ -315,6 +315,13 @@ def test_routers_are_mended_whatever_made_the_rest(right: Path, tmp_path: Path) 
     assert tensors(mended(bad, tmp_path / "out")) == tensors(good)
 
 
+def test_what_min_max_made_is_known_as_nvfp4(right: Path, tmp_path: Path) -> None:
+    bad = mutated(right, tmp_path, edit=without(EXPERT))
+    (bad / RECORD).unlink()
+    diagnosis = found(bad)
+    assert (diagnosis.made_by, diagnosis.mending.right.recipe.name) == ("reproduced", "nvfp4")
+
+
 def _calibrated(right: Path, tmp_path: Path) -> Path:
     """Codes of another method, and an mquant.json that says it needed data."""
     good = mutated(right, tmp_path, edit=_searched)
