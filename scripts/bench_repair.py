@@ -130,7 +130,9 @@ def _with_quantized_routers(shard: ShardJob) -> ShardJob:
                 action,
                 outputs=tuple(
                     Output(*output)
-                    for output in NVFP4A16.outputs(action.module, action.source.shape)
+                    for output in NVFP4A16.outputs(
+                        action.module, action.source.shape, action.source.dtype
+                    )
                 ),
             )
             if action.role is Role.ROUTER

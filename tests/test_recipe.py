@@ -12,6 +12,9 @@ from mquant.findings import Finding
 from mquant.plan import Plan, make_plan
 from mquant.recipe import Recipe, find_recipe, load_recipe, load_recipes
 from mquant.schemes import NVFP4A16
+from mquant.schemes import SCHEMES as KNOWN
+
+SCHEMES = ", ".join(KNOWN)
 
 ROLES = "{} or {}.".format(", ".join(f"'{role}'" for role in [*Role][:-1]), f"'{[*Role][-1]}'")
 OURS = "name: mine\nsuffix: MINE\nroles: {expert: NVFP4A16}\n"
@@ -136,7 +139,7 @@ def test_targets_narrow_a_recipe_and_ignore_wins(tmp_path: Path) -> None:
         ("1: 9", "mine.yaml: 1: Keys should be strings."),
         (
             "roles: {expert: NVFP3}",
-            "mine.yaml: roles.expert: unknown scheme 'NVFP3'; there is NVFP4A16.",
+            f"mine.yaml: roles.expert: unknown scheme 'NVFP3'; there is {SCHEMES}.",
         ),
         (
             "ignore: ['re:[']",
@@ -262,20 +265,45 @@ def test_every_way_to_write_nvfp4a16_on_linear_is_one_recipe(tmp_path: Path, mod
     assert (recipe.roles, recipe.targets, recipe.ignore) == (LINEAR, (), ())
 
 
+@pytest.mark.parametrize(
+    ("modifier", "scheme"),
+    [
+        ("{scheme: FP8_DYNAMIC}", "FP8_DYNAMIC"),
+        ("{scheme: NVFP4}", "NVFP4"),
+        (
+            "{config_groups: {g: {weights: {num_bits: 8, type: float, strategy: channel}, "
+            "input_activations: {num_bits: 8, type: float, strategy: token, dynamic: true}}}}",
+            "FP8_DYNAMIC",
+        ),
+    ],
+)
+def test_other_schemes_are_known_by_name_and_by_what_they_say(
+    tmp_path: Path, modifier: str, scheme: str
+) -> None:
+    assert set(foreign(tmp_path, modifier).roles.values()) == {scheme}
+
+
+def test_a_recipe_needs_data_for_activations_and_for_gptq() -> None:
+    needs = {name for name, recipe in load_recipes().items() if recipe.needs_data}
+    assert needs == {"nvfp4-gptq", "nvfp4-w4a4"}
+
+
 def test_targets_other_than_linear_are_kept(tmp_path: Path) -> None:
     recipe = foreign(tmp_path, "{scheme: {NVFP4A16: ['re:.*experts.*']}}")
 
     assert recipe.targets == ("re:.*experts.*",)
 
 
-ONE_GROUP = "mine.yaml: its config group is no scheme mquant knows (NVFP4A16)."
+ONE_GROUP = f"mine.yaml: its config group is no scheme mquant knows ({SCHEMES})."
 
 
 @pytest.mark.parametrize(
     ("modifier", "sentence"),
     [
-        ("{scheme: W4A16}", "mine.yaml: roles.expert: unknown scheme 'W4A16'; there is NVFP4A16."),
-        ("{scheme: NVFP4}", "mine.yaml: roles.expert: unknown scheme 'NVFP4'; there is NVFP4A16."),
+        (
+            "{scheme: W4A16}",
+            f"mine.yaml: roles.expert: unknown scheme 'W4A16'; there is {SCHEMES}.",
+        ),
         ("{targets: [Linear]}", "mine.yaml: mquant needs one scheme or one config group."),
         (
             "{scheme: {NVFP4A16: [Linear], FP8: ['re:.*x']}}",

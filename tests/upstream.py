@@ -101,3 +101,18 @@ def decompressed(quantized: Quantized) -> torch.Tensor:
     scheme = preset_name_to_scheme("NVFP4A16", ["Linear"])
     weight: torch.Tensor = compressor.decompress(state, scheme)["weight"]
     return weight
+
+
+def float_quantized(words: Array, dtype: str, scheme: str) -> tuple[Bytes, Array]:
+    """FP8 codes of a weight [out, in], and the bit patterns of its scales."""
+    module = initialize_quantized_linear(
+        tensor(words, dtype), preset_name_to_scheme(scheme, ["Linear"]), "cpu"
+    )
+    calibrate_weight(module)
+    parameters: Any = module._parameters
+    state = {name: p.detach() for name, p in parameters.items() if p is not None}
+    compressor: Any = BaseCompressor.get_value_from_registry("float-quantized")
+    with torch.no_grad():
+        out = compressor.compress(state, module.quantization_scheme)
+    scales = out["weight_scale"].view(SIGNED[FLOATS[dtype].word.itemsize]).numpy()
+    return out["weight"].view(torch.uint8).numpy(), scales.view(FLOATS[dtype].word)

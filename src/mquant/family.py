@@ -12,7 +12,7 @@ hold something, in clauses joined by `and`: `KEY`, `not KEY`, `layer < SIZE`, `l
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property, partial
@@ -196,6 +196,19 @@ class TensorRow(_Data):
     def format(self, layer: int | None, expert: int | None) -> str:
         """The tensor's name in a given layer, for a given expert."""
         return self.name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+
+    def patterns(self, *names: Callable[[str], str]) -> Iterator[str]:
+        """Entries for `ignore` or `targets` that match the row's module in every layer.
+
+        `names` make another name of the hub's; an entry comes for each that is another.
+        """
+        module = self.name.removesuffix(".weight")
+        for name in dict.fromkeys(each(module) for each in names):
+            if "{" in name:
+                escaped = name.replace(".", r"\.")
+                yield "re:" + re.sub(r"\{(layer|expert)\}", r"\\d+", escaped) + "$"
+            else:
+                yield name
 
 
 class ConfigKeys(_Data):

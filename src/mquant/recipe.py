@@ -42,6 +42,25 @@ SchemeName = Annotated[str, AfterValidator(_known_scheme)]
 Pattern = Annotated[str, AfterValidator(_compiles)]
 
 
+class KeptLayers(BaseModel):
+    """How many layers at either end keep the parent's bytes, whatever their role."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    first: int = Field(default=0, ge=0)
+    last: int = Field(default=0, ge=0)
+
+
+class Calibration(BaseModel):
+    """How much text goes through the model: so many samples, each of at most `length` tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    samples: int = Field(default=256, ge=1)
+    length: int = Field(default=2048, ge=2)
+    seed: int = 0
+
+
 class Recipe(BaseModel):
     """Role -> scheme. A role that is not named keeps the parent's bytes.
 
@@ -59,6 +78,10 @@ class Recipe(BaseModel):
     roles: Mapping[Role, SchemeName]
     scales: Literal["minmax", "search"] = "minmax"
     """`minmax`: llmcompressor's default, bit for bit. `search`: those of the smallest error."""
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """`gptq`: each column's error is made up for in those that follow, as the data weighs them."""
+    calibration: Calibration = Calibration()
+    keep_layers: KeptLayers = KeptLayers()
     targets: tuple[Pattern, ...] = ()
     ignore: tuple[Pattern, ...] = ()
     foreign: bool = Field(default=False, exclude=True)
@@ -75,6 +98,16 @@ class Recipe(BaseModel):
             match(self.targets, known, Style.NAMES),
             match(self.ignore, known, Style.NAMES),
         )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether text must go through the model."""
+        return self.rounding == "gptq" or any(SCHEMES[s].needs_data for s in self.roles.values())
+
+    def keeps_layer(self, layer: int | None, layers: int) -> bool:
+        """Whether a layer, one of so many, stays as it is."""
+        first, last = self.keep_layers.first, self.keep_layers.last
+        return layer is not None and (layer < first or layers <= layer + last < layers + last)
 
 
 @dataclass(frozen=True)
@@ -97,8 +130,8 @@ class Choice:
 
 def load_recipes() -> dict[str, Recipe]:
     """Every recipe that ships, by name, sorted."""
-    found = {path.stem: load_recipe(path) for path in folder("recipes").glob("*.yaml")}
-    return dict(sorted(found.items()))
+    paths = sorted(folder("recipes").glob("*.yaml"), key=lambda path: path.stem)
+    return {path.stem: load_recipe(path) for path in paths}
 
 
 def find_recipe(name: str) -> Recipe:
@@ -205,13 +238,9 @@ def _scheme_of_group(group: Mapping[str, Any], name: str) -> str:
         wanted = scheme.config_group["weights"]
         if (
             isinstance(weights, Mapping)
-            and not group.get("input_activations")
+            and _alike(weights, wanted)
+            and _alike(group.get("input_activations"), scheme.config_group["input_activations"])
             and not group.get("output_activations")
-            and all(weights.get(key) == wanted[key] for key in ("num_bits", "type", "group_size"))
-            and weights.get("strategy") == wanted["strategy"]
-            and weights.get("symmetric", True) is True
-            and not weights.get("dynamic")
-            and not weights.get("actorder")
             and weights.get("observer") in (None, "minmax", "memoryless_minmax")
         ):
             return scheme.name
@@ -221,6 +250,15 @@ def _scheme_of_group(group: Mapping[str, Any], name: str) -> str:
     )
 
 
+def _alike(args: object, wanted: Mapping[str, Any] | None) -> bool:
+    """Whether quantization arguments ask for what a scheme's do; observers apart."""
+    if not isinstance(args, Mapping) or wanted is None:
+        return not args and wanted is None
+    keys = ("num_bits", "type", "strategy", "group_size", "block_structure", "dynamic", "actorder")
+    same = all((args.get(key) or None) == (wanted[key] or None) for key in keys)
+    return same and args.get("symmetric", True) is True
+
+
 def _list(value: object) -> list[Any]:
     """One entry or a list of them, as llmcompressor takes either; Recipe checks what is in it."""
     if value is None:
@@ -228,4 +266,12 @@ def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-__all__ = ["Choice", "Recipe", "find_recipe", "load_recipe", "load_recipes"]
+__all__ = [
+    "Calibration",
+    "Choice",
+    "KeptLayers",
+    "Recipe",
+    "find_recipe",
+    "load_recipe",
+    "load_recipes",
+]

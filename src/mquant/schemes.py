@@ -1,66 +1,143 @@
 """Quantization schemes: what a weight becomes on disk, and what config.json says of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 # The compressed-tensors release whose config.json and tensors we write, to the letter.
 FORMAT_VERSION: Final = "0.19.0"
 
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor of a quantized module: its dtype (empty: the weight's own) and its shape.
+
+    `shape` makes it from the weight's [out, in].
+    """
+
+    suffix: str
+    dtype: str
+    shape: Callable[[int, int], Shape]
+
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """How a linear weight [out, in] is stored.
 
-    `config_group` is the entry of compressed-tensors' `config_groups` without its targets;
-    `format` the compressed-tensors format; `group_size` the elements along `in` that share a
-    scale.
+    `config_group` is the entry of compressed-tensors' `config_groups` without its targets.
+    `columns` is what `in` must be a multiple of; `rows` what `out` must be, where another matrix
+    comes below in the one that loaders make of a fused set: blocks must not lie across two.
+    `needs_data`: a part of it is measured when text goes through the model.
     """
 
     name: str
-    format: str
-    group_size: int
+    parts: tuple[Part, ...]
     config_group: dict[str, Any] = field(hash=False)
+    columns: int = 1
+    rows: int = 1
+    needs_data: bool = False
 
-    def outputs(
-        self, module: str, shape: tuple[int, ...]
-    ) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    @property
+    def format(self) -> str:
+        """The compressed-tensors format."""
+        return str(self.config_group["format"])
+
+    def outputs(self, module: str, shape: Shape, dtype: str) -> tuple[tuple[str, str, Shape], ...]:
         """(name, dtype, shape) of the tensors that replace `module`.weight of [out, in]."""
         rows, columns = shape
-        return (
-            (f"{module}.weight_packed", "U8", (rows, columns // 2)),
-            (f"{module}.weight_scale", "F8_E4M3", (rows, columns // self.group_size)),
-            (f"{module}.weight_global_scale", "F32", (1,)),
+        return tuple(
+            (f"{module}.{part.suffix}", part.dtype or dtype, part.shape(rows, columns))
+            for part in self.parts
         )
 
 
-# compressed-tensors' preset NVFP4A16. Two E2M1 codes a byte (the even element in the low nibble),
-# one E4M3 scale per 16 elements, one F32 divisor: weight = fp4 * weight_scale / global_scale.
-NVFP4A16: Final = Scheme(
-    name="NVFP4A16",
-    format="nvfp4-pack-quantized",
-    group_size=16,
-    config_group={
-        "format": "nvfp4-pack-quantized",
-        "input_activations": None,
+def _args(**said: Any) -> dict[str, Any]:
+    """Arguments of weights or activations as compressed-tensors writes them: every key."""
+    return {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": False,
+        "group_size": None,
+        "num_bits": 8,
+        "observer": None,
+        "observer_kwargs": {},
+        "scale_dtype": None,
+        "strategy": "tensor",
+        "symmetric": True,
+        "type": "float",
+        "zp_dtype": None,
+        **said,
+    }
+
+
+def _group(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "format": form,
+        "input_activations": inputs,
         "output_activations": None,
-        "weights": {
-            "actorder": None,
-            "block_structure": None,
-            "dynamic": False,
-            "group_size": 16,
-            "num_bits": 4,
-            "observer": None,
-            "observer_kwargs": {},
-            "scale_dtype": "torch.float8_e4m3fn",
-            "strategy": "tensor_group",
-            "symmetric": True,
-            "type": "float",
-            "zp_dtype": None,
-        },
-    },
+        "weights": weights,
+    }
+
+
+_E2M1: Final = {
+    "group_size": 16,
+    "num_bits": 4,
+    "scale_dtype": "torch.float8_e4m3fn",
+    "strategy": "tensor_group",
+}
+_NVFP4_PARTS: Final = (
+    Part("weight_packed", "U8", lambda rows, columns: (rows, columns // 2)),
+    Part("weight_scale", "F8_E4M3", lambda rows, columns: (rows, columns // 16)),
+    Part("weight_global_scale", "F32", lambda _rows, _columns: (1,)),
+)
+_FP8_WEIGHT: Final = Part("weight", "F8_E4M3", lambda rows, columns: (rows, columns))
+
+# Two E2M1 codes a byte (the even element in the low nibble), one E4M3 scale per 16 elements, one
+# F32 divisor: weight = fp4 * weight_scale / global_scale.
+NVFP4A16: Final = Scheme(
+    "NVFP4A16",
+    _NVFP4_PARTS,
+    _group("nvfp4-pack-quantized", _args(**_E2M1), None),
+    columns=16,
+)
+# Activations in 4 bits too: a divisor of theirs, shared by the modules that read the same ones.
+NVFP4: Final = Scheme(
+    "NVFP4",
+    (*_NVFP4_PARTS, Part("input_global_scale", "F32", lambda _rows, _columns: (1,))),
+    _group(
+        "nvfp4-pack-quantized",
+        _args(**_E2M1),
+        _args(**_E2M1, dynamic="local", observer="static_minmax"),
+    ),
+    columns=16,
+    needs_data=True,
+)
+# E4M3 codes with a scale for every row; activations are scaled token by token as they come.
+FP8_DYNAMIC: Final = Scheme(
+    "FP8_DYNAMIC",
+    (_FP8_WEIGHT, Part("weight_scale", "", lambda rows, _columns: (rows, 1))),
+    _group("float-quantized", _args(strategy="channel"), _args(strategy="token", dynamic=True)),
+)
+# E4M3 codes with a scale for every 128 x 128 of them; activations in groups of 128.
+FP8_BLOCK: Final = Scheme(
+    "FP8_BLOCK",
+    (
+        _FP8_WEIGHT,
+        Part("weight_scale", "", lambda rows, columns: (-(-rows // 128), -(-columns // 128))),
+    ),
+    _group(
+        "float-quantized",
+        _args(strategy="block", block_structure=[128, 128]),
+        _args(strategy="group", group_size=128, dynamic=True),
+    ),
+    rows=128,
 )
 
-SCHEMES: Final[dict[str, Scheme]] = {scheme.name: scheme for scheme in (NVFP4A16,)}
+SCHEMES: Final[dict[str, Scheme]] = {
+    scheme.name: scheme for scheme in (NVFP4A16, NVFP4, FP8_DYNAMIC, FP8_BLOCK)
+}
 
 # Endings of tensors that only a quantized checkpoint holds, in any of the common layouts
 # (compressed-tensors, FP8-block, ModelOpt, GPTQ and AWQ).
@@ -80,4 +157,14 @@ QUANTIZED_SUFFIXES: Final = (
     ".g_idx",
 )
 
-__all__ = ["FORMAT_VERSION", "NVFP4A16", "QUANTIZED_SUFFIXES", "SCHEMES", "Scheme"]
+__all__ = [
+    "FORMAT_VERSION",
+    "FP8_BLOCK",
+    "FP8_DYNAMIC",
+    "NVFP4",
+    "NVFP4A16",
+    "QUANTIZED_SUFFIXES",
+    "SCHEMES",
+    "Part",
+    "Scheme",
+]

@@ -168,7 +168,7 @@ def test_a_quantized_checkpoint(tmp_path: Path) -> None:
             if ".experts." not in name:
                 packed.append((name, dtype, shape, data))
                 continue
-            for part, kind, size in NVFP4A16.outputs(name.removesuffix(".weight"), shape):
+            for part, kind, size in NVFP4A16.outputs(name.removesuffix(".weight"), shape, dtype):
                 width = {"U8": 1, "F8_E4M3": 1, "F32": 4}[kind]
                 count = width * size[0] * (size[1] if len(size) > 1 else 1)
                 packed.append((part, kind, size, bytes(count)))

@@ -311,3 +311,22 @@ def test_free_memory_is_the_least_of_machine_and_control_groups(
 
 def test_free_memory_is_known_without_proc(tmp_path: Path) -> None:
     assert memory_available(tmp_path, tmp_path) > 0
+
+
+def test_a_recipe_that_needs_data_says_so(model: Path) -> None:
+    result = plan(model, recipe="nvfp4-w4a4")
+    assert result.exit_code == 0
+    assert "Data    256 samples of 2,048 tokens at most, from --data\n" in result.stdout
+    wanted = {"samples": 256, "length": 2048, "seed": 0}
+    assert document(plan(model, "--format", "json", recipe="nvfp4-w4a4"))["calibration"] == wanted
+    assert document(plan(model, "--format", "json"))["calibration"] is None
+
+
+def test_a_dry_run_shows_the_plan_and_refuses_without_data(model: Path) -> None:
+    arguments = ["quantize", str(model), "--recipe", "nvfp4-w4a4", "--dry-run"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "256 samples of 2,048 tokens at most, from --data" in result.stdout
+    sentence = "Error: Recipe nvfp4-w4a4 needs calibration data, which --data names.\n"
+    assert result.stderr.startswith(sentence)
+    assert CliRunner().invoke(app, [*arguments, "--data", "texts.txt"]).exit_code == 0

@@ -390,3 +390,74 @@ def test_a_set_scattered_over_three_shards_is_one_job(tmp_path: Path) -> None:
         if any(a.module == "model.layers.0.self_attn.q_proj" for a in job.actions)
     ]
     assert len({action.source.shard for action in job.actions}) == 3
+
+
+# --- several schemes
+
+
+def groups_of(plan: Plan) -> dict[str, list[str]]:
+    groups = plan.quantization_config["config_groups"].values()
+    return {group["weights"]["strategy"]: group["targets"] for group in groups}
+
+
+def test_of_several_schemes_each_names_its_modules_as_every_loader_knows_them(src: Path) -> None:
+    plan = planned(src, find_recipe("nvfp4-fp8"))
+
+    targets = groups_of(plan)
+    assert targets["channel"] == [rf"re:model\.layers\.\d+\.self_attn\.{p}_proj$" for p in "qkvo"]
+    assert targets["tensor_group"][:3] == [
+        r"re:model\.layers\.\d+\.block_sparse_moe\.experts\.\d+\.w1$",
+        r"re:model\.layers\.\d+\.mlp\.experts\.\d+\.w1$",
+        r"re:model\.layers\.\d+\.mlp\.experts\.\d+\.gate_proj$",
+    ]
+    assert plan.quantization_config["format"] == "mixed-precision"
+
+
+def test_one_scheme_is_for_all_linear_layers(src: Path) -> None:
+    plan = planned(src, find_recipe("fp8-dynamic"))
+
+    assert groups_of(plan) == {"channel": ["Linear"]}
+    assert plan.quantization_config["format"] == "float-quantized"
+
+
+def test_layers_at_the_ends_are_kept_and_ignored_by_name(tmp_path: Path) -> None:
+    src = make_checkpoint(tmp_path / "src", layers=4, experts=2)
+    ends = Recipe.model_validate(
+        {
+            "name": "mine",
+            "suffix": "MINE",
+            "roles": {"expert": "NVFP4A16"},
+            "keep_layers": {"first": 1, "last": 2},
+        }
+    )
+    plan = planned(src, ends)
+
+    assert {action.layer for action in plan.actions if action.scheme} == {1}
+    (reason,) = {a.reason for a in plan.actions if a.role is Role.EXPERT and not a.scheme}
+    assert reason == "mine keeps the layers at the ends"
+    experts = [entry for entry in plan.ignore if "experts" in entry and "layers.3" in entry]
+    assert experts == [
+        *(f"model.layers.3.block_sparse_moe.experts.{e}.w{m}" for e in (0, 1) for m in (1, 2, 3)),
+        *(f"model.layers.3.mlp.experts.0.w{m}" for m in (1, 2, 3)),
+    ]
+
+
+def test_fp8_has_a_scale_for_every_row_or_block_in_the_weights_dtype(tmp_path: Path) -> None:
+    src = make_checkpoint(tmp_path / "src", hidden=256, intermediate=128, heads=8, head_dim=64)
+    shapes = {}
+    for recipe in ("fp8-dynamic", "fp8-block"):
+        outputs = [o for a in planned(src, find_recipe(recipe)).actions for o in a.outputs]
+        shapes[recipe] = {
+            o.name.split("experts.0.")[1]: (o.dtype, o.shape)
+            for o in outputs
+            if "layers.0.block_sparse_moe.experts.0.w2" in o.name
+        }
+
+    assert shapes["fp8-dynamic"] == {
+        "w2.weight": ("F8_E4M3", (256, 128)),
+        "w2.weight_scale": ("BF16", (256, 1)),
+    }
+    assert shapes["fp8-block"] == {
+        "w2.weight": ("F8_E4M3", (256, 128)),
+        "w2.weight_scale": ("BF16", (2, 1)),
+    }

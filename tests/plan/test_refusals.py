@@ -403,6 +403,20 @@ def test_rows_need_not_divide(make: Make) -> None:
     assert planned(make(vocab=50, heads=3, head_dim=16, experts=3)).findings == ()
 
 
+def test_blocks_of_128_must_not_lie_across_two_members_of_a_fused_set(make: Make) -> None:
+    src = make(hidden=256, intermediate=128, heads=8, head_dim=32)
+    name = "model.layers.0.self_attn.k_proj.weight"
+
+    assert refusal(src, find_recipe("fp8-block")) == Finding(
+        "not-quantizable",
+        "error",
+        name,
+        f"{name} is [64, 256]: 64 rows do not divide into blocks of 128, and loaders put another "
+        "matrix below them (and 1 more like it).",
+        "Leave attention out of the recipe's roles, or list all such modules in ignore.",
+    )
+
+
 @pytest.mark.parametrize("dtype", ["I8", "F8_E4M3", "F64"])
 def test_a_weight_of_another_dtype_is_refused(make: Make, dtype: str) -> None:
     name = f"{ATTENTION}.o_proj.weight"

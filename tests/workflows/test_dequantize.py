@@ -15,6 +15,7 @@ from mquant.errors import Refused, SourceError, UsageError
 from mquant.events import Event, Progress
 from mquant.family import load_families
 from mquant.plan import Plan, make_bf16_plan
+from mquant.workflows.calibrate import calibrate
 from mquant.workflows.convert import convert
 from mquant.workflows.diagnose import diagnose
 from mquant.workflows.quantize import Engine, quantize
@@ -64,6 +65,25 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     src = tmp_path_factory.mktemp("fp8") / "original"
     synth(src, FAMILIES["minimax_m2"], sizes=sizes, precision=Precision.FP8_BLOCK)
     return src
+
+
+TO_FP8 = [
+    "{expert: FP8_DYNAMIC, attention: FP8_DYNAMIC}",
+    "{expert: FP8_BLOCK}",
+    "{expert: NVFP4A16, attention: FP8_DYNAMIC}",
+]
+
+
+def written(folder: Path, roles: str) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(f"{{name: x, suffix: X, roles: {roles}}}")
+    return str(path)
+
+
+def synthetic(folder: Path, precision: Precision) -> Path:
+    """Shapes that FP8 in blocks can be made of, with a block that is cut at either end."""
+    sizes = Sizes(layers=2, experts=3, hidden=320, intermediate=256, vocab=256)
+    return synth(folder, FAMILIES["minimax_m2"], sizes=sizes, precision=precision).path
 
 
 Change = Callable[[dict[str, Any]], None]
@@ -220,6 +240,40 @@ def test_fp8_to_nvfp4_equals_dequantizing_first_in_every_file(
     assert at_once == in_two
 
 
+@pytest.mark.parametrize("roles", TO_FP8)
+def test_fp8_to_fp8_equals_dequantizing_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roles: str
+) -> None:
+    recipe = written(tmp_path, roles)
+    original = synthetic(tmp_path / "original", Precision.FP8_BLOCK)
+    between = dequantized(original, tmp_path / "bf16")
+    in_two = hashes(quantize(plan_of(between, recipe), tmp_path / "in-two").out)
+    monkeypatch.setattr("mquant.engines.stream.PIECE", 6400)
+    at_once = hashes(quantize(plan_of(original, recipe), tmp_path / "at-once").out)
+    assert at_once.pop("mquant.json") != in_two.pop("mquant.json")
+    assert at_once == in_two
+
+
+@pytest.mark.parametrize("roles", TO_FP8)
+def test_what_an_fp8_recipe_makes_is_dequantized(tmp_path: Path, roles: str) -> None:
+    recipe = written(tmp_path, roles)
+    src = synthetic(tmp_path / "src", Precision.BF16)
+    made = quantize(plan_of(src, recipe), tmp_path / "made").out
+    ours, theirs = opened(dequantized(made, tmp_path / "bf16")), opened(src)
+    assert {(t.name, t.dtype, t.shape) for t in ours.tensors.values()} == {
+        (t.name, t.dtype, t.shape) for t in theirs.tensors.values()
+    }
+    actions = {action.source.name: action for action in plan_of(src, recipe).actions}
+    kept = {name for name, action in actions.items() if not action.scheme}
+    assert differences(tmp_path / "bf16", src, kept) == []
+    for name in actions.keys() - kept:
+        mine, its = (
+            np.frombuffer(data(each, name), ml_dtypes.bfloat16).astype(np.float64)
+            for each in (ours, theirs)
+        )
+        assert np.abs(mine - its).max() < np.abs(its).max() / 5
+
+
 def test_what_the_recipe_keeps_of_fp8_becomes_bf16(original: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("{name: experts, suffix: E, roles: {expert: NVFP4A16}}")
@@ -242,6 +296,13 @@ def test_the_plan_says_what_is_dequantized_and_left_out(original: Path) -> None:
 def test_the_oneshot_engine_does_not_read_fp8(original: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the source's weights lie in FP8"):
         quantize(plan_of(original), tmp_path / "out", engine=Engine.ONESHOT)
+
+
+def test_text_goes_through_no_fp8(original: Path, tmp_path: Path) -> None:
+    told = "Calibration reads BF16, F16 and F32; the source's weights lie in FP8."
+    with pytest.raises(UsageError, match=told) as caught:
+        calibrate(plan_of(original, "nvfp4-opt"), "text.txt", tmp_path / "out")
+    assert caught.value.fix == "Make a BF16 checkpoint first: mquant dequantize."
 
 
 def test_a_job_is_made_from_the_files_of_its_scales_too(tmp_path: Path) -> None:

@@ -315,6 +315,41 @@ def test_routers_are_mended_whatever_made_the_rest(right: Path, tmp_path: Path) 
     assert tensors(mended(bad, tmp_path / "out")) == tensors(good)
 
 
+def test_what_min_max_made_is_known_as_nvfp4(right: Path, tmp_path: Path) -> None:
+    bad = mutated(right, tmp_path, edit=without(EXPERT))
+    (bad / RECORD).unlink()
+    diagnosis = found(bad)
+    assert (diagnosis.made_by, diagnosis.mending.right.recipe.name) == ("reproduced", "nvfp4")
+
+
+def _calibrated(right: Path, tmp_path: Path) -> Path:
+    """Codes of another method, and an mquant.json that says it needed data."""
+    good = mutated(right, tmp_path, edit=_searched)
+    record = read_json(good / RECORD)
+    record["recipe"] |= {"name": "nvfp4-gptq", "rounding": "gptq"}
+    write_json(good / RECORD, record)
+    return good
+
+
+def test_what_was_calibrated_is_not_quantized_again(right: Path, tmp_path: Path) -> None:
+    bad = mutated(_calibrated(right, tmp_path / "good"), tmp_path, edit=without(EXPERT))
+    told = refusal(bad)
+    assert told.rule == "recipe-not-known"
+    assert told.message == (
+        f"{EXPERT}w1, {EXPERT}w3, {EXPERT}w2 must be quantized again, but recipe nvfp4-gptq, which "
+        "mquant.json names, depends on the data it was calibrated with."
+    )
+    assert told.fix == (
+        "Quantize the parent again: mquant quantize PARENT --recipe nvfp4-gptq --data FILE."
+    )
+
+
+def test_routers_beside_what_was_calibrated_are_mended(right: Path, tmp_path: Path) -> None:
+    good = _calibrated(right, tmp_path / "good")
+    bad = case_of("the origin bug: all routers quantized").make(good, tmp_path)
+    assert tensors(mended(bad, tmp_path / "out")) == tensors(good)
+
+
 def test_without_a_known_name_or_mquant_json_it_is_refused(right: Path, tmp_path: Path) -> None:
     bad = case_of(UNKNOWN).make(right, tmp_path)
     (bad / RECORD).unlink()
@@ -322,6 +357,19 @@ def test_without_a_known_name_or_mquant_json_it_is_refused(right: Path, tmp_path
         "bad has no mquant.json and no quantized module under a name that is known: how it was "
         "made cannot be told."
     )
+
+
+@pytest.mark.parametrize("keep_record", [True, False])
+def test_experts_in_nvfp4_beside_attention_in_fp8_are_refused(
+    tmp_path: Path, *, keep_record: bool
+) -> None:
+    good = quantize(plan_of(TRAINED, "nvfp4-fp8"), tmp_path / "mixed").out
+    bad = mutated(good, tmp_path, edit=without(EXPERT))
+    if not keep_record:
+        (bad / RECORD).unlink()
+    told = refusal(bad)
+    assert told.rule == "layout-not-repairable"
+    assert told.message == "bad is quantized as FP8; mquant repairs NVFP4A16."
 
 
 @pytest.mark.parametrize("case", OF_OTHER_SCHEMES, ids=lambda case: case.name)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mquant.cli import families, loader, recipes
+from mquant.cli.calibrate import calibrate
 from mquant.cli.card import card
 from mquant.cli.compare import compare
 from mquant.cli.dequantize import dequantize
@@ -63,6 +64,7 @@ def _group(name: str, listing: Callable[..., None], show: Callable[..., None]) -
 app.command("inspect")(inspect)
 app.command("plan")(plan)
 app.command("quantize")(quantize)
+app.command("calibrate")(calibrate)
 app.command("verify")(verify)
 app.command("verify-ignore")(verify_ignore)
 app.command("compare")(compare)

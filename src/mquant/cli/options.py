@@ -51,6 +51,15 @@ Out = Annotated[
         show_default=False,
     ),
 ]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        help="Text to calibrate with: a .jsonl, .txt or .parquet file, or a dataset's id.",
+        show_default=False,
+    ),
+]
 MaxShardSize = Annotated[
     str | None,
     typer.Option(
@@ -92,6 +101,7 @@ FormatChoice = Annotated[
 
 __all__ = [
     "AllowUnsafe",
+    "Data",
     "FormatChoice",
     "Importance",
     "MaxShardSize",

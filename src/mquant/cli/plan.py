@@ -123,6 +123,7 @@ def render_plan(report: Mapping[str, Any], out_folder: Path) -> RenderableType:
                 ),
                 *_shards(report["shards"]),
                 *_ignore(report["ignore"]),
+                *_data(report["calibration"]),
                 (
                     "Disk",
                     f"{both_sizes(needs['disk_needed'])} needed, {size(needs['disk_available'])} "
@@ -179,6 +180,13 @@ def _shards(shards: list[dict[str, Any]]) -> list[tuple[str, str]]:
     if len(lines) > _SHARDS_SHOWN:
         lines = [*lines[:3], f"... {len(lines) - 4} more ...", lines[-1]]
     return [("Shards" if number == 0 else "", line) for number, line in enumerate(lines)]
+
+
+def _data(calibration: dict[str, int] | None) -> list[tuple[str, str]]:
+    if calibration is None:
+        return []
+    amount = f"{calibration['samples']:,} samples of {calibration['length']:,} tokens"
+    return [("Data", f"{amount} at most, from --data")]
 
 
 def _ignore(ignore: list[str]) -> list[tuple[str, str]]:

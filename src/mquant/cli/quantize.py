@@ -7,6 +7,7 @@ from rich.text import Text
 
 from mquant.cli.options import (
     AllowUnsafe,
+    Data,
     FormatChoice,
     Importance,
     MaxShardSize,
@@ -23,14 +24,16 @@ from mquant.cli.progress import progress
 from mquant.cli.source import default_out
 from mquant.cli.tables import facts
 from mquant.cli.text import both_sizes, clean, plural
-from mquant.workflows.quantize import Engine
+from mquant.workflows.quantize import Engine, check_data
 
 if TYPE_CHECKING:
     from mquant.workflows.quantize import Result
 
 EngineChoice = Annotated[
     Engine,
-    typer.Option(help="What does the arithmetic; `auto`: stream, as no recipe needs data yet."),
+    typer.Option(
+        help="What does the arithmetic; `auto`: stream, or oneshot where the recipe needs data."
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the plan, as `mquant plan`.")]
 
@@ -41,6 +44,7 @@ def quantize(
     out_folder: Out = None,
     engine: EngineChoice = Engine.AUTO,
     importance: Importance = None,
+    data: Data = None,
     dry_run: DryRun = False,
     max_shard_size: MaxShardSize = None,
     workers: Workers = None,
@@ -68,6 +72,7 @@ def quantize(
         )
         if dry_run or plan.refusals:
             show_plan(out, plan, out_folder)
+            check_data(plan.recipe, data)
             return
         out.report(plan.findings)
         from mquant.workflows.quantize import quantize as carry_out
@@ -79,6 +84,7 @@ def quantize(
                 where,
                 engine=engine,
                 importance=importance,
+                data=data,
                 workers=workers,
                 restart=restart,
                 emit=emit,

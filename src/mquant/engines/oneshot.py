@@ -5,13 +5,16 @@ to the output before the next group is read. llmcompressor saves nothing, so nei
 its dtypes reach the checkpoint: only the bytes of quantized weights do.
 """
 
+import logging
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from itertools import groupby
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Final
 from unittest.mock import patch
@@ -22,18 +25,25 @@ os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")  # or importing it 
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization import preset_name_to_scheme
 from compressed_tensors.quantization.lifecycle import apply as apply_module
 from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor import oneshot
 from llmcompressor.core import create_session
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.pipelines import cache as intermediates
+from llmcompressor.pipelines.sequential import pipeline as sequential
 from loguru import logger
 from pydantic import PrivateAttr
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from mquant.engines.parent import ParentCache, attach, build_model
 from mquant.errors import EngineError
 from mquant.events import Emit, Note, silent
+from mquant.findings import names
 from mquant.plan import Plan
 
 # Elements compressed at once: compressed-tensors makes a dozen copies of what it is given.
@@ -43,24 +53,28 @@ _PER_TENSOR: Final = frozenset({"weight_global_scale", "input_global_scale"})
 Tensors = dict[str, torch.Tensor]
 Write = Callable[[str, memoryview], None]
 
-logger.remove()  # loguru's own stderr handler; `_quiet` adds ours while a run lasts
+logger.remove()  # loguru's own stderr handler; `quiet` adds ours while a run lasts
 logger.enable("llmcompressor")
+with suppress(ValueError):  # it is there, where llmcompressor was imported before
+    logger.level("METRIC", no=38)  # llmcompressor's, which it uses without its log, too
 
 
-def run(plan: Plan, write: Write, emit: Emit = silent) -> None:
+def run(
+    plan: Plan, write: Write, emit: Emit = silent, samples: list[list[int]] | None = None
+) -> None:
     """Quantize every module the plan quantizes, and hand each tensor to `write`, by hub name.
 
-    Modules come in the model's order. Raises EngineError where the model as transformers builds
-    it is not the one that was planned.
+    `samples`: token ids to calibrate with, where the recipe needs any; they go through one layer
+    after another, and every expert sees all of them. Modules come in the model's order. Raises
+    EngineError where the model as transformers builds it is not the one that was planned.
     """
-    (scheme,) = plan.schemes
     checkpoint = plan.survey.checkpoint
     in_memory = plan.family.in_memory_name
     tensors = {in_memory(info.name): info for info in checkpoint.tensors.values()}
     wanted = {in_memory(a.module): a.module for a in plan.actions if a.scheme}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mquant-")))
-        stack.enter_context(_quiet(emit))
+        stack.enter_context(quiet(emit))
         session = stack.enter_context(create_session())  # nothing global keeps the model alive
         model = build_model(folder, checkpoint.config)
         attach(model, checkpoint.source, tensors)
@@ -72,42 +86,140 @@ def run(plan: Plan, write: Write, emit: Emit = silent) -> None:
             )
         # One pattern: a list is searched for every module, which at 29,000 of them takes minutes.
         spared = "|".join(re.escape(name) for name in sorted(linears.keys() - wanted.keys()))
-        modifier = Drained(
-            targets=["Linear"], scheme=scheme.name, ignore=[f"re:(?:{spared})$"] if spared else []
-        )
         hub_names: dict[torch.nn.Module, str] = {linears[name]: hub for name, hub in wanted.items()}
-        modifier.drain(hub_names, write, stack.enter_context(_threads()))
-        # A processor that is neither None nor a name: oneshot looks for none.
-        oneshot(model=model, recipe=modifier, processor=object())
+        drain = Drain(hub_names, write, stack.enter_context(_threads()))
+        kind, options = (
+            (Drained, {})
+            if plan.recipe.rounding == "nearest"
+            else (
+                DrainedGPTQ,
+                {"actorder": None},
+            )
+        )
+        modifier = kind(
+            **options,
+            config_groups={
+                scheme.name: preset_name_to_scheme(scheme.name, plan.targets(scheme, in_memory))
+                for scheme in plan.schemes
+            },
+            ignore=[f"re:(?:{spared})$"] if spared else [],
+        )
+        modifier.drain = drain
+        stack.callback(watch_routing(model, drain, emit) if samples else lambda: None)
+        calibrate(model, modifier, samples)
         session.reset()
+
+
+def calibrate(
+    model: PreTrainedModel, modifier: Any, samples: list[list[int]] | None, **options: Any
+) -> None:
+    """Llmcompressor's oneshot with a modifier: without data, or layer by layer with samples."""
+    if samples is not None:
+        batches = [
+            {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
+            for ids in samples
+        ]
+        loader: Any = torch.utils.data.DataLoader
+        options["dataset"] = loader(batches, batch_size=None)
+        options["pipeline"] = "sequential"
+    # A processor that is neither None nor a name: oneshot looks for none.
+    oneshot(model=model, recipe=modifier, processor=object(), **options)
+
+
+@dataclass
+class Drain:
+    """Where finished modules go: each in `names` to `write`, under its name there."""
+
+    names: dict[torch.nn.Module, str]
+    write: Write
+    pool: Executor
+
+    def give(self, module: torch.nn.Module) -> None:
+        """Hand over a calibrated module's tensors."""
+        for suffix, tensor in compress(module, self.pool).items():
+            self.write(f"{self.names[module]}.{suffix}", as_bytes(tensor))
+
+
+def watch_routing(model: PreTrainedModel, drain: Drain, emit: Emit) -> Callable[[], None]:
+    """Count the tokens that routers send to experts; returns what tells which got none, by name.
+
+    All experts see all tokens while they are calibrated, so those are calibrated too, if by what
+    is not theirs.
+    """
+    counts: dict[str, torch.Tensor] = {}
+
+    def count(prefix: str, module: Any, args: tuple[Any, ...]) -> None:
+        chosen = torch.bincount(args[1].flatten(), minlength=module.num_experts)
+        counts[prefix] = counts.get(prefix, 0) + chosen
+
+    for prefix, module in model.named_modules():
+        if isinstance(module, LinearExperts2D):
+            module.register_forward_pre_hook(partial(count, prefix))
+    hub = {module: name.rpartition(".")[0] for module, name in drain.names.items()}
+
+    def tell() -> None:
+        idle = [
+            hub[linear]
+            for prefix, tokens in counts.items()
+            for expert in (tokens == 0).nonzero().flatten().tolist()
+            for linear in islice(model.get_submodule(f"{prefix}.{expert}").children(), 1)
+            if linear in hub
+        ]
+        if idle:
+            noun = "expert" if len(idle) == 1 else "experts"
+            emit(
+                Note(
+                    "warning",
+                    f"No calibration token was routed to {len(idle):,} {noun} ({names(idle)}); "
+                    f"{'it was' if len(idle) == 1 else 'they were'} calibrated with all others'.",
+                )
+            )
+
+    return tell
 
 
 class Drained(QuantizationModifier):  # type: ignore[misc]  # untyped base
     """llmcompressor's QuantizationModifier, one group of siblings at a time."""
 
-    _names: dict[torch.nn.Module, str] = PrivateAttr()
-    _write: Write = PrivateAttr()
-    _pool: Executor = PrivateAttr()
-
-    def drain(self, names: dict[torch.nn.Module, str], write: Write, pool: Executor) -> None:
-        """Hand the tensors of each module in `names` to `write`, under its name there."""
-        self._names, self._write, self._pool = names, write, pool
+    drain: Any = None
 
     def on_sequential_epoch_end(
         self, state: Any, event: Any, modules: list[torch.nn.Module], **kwargs: Any
     ) -> None:
         """Calibrate and hand over siblings together: the members of a fused set are siblings."""
         quantized = [module for module in modules if is_module_quantized(module)]
-        for _, group in groupby(quantized, lambda module: self._names[module].rpartition(".")[0]):
+        for _, group in groupby(quantized, lambda m: self.drain.names[m].rpartition(".")[0]):
             siblings = list(group)
             with torch.no_grad(), ParentCache.disable_offloading():  # each weight is read once
                 super().on_sequential_epoch_end(state, event, siblings, **kwargs)
                 for module in siblings:
-                    for suffix, tensor in compress(module, self._pool).items():
-                        self._write(f"{self._names[module]}.{suffix}", as_bytes(tensor))
+                    self.drain.give(module)
             for module in siblings:
                 cache: Any = module._parameters
                 cache.forget()
+
+
+class DrainedGPTQ(GPTQModifier):  # type: ignore[misc]  # untyped base
+    """llmcompressor's GPTQModifier. A layer's new weights are kept until the next one is done.
+
+    They are what the data goes through, on its way there.
+    """
+
+    drain: Any = None
+    _kept: list[torch.nn.Module] = PrivateAttr(default_factory=list)
+
+    def on_sequential_epoch_end(
+        self, state: Any, event: Any, modules: list[torch.nn.Module], **kwargs: Any
+    ) -> None:
+        """Quantize a layer, and hand it over."""
+        for module in self._kept:
+            cache: Any = module._parameters
+            cache.forget()
+        with torch.no_grad(), ParentCache.disable_offloading():
+            super().on_sequential_epoch_end(state, event, modules, **kwargs)
+            self._kept = [module for module in modules if is_module_quantized(module)]
+            for module in self._kept:
+                self.drain.give(module)
 
 
 def compress(module: torch.nn.Module, pool: Executor) -> Tensors:
@@ -165,7 +277,7 @@ def _threads() -> Iterator[Executor]:
 
 
 @contextmanager
-def _quiet(emit: Emit) -> Iterator[None]:
+def quiet(emit: Emit) -> Iterator[None]:
     """Pass on what llmcompressor warns of, each once; drop its other lines and progress bars.
 
     transformers' warnings are dropped too: they are of generating text with the model.
@@ -174,19 +286,24 @@ def _quiet(emit: Emit) -> Iterator[None]:
 
     def forward(message: Any) -> None:
         text = message.record["message"]
-        if text not in said:
+        if text not in said and message.record["level"].name != "METRIC":
             said.add(text)
             emit(Note("info", text))
 
     handler = logger.add(forward, level="WARNING", format="{message}")
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        with patch.object(apply_module, "tqdm", lambda items, **_options: items):
+        with (
+            patch.object(apply_module, "tqdm", lambda items, **_options: items),
+            patch.object(sequential, "tqdm", lambda items, **_options: items),
+            patch.object(intermediates, "tqdm", lambda items, **_options: items),
+        ):
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         logger.remove(handler)
 
 
-__all__ = ["Drained", "as_bytes", "compress", "run"]
+__all__ = ["Drained", "DrainedGPTQ", "as_bytes", "calibrate", "compress", "run"]

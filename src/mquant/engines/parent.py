@@ -104,11 +104,26 @@ def build_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
             f"transformers cannot build this model from config.json: {reason}",
             "Compare config.json with the one in the model's repo.",
         ) from error
+    _rotate(model, config)
     with torch.device("meta"):
         for name, experts in get_non_linearized_moes(model):
             linear = LinearExperts2D.get_linear_experts_cls(type(experts))(parsed)
             model.set_submodule(name, linear)
     return model.eval()
+
+
+def _rotate(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
+    """Give the model the RoPE that config.json asks for, in numbers instead of on meta.
+
+    transformers 5 does not look at `rotary_dim`, and would rotate the whole head.
+    """
+    parsed: Any = model.config
+    if "rotary_dim" in config and config.get("head_dim"):
+        factor = config["rotary_dim"] / config["head_dim"]
+        parsed.rope_parameters.setdefault("partial_rotary_factor", factor)
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "inv_freq"):
+            model.set_submodule(name, type(module)(config=parsed))
 
 
 def attach(model: PreTrainedModel, source: Source, tensors: Mapping[str, TensorInfo]) -> None:

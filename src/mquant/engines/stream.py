@@ -23,6 +23,7 @@ from mquant.engines.decode import open_rows
 from mquant.errors import OutputError, SourceError
 from mquant.numerics.dequantize import prepare_decoding
 from mquant.numerics.formats import BF16, FLOATS, Array, Bytes, Floats
+from mquant.numerics.fp8 import encode_into, prepare_fp8
 from mquant.numerics.kernels import block_maxima, pack_into, prepare, quantize_into
 from mquant.numerics.nvfp4 import GROUP, global_scale_of
 from mquant.numerics.search import ALIKE, Weight, prepare_search, search
@@ -115,12 +116,20 @@ def make(reader: Reader, job: Job, importance: Importance | None = None) -> dict
 
 def _prepare(jobs: list[Job], importance: Importance | None) -> None:
     """Have the kernels compiled before the workers start."""
-    for dtype in sorted({a.source.dtype for job in jobs if job.scheme for a in job.actions}):
+    wanted = {(_is_fp8(job), a.source.dtype) for job in jobs if job.scheme for a in job.actions}
+    for fp8, dtype in sorted(wanted):
+        if fp8:
+            prepare_fp8(FLOATS[dtype])
+            continue
         prepare(FLOATS[dtype])
         if importance:
             prepare_search(FLOATS[dtype])
     if any(action.stored for job in jobs for action in job.actions):
         prepare_decoding()
+
+
+def _is_fp8(job: Job) -> bool:
+    return job.scheme is not None and job.scheme.format == "float-quantized"
 
 
 class _Queue(Iterator[Job]):
@@ -158,12 +167,13 @@ class Worker:
         self._reader = reader
         self._write = write
         self._importance = importance
-        sets = [job for job in jobs if job.scheme]
+        sets = [job for job in jobs if job.scheme and not _is_fp8(job)]
         rows = [a.source.shape[1] for job in jobs for a in job.actions if a.stored]
-        widest = max([PIECE // BF16.word.itemsize, *rows])
-        sizes = (widest * BF16.word.itemsize, *(job.weight_bytes for job in sets))
-        self._weights = np.empty(max(sizes), np.uint8)
-        self._codes = np.empty(widest if rows else 0, np.uint8)
+        stripes = [_stripe(action)[0] for job in jobs if _is_fp8(job) for action in job.actions]
+        # In elements of 16 bits, of which there are the most in as many bytes.
+        widest = max([PIECE // 2, *rows, *(stripe // 2 for stripe in stripes)])
+        self._weights = np.empty(max([2 * widest, *(job.weight_bytes for job in sets)]), np.uint8)
+        self._codes = np.empty(widest if rows or stripes else 0, np.uint8)
         self._maxima = np.empty(max([0, *map(_blocks, sets)]), np.uint32)
         self._packed = np.empty(PIECE // 4, np.uint8)  # of a 16-bit source; F32 fills half
         self._scales = np.empty(PIECE // 2 // GROUP, np.uint8)
@@ -174,6 +184,9 @@ class Worker:
         if job.scheme is None:
             for action in job.actions:
                 self._keep(action)
+        elif _is_fp8(job):
+            for action in job.actions:
+                self._encode(action)
         else:
             self._quantize(job)
         for path in job.files:
@@ -192,6 +205,32 @@ class Worker:
             part = self._weights[: min(PIECE, source.end - start)].data
             self._reader.read_into(source.shard, start, part)
             self._write(output.name, part)
+
+    def _encode(self, action: Action) -> None:
+        """Quantize a weight to FP8, a few rows of blocks at a time: nothing else is shared."""
+        source, form = action.source, FLOATS[action.source.dtype]
+        codes_name, scale_name = (output.name for output in action.outputs)
+        height, block = _stripe(action)
+        rows, columns = source.shape
+        step = max(1, PIECE // height) * block[0]
+        stored = open_rows(self._reader, action, self._codes) if action.stored else None
+        scales = []
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            count = (last - first) * columns
+            part = self._weights[: count * form.word.itemsize]
+            if stored:
+                stored.read(first, last, part.view(form.word))
+            else:
+                start = source.start + first * columns * form.word.itemsize
+                self._reader.read_into(source.shard, start, part.data)
+            # Codes that were read are of no use any more; those that are made take their place.
+            words, codes = part.view(form.word).reshape(-1, columns), self._codes[:count]
+            made, bad = encode_into(words, form, block, codes.reshape(-1, columns))
+            _refuse(action, bad)
+            self._write(codes_name, codes.data)
+            scales.append(made.view(form.word))
+        self._write(scale_name, np.concatenate(scales).data.cast("B"))
 
     def _quantize(self, job: Job) -> None:
         sizes = [(0, 0)]
@@ -232,12 +271,7 @@ class Worker:
             last = first + len(words) // GROUP
             magnitude, odd = block_maxima(words, form, maxima[first:last])
             largest, bad, first = max(largest, magnitude), bad + odd, last
-        if bad:
-            values = "value that is" if bad == 1 else "values that are"
-            raise SourceError(
-                f"{source.name} holds {bad:,} {values} NaN or infinite: it cannot be quantized.",
-                "Get the checkpoint again; or keep the module with the recipe's ignore list.",
-            )
+        _refuse(action, bad)
         return form.values(np.array(largest, form.word))
 
     def _plain(self, source: TensorInfo, weight: Bytes) -> Iterator[Bytes]:
@@ -286,6 +320,24 @@ class Worker:
             self._write(packed_name, packed.data)
             self._write(scale_name, scales.data)
         self._write(global_name, np.array([scale], "<f4").data.cast("B"))
+
+
+def _stripe(action: Action) -> tuple[int, tuple[int, int]]:
+    """Bytes of the rows of an FP8 weight that blocks lie across, and a block's height and width."""
+    source = action.source
+    shape = action.scheme.config_group["weights"]["block_structure"] if action.scheme else None
+    high, wide = shape or (1, source.shape[1])
+    return high * action.weight_bytes // source.shape[0], (high, wide)
+
+
+def _refuse(action: Action, bad: int) -> None:
+    """Raise SourceError where a weight has `bad` numbers that are none."""
+    if bad:
+        values = "value that is" if bad == 1 else "values that are"
+        raise SourceError(
+            f"{action.source.name} holds {bad:,} {values} NaN or infinite: it cannot be quantized.",
+            "Get the checkpoint again; or keep the module with the recipe's ignore list.",
+        )
 
 
 def _blocks(job: Job) -> int:

@@ -25,7 +25,6 @@ from mquant.checkpoint import (
 )
 from mquant.errors import OutputError
 from mquant.events import Emit, Note, silent
-from mquant.family import Family, TensorRow
 from mquant.findings import names
 from mquant.output.disk import PARTIAL, fsync_folder, out_of_space
 from mquant.output.folder import RECORD, is_inside
@@ -151,12 +150,16 @@ def recipe_yaml(plan: Plan) -> str:
     Its `ignore` has the hub's names and, where they differ, the names in memory, as patterns
     where a whole row of the family is kept.
     """
-    modifier = {
-        "targets": ["Linear"],
-        "scheme": plan.schemes[0].name,
-        "ignore": [*_ignore_patterns(plan)],
-    }
-    recipe = {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
+    ignore = [*_ignore_patterns(plan)]
+    modifier: dict[str, Any]
+    if len(plan.schemes) == 1:
+        modifier = {"targets": ["Linear"], "scheme": plan.schemes[0].name, "ignore": ignore}
+    else:
+        modifier = {"config_groups": plan.quantization_config["config_groups"], "ignore": ignore}
+    kind = "QuantizationModifier"
+    if plan.recipe.rounding == "gptq":
+        kind, modifier["actorder"] = "GPTQModifier", None
+    recipe = {"quant_stage": {"quant_modifiers": {kind: modifier}}}
     head = f"# What mquant did (recipe {plan.recipe.name}), as a recipe for llmcompressor.\n"
     if plan.recipe.scales == "search":
         head += "# Scales were searched: it keeps and quantizes the same, with other numbers.\n"
@@ -188,20 +191,10 @@ def _ignore_patterns(plan: Plan) -> Iterator[str]:
         actions = rows.get(row.name, [])
         kept = [action.module for action in actions if action.scheme is None]
         if kept and len(kept) == len(actions):
-            yield from _row_patterns(row, family)
+            yield from row.patterns(str, family.in_memory_name)
         else:
             for module in kept:
                 yield from dict.fromkeys((module, family.in_memory_name(module)))
-
-
-def _row_patterns(row: TensorRow, family: Family) -> Iterator[str]:
-    module = row.name.rpartition(".")[0]
-    for name in dict.fromkeys((module, family.in_memory_name(module))):
-        if "{" not in name:
-            yield name
-            continue
-        escaped = name.replace(".", r"\.")
-        yield "re:" + escaped.replace("{layer}", r"\d+").replace("{expert}", r"\d+") + "$"
 
 
 def _json(value: object) -> bytes:

@@ -52,7 +52,8 @@ def make_plan(
         raise Refused(found.findings)
     both = {m.module: (m.module, family.in_memory_name(m.module)) for m in found.members}
     choice = recipe.on(name for pair in both.values() for name in pair)
-    actions = [_action(member, both[member.module], choice) for member in found.members]
+    layers = family.value(family.config.layers, checkpoint.config) or found.layers
+    actions = [_action(m, both[m.module], choice, family, layers) for m in found.members]
     jobs = _jobs(found.members, actions)
     findings = [
         *found.findings,
@@ -63,7 +64,7 @@ def make_plan(
     # Of a source whose weights cannot be read, that is all there is to say.
     if found.readable:
         findings += [
-            *_unquantizable(actions),
+            *_unquantizable(found.members, actions, family),
             *(_split_sets(jobs) or _unlike_experts(actions)),
             *_nothing(actions, recipe),
         ]
@@ -77,7 +78,9 @@ def make_plan(
                 jobs, lambda job: job.output_bytes, max_shard_bytes
             ).items()
         ),
-        ignore=kept_modules(((a.module, a.source) for a in actions if not a.scheme), family),
+        ignore=kept_modules(
+            ((a.module, a.expert, a.source) for a in actions if not a.scheme), family
+        ),
         findings=tuple(findings),
     )
 
@@ -89,23 +92,28 @@ def natural(name: str) -> list[tuple[int, str]]:
     ]
 
 
-def _action(member: Member, both: tuple[str, str], choice: Choice) -> Action:
-    info, recipe = member.info, choice.recipe
+def _action(
+    member: Member, both: tuple[str, str], choice: Choice, family: Family, layers: int
+) -> Action:
+    info, layer, recipe = member.info, member.meaning.layer, choice.recipe
     scheme = choice.scheme(member.role, both)
-    if scheme and _obstacle(member, scheme):
+    reason = _KEPT_BECAUSE.get(member.role, f"{recipe.name} keeps it")
+    if scheme and recipe.keeps_layer(layer, layers):
+        scheme, reason = None, f"{recipe.name} keeps the layers at the ends"
+    if scheme and _obstacle(member, scheme, family):
         outputs: Iterable[tuple[str, str, tuple[int, ...]]] = ()
     elif scheme:
-        outputs = scheme.outputs(member.module, info.shape)
+        outputs = scheme.outputs(member.module, info.shape, info.dtype)
     else:
         outputs = ((info.name, info.dtype, info.shape),)
     return Action(
         source=info,
         role=member.role,
         module=member.module,
-        layer=member.meaning.layer,
+        layer=layer,
         expert=member.meaning.expert,
         scheme=scheme,
-        reason="" if scheme else _KEPT_BECAUSE.get(member.role, f"{recipe.name} keeps it"),
+        reason="" if scheme else reason,
         outputs=tuple(Output(*output) for output in outputs),
         stored=member.stored,
     )
@@ -130,23 +138,35 @@ def dequantizes(found: Survey) -> list[Finding]:
     ]
 
 
-def _obstacle(member: Member | Action, scheme: Scheme) -> str:
+def _obstacle(member: Member, scheme: Scheme, family: Family) -> str:
     """Why a tensor cannot be stored in a scheme, as the end of a sentence; empty: it can."""
-    info = member.info if isinstance(member, Member) else member.source
+    info, row = member.info, member.meaning.row
     if info.dtype not in FLOAT_WEIGHTS:
         return f"is {info.dtype}; {scheme.name} is made from BF16, F16 or F32"
     if len(info.shape) != 2 or 0 in info.shape or not info.name.endswith(".weight"):
         return f"is {list(info.shape)}; {scheme.name} needs the weight matrix of a layer"
-    if info.shape[1] % scheme.group_size:
+    rows, columns = info.shape
+    if columns % scheme.columns:
         return (
-            f"is {list(info.shape)}: {info.shape[1]} columns do not divide into "
-            f"groups of {scheme.group_size}"
+            f"is {list(info.shape)}: {columns} columns do not divide into "
+            f"groups of {scheme.columns}"
+        )
+    if rows % scheme.rows and row.fused and row != family.fused_sets[row.fused][-1]:
+        return (
+            f"is {list(info.shape)}: {rows} rows do not divide into blocks of {scheme.rows}, and "
+            "loaders put another matrix below them"
         )
     return ""
 
 
-def _unquantizable(actions: list[Action]) -> list[Finding]:
-    bad = [(a, why) for a in actions if a.scheme and (why := _obstacle(a, a.scheme))]
+def _unquantizable(
+    members: tuple[Member, ...], actions: list[Action], family: Family
+) -> list[Finding]:
+    bad = [
+        (action, why)
+        for member, action in zip(members, actions, strict=True)
+        if action.scheme and (why := _obstacle(member, action.scheme, family))
+    ]
     if not bad:
         return []
     action, why = bad[0]
@@ -243,15 +263,23 @@ def cut_shards(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> di
     }
 
 
-def kept_modules(kept: Iterable[tuple[str, TensorInfo]], family: Family) -> tuple[str, ...]:
-    """The modules, of those that stay as they are, with a matrix, by name, in natural order.
+def kept_modules(
+    kept: Iterable[tuple[str, int | None, TensorInfo]], family: Family
+) -> tuple[str, ...]:
+    """Of (module, expert, tensor) that stay as they are: the modules with a matrix, by name.
 
-    `targets: ["Linear"]` would otherwise claim them. Exact names, which every loader reads alike:
-    the hub's, and vLLM's own where that is another.
+    In natural order. `targets: ["Linear"]` would otherwise claim them. Exact names, which every
+    loader reads alike: the hub's, and vLLM's own where that is another.
     """
-    modules = [m for m, info in kept if info.name.endswith(".weight") and len(info.shape) == 2]
-    both = {name for module in modules for name in (module, family.in_vllm_name(module))}
-    return tuple(sorted(both, key=natural))
+    matrices = [each for each in kept if _is_matrix(each[2])]
+    hub = {module for module, _, _ in matrices}
+    # Of a layer's experts vLLM looks the first one up.
+    vllm = {family.in_vllm_name(module) for module, expert, _ in matrices if not expert}
+    return tuple(sorted(hub | vllm, key=natural))
+
+
+def _is_matrix(info: TensorInfo) -> bool:
+    return info.name.endswith(".weight") and len(info.shape) == 2
 
 
 def _unsafe(

@@ -15,10 +15,10 @@ from mquant.family import Family
 from mquant.findings import Finding, names
 from mquant.plan.build import kept_modules
 from mquant.plan.model import Action, Job, Output, Plan, ShardJob, declaration
-from mquant.plan.stored import Form
+from mquant.plan.stored import GROUP, Form
 from mquant.plan.survey import Member, Survey, survey
 from mquant.recipe import Recipe
-from mquant.schemes import NVFP4A16
+from mquant.schemes import NVFP4, NVFP4A16
 
 
 class Target(StrEnum):
@@ -55,13 +55,7 @@ _SCALAR: Final[dict[Target, tuple[int, ...]]] = {
 # mquant.json. The version is one that writes this layout.
 _LAYOUT: Final = {"name": "modelopt", "version": "0.39.0"}
 # As ModelOpt writes it (`modelopt/torch/export/convert_hf_config.py`).
-_FP4: Final = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": NVFP4A16.group_size}
-# As compressed-tensors' preset NVFP4 writes it.
-_LOCAL: Final = {
-    **NVFP4A16.config_group["weights"],
-    "dynamic": "local",
-    "observer": "static_minmax",
-}
+_FP4: Final = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": GROUP}
 
 
 def survey_for(checkpoint: Checkpoint, families: Mapping[str, Family], target: Target) -> Survey:
@@ -131,7 +125,7 @@ def make_export_plan(
     if family is None:
         raise Refused(found.findings)
     plain = [member for member in found.members if not member.stored]
-    ignore = kept_modules(((m.module, m.info) for m in plain), family)
+    ignore = kept_modules(((m.module, m.meaning.expert, m.info) for m in plain), family)
     w4a4 = any(member.stored and member.stored.input for member in found.members)
     if declared is None:
         declared = (_to_modelopt if target is Target.MODELOPT else _to_ct)(ignore, w4a4=w4a4)
@@ -174,7 +168,7 @@ def _to_modelopt(ignore: tuple[str, ...], *, w4a4: bool) -> dict[str, Any]:
     group = {"input_activations": _FP4} if w4a4 else {}
     return {
         "config_groups": {"group_0": {**group, "weights": _FP4, "targets": ["Linear"]}},
-        "group_size": NVFP4A16.group_size,
+        "group_size": GROUP,
         "ignore": list(ignore),
         "producer": _LAYOUT,
         "quant_algo": "NVFP4" if w4a4 else "W4A16_NVFP4",
@@ -183,8 +177,8 @@ def _to_modelopt(ignore: tuple[str, ...], *, w4a4: bool) -> dict[str, Any]:
 
 
 def _to_ct(ignore: tuple[str, ...], *, w4a4: bool) -> dict[str, Any]:
-    group = {**NVFP4A16.config_group, "input_activations": _LOCAL if w4a4 else None}
-    return declaration([group], NVFP4A16.format, ignore)
+    scheme = NVFP4 if w4a4 else NVFP4A16
+    return declaration([{**scheme.config_group, "targets": ["Linear"]}], scheme.format, ignore)
 
 
 def _parts(member: Member) -> Iterator[TensorInfo]:

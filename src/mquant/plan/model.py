@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -187,6 +187,18 @@ class Plan:
         found = {a.scheme.name: a.scheme for a in self.actions if a.scheme}
         return tuple(found[name] for name in sorted(found))
 
+    def targets(self, scheme: Scheme, *names: Callable[[str], str]) -> list[str]:
+        """What `config_groups` says a scheme is for; `ignore` takes what is kept out of it.
+
+        Of several schemes each names its modules, under what `names` make of the hub's names. A
+        role has one scheme, so these are whole rows of the family.
+        """
+        if len(self.schemes) == 1:
+            return ["Linear"]
+        roles = {action.role for action in self.actions if action.scheme == scheme}
+        rows = [row for row in self.family.tensors if row.role in roles]
+        return list(dict.fromkeys(entry for row in rows for entry in row.patterns(*names)))
+
     def reading_from(self, source: Source) -> "Plan":
         """The same plan, with the same files read from another place (a download)."""
         checkpoint = replace(self.survey.checkpoint, source=source)
@@ -216,6 +228,9 @@ class Plan:
     def fingerprint(self) -> str:
         """sha256 of every decision: equal exactly where the same bytes are to be made."""
         digest = hashlib.sha256(f"{self.recipe.scales}\n".encode())
+        if self.recipe.needs_data:
+            measured = self.recipe.model_dump_json(include={"rounding", "calibration"})
+            digest.update(measured.encode())
         for shard in self.shards:
             digest.update(f"{shard.name}\n".encode() + shard.layout[0])
             for action in (action for job in shard.jobs for action in job.actions):
@@ -242,19 +257,19 @@ class Plan:
             return dict(self.declared)
         if not self.schemes:
             return {}
-        groups = [scheme.config_group for scheme in self.schemes]
-        return declaration(groups, self.schemes[0].format, self.ignore)
+        formats = {scheme.format for scheme in self.schemes}
+        names = (str, self.family.in_vllm_name, self.family.in_memory_name)
+        groups = [{**s.config_group, "targets": self.targets(s, *names)} for s in self.schemes]
+        form = formats.pop() if len(formats) == 1 else "mixed-precision"
+        return declaration(groups, form, self.ignore)
 
 
 def declaration(
     groups: Sequence[Mapping[str, Any]], form: str, ignore: Sequence[str]
 ) -> dict[str, Any]:
-    """A quantization config of compressed-tensors; the groups have all but their targets."""
+    """A quantization config of compressed-tensors."""
     return {
-        "config_groups": {
-            f"group_{number}": {**group, "targets": ["Linear"]}
-            for number, group in enumerate(groups)
-        },
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "format": form,
         "global_compression_ratio": None,
         "ignore": list(ignore),

@@ -13,7 +13,7 @@ from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.findings import Finding
 from mquant.schemes import NVFP4A16, QUANTIZED_SUFFIXES
 
-GROUP: Final = NVFP4A16.group_size
+GROUP: Final = NVFP4A16.columns
 # Of F16 scales upstream takes products in F16; there is nothing that writes them.
 _SCALES: Final = ("F32", "BF16")
 _SCALARS: Final[tuple[tuple[int, ...], ...]] = ((1,), ())
@@ -153,7 +153,9 @@ def _form(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Form 
     elif "weight_scale_2" in tensors or dtype == "U8":
         form = Form.MODELOPT_NVFP4
         known = {"weight", "weight_scale", *_SECOND[form]}
-    elif "weight_global_scale" in tensors or "nvfp4-pack-quantized" in _formats(config):
+    elif "weight_global_scale" in tensors or (
+        dtype not in _FP8_DTYPES and "nvfp4-pack-quantized" in _formats(config)
+    ):
         form = Form.NVFP4
         known = {"weight_packed", "weight_scale", *_SECOND[form]}
     elif method == "compressed-tensors" and dtype in _FP8_DTYPES:
@@ -242,4 +244,4 @@ def _broken(module: str, rule: str, sentence: str) -> Finding:
     return Finding(rule, "error", module, f"{sentence}.", "Get the checkpoint again.")
 
 
-__all__ = ["NVFP4S", "Form", "Shelf", "Stored", "find_stored"]
+__all__ = ["GROUP", "NVFP4S", "Form", "Shelf", "Stored", "find_stored"]

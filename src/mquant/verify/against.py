@@ -125,17 +125,24 @@ register(
 
 
 def check_against(
-    layout: Layout, parent: Layout, *, everything: bool, emit: Emit = silent
+    layout: Layout,
+    parent: Layout,
+    *,
+    everything: bool,
+    to_nearest: bool = True,
+    emit: Emit = silent,
 ) -> tuple[Finding, ...]:
     """Compare a checkpoint with the one it was made from.
 
     Unless `everything` is wanted, quantized weights are sampled: all but experts in the first and
     last layer, one expert in each layer, and 64 rows of each; the same ones every time. What is
     not quantized is compared whole, but for hub repos, where large tensors are sampled too.
+    Unless weights were rounded `to_nearest` (GPTQ makes up for each column's error in the next),
+    they are held against the parent's as a whole, not one by one.
     Raises SourceError where data cannot be read.
     """
     tally = Tally()
-    jobs = list(_jobs(layout, parent, everything, tally))
+    jobs = list(_jobs(layout, parent, everything, to_nearest, tally))
     done, total = 0, sum(size for size, _ in jobs)
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
         try:
@@ -152,7 +159,9 @@ def check_against(
     return (*tally.findings(), *_config(config, theirs), *_side_files(layout, parent))
 
 
-def _jobs(layout: Layout, parent: Layout, everything: bool, tally: Tally) -> Iterator[Job]:
+def _jobs(
+    layout: Layout, parent: Layout, everything: bool, to_nearest: bool, tally: Tally
+) -> Iterator[Job]:
     local = not any(isinstance(each.checkpoint.source, HubRepo) for each in (layout, parent))
     for name in sorted(layout.modules.keys() - parent.modules.keys()):
         tally.add("parent-lacks-tensor", name, f"The parent has no {name}")
@@ -169,7 +178,7 @@ def _jobs(layout: Layout, parent: Layout, everything: bool, tally: Tally) -> Ite
             message = f"{name} was not compared: {foreign} cannot be dequantized here"
             tally.add("weight-not-compared", name, message)
         elif everything or _in_sample(mine, last, parent):
-            yield from _rounded(layout, parent, mine, theirs, everything)
+            yield from _rounded(layout, parent, mine, theirs, everything, to_nearest)
 
 
 def _undecodable(layout: Layout, module: Module) -> str:
@@ -245,7 +254,12 @@ def _equal(
 
 
 def _rounded(
-    layout: Layout, parent: Layout, mine: Module, theirs: Module, everything: bool
+    layout: Layout,
+    parent: Layout,
+    mine: Module,
+    theirs: Module,
+    everything: bool,
+    to_nearest: bool,
 ) -> Iterator[Job]:
     weight, original = weight_of(layout, mine), weight_of(parent, theirs)
     if weight is None or original is None:
@@ -264,15 +278,19 @@ def _rounded(
         # Neighbours, since they are one read; where, is drawn from the name.
         first = zlib.crc32(mine.name.encode()) % (rows - SAMPLED_ROWS + 1)
         last = first + SAMPLED_ROWS
-    yield (last - first) * columns, partial(_compare, weight, original, first, last)
+    yield (last - first) * columns, partial(_compare, weight, original, first, last, to_nearest)
 
 
-def _compare(weight: Weight, original: Weight, first: int, last: int) -> list[Break]:
+def _compare(
+    weight: Weight, original: Weight, first: int, last: int, to_nearest: bool
+) -> list[Break]:
     with np.errstate(all="ignore"):  # broken scales overflow, and are out of bounds then
-        return _differences(weight, original, first, last)
+        return _differences(weight, original, first, last, to_nearest)
 
 
-def _differences(weight: Weight, original: Weight, first: int, last: int) -> list[Break]:
+def _differences(
+    weight: Weight, original: Weight, first: int, last: int, to_nearest: bool
+) -> list[Break]:
     columns = weight.shape[1]
     step = max(1, PIECE // 4 // columns)
     error = power = 0.0
@@ -284,7 +302,7 @@ def _differences(weight: Weight, original: Weight, first: int, last: int) -> lis
         off = np.abs(mine.values - theirs)
         allowed = mine.allowed(theirs)
         # Written so that NaN on either side is out of bounds, too.
-        beyond = ~(off <= allowed)
+        beyond = ~(off <= (allowed if to_nearest else np.float32(np.inf)))
         if beyond.any():
             row, column = np.unravel_index(int(np.argmax(beyond)), beyond.shape)
             said = f"{mine.values[row, column]:.4g} for the parent's {theirs[row, column]:.4g}"
@@ -301,7 +319,8 @@ def _differences(weight: Weight, original: Weight, first: int, last: int) -> lis
     relative = (error / power) ** 0.5 if power else 0.0
     if relative > TYPICAL[weight.kind]:
         message = f"{name} has a relative error of {relative:.2f}; {kind} stays below "
-        return [("weight-error-high", name, f"{message}{TYPICAL[weight.kind]}")]
+        rule = "weight-error-high" if to_nearest else "weight-beyond-bound"
+        return [(rule, name, f"{message}{TYPICAL[weight.kind]}")]
     return []
 
 

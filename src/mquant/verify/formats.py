@@ -127,16 +127,33 @@ def groups(layout: Layout) -> Iterator[Mapping[str, Any]]:
             yield group
 
 
-def weight_args(layout: Layout) -> Mapping[str, Any]:
-    """What config.json says of quantized weights; nothing where groups differ."""
-    found = [args for group in groups(layout) if isinstance(args := group.get("weights"), dict)]
+def weight_args(kind: Kind, layout: Layout) -> Mapping[str, Any]:
+    """What config.json says of weights in a layout; nothing where several groups may be meant."""
+    found = [group["weights"] for group in _groups_of(kind, layout)]
     return found[0] if found and all(args == found[0] for args in found) else {}
 
 
 def integer_bits(layout: Layout) -> int | None:
     """How many bits config.json says packed integers have; None where that cannot be."""
-    bits = weight_args(layout).get("num_bits")
+    bits = weight_args(Kind.INT, layout).get("num_bits")
     return bits if type(bits) is int and bits in (2, 4, 8) else None
+
+
+def _groups_of(kind: Kind, layout: Layout) -> list[Mapping[str, Any]]:
+    """The groups that can be of a layout: all but those that say otherwise."""
+    return [
+        group
+        for group in groups(layout)
+        if isinstance(args := group.get("weights"), dict) and not _wrong(kind, args)
+    ]
+
+
+def _wrong(kind: Kind, args: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} {str(args[key])[:40]}"
+        for key, value in _DECLARED.get(kind, {}).items()
+        if args.get(key, value) != value
+    ]
 
 
 def misdeclared(kind: Kind, layout: Layout) -> str:
@@ -149,19 +166,14 @@ def misdeclared(kind: Kind, layout: Layout) -> str:
         args = group.get("weights")
         if args is not None and not isinstance(args, dict):
             return ""  # no loader can parse that
-        wrong = [
-            f"{key} {str(args[key])[:40]}"
-            for key, value in _DECLARED.get(kind, {}).items()
-            if args and args.get(key, value) != value
-        ]
-        said.append("no weights" if args is None else ", ".join(wrong))
+        said.append("no weights" if args is None else ", ".join(_wrong(kind, args)))
     return said[0] if said and all(said) else ""
 
 
-def activations(layout: Layout) -> bool | None:
+def activations(kind: Kind, layout: Layout) -> bool | None:
     """Whether static scales of activations are declared; None where some modules may have them."""
     said = set()
-    for group in groups(layout):
+    for group in _groups_of(kind, layout) or groups(layout):
         args = group.get("input_activations")
         # Dynamic per token needs no tensor; NVFP4's "local" needs the global scale.
         said.add(isinstance(args, dict) and args.get("dynamic") in (False, "local"))
@@ -212,7 +224,7 @@ def fp8_block(layout: Layout) -> tuple[int, int]:
     """The block that shares a scale in FP8 weights with blocks."""
     for block in (
         layout.config.get("weight_block_size"),
-        weight_args(layout).get("block_structure"),
+        weight_args(Kind.FP8, layout).get("block_structure"),
     ):
         if (
             isinstance(block, list)
@@ -227,7 +239,7 @@ def _fp8_scales(rows: int, columns: int, layout: Layout) -> tuple[Shape, ...]:
     high, wide = fp8_block(layout)
     blocks = (-(-rows // high), -(-columns // wide))
     by_strategy = {"tensor": SCALAR, "channel": ((rows, 1), (rows,)), "block": (blocks,)}
-    strategy = weight_args(layout).get("strategy")
+    strategy = weight_args(Kind.FP8, layout).get("strategy")
     if isinstance(strategy, str) and strategy in by_strategy:
         return by_strategy[strategy]
     if layout.config.get("weight_block_size"):
@@ -236,7 +248,7 @@ def _fp8_scales(rows: int, columns: int, layout: Layout) -> tuple[Shape, ...]:
 
 
 def _integers(rows: int, columns: int, layout: Layout) -> dict[str, Part]:
-    args = weight_args(layout)
+    args = weight_args(Kind.INT, layout)
     bits, size = integer_bits(layout), args.get("group_size")
     if bits is None or not columns:
         # Nothing says how many codes are in an integer, or the codes are missing.

@@ -155,12 +155,12 @@ def _names(layout: Layout, family: Family, tally: Tally) -> None:
 
 
 def _modules(layout: Layout, kinds: Kinds, tally: Tally) -> None:
-    declared = activations(layout)
+    declared = {kind: activations(kind, layout) for kind in set(kinds.values())}
     for name, kind in kinds.items():
         module = layout.modules[name]
         if kind is Kind.OTHER:
             continue
-        _inputs(module, kind, declared, tally)
+        _inputs(module, kind, declared[kind], tally)
         codes = CODES[kind]
         if codes != "weight" and codes in module.tensors and "weight" in module.tensors:
             tally.add("weight-stored-twice", name, f"{name} has both weight and {codes}")
@@ -285,14 +285,15 @@ def _config(layout: Layout, kinds: Kinds, tally: Tally) -> None:
                 )
         formats = {str(group["format"]) for group in groups(layout) if group.get("format")}
         declared = formats or {str(layout.config.get("format"))}
-        expected = _FORMATS.get(next(iter(declared))) if len(declared) == 1 else None
-        wrong = {name: kind for name, kind in kinds.items() if expected and kind != expected}
-        if wrong:
+        expected = {_FORMATS.get(form) for form in declared}
+        wrong = {name: kind for name, kind in kinds.items() if kind not in expected}
+        if wrong and None not in expected:
             name, kind = next(iter(wrong.items()))
+            said = " and ".join(repr(form) for form in sorted(declared))
             tally.add(
                 "format-differs",
                 "config.json",
-                f"config.json says format {declared.pop()!r}, but {name} is {kind}",
+                f"config.json says format {said}, but {name} is {kind}",
             )
 
 

@@ -118,6 +118,8 @@ def diagnose(
     if any(action.scheme for action in mending.replaced):
         made_by = "mquant.json" if stated else "reproduced"
         known = [recipe] if stated else _known(recipe)
+        if recipe.needs_data:
+            raise Refused([_needs_data(mending, recipe)])
         how = _reproduced(mending, assemble(bad, parent), known, weights)
         if how is None and not (stated and not _intact(mending)):
             raise Refused([_unknown(mending, stated)])
@@ -205,10 +207,16 @@ def _linear(layout: Layout, family: Family) -> Iterator[tuple[Module, str, Role,
 
 
 def _refuse_other_layouts(layout: Layout) -> None:
-    kinds = Counter(kind for m in layout.quantized if (kind := kind_of(layout, m)) is not None)
-    common = next((kind for kind, _ in kinds.most_common(1)), Kind.NVFP4)
+    """Raise Refused where most of what is quantized, or of a role of it, is not NVFP4A16."""
+    kinds: dict[Role | None, Counter[Kind]] = defaultdict(Counter)
+    for module in layout.quantized:
+        role = module.meaning.row.role if module.meaning else None
+        if (kind := kind_of(layout, module)) and not (role and role.refused_by_loaders):
+            kinds[role][kind] += 1
+    most = [counter.most_common(1)[0][0] for counter in kinds.values()]
+    common = next((kind for kind in most if kind is not Kind.NVFP4), Kind.NVFP4)
     inputs = sum("input_global_scale" in module.tensors for module in layout.quantized)
-    static = activations(layout) and inputs * 2 > len(layout.quantized)
+    static = activations(common, layout) and inputs * 2 > len(layout.quantized)
     if common is Kind.NVFP4 and not static:
         return
     what = "NVFP4 with quantized activations" if common is Kind.NVFP4 else str(common)
@@ -272,8 +280,12 @@ def _intact(mending: Mending) -> list[tuple[Job, set[str]]]:
 
 
 def _known(recipe: Recipe) -> list[Recipe]:
-    """The recipes that ship and store what `recipe` does, one for each way to choose scales."""
-    alike = [each for each in load_recipes().values() if _schemes(each) == _schemes(recipe)]
+    """The recipes that ship and store what `recipe` does, one for each way to choose scales.
+
+    Not those that need data: without it nothing can be made again.
+    """
+    shipped = [each for each in load_recipes().values() if not each.needs_data]
+    alike = [each for each in shipped if _schemes(each) == _schemes(recipe)]
     return list({each.scales: each for each in alike}.values())
 
 
@@ -320,6 +332,18 @@ def _nothing_known(bad: Source) -> Finding:
         f"{bad.name} has no mquant.json and no quantized module under a name that is known: how it "
         "was made cannot be told.",
         _QUANTIZE,
+    )
+
+
+def _needs_data(mending: Mending, stated: Recipe) -> Finding:
+    lost = [action.module for action in mending.replaced if action.scheme]
+    return Finding(
+        "recipe-not-known",
+        "error",
+        lost[0],
+        f"{names(lost)} must be quantized again, but recipe {stated.name}, which mquant.json "
+        "names, depends on the data it was calibrated with.",
+        f"Quantize the parent again: mquant quantize PARENT --recipe {stated.name} --data FILE.",
     )
 
 

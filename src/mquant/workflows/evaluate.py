@@ -19,7 +19,7 @@ from mquant.measure.model import Integers, Model
 from mquant.measure.score import score
 from mquant.measure.weights import Workers
 from mquant.verify.decode import Floats
-from mquant.verify.formats import activations
+from mquant.verify.formats import activations, groups, kind_of
 from mquant.verify.layout import Layout, read_layout
 
 CONTEXT: Final = 512
@@ -238,7 +238,9 @@ def _plan(count: int, of: int, context: int, models: list[Model]) -> str:
 
 
 def _activations(layout: Layout) -> Iterator[Finding]:
-    if layout.quantized and activations(layout) is not False:
+    kinds = {kind_of(layout, module) for module in layout.quantized} - {None}
+    static = any(activations(kind, layout) is not False for kind in kinds if kind)
+    if static or any(group.get("input_activations") for group in groups(layout)):
         yield Finding(
             "activations-not-quantized",
             "info",

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from mquant import __version__
 from mquant.checkpoint import Folder, Source, Stamp, read_header
-from mquant.errors import EngineError, OutputError
+from mquant.errors import EngineError, OutputError, UsageError
 from mquant.events import Emit, Note, Progress
 from mquant.findings import size
 from mquant.output import PARTIAL, Claim, Ledger, ShardSet, discard, is_there
@@ -117,6 +117,15 @@ def here(source: Source, emit: Emit) -> Folder:
     return Folder(download(source, emit))
 
 
+def check_plain(plan: Plan, reader: str) -> None:
+    """Raise UsageError where what runs the model, called `reader`, cannot read the source."""
+    if any(action.stored for action in plan.actions):
+        raise UsageError(
+            f"{reader} reads BF16, F16 and F32; the source's weights lie in FP8.",
+            "Make a BF16 checkpoint first: mquant dequantize.",
+        )
+
+
 def default_workers() -> int:
     """One for each core this process may use, and one more to keep the disk busy meanwhile.
 
@@ -142,4 +151,12 @@ def check_disk(out: Path, ours: Iterable[str], needed: int) -> None:
         )
 
 
-__all__ = ["Making", "check_disk", "default_workers", "free_disk", "here", "provenance"]
+__all__ = [
+    "Making",
+    "check_disk",
+    "check_plain",
+    "default_workers",
+    "free_disk",
+    "here",
+    "provenance",
+]

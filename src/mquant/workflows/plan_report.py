@@ -110,6 +110,7 @@ def plan_report(plan: Plan, resources: Resources) -> dict[str, Any]:
         "family": plan.family.name,
         "recipe": plan.recipe.name,
         "fingerprint": plan.fingerprint,
+        "calibration": plan.recipe.calibration.model_dump() if plan.recipe.needs_data else None,
         "totals": {
             "source": {"tensors": len(checkpoint.tensors), "bytes": plan.source_bytes},
             "output": {

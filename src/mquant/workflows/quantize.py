@@ -1,5 +1,6 @@
 """Carry out a plan: check what can be checked, claim OUT, run the engine, finish, verify."""
 
+import hashlib
 from contextlib import closing
 from dataclasses import dataclass
 from enum import StrEnum
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mquant.checkpoint import Folder, Reader, Source
-from mquant.errors import EngineError, MissingExtra, Refused, UsageError
+from mquant.errors import DataFileError, EngineError, MissingExtra, Refused, UsageError
 from mquant.events import Emit, Note, silent
 from mquant.output import (
     Claim,
@@ -24,7 +25,14 @@ from mquant.output import (
 )
 from mquant.plan import Plan
 from mquant.recipe import Recipe
-from mquant.workflows.making import Making, check_disk, default_workers, here, provenance
+from mquant.workflows.making import (
+    Making,
+    check_disk,
+    check_plain,
+    default_workers,
+    here,
+    provenance,
+)
 from mquant.workflows.verify import Depth, verify
 
 if TYPE_CHECKING:
@@ -57,10 +65,18 @@ class Result:
 
 
 def choose_engine(wanted: Engine, recipe: Recipe) -> Engine:
-    """The engine that will run: `auto` takes the streaming one, as no scheme needs data yet.
+    """The engine that will run: `auto` takes the streaming one, unless the recipe needs data.
 
     Raises UsageError for one that cannot do what the recipe asks for.
     """
+    if recipe.needs_data:
+        if wanted is Engine.STREAM:
+            raise UsageError(
+                f"Recipe {recipe.name} needs the model's own activations, which the stream engine "
+                "does not see.",
+                "Leave out --engine, or take recipe nvfp4.",
+            )
+        return Engine.ONESHOT
     if wanted is Engine.ONESHOT and recipe.scales == "search":
         raise UsageError(
             f"Recipe {recipe.name} has its scales searched, which only the stream engine does.",
@@ -75,6 +91,7 @@ def quantize(
     *,
     engine: Engine = Engine.AUTO,
     importance: Path | None = None,
+    data: str | None = None,
     workers: int | None = None,
     restart: bool = False,
     emit: Emit = silent,
@@ -83,7 +100,8 @@ def quantize(
 
     `workers`: how many fused sets the streaming engine has under way; None: as many as the cores
     can use. `importance`: a file that says how much an error in each input channel counts where
-    scales are searched (see `workflows.importance`). Raises Refused for a plan with errors,
+    scales are searched (see `workflows.importance`). `data`: what recipes that need any are
+    calibrated with (see `engines.samples`). Raises Refused for a plan with errors,
     UsageError and DataFileError for what does not go with it, MissingExtra without the engine's
     packages, OutputError for an OUT that is not ours, is in use or too small, and what the engine
     raises. Until it returns there is no config.json in `out`, so nothing there looks like a
@@ -94,11 +112,9 @@ def quantize(
     if plan.refusals:
         raise Refused(plan.refusals)
     engine = choose_engine(engine, plan.recipe)
-    if engine is Engine.ONESHOT and any(action.stored for action in plan.actions):
-        raise UsageError(
-            "The oneshot engine reads BF16, F16 and F32; the source's weights lie in FP8.",
-            "Leave out --engine, or make a BF16 checkpoint first: mquant dequantize.",
-        )
+    check_data(plan.recipe, data)
+    if engine is Engine.ONESHOT:
+        check_plain(plan, "The oneshot engine")
     versions = _versions(engine)
     source = plan.survey.checkpoint.source
     local = [source.root] if isinstance(source, Folder) else []
@@ -106,6 +122,8 @@ def quantize(
     fingerprint = {**identity, "plan": plan.fingerprint, "engine": engine.value, **versions}
     weights = read_importance(importance, plan)
     fingerprint |= stated(plan.recipe, weights)
+    if data is not None:
+        fingerprint["data"] = _identity_of(data)
     look = partial(examine, out, local, fingerprint)
     claim = look(restart=restart)
     if claim.state is State.DONE:
@@ -118,7 +136,7 @@ def quantize(
         claim = look(restart=restart)  # again: now nobody else can change it
         if claim.state is State.DONE:
             return Result(out, plan, engine, fresh=False)
-        run = Run(plan.reading_from(folder), out, engine, workers, weights, emit)
+        run = Run(plan.reading_from(folder), out, engine, workers, weights, data, emit)
         sides = dict.fromkeys(own, folder)
         digests = run.make_shards(ledger, claim, fingerprint, file_names(plan, sides))
         shards = {
@@ -132,6 +150,32 @@ def quantize(
     finally:
         ledger.release()
     return Result(out, plan, engine, fresh=True)
+
+
+def check_data(recipe: Recipe, data: str | None) -> None:
+    """Raise UsageError where a recipe lacks calibration data, or there is some for no use."""
+    if recipe.needs_data and data is None:
+        raise UsageError(
+            f"Recipe {recipe.name} needs calibration data, which --data names.",
+            "Add --data FILE: .jsonl, .txt or .parquet; or the id of a dataset on the hub.",
+        )
+    if data is not None and not recipe.needs_data:
+        raise UsageError(
+            f"Recipe {recipe.name} needs no data, so --data says nothing.", "Leave out --data."
+        )
+
+
+def _identity_of(data: str) -> str:
+    """sha256 of a file; the id of a dataset. Raises DataFileError for a file that is not there."""
+    path = Path(data)
+    if not path.suffix:
+        return data
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataFileError(
+            f"{data} cannot be read: {error.strerror}.", "Correct the path after --data."
+        ) from error
 
 
 def _versions(engine: Engine) -> dict[str, str]:
@@ -150,6 +194,7 @@ class Run:
     engine: Engine
     workers: int | None
     importance: "Importance | None"
+    data: str | None
     emit: Emit
 
     @property
@@ -177,11 +222,21 @@ class Run:
         if self.engine is Engine.ONESHOT:
             from mquant.engines import oneshot  # torch and transformers: seconds, and optional
 
-            oneshot.run(self.plan, output.write, self.emit)
+            oneshot.run(self.plan, output.write, self.emit, self._samples())
         # After oneshot, what is left are the tensors that are copied.
         with closing(Reader(self.source)) as reader:
             weigh = weigher(self.plan.recipe, self.importance)
             stream.run(reader, output, self.workers or default_workers(), weigh)
+
+    def _samples(self) -> list[list[int]] | None:
+        if self.data is None:
+            return None
+        from mquant.engines.samples import load_samples
+
+        samples = load_samples(self.data, self.source.root, self.plan.recipe.calibration)
+        tokens = sum(len(ids) for ids in samples)
+        self.emit(Note("info", f"Calibrating with {len(samples):,} samples, {tokens:,} tokens."))
+        return samples
 
     def judge(self, result: Source) -> None:
         """Judge what was made as `mquant verify OUT --against SRC` does.
@@ -207,4 +262,4 @@ class Run:
             self.emit(Note("info" if fact else "warning", finding.message))
 
 
-__all__ = ["Engine", "Result", "choose_engine", "quantize"]
+__all__ = ["Engine", "Result", "check_data", "choose_engine", "quantize"]

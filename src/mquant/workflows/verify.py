@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-from mquant.checkpoint import Source, open_checkpoint
+from mquant.checkpoint import Source, open_checkpoint, read_json
 from mquant.checkpoint.hub import HubRepo
+from mquant.errors import SourceError
 from mquant.events import Emit, silent
 from mquant.family import Family
 from mquant.findings import Finding, Severity
+from mquant.output import RECORD
 from mquant.text import plural
 from mquant.verify.against import check_against
 from mquant.verify.ignore import check_ignore
@@ -134,7 +136,13 @@ def verify(
             wrong = frozenset(numbers.places)
         if original is not None:
             checked.append("against")
-            found += check_against(layout, original, everything=depth is Depth.FULL, emit=emit)
+            found += check_against(
+                layout,
+                original,
+                everything=depth is Depth.FULL,
+                to_nearest=_rounding(source) != "gptq",
+                emit=emit,
+            )
         loader = asked.result() if asked else None
     if loader is not None:
         checked.append("vllm")
@@ -157,6 +165,16 @@ def verify(
         requests=sum(hub.requests for hub in hubs) if hubs else None,
         loader=loader,
     )
+
+
+def _rounding(source: Source) -> object:
+    """How mquant.json says that weights were rounded; None where nothing says it."""
+    try:
+        made = read_json(source, RECORD) if RECORD in source.files else {}
+    except SourceError:
+        return None
+    recipe = made.get("recipe")
+    return recipe.get("rounding") if isinstance(recipe, dict) else None
 
 
 def _ignore(layout: Layout) -> list[Finding]:

@@ -210,10 +210,16 @@ def stub() -> None:
         compressed_tensors_moe_w4a4_nvfp4 as moe,
     )
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w8a8_fp8 as moe_fp8,
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_wna16 as integers,
     )
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
         compressed_tensors_w4a4_nvfp4 as linear,
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        compressed_tensors_w8a8_fp8 as linear_fp8,
     )
     from vllm.model_executor.models import registry
 
@@ -232,8 +238,9 @@ def stub() -> None:
         module.init_nvfp4_linear_kernel = kernel
     for module in (moe, modelopt):
         module.select_nvfp4_moe_backend = lambda **_: (nvfp4.NvFp4MoeBackend.MARLIN, None)
-    fp8.init_fp8_linear_kernel = kernel
-    fp8.select_fp8_moe_backend = lambda **_: (fp8_moe.Fp8MoeBackend.MARLIN, None)
+    fp8.init_fp8_linear_kernel = linear_fp8.init_fp8_linear_kernel = kernel
+    for module in (fp8, moe_fp8):
+        module.select_fp8_moe_backend = lambda **_: (fp8_moe.Fp8MoeBackend.MARLIN, None)
     integers.select_wna16_moe_backend = of_integers
 
 

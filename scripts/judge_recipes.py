@@ -1,0 +1,58 @@
+"""Quantize with every recipe that ships and have vLLM load the result's headers.
+
+Run it: scripts/test-loaders.sh, or python scripts/judge_recipes.py
+
+Takes the tests' trained checkpoint, and a synthetic one for recipes whose blocks its shapes do not
+fill. Fails where `mquant verify` is not clean, or vLLM does anything but load.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from mquant.checkpoint import Folder, open_checkpoint
+from mquant.family import load_families
+from mquant.plan import Plan, make_plan
+from mquant.recipe import Calibration, Recipe, load_recipes
+from mquant.workflows.quantize import quantize
+from mquant.workflows.verify import Depth, verify
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+
+from make import make_checkpoint
+from run import FIXTURES, TRAINED
+
+TEXT = str(FIXTURES / "heldout.txt")
+
+
+def main() -> int:
+    """Try each recipe; the number of those that fail, as exit code."""
+    failed = 0
+    with tempfile.TemporaryDirectory() as where:
+        wide = Path(where) / "wide"
+        make_checkpoint(wide, hidden=256, intermediate=128, heads=8, kv_heads=4, head_dim=32)
+        for name, recipe in load_recipes().items():
+            plans = [plan for src in (TRAINED, wide) if not (plan := planned(src, recipe)).refusals]
+            failed += not plans or not loads(plans[0], Path(where) / name)
+    return failed
+
+
+def planned(src: Path, recipe: Recipe) -> Plan:
+    """What a recipe makes of a checkpoint."""
+    few = recipe.model_copy(update={"calibration": Calibration(samples=4, length=64)})
+    return make_plan(open_checkpoint(Folder(src)), few, load_families())
+
+
+def loads(plan: Plan, out: Path) -> bool:
+    """Carry a plan out; whether what it makes is clean, and vLLM loads it. Says so."""
+    quantize(plan, out, data=TEXT if plan.recipe.needs_data else None)
+    parent = plan.survey.checkpoint.source
+    report = verify(Folder(out), load_families(), Depth.FULL, parent=parent, ask_vllm=True)
+    wrong = [finding.rule for finding in report.findings if finding.severity != "info"]
+    verdict = report.loader.verdict if report.loader else "not asked"
+    print(f"{plan.recipe.name}, {parent.name}: {', '.join(wrong) or 'clean'}; vLLM: {verdict}")
+    return not wrong and verdict == "loads"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

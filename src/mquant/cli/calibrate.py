@@ -1,0 +1,68 @@
+"""`mquant calibrate`: an importance file, for recipes that search scales."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from mquant.cli.options import Data, FormatChoice, RecipeName, Revision, Src
+from mquant.cli.output import Format, output
+from mquant.cli.plan import make
+from mquant.cli.progress import progress
+from mquant.cli.tables import facts
+from mquant.cli.text import plural
+from mquant.errors import UsageError
+from mquant.findings import names
+
+_EXAMPLE = "mquant calibrate ./Model --data texts.jsonl -o importance.safetensors"
+
+File = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="FILE", help="The file to write."),
+]
+
+
+def calibrate(
+    src: Src = None,
+    data: Data = None,
+    recipe: RecipeName = "nvfp4-opt",
+    out_file: File = Path("importance.safetensors"),
+    revision: Revision = None,
+    form: FormatChoice = Format.HUMAN,
+) -> None:
+    """Measure what each input channel carries: the mean square of what text makes of it.
+
+    The text goes through the model layer by layer, in the memory of one layer; of routed experts
+    each counts its own tokens. `mquant quantize --recipe nvfp4-opt --importance FILE` takes it.
+
+    Example: mquant calibrate ./MiniMax-M2.7-REAP --data texts.jsonl -o importance.safetensors
+    """
+    with output("calibrate", form) as out:
+        if data is None:
+            raise UsageError("--data is missing.", f"Example: {_EXAMPLE}")
+        plan = make(
+            "calibrate", src, recipe, revision=revision, max_shard_size=None, allow_unsafe=False
+        )
+        out.report(plan.findings)
+        from mquant.workflows.calibrate import calibrate as measure
+
+        with progress(out) as emit:
+            made = measure(plan, data, out_file, emit)
+        out.put(
+            out=str(made.out),
+            modules=made.modules,
+            samples=made.samples,
+            tokens=made.tokens,
+            unseen=list(made.unseen),
+        )
+        rows = [
+            ("Data", f"{plural(made.samples, 'sample')}, {plural(made.tokens, 'token')}"),
+            ("Modules", f"{made.modules:,}"),
+        ]
+        if made.unseen:
+            rows.append(("Unseen", f"{len(made.unseen):,} saw no token: {names(made.unseen)}"))
+        out.show(Text.assemble(("Measured", "bold green"), f" {made.out}"), facts(rows))
+
+
+__all__ = ["calibrate"]

@@ -1,0 +1,103 @@
+"""What goes into each module while text goes through the model: the mean square of every channel.
+
+Layer by layer, as the oneshot engine calibrates, but nothing is quantized, and experts see the
+tokens that are routed to them and no others.
+"""
+
+import tempfile
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llmcompressor.core import create_session
+from llmcompressor.modifiers import Modifier
+from pydantic import PrivateAttr
+
+from mquant.engines.oneshot import calibrate, quiet
+from mquant.engines.parent import attach, build_model
+from mquant.errors import EngineError
+from mquant.events import Emit, silent
+from mquant.numerics.formats import Floats
+from mquant.plan import Plan
+
+
+def mean_squares(
+    plan: Plan, samples: list[list[int]], emit: Emit = silent
+) -> dict[str, Floats | None]:
+    """float32 [in] for every module that is quantized, by hub name; None where no token came.
+
+    Raises EngineError where the model as transformers builds it is not the one that was planned.
+    """
+    checkpoint, in_memory = plan.survey.checkpoint, plan.family.in_memory_name
+    tensors = {in_memory(info.name): info for info in checkpoint.tensors.values()}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mquant-")))
+        stack.enter_context(quiet(emit))
+        session = stack.enter_context(create_session())
+        model = build_model(folder, checkpoint.config)
+        attach(model, checkpoint.source, tensors)
+        modules = dict(model.named_modules())
+        watched = {a.module: modules.get(in_memory(a.module)) for a in plan.actions if a.scheme}
+        for name, module in watched.items():
+            if not isinstance(module, torch.nn.Linear):
+                raise EngineError(
+                    f"{name} is no linear layer of the model transformers builds.",
+                    "Keep it with the recipe's ignore list, or correct the family's `in_memory`.",
+                )
+        watch = Watch()
+        calibrate(model, watch.of(watched), samples, moe_calibrate_all_experts=False)
+        session.reset()
+    return {name: watch.means.get(name) for name in watched}
+
+
+class Watch(Modifier):  # type: ignore[misc]  # untyped base
+    """A modifier that changes nothing, and adds up squares of what modules are given."""
+
+    requires_calibration_data: bool = True
+    _watched: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _sums: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _tokens: dict[str, int] = PrivateAttr(default_factory=dict)
+    _means: dict[str, Floats] = PrivateAttr(default_factory=dict)
+
+    def of(self, watched: dict[str, Any]) -> "Watch":
+        """Watch these modules, by the names that their means will have."""
+        self._watched = watched
+        return self
+
+    @property
+    def means(self) -> dict[str, Floats]:
+        """float32 [in] of every module that was given anything."""
+        return self._means
+
+    def on_initialize(self, state: Any, **options: Any) -> bool:
+        """Nothing to prepare."""
+        return True
+
+    def on_calibration_start(self, state: Any, event: Any, **options: Any) -> None:
+        """Look at what modules are given from here on."""
+        for name, module in self._watched.items():
+            self.register_hook(module, partial(self._add, name), "forward_pre")
+
+    def _add(self, name: str, _module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        rows = args[0].detach().reshape(-1, args[0].shape[-1])
+        squares = rows.double().square().sum(0)
+        self._sums[name] = self._sums[name] + squares if name in self._sums else squares
+        self._tokens[name] = self._tokens.get(name, 0) + len(rows)
+
+    def on_sequential_epoch_end(self, state: Any, event: Any, **options: Any) -> None:
+        """A layer is done: keep the means of what it was given."""
+        for name, sums in self._sums.items():
+            if tokens := self._tokens[name]:
+                self._means[name] = (sums / tokens).numpy().astype(np.float32)
+        self._sums.clear()
+        self._tokens.clear()
+
+    def on_calibration_end(self, state: Any, event: Any, **options: Any) -> None:
+        """Look no longer."""
+        self.remove_hooks()
+
+
+__all__ = ["mean_squares"]

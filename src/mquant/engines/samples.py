@@ -1,0 +1,120 @@
+"""Calibration data: texts and conversations, as the tokens that go through the model."""
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from mquant.errors import DataFileError
+from mquant.recipe import Calibration
+
+_FIX: Final = (
+    "Give a .jsonl or .parquet file whose rows have `text` or `messages`, a .txt file, or the id "
+    "of a dataset on the hub."
+)
+
+
+def load_samples(data: str, folder: Path, wanted: Calibration) -> list[list[int]]:
+    """Token ids of as many samples as are wanted, each of at most so many tokens.
+
+    Rows are drawn in an order that the seed decides. `messages` go through the chat template of
+    the tokenizer in `folder`; a .txt file is one text, cut into samples. Raises DataFileError
+    where there is no such data, or too little of it.
+    """
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # of texts longer than the model's context
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        samples = [*_samples(data, tokenizer, wanted)]
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise DataFileError(f"{data} cannot be tokenized: {reason}", _FIX) from error
+    finally:
+        transformers_logging.set_verbosity(before)
+    if not samples:
+        raise DataFileError(f"{data} holds no text.", _FIX)
+    return samples
+
+
+def _samples(data: str, tokenizer: Any, wanted: Calibration) -> Iterator[list[int]]:
+    rows = list(_rows(data))
+    if data.endswith(".txt"):
+        ids = _ids(rows[0], tokenizer, data)
+        pieces = [ids[start : start + wanted.length] for start in range(0, len(ids), wanted.length)]
+    else:
+        pieces = []
+    order = list(range(len(pieces) or len(rows)))
+    random.Random(wanted.seed).shuffle(order)  # noqa: S311 -- no secret
+    taken = 0
+    for number in order:
+        piece = pieces[number] if pieces else _ids(rows[number], tokenizer, data)[: wanted.length]
+        if piece and taken < wanted.samples:
+            taken += 1
+            yield piece
+
+
+def _rows(data: str) -> Iterable[dict[str, Any]]:
+    path = Path(data)
+    if path.suffix not in (".jsonl", ".txt", ".parquet"):
+        return _dataset(data)
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+            return rows
+        text = path.read_text(encoding="utf-8")
+        return [{"text": text}] if path.suffix == ".txt" else _parsed(text, data)
+    except OSError as error:
+        raise DataFileError(f"{data} cannot be read: {error.strerror or error}.", _FIX) from error
+    except ValueError as error:  # what is no UTF-8, or no parquet
+        raise DataFileError(f"{data} is damaged: {error}.", _FIX) from error
+
+
+def _parsed(text: str, data: str) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError:
+            raise DataFileError(f"Line {number:,} of {data} is no JSON.", _FIX) from None
+        if row is not None:
+            rows.append(row)
+    return rows
+
+
+def _dataset(name: str) -> Iterable[dict[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        return list(load_dataset(name, split="train"))
+    except Exception as error:  # whatever it is, the dataset is not to be had
+        raise DataFileError(
+            f"{name} is no file, and no dataset that can be had from the hub "
+            f"({type(error).__name__}).",
+            _FIX,
+        ) from error
+
+
+def _ids(row: object, tokenizer: Any, data: str) -> list[int]:
+    text = row.get("text") if isinstance(row, dict) else None
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if messages is not None:
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # a template is a program: it may raise anything
+            raise DataFileError(
+                f"The chat template cannot take the messages of {data}: {error}.",
+                "Correct the messages; or give rows with `text`.",
+            ) from error
+    if not isinstance(text, str):
+        raise DataFileError(f"A row of {data} has neither `text` nor `messages`.", _FIX)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+__all__ = ["load_samples"]

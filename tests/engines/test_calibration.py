@@ -1,0 +1,245 @@
+"""Calibrated recipes: what goes through the model, and what llmcompressor makes of it."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from judges import data, opened
+from mquant.checkpoint import Folder
+from mquant.errors import DataFileError, UsageError
+from mquant.events import Event, Note
+from mquant.family import load_families
+from mquant.output.finish import recipe_yaml
+from mquant.recipe import Calibration
+from mquant.workflows.quantize import Engine, quantize
+from mquant.workflows.verify import Depth, verify
+from run import FIXTURES, TRAINED, plan_of
+
+pytestmark = pytest.mark.upstream
+
+TEXT = str(FIXTURES / "heldout.txt")
+FEW = Calibration(samples=3, length=48, seed=1)
+RECIPES = {
+    "nvfp4-w4a4": "roles: {expert: NVFP4, attention: NVFP4}",
+    "nvfp4-gptq": "roles: {expert: NVFP4A16, attention: NVFP4A16}\nrounding: gptq",
+}
+
+
+def recipe(folder: Path, name: str) -> str:
+    """The shipped recipe of that name, with few samples."""
+    path = folder / f"{name}.yaml"
+    few = json.dumps(FEW.model_dump())
+    path.write_text(f"name: {name}\nsuffix: X\n{RECIPES[name]}\ncalibration: {few}\n")
+    return str(path)
+
+
+def loaded(dtype: str) -> Any:
+    """The model as transformers loads it whole, with the RoPE it was trained with."""
+    import transformers
+
+    hf: Any = transformers
+    config = hf.AutoConfig.from_pretrained(TRAINED)
+    config.rope_parameters["partial_rotary_factor"] = config.rotary_dim / config.head_dim
+    return hf.AutoModelForCausalLM.from_pretrained(TRAINED, config=config, dtype=dtype).eval()
+
+
+def upstream(name: str) -> Any:
+    """The model after plain oneshot, loaded whole, its router in F32."""
+    import torch
+    from llmcompressor.modeling.moe.linearize import linearize_moe
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    from mquant.engines.oneshot import calibrate
+    from mquant.engines.samples import load_samples
+
+    model, parent = loaded("bfloat16"), opened(TRAINED)
+    for number, layer in enumerate(model.model.layers):
+        block = f"model.layers.{number}.block_sparse_moe"
+        for owner, ours, theirs in (
+            (layer.mlp.gate, "gate.weight", "weight"),
+            (layer.mlp, "e_score_correction_bias", "e_score_correction_bias"),
+        ):
+            raw = bytearray(data(parent, f"{block}.{ours}"))
+            value = torch.frombuffer(raw, dtype=torch.float32)
+            getattr(owner, theirs).data = value.reshape(getattr(owner, theirs).shape)
+    linearize_moe(model)
+    options = {"targets": ["Linear"], "ignore": ["lm_head"]}
+    modifier = (
+        GPTQModifier(scheme="NVFP4A16", actorder=None, **options)
+        if name == "nvfp4-gptq"
+        else QuantizationModifier(scheme="NVFP4", **options)
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more add up GPTQ's Hessians in another order
+    try:
+        calibrate(model, modifier, load_samples(TEXT, TRAINED, FEW))
+    finally:
+        torch.set_num_threads(threads)
+    return model
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_tensor_is_what_oneshot_makes_of_the_whole_model(tmp_path: Path, name: str) -> None:
+    from mquant.engines.oneshot import as_bytes, compress
+
+    plan = plan_of(TRAINED, recipe(tmp_path, name))
+    quantize(plan, tmp_path / "out", data=TEXT)
+
+    model, made = upstream(name), opened(tmp_path / "out")
+    with ThreadPoolExecutor(1) as pool:
+        theirs = {
+            f"{action.module}.{suffix}": bytes(as_bytes(tensor))
+            for action in plan.actions
+            if action.scheme
+            for suffix, tensor in compress(
+                model.get_submodule(plan.family.in_memory_name(action.module)), pool
+            ).items()
+        }
+    kept = [tensor for tensor in made.tensors if tensor in opened(TRAINED).tensors]
+    assert len(theirs) + len(kept) == len(made.tensors)
+    assert [tensor for tensor in theirs if theirs[tensor] != data(made, tensor)] == []
+    assert [t for t in kept if data(made, t) != data(opened(TRAINED), t)] == []
+    report = verify(Folder(tmp_path / "out"), load_families(), Depth.FULL, parent=Folder(TRAINED))
+    assert [found for found in report.findings if found.severity != "info"] == []
+
+
+def test_the_model_that_is_calibrated_predicts_as_the_trained_one(tmp_path: Path) -> None:
+    import torch
+
+    from mquant.engines.parent import attach, build_model
+    from mquant.engines.samples import load_samples
+
+    plan = plan_of(TRAINED)
+    checkpoint = plan.survey.checkpoint
+    model: Any = build_model(tmp_path, checkpoint.config)
+    names = {plan.family.in_memory_name(t.name): t for t in checkpoint.tensors.values()}
+    attach(model, checkpoint.source, names)
+    from compressed_tensors.offload import set_onload_device
+
+    set_onload_device(model, torch.device("cpu"))
+    reference = loaded("float32")
+    (ids,) = load_samples(TEXT, TRAINED, Calibration(samples=1, length=256))
+    tokens = torch.tensor([ids])
+    with torch.no_grad():
+        ours, theirs = (
+            torch.nn.functional.cross_entropy(m(tokens).logits[0, :-1].float(), tokens[0, 1:])
+            for m in (model, reference)
+        )
+    assert abs(ours - theirs) < 0.02  # BF16; with RoPE over the whole head it is 0.5
+    assert model.model.layers[0].mlp.gate.weight.dtype == torch.float32
+
+
+def test_samples_are_cut_from_a_text_and_drawn_by_seed() -> None:
+    from mquant.engines.samples import load_samples
+
+    first = load_samples(TEXT, TRAINED, FEW)
+    assert [len(ids) for ids in first] == [48, 48, 48]
+    assert first == load_samples(TEXT, TRAINED, FEW)
+    assert first != load_samples(TEXT, TRAINED, Calibration(samples=3, length=48, seed=2))
+
+
+def test_rows_have_text_or_messages_for_the_chat_template(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from transformers import AutoTokenizer
+
+    from mquant.engines.samples import load_samples
+
+    messages = [{"role": "user", "content": "Is it far?"}]
+    lines = [json.dumps({"text": "Not far."}), "", json.dumps({"messages": messages})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    pq.write_table(pa.table({"text": ["Not far."]}), tmp_path / "a.parquet")
+    tokenizer: Any = AutoTokenizer.from_pretrained(TRAINED)
+    plain = tokenizer("Not far.", add_special_tokens=False)["input_ids"]
+    chat = tokenizer.apply_chat_template(messages, tokenize=False)
+    asked = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    wanted = Calibration(samples=9, length=999)
+
+    assert sorted(load_samples(str(tmp_path / "a.jsonl"), TRAINED, wanted)) == sorted(
+        [plain, asked]
+    )
+    assert load_samples(str(tmp_path / "a.parquet"), TRAINED, wanted) == [plain]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('{"text": "a"}\n{"text"', "Line 2 of DATA is no JSON."),
+        ('{"prompt": "a"}', "A row of DATA has neither `text` nor `messages`."),
+        ("", "DATA holds no text."),
+        (None, "DATA cannot be read: No such file or directory."),
+    ],
+)
+def test_what_is_wrong_with_the_data_is_one_sentence(
+    tmp_path: Path, content: str | None, sentence: str
+) -> None:
+    from mquant.engines.samples import load_samples
+
+    path = tmp_path / "data.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataFileError) as told:
+        load_samples(str(path), TRAINED, FEW)
+    assert told.value.message == sentence.replace("DATA", str(path))
+
+
+def test_a_dataset_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    from mquant.engines.samples import load_samples
+
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(DataFileError) as told:
+        load_samples("someone/texts", TRAINED, FEW)
+    assert told.value.message == (
+        "someone/texts is no file, and no dataset that can be had from the hub (ConnectionError)."
+    )
+
+
+def test_experts_that_no_token_was_routed_to_are_named(tmp_path: Path) -> None:
+    said: list[Event] = []
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"text": "a b"}))
+    plan = plan_of(TRAINED, recipe(tmp_path, "nvfp4-w4a4"))
+
+    quantize(plan, tmp_path / "out", data=str(path), emit=said.append)
+
+    (told,) = [e.message for e in said if isinstance(e, Note) and "was routed to" in e.message]
+    assert told.startswith("No calibration token was routed to ")
+    assert "model.layers.0.block_sparse_moe.experts." in told
+    # All of them saw all tokens, so none lacks a scale of its inputs.
+    made = opened(tmp_path / "out").tensors
+    assert sum(name.endswith(".input_global_scale") for name in made) == 102
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_llmcompressor_accepts_recipe_yaml(tmp_path: Path, name: str) -> None:
+    from llmcompressor.recipe import Recipe
+
+    text = tmp_path / "recipe.yaml"
+    text.write_text(recipe_yaml(plan_of(TRAINED, name)))
+    (modifier,) = Recipe.create_instance(str(text)).modifiers
+
+    assert (type(modifier).__name__, modifier.scheme) == {
+        "nvfp4-w4a4": ("QuantizationModifier", "NVFP4"),
+        "nvfp4-gptq": ("GPTQModifier", "NVFP4A16"),
+    }[name]
+
+
+def test_a_recipe_that_needs_data_is_refused_without(tmp_path: Path) -> None:
+    plan = plan_of(TRAINED, "nvfp4-w4a4")
+    with pytest.raises(UsageError) as told:
+        quantize(plan, tmp_path / "out")
+    assert told.value.message == ("Recipe nvfp4-w4a4 needs calibration data, which --data names.")
+    with pytest.raises(UsageError, match="which the stream engine does not see"):
+        quantize(plan, tmp_path / "out", data=TEXT, engine=Engine.STREAM)
+    with pytest.raises(UsageError, match="needs no data, so --data says nothing"):
+        quantize(plan_of(TRAINED), tmp_path / "out", data=TEXT)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,76 @@
+"""FP8: kernel, reference and compressed-tensors make the same bytes for any weights."""
+
+from typing import Final
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import upstream
+from mquant.numerics import fp8
+from mquant.numerics.formats import FLOATS, Array, FloatFormat
+
+DTYPES = pytest.mark.parametrize("dtype", FLOATS)
+SCHEMES: Final = {"FP8_DYNAMIC": None, "FP8_BLOCK": (128, 128)}
+
+
+def weights(form: FloatFormat, shape: tuple[int, int], seed: int) -> Array:
+    """Bit patterns: rows of any finite numbers, of usual ones, of zeros, subnormals and ties."""
+    rng = np.random.default_rng(seed)
+    words = rng.integers(0, 1 << 8 * form.word.itemsize, shape).astype(form.word)
+    words[(words & (form.sign - 1)) >= form.infinity] = form.infinity - 1
+    usual = rng.standard_normal(shape, np.float32) * np.exp(rng.uniform(-9, 3, (shape[0], 1)))
+    ties = np.resize(np.arange(1, 900, dtype=np.float32) / 2, shape[1])
+    for row in range(shape[0]):
+        kind = rng.integers(0, 6)
+        if kind == 0:
+            words[row] = usual[row].astype(form.value).view(form.word)
+        elif kind == 1:
+            words[row] = rng.integers(0, 2, shape[1]) * form.sign  # 0.0 and -0.0
+        elif kind == 2:
+            words[row] &= form.word.type(form.sign | 7)
+        elif kind == 3:
+            words[row] = ties.astype(form.value).view(form.word)
+    return words
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("scheme", SCHEMES)
+@DTYPES
+@given(st.integers(0, 2**32 - 1), st.integers(1, 300), st.integers(1, 300))
+@settings(max_examples=15, deadline=None)
+def test_codes_and_scales_are_those_of_compressed_tensors(
+    scheme: str, dtype: str, seed: int, rows: int, columns: int
+) -> None:
+    form = FLOATS[dtype]
+    words = weights(form, (rows, columns), seed)
+    block = SCHEMES[scheme] or (1, columns)
+    codes = np.empty(words.shape, np.uint8)
+
+    scales, bad = fp8.encode_into(words, form, block, codes)
+    by_reference, reference_scales = fp8.quantize(form.values(words), block)
+    theirs, their_scales = upstream.float_quantized(words, dtype, scheme)
+
+    assert bad == 0
+    assert (by_reference == theirs).all()
+    assert (codes == theirs).all()
+    assert (reference_scales.view(form.word) == their_scales).all()
+    assert (scales.view(form.word) == their_scales).all()
+
+
+@DTYPES
+def test_numbers_that_are_none_are_counted(dtype: str) -> None:
+    form = FLOATS[dtype]
+    words = np.zeros((3, 4), form.word)
+    words[1, 2], words[2, 0] = form.infinity, form.infinity + form.sign + 1
+
+    _, bad = fp8.encode_into(words, form, (1, 4), np.empty((3, 4), np.uint8))
+
+    assert bad == 2
+
+
+def test_a_weight_of_another_dtype_is_a_mistake() -> None:
+    words = np.zeros((2, 2), "<u4")
+    with pytest.raises(ValueError, match="uint32"):
+        fp8.encode_into(words, FLOATS["BF16"], (1, 2), np.empty((2, 2), np.uint8))
