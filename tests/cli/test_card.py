@@ -16,7 +16,8 @@ from corpus import OF_NVFP4A16
 from fakehub import FakeHub, hub
 from judges import hashes, read_json
 from mquant.cli.app import app
-from run import TRAINED, quantize_nvfp4
+from mquant.workflows.quantize import quantize
+from run import TRAINED, plan_of, quantize_nvfp4
 from uploads import metadata_errors
 
 __all__ = ["hub"]
@@ -152,6 +153,18 @@ def test_it_says_who_loads_it_and_how_to_serve_it(src: Path) -> None:
     assert "| `top_k` | `40` |" in card
     # K and V, 3 layers, 2 heads of 32, 2 bytes
     assert "The KV cache takes 768 bytes a token in 16 bits, 1.50 MiB for the whole context" in card
+
+
+@pytest.mark.parametrize(("recipe", "what"), [("fp8-dynamic", "8-bit floating point")])
+def test_of_another_scheme_it_says_what_was_looked_at_and_no_more(
+    tmp_path: Path, recipe: str, what: str
+) -> None:
+    out = tmp_path / "Tiny"
+    quantize(plan_of(TRAINED, recipe), out)
+    assert run(out).exit_code == 0
+    card = (out / "README.md").read_text("utf-8")
+    assert re.search(rf"\| vLLM 0.32.0 \| yes \| .*{what}.*not run on a GPU", card)
+    assert "SGLang" not in card
 
 
 def test_it_says_how_it_was_made_with_every_checksum(src: Path) -> None:

@@ -64,7 +64,27 @@ NVFP4A16: Final = (
     ),
 )
 
-ENGINES: Final[dict[str, tuple[Engine, ...]]] = {"NVFP4A16": NVFP4A16}
+# Of the other schemes vLLM's loader alone was asked; what nobody looked at has no row.
+_LOADED: Final = "its loader run on the headers of a small checkpoint; not run on a GPU"
+NVFP4: Final = (
+    Engine(
+        "vLLM",
+        "0.32.0",
+        "yes",
+        "Weights and activations in 4 bits, on NVIDIA GPUs with FP4 units (Blackwell).",
+        _LOADED,
+    ),
+)
+FP8: Final = (
+    Engine("vLLM", "0.32.0", "yes", "Weights and activations in 8-bit floating point.", _LOADED),
+)
+
+ENGINES: Final[dict[str, tuple[Engine, ...]]] = {
+    "NVFP4A16": NVFP4A16,
+    "NVFP4": NVFP4,
+    "FP8_DYNAMIC": FP8,
+    "FP8_BLOCK": FP8,
+}
 
 HARDWARE: Final[dict[str, str]] = {
     "NVFP4A16": "Only weights are in 4 bits: they are turned into 16 bits inside the kernel, and "

@@ -124,16 +124,17 @@ def _scheme(layout: Layout) -> str:
 
     Only what decides the arithmetic is compared: tools differ in what else they write.
     """
-    if {kind_of(layout, module) for module in layout.quantized} != {Kind.NVFP4}:
+    kinds = {kind_of(layout, module) for module in layout.quantized}
+    if len(kinds) != 1 or not kinds <= {Kind.NVFP4, Kind.FP8}:
         return ""
     said = list(groups(layout))
     for name, scheme in SCHEMES.items():
         ours = scheme.config_group
         keys = ("num_bits", "type", "strategy", "group_size", "dynamic")
         if said and all(
-            not group.get("input_activations")
+            bool(group.get("input_activations")) is bool(ours["input_activations"])
             and isinstance(weights := group.get("weights"), dict)
-            and all(weights.get(key) == ours["weights"][key] for key in keys)
+            and all(weights.get(key) == ours["weights"].get(key) for key in keys)
             for group in said
         ):
             return name
