@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", type=Path)
     parser.add_argument("--data", type=Path, help="calibration text; left out: of the training's")
     parser.add_argument("--text", type=Path, default=ROOT / "tests/fixtures/heldout.txt")
+    parser.add_argument("--recipes", help="only these, by name, with commas between")
     parser.add_argument("--tokens", type=int, default=16 * 1024, help="of the text, at most")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/accuracy.md")
     options = parser.parse_args()
@@ -87,7 +88,8 @@ def main() -> None:
         pages = []
         for model in models:
             judge = Judge(model, options.text, options.tokens)
-            rows = list(measure(model, data, judge, Path(where)))
+            recipes = options.recipes.split(",") if options.recipes else [*load_recipes()]
+            rows = list(measure(model, recipes, data, judge, Path(where)))
             pages.append((model, judge, rows))
             print(table(rows), flush=True)
     options.out.write_text(page(pages), encoding="utf-8")
@@ -109,9 +111,9 @@ def train() -> list[Path]:
 def calibration(path: Path) -> Path:
     """Some of the text that the models were trained on, one document a line, as JSON."""
     documents, _ = read_library()
-    chosen = documents[:: max(1, len(documents) // 256)]
+    chosen = documents[:: max(1, len(documents) // 64)]
     path = path.with_suffix(".jsonl")
-    path.write_text("".join(json.dumps({"text": text[:8000]}) + "\n" for text in chosen))
+    path.write_text("".join(json.dumps({"text": text[:1000]}) + "\n" for text in chosen))
     return path
 
 
@@ -149,10 +151,12 @@ class Judge:
                 yield logits.float().log_softmax(-1)
 
 
-def measure(model: Path, data: Path, judge: Judge, where: Path) -> Iterator[Row]:
-    """Every recipe, then llmcompressor's observers."""
-    for recipe in load_recipes().values():
-        options = ["--data", str(data)] if getattr(recipe, "calibration", None) else []
+def measure(
+    model: Path, recipes: list[str], data: Path, judge: Judge, where: Path
+) -> Iterator[Row]:
+    """The recipes, then llmcompressor's observers."""
+    for recipe in map(find_recipe, recipes):
+        options = ["--data", str(data)] if recipe.needs_data else []
         yield ours(model, recipe.name, recipe.name, options, judge, where)
         if recipe.scales == "search":
             file = where / "importance.safetensors"
