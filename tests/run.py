@@ -11,6 +11,18 @@ from mquant.workflows.quantize import Engine, quantize
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TRAINED = FIXTURES / "tiny-minimax-m2"
+# The command line, in a process that tells its peak memory on stderr.
+MEASURED = """
+import sys
+from mquant.cli import main
+try:
+    main()
+finally:
+    # Not ru_maxrss, which a process started by a large one begins with.
+    status = open("/proc/self/status").read()
+    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    print(f"torch {'torch' in sys.modules} peak {peak}", file=sys.stderr)
+"""
 
 
 def plan_of(src: Path, recipe: str = "nvfp4", max_shard_bytes: int = 5_000_000_000) -> Plan:

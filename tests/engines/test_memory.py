@@ -9,18 +9,8 @@ import pytest
 from judges import read_json
 from mquant.numerics.formats import FLOATS
 from mquant.numerics.kernels import prepare
+from run import MEASURED
 
-MEASURED = """
-import sys
-from mquant.cli import main
-try:
-    main()
-finally:
-    # Not ru_maxrss, which a process started by a large one begins with.
-    status = open("/proc/self/status").read()
-    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    print(f"torch {'torch' in sys.modules} peak {peak}", file=sys.stderr)
-"""
 # The limit counts what is allocated from here on (RLIMIT_DATA: heap and private mappings, which
 # also a mapped shard would be); importing torch alone maps more than a small limit allows.
 LIMIT = """

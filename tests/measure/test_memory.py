@@ -7,18 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mquant.measure.kernels import add_nvfp4_sums, unpack_bf16, unpack_nvfp4
-from run import FIXTURES, TRAINED
-
-MEASURED = """
-import sys
-from mquant.cli import main
-try:
-    main()
-finally:
-    status = open("/proc/self/status").read()
-    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    print(f"torch {'torch' in sys.modules} peak {peak}", file=sys.stderr)
-"""
+from run import FIXTURES, MEASURED, TRAINED
 
 
 def mquant(*arguments: object) -> str:

@@ -185,12 +185,8 @@ def _tell_done(out: Output, diagnosis: "Diagnosis", done: "Repaired", *, in_plac
 
 
 def _upload(diagnosis: "Diagnosis", folder: Path) -> Iterator[str]:
-    from mquant.checkpoint import is_shard
-
     repo = diagnosis.bad.source
-    shards = {shard.name for shard in diagnosis.mending.plan.shards}
-    obsolete = [path for path in repo.files if is_shard(path) and path not in shards]
-    delete = [word for path in obsolete for word in ("--delete", path)]
+    delete = [word for path in diagnosis.obsolete for word in ("--delete", path)]
     yield shlex.join(
         ["hf", "upload", repo.name, str(folder), ".", *delete, "--commit-message", "Repair"]
     )

@@ -20,6 +20,7 @@ from mquant.checkpoint import (
     AssemblyReader,
     Checkpoint,
     Source,
+    is_shard,
     open_checkpoint,
     read_json,
 )
@@ -70,9 +71,10 @@ class Diagnosis:
         return told or not whole or self.config_differs or bool(self.missing)
 
     @property
-    def assembly(self) -> Assembly:
-        """The files of both, as the mending's plan calls them."""
-        return assemble(self.bad.source, self.parent.source)
+    def obsolete(self) -> list[str]:
+        """Shards of the broken checkpoint that the mended one has not."""
+        shards = {shard.name for shard in self.mending.plan.shards}
+        return [path for path in self.bad.source.files if is_shard(path) and path not in shards]
 
 
 def assemble(bad: Source, parent: Source) -> Assembly:

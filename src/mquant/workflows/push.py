@@ -18,15 +18,15 @@ from mquant.checkpoint.hub import HubRepo, NoSuchRepo
 from mquant.checkpoint.upload import HubWriter
 from mquant.data import cache
 from mquant.errors import OutputError, SourceError
-from mquant.events import Emit, Note, Progress
+from mquant.events import Emit, Note
 from mquant.family import Family
 from mquant.findings import names
 from mquant.output import RECORD, Record, read_record
 from mquant.text import plural
+from mquant.workflows.hashing import sha256_of
 from mquant.workflows.verify import Depth, Report, verify
 
 LAST: Final = (INDEX_NAME, CONFIG_NAME)
-_PIECE: Final = 16_000_000
 # What people add to a finished checkpoint, and no loader reads.
 _PAPERS: Final = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf")
 _TITLES: Final = ("LICENSE", "LICENCE", "NOTICE")
@@ -236,15 +236,9 @@ def _judge(
 
 def _check_bytes(shipment: Shipment, emit: Emit) -> None:
     files = shipment.record.files
-    total, done = sum(size for size, _ in files.values()), 0
-    for name, (size, meant) in files.items():
-        digest = hashlib.sha256()
-        for start in range(0, size, _PIECE):
-            piece = shipment.source.read(name, start, min(start + _PIECE, size))
-            digest.update(piece)
-            done += len(piece)
-            emit(Progress("hash", done, total))
-        if digest.hexdigest() != meant:
+    sizes = {name: size for name, (size, _) in files.items()}
+    for name, digest in sha256_of(shipment.source, sizes, emit):
+        if digest != files[name][1]:
             raise _changed(shipment.source, name)
     emit(Note("info", f"sha256 of {plural(len(files), 'file')} as {RECORD} says."))
 

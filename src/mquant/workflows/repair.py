@@ -13,11 +13,10 @@ from mquant.checkpoint import (
     Checkpoint,
     Folder,
     Source,
-    is_shard,
     read_json,
 )
 from mquant.errors import EngineError, SourceError
-from mquant.events import Emit, Note, Progress, silent
+from mquant.events import Emit, Note, silent
 from mquant.output import (
     RECORD,
     WORK,
@@ -35,11 +34,11 @@ from mquant.output import (
 )
 from mquant.plan import BAD, Plan
 from mquant.workflows.diagnose import Diagnosis, assemble
+from mquant.workflows.hashing import sha256_of
 from mquant.workflows.importance import stated, weigher
 from mquant.workflows.making import Making, check_disk, default_workers, provenance
 from mquant.workflows.verify import Depth, verify
 
-_PIECE: Final = 16_000_000
 _NAMED: Final = 1000
 """Modules that a repair's record names, at most: all routers of any model, not all experts."""
 
@@ -86,7 +85,7 @@ def repair_in_place(
         raise TypeError(f"{bad.name} is no folder")
     run = _Run(diagnosis, bad.root / WORK, False, emit)
     made = run.carry_out(workers, restart=restart)
-    stage(bad.root, run.obsolete)
+    stage(bad.root, diagnosis.obsolete)
     apply(bad.root)
     return replace(made, out=bad.root)
 
@@ -120,12 +119,6 @@ class _Run:
     @property
     def kept(self) -> list[str]:
         return sorted(self.diagnosis.mending.kept)
-
-    @property
-    def obsolete(self) -> list[str]:
-        """Shards of the broken checkpoint that the mended one has not."""
-        shards = {shard.name for shard in self.diagnosis.mending.plan.shards}
-        return [path for path in self.bad.source.files if is_shard(path) and path not in shards]
 
     @property
     def sides(self) -> dict[str, Source]:
@@ -215,17 +208,8 @@ class _Run:
         if not self.whole:
             names += side_files(self.bad, cards=True)
         known = getattr(source, "sha256", {})
-        unknown = [name for name in names if name not in known]
-        total = sum(source.files[name] for name in unknown)
-        digests, done = dict(known), 0
-        for name in unknown:
-            digest = hashlib.sha256()
-            for start in range(0, source.files[name], _PIECE):
-                piece = source.read(name, start, min(start + _PIECE, source.files[name]))
-                digest.update(piece)
-                done += len(piece)
-                self.emit(Progress("hash", done, total))
-            digests[name] = digest.hexdigest()
+        unknown = {name: source.files[name] for name in names if name not in known}
+        digests = {**known, **dict(sha256_of(source, unknown, self.emit))}
         return {name: {"bytes": source.files[name], "sha256": digests[name]} for name in names}
 
     def _link(self) -> None:
