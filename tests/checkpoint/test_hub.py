@@ -309,6 +309,30 @@ def test_the_token_goes_to_the_hub_alone(
     assert sent == {"127.0.0.1": f"Bearer {GOOD_TOKEN}", "localhost": None}
 
 
+def test_the_hub_is_asked_once_where_a_file_is(hub: FakeHub, folder: Path) -> None:
+    hub.add(REPO, folder)
+    repo = HubRepo(REPO)
+    shard = next(path for path in repo.files if path.endswith(".safetensors"))
+    hub.forget()
+    whole = (folder / shard).read_bytes()
+    assert [repo.read(shard, at, at + 10) for at in (0, 99)] == [whole[:10], whole[99:109]]
+    assert [request.host for request in hub.requests] == ["127.0.0.1", "localhost", "localhost"]
+
+
+def test_where_a_file_was_is_forgotten_when_it_is_not_there_any_more(
+    hub: FakeHub, folder: Path
+) -> None:
+    hub.add(REPO, folder)
+    repo = HubRepo(REPO)
+    shard = next(path for path in repo.files if path.endswith(".safetensors"))
+    repo.read(shard, 0, 10)
+    hub.forget()
+    hub.fail(403)  # as of a link that was good for an hour
+    assert repo.read(shard, 0, 10) == (folder / shard).read_bytes()[:10]
+    hosts = [request.host for request in hub.requests]
+    assert hosts == ["localhost", "127.0.0.1", "localhost"]
+
+
 def test_redirects_end(hub: FakeHub, folder: Path) -> None:
     hub.add(REPO, folder)
     hub.redirect_to = hub.url + "{path}"

@@ -73,6 +73,7 @@ class HubRepo:
         self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         self.requests = 0
         self.bytes_read = 0
+        self._moved: dict[str, str] = {}  # an address -> where it was redirected to
         self._count = threading.Lock()
         self._headers: dict[str, str] = {
             **build_hf_headers(library_name="mquant", library_version=__version__),
@@ -195,13 +196,19 @@ class HubRepo:
 
     @contextlib.contextmanager
     def _get(self, url: str, headers: dict[str, str]) -> "Iterator[httpx.Response]":
-        """One GET, redirects followed by hand: the token must not go where they lead."""
+        """One GET, redirects followed by hand: the token must not go where they lead.
+
+        Where a file was redirected to, it is asked for until that fails: the hub limits how often
+        it is asked, its storage does not.
+        """
         import httpx
         from huggingface_hub.errors import OfflineModeIsEnabled
         from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
+        first = url
         try:
             home = _origin(self.endpoint)
+            known = url = self._moved.get(first, first)
             for _ in range(MAX_REDIRECTS + 1):
                 sent = {**self._headers, **headers}
                 if _origin(url) != home:
@@ -211,10 +218,13 @@ class HubRepo:
                 with get_session().stream(
                     "GET", url, headers=sent, follow_redirects=False, timeout=TIMEOUT_SECONDS
                 ) as response:
-                    if response.status_code not in _REDIRECTS:
+                    status = response.status_code
+                    if status not in _REDIRECTS and not (known != first and status >= 400):
+                        self._moved[first] = url
                         yield response
                         return
-                    url = urljoin(url, response.headers.get("Location", ""))
+                    target = response.headers.get("Location", "") if status < 400 else first
+                    known, url = first, urljoin(url, target)
                 scheme = urlsplit(url).scheme
                 if scheme not in ("https", home[0]):
                     raise self.nonsense(f"redirects to an address that begins with {scheme!r}")
@@ -227,9 +237,10 @@ class HubRepo:
                 f"{self.host} cannot be asked: HF_ENDPOINT or the token is malformed.",
                 "HF_ENDPOINT must be like https://huggingface.co; a token is letters and digits.",
             ) from None
-        except (httpx.ConnectError, httpx.ConnectTimeout):
-            raise Again(self.unreachable(), tries=TRIES_TO_CONNECT) from None
-        except httpx.TransportError:
+        except httpx.TransportError as error:
+            self._moved.pop(first, None)
+            if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+                raise Again(self.unreachable(), tries=TRIES_TO_CONNECT) from None
             raise Again(self.unreachable()) from None
 
     def refuse(self, response: "httpx.Response", path: str = "") -> NoReturn:
