@@ -92,6 +92,8 @@ class FakeHub:
         self.ranges: Ranges = "served"
         self.latency = 0.0
         """Seconds before each answer."""
+        self.bytes_per_second = 0.0
+        """What all downloads and uploads together may take; 0: no limit."""
         self.redirect_to = ""
         """Where files are redirected to instead of being served; `{path}` is the request's."""
         self.tamper: Callable[[bytes], bytes] | None = None
@@ -107,6 +109,7 @@ class FakeHub:
         """Large files that were uploaded, by sha256, committed or not."""
         self.made = Path(tempfile.mkdtemp(prefix="fakehub-"))
         """Where the folders of commits lie."""
+        self._free_at = 0.0
         self._failures: list[tuple[int, dict[str, str]]] = []
         self._lock = threading.Lock()
         hub = self
@@ -176,6 +179,16 @@ class FakeHub:
         """Count bytes of bodies."""
         with self._lock:
             self.bytes_served += count
+        self.pace(count)
+
+    def pace(self, count: int) -> None:
+        """Take as long for so many bytes as the bandwidth says."""
+        if not self.bytes_per_second:
+            return
+        with self._lock:
+            self._free_at = max(self._free_at, time.monotonic()) + count / self.bytes_per_second
+            wait = self._free_at - time.monotonic()
+        time.sleep(max(0.0, wait))
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -183,7 +183,7 @@ def test_what_is_of_no_use_is_deleted_and_links_are_not_followed(
         read(spool, work[0][0])
     assert other.read_bytes() == b"somebody's"
     assert not list((tmp_path / "s").rglob("stray"))
-    assert not list((tmp_path / "s" / ("0" * 40)).glob("*"))
+    assert not (tmp_path / "s" / ("0" * 40)).exists()
 
 
 def test_a_hub_that_fails_is_one_sentence_to_everyone_who_waits(

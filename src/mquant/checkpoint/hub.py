@@ -7,20 +7,19 @@ second, and `mquant --help` needs neither.
 
 import contextlib
 import email.utils
+import hashlib
 import os
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 from urllib.parse import quote, urljoin, urlsplit
 
 from mquant import __version__
+from mquant.checkpoint.listing import Listing, parse_listing
 from mquant.checkpoint.retry import Again, retrying
 from mquant.errors import SourceError
-from mquant.untrusted import parse_json
 
 if TYPE_CHECKING:
     import httpx
@@ -34,8 +33,6 @@ MAX_REDIRECTS: Final = 5
 
 _TRANSIENT: Final = frozenset({408, 429, 500, 502, 503, 504})
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
-_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
-_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 _LOG_IN: Final = "log in with `hf auth login` or set HF_TOKEN"
 
@@ -112,27 +109,24 @@ class HubRepo:
         url = f"{self.endpoint}/{self.repo_id}/resolve/{self.commit}/{quote(path)}"
         return retrying(lambda: self._range(url, path, start, end))
 
+    def lists(self, path: str, content: bytes) -> bool:
+        """Whether these bytes are a file of the repo, by the digest that the hub lists."""
+        if path in self.sha256:
+            return hashlib.sha256(content).hexdigest() == self.sha256[path]
+        blob = b"blob %d\0" % len(content) + content
+        return hashlib.sha1(blob).hexdigest() == self.blobs.get(path)  # noqa: S324 -- git's name
+
     def identity(self) -> dict[str, str]:
         """The repo and the commit."""
         return {"kind": "hub", "repo": self.repo_id, "commit": self.commit}
 
-    def _list(self) -> "_Listing":
+    def _list(self) -> Listing:
         revision = quote(self.revision or "main", safe="")
         url = f"{self.endpoint}/api/models/{self.repo_id}/revision/{revision}?blobs=true"
-        raw = retrying(lambda: self._whole(url))
         try:
-            listing = parse_json(raw)
-            commit, siblings = listing["sha"], listing["siblings"]
-            files = dict(sorted(_file(sibling) for sibling in siblings))
-            digests = dict(filter(None, map(_digest, siblings)))
-            blobs = dict(filter(None, map(_blob, siblings)))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise self.nonsense("lists the repo in a way mquant does not understand") from None
-        if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
-            raise self.nonsense("names no commit")
-        # As in a folder: hidden files (.gitattributes) are no part of a checkpoint.
-        shown = {path: size for path, size in files.items() if "/." not in f"/{path}"}
-        return _Listing(commit, listing.get("private") is True, shown, digests, blobs)
+            return parse_listing(retrying(lambda: self._whole(url)))
+        except ValueError as error:
+            raise self.nonsense(str(error)) from None
 
     def _whole(self, url: str) -> bytes:
         with self._get(url, {}) as response:
@@ -324,47 +318,6 @@ class HubRepo:
             f"HF_HUB_OFFLINE is set, so {self.repo_id} cannot be read from {self.host}.",
             "Unset it, or give the folder of a local copy.",
         )
-
-
-@dataclass(frozen=True)
-class _Listing:
-    """A repo at a commit, as the hub tells it."""
-
-    commit: str
-    private: bool
-    files: Mapping[str, int]
-    sha256: Mapping[str, str]
-    blobs: Mapping[str, str]
-
-
-def _file(sibling: Mapping[str, Any]) -> tuple[str, int]:
-    """A file's name and size. Raises TypeError, KeyError or ValueError where it is neither."""
-    path = sibling["rfilename"]
-    size = (sibling.get("lfs") or sibling)["size"]
-    if type(path) is not str or type(size) is not int or not 0 <= size < 2**53:
-        raise TypeError(path)
-    parts = PurePosixPath(path).parts
-    plain = path.isprintable() and "\\" not in path and parts and path == "/".join(parts)
-    if not plain or ".." in parts or len(path) > 1024:
-        raise ValueError(path)
-    return path, size
-
-
-def _digest(sibling: Mapping[str, Any]) -> tuple[str, str] | None:
-    """A large file's name and sha256, which the hub's storage knows it by; None for others."""
-    lfs = sibling.get("lfs")
-    digest = lfs.get("sha256") if isinstance(lfs, dict) else None
-    if isinstance(digest, str) and _SHA256.fullmatch(digest):
-        return sibling["rfilename"], digest
-    return None
-
-
-def _blob(sibling: Mapping[str, Any]) -> tuple[str, str] | None:
-    """A small file's name and git's name of its content; None for large ones."""
-    blob = sibling.get("blobId")
-    if not sibling.get("lfs") and isinstance(blob, str) and _COMMIT.fullmatch(blob):
-        return sibling["rfilename"], blob
-    return None
 
 
 def host_of(endpoint: str) -> str:

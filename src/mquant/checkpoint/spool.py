@@ -7,6 +7,7 @@ hub lists before anything is made of it. What an earlier run left in the folder 
 
 import hashlib
 import os
+import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,7 @@ PIECE: Final = 4 << 20
 _WINDOW: Final = 12  # pieces; more than connections, so that a slow one does not stop the others
 _READ_BYTES: Final = 1 << 20
 _PARTIAL: Final = ".partial"
+_NAMES: Final = ("", _PARTIAL)
 _AGAIN: Final = "Run the same command again: it goes on from there."
 
 Work = Mapping[int, Iterable[TensorInfo]]
@@ -175,9 +177,12 @@ class Spool:
     def _prepare(self, folder: Path) -> None:
         """Take over what is of use, and delete what is not."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        useful = {p.name + end for p in self._parts.values() for end in ("", _PARTIAL)}
-        for path in [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]:
-            if path.parent != self._folder or path.name not in useful or path.is_symlink():
+        useful = {self._folder / (p.name + end) for p in self._parts.values() for end in _NAMES}
+        for path in (*folder.iterdir(), *self._folder.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                if path != self._folder:
+                    shutil.rmtree(path)  # of another commit
+            elif path not in useful or path.is_symlink():
                 path.unlink()
         for part in self._parts.values():
             whole = self._folder / part.name

@@ -81,6 +81,14 @@ Workers = Annotated[
         show_default=False,
     ),
 ]
+Scratch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Of a hub repo, have at most so many bytes here at a time, e.g. 20GB.",
+        show_default=False,
+    ),
+]
 Restart = Annotated[
     bool,
     typer.Option(
@@ -109,6 +117,7 @@ __all__ = [
     "RecipeName",
     "Restart",
     "Revision",
+    "Scratch",
     "Src",
     "Workers",
     "shipped",

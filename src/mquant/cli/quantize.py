@@ -15,6 +15,7 @@ from mquant.cli.options import (
     RecipeName,
     Restart,
     Revision,
+    Scratch,
     Src,
     Workers,
 )
@@ -23,7 +24,7 @@ from mquant.cli.plan import make, show_plan
 from mquant.cli.progress import progress
 from mquant.cli.source import default_out
 from mquant.cli.tables import facts
-from mquant.cli.text import both_sizes, clean, plural
+from mquant.cli.text import both_sizes, clean, parse_size, plural
 from mquant.workflows.quantize import Engine, check_data
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def quantize(
     data: Data = None,
     dry_run: DryRun = False,
     max_shard_size: MaxShardSize = None,
+    scratch: Scratch = None,
     workers: Workers = None,
     restart: Restart = False,
     allow_unsafe: AllowUnsafe = False,
@@ -62,6 +64,7 @@ def quantize(
     Example: mquant quantize ./MiniMax-M2.7-REAP --recipe nvfp4 -o ./MiniMax-M2.7-REAP-NVFP4
     """
     with output("quantize", form) as out:
+        limit = None if scratch is None else parse_size(scratch)
         plan = make(
             "quantize",
             src,
@@ -86,6 +89,7 @@ def quantize(
                 importance=importance,
                 data=data,
                 workers=workers,
+                scratch=limit,
                 restart=restart,
                 emit=emit,
             )

@@ -72,11 +72,18 @@ class Output(Protocol):
         """Make what was written count."""
 
 
-def run(reader: Reader, output: Output, workers: int, importance: Importance | None = None) -> None:
+def run(
+    reader: Reader,
+    output: Output,
+    workers: int,
+    importance: Importance | None = None,
+    on_stop: Callable[[], None] = lambda: None,
+) -> None:
     """Do all pending jobs of `output`; scales are searched where an `importance` is given.
 
     Raises SourceError for a source that cannot be read, changes, or holds NaN or infinity where
-    it is quantized. However it ends, jobs that were complete by then count.
+    it is quantized. However it ends, jobs that were complete by then count. `on_stop` is called
+    when it ends before its time, so that nobody goes on waiting in `reader` or `output`.
     """
     jobs = output.pending
     _prepare(jobs, importance)
@@ -100,6 +107,7 @@ def run(reader: Reader, output: Output, workers: int, importance: Importance | N
                     each.result()
         except BaseException:
             stop.set()
+            on_stop()
             wait(busy)
             with suppress(OutputError):  # what stopped the run says more
                 output.commit()

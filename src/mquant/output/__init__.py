@@ -14,7 +14,7 @@ from mquant.output.finish import (
 from mquant.output.folder import RECORD, Claim, State, discard, examine
 from mquant.output.ledger import LEDGER, Ledger, Recorded
 from mquant.output.record import Record, read_record
-from mquant.output.shards import ShardSet
+from mquant.output.shards import Follow, ShardSet
 
 __all__ = [
     "LEDGER",
@@ -24,6 +24,7 @@ __all__ = [
     "RECORD",
     "WORK",
     "Claim",
+    "Follow",
     "Ledger",
     "Record",
     "Recorded",

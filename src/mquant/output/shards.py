@@ -1,6 +1,6 @@
 """All output shards of a plan: who awaits which bytes, and what is on disk for good."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -11,7 +11,21 @@ from mquant.events import Emit, Progress, silent
 from mquant.output.disk import PARTIAL, out_of_space
 from mquant.output.ledger import Ledger, Recorded
 from mquant.output.writer import ShardWriter
-from mquant.plan import Job, Plan
+from mquant.plan import Job, Plan, ShardJob
+
+
+@dataclass
+class Follow:
+    """What is done about the shards while they are made, from any thread: here, nothing.
+
+    `opening`: a shard is about to take its room on the disk; it may wait. `settled`: these jobs, by
+    number, are on disk for good, and no run will do them again. `completed`: a shard is on disk
+    under its final name, with this sha256.
+    """
+
+    opening: Callable[[ShardJob], None] = lambda _shard: None
+    settled: Callable[[Iterable[int]], None] = lambda _jobs: None
+    completed: Callable[[ShardJob, str], None] = lambda _shard, _sha256: None
 
 
 @dataclass(slots=True)
@@ -38,7 +52,8 @@ class ShardSet:
     """All output shards of a plan.
 
     Engines hand in tensors, in any order, each from its first byte to its last. A shard is
-    finished as soon as its last tensor is; what is on disk is counted in the ledger.
+    finished as soon as its last tensor is; what is on disk is counted in the ledger, and told to
+    `follow`, which may be set before the first tensor comes.
     """
 
     def __init__(
@@ -50,8 +65,13 @@ class ShardSet:
         sources: Mapping[str, Stamp] | None = None,
         emit: Emit = silent,
         stage: str = "quantize",
+        away: Mapping[str, str] | None = None,
     ) -> None:
-        """Go on with what is `recorded` of an earlier run, where it was made from `sources`."""
+        """Go on with what is `recorded` of an earlier run, where it was made from `sources`.
+
+        `away` has the sha256 of shards that are whole somewhere else, by name: they are not made.
+        """
+        self.follow = Follow()
         self._out, self._plan, self._ledger, self._emit = out, plan, ledger, emit
         self._stage = stage
         self._tasks = [
@@ -64,13 +84,17 @@ class ShardSet:
             _, places = plan.shards[task.shard].layout
             for output in task.job.outputs:
                 self._tensors[output.name] = _Tensor(index, places[output.name], output.nbytes)
-        self._lock = Lock()
+        self._lock, self._opening = Lock(), Lock()
         self._open: dict[int, ShardWriter] = {}
         self._written: set[int] = set()  # tasks whose bytes may not be on disk yet
         self.digests: dict[str, str] = {}
         self._done: set[int] = set()
         if recorded is not None:
             self._take_up(recorded, sources or {})
+        for shard, each in enumerate(plan.shards):
+            if away and each.name in away:
+                self.digests[each.name] = away[each.name]
+                self._done.update(self._jobs_of(shard))
         self._left = [len(shard.jobs) for shard in plan.shards]
         for index in self._done:
             self._left[self._tasks[index].shard] -= 1
@@ -84,7 +108,12 @@ class ShardSet:
     @property
     def pending(self) -> list[Job]:
         """The jobs that are not done, in the order of the output."""
-        return [task.job for i, task in enumerate(self._tasks) if i not in self._done]
+        return [*self.numbered.values()]
+
+    @property
+    def numbered(self) -> dict[int, Job]:
+        """The same, by the numbers that `follow` is told."""
+        return {i: task.job for i, task in enumerate(self._tasks) if i not in self._done}
 
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Take the next bytes of a tensor, by its name in the output.
@@ -113,6 +142,7 @@ class ShardSet:
             for writer in writers:
                 writer.sync()
             self._ledger.count(jobs)
+            self.follow.settled(jobs)
             with self._lock:
                 self._written -= jobs
 
@@ -137,11 +167,13 @@ class ShardSet:
         writer = self._open.get(shard)
         if writer is not None:
             return writer
-        with self._lock:
+        with self._opening:
             if shard not in self._open:
+                self.follow.opening(self._plan.shards[shard])
                 jobs = self._jobs_of(shard)
-                done = {i - jobs.start for i in jobs if i in self._done}
-                self._open[shard] = ShardWriter(self._out, self._plan.shards[shard], done)
+                with self._lock:
+                    done = {i - jobs.start for i in jobs if i in self._done}
+                    self._open[shard] = ShardWriter(self._out, self._plan.shards[shard], done)
             return self._open[shard]
 
     def _complete(self, index: int) -> None:
@@ -169,6 +201,8 @@ class ShardSet:
             self.digests[name] = digest
             self._written.difference_update(jobs)
             del self._open[shard]
+        self.follow.settled(jobs)
+        self.follow.completed(self._plan.shards[shard], digest)
 
     def _jobs_of(self, shard: int) -> range:
         first = sum(len(each.jobs) for each in self._plan.shards[:shard])
@@ -200,4 +234,4 @@ class ShardSet:
         return all(file in sources and made_from.get(file) == sources[file] for file in files)
 
 
-__all__ = ["ShardSet"]
+__all__ = ["Follow", "ShardSet"]

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,8 @@ class Making:
     """Shards being made in a claimed OUT.
 
     `plan` has the shards to make, whose tensors come from files with these `stamps`; `files` are
-    all that OUT will hold in the end. `stage` is what progress is called.
+    all that OUT will hold in the end. `stage` is what progress is called. `away` has the sha256 of
+    shards that are whole somewhere else.
     """
 
     plan: Plan
@@ -32,6 +33,7 @@ class Making:
     stamps: Mapping[str, Stamp]
     emit: Emit
     stage: str
+    away: Mapping[str, str] = field(default_factory=dict)
 
     def shards(
         self,
@@ -52,7 +54,14 @@ class Making:
         ledger.begin(fingerprint, self.files, afresh=recorded is None)
         ledger.read_from(self.stamps)
         output = ShardSet(
-            self.out, self.plan, ledger, recorded, self.stamps, self.emit, stage=self.stage
+            self.out,
+            self.plan,
+            ledger,
+            recorded,
+            self.stamps,
+            self.emit,
+            stage=self.stage,
+            away=self.away,
         )
         try:
             self._tell(output, "were done before", resume=resume)

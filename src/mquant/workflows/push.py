@@ -190,12 +190,10 @@ def _same(shipment: Shipment, there: HubRepo, name: str) -> bool:
     size = shipment.files[name]
     if there.files.get(name) != size:
         return False
-    if name in there.sha256:
-        recorded = shipment.record.files.get(name)
-        ours = recorded[1] if recorded else _sha256(shipment.source.read(name))
-        return there.sha256[name] == ours
-    blob = b"blob %d\0" % size + shipment.source.read(name)
-    return there.blobs.get(name) == hashlib.sha1(blob).hexdigest()  # noqa: S324 -- git's name
+    recorded = shipment.record.files.get(name)
+    if recorded and name in there.sha256:
+        return there.sha256[name] == recorded[1]
+    return there.lists(name, shipment.source.read(name))
 
 
 def _spare(shipment: Shipment, there: HubRepo | None) -> list[str]:

@@ -33,6 +33,13 @@ from mquant.workflows.making import (
     here,
     provenance,
 )
+from mquant.workflows.spooling import (
+    SCRATCH,
+    check_scratch,
+    check_side_files,
+    spooled,
+    stamps_of,
+)
 from mquant.workflows.verify import Depth, verify
 
 if TYPE_CHECKING:
@@ -93,6 +100,7 @@ def quantize(
     importance: Path | None = None,
     data: str | None = None,
     workers: int | None = None,
+    scratch: int | None = None,
     restart: bool = False,
     emit: Emit = silent,
 ) -> Result:
@@ -101,7 +109,8 @@ def quantize(
     `workers`: how many fused sets the streaming engine has under way; None: as many as the cores
     can use. `importance`: a file that says how much an error in each input channel counts where
     scales are searched (see `workflows.importance`). `data`: what recipes that need any are
-    calibrated with (see `engines.samples`). Raises Refused for a plan with errors,
+    calibrated with (see `engines.samples`). `scratch`: bytes of a hub repo's files that may lie in
+    `out` at a time; None: it is downloaded first, whole. Raises Refused for a plan with errors,
     UsageError and DataFileError for what does not go with it, MissingExtra without the engine's
     packages, OutputError for an OUT that is not ours, is in use or too small, and what the engine
     raises. Until it returns there is no config.json in `out`, so nothing there looks like a
@@ -115,6 +124,9 @@ def quantize(
     check_data(plan.recipe, data)
     if engine is Engine.ONESHOT:
         check_plain(plan, "The oneshot engine")
+    if scratch is not None:
+        check_engine(engine, "--scratch")
+        check_scratch(plan, scratch)
     versions = _versions(engine)
     source = plan.survey.checkpoint.source
     local = [source.root] if isinstance(source, Folder) else []
@@ -129,15 +141,17 @@ def quantize(
     if claim.state is State.DONE:
         return Result(out, plan, engine, fresh=False)
     own = side_files(plan.survey.checkpoint)
-    check_disk(out, claim.files, plan.file_bytes + sum(source.files[path] for path in own))
-    folder = here(source, emit)
+    needed = plan.file_bytes + sum(source.files[path] for path in own) + (scratch or 0)
+    check_disk(out, claim.files, needed)
+    if scratch is None:
+        source = here(source, emit)
     ledger = Ledger(out)
     try:
         claim = look(restart=restart)  # again: now nobody else can change it
         if claim.state is State.DONE:
             return Result(out, plan, engine, fresh=False)
-        run = Run(plan.reading_from(folder), out, engine, workers, weights, data, emit)
-        sides = dict.fromkeys(own, folder)
+        run = Run(plan.reading_from(source), out, engine, workers, weights, data, scratch, emit)
+        sides = dict.fromkeys(own, source)
         digests = run.make_shards(ledger, claim, fingerprint, file_names(plan, sides))
         shards = {
             shard.name: {"bytes": shard.file_bytes, "sha256": digests[shard.name]}
@@ -150,6 +164,15 @@ def quantize(
     finally:
         ledger.release()
     return Result(out, plan, engine, fresh=True)
+
+
+def check_engine(engine: Engine, option: str) -> None:
+    """Raise UsageError where an option is of the streaming engine, and another one runs."""
+    if engine is not Engine.STREAM:
+        raise UsageError(
+            f"{option} is of the stream engine; this recipe or --engine takes {engine.value}.",
+            f"Leave {option} out.",
+        )
 
 
 def check_data(recipe: Recipe, data: str | None) -> None:
@@ -187,7 +210,10 @@ def _versions(engine: Engine) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Run:
-    """The part of a run between claiming OUT and finishing it. `plan` reads from a folder."""
+    """The part of a run between claiming OUT and finishing it.
+
+    `plan` reads from a folder, or, with `scratch`, from a hub.
+    """
 
     plan: Plan
     out: Path
@@ -195,21 +221,26 @@ class Run:
     workers: int | None
     importance: "Importance | None"
     data: str | None
+    scratch: int | None
     emit: Emit
 
     @property
-    def source(self) -> Folder:
-        """The folder that is read."""
-        source = self.plan.survey.checkpoint.source
-        if not isinstance(source, Folder):
-            raise TypeError(f"{source.name} is no folder")
-        return source
+    def source(self) -> Source:
+        """What is read."""
+        return self.plan.survey.checkpoint.source
+
+    @property
+    def folder(self) -> Folder:
+        """What is read, where that is a folder."""
+        if not isinstance(self.source, Folder):
+            raise TypeError(f"{self.source.name} is no folder")
+        return self.source
 
     def make_shards(
         self, ledger: Ledger, claim: Claim, fingerprint: dict[str, str], files: tuple[str, ...]
     ) -> dict[str, str]:
         """Make all shards, but for what an earlier run made; returns their sha256, by name."""
-        stamps = {name: self.source.stamps[name] for name in self.plan.survey.checkpoint.shards}
+        stamps = stamps_of(self.source, self.plan.survey.checkpoint.shards)
         making = Making(self.plan, self.out, files, stamps, self.emit, "quantize")
         # oneshot starts over: its modules come in the order of the model, not of the output.
         resume = self.engine is Engine.STREAM
@@ -224,16 +255,21 @@ class Run:
 
             oneshot.run(self.plan, output.write, self.emit, self._samples())
         # After oneshot, what is left are the tensors that are copied.
-        with closing(Reader(self.source)) as reader:
-            weigh = weigher(self.plan.recipe, self.importance)
-            stream.run(reader, output, self.workers or default_workers(), weigh)
+        workers = self.workers or default_workers()
+        weigh = weigher(self.plan.recipe, self.importance)
+        if self.scratch is None:
+            with closing(Reader(self.folder)) as reader:
+                stream.run(reader, output, workers, weigh)
+        else:
+            with spooled(self.plan, self.out / SCRATCH, self.scratch, output, self.emit) as spool:
+                stream.run(spool, output, workers, weigh, on_stop=spool.stop)
 
     def _samples(self) -> list[list[int]] | None:
         if self.data is None:
             return None
         from mquant.engines.samples import load_samples
 
-        samples = load_samples(self.data, self.source.root, self.plan.recipe.calibration)
+        samples = load_samples(self.data, self.folder.root, self.plan.recipe.calibration)
         tokens = sum(len(ids) for ids in samples)
         self.emit(Note("info", f"Calibrating with {len(samples):,} samples, {tokens:,} tokens."))
         return samples
@@ -244,13 +280,14 @@ class Run:
         Of what the streaming engine made only the structure: reading all of it back would take
         longer than making it. What was asked for knowingly (--allow-unsafe) does not count, and
         what the parent lacks is told but does not count either: the output has the parent's
-        config.json, key by key.
+        config.json, key by key. Side files that came from a hub must be what it lists.
         """
+        check_side_files(self.source, side_files(self.plan.survey.checkpoint), self.out)
         families = {self.plan.family.name: self.plan.family}
         if self.engine is Engine.STREAM:
             report = verify(result, families, Depth.STRUCTURE, emit=self.emit)
         else:
-            report = verify(result, families, parent=self.source, emit=self.emit)
+            report = verify(result, families, parent=self.folder, emit=self.emit)
         known = {finding.rule for finding in self.plan.findings} | {"config-key-missing"}
         for finding in report.findings:
             if finding.severity == "error" and finding.rule not in known:

@@ -1,0 +1,92 @@
+"""Quantizing a hub repo that never lies here whole: its files pass through a folder inside OUT."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from mquant.checkpoint import Folder, Source, Stamp, TensorInfo
+from mquant.errors import OutputError, SourceError, UsageError
+from mquant.events import Emit
+from mquant.findings import size
+from mquant.output import ShardSet
+from mquant.plan import Job, Plan
+
+if TYPE_CHECKING:
+    from mquant.checkpoint.hub import HubRepo
+    from mquant.checkpoint.spool import Spool
+
+SCRATCH: Final = ".mquant-scratch"
+"""The folder in OUT that source files pass through."""
+
+
+def hub_of(source: Source) -> "HubRepo":
+    """The source, where it is a hub repo. Raises UsageError where it is not."""
+    from mquant.checkpoint.hub import HubRepo
+
+    if not isinstance(source, HubRepo):
+        raise UsageError(
+            f"{source.name} is a folder, which needs no scratch: it is read where it lies.",
+            "Leave --scratch out.",
+        )
+    return source
+
+
+def check_scratch(plan: Plan, scratch: int) -> None:
+    """Raise OutputError where the files that are needed at once take more than `scratch` bytes."""
+    from mquant.checkpoint.spool import least_room, parts_of
+
+    jobs = dict(enumerate(job for shard in plan.shards for job in shard.jobs))
+    tensors = plan.survey.checkpoint.tensors.values()
+    least = least_room(parts_of(hub_of(plan.survey.checkpoint.source), tensors, _reads(jobs)))
+    if scratch < least:
+        raise OutputError(
+            f"--scratch {size(scratch)} is not enough: source files of {size(least)} are needed "
+            "at the same time.",
+            f"Give {size(2 * least)}, so that some come while others are worked on.",
+        )
+
+
+@contextmanager
+def spooled(plan: Plan, folder: Path, room: int, output: ShardSet, emit: Emit) -> Iterator["Spool"]:
+    """A reader of the source's files, of which at most `room` bytes lie in `folder` at a time.
+
+    They go when the jobs that need them count. The folder goes in the end; what lies in it stays
+    for the next run where this one does not come to its end.
+    """
+    from mquant.checkpoint.spool import Spool, parts_of
+
+    repo, tensors = hub_of(plan.survey.checkpoint.source), plan.survey.checkpoint.tensors.values()
+    work = _reads(output.numbered)
+    spool = Spool(repo, folder, room, parts_of(repo, tensors, work), work, emit)
+    output.follow.settled = spool.done
+    with spool:
+        yield spool
+    spool.clear()
+
+
+def stamps_of(source: Source, shards: Iterable[str]) -> Mapping[str, Stamp]:
+    """What tells that a file changed: of a hub's, which is fixed by its commit, the size alone."""
+    if isinstance(source, Folder):
+        return {path: source.stamps[path] for path in shards}
+    return {path: (source.files[path], 0) for path in shards}
+
+
+def check_side_files(source: Source, files: Iterable[str], out: Path) -> None:
+    """Raise SourceError where a file that was copied from a hub is not the one that it lists."""
+    if isinstance(source, Folder):
+        return
+    repo = hub_of(source)
+    for path in files:
+        if not repo.lists(path, (out / path).read_bytes()):
+            raise SourceError(
+                f"{path} of {repo.repo_id} is not the file that {repo.host} lists.",
+                "Run the same command again: it gets the file anew.",
+            )
+
+
+def _reads(jobs: Mapping[int, Job]) -> dict[int, list[TensorInfo]]:
+    return {number: [t for a in job.actions for t in a.read] for number, job in jobs.items()}
+
+
+__all__ = ["SCRATCH", "check_scratch", "check_side_files", "hub_of", "spooled", "stamps_of"]
