@@ -1,7 +1,7 @@
 """Train the small MiniMax-M2 checkpoint that the tests quantize, and write it with hub names.
 
     python scripts/train_tiny_moe.py [--out tests/fixtures/tiny-minimax-m2] [--steps 1400]
-        [--hidden 256 --intermediate 64 --layers 3]    larger ones are for scripts/accuracy.py
+        [--hidden 256 --intermediate 64 --layers 3 --kv-heads 2]    larger: scripts/accuracy.py
 
 The steps, in the order of this file:
 
@@ -343,11 +343,13 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=CONFIG["hidden_size"])
     parser.add_argument("--intermediate", type=int, default=CONFIG["intermediate_size"])
     parser.add_argument("--layers", type=int, default=LAYERS, help="3 or more")
+    parser.add_argument("--kv-heads", type=int, default=CONFIG["num_key_value_heads"])
     args = parser.parse_args()
     CONFIG.update(
         hidden_size=args.hidden,
         intermediate_size=args.intermediate,
         num_hidden_layers=args.layers,
+        num_key_value_heads=args.kv_heads,
         attn_type_list=[1] * args.layers,
     )
     torch.set_num_threads(1)  # the order of every sum is then the same each time
