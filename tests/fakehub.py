@@ -28,6 +28,7 @@ from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -89,6 +90,8 @@ class FakeHub:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.bytes_served = 0
+        self.bytes_received = 0
+        """Of large files."""
         self.ranges: Ranges = "served"
         self.latency = 0.0
         """Seconds before each answer."""
@@ -160,7 +163,7 @@ class FakeHub:
     def forget(self) -> None:
         """Start counting anew."""
         self.requests.clear()
-        self.bytes_served = 0
+        self.bytes_served = self.bytes_received = 0
 
     def close(self) -> None:
         """Stop serving."""
@@ -179,6 +182,12 @@ class FakeHub:
         """Count bytes of bodies."""
         with self._lock:
             self.bytes_served += count
+        self.pace(count)
+
+    def received(self, count: int) -> None:
+        """Count bytes of uploads of large files."""
+        with self._lock:
+            self.bytes_received += count
         self.pace(count)
 
     def pace(self, count: int) -> None:
@@ -411,4 +420,23 @@ def hub(
         shutil.rmtree(home, ignore_errors=True)
 
 
-__all__ = ["GOOD_TOKEN", "POOR_TOKEN", "Commit", "FakeHub", "Request", "hub"]
+@pytest.fixture
+def writable(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHub:
+    """The hub, for uploads: plain LFS, which it speaks; a token; nobody waits for better times."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    from mquant.checkpoint import retry
+
+    sleep = time.sleep
+    hurried = SimpleNamespace(time=time.time, sleep=lambda seconds: sleep(min(seconds, 0.01)))
+    monkeypatch.setattr(_http, "time", hurried)
+    monkeypatch.setattr(retry, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return hub
+
+
+__all__ = ["GOOD_TOKEN", "POOR_TOKEN", "Commit", "FakeHub", "Request", "hub", "writable"]

@@ -54,13 +54,14 @@ def _store(handler: "_Handler", oid: str) -> None:
     if handler.hub.drops or (most is not None and len(handler.hub.stored) >= most):
         handler.hub.drops = max(0, handler.hub.drops - 1)
         for _ in range(0, size // 2, _PIECE):
-            handler.rfile.read(min(_PIECE, size // 2))
+            handler.hub.received(len(handler.rfile.read(min(_PIECE, size // 2))))
         handler.connection.shutdown(socket.SHUT_RDWR)
         return None
     digest = hashlib.sha256()
     path = handler.hub.made / oid
     with path.open("wb") as file:
         while size and (piece := handler.rfile.read(min(size, _PIECE))):
+            handler.hub.received(len(piece))
             digest.update(piece)
             file.write(piece)
             size -= len(piece)

@@ -7,27 +7,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
-from huggingface_hub.utils import _http
 from typer.testing import CliRunner, Result
 
 from corpus import OF_NVFP4A16
-from fakehub import GOOD_TOKEN, POOR_TOKEN, FakeHub, hub
+from fakehub import GOOD_TOKEN, POOR_TOKEN, FakeHub, hub, writable
 from judges import hashes, read_json
-from mquant.checkpoint import retry, upload
+from mquant.checkpoint import upload
 from mquant.cli.app import app
 from run import TRAINED, quantize_nvfp4
 
-__all__ = ["hub"]
+__all__ = ["hub", "writable"]
 
 REPO = "org/Tiny-NVFP4"
 
 # huggingface_hub's own way of giving a file to httpx.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    pytest.mark.usefixtures("writable"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +38,6 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def src(quantized: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(quantized, tmp_path / quantized.name))
-
-
-@pytest.fixture(autouse=True)
-def _upload_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hub: FakeHub) -> None:
-    """Plain LFS, which the fake hub speaks; a token; and nobody waits for better times."""
-    sleep = time.sleep
-    hurried = SimpleNamespace(time=time.time, sleep=lambda seconds: sleep(min(seconds, 0.01)))
-    monkeypatch.setattr(_http, "time", hurried)
-    monkeypatch.setattr(retry, "BACKOFF_SECONDS", 0.001)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def run(*arguments: object, code: int = 0) -> Result:

@@ -166,10 +166,13 @@ class Spool:
                     self._remove(part)
             self._changed.notify_all()
 
-    def stop(self, error: BaseException | None = None) -> None:
-        """Have nobody wait any longer; those who do raise `error`."""
+    def stop(self) -> None:
+        """Have nobody wait any longer; those who do raise SourceError."""
+        self._fail(SourceError("Stopped.", _AGAIN))
+
+    def _fail(self, error: BaseException) -> None:
         with self._changed:
-            self._failure = self._failure or error or SourceError("Stopped.", _AGAIN)
+            self._failure = self._failure or error
             self._changed.notify_all()
 
     # -------------------------------------------------------------------- what lies in the folder
@@ -214,7 +217,7 @@ class Spool:
             try:
                 self._fetch(pool, files)
             except BaseException as error:  # noqa: BLE001 -- raised where the files are awaited
-                self.stop(error)
+                self._fail(error)
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _fetch(self, pool: ThreadPoolExecutor, files: ExitStack) -> None:

@@ -88,8 +88,10 @@ class HubWriter:
             )
         )
 
-    def commit(self, message: str, add: Mapping[str, Path], delete: Iterable[str] = ()) -> str:
-        """Make one commit of few small files, in their order; returns its id."""
+    def commit(
+        self, message: str, add: Mapping[str, Path | bytes], delete: Iterable[str] = ()
+    ) -> str:
+        """Make one commit of few files, in their order; returns its id."""
         from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
         def attempt() -> str:

@@ -89,6 +89,9 @@ Scratch = Annotated[
         show_default=False,
     ),
 ]
+Public = Annotated[
+    bool, typer.Option("--public", help="Make the repo public. Left out: it is private.")
+]
 Restart = Annotated[
     bool,
     typer.Option(
@@ -114,6 +117,7 @@ __all__ = [
     "Importance",
     "MaxShardSize",
     "Out",
+    "Public",
     "RecipeName",
     "Restart",
     "Revision",

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from mquant.cli.options import FormatChoice
+from mquant.cli.options import FormatChoice, Public
 from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
 from mquant.cli.source import is_repo_id, open_source
@@ -25,9 +25,6 @@ Src = Annotated[
 Repo = Annotated[
     str | None,
     typer.Argument(metavar="REPO", help="The hub repo, as org/name.", show_default=False),
-]
-Public = Annotated[
-    bool, typer.Option("--public", help="Make the repo public. Left out: it is private.")
 ]
 Replace = Annotated[
     bool, typer.Option("--replace", help="Replace another checkpoint that the repo holds.")

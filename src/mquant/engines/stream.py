@@ -10,7 +10,7 @@ A weight that the source has quantized is dequantized to BF16 on its way into th
 on as any other; one that is kept goes to the output a piece at a time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from threading import Event, Lock
@@ -77,13 +77,13 @@ def run(
     output: Output,
     workers: int,
     importance: Importance | None = None,
-    on_stop: Callable[[], None] = lambda: None,
+    on_stop: Iterable[Callable[[], None]] = (),
 ) -> None:
     """Do all pending jobs of `output`; scales are searched where an `importance` is given.
 
     Raises SourceError for a source that cannot be read, changes, or holds NaN or infinity where
-    it is quantized. However it ends, jobs that were complete by then count. `on_stop` is called
-    when it ends before its time, so that nobody goes on waiting in `reader` or `output`.
+    it is quantized. However it ends, jobs that were complete by then count. `on_stop` are
+    called when it ends before its time, so that nobody goes on waiting in `reader` or `output`.
     """
     jobs = output.pending
     _prepare(jobs, importance)
@@ -107,7 +107,8 @@ def run(
                     each.result()
         except BaseException:
             stop.set()
-            on_stop()
+            for tell in on_stop:
+                tell()
             wait(busy)
             with suppress(OutputError):  # what stopped the run says more
                 output.commit()

@@ -26,7 +26,7 @@ from mquant.untrusted import MAX_TENSORS, parse_json
 
 LEDGER: Final = "mquant-run.jsonl"
 _SCHEMA: Final = "mquant.run/2"
-_MOST_BYTES: Final = 64_000_000
+MOST_BYTES: Final = 64_000_000
 # A plan has no more jobs than tensors; a ledger names each a few times.
 _MOST_JOBS: Final = 4 * MAX_TENSORS
 
@@ -50,9 +50,12 @@ def read_ledger(out: Path) -> Recorded | None:
 
     Lines that make no sense are passed over: what they said does not count, and is made again.
     """
-    raw = read_own(out / LEDGER, _MOST_BYTES)
-    if raw is None:
-        return None
+    raw = read_own(out / LEDGER, MOST_BYTES)
+    return None if raw is None else parse_ledger(raw)
+
+
+def parse_ledger(raw: bytes) -> Recorded:
+    """What the lines of a ledger say, wherever they lie."""
     recorded = Recorded()
     sources: dict[str, Stamp] = {}
     left = _MOST_JOBS
@@ -111,16 +114,15 @@ class Ledger:
         if afresh:
             with out_of_space(self._path, 0):
                 os.ftruncate(self._file, 0)
-            head = {"schema": _SCHEMA, "fingerprint": fingerprint, "files": sorted(files)}
-            self._append(head)
+            self._append(head_line(fingerprint, files))
         elif not self._ends_a_line():
-            self._append(None)
+            self._append(b"\n")
         with out_of_space(self._path, 0):
             fsync_folder(self._out)
 
     def read_from(self, sources: Mapping[str, Stamp]) -> None:
         """Write down the state of the source's files that the jobs from now on are made from."""
-        self._append({"sources": dict(sources)})
+        self._append(_line({"sources": dict(sources)}))
 
     def count(self, jobs: Iterable[int]) -> None:
         """These jobs' bytes are on disk."""
@@ -131,11 +133,11 @@ class Ledger:
             else:
                 spans.append([number, number])
         if spans:
-            self._append({"jobs": spans})
+            self._append(_line({"jobs": spans}))
 
     def complete_shard(self, name: str, sha256: str, jobs: range) -> None:
         """A shard, which is all of these jobs, is on disk under its final name."""
-        self._append({"shard": name, "sha256": sha256, "jobs": [[jobs.start, jobs.stop - 1]]})
+        self._append(shard_line(name, sha256, jobs))
 
     def complete(self) -> None:
         """The run is whole: the ledger goes."""
@@ -152,8 +154,7 @@ class Ledger:
             self._path.unlink()
         os.close(self._file)
 
-    def _append(self, entry: dict[str, Any] | None) -> None:
-        line = b"\n" if entry is None else json.dumps(entry).encode() + b"\n"
+    def _append(self, line: bytes) -> None:
         with self._lock, out_of_space(self._path, len(line)):
             if not self._is_at(self._file):
                 raise OutputError(
@@ -173,6 +174,21 @@ class Ledger:
             return os.path.samestat(os.fstat(file), self._path.stat())
         except FileNotFoundError:
             return False
+
+
+def head_line(fingerprint: Mapping[str, Any], files: Iterable[str]) -> bytes:
+    """The first line: what run it is, and every file it will make."""
+    head = {"schema": _SCHEMA, "fingerprint": dict(fingerprint), "files": sorted(files)}
+    return _line(head)
+
+
+def shard_line(name: str, sha256: str, jobs: range) -> bytes:
+    """A shard, which is all of these jobs, is whole."""
+    return _line({"shard": name, "sha256": sha256, "jobs": [[jobs.start, jobs.stop - 1]]})
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
 
 
 def _stamp(value: object) -> Stamp:
@@ -198,4 +214,13 @@ def _parse(line: bytes) -> Any:
         return None
 
 
-__all__ = ["LEDGER", "Ledger", "Recorded", "read_ledger"]
+__all__ = [
+    "LEDGER",
+    "MOST_BYTES",
+    "Ledger",
+    "Recorded",
+    "head_line",
+    "parse_ledger",
+    "read_ledger",
+    "shard_line",
+]

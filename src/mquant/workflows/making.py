@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,8 +23,8 @@ class Making:
     """Shards being made in a claimed OUT.
 
     `plan` has the shards to make, whose tensors come from files with these `stamps`; `files` are
-    all that OUT will hold in the end. `stage` is what progress is called. `away` has the sha256 of
-    shards that are whole somewhere else.
+    all that OUT will hold in the end. `stage` is what progress is called. `away`: shards
+    do not stay in OUT, and these, with their sha256, are whole elsewhere already.
     """
 
     plan: Plan
@@ -33,7 +33,7 @@ class Making:
     stamps: Mapping[str, Stamp]
     emit: Emit
     stage: str
-    away: Mapping[str, str] = field(default_factory=dict)
+    away: Mapping[str, str] | None = None
 
     def shards(
         self,
@@ -73,7 +73,8 @@ class Making:
             raise
         finally:
             output.abandon()
-        self._look_again()
+        if self.away is None:
+            look_again(Folder(self.out), self.plan)
         return output.digests
 
     def _tell(self, output: ShardSet, what: str, *, resume: bool) -> None:
@@ -81,18 +82,21 @@ class Making:
             done, total = size(output.done_bytes), size(self.plan.source_bytes)
             self.emit(Note("info", f"{done} of {total} {what}."))
 
-    def _look_again(self) -> None:
-        """Read the shards' headers back: tensors, dtypes and shapes as planned, and no other."""
-        folder = Folder(self.out)
-        for shard in self.plan.shards:
-            found = {(t.name, t.dtype, t.shape) for t in read_header(folder, shard.name)}
-            planned = {(o.name, o.dtype, o.shape) for job in shard.jobs for o in job.outputs}
-            if found != planned:
-                odd = min(name for name, _, _ in found ^ planned)
-                raise EngineError(
-                    f"{shard.name} in {self.out} is not what was planned ({odd}).",
-                    "Please report this; OUT has no config.json, so nothing will load it.",
-                )
+
+def look_again(made: Source, plan: Plan) -> None:
+    """Read the shards' headers back: tensors, dtypes and shapes as planned, and no other.
+
+    Raises EngineError where they are not.
+    """
+    for shard in plan.shards:
+        found = {(t.name, t.dtype, t.shape) for t in read_header(made, shard.name)}
+        planned = {(o.name, o.dtype, o.shape) for job in shard.jobs for o in job.outputs}
+        if found != planned:
+            odd = min(name for name, _, _ in found ^ planned)
+            raise EngineError(
+                f"{shard.name} in {made.name} is not what was planned ({odd}).",
+                "Please report this; it has no config.json, so nothing will load it.",
+            )
 
 
 def provenance(
@@ -167,5 +171,6 @@ __all__ = [
     "default_workers",
     "free_disk",
     "here",
+    "look_again",
     "provenance",
 ]

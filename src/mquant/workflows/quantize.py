@@ -1,13 +1,14 @@
 """Carry out a plan: check what can be checked, claim OUT, run the engine, finish, verify."""
 
 import hashlib
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from mquant.checkpoint import Folder, Reader, Source
 from mquant.errors import DataFileError, EngineError, MissingExtra, Refused, UsageError
@@ -37,13 +38,16 @@ from mquant.workflows.spooling import (
     SCRATCH,
     check_scratch,
     check_side_files,
+    least_scratch,
     spooled,
     stamps_of,
 )
 from mquant.workflows.verify import Depth, verify
 
 if TYPE_CHECKING:
+    from mquant.checkpoint.spool import Spool
     from mquant.workflows.importance import Importance
+    from mquant.workflows.shipping import Shipper
 
 
 class Engine(StrEnum):
@@ -116,6 +120,50 @@ def quantize(
     raises. Until it returns there is no config.json in `out`, so nothing there looks like a
     checkpoint.
     """
+    run = prepare(
+        plan,
+        out,
+        engine=engine,
+        importance=importance,
+        data=data,
+        workers=workers,
+        scratch=scratch,
+        emit=emit,
+    )
+    if scratch is not None:
+        check_scratch(scratch, least_scratch(plan))
+    claim = run.look(restart=restart)
+    if claim.state is State.DONE:
+        return Result(out, plan, run.engine, fresh=False)
+    check_disk(out, claim.files, run.file_bytes + (scratch or 0))
+    run = run.fetched()
+    ledger = Ledger(out)
+    try:
+        claim = run.look(restart=restart)  # again: now nobody else can change it
+        if claim.state is State.DONE:
+            return Result(out, plan, run.engine, fresh=False)
+        run.finish(run.make_shards(ledger, claim), run.judge)
+        ledger.complete()
+    finally:
+        ledger.release()
+    return Result(out, plan, run.engine, fresh=True)
+
+
+def prepare(
+    plan: Plan,
+    out: Path,
+    *,
+    engine: Engine,
+    importance: Path | None,
+    data: str | None,
+    workers: int | None,
+    scratch: int | None,
+    emit: Emit,
+) -> "Run":
+    """What is to be done, after everything is checked that can be without looking at OUT.
+
+    Raises as `quantize`.
+    """
     from mquant.workflows.importance import read_importance, stated  # numpy
 
     if plan.refusals:
@@ -126,44 +174,16 @@ def quantize(
         check_plain(plan, "The oneshot engine")
     if scratch is not None:
         check_engine(engine, "--scratch")
-        check_scratch(plan, scratch)
     versions = _versions(engine)
-    source = plan.survey.checkpoint.source
-    local = [source.root] if isinstance(source, Folder) else []
-    identity = source.identity()
+    identity = plan.survey.checkpoint.source.identity()
     fingerprint = {**identity, "plan": plan.fingerprint, "engine": engine.value, **versions}
     weights = read_importance(importance, plan)
     fingerprint |= stated(plan.recipe, weights)
     if data is not None:
         fingerprint["data"] = _identity_of(data)
-    look = partial(examine, out, local, fingerprint)
-    claim = look(restart=restart)
-    if claim.state is State.DONE:
-        return Result(out, plan, engine, fresh=False)
-    own = side_files(plan.survey.checkpoint)
-    needed = plan.file_bytes + sum(source.files[path] for path in own) + (scratch or 0)
-    check_disk(out, claim.files, needed)
-    if scratch is None:
-        source = here(source, emit)
-    ledger = Ledger(out)
-    try:
-        claim = look(restart=restart)  # again: now nobody else can change it
-        if claim.state is State.DONE:
-            return Result(out, plan, engine, fresh=False)
-        run = Run(plan.reading_from(source), out, engine, workers, weights, data, scratch, emit)
-        sides = dict.fromkeys(own, source)
-        digests = run.make_shards(ledger, claim, fingerprint, file_names(plan, sides))
-        shards = {
-            shard.name: {"bytes": shard.file_bytes, "sha256": digests[shard.name]}
-            for shard in plan.shards
-        }
-        made_by = {"name": engine.value, "versions": versions}
-        record = provenance(plan, identity, made_by, fingerprint)
-        finish(out, run.plan, index_json(plan), shards, sides, record, run.judge, emit)
-        ledger.complete()
-    finally:
-        ledger.release()
-    return Result(out, plan, engine, fresh=True)
+    made_by = {"name": engine.value, "versions": versions}
+    record = provenance(plan, identity, made_by, fingerprint)
+    return Run(plan, out, engine, workers, weights, data, scratch, emit, fingerprint, record)
 
 
 def check_engine(engine: Engine, option: str) -> None:
@@ -210,9 +230,9 @@ def _versions(engine: Engine) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Run:
-    """The part of a run between claiming OUT and finishing it.
+    """A run that was asked for. `plan` reads from a folder, or, with `scratch`, from a hub.
 
-    `plan` reads from a folder, or, with `scratch`, from a hub.
+    `fingerprint` tells it from others, `record` is what mquant.json says besides the files.
     """
 
     plan: Plan
@@ -223,6 +243,8 @@ class Run:
     data: str | None
     scratch: int | None
     emit: Emit
+    fingerprint: Mapping[str, str]
+    record: Mapping[str, Any]
 
     @property
     def source(self) -> Source:
@@ -236,17 +258,65 @@ class Run:
             raise TypeError(f"{self.source.name} is no folder")
         return self.source
 
+    @property
+    def side_files(self) -> tuple[str, ...]:
+        """The files of the source that go along."""
+        return side_files(self.plan.survey.checkpoint)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that the result will have."""
+        return file_names(self.plan, self.side_files)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the shards and side files."""
+        return self.plan.file_bytes + sum(self.source.files[path] for path in self.side_files)
+
+    def fetched(self) -> "Run":
+        """The same run, whose source is here, unless its files are to pass through the scratch."""
+        if self.scratch is not None:
+            return self
+        return replace(self, plan=self.plan.reading_from(here(self.source, self.emit)))
+
+    def look(self, *, restart: bool) -> Claim:
+        """What OUT holds. Raises as `mquant.output.examine`."""
+        local = [self.source.root] if isinstance(self.source, Folder) else []
+        return examine(self.out, local, dict(self.fingerprint), restart=restart)
+
     def make_shards(
-        self, ledger: Ledger, claim: Claim, fingerprint: dict[str, str], files: tuple[str, ...]
+        self, ledger: Ledger, claim: Claim, shipper: "Shipper | None" = None
     ) -> dict[str, str]:
-        """Make all shards, but for what an earlier run made; returns their sha256, by name."""
+        """Make all shards, but for what an earlier run made; returns their sha256, by name.
+
+        With a `shipper` they do not stay here.
+        """
         stamps = stamps_of(self.source, self.plan.survey.checkpoint.shards)
-        making = Making(self.plan, self.out, files, stamps, self.emit, "quantize")
+        making = Making(
+            self.plan,
+            self.out,
+            self.files,
+            stamps,
+            self.emit,
+            "quantize",
+            away=shipper.sent if shipper else None,
+        )
         # oneshot starts over: its modules come in the order of the model, not of the output.
         resume = self.engine is Engine.STREAM
-        return making.shards(ledger, claim, fingerprint, self._run_engines, resume=resume)
+        run = partial(self._run_engines, shipper=shipper)
+        return making.shards(ledger, claim, dict(self.fingerprint), run, resume=resume)
 
-    def _run_engines(self, output: ShardSet) -> None:
+    def finish(self, digests: Mapping[str, str], judge: Callable[[Source], None]) -> None:
+        """Write all other files, config.json last, when `judge` has seen what it will be."""
+        shards = {
+            shard.name: {"bytes": shard.file_bytes, "sha256": digests[shard.name]}
+            for shard in self.plan.shards
+        }
+        sides = dict.fromkeys(self.side_files, self.source)
+        index = index_json(self.plan)
+        finish(self.out, self.plan, index, shards, sides, self.record, judge, self.emit)
+
+    def _run_engines(self, output: ShardSet, shipper: "Shipper | None") -> None:
         from mquant.engines import stream  # numba
         from mquant.workflows.importance import weigher
 
@@ -257,12 +327,20 @@ class Run:
         # After oneshot, what is left are the tensors that are copied.
         workers = self.workers or default_workers()
         weigh = weigher(self.plan.recipe, self.importance)
-        if self.scratch is None:
-            with closing(Reader(self.folder)) as reader:
-                stream.run(reader, output, workers, weigh)
-        else:
-            with spooled(self.plan, self.out / SCRATCH, self.scratch, output, self.emit) as spool:
-                stream.run(spool, output, workers, weigh, on_stop=spool.stop)
+        with ExitStack() as stack:
+            reader: Reader | Spool
+            stops: list[Callable[[], None]] = []
+            if self.scratch is None:
+                reader = stack.enter_context(closing(Reader(self.folder)))
+            else:
+                folder = self.out / SCRATCH
+                spool = spooled(self.plan, folder, self.scratch, output, self.emit)
+                reader = stack.enter_context(spool)
+                stops.append(reader.stop)
+            if shipper:
+                shipper.follow(output)
+                stops.append(shipper.stop)
+            stream.run(reader, output, workers, weigh, on_stop=stops)
 
     def _samples(self) -> list[list[int]] | None:
         if self.data is None:
@@ -282,7 +360,7 @@ class Run:
         what the parent lacks is told but does not count either: the output has the parent's
         config.json, key by key. Side files that came from a hub must be what it lists.
         """
-        check_side_files(self.source, side_files(self.plan.survey.checkpoint), self.out)
+        check_side_files(self.source, self.side_files, self.out)
         families = {self.plan.family.name: self.plan.family}
         if self.engine is Engine.STREAM:
             report = verify(result, families, Depth.STRUCTURE, emit=self.emit)
@@ -299,4 +377,4 @@ class Run:
             self.emit(Note("info" if fact else "warning", finding.message))
 
 
-__all__ = ["Engine", "Result", "check_data", "choose_engine", "quantize"]
+__all__ = ["Engine", "Result", "Run", "check_data", "choose_engine", "prepare", "quantize"]

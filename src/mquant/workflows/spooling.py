@@ -20,7 +20,7 @@ SCRATCH: Final = ".mquant-scratch"
 """The folder in OUT that source files pass through."""
 
 
-def hub_of(source: Source) -> "HubRepo":
+def _hub_of(source: Source) -> "HubRepo":
     """The source, where it is a hub repo. Raises UsageError where it is not."""
     from mquant.checkpoint.hub import HubRepo
 
@@ -32,19 +32,23 @@ def hub_of(source: Source) -> "HubRepo":
     return source
 
 
-def check_scratch(plan: Plan, scratch: int) -> None:
-    """Raise OutputError where the files that are needed at once take more than `scratch` bytes."""
+def check_scratch(scratch: int, least: int) -> None:
+    """Raise OutputError where fewer bytes are allowed than files that are needed at once have."""
+    if scratch < least:
+        raise OutputError(
+            f"--scratch {size(scratch)} is not enough: files of {size(least)} are needed at the "
+            "same time.",
+            f"Give {size(2 * least)}, so that some come while others are worked on.",
+        )
+
+
+def least_scratch(plan: Plan) -> int:
+    """Bytes of the source's files that are needed at once, where that is a hub repo."""
     from mquant.checkpoint.spool import least_room, parts_of
 
     jobs = dict(enumerate(job for shard in plan.shards for job in shard.jobs))
     tensors = plan.survey.checkpoint.tensors.values()
-    least = least_room(parts_of(hub_of(plan.survey.checkpoint.source), tensors, _reads(jobs)))
-    if scratch < least:
-        raise OutputError(
-            f"--scratch {size(scratch)} is not enough: source files of {size(least)} are needed "
-            "at the same time.",
-            f"Give {size(2 * least)}, so that some come while others are worked on.",
-        )
+    return least_room(parts_of(_hub_of(plan.survey.checkpoint.source), tensors, _reads(jobs)))
 
 
 @contextmanager
@@ -56,7 +60,7 @@ def spooled(plan: Plan, folder: Path, room: int, output: ShardSet, emit: Emit) -
     """
     from mquant.checkpoint.spool import Spool, parts_of
 
-    repo, tensors = hub_of(plan.survey.checkpoint.source), plan.survey.checkpoint.tensors.values()
+    repo, tensors = _hub_of(plan.survey.checkpoint.source), plan.survey.checkpoint.tensors.values()
     work = _reads(output.numbered)
     spool = Spool(repo, folder, room, parts_of(repo, tensors, work), work, emit)
     output.follow.settled = spool.done
@@ -76,7 +80,7 @@ def check_side_files(source: Source, files: Iterable[str], out: Path) -> None:
     """Raise SourceError where a file that was copied from a hub is not the one that it lists."""
     if isinstance(source, Folder):
         return
-    repo = hub_of(source)
+    repo = _hub_of(source)
     for path in files:
         if not repo.lists(path, (out / path).read_bytes()):
             raise SourceError(
@@ -89,4 +93,11 @@ def _reads(jobs: Mapping[int, Job]) -> dict[int, list[TensorInfo]]:
     return {number: [t for a in job.actions for t in a.read] for number, job in jobs.items()}
 
 
-__all__ = ["SCRATCH", "check_scratch", "check_side_files", "hub_of", "spooled", "stamps_of"]
+__all__ = [
+    "SCRATCH",
+    "check_scratch",
+    "check_side_files",
+    "least_scratch",
+    "spooled",
+    "stamps_of",
+]
