@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mquant.checkpoint import Folder, Reader, Source
+from mquant.checkpoint import Folder, Reader, Source, Stamp
 from mquant.errors import DataFileError, EngineError, MissingExtra, Refused, UsageError
 from mquant.events import Emit, Note, silent
 from mquant.output import (
@@ -107,6 +107,82 @@ def quantize(
     raises. Until it returns there is no config.json in `out`, so nothing there looks like a
     checkpoint.
     """
+    intent = intend(plan, engine, importance, data)
+    look = partial(examine, out, intent.local, intent.fingerprint)
+    claim = look(restart=restart)
+    if claim.state is State.DONE:
+        return Result(out, plan, intent.engine, fresh=False)
+    check_disk(out, claim.files, intent.file_bytes)
+    folder = here(intent.source, emit)
+    ledger = Ledger(out)
+    try:
+        claim = look(restart=restart)  # again: now nobody else can change it
+        if claim.state is State.DONE:
+            return Result(out, plan, intent.engine, fresh=False)
+        run = Run(intent, plan.reading_from(folder), out, workers, emit)
+        digests = run.make_shards(ledger, claim, file_names(plan, intent.sides))
+        complete(intent, out, folder, digests, emit)
+        ledger.complete()
+    finally:
+        ledger.release()
+    return Result(out, plan, intent.engine, fresh=True)
+
+
+@dataclass(frozen=True)
+class Intent:
+    """What a run is to make: a plan, and whatever else decides about its bytes.
+
+    `fingerprint` tells it from another run, wherever they run; `identity` is the source's,
+    `versions` are of the packages that matter to the engine.
+    """
+
+    plan: Plan
+    engine: Engine
+    versions: dict[str, str]
+    identity: dict[str, str]
+    fingerprint: dict[str, str]
+    importance: "Importance | None"
+    data: str | None
+
+    @property
+    def source(self) -> Source:
+        """Where the plan's tensors are."""
+        return self.plan.survey.checkpoint.source
+
+    @property
+    def local(self) -> list[Path]:
+        """Folders that must not be written to."""
+        return [self.source.root] if isinstance(self.source, Folder) else []
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Files of the source that go along."""
+        return side_files(self.plan.survey.checkpoint)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all that will be in OUT, but for JSON and recipe."""
+        return self.plan.file_bytes + sum(self.source.files[path] for path in self.sides)
+
+    @property
+    def stamps(self) -> dict[str, Stamp]:
+        """Of the source's shards; equal on all machines. Files of a commit never change."""
+        shards, source = self.plan.survey.checkpoint.shards, self.source
+        if isinstance(source, Folder):
+            return {name: source.stamps[name] for name in shards}
+        return {name: (source.files[name], 0) for name in shards}
+
+
+def intend(
+    plan: Plan,
+    engine: Engine = Engine.AUTO,
+    importance: Path | None = None,
+    data: str | None = None,
+) -> Intent:
+    """Check what can be checked of a run, and say what tells it from another.
+
+    Raises as `quantize`, but for what is about OUT.
+    """
     from mquant.workflows.importance import read_importance, stated  # numpy
 
     if plan.refusals:
@@ -116,40 +192,13 @@ def quantize(
     if engine is Engine.ONESHOT:
         check_plain(plan, "The oneshot engine")
     versions = _versions(engine)
-    source = plan.survey.checkpoint.source
-    local = [source.root] if isinstance(source, Folder) else []
-    identity = source.identity()
+    identity = plan.survey.checkpoint.source.identity()
     fingerprint = {**identity, "plan": plan.fingerprint, "engine": engine.value, **versions}
     weights = read_importance(importance, plan)
     fingerprint |= stated(plan.recipe, weights)
     if data is not None:
         fingerprint["data"] = _identity_of(data)
-    look = partial(examine, out, local, fingerprint)
-    claim = look(restart=restart)
-    if claim.state is State.DONE:
-        return Result(out, plan, engine, fresh=False)
-    own = side_files(plan.survey.checkpoint)
-    check_disk(out, claim.files, plan.file_bytes + sum(source.files[path] for path in own))
-    folder = here(source, emit)
-    ledger = Ledger(out)
-    try:
-        claim = look(restart=restart)  # again: now nobody else can change it
-        if claim.state is State.DONE:
-            return Result(out, plan, engine, fresh=False)
-        run = Run(plan.reading_from(folder), out, engine, workers, weights, data, emit)
-        sides = dict.fromkeys(own, folder)
-        digests = run.make_shards(ledger, claim, fingerprint, file_names(plan, sides))
-        shards = {
-            shard.name: {"bytes": shard.file_bytes, "sha256": digests[shard.name]}
-            for shard in plan.shards
-        }
-        made_by = {"name": engine.value, "versions": versions}
-        record = provenance(plan, identity, made_by, fingerprint)
-        finish(out, run.plan, index_json(plan), shards, sides, record, run.judge, emit)
-        ledger.complete()
-    finally:
-        ledger.release()
-    return Result(out, plan, engine, fresh=True)
+    return Intent(plan, engine, versions, identity, fingerprint, weights, data)
 
 
 def check_data(recipe: Recipe, data: str | None) -> None:
@@ -187,14 +236,15 @@ def _versions(engine: Engine) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Run:
-    """The part of a run between claiming OUT and finishing it. `plan` reads from a folder."""
+    """The part of a run between claiming OUT and completing it.
 
+    `plan` is the intent's, or a share of it, reading from a folder.
+    """
+
+    intent: Intent
     plan: Plan
     out: Path
-    engine: Engine
     workers: int | None
-    importance: "Importance | None"
-    data: str | None
     emit: Emit
 
     @property
@@ -205,61 +255,94 @@ class Run:
             raise TypeError(f"{source.name} is no folder")
         return source
 
-    def make_shards(
-        self, ledger: Ledger, claim: Claim, fingerprint: dict[str, str], files: tuple[str, ...]
-    ) -> dict[str, str]:
-        """Make all shards, but for what an earlier run made; returns their sha256, by name."""
-        stamps = {name: self.source.stamps[name] for name in self.plan.survey.checkpoint.shards}
-        making = Making(self.plan, self.out, files, stamps, self.emit, "quantize")
+    def make_shards(self, ledger: Ledger, claim: Claim, files: tuple[str, ...]) -> dict[str, str]:
+        """Make all shards, but for what an earlier run made; returns their sha256, by name.
+
+        `files` are what the ledger names as ours.
+        """
+        making = Making(self.plan, self.out, files, self.intent.stamps, self.emit, "quantize")
         # oneshot starts over: its modules come in the order of the model, not of the output.
-        resume = self.engine is Engine.STREAM
+        resume = self.intent.engine is Engine.STREAM
+        fingerprint = self.intent.fingerprint
         return making.shards(ledger, claim, fingerprint, self._run_engines, resume=resume)
 
     def _run_engines(self, output: ShardSet) -> None:
         from mquant.engines import stream  # numba
         from mquant.workflows.importance import weigher
 
-        if self.engine is Engine.ONESHOT:
+        if self.intent.engine is Engine.ONESHOT:
             from mquant.engines import oneshot  # torch and transformers: seconds, and optional
 
             oneshot.run(self.plan, output.write, self.emit, self._samples())
         # After oneshot, what is left are the tensors that are copied.
         with closing(Reader(self.source)) as reader:
-            weigh = weigher(self.plan.recipe, self.importance)
+            weigh = weigher(self.plan.recipe, self.intent.importance)
             stream.run(reader, output, self.workers or default_workers(), weigh)
 
     def _samples(self) -> list[list[int]] | None:
-        if self.data is None:
+        if self.intent.data is None:
             return None
         from mquant.engines.samples import load_samples
 
-        samples = load_samples(self.data, self.source.root, self.plan.recipe.calibration)
+        recipe = self.plan.recipe
+        samples = load_samples(self.intent.data, self.source.root, recipe.calibration)
         tokens = sum(len(ids) for ids in samples)
         self.emit(Note("info", f"Calibrating with {len(samples):,} samples, {tokens:,} tokens."))
         return samples
 
-    def judge(self, result: Source) -> None:
-        """Judge what was made as `mquant verify OUT --against SRC` does.
 
-        Of what the streaming engine made only the structure: reading all of it back would take
-        longer than making it. What was asked for knowingly (--allow-unsafe) does not count, and
-        what the parent lacks is told but does not count either: the output has the parent's
-        config.json, key by key.
-        """
-        families = {self.plan.family.name: self.plan.family}
-        if self.engine is Engine.STREAM:
-            report = verify(result, families, Depth.STRUCTURE, emit=self.emit)
-        else:
-            report = verify(result, families, parent=self.source, emit=self.emit)
-        known = {finding.rule for finding in self.plan.findings} | {"config-key-missing"}
-        for finding in report.findings:
-            if finding.severity == "error" and finding.rule not in known:
-                raise EngineError(
-                    f"What was made is wrong ({finding.rule}): {finding.message}",
-                    "Please report this; OUT has no config.json, so nothing will load it.",
-                )
-            fact = finding.severity == "info"
-            self.emit(Note("info" if fact else "warning", finding.message))
+def complete(
+    intent: Intent, out: Path, source: Source, digests: dict[str, str], emit: Emit = silent
+) -> None:
+    """Add to the shards in OUT, with these sha256, all else that makes it a checkpoint, judged.
+
+    Side files come from `source`. Raises EngineError where something is wrong with what was made.
+    """
+    plan = intent.plan
+    shards = {
+        shard.name: {"bytes": shard.file_bytes, "sha256": digests[shard.name]}
+        for shard in plan.shards
+    }
+    sides = dict.fromkeys(intent.sides, source)
+    made_by = {"name": intent.engine.value, "versions": intent.versions}
+    record = provenance(plan, intent.identity, made_by, intent.fingerprint)
+    judge = partial(_judge, intent, source, emit)
+    finish(out, plan.reading_from(source), index_json(plan), shards, sides, record, judge, emit)
 
 
-__all__ = ["Engine", "Result", "check_data", "choose_engine", "quantize"]
+def _judge(intent: Intent, source: Source, emit: Emit, result: Source) -> None:
+    """Judge what was made as `mquant verify OUT --against SRC` does.
+
+    Of what the streaming engine made only the structure: reading all of it back would take longer
+    than making it. What was asked for knowingly (--allow-unsafe) does not count, and what the
+    parent lacks is told but does not count either: the output has the parent's config.json, key
+    by key.
+    """
+    plan = intent.plan
+    families = {plan.family.name: plan.family}
+    if intent.engine is Engine.STREAM:
+        report = verify(result, families, Depth.STRUCTURE, emit=emit)
+    else:
+        report = verify(result, families, parent=source, emit=emit)
+    known = {finding.rule for finding in plan.findings} | {"config-key-missing"}
+    for finding in report.findings:
+        if finding.severity == "error" and finding.rule not in known:
+            raise EngineError(
+                f"What was made is wrong ({finding.rule}): {finding.message}",
+                "Please report this; OUT has no config.json, so nothing will load it.",
+            )
+        fact = finding.severity == "info"
+        emit(Note("info" if fact else "warning", finding.message))
+
+
+__all__ = [
+    "Engine",
+    "Intent",
+    "Result",
+    "Run",
+    "check_data",
+    "choose_engine",
+    "complete",
+    "intend",
+    "quantize",
+]
