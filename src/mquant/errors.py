@@ -7,6 +7,7 @@
     ├── DataFileError           a recipe or family file is wrong           (exit 1)
     ├── Refused                 the plan must not be carried out           (exit 1)
     ├── OutputError             OUT is not ours, full, or went away        (exit 1)
+    │   └── InUse               another process is at work in it           (exit 1)
     ├── EngineError             an engine failed or disobeyed the plan     (exit 1)
     ├── LoaderError             a loader to be asked is not there          (exit 1)
     └── MissingExtra            an optional dependency is not installed    (exit 1)
@@ -65,6 +66,10 @@ class OutputError(MquantError):
     """The output folder is not ours, is full, or went away."""
 
 
+class InUse(OutputError):
+    """Another process is at work in the output folder: it will pass."""
+
+
 class EngineError(MquantError):
     """An engine failed, or made something else than the plan says."""
 
@@ -87,6 +92,7 @@ __all__ = [
     "DataFileError",
     "EngineError",
     "HeaderError",
+    "InUse",
     "LoaderError",
     "MissingExtra",
     "MquantError",

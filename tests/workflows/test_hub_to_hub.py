@@ -179,7 +179,7 @@ def test_killed_before_the_last_commit_it_is_no_checkpoint_and_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("mquant.workflows.hub_to_hub.complete", dies)
+        patch.setattr("mquant.workflows.hub_to_hub.seal", dies)
         ship(tmp_path / "out")
     assert "config.json" not in on_the_hub(hub)
     ship(tmp_path / "out")

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -113,15 +114,16 @@ class Folder:
     def _walk(self) -> list[tuple[str, Stamp]]:
         # Folders of the checkpoint count (some tokenizers have one); hidden ones (.git, .cache)
         # do not, and a link is followed to a file only: hub caches are made of such links. Pipes
-        # and devices are no files, and no checkpoint has a name that cannot be printed.
+        # and devices are no files, and no checkpoint has a name that cannot be printed. A file that
+        # is gone by now is none: others may be at work in a folder of ours.
         found: list[tuple[str, Stamp]] = []
         for folder, folders, names in os.walk(self.root):
             folders[:] = sorted(filter(_is_visible, folders))
             for name in names:
                 path = Path(folder, name)
-                if not _is_visible(name) or not path.is_file():
-                    continue
-                found.append((path.relative_to(self.root).as_posix(), stamp(path.stat())))
+                with suppress(FileNotFoundError):
+                    if _is_visible(name) and path.is_file():
+                        found.append((path.relative_to(self.root).as_posix(), stamp(path.stat())))
         return found
 
 

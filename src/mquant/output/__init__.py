@@ -11,36 +11,63 @@ from mquant.output.finish import (
     index_json,
     side_files,
 )
-from mquant.output.folder import RECORD, Claim, State, discard, examine
-from mquant.output.ledger import LEDGER, Ledger, Recorded
+from mquant.output.folder import RECORD, Claim, State, discard, examine, is_finished, other_run
+from mquant.output.joint import (
+    MOST_SHARES,
+    Joint,
+    claim,
+    dissolve,
+    is_taken,
+    look,
+    read_joint,
+    take_share,
+    turn,
+)
+from mquant.output.ledger import LEDGER, SHARES, Ledger, Recorded, ledger_name, read_ledger
 from mquant.output.record import Record, read_record
-from mquant.output.shards import Follow, ShardSet
+from mquant.output.shards import Follow, ShardSet, complete_shards, counted
 
 __all__ = [
     "LEDGER",
     "MODELOPT_NAME",
+    "MOST_SHARES",
     "PARTIAL",
     "RECIPE_NAME",
     "RECORD",
+    "SHARES",
     "WORK",
     "Claim",
     "Follow",
+    "Joint",
     "Ledger",
     "Record",
     "Recorded",
     "ShardSet",
     "State",
     "apply",
+    "claim",
+    "complete_shards",
     "config_json",
+    "counted",
     "discard",
+    "dissolve",
     "examine",
     "file_names",
     "finish",
     "index_json",
+    "is_finished",
     "is_staged",
+    "is_taken",
     "is_there",
+    "ledger_name",
     "link",
+    "look",
+    "other_run",
+    "read_joint",
+    "read_ledger",
     "read_record",
     "side_files",
     "stage",
+    "take_share",
+    "turn",
 ]

@@ -28,14 +28,14 @@ from mquant.events import Emit, Note, silent
 from mquant.findings import names
 from mquant.output.disk import PARTIAL, fsync_folder, out_of_space
 from mquant.output.folder import RECORD, is_inside
-from mquant.output.ledger import LEDGER
+from mquant.output.ledger import SHARES, is_ledger
 from mquant.plan import Action, Plan
 
 RECIPE_NAME: Final = "recipe.yaml"
 MODELOPT_NAME: Final = "hf_quant_config.json"
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".mp4")
 _PIECE: Final = 16_000_000
-_OURS: Final = {RECORD, LEDGER, RECIPE_NAME, MODELOPT_NAME}
+_OURS: Final = {RECORD, SHARES, RECIPE_NAME, MODELOPT_NAME}
 # What people expect beside weights: any one of the names will do.
 _EXPECTED: Final = {
     "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model"),
@@ -54,6 +54,7 @@ def side_files(checkpoint: Checkpoint, *, cards: bool = False) -> tuple[str, ...
         path
         for path in checkpoint.side_files
         if path not in _OURS
+        and not is_ledger(path)
         and not path.endswith(PARTIAL)
         and (cards or not _of_card(path))
         and not (isinstance(source, Folder) and source.leads_out(path))
@@ -113,15 +114,15 @@ def finish(
         emit(Note("info", sentence))
     if plan.schemes:
         recipe = recipe_yaml(plan).encode()
-        _write(out, RECIPE_NAME, [recipe])
+        write_file(out, RECIPE_NAME, [recipe])
         files[RECIPE_NAME] = _described(recipe)
     for name, content in ((INDEX_NAME, table), (CONFIG_NAME, config)):
         files[name] = _described(content)
     record = {"schema": "mquant.output/1", **provenance, "files": dict(sorted(files.items()))}
-    _write(out, RECORD, [_json(record)])
+    write_file(out, RECORD, [_json(record)])
     judge(Overlay(Folder(out), {INDEX_NAME: table, CONFIG_NAME: config}))
-    _write(out, INDEX_NAME, [table])
-    _write(out, CONFIG_NAME, [config])
+    write_file(out, INDEX_NAME, [table])
+    write_file(out, CONFIG_NAME, [config])
 
 
 def _described(content: bytes) -> dict[str, Any]:
@@ -204,11 +205,11 @@ def _json(value: object) -> bytes:
 def _copy(source: Source, path: str, out: Path) -> dict[str, Any]:
     size = source.files[path]
     starts = range(0, size, _PIECE)
-    digest = _write(out, path, (source.read(path, at, min(at + _PIECE, size)) for at in starts))
+    digest = write_file(out, path, (source.read(path, at, min(at + _PIECE, size)) for at in starts))
     return {"bytes": size, "sha256": digest}
 
 
-def _write(out: Path, name: str, pieces: Iterable[bytes]) -> str:
+def write_file(out: Path, name: str, pieces: Iterable[bytes]) -> str:
     """Write a file, whole or not at all; returns its sha256."""
     path = out / name
     partial = path.with_name(path.name + PARTIAL)
@@ -243,4 +244,5 @@ __all__ = [
     "linked_files",
     "recipe_yaml",
     "side_files",
+    "write_file",
 ]

@@ -3,7 +3,7 @@
 While a run is under way OUT holds its ledger, which names every file that will be made. It is
 written before anything else and goes when config.json is there. So a folder with a ledger is
 unfinished and ours, one with mquant.json and without a ledger is finished and ours, an empty one is
-free, and every other one is refused.
+free, and every other one is refused. Of one that is made in shares `joint` decides.
 """
 
 import os
@@ -15,12 +15,13 @@ from typing import Any, Final
 
 from mquant.errors import OutputError
 from mquant.output.disk import PARTIAL, is_there, read_own
-from mquant.output.ledger import LEDGER, Recorded, read_ledger
+from mquant.output.ledger import SHARES, Recorded, is_ledger, read_ledger
 from mquant.untrusted import parse_json
 
 RECORD: Final = "mquant.json"
 _MOST_BYTES: Final = 64_000_000
 _LONGEST_NAME: Final = 255 - len(PARTIAL)
+_ANOTHER_OUT: Final = "Give another folder with -o, or --restart to delete what mquant made there."
 
 
 class State(Enum):
@@ -65,11 +66,16 @@ def examine(
         _refuse_overlap(out.resolve(), source.resolve())
     if not out.is_dir() or not any(out.iterdir()):
         return Claim(State.FREE)
+    if os.path.lexists(out / SHARES):
+        raise OutputError(
+            f"{out} is being made in shares.",
+            f"When all are done, run: mquant finish {out}; or give another folder with -o.",
+        )
     ledger, record = read_ledger(out), _read(out / RECORD)
     if ledger is not None and not ledger.files:
         ledger = None  # of a run that was stopped while it claimed OUT, or that claims it now
-        if [path.name for path in out.iterdir()] == [LEDGER]:
-            return Claim(State.FREE)
+    if ledger is None and all(_is_claim(path) for path in out.iterdir()):
+        return Claim(State.FREE)
     if ledger is None and record is None:
         raise OutputError(
             f"{out} is not empty, and mquant did not make it.",
@@ -79,7 +85,7 @@ def examine(
     theirs = made.get("fingerprint") if ledger is None else ledger.fingerprint
     names = made.get("files", ()) if ledger is None else ledger.files
     if not restart and theirs != fingerprint:
-        raise _other_run(out, theirs, fingerprint)
+        raise other_run(out, theirs, fingerprint)
     files = tuple(dict.fromkeys((*_safe_names(out, names), RECORD)))
     if restart:
         return Claim(State.UNFINISHED, files)
@@ -98,6 +104,16 @@ def discard(out: Path, files: Iterable[str]) -> None:
         parent = (out / name).parent
         if parent != out and parent.is_dir() and not any(parent.iterdir()):
             parent.rmdir()
+
+
+def is_finished(out: Path, fingerprint: dict[str, Any] | None = None) -> bool:
+    """Whether OUT holds all files of a finished run, of this one where a `fingerprint` is given.
+
+    Raises OutputError where one was changed since.
+    """
+    record = _read(out / RECORD) or {}
+    this = fingerprint is None or record.get("fingerprint") == fingerprint
+    return this and _is_whole(out, record, frozenset())
 
 
 def _is_whole(out: Path, record: dict[str, Any], elsewhere: frozenset[str]) -> bool:
@@ -152,14 +168,25 @@ def _refuse_overlap(out: Path, source: Path) -> None:
         )
 
 
-def _other_run(out: Path, theirs: object, ours: dict[str, Any]) -> OutputError:
+def _is_claim(path: Path) -> bool:
+    """Whether a file is there only because somebody claims OUT, or was stopped while they did."""
+    if path.name == SHARES + PARTIAL:
+        return path.is_file() and not path.is_symlink()
+    found = read_ledger(path.parent, path.name) if is_ledger(path.name) else None
+    return found is not None and not found.files
+
+
+def other_run(
+    out: Path, theirs: object, ours: dict[str, Any], fix: str = _ANOTHER_OUT
+) -> OutputError:
+    """What to raise where OUT is of another run: which values differ."""
     theirs = theirs if isinstance(theirs, dict) else {}
     keys = [key for key in ours if theirs.get(key) != ours[key]] or ["fingerprint"]
     was = {key: str(theirs.get(key))[:80] for key in keys}
     differ = "; ".join(f"{key} was {was[key]}, is {ours.get(key)}" for key in keys)
     return OutputError(
         f"{out} was made from something else: {differ}.",
-        "Give another folder with -o, or --restart to delete what mquant made there.",
+        fix,
     )
 
 
@@ -175,4 +202,14 @@ def _read(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else {}
 
 
-__all__ = ["RECORD", "Claim", "State", "discard", "examine", "is_inside", "is_plain"]
+__all__ = [
+    "RECORD",
+    "Claim",
+    "State",
+    "discard",
+    "examine",
+    "is_finished",
+    "is_inside",
+    "is_plain",
+    "other_run",
+]

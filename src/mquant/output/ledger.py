@@ -2,6 +2,7 @@
 
 An append-only file of JSON lines, there and locked while a run is at work, and gone when it is
 complete. Every line is on disk before what it says counts; a last line without its end does not.
+Of a run in shares (see `joint`) each share has its own, which numbers the share's jobs.
 
     {"schema": "mquant.run/2", "fingerprint": {...}, "files": ["config.json", ...]}
     {"sources": {"model-00001-of-00002.safetensors": [size, mtime_ns], ...}}     at each start
@@ -9,9 +10,12 @@ complete. Every line is on disk before what it says counts; a last line without 
     {"shard": "model-00001-of-00003.safetensors", "sha256": "...", "jobs": [[0, 99]]}      whole
 """
 
+import errno
 import fcntl
 import json
 import os
+import re
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -20,15 +24,30 @@ from threading import Lock
 from typing import Any, Final
 
 from mquant.checkpoint import Stamp
-from mquant.errors import OutputError
+from mquant.errors import InUse, OutputError
 from mquant.output.disk import fsync_folder, out_of_space, read_own
 from mquant.untrusted import MAX_TENSORS, parse_json
 
 LEDGER: Final = "mquant-run.jsonl"
+SHARES: Final = "mquant-shares.json"
+"""What is in OUT while a run in shares is under way."""
 _SCHEMA: Final = "mquant.run/2"
 MOST_BYTES: Final = 64_000_000
 # A plan has no more jobs than tensors; a ledger names each a few times.
 _MOST_JOBS: Final = 4 * MAX_TENSORS
+_SHARED: Final = re.compile(r"mquant-run\.[1-9]\d{0,4}-of-[1-9]\d{0,4}\.jsonl", re.ASCII)
+_TAKEN: Final = frozenset({errno.EAGAIN, errno.EACCES})  # EACCES: on some network file systems
+_PAUSE_SECONDS: Final = 0.1
+
+
+def ledger_name(number: int, of: int) -> str:
+    """The name of the ledger of one share."""
+    return f"mquant-run.{number}-of-{of}.jsonl"
+
+
+def is_ledger(name: str) -> bool:
+    """Whether a file's name is that of a ledger, a share's or a whole run's."""
+    return name == LEDGER or _SHARED.fullmatch(name) is not None
 
 
 @dataclass(slots=True)
@@ -45,12 +64,12 @@ class Recorded:
     shards: dict[str, str] = field(default_factory=dict)
 
 
-def read_ledger(out: Path) -> Recorded | None:
-    """What the ledger in `out` says; None without one, nothing at all where it has no first line.
+def read_ledger(out: Path, name: str = LEDGER) -> Recorded | None:
+    """What a ledger in `out` says; None without one, nothing at all where it has no first line.
 
     Lines that make no sense are passed over: what they said does not count, and is made again.
     """
-    raw = read_own(out / LEDGER, MOST_BYTES)
+    raw = read_own(out / name, MOST_BYTES)
     return None if raw is None else parse_ledger(raw)
 
 
@@ -76,32 +95,41 @@ def parse_ledger(raw: bytes) -> Recorded:
 
 
 class Ledger:
-    """The claim on OUT during a run. Its methods may be called from any thread."""
+    """The claim on OUT, or on a share, during a run. Its methods may be called from any thread."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, name: str = LEDGER, patience: float = 0.0) -> None:
         """Lock OUT, which is made where it is not there.
 
-        Raises OutputError where another process is at work in it.
+        Raises InUse where another process is at work in it, and still is after `patience` seconds;
+        OutputError where it cannot be locked at all.
         """
         self._out = out
-        self._path = out / LEDGER
+        self._path = out / name
         self._lock = Lock()
         with out_of_space(self._path, 0):
             out.mkdir(parents=True, exist_ok=True)
-            self._file = self._open()
+            self._file = self._open(time.monotonic() + patience)
 
-    def _open(self) -> int:
+    def _open(self, deadline: float) -> int:
         while True:
             flags = os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
             file = os.open(self._path, flags, 0o644)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except OSError as error:
                 os.close(file)
-                raise OutputError(
-                    f"Another mquant is writing into {self._out}.",
-                    "Wait for it, or give another -o.",
-                ) from None
+                if error.errno not in _TAKEN:
+                    raise OutputError(
+                        f"Nothing in {self._out} can be locked: {error.strerror}.",
+                        "Mount its file system with locks (Lustre: -o flock), or give another -o.",
+                    ) from error
+                if time.monotonic() > deadline:
+                    raise InUse(
+                        f"Another mquant is writing into {self._out}.",
+                        "Wait for it, or give another -o.",
+                    ) from None
+                time.sleep(_PAUSE_SECONDS)
+                continue
             if self._is_at(file):
                 return file
             os.close(file)  # another run was complete just then, and deleted it
@@ -217,9 +245,12 @@ def _parse(line: bytes) -> Any:
 __all__ = [
     "LEDGER",
     "MOST_BYTES",
+    "SHARES",
     "Ledger",
     "Recorded",
     "head_line",
+    "is_ledger",
+    "ledger_name",
     "parse_ledger",
     "read_ledger",
     "shard_line",

@@ -1,9 +1,11 @@
 """All output shards of a plan: who awaits which bytes, and what is on disk for good."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Final
 
 from mquant.checkpoint import Stamp
 from mquant.errors import EngineError
@@ -26,6 +28,9 @@ class Follow:
     opening: Callable[[ShardJob], None] = lambda _shard: None
     settled: Callable[[Iterable[int]], None] = lambda _jobs: None
     completed: Callable[[ShardJob, str], None] = lambda _shard, _sha256: None
+
+
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(slots=True)
@@ -210,28 +215,56 @@ class ShardSet:
 
     def _take_up(self, recorded: Recorded, sources: Mapping[str, Stamp]) -> None:
         """Find out which recorded jobs count: their sources are unchanged, and their file there."""
+        counting = counted(self._plan, recorded, sources)
         for shard, each in enumerate(self._plan.shards):
             final, partial = self._out / each.name, self._out / (each.name + PARTIAL)
-            jobs = self._jobs_of(shard)
-            counted = {i for i in jobs if self._counts(i, recorded, sources)}
+            jobs = set(self._jobs_of(shard)) & counting
             with out_of_space(partial, each.file_bytes):
                 if final.is_symlink():
                     final.unlink()  # made by nobody here
-                whole = final.is_file() and final.stat().st_size == each.file_bytes
-                if whole and each.name in recorded.shards and len(counted) == len(jobs):
+                whole = each.name in recorded.shards and len(jobs) == len(each.jobs)
+                if whole and _is_of(final, each.file_bytes):
                     self.digests[each.name] = recorded.shards[each.name]
                 elif final.is_file():
                     final.rename(partial)
-                if each.name not in self.digests and not (
-                    partial.is_file() and partial.stat().st_size == each.file_bytes
-                ):
-                    counted.clear()
-            self._done |= counted
-
-    def _counts(self, index: int, recorded: Recorded, sources: Mapping[str, Stamp]) -> bool:
-        made_from = recorded.jobs.get(index, {})
-        files = self._tasks[index].job.files
-        return all(file in sources and made_from.get(file) == sources[file] for file in files)
+                if each.name not in self.digests and not _is_of(partial, each.file_bytes):
+                    jobs.clear()
+            self._done |= jobs
 
 
-__all__ = ["Follow", "ShardSet"]
+def counted(plan: Plan, recorded: Recorded, sources: Mapping[str, Stamp]) -> set[int]:
+    """The recorded jobs of a plan, by number, whose sources are as they were."""
+    jobs = (job for shard in plan.shards for job in shard.jobs)
+    return {
+        number
+        for number, job in enumerate(jobs)
+        if number in recorded.jobs and _unchanged(job, recorded.jobs[number], sources)
+    }
+
+
+def complete_shards(
+    out: Path, plan: Plan, recorded: Recorded, sources: Mapping[str, Stamp]
+) -> dict[str, str]:
+    """The sha256 of those shards of a plan that are whole in OUT, by name. Nothing is written."""
+    made, first = counted(plan, recorded, sources), 0
+    found: dict[str, str] = {}
+    for shard in plan.shards:
+        jobs = range(first, first + len(shard.jobs))
+        first = jobs.stop
+        digest, path = recorded.shards.get(shard.name, ""), out / shard.name
+        there = not path.is_symlink() and _is_of(path, shard.file_bytes)
+        if there and made.issuperset(jobs) and _SHA256.fullmatch(digest):
+            found[shard.name] = digest
+    return found
+
+
+def _unchanged(job: Job, made_from: Mapping[str, Stamp], sources: Mapping[str, Stamp]) -> bool:
+    return all(file in sources and made_from.get(file) == sources[file] for file in job.files)
+
+
+def _is_of(path: Path, nbytes: int) -> bool:
+    """Whether there is a file of just so many bytes."""
+    return path.is_file() and path.stat().st_size == nbytes
+
+
+__all__ = ["Follow", "ShardSet", "complete_shards", "counted"]

@@ -5,6 +5,7 @@ from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, make_plan, natura
 from mquant.plan.export import Target, hf_quant_config, make_export_plan, scalars, survey_for
 from mquant.plan.mend import BAD, PARENT, Mending, from_parent, mend
 from mquant.plan.model import Action, Job, Output, Plan, ShardJob
+from mquant.plan.share import share, shares
 from mquant.plan.stored import Form, Stored
 from mquant.plan.survey import Member, Survey, survey, wholeness
 
@@ -33,6 +34,8 @@ __all__ = [
     "natural",
     "safe_ignore",
     "scalars",
+    "share",
+    "shares",
     "survey",
     "survey_for",
     "wholeness",

@@ -1,17 +1,18 @@
 """Quantize into a hub repo: what is made goes there shard by shard, and never lies here whole."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mquant.checkpoint import Folder, Source
+from mquant.checkpoint import Folder, Overlay, Source
 from mquant.errors import OutputError
 from mquant.events import Emit, silent
-from mquant.output import Ledger, State, discard
+from mquant.output import Ledger, State, discard, examine
 from mquant.plan import Plan
-from mquant.workflows.making import check_disk, look_again
-from mquant.workflows.quantize import Engine, Run, check_engine, prepare
-from mquant.workflows.shipping import LAST, Destination, Shipper, complete, find, judge_remote
+from mquant.workflows.making import check_disk, here, look_again
+from mquant.workflows.quantize import Engine, Intent, Run, check_engine, complete, intend
+from mquant.workflows.shipping import LAST, Destination, Shipper, find, seal, send_others
 from mquant.workflows.spooling import check_scratch, least_scratch
 
 
@@ -43,36 +44,29 @@ def quantize_to_hub(
     source files, where the source is a hub repo, and shards; None: no limit. The rest is as for
     `mquant.workflows.quantize.quantize`. Until it returns there is no config.json in the repo.
     """
-    run = prepare(
-        plan,
-        out,
-        engine=engine,
-        importance=importance,
-        data=None,
-        workers=workers,
-        scratch=scratch,
-        emit=emit,
-    )
-    check_engine(run.engine, "--push-to")
-    run, room = _share_out(run)
-    to = find(repo, plan, run.fingerprint, public=public)
-    claim = run.look(restart=restart)
+    intent = intend(plan, engine, importance)
+    check_engine(intent.engine, "--push-to")
+    files, shards = _share_out(plan, scratch)
+    to = find(repo, plan, intent.fingerprint, public=public)
+    look = partial(examine, out, intent.local, intent.fingerprint)
+    claim = look(restart=restart)
     if claim.state is State.DONE:
         raise OutputError(
             f"{out} holds the finished checkpoint.", f"Publish it: mquant push {out} {repo}"
         )
-    check_disk(out, claim.files, run.file_bytes if scratch is None else scratch)
-    run = run.fetched()
+    check_disk(out, claim.files, intent.file_bytes if scratch is None else scratch)
+    source = intent.source if files else here(intent.source, emit)
     ledger = Ledger(out)
     try:
-        claim = run.look(restart=restart)  # again: now nobody else can change it
+        claim = look(restart=restart)  # again: now nobody else can change it
         if not to.done:
             to.open()
-            with Shipper(to, out, run.files, room, emit) as shipper:
-                digests = run.make_shards(ledger, claim, shipper)
-            _finish(run, to, digests)
-            complete(to, out)
-        discard(out, run.files)
+            with Shipper(to, out, intent.files, shards, emit) as shipper:
+                run = Run(intent, plan.reading_from(source), out, workers, emit, files, shipper)
+                digests = run.make_shards(ledger, claim, intent.files)
+            complete(intent, out, source, digests, emit, partial(_there, intent, to, out, digests))
+            seal(to, out)
+        discard(out, intent.files)
         ledger.complete()
     finally:
         ledger.release()
@@ -80,35 +74,34 @@ def quantize_to_hub(
     return Shipped(to.writer.page, plan, fresh=not to.done)
 
 
-def _share_out(run: Run) -> tuple[Run, float]:
-    """The run with what its source files may take of the scratch, and what shards may.
+def _share_out(plan: Plan, scratch: int | None) -> tuple[int | None, float]:
+    """What source files and what shards may take of the scratch; None where the source is here.
 
     Shards get two of the largest, so that one is made while another is sent, or a quarter, if that
     is more: about that is what NVFP4 makes of BF16. Where source files need more than is left, they
     do with one.
     """
-    if run.scratch is None:
-        return run, float("inf")
-    largest = max(shard.file_bytes for shard in run.plan.shards)
-    local = isinstance(run.source, Folder)
-    least = 0 if local else least_scratch(run.plan)
-    check_scratch(run.scratch, least + largest)
+    if scratch is None:
+        return None, float("inf")
+    largest = max(shard.file_bytes for shard in plan.shards)
+    local = isinstance(plan.survey.checkpoint.source, Folder)
+    least = 0 if local else least_scratch(plan)
+    check_scratch(scratch, least + largest)
     if local:
-        return replace(run, scratch=None), run.scratch
-    room = max(2 * largest, run.scratch // 4)
-    room = room if run.scratch - room >= least else largest
-    return replace(run, scratch=run.scratch - room), room
+        return None, scratch
+    room = max(2 * largest, scratch // 4)
+    room = room if scratch - room >= least else largest
+    return scratch - room, room
 
 
-def _finish(run: Run, to: Destination, digests: dict[str, str]) -> None:
-    """Write, send and judge all but index and config.json, then write these."""
-    others = [name for name in run.files if name not in LAST and name not in digests]
-
-    def look(made: Source) -> None:
-        look_again(made, run.plan)
-        run.judge(made)
-
-    run.finish(digests, partial(judge_remote, to, run.out, others, digests, look))
+def _there(
+    intent: Intent, to: Destination, out: Path, digests: Mapping[str, str], local: Source
+) -> Source:
+    """The repo as it will be with index and config.json, when all else was sent and is there."""
+    others = [name for name in intent.files if name not in LAST and name not in digests]
+    repo = send_others(to, out, others, digests)
+    look_again(repo, intent.plan)
+    return Overlay(repo, {name: local.read(name) for name in LAST})
 
 
 __all__ = ["Shipped", "quantize_to_hub"]

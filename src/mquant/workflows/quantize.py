@@ -1,16 +1,16 @@
 """Carry out a plan: check what can be checked, claim OUT, run the engine, finish, verify."""
 
 import hashlib
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from mquant.checkpoint import Folder, Reader, Source
+from mquant.checkpoint import Folder, Reader, Source, Stamp
 from mquant.errors import DataFileError, EngineError, MissingExtra, Refused, UsageError
 from mquant.events import Emit, Note, silent
 from mquant.output import (
@@ -35,7 +35,6 @@ from mquant.workflows.making import (
     provenance,
 )
 from mquant.workflows.spooling import (
-    SCRATCH,
     check_scratch,
     check_side_files,
     least_scratch,
@@ -120,49 +119,86 @@ def quantize(
     raises. Until it returns there is no config.json in `out`, so nothing there looks like a
     checkpoint.
     """
-    run = prepare(
-        plan,
-        out,
-        engine=engine,
-        importance=importance,
-        data=data,
-        workers=workers,
-        scratch=scratch,
-        emit=emit,
-    )
+    intent = intend(plan, engine, importance, data)
     if scratch is not None:
+        check_engine(intent.engine, "--scratch")
         check_scratch(scratch, least_scratch(plan))
-    claim = run.look(restart=restart)
+    look = partial(examine, out, intent.local, intent.fingerprint)
+    claim = look(restart=restart)
     if claim.state is State.DONE:
-        return Result(out, plan, run.engine, fresh=False)
-    check_disk(out, claim.files, run.file_bytes + (scratch or 0))
-    run = run.fetched()
+        return Result(out, plan, intent.engine, fresh=False)
+    check_disk(out, claim.files, intent.file_bytes + (scratch or 0))
+    source = intent.source if scratch else here(intent.source, emit)
     ledger = Ledger(out)
     try:
-        claim = run.look(restart=restart)  # again: now nobody else can change it
+        claim = look(restart=restart)  # again: now nobody else can change it
         if claim.state is State.DONE:
-            return Result(out, plan, run.engine, fresh=False)
-        run.finish(run.make_shards(ledger, claim), run.judge)
+            return Result(out, plan, intent.engine, fresh=False)
+        run = Run(intent, plan.reading_from(source), out, workers, emit, scratch)
+        digests = run.make_shards(ledger, claim, intent.files)
+        complete(intent, out, source, digests, emit)
         ledger.complete()
     finally:
         ledger.release()
-    return Result(out, plan, run.engine, fresh=True)
+    return Result(out, plan, intent.engine, fresh=True)
 
 
-def prepare(
+@dataclass(frozen=True)
+class Intent:
+    """What a run is to make: a plan, and whatever else decides about its bytes.
+
+    `fingerprint` tells it from another run, wherever they run; `identity` is the source's,
+    `versions` are of the packages that matter to the engine.
+    """
+
+    plan: Plan
+    engine: Engine
+    versions: dict[str, str]
+    identity: dict[str, str]
+    fingerprint: dict[str, str]
+    importance: "Importance | None"
+    data: str | None
+
+    @property
+    def source(self) -> Source:
+        """Where the plan's tensors are."""
+        return self.plan.survey.checkpoint.source
+
+    @property
+    def local(self) -> list[Path]:
+        """Folders that must not be written to."""
+        return [self.source.root] if isinstance(self.source, Folder) else []
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Files of the source that go along."""
+        return side_files(self.plan.survey.checkpoint)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that the finished checkpoint has."""
+        return file_names(self.plan, self.sides)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all that will be in OUT, but for JSON and recipe."""
+        return self.plan.file_bytes + sum(self.source.files[path] for path in self.sides)
+
+    @property
+    def stamps(self) -> Mapping[str, Stamp]:
+        """Of the source's shards; equal on all machines. Files of a commit never change."""
+        return stamps_of(self.source, self.plan.survey.checkpoint.shards)
+
+
+def intend(
     plan: Plan,
-    out: Path,
-    *,
-    engine: Engine,
-    importance: Path | None,
-    data: str | None,
-    workers: int | None,
-    scratch: int | None,
-    emit: Emit,
-) -> "Run":
-    """What is to be done, after everything is checked that can be without looking at OUT.
+    engine: Engine = Engine.AUTO,
+    importance: Path | None = None,
+    data: str | None = None,
+) -> Intent:
+    """Check what can be checked of a run, and say what tells it from another.
 
-    Raises as `quantize`.
+    Raises as `quantize`, but for what is about OUT.
     """
     from mquant.workflows.importance import read_importance, stated  # numpy
 
@@ -172,8 +208,6 @@ def prepare(
     check_data(plan.recipe, data)
     if engine is Engine.ONESHOT:
         check_plain(plan, "The oneshot engine")
-    if scratch is not None:
-        check_engine(engine, "--scratch")
     versions = _versions(engine)
     identity = plan.survey.checkpoint.source.identity()
     fingerprint = {**identity, "plan": plan.fingerprint, "engine": engine.value, **versions}
@@ -181,9 +215,7 @@ def prepare(
     fingerprint |= stated(plan.recipe, weights)
     if data is not None:
         fingerprint["data"] = _identity_of(data)
-    made_by = {"name": engine.value, "versions": versions}
-    record = provenance(plan, identity, made_by, fingerprint)
-    return Run(plan, out, engine, workers, weights, data, scratch, emit, fingerprint, record)
+    return Intent(plan, engine, versions, identity, fingerprint, weights, data)
 
 
 def check_engine(engine: Engine, option: str) -> None:
@@ -230,151 +262,145 @@ def _versions(engine: Engine) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that was asked for. `plan` reads from a folder, or, with `scratch`, from a hub.
+    """The part of a run between claiming OUT and completing it.
 
-    `fingerprint` tells it from others, `record` is what mquant.json says besides the files.
+    `plan` is the intent's, or a share of it, reading from a folder, or, with `scratch`, from a hub.
+    With a `shipper` shards do not stay in OUT.
     """
 
+    intent: Intent
     plan: Plan
     out: Path
-    engine: Engine
     workers: int | None
-    importance: "Importance | None"
-    data: str | None
-    scratch: int | None
     emit: Emit
-    fingerprint: Mapping[str, str]
-    record: Mapping[str, Any]
+    scratch: int | None = None
+    shipper: "Shipper | None" = None
 
     @property
-    def source(self) -> Source:
-        """What is read."""
-        return self.plan.survey.checkpoint.source
+    def source(self) -> Folder:
+        """The folder that is read."""
+        source = self.plan.survey.checkpoint.source
+        if not isinstance(source, Folder):
+            raise TypeError(f"{source.name} is no folder")
+        return source
 
-    @property
-    def folder(self) -> Folder:
-        """What is read, where that is a folder."""
-        if not isinstance(self.source, Folder):
-            raise TypeError(f"{self.source.name} is no folder")
-        return self.source
-
-    @property
-    def side_files(self) -> tuple[str, ...]:
-        """The files of the source that go along."""
-        return side_files(self.plan.survey.checkpoint)
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Every file that the result will have."""
-        return file_names(self.plan, self.side_files)
-
-    @property
-    def file_bytes(self) -> int:
-        """Bytes of the shards and side files."""
-        return self.plan.file_bytes + sum(self.source.files[path] for path in self.side_files)
-
-    def fetched(self) -> "Run":
-        """The same run, whose source is here, unless its files are to pass through the scratch."""
-        if self.scratch is not None:
-            return self
-        return replace(self, plan=self.plan.reading_from(here(self.source, self.emit)))
-
-    def look(self, *, restart: bool) -> Claim:
-        """What OUT holds. Raises as `mquant.output.examine`."""
-        local = [self.source.root] if isinstance(self.source, Folder) else []
-        return examine(self.out, local, dict(self.fingerprint), restart=restart)
-
-    def make_shards(
-        self, ledger: Ledger, claim: Claim, shipper: "Shipper | None" = None
-    ) -> dict[str, str]:
+    def make_shards(self, ledger: Ledger, claim: Claim, files: tuple[str, ...]) -> dict[str, str]:
         """Make all shards, but for what an earlier run made; returns their sha256, by name.
 
-        With a `shipper` they do not stay here.
+        `files` are what the ledger names as ours.
         """
-        stamps = stamps_of(self.source, self.plan.survey.checkpoint.shards)
-        making = Making(
-            self.plan,
-            self.out,
-            self.files,
-            stamps,
-            self.emit,
-            "quantize",
-            away=shipper.sent if shipper else None,
-        )
+        stamps, away = self.intent.stamps, self.shipper.sent if self.shipper else None
+        making = Making(self.plan, self.out, files, stamps, self.emit, "quantize", away)
         # oneshot starts over: its modules come in the order of the model, not of the output.
-        resume = self.engine is Engine.STREAM
-        run = partial(self._run_engines, shipper=shipper)
-        return making.shards(ledger, claim, dict(self.fingerprint), run, resume=resume)
+        resume = self.intent.engine is Engine.STREAM
+        fingerprint = self.intent.fingerprint
+        return making.shards(ledger, claim, fingerprint, self._run_engines, resume=resume)
 
-    def finish(self, digests: Mapping[str, str], judge: Callable[[Source], None]) -> None:
-        """Write all other files, config.json last, when `judge` has seen what it will be."""
-        shards = {
-            shard.name: {"bytes": shard.file_bytes, "sha256": digests[shard.name]}
-            for shard in self.plan.shards
-        }
-        sides = dict.fromkeys(self.side_files, self.source)
-        index = index_json(self.plan)
-        finish(self.out, self.plan, index, shards, sides, self.record, judge, self.emit)
-
-    def _run_engines(self, output: ShardSet, shipper: "Shipper | None") -> None:
+    def _run_engines(self, output: ShardSet) -> None:
         from mquant.engines import stream  # numba
         from mquant.workflows.importance import weigher
 
-        if self.engine is Engine.ONESHOT:
+        if self.intent.engine is Engine.ONESHOT:
             from mquant.engines import oneshot  # torch and transformers: seconds, and optional
 
             oneshot.run(self.plan, output.write, self.emit, self._samples())
         # After oneshot, what is left are the tensors that are copied.
         workers = self.workers or default_workers()
-        weigh = weigher(self.plan.recipe, self.importance)
-        with ExitStack() as stack:
-            reader: Reader | Spool
-            stops: list[Callable[[], None]] = []
-            if self.scratch is None:
-                reader = stack.enter_context(closing(Reader(self.folder)))
-            else:
-                folder = self.out / SCRATCH
-                spool = spooled(self.plan, folder, self.scratch, output, self.emit)
-                reader = stack.enter_context(spool)
-                stops.append(reader.stop)
-            if shipper:
-                shipper.follow(output)
-                stops.append(shipper.stop)
-            stream.run(reader, output, workers, weigh, on_stop=stops)
+        weigh = weigher(self.plan.recipe, self.intent.importance)
+        with self._reading(output) as (reader, stops):
+            stream.run(reader, output, workers, weigh, stops)
+
+    @contextmanager
+    def _reading(
+        self, output: ShardSet
+    ) -> "Iterator[tuple[Reader | Spool, list[Callable[[], None]]]]":
+        """What the engine reads with, and whom to tell when it stops."""
+        stops: list[Callable[[], None]] = []
+        if self.shipper:
+            self.shipper.follow(output)
+            stops.append(self.shipper.stop)
+        if self.scratch is None:
+            with closing(Reader(self.source)) as reader:
+                yield reader, stops
+        else:
+            with spooled(self.plan, self.out, self.scratch, output, self.emit) as spool:
+                yield spool, [*stops, spool.stop]
 
     def _samples(self) -> list[list[int]] | None:
-        if self.data is None:
+        if self.intent.data is None:
             return None
         from mquant.engines.samples import load_samples
 
-        samples = load_samples(self.data, self.folder.root, self.plan.recipe.calibration)
+        recipe = self.plan.recipe
+        samples = load_samples(self.intent.data, self.source.root, recipe.calibration)
         tokens = sum(len(ids) for ids in samples)
         self.emit(Note("info", f"Calibrating with {len(samples):,} samples, {tokens:,} tokens."))
         return samples
 
-    def judge(self, result: Source) -> None:
-        """Judge what was made as `mquant verify OUT --against SRC` does.
 
-        Of what the streaming engine made only the structure: reading all of it back would take
-        longer than making it. What was asked for knowingly (--allow-unsafe) does not count, and
-        what the parent lacks is told but does not count either: the output has the parent's
-        config.json, key by key. Side files that came from a hub must be what it lists.
-        """
-        check_side_files(self.source, self.side_files, self.out)
-        families = {self.plan.family.name: self.plan.family}
-        if self.engine is Engine.STREAM:
-            report = verify(result, families, Depth.STRUCTURE, emit=self.emit)
-        else:
-            report = verify(result, families, parent=self.folder, emit=self.emit)
-        known = {finding.rule for finding in self.plan.findings} | {"config-key-missing"}
-        for finding in report.findings:
-            if finding.severity == "error" and finding.rule not in known:
-                raise EngineError(
-                    f"What was made is wrong ({finding.rule}): {finding.message}",
-                    "Please report this; OUT has no config.json, so nothing will load it.",
-                )
-            fact = finding.severity == "info"
-            self.emit(Note("info" if fact else "warning", finding.message))
+def complete(
+    intent: Intent,
+    out: Path,
+    source: Source,
+    digests: Mapping[str, str],
+    emit: Emit = silent,
+    where: Callable[[Source], Source] = lambda local: local,
+) -> None:
+    """Add to the shards in OUT, with these sha256, all else that makes it a checkpoint, judged.
+
+    Side files come from `source`. What is judged is what `where` makes of the checkpoint in OUT as
+    it will be: another place that has it all. Raises EngineError where something is wrong with it.
+    """
+    plan = intent.plan
+    shards = {
+        shard.name: {"bytes": shard.file_bytes, "sha256": digests[shard.name]}
+        for shard in plan.shards
+    }
+    sides = dict.fromkeys(intent.sides, source)
+    made_by = {"name": intent.engine.value, "versions": intent.versions}
+    record = provenance(plan, intent.identity, made_by, intent.fingerprint)
+
+    def judge(local: Source) -> None:
+        check_side_files(source, intent.sides, out)
+        _judge(intent, source, emit, where(local))
+
+    finish(out, plan.reading_from(source), index_json(plan), shards, sides, record, judge, emit)
 
 
-__all__ = ["Engine", "Result", "Run", "check_data", "choose_engine", "prepare", "quantize"]
+def _judge(intent: Intent, source: Source, emit: Emit, result: Source) -> None:
+    """Judge what was made as `mquant verify OUT --against SRC` does.
+
+    Of what the streaming engine made only the structure: reading all of it back would take longer
+    than making it. What was asked for knowingly (--allow-unsafe) does not count, and what the
+    parent lacks is told but does not count either: the output has the parent's config.json, key
+    by key.
+    """
+    plan = intent.plan
+    families = {plan.family.name: plan.family}
+    if intent.engine is Engine.STREAM:
+        report = verify(result, families, Depth.STRUCTURE, emit=emit)
+    else:
+        report = verify(result, families, parent=source, emit=emit)
+    known = {finding.rule for finding in plan.findings} | {"config-key-missing"}
+    for finding in report.findings:
+        if finding.severity == "error" and finding.rule not in known:
+            raise EngineError(
+                f"What was made is wrong ({finding.rule}): {finding.message}",
+                "Please report this; OUT has no config.json, so nothing will load it.",
+            )
+        fact = finding.severity == "info"
+        emit(Note("info" if fact else "warning", finding.message))
+
+
+__all__ = [
+    "Engine",
+    "Intent",
+    "Result",
+    "Run",
+    "check_data",
+    "check_engine",
+    "choose_engine",
+    "complete",
+    "intend",
+    "quantize",
+]

@@ -6,14 +6,14 @@ and there is no config.json before all of it is there and verified.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Condition, Thread
 from typing import Any, Final
 
-from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Overlay, Source, is_shard
+from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, is_shard
 from mquant.checkpoint.hub import HubRepo, NoSuchRepo
 from mquant.checkpoint.upload import HubWriter
 from mquant.errors import OutputError
@@ -210,18 +210,13 @@ class Shipper:
         self._emit(Progress("upload", sent, self._to.plan.file_bytes))
 
 
-def judge_remote(
-    to: Destination,
-    out: Path,
-    others: list[str],
-    digests: Mapping[str, str],
-    judge: Callable[[Source], None],
-    local: Source,
-) -> None:
-    """Send the `others`, and judge the repo as it will be with index and config.json of `local`.
+def send_others(
+    to: Destination, out: Path, others: list[str], digests: Mapping[str, str]
+) -> HubRepo:
+    """Send the files but index and config.json; returns the repo as it is then.
 
-    Raises OutputError where the repo does not hold the shards with these `digests`, and no other;
-    what `judge` raises.
+    Raises OutputError where it does not hold them, and the shards with these `digests`, and no
+    other.
     """
     to.writer.commit("Add all but index and config.json", {name: out / name for name in others})
     repo = HubRepo(to.writer.repo_id)
@@ -230,10 +225,10 @@ def judge_remote(
     wrong += [name for name in repo.files if is_shard(name) and name not in digests]
     if wrong:
         raise OutputError(f"{repo.repo_id} does not hold {names(wrong)} as made.", _AGAIN)
-    judge(Overlay(repo, {name: local.read(name) for name in LAST}))
+    return repo
 
 
-def complete(to: Destination, out: Path) -> None:
+def seal(to: Destination, out: Path) -> None:
     """Send index and config.json: now it is whole."""
     last: dict[str, Path | bytes] = {name: out / name for name in LAST}
     to.writer.commit("Add index and config.json: now it is whole", last, [LEDGER])
@@ -266,4 +261,4 @@ def _refuse_other(repo_id: str, theirs: object, ours: Mapping[str, Any]) -> None
         raise OutputError(f"{repo_id} is made from something else: {differ}.", "Give another repo.")
 
 
-__all__ = ["LAST", "Destination", "Shipper", "complete", "find", "judge_remote"]
+__all__ = ["LAST", "Destination", "Shipper", "find", "seal", "send_others"]

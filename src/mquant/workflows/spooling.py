@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mquant.checkpoint.hub import HubRepo
     from mquant.checkpoint.spool import Spool
 
-SCRATCH: Final = ".mquant-scratch"
+_SCRATCH: Final = ".mquant-scratch"
 """The folder in OUT that source files pass through."""
 
 
@@ -52,17 +52,17 @@ def least_scratch(plan: Plan) -> int:
 
 
 @contextmanager
-def spooled(plan: Plan, folder: Path, room: int, output: ShardSet, emit: Emit) -> Iterator["Spool"]:
-    """A reader of the source's files, of which at most `room` bytes lie in `folder` at a time.
+def spooled(plan: Plan, out: Path, room: int, output: ShardSet, emit: Emit) -> Iterator["Spool"]:
+    """A reader of the source's files, of which at most `room` bytes lie in OUT at a time.
 
-    They go when the jobs that need them count. The folder goes in the end; what lies in it stays
-    for the next run where this one does not come to its end.
+    They go when the jobs that need them count. Where this does not come to its end, they stay for
+    the next run.
     """
     from mquant.checkpoint.spool import Spool, parts_of
 
     repo, tensors = _hub_of(plan.survey.checkpoint.source), plan.survey.checkpoint.tensors.values()
     work = _reads(output.numbered)
-    spool = Spool(repo, folder, room, parts_of(repo, tensors, work), work, emit)
+    spool = Spool(repo, out / _SCRATCH, room, parts_of(repo, tensors, work), work, emit)
     output.follow.settled = spool.done
     with spool:
         yield spool
@@ -94,7 +94,6 @@ def _reads(jobs: Mapping[int, Job]) -> dict[int, list[TensorInfo]]:
 
 
 __all__ = [
-    "SCRATCH",
     "check_scratch",
     "check_side_files",
     "least_scratch",

@@ -1,0 +1,172 @@
+"""A run in shares: OUT is filled by many processes, perhaps on many machines.
+
+`mquant-shares.json` says what is made, in how many shares, and in answer to what order. Whoever is
+first writes it, and it goes last of all when the run is finished:
+
+    {"schema": "mquant.shares/1", "of": 16, "fingerprint": {...}, "order": {...}}
+
+Each share has a ledger of its own, which its process holds locked while it is at work. The lock of
+OUT itself is held for a moment by whoever begins a share, and by who finishes the run until that is
+done: so nobody begins a share of a run that is being finished, nor finishes one with a share under
+way, nor makes OUT as a whole meanwhile.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from mquant.errors import InUse, OutputError
+from mquant.output.disk import fsync_folder, out_of_space, read_own
+from mquant.output.finish import write_file
+from mquant.output.folder import State, examine, other_run
+from mquant.output.ledger import LEDGER, SHARES, Ledger, is_ledger, ledger_name
+from mquant.untrusted import parse_json
+
+MOST_SHARES: Final = 10_000
+"""As many as a checkpoint has shards at most."""
+_SCHEMA: Final = "mquant.shares/1"
+_MOST_BYTES: Final = 8_000_000
+_TURN_SECONDS: Final = 60.0  # a thousand processes that begin at once wait for each other
+_AWAY: Final = "Give another folder with -o, or delete this one."
+
+
+@dataclass(frozen=True)
+class Joint:
+    """What a run in shares makes, and in how many; `order` is for whoever makes the plan again."""
+
+    of: int
+    fingerprint: dict[str, Any]
+    order: dict[str, Any]
+
+
+def read_joint(out: Path) -> Joint | None:
+    """The run in shares that OUT is of; None without one. Raises OutputError for nonsense."""
+    if not os.path.lexists(out / SHARES):
+        return None
+    raw = read_own(out / SHARES, _MOST_BYTES)
+    try:
+        match parse_json(raw or b""):
+            case {
+                "schema": str(schema),
+                "of": int(of),
+                "fingerprint": dict(fingerprint),
+                "order": dict(order),
+            } if schema == _SCHEMA and 1 <= of <= MOST_SHARES:
+                return Joint(of, fingerprint, order)
+    except ValueError:
+        pass
+    raise OutputError(f"{out / SHARES} is not as mquant writes it.", _AWAY)
+
+
+def look(out: Path, sources: Sequence[Path], joint: Joint) -> State:
+    """Say what OUT holds of this very run in shares; write nothing.
+
+    Raises OutputError for an OUT that is not ours, of another run, of another number of shares, or
+    made as a whole.
+    """
+    found = read_joint(out)
+    if found is None:
+        state = examine(out, sources, joint.fingerprint, restart=False).state
+        if state is State.UNFINISHED:
+            raise OutputError(
+                f"{out} is being made as a whole, not in shares.",
+                "Run that command again, without --job and --cluster; or give another -o.",
+            )
+        return state
+    if found.fingerprint != joint.fingerprint:
+        raise other_run(out, found.fingerprint, joint.fingerprint, _AWAY)
+    if found.of != joint.of:
+        raise OutputError(
+            f"{out} is being made in {found.of:,} shares, not in {joint.of:,}.",
+            f"Take shares of {found.of}, as in --job 1/{found.of}; or give another folder with -o.",
+        )
+    return State.UNFINISHED
+
+
+def claim(out: Path, sources: Sequence[Path], joint: Joint) -> State:
+    """Make OUT this run's where it is free; otherwise as `look`, and as surely as under a lock."""
+    with turn(out):
+        state = look(out, sources, joint)
+        if state is State.FREE:
+            content = {"schema": _SCHEMA, **asdict(joint)}
+            write_file(out, SHARES, [json.dumps(content).encode()])
+            state = State.UNFINISHED
+    return state
+
+
+def take_share(
+    out: Path, sources: Sequence[Path], joint: Joint, number: int, patience: float = 0.0
+) -> Ledger | None:
+    """Claim a share, and wait `patience` seconds where another process has it.
+
+    None where the run is finished. Raises InUse where another process has it still, OutputError
+    as `look`.
+    """
+    if look(out, sources, joint) is State.DONE:
+        return None
+    try:
+        ledger = Ledger(out, ledger_name(number, joint.of), patience)
+    except InUse:
+        raise InUse(
+            f"Another mquant is making share {number:,} of {joint.of:,} in {out}.",
+            "Wait for it, or take another share.",
+        ) from None
+    try:
+        state = claim(out, sources, joint)
+    except BaseException:
+        ledger.release()
+        raise
+    if state is State.DONE:
+        ledger.release()
+        return None
+    return ledger
+
+
+def is_taken(out: Path, number: int, of: int) -> bool:
+    """Whether a process is at work on a share. Ask while it is your turn."""
+    name = ledger_name(number, of)
+    if not (out / name).exists():
+        return False
+    try:
+        Ledger(out, name).release()
+    except InUse:
+        return True
+    return False
+
+
+@contextmanager
+def turn(out: Path) -> Iterator[None]:
+    """Hold the lock of OUT itself. Waits for others, but not for a run that makes it as a whole."""
+    ledger = Ledger(out, patience=_TURN_SECONDS)
+    try:
+        yield
+    finally:
+        ledger.release()
+
+
+def dissolve(out: Path) -> None:
+    """Let a finished run be no run in shares any more: what was said of the shares goes."""
+    with out_of_space(out / SHARES, 0):
+        for path in out.iterdir():
+            if is_ledger(path.name) and path.name != LEDGER:
+                path.unlink()
+        fsync_folder(out)
+        (out / SHARES).unlink()
+        fsync_folder(out)
+
+
+__all__ = [
+    "MOST_SHARES",
+    "Joint",
+    "claim",
+    "dissolve",
+    "is_taken",
+    "look",
+    "read_joint",
+    "take_share",
+    "turn",
+]
