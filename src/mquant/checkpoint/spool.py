@@ -23,9 +23,9 @@ from mquant.errors import OutputError, SourceError
 from mquant.events import Emit, Progress
 
 CONNECTIONS: Final = 8
-PIECE: Final = 4 << 20
+PIECE: Final = 2 << 20
 """Bytes of one request: some are under way at once, and a run that is killed gets these again."""
-_WINDOW: Final = 12  # pieces; more than connections, so that a slow one does not stop the others
+_WINDOW: Final = 10  # pieces; more than connections, so that a slow one does not stop the others
 _READ_BYTES: Final = 1 << 20
 _PARTIAL: Final = ".partial"
 _NAMES: Final = ("", _PARTIAL)

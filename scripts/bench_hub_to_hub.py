@@ -1,0 +1,159 @@
+"""Quantize a synthetic checkpoint from hub to hub, killed again and again, and count what moved.
+
+    python scripts/bench_hub_to_hub.py [--layers 3 --experts 48] [--kills 5] [--rate 200]
+
+Real shapes but for a small vocabulary, 4.4 GB by default, on the tests' fake hub, with so many MB/s
+for all that goes in and out. The scratch is a quarter of the checkpoint. The process is killed with
+SIGKILL at random moments; then the repo is compared with what a run makes that keeps all of it.
+Printed are the most that was ever on the disk, the bytes that moved, and the least that could have:
+every shard down once, every shard up once. A run that nobody kills comes first, for the time.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+
+from fakehub import GOOD_TOKEN, FakeHub
+
+PARENT, PLAIN, KILLED = "org/model", "org/model-NVFP4", "org/model-NVFP4-killed"
+REAL = ["--hidden", "3072", "--intermediate", "1536", "--vocab", "8192"]
+SOURCE_SHARD, SHARD = "250MB", "50MB"
+
+
+def main() -> None:
+    """Make the checkpoint, run undisturbed, run disturbed, compare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--experts", type=int, default=48)
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--rate", type=float, default=200, help="MB/s, in and out together")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    hub = FakeHub()
+    try:
+        with tempfile.TemporaryDirectory() as where:
+            Bench(hub, Path(where), options).run()
+    finally:
+        hub.close()
+
+
+class Bench:
+    """The hub, a folder to work in, and the environment of all processes."""
+
+    def __init__(self, hub: FakeHub, where: Path, options: argparse.Namespace) -> None:
+        self.hub, self.where, self.options = hub, where, options
+        self.environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(where / "home"),
+            "HF_TOKEN": GOOD_TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "XDG_CACHE_HOME": str(where / "cache"),
+        }
+        self.most = 0
+
+    def run(self) -> None:
+        """All of it."""
+        src = self.where / "model"
+        sizes = ["--layers", str(self.options.layers), "--experts", str(self.options.experts)]
+        sizes += [*REAL, "--max-shard-size", SOURCE_SHARD]
+        subprocess.run(
+            [*MQUANT, "synth", str(src), "--family", "minimax_m2", *sizes],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        self.hub.add(PARENT, src)
+        total = bytes_of(src)
+        scratch = total // 4
+        quantize = [*MQUANT, "quantize", PARENT, "--recipe", "nvfp4", "--max-shard-size", SHARD]
+        self.quietly([*quantize, "-o", str(self.where / "kept")])  # also compiles the kernels
+        expected = digests(self.where / "kept")
+        least = total + bytes_of(self.where / "kept")
+        print(
+            f"{total / 1e9:.2f} GB to {(least - total) / 1e9:.2f} GB, scratch {scratch / 1e9:.3f}"
+        )
+        self.hub.bytes_per_second = self.options.rate * 1e6
+        floor = least / self.hub.bytes_per_second
+        for repo, kills in ((PLAIN, 0), (KILLED, self.options.kills)):
+            self.hub.forget()
+            self.hub.stored.clear()  # a hub takes no file twice, whatever the repo
+            self.most = 0
+            out = self.where / "out"
+            command = [*quantize, "--scratch", str(scratch), "--push-to", repo, "-o", str(out)]
+            start = time.perf_counter()
+            self.disturbed(command, out, kills, least)
+            seconds = time.perf_counter() - start
+            moved = self.hub.bytes_served + self.hub.bytes_received
+            there = self.hub.repos[repo]
+            same = digests(there.folders[there.revisions["main"]]) == expected
+            print(
+                f"killed {kills} times: {'the same bytes' if same else 'OTHER BYTES'}; "
+                f"most on disk {self.most / 1e9:.3f} GB, {self.most / scratch:.1%} of the scratch; "
+                f"moved {moved / 1e9:.3f} GB, {moved / least:.4f} of the least; "
+                f"{seconds:.1f} s, the bandwidth alone {floor:.1f} s",
+                flush=True,
+            )
+
+    def disturbed(self, command: list[str], out: Path, kills: int, least: int) -> None:
+        """Run to the end, after as many kills, at random amounts of bytes moved."""
+        chance = random.Random(self.options.seed)  # noqa: S311 -- not a secret
+        moments = sorted(chance.uniform(0, 0.95) * least for _ in range(kills))
+        for moment in (*moments, float("inf")):
+            with subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL) as run:
+                while run.poll() is None:
+                    self.most = max(self.most, held(out))
+                    if self.hub.bytes_served + self.hub.bytes_received >= moment:
+                        run.kill()
+                        break
+                    time.sleep(0.01)
+        if run.returncode:
+            raise RuntimeError(f"exit code {run.returncode}")
+
+    def quietly(self, command: list[str]) -> None:
+        """Run to the end."""
+        subprocess.run(command, check=True, env=self.environment, stdout=subprocess.DEVNULL)
+
+
+MQUANT = [sys.executable, "-m", "mquant"]
+
+
+def bytes_of(folder: Path) -> int:
+    """Bytes of the shards in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def held(out: Path) -> int:
+    """Bytes that OUT takes on the disk, also those that are only reserved."""
+    total = 0
+    for path in out.rglob("*"):
+        try:
+            stat = path.stat()
+        except FileNotFoundError:  # just now gone
+            continue
+        total += max(stat.st_size, stat.st_blocks * 512) if path.is_file() else 0
+    return total
+
+
+def digests(folder: Path) -> Mapping[str, str]:
+    """sha256 of every file, but for the hub's own."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != ".gitattributes":
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+if __name__ == "__main__":
+    main()
