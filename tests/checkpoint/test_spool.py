@@ -186,6 +186,20 @@ def test_what_is_of_no_use_is_deleted_and_links_are_not_followed(
     assert not (tmp_path / "s" / ("0" * 40)).exists()
 
 
+@pytest.mark.parametrize("link", ["s", "s/COMMIT"])
+def test_a_folder_that_is_a_link_is_replaced(repo: HubRepo, tmp_path: Path, link: str) -> None:
+    other = tmp_path / "other"
+    (other / repo.commit).mkdir(parents=True)
+    (other / "kept").write_text("somebody's")
+    place = tmp_path / link.replace("COMMIT", repo.commit)
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(other)
+    work = work_of(open_checkpoint(repo))
+    with spool_of(repo, tmp_path / "s", work) as spool:
+        read(spool, work[0][0])
+    assert sorted(path.name for path in other.rglob("*")) == sorted(["kept", repo.commit])
+
+
 def test_a_hub_that_fails_is_one_sentence_to_everyone_who_waits(
     hub: FakeHub, repo: HubRepo, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """From a hub repo into another one: through a bounded folder, in an order that is never half."""
 
+import json
 import subprocess
 import sys
 import time
@@ -228,6 +229,22 @@ def test_another_run_into_the_same_repo_is_refused(hub: FakeHub, src: Path, tmp_
         OutputError, match=r"org/larger-NVFP4 is made from something else: repo was"
     ):
         ship(tmp_path / "other", src="org/copy")
+
+
+def test_a_ledger_that_lies_about_shards_is_not_believed(
+    hub: FakeHub, expected: dict[str, str], tmp_path: Path
+) -> None:
+    hub.drop_after = 3
+    with pytest.raises(OutputError):
+        ship(tmp_path / "out", 9_000_000)
+    hub.drop_after = None
+    repo = hub.repos[REPO]
+    ledger = repo.folders[repo.revisions["main"]] / LEDGER
+    lies = [{"shard": name, "sha256": "0" * 64, "jobs": []} for name in ("../x", *expected)]
+    with ledger.open("a") as file:
+        file.writelines(json.dumps(lie) + "\n" for lie in lies)
+    ship(tmp_path / "there", 9_000_000)
+    assert on_the_hub(hub) == expected
 
 
 def invoke(*options: str) -> Result:

@@ -179,6 +179,9 @@ class Spool:
 
     def _prepare(self, folder: Path) -> None:
         """Take over what is of use, and delete what is not."""
+        for place in (folder, self._folder):
+            if place.is_symlink():
+                place.unlink()  # it would lead away
         self._folder.mkdir(parents=True, exist_ok=True)
         useful = {self._folder / (p.name + end) for p in self._parts.values() for end in _NAMES}
         for path in (*folder.iterdir(), *self._folder.iterdir()):

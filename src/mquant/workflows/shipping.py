@@ -68,11 +68,12 @@ def find(repo_id: str, plan: Plan, fingerprint: Mapping[str, Any], *, public: bo
     if LEDGER in there.files:
         recorded = parse_ledger(_read(there, LEDGER))
         _refuse_other(repo_id, recorded.fingerprint, fingerprint)
-        sizes = {shard.name: shard.file_bytes for shard in plan.shards}
         away = {
-            name: digest
-            for name, digest in recorded.shards.items()
-            if there.sha256.get(name) == digest and there.files[name] == sizes.get(name)
+            shard.name: digest
+            for shard in plan.shards
+            if (digest := recorded.shards.get(shard.name))
+            and digest == there.sha256.get(shard.name)
+            and there.files.get(shard.name) == shard.file_bytes
         }
         return Destination(writer, plan, fingerprint, public, there, away)
     if RECORD in there.files and CONFIG_NAME in there.files:
