@@ -328,6 +328,11 @@ class Family(_Data):
         """Whether a checkpoint with this config.json is whole without the row."""
         return row.optional or (bool(row.unless) and config.get(row.unless) is True)
 
+    def tied_heads(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The heads whose weight is the embeddings': modules that a checkpoint has no tensor of."""
+        heads = (row for row in self.tensors if row.role is Role.HEAD and row.unless)
+        return tuple(r.name.removesuffix(".weight") for r in heads if config.get(r.unless) is True)
+
     def mtp_layers(self, config: Mapping[str, Any]) -> int:
         """How many layers of multi-token prediction may be numbered after the last layer."""
         return (self.value(self.config.mtp, config) or 0) if _MTP in self.blocks else 0

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import yaml
 
@@ -79,7 +79,9 @@ def make_plan(
             ).items()
         ),
         ignore=kept_modules(
-            ((a.module, a.expert, a.source) for a in actions if not a.scheme), family
+            ((a.module, a.expert, a.source) for a in actions if not a.scheme),
+            family,
+            checkpoint.config,
         ),
         findings=tuple(findings),
     )
@@ -264,15 +266,18 @@ def cut_shards(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> di
 
 
 def kept_modules(
-    kept: Iterable[tuple[str, int | None, TensorInfo]], family: Family
+    kept: Iterable[tuple[str, int | None, TensorInfo]],
+    family: Family,
+    config: Mapping[str, Any],
 ) -> tuple[str, ...]:
     """Of (module, expert, tensor) that stay as they are: the modules with a matrix, by name.
 
-    In natural order. `targets: ["Linear"]` would otherwise claim them. Exact names, which every
-    loader reads alike: the hub's, and vLLM's own where that is another.
+    In natural order. `targets: ["Linear"]` would otherwise claim them, and a head that is tied to
+    the embeddings, which loaders build all the same. Exact names, which every loader reads alike:
+    the hub's, and vLLM's own where that is another.
     """
     matrices = [each for each in kept if _is_matrix(each[2])]
-    hub = {module for module, _, _ in matrices}
+    hub = {module for module, _, _ in matrices} | {*family.tied_heads(config)}
     # Of a layer's experts vLLM looks the first one up.
     vllm = {family.in_vllm_name(module) for module, expert, _ in matrices if not expert}
     return tuple(sorted(hub | vllm, key=natural))
