@@ -13,6 +13,7 @@ from mquant.errors import Refused
 from mquant.family import Family, Role
 from mquant.findings import Finding, names
 from mquant.plan.model import Action, Job, Output, Plan, ShardJob
+from mquant.plan.smooth import scaled, unscalable
 from mquant.plan.stored import Form
 from mquant.plan.survey import FusedKey, Member, Survey, survey
 from mquant.recipe import Choice, Recipe
@@ -54,6 +55,8 @@ def make_plan(
     choice = recipe.on(name for pair in both.values() for name in pair)
     layers = family.value(family.config.layers, checkpoint.config) or found.layers
     actions = [_action(m, both[m.module], choice, family, layers) for m in found.members]
+    if recipe.smoothing == "awq":
+        actions = scaled(found.members, actions, family)
     jobs = _jobs(found.members, actions)
     findings = [
         *found.findings,
@@ -67,6 +70,7 @@ def make_plan(
             *_unquantizable(found.members, actions, family),
             *(_split_sets(jobs) or _unlike_experts(actions)),
             *_nothing(actions, recipe),
+            *unscalable(family, recipe),
         ]
     return Plan(
         survey=found,
