@@ -19,8 +19,7 @@ from mquant.workflows.verify import Depth, verify
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
-from make import make_checkpoint
-from run import FIXTURES, TRAINED
+from run import FIXTURES, TRAINED, wide
 
 TEXT = str(FIXTURES / "heldout.txt")
 
@@ -29,10 +28,11 @@ def main() -> int:
     """Try each recipe; the number of those that fail, as exit code."""
     failed = 0
     with tempfile.TemporaryDirectory() as where:
-        wide = Path(where) / "wide"
-        make_checkpoint(wide, hidden=256, intermediate=128, heads=8, kv_heads=4, head_dim=32)
+        divisible = wide(Path(where) / "wide")
         for name, recipe in load_recipes().items():
-            plans = [plan for src in (TRAINED, wide) if not (plan := planned(src, recipe)).refusals]
+            plans = [
+                plan for src in (TRAINED, divisible) if not (plan := planned(src, recipe)).refusals
+            ]
             failed += not plans or not loads(plans[0], Path(where) / name)
     return failed
 

@@ -1,7 +1,9 @@
 """Running mquant in tests."""
 
+import shutil
 from pathlib import Path
 
+from make import make_checkpoint
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.events import Emit, silent
 from mquant.family import load_families
@@ -23,6 +25,16 @@ finally:
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     print(f"torch {'torch' in sys.modules} peak {peak}", file=sys.stderr)
 """
+
+
+def wide(path: Path) -> Path:
+    """Write a checkpoint that the trained one's tokenizer fits, of shapes that divide by 128."""
+    make_checkpoint(
+        path, hidden=256, intermediate=128, heads=8, kv_heads=4, head_dim=32, vocab=2048
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TRAINED / name, path / name)
+    return path
 
 
 def plan_of(src: Path, recipe: str = "nvfp4", max_shard_bytes: int = 5_000_000_000) -> Plan:

@@ -283,9 +283,9 @@ def test_other_schemes_are_known_by_name_and_by_what_they_say(
     assert set(foreign(tmp_path, modifier).roles.values()) == {scheme}
 
 
-def test_a_recipe_needs_data_for_activations_and_for_gptq() -> None:
+def test_a_recipe_needs_data_for_activations_gptq_and_awq() -> None:
     needs = {name for name, recipe in load_recipes().items() if recipe.needs_data}
-    assert needs == {"nvfp4-gptq", "nvfp4-w4a4"}
+    assert needs == {"nvfp4-gptq", "nvfp4-w4a4", "w4a16-awq"}
 
 
 def test_targets_other_than_linear_are_kept(tmp_path: Path) -> None:
@@ -301,8 +301,8 @@ ONE_GROUP = f"mine.yaml: its config group is no scheme mquant knows ({SCHEMES}).
     ("modifier", "sentence"),
     [
         (
-            "{scheme: W4A16}",
-            f"mine.yaml: roles.expert: unknown scheme 'W4A16'; there is {SCHEMES}.",
+            "{scheme: W8A16}",
+            f"mine.yaml: roles.expert: unknown scheme 'W8A16'; there is {SCHEMES}.",
         ),
         ("{targets: [Linear]}", "mine.yaml: mquant needs one scheme or one config group."),
         (

@@ -17,9 +17,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from mquant.data import folder, read_yaml
 from mquant.errors import DataFileError
@@ -272,8 +279,19 @@ class Family(_Data):
     """What a size is where config.json leaves it out, or says null."""
     blocks: Mapping[str, Condition] = Field(default_factory=dict)
     """Block -> which layers have it. `mtp` is of the layers numbered beyond the last one."""
+    smoothing: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Last part of a module's name -> those of the linear modules that read its output, and
+    nothing else does: it may be divided by what their columns are multiplied with."""
     forward: Forward | None = None
     synth: SynthData
+
+    @model_validator(mode="after")
+    def _smooths_modules(self) -> Self:
+        try:
+            _ = self.smoothings
+        except KeyError as error:
+            raise ValueError(f"smoothing: there is no module {error}") from None
+        return self
 
     @cached_property
     def _rows(self) -> dict[str, TensorRow]:
@@ -291,6 +309,20 @@ class Family(_Data):
             if row.fused:
                 sets[row.fused] = (*sets.get(row.fused, ()), row)
         return sets
+
+    @cached_property
+    def smoothings(self) -> tuple[tuple[TensorRow, ...], ...]:
+        """The rows of each entry of `smoothing`: what may be divided, then all that it feeds."""
+        rows = {row.name.removesuffix(".weight").rpartition(".")[2]: row for row in self.tensors}
+        names = ((name, *fed) for name, fed in self.smoothing.items())
+        return tuple(tuple(rows[name] for name in group) for group in names)
+
+    @property
+    def smoothing_patterns(self) -> Iterator[tuple[str, list[str]]]:
+        """The same as patterns of transformers' names: what may be divided, and what it feeds."""
+        for group in self.smoothings:
+            first, *fed = (entry for row in group for entry in row.patterns(self.in_memory_name))
+            yield first, fed
 
     def needed_keys(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """The keys of config.json that say what tensors there are, and their shapes."""
@@ -327,6 +359,11 @@ class Family(_Data):
     def may_lack(self, row: TensorRow, config: Mapping[str, Any]) -> bool:
         """Whether a checkpoint with this config.json is whole without the row."""
         return row.optional or (bool(row.unless) and config.get(row.unless) is True)
+
+    def tied_heads(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The heads whose weight is the embeddings': modules that a checkpoint has no tensor of."""
+        heads = (row for row in self.tensors if row.role is Role.HEAD and row.unless)
+        return tuple(r.name.removesuffix(".weight") for r in heads if config.get(r.unless) is True)
 
     def mtp_layers(self, config: Mapping[str, Any]) -> int:
         """How many layers of multi-token prediction may be numbered after the last layer."""

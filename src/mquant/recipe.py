@@ -80,6 +80,9 @@ class Recipe(BaseModel):
     """`minmax`: llmcompressor's default, bit for bit. `search`: those of the smallest error."""
     rounding: Literal["nearest", "gptq"] = "nearest"
     """`gptq`: each column's error is made up for in those that follow, as the data weighs them."""
+    smoothing: Literal["none", "awq"] = "none"
+    """`awq`: weights' columns are scaled so that those which matter to the data lose least, and
+    what feeds them (norms, other weights) the other way."""
     calibration: Calibration = Calibration()
     keep_layers: KeptLayers = KeptLayers()
     targets: tuple[Pattern, ...] = ()
@@ -102,7 +105,8 @@ class Recipe(BaseModel):
     @property
     def needs_data(self) -> bool:
         """Whether text must go through the model."""
-        return self.rounding == "gptq" or any(SCHEMES[s].needs_data for s in self.roles.values())
+        measured = any(SCHEMES[scheme].needs_data for scheme in self.roles.values())
+        return measured or self.rounding == "gptq" or self.smoothing == "awq"
 
     def keeps_layer(self, layer: int | None, layers: int) -> bool:
         """Whether a layer, one of so many, stays as it is."""

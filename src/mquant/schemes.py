@@ -29,7 +29,8 @@ class Scheme:
     `config_group` is the entry of compressed-tensors' `config_groups` without its targets.
     `columns` is what `in` must be a multiple of; `rows` what `out` must be, where another matrix
     comes below in the one that loaders make of a fused set: blocks must not lie across two.
-    `needs_data`: a part of it is measured when text goes through the model.
+    `needs_data`: a part of it is measured when text goes through the model. `streamed`: our own
+    kernels make it, and not only llmcompressor.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Scheme:
     columns: int = 1
     rows: int = 1
     needs_data: bool = False
+    streamed: bool = True
 
     @property
     def format(self) -> str:
@@ -135,8 +137,21 @@ FP8_BLOCK: Final = Scheme(
     rows=128,
 )
 
+# Eight codes of -8 to 7 in an int32, plus 8 and lowest first, and a scale for 128 of them.
+W4A16: Final = Scheme(
+    "W4A16",
+    (
+        Part("weight_packed", "I32", lambda rows, columns: (rows, columns // 8)),
+        Part("weight_scale", "", lambda rows, columns: (rows, columns // 128)),
+        Part("weight_shape", "I64", lambda _rows, _columns: (2,)),
+    ),
+    _group("pack-quantized", _args(group_size=128, num_bits=4, strategy="group", type="int"), None),
+    columns=128,
+    streamed=False,
+)
+
 SCHEMES: Final[dict[str, Scheme]] = {
-    scheme.name: scheme for scheme in (NVFP4A16, NVFP4, FP8_DYNAMIC, FP8_BLOCK)
+    scheme.name: scheme for scheme in (NVFP4A16, NVFP4, FP8_DYNAMIC, FP8_BLOCK, W4A16)
 }
 
 # Endings of tensors that only a quantized checkpoint holds, in any of the common layouts
@@ -165,6 +180,7 @@ __all__ = [
     "NVFP4A16",
     "QUANTIZED_SUFFIXES",
     "SCHEMES",
+    "W4A16",
     "Part",
     "Scheme",
 ]

@@ -16,7 +16,7 @@ from mquant.output.finish import recipe_yaml
 from mquant.recipe import Calibration
 from mquant.workflows.quantize import Engine, quantize
 from mquant.workflows.verify import Depth, verify
-from run import FIXTURES, TRAINED, plan_of
+from run import FIXTURES, TRAINED, plan_of, wide
 
 pytestmark = pytest.mark.upstream
 
@@ -25,6 +25,13 @@ FEW = Calibration(samples=3, length=48, seed=1)
 RECIPES = {
     "nvfp4-w4a4": "roles: {expert: NVFP4, attention: NVFP4}",
     "nvfp4-gptq": "roles: {expert: NVFP4A16, attention: NVFP4A16}\nrounding: gptq",
+    "w4a16-awq": "roles: {expert: W4A16, attention: W4A16}\nsmoothing: awq",
+}
+# Of what feeds linear layers and what these are, by transformers' names: all of MiniMax-M2.
+FEEDS = {
+    "input_layernorm": ["q_proj", "k_proj", "v_proj"],
+    "post_attention_layernorm": ["mlp.gate", "gate_proj", "up_proj"],
+    "up_proj": ["down_proj"],
 }
 
 
@@ -36,27 +43,33 @@ def recipe(folder: Path, name: str) -> str:
     return str(path)
 
 
-def loaded(dtype: str) -> Any:
+@pytest.fixture(scope="module")
+def divisible(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wide(tmp_path_factory.mktemp("wide"))
+
+
+def loaded(dtype: str, src: Path = TRAINED) -> Any:
     """The model as transformers loads it whole, with the RoPE it was trained with."""
     import transformers
 
     hf: Any = transformers
-    config = hf.AutoConfig.from_pretrained(TRAINED)
+    config = hf.AutoConfig.from_pretrained(src)
     config.rope_parameters["partial_rotary_factor"] = config.rotary_dim / config.head_dim
-    return hf.AutoModelForCausalLM.from_pretrained(TRAINED, config=config, dtype=dtype).eval()
+    return hf.AutoModelForCausalLM.from_pretrained(src, config=config, dtype=dtype).eval()
 
 
-def upstream(name: str) -> Any:
+def upstream(name: str, src: Path) -> Any:
     """The model after plain oneshot, loaded whole, its router in F32."""
     import torch
     from llmcompressor.modeling.moe.linearize import linearize_moe
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 
     from mquant.engines.oneshot import calibrate
     from mquant.engines.samples import load_samples
 
-    model, parent = loaded("bfloat16"), opened(TRAINED)
+    model, parent = loaded("bfloat16", src), opened(src)
     for number, layer in enumerate(model.model.layers):
         block = f"model.layers.{number}.block_sparse_moe"
         for owner, ours, theirs in (
@@ -68,28 +81,38 @@ def upstream(name: str) -> Any:
             getattr(owner, theirs).data = value.reshape(getattr(owner, theirs).shape)
     linearize_moe(model)
     options = {"targets": ["Linear"], "ignore": ["lm_head"]}
-    modifier = (
-        GPTQModifier(scheme="NVFP4A16", actorder=None, **options)
-        if name == "nvfp4-gptq"
-        else QuantizationModifier(scheme="NVFP4", **options)
-    )
+    awq = [
+        AWQMapping(f"re:.*{by}$", [f"re:.*{of}$" for of in feeds]) for by, feeds in FEEDS.items()
+    ]
+    modifiers = {
+        "nvfp4-gptq": [GPTQModifier(scheme="NVFP4A16", actorder=None, **options)],
+        "nvfp4-w4a4": [QuantizationModifier(scheme="NVFP4", **options)],
+        "w4a16-awq": [AWQModifier(mappings=awq), QuantizationModifier(scheme="W4A16", **options)],
+    }[name]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more add up GPTQ's Hessians in another order
     try:
-        calibrate(model, modifier, load_samples(TEXT, TRAINED, FEW))
+        calibrate(model, modifiers, load_samples(TEXT, src, FEW))
     finally:
         torch.set_num_threads(threads)
     return model
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_tensor_is_what_oneshot_makes_of_the_whole_model(tmp_path: Path, name: str) -> None:
+def test_every_tensor_is_what_oneshot_makes_of_the_whole_model(
+    tmp_path: Path, name: str, divisible: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
     from mquant.engines.oneshot import as_bytes, compress
 
-    plan = plan_of(TRAINED, recipe(tmp_path, name))
+    src = divisible if name == "w4a16-awq" else TRAINED
+    plan = plan_of(src, recipe(tmp_path, name))
     quantize(plan, tmp_path / "out", data=TEXT)
 
-    model, made = upstream(name), opened(tmp_path / "out")
+    # AWQ pins memory for an accelerator, whether there is one or not.
+    monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda *_arguments: None)
+    model, made = upstream(name, src), opened(tmp_path / "out")
     with ThreadPoolExecutor(1) as pool:
         theirs = {
             f"{action.module}.{suffix}": bytes(as_bytes(tensor))
@@ -99,11 +122,14 @@ def test_every_tensor_is_what_oneshot_makes_of_the_whole_model(tmp_path: Path, n
                 model.get_submodule(plan.family.in_memory_name(action.module)), pool
             ).items()
         }
-    kept = [tensor for tensor in made.tensors if tensor in opened(TRAINED).tensors]
+    for action in (action for action in plan.actions if action.scaled):
+        module = model.get_submodule(plan.family.in_memory_name(action.module))
+        theirs[action.source.name] = bytes(as_bytes(module.weight.detach()))
+    kept = [t for t in made.tensors if t in opened(src).tensors and t not in theirs]
     assert len(theirs) + len(kept) == len(made.tensors)
     assert [tensor for tensor in theirs if theirs[tensor] != data(made, tensor)] == []
-    assert [t for t in kept if data(made, t) != data(opened(TRAINED), t)] == []
-    report = verify(Folder(tmp_path / "out"), load_families(), Depth.FULL, parent=Folder(TRAINED))
+    assert [t for t in kept if data(made, t) != data(opened(src), t)] == []
+    report = verify(Folder(tmp_path / "out"), load_families(), Depth.FULL, parent=Folder(src))
     assert [found for found in report.findings if found.severity != "info"] == []
 
 
@@ -225,11 +251,13 @@ def test_llmcompressor_accepts_recipe_yaml(tmp_path: Path, name: str) -> None:
 
     text = tmp_path / "recipe.yaml"
     text.write_text(recipe_yaml(plan_of(TRAINED, name)))
-    (modifier,) = Recipe.create_instance(str(text)).modifiers
+    *before, modifier = Recipe.create_instance(str(text)).modifiers
 
+    assert [type(each).__name__ for each in before] == ["AWQModifier"] * (name == "w4a16-awq")
     assert (type(modifier).__name__, modifier.scheme) == {
         "nvfp4-w4a4": ("QuantizationModifier", "NVFP4"),
         "nvfp4-gptq": ("GPTQModifier", "NVFP4A16"),
+        "w4a16-awq": ("QuantizationModifier", "W4A16"),
     }[name]
 
 

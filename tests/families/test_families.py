@@ -15,12 +15,15 @@ import pytest
 import yaml
 
 from judges import data, differences, model_free_ptq, one_shard, opened, quantized_names, read_json
+from mquant.checkpoint import Folder
 from mquant.data import folder
 from mquant.errors import DataFileError
 from mquant.family import Family, Role, load_families, load_family
-from mquant.plan import Plan
+from mquant.plan import Plan, Target
 from mquant.plan.survey import FusedKey
+from mquant.workflows.export import export
 from mquant.workflows.synth import Precision, Sizes, make_config, make_tensors, synth
+from mquant.workflows.verify import verify
 from run import plan_of, quantize_nvfp4
 
 FAMILIES = load_families()
@@ -223,6 +226,36 @@ def test_all_that_is_not_quantized_is_bit_identical(
     assert set(result.tensors) - quantized_names(out) == kept
     assert differences(out, src, kept) == []
     assert len(quantized_names(out)) == 3 * len(linear)
+
+
+@pytest.mark.parametrize("case", ["llama, tied", "qwen3, tied"])
+def test_a_head_that_is_tied_is_on_the_ignore_list(
+    quantized: Callable[[str], Quantized], case: str
+) -> None:
+    _, src, out = quantized(case)
+
+    assert "lm_head.weight" not in opened(out).tensors
+    declared = read_json(out / "config.json")["quantization_config"]
+    assert declared["ignore"] == ["lm_head", "model.embed_tokens"]
+    report = verify(Folder(out), FAMILIES, parent=Folder(src))
+    assert [finding for finding in report.findings if finding.severity != "info"] == []
+
+
+def test_vllm_builds_a_tied_head_quantized_where_modelopt_s_list_does_not_name_it(
+    quantized: Callable[[str], Quantized], tmp_path: Path
+) -> None:
+    _, _, out = quantized("llama, tied")
+    out = export(Folder(out), FAMILIES, Target.MODELOPT, tmp_path / "out").out
+    config = read_json(out / "config.json")
+    assert config["quantization_config"]["ignore"] == ["lm_head", "model.embed_tokens"]
+    config["quantization_config"]["ignore"].remove("lm_head")
+    (out / "config.json").write_text(json.dumps(config))
+
+    found = {finding.rule: finding for finding in verify(Folder(out), FAMILIES).findings}
+    assert found["kept-but-not-ignored"].message == (
+        "1 module is plain on disk, but vLLM takes it for quantized: targets match it, ignore does "
+        "not. First: lm_head."
+    )
 
 
 @pytest.mark.upstream

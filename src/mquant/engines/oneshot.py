@@ -25,6 +25,7 @@ os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")  # or importing it 
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import preset_name_to_scheme
 from compressed_tensors.quantization.lifecycle import apply as apply_module
 from compressed_tensors.quantization.utils import is_module_quantized
@@ -33,6 +34,8 @@ from llmcompressor.core import create_session
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
+from llmcompressor.modifiers.transform.awq import base as awq
 from llmcompressor.pipelines import cache as intermediates
 from llmcompressor.pipelines.sequential import pipeline as sequential
 from loguru import logger
@@ -87,15 +90,14 @@ def run(
         # One pattern: a list is searched for every module, which at 29,000 of them takes minutes.
         spared = "|".join(re.escape(name) for name in sorted(linears.keys() - wanted.keys()))
         hub_names: dict[torch.nn.Module, str] = {linears[name]: hub for name, hub in wanted.items()}
-        drain = Drain(hub_names, write, stack.enter_context(_threads()))
-        kind, options = (
-            (Drained, {})
-            if plan.recipe.rounding == "nearest"
-            else (
-                DrainedGPTQ,
-                {"actorder": None},
-            )
-        )
+        scaled = {
+            model.get_submodule(in_memory(a.module)): a.module for a in plan.actions if a.scaled
+        }
+        drain = Drain(hub_names, scaled, write, stack.enter_context(_threads()))
+        options: dict[str, Any] = {}
+        kind: Any = Drained if plan.recipe.smoothing == "none" else DrainedAfterAWQ
+        if plan.recipe.rounding == "gptq":
+            kind, options = DrainedGPTQ, {"actorder": None}
         modifier = kind(
             **options,
             config_groups={
@@ -105,15 +107,21 @@ def run(
             ignore=[f"re:(?:{spared})$"] if spared else [],
         )
         modifier.drain = drain
+        modifiers = [modifier]
+        if plan.recipe.smoothing == "awq":
+            stack.enter_context(_nothing_pinned())
+            # Its own table has no MiniMax-M2, and what it does without leaves routers as they are.
+            table = [AWQMapping(*entry) for entry in plan.family.smoothing_patterns]
+            modifiers.insert(0, AWQModifier(mappings=table))
         stack.callback(watch_routing(model, drain, emit) if samples else lambda: None)
-        calibrate(model, modifier, samples)
+        calibrate(model, modifiers, samples)
         session.reset()
 
 
 def calibrate(
-    model: PreTrainedModel, modifier: Any, samples: list[list[int]] | None, **options: Any
+    model: PreTrainedModel, modifiers: Any, samples: list[list[int]] | None, **options: Any
 ) -> None:
-    """Llmcompressor's oneshot with a modifier: without data, or layer by layer with samples."""
+    """Llmcompressor's oneshot with modifiers: without data, or layer by layer with samples."""
     if samples is not None:
         batches = [
             {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
@@ -123,19 +131,27 @@ def calibrate(
         options["dataset"] = loader(batches, batch_size=None)
         options["pipeline"] = "sequential"
     # A processor that is neither None nor a name: oneshot looks for none.
-    oneshot(model=model, recipe=modifier, processor=object(), **options)
+    oneshot(model=model, recipe=modifiers, processor=object(), **options)
 
 
 @dataclass
 class Drain:
-    """Where finished modules go: each in `names` to `write`, under its name there."""
+    """Where finished modules go: each in `names` to `write`, under its name there.
+
+    Those in `scaled` are not quantized: they go there once what they feed is.
+    """
 
     names: dict[torch.nn.Module, str]
+    scaled: dict[torch.nn.Module, str]
     write: Write
     pool: Executor
 
     def give(self, module: torch.nn.Module) -> None:
         """Hand over a calibrated module's tensors."""
+        if module in self.scaled:
+            weight: Any = module.weight
+            self.write(f"{self.scaled[module]}.weight", as_bytes(weight))
+            return
         for suffix, tensor in compress(module, self.pool).items():
             self.write(f"{self.names[module]}.{suffix}", as_bytes(tensor))
 
@@ -199,14 +215,14 @@ class Drained(QuantizationModifier):  # type: ignore[misc]  # untyped base
                 cache.forget()
 
 
-class DrainedGPTQ(GPTQModifier):  # type: ignore[misc]  # untyped base
-    """llmcompressor's GPTQModifier. A layer's new weights are kept until the next one is done.
+class _DrainedByLayer:
+    """A modifier of which a layer's new weights are kept until the next one is done.
 
     They are what the data goes through, on its way there.
     """
 
-    drain: Any = None
-    _kept: list[torch.nn.Module] = PrivateAttr(default_factory=list)
+    drain: Any
+    _kept: list[torch.nn.Module]
 
     def on_sequential_epoch_end(
         self, state: Any, event: Any, modules: list[torch.nn.Module], **kwargs: Any
@@ -215,11 +231,37 @@ class DrainedGPTQ(GPTQModifier):  # type: ignore[misc]  # untyped base
         for module in self._kept:
             cache: Any = module._parameters
             cache.forget()
+        modifier: Any = super()
         with torch.no_grad(), ParentCache.disable_offloading():
-            super().on_sequential_epoch_end(state, event, modules, **kwargs)
-            self._kept = [module for module in modules if is_module_quantized(module)]
+            modifier.on_sequential_epoch_end(state, event, modules, **kwargs)
+            ours = self.drain.names.keys() | self.drain.scaled.keys()
+            self._kept = [module for module in modules if module in ours]
             for module in self._kept:
                 self.drain.give(module)
+
+
+class DrainedGPTQ(_DrainedByLayer, GPTQModifier):  # type: ignore[misc]  # untyped base
+    """llmcompressor's GPTQModifier, a layer at a time."""
+
+    drain: Any = None
+    _kept: list[torch.nn.Module] = PrivateAttr(default_factory=list)
+
+
+class DrainedAfterAWQ(_DrainedByLayer, QuantizationModifier):  # type: ignore[misc]  # untyped base
+    """llmcompressor's QuantizationModifier, a layer at a time: AWQ has scaled it before."""
+
+    drain: Any = None
+    _kept: list[torch.nn.Module] = PrivateAttr(default_factory=list)
+
+
+@contextmanager
+def _nothing_pinned() -> Iterator[None]:
+    """Let AWQ run without an accelerator: it pins its inputs' memory for one, unasked."""
+    if torch.accelerator.is_available():
+        yield
+        return
+    with patch.object(intermediates.IntermediatesCache, "pin_memory", lambda *_arguments: None):
+        yield
 
 
 def compress(module: torch.nn.Module, pool: Executor) -> Tensors:
@@ -237,7 +279,8 @@ def compress(module: torch.nn.Module, pool: Executor) -> Tensors:
     by_row = state.keys() - _PER_TENSOR
     divisible = all(state[name].shape[:1] == (rows,) for name in by_row)
     step = rows
-    if divisible and state["weight"].device.type == "cpu":
+    whole = form is CompressionFormat.pack_quantized  # it writes the shape of what it is given
+    if divisible and not whole and state["weight"].device.type == "cpu":
         step = max(1, _AT_ONCE // columns)
 
     def block(start: int) -> Tensors:
@@ -299,6 +342,7 @@ def quiet(emit: Emit) -> Iterator[None]:
             patch.object(apply_module, "tqdm", lambda items, **_options: items),
             patch.object(sequential, "tqdm", lambda items, **_options: items),
             patch.object(intermediates, "tqdm", lambda items, **_options: items),
+            patch.object(awq, "tqdm", partial(awq.tqdm, disable=True)),
         ):
             yield
     finally:

@@ -47,15 +47,19 @@ class ParentCache(offload_cache.OffloadCache):  # type: ignore[misc]  # untyped 
         super().__init__(onload_device, offload_device)
         self.reads = reads
         self.own: dict[torch.Tensor, torch.Tensor] = {}
+        self.blank: set[torch.Tensor] = set()
 
     def onload(self, offloaded: torch.Tensor | None) -> torch.Tensor | None:
-        """The tensor on the onload device; the meta tensor where there is no value yet."""
+        """The tensor on the onload device; the meta tensor where the parent has none."""
         if offloaded is None or torch.device(self.onload_device).type == "meta":
             return offloaded
         if offloaded in self.own:
             return self.own[offloaded].to(self.onload_device)
         if offloaded in self.reads:
             return self.reads[offloaded]().to(self.onload_device)
+        if offloaded in self.blank:
+            value = torch.empty_like(offloaded, device=self.onload_device)
+            return torch.nn.Parameter(value, requires_grad=False)
         return offloaded
 
     def offload(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -77,6 +81,13 @@ class ParentCache(offload_cache.OffloadCache):  # type: ignore[misc]  # untyped 
     def forget(self) -> None:
         """Drop every value that is not the parent's."""
         self.own.clear()
+
+    def __setitem__(self, key: Hashable, value: torch.Tensor | None) -> None:
+        """Take a tensor. A new one without a value, as scales are at first, may be written to."""
+        new = key not in self
+        super().__setitem__(key, value)
+        if new and value is not None and value.is_meta:
+            self.blank.add(self.offloaded_values[key])
 
     def __delitem__(self, key: Hashable) -> None:
         self.own.pop(self.offloaded_values[key], None)

@@ -160,7 +160,14 @@ def recipe_yaml(plan: Plan) -> str:
     kind = "QuantizationModifier"
     if plan.recipe.rounding == "gptq":
         kind, modifier["actorder"] = "GPTQModifier", None
-    recipe = {"quant_stage": {"quant_modifiers": {kind: modifier}}}
+    modifiers = {kind: modifier}
+    if plan.recipe.smoothing == "awq":
+        table = [
+            {"smooth_layer": smooth, "balance_layers": fed}
+            for smooth, fed in plan.family.smoothing_patterns
+        ]
+        modifiers = {"AWQModifier": {"mappings": table}, **modifiers}
+    recipe = {"quant_stage": {"quant_modifiers": modifiers}}
     head = f"# What mquant did (recipe {plan.recipe.name}), as a recipe for llmcompressor.\n"
     if plan.recipe.scales == "search":
         head += "# Scales were searched: it keeps and quantizes the same, with other numbers.\n"

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import yaml
 
@@ -13,6 +13,7 @@ from mquant.errors import Refused
 from mquant.family import Family, Role
 from mquant.findings import Finding, names
 from mquant.plan.model import Action, Job, Output, Plan, ShardJob
+from mquant.plan.smooth import scaled, unscalable
 from mquant.plan.stored import Form
 from mquant.plan.survey import FusedKey, Member, Survey, survey
 from mquant.recipe import Choice, Recipe
@@ -54,6 +55,8 @@ def make_plan(
     choice = recipe.on(name for pair in both.values() for name in pair)
     layers = family.value(family.config.layers, checkpoint.config) or found.layers
     actions = [_action(m, both[m.module], choice, family, layers) for m in found.members]
+    if recipe.smoothing == "awq":
+        actions = scaled(found.members, actions, family)
     jobs = _jobs(found.members, actions)
     findings = [
         *found.findings,
@@ -67,6 +70,7 @@ def make_plan(
             *_unquantizable(found.members, actions, family),
             *(_split_sets(jobs) or _unlike_experts(actions)),
             *_nothing(actions, recipe),
+            *unscalable(family, recipe),
         ]
     return Plan(
         survey=found,
@@ -79,7 +83,9 @@ def make_plan(
             ).items()
         ),
         ignore=kept_modules(
-            ((a.module, a.expert, a.source) for a in actions if not a.scheme), family
+            ((a.module, a.expert, a.source) for a in actions if not a.scheme),
+            family,
+            checkpoint.config,
         ),
         findings=tuple(findings),
     )
@@ -264,15 +270,18 @@ def cut_shards(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> di
 
 
 def kept_modules(
-    kept: Iterable[tuple[str, int | None, TensorInfo]], family: Family
+    kept: Iterable[tuple[str, int | None, TensorInfo]],
+    family: Family,
+    config: Mapping[str, Any],
 ) -> tuple[str, ...]:
     """Of (module, expert, tensor) that stay as they are: the modules with a matrix, by name.
 
-    In natural order. `targets: ["Linear"]` would otherwise claim them. Exact names, which every
-    loader reads alike: the hub's, and vLLM's own where that is another.
+    In natural order. `targets: ["Linear"]` would otherwise claim them, and a head that is tied to
+    the embeddings, which loaders build all the same. Exact names, which every loader reads alike:
+    the hub's, and vLLM's own where that is another.
     """
     matrices = [each for each in kept if _is_matrix(each[2])]
-    hub = {module for module, _, _ in matrices}
+    hub = {module for module, _, _ in matrices} | {*family.tied_heads(config)}
     # Of a layer's experts vLLM looks the first one up.
     vllm = {family.in_vllm_name(module) for module, expert, _ in matrices if not expert}
     return tuple(sorted(hub | vllm, key=natural))

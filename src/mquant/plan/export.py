@@ -125,7 +125,8 @@ def make_export_plan(
     if family is None:
         raise Refused(found.findings)
     plain = [member for member in found.members if not member.stored]
-    ignore = kept_modules(((m.module, m.meaning.expert, m.info) for m in plain), family)
+    kept = ((m.module, m.meaning.expert, m.info) for m in plain)
+    ignore = kept_modules(kept, family, found.checkpoint.config)
     w4a4 = any(member.stored and member.stored.input for member in found.members)
     if declared is None:
         declared = (_to_modelopt if target is Target.MODELOPT else _to_ct)(ignore, w4a4=w4a4)

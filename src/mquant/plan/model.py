@@ -16,7 +16,7 @@ from mquant.plan.survey import Survey
 from mquant.recipe import Recipe
 from mquant.schemes import FORMAT_VERSION, Scheme
 
-ActionKind = Literal["copy", "quantize", "dequantize"]
+ActionKind = Literal["copy", "quantize", "dequantize", "scale"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ class Action:
 
     `scheme` is None where the tensor is kept; `reason` says why it is. A tensor that is `stored`
     quantized is dequantized to BF16 as it is read, and then quantized or kept; `source` is what it
-    is then, at the place of its codes. Every other one that is kept is copied bit for bit, or,
+    is then, at the place of its codes. One that is `scaled` the engine makes, in the same dtype, to
+    make up for how it scales weights. Every other one that is kept is copied bit for bit, or,
     where only its meaning is kept, is `value`.
     """
 
@@ -53,12 +54,15 @@ class Action:
     outputs: tuple[Output, ...]
     stored: Stored | None = None
     value: bytes | None = None
+    scaled: bool = False
 
     @property
     def kind(self) -> ActionKind:
         """What is done."""
         if self.scheme:
             return "quantize"
+        if self.scaled:
+            return "scale"
         return "dequantize" if self.stored else "copy"
 
     @property
@@ -229,13 +233,13 @@ class Plan:
         """sha256 of every decision: equal exactly where the same bytes are to be made."""
         digest = hashlib.sha256(f"{self.recipe.scales}\n".encode())
         if self.recipe.needs_data:
-            measured = self.recipe.model_dump_json(include={"rounding", "calibration"})
+            measured = self.recipe.model_dump_json(include={"rounding", "smoothing", "calibration"})
             digest.update(measured.encode())
         for shard in self.shards:
             digest.update(f"{shard.name}\n".encode() + shard.layout[0])
             for action in (action for job in shard.jobs for action in job.actions):
                 source = action.source
-                scheme = action.scheme.name if action.scheme else "copy"
+                scheme = action.scheme.name if action.scheme else action.kind
                 digest.update(f"{source.name} {source.dtype} {source.shape} {scheme}\n".encode())
                 if action.stored:
                     digest.update(f"{action.stored.form} {action.stored.block}\n".encode())

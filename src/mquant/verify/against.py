@@ -1,7 +1,8 @@
 """What the parent tells: whether only the quantized weights changed, and no more than they may."""
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from functools import partial
@@ -89,6 +90,14 @@ register(
         "integers of 4 and 8 bits are compared here.",
         warns=True,
     ),
+    Rule(
+        "scaled-not-compared",
+        "info",
+        "against",
+        "What AWQ scaled has the parent's dtype and shape.",
+        "It multiplies weights' columns, routers' too, and divides the norms before them.",
+        "Nothing to do: mquant eval --against says what it makes of a text.",
+    ),
     _rule(
         "config-key-lost",
         "config.json has every key of the parent's.",
@@ -130,6 +139,7 @@ def check_against(
     *,
     everything: bool,
     to_nearest: bool = True,
+    smoothed: bool = False,
     emit: Emit = silent,
 ) -> tuple[Finding, ...]:
     """Compare a checkpoint with the one it was made from.
@@ -138,11 +148,12 @@ def check_against(
     last layer, one expert in each layer, and 64 rows of each; the same ones every time. What is
     not quantized is compared whole, but for hub repos, where large tensors are sampled too.
     Unless weights were rounded `to_nearest` (GPTQ makes up for each column's error in the next),
-    they are held against the parent's as a whole, not one by one.
+    they are held against the parent's as a whole, not one by one. What AWQ `smoothed` is not.
     Raises SourceError where data cannot be read.
     """
     tally = Tally()
-    jobs = list(_jobs(layout, parent, everything, to_nearest, tally))
+    scaled = _scaled(parent) if smoothed else frozenset[str]()
+    jobs = list(_jobs(layout, parent, everything, to_nearest, scaled, tally))
     done, total = 0, sum(size for size, _ in jobs)
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
         try:
@@ -160,7 +171,12 @@ def check_against(
 
 
 def _jobs(
-    layout: Layout, parent: Layout, everything: bool, to_nearest: bool, tally: Tally
+    layout: Layout,
+    parent: Layout,
+    everything: bool,
+    to_nearest: bool,
+    scaled: Collection[str],
+    tally: Tally,
 ) -> Iterator[Job]:
     local = not any(isinstance(each.checkpoint.source, HubRepo) for each in (layout, parent))
     for name in sorted(layout.modules.keys() - parent.modules.keys()):
@@ -172,6 +188,10 @@ def _jobs(
         if mine is None:
             lost = next(iter(theirs.tensors.values())).name
             tally.add("parent-tensor-missing", lost, f"{lost} of the parent is missing")
+        elif name in scaled:
+            tally.add("scaled-not-compared", name, f"{name} was scaled by AWQ: not compared")
+            if not mine.quantized:
+                deque(_kept(layout, parent, mine, theirs, False, tally), maxlen=0)
         elif kind_of(layout, mine) is None and kind_of(parent, theirs) is None:
             yield from _kept(layout, parent, mine, theirs, everything or local, tally)
         elif foreign := _undecodable(layout, mine) or _undecodable(parent, theirs):
@@ -179,6 +199,14 @@ def _jobs(
             tally.add("weight-not-compared", name, message)
         elif everything or _in_sample(mine, last, parent):
             yield from _rounded(layout, parent, mine, theirs, everything, to_nearest)
+
+
+def _scaled(parent: Layout) -> frozenset[str]:
+    """The modules that AWQ may scale."""
+    groups = parent.family.smoothings if parent.family else ()
+    rows = {row.name for group in groups for row in group}
+    modules = parent.modules.values()
+    return frozenset(m.name for m in modules if m.meaning and m.meaning.row.name in rows)
 
 
 def _undecodable(layout: Layout, module: Module) -> str:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, Final
 
 from mquant.family import Family, Meaning, Role
@@ -167,7 +168,11 @@ def view_of(layout: Layout) -> View:
 
 def _known(layout: Layout, family: Family, method: str) -> Iterator[Judged]:
     shared: dict[Any, Any] = {}  # of equals one is kept: experts are many
-    for module in layout.modules.values():
+    # A head that is tied to the embeddings is built all the same.
+    tied = family.tied_heads(layout.checkpoint.config)
+    absent = [n for n in tied if n not in layout.modules]
+    heads = (Module(name, {}, family.classify(f"{name}.weight")) for name in absent)
+    for module in chain(heads, layout.modules.values()):
         meaning = module.meaning or family.classify_in_memory(f"{module.name}.weight")
         if meaning is None:
             continue

@@ -26,6 +26,7 @@ from mquant.output import (
 )
 from mquant.plan import Plan
 from mquant.recipe import Recipe
+from mquant.schemes import SCHEMES
 from mquant.workflows.making import (
     Making,
     check_disk,
@@ -84,6 +85,14 @@ def choose_engine(wanted: Engine, recipe: Recipe) -> Engine:
             raise UsageError(
                 f"Recipe {recipe.name} needs the model's own activations, which the stream engine "
                 "does not see.",
+                "Leave out --engine, or take recipe nvfp4.",
+            )
+        return Engine.ONESHOT
+    foreign = [name for name in recipe.roles.values() if not SCHEMES[name].streamed]
+    if foreign:
+        if wanted is Engine.STREAM:
+            raise UsageError(
+                f"Recipe {recipe.name} stores {foreign[0]}, which the stream engine does not make.",
                 "Leave out --engine, or take recipe nvfp4.",
             )
         return Engine.ONESHOT

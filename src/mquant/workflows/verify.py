@@ -136,11 +136,13 @@ def verify(
             wrong = frozenset(numbers.places)
         if original is not None:
             checked.append("against")
+            made = _recipe(source)
             found += check_against(
                 layout,
                 original,
                 everything=depth is Depth.FULL,
-                to_nearest=_rounding(source) != "gptq",
+                to_nearest=made.get("rounding") != "gptq",
+                smoothed=made.get("smoothing") == "awq",
                 emit=emit,
             )
         loader = asked.result() if asked else None
@@ -167,14 +169,14 @@ def verify(
     )
 
 
-def _rounding(source: Source) -> object:
-    """How mquant.json says that weights were rounded; None where nothing says it."""
+def _recipe(source: Source) -> Mapping[str, Any]:
+    """The recipe that mquant.json says it was made with; empty where nothing says it."""
     try:
         made = read_json(source, RECORD) if RECORD in source.files else {}
     except SourceError:
-        return None
+        return {}
     recipe = made.get("recipe")
-    return recipe.get("rounding") if isinstance(recipe, dict) else None
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def _ignore(layout: Layout) -> list[Finding]:

@@ -1,0 +1,49 @@
+"""What is scaled beside the weights that AWQ scales: norms, and routers that read the same."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+
+from mquant.family import Family
+from mquant.findings import Finding
+from mquant.plan.model import Action
+from mquant.plan.survey import Member
+from mquant.recipe import Recipe
+
+
+def scaled(members: Iterable[Member], actions: list[Action], family: Family) -> list[Action]:
+    """The actions, those of norms and routers scaled where AWQ scales weights of their layer."""
+    row_of = {member.info.name: member.meaning.row.name for member in members}
+    names: set[str] = set()
+    for rows in ({row.name for row in group} for group in family.smoothings):
+        layers: dict[int | None, list[Action]] = defaultdict(list)
+        for action in actions:
+            if row_of[action.source.name] in rows:
+                layers[action.layer].append(action)
+        for group in layers.values():
+            if any(action.scheme for action in group):
+                names |= {action.source.name for action in group if not action.scheme}
+    reason = "not quantized, but scaled by AWQ"
+    return [
+        replace(action, scaled=True, reason=reason) if action.source.name in names else action
+        for action in actions
+    ]
+
+
+def unscalable(family: Family, recipe: Recipe) -> list[Finding]:
+    """An error, where a recipe scales and the family does not say what feeds what."""
+    if recipe.smoothing == "none" or family.smoothing:
+        return []
+    return [
+        Finding(
+            "not-scalable",
+            "error",
+            recipe.name,
+            f"Recipe {recipe.name} scales weights and what feeds them; what feeds what in "
+            f"{family.title} is not known.",
+            "Take another recipe: mquant recipes lists them.",
+        )
+    ]
+
+
+__all__ = ["scaled", "unscalable"]
