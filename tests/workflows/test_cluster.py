@@ -1,6 +1,7 @@
 """A checkpoint made by the tasks of a Ray cluster, some of whose workers die."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -28,22 +29,43 @@ from mquant.workflows.quantize import Result
 from mquant.workflows.shares import Shares
 from run import plan_of, quantize_nvfp4, shares_of
 
-SHARD_BYTES = 400_000
+SHARD_BYTES = 300_000
 JOB_SECONDS = 0.05
 """What every job takes longer in these workers, so that there is time to kill them."""
 
 
-def be_slow() -> None:
-    """Run in every worker before its first task."""
-    from mquant.engines import stream
+def slowness() -> Callable[[], None]:
+    """What to run in every worker before its first task: a function that is sent along."""
+    seconds = JOB_SECONDS
 
-    do = stream.Worker.do
+    def be_slow() -> None:
+        import time
+        from typing import Any
 
-    def slowly(self: stream.Worker, job: Any) -> None:
-        do(self, job)
-        time.sleep(JOB_SECONDS)
+        from mquant.engines import stream
 
-    stream.Worker.do = slowly  # type: ignore[method-assign]
+        do = stream.Worker.do
+
+        def slowly(self: stream.Worker, job: Any) -> None:
+            do(self, job)
+            time.sleep(seconds)
+
+        stream.Worker.do = slowly  # type: ignore[method-assign]
+
+    return be_slow
+
+
+def connect(address: str, **options: Any) -> str:
+    """Connect this process to a cluster whose workers are slow; returns its address."""
+    context: Any = ray.init(
+        address,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.CRITICAL,
+        runtime_env={"worker_process_setup_hook": slowness()},
+        **options,
+    )
+    return str(context.address_info["address"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,15 +73,7 @@ def two_workers() -> Iterator[str]:
     """A cluster of this machine, with two CPUs and so with two workers; its address."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        context = ray.init(
-            "local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="CRITICAL",
-            runtime_env={"worker_process_setup_hook": be_slow},
-        )
-        yield context.address_info["address"]
+        yield connect("local", num_cpus=2)
         ray.shutdown()
 
 
@@ -99,7 +113,7 @@ def holder(ledger: Path) -> int:
     for process in psutil.process_iter():
         try:
             if str(ledger) in {file.path for file in process.open_files()}:
-                return process.pid
+                return int(process.pid)
         except psutil.Error:
             continue
     raise AssertionError(f"nobody is at work on {ledger.name}")
@@ -164,7 +178,11 @@ def test_two_workers_make_the_bytes_of_one_process(
 
 
 def test_a_killed_worker_costs_only_its_own_jobs(
-    src: Path, expected: dict[str, str], tmp_path: Path, ledgers: dict[int, str]
+    src: Path,
+    expected: dict[str, str],
+    tmp_path: Path,
+    ledgers: dict[int, str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     out, killed = tmp_path / "out", list[tuple[int, str]]()
     run = run_of(src, out)
@@ -185,6 +203,7 @@ def test_a_killed_worker_costs_only_its_own_jobs(
     assert len(after) < len(ledgers[number])
     assert len(counted(before)) >= 3
     assert set(counted(before)).isdisjoint(counted(after))
+    assert capfd.readouterr() == ("", ""), "Ray's own report of it is not for our reader"
 
 
 def test_a_share_whose_worker_dies_every_time_is_one_sentence(
@@ -315,13 +334,9 @@ def test_what_is_refused_is_refused_before_a_task_is_sent_out(
 
 
 DRIVER = """
-import sys
-import ray
 from pathlib import Path
-sys.path[:0] = [{tests!r}]
-from test_cluster import be_slow, on_ray
-ray.init({address!r}, log_to_driver=False, logging_level="CRITICAL",
-         runtime_env={{"worker_process_setup_hook": be_slow}})
+from test_cluster import connect, on_ray
+connect({address!r})
 on_ray(Path({src!r}), Path({out!r}))
 """
 
@@ -331,7 +346,7 @@ def test_a_killed_driver_can_be_run_again(
 ) -> None:
     out = tmp_path / "out"
     tests = str(Path(__file__).parent)
-    code = DRIVER.format(tests=tests, address=two_workers, src=str(src), out=str(out))
+    code = DRIVER.format(address=two_workers, src=str(src), out=str(out))
     path = os.pathsep.join([*sys.path, tests])
     with subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}

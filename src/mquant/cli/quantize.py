@@ -126,6 +126,8 @@ def quantize(
                 )
             tell_result(out, result)
             return
+        if not plan.recipe.needs_data:  # which there are no shares of, whatever the data
+            check_data(plan.recipe, data)
         order = _order(plan, max_shard_size, importance, allow_unsafe=allow_unsafe)
         if share is not None:
             _make_share(out, plan, order, where, share, workers)
