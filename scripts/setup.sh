@@ -26,7 +26,7 @@ if [ "$(cat "$venv/.mquant-installed" 2>/dev/null)" != "$stamp" ]; then
     # torch by its own line first: the plain CPU build is taken where constraints.txt pins one.
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-        -e '.[oneshot,dev]'
+        -e '.[oneshot,ray,dev]'
     echo "$stamp" >"$venv/.mquant-installed"
 fi
 PATH=$venv/bin:$PATH

@@ -16,7 +16,8 @@ from mquant.family import load_families
 from mquant.output import LEDGER, ShardSet
 from mquant.workflows.diagnose import diagnose
 from mquant.workflows.repair import repair_in_place
-from run import quantize_nvfp4
+from mquant.workflows.shares import finish_shares
+from run import quantize_nvfp4, shares_of
 
 _SERVER = multiprocessing.get_context("forkserver")
 
@@ -42,6 +43,25 @@ def run_and_kill(src: Path, out: Path, shard_bytes: int, seconds: float) -> int 
     return _outcome(process)
 
 
+def make_shares(src: Path, out: Path, shard_bytes: int, of: int) -> list[int | None]:
+    """Make all shares at the same time, each in a process of its own; returns the exit codes."""
+    numbers = range(1, of + 1)
+    started = [_start(_share_and_die, src, out, shard_bytes, n, of, None) for n in numbers]
+    return [_outcome(process) for process in started]
+
+
+def share_and_die(
+    src: Path, out: Path, shard_bytes: int, number: int, of: int, job: int
+) -> int | None:
+    """Make a share, and kill the process when `job` jobs of it are counted."""
+    return _outcome(_start(_share_and_die, src, out, shard_bytes, number, of, job))
+
+
+def finish_and_die(out: Path, changes: int) -> int | None:
+    """Finish a run in shares, and kill the process when it has changed `changes` names in OUT."""
+    return _outcome(_start(_finish_and_die, out, changes))
+
+
 def repair_and_die(bad: Path, parent: Path, changes: int) -> int | None:
     """Repair in place, and kill the process when it has changed `changes` names in the folder."""
     return _outcome(_start(_die_after_changes, bad, parent, changes))
@@ -49,7 +69,7 @@ def repair_and_die(bad: Path, parent: Path, changes: int) -> int | None:
 
 def _start(target: Callable[..., object], *arguments: Any) -> ForkServerProcess:
     _SERVER.set_forkserver_preload(
-        ["numba", "mquant.engines.stream", "mquant.workflows.quantize", "mquant.workflows.repair"]
+        ["numba", "mquant.engines.stream", "mquant.workflows.shares", "mquant.workflows.repair"]
     )
     process = _SERVER.Process(target=target, args=arguments)
     process.start()
@@ -64,6 +84,19 @@ def _outcome(process: ForkServerProcess) -> int | None:
 
 
 def _die_after(src: Path, out: Path, shard_bytes: int, job: int, counted: bool) -> None:
+    _die_when_done(job, counted=counted)
+    quantize_nvfp4(src, out, shard_bytes=shard_bytes, workers=1)
+
+
+def _share_and_die(
+    src: Path, out: Path, shard_bytes: int, number: int, of: int, job: int | None
+) -> None:
+    if job is not None:
+        _die_when_done(job, counted=True)
+    shares_of(src, out, of, shard_bytes).make(number, workers=1)
+
+
+def _die_when_done(job: int, *, counted: bool) -> None:
     complete = ShardSet._complete
     done = 0
 
@@ -78,10 +111,19 @@ def _die_after(src: Path, out: Path, shard_bytes: int, job: int, counted: bool) 
 
     ShardSet._complete = complete_and_die  # type: ignore[method-assign]
     stream._COMMIT_SECONDS = 1000.0  # type: ignore[misc]
-    quantize_nvfp4(src, out, shard_bytes=shard_bytes, workers=1)
 
 
 def _die_after_changes(bad: Path, parent: Path, changes: int) -> None:
+    _count_changes(changes)
+    repair_in_place(diagnose(Folder(bad), Folder(parent), load_families()))
+
+
+def _finish_and_die(out: Path, changes: int) -> None:
+    _count_changes(changes)
+    finish_shares(out)
+
+
+def _count_changes(changes: int) -> None:
     left = changes
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,4 +138,3 @@ def _die_after_changes(bad: Path, parent: Path, changes: int) -> None:
 
     for name in ("rename", "replace", "unlink", "rmdir"):
         setattr(Path, name, counted(getattr(Path, name)))
-    repair_in_place(diagnose(Folder(bad), Folder(parent), load_families()))

@@ -9,7 +9,9 @@ from mquant.events import Emit, silent
 from mquant.family import load_families
 from mquant.plan import Plan, make_plan
 from mquant.recipe import find_recipe
+from mquant.workflows.order import Order
 from mquant.workflows.quantize import Engine, quantize
+from mquant.workflows.shares import Shares, in_shares
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TRAINED = FIXTURES / "tiny-minimax-m2"
@@ -57,3 +59,10 @@ def quantize_nvfp4(
     plan = plan_of(src, max_shard_bytes=shard_bytes)
     quantize(plan, out, engine=engine, workers=workers, emit=emit)
     return out
+
+
+def shares_of(src: Path, out: Path, of: int, shard_bytes: int, recipe: str = "nvfp4") -> Shares:
+    """The run of a folder's plan in so many shares, of which none is made yet."""
+    plan = plan_of(src, recipe, shard_bytes)
+    order = Order.of(plan, shard_bytes, allow_unsafe=False, importance=None)
+    return in_shares(plan, order, out, of)

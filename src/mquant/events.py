@@ -7,11 +7,15 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` bytes of `stage` are finished. `total` is known before the first byte."""
+    """`done` of `total` bytes of `stage` are finished. `total` is known before the first byte.
+
+    `workers` is how many other processes are at it; 0 where this one does it.
+    """
 
     stage: str
     done: int
     total: int
+    workers: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from mquant.cli.compare import compare
 from mquant.cli.dequantize import dequantize
 from mquant.cli.evaluate import evaluate
 from mquant.cli.export import export
+from mquant.cli.finish import finish
 from mquant.cli.inspect import inspect
 from mquant.cli.plan import plan
 from mquant.cli.push import push
@@ -64,6 +65,7 @@ def _group(name: str, listing: Callable[..., None], show: Callable[..., None]) -
 app.command("inspect")(inspect)
 app.command("plan")(plan)
 app.command("quantize")(quantize)
+app.command("finish")(finish)
 app.command("calibrate")(calibrate)
 app.command("verify")(verify)
 app.command("verify-ignore")(verify_ignore)

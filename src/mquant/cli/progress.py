@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mquant.cli.output import Format, Output
-from mquant.cli.text import clean
+from mquant.cli.text import clean, plural
 from mquant.events import Emit, Event, Note, Progress
 
 
@@ -60,7 +60,13 @@ def _bars(out: Output) -> Iterator[Emit]:
                         total=event.total,
                         completed=event.done,  # what an earlier run did says nothing of the rate
                     )
-                bars.update(tasks[event.stage], completed=event.done, total=event.total)
+                who = f", {plural(event.workers, 'worker')}" if event.workers else ""
+                bars.update(
+                    tasks[event.stage],
+                    completed=event.done,
+                    total=event.total,
+                    description=clean(event.stage) + who,
+                )
             else:
                 # While bars are live, rich lifts what goes through stderr above them.
                 _note(out, event)

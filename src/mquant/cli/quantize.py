@@ -1,11 +1,12 @@
 """`mquant quantize`: the main job."""
 
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
+from mquant.cli.made import tell_result, tell_share, tell_shipped
 from mquant.cli.options import (
     AllowUnsafe,
     Data,
@@ -25,14 +26,20 @@ from mquant.cli.output import Format, Output, output
 from mquant.cli.plan import make, show_plan
 from mquant.cli.progress import progress
 from mquant.cli.source import default_out, is_repo_id
-from mquant.cli.tables import facts
-from mquant.cli.text import both_sizes, clean, parse_size, plural
+from mquant.cli.text import clean, parse_share, parse_size
 from mquant.errors import UsageError
 from mquant.workflows.quantize import Engine, check_data
 
 if TYPE_CHECKING:
     from mquant.plan import Plan
-    from mquant.workflows.quantize import Result
+    from mquant.workflows.order import Order
+
+
+class Cluster(StrEnum):
+    """What can share out the work."""
+
+    RAY = "ray"
+
 
 EngineChoice = Annotated[
     Engine,
@@ -40,6 +47,7 @@ EngineChoice = Annotated[
         help="What does the arithmetic; `auto`: stream, or oneshot where the recipe needs data."
     ),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the plan, as `mquant plan`.")]
 PushTo = Annotated[
     str | None,
     typer.Option(
@@ -48,7 +56,18 @@ PushTo = Annotated[
         show_default=False,
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the plan, as `mquant plan`.")]
+Job = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Make share I of N, and leave the rest to other processes; then: mquant finish OUT.",
+        show_default=False,
+    ),
+]
+OnCluster = Annotated[
+    Cluster | None,
+    typer.Option(help="Share the work out over this cluster, and finish it.", show_default=False),
+]
 
 
 def quantize(
@@ -64,6 +83,8 @@ def quantize(
     push_to: PushTo = None,
     public: Public = False,
     workers: Workers = None,
+    job: Job = None,
+    cluster: OnCluster = None,
     restart: Restart = False,
     allow_unsafe: AllowUnsafe = False,
     revision: Revision = None,
@@ -75,9 +96,16 @@ def quantize(
     command again is safe: a finished folder is left alone, an unfinished one is
     gone on with.
 
+    Many machines: run it with --job 1/N to --job N/N, whatever starts these, into an OUT that all
+    of them see, then `mquant finish OUT`; or once with --cluster ray, on the cluster at
+    RAY_ADDRESS, the one that runs here, or else one of this machine alone. The result is the same,
+    byte for byte.
+
     Example: mquant quantize ./MiniMax-M2.7-REAP --recipe nvfp4 -o ./MiniMax-M2.7-REAP-NVFP4
     """
     with output("quantize", form) as out:
+        share = None if job is None else parse_share(job)
+        _check_options(share, cluster, engine, push_to or scratch, restart=restart)
         if push_to is not None and not is_repo_id(push_to):
             example = "--push-to org/MiniMax-M2.7-REAP-NVFP4"
             raise UsageError(f"{clean(push_to[:96])!r} is no hub repo id.", f"Example: {example}")
@@ -99,90 +127,108 @@ def quantize(
 
         where = out_folder or default_out(plan.survey.checkpoint.source, plan.recipe.suffix)
         if push_to is not None:
-            _ship(
-                out,
-                plan,
-                where,
-                push_to,
-                public=public,
-                engine=engine,
-                importance=importance,
-                workers=workers,
-                scratch=limit,
-                restart=restart,
-            )
+            from mquant.workflows.hub_to_hub import quantize_to_hub
+
+            with progress(out) as emit:
+                shipped = quantize_to_hub(
+                    plan,
+                    where,
+                    push_to,
+                    public=public,
+                    engine=engine,
+                    importance=importance,
+                    workers=workers,
+                    scratch=limit,
+                    restart=restart,
+                    emit=emit,
+                )
+            tell_shipped(out, shipped)
             return
-        with progress(out) as emit:
-            result = carry_out(
-                plan,
-                where,
-                engine=engine,
-                importance=importance,
-                data=data,
-                workers=workers,
-                scratch=limit,
-                restart=restart,
-                emit=emit,
-            )
-        _tell(out, result)
+        if share is None and cluster is None:
+            with progress(out) as emit:
+                result = carry_out(
+                    plan,
+                    where,
+                    engine=engine,
+                    importance=importance,
+                    data=data,
+                    workers=workers,
+                    scratch=limit,
+                    restart=restart,
+                    emit=emit,
+                )
+            tell_result(out, result)
+            return
+        if not plan.recipe.needs_data:  # which there are no shares of, whatever the data
+            check_data(plan.recipe, data)
+        order = _order(plan, max_shard_size, importance, allow_unsafe=allow_unsafe)
+        if share is not None:
+            _make_share(out, plan, order, where, share, workers)
+        else:
+            from mquant.workflows.cluster import quantize_on_ray
+
+            with progress(out) as emit:
+                result = quantize_on_ray(plan, order, where, workers=workers, emit=emit)
+            tell_result(out, result)
 
 
-def _ship(out: Output, plan: "Plan", where: Path, repo: str, **options: Any) -> None:
-    from mquant.workflows.hub_to_hub import quantize_to_hub
+def _check_options(
+    share: tuple[int, int] | None,
+    cluster: Cluster | None,
+    engine: Engine,
+    alone: str | None,
+    *,
+    restart: bool,
+) -> None:
+    """Raise UsageError for options that do not go together."""
+    if share is None and cluster is None:
+        return
+    if share is not None and cluster is not None:
+        raise UsageError(
+            "--job is one share of the work, --cluster all of it.", "Leave one of them out."
+        )
+    if alone is not None:
+        raise UsageError(
+            "--scratch and --push-to are of a run on one machine.",
+            "Leave them out: with --job and --cluster each machine gets the files of its shares.",
+        )
+    if engine is Engine.ONESHOT:
+        raise UsageError(
+            "The oneshot engine takes a model as a whole: there are no shares of it.",
+            "Leave out --engine oneshot, or --job and --cluster.",
+        )
+    if restart:
+        raise UsageError(
+            "--restart would delete what other processes have made.",
+            "Delete OUT yourself, or give another folder with -o.",
+        )
 
+
+def _order(
+    plan: "Plan", max_shard_size: str | None, importance: Path | None, *, allow_unsafe: bool
+) -> "Order":
+    from mquant.plan import DEFAULT_SHARD_BYTES
+    from mquant.workflows.order import Order
+
+    limit = DEFAULT_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
+    return Order.of(plan, limit, allow_unsafe=allow_unsafe, importance=importance)
+
+
+def _make_share(
+    out: Output,
+    plan: "Plan",
+    order: "Order",
+    where: Path,
+    share: tuple[int, int],
+    workers: int | None,
+) -> None:
+    from mquant.workflows.shares import in_shares
+
+    number, of = share
+    run = in_shares(plan, order, where, of)
     with progress(out) as emit:
-        done = quantize_to_hub(plan, where, repo, emit=emit, **options)
-    out.put(
-        url=done.page,
-        already_done=not done.fresh,
-        recipe=plan.recipe.name,
-        fingerprint=plan.fingerprint,
-        ignore=list(plan.ignore),
-    )
-    verb = "Quantized into" if done.fresh else "Already there:"
-    out.show(
-        Text.assemble((verb, "bold green"), f" {done.page}"),
-        facts(
-            [
-                ("Source", both_sizes(plan.source_bytes)),
-                ("Output", both_sizes(plan.output_bytes)),
-            ]
-        ),
-    )
-
-
-def _tell(out: Output, result: "Result") -> None:
-    plan = result.plan
-    out.put(
-        out=str(result.out),
-        already_done=not result.fresh,
-        engine=result.engine.value,
-        recipe=plan.recipe.name,
-        fingerprint=plan.fingerprint,
-        totals={
-            "source": {"tensors": len(plan.survey.members), "bytes": plan.source_bytes},
-            "output": {
-                "tensors": plan.output_tensors,
-                "bytes": plan.output_bytes,
-                "file_bytes": plan.file_bytes,
-                "shards": len(plan.shards),
-            },
-        },
-        ignore=list(plan.ignore),
-    )
-    verb = "Quantized" if result.fresh else "Already done:"
-    tensors = plan.output_tensors
-    out.show(
-        Text.assemble((verb, "bold green"), f" {clean(str(result.out))}"),
-        facts(
-            [
-                ("Source", both_sizes(plan.source_bytes)),
-                ("Output", both_sizes(plan.output_bytes)),
-                ("Tensors", f"{plural(tensors, 'tensor')} in {plural(len(plan.shards), 'shard')}"),
-                ("Kept", f"{plural(len(plan.ignore), 'module')} in ignore, named in config.json"),
-            ]
-        ),
-    )
+        fresh = run.make(number, workers=workers, emit=emit)
+    tell_share(out, run, number, fresh=fresh)
 
 
 __all__ = ["quantize"]

@@ -1,4 +1,4 @@
-"""What a person types as a size; how values are written for one is `mquant.text`."""
+"""What a person types as a size, or as a share; how values are written for one is `mquant.text`."""
 
 import re
 from typing import Final
@@ -23,4 +23,23 @@ def parse_size(text: str) -> int:
     )
 
 
-__all__ = ["binary_size", "both_sizes", "clean", "compress", "parse_size", "plural", "size"]
+def parse_share(text: str) -> tuple[int, int]:
+    """Number and count of `3/16`; raises UsageError otherwise."""
+    number, slash, of = text.partition("/")
+    if slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) <= 10_000:
+        return int(number), int(of)
+    raise UsageError(
+        f"{clean(text[:40])!r} is no share.", "Write it like 3/16: the third of 16, the first is 1."
+    )
+
+
+__all__ = [
+    "binary_size",
+    "both_sizes",
+    "clean",
+    "compress",
+    "parse_share",
+    "parse_size",
+    "plural",
+    "size",
+]

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +15,8 @@ from mquant.findings import size
 from mquant.output import PARTIAL, Claim, Ledger, ShardSet, discard, is_there
 from mquant.plan import Plan
 
-_MOST_CORES: Final = 16
+MOST_CORES: Final = 16
+"""No disk is faster."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,11 @@ def provenance(
     }
 
 
-def here(source: Source, emit: Emit) -> Folder:
-    """The source as a folder of this machine: itself, or, of a hub repo, what is downloaded."""
+def here(source: Source, emit: Emit, only: Collection[str] | None = None) -> Folder:
+    """The source as a folder of this machine: itself, or, of a hub repo, what is downloaded.
+
+    `only` are the files that are needed of it; None: all.
+    """
     if isinstance(source, Folder):
         return source
     from mquant.checkpoint.download import download
@@ -127,7 +131,7 @@ def here(source: Source, emit: Emit) -> Folder:
     if not isinstance(source, HubRepo):
         raise TypeError(f"cannot download from {type(source).__name__}")
     emit(Note("info", f"Downloading {source.name}."))
-    return Folder(download(source, emit))
+    return Folder(download(source, emit, only))
 
 
 def check_plain(plan: Plan, reader: str) -> None:
@@ -140,11 +144,8 @@ def check_plain(plan: Plan, reader: str) -> None:
 
 
 def default_workers() -> int:
-    """One for each core this process may use, and one more to keep the disk busy meanwhile.
-
-    No disk is faster than 16 cores.
-    """
-    return min(len(os.sched_getaffinity(0)), _MOST_CORES) + 1
+    """One for each core this process may use, and one more to keep the disk busy meanwhile."""
+    return min(len(os.sched_getaffinity(0)), MOST_CORES) + 1
 
 
 def free_disk(out: Path) -> int:
@@ -165,6 +166,7 @@ def check_disk(out: Path, ours: Iterable[str], needed: int) -> None:
 
 
 __all__ = [
+    "MOST_CORES",
     "Making",
     "check_disk",
     "check_plain",

@@ -1,0 +1,41 @@
+"""`mquant finish`: make a checkpoint of shares that are all done."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from mquant.cli.made import tell_result
+from mquant.cli.options import FormatChoice
+from mquant.cli.output import Format, output
+from mquant.cli.progress import progress
+from mquant.cli.text import clean
+
+Out = Annotated[
+    Path,
+    typer.Argument(metavar="OUT", help="The folder that --job wrote into.", show_default=False),
+]
+
+
+def finish(out_folder: Out, form: FormatChoice = Format.HUMAN) -> None:
+    """Complete what `mquant quantize --job 1/N` to `--job N/N` have made.
+
+    OUT says what that is: nothing else need be given. Where a share is not done, it is named, and
+    nothing changes. The source must be where it was, for its headers and side files.
+
+    Example: mquant finish ./MiniMax-M2.7-REAP-NVFP4
+    """
+    with output("finish", form) as out:
+        from mquant.workflows.shares import finish_shares
+
+        with progress(out) as emit:
+            result = finish_shares(out_folder, emit)
+        if result is not None:
+            tell_result(out, result)
+            return
+        out.put(out=str(out_folder), already_done=True)
+        out.show(Text.assemble(("Already done:", "bold green"), f" {clean(str(out_folder))}"))
+
+
+__all__ = ["finish"]

@@ -1,0 +1,113 @@
+"""What `mquant quantize` was asked for, in JSON: whoever reads it makes the same plan, anywhere.
+
+It is read as hostile input: it lies in OUT, where somebody else may have put it.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mquant.checkpoint import Folder, Source, open_checkpoint
+from mquant.errors import OutputError, SourceError
+from mquant.family import load_families
+from mquant.plan import Plan, make_plan
+from mquant.recipe import Recipe
+
+AbsolutePath = Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=4096)]
+
+
+class FolderAt(BaseModel):
+    """A folder that all machines see, by its absolute path."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folder: AbsolutePath
+
+    def open(self) -> Source:
+        """The folder as it is now. Raises SourceError where there is none."""
+        try:
+            return Folder(Path(self.folder))
+        except OSError as error:
+            raise SourceError(
+                f"{self.folder[:200]} cannot be read: {error.strerror}.", "Check the path."
+            ) from error
+
+
+class RepoAt(BaseModel):
+    """A hub repo at a commit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    repo: str = Field(max_length=96)
+    commit: str = Field(pattern=r"^[0-9a-f]{40}$")
+
+    def open(self) -> Source:
+        """The repo. Raises SourceError where it cannot be listed."""
+        from mquant.checkpoint.hub import HubRepo  # slow to import
+
+        return HubRepo(self.repo, self.commit)
+
+
+class Order(BaseModel):
+    """A plan's source, its recipe, and the options that decide about bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: FolderAt | RepoAt
+    recipe: Recipe
+    foreign: bool
+    """What the recipe does not say of itself."""
+    max_shard_bytes: int = Field(ge=1, lt=2**53)
+    allow_unsafe: bool
+    importance: AbsolutePath | None
+
+    @classmethod
+    def of(
+        cls, plan: Plan, max_shard_bytes: int, *, allow_unsafe: bool, importance: Path | None
+    ) -> Self:
+        """The order that a plan was made for, with these options."""
+        source = plan.survey.checkpoint.source
+        if isinstance(source, Folder):
+            where: FolderAt | RepoAt = FolderAt(folder=str(source.root.absolute()))
+        else:
+            identity = source.identity()
+            where = RepoAt(repo=identity["repo"], commit=identity["commit"])
+        return cls(
+            source=where,
+            recipe=plan.recipe,
+            foreign=plan.recipe.foreign,
+            max_shard_bytes=max_shard_bytes,
+            allow_unsafe=allow_unsafe,
+            importance=None if importance is None else str(importance.absolute()),
+        )
+
+    @classmethod
+    def read(cls, out: Path, value: dict[str, Any]) -> Self:
+        """What lies in OUT. Raises OutputError where it is no order."""
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            where = ".".join(str(part) for part in error.errors()[0]["loc"])
+            raise OutputError(
+                f"What {out} is being made from is not as mquant writes it ({where[:80]}).",
+                "Give another folder with -o, or delete this one.",
+            ) from None
+
+    def plan(self) -> Plan:
+        """Make the plan again, from the source's headers."""
+        return make_plan(
+            open_checkpoint(self.source.open()),
+            self.recipe.model_copy(update={"foreign": self.foreign}),
+            load_families(),
+            max_shard_bytes=self.max_shard_bytes,
+            allow_unsafe=self.allow_unsafe,
+        )
+
+    @property
+    def importance_file(self) -> Path | None:
+        """The importance file, where there is one."""
+        return None if self.importance is None else Path(self.importance)
+
+
+__all__ = ["Order"]
