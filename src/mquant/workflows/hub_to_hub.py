@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from mquant.checkpoint import Folder, Overlay, Source
 from mquant.errors import OutputError
@@ -14,6 +15,9 @@ from mquant.workflows.making import check_disk, here, look_again
 from mquant.workflows.quantize import Engine, Intent, Run, check_engine, complete, intend
 from mquant.workflows.shipping import LAST, Destination, Shipper, find, seal, send_others
 from mquant.workflows.spooling import check_scratch, least_scratch
+
+_LEDGER_BYTES: Final = 100
+"""What a job, or a file of the source, takes in the ledger at most, on average."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,15 @@ def _share_out(plan: Plan, scratch: int | None) -> tuple[int | None, float]:
     largest = max(shard.file_bytes for shard in plan.shards)
     local = isinstance(plan.survey.checkpoint.source, Folder)
     least = 0 if local else least_scratch(plan)
-    check_scratch(scratch, least + largest)
+    jobs = sum(len(shard.jobs) for shard in plan.shards)
+    ledger = _LEDGER_BYTES * (jobs + len(plan.survey.checkpoint.shards))
+    check_scratch(scratch, least + largest + ledger)
+    free = scratch - ledger
     if local:
-        return None, scratch
-    room = max(2 * largest, scratch // 4)
-    room = room if scratch - room >= least else largest
-    return scratch - room, room
+        return None, free
+    room = max(2 * largest, free // 4)
+    room = room if free - room >= least else largest
+    return free - room, room
 
 
 def _there(

@@ -124,12 +124,13 @@ class Shipper:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Wait until all is sent; where something failed, for nothing."""
+        """Wait until all is sent; where something failed, only for what is under way."""
         with self._changed:
             self._complete = True
             self._changed.notify_all()
-        if kind is None:
+        if kind is not KeyboardInterrupt:
             self._thread.join()
+        if kind is None:
             self.check()
 
     def follow(self, output: ShardSet) -> None:
