@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
@@ -136,12 +137,11 @@ def bytes_of(folder: Path) -> int:
 def held(out: Path) -> int:
     """Bytes that OUT takes on the disk, also those that are only reserved."""
     total = 0
-    for path in out.rglob("*"):
-        try:
-            stat = path.stat()
-        except FileNotFoundError:  # just now gone
-            continue
-        total += max(stat.st_size, stat.st_blocks * 512) if path.is_file() else 0
+    for folder, _, names in os.walk(out):
+        for name in names:
+            with suppress(FileNotFoundError):  # just now gone
+                stat = Path(folder, name).stat()
+                total += max(stat.st_size, stat.st_blocks * 512)
     return total
 
 
