@@ -228,6 +228,19 @@ def test_all_that_is_not_quantized_is_bit_identical(
     assert len(quantized_names(out)) == 3 * len(linear)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_awq_is_refused_where_the_family_does_not_say_what_feeds_what(
+    tmp_path: Path, name: str
+) -> None:
+    plan = plan_of(make(tmp_path / "src", name), "w4a16-awq")
+    (told,) = [finding for finding in plan.refusals if finding.rule == "not-scalable"]
+    assert told.message == (
+        "Recipe w4a16-awq scales weights and what feeds them; what feeds what in "
+        f"{FAMILIES[name].title} is not known."
+    )
+    assert told.fix == "Take another recipe: mquant recipes lists them."
+
+
 @pytest.mark.parametrize("case", ["llama, tied", "qwen3, tied"])
 def test_a_head_that_is_tied_is_on_the_ignore_list(
     quantized: Callable[[str], Quantized], case: str

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from judges import opened, read_json
-from make import Edit, Row, adding, make_checkpoint, without
+from make import Edit, Row, adding, make_checkpoint, without, write_json
 from mquant.family import load_families
+from mquant.output import RECORD
 from mquant.verify.layout import read_layout
 from mquant.verify.rules import RULES
 from mquant.verify.weights import weight_of
+from mquant.workflows.verify import Depth
 from mutate import changed, judged, mutated, setting
 from run import TRAINED, quantize_nvfp4
 
@@ -24,8 +26,6 @@ GATE = f"{LAYER}block_sparse_moe.gate.weight"
 
 
 def test_mquants_own_output_is_clean_at_every_depth(good: Path, parent: Path) -> None:
-    from mquant.workflows.verify import Depth
-
     for depth in Depth:
         assert judged(good, parent, depth) == {}
 
@@ -36,8 +36,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def full(bad: Path, parent: Path) -> dict[str, str]:
-    from mquant.workflows.verify import Depth
-
     return judged(bad, parent, Depth.FULL)
 
 
@@ -170,6 +168,42 @@ def test_side_files(trained: Path, tmp_path: Path) -> None:
     assert "modeling_minimax_m2.py, tokenizer.json did not" in found["side-file-missing"]
     assert "generation_config.json" in found["side-file-differs"]
     assert "LICENSE" in found["licence-missing"]
+
+
+def _by_awq(good: Path, tmp_path: Path, edit: Edit) -> Path:
+    """The checkpoint after an edit, with an mquant.json that says AWQ scaled it."""
+    bad = mutated(good, tmp_path, edit=edit)
+    record = read_json(bad / RECORD)
+    record["recipe"]["smoothing"] = "awq"
+    write_json(bad / RECORD, record)
+    return bad
+
+
+@pytest.mark.parametrize("name", [f"{LAYER}input_layernorm.weight", GATE, f"{QUERY}.weight_packed"])
+def test_what_awq_scaled_is_not_compared_and_that_is_said(
+    good: Path, parent: Path, tmp_path: Path, name: str
+) -> None:
+    bad = _by_awq(good, tmp_path, changed(name, data=setting(0, 0x39)))
+
+    assert full(bad, parent) == {}
+    assert judged(bad, parent, Depth.FULL, ("info",))["scaled-not-compared"] == (
+        f"{GATE.removesuffix('.weight')} was scaled by AWQ: not compared (and 35 more like it)."
+    )
+
+
+def test_of_what_awq_scaled_dtype_and_shape_are_the_parents(
+    good: Path, parent: Path, tmp_path: Path
+) -> None:
+    found = full(_by_awq(good, tmp_path, to_bf16), parent)
+    assert found == {"kept-tensor-differs": f"{GATE} is BF16 [4, 64]; the parent's is F32 [4, 64]."}
+
+
+def test_what_awq_does_not_scale_is_compared_all_the_same(
+    good: Path, parent: Path, tmp_path: Path
+) -> None:
+    name = f"{LAYER}self_attn.q_norm.weight"
+    bad = _by_awq(good, tmp_path, changed(name, data=setting(0, 0x39)))
+    assert full(bad, parent) == {"kept-tensor-differs": f"{name} is not bit-equal to the parent's."}
 
 
 def test_another_model_is_no_parent(good: Path, tmp_path: Path) -> None:
