@@ -500,3 +500,9 @@ def test_a_default_stands_below_what_it_is_made_of(tmp_path: Path) -> None:
     message = complaint(tmp_path, "defaults", {"a": "b * 2", "b": "hidden_size"})
 
     assert message == "mine.yaml: defaults: a is made of b, which must stand above it."
+
+
+def test_smoothing_speaks_of_modules_that_are_there(tmp_path: Path) -> None:
+    message = complaint(tmp_path, "smoothing", {"input_layernorm": ["q_proj", "x_proj"]})
+
+    assert message == "mine.yaml: smoothing: there is no module x_proj."
