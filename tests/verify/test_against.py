@@ -229,6 +229,16 @@ def test_what_awq_does_not_explain_is_found(
     assert rule in full(mutated(by_awq, tmp_path, edit=edit), parent)
 
 
+def test_a_norm_that_is_0_in_both_tells_nothing(by_awq: Path, parent: Path, tmp_path: Path) -> None:
+    zero = changed(f"{LAYER}input_layernorm.weight", data=setting(slice(0, 2), 0))
+    ours = mutated(by_awq, tmp_path / "ours", edit=zero)
+    theirs = mutated(parent, tmp_path / "theirs", edit=zero)
+
+    assert full(ours, theirs) == {}
+    told = judged(ours, theirs, Depth.FULL, ("info",))["scaled-not-compared"]
+    assert told.endswith("(and 22 more like it).")  # q, k and v, too
+
+
 def test_without_the_record_what_awq_scaled_is_not_the_parents(
     by_awq: Path, parent: Path, tmp_path: Path
 ) -> None:

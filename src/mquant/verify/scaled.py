@@ -10,7 +10,7 @@ import numpy as np
 from mquant.family import Role
 from mquant.verify.decode import READABLE, Floats, floats
 from mquant.verify.layout import Layout, Module
-from mquant.verify.numbers import read
+from mquant.verify.numbers import PIECE, read
 from mquant.verify.weights import Rows, Weight
 
 
@@ -69,7 +69,7 @@ def scaled(weight: Weight, factors: Floats) -> Weight:
 
 def _vector(layout: Layout, name: str) -> Floats | None:
     info = layout.checkpoint.tensors.get(name)
-    if info is None or info.dtype not in READABLE:
+    if info is None or info.dtype not in READABLE or info.nbytes > PIECE:  # no model has such
         return None
     return floats(read(layout, info), info.dtype)
 
