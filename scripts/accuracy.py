@@ -208,7 +208,9 @@ def judged(row: Row, model: Path, out: Path, judge: Judge, where: Path) -> Row:
     """The numbers of a quantized checkpoint."""
     plain = where / "plain"
     shutil.rmtree(plain, ignore_errors=True)
-    run("dequantize", out, "-o", plain)
+    done = run("dequantize", out, "-o", plain, check=False)
+    if done.returncode:
+        return Row(row.name, note=done.stderr.strip().splitlines()[0])
     row.kl, row.perplexity = judge.of(plain)
     parent, quantized = open_checkpoint(Folder(model)), open_checkpoint(Folder(out))
     errors = []

@@ -21,7 +21,17 @@ LAYERS = (
     {"plan"},
     {"recipe", "checkpoint"},
     {"family"},
-    {"schemes", "dtypes", "data", "events", "matching", "untrusted", "text", "compiled"},
+    {
+        "schemes",
+        "dtypes",
+        "data",
+        "events",
+        "formulas",
+        "matching",
+        "untrusted",
+        "text",
+        "compiled",
+    },
     {"errors"},
     {"findings"},
 )

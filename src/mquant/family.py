@@ -3,11 +3,6 @@
 A family lists every tensor its checkpoints may hold, as exact names with `{layer}` and
 `{expert}` in place of numbers. A name that no row matches is unknown, and nothing is done to
 unknown tensors: mquant stops and names them.
-
-Two little languages speak of config.json's keys. A size is a sum of products and quotients:
-`num_attention_heads * head_dim`, `kv_lora_rank + qk_rope_head_dim`. A condition says which layers
-hold something, in clauses joined by `and`: `KEY`, `not KEY`, `layer < SIZE`, `layer >= SIZE`,
-`layer in KEY`, `layer not in KEY`, where SIZE is one key or number.
 """
 
 import re
@@ -17,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -25,27 +20,24 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    model_validator,
+    ValidationInfo,
+    field_validator,
 )
 
 from mquant.data import folder, read_yaml
 from mquant.errors import DataFileError
+from mquant.formulas import (
+    check_condition,
+    check_size,
+    condition_keys,
+    evaluate,
+    holds,
+    size_keys,
+)
 
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")
 _EVERY_LAYER = "layer"
 _MTP = "mtp"
-
-MOST_LAYERS: Final = 1_000
-"""No model has more layers, or more entries in a list of some of them."""
-
-Lookup = Callable[[str], int | None]
-
-_FACTOR: Final = r"[a-z0-9_]+"
-_SIZE: Final = re.compile(rf"{_FACTOR}(?: [*/+] {_FACTOR})*")
-_CLAUSE: Final = re.compile(
-    rf"layer (?P<operator><|>=|in|not in) (?P<right>{_FACTOR})"
-    rf"|(?P<not>not )?(?P<key>(?!(?:layer|not)\b){_FACTOR})"
-)
 
 
 class Role(StrEnum):
@@ -80,80 +72,6 @@ class Role(StrEnum):
         return self in (Role.ROUTER, Role.EMBEDDING, Role.HEAD)
 
 
-def _check_size(text: str) -> str:
-    """The text, where it is a size. Raises ValueError where it is not."""
-    if not _SIZE.fullmatch(text):
-        raise ValueError(f"{text!r} is no sum of products of config keys and numbers")
-    return text
-
-
-def _check_condition(text: str) -> str:
-    """The text, where it is a condition. Raises ValueError where it is not."""
-    if not all(_CLAUSE.fullmatch(clause) for clause in text.split(" and ")):
-        raise ValueError(f"{text!r} is no condition on layers and config keys")
-    return text
-
-
-def _size_keys(text: str) -> set[str]:
-    """The config keys a size is made of."""
-    return {word for word in re.findall(_FACTOR, text) if not word.isdigit()}
-
-
-def _condition_keys(text: str) -> set[str]:
-    """The config keys that must be numbers for a condition to say anything."""
-    clauses = [clause for clause in map(_CLAUSE.fullmatch, text.split(" and ")) if clause]
-    compared = [clause["right"] for clause in clauses if clause["operator"] in ("<", ">=")]
-    return {key for key in compared if not key.isdigit()}
-
-
-def _evaluate(text: str, lookup: Lookup) -> int | None:
-    """The value of a size; None where a key has none, or a quotient is not whole."""
-    total = 0
-    for term in text.split(" + "):
-        value: int | None = 1
-        operator = "*"
-        for word in term.split(" "):
-            if word in ("*", "/"):
-                operator = word
-                continue
-            factor = int(word) if word.isdigit() else lookup(word)
-            value = _apply(value, operator, factor)
-        if value is None:
-            return None
-        total += value
-    return total
-
-
-def _apply(left: int | None, operator: str, right: int | None) -> int | None:
-    if left is None or right is None:
-        return None
-    if operator == "*":
-        return left * right
-    return left // right if right and left % right == 0 else None
-
-
-def _holds(text: str, layer: int | None, config: Mapping[str, Any], lookup: Lookup) -> bool:
-    """Whether a condition is true of a layer; of some layer or other, where that is None."""
-    return all(_clause(clause, layer, config, lookup) for clause in text.split(" and "))
-
-
-def _clause(text: str, layer: int | None, config: Mapping[str, Any], lookup: Lookup) -> bool:
-    match = _CLAUSE.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{text!r} is no condition")
-    if match["key"]:
-        return bool(config.get(match["key"])) is not bool(match["not"])
-    operator, right = match["operator"], match["right"]
-    if layer is None:
-        return True
-    if operator in ("in", "not in"):
-        listed = config.get(right)
-        listed = listed if isinstance(listed, list) and len(listed) <= MOST_LAYERS else []
-        return (layer in listed) is (operator == "in")
-    limit = int(right) if right.isdigit() else lookup(right)
-    return limit is not None and (layer < limit if operator == "<" else layer >= limit)
-
-
 def _distinct(rows: "tuple[TensorRow, ...]") -> "tuple[TensorRow, ...]":
     twice = [key for key, count in Counter(row.key for row in rows).items() if count > 1]
     if twice:
@@ -164,15 +82,15 @@ def _distinct(rows: "tuple[TensorRow, ...]") -> "tuple[TensorRow, ...]":
 def _in_order(defaults: Mapping[str, str]) -> Mapping[str, str]:
     known: set[str] = set()
     for key, default in defaults.items():
-        later = _size_keys(default) & (defaults.keys() - known)
+        later = size_keys(default) & (defaults.keys() - known)
         if later:
             raise ValueError(f"{key} is made of {min(later)}, which must stand above it")
         known.add(key)
     return defaults
 
 
-Size = Annotated[str, AfterValidator(_check_size)]
-Condition = Annotated[str, AfterValidator(_check_condition)]
+Size = Annotated[str, AfterValidator(check_size)]
+Condition = Annotated[str, AfterValidator(check_condition)]
 
 
 class _Data(BaseModel):
@@ -199,6 +117,11 @@ class TensorRow(_Data):
     def key(self) -> str:
         """The name with every placeholder as `#`."""
         return self.name.replace("{layer}", "#").replace("{expert}", "#")
+
+    @property
+    def short(self) -> str:
+        """The last part of its module's name."""
+        return self.name.removesuffix(".weight").rpartition(".")[2]
 
     def format(self, layer: int | None, expert: int | None) -> str:
         """The tensor's name in a given layer, for a given expert."""
@@ -285,13 +208,16 @@ class Family(_Data):
     forward: Forward | None = None
     synth: SynthData
 
-    @model_validator(mode="after")
-    def _smooths_modules(self) -> Self:
-        try:
-            _ = self.smoothings
-        except KeyError as error:
-            raise ValueError(f"smoothing: there is no module {error}") from None
-        return self
+    @field_validator("smoothing")
+    @classmethod
+    def _of_modules(
+        cls, smoothing: Mapping[str, tuple[str, ...]], info: ValidationInfo
+    ) -> Mapping[str, tuple[str, ...]]:
+        known = {row.short for row in info.data.get("tensors", ())}
+        for name in (name for key, fed in smoothing.items() for name in (key, *fed)):
+            if name not in known:
+                raise ValueError(f"there is no module {name}")
+        return smoothing
 
     @cached_property
     def _rows(self) -> dict[str, TensorRow]:
@@ -313,7 +239,7 @@ class Family(_Data):
     @cached_property
     def smoothings(self) -> tuple[tuple[TensorRow, ...], ...]:
         """The rows of each entry of `smoothing`: what may be divided, then all that it feeds."""
-        rows = {row.name.removesuffix(".weight").rpartition(".")[2]: row for row in self.tensors}
+        rows = {row.short: row for row in self.tensors}
         names = ((name, *fed) for name, fed in self.smoothing.items())
         return tuple(tuple(rows[name] for name in group) for group in names)
 
@@ -332,19 +258,19 @@ class Family(_Data):
             for size in row.shape
             if self.has_block(row.block, None, config) is not False
         }
-        keys = {key for size in sizes for key in _size_keys(size)}
+        keys = {key for size in sizes for key in size_keys(size)}
         for condition in self.blocks.values():
-            keys |= _condition_keys(condition)
+            keys |= condition_keys(condition)
         for key in list(self.defaults)[::-1]:  # a default is made of those above it
             if key in keys and config.get(key) is None:
-                keys = (keys - {key}) | _size_keys(self.defaults[key])
+                keys = (keys - {key}) | size_keys(self.defaults[key])
         return tuple(sorted(keys))
 
     def value(self, key: str, config: Mapping[str, Any]) -> int | None:
         """A number of config.json, or its default; None where it does not say."""
         value = config.get(key)
         if value is None and key in self.defaults:
-            return _evaluate(self.defaults[key], lambda inner: self.value(inner, config))
+            return evaluate(self.defaults[key], lambda inner: self.value(inner, config))
         return value if type(value) is int else None
 
     def has_block(self, block: str, layer: int | None, config: Mapping[str, Any]) -> bool | None:
@@ -354,7 +280,7 @@ class Family(_Data):
         if block not in self.blocks:
             return None
         lookup = partial(self.value, config=config)
-        return _holds(self.blocks[block], layer, config, lookup)
+        return holds(self.blocks[block], layer, config, lookup)
 
     def may_lack(self, row: TensorRow, config: Mapping[str, Any]) -> bool:
         """Whether a checkpoint with this config.json is whole without the row."""
@@ -394,7 +320,7 @@ class Family(_Data):
         """The shape config.json implies for a row, or None where it does not say."""
         sizes: list[int] = []
         for text in row.shape:
-            size = _evaluate(text, partial(self.value, config=config))
+            size = evaluate(text, partial(self.value, config=config))
             if size is None:
                 return None
             sizes.append(size)
@@ -443,7 +369,6 @@ def family_of(config: Mapping[str, Any], families: Mapping[str, Family]) -> Fami
 
 
 __all__ = [
-    "MOST_LAYERS",
     "Family",
     "Forward",
     "Meaning",

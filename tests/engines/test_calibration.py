@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from judges import data, opened
+from judges import data, differences, model_free_ptq, one_shard, opened
 from mquant.checkpoint import Folder
 from mquant.errors import DataFileError, UsageError
 from mquant.events import Event, Note
@@ -104,11 +104,14 @@ def test_every_tensor_is_what_oneshot_makes_of_the_whole_model(
 ) -> None:
     from llmcompressor.pipelines.cache import IntermediatesCache
 
+    from mquant.engines import oneshot
     from mquant.engines.oneshot import as_bytes, compress
 
     src = divisible if name == "w4a16-awq" else TRAINED
     plan = plan_of(src, recipe(tmp_path, name))
-    quantize(plan, tmp_path / "out", data=TEXT)
+    with monkeypatch.context() as patched:
+        patched.setattr(oneshot, "_AT_ONCE", 8192)  # elements of a weight compressed at once
+        quantize(plan, tmp_path / "out", data=TEXT)
 
     # AWQ pins memory for an accelerator, whether there is one or not.
     monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda *_arguments: None)
@@ -259,6 +262,36 @@ def test_llmcompressor_accepts_recipe_yaml(tmp_path: Path, name: str) -> None:
         "nvfp4-gptq": ("GPTQModifier", "NVFP4A16"),
         "w4a16-awq": ("QuantizationModifier", "W4A16"),
     }[name]
+
+
+def test_without_an_accelerator_memory_is_pinned_as_before_once_awq_is_done(
+    tmp_path: Path, divisible: Path
+) -> None:
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    before = IntermediatesCache.pin_memory
+    quantize(plan_of(divisible, recipe(tmp_path, "w4a16-awq")), tmp_path / "out", data=TEXT)
+    assert IntermediatesCache.pin_memory is before
+
+
+def test_integers_without_data_are_what_model_free_ptq_makes(
+    tmp_path: Path, divisible: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "name: mine\nsuffix: X\nroles: {expert: W4A16, attention: W4A16}\n"
+    )
+    plan = plan_of(divisible, str(tmp_path / "mine.yaml"))
+    assert quantize(plan, tmp_path / "out").engine is Engine.ONESHOT
+    with pytest.raises(UsageError) as told:
+        quantize(plan, tmp_path / "other", engine=Engine.STREAM)
+    assert told.value.message == (
+        "Recipe mine stores W4A16, which the stream engine does not make."
+    )
+    one = one_shard(divisible, tmp_path / "one")
+    theirs = model_free_ptq(one, tmp_path / "theirs", scheme="W4A16")
+    names = opened(tmp_path / "out").tensors.keys() - opened(divisible).tensors.keys()
+    assert len(names) == 3 * 32
+    assert differences(tmp_path / "out", theirs, names) == []
 
 
 def test_a_recipe_that_needs_data_is_refused_without(tmp_path: Path) -> None:

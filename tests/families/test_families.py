@@ -228,6 +228,19 @@ def test_all_that_is_not_quantized_is_bit_identical(
     assert len(quantized_names(out)) == 3 * len(linear)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_awq_is_refused_where_the_family_does_not_say_what_feeds_what(
+    tmp_path: Path, name: str
+) -> None:
+    plan = plan_of(make(tmp_path / "src", name), "w4a16-awq")
+    (told,) = [finding for finding in plan.refusals if finding.rule == "not-scalable"]
+    assert told.message == (
+        "Recipe w4a16-awq scales weights and what feeds them; what feeds what in "
+        f"{FAMILIES[name].title} is not known."
+    )
+    assert told.fix == "Take another recipe: mquant recipes lists them."
+
+
 @pytest.mark.parametrize("case", ["llama, tied", "qwen3, tied"])
 def test_a_head_that_is_tied_is_on_the_ignore_list(
     quantized: Callable[[str], Quantized], case: str
@@ -487,3 +500,9 @@ def test_a_default_stands_below_what_it_is_made_of(tmp_path: Path) -> None:
     message = complaint(tmp_path, "defaults", {"a": "b * 2", "b": "hidden_size"})
 
     assert message == "mine.yaml: defaults: a is made of b, which must stand above it."
+
+
+def test_smoothing_speaks_of_modules_that_are_there(tmp_path: Path) -> None:
+    message = complaint(tmp_path, "smoothing", {"input_layernorm": ["q_proj", "x_proj"]})
+
+    assert message == "mine.yaml: smoothing: there is no module x_proj."

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from mquant.checkpoint import Checkpoint, Folder, TensorInfo, open_checkpoint, r
 from mquant.dtypes import nbytes
 from mquant.family import Role, load_families
 from mquant.plan import DEFAULT_SHARD_BYTES, Plan, make_plan, natural
-from mquant.recipe import Recipe, find_recipe
+from mquant.recipe import KeptLayers, Recipe, find_recipe
 
 LISTING = Path(__file__).parent.parent / "data" / "minimax-m2.7-reap-154.tensors.tsv.gz"
 
@@ -65,6 +66,42 @@ def test_nvfp4_quantizes_experts_and_attention_and_copies_the_rest(src: Path) ->
         (Role.HEAD, "copy"),
         (Role.NORM, "copy"),
     }
+
+
+def awq(*roles: Role, **options: Any) -> Recipe:
+    scheme = dict.fromkeys(roles, "NVFP4A16")
+    return Recipe(name="mine", suffix="MINE", smoothing="awq", roles=scheme, **options)
+
+
+NORMS_AND_GATE = ("input_layernorm", "post_attention_layernorm", "block_sparse_moe.gate")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "scaled"),
+    [
+        (awq(Role.EXPERT, Role.ATTENTION), {0: NORMS_AND_GATE, 1: NORMS_AND_GATE}),
+        (awq(Role.EXPERT), {0: NORMS_AND_GATE[1:], 1: NORMS_AND_GATE[1:]}),
+        (awq(Role.ATTENTION), {0: NORMS_AND_GATE[:1], 1: NORMS_AND_GATE[:1]}),
+        (awq(Role.ATTENTION, keep_layers=KeptLayers(first=1)), {1: NORMS_AND_GATE[:1]}),
+    ],
+)
+def test_awq_scales_the_norm_before_quantized_weights_and_the_router_that_reads_it(
+    src: Path, recipe: Recipe, scaled: dict[int, tuple[str, ...]]
+) -> None:
+    actions = [action for action in planned(src, recipe).actions if action.kind == "scale"]
+
+    assert {action.module for action in actions} == {
+        f"model.layers.{layer}.{name}" for layer, names in scaled.items() for name in names
+    }
+    for action in actions:
+        (output,) = action.outputs
+        source = action.source
+        assert (output.name, output.dtype, output.shape) == (
+            source.name,
+            source.dtype,
+            source.shape,
+        )
+        assert action.reason == "not quantized, but scaled by AWQ"
 
 
 def test_a_copied_tensor_keeps_name_dtype_and_shape_and_says_why(src: Path) -> None:

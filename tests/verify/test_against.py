@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from judges import opened, read_json
-from make import Edit, Row, adding, make_checkpoint, without
+from make import NUMPY, Edit, Row, adding, make_checkpoint, without, write_json
 from mquant.family import load_families
+from mquant.output import RECORD
 from mquant.verify.layout import read_layout
 from mquant.verify.rules import RULES
 from mquant.verify.weights import weight_of
+from mquant.workflows.verify import Depth
 from mutate import changed, judged, mutated, setting
 from run import TRAINED, quantize_nvfp4
 
@@ -20,12 +22,11 @@ pytestmark = pytest.mark.upstream
 
 LAYER = "model.layers.0."
 QUERY = f"{LAYER}self_attn.q_proj"
-GATE = f"{LAYER}block_sparse_moe.gate.weight"
+MOE = f"{LAYER}block_sparse_moe"
+GATE = f"{MOE}.gate.weight"
 
 
 def test_mquants_own_output_is_clean_at_every_depth(good: Path, parent: Path) -> None:
-    from mquant.workflows.verify import Depth
-
     for depth in Depth:
         assert judged(good, parent, depth) == {}
 
@@ -36,8 +37,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def full(bad: Path, parent: Path) -> dict[str, str]:
-    from mquant.workflows.verify import Depth
-
     return judged(bad, parent, Depth.FULL)
 
 
@@ -170,6 +169,82 @@ def test_side_files(trained: Path, tmp_path: Path) -> None:
     assert "modeling_minimax_m2.py, tokenizer.json did not" in found["side-file-missing"]
     assert "generation_config.json" in found["side-file-differs"]
     assert "LICENSE" in found["licence-missing"]
+
+
+FED = ("q_proj", "k_proj", "v_proj", "gate", "w1", "w3")
+
+
+def _scale(rows: list[Row]) -> None:
+    """What AWQ does to a model, with factors that BF16 holds exactly."""
+    factors = np.float32(2) ** (np.arange(64) % 5 - 2)
+    for number, (name, dtype, shape, raw) in enumerate(rows):
+        module = name.split(".")[-2]
+        values = np.frombuffer(raw, NUMPY[dtype])
+        if module in ("input_layernorm", "post_attention_layernorm"):
+            values = values / factors.astype(values.dtype)
+        elif module in FED:
+            values = (values.reshape(shape) * factors.astype(values.dtype)).reshape(-1)
+        rows[number] = (name, dtype, shape, values.tobytes())
+
+
+@pytest.fixture(scope="module")
+def by_awq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized checkpoint of what the parent is after AWQ; mquant.json says so."""
+    folder = tmp_path_factory.mktemp("awq")
+    out = quantize_nvfp4(make_checkpoint(folder / "src", edit=_scale), folder / "out")
+    record = read_json(out / RECORD)
+    record["recipe"]["smoothing"] = "awq"
+    write_json(out / RECORD, record)
+    return out
+
+
+def test_what_awq_scaled_is_the_parents_but_for_the_norms_factors(
+    by_awq: Path, parent: Path
+) -> None:
+    assert full(by_awq, parent) == {}
+    # Both norms of two layers, and w2 and w3 of eight experts, of which no norm tells.
+    assert judged(by_awq, parent, Depth.FULL, ("info",))["scaled-not-compared"] == (
+        f"{LAYER}block_sparse_moe.experts.0.w2 was scaled by AWQ: not compared (and 19 more like "
+        "it)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("edit", "rule"),
+    [
+        (changed(f"{QUERY}.weight_packed", data=swap_nibbles), "weight-beyond-bound"),
+        (swapped(f"{MOE}.experts.0.w1", f"{MOE}.experts.1.w1"), "weight-beyond-bound"),
+        (changed(GATE, data=setting(3, 0x55)), "weight-beyond-bound"),
+        (to_bf16, "kept-tensor-differs"),
+        (changed(f"{LAYER}self_attn.q_norm.weight", data=setting(1, 0)), "kept-tensor-differs"),
+        (
+            changed(f"{LAYER}input_layernorm.weight", data=lambda values: values[::-1].copy()),
+            "weight-beyond-bound",
+        ),
+    ],
+)
+def test_what_awq_does_not_explain_is_found(
+    by_awq: Path, parent: Path, tmp_path: Path, edit: Edit, rule: str
+) -> None:
+    assert rule in full(mutated(by_awq, tmp_path, edit=edit), parent)
+
+
+def test_a_norm_that_is_0_in_both_tells_nothing(by_awq: Path, parent: Path, tmp_path: Path) -> None:
+    zero = changed(f"{LAYER}input_layernorm.weight", data=setting(slice(0, 2), 0))
+    ours = mutated(by_awq, tmp_path / "ours", edit=zero)
+    theirs = mutated(parent, tmp_path / "theirs", edit=zero)
+
+    assert full(ours, theirs) == {}
+    told = judged(ours, theirs, Depth.FULL, ("info",))["scaled-not-compared"]
+    assert told.endswith("(and 22 more like it).")  # q, k and v, too
+
+
+def test_without_the_record_what_awq_scaled_is_not_the_parents(
+    by_awq: Path, parent: Path, tmp_path: Path
+) -> None:
+    bad = mutated(by_awq, tmp_path)
+    (bad / RECORD).unlink()
+    assert full(bad, parent).keys() == {"kept-tensor-differs", "weight-beyond-bound"}
 
 
 def test_another_model_is_no_parent(good: Path, tmp_path: Path) -> None:

@@ -301,7 +301,9 @@ def test_to_quantize_again_is_refused_where_intact_tensors_were_made_otherwise(
         (bad / RECORD).unlink()
     told = refusal(bad)
     assert told.rule == "recipe-not-known"
-    how = "recipe nvfp4, which mquant.json names" if keep_record else "any known recipe"
+    how = (
+        "recipe nvfp4, which mquant.json names" if keep_record else "any recipe that needs no data"
+    )
     assert told.message == (
         f"{EXPERT}w1, {EXPERT}w3, {EXPERT}w2 must be quantized again, but what is intact was not "
         f"made from this parent with {how}."

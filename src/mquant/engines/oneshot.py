@@ -116,6 +116,8 @@ def run(
         stack.callback(watch_routing(model, drain, emit) if samples else lambda: None)
         calibrate(model, modifiers, samples)
         session.reset()
+        if scaled:  # what is left would be copied, which it must not be
+            raise EngineError(f"AWQ did not hand over {min(scaled.values())}.")
 
 
 def calibrate(
@@ -150,7 +152,7 @@ class Drain:
         """Hand over a calibrated module's tensors."""
         if module in self.scaled:
             weight: Any = module.weight
-            self.write(f"{self.scaled[module]}.weight", as_bytes(weight))
+            self.write(f"{self.scaled.pop(module)}.weight", as_bytes(weight))
             return
         for suffix, tensor in compress(module, self.pool).items():
             self.write(f"{self.names[module]}.{suffix}", as_bytes(tensor))

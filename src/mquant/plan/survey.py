@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mquant.checkpoint import Checkpoint, TensorInfo
-from mquant.family import MOST_LAYERS, Family, Meaning, Role, TensorRow, family_of
+from mquant.family import Family, Meaning, Role, TensorRow, family_of
 from mquant.findings import Finding, names
+from mquant.formulas import MOST_LAYERS
 from mquant.plan.stored import Form, Stored, find_stored
 from mquant.schemes import QUANTIZED_SUFFIXES
 

@@ -2,7 +2,7 @@
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from functools import partial
@@ -10,15 +10,18 @@ from typing import Any, Final
 
 import numpy as np
 
+import mquant.verify.against_rules  # noqa: F401 -- registers the rules
 from mquant.checkpoint import Source, TensorInfo, has_chat_template
 from mquant.checkpoint.hub import HubRepo
 from mquant.events import Emit, Progress, silent
 from mquant.family import Role
 from mquant.findings import Finding, names
+from mquant.verify.decode import Floats
 from mquant.verify.formats import kind_of
 from mquant.verify.layout import Layout, Module
 from mquant.verify.numbers import PIECE, THREADS, in_order, read
-from mquant.verify.rules import Rule, finding, register
+from mquant.verify.rules import finding
+from mquant.verify.scaled import Scaling, scaled
 from mquant.verify.tally import Tally
 from mquant.verify.weights import TYPICAL, Weight, decodable, weight_of
 
@@ -44,95 +47,6 @@ Break = tuple[str, str, str]
 Job = tuple[int, Callable[[], list[Break]]]
 
 
-def _rule(name: str, what: str, why: str, fix: str, *, warns: bool = False) -> Rule:
-    return Rule(name, "warning" if warns else "error", "against", what, why, fix)
-
-
-register(
-    _rule(
-        "parent-tensor-missing",
-        "Every tensor of the parent is there, plain or quantized.",
-        "What is missing stays uninitialised: vLLM does not look in quantized models.",
-        "Quantize again, or copy the tensors from the parent.",
-    ),
-    _rule(
-        "parent-lacks-tensor",
-        "Every tensor belongs to one of the parent's.",
-        "It is another model, or loaders drop the tensor.",
-        "Give the parent it was made from, or remove the tensor.",
-    ),
-    _rule(
-        "kept-tensor-differs",
-        "What is not quantized is bit-identical to the parent, dtype included.",
-        "A router cast from F32 to BF16 sends tokens to other experts.",
-        "Copy the tensor from the parent.",
-    ),
-    _rule(
-        "weight-beyond-bound",
-        "Dequantized weights are as near to the parent's as rounding leaves them: in NVFP4, "
-        "within amax/3 * 17/16 of each block.",
-        "Swapped nibbles, rows, experts or scales load without an error.",
-        "Quantize again. Methods that change weights on purpose (AWQ, SmoothQuant) have "
-        "no parent to be compared with.",
-    ),
-    _rule(
-        "weight-error-high",
-        "The relative error of a whole weight is one that rounding explains (NVFP4: about 0.1).",
-        "The scales are badly chosen, or of another weight.",
-        "Quantize again, and compare the tools.",
-        warns=True,
-    ),
-    _rule(
-        "weight-not-compared",
-        "Quantized weights are in a layout that verify can dequantize.",
-        "Whether the others are near the parent's, nobody has looked.",
-        "Compare them with the tool that wrote them; those of NVFP4, ModelOpt, FP8 and symmetric "
-        "integers of 4 and 8 bits are compared here.",
-        warns=True,
-    ),
-    Rule(
-        "scaled-not-compared",
-        "info",
-        "against",
-        "What AWQ scaled has the parent's dtype and shape.",
-        "It multiplies weights' columns, routers' too, and divides the norms before them.",
-        "Nothing to do: mquant eval --against says what it makes of a text.",
-    ),
-    _rule(
-        "config-key-lost",
-        "config.json has every key of the parent's.",
-        "Loaders take a default, and compute something else: rope_theta, rotary_dim.",
-        "Copy the keys from the parent's config.json.",
-    ),
-    _rule(
-        "config-key-differs",
-        "config.json says what the parent's says.",
-        "Loaders compute something else than the model was trained for.",
-        "Copy the keys from the parent's config.json.",
-    ),
-    _rule(
-        "side-file-missing",
-        "Tokenizer, chat template, generation config and model code of the parent are there.",
-        "Without them engines do not serve it, or with other prompts and sampling.",
-        "Copy the files from the parent.",
-    ),
-    _rule(
-        "side-file-differs",
-        "Tokenizer, chat template, generation config and model code are the parent's.",
-        "Another template or tokenizer is another model to its users.",
-        "Copy the files from the parent.",
-        warns=True,
-    ),
-    _rule(
-        "licence-missing",
-        "The parent's licence is there.",
-        "Most licences ask for it in every copy.",
-        "Copy the file from the parent.",
-        warns=True,
-    ),
-)
-
-
 def check_against(
     layout: Layout,
     parent: Layout,
@@ -148,12 +62,13 @@ def check_against(
     last layer, one expert in each layer, and 64 rows of each; the same ones every time. What is
     not quantized is compared whole, but for hub repos, where large tensors are sampled too.
     Unless weights were rounded `to_nearest` (GPTQ makes up for each column's error in the next),
-    they are held against the parent's as a whole, not one by one. What AWQ `smoothed` is not.
+    they are held against the parent's as a whole, not one by one. What AWQ `smoothed` is compared
+    where a norm tells how columns were scaled.
     Raises SourceError where data cannot be read.
     """
     tally = Tally()
-    scaled = _scaled(parent) if smoothed else frozenset[str]()
-    jobs = list(_jobs(layout, parent, everything, to_nearest, scaled, tally))
+    scaling = Scaling(layout, parent) if smoothed else None
+    jobs = list(_jobs(layout, parent, everything, to_nearest, scaling, tally))
     done, total = 0, sum(size for size, _ in jobs)
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
         try:
@@ -175,7 +90,7 @@ def _jobs(
     parent: Layout,
     everything: bool,
     to_nearest: bool,
-    scaled: Collection[str],
+    scaling: Scaling | None,
     tally: Tally,
 ) -> Iterator[Job]:
     local = not any(isinstance(each.checkpoint.source, HubRepo) for each in (layout, parent))
@@ -188,10 +103,14 @@ def _jobs(
         if mine is None:
             lost = next(iter(theirs.tensors.values())).name
             tally.add("parent-tensor-missing", lost, f"{lost} of the parent is missing")
-        elif name in scaled:
-            tally.add("scaled-not-compared", name, f"{name} was scaled by AWQ: not compared")
+        elif scaling and theirs in scaling:
             if not mine.quantized:
-                deque(_kept(layout, parent, mine, theirs, False, tally), maxlen=0)
+                deque(_kept(layout, parent, mine, theirs, False, tally), maxlen=0)  # dtype, shape
+            if (factors := scaling.factors(theirs)) is None:
+                message = f"{name} was scaled by AWQ: not compared"
+                tally.add("scaled-not-compared", name, message)
+            elif everything or _in_sample(mine, last, parent):
+                yield from _rounded(layout, parent, mine, theirs, everything, to_nearest, factors)
         elif kind_of(layout, mine) is None and kind_of(parent, theirs) is None:
             yield from _kept(layout, parent, mine, theirs, everything or local, tally)
         elif foreign := _undecodable(layout, mine) or _undecodable(parent, theirs):
@@ -199,14 +118,6 @@ def _jobs(
             tally.add("weight-not-compared", name, message)
         elif everything or _in_sample(mine, last, parent):
             yield from _rounded(layout, parent, mine, theirs, everything, to_nearest)
-
-
-def _scaled(parent: Layout) -> frozenset[str]:
-    """The modules that AWQ may scale."""
-    groups = parent.family.smoothings if parent.family else ()
-    rows = {row.name for group in groups for row in group}
-    modules = parent.modules.values()
-    return frozenset(m.name for m in modules if m.meaning and m.meaning.row.name in rows)
 
 
 def _undecodable(layout: Layout, module: Module) -> str:
@@ -288,10 +199,13 @@ def _rounded(
     theirs: Module,
     everything: bool,
     to_nearest: bool,
+    factors: Floats | None = None,
 ) -> Iterator[Job]:
     weight, original = weight_of(layout, mine), weight_of(parent, theirs)
     if weight is None or original is None:
         return
+    if factors is not None:
+        original = scaled(original, factors)
     if weight.shape != original.shape:
         message = f"{mine.name} is {list(weight.shape)}; the parent's is {list(original.shape)}"
         yield 0, lambda: [("weight-beyond-bound", mine.name, message)]
@@ -323,7 +237,7 @@ def _differences(
     step = max(1, PIECE // 4 // columns)
     error = power = 0.0
     name = weight.module.name
-    kind = weight.kind or original.kind
+    kind = weight.kind or original.kind or "scaling"
     for start in range(first, last, step):
         end = min(start + step, last)
         mine, theirs = weight.rows(start, end), original.rows(start, end).values

@@ -351,7 +351,11 @@ def _needs_data(mending: Mending, stated: Recipe) -> Finding:
 
 def _unknown(mending: Mending, stated: Recipe | None) -> Finding:
     lost = [action.module for action in mending.replaced if action.scheme]
-    how = f"recipe {stated.name}, which mquant.json names" if stated else "any known recipe"
+    how = (
+        f"recipe {stated.name}, which mquant.json names"
+        if stated
+        else "any recipe that needs no data"
+    )
     what = (
         f"what is intact was not made from this parent with {how}"
         if _intact(mending)

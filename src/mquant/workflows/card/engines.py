@@ -78,12 +78,16 @@ NVFP4: Final = (
 FP8: Final = (
     Engine("vLLM", "0.32.0", "yes", "Weights and activations in 8-bit floating point.", _LOADED),
 )
+INT4: Final = (
+    Engine("vLLM", "0.32.0", "yes", "Weights in 4-bit integers, multiplied in 16 bits.", _LOADED),
+)
 
 ENGINES: Final[dict[str, tuple[Engine, ...]]] = {
     "NVFP4A16": NVFP4A16,
     "NVFP4": NVFP4,
     "FP8_DYNAMIC": FP8,
     "FP8_BLOCK": FP8,
+    "W4A16": INT4,
 }
 
 HARDWARE: Final[dict[str, str]] = {

@@ -125,7 +125,7 @@ def _scheme(layout: Layout) -> str:
     Only what decides the arithmetic is compared: tools differ in what else they write.
     """
     kinds = {kind_of(layout, module) for module in layout.quantized}
-    if len(kinds) != 1 or not kinds <= {Kind.NVFP4, Kind.FP8}:
+    if len(kinds) != 1 or not kinds <= {Kind.NVFP4, Kind.FP8, Kind.INT}:
         return ""
     said = list(groups(layout))
     for name, scheme in SCHEMES.items():
