@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,19 +208,42 @@ def judged(row: Row, model: Path, out: Path, judge: Judge, where: Path) -> Row:
     """The numbers of a quantized checkpoint."""
     plain = where / "plain"
     shutil.rmtree(plain, ignore_errors=True)
-    done = run("dequantize", out, "-o", plain, check=False)
-    if done.returncode:
-        return Row(row.name, note=done.stderr.strip().splitlines()[0])
-    row.kl, row.perplexity = judge.of(plain)
     parent, quantized = open_checkpoint(Folder(model)), open_checkpoint(Folder(out))
+    row.size = quantized.nbytes / parent.nbytes
+    if quantized.config["quantization_config"]["format"] == "pack-quantized":
+        unpack(out, plain)
+        row.kl, row.perplexity = judge.of(plain)
+        return row  # AWQ scales weights: they are no approximation of the parent's
+    run("dequantize", out, "-o", plain)
+    row.kl, row.perplexity = judge.of(plain)
     errors = []
     for name, weight in weights_of(plain).items():
         original = values(parent, name).astype(np.float32)
         if name not in quantized.tensors or quantized.tensors[name].dtype != "BF16":
             errors.append(np.linalg.norm(weight - original) / np.linalg.norm(original))
     row.error = float(np.mean(errors))
-    row.size = quantized.nbytes / parent.nbytes
     return row
+
+
+def unpack(out: Path, plain: Path) -> None:
+    """INT4 in groups to BF16, by compressed-tensors' own reading of it."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    shutil.copytree(out, plain, ignore=shutil.ignore_patterns("*.safetensors*", "mquant.json"))
+    tensors = {
+        key: value for file in out.glob("*.safetensors") for key, value in load_file(file).items()
+    }
+    for packed in [key for key in tensors if key.endswith(".weight_packed")]:
+        name = packed.removesuffix("_packed")
+        shape = torch.Size(tensors.pop(f"{name}_shape").tolist())
+        scale = tensors.pop(f"{name}_scale")
+        codes = unpack_from_int32(tensors.pop(packed), 4, shape)
+        groups = codes.view(shape[0], scale.shape[1], -1) * scale.unsqueeze(-1)
+        tensors[name] = groups.reshape(shape).to(torch.bfloat16)
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text("utf-8"))
+    config.pop("quantization_config")
+    (plain / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def weights_of(folder: Path) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
@@ -247,8 +270,9 @@ def table(rows: list[Row]) -> str:
         if row.note:
             lines.append(f"| {row.name} | {row.note} | | | | |")
             continue
+        error = "" if math.isnan(row.error) else f"{row.error:.4f}"
         lines.append(
-            f"| {row.name} | {row.size:.1%} | {row.error:.4f} | {row.kl:.5f} | "
+            f"| {row.name} | {row.size:.1%} | {error} | {row.kl:.5f} | "
             f"{row.perplexity:.3f} | {row.seconds:.1f} |"
         )
     return "\n".join(lines) + "\n"
@@ -270,15 +294,16 @@ def page(results: list[tuple[Path, Judge, list[Row]]]) -> str:
 
 def summary(results: list[list[Row]]) -> str:
     """KL beside expanded MSE's, over all models."""
-    by_name = [{row.name: row for row in rows} for rows in results]
     base = OBSERVERS["nvfp4_expanded_mse"]
-    number: Callable[[str], float] = lambda name: float(  # noqa: E731
-        np.mean([rows[name].kl / rows[base].kl for rows in by_name if name in rows])
-    )
-    lines = ["## Beside llmcompressor's expanded MSE\n", "| | KL over its KL, mean of the models |"]
-    lines.append("| --- | --- |")
-    measured = [name for name, row in by_name[0].items() if not row.note]
-    lines += [f"| {name} | {number(name):.3f} |" for name in measured]
+    ratios: dict[str, list[float]] = {}
+    for rows in results:
+        least = next(row.kl for row in rows if row.name == base)
+        for row in rows:
+            if not row.note:
+                ratios.setdefault(row.name, []).append(row.kl / least)
+    lines = ["## Beside llmcompressor's expanded MSE\n"]
+    lines += ["| | KL over its KL, mean of the models | models |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {np.mean(kls):.3f} | {len(kls)} |" for name, kls in ratios.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -292,7 +317,8 @@ large model loses.
 is how far the next-token distribution is from the parent's. Activations are not quantized here:
 recipes that do so are shown by their weights alone. *seconds*: `mquant` as a whole process,
 start-up included; llmcompressor's observers on weights in memory, alone. `nvfp4-gptq` is
-llmcompressor's GPTQ: the tests hold every tensor of it equal to plain `oneshot`'s.
+llmcompressor's GPTQ, and `w4a16-awq` its AWQ: the tests hold every tensor of them equal to plain
+`oneshot`'s. What AWQ scaled has no weight error against the parent.
 """
 
 
