@@ -137,9 +137,14 @@ def test_without_the_extra_one_sentence_names_it(monkeypatch: pytest.MonkeyPatch
     assert not Path("out").exists()
 
 
-def test_a_cluster_that_does_not_answer_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "nonsense")
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:9", "ray://127.0.0.1:10001"])
+def test_a_cluster_that_does_not_answer_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], address: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
     result = quantize("-o", "out", "--cluster", "ray")
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: There is no Ray cluster at nonsense: ")
+    assert result.stderr.startswith(f"Error: There is no Ray cluster at {address}: ")
+    assert len(result.stderr.splitlines()) == 2
+    assert capfd.readouterr() == ("", "")
     assert not (Path("out") / SHARES).exists()
