@@ -90,9 +90,10 @@ def test_only_the_cluster_imports_ray() -> None:
 
 def loaded_by(*arguments: str) -> set[str]:
     """The heavy modules that a command has loaded when it ends; it must succeed."""
+    slow = HEAVY | {"numba", "ray"}
     code = (
         "import atexit, sys; from mquant.cli import main\n"
-        f"atexit.register(lambda: print('LOADED', *({HEAVY | {'numba', 'ray'}!r} & set(sys.modules))))\n"
+        f"atexit.register(lambda: print('LOADED', *({slow!r} & set(sys.modules))))\n"
         "main()"
     )
     command = [sys.executable, "-c", code, *arguments]

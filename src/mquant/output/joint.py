@@ -59,6 +59,8 @@ def read_joint(out: Path) -> Joint | None:
                 return Joint(of, fingerprint, order)
     except ValueError:
         pass
+    if not os.path.lexists(out / SHARES):
+        return None  # the run was finished just then
     raise OutputError(f"{out / SHARES} is not as mquant writes it.", _AWAY)
 
 
@@ -70,7 +72,12 @@ def look(out: Path, sources: Sequence[Path], joint: Joint) -> State:
     """
     found = read_joint(out)
     if found is None:
-        state = examine(out, sources, joint.fingerprint, restart=False).state
+        try:
+            state = examine(out, sources, joint.fingerprint, restart=False).state
+        except OutputError:
+            if os.path.lexists(out / SHARES):  # somebody claimed OUT just then
+                return look(out, sources, joint)
+            raise
         if state is State.UNFINISHED:
             raise OutputError(
                 f"{out} is being made as a whole, not in shares.",
