@@ -21,7 +21,7 @@ from judges import hashes
 from make import Row, make_checkpoint
 from mquant.errors import EngineError, MquantError, OutputError, Refused
 from mquant.events import Emit, Event, Note, Progress, silent
-from mquant.output import SHARES, ledger_name
+from mquant.output import SHARES, is_taken, ledger_name
 from mquant.workflows import cluster
 from mquant.workflows.cluster import quantize_on_ray
 from mquant.workflows.order import Order
@@ -266,13 +266,24 @@ def test_interrupted_it_goes_on(src: Path, expected: dict[str, str], tmp_path: P
         on_ray(src, out, once_begun(out, 2, interrupt))
     assert not (out / "config.json").exists()
     run = run_of(src, out)
+    assert not any(is_taken(out, number, run.joint.of) for number in run.numbers)
     done = sum(map(run.done_bytes, run.numbers))
     assert done > 0
     events: list[Event] = []
     on_ray(src, out, events.append)
     first = next(event for event in events if isinstance(event, Progress))
-    assert first.done == done, "nobody was at work any more"
+    assert first.done == done
     assert hashes(out) == expected
+
+
+@pytest.mark.parametrize(
+    ("tasks", "workers", "cpus", "threads"),
+    [(5, None, 1, 2), (1, None, 2, 3), (5, 1, 1, 1), (5, 2, 1, 2), (5, 9, 2, 9)],
+)
+def test_tasks_share_out_the_cpus_and_have_a_thread_more(
+    tasks: int, workers: int | None, cpus: int, threads: int
+) -> None:
+    assert cluster._fit(tasks, workers, silent) == (cpus, threads)
 
 
 def test_shares_that_were_made_by_jobs_are_not_made_again(
