@@ -344,6 +344,39 @@ def test_what_is_refused_is_refused_before_a_task_is_sent_out(
     assert not (tmp_path / "out").exists()
 
 
+CONNECT = """
+import os, signal
+from mquant.events import silent
+from mquant.workflows.cluster import _connected
+def ours(signum, frame): raise KeyboardInterrupt
+signal.signal(signal.SIGTERM, ours)
+told = 0
+with _connected(silent):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        told += 1
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+except KeyboardInterrupt:
+    told += 1
+print("told", told)
+"""
+
+
+def test_sigterm_stays_ours_while_connected_and_after_and_nothing_is_printed(
+    two_workers: str,
+) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", CONNECT],
+        env={**os.environ, "RAY_ADDRESS": two_workers},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "told 2\n", "")
+
+
 DRIVER = """
 from pathlib import Path
 from test_cluster import connect, on_ray

@@ -215,18 +215,29 @@ def _connected(emit: Emit) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    try:
+        with _keeping_sigterm():
+            _connect(emit)
+        yield
+    finally:
+        with _keeping_sigterm():
+            ray.shutdown()
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Leave SIGTERM to whoever had it before, and make Ctrl-C of what Ray makes of it meanwhile.
+
+    `init` puts Ray's own handler in its place, `shutdown` none at all.
+    """
     before = signal.getsignal(signal.SIGTERM)
     try:
-        _connect(emit)
-    except SystemExit:  # what Ray makes of SIGTERM meanwhile
+        yield
+    except SystemExit:
         raise KeyboardInterrupt from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _connect(emit: Emit) -> None:
