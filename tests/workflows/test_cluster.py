@@ -300,6 +300,16 @@ def test_shares_that_were_made_by_jobs_are_not_made_again(
     assert hashes(out) == expected
 
 
+def test_where_all_shares_are_done_no_task_is_sent_out(
+    src: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (1, 2):
+        shares_of(src, tmp_path / "out", 2, SHARD_BYTES).make(number)
+    monkeypatch.setattr(cluster, "_connected", None)
+    assert on_ray(src, tmp_path / "out").fresh
+    assert hashes(tmp_path / "out") == expected
+
+
 @pytest.mark.parametrize("what", ["out", "source"])
 def test_a_node_that_does_not_see_the_storage_is_named(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str

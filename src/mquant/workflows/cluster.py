@@ -60,18 +60,19 @@ def quantize_on_ray(
     if run.look() is State.DONE:
         return Result(out, plan, Engine.STREAM, fresh=False)
     run.check_disk()
-    with _connected(emit):
-        if run.claim() is not State.DONE:
-            _share_out(run, order, workers, emit)
+    todo = [n for n in run.numbers if run.parts[n - 1].shards and not run.is_done(n)]
+    if todo:
+        with _connected(emit):
+            if run.claim() is not State.DONE:
+                _share_out(run, order, todo, workers, emit)
     made = run.finish(emit)
     return Result(out, plan, Engine.STREAM, fresh=made is not None)
 
 
-def _share_out(run: Shares, order: Order, workers: int | None, emit: Emit) -> None:
-    """Have all shares made that are not."""
+def _share_out(run: Shares, order: Order, todo: list[int], workers: int | None, emit: Emit) -> None:
+    """Have the shares with these numbers made."""
     import ray
 
-    todo = [n for n in run.numbers if run.parts[n - 1].shards and not run.is_done(n)]
     cpus, threads = _fit(len(todo), workers, emit)
     task: Any = ray.remote(_task()).options(
         num_cpus=cpus, max_retries=_RETRIES, retry_exceptions=False, scheduling_strategy="SPREAD"
