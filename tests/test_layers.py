@@ -93,11 +93,17 @@ def test_only_engines_import_what_is_heavy() -> None:
         assert not {name.split(".")[0] for name in imported(path)} & HEAVY, path
 
 
+def test_only_the_cluster_imports_ray() -> None:
+    for path in (path for path in FILES if path != ROOT / "workflows/cluster.py"):
+        assert "ray" not in {name.split(".")[0] for name in imported(path)}, path
+
+
 def loaded_by(*arguments: str) -> set[str]:
     """The heavy modules that a command has loaded when it ends; it must succeed."""
+    slow = HEAVY | {"numba", "ray"}
     code = (
         "import atexit, sys; from mquant.cli import main\n"
-        f"atexit.register(lambda: print('LOADED', *({HEAVY | {'numba'}!r} & set(sys.modules))))\n"
+        f"atexit.register(lambda: print('LOADED', *({slow!r} & set(sys.modules))))\n"
         "main()"
     )
     command = [sys.executable, "-c", code, *arguments]

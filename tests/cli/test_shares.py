@@ -1,11 +1,16 @@
 """`mquant quantize --job`, `mquant finish` and `--cluster`, as a person uses them."""
 
 import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from jsonschema import ValidationError
 from typer.testing import CliRunner, Result
 
 from judges import hashes
@@ -137,9 +142,49 @@ def test_without_the_extra_one_sentence_names_it(monkeypatch: pytest.MonkeyPatch
     assert not Path("out").exists()
 
 
-def test_a_cluster_that_does_not_answer_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "nonsense")
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:9", "ray://127.0.0.1:10001"])
+def test_a_cluster_that_does_not_answer_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], address: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
     result = quantize("-o", "out", "--cluster", "ray")
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: There is no Ray cluster at nonsense: ")
+    assert result.stderr.startswith(f"Error: There is no Ray cluster at {address}: ")
+    assert len(result.stderr.splitlines()) == 2
+    assert capfd.readouterr() == ("", "")
     assert not (Path("out") / SHARES).exists()
+
+
+# --- docs/scale-out.md
+
+PAGE = (Path(__file__).parents[2] / "docs/scale-out.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_the_slurm_script_makes_the_share_that_slurm_counts() -> None:
+    script = blocks("bash")[0]
+    for number in (1, 2):
+        slurm = {"SLURM_ARRAY_TASK_ID": f"{number}", "SLURM_ARRAY_TASK_COUNT": "2"}
+        environment = {**os.environ, "SRC": "model", "OUT": "out", **slurm}
+        subprocess.run(["bash", "-c", script], check=True, env=environment, capture_output=True)
+    assert mquant("finish", "out").exit_code == 0
+
+
+def test_the_shell_commands_are_shell() -> None:
+    for block in blocks("bash"):
+        subprocess.run(["bash", "-n", "-c", block], check=True)
+
+
+def test_the_cluster_file_is_as_ray_wants_it() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    cluster = yaml.safe_load(blocks("yaml")[0])
+    validate_config({**cluster, "cluster_synced_files": []})
+    filled = prepare_config(cluster)  # with Ray's own defaults: how it is started
+    validate_config(filled)
+    assert filled["available_node_types"]["local.cluster.node"]["min_workers"] == 3
+    with pytest.raises(ValidationError):
+        validate_config({**cluster, "workers": 3})

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fakehub import FakeHub, hub
 from judges import hashes
 from killed import finish_and_die, make_shares, share_and_die
 from make import make_checkpoint
+from mquant import __version__
 from mquant.checkpoint import open_checkpoint
 from mquant.checkpoint.hub import HubRepo
 from mquant.errors import InUse, MquantError, OutputError, SourceError, UsageError
@@ -255,6 +257,14 @@ def test_another_plan_is_refused_with_both_values(src: Path, made: Path) -> None
     assert error.message.startswith(f"{made} was made from something else: plan was ")
 
 
+def test_another_mquant_is_refused(src: Path, made: Path, tmp_path: Path) -> None:
+    out = copy(made, tmp_path / "out")
+    (out / SHARES).write_text((out / SHARES).read_text().replace(__version__, "9.9.9"))
+    for run in (partial(shares_of(src, out, 3, SMALL).make, 1), partial(finish_shares, out)):
+        error = refused(OutputError, run)
+        assert error.message == f"{out} was begun by mquant 9.9.9, this is mquant {__version__}."
+
+
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_whole_run_into_shares_is_refused(src: Path, made: Path, *, restart: bool) -> None:
     plan = plan_of(src, max_shard_bytes=SMALL)
@@ -324,6 +334,7 @@ def ordered(**changes: Any) -> Any:
     "edit",
     [
         edited(schema="mquant.shares/2"),
+        edited(mquant=None),
         edited(of=0),
         edited(of=10**9),
         edited(of="3"),

@@ -15,6 +15,7 @@ from mquant.output.folder import RECORD, Claim, State, discard, examine, is_fini
 from mquant.output.joint import (
     MOST_SHARES,
     Joint,
+    check_version,
     claim,
     dissolve,
     is_taken,
@@ -45,6 +46,7 @@ __all__ = [
     "ShardSet",
     "State",
     "apply",
+    "check_version",
     "claim",
     "complete_shards",
     "config_json",

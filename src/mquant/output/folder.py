@@ -170,6 +170,8 @@ def _refuse_overlap(out: Path, source: Path) -> None:
 
 def _is_claim(path: Path) -> bool:
     """Whether a file is there only because somebody claims OUT, or was stopped while they did."""
+    if not os.path.lexists(path):
+        return True  # they have let go of it by now
     if path.name == SHARES + PARTIAL:
         return path.is_file() and not path.is_symlink()
     found = read_ledger(path.parent, path.name) if is_ledger(path.name) else None

@@ -3,7 +3,7 @@
 `mquant-shares.json` says what is made, in how many shares, and in answer to what order. Whoever is
 first writes it, and it goes last of all when the run is finished:
 
-    {"schema": "mquant.shares/1", "of": 16, "fingerprint": {...}, "order": {...}}
+    {"schema": "mquant.shares/1", "mquant": "0.1.0", "of": 16, "fingerprint": {...}, "order": {...}}
 
 Each share has a ledger of its own, which its process holds locked while it is at work. The lock of
 OUT itself is held for a moment by whoever begins a share, and by who finishes the run until that is
@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from mquant import __version__
 from mquant.errors import InUse, OutputError
 from mquant.output.disk import fsync_folder, out_of_space, read_own
 from mquant.output.finish import write_file
@@ -36,11 +37,16 @@ _AWAY: Final = "Give another folder with -o, or delete this one."
 
 @dataclass(frozen=True)
 class Joint:
-    """What a run in shares makes, and in how many; `order` is for whoever makes the plan again."""
+    """What a run in shares makes, and in how many; `order` is for whoever makes the plan again.
+
+    `mquant` is the version of whoever began it. All take part with the same one: nobody sees all
+    machines, and one with other arithmetic would spoil its share alone.
+    """
 
     of: int
     fingerprint: dict[str, Any]
     order: dict[str, Any]
+    mquant: str = __version__
 
 
 def read_joint(out: Path) -> Joint | None:
@@ -52,13 +58,16 @@ def read_joint(out: Path) -> Joint | None:
         match parse_json(raw or b""):
             case {
                 "schema": str(schema),
+                "mquant": str(version),
                 "of": int(of),
                 "fingerprint": dict(fingerprint),
                 "order": dict(order),
             } if schema == _SCHEMA and 1 <= of <= MOST_SHARES:
-                return Joint(of, fingerprint, order)
+                return Joint(of, fingerprint, order, version)
     except ValueError:
         pass
+    if not os.path.lexists(out / SHARES):
+        return None  # the run was finished just then
     raise OutputError(f"{out / SHARES} is not as mquant writes it.", _AWAY)
 
 
@@ -70,13 +79,19 @@ def look(out: Path, sources: Sequence[Path], joint: Joint) -> State:
     """
     found = read_joint(out)
     if found is None:
-        state = examine(out, sources, joint.fingerprint, restart=False).state
+        try:
+            state = examine(out, sources, joint.fingerprint, restart=False).state
+        except OutputError:
+            if os.path.lexists(out / SHARES):  # somebody claimed OUT just then
+                return look(out, sources, joint)
+            raise
         if state is State.UNFINISHED:
             raise OutputError(
                 f"{out} is being made as a whole, not in shares.",
                 "Run that command again, without --job and --cluster; or give another -o.",
             )
         return state
+    check_version(out, found)
     if found.fingerprint != joint.fingerprint:
         raise other_run(out, found.fingerprint, joint.fingerprint, _AWAY)
     if found.of != joint.of:
@@ -85,6 +100,16 @@ def look(out: Path, sources: Sequence[Path], joint: Joint) -> State:
             f"Take shares of {found.of}, as in --job 1/{found.of}; or give another folder with -o.",
         )
     return State.UNFINISHED
+
+
+def check_version(out: Path, joint: Joint) -> None:
+    """Raise OutputError where another mquant began a run."""
+    if joint.mquant != __version__:
+        began = joint.mquant[:40]
+        raise OutputError(
+            f"{out} was begun by mquant {began}, this is mquant {__version__}.",
+            f"Use mquant {began} here too; or begin anew in another folder.",
+        )
 
 
 def claim(out: Path, sources: Sequence[Path], joint: Joint) -> State:
@@ -162,6 +187,7 @@ def dissolve(out: Path) -> None:
 __all__ = [
     "MOST_SHARES",
     "Joint",
+    "check_version",
     "claim",
     "dissolve",
     "is_taken",

@@ -37,7 +37,7 @@ MOST_BYTES: Final = 64_000_000
 _MOST_JOBS: Final = 4 * MAX_TENSORS
 _SHARED: Final = re.compile(r"mquant-run\.[1-9]\d{0,4}-of-[1-9]\d{0,4}\.jsonl", re.ASCII)
 _TAKEN: Final = frozenset({errno.EAGAIN, errno.EACCES})  # EACCES: on some network file systems
-_PAUSE_SECONDS: Final = 0.1
+_PAUSE_SECONDS: Final = 0.05
 
 
 def ledger_name(number: int, of: int) -> str:

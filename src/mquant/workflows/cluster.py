@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +39,7 @@ Sentences = tuple[str, str]
 _RETRIES: Final = 5
 _LOOK_SECONDS: Final = 1.0
 _STOP_SECONDS: Final = 30.0
+_ANSWER_SECONDS: Final = 5.0
 # A network file system lets go of a lost node's locks after its lease, of 90 seconds as a rule.
 _LOCK_SECONDS: Final = 150.0
 _SAME_PATH: Final = "Put source and OUT on storage that all nodes mount at the same path."
@@ -58,18 +60,19 @@ def quantize_on_ray(
     if run.look() is State.DONE:
         return Result(out, plan, Engine.STREAM, fresh=False)
     run.check_disk()
-    with _connected(emit):
-        if run.claim() is not State.DONE:
-            _share_out(run, order, workers, emit)
+    todo = [n for n in run.numbers if run.parts[n - 1].shards and not run.is_done(n)]
+    if todo:
+        with _connected(emit):
+            if run.claim() is not State.DONE:
+                _share_out(run, order, todo, workers, emit)
     made = run.finish(emit)
     return Result(out, plan, Engine.STREAM, fresh=made is not None)
 
 
-def _share_out(run: Shares, order: Order, workers: int | None, emit: Emit) -> None:
-    """Have all shares made that are not."""
+def _share_out(run: Shares, order: Order, todo: list[int], workers: int | None, emit: Emit) -> None:
+    """Have the shares with these numbers made."""
     import ray
 
-    todo = [n for n in run.numbers if run.parts[n - 1].shards and not run.is_done(n)]
     cpus, threads = _fit(len(todo), workers, emit)
     task: Any = ray.remote(_task()).options(
         num_cpus=cpus, max_retries=_RETRIES, retry_exceptions=False, scheduling_strategy="SPREAD"
@@ -213,38 +216,76 @@ def _connected(emit: Emit) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
     try:
-        _connect(emit)
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray has put its own in place
-    try:
+        with _keeping_sigterm():
+            _connect(emit)
         yield
     finally:
-        ray.shutdown()
+        with _keeping_sigterm():
+            ray.shutdown()
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Leave SIGTERM to whoever had it before, and make Ctrl-C of what Ray makes of it meanwhile.
+
+    `init` puts Ray's own handler in its place, `shutdown` none at all.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _connect(emit: Emit) -> None:
     import ray
 
     named = os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.CRITICAL,
-        "include_dashboard": False,
-    }
     try:
-        ray.init(**quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        if named or not isinstance(error, ConnectionError):
-            raise EngineError(
-                f"There is no Ray cluster at {named or 'this machine'}: {error}.",
-                "Start one with `ray start --head`, or correct RAY_ADDRESS.",
-            ) from error
-        # A cluster that ended badly leaves its address behind.
-        emit(Note("info", "The Ray cluster of this machine does not answer; one is started."))
-        ray.init("local", **quiet)
+        ray.init(
+            _where(named, emit),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise EngineError(
+            f"There is no Ray cluster at {named or 'hand'}: {error}.",
+            "Start one with `ray start --head`, or correct RAY_ADDRESS; see docs/scale-out.md.",
+        ) from error
+
+
+def _where(named: str | None, emit: Emit) -> str | None:
+    """What to ask Ray for: None is RAY_ADDRESS, the cluster of this machine, or one to start.
+
+    Raises ConnectionError where a cluster that was named does not answer.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    if named and "://" in named:
+        raise ConnectionError("that is for clients, and the driver runs on the cluster itself")
+    address = canonicalize_bootstrap_address(None)  # type: ignore[arg-type]  # it takes None
+    if address is None or _answers(address):
+        return None
+    if named:
+        raise ConnectionError("it does not answer")
+    # A cluster that ended badly leaves its address behind.
+    emit(Note("info", f"The Ray cluster at {address} does not answer; one is started here."))
+    return "local"
+
+
+def _answers(address: str) -> bool:
+    """Whether anybody listens at `host:port`; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 __all__ = ["quantize_on_ray", "work"]

@@ -157,12 +157,20 @@ def free_disk(out: Path) -> int:
 def check_disk(out: Path, ours: Iterable[str], needed: int) -> None:
     """Raise OutputError where `needed` bytes do not fit, what we hold there already counted."""
     held = (out / (name + end) for name in ours for end in ("", PARTIAL))
-    free = free_disk(out) + sum(p.stat().st_blocks * 512 for p in held if p.is_file())
+    free = free_disk(out) + sum(map(_disk_of, held))
     if free < needed:
         raise OutputError(
             f"{out} needs {size(needed)}, {size(free)} are free there.",
             "Free space, or give a folder on another disk with -o.",
         )
+
+
+def _disk_of(path: Path) -> int:
+    """Bytes on disk of a file; 0 of what is none, or is renamed by others just now."""
+    try:
+        return path.stat().st_blocks * 512 if path.is_file() else 0
+    except FileNotFoundError:
+        return 0
 
 
 __all__ = [

@@ -19,6 +19,7 @@ from mquant.output import (
     Ledger,
     Recorded,
     State,
+    check_version,
     claim,
     complete_shards,
     counted,
@@ -199,6 +200,7 @@ def reopen(out: Path) -> Shares | None:
     joint = read_joint(out)
     if joint is None:
         return None
+    check_version(out, joint)
     order = Order.read(out, joint.order)
     run = in_shares(order.plan(), order, out, joint.of)
     if run.joint.fingerprint != joint.fingerprint:
