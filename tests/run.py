@@ -9,8 +9,9 @@ from mquant.events import Emit, silent
 from mquant.family import load_families
 from mquant.plan import Plan, make_plan
 from mquant.recipe import find_recipe
+from mquant.workflows.intent import Engine
 from mquant.workflows.order import Order
-from mquant.workflows.quantize import Engine, quantize
+from mquant.workflows.quantize import quantize
 from mquant.workflows.shares import Shares, in_shares
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -14,7 +14,8 @@ from mquant.events import Event, Note
 from mquant.family import load_families
 from mquant.output.finish import recipe_yaml
 from mquant.recipe import Calibration
-from mquant.workflows.quantize import Engine, quantize
+from mquant.workflows.intent import Engine
+from mquant.workflows.quantize import quantize
 from mquant.workflows.verify import Depth, verify
 from run import FIXTURES, TRAINED, plan_of, wide
 

@@ -12,7 +12,8 @@ from make import Row, make_checkpoint
 from mquant.checkpoint import Folder
 from mquant.errors import SourceError
 from mquant.family import load_families
-from mquant.workflows.quantize import Engine, quantize
+from mquant.workflows.intent import Engine
+from mquant.workflows.quantize import quantize
 from mquant.workflows.verify import Depth, verify
 from run import TRAINED, plan_of
 

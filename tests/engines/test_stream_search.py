@@ -17,7 +17,8 @@ from mquant.numerics.formats import BF16, FLOATS, Array, Floats
 from mquant.verify.layout import read_layout
 from mquant.verify.weights import weight_of
 from mquant.workflows.importance import open_importance
-from mquant.workflows.quantize import Engine, quantize
+from mquant.workflows.intent import Engine
+from mquant.workflows.quantize import quantize
 from mquant.workflows.verify import Depth, verify
 from run import TRAINED, plan_of, quantize_nvfp4
 

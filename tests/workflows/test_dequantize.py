@@ -18,7 +18,8 @@ from mquant.plan import Plan, make_bf16_plan
 from mquant.workflows.calibrate import calibrate
 from mquant.workflows.convert import convert
 from mquant.workflows.diagnose import diagnose
-from mquant.workflows.quantize import Engine, quantize
+from mquant.workflows.intent import Engine
+from mquant.workflows.quantize import quantize
 from mquant.workflows.repair import repair
 from mquant.workflows.synth import Precision, Sizes, synth
 from mutate import changed, mutated

@@ -12,7 +12,8 @@ from mquant.engines import oneshot
 from mquant.errors import EngineError, OutputError
 from mquant.events import Event, Note, Progress
 from mquant.output import LEDGER
-from mquant.workflows.quantize import Engine, quantize
+from mquant.workflows.intent import Engine
+from mquant.workflows.quantize import quantize
 from run import TRAINED, plan_of, quantize_nvfp4
 
 

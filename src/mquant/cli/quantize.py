@@ -28,7 +28,7 @@ from mquant.cli.progress import progress
 from mquant.cli.source import default_out, is_repo_id
 from mquant.cli.text import clean, parse_share, parse_size
 from mquant.errors import UsageError
-from mquant.workflows.quantize import Engine, check_data
+from mquant.workflows.intent import Engine, check_data
 
 if TYPE_CHECKING:
     from mquant.plan import Plan

@@ -25,9 +25,10 @@ from mquant.findings import size
 from mquant.output import SHARES, State, read_joint
 from mquant.plan import Plan
 from mquant.text import plural
+from mquant.workflows.intent import Engine
 from mquant.workflows.making import MOST_CORES
 from mquant.workflows.order import FolderAt, Order
-from mquant.workflows.quantize import Engine, Result
+from mquant.workflows.quantize import Result
 from mquant.workflows.shares import Shares, Watch, in_shares, reopen
 
 if TYPE_CHECKING:

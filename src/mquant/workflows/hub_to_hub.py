@@ -11,8 +11,9 @@ from mquant.errors import OutputError
 from mquant.events import Emit, silent
 from mquant.output import Ledger, State, discard, examine
 from mquant.plan import Plan
+from mquant.workflows.intent import Engine, Intent, check_engine, intend
 from mquant.workflows.making import check_disk, here, look_again
-from mquant.workflows.quantize import Engine, Intent, Run, check_engine, complete, intend
+from mquant.workflows.quantize import Run, complete
 from mquant.workflows.shipping import LAST, Destination, Shipper, find, seal, send_others
 from mquant.workflows.spooling import check_scratch, least_scratch
 

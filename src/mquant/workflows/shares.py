@@ -36,9 +36,10 @@ from mquant.output import (
     turn,
 )
 from mquant.plan import Plan, shares
+from mquant.workflows.intent import Engine, Intent, intend
 from mquant.workflows.making import check_disk, here
 from mquant.workflows.order import Order
-from mquant.workflows.quantize import Engine, Intent, Result, Run, complete, intend
+from mquant.workflows.quantize import Result, Run, complete
 
 
 @dataclass(frozen=True)
