@@ -77,6 +77,12 @@ def two_workers() -> Iterator[str]:
         ray.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver sees every share under way, however busy the machine is."""
+    monkeypatch.setattr(cluster, "_LOOK_SECONDS", 0.05)
+
+
 @pytest.fixture(scope="module")
 def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(
