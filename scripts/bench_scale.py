@@ -23,8 +23,8 @@ from mquant.family import load_families
 from mquant.plan import Plan, make_plan, shares
 from mquant.recipe import find_recipe
 from mquant.workflows.synth import Sizes, synth
-from simulate import CORE, DIGEST
 from simulation import Phase, Rates, makespan, pieces_of, pipeline, work_of
+from simulation_cases import CORE, DIGEST
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
@@ -83,7 +83,8 @@ def best(runs: int, out: Path, commands: list[list[str]], **environment: str) ->
         shutil.rmtree(out, ignore_errors=True)
         begin = time.perf_counter()
         under_way = [subprocess.Popen(each, env=os.environ | environment) for each in commands]
-        assert not any([process.wait() for process in under_way])
+        ended = [process.wait() for process in under_way]
+        assert not any(ended)
         seconds.append(time.perf_counter() - begin)
     return min(seconds)
 
@@ -92,8 +93,8 @@ def predict(src: Path, cores: int, rate: float) -> dict[str, float]:
     """What the simulation says of each run, without the start of its processes."""
     plan = plan_of(src)
     halves = [(Phase(work_of(part).read, cores / 2 * CORE),) for part in shares(plan, 2)]
-    sizes = {path: size for path, size in plan.survey.checkpoint.source.files.items()}
-    spooled = pipeline(pieces_of(plan), sizes, Rates(rate, cores * CORE, digest=DIGEST), SCRATCH)
+    sizes, rates = plan.survey.checkpoint.source.files, Rates(rate, cores * CORE, digest=DIGEST)
+    spooled = pipeline(pieces_of(plan), sizes, rates, SCRATCH)
     return {
         "whole": plan.source_bytes / (cores * CORE),
         "two shares": makespan(halves, 2, 2, float("inf")),

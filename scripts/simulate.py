@@ -2,286 +2,294 @@
 
     python scripts/simulate.py [--check]
 
-Real headers (sparse files of `mquant synth --shapes-only`) become real plans; what their jobs and
-files take is simulated (scripts/simulation.py) with the figures below, and written down
-(scripts/simulate_page.py). `--check` writes nothing and fails where a file is not what this makes.
-It takes about a minute.
+`--check` writes nothing and fails where a file is not what this makes. It takes about a minute:
+plans of 10 TB are made and shared out. The laws are in simulation.py, the figures in
+simulation_cases.py, the words in simulate.md.
 """
 
+import re
 import sys
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
 from pathlib import Path
 from typing import Final
 
-from mquant.checkpoint import Folder, open_checkpoint
-from mquant.family import load_families
-from mquant.plan import DEFAULT_SHARD_BYTES, Plan, ShardJob, cut_shards, make_plan, shares
-from mquant.recipe import find_recipe
-from mquant.workflows.synth import Sizes, synth
-from simulation import (
-    Passage,
-    Phase,
-    Rates,
-    Share,
-    Task,
-    fetched_again,
-    makespan,
-    pieces_of,
-    pipeline,
-    work_of,
+from mquant.findings import size
+from mquant.plan import shares
+from simulation import fetched_again, work_of
+from simulation_cases import (
+    CASES,
+    CORE,
+    CORES,
+    FETCH,
+    GBIT,
+    MACHINES,
+    NETWORKS,
+    SHARD,
+    STORAGES,
+    Alone,
+    Case,
+    Outcome,
+    downloaded,
+    in_jobs,
+    on_ray,
+    single,
+    through_scratch,
 )
+from simulation_page import Curve, fill, hours, picture, span, table
 
 DOCS: Final = Path(__file__).parent.parent / "docs"
+TEMPLATE: Final = Path(__file__).parent / "simulate.md"
+NAME: Final = "scale-out-arithmetic"
+SHARDS: Final = (SHARD, 2_000_000_000, 1_000_000_000, 500_000_000)
+NEAR: Final = 1.1
+"""A time that is within this of the best is as good."""
+WORTH: Final = 0.5
+"""The least efficiency that is worth paying for."""
 
-# ------------------------------------------------- measured; docs/lab-log.md, 2026-11-24, says how
-
-CORE: Final = 1.0e9
-"""Bytes of BF16 a core quantizes in a second ("the streaming engine", "the same once more")."""
-DIGEST: Final = 1.57e9
-"""sha256 of one thread ("the streaming engine": 0.81 s for 1.27 GB)."""
-FETCH: Final = 1.15e9
-"""What one process takes from a hub through --scratch ("the arithmetic of scaling out")."""
-DISK: Final = 1.5e9
-"""Of a local disk, each way ("the streaming engine": 1 to 1.7 GB/s)."""
-
-# -------------------------------------------------------------------------------------- assumed
-
-CORES: Final = 16
-LAUNCH: Final = 10.0
-"""Seconds until a Slurm task, with its Python, runs."""
-WORKER: Final = 3.0
-"""Seconds until a worker of a Ray cluster that is up runs."""
-SAMPLE: Final = 0.001
-"""Seconds of opening a file on shared storage and reading 4 KiB of it."""
-SAMPLES: Final = 200_000.0
-"""How many of these shared storage does in a second, for all."""
-COMMIT: Final = 3.0
-"""Seconds of a commit on the hub, besides the bytes."""
-SCRATCH: Final = 20_000_000_000
-SHARD: Final = DEFAULT_SHARD_BYTES
-
-GBIT: Final = 1e9 / 8
-NETWORKS: Final = (1, 10, 25, 100)
-"""Gbit/s of a machine, each way."""
-STORAGES: Final = (10, 100)
-"""GB/s of shared storage, reading and writing together."""
-MACHINES: Final = tuple(2**n for n in range(11))
-SAMPLING, STORAGE = 1, 2
-"""Numbers of shared resources."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A checkpoint: how it is made, and what was measured of it.
-
-    `start`: seconds from the start of a process to the first byte of a weight, without sampling the
-    source; `verify`: seconds of index and verdict. Processor seconds, on a busy machine.
-    """
-
-    name: str
-    title: str
-    family: str
-    sizes: Sizes
-    command: str
-    start: float
-    verify: float
-
-    @cached_property
-    def plan(self) -> Plan:
-        """Its plan with recipe nvfp4, from real headers."""
-        families = load_families()
-        with tempfile.TemporaryDirectory() as folder:
-            src = Path(folder) / "src"
-            synth(src, families[self.family], sizes=self.sizes, shapes_only=True)
-            return make_plan(open_checkpoint(Folder(src)), find_recipe("nvfp4"), families)
-
-    @cached_property
-    def files(self) -> dict[str, int]:
-        """Sizes of the source's shards."""
-        files = self.plan.survey.checkpoint.source.files
-        return {path: size for path, size in files.items() if path.endswith(".safetensors")}
-
-    @property
-    def samples(self) -> int:
-        """Reads with which a process recognises the source: 64 of every file."""
-        return 64 * len(self.files)
-
-
-CASES: Final = (
-    Case(
-        "278gb",
-        "278 GB",
-        "minimax_m2",
-        Sizes(),
-        "mquant synth x --family minimax_m2 --shapes-only",
-        4.1,
-        5.4,
-    ),
-    Case(
-        "1tb",
-        "1.4 TB",
-        "deepseek_v3",
-        Sizes(),
-        "mquant synth x --family deepseek_v3 --shapes-only",
-        4.5,
-        8.1,
-    ),
-    Case(
-        "10tb",
-        "10 TB",
-        "minimax_m2",
-        Sizes(layers=88, experts=256, hidden=12288, intermediate=6144),
-        "mquant synth x --family minimax_m2 --shapes-only --layers 88 --experts 256 --hidden 12288 "
-        "--intermediate 6144",
-        5.7,
-        10.6,
-    ),
+REAL: Final = (
+    ("4.39 GB, whole, a quiet hour (bench.py, warm)", "3.0 s", "2.59 s", "-14 %"),
+    ("4.39 GB, whole, a busy hour (bench.py, warm)", "4.4 s", "3.99 s", "-9 %"),
+    ("1.41 GB, whole", "3.7 s", "5.3 s", "+42 %"),
+    ("1.41 GB, two shares at once", "3.6 s", "5.8 s", "+62 %"),
+    ("1.41 GB, from a hub of 40 MB/s, --scratch 1.01GB", "40.6 s", "41.3 s", "+2 %"),
 )
+"""By hand, from `scripts/bench_scale.py` and docs/lab-log.md."""
 
 
-# --------------------------------------------------------------------- many machines, one storage
+def where_it_stops(found: list[Outcome]) -> tuple[Outcome, str]:
+    """The fewest machines with about the best time, and what keeps more from helping."""
+    best = min(outcome.seconds for outcome in found)
+    stop = next(outcome for outcome in found if outcome.seconds <= NEAR * best)
+    if stop.storage > 0.8 * (stop.seconds - stop.begin - stop.finish):
+        return stop, "shared storage"
+    single = min(outcome.largest for outcome in found)
+    return stop, "the largest shard" if stop.largest < 1.3 * single else "start and finish"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A run on so many machines: seconds in all, and what it would take if that were all.
-
-    `begin`: until the last process reads weights. `finish`: after the last share.
-    `storage`: shared storage at its full rate. `largest`: the largest share on its own machine.
-    """
-
-    machines: int
-    seconds: float
-    begin: float
-    finish: float
-    storage: float
-    largest: float
-    ideal: float
-
-    @property
-    def hours(self) -> float:
-        """Machine-hours that are paid for."""
-        return self.machines * self.seconds / 3600
-
-    @property
-    def efficiency(self) -> float:
-        """What one machine's streaming alone would have cost, of what is paid for."""
-        return self.ideal / (self.machines * self.seconds)
+def grid(case: Case) -> str:
+    """Time, cost and efficiency for machines and bandwidths."""
+    rows = []
+    for machines in MACHINES:
+        found = [in_jobs(case, machines, network * GBIT, 100e9) for network in NETWORKS]
+        cells = [f"{span(o.seconds)}, {hours(o.hours)}, {o.efficiency:.0%}" for o in found]
+        rows.append([f"{machines:,}", *cells])
+    return table(["machines", *(f"{n} Gbit/s" for n in NETWORKS)], rows)
 
 
-@cache
-def cut(case: Case, shard_bytes: int) -> Plan:
-    """The plan with shards of another size."""
-    jobs = [job for shard in case.plan.shards for job in shard.jobs]
-    groups = cut_shards(jobs, lambda job: job.output_bytes, shard_bytes)
-    return replace(case.plan, shards=tuple(ShardJob(name, tuple(g)) for name, g in groups.items()))
-
-
-@cache
-def parts(case: Case, shard_bytes: int, of: int) -> tuple[Share, ...]:
-    """The shares as `mquant quantize --job i/N` takes them."""
-    return tuple(work_of(part) for part in shares(cut(case, shard_bytes), of))
-
-
-@cache
-def single(case: Case, shard_bytes: int) -> tuple[Share, ...]:
-    """Every shard as a share of its own, as Ray's tasks are."""
-    plan = cut(case, shard_bytes)
-    return tuple(work_of(replace(plan, shards=(shard,))) for shard in plan.shards)
-
-
-def streaming(work: Share, network: float, cores: int = CORES) -> Task:
-    """What a process does once it has a plan; nothing where it has no shard to make."""
-    if not work.read:
-        return ()
-    # A shard's digest is one thread's work, however many cores there are.
-    cap = min(cores * CORE, network, work.read * DIGEST / work.largest)
-    return (Phase(work.read, cap, STORAGE, 1 + work.written / work.read, on_network=True),)
-
-
-def in_jobs(
-    case: Case, machines: int, network: float, storage: float, shard_bytes: int = SHARD
-) -> Outcome:
-    """`mquant quantize --job i/N` on each of N machines, then `mquant finish`."""
-    begin: Task = (
-        Phase(LAUNCH + case.start, 1.0),
-        Phase(case.samples, 1 / SAMPLE, SAMPLING, 1.0),
-    )
-    streams = [streaming(work, network) for work in parts(case, shard_bytes, machines)]
-    shared = (SAMPLES, storage)
-    seconds = makespan([(*begin, *s) for s in streams], machines, machines, network, shared)
-    finish = LAUNCH + case.start + case.samples * SAMPLE + case.verify
-    return Outcome(
-        machines,
-        seconds + finish,
-        makespan([begin] * machines, machines, machines, network, shared),
-        finish,
-        (case.plan.source_bytes + case.plan.output_bytes) / storage,
-        max(phase.size / phase.cap for stream in streams for phase in stream),
-        case.plan.source_bytes / min(CORES * CORE, network),
+def stops(case: Case) -> str:
+    """Where it stops, for all bandwidths, and what is worth paying for."""
+    rows = []
+    for storage in STORAGES:
+        for network in NETWORKS:
+            found = [in_jobs(case, n, network * GBIT, storage * 1e9) for n in MACHINES]
+            stop, why = where_it_stops(found)
+            worth = [o for o in found if o.efficiency >= WORTH]
+            rows.append(
+                [
+                    f"{network} Gbit/s, {storage} GB/s",
+                    f"{stop.machines:,}",
+                    span(stop.seconds),
+                    why,
+                    span(stop.begin + stop.finish),
+                    f"{worth[-1].machines:,}: {span(worth[-1].seconds)}" if worth else "none",
+                ]
+            )
+    return table(
+        ["", "machines", "time", "what stops it", "start and finish", f"at {WORTH:.0%}"], rows
     )
 
 
-def on_ray(
-    case: Case, machines: int, network: float, storage: float, shard_bytes: int = SHARD
-) -> float:
-    """Seconds of `mquant quantize --cluster ray`: a task for each shard, of as many CPUs as fit.
-
-    A worker process makes the plan once, for all tasks that it gets. The driver begins alone.
-    """
-    works = single(case, shard_bytes)
-    cpus = max(1, min(CORES * machines // len(works), CORES))
-    sampling = Phase(case.samples, 1 / SAMPLE, SAMPLING, 1.0)
-    first = (Phase(WORKER + case.start, 1.0), sampling)
-    tasks = [streaming(work, network, cpus) for work in works]
-    slots = machines * (CORES // cpus)
-    seconds = makespan(tasks, slots, machines, network, (SAMPLES, storage), first)
-    return case.start + case.samples * SAMPLE + seconds + case.verify
+def smaller(case: Case) -> str:
+    """What --max-shard-size does about it."""
+    rows = []
+    for nbytes in SHARDS:
+        works = single(case, nbytes)
+        cells = [size(nbytes), f"{len(works):,}", size(max(work.written for work in works))]
+        for network in (1, 25):
+            found = [in_jobs(case, n, network * GBIT, 100e9, nbytes) for n in MACHINES]
+            stop, _ = where_it_stops(found)
+            cells.append(f"{span(stop.seconds)} on {stop.machines:,}")
+        rows.append(cells)
+    return table(["shards of", "shards", "the largest", "1 Gbit/s", "25 Gbit/s"], rows)
 
 
-# ------------------------------------------------------------------------------- one machine, a hub
+def ray(case: Case) -> str:
+    """Ray beside shares that are fixed beforehand."""
+    counts = [n for n in MACHINES if n <= 256]
+    net = 25 * GBIT
+    return table(
+        ["machines", *(f"{n:,}" for n in counts)],
+        [
+            ["`--cluster ray`", *(span(on_ray(case, n, net, 100e9)) for n in counts)],
+            ["`--job i/N`", *(span(in_jobs(case, n, net, 100e9).seconds) for n in counts)],
+        ],
+    )
 
 
-@dataclass(frozen=True)
-class Alone:
-    """A run on one machine whose source is on a hub: seconds, what holds it up, and its commits."""
+def alone(case: Case) -> str:
+    """One machine whose source is on a hub."""
 
-    seconds: float
-    bound: str
-    commits: int = 0
+    def cell(run: Alone) -> str:
+        return f"{span(run.seconds)}: {run.bound}"
 
-
-def downloaded(case: Case, network: float) -> Alone:
-    """`mquant quantize REPO -o OUT`: all of it comes first, then it is quantized from the disk."""
-    plan = case.plan
-    fetch = sum(case.files.values()) / min(network, DISK)
-    work = plan.source_bytes / min(CORES * CORE, DISK)
-    bound = "network" if network < DISK else "disk"
-    return Alone(case.start + fetch + work + case.verify, bound)
-
-
-def through_scratch(case: Case, network: float, *, push: bool) -> Alone:
-    """`mquant quantize REPO --scratch 20GB`, to a local disk or, with `--push-to`, to a hub."""
-    plan = case.plan
-    fetch, send = min(network, FETCH), min(network, DISK)
-    # What is sent is hashed first, by one thread.
-    rates = Rates(fetch, CORES * CORE, 1 / (1 / send + 1 / DIGEST) if push else 0, COMMIT, DIGEST)
-    largest = max(sum(job.output_bytes for job in shard.jobs) for shard in plan.shards)
-    shard_room = max(2 * largest, SCRATCH // 4) if push else float("inf")
-    room = SCRATCH - (shard_room if push else 0)
-    went = pipeline(pieces_of(plan), case.files, rates, room, shard_room)
-    return Alone(case.start + went.seconds + case.verify, _bound(went, network), went.commits)
+    rows = []
+    for network in NETWORKS:
+        rate = network * GBIT
+        pushed = through_scratch(case, rate, push=True)
+        rows.append(
+            [
+                f"{network} Gbit/s",
+                cell(downloaded(case, rate)),
+                cell(through_scratch(case, rate, push=False)),
+                cell(pushed),
+                f"{pushed.commits:,}, {3600 * pushed.commits / pushed.seconds:.0f} an hour",
+            ]
+        )
+    return table(["", "download, then quantize", "scratch", "scratch, push", "commits"], rows)
 
 
-def _bound(went: Passage, network: float) -> str:
-    """What is at work for nearly all of the time."""
-    busy = {
-        "network" if network <= FETCH else "one process's downloads": went.fetching,
-        "cores": went.quantizing,
-        "sending": went.sending,
+def again(case: Case) -> str:
+    """What shares of a hub repo would fetch more than once."""
+    found = {n: fetched_again(shares(case.plan, n), case.files) for n in (2, 8, 32, 128)}
+    total = sum(case.files.values())
+    each = ", ".join(f"{n}: {size(b)} ({b / total:.1%})" for n, b in found.items())
+    return (
+        "Shares of a hub repo (`--job` with a repo id) download the files they need whole, and "
+        f"neighbours share those at their edges. Fetched twice, by number of shares: {each}."
+    )
+
+
+def curves(case: Case) -> str:
+    """The picture."""
+    found = [
+        Curve(
+            f"{network} Gbit/s, {storage} GB/s",
+            group,
+            storage != max(STORAGES),
+            [(n, in_jobs(case, n, network * GBIT, storage * 1e9).seconds) for n in MACHINES],
+        )
+        for group, network in enumerate(NETWORKS)
+        for storage in reversed(STORAGES)
+    ]
+    shards = len(case.plan.shards)
+    title = f"{case.title}: time against machines, by network and shared storage"
+    return picture(title, found, shards, f"{shards:,} output shards")
+
+
+WHAT: Final = {
+    "278gb": "MiniMax-M2 pruned to 154 experts (62 layers, hidden size 3072, intermediate 1536)",
+    "1tb": "DeepSeek-V3's own shapes with its layer of multi-token prediction, in BF16",
+    "10tb": "A MiniMax-M2 of 88 layers, 256 experts, hidden size 12288, intermediate 6144",
+}
+NOTES: Final = {
+    "278gb": "More than that is for slow networks: at 1 Gbit/s, 16 machines take {slow16} and one "
+    "{slow1}.",
+    "1tb": "The last shards hold lm_head and the layer of multi-token prediction, which are "
+    "copied: there as much is written as is read.",
+    "10tb": "`embed_tokens` and `lm_head` are 4.9 GB each, stay in BF16 and cannot be shared out: "
+    "smaller shards do not make those smaller. Samples of the source are most of what does not "
+    "shrink ({samples} of them in each process); the plan takes about 1.5 GB of memory.",
+}
+
+
+def recommended(case: Case) -> dict[str, str]:
+    """What to rent, and what that takes and costs."""
+    fast, slow = 10 * GBIT, GBIT
+    one, hub = in_jobs(case, 1, fast, 100e9), through_scratch(case, fast, push=True)
+    large, small = (
+        [o for n in MACHINES if (o := in_jobs(case, n, fast, s)).efficiency >= WORTH][-1]
+        for s in (100e9, 10e9)
+    )
+    note = NOTES[case.name].format(
+        slow16=span(in_jobs(case, 16, slow, 100e9).seconds),
+        slow1=span(in_jobs(case, 1, slow, 100e9).seconds),
+        samples=f"{case.samples:,}",
+    )
+    return {
+        "hub": span(hub.seconds),
+        "one_time": span(one.seconds),
+        "one_hours": hours(one.hours),
+        "large": str(large.machines),
+        "large_time": span(large.seconds),
+        "large_hours": hours(large.hours),
+        "small": str(small.machines),
+        "small_time": span(small.seconds),
+        "note": note,
     }
-    most = max(busy, key=lambda part: busy[part])
-    return most if busy[most] > 0.85 * went.seconds else "the scratch's size"
+
+
+def section(case: Case, template: str) -> str:
+    """All of one checkpoint."""
+    plan, work = case.plan, work_of(case.plan)
+    what = (
+        f"{WHAT[case.name]}: {len(plan.survey.checkpoint.tensors):,} tensors, {size(work.read)} "
+        f"in {len(case.files):,} files become {plan.output_tensors:,} tensors, "
+        f"{size(work.written)} in {len(plan.shards):,} shards of 5 GB (the default)."
+    )
+    values = {
+        "title": case.title,
+        "what": what,
+        "command": case.command,
+        "file": case.name,
+        "near": f"{NEAR - 1:.0%}",
+        "worth": f"{WORTH:.0%}",
+        "grid": grid(case),
+        "stops": stops(case),
+        "shards": smaller(case),
+        "ray": ray(case),
+        "alone": alone(case),
+        "again": again(case),
+    }
+    return fill(template, values | recommended(case))
+
+
+def short(case: Case) -> str:
+    """One checkpoint in a sentence."""
+    hub = through_scratch(case, 10 * GBIT, push=True)
+    found = [in_jobs(case, n, 10 * GBIT, 100e9) for n in MACHINES]
+    worth = [outcome for outcome in found if outcome.efficiency >= WORTH][-1]
+    stop, why = where_it_stops(found)
+    return (
+        f"- **{case.title}**: one machine takes {span(hub.seconds)} from hub to hub, with 20 GB of "
+        f"disk. From shared storage of 100 GB/s, {worth.machines} machines take "
+        f"{span(worth.seconds)} and are used at {worth.efficiency:.0%}; beyond {stop.machines} and "
+        f"{span(stop.seconds)} more do not help ({why})."
+    )
+
+
+def documents() -> dict[str, str]:
+    """Every file of docs/ that this makes, by name."""
+    fixed = "; ".join(
+        f"{span((o := in_jobs(c, 1, GBIT, 1e11)).begin + o.finish)} at {c.title}" for c in CASES
+    )
+    values = {
+        "sizes": ", ".join(case.title for case in CASES),
+        "short": "\n".join(map(short, CASES)),
+        "cores": f"{CORES * CORE / 1e9:.0f}",
+        "net100": f"{100 * GBIT / 1e9:.1f}",
+        "fetch": f"{FETCH / 1e9}",
+        "fixed": fixed,
+        "starts": ", ".join(f"{case.start} s" for case in CASES),
+        "verifies": ", ".join(f"{case.verify} s" for case in CASES),
+        "tensors": ", ".join(f"{c.title} has {c.plan.output_tensors:,} tensors" for c in CASES),
+        "real": table(["run", "simulated", "measured", ""], REAL),
+    }
+    head, each, tail = re.split(r"<!--.*-->\n", TEMPLATE.read_text(encoding="utf-8"))
+    text = fill(head, values) + "".join(section(case, each) for case in CASES) + fill(tail, values)
+    return {f"{NAME}.md": text} | {f"{NAME}-{case.name}.svg": curves(case) for case in CASES}
+
+
+def main() -> int:
+    """Write the files, or check them."""
+    behind = 0
+    for name, text in documents().items():
+        path = DOCS / name
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            print(f"docs/{name} is not what the figures give: run python scripts/simulate.py")
+            behind = 1
+    return behind
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -95,8 +95,8 @@ def makespan(
         step = float(needed.min())
         time += step
         left -= rate * step
-        for slot in np.flatnonzero(busy & (needed <= step * (1 + _EPSILON))):
-            turn(int(slot))
+        for ended in np.flatnonzero(busy & (needed <= step * (1 + _EPSILON))):
+            turn(int(ended))
     return time
 
 
@@ -109,9 +109,7 @@ def share_out(cap: Floats, uses: Integers, loads: Floats, capacity: Floats) -> F
     rate, left = cap.copy(), capacity.copy()
     open_, wanted = cap > 0, loads * cap[:, None]
     while open_.any():
-        demand: Floats = np.bincount(
-            uses.ravel(), (wanted * open_[:, None]).ravel(), minlength=len(capacity)
-        )
+        demand = _by_resource(uses, wanted * open_[:, None], len(capacity))
         part = np.divide(left, demand, out=np.full(len(left), np.inf), where=demand > 0)
         least = float(part.min())
         if least >= 1:
@@ -120,10 +118,15 @@ def share_out(cap: Floats, uses: Integers, loads: Floats, capacity: Floats) -> F
         stuck = open_ & (short[uses] & (wanted > 0)).any(axis=1)
         rate[stuck] = cap[stuck] * least
         taken = wanted * (stuck * least)[:, None]
-        left = left - np.bincount(uses.ravel(), taken.ravel(), minlength=len(capacity))
-        left = np.maximum(left, 0.0)
+        left = np.maximum(left - _by_resource(uses, taken, len(capacity)), 0.0)
         open_ &= ~stuck
     return rate
+
+
+def _by_resource(uses: Integers, amounts: Floats, count: int) -> Floats:
+    found = np.zeros(count)
+    np.add.at(found, uses, amounts)
+    return found
 
 
 # ------------------------------------------------------------------- the work that a plan holds
