@@ -107,14 +107,15 @@ def test_slots_of_one_machine_share_its_network() -> None:
 
 
 def test_who_cannot_use_his_part_leaves_it_to_the_others() -> None:
-    cap, capacity = np.array([1.0, 9.0, 9.0]), np.array([np.inf, 9.0, 5.0])
-    uses, loads = np.array([[1, FREE], [1, 2], [1, FREE]]), np.array([[1, 0], [1, 1], [1, 0]])
-    alone = share_out(cap, uses, loads * [1.0, 0.0], np.array([np.inf, 19.0, 5.0]))
-    assert alone == pytest.approx(cap)
-    rate = share_out(cap, uses, loads.astype(float), capacity)
-    assert rate.sum() == pytest.approx(9.0)
-    assert rate[1] == pytest.approx(rate[2])
-    assert rate[1] <= 5.0
+    cap, capacity = np.array([1.0, 9.0, 9.0]), np.array([np.inf, 9.0, 2.0])
+    uses, loads = np.array([[1, FREE], [1, 2], [1, FREE]]), np.array([[1.0, 0], [1, 1], [1, 0]])
+    assert share_out(cap, uses, loads, capacity) == pytest.approx([0.7, 2, 6.3])
+
+
+def test_who_is_alone_has_all_he_can_use() -> None:
+    uses, loads, capacity = np.array([[1, FREE]]), np.array([[1.0, 0]]), np.array([np.inf, 9.0])
+    assert share_out(np.array([8.0]), uses, loads, capacity) == pytest.approx([8])
+    assert share_out(np.array([10.0]), uses, loads, capacity) == pytest.approx([9])
 
 
 # ----------------------------------------------------------------------- one machine and a hub
