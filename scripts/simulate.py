@@ -1,0 +1,304 @@
+"""Write the arithmetic in docs/scale-out.md and its pictures: how long large checkpoints take, and why.
+
+    python scripts/simulate.py [--check]
+
+`--check` writes nothing and fails where a file is not what this makes. It takes about a minute:
+plans of 10 TB are made and shared out. The laws are in simulation.py, the figures in
+simulation_cases.py, the words in simulate.md.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Final
+
+from mquant.findings import size
+from mquant.plan import shares
+from simulation import fetched_again, work_of
+from simulation_cases import (
+    CASES,
+    CORE,
+    CORES,
+    FETCH,
+    GBIT,
+    MACHINES,
+    NETWORKS,
+    SHARD,
+    STORAGES,
+    Alone,
+    Case,
+    Outcome,
+    downloaded,
+    in_jobs,
+    on_ray,
+    single,
+    through_scratch,
+)
+from simulation_page import Curve, fill, hours, picture, span, table
+
+DOCS: Final = Path(__file__).parent.parent / "docs"
+TEMPLATE: Final = Path(__file__).parent / "simulate.md"
+NAME: Final = "scale-out"
+MARK: Final = "<!-- From here on made by scripts/simulate.py: do not edit. -->\n"
+SHARDS: Final = (SHARD, 2_000_000_000, 1_000_000_000, 500_000_000)
+NEAR: Final = 1.1
+"""A time that is within this of the best is as good."""
+WORTH: Final = 0.5
+"""The least efficiency that is worth paying for."""
+
+REAL: Final = (
+    ("4.39 GB, whole, a quiet hour", "3.0 s", "2.59 s", "-14 %"),
+    ("4.39 GB, whole, a busy hour", "4.4 s", "3.99 s", "-9 %"),
+    ("1.41 GB, whole", "2.3 s", "2.5 s", "+7 %"),
+    ("1.41 GB, two shares at once", "2.5 s", "2.8 s", "+15 %"),
+    ("1.41 GB, from a hub of 40 MB/s, `--scratch`", "40.7 s", "40.5 s", "-1 %"),
+    ("the last three, a busier hour: whole", "3.7 s", "5.3 s", "+42 %"),
+    ("two shares", "3.6 s", "5.8 s", "+62 %"),
+    ("`--scratch`", "40.6 s", "41.3 s", "+2 %"),
+)
+"""By hand, from `scripts/bench_scale.py` and docs/lab-log.md."""
+
+
+def where_it_stops(found: list[Outcome]) -> tuple[Outcome, str]:
+    """The fewest machines with about the best time, and what keeps more from helping."""
+    best = min(outcome.seconds for outcome in found)
+    stop = next(outcome for outcome in found if outcome.seconds <= NEAR * best)
+    if stop.storage > 0.8 * (stop.seconds - stop.begin - stop.finish):
+        return stop, "shared storage"
+    single = min(outcome.largest for outcome in found)
+    return stop, "the largest shard" if stop.largest < 1.3 * single else "start and finish"
+
+
+def grid(case: Case) -> str:
+    """Time, cost and efficiency for machines and bandwidths."""
+    rows = []
+    for machines in MACHINES:
+        found = [in_jobs(case, machines, network * GBIT, 100e9) for network in NETWORKS]
+        cells = [f"{span(o.seconds)}, {hours(o.hours)}, {o.efficiency:.0%}" for o in found]
+        rows.append([f"{machines:,}", *cells])
+    return table(["machines", *(f"{n} Gbit/s" for n in NETWORKS)], rows)
+
+
+def stops(case: Case) -> str:
+    """Where it stops, for all bandwidths, and what is worth paying for."""
+    rows = []
+    for storage in STORAGES:
+        for network in NETWORKS:
+            found = [in_jobs(case, n, network * GBIT, storage * 1e9) for n in MACHINES]
+            stop, why = where_it_stops(found)
+            worth = [o for o in found if o.efficiency >= WORTH]
+            rows.append(
+                [
+                    f"{network} Gbit/s, {storage} GB/s",
+                    f"{stop.machines:,}",
+                    span(stop.seconds),
+                    why,
+                    span(stop.begin + stop.finish),
+                    f"{worth[-1].machines:,}: {span(worth[-1].seconds)}" if worth else "none",
+                ]
+            )
+    return table(
+        ["", "machines", "time", "what stops it", "start and finish", f"at {WORTH:.0%}"], rows
+    )
+
+
+def smaller(case: Case) -> str:
+    """What --max-shard-size does about it."""
+    rows = []
+    for nbytes in SHARDS:
+        works = single(case, nbytes)
+        cells = [size(nbytes), f"{len(works):,}", size(max(work.written for work in works))]
+        for network in (1, 25):
+            found = [in_jobs(case, n, network * GBIT, 100e9, nbytes) for n in MACHINES]
+            stop, _ = where_it_stops(found)
+            cells.append(f"{span(stop.seconds)} on {stop.machines:,}")
+        rows.append(cells)
+    return table(["shards of", "shards", "the largest", "1 Gbit/s", "25 Gbit/s"], rows)
+
+
+def ray(case: Case) -> str:
+    """Ray beside shares that are fixed beforehand."""
+    counts = [n for n in MACHINES if n <= 256]
+    net = 25 * GBIT
+    return table(
+        ["machines", *(f"{n:,}" for n in counts)],
+        [
+            ["`--cluster ray`", *(span(on_ray(case, n, net, 100e9)) for n in counts)],
+            ["`--job i/N`", *(span(in_jobs(case, n, net, 100e9).seconds) for n in counts)],
+        ],
+    )
+
+
+def alone(case: Case) -> str:
+    """One machine whose source is on a hub."""
+
+    def cell(run: Alone) -> str:
+        return f"{span(run.seconds)}: {run.bound}"
+
+    rows = []
+    for network in NETWORKS:
+        rate = network * GBIT
+        pushed = through_scratch(case, rate, push=True)
+        rows.append(
+            [
+                f"{network} Gbit/s",
+                cell(downloaded(case, rate)),
+                cell(through_scratch(case, rate, push=False)),
+                cell(pushed),
+                f"{pushed.commits:,}, {3600 * pushed.commits / pushed.seconds:.0f} an hour",
+            ]
+        )
+    return table(["", "download, then quantize", "scratch", "scratch, push", "commits"], rows)
+
+
+def again(case: Case) -> str:
+    """What shares of a hub repo would fetch more than once."""
+    found = {n: fetched_again(shares(case.plan, n), case.files) for n in (2, 8, 32, 128)}
+    total = sum(case.files.values())
+    each = ", ".join(f"{n}: {size(b)} ({b / total:.1%})" for n, b in found.items())
+    return (
+        "Shares of a hub repo (`--job` with a repo id) download the files they need whole, and "
+        f"neighbours share those at their edges. Fetched again, by number of shares: {each}."
+    )
+
+
+def curves(case: Case) -> str:
+    """The picture."""
+    found = [
+        Curve(
+            f"{network} Gbit/s, {storage} GB/s",
+            group,
+            storage != max(STORAGES),
+            [(n, in_jobs(case, n, network * GBIT, storage * 1e9).seconds) for n in MACHINES],
+        )
+        for group, network in enumerate(NETWORKS)
+        for storage in reversed(STORAGES)
+    ]
+    shards = len(case.plan.shards)
+    title = f"{case.title}: time against machines, by network and shared storage"
+    return picture(title, found, shards, f"{shards:,} output shards")
+
+
+WHAT: Final = {
+    "278gb": "MiniMax-M2 pruned to 154 experts (62 layers, hidden size 3072, intermediate 1536)",
+    "1tb": "DeepSeek-V3's own shapes with its layer of multi-token prediction, in BF16",
+    "10tb": "A MiniMax-M2 of 88 layers, 256 experts, hidden size 12288, intermediate 6144",
+}
+NOTES: Final = {
+    "278gb": "More than that is for slow networks: at 1 Gbit/s, 16 machines take {slow16} and one "
+    "{slow1}.",
+    "1tb": "The last shards hold lm_head and the layer of multi-token prediction, which are "
+    "copied: there as much is written as is read.",
+    "10tb": "`embed_tokens` and `lm_head` are 4.9 GB each, stay in BF16 and cannot be shared out: "
+    "smaller shards do not make those smaller. Samples of the source are most of what does not "
+    "shrink ({samples} of them in each process). Memory is a fused set for each worker, 0.3 GB "
+    "here, and 0.25 GB.",
+}
+
+
+def recommended(case: Case) -> dict[str, str]:
+    """What to rent, and what that takes and costs."""
+    fast, slow = 10 * GBIT, GBIT
+    one, hub = in_jobs(case, 1, fast, 100e9), through_scratch(case, fast, push=True)
+    large, small = (
+        [o for n in MACHINES if (o := in_jobs(case, n, fast, s)).efficiency >= WORTH][-1]
+        for s in (100e9, 10e9)
+    )
+    note = NOTES[case.name].format(
+        slow16=span(in_jobs(case, 16, slow, 100e9).seconds),
+        slow1=span(in_jobs(case, 1, slow, 100e9).seconds),
+        samples=f"{case.samples:,}",
+    )
+    return {
+        "hub": span(hub.seconds),
+        "one_time": span(one.seconds),
+        "one_hours": hours(one.hours),
+        "large": str(large.machines),
+        "large_time": span(large.seconds),
+        "large_hours": hours(large.hours),
+        "small": str(small.machines),
+        "small_time": span(small.seconds),
+        "note": note,
+    }
+
+
+def section(case: Case, template: str) -> str:
+    """All of one checkpoint."""
+    plan, work = case.plan, work_of(case.plan)
+    what = (
+        f"{WHAT[case.name]}: {len(plan.survey.checkpoint.tensors):,} tensors, {size(work.read)} "
+        f"in {len(case.files):,} files become {plan.output_tensors:,} tensors, "
+        f"{size(work.written)} in {len(plan.shards):,} shards of 5 GB (the default)."
+    )
+    values = {
+        "title": case.title,
+        "what": what,
+        "command": case.command,
+        "file": case.name,
+        "near": f"{NEAR - 1:.0%}",
+        "worth": f"{WORTH:.0%}",
+        "grid": grid(case),
+        "stops": stops(case),
+        "shards": smaller(case),
+        "ray": ray(case),
+        "alone": alone(case),
+        "again": again(case),
+    }
+    return fill(template, values | recommended(case))
+
+
+def short(case: Case) -> str:
+    """One checkpoint in a sentence."""
+    hub = through_scratch(case, 10 * GBIT, push=True)
+    found = [in_jobs(case, n, 10 * GBIT, 100e9) for n in MACHINES]
+    worth = [outcome for outcome in found if outcome.efficiency >= WORTH][-1]
+    stop, why = where_it_stops(found)
+    return (
+        f"- **{case.title}**: one machine takes {span(hub.seconds)} from hub to hub, with 20 GB of "
+        f"disk. From shared storage of 100 GB/s, {worth.machines} machines take "
+        f"{span(worth.seconds)} and are used at {worth.efficiency:.0%}; beyond {stop.machines} and "
+        f"{span(stop.seconds)} more do not help ({why})."
+    )
+
+
+def documents() -> dict[str, str]:
+    """Every file of docs/ that this makes, by name."""
+    fixed = "; ".join(
+        f"{span((o := in_jobs(c, 1, GBIT, 1e11)).begin + o.finish)} at {c.title}" for c in CASES
+    )
+    values = {
+        "sizes": ", ".join(case.title for case in CASES),
+        "short": "\n".join(map(short, CASES)),
+        "cores": f"{CORES * CORE / 1e9:.0f}",
+        "net100": f"{100 * GBIT / 1e9:.1f}",
+        "fetch": f"{FETCH / 1e9}",
+        "fixed": fixed,
+        "starts": ", ".join(f"{case.start} s" for case in CASES),
+        "verifies": ", ".join(f"{case.verify} s" for case in CASES),
+        "tensors": ", ".join(f"{c.title} has {c.plan.output_tensors:,} tensors" for c in CASES),
+        "real": table(["run", "simulated", "measured", ""], REAL),
+    }
+    head, each, tail = re.split(r"<!--.*-->\n", TEMPLATE.read_text(encoding="utf-8"))
+    text = fill(head, values) + "".join(section(case, each) for case in CASES) + fill(tail, values)
+    # By hand is what comes before the mark; the headings below it are of its last section.
+    above, mark, _ = (DOCS / f"{NAME}.md").read_text(encoding="utf-8").partition(MARK)
+    below = re.sub(r"^#", "##", text, flags=re.MULTILINE)
+    pictures = {f"{NAME}-{case.name}.svg": curves(case) for case in CASES}
+    return {f"{NAME}.md": f"{above}{mark}\n{below}"} | pictures
+
+
+def main() -> int:
+    """Write the files, or check them."""
+    behind = 0
+    for name, text in documents().items():
+        path = DOCS / name
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            print(f"docs/{name} is not what the figures give: run python scripts/simulate.py")
+            behind = 1
+    return behind
+
+
+if __name__ == "__main__":
+    sys.exit(main())
