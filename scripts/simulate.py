@@ -1,4 +1,4 @@
-"""Write the arithmetic in docs/scale-out.md and its pictures: how long large checkpoints take, and why.
+"""Write the arithmetic in docs/scale-out.md and its pictures: how long it takes, and why.
 
     python scripts/simulate.py [--check]
 

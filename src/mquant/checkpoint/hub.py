@@ -241,7 +241,7 @@ class HubRepo:
         """Raise what an answer that is no success means; `Again` where it may pass."""
         error = self._explain(response, path)
         if response.status_code in _TRANSIENT:
-            raise Again(error, _asked_to_wait(response.headers))
+            raise Again(error, asked_to_wait(response.headers))
         raise error
 
     def _explain(self, response: "httpx.Response", path: str = "") -> SourceError:
@@ -332,7 +332,7 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
     return split.scheme, split.hostname, split.port
 
 
-def _asked_to_wait(headers: Mapping[str, str]) -> float | None:
+def asked_to_wait(headers: Mapping[str, str]) -> float | None:
     """Seconds the server asks to wait: Retry-After in either form, or the hub's rate limit."""
     from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
@@ -348,4 +348,4 @@ def _asked_to_wait(headers: Mapping[str, str]) -> float | None:
     return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
 
 
-__all__ = ["HubRepo", "NoSuchRepo", "host_of"]
+__all__ = ["HubRepo", "NoSuchRepo", "asked_to_wait", "host_of"]

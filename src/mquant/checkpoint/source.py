@@ -2,8 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -65,24 +65,19 @@ class Folder:
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes [start, end) of a file."""
         end = self.files.get(path, 0) if end is None else end
+        with self._opened(path) as file:
+            return _part(file, path, start, end)
+
+    @contextmanager
+    def _opened(self, path: str) -> Iterator[int]:
+        """A listed file, open. Raises SourceError where it cannot be read, then or within."""
         try:
             with self.path(path).open("rb") as file:
-                data = os.pread(file.fileno(), end - start, start)
-                while len(data) < end - start:  # pread stops at 2 GiB
-                    more = os.pread(file.fileno(), end - start - len(data), start + len(data))
-                    if not more:
-                        break
-                    data += more
+                yield file.fileno()
         except OSError as error:
             raise SourceError(
                 f"{path} cannot be read: {error.strerror}.", "Check the disk."
             ) from error
-        if len(data) != end - start:
-            raise SourceError(
-                f"{path} ends at byte {start + len(data):,}; {end:,} were expected.",
-                "The file changed while it was read, or is truncated: get it again.",
-            )
-        return data
 
     def leads_out(self, path: str) -> bool:
         """Whether a listed file is a link to somewhere else than this folder.
@@ -107,8 +102,9 @@ class Folder:
                 continue
             digest.update(f"{path}\0{size}\0".encode())
             step = max(size // 64, 4096)
-            for start in range(0, size, step):
-                digest.update(self.read(path, start, min(start + 4096, size)))
+            with self._opened(path) as file:
+                for start in range(0, size, step):
+                    digest.update(_part(file, path, start, min(start + 4096, size)))
         return {"kind": "folder", "content": digest.hexdigest()}
 
     def _walk(self) -> list[tuple[str, Stamp]]:
@@ -125,6 +121,20 @@ class Folder:
                     if _is_visible(name) and path.is_file():
                         found.append((path.relative_to(self.root).as_posix(), stamp(path.stat())))
         return found
+
+
+def _part(file: int, path: str, start: int, end: int) -> bytes:
+    """Bytes [start, end) of an open file. Raises SourceError where it is shorter."""
+    data = os.pread(file, end - start, start)
+    while len(data) < end - start:  # pread stops at 2 GiB
+        more = os.pread(file, end - start - len(data), start + len(data))
+        if not more:
+            raise SourceError(
+                f"{path} ends at byte {start + len(data):,}; {end:,} were expected.",
+                "The file changed while it was read, or is truncated: get it again.",
+            )
+        data += more
+    return data
 
 
 def _is_visible(name: str) -> bool:

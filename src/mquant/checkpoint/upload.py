@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from mquant import __version__
 from mquant.checkpoint.download import quiet
-from mquant.checkpoint.hub import host_of
+from mquant.checkpoint.hub import asked_to_wait, host_of
 from mquant.checkpoint.retry import Again, retrying
 from mquant.errors import MquantError, OutputError
 from mquant.events import Emit, Progress
@@ -173,7 +173,7 @@ class HubWriter:
         status, host, repo = response.status_code, self.host, self.repo_id
         if status in _TRANSIENT:
             busy = OutputError(f"{host} is busy or in trouble (HTTP {status}).", _AGAIN)
-            raise Again(busy) from None
+            raise Again(busy, asked_to_wait(response.headers)) from None
         if status == 401:
             raise OutputError(f"{host} does not accept your token.", _LOG_IN) from None
         if status in (402, 403, 404):
