@@ -125,6 +125,17 @@ def test_it_says_what_the_checkpoint_is(src: Path) -> None:
         assert fact in card
 
 
+def test_its_command_names_what_else_it_was_made_with(src: Path) -> None:
+    fingerprint = read_json(src / "mquant.json")["fingerprint"]
+    made_with = {**fingerprint, "data": "a" * 64, "importance": "none"}
+    edit_json(src / "mquant.json", fingerprint=made_with)
+    card = card_of(src)
+    assert "--recipe nvfp4 --data DATA -o" in card
+    assert f"`DATA` has the sha256 `{'a' * 64}`." in card
+    edit_json(src / "mquant.json", fingerprint={**fingerprint, "data": "org/text"})
+    assert "`DATA` is the dataset `org/text`." in card_of(src)
+
+
 def test_its_ignore_list_is_exact_and_counted(src: Path) -> None:
     card = card_of(src)
     assert "`ignore` in config.json has 5 entries, exact names." in card

@@ -331,6 +331,8 @@ def test_a_parent_in_fp8_can_repair(original: Path, tmp_path: Path) -> None:
 def test_integers_stay_refused(nvfp4: Path, tmp_path: Path) -> None:
     src = stored_as(nvfp4, tmp_path, INT4, int4)
     assert refused(src) == 'bad is already quantized (config.json says "compressed-tensors").'
+    (only,) = bf16_plan(src).refusals
+    assert only.fix == "Start from the BF16 checkpoint it was made from."
 
 
 def test_nothing_quantized_is_nothing_to_do() -> None:

@@ -9,6 +9,7 @@ from mquant.checkpoint import Source, read_json
 from mquant.errors import SourceError
 from mquant.output.folder import RECORD, is_plain
 
+_INPUTS: Final = ("data", "importance")
 _CARD: Final = "README.md"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -18,8 +19,9 @@ class Record:
     """What mquant.json says. Strings are empty, and tables too, where it does not say.
 
     `source` is the identity of the parent, `files` have bytes and sha256 by path, but for the card,
-    which is written anew when there is more to say; `repairs` are as `mquant repair` wrote them,
-    oldest first.
+    which is written anew when there is more to say; `inputs` are what else it was made with
+    (`data`, `importance`): the sha256 of each file, or a dataset's id; `repairs` are as `mquant
+    repair` wrote them, oldest first.
     """
 
     mquant: str
@@ -27,6 +29,7 @@ class Record:
     recipe: str
     engine: str
     versions: Mapping[str, str]
+    inputs: Mapping[str, str]
     files: Mapping[str, tuple[int, str]]
     repairs: tuple[Mapping[str, Any], ...]
 
@@ -38,12 +41,14 @@ def read_record(source: Source) -> Record | None:
     value = read_json(source, RECORD)
     recipe, engine = _table(value.get("recipe")), _table(value.get("engine"))
     repairs = value.get("repairs")
+    fingerprint = _strings(value.get("fingerprint"))
     return Record(
         mquant=_string(value.get("mquant")),
         source=_strings(value.get("source")),
         recipe=_string(recipe.get("name")),
         engine=_string(engine.get("name")),
         versions=_strings(engine.get("versions")),
+        inputs={key: said for key in _INPUTS if (said := fingerprint.get(key, "none")) != "none"},
         files=_files(value.get("files")),
         repairs=tuple(map(_table, repairs)) if isinstance(repairs, list) else (),
     )

@@ -79,7 +79,7 @@ def survey(
     for the weights it holds.
     """
     shelf = find_stored(checkpoint, forms) if forms else None
-    unreadable = shelf.findings if shelf else _already_quantized(checkpoint)
+    unreadable = shelf.findings if shelf else _already_quantized(checkpoint, forms)
     findings = [*checkpoint.findings, *unreadable]
     family = family_of(checkpoint.config, families)
     if family is None:
@@ -142,7 +142,7 @@ def _count(numbers: Iterable[int | None]) -> int:
     return len({number for number in numbers if number is not None})
 
 
-def _already_quantized(checkpoint: Checkpoint) -> Sequence[Finding]:
+def _already_quantized(checkpoint: Checkpoint, forms: Collection[Form]) -> Sequence[Finding]:
     config = checkpoint.config.get("quantization_config")
     traces = [name for name in checkpoint.tensors if name.endswith(QUANTIZED_SUFFIXES)]
     if not traces and not config:
@@ -159,7 +159,8 @@ def _already_quantized(checkpoint: Checkpoint) -> Sequence[Finding]:
             "error",
             traces[0] if traces else "config.json",
             f"{checkpoint.source.name} is already quantized ({how}).",
-            "Start from the BF16 checkpoint it was made from, or make one: mquant dequantize.",
+            "Start from the BF16 checkpoint it was made from"
+            + ("." if set(Form) <= set(forms) else ", or make one: mquant dequantize."),
         )
     ]
 

@@ -1,14 +1,17 @@
 """Where it comes from: how it was made and mended, what belongs to it, its licence."""
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 from mquant.findings import names
 from mquant.output import Record
 from mquant.text import plural
 from mquant.workflows.card.facts import Card
 from mquant.workflows.card.markdown import block, code, table, text
+
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
 def made(card: Card) -> str:
@@ -25,6 +28,9 @@ def made(card: Card) -> str:
             "The same command gives the same bytes for every tensor; `--max-shard-size` decides "
             "where shards end.\n"
         )
+        for key, said in record.inputs.items():
+            what = "has the sha256" if _SHA256.fullmatch(said) else "is the dataset"
+            parts.append(f"{code(key.upper())} {what} {code(said)}.\n")
     if content := record.source.get("content"):
         parts.append(f"The parent's files, sampled, have the sha256 {code(content)}.\n")
     if record.repairs:
@@ -42,6 +48,8 @@ def _command(card: Card, record: Record) -> str:
     words += ["--revision", commit] if commit else []
     words += ["--recipe", record.recipe]
     words += ["--engine", record.engine] if record.engine == "oneshot" else []
+    for key in record.inputs:
+        words += [f"--{key}", key.upper()]
     return shlex.join([*words, "-o", card.repo.rpartition("/")[2]])
 
 
