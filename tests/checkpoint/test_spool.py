@@ -142,6 +142,22 @@ def test_a_whole_file_is_not_fetched_again(hub: FakeHub, repo: HubRepo, tmp_path
     assert not [r for r in hub.requests if r.path.endswith(first)]
 
 
+def test_a_whole_file_is_not_fetched_again_where_only_some_of_it_is_still_needed(
+    hub: FakeHub, repo: HubRepo, folder: Path, tmp_path: Path
+) -> None:
+    work = work_of(open_checkpoint(repo))
+    with spool_of(repo, tmp_path / "s", work) as spool:
+        read(spool, work[0][0])
+        spool.done([0])
+    del work[0]
+    again = spool_of(repo, tmp_path / "s", work)
+    hub.forget()
+    with again:
+        info = work[1][0]
+        assert read(again, info) == (folder / info.shard).read_bytes()[info.start : info.end]
+    assert not [r for r in hub.requests if r.path.endswith(info.shard)]
+
+
 def test_of_a_file_that_is_needed_in_part_only_that_is_fetched(
     hub: FakeHub, repo: HubRepo, folder: Path, tmp_path: Path
 ) -> None:

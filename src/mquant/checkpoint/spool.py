@@ -82,9 +82,12 @@ def parts_of(repo: HubRepo, tensors: Iterable[TensorInfo], work: Work) -> list[P
             part.last = place
     for path, part in parts.items():
         if (part.start, part.end) == held[path]:
-            part.start, part.end = 0, repo.files[path]
-            part.digest = repo.sha256.get(path)
+            _make_whole(part, repo)
     return list(parts.values())
+
+
+def _make_whole(part: Part, repo: HubRepo) -> None:
+    part.start, part.end, part.digest = 0, repo.files[part.path], repo.sha256.get(part.path)
 
 
 def least_room(parts: Iterable[Part]) -> int:
@@ -119,8 +122,8 @@ class Spool:
         self._failure: BaseException | None = None
         self._here = 0  # bytes of room that are taken
         self._fetched = 0
-        self._total = sum(part.nbytes for part in parts)
         self._prepare(folder)
+        self._total = sum(part.nbytes for part in parts)
         self._thread = Thread(target=self._run, name="spool")
 
     def __enter__(self) -> "Spool":
@@ -183,6 +186,12 @@ class Spool:
             if place.is_symlink():
                 place.unlink()  # it would lead away
         self._folder.mkdir(parents=True, exist_ok=True)
+        for part in self._parts.values():
+            there = self._folder / part.path
+            if there.is_file() and there.stat().st_size == self._repo.files[part.path]:
+                _make_whole(
+                    part, self._repo
+                )  # part of it is done, and the rest need not come again
         useful = {self._folder / (p.name + end) for p in self._parts.values() for end in _NAMES}
         for path in (*folder.iterdir(), *self._folder.iterdir()):
             if path.is_dir() and not path.is_symlink():
