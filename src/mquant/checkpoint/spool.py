@@ -189,9 +189,7 @@ class Spool:
         for part in self._parts.values():
             there = self._folder / part.path
             if there.is_file() and there.stat().st_size == self._repo.files[part.path]:
-                _make_whole(
-                    part, self._repo
-                )  # part of it is done, and the rest need not come again
+                _make_whole(part, self._repo)  # some of it is done; it need not come again
         useful = {self._folder / (p.name + end) for p in self._parts.values() for end in _NAMES}
         for path in (*folder.iterdir(), *self._folder.iterdir()):
             if path.is_dir() and not path.is_symlink():
