@@ -129,6 +129,8 @@ def quantize(
         if push_to is not None:
             from mquant.workflows.hub_to_hub import quantize_to_hub
 
+            if not plan.recipe.needs_data:  # which no shard is made with alone, whatever the data
+                check_data(plan.recipe, data)
             with progress(out) as emit:
                 shipped = quantize_to_hub(
                     plan,

@@ -11,7 +11,7 @@ from mquant.errors import OutputError
 from mquant.events import Emit, silent
 from mquant.output import Ledger, State, discard, examine
 from mquant.plan import Plan
-from mquant.workflows.intent import Engine, Intent, check_engine, intend
+from mquant.workflows.intent import Engine, Intent, check_engine, choose_engine, intend
 from mquant.workflows.making import check_disk, here, look_again
 from mquant.workflows.quantize import Run, complete
 from mquant.workflows.shipping import LAST, Destination, Shipper, find, seal, send_others
@@ -49,8 +49,8 @@ def quantize_to_hub(
     source files, where the source is a hub repo, and shards; None: no limit. The rest is as for
     `mquant.workflows.quantize.quantize`. Until it returns there is no config.json in the repo.
     """
+    check_engine(choose_engine(engine, plan.recipe), "--push-to")
     intent = intend(plan, engine, importance)
-    check_engine(intent.engine, "--push-to")
     files, shards = _share_out(plan, scratch)
     to = find(repo, plan, intent.fingerprint, public=public)
     look = partial(examine, out, intent.local, intent.fingerprint)
