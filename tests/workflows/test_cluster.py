@@ -132,7 +132,7 @@ def once_begun(out: Path, jobs: int, then: Callable[[int], None]) -> Callable[[E
     def emit(event: Event) -> None:
         if done or not isinstance(event, Progress) or not event.workers:
             return
-        for path in out.glob("mquant-run.*"):
+        for path in out.glob("mquant-run.*-of-*.jsonl"):
             number = int(path.name.split(".")[1].split("-")[0])
             text = path.read_text()
             if '"shard"' not in text and len(counted(text)) >= jobs:
