@@ -7,7 +7,7 @@ free, and every other one is refused. Of one that is made in shares `joint` deci
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePosixPath
@@ -182,14 +182,15 @@ def other_run(
     out: Path, theirs: object, ours: dict[str, Any], fix: str = _ANOTHER_OUT
 ) -> OutputError:
     """What to raise where OUT is of another run: which values differ."""
+    return OutputError(f"{out} was made from something else: {differences(theirs, ours)}.", fix)
+
+
+def differences(theirs: object, ours: Mapping[str, Any]) -> str:
+    """In which values the fingerprint of another run differs from ours."""
     theirs = theirs if isinstance(theirs, dict) else {}
     keys = [key for key in ours if theirs.get(key) != ours[key]] or ["fingerprint"]
     was = {key: str(theirs.get(key))[:80] for key in keys}
-    differ = "; ".join(f"{key} was {was[key]}, is {ours.get(key)}" for key in keys)
-    return OutputError(
-        f"{out} was made from something else: {differ}.",
-        fix,
-    )
+    return "; ".join(f"{key} was {was[key]}, is {ours.get(key)}" for key in keys)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -208,6 +209,7 @@ __all__ = [
     "RECORD",
     "Claim",
     "State",
+    "differences",
     "discard",
     "examine",
     "is_finished",

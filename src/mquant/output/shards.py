@@ -99,7 +99,7 @@ class ShardSet:
         for shard, each in enumerate(plan.shards):
             if away and each.name in away:
                 self.digests[each.name] = away[each.name]
-                self._done.update(self._jobs_of(shard))
+                self._done.update(plan.numbers[shard])
         self._left = [len(shard.jobs) for shard in plan.shards]
         for index in self._done:
             self._left[self._tasks[index].shard] -= 1
@@ -175,7 +175,7 @@ class ShardSet:
         with self._opening:
             if shard not in self._open:
                 self.follow.opening(self._plan.shards[shard])
-                jobs = self._jobs_of(shard)
+                jobs = self._plan.numbers[shard]
                 with self._lock:
                     done = {i - jobs.start for i in jobs if i in self._done}
                     self._open[shard] = ShardWriter(self._out, self._plan.shards[shard], done)
@@ -200,7 +200,7 @@ class ShardSet:
     def _close(self, shard: int) -> None:
         name = self._plan.shards[shard].name
         digest = self._writer(shard).close()
-        jobs = self._jobs_of(shard)
+        jobs = self._plan.numbers[shard]
         self._ledger.complete_shard(name, digest, jobs)
         with self._lock:
             self.digests[name] = digest
@@ -209,16 +209,12 @@ class ShardSet:
         self.follow.settled(jobs)
         self.follow.completed(self._plan.shards[shard], digest)
 
-    def _jobs_of(self, shard: int) -> range:
-        first = sum(len(each.jobs) for each in self._plan.shards[:shard])
-        return range(first, first + len(self._plan.shards[shard].jobs))
-
     def _take_up(self, recorded: Recorded, sources: Mapping[str, Stamp]) -> None:
         """Find out which recorded jobs count: their sources are unchanged, and their file there."""
         counting = counted(self._plan, recorded, sources)
         for shard, each in enumerate(self._plan.shards):
             final, partial = self._out / each.name, self._out / (each.name + PARTIAL)
-            jobs = set(self._jobs_of(shard)) & counting
+            jobs = set(self._plan.numbers[shard]) & counting
             with out_of_space(partial, each.file_bytes):
                 if final.is_symlink():
                     final.unlink()  # made by nobody here
@@ -234,10 +230,9 @@ class ShardSet:
 
 def counted(plan: Plan, recorded: Recorded, sources: Mapping[str, Stamp]) -> set[int]:
     """The recorded jobs of a plan, by number, whose sources are as they were."""
-    jobs = (job for shard in plan.shards for job in shard.jobs)
     return {
         number
-        for number, job in enumerate(jobs)
+        for number, job in enumerate(plan.jobs)
         if number in recorded.jobs and _unchanged(job, recorded.jobs[number], sources)
     }
 
@@ -246,11 +241,9 @@ def complete_shards(
     out: Path, plan: Plan, recorded: Recorded, sources: Mapping[str, Stamp]
 ) -> dict[str, str]:
     """The sha256 of those shards of a plan that are whole in OUT, by name. Nothing is written."""
-    made, first = counted(plan, recorded, sources), 0
+    made = counted(plan, recorded, sources)
     found: dict[str, str] = {}
-    for shard in plan.shards:
-        jobs = range(first, first + len(shard.jobs))
-        first = jobs.stop
+    for shard, jobs in zip(plan.shards, plan.numbers, strict=True):
         digest, path = recorded.shards.get(shard.name, ""), out / shard.name
         there = not path.is_symlink() and _is_of(path, shard.file_bytes)
         if there and made.issuperset(jobs) and _SHA256.fullmatch(digest):

@@ -8,7 +8,7 @@ from mquant.errors import Refused
 from mquant.family import Family
 from mquant.findings import Finding
 from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, dequantizes
-from mquant.plan.model import Action, Job, Output, Plan, ShardJob
+from mquant.plan.model import Action, Job, Plan, ShardJob
 from mquant.plan.stored import Form
 from mquant.plan.survey import Member, Survey, survey
 from mquant.recipe import Recipe
@@ -44,18 +44,8 @@ def make_bf16_plan(
 
 
 def _action(member: Member) -> Action:
-    info, stored = member.info, member.stored
-    return Action(
-        source=info,
-        role=member.role,
-        module=member.module,
-        layer=member.meaning.layer,
-        expert=member.meaning.expert,
-        scheme=None,
-        reason=f"dequantized from {stored.form}" if stored else "as it is",
-        outputs=(Output(info.name, info.dtype, info.shape),),
-        stored=stored,
-    )
+    stored = member.stored
+    return Action.kept(member, f"dequantized from {stored.form}" if stored else "as it is")
 
 
 def _nothing(found: Survey) -> list[Finding]:

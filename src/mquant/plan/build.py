@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import yaml
@@ -106,23 +107,12 @@ def _action(
     reason = _KEPT_BECAUSE.get(member.role, f"{recipe.name} keeps it")
     if scheme and recipe.keeps_layer(layer, layers):
         scheme, reason = None, f"{recipe.name} keeps the layers at the ends"
-    if scheme and _obstacle(member, scheme, family):
-        outputs: Iterable[tuple[str, str, tuple[int, ...]]] = ()
-    elif scheme:
-        outputs = scheme.outputs(member.module, info.shape, info.dtype)
-    else:
-        outputs = ((info.name, info.dtype, info.shape),)
-    return Action(
-        source=info,
-        role=member.role,
-        module=member.module,
-        layer=layer,
-        expert=member.meaning.expert,
-        scheme=scheme,
-        reason="" if scheme else reason,
-        outputs=tuple(Output(*output) for output in outputs),
-        stored=member.stored,
-    )
+    if scheme is None:
+        return Action.kept(member, reason)
+    fits = not _obstacle(member, scheme, family)
+    outputs = scheme.outputs(member.module, info.shape, info.dtype) if fits else ()
+    made = tuple(Output(*output) for output in outputs)
+    return replace(Action.kept(member, ""), scheme=scheme, outputs=made)
 
 
 def dequantizes(found: Survey) -> list[Finding]:

@@ -5,6 +5,7 @@ the files it had.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from enum import StrEnum
 from itertools import groupby
 from typing import Any, Final
@@ -198,15 +199,11 @@ def _actions(member: Member, target: Target, values: Mapping[str, bytes]) -> Ite
         value = values.get(info.name)
         shape = info.shape if value is None else _SCALAR[target]
         name = f"{member.module}.{suffix}" if suffix else info.name
-        yield Action(
+        yield replace(
+            Action.kept(member, "as it is" if value is None else "the reciprocal"),
             source=info,
-            role=member.role,
-            module=member.module,
-            layer=member.meaning.layer,
-            expert=member.meaning.expert,
-            scheme=None,
-            reason="as it is" if value is None else "the reciprocal",
             outputs=(Output(name, info.dtype, shape),),
+            stored=None,
             value=value,
         )
 

@@ -73,7 +73,7 @@ def mend(right: Plan, bad: Checkpoint, wrong: Collection[str]) -> Mending:
     sound: dict[str, TensorInfo] = {}
     outputs: set[str] = set()
     home = min(filter(is_shard, bad.shards), default="model-00001-of-00001.safetensors")
-    for job in (job for shard in right.shards for job in shard.jobs):
+    for job in right.jobs:
         outputs.update(output.name for output in job.outputs)
         there = {o.name: info for o in job.outputs if (info := found.sound(o)) is not None}
         sound.update(there)

@@ -5,14 +5,15 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from itertools import accumulate
+from typing import Any, Literal, Self
 
 from mquant.checkpoint import Source, TensorInfo, build_header
 from mquant.dtypes import BITS, nbytes
 from mquant.family import Family, Role
 from mquant.findings import Finding
 from mquant.plan.stored import Stored
-from mquant.plan.survey import Survey
+from mquant.plan.survey import Member, Survey
 from mquant.recipe import Recipe
 from mquant.schemes import FORMAT_VERSION, Scheme
 
@@ -55,6 +56,22 @@ class Action:
     stored: Stored | None = None
     value: bytes | None = None
     scaled: bool = False
+
+    @classmethod
+    def kept(cls, member: Member, reason: str) -> Self:
+        """A tensor that stays, under its name, in its dtype and shape."""
+        info, meaning = member.info, member.meaning
+        return cls(
+            source=info,
+            role=member.role,
+            module=member.module,
+            layer=meaning.layer,
+            expert=meaning.expert,
+            scheme=None,
+            reason=reason,
+            outputs=(Output(info.name, info.dtype, info.shape),),
+            stored=member.stored,
+        )
 
     @property
     def kind(self) -> ActionKind:
@@ -176,9 +193,23 @@ class Plan:
     declared: Mapping[str, Any] | None = None
 
     @property
+    def jobs(self) -> Iterator[Job]:
+        """All jobs, in the order of the output: a ledger numbers them so, from 0."""
+        return (job for shard in self.shards for job in shard.jobs)
+
+    @cached_property
+    def numbers(self) -> tuple[range, ...]:
+        """The numbers of each shard's jobs."""
+        stops = accumulate(len(shard.jobs) for shard in self.shards)
+        return tuple(
+            range(stop - len(shard.jobs), stop)
+            for shard, stop in zip(self.shards, stops, strict=True)
+        )
+
+    @property
     def actions(self) -> Iterator[Action]:
         """Every source tensor's action, exactly once, in the order of the output."""
-        return (a for shard in self.shards for job in shard.jobs for a in job.actions)
+        return (action for job in self.jobs for action in job.actions)
 
     @property
     def refusals(self) -> tuple[Finding, ...]:

@@ -274,7 +274,7 @@ def _intact(mending: Mending) -> list[tuple[Job, set[str]]]:
     Smallest first. Codes depend on every scale, so they will do where scales are what is wrong.
     """
     jobs = []
-    for job in (job for shard in mending.right.shards for job in shard.jobs if job.scheme):
+    for job in (job for job in mending.right.jobs if job.scheme):
         there = {output.name for output in job.outputs} & mending.sound.keys()
         if all(action.outputs[0].name in there for action in job.actions):
             jobs.append((job, there))

@@ -42,7 +42,7 @@ def memory_needed(plan: Plan) -> int:
 
     Tensors that are copied pass through a small buffer.
     """
-    jobs = (job for shard in plan.shards for job in shard.jobs if job.scheme)
+    jobs = (job for job in plan.jobs if job.scheme)
     widest = max((job.weight_bytes for job in jobs), default=0)
     return _BASE_MEMORY + int(default_workers() * widest * _PER_WORKER)
 

@@ -197,7 +197,7 @@ class _Run:
     def _making(self, assembly: Assembly) -> Making:
         kept = self.kept if self.whole else ()
         files = (*kept, *file_names(self.plan, self.sides))
-        used = {path for shard in self.plan.shards for job in shard.jobs for path in job.files}
+        used = {path for job in self.plan.jobs for path in job.files}
         stamps = {path: assembly.stamps[path] for path in sorted(used)}
         return Making(self.plan, self.out, files, stamps, self.emit, "repair")
 

@@ -24,7 +24,6 @@ from mquant.output import (
     complete_shards,
     counted,
     dissolve,
-    file_names,
     is_finished,
     is_taken,
     ledger_name,
@@ -66,8 +65,7 @@ class Shares:
 
     def check_disk(self) -> None:
         """Raise OutputError where not all of OUT fits, whoever makes it."""
-        everything = file_names(self.intent.plan, self.intent.sides)
-        check_disk(self.out, everything, self.intent.file_bytes)
+        check_disk(self.out, self.intent.files, self.intent.file_bytes)
 
     def claim(self) -> State:
         """Make OUT this run's, where it is free. DONE: it was finished before.
@@ -96,7 +94,7 @@ class Shares:
             self.claim()
             emit(Note("info", f"Share {number:,} of {self.joint.of:,} has no shard to make."))
             return True
-        files = {path for shard in part.shards for job in shard.jobs for path in job.files}
+        files = {path for job in part.jobs for path in job.files}
         folder = here(self.intent.source, emit, only=files)
         ledger = take_share(self.out, self.intent.local, self.joint, number, patience)
         if ledger is None:
@@ -144,8 +142,7 @@ class Shares:
         """Bytes of the source that a share need not read any more."""
         part, known = self.parts[number - 1], self.recorded(number)
         done = counted(part, known, self.intent.stamps) if known else set()
-        jobs = (job for shard in part.shards for job in shard.jobs)
-        return sum(job.source_bytes for index, job in enumerate(jobs) if index in done)
+        return sum(job.source_bytes for index, job in enumerate(part.jobs) if index in done)
 
 
 class Watch:

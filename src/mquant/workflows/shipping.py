@@ -20,6 +20,7 @@ from mquant.errors import OutputError
 from mquant.events import Emit, Progress
 from mquant.findings import names
 from mquant.output import LEDGER, RECORD, ShardSet
+from mquant.output.folder import differences
 from mquant.output.ledger import MOST_BYTES, head_line, parse_ledger, shard_line
 from mquant.plan import Plan, ShardJob
 from mquant.untrusted import parse_json
@@ -106,7 +107,7 @@ class Shipper:
         self._names = files
         plan = destination.plan
         self._shards = {shard.name: shard for shard in plan.shards}
-        self._jobs = dict(zip(self._shards, _numbers(plan), strict=True))
+        self._jobs = dict(zip(self._shards, plan.numbers, strict=True))
         self.sent = dict(destination.away)
         self._changed = Condition()
         self._waiting: deque[tuple[ShardJob, str]] = deque()
@@ -240,15 +241,6 @@ def _holds(repo: HubRepo, name: str, content: bytes) -> bool:
     return name in repo.files and repo.lists(name, content)
 
 
-def _numbers(plan: Plan) -> list[range]:
-    """The numbers of each shard's jobs."""
-    found, first = [], 0
-    for shard in plan.shards:
-        found.append(range(first, first + len(shard.jobs)))
-        first += len(shard.jobs)
-    return found
-
-
 def _read(repo: HubRepo, path: str) -> bytes:
     if repo.files[path] > MOST_BYTES:
         raise OutputError(f"{path} of {repo.repo_id} is none of ours.", "Give another repo.")
@@ -256,10 +248,8 @@ def _read(repo: HubRepo, path: str) -> bytes:
 
 
 def _refuse_other(repo_id: str, theirs: object, ours: Mapping[str, Any]) -> None:
-    theirs = theirs if isinstance(theirs, dict) else {}
-    keys = [key for key in ours if theirs.get(key) != ours[key]]
-    if keys:
-        differ = "; ".join(f"{key} was {str(theirs.get(key))[:80]}, is {ours[key]}" for key in keys)
+    if theirs != ours:
+        differ = differences(theirs, ours)
         raise OutputError(f"{repo_id} is made from something else: {differ}.", "Give another repo.")
 
 

@@ -46,7 +46,7 @@ def least_scratch(plan: Plan) -> int:
     """Bytes of the source's files that are needed at once, where that is a hub repo."""
     from mquant.checkpoint.spool import least_room, parts_of
 
-    jobs = dict(enumerate(job for shard in plan.shards for job in shard.jobs))
+    jobs = dict(enumerate(plan.jobs))
     tensors = plan.survey.checkpoint.tensors.values()
     return least_room(parts_of(_hub_of(plan.survey.checkpoint.source), tensors, _reads(jobs)))
 
