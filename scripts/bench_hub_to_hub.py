@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
-from fakehub import GOOD_TOKEN, FakeHub
+from fakehub import FakeHub
 
 PARENT, PLAIN, KILLED = "org/model", "org/model-NVFP4", "org/model-NVFP4-killed"
 REAL = ["--hidden", "3072", "--intermediate", "1536", "--vocab", "8192"]
@@ -54,14 +54,7 @@ class Bench:
 
     def __init__(self, hub: FakeHub, where: Path, options: argparse.Namespace) -> None:
         self.hub, self.where, self.options = hub, where, options
-        self.environment = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(where / "home"),
-            "HF_TOKEN": GOOD_TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "XDG_CACHE_HOME": str(where / "cache"),
-        }
+        self.environment = hub.environment(where)
         self.most = 0
 
     def run(self) -> None:

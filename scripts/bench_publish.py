@@ -9,7 +9,6 @@ the tests' own; the hub breaks off the first uploads.
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
-from fakehub import GOOD_TOKEN, FakeHub
+from fakehub import FakeHub
 from fakeserver import FakeServer
 
 REPO = "org/model-NVFP4"
@@ -49,14 +48,7 @@ def main() -> None:
 
 def publish(where: Path, hub: FakeHub, server: FakeServer, options: argparse.Namespace) -> None:
     """Every step, in its order."""
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(where / "home"),
-        "HF_TOKEN": GOOD_TOKEN,
-        "HF_HUB_DISABLE_XET": "1",
-        "XDG_CACHE_HOME": str(where / "cache"),
-    }
+    environment = hub.environment(where)
     src, out = where / "model", where / "model-NVFP4"
     sizes = ["--layers", str(options.layers), "--experts", str(options.experts), *REAL]
     step(environment, "synth", str(src), "--family", "minimax_m2", *sizes)

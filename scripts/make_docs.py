@@ -16,8 +16,8 @@ import typer
 import mquant.workflows.verify  # noqa: F401 -- registers every rule
 from mquant.cli.app import app
 from mquant.verify.rules import RULES, Rule
+from pages import write_or_check
 
-DOCS = Path(__file__).parent.parent / "docs"
 KINDS = {str: "TEXT", int: "N", Path: "PATH"}
 HEAD = """# Command line reference
 
@@ -98,15 +98,8 @@ def row(param: Any) -> str:
 
 def main() -> int:
     """Write the pages, or check them."""
-    behind = 0
-    for name, text in (("cli.md", page()), ("verify-rules.md", rules_page())):
-        path = DOCS / name
-        if "--check" not in sys.argv[1:]:
-            path.write_text(text, encoding="utf-8")
-        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
-            print(f"docs/{name} is not what the program says: run python scripts/make_docs.py")
-            behind = 1
-    return behind
+    pages = {"cli.md": page(), "verify-rules.md": rules_page()}
+    return write_or_check(pages, "is not what the program says: run python scripts/make_docs.py")
 
 
 if __name__ == "__main__":

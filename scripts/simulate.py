@@ -14,6 +14,7 @@ from typing import Final
 
 from mquant.findings import size
 from mquant.plan import shares
+from pages import DOCS, write_or_check
 from simulation import fetched_again, work_of
 from simulation_cases import (
     CASES,
@@ -36,7 +37,6 @@ from simulation_cases import (
 )
 from simulation_page import Curve, fill, hours, picture, span, table
 
-DOCS: Final = Path(__file__).parent.parent / "docs"
 TEMPLATE: Final = Path(__file__).parent / "simulate.md"
 NAME: Final = "scale-out"
 MARK: Final = "<!-- From here on made by scripts/simulate.py: do not edit. -->\n"
@@ -289,15 +289,8 @@ def documents() -> dict[str, str]:
 
 def main() -> int:
     """Write the files, or check them."""
-    behind = 0
-    for name, text in documents().items():
-        path = DOCS / name
-        if "--check" not in sys.argv[1:]:
-            path.write_text(text, encoding="utf-8")
-        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
-            print(f"docs/{name} is not what the figures give: run python scripts/simulate.py")
-            behind = 1
-    return behind
+    complaint = "is not what the figures give: run python scripts/simulate.py"
+    return write_or_check(documents(), complaint)
 
 
 if __name__ == "__main__":

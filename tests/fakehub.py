@@ -16,6 +16,7 @@ and for those it starts.
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -159,6 +160,17 @@ class FakeHub:
         """Answer the next `times` requests with a status, and headers like `Retry_After="0"`."""
         fields = {key.replace("_", "-"): value for key, value in headers.items()}
         self._failures += [(status, fields)] * times
+
+    def environment(self, where: Path) -> dict[str, str]:
+        """That of a process for which this is the hub, with caches in `where` and a token."""
+        return {
+            **os.environ,
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(where / "home"),
+            "HF_TOKEN": GOOD_TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "XDG_CACHE_HOME": str(where / "cache"),
+        }
 
     def forget(self) -> None:
         """Start counting anew."""

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,21 @@ def hashes(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def held(folder: Path) -> int:
+    """Bytes of all files in a folder that others are at work in; of reserved ones their size."""
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # just now gone
+                total += Path(where, name).stat().st_size
+    return total
+
+
+def largest(folder: Path) -> int:
+    """Bytes of the largest shard in a folder."""
+    return max(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def differences(ours: Path, theirs: Path, names: set[str]) -> list[str]:

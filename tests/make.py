@@ -101,6 +101,11 @@ def make_checkpoint(
     return path
 
 
+def make_larger(path: Path, shards: int) -> Path:
+    """Write a checkpoint of 26 MB, with the names and config.json of the small ones."""
+    return make_checkpoint(path, layers=2, experts=8, hidden=512, intermediate=512, shards=shards)
+
+
 def make_config(**overrides: Any) -> dict[str, Any]:
     """A config.json as on the hub, of the family's real size but for `overrides`."""
     synth = minimax_m2().synth

@@ -1,11 +1,9 @@
 """From a hub repo into another one: through a bounded folder, in an order that is never half."""
 
 import json
-import os
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,8 @@ from typer.testing import CliRunner, Result
 
 import mquant.checkpoint.spool as spool_module
 from fakehub import FakeHub, hub, writable
-from judges import hashes
-from make import make_checkpoint
+from judges import hashes, held, largest
+from make import make_checkpoint, make_larger
 from mquant.checkpoint import open_checkpoint
 from mquant.checkpoint.hub import HubRepo
 from mquant.cli.app import app
@@ -37,14 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 @pytest.fixture(scope="module")
 def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """26 MB in 12 shards."""
-    return make_checkpoint(
-        tmp_path_factory.mktemp("larger") / "src",
-        layers=2,
-        experts=8,
-        hidden=512,
-        intermediate=512,
-        shards=12,
-    )
+    return make_larger(tmp_path_factory.mktemp("larger") / "src", shards=12)
 
 
 @pytest.fixture(autouse=True)
@@ -79,20 +70,6 @@ def on_the_hub(hub: FakeHub, repo: str = REPO) -> dict[str, str]:
     found = hashes(hub.repos[repo].folders[hub.repos[repo].revisions["main"]])
     found.pop(".gitattributes", None)
     return found
-
-
-def held(out: Path) -> int:
-    """Bytes that OUT takes on the disk, or would if what is reserved were written."""
-    total = 0
-    for folder, _, names in os.walk(out):
-        for name in names:
-            with suppress(FileNotFoundError):  # just now gone
-                total += Path(folder, name).stat().st_size
-    return total
-
-
-def largest(src: Path) -> int:
-    return max(path.stat().st_size for path in src.glob("*.safetensors"))
 
 
 def refusal(out: Path, repo: str = REPO) -> MquantError:

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import mquant.checkpoint.spool as spool_module
 from fakehub import FakeHub, hub
-from judges import hashes
-from make import make_checkpoint
+from judges import hashes, held, largest
+from make import make_larger
 from mquant.checkpoint import open_checkpoint
 from mquant.checkpoint.hub import HubRepo
 from mquant.cli.app import app
@@ -34,14 +34,7 @@ SHARD = 2_000_000
 @pytest.fixture(scope="module")
 def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """28 MB in 8 shards."""
-    return make_checkpoint(
-        tmp_path_factory.mktemp("larger") / "src",
-        layers=2,
-        experts=8,
-        hidden=512,
-        intermediate=512,
-        shards=8,
-    )
+    return make_larger(tmp_path_factory.mktemp("larger") / "src", shards=8)
 
 
 @pytest.fixture
@@ -61,21 +54,6 @@ def run(repo: HubRepo, out: Path, scratch: int | None, emit: Emit = silent) -> P
     return out
 
 
-def largest(src: Path) -> int:
-    return max(path.stat().st_size for path in src.glob("*.safetensors"))
-
-
-def held(out: Path) -> int:
-    """Bytes of source files that lie in OUT."""
-    total = 0
-    for path in out.glob(".mquant-scratch/*/*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:  # just now gone
-            continue
-    return total
-
-
 def test_it_makes_the_bytes_of_a_run_that_downloads_first(repo: HubRepo, tmp_path: Path) -> None:
     room = 12_000_000
     assert hashes(run(repo, tmp_path / "a", room)) == hashes(run(repo, tmp_path / "b", None))
@@ -86,7 +64,7 @@ def test_there_is_never_more_than_the_scratch(repo: HubRepo, src: Path, tmp_path
     thread = threading.Thread(target=run, args=(repo, out, room))
     thread.start()
     while thread.is_alive():
-        most.append(held(out))
+        most.append(held(out / ".mquant-scratch"))
         time.sleep(0.001)
     assert largest(src) < max(most) <= room
     assert (out / "config.json").exists()
