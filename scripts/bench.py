@@ -233,7 +233,7 @@ def make_source(path: Path, size: float) -> "Checkpoint":
     """A checkpoint of about `size` GB with the real model's shapes, made unless it is there."""
     if not (path / "config.json").exists():
         from mquant.family import load_families
-        from mquant.workflows.synth import Sizes, synth
+        from mquant.synth import Sizes, synth
 
         family = load_families()["minimax_m2"]
         # The real dimensions, but for what says how many.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench import LAYER_BYTES, Runs, command_of, opened, prepare, run
 from mquant.family import load_families
-from mquant.workflows.synth import Precision, Sizes, synth
+from mquant.synth import Precision, Sizes, synth
 
 # What each command is called, the verb and its options, its source, and whether others read it.
 STEPS = (

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mquant.family import load_families
 from mquant.output.finish import config_json, index_json
-from mquant.workflows.synth import Sizes, synth
+from mquant.synth import Sizes, synth
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 

@@ -23,11 +23,11 @@ from pathlib import Path
 
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.family import Role, load_families
-from mquant.findings import size
 from mquant.output import config_json, index_json
 from mquant.plan import Output, Plan, ShardJob
 from mquant.schemes import NVFP4A16
-from mquant.workflows.synth import Sizes, synth
+from mquant.synth import Sizes, synth
+from mquant.text import size
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
@@ -38,7 +38,7 @@ _SPARSE = """
 import os
 import numpy as np
 from mquant.output import writer
-from mquant.workflows import making
+from mquant.runs import run
 from mquant.cli import main
 
 def pwrite(file, data, at):
@@ -46,7 +46,7 @@ def pwrite(file, data, at):
 
 write, writer.pwrite = writer.pwrite, pwrite
 writer.preallocate = os.ftruncate
-making.free_disk = lambda out: 1 << 50
+run.free_disk = lambda out: 1 << 50
 main()
 """
 

@@ -22,7 +22,7 @@ from mquant.checkpoint import Folder, open_checkpoint
 from mquant.family import load_families
 from mquant.plan import Plan, make_plan, shares
 from mquant.recipe import find_recipe
-from mquant.workflows.synth import Sizes, synth
+from mquant.synth import Sizes, synth
 from simulation import Phase, Rates, makespan, pieces_of, pipeline, work_of
 from simulation_cases import CORE, DIGEST
 

@@ -14,8 +14,8 @@ from mquant.checkpoint import Folder, open_checkpoint
 from mquant.family import load_families
 from mquant.plan import Plan, make_plan
 from mquant.recipe import Calibration, Recipe, load_recipes
-from mquant.workflows.quantize import quantize
-from mquant.workflows.verify import Depth, verify
+from mquant.runs.quantize import quantize
+from mquant.verify.judge import Depth, verify
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 

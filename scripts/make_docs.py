@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import typer
 
-import mquant.workflows.verify  # noqa: F401 -- registers every rule
+import mquant.verify.judge  # noqa: F401 -- registers every rule
 from mquant.cli.app import app
 from mquant.verify.rules import RULES, Rule
 from pages import write_or_check

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from mquant.findings import size
 from mquant.plan import shares
+from mquant.text import size
 from pages import DOCS, write_or_check
 from simulation import fetched_again, work_of
 from simulation_cases import (

@@ -14,7 +14,7 @@ from mquant.checkpoint import Folder, open_checkpoint
 from mquant.family import load_families
 from mquant.plan import DEFAULT_SHARD_BYTES, Plan, ShardJob, cut_shards, make_plan, shares
 from mquant.recipe import find_recipe
-from mquant.workflows.synth import Sizes, synth
+from mquant.synth import Sizes, synth
 from simulation import (
     Passage,
     Phase,

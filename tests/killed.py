@@ -14,9 +14,9 @@ from mquant.engines import stream
 from mquant.events import silent
 from mquant.family import load_families
 from mquant.output import LEDGER, ShardSet
-from mquant.workflows.diagnose import diagnose
-from mquant.workflows.repair import repair_in_place
-from mquant.workflows.shares import finish_shares
+from mquant.repair.diagnose import diagnose
+from mquant.repair.repair import repair_in_place
+from mquant.runs.shares import finish_shares
 from run import quantize_nvfp4, shares_of
 
 _SERVER = multiprocessing.get_context("forkserver")
@@ -69,7 +69,7 @@ def repair_and_die(bad: Path, parent: Path, changes: int) -> int | None:
 
 def _start(target: Callable[..., object], *arguments: Any) -> ForkServerProcess:
     _SERVER.set_forkserver_preload(
-        ["numba", "mquant.engines.stream", "mquant.workflows.shares", "mquant.workflows.repair"]
+        ["numba", "mquant.engines.stream", "mquant.runs.shares", "mquant.repair.repair"]
     )
     process = _SERVER.Process(target=target, args=arguments)
     process.start()

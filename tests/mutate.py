@@ -17,8 +17,8 @@ from make import Edit, Row, write_index, write_json, write_shard
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Folder
 from mquant.family import load_families
 from mquant.findings import Severity
+from mquant.verify.judge import Depth, verify
 from mquant.verify.rules import RULES
-from mquant.workflows.verify import Depth, verify
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 

@@ -9,10 +9,10 @@ from mquant.events import Emit, silent
 from mquant.family import load_families
 from mquant.plan import Plan, make_plan
 from mquant.recipe import find_recipe
-from mquant.workflows.intent import Engine
-from mquant.workflows.order import Order
-from mquant.workflows.quantize import quantize
-from mquant.workflows.shares import Shares, in_shares
+from mquant.runs.job_spec import Order
+from mquant.runs.quantize import quantize
+from mquant.runs.shares import Shares, in_shares
+from mquant.runs.spec import Engine
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TRAINED = FIXTURES / "tiny-minimax-m2"

@@ -24,11 +24,11 @@ from mquant.data import read_yaml
 from mquant.errors import DataFileError, MquantError
 from mquant.events import Event, Note
 from mquant.family import load_families
+from mquant.loader_model import modules
 from mquant.matching import Style, match
 from mquant.recipe import find_recipe
 from mquant.untrusted import TooMuch, parse_json
-from mquant.verify import layout
-from mquant.workflows.verify import Depth, verify
+from mquant.verify.judge import Depth, verify
 from mutate import judged, mutated
 from run import plan_of, quantize_nvfp4
 
@@ -107,7 +107,7 @@ def test_shards_are_limited(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_modules_are_limited(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "MAX_MODULES", 30)
+    monkeypatch.setattr(modules, "MAX_MODULES", 30)
 
     said = sentence(verify, Folder(src), load_families())
     assert said == "src has 47 modules; no model has more than 30."

@@ -18,8 +18,8 @@ from mquant.errors import LoaderError, MquantError, OutputError
 from mquant.output import LEDGER, RECORD, Claim, Ledger, State, discard, examine
 from mquant.output import ledger as ledger_module
 from mquant.output.ledger import read_ledger
+from mquant.runs.run import free_disk
 from mquant.verify.loaders import vllm
-from mquant.workflows.making import free_disk
 from run import quantize_nvfp4
 
 __all__ = ["hub"]

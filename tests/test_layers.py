@@ -14,31 +14,24 @@ from make import make_checkpoint
 ROOT = Path(mquant.__file__).parent
 LAYERS = (
     {"cli"},
-    {"workflows"},
-    {"measure", "page"},
-    {"engines", "verify"},
-    {"output", "numerics"},
-    {"plan"},
-    {"recipe", "checkpoint"},
+    {"publish", "repair", "smoke", "synth"},
+    {"runs", "measure"},
+    {"verify"},
+    {"engines", "output", "forward"},
+    {"weights", "plan", "numerics"},
+    {"loader_model"},
+    {"recipe"},
     {"family"},
-    {
-        "schemes",
-        "dtypes",
-        "data",
-        "events",
-        "formulas",
-        "matching",
-        "untrusted",
-        "text",
-        "compiled",
-    },
+    {"checkpoint", "schemes", "data", "formulas", "matching"},
+    {"dtypes", "events", "untrusted", "text", "compiled"},
     {"errors"},
     {"findings"},
 )
 HEIGHT = {name: -depth for depth, layer in enumerate(LAYERS) for name in layer}
 NEVER = {  # though they lie lower
-    "checkpoint": {"family"},
-    "verify": {"numerics"},
+    "verify": {"numerics", "engines"},
+    "weights": {"numerics"},
+    "forward": {"numerics"},
     "measure": {"numerics", "engines"},
 }
 HEAVY = {"torch", "llmcompressor", "transformers", "compressed_tensors", "accelerate"}
@@ -94,7 +87,7 @@ def test_only_engines_import_what_is_heavy() -> None:
 
 
 def test_only_the_cluster_imports_ray() -> None:
-    for path in (path for path in FILES if path != ROOT / "workflows/cluster.py"):
+    for path in (path for path in FILES if path != ROOT / "runs/ray_cluster.py"):
         assert "ray" not in {name.split(".")[0] for name in imported(path)}, path
 
 

@@ -16,9 +16,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from mquant.data import folder, read_yaml
 from mquant.errors import DataFileError, UsageError
 from mquant.family import Role
-from mquant.findings import names
 from mquant.matching import MAX_LENGTH, Matches, Style, match
 from mquant.schemes import SCHEMES, Scheme
+from mquant.text import names
 
 
 def _known_scheme(name: str) -> str:

@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Final
 
-from mquant.findings import size
-
 _DIGITS: Final = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 Numbers = tuple[int, ...]
@@ -21,6 +19,24 @@ def clean(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
+
+
+def names(items: list[str] | tuple[str, ...], shown: int = 3) -> str:
+    """`a, b, c and 59 more`: a list of names that stays a sentence."""
+    head = ", ".join(items[:shown])
+    return head if len(items) <= shown else f"{head} and {len(items) - shown:,} more"
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units: `80.14 GB`."""
+    if count < 1000:
+        return f"{count} B"
+    units = iter(("kB", "MB", "GB", "TB", "PB"))
+    value, unit = count / 1000, next(units)
+    while value >= 999.5 and unit != "PB":
+        value, unit = value / 1000, next(units)
+    digits = 2 if value < 100 else 1
+    return f"{value:,.{digits}f} {unit}"
 
 
 def binary_size(count: int) -> str:
@@ -90,4 +106,4 @@ def _runs(numbers: list[int]) -> str:
     return ",".join(runs)
 
 
-__all__ = ["binary_size", "both_sizes", "clean", "compress", "plural", "size"]
+__all__ = ["binary_size", "both_sizes", "clean", "compress", "names", "plural", "size"]

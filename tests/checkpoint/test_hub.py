@@ -18,7 +18,7 @@ from mquant.checkpoint.hub import HubRepo
 from mquant.errors import SourceError
 from mquant.events import Event, Progress, silent
 from mquant.family import load_families
-from mquant.workflows.synth import Sizes, synth
+from mquant.synth import Sizes, synth
 
 __all__ = ["hub"]
 

@@ -16,7 +16,7 @@ from corpus import OF_NVFP4A16
 from fakehub import FakeHub, hub
 from judges import hashes, read_json
 from mquant.cli.app import app
-from mquant.workflows.quantize import quantize
+from mquant.runs.quantize import quantize
 from run import TRAINED, plan_of, quantize_nvfp4
 from uploads import metadata_errors
 

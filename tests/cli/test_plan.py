@@ -15,8 +15,8 @@ from mquant.cli.app import app
 from mquant.family import load_families
 from mquant.plan import make_plan
 from mquant.recipe import find_recipe
-from mquant.workflows import plan_report
-from mquant.workflows.plan_report import Resources, memory_available, memory_needed
+from mquant.runs import forecast
+from mquant.runs.forecast import Resources, memory_available, memory_needed
 
 LLMCOMPRESSOR = """\
 quant_stage:
@@ -261,7 +261,7 @@ def test_too_little_disk_and_memory_are_warnings(
     small = Resources(
         disk_needed=75_000, disk_available=10, memory_needed=10**10, memory_available=10**9
     )
-    monkeypatch.setattr(plan_report, "measure", lambda plan, out: small)
+    monkeypatch.setattr(forecast, "measure", lambda plan, out: small)
     result = plan(model, "-o", "out")
     assert result.exit_code == 0
     assert "! out needs 75.00 kB, 10 B are free there.\n" in result.stdout

@@ -181,7 +181,7 @@ def test_without_the_extra_one_sentence_names_it(
     def absent(package: str) -> str:
         raise PackageNotFoundError(package)
 
-    monkeypatch.setattr("mquant.workflows.intent.version", absent)
+    monkeypatch.setattr("mquant.runs.spec.version", absent)
     result = quantize("model", "--recipe", "nvfp4", "-o", "out", "--engine", "oneshot")
     assert result.exit_code == 1
     assert result.stderr == (

@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from fakeserver import MODEL, FakeServer, server
 from mquant.cli.app import app
-from mquant.workflows.smoke import prompts
+from mquant.smoke.prompts import prompts
 from run import TRAINED
 
 __all__ = ["server"]

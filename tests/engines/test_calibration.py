@@ -14,9 +14,9 @@ from mquant.events import Event, Note
 from mquant.family import load_families
 from mquant.output.finish import recipe_yaml
 from mquant.recipe import Calibration
-from mquant.workflows.intent import Engine
-from mquant.workflows.quantize import quantize
-from mquant.workflows.verify import Depth, verify
+from mquant.runs.quantize import quantize
+from mquant.runs.spec import Engine
+from mquant.verify.judge import Depth, verify
 from run import FIXTURES, TRAINED, plan_of, wide
 
 pytestmark = pytest.mark.upstream
@@ -140,7 +140,7 @@ def test_every_tensor_is_what_oneshot_makes_of_the_whole_model(
 def test_the_model_that_is_calibrated_predicts_as_the_trained_one(tmp_path: Path) -> None:
     import torch
 
-    from mquant.engines.parent import attach, build_model
+    from mquant.engines.offloaded_model import attach, build_model
     from mquant.engines.samples import load_samples
 
     plan = plan_of(TRAINED)

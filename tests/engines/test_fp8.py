@@ -12,9 +12,9 @@ from make import Row, make_checkpoint
 from mquant.checkpoint import Folder
 from mquant.errors import SourceError
 from mquant.family import load_families
-from mquant.workflows.intent import Engine
-from mquant.workflows.quantize import quantize
-from mquant.workflows.verify import Depth, verify
+from mquant.runs.quantize import quantize
+from mquant.runs.spec import Engine
+from mquant.verify.judge import Depth, verify
 from run import TRAINED, plan_of
 
 pytestmark = pytest.mark.upstream

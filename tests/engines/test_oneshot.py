@@ -18,7 +18,7 @@ from judges import (
     read_json,
 )
 from make import Row, make_checkpoint
-from mquant.workflows.intent import Engine
+from mquant.runs.spec import Engine
 from run import TRAINED, quantize_nvfp4
 
 pytestmark = pytest.mark.upstream

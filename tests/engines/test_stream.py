@@ -13,9 +13,9 @@ from make import Row, make_checkpoint
 from mquant.checkpoint import Reader
 from mquant.errors import SourceError
 from mquant.family import load_families
-from mquant.workflows.intent import Engine
-from mquant.workflows.quantize import quantize
-from mquant.workflows.synth import Precision, Sizes, synth
+from mquant.runs.quantize import quantize
+from mquant.runs.spec import Engine
+from mquant.synth import Precision, Sizes, synth
 from run import TRAINED, plan_of, quantize_nvfp4
 
 REAL = {

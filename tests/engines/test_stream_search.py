@@ -10,16 +10,16 @@ import pytest
 from judges import data, differences, hashes, opened, read_json
 from make import make_checkpoint, write_shard
 from mquant.checkpoint import Folder
+from mquant.engines.importance import open_importance
 from mquant.errors import DataFileError, OutputError, SourceError, UsageError
 from mquant.events import Emit, Event, Progress, silent
 from mquant.family import load_families
+from mquant.loader_model.modules import read_layout
 from mquant.numerics.formats import BF16, FLOATS, Array, Floats
-from mquant.verify.layout import read_layout
-from mquant.verify.weights import weight_of
-from mquant.workflows.importance import open_importance
-from mquant.workflows.intent import Engine
-from mquant.workflows.quantize import quantize
-from mquant.workflows.verify import Depth, verify
+from mquant.runs.quantize import quantize
+from mquant.runs.spec import Engine
+from mquant.verify.judge import Depth, verify
+from mquant.weights.weight import weight_of
 from run import TRAINED, plan_of, quantize_nvfp4
 
 SMALL = 20_000

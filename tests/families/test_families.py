@@ -21,9 +21,9 @@ from mquant.errors import DataFileError
 from mquant.family import Family, Role, load_families, load_family
 from mquant.plan import Plan, Target
 from mquant.plan.survey import FusedKey
-from mquant.workflows.export import export
-from mquant.workflows.synth import Precision, Sizes, make_config, make_tensors, synth
-from mquant.workflows.verify import verify
+from mquant.runs.export import export
+from mquant.synth import Precision, Sizes, make_config, make_tensors, synth
+from mquant.verify.judge import verify
 from run import plan_of, quantize_nvfp4
 
 FAMILIES = load_families()

@@ -16,12 +16,12 @@ from mquant.checkpoint import Folder, reader_of
 from mquant.checkpoint.hub import HubRepo
 from mquant.events import Event, Progress
 from mquant.family import load_families
+from mquant.loader_model.modules import read_layout
 from mquant.measure.compare import Difference
-from mquant.measure.weights import Scratch, matrix_of
-from mquant.verify.layout import read_layout
-from mquant.verify.weights import weight_of
-from mquant.workflows.compare import Comparison, Error, compare, error_of
-from mquant.workflows.partial import Partial
+from mquant.measure.comparison import Comparison, Error, compare, error_of
+from mquant.measure.comparison_cache import Partial
+from mquant.weights.matrix import Scratch, matrix_of
+from mquant.weights.weight import weight_of
 from mutate import changed, mutated, setting
 from run import TRAINED, quantize_nvfp4
 

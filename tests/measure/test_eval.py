@@ -14,13 +14,13 @@ from make import make_checkpoint, write_json
 from mquant.checkpoint import Folder, reader_of
 from mquant.errors import SourceError
 from mquant.family import load_families
+from mquant.forward.decoder import Model, shape_of
+from mquant.loader_model.modules import read_layout
 from mquant.measure import score as scoring
-from mquant.measure.model import Model, shape_of
+from mquant.measure.evaluation import Evaluation, evaluate
 from mquant.measure.score import score
-from mquant.measure.weights import Workers
-from mquant.verify.layout import read_layout
-from mquant.workflows.evaluate import Evaluation, evaluate
-from mquant.workflows.synth import Precision, Sizes, synth
+from mquant.synth import Precision, Sizes, synth
+from mquant.weights.matrix import Workers
 from run import FIXTURES, TRAINED, quantize_nvfp4
 
 HELDOUT = FIXTURES / "heldout.txt"

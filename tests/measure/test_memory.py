@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mquant.measure.kernels import add_nvfp4_sums, unpack_bf16, unpack_nvfp4
+from mquant.weights.kernels import add_nvfp4_sums, unpack_bf16, unpack_nvfp4
 from run import FIXTURES, MEASURED, TRAINED
 
 

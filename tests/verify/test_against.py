@@ -10,11 +10,11 @@ import pytest
 from judges import opened, read_json
 from make import NUMPY, Edit, Row, adding, make_checkpoint, without, write_json
 from mquant.family import load_families
+from mquant.loader_model.modules import read_layout
 from mquant.output import RECORD
-from mquant.verify.layout import read_layout
+from mquant.verify.judge import Depth
 from mquant.verify.rules import RULES
-from mquant.verify.weights import weight_of
-from mquant.workflows.verify import Depth
+from mquant.weights.weight import weight_of
 from mutate import changed, judged, mutated, setting
 from run import TRAINED, quantize_nvfp4
 

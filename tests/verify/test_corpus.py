@@ -11,7 +11,7 @@ import pytest
 from corpus import CASES, Case
 from mquant.checkpoint import Folder
 from mquant.family import load_families
-from mquant.workflows.verify import Depth, verify
+from mquant.verify.judge import Depth, verify
 from run import TRAINED, quantize_nvfp4
 
 ROOT = Path(__file__).parents[2]

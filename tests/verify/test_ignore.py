@@ -10,8 +10,8 @@ from make import Edit, Row, make_checkpoint, make_names, make_row, minimax_m2, r
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.errors import SourceError
 from mquant.family import load_families
+from mquant.loader_model.modules import MODELOPT_NAME, read_layout
 from mquant.verify.ignore import IgnoreReport, check_ignore
-from mquant.verify.layout import MODELOPT_NAME, read_layout
 
 Suffixes = dict[str, str]
 """What a quantized weight becomes: suffix -> dtype."""

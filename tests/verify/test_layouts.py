@@ -11,10 +11,10 @@ from judges import data, model_free_ptq, one_shard, opened, read_json
 from make import Edit, Row, make_row, without, write_json, write_shard
 from mquant.checkpoint import CONFIG_NAME
 from mquant.family import load_families
+from mquant.loader_model.modules import MODELOPT_NAME, read_layout
+from mquant.synth import Precision, Sizes, synth
 from mquant.verify.ignore import IgnoreReport, check_ignore
-from mquant.verify.layout import MODELOPT_NAME, read_layout
-from mquant.workflows.synth import Precision, Sizes, synth
-from mquant.workflows.verify import Depth
+from mquant.verify.judge import Depth
 from mutate import changed, judged, mutated, scalar, setting
 from run import quantize_nvfp4
 

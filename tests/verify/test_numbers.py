@@ -11,8 +11,8 @@ from mquant.checkpoint import Folder
 from mquant.events import Event, Progress
 from mquant.family import load_families
 from mquant.verify import numbers
+from mquant.verify.judge import Depth, verify
 from mquant.verify.rules import RULES
-from mquant.workflows.verify import Depth, verify
 from mutate import changed, judged, mutated, scalar, setting
 from run import quantize_nvfp4
 

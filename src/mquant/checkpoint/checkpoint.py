@@ -10,7 +10,8 @@ from typing import Any, Final, TypeVar
 from mquant.checkpoint.headers import PREFIX_BYTES, TensorInfo, header_length, parse_header
 from mquant.checkpoint.source import Source
 from mquant.errors import HeaderError, SourceError
-from mquant.findings import Finding, names
+from mquant.findings import Finding
+from mquant.text import names
 from mquant.untrusted import MAX_TENSORS, TooMuch, parse_json
 
 INDEX_NAME: Final = "model.safetensors.index.json"

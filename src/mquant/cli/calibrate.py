@@ -13,7 +13,7 @@ from mquant.cli.progress import progress
 from mquant.cli.tables import facts
 from mquant.cli.text import plural
 from mquant.errors import UsageError
-from mquant.findings import names
+from mquant.text import names
 
 _EXAMPLE = "mquant calibrate ./Model --data texts.jsonl -o importance.safetensors"
 
@@ -45,7 +45,7 @@ def calibrate(
             "calibrate", src, recipe, revision=revision, max_shard_size=None, allow_unsafe=False
         )
         out.report(plan.findings)
-        from mquant.workflows.calibrate import calibrate as measure
+        from mquant.runs.calibrate import calibrate as measure
 
         with progress(out) as emit:
             made = measure(plan, data, out_file, emit)

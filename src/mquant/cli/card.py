@@ -14,7 +14,7 @@ from mquant.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from mquant.checkpoint import Source
-    from mquant.workflows.card import Card, Measured
+    from mquant.publish.card import Card, Measured
 
 _EXAMPLE = "mquant card ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP"
 
@@ -93,8 +93,8 @@ def card(
         given = None if parent is None else open_source(parent, None, _EXAMPLE)
         path = _path(source, file)
         from mquant.family import load_families
-        from mquant.workflows.card import gather, read_about, render
-        from mquant.workflows.verify import Depth
+        from mquant.publish.card import gather, read_about, render
+        from mquant.verify.judge import Depth
 
         _refuse_foreign(path)
         about = None if about_file is None else read_about(about_file)
@@ -134,7 +134,7 @@ def _path(source: "Source", file: Path | None) -> Path:
 
 def _refuse_foreign(path: Path) -> None:
     """Raise OutputError for a file that is there and that this verb did not make."""
-    from mquant.workflows.card import MARK
+    from mquant.publish.card import MARK
 
     try:
         ours = not path.exists() or MARK in path.read_text("utf-8", "replace")
@@ -148,7 +148,7 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _measured(name: str, eval_file: Path | None, compare_file: Path | None) -> "Measured":
-    from mquant.workflows.card import Measured, read_compare, read_eval
+    from mquant.publish.card import Measured, read_compare, read_eval
 
     figures = {} if eval_file is None else read_eval(eval_file, name)
     figures |= {} if compare_file is None else read_compare(compare_file, name)

@@ -15,7 +15,7 @@ from mquant.cli.text import clean, plural, size
 from mquant.errors import UsageError
 
 if TYPE_CHECKING:
-    from mquant.workflows.compare import Comparison, Error
+    from mquant.measure.comparison import Comparison, Error
 
 _EXAMPLE = "mquant compare ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP"
 _SHOWN = 10
@@ -58,7 +58,7 @@ def compare(
             raise UsageError("--against is missing.", f"Example: {_EXAMPLE}")
         parent = open_source(against, None, _EXAMPLE)
         from mquant.family import load_families
-        from mquant.workflows.compare import compare as measure
+        from mquant.measure.comparison import compare as measure
 
         with progress(out) as emit:
             found = measure(source, parent, load_families(), workers=workers, emit=emit)
@@ -103,7 +103,7 @@ def render(found: "Comparison") -> RenderableType:
 
 
 def _worst(found: "Comparison") -> RenderableType:
-    from mquant.workflows.compare import error_of
+    from mquant.measure.comparison import error_of
 
     rows = table(
         ("rel. error", "right"), ("SQNR", "right"), ("worst block", "right"), ("worst", "left")

@@ -14,7 +14,7 @@ from mquant.cli.tables import facts
 from mquant.cli.text import both_sizes, parse_size, plural
 
 if TYPE_CHECKING:
-    from mquant.workflows.convert import Converted
+    from mquant.runs.convert import Converted
 
 _EXAMPLE = "mquant dequantize ./MiniMax-M2.7-REAP-NVFP4 -o ./MiniMax-M2.7-REAP-BF16"
 
@@ -55,7 +55,7 @@ def dequantize(
             show_plan(out, plan, out_folder)
             return
         out.report(plan.findings)
-        from mquant.workflows.convert import convert
+        from mquant.runs.convert import convert
 
         where = out_folder or default_out(source, plan.recipe.suffix)
         with progress(out) as emit:

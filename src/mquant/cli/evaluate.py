@@ -16,7 +16,7 @@ from mquant.cli.text import clean
 from mquant.errors import UsageError
 
 if TYPE_CHECKING:
-    from mquant.workflows.evaluate import Evaluation
+    from mquant.measure.evaluation import Evaluation
 
 _EXAMPLE = "mquant eval ./Model-NVFP4 --against ./Model --text wiki.txt"
 _SHOWN = 12
@@ -63,7 +63,7 @@ def evaluate(
             raise UsageError("--text is missing.", f"Example: {_EXAMPLE}")
         parent = None if against is None else open_source(against, None, _EXAMPLE)
         from mquant.family import load_families
-        from mquant.workflows.evaluate import evaluate as run
+        from mquant.measure.evaluation import evaluate as run
 
         with progress(out) as emit:
             found = run(

@@ -41,7 +41,7 @@ def export(
             raise UsageError("--to is missing: modelopt or compressed-tensors.", _EXAMPLE)
         source = open_source(src, revision, _EXAMPLE)
         from mquant.family import load_families
-        from mquant.workflows.export import export as carry_out
+        from mquant.runs.export import export as carry_out
 
         where = out_folder or default_out(source, _SUFFIX[to])
         with progress(out) as emit:

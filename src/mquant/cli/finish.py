@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from mquant.cli.made import tell_result
 from mquant.cli.options import FormatChoice
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
+from mquant.cli.results import tell_result
 from mquant.cli.text import clean
 
 Out = Annotated[
@@ -27,7 +27,7 @@ def finish(out_folder: Out, form: FormatChoice = Format.HUMAN) -> None:
     Example: mquant finish ./MiniMax-M2.7-REAP-NVFP4
     """
     with output("finish", form) as out:
-        from mquant.workflows.shares import finish_shares
+        from mquant.runs.shares import finish_shares
 
         with progress(out) as emit:
             result = finish_shares(out_folder, emit)

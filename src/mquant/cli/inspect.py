@@ -12,7 +12,7 @@ from mquant.cli.tables import facts, table
 from mquant.cli.text import both_sizes, clean, plural, size
 
 if TYPE_CHECKING:
-    from mquant.workflows.inspect import Inspection, Share
+    from mquant.verify.inspect import Inspection, Share
 
 
 def inspect(
@@ -28,7 +28,7 @@ def inspect(
         source = open_source(src, revision, "mquant inspect MiniMaxAI/MiniMax-M2")
         from mquant.checkpoint import open_checkpoint
         from mquant.family import load_families
-        from mquant.workflows.inspect import inspect as look
+        from mquant.verify.inspect import inspect as look
 
         inspection = look(open_checkpoint(source), load_families())
         out.put(**inspection.to_json())

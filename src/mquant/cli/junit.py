@@ -10,7 +10,7 @@ from mquant.errors import OutputError
 
 if TYPE_CHECKING:
     from mquant.findings import Finding
-    from mquant.workflows.verify import Report
+    from mquant.verify.judge import Report
 
 
 def write_junit(path: Path, report: "Report", failing: Collection[str]) -> None:

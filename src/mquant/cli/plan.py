@@ -86,7 +86,7 @@ def show_plan(out: Output, made: "Plan", out_folder: Path | None) -> None:
 
     Raises Refused, after all of it is shown, for a plan that must not be carried out.
     """
-    from mquant.workflows.plan_report import measure, plan_report, resource_findings
+    from mquant.runs.forecast import measure, plan_report, resource_findings
 
     where = out_folder or default_out(made.survey.checkpoint.source, made.recipe.suffix)
     resources = measure(made, where)

@@ -14,7 +14,7 @@ from mquant.cli.text import both_sizes, clean, plural
 from mquant.errors import UsageError
 
 if TYPE_CHECKING:
-    from mquant.workflows.push import Pushed, Shipment
+    from mquant.publish.push import Pushed, Shipment
 
 _EXAMPLE = "mquant push ./MiniMax-M2.7-REAP-NVFP4 org/MiniMax-M2.7-REAP-NVFP4"
 
@@ -58,8 +58,8 @@ def push(
         source = open_source(src, None, _EXAMPLE)
         from mquant.checkpoint import Folder
         from mquant.family import load_families
-        from mquant.workflows.push import load
-        from mquant.workflows.push import push as publish
+        from mquant.publish.push import load
+        from mquant.publish.push import push as publish
 
         if not isinstance(source, Folder):
             raise UsageError(f"{src} is a hub repo already.", f"Give a folder: {_EXAMPLE}")

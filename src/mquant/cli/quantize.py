@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mquant.cli.made import tell_result, tell_share, tell_shipped
 from mquant.cli.options import (
     AllowUnsafe,
     Data,
@@ -25,14 +24,15 @@ from mquant.cli.options import (
 from mquant.cli.output import Format, Output, output
 from mquant.cli.plan import make, show_plan
 from mquant.cli.progress import progress
+from mquant.cli.results import tell_result, tell_share, tell_shipped
 from mquant.cli.source import default_out, is_repo_id
 from mquant.cli.text import clean, parse_share, parse_size
 from mquant.errors import UsageError
-from mquant.workflows.intent import Engine, check_data
+from mquant.runs.spec import Engine, check_data
 
 if TYPE_CHECKING:
     from mquant.plan import Plan
-    from mquant.workflows.order import Order
+    from mquant.runs.job_spec import Order
 
 
 class Cluster(StrEnum):
@@ -123,11 +123,11 @@ def quantize(
             check_data(plan.recipe, data)
             return
         out.report(plan.findings)
-        from mquant.workflows.quantize import quantize as carry_out
+        from mquant.runs.quantize import quantize as carry_out
 
         where = out_folder or default_out(plan.survey.checkpoint.source, plan.recipe.suffix)
         if push_to is not None:
-            from mquant.workflows.hub_to_hub import quantize_to_hub
+            from mquant.runs.hub_to_hub import quantize_to_hub
 
             if not plan.recipe.needs_data:  # which no shard is made with alone, whatever the data
                 check_data(plan.recipe, data)
@@ -167,7 +167,7 @@ def quantize(
         if share is not None:
             _make_share(out, plan, order, where, share, workers)
         else:
-            from mquant.workflows.cluster import quantize_on_ray
+            from mquant.runs.ray_cluster import quantize_on_ray
 
             with progress(out) as emit:
                 result = quantize_on_ray(plan, order, where, workers=workers, emit=emit)
@@ -210,7 +210,7 @@ def _order(
     plan: "Plan", max_shard_size: str | None, importance: Path | None, *, allow_unsafe: bool
 ) -> "Order":
     from mquant.plan import DEFAULT_SHARD_BYTES
-    from mquant.workflows.order import Order
+    from mquant.runs.job_spec import Order
 
     limit = DEFAULT_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
     return Order.of(plan, limit, allow_unsafe=allow_unsafe, importance=importance)
@@ -224,7 +224,7 @@ def _make_share(
     share: tuple[int, int],
     workers: int | None,
 ) -> None:
-    from mquant.workflows.shares import in_shares
+    from mquant.runs.shares import in_shares
 
     number, of = share
     run = in_shares(plan, order, where, of)

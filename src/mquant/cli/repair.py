@@ -18,8 +18,8 @@ from mquant.errors import UsageError
 
 if TYPE_CHECKING:
     from mquant.checkpoint import Source
-    from mquant.workflows.diagnose import Diagnosis
-    from mquant.workflows.repair import Repaired
+    from mquant.repair.diagnose import Diagnosis
+    from mquant.repair.repair import Repaired
 
 _EXAMPLE = "mquant repair ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP -o ./Repaired"
 
@@ -72,11 +72,11 @@ def repair(
         source = _source(src, parent, revision, out_folder, in_place=in_place)
         from mquant.checkpoint import Folder
         from mquant.family import load_families
-        from mquant.workflows.diagnose import diagnose
-        from mquant.workflows.repair import finish_in_place
-        from mquant.workflows.repair import repair as mend
-        from mquant.workflows.repair import repair_in_place as mend_in_place
-        from mquant.workflows.verify import Depth
+        from mquant.repair.diagnose import diagnose
+        from mquant.repair.repair import finish_in_place
+        from mquant.repair.repair import repair as mend
+        from mquant.repair.repair import repair_in_place as mend_in_place
+        from mquant.verify.judge import Depth
 
         if in_place and isinstance(source, Folder) and not dry_run and finish_in_place(source.root):
             out.put(out=str(source.root), needed=True)

@@ -79,8 +79,8 @@ def report(
         if text is not None and evaluation is not None:
             raise UsageError("--text and --eval exclude each other.", f"Example: {_EXAMPLE}")
         from mquant.family import load_families
-        from mquant.workflows.report import Wanted
-        from mquant.workflows.report import report as write
+        from mquant.publish.report import Wanted
+        from mquant.publish.report import report as write
 
         path = out_file or Path(f"{source.name.rpartition('/')[2]}-report.html")
         wanted = Wanted(src or ".", against, text, comparison, evaluation, context, tokens)

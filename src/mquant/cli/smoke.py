@@ -14,7 +14,7 @@ from mquant.cli.text import clean
 from mquant.errors import UsageError
 
 if TYPE_CHECKING:
-    from mquant.workflows.smoke import Trial
+    from mquant.smoke.prompts import Trial
 
 _EXAMPLE = "mquant smoke http://localhost:8000 --checkpoint ./MiniMax-M2.7-REAP-NVFP4"
 _SHOWN = 200
@@ -68,10 +68,10 @@ def smoke(
             raise UsageError("URL is missing.", f"Example: {_EXAMPLE}")
         if revision is not None and checkpoint is None:
             raise UsageError("--revision is for --checkpoint.", f"Example: {_EXAMPLE}")
-        from mquant.workflows.sampling import read_sampling
-        from mquant.workflows.server import Server
-        from mquant.workflows.smoke import options_of
-        from mquant.workflows.smoke import smoke as ask
+        from mquant.checkpoint.generation_config import read_sampling
+        from mquant.smoke.prompts import options_of
+        from mquant.smoke.prompts import smoke as ask
+        from mquant.smoke.server import Server
 
         source = None if checkpoint is None else open_source(checkpoint, revision, _EXAMPLE)
         options = options_of(read_sampling(source) if source else {}, max_tokens)

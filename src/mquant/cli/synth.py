@@ -83,8 +83,8 @@ def synth(
         # numpy is slow to import, and --help does without it.
         from mquant.family import load_families
         from mquant.plan import DEFAULT_SHARD_BYTES
-        from mquant.workflows.synth import Precision, Sizes
-        from mquant.workflows.synth import synth as write
+        from mquant.synth import Precision, Sizes
+        from mquant.synth import synth as write
 
         chosen = _choose(family, load_families().values())
         with progress(out) as emit:

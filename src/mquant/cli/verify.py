@@ -71,8 +71,8 @@ def verify(
         source = open_source(src, revision, _EXAMPLE)
         parent = None if against is None else open_source(against, None, _EXAMPLE)
         from mquant.family import load_families
-        from mquant.workflows.verify import Depth
-        from mquant.workflows.verify import verify as judge
+        from mquant.verify.judge import Depth
+        from mquant.verify.judge import verify as judge
 
         with progress(out) as emit:
             wanted = None if depth is None else Depth(depth)

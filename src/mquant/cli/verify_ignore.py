@@ -39,8 +39,8 @@ def verify_ignore(
         from mquant.checkpoint import open_checkpoint
         from mquant.checkpoint.hub import HubRepo
         from mquant.family import load_families
+        from mquant.loader_model.modules import read_layout
         from mquant.verify.ignore import check_ignore
-        from mquant.verify.layout import read_layout
 
         report = check_ignore(read_layout(open_checkpoint(source), load_families()))
         hub = source if isinstance(source, HubRepo) else None

@@ -16,8 +16,8 @@ from llmcompressor.core import create_session
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr
 
+from mquant.engines.offloaded_model import attach, build_model
 from mquant.engines.oneshot import calibrate, quiet
-from mquant.engines.parent import attach, build_model
 from mquant.errors import EngineError
 from mquant.events import Emit, silent
 from mquant.numerics.formats import Floats

@@ -43,11 +43,11 @@ from pydantic import PrivateAttr
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from mquant.engines.parent import ParentCache, attach, build_model
+from mquant.engines.offloaded_model import ParentCache, attach, build_model
 from mquant.errors import EngineError
 from mquant.events import Emit, Note, silent
-from mquant.findings import names
 from mquant.plan import Plan
+from mquant.text import names
 
 # Elements compressed at once: compressed-tensors makes a dozen copies of what it is given.
 _AT_ONCE: Final = 400_000

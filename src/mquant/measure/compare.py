@@ -13,8 +13,12 @@ from typing import Final, cast
 import numpy as np
 
 from mquant.events import Emit, Progress, silent
-from mquant.measure.kernels import SUMS, Array, add_nvfp4_sums, add_sums
-from mquant.measure.weights import (
+from mquant.loader_model.formats import GROUP
+from mquant.loader_model.modules import Layout, Module
+from mquant.verify.tally import Tally
+from mquant.weights.decode import Floats, floats
+from mquant.weights.kernels import SUMS, Array, add_nvfp4_sums, add_sums
+from mquant.weights.matrix import (
     AnyReader,
     Matrix,
     Nvfp4,
@@ -24,9 +28,6 @@ from mquant.measure.weights import (
     matrix_of,
     plain,
 )
-from mquant.verify.decode import GROUP, Floats, floats
-from mquant.verify.layout import Layout, Module
-from mquant.verify.tally import Tally
 
 _TILE: Final = 1 << 18
 """Elements at once: few enough for a cache, enough to make calls cost nothing."""

@@ -10,9 +10,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from mquant.measure.model import Integers, Model
-from mquant.measure.weights import Workers
-from mquant.verify.decode import Floats
+from mquant.forward.decoder import Integers, Model
+from mquant.weights.decode import Floats
+from mquant.weights.matrix import Workers
 
 Doubles = npt.NDArray[np.float64]
 

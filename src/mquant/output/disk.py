@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from mquant.errors import OutputError
-from mquant.findings import size
+from mquant.text import size
 
 PARTIAL: Final = ".partial"
 """What the name of a file ends in until it is whole."""

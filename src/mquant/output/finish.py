@@ -25,11 +25,11 @@ from mquant.checkpoint import (
 )
 from mquant.errors import OutputError
 from mquant.events import Emit, Note, silent
-from mquant.findings import names
 from mquant.output.disk import PARTIAL, fsync_folder, out_of_space
 from mquant.output.folder import RECORD, is_inside
 from mquant.output.ledger import SHARES, is_ledger
 from mquant.plan import Action, Plan
+from mquant.text import names
 
 RECIPE_NAME: Final = "recipe.yaml"
 MODELOPT_NAME: Final = "hf_quant_config.json"

@@ -12,13 +12,14 @@ from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.dtypes import FLOAT_WEIGHTS
 from mquant.errors import Refused
 from mquant.family import Family, Role
-from mquant.findings import Finding, names
+from mquant.findings import Finding
+from mquant.plan.awq import scaled, unscalable
 from mquant.plan.model import Action, Job, Output, Plan, ShardJob
-from mquant.plan.smooth import scaled, unscalable
 from mquant.plan.stored import Form
 from mquant.plan.survey import FusedKey, Member, Survey, survey
 from mquant.recipe import Choice, Recipe
 from mquant.schemes import Scheme
+from mquant.text import names
 
 T = TypeVar("T")
 

@@ -13,13 +13,14 @@ from typing import Any, Final
 from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.errors import Refused
 from mquant.family import Family
-from mquant.findings import Finding, names
+from mquant.findings import Finding
 from mquant.plan.build import kept_modules
 from mquant.plan.model import Action, Job, Output, Plan, ShardJob, declaration
 from mquant.plan.stored import GROUP, Form
 from mquant.plan.survey import Member, Survey, survey
 from mquant.recipe import Recipe
 from mquant.schemes import NVFP4, NVFP4A16
+from mquant.text import names
 
 
 class Target(StrEnum):

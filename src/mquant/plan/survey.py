@@ -12,10 +12,11 @@ from typing import Any
 
 from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.family import Family, Meaning, Role, TensorRow, family_of
-from mquant.findings import Finding, names
+from mquant.findings import Finding
 from mquant.formulas import MOST_LAYERS
 from mquant.plan.stored import Form, Stored, find_stored
 from mquant.schemes import QUANTIZED_SUFFIXES
+from mquant.text import names
 
 FusedKey = tuple[str, int | None, int | None]
 

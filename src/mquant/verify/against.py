@@ -15,15 +15,16 @@ from mquant.checkpoint import Source, TensorInfo, has_chat_template
 from mquant.checkpoint.hub import HubRepo
 from mquant.events import Emit, Progress, silent
 from mquant.family import Role
-from mquant.findings import Finding, names
-from mquant.verify.decode import Floats
-from mquant.verify.formats import kind_of
-from mquant.verify.layout import Layout, Module
-from mquant.verify.numbers import PIECE, THREADS, in_order, read
+from mquant.findings import Finding
+from mquant.loader_model.formats import kind_of
+from mquant.loader_model.modules import Layout, Module
+from mquant.text import names
+from mquant.verify.awq import Scaling, scaled
+from mquant.verify.numbers import PIECE, THREADS, in_order
 from mquant.verify.rules import finding
-from mquant.verify.scaled import Scaling, scaled
 from mquant.verify.tally import Tally
-from mquant.verify.weights import TYPICAL, Weight, decodable, weight_of
+from mquant.weights.decode import Floats
+from mquant.weights.weight import TYPICAL, Weight, decodable, read, weight_of
 
 SAMPLED_ROWS: Final = 64
 _SAMPLED_BYTES: Final = 64 * 1024

@@ -6,10 +6,10 @@ from typing import Any, Final
 
 from mquant.family import Role
 from mquant.findings import Finding
+from mquant.loader_model.in_vllm import Judged, View, view_of
+from mquant.loader_model.modules import Layout
 from mquant.verify.ignore_checks import findings_of
 from mquant.verify.ignore_rules import QUANTIZED
-from mquant.verify.in_vllm import Judged, View, view_of
-from mquant.verify.layout import Layout
 
 _PLURAL: Final = {Role.ROUTER: "routers", Role.EMBEDDING: "embeddings", Role.HEAD: "heads"}
 

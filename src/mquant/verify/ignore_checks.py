@@ -5,10 +5,11 @@ from collections.abc import Collection, Iterator
 from typing import Final
 
 from mquant.family import Role
-from mquant.findings import Finding, names
+from mquant.findings import Finding
+from mquant.loader_model.in_vllm import Group, Judged, View
+from mquant.loader_model.modules import Layout
+from mquant.text import names
 from mquant.verify.ignore_rules import QUANTIZED
-from mquant.verify.in_vllm import Group, Judged, View
-from mquant.verify.layout import Layout
 from mquant.verify.rules import finding
 
 _LISTS: Final = ("ignore", "exclude_modules", "modules_to_not_convert")

@@ -15,11 +15,12 @@ import numpy.typing as npt
 
 from mquant.checkpoint import TensorInfo
 from mquant.events import Emit, Progress, silent
-from mquant.verify.decode import GROUP, Floats, floats
-from mquant.verify.formats import Kind, integer_bits, kind_of
-from mquant.verify.layout import FP8_DTYPES, Layout, Module
+from mquant.loader_model.formats import GROUP, Kind, integer_bits, kind_of
+from mquant.loader_model.modules import FP8_DTYPES, Layout, Module
 from mquant.verify.rules import Rule, register
 from mquant.verify.tally import Tally
+from mquant.weights.decode import Floats, floats
+from mquant.weights.weight import read
 
 T = TypeVar("T")
 
@@ -311,10 +312,4 @@ def pieces(layout: Layout, info: TensorInfo) -> Iterator[bytes]:
         yield read(layout, info, start, min(start + PIECE, info.nbytes))
 
 
-def read(layout: Layout, info: TensorInfo, start: int = 0, end: int | None = None) -> bytes:
-    """Bytes [start, end) of a tensor's data."""
-    end = info.nbytes if end is None else end
-    return layout.checkpoint.source.read(info.shard, info.start + start, info.start + end)
-
-
-__all__ = ["PIECE", "check_numbers", "in_order", "pieces", "read"]
+__all__ = ["PIECE", "check_numbers", "in_order", "pieces"]

@@ -7,11 +7,8 @@ from typing import Any, Final
 
 import mquant.verify.structure_rules  # noqa: F401 -- registers the rules
 from mquant.family import Family, Meaning, Role
-from mquant.findings import Finding, names
-from mquant.plan import Member, wholeness
-from mquant.schemes import QUANTIZED_SUFFIXES
-from mquant.verify.facts import check_mtp
-from mquant.verify.formats import (
+from mquant.findings import Finding
+from mquant.loader_model.formats import (
     CODES,
     METHODS,
     Kind,
@@ -22,7 +19,11 @@ from mquant.verify.formats import (
     parts,
     weight_shape,
 )
-from mquant.verify.layout import Layout, Module
+from mquant.loader_model.modules import Layout, Module
+from mquant.plan import Member, wholeness
+from mquant.schemes import QUANTIZED_SUFFIXES
+from mquant.text import names
+from mquant.verify.mtp import check_mtp
 from mquant.verify.rules import RULES, finding
 from mquant.verify.tally import Tally
 

@@ -1,0 +1,108 @@
+"""What `mquant quantize` and `finish` made, as a person sees it."""
+
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from mquant.cli.output import Output
+from mquant.cli.tables import facts
+from mquant.cli.text import both_sizes, clean, plural, size
+
+if TYPE_CHECKING:
+    from mquant.runs.hub_to_hub import Shipped
+    from mquant.runs.quantize import Result
+    from mquant.runs.shares import Shares
+
+
+def tell_result(out: Output, result: "Result") -> None:
+    """Show what was quantized."""
+    plan = result.plan
+    out.put(
+        out=str(result.out),
+        already_done=not result.fresh,
+        engine=result.engine.value,
+        recipe=plan.recipe.name,
+        fingerprint=plan.fingerprint,
+        totals={
+            "source": {"tensors": len(plan.survey.members), "bytes": plan.source_bytes},
+            "output": {
+                "tensors": plan.output_tensors,
+                "bytes": plan.output_bytes,
+                "file_bytes": plan.file_bytes,
+                "shards": len(plan.shards),
+            },
+        },
+        ignore=list(plan.ignore),
+    )
+    verb = "Quantized" if result.fresh else "Already done:"
+    tensors = plan.output_tensors
+    out.show(
+        Text.assemble((verb, "bold green"), f" {clean(str(result.out))}"),
+        facts(
+            [
+                ("Source", both_sizes(plan.source_bytes)),
+                ("Output", both_sizes(plan.output_bytes)),
+                ("Tensors", f"{plural(tensors, 'tensor')} in {plural(len(plan.shards), 'shard')}"),
+                ("Kept", f"{plural(len(plan.ignore), 'module')} in ignore, named in config.json"),
+            ]
+        ),
+    )
+
+
+def tell_share(out: Output, run: "Shares", number: int, *, fresh: bool) -> None:
+    """Show what share of the work was done."""
+    from mquant.output import SHARES
+
+    part, of = run.parts[number - 1], run.joint.of
+    out.put(
+        out=str(run.out),
+        already_done=not fresh,
+        recipe=part.recipe.name,
+        fingerprint=run.intent.plan.fingerprint,
+        share={
+            "number": number,
+            "of": of,
+            "shards": [shard.name for shard in part.shards],
+            "source_bytes": part.source_bytes,
+            "file_bytes": part.file_bytes,
+        },
+    )
+    verb = "Made" if fresh else "Already done:"
+    where, then = clean(str(run.out)), []
+    if (run.out / SHARES).exists():
+        then = [("Then", f"mquant finish {where}, when all shares are done")]
+    out.show(
+        Text.assemble((verb, "bold green"), f" share {number:,} of {of:,} in {where}"),
+        facts(
+            [
+                ("Source", f"{size(part.source_bytes)} of {size(run.intent.plan.source_bytes)}"),
+                ("Shards", f"{len(part.shards):,} of {len(run.intent.plan.shards):,}"),
+                *then,
+            ]
+        ),
+    )
+
+
+def tell_shipped(out: Output, done: "Shipped") -> None:
+    """Show what a hub repo holds now."""
+    plan = done.plan
+    out.put(
+        url=done.page,
+        already_done=not done.fresh,
+        recipe=plan.recipe.name,
+        fingerprint=plan.fingerprint,
+        ignore=list(plan.ignore),
+    )
+    verb = "Quantized into" if done.fresh else "Already there:"
+    out.show(
+        Text.assemble((verb, "bold green"), f" {done.page}"),
+        facts(
+            [
+                ("Source", both_sizes(plan.source_bytes)),
+                ("Output", both_sizes(plan.output_bytes)),
+            ]
+        ),
+    )
+
+
+__all__ = ["tell_result", "tell_share", "tell_shipped"]

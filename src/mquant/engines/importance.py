@@ -1,0 +1,139 @@
+"""The importance file: how much an error in each input channel of a quantized module counts.
+
+A safetensors file with one F32 vector [in] for every module that is quantized, under the module's
+name as on the hub, without `.weight`: `model.layers.0.self_attn.q_proj`, and of routed experts each
+its own, `model.layers.0.block_sparse_moe.experts.3.w1`. What is meant is the mean square of what
+goes into the module, over the tokens that reach it; a factor common to a fused set changes nothing,
+nor does a vector of zeros, under which all channels count alike.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from mquant.checkpoint import Stamp, TensorInfo, header_length, parse_header, stamp
+from mquant.checkpoint.headers import PREFIX_BYTES
+from mquant.errors import DataFileError, SourceError, UsageError
+from mquant.numerics.formats import Floats
+from mquant.plan import Plan
+from mquant.recipe import Recipe
+from mquant.text import names
+
+_FIX: Final = "Make it from a calibration run of this checkpoint, with this recipe."
+
+
+@dataclass(frozen=True)
+class Importance:
+    """An importance file, checked against a plan.
+
+    Vectors are read when they are asked for: those of a large model are 300 MB.
+    """
+
+    path: Path
+    sha256: str
+    vectors: dict[str, TensorInfo]
+    looked: Stamp
+
+    def of(self, module: str) -> Floats:
+        """A module's vector, float32 [in]. Any number of threads may ask."""
+        info = self.vectors[module]
+        with self.path.open("rb") as file:
+            raw = os.pread(file.fileno(), info.nbytes, info.start)
+            if stamp(os.fstat(file.fileno())) != self.looked:
+                raise SourceError(
+                    f"{self.path.name} changed while it was read.",
+                    "Let it be whole and at rest, then run the same command again.",
+                )
+        return np.frombuffer(bytearray(raw), "<f4")
+
+
+def read_importance(path: Path | None, plan: Plan) -> Importance | None:
+    """The file a person gave, or none. Raises UsageError where the recipe has no use for it.
+
+    And what `open_importance` raises.
+    """
+    if path is None:
+        return None
+    if plan.recipe.scales != "search":
+        raise UsageError(
+            f"Recipe {plan.recipe.name} has no scales searched, so --importance says nothing.",
+            "Take recipe nvfp4-opt, or leave out --importance.",
+        )
+    return open_importance(path, plan)
+
+
+def stated(recipe: Recipe, importance: Importance | None) -> dict[str, str]:
+    """What a run's fingerprint says of it: nothing, where no scales are searched."""
+    if recipe.scales != "search":
+        return {}
+    return {"importance": importance.sha256 if importance else "none"}
+
+
+def weigher(recipe: Recipe, importance: Importance | None) -> Callable[[str], Floats] | None:
+    """What the streaming engine asks for a module's importance; None: scales are not searched."""
+    if recipe.scales != "search":
+        return None
+    from mquant.engines.stream import alike  # numba
+
+    return importance.of if importance else alike
+
+
+def open_importance(path: Path, plan: Plan) -> Importance:
+    """Read all of a file once, and check it.
+
+    Raises DataFileError where it cannot be read, is not of the modules that `plan` quantizes, or
+    holds what is no weight for an error: NaN, infinity, numbers below zero.
+    """
+    try:
+        with path.open("rb") as file:
+            looked = stamp(os.fstat(file.fileno()))
+            first = file.read(PREFIX_BYTES)
+            raw = file.read(header_length(first, looked[0], path.name))
+            found = {info.name: info for info in parse_header(raw, looked[0], path.name)}
+            _check_names(path.name, found, plan)
+            digest = hashlib.sha256(first + raw)
+            for info in found.values():  # in the order of the file, which has no holes
+                data = file.read(info.nbytes)
+                digest.update(data)
+                _check_values(path.name, info, data)
+    except OSError as error:
+        raise DataFileError(f"{path} cannot be read: {error.strerror}.", _FIX) from error
+    return Importance(path, digest.hexdigest(), found, looked)
+
+
+def _check_names(file: str, found: dict[str, TensorInfo], plan: Plan) -> None:
+    widths = {a.module: a.source.shape[1] for a in plan.actions if a.scheme}
+    if unknown := [name for name in found if name not in widths]:
+        raise DataFileError(f"{file} has {names(unknown)}, which the plan does not quantize.", _FIX)
+    for name, info in found.items():
+        if info.dtype != "F32" or info.shape != (widths[name],):
+            raise DataFileError(
+                f"{name} in {file} is {info.dtype} {list(info.shape)}; its module needs "
+                f"F32 [{widths[name]}].",
+                _FIX,
+            )
+    if missing := [name for name in widths if name not in found]:
+        raise DataFileError(
+            f"{file} lacks {len(missing):,} of {len(widths):,} modules, the first is {missing[0]}.",
+            _FIX,
+        )
+
+
+def _check_values(file: str, info: TensorInfo, data: bytes) -> None:
+    values = np.frombuffer(data, "<f4")
+    wrong = ~(np.isfinite(values) & (values >= 0))
+    if wrong.any():
+        channel = int(np.argmax(wrong))
+        raise DataFileError(
+            f"{info.name} in {file} has {values[channel]:g} for channel {channel:,}; "
+            "importance is a finite number, zero or more.",
+            _FIX,
+        )
+
+
+__all__ = ["Importance", "open_importance", "read_importance", "stated", "weigher"]

@@ -1,0 +1,1 @@
+"""A model run a layer at a time, weights from disk."""

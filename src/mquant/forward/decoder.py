@@ -1,0 +1,339 @@
+"""A decoder as its config describes it, run one layer at a time in float32, weights from disk.
+
+Nothing of a checkpoint's code is run, and no model is built: weights are found by the names that
+transformers gives modules in memory (the family maps the hub's names to those), decoded when they
+are needed, and forgotten. Of experts only those are read that get a token.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Final, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from mquant.errors import SourceError
+from mquant.family import Family, Forward
+from mquant.loader_model.modules import Layout
+from mquant.weights.decode import Floats
+from mquant.weights.matrix import AnyReader, Matrix, Workers, matrix_of, plain
+
+Integers = npt.NDArray[np.int64]
+
+_TOKENS_AT_ONCE: Final = 1024  # in a feed-forward block: bounds what lies between its two products
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of config.json that a decoder is made of."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    experts: int
+    top_k: int
+    frequencies: Floats
+    """Of the rotated pairs of a head, in radians a token; fewer than half the head's size where
+    the rest of it is not rotated."""
+
+
+def shape_of(family: Family | None, config: Mapping[str, Any], context: int) -> Shape:
+    """What config.json says. Raises SourceError for an architecture that is not known here."""
+    if family is None or family.forward is None:
+        name = family.title if family else f"model_type {config.get('model_type')}"
+        _refuse(f"{name} cannot be evaluated: mquant does not know how it computes")
+    if config.get("hidden_act", "silu") != "silu":
+        _refuse(f"hidden_act {config['hidden_act']} is not known here; silu is")
+    window = config.get("sliding_window")
+    if type(window) is int and window < context and config.get("use_sliding_window") is not False:
+        _refuse(f"Attention slides over {window} tokens; windows of {context} are longer")
+
+    def number(key: str, default: int = 0) -> int:
+        value = family.value(key, config) if key else None
+        if value is None and not default and key:
+            _refuse(f"config.json does not say {key}")
+        return default if value is None else value
+
+    keys = family.config
+    hidden, heads = number(keys.hidden), number(keys.heads)
+    head_dim = number("head_dim", hidden // heads)
+    eps = config.get("rms_norm_eps", 1e-6)
+    return Shape(
+        layers=number(keys.layers),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=number(keys.kv_heads or keys.heads),
+        head_dim=head_dim,
+        eps=float(eps),
+        experts=number(keys.experts),
+        top_k=number(keys.top_k),
+        frequencies=_frequencies(config, head_dim),
+    )
+
+
+def _frequencies(config: Mapping[str, Any], head_dim: int) -> Floats:
+    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = said.get("rope_type", said.get("type", "default"))
+    base = said.get("rope_theta", config.get("rope_theta", 10000.0))
+    part = said.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    rotated = config.get("rotary_dim") or int(head_dim * part)
+    steps = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
+    plain_ones: Floats = (1.0 / np.power(np.float32(base), steps)).astype(np.float32)
+    if kind == "default":
+        return plain_ones
+    if kind == "linear":
+        return (plain_ones / np.float32(said["factor"])).astype(np.float32)
+    if kind != "llama3":
+        _refuse(f"RoPE of type {kind} is not known here; default, linear and llama3 are")
+    low, high, old = (
+        said[key]
+        for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    # Wavelengths much longer than the old context are stretched, short ones stay.
+    turns = old * plain_ones / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    stretched: Floats = (plain_ones * (smooth + (1 - smooth) / said["factor"])).astype(np.float32)
+    return stretched
+
+
+def _refuse(what: str) -> NoReturn:
+    raise SourceError(f"{what}.", "Evaluate it with its own code, e.g. lm-eval on vLLM.")
+
+
+class Model:
+    """A checkpoint that can be run, layer by layer."""
+
+    def __init__(self, layout: Layout, reader: AnyReader, context: int, workers: Workers) -> None:
+        """Find the weights; nothing is read. Raises SourceError as `shape_of`."""
+        self.layout = layout
+        self.shape = shape_of(layout.family, layout.checkpoint.config, context)
+        family = layout.family
+        assert family is not None  # noqa: S101 -- or shape_of had refused
+        self._forward: Forward = family.forward or Forward()
+        self._config = layout.checkpoint.config
+        self._found: dict[str, Matrix] = {}
+        for module in layout.modules.values():
+            for suffix, info in module.tensors.items():
+                whole = f"{module.name}.{suffix}"
+                side = plain(info, reader) if not module.quantized else None
+                if side is not None:
+                    self._found[family.in_memory_name(whole)] = side
+            if module.quantized:
+                weight = matrix_of(layout, module, reader)
+                if weight is not None:
+                    self._found[family.in_memory_name(weight.name)] = weight
+        self._workers = workers
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of that name, as transformers has it in memory."""
+        return name in self._found
+
+    def matrix(self, name: str) -> Matrix:
+        """A weight on disk. Raises SourceError where there is none, or none that can be decoded."""
+        if name not in self._found:
+            raise SourceError(
+                f"{self.layout.checkpoint.source.name} has no {name} that can be decoded.",
+                "See what mquant verify says of it.",
+            )
+        return self._found[name]
+
+    def rows(self, name: str, first: int, last: int, use: str) -> Floats:
+        """Rows [first, last) of a weight, in a buffer of this thread, for that `use`."""
+        found = self.matrix(name)
+        scratch = self._workers.scratch
+        out = scratch.floats(use, (last - first, found.shape[1]))
+        found.read(first, last, out, scratch)
+        return out
+
+    def weight(self, name: str, use: str) -> Floats:
+        """All of a weight [rows, columns], in a buffer of this thread, for that `use`."""
+        return self.rows(name, 0, self.matrix(name).shape[0], use)
+
+    def vector(self, name: str) -> Floats:
+        """A vector, whole."""
+        vector: Floats = self.weight(name, "vector")[0].copy()
+        return vector
+
+    def nbytes(self, prefix: str) -> int:
+        """Bytes of all tensors of a layer, or another part."""
+        tensors = self.layout.checkpoint.tensors
+        return sum(info.nbytes for name, info in tensors.items() if name.startswith(prefix))
+
+    def head(self) -> str:
+        """The name of what makes logits: lm_head, or the embeddings where they are tied."""
+        name = "lm_head.weight"
+        return name if self.has(name) else "model.embed_tokens.weight"
+
+    def embed(self, tokens: Integers) -> Floats:
+        """Embeddings [n, hidden] of token ids [n], in one pass over the table."""
+        name = "model.embed_tokens.weight"
+        rows, hidden = self.matrix(name).shape
+        out = np.empty((len(tokens), hidden), np.float32)
+        step = max(1, (16 << 20) // (4 * hidden))
+        for first in range(0, rows, step):
+            here = np.flatnonzero((tokens >= first) & (tokens < first + step))
+            if len(here):
+                table = self.rows(name, first, min(first + step, rows), "table")
+                out[here] = table[tokens[here] - first]
+        return out
+
+    def norm(self, values: Floats, name: str) -> Floats:
+        """RMS norm over the last axis."""
+        return _rms(values, self.vector(name), self.shape.eps)
+
+    def layer(self, number: int, hidden: Floats, windows: list[slice]) -> Integers | None:
+        """Run a decoder layer on `hidden` [n, hidden], in place.
+
+        No token sees beyond its window, or what comes after it. Returns the chosen experts
+        [n, top_k], sorted; None where the layer has none.
+        """
+        at = f"model.layers.{number}"
+        hidden += self._attention(
+            f"{at}.self_attn", self.norm(hidden, f"{at}.input_layernorm.weight"), windows
+        )
+        inner = self.norm(hidden, f"{at}.post_attention_layernorm.weight")
+        if not self.has(f"{at}.mlp.gate.weight"):
+            hidden += self._dense(f"{at}.mlp", inner)
+            return None
+        chosen, weights = self._route(f"{at}.mlp", inner)
+        self._experts(f"{at}.mlp.experts", inner, chosen, weights, hidden)
+        return np.sort(chosen, axis=1)
+
+    def _attention(self, at: str, inner: Floats, windows: list[slice]) -> Floats:
+        shape, form = self.shape, self._forward.qk_norm
+        wide = shape.heads * shape.head_dim
+        out = np.empty((len(inner), wide), np.float32)
+        q, k, v = (self._linear(inner, f"{at}.{part}_proj") for part in "qkv")
+        for values, part in ((q, "q"), (k, "k")):
+            if form == "each head":
+                view = values.reshape(len(inner), -1, shape.head_dim)
+                view[:] = self.norm(view, f"{at}.{part}_norm.weight")
+            elif form == "all heads" and self.has(f"{at}.{part}_norm.weight"):
+                values[:] = self.norm(values, f"{at}.{part}_norm.weight")
+
+        def work(window: slice) -> None:
+            out[window] = _attend(q[window], k[window], v[window], shape)
+
+        list(self._workers.map(work, windows))
+        return self._linear(out, f"{at}.o_proj")
+
+    def _linear(self, values: Floats, name: str) -> Floats:
+        """`values` [n, in] times a weight [out, in]; plus its bias, where it has one."""
+        weight = self.weight(f"{name}.weight", "linear")
+        out = np.empty((len(values), len(weight)), np.float32)
+
+        def work(start: int) -> None:
+            np.matmul(values[start : start + step], weight.T, out=out[start : start + step])
+
+        step = max(1, -(-len(values) // self._workers.count))
+        list(self._workers.map(work, range(0, len(values), step)))
+        if self.has(f"{name}.bias"):
+            out += self.vector(f"{name}.bias")
+        return out
+
+    def _dense(self, at: str, inner: Floats) -> Floats:
+        out = np.empty_like(inner)
+        for start in range(0, len(inner), _TOKENS_AT_ONCE):
+            part = inner[start : start + _TOKENS_AT_ONCE]
+            gate = self._linear(part, f"{at}.gate_proj")
+            gate = _silu(gate) * self._linear(part, f"{at}.up_proj")
+            out[start : start + len(part)] = self._linear(gate, f"{at}.down_proj")
+        return out
+
+    def _route(self, at: str, inner: Floats) -> tuple[Integers, Floats]:
+        """The chosen experts [n, top_k] and their weights."""
+        scores: Floats = inner @ self.weight(f"{at}.gate.weight", "linear").T
+        if self._forward.scores == "sigmoid":
+            scores = (1 / (1 + np.exp(-scores))).astype(np.float32)
+        else:
+            scores = np.exp(scores - scores.max(axis=1, keepdims=True)).astype(np.float32)
+            scores /= scores.sum(axis=1, keepdims=True, dtype=np.float32)
+        bias = f"{at}.e_score_correction_bias"
+        choice = scores + self.vector(bias) if self.has(bias) else scores
+        top = self.shape.top_k
+        chosen = np.argpartition(-choice, top - 1, axis=1)[:, :top].astype(np.int64)
+        weights: Floats = np.take_along_axis(scores, chosen, axis=1)
+        if not self._forward.normalised or self._config.get(self._forward.normalised):
+            weights /= weights.sum(axis=1, keepdims=True)
+        return chosen, weights
+
+    def _experts(
+        self, at: str, inner: Floats, chosen: Integers, weights: Floats, out: Floats
+    ) -> None:
+        """Add the experts' outputs to `out`, in the order of experts, whoever is done first."""
+
+        def work(expert: int) -> tuple[Any, Floats]:
+            tokens, places = np.nonzero(chosen == expert)
+            some = inner[tokens]
+            gate = some @ self.weight(f"{at}.{expert}.gate_proj.weight", "gate").T
+            up: Floats = some @ self.weight(f"{at}.{expert}.up_proj.weight", "up").T
+            up *= _silu(gate)
+            made: Floats = up @ self.weight(f"{at}.{expert}.down_proj.weight", "down").T
+            np.multiply(made, weights[tokens, places, None], out=made)
+            return tokens, made
+
+        busy = sorted(set(chosen.ravel().tolist()))
+        for group in _groups(busy, 2 * self._workers.count):
+            for later in busy[busy.index(group[-1]) + 1 :][: len(group)]:
+                for part in ("gate", "up", "down"):
+                    self.matrix(f"{at}.{later}.{part}_proj.weight").prefetch()
+            for tokens, made in self._workers.map(work, group):
+                out[tokens] += made
+
+
+def _attend(q: Floats, k: Floats, v: Floats, shape: Shape) -> Floats:
+    """Causal attention of one window; q is [n, heads * head_dim]."""
+    n, size = len(q), shape.head_dim
+    angles = np.arange(n, dtype=np.float32)[:, None] * shape.frequencies
+    cos, sin = np.cos(angles), np.sin(angles)
+    out = np.empty((n, shape.heads, size), np.float32)
+    share = shape.heads // shape.kv_heads
+    hidden = np.triu(np.full((n, n), -np.inf, np.float32), 1)
+    for group in range(shape.kv_heads):
+        key = _rotated(k[:, group * size : (group + 1) * size], cos, sin)
+        value = v[:, group * size : (group + 1) * size]
+        for head in range(group * share, (group + 1) * share):
+            query = _rotated(q[:, head * size : (head + 1) * size], cos, sin)
+            scores = query @ key.T
+            scores *= np.float32(size**-0.5)
+            scores += hidden
+            scores -= scores.max(axis=1, keepdims=True)
+            np.exp(scores, out=scores)
+            out[:, head] = (scores @ value) / scores.sum(axis=1, keepdims=True)
+    return out.reshape(n, -1)
+
+
+def _rotated(values: Floats, cos: Floats, sin: Floats) -> Floats:
+    """A head [n, head_dim], its first elements rotated as pairs (i, i + half)."""
+    half = cos.shape[1]
+    out = values.copy()
+    first, second = values[:, :half], values[:, half : 2 * half]
+    out[:, :half] = first * cos - second * sin
+    out[:, half : 2 * half] = second * cos + first * sin
+    return out
+
+
+def _rms(values: Floats, weight: Floats, eps: float) -> Floats:
+    mean = np.mean(np.square(values), axis=-1, keepdims=True)
+    out: Floats = values * (1 / np.sqrt(mean + np.float32(eps))) * weight
+    return out
+
+
+def _silu(values: Floats) -> Floats:
+    with np.errstate(over="ignore"):  # exp(-x) of a large negative x: x / infinity is right
+        out: Floats = values / (1 + np.exp(-values))
+    return out
+
+
+def _groups(items: Iterable[int], size: int) -> Iterator[list[int]]:
+    rest = iter(items)
+    while group := list(islice(rest, size)):
+        yield group
+
+
+__all__ = ["Integers", "Model", "Shape", "shape_of"]

@@ -1,0 +1,1 @@
+"""What loaders make of headers and config.json: modules, formats, what is quantized."""

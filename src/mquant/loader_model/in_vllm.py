@@ -1,0 +1,219 @@
+"""What vLLM makes of a checkpoint's modules: which it builds quantized, which plain.
+
+vLLM decides that from config.json, before it sees a tensor, and under names of its own; the
+tensors on disk must then be what it decided.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Any, Final
+
+from mquant.family import Family, Meaning, Role
+from mquant.loader_model.modules import Layout, Module
+from mquant.matching import Matches, Style, match
+
+COVER_STYLES: Final = {
+    "compressed-tensors": Style.NAMES,
+    "modelopt": Style.GLOBS,
+    "fp8": Style.PARTS,
+}
+"""How entries are meant, by those who write them. Of other methods no list is judged."""
+
+# Loaders without a family's help find these by name alone.
+_USUAL: Final = {
+    "lm_head": Role.HEAD,
+    "embed_tokens": Role.EMBEDDING,
+    "model.embed_tokens": Role.EMBEDDING,
+    "language_model.lm_head": Role.HEAD,
+    "language_model.model.embed_tokens": Role.EMBEDDING,
+    "model.language_model.embed_tokens": Role.EMBEDDING,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A linear module, or the embeddings.
+
+    `misnamed`: the family knows it by transformers' name only. `vllm` are the names under which
+    vLLM looks it up; modules of one `group` are one layer to vLLM.
+    """
+
+    module: Module
+    role: Role
+    misnamed: bool
+    vllm: tuple[str, ...]
+    group: tuple[str, int | None, int | None]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules that are one layer to vLLM. None for `ignored`: some of them are, some are not."""
+
+    members: tuple[Judged, ...]
+    ignored: bool | None
+    targeted: bool | None
+
+    @property
+    def quantized(self) -> bool | None:
+        """Whether vLLM builds it quantized; None where it refuses to decide."""
+        if self.ignored is True or self.targeted is False:
+            return False
+        return None if None in (self.ignored, self.targeted) else True
+
+
+@dataclass(frozen=True)
+class View:
+    """The modules of a layout that matter, and what its lists say of them."""
+
+    layout: Layout
+    method: str
+    judged: tuple[Judged, ...]
+
+    @property
+    def style(self) -> Style | None:
+        """How the ignore list is matched; None where that is not known."""
+        return COVER_STYLES.get(self.method)
+
+    @cached_property
+    def in_memory(self) -> Mapping[str, str]:
+        """Hub name -> transformers' name, of every module."""
+        family = self.layout.family
+        return {name: family.in_memory_name(name) for name in self.hub} if family else {}
+
+    @cached_property
+    def hub(self) -> frozenset[str]:
+        """Every name on disk that an entry may mean: modules, and parameters that are none."""
+        bare = (
+            info.name
+            for module in self.layout.modules.values()
+            if not module.quantized
+            for suffix, info in module.tensors.items()
+            if suffix != "weight"
+        )
+        return frozenset((*self.layout.modules, *bare))
+
+    @cached_property
+    def vllm(self) -> frozenset[str]:
+        """Every name under which vLLM looks a module up."""
+        return frozenset(name for judged in self.judged for name in judged.vllm)
+
+    @cached_property
+    def ignore(self) -> Matches:
+        """The ignore list, as it is meant, on all names."""
+        names = self.hub | self.vllm | frozenset(self.in_memory.values())
+        return match(self.layout.ignore, names, self.style or Style.EXACT)
+
+    @cached_property
+    def ignored_by_vllm(self) -> frozenset[str]:
+        """What the list matches in vLLM, which takes entries of FP8 for exact names."""
+        if self.style is not Style.PARTS:
+            return self.ignore.names
+        return match(self.layout.ignore, self.vllm, Style.EXACT).names
+
+    @cached_property
+    def targets(self) -> Matches:
+        """The targets of compressed-tensors, on vLLM's names."""
+        return match(_targets(self.layout.config), self.vllm, Style.NAMES)
+
+    def covered(self, judged: Judged) -> bool:
+        """Whether the ignore list speaks of a module, by the hub's name or vLLM's."""
+        return not {judged.module.name, *judged.vllm}.isdisjoint(self.ignore.names)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """What vLLM decides about every layer that it may build quantized."""
+        if self.style is None:
+            return ()
+        members: dict[tuple[str, int | None, int | None], list[Judged]] = defaultdict(list)
+        for judged in self.judged:
+            if self._asks(judged.role) and not judged.misnamed:
+                members[judged.group].append(judged)
+        return tuple(self._group(tuple(group)) for group in members.values())
+
+    def _asks(self, role: Role) -> bool:
+        """Whether vLLM looks a module of a role up; router and embeddings get no quant_config."""
+        if role is Role.HEAD:
+            return self.method == "modelopt"
+        return role.linear and not role.refused_by_loaders
+
+    def _group(self, members: tuple[Judged, ...]) -> Group:
+        ignored = {not self.ignored_by_vllm.isdisjoint(judged.vllm) for judged in members}
+        if members[0].role is Role.EXPERT and self.style is not Style.NAMES:
+            # A layer's experts are looked up as one, and an entry for any of them will do.
+            ignored = {any(ignored)}
+        targeted = {self._targeted(judged) for judged in members}
+        return Group(members, _one(ignored), _one(targeted))
+
+    def _targeted(self, judged: Judged) -> bool:
+        if self.style is not Style.NAMES or self._targets_linear:
+            return True
+        return not self.targets.names.isdisjoint(judged.vllm)
+
+    @cached_property
+    def _targets_linear(self) -> bool:
+        # A target without `re:` is also looked for in the class's name: ColumnParallelLinear.
+        return any(target.lower() in "linear" for target in _targets(self.layout.config) if target)
+
+
+def view_of(layout: Layout) -> View:
+    """What vLLM makes of a layout."""
+    method = "modelopt" if layout.method.startswith("modelopt") else layout.method
+    family = layout.family
+    judged = _known(layout, family, method) if family else _usual(layout)
+    return View(layout, method, tuple(judged))
+
+
+def _known(layout: Layout, family: Family, method: str) -> Iterator[Judged]:
+    shared: dict[Any, Any] = {}  # of equals one is kept: experts are many
+    # A head that is tied to the embeddings is built all the same.
+    tied = family.tied_heads(layout.checkpoint.config)
+    absent = [n for n in tied if n not in layout.modules]
+    heads = (Module(name, {}, family.classify(f"{name}.weight")) for name in absent)
+    for module in chain(heads, layout.modules.values()):
+        meaning = module.meaning or family.classify_in_memory(f"{module.name}.weight")
+        if meaning is None:
+            continue
+        role = meaning.row.role
+        if not (role.linear or role is Role.EMBEDDING):
+            continue
+        group = (meaning.row.fused or meaning.row.name, meaning.layer, meaning.expert)
+        if role is Role.EXPERT:
+            group = ("experts", meaning.layer, None)
+        names = _vllm_names(module, meaning, family, method)
+        names, group = shared.setdefault(names, names), shared.setdefault(group, group)
+        yield Judged(module, role, module.meaning is None, names, group)
+
+
+def _vllm_names(module: Module, meaning: Meaning, family: Family, method: str) -> tuple[str, ...]:
+    if meaning.expert is None:
+        return (family.in_vllm_name(module.name),)
+    if COVER_STYLES.get(method) is Style.NAMES:
+        # vLLM asks for the first expert, and takes the answer for all of the layer.
+        first = meaning.row.format(meaning.layer, 0).removesuffix(".weight")
+        return (family.in_vllm_name(first),)
+    whole = meaning.row.name.partition(".{expert}")[0].replace("{layer}", str(meaning.layer))
+    return (family.in_vllm_name(whole), family.in_vllm_name(module.name))
+
+
+def _usual(layout: Layout) -> Iterator[Judged]:
+    for name, role in _USUAL.items():
+        if name in layout.modules:
+            yield Judged(layout.modules[name], role, False, (name,), (name, None, None))
+
+
+def _targets(config: Mapping[str, Any]) -> list[str]:
+    groups = config.get("config_groups")
+    tables = groups.values() if isinstance(groups, dict) else ()
+    lists = [table.get("targets") for table in tables if isinstance(table, dict)]
+    entries = [entry for found in lists if isinstance(found, list) for entry in found]
+    return [entry for entry in entries if isinstance(entry, str)]
+
+
+def _one(answers: set[bool]) -> bool | None:
+    return answers.pop() if len(answers) == 1 else None
+
+
+__all__ = ["COVER_STYLES", "Group", "Judged", "View", "view_of"]

@@ -1,0 +1,269 @@
+"""Compare a checkpoint with its parent: every weight, summed up by role, layer and expert."""
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import astuple, dataclass
+from typing import Any, Final, TypeVar
+
+from mquant.checkpoint import Source, open_checkpoint, reader_of
+from mquant.checkpoint.hub import HubRepo
+from mquant.events import Emit, Note, silent
+from mquant.family import Family
+from mquant.findings import Finding
+from mquant.loader_model.modules import read_layout
+from mquant.measure.compare import Difference, compare_pairs, pairs
+from mquant.measure.comparison_cache import Partial
+from mquant.verify import against  # noqa: F401 -- registers the rules that are found broken here
+from mquant.verify.tally import Tally
+from mquant.weights.decode import READABLE
+
+_HUB_WORKERS: Final = 6  # what a hub sends at once; each holds an expert's weight, twice
+_Key = TypeVar("_Key", int, tuple[int, int])
+
+
+@dataclass
+class Error:
+    """Sums over some weights, and what follows from them.
+
+    `error`, `power` and `own` are of squares: of the differences, of the parent's weights, of ours.
+    """
+
+    tensors: int = 0
+    elements: int = 0
+    error: float = 0.0
+    power: float = 0.0
+    own: float = 0.0
+
+    def add(self, found: Difference) -> None:
+        """Count one more tensor."""
+        self.tensors += 1
+        self.elements += found.elements
+        self.error += found.error
+        self.power += found.power
+        self.own += found.own
+
+    @property
+    def relative(self) -> float:
+        """L2 norm of the differences over the parent's; infinite where that is 0."""
+        if not self.power:
+            return math.inf if self.error else 0.0
+        return math.sqrt(self.error / self.power)
+
+    @property
+    def sqnr(self) -> float:
+        """Signal to quantization noise, in dB."""
+        relative = self.relative
+        return -20 * math.log10(relative) if relative else math.inf
+
+    @property
+    def cosine(self) -> float:
+        """Of the angle between both, as vectors: 1 where they differ in length alone."""
+        # x*y = (x*x + y*y - e*e) / 2: nothing cancels, as e is small and summed by itself.
+        length = math.sqrt(self.power) * math.sqrt(self.own)
+        return (self.power + self.own - self.error) / 2 / length if length else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers; null where one is not finite."""
+        return {
+            "tensors": self.tensors,
+            "elements": self.elements,
+            "relative_error": _finite(self.relative),
+            "sqnr_db": _finite(self.sqnr),
+            "cosine": _finite(self.cosine),
+        }
+
+
+def error_of(found: Difference) -> Error:
+    """The error of one tensor."""
+    one = Error()
+    one.add(found)
+    return one
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All differences of a checkpoint from its parent, in the order of the parent's files.
+
+    `identical` tensors are the parent's, bit for bit; all others have an error. `bytes_read` and
+    `requests` count what came from a hub, None where nothing did.
+    """
+
+    source: str
+    parent: str
+    family: str | None
+    tensors: tuple[Difference, ...]
+    findings: tuple[Finding, ...]
+    bytes_compared: int
+    bytes_read: int | None = None
+    requests: int | None = None
+
+    @property
+    def changed(self) -> tuple[Difference, ...]:
+        """What is not the parent's, bit for bit; the largest relative error first."""
+        changed = [found for found in self.tensors if not found.identical]
+        return tuple(sorted(changed, key=_badness, reverse=True))
+
+    @property
+    def total(self) -> Error:
+        """Of all that is not identical."""
+        return _sum(self.changed)
+
+    @property
+    def roles(self) -> Mapping[str, tuple[int, Error]]:
+        """Role -> how many tensors are identical, and the error of the others."""
+        by: dict[str, list[Difference]] = defaultdict(list)
+        for found in self.tensors:
+            by[found.role].append(found)
+        return {
+            role: (sum(f.identical for f in some), _sum(f for f in some if not f.identical))
+            for role, some in by.items()
+        }
+
+    @property
+    def layers(self) -> Mapping[int, Error]:
+        """Layer -> the error of what is not identical there."""
+        return _by(self.changed, lambda found: found.layer)
+
+    @property
+    def experts(self) -> Mapping[tuple[int, int], Error]:
+        """(layer, expert) -> the error of its weights together."""
+        return _by(
+            self.changed,
+            lambda f: None if f.layer is None or f.expert is None else (f.layer, f.expert),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of `mquant.compare/1` besides the envelope's.
+
+        `tensors` are rows under `columns`, since there are tens of thousands. `experts` are rows
+        [layer, expert, relative error].
+        """
+        return {
+            "source": self.source,
+            "parent": self.parent,
+            "family": self.family,
+            "identical": sum(found.identical for found in self.tensors),
+            "changed": self.total.to_json(),
+            "roles": [
+                {"role": role, "identical": same, **error.to_json()}
+                for role, (same, error) in self.roles.items()
+            ],
+            "layers": [{"layer": at, **e.to_json()} for at, e in self.layers.items()],
+            "experts": [[*at, _finite(error.relative)] for at, error in self.experts.items()],
+            "worst": [found.name for found in self.changed[:10]],
+            "columns": list(_COLUMNS),
+            "tensors": [_row(found) for found in self.tensors],
+            "bytes_compared": self.bytes_compared,
+            "bytes_read": self.bytes_read,
+            "requests": self.requests,
+        }
+
+
+_COLUMNS: Final = (
+    "name",
+    "role",
+    "layer",
+    "expert",
+    "form",
+    "parent_form",
+    "elements",
+    "identical",
+    "relative_error",
+    "sqnr_db",
+    "cosine",
+    "worst_row",
+    "worst_column",
+    "worst_error",
+)
+
+
+def _row(found: Difference) -> list[Any]:
+    error = error_of(found)
+    numbers = (error.relative, error.sqnr, error.cosine) if not found.identical else (0.0, None, 1)
+    row, column, worst = found.worst or (None, None, None)
+    head = list(astuple(found))[:8]
+    return [*head, *map(_finite, numbers), row, column, _finite(worst)]
+
+
+def _finite(value: float | None) -> float | None:
+    """Nine digits, as more depend on the processor; JSON knows neither infinity nor NaN."""
+    return float(f"{value:.9g}") if value is not None and math.isfinite(value) else None
+
+
+def _badness(found: Difference) -> tuple[bool, float]:
+    relative = error_of(found).relative
+    return (not math.isfinite(relative), relative if math.isfinite(relative) else 0.0)
+
+
+def _sum(some: Iterable[Difference]) -> Error:
+    total = Error()
+    # Always in the same order: floating point sums depend on it.
+    for found in sorted(some, key=lambda found: found.name):
+        total.add(found)
+    return total
+
+
+def _by(some: Iterable[Difference], key: Callable[[Difference], _Key | None]) -> dict[_Key, Error]:
+    by: dict[_Key, list[Difference]] = defaultdict(list)
+    for found in some:
+        at = key(found)
+        if at is not None:
+            by[at].append(found)
+    return {at: _sum(by[at]) for at in sorted(by)}
+
+
+def compare(
+    source: Source,
+    parent: Source,
+    families: Mapping[str, Family],
+    *,
+    workers: int | None = None,
+    emit: Emit = silent,
+) -> Comparison:
+    """Compare all weights of a checkpoint with its parent's.
+
+    `workers` None: cores + 1, for a hub 6. What a stopped comparison of the same files found is not
+    looked at again. Raises SourceError where there is no checkpoint, or it cannot be read.
+    """
+    layout = read_layout(open_checkpoint(source, tolerant=True), families)
+    original = read_layout(open_checkpoint(parent), families)
+    readers, tally = (reader_of(source), reader_of(parent)), Tally()
+    hubs = [each for each in (source, parent) if isinstance(each, HubRepo)]
+    all_pairs = pairs(layout, original, readers, tally)
+    with Partial(source, parent) as partial:
+        known = partial.known
+        if known:
+            emit(Note("info", f"{len(known):,} tensors were compared before: going on."))
+        todo = [pair for pair in all_pairs if pair.name not in known]
+        compare_pairs(
+            todo,
+            hub=bool(hubs),
+            workers=workers or (_HUB_WORKERS if hubs else (os.cpu_count() or 1) + 1),
+            done=partial.add,
+            emit=emit,
+            skipped=sum(pair.nbytes for pair in all_pairs if pair.name in known),
+        )
+    found = {pair.name: partial.known[pair.name] for pair in all_pairs}
+    for each in found.values():
+        if not each.identical and {each.form, each.parent_form} <= READABLE:
+            what = "is not bit-equal to the parent's"
+            if each.form != each.parent_form:
+                what = f"is {each.form}; the parent's is {each.parent_form}"
+            tally.add("kept-tensor-differs", each.name, f"{each.name} {what}")
+    for reader in readers:
+        reader.close()
+    return Comparison(
+        source=source.name,
+        parent=parent.name,
+        family=layout.family.name if layout.family else None,
+        tensors=tuple(found.values()),
+        findings=tally.findings(),
+        bytes_compared=sum(pair.nbytes for pair in all_pairs),
+        bytes_read=sum(hub.bytes_read for hub in hubs) if hubs else None,
+        requests=sum(hub.requests for hub in hubs) if hubs else None,
+    )
+
+
+__all__ = ["Comparison", "Error", "compare", "error_of"]

@@ -1,0 +1,259 @@
+"""Run a checkpoint and its parent on a text, both a layer at a time, and compare what they say."""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from mquant.checkpoint import Source, open_checkpoint, reader_of
+from mquant.errors import SourceError
+from mquant.events import Emit, Note, Progress, silent
+from mquant.family import Family
+from mquant.findings import Finding
+from mquant.forward.decoder import Integers, Model
+from mquant.loader_model.formats import activations, groups, kind_of
+from mquant.loader_model.modules import Layout, read_layout
+from mquant.measure.score import score
+from mquant.text import size
+from mquant.weights.decode import Floats
+from mquant.weights.matrix import Workers
+
+CONTEXT: Final = 512
+TOKENS: Final = 16_384
+_TOKENIZER: Final = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a layer's router did: of each expert, how many tokens chose it, and in the parent.
+
+    `agreement` is the share of chosen experts that both models chose; None without a parent.
+    """
+
+    layer: int
+    usage: tuple[int, ...]
+    parent_usage: tuple[int, ...] | None
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a checkpoint, and its parent, make of a text.
+
+    `tokens` were predicted, in windows of `context`; `text_tokens` are all of the text's. `kl` is
+    in nats a token, from the parent; `agreement` the share of tokens for which both expect the
+    same.
+    """
+
+    source: str
+    parent: str | None
+    text: str
+    text_sha256: str
+    text_tokens: int
+    tokens: int
+    context: int
+    perplexity: float
+    parent_perplexity: float | None
+    kl: float | None
+    agreement: float | None
+    routing: tuple[Routing, ...]
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def router_agreement(self) -> float | None:
+        """The mean of all layers; None where there is none."""
+        said = [each.agreement for each in self.routing if each.agreement is not None]
+        return sum(said) / len(said) if said else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of `mquant.eval/1` besides the envelope's."""
+        return {
+            "source": self.source,
+            "parent": self.parent,
+            "text": {
+                "name": self.text,
+                "sha256": self.text_sha256,
+                "tokens": self.text_tokens,
+            },
+            "tokens": self.tokens,
+            "context": self.context,
+            "perplexity": self.perplexity,
+            "parent_perplexity": self.parent_perplexity,
+            "kl_nats": self.kl,
+            "top1_agreement": self.agreement,
+            "router_agreement": self.router_agreement,
+            "routing": [
+                {
+                    "layer": each.layer,
+                    "agreement": each.agreement,
+                    "usage": list(each.usage),
+                    "parent_usage": list(each.parent_usage) if each.parent_usage else None,
+                }
+                for each in self.routing
+            ],
+        }
+
+
+def evaluate(
+    source: Source,
+    parent: Source | None,
+    families: Mapping[str, Family],
+    text: Path,
+    *,
+    context: int = CONTEXT,
+    tokens: int = TOKENS,
+    emit: Emit = silent,
+) -> Evaluation:
+    """Perplexity of a checkpoint on a text; with a parent also its, KL, and routers compared.
+
+    Raises SourceError for a text, tokenizer or checkpoint that cannot be read, and for
+    architectures that are not known.
+    """
+    raw = _read(text)
+    sources = [source] if parent is None else [source, parent]
+    with Workers(os.cpu_count() or 1) as workers:
+        models = [_model(each, families, context, workers) for each in sources]
+        if len({model.matrix(model.head()).shape[0] for model in models}) != 1:
+            raise SourceError(
+                f"{source.name} and {sources[-1].name} have vocabularies of different sizes.",
+                "Give the parent it was made from.",
+            )
+        ids = _tokenize(sources, raw)
+        _check_ids(ids, models[0])
+        count = min(tokens, len(ids) - 1)
+        emit(Note("info", _plan(count, len(ids) - 1, context, models)))
+        windows = [slice(at, min(at + context, count)) for at in range(0, count, context)]
+        hidden = [model.embed(ids[:count]) for model in models]
+        routing = _run(models, hidden, windows, emit)
+        for model, states in zip(models, hidden, strict=True):
+            states[:] = model.norm(states, "model.norm.weight")
+        scores = score(models, hidden, ids[1 : count + 1], workers)
+    losses = [float(loss.mean()) for loss in scores.losses]
+    return Evaluation(
+        source=source.name,
+        parent=parent.name if parent else None,
+        text=text.name,
+        text_sha256=hashlib.sha256(raw).hexdigest(),
+        text_tokens=len(ids),
+        tokens=count,
+        context=context,
+        perplexity=_exp(losses[0]),
+        parent_perplexity=_exp(losses[1]) if parent else None,
+        kl=None if scores.divergence is None else float(scores.divergence.mean()),
+        agreement=None if scores.agree is None else float(scores.agree.mean()),
+        routing=routing,
+        findings=tuple(_activations(models[0].layout)),
+    )
+
+
+def _run(
+    models: list[Model], hidden: list[Floats], windows: list[slice], emit: Emit
+) -> tuple[Routing, ...]:
+    routing: list[Routing] = []
+    layers = models[0].shape.layers
+    sizes = [
+        sum(model.nbytes(f"model.layers.{number}.") for model in models) for number in range(layers)
+    ]
+    for number in range(layers):
+        chosen = [
+            model.layer(number, states, windows)
+            for model, states in zip(models, hidden, strict=True)
+        ]
+        found = [each for each in chosen if each is not None]
+        if found:
+            routing.append(_routing(number, found, models[0].shape.experts))
+        emit(Progress("evaluate", sum(sizes[: number + 1]), sum(sizes)))
+    return tuple(routing)
+
+
+def _routing(layer: int, chosen: list[Integers], experts: int) -> Routing:
+    usage = [tuple(np.bincount(each.ravel(), minlength=experts).tolist()) for each in chosen]
+    if len(chosen) == 1:
+        return Routing(layer, usage[0], None, None)
+    ours, parents = chosen
+    same = (ours[:, :, None] == parents[:, None, :]).any(axis=2)
+    return Routing(layer, usage[0], usage[1], float(same.mean()))
+
+
+def _read(text: Path) -> bytes:
+    try:
+        return text.read_bytes()
+    except OSError as error:
+        raise SourceError(
+            f"{text} cannot be read: {error.strerror}.", "Give a file of text in UTF-8."
+        ) from error
+
+
+def _model(source: Source, families: Mapping[str, Family], context: int, workers: Workers) -> Model:
+    layout = read_layout(open_checkpoint(source), families)
+    return Model(layout, reader_of(source), context, workers)
+
+
+def _tokenize(sources: list[Source], raw: bytes) -> Integers:
+    # Data, not code: what a tokenizer.json cannot say is not run.
+    from tokenizers import Tokenizer
+
+    holder = next((each for each in sources if _TOKENIZER in each.files), None)
+    if holder is None:
+        raise SourceError(
+            f"{sources[0].name} has no {_TOKENIZER}.",
+            "Copy the parent's; transformers writes one with AutoTokenizer(...).save_pretrained.",
+        )
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise SourceError("The text is not UTF-8.", "Convert it, e.g. with iconv.") from None
+    try:
+        tokenizer = Tokenizer.from_str(holder.read(_TOKENIZER).decode("utf-8"))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise SourceError(
+            f"{_TOKENIZER} cannot be understood: {error}.", "Get the file again."
+        ) from error
+    ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+    if len(ids) < 2:
+        raise SourceError("The text has fewer than two tokens.", "Give a longer text.")
+    return ids
+
+
+def _check_ids(ids: Integers, model: Model) -> None:
+    rows = model.matrix("model.embed_tokens.weight").shape[0]
+    if ids.max() >= rows:
+        raise SourceError(
+            f"The tokenizer makes token {ids.max():,}; the model has {rows:,}.",
+            "Take the tokenizer that belongs to the model.",
+        )
+
+
+def _plan(count: int, of: int, context: int, models: list[Model]) -> str:
+    memory = count * models[0].shape.hidden * 4 * len(models)
+    whole = "" if count == of else f" of {of:,}"
+    return (
+        f"{count:,}{whole} tokens in windows of {context}; hidden states take {size(memory)} "
+        "of memory, beside one layer's weights."
+    )
+
+
+def _activations(layout: Layout) -> Iterator[Finding]:
+    kinds = {kind_of(layout, module) for module in layout.quantized} - {None}
+    static = any(activations(kind, layout) is not False for kind in kinds if kind)
+    if static or any(group.get("input_activations") for group in groups(layout)):
+        yield Finding(
+            "activations-not-quantized",
+            "info",
+            "config.json",
+            "This checkpoint may have activations quantized as well; here they are float32, so the "
+            "result is of its weights alone.",
+            "For the whole of it run the model on an engine that has the kernels.",
+        )
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+__all__ = ["CONTEXT", "TOKENS", "Evaluation", "Routing", "evaluate"]

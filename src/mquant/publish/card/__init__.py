@@ -1,0 +1,21 @@
+"""The model card: README.md for the hub, from facts only."""
+
+from mquant.publish.card.about import About, read_about
+from mquant.publish.card.facts import Card, gather
+from mquant.publish.card.measured import Measured, read_compare, read_eval
+from mquant.publish.card.page import MARK, render
+from mquant.publish.card.parent import Parent, find_parent
+
+__all__ = [
+    "MARK",
+    "About",
+    "Card",
+    "Measured",
+    "Parent",
+    "find_parent",
+    "gather",
+    "read_about",
+    "read_compare",
+    "read_eval",
+    "render",
+]

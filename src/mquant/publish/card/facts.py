@@ -1,0 +1,203 @@
+"""Everything a card says, gathered: from the checkpoint, its record, its parent, its publisher."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from mquant.checkpoint import Source, open_checkpoint
+from mquant.checkpoint.generation_config import read_sampling
+from mquant.errors import SourceError
+from mquant.events import Emit, silent
+from mquant.family import Family, Role
+from mquant.loader_model.formats import Kind, groups, kind_of, weight_shape
+from mquant.loader_model.modules import Layout, read_layout
+from mquant.output import Record, read_record
+from mquant.publish.card.about import About
+from mquant.publish.card.measured import Measured
+from mquant.publish.card.parent import Parent, find_parent
+from mquant.schemes import QUANTIZED_SUFFIXES, SCHEMES
+from mquant.verify.inspect import Inspection, inspect
+from mquant.verify.judge import Depth, Report, verify
+
+_LICENSE: Final = re.compile(r"licen[cs]e[a-z.-]*", re.IGNORECASE | re.ASCII)
+_UNKNOWN: Final = "unknown"
+_CACHE_BYTES: Final = 2  # of an element of the KV cache in 16 bits
+
+
+@dataclass(frozen=True, slots=True)
+class RoleFacts:
+    """One role: its tensors that are kept, its modules that are quantized, elements of all."""
+
+    role: str
+    kept: int
+    quantized: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Card:
+    """The facts of one card. None, and empty: not known.
+
+    `scheme` is the name of ours that it is in; `active` counts parameters that take part in one
+    token; `cache_bytes` are those of the KV cache in 16 bits for one token; `license_file` is the
+    text of it, where it is among the files.
+    """
+
+    inspection: Inspection
+    report: Report
+    scheme: str
+    format: str
+    ignore: tuple[str, ...]
+    roles: tuple[RoleFacts, ...]
+    parameters: int | None
+    active: int | None
+    architecture: str
+    generation: Mapping[str, float | bool]
+    cache_bytes: int | None
+    cache_scheme: bool
+    license_file: str
+    record: Record | None
+    parent: Parent
+    measured: Measured
+    about: About
+
+    @property
+    def repo(self) -> str:
+        """Where it can be had: the repo on the hub, or the folder's name."""
+        return self.about.repo or self.inspection.name
+
+
+def gather(
+    source: Source,
+    families: Mapping[str, Family],
+    *,
+    given: Source | None = None,
+    measured: Measured | None = None,
+    about: About | None = None,
+    depth: Depth | None = None,
+    ask_vllm: bool = False,
+    emit: Emit = silent,
+) -> Card:
+    """Look at a checkpoint, verify it (against the parent that is `given`), and ask its parent.
+
+    Raises SourceError where it is not quantized, or cannot be read.
+    """
+    checkpoint = open_checkpoint(source, tolerant=True)
+    layout = read_layout(checkpoint, families)
+    if not layout.quantized:
+        raise SourceError(
+            f"{source.name} is not quantized: a card says how it was.",
+            "Give the checkpoint that mquant quantize made.",
+        )
+    record = read_record(source)
+    parent = find_parent(record, given, emit)
+    report = verify(source, families, depth, given, emit, ask_vllm=ask_vllm)
+    roles = _roles(layout)
+    parameters = sum(role.parameters for role in roles) if roles else None
+    inspection = inspect(checkpoint, families)
+    return Card(
+        inspection=inspection,
+        report=report,
+        scheme=_scheme(layout),
+        format=str(layout.config.get("format") or layout.method),
+        ignore=layout.ignore,
+        roles=roles,
+        parameters=parameters,
+        active=_active(parameters, roles, inspection),
+        architecture=_architecture(checkpoint.config),
+        generation=read_sampling(source),
+        cache_bytes=_cache_bytes(layout),
+        cache_scheme=bool(layout.config.get("kv_cache_scheme")),
+        license_file=next(filter(_LICENSE.fullmatch, source.files), ""),
+        record=record,
+        parent=parent,
+        measured=measured or Measured(),
+        about=about or About(),
+    )
+
+
+def _scheme(layout: Layout) -> str:
+    """The scheme of ours that all quantized modules are in; empty where it is another, or several.
+
+    Only what decides the arithmetic is compared: tools differ in what else they write.
+    """
+    kinds = {kind_of(layout, module) for module in layout.quantized}
+    if len(kinds) != 1 or not kinds <= {Kind.NVFP4, Kind.FP8, Kind.INT}:
+        return ""
+    said = list(groups(layout))
+    for name, scheme in SCHEMES.items():
+        ours = scheme.config_group
+        keys = ("num_bits", "type", "strategy", "group_size", "dynamic")
+        if said and all(
+            bool(group.get("input_activations")) is bool(ours["input_activations"])
+            and isinstance(weights := group.get("weights"), dict)
+            and all(weights.get(key) == ours["weights"].get(key) for key in keys)
+            for group in said
+        ):
+            return name
+    return ""
+
+
+def _roles(layout: Layout) -> tuple[RoleFacts, ...]:
+    """By role, in the order of `Role`; nothing where some weight's shape cannot be told."""
+    kept: Counter[str] = Counter()
+    quantized: Counter[str] = Counter()
+    parameters: Counter[str] = Counter()
+    for module in layout.modules.values():
+        kind = kind_of(layout, module)
+        if kind is not None:
+            shape = weight_shape(kind, module, layout)
+            if shape is None:
+                return ()
+            role = _name(module.role)
+            quantized[role] += 1
+            parameters[role] += math.prod(shape)
+        for suffix, info in module.tensors.items():
+            if kind is None or (suffix != "weight" and f".{suffix}" not in QUANTIZED_SUFFIXES):
+                meaning = layout.family.classify(info.name) if layout.family else None
+                role = _name(meaning.row.role if meaning else None)
+                kept[role] += 1
+                parameters[role] += info.elements
+    order = [*(role.value for role in Role), _UNKNOWN]
+    return tuple(
+        RoleFacts(role, kept[role], quantized[role], parameters[role])
+        for role in sorted(parameters, key=order.index)
+    )
+
+
+def _name(role: Role | None) -> str:
+    return role.value if role else _UNKNOWN
+
+
+def _active(
+    parameters: int | None, roles: tuple[RoleFacts, ...], inspection: Inspection
+) -> int | None:
+    """All parameters but those of the experts that a token is not sent to."""
+    experts = sum(role.parameters for role in roles if role.role == Role.EXPERT.value)
+    count, chosen = inspection.experts, inspection.experts_per_token
+    if parameters is None or not experts or not count or not chosen or chosen > count:
+        return None
+    return parameters - experts * (count - chosen) // count
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else ""
+    return first if isinstance(first, str) else ""
+
+
+def _cache_bytes(layout: Layout) -> int | None:
+    family, config = layout.family, layout.checkpoint.config
+    if family is None or not family.config.kv_heads:
+        return None
+    keys = (family.config.layers, family.config.kv_heads, "head_dim")
+    sizes = [family.value(key, config) for key in keys]
+    if None in sizes:
+        return None
+    return 2 * _CACHE_BYTES * math.prod(size or 0 for size in sizes)
+
+
+__all__ = ["Card", "RoleFacts", "gather"]

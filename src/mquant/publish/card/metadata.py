@@ -1,0 +1,67 @@
+"""The card's YAML: what the hub itself understands of it."""
+
+from typing import Any
+
+from mquant.loader_model.formats import METHODS
+from mquant.publish.card.engines import ENGINES
+from mquant.publish.card.facts import Card
+
+
+def metadata(card: Card) -> str:
+    """The YAML between the card's first two `---`, as huggingface_hub writes it."""
+    from huggingface_hub import ModelCardData
+
+    parent = card.parent
+    base = card.about.base_model or parent.repo or None
+    given = {
+        "license": parent.license or ("other" if card.license_file else None),
+        "license_name": parent.license_name or None,
+        "license_link": _license_link(card),
+        "language": list(parent.languages) or None,
+        "base_model": base,
+        "base_model_relation": "quantized" if base else None,
+        "library_name": _library(card),
+        "pipeline_tag": _task(card),
+        "tags": _tags(card),
+    }
+    data = ModelCardData(**_kept(given))
+    return data.to_yaml(line_break="\n") + "\n"
+
+
+def _kept(given: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _license_link(card: Card) -> str | None:
+    """The parent's link where it leads somewhere from here; the licence's text in the repo."""
+    link = card.parent.license_link
+    if link.startswith("https://"):
+        return link
+    named = card.parent.license not in ("", "other")
+    return None if named or not card.license_file else card.license_file
+
+
+def _library(card: Card) -> str | None:
+    """The first engine that loads it: the hub shows how to use it with that."""
+    loads = (engine.name for engine in ENGINES.get(card.scheme, ()) if engine.loads == "yes")
+    return next((name.lower() for name in loads), None)
+
+
+def _task(card: Card) -> str | None:
+    if card.parent.pipeline_tag:
+        return card.parent.pipeline_tag
+    return "text-generation" if card.architecture.endswith("ForCausalLM") else None
+
+
+def _tags(card: Card) -> list[str]:
+    tags = [
+        card.scheme.removesuffix("A16").lower(),
+        card.report.method if card.report.method in METHODS else "",
+        card.inspection.family or "",
+        "reap" if card.parent.reap else "",
+        "mquant" if card.record else "",
+    ]
+    return [tag for tag in tags if tag]
+
+
+__all__ = ["metadata"]

@@ -1,0 +1,113 @@
+"""Where it comes from: how it was made and mended, what belongs to it, its licence."""
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from mquant.output import Record
+from mquant.publish.card.facts import Card
+from mquant.publish.card.markdown import block, code, table, text
+from mquant.text import names, plural
+
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+
+
+def made(card: Card) -> str:
+    """How it was made, and every repair since; empty where nothing says it."""
+    record = card.record
+    if record is None:
+        return ""
+    versions = "".join(f", {text(name)} {text(v)}" for name, v in sorted(record.versions.items()))
+    engine = f", its engine {code(record.engine)}{versions}" if record.engine else ""
+    parts = [f"## How it was made\n\nBy mquant {text(record.mquant)}{engine}.\n"]
+    if record.recipe:
+        parts.append(block([_command(card, record)], "sh"))
+        parts.append(
+            "The same command gives the same bytes for every tensor; `--max-shard-size` decides "
+            "where shards end.\n"
+        )
+        for key, said in record.inputs.items():
+            what = "has the sha256" if _SHA256.fullmatch(said) else "is the dataset"
+            parts.append(f"{code(key.upper())} {what} {code(said)}.\n")
+    if content := record.source.get("content"):
+        parts.append(f"The parent's files, sampled, have the sha256 {code(content)}.\n")
+    if record.repairs:
+        rows = [_repair(number, each) for number, each in enumerate(record.repairs, start=1)]
+        parts.append("### Changes since\n")
+        parts.append(table(("", "By", "What was found", "What was done"), rows))
+    return "\n".join(parts)
+
+
+def _command(card: Card, record: Record) -> str:
+    folder = f"./{card.parent.name}" if card.parent.name else "PARENT"
+    parent = card.parent.repo or record.source.get("repo") or card.about.base_model or folder
+    commit = card.parent.commit or record.source.get("commit", "")
+    words = ["mquant", "quantize", parent]
+    words += ["--revision", commit] if commit else []
+    words += ["--recipe", record.recipe]
+    words += ["--engine", record.engine] if record.engine == "oneshot" else []
+    for key in record.inputs:
+        words += [f"--{key}", key.upper()]
+    return shlex.join([*words, "-o", card.repo.rpartition("/")[2]])
+
+
+def _repair(number: int, repair: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    found = repair.get("findings")
+    rules = [
+        each["rule"]
+        for each in (found if isinstance(found, list) else [])
+        if isinstance(each, dict) and isinstance(each.get("rule"), str)
+    ]
+    by = repair.get("mquant")
+    return (
+        f"{number}",
+        f"mquant {text(by)}" if isinstance(by, str) else "",
+        ", ".join(map(code, dict.fromkeys(rules))) or "not recorded",
+        "; ".join(_done(repair)) or "config.json and side files",
+    )
+
+
+def _done(repair: Mapping[str, Any]) -> Iterator[str]:
+    replaced = repair.get("replaced")
+    for role, count in (replaced if isinstance(replaced, dict) else {}).items():
+        if type(count) is int and isinstance(role, str):
+            yield f"{plural(count, 'tensor')} of {text(role)} made again from the parent"
+    if type(renamed := repair.get("renamed")) is int and renamed:
+        yield f"{plural(renamed, 'tensor')} renamed"
+    dropped = repair.get("dropped")
+    dropped = dropped if isinstance(dropped, list) else []
+    left_out = [name for name in dropped if isinstance(name, str)]
+    if left_out:
+        yield f"left out: {text(names(left_out))}"
+
+
+def sources(card: Card) -> str:
+    """Companions, citation and licence, as far as there are any."""
+    return "\n".join([*_companions(card), *_citation(card), *_licence(card)])
+
+
+def _companions(card: Card) -> Iterator[str]:
+    if card.about.companions:
+        rows = (
+            (f"[{text(each.repo)}](https://huggingface.co/{each.repo})", text(each.what))
+            for each in card.about.companions
+        )
+        yield "## Related\n\n" + table(("Repo", ""), rows)
+
+
+def _citation(card: Card) -> Iterator[str]:
+    if card.about.citation.strip():
+        yield "## Citation\n\n" + block(card.about.citation.strip().splitlines())
+
+
+def _licence(card: Card) -> Iterator[str]:
+    parent = card.parent
+    said = parent.license_name or parent.license
+    if said:
+        yield f"## Licence\n\n{code(said)}, the same as {text(parent.repo) or 'the parent'}.\n"
+    elif card.license_file:
+        yield f"## Licence\n\nSee {code(card.license_file)} among the files.\n"
+
+
+__all__ = ["made", "sources"]

@@ -1,0 +1,71 @@
+"""How to serve it: engines, commands, hardware, the KV cache, recommended sampling."""
+
+import json
+import shlex
+from collections.abc import Iterator
+
+from mquant.checkpoint.generation_config import GENERATION
+from mquant.publish.card.engines import ENGINES, HARDWARE
+from mquant.publish.card.facts import Card
+from mquant.publish.card.markdown import block, code, table, text
+from mquant.text import binary_size
+
+
+def serving(card: Card) -> str:
+    """The section; empty where it is in no scheme that is known here, and recommends nothing."""
+    parts = [*_engines(card), *_hardware(card), *_sampling(card)]
+    return "\n".join(["## Use it\n", *parts]) if parts else ""
+
+
+def _engines(card: Card) -> Iterator[str]:
+    has_experts = bool(card.inspection.experts)
+    engines = [e for e in ENGINES.get(card.scheme, ()) if has_experts or not e.only_experts]
+    if not engines:
+        return
+    where = card.about.repo or f"./{card.inspection.name}"
+    if "/" in card.inspection.name:
+        where = card.repo
+    first = next(engine for engine in engines if engine.loads == "yes")
+    yield f"With {first.name} {first.version}:\n"
+    yield block([shlex.join(["vllm", "serve", where])], "sh")
+    rows = [
+        (f"{engine.name} {engine.version}".strip(), engine.loads, text(engine.what), engine.seen)
+        for engine in engines
+    ]
+    yield table(("Engine", "Loads it", "What it does", "How that is known"), rows)
+
+
+def _hardware(card: Card) -> Iterator[str]:
+    if card.scheme not in HARDWARE:
+        return
+    yield f"{HARDWARE[card.scheme]}\n"
+    for finding in card.report.findings:
+        if finding.rule == "tensor-parallel":
+            yield f"{text(finding.message)}\n"
+    weights = binary_size(card.inspection.file_bytes)
+    yield f"The weights take {weights} of memory, over all GPUs together.\n"
+    if card.cache_bytes is None:
+        return
+    cache = f"The KV cache takes {card.cache_bytes:,} bytes a token in 16 bits"
+    if card.inspection.context:
+        whole = binary_size(card.cache_bytes * card.inspection.context)
+        cache += f", {whole} for the whole context of {card.inspection.context:,} tokens"
+    scales = (
+        "The checkpoint brings scales for a cache in fewer bits."
+        if card.cache_scheme
+        else "The checkpoint has no scales for a cache in fewer bits: leave `--kv-cache-dtype` at "
+        "`auto`; what `fp8` costs in accuracy was not measured."
+    )
+    yield f"{cache}. {scales}\n"
+
+
+def _sampling(card: Card) -> Iterator[str]:
+    if card.generation:
+        yield f"Recommended sampling, from `{GENERATION}`, which vLLM takes by itself:\n"
+        yield table(
+            ("Parameter", "Value"),
+            ((code(key), code(json.dumps(value))) for key, value in card.generation.items()),
+        )
+
+
+__all__ = ["serving"]

@@ -1,0 +1,259 @@
+"""Publish a checkpoint: only bytes that were verified, and never so that half of it looks whole.
+
+All files but index and config.json go up first; these follow in one commit, in this order; then
+the repo itself is judged. What the repo has already is not sent, so running it again goes on.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from mquant import __version__
+from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Folder, is_shard
+from mquant.checkpoint.hashing import sha256_of
+from mquant.checkpoint.hub import HubRepo, NoSuchRepo
+from mquant.checkpoint.upload import HubWriter
+from mquant.data import cache
+from mquant.errors import OutputError, SourceError
+from mquant.events import Emit, Note
+from mquant.family import Family
+from mquant.output import RECORD, Record, read_record
+from mquant.text import names, plural
+from mquant.verify.judge import Depth, Report, verify
+
+LAST: Final = (INDEX_NAME, CONFIG_NAME)
+# What people add to a finished checkpoint, and no loader reads.
+_PAPERS: Final = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf")
+_TITLES: Final = ("LICENSE", "LICENCE", "NOTICE")
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """A checkpoint's files as they are to be published, and its record."""
+
+    source: Folder
+    record: Record
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Bytes of every file, by path."""
+        return self.source.files
+
+    @property
+    def last(self) -> tuple[str, ...]:
+        """The files of the last commit, in its order."""
+        return tuple(name for name in LAST if name in self.files)
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """The files that go up before."""
+        return tuple(name for name in self.files if name not in LAST)
+
+    @cached_property
+    def key(self) -> str:
+        """What tells these bytes from others: the sha256 of mquant.json, which has all others'."""
+        return _sha256(self.source.read(RECORD))
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What came of a push: the verdict on the bytes here, and on the repo as it is now.
+
+    `remote` is None where the bytes here are broken: then nothing was sent. `local` is None where
+    an earlier run had verified them. `sent` are the files that the repo did not have.
+    """
+
+    local: Report | None
+    remote: Report | None
+    page: str
+    private: bool
+    sent: tuple[str, ...]
+
+
+def load(source: Folder) -> Shipment:
+    """The files to publish. Raises SourceError where they are not those that mquant.json says.
+
+    Only names and sizes are compared; the content is when it is pushed.
+    """
+    record = read_record(source)
+    if record is None:
+        raise SourceError(
+            f"{source.name} has no {RECORD}, so nothing says which bytes are its own.",
+            "Make it with mquant quantize, or mend it with mquant repair.",
+        )
+    sizes = {name: size for name, (size, _) in record.files.items()}
+    lost = [name for name in sizes if name not in source.files]
+    if lost or CONFIG_NAME not in sizes:
+        raise SourceError(
+            f"{source.name} lacks {names(lost or [CONFIG_NAME])}, which its {RECORD} names.",
+            "Push the whole checkpoint: run what made it again.",
+        )
+    changed = [name for name, size in sizes.items() if source.files[name] != size]
+    if changed:
+        raise _changed(source, changed[0])
+    strange = [name for name in source.files if name not in sizes and not _is_paper(name)]
+    if strange:
+        raise SourceError(
+            f"{names(strange)} in {source.name} {'are' if len(strange) > 1 else 'is'} not in its "
+            f"{RECORD}: mquant did not make that.",
+            "Move it away: a loader may read it.",
+        )
+    return Shipment(source, record)
+
+
+def push(
+    shipment: Shipment,
+    repo: str,
+    families: Mapping[str, Family],
+    emit: Emit,
+    *,
+    public: bool = False,
+    replace: bool = False,
+) -> Pushed:
+    """Verify the files, send those that the repo lacks, and verify the repo.
+
+    Raises OutputError without a token, for a repo that is public or holds another checkpoint
+    unless that is asked for, and where the hub refuses or cannot be reached; SourceError where the
+    files are not what mquant.json says.
+    """
+    writer = HubWriter(repo)
+    there = _look(repo)
+    private = there.private if there else not public
+    if not private and not public:
+        raise OutputError(
+            f"{repo} is public: what is pushed there is published.",
+            "Give --public if that is meant, or another repo.",
+        )
+    note = cache() / "push" / f"{shipment.key}.json"
+    missing = _missing(shipment, there)
+    spare = _spare(shipment, there)
+    replacing = _is_other(there, missing, spare)
+    if replacing and not replace:
+        raise OutputError(
+            f"{repo} holds another checkpoint.",
+            "Give another repo, or --replace: until all files are there it has no config.json.",
+        )
+    local = _judge(shipment, families, note, emit)
+    if local is not None and local.count("error"):
+        return Pushed(local, None, writer.page, private, ())
+    if there is None:
+        writer.create(private=private)
+    elif public and private:
+        emit(Note("warning", f"{repo} is private, and stays so: change that in its settings."))
+    if replacing and there is not None:
+        gone = [name for name in reversed(LAST) if name in there.files]
+        if gone:
+            writer.commit("Take config.json away until all files are there", {}, gone)
+    _send(shipment, writer, missing, spare, emit)
+    done = HubRepo(repo)
+    still = _missing(shipment, done)
+    if still:
+        raise OutputError(
+            f"{repo} does not have {names(still)} as {'it is' if len(still) == 1 else 'they are'} "
+            "here.",
+            "Run the same command again: it sends that anew.",
+        )
+    remote = verify(done, families, Depth.STRUCTURE, emit=emit)
+    note.unlink(missing_ok=True)
+    return Pushed(local, remote, writer.page, done.private, tuple(missing))
+
+
+def _send(
+    shipment: Shipment, writer: HubWriter, missing: list[str], spare: list[str], emit: Emit
+) -> None:
+    first = {name: shipment.files[name] for name in missing if name not in LAST}
+    if first:
+        writer.upload(shipment.source.root, first, emit)
+    last = {name: shipment.source.path(name) for name in shipment.last if name in missing}
+    if last or spare:
+        writer.commit("Add index and config.json: now it is whole", last, spare)
+
+
+def _look(repo: str) -> HubRepo | None:
+    try:
+        return HubRepo(repo)
+    except NoSuchRepo:
+        return None
+
+
+def _missing(shipment: Shipment, there: HubRepo | None) -> list[str]:
+    """The files that the repo does not have as they are here."""
+    return [name for name in shipment.files if there is None or not _same(shipment, there, name)]
+
+
+def _same(shipment: Shipment, there: HubRepo, name: str) -> bool:
+    size = shipment.files[name]
+    if there.files.get(name) != size:
+        return False
+    recorded = shipment.record.files.get(name)
+    if recorded and name in there.sha256:
+        return there.sha256[name] == recorded[1]
+    return there.lists(name, shipment.source.read(name))
+
+
+def _spare(shipment: Shipment, there: HubRepo | None) -> list[str]:
+    """Shards, or an index, of the repo's that this checkpoint has not: loaders would read them."""
+    files = there.files if there else {}
+    return [
+        name
+        for name in files
+        if name not in shipment.files and (is_shard(name) or name == INDEX_NAME)
+    ]
+
+
+def _is_other(there: HubRepo | None, missing: list[str], spare: list[str]) -> bool:
+    """Whether the repo holds another checkpoint: it differs in more than papers and side files."""
+    differs = any(is_shard(name) or name in LAST for name in missing)
+    return bool(spare) or (there is not None and CONFIG_NAME in there.files and differs)
+
+
+def _judge(
+    shipment: Shipment, families: Mapping[str, Family], note: Path, emit: Emit
+) -> Report | None:
+    """Compare all bytes with mquant.json and verify them; None where an earlier run did.
+
+    `note` says so, by the files' sizes and times, for the same release of mquant.
+    """
+    stamps = {name: list(stamp) for name, stamp in shipment.source.stamps.items()}
+    looked_at = {"mquant": __version__, "stamps": stamps}
+    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == looked_at:
+        emit(Note("info", "These bytes were verified before."))
+        return None
+    _check_bytes(shipment, emit)
+    report = verify(shipment.source, families, Depth.NUMBERS, emit=emit)
+    if not report.count("error"):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(looked_at), encoding="utf-8")
+    return report
+
+
+def _check_bytes(shipment: Shipment, emit: Emit) -> None:
+    files = shipment.record.files
+    sizes = {name: size for name, (size, _) in files.items()}
+    for name, digest in sha256_of(shipment.source, sizes, emit):
+        if digest != files[name][1]:
+            raise _changed(shipment.source, name)
+    emit(Note("info", f"sha256 of {plural(len(files), 'file')} as {RECORD} says."))
+
+
+def _changed(source: Folder, name: str) -> SourceError:
+    return SourceError(
+        f"{name} in {source.name} is not the file that {RECORD} says: it was changed since.",
+        "Make the checkpoint again, or get the file again; mquant verify says what is wrong.",
+    )
+
+
+def _is_paper(name: str) -> bool:
+    file = PurePosixPath(name).name
+    return name == RECORD or file.lower().endswith(_PAPERS) or file.upper().startswith(_TITLES)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+__all__ = ["LAST", "Pushed", "Shipment", "load", "push"]

@@ -1,0 +1,213 @@
+"""Everything there is to say of a checkpoint, measured now or before, as one HTML file."""
+
+import json
+import os
+import shlex
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from mquant import __version__
+from mquant.checkpoint import Checkpoint, Source, open_checkpoint
+from mquant.errors import OutputError, SourceError
+from mquant.events import Emit, silent
+from mquant.family import Family
+from mquant.measure.comparison import compare
+from mquant.measure.evaluation import CONTEXT, TOKENS, evaluate
+from mquant.output.disk import PARTIAL
+from mquant.output.finish import RECIPE_NAME
+from mquant.output.folder import RECORD
+from mquant.publish.page import Evidence, render
+from mquant.publish.page.report import Size
+from mquant.verify.inspect import inspect
+from mquant.verify.judge import Report, verify
+
+_MOST_SHOWN: Final = 20_000  # characters of a recipe: more is no recipe
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a report is made with.
+
+    `comparison` and `evaluation` are files that `mquant compare` and `eval` wrote with `--format
+    json`; without them both are made here, where there is a parent, and a text. `src`, `against`
+    are what the user called them.
+    """
+
+    src: str
+    against: str | None = None
+    text: Path | None = None
+    comparison: Path | None = None
+    evaluation: Path | None = None
+    context: int = CONTEXT
+    tokens: int = TOKENS
+
+
+@dataclass(frozen=True)
+class Made:
+    """The file, and what is in it."""
+
+    path: Path
+    verification: Report
+    comparison: Mapping[str, Any] | None
+    evaluation: Mapping[str, Any] | None
+
+
+def report(
+    source: Source,
+    parent: Source | None,
+    families: Mapping[str, Family],
+    wanted: Wanted,
+    out: Path,
+    *,
+    emit: Emit = silent,
+) -> Made:
+    """Measure what is not measured yet, and write the page to `out`, whole or not at all.
+
+    Raises SourceError where something cannot be read, or is of another checkpoint; OutputError
+    where `out` cannot be written.
+    """
+    compared = _given(wanted.comparison, "compare", source)
+    evaluated = _given(wanted.evaluation, "eval", source)
+    judged = verify(source, families, None, parent, emit)
+    if compared is None and parent is not None:
+        compared = compare(source, parent, families, emit=emit).to_json()
+    if evaluated is None and wanted.text is not None:
+        evaluated = evaluate(
+            source,
+            parent,
+            families,
+            wanted.text,
+            context=wanted.context,
+            tokens=wanted.tokens,
+            emit=emit,
+        ).to_json()
+    mine = open_checkpoint(source, tolerant=True)
+    theirs = open_checkpoint(parent) if parent else None
+    evidence = Evidence(
+        name=source.name,
+        parent=parent.name if parent else _parent_of(compared, evaluated),
+        verdict=judged.verdict,
+        severity=judged.findings[0].severity if judged.findings else "info",
+        facts=_facts(mine, judged, families),
+        sizes=_sizes(mine, theirs, families),
+        findings=judged.findings,
+        recipe=_text(source, RECIPE_NAME),
+        commands=_commands(wanted, out),
+        made_by=f"mquant {__version__}",
+        comparison=compared,
+        evaluation=evaluated,
+    )
+    try:
+        page = render(evidence)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        if wanted.comparison is None and wanted.evaluation is None:
+            raise
+        given = " or ".join(str(each) for each in (wanted.comparison, wanted.evaluation) if each)
+        raise SourceError(
+            f"{given} is not what this mquant writes: {type(error).__name__} {error}.",
+            "Make it again with --format json.",
+        ) from error
+    _write(out, page)
+    return Made(out, judged, compared, evaluated)
+
+
+def _given(path: Path | None, verb: Literal["compare", "eval"], source: Source) -> Any:
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or found.get("schema") != f"mquant.{verb}/1":
+        raise SourceError(
+            f"{path} is not the JSON of mquant {verb}.",
+            f"Make it with: mquant {verb} --format json",
+        )
+    if "error" in found or found.get("source") != source.name:
+        whose = f"of {found['source']}" if found.get("source") else "of a run that failed"
+        raise SourceError(f"{path} is {whose}, not of {source.name}.", "Make it again.")
+    return found
+
+
+def _parent_of(*documents: Mapping[str, Any] | None) -> str | None:
+    names = (document.get("parent") for document in documents if document)
+    return next((name for name in names if isinstance(name, str)), None)
+
+
+def _facts(
+    checkpoint: Checkpoint, judged: Report, families: Mapping[str, Family]
+) -> list[tuple[str, str]]:
+    found = inspect(checkpoint, families)
+    rows = [
+        ("family", found.family or f"unknown ({found.model_type})"),
+        ("quantization", found.quantization or "none"),
+        ("quantized modules", f"{judged.quantized:,}"),
+        ("tensors", f"{found.tensors:,} in {found.shards:,} shards"),
+        ("layers", "" if found.layers is None else f"{found.layers:,}"),
+        ("experts", "" if found.experts is None else f"{found.experts:,}"),
+    ]
+    record = _text(checkpoint.source, RECORD, most=1 << 30)
+    try:
+        made = json.loads(record) if record else {}
+        rows.append(("recipe", str(made["recipe"]["title"])))
+        rows.append(("engine", f"{made['engine']['name']}, mquant {made['mquant']}"))
+        rows.append(("made from", ", ".join(f"{k} {v}" for k, v in made["source"].items())))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass  # another tool made it
+    return [(name, value) for name, value in rows if value]
+
+
+def _sizes(
+    mine: Checkpoint, theirs: Checkpoint | None, families: Mapping[str, Family]
+) -> list[Size]:
+    before: dict[str, int] = defaultdict(int)
+    if theirs is not None:
+        before.update({each.name: each.bytes for each in inspect(theirs, families).roles})
+    return [
+        Size(each.name, each.tensors, before[each.name] if theirs else None, each.bytes)
+        for each in inspect(mine, families).roles
+    ]
+
+
+def _text(source: Source, path: str, most: int = _MOST_SHOWN) -> str:
+    if not 0 < source.files.get(path, 0) <= most:
+        return ""
+    return source.read(path).decode("utf-8", "replace")
+
+
+def _commands(wanted: Wanted, out: Path) -> list[str]:
+    against = ["--against", wanted.against] if wanted.against else []
+    commands = [["pip", "install", f"mquant=={__version__}"]]
+    commands.append(["mquant", "verify", wanted.src, *against])
+    if against:
+        commands.append(["mquant", "compare", wanted.src, *against])
+    text: list[str] = []
+    if wanted.text is not None:
+        text = ["--text", str(wanted.text), "--context", str(wanted.context)]
+        text += ["--tokens", str(wanted.tokens)]
+        commands.append(["mquant", "eval", wanted.src, *against, *text])
+    commands.append(["mquant", "report", wanted.src, *against, *text, "-o", str(out)])
+    return [shlex.join(command) for command in commands]
+
+
+def _write(out: Path, page: str) -> None:
+    partial = out.with_name(out.name + PARTIAL)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(page, "utf-8")
+        os.replace(partial, out)  # noqa: PTH105 -- over whatever report was there
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror}.", "Give another file with -o."
+        ) from error
+
+
+__all__ = ["Made", "Wanted", "report"]

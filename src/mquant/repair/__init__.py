@@ -1,0 +1,1 @@
+"""What is wrong with a checkpoint, given its parent; and mending it."""

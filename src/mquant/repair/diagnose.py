@@ -1,0 +1,374 @@
+"""What is wrong with a checkpoint, given its parent, and how its good tensors were made.
+
+The findings are those of `verify`. A recipe is taken from mquant.json, or read off the checkpoint:
+which modules are quantized from what is there, how their scales were chosen by making one intact
+fused set again. Of the parent that costs its headers, a few norms, and that set.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from mquant.checkpoint import (
+    Assembly,
+    AssemblyReader,
+    Checkpoint,
+    Source,
+    is_shard,
+    open_checkpoint,
+    read_json,
+)
+from mquant.engines.importance import Importance, read_importance, weigher
+from mquant.errors import Refused, SourceError
+from mquant.events import Emit, silent
+from mquant.family import Family, Role
+from mquant.findings import Finding
+from mquant.loader_model.formats import Kind, activations, kind_of
+from mquant.loader_model.modules import Layout, Module, read_layout
+from mquant.output import RECORD, config_json, side_files
+from mquant.plan import BAD, PARENT, Job, Mending, from_parent, make_plan, mend
+from mquant.recipe import Recipe, load_recipes
+from mquant.schemes import NVFP4A16
+from mquant.text import names
+from mquant.verify.judge import Depth, Report, verify
+
+_QUANTIZE: Final = "Quantize the parent again: mquant quantize PARENT --recipe nvfp4."
+_IMPORTANCE: Final = "If it was made with an importance file, give that with --importance. "
+_TRIED: Final = 3
+"""Fused sets that are made again, and norms that are compared, before one is believed."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A broken checkpoint, what `verify` says of it, and how to mend it.
+
+    `made_by` says how the recipe is known: `mquant.json`, `reproduced`, or empty where nothing has
+    to be quantized again; `importance` is what its scales were searched with. `config_differs`:
+    config.json is not the parent's, as it should be. `missing` are the parent's side files that
+    are not there.
+    """
+
+    bad: Checkpoint
+    parent: Checkpoint
+    report: Report
+    mending: Mending
+    made_by: str
+    config_differs: bool
+    importance: Importance | None
+    missing: tuple[str, ...]
+
+    @property
+    def needed(self) -> bool:
+        """Whether there is anything to mend."""
+        mending = self.mending
+        told = any(finding.severity != "info" for finding in self.report.findings)
+        whole = len(mending.kept) == len(mending.plan.shards)
+        return told or not whole or self.config_differs or bool(self.missing)
+
+    @property
+    def obsolete(self) -> list[str]:
+        """Shards of the broken checkpoint that the mended one has not."""
+        shards = {shard.name for shard in self.mending.plan.shards}
+        return [path for path in self.bad.source.files if is_shard(path) and path not in shards]
+
+
+def assemble(bad: Source, parent: Source) -> Assembly:
+    """The files of both checkpoints, as a mending's plan calls them."""
+    parts = {BAD + path: (bad, path) for path in bad.files}
+    parts |= {PARENT + path: (parent, path) for path in parent.files}
+    return Assembly(bad.name, parts)
+
+
+def diagnose(
+    bad: Source,
+    parent: Source,
+    families: Mapping[str, Family],
+    depth: Depth | None = None,
+    emit: Emit = silent,
+    *,
+    importance: Path | None = None,
+) -> Diagnosis:
+    """Find out what is wrong with `bad`, and how each of it is mended from `parent`.
+
+    `importance` is the file that its scales were searched with, where there was one. Raises Refused
+    where it cannot be mended: the parent is not whole or not the parent, the layout is not one that
+    mquant writes, or tensors must be quantized again and nobody knows how.
+    """
+    report = verify(bad, families, depth, emit=emit)
+    checkpoint, original = open_checkpoint(bad, tolerant=True), open_checkpoint(parent)
+    # config.json may be what is broken; what it says of the model, the parent says too.
+    config = {**original.config, **_quantization(checkpoint.config)}
+    layout = read_layout(replace(checkpoint, config=config), families)
+    _refuse_other_layouts(layout)
+    stated = _stated_recipe(checkpoint)
+    recipe = stated or _read_off(layout, original)
+    if layout.family and not recipe.roles:
+        raise Refused([_nothing_known(bad)])
+    right = make_plan(original, recipe, families)
+    if right.refusals:
+        raise Refused(right.refusals)
+    wrong = report.wrong | {f.where for f in report.findings if f.rule == "tensor-stored-twice"}
+    wrong |= _unlike_parent(layout, original, wrong)
+    mending = mend(right, checkpoint, wrong)
+    made_by = ""
+    weights = read_importance(importance, right)
+    if any(action.scheme for action in mending.replaced):
+        made_by = "mquant.json" if stated else "reproduced"
+        known = [recipe] if stated else _known(recipe)
+        if recipe.needs_data:
+            raise Refused([_needs_data(mending, recipe)])
+        how = _reproduced(mending, assemble(bad, parent), known, weights)
+        if how is None and not (stated and not _intact(mending)):
+            raise Refused([_unknown(mending, stated)])
+        if how is not None:
+            mending = _made_by(mending, how)
+    plain = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    return Diagnosis(
+        bad=checkpoint,
+        parent=original,
+        report=report,
+        mending=mending,
+        made_by=made_by,
+        config_differs={**plain, **_quantization(config_json(right))} != config_json(right),
+        importance=weights,
+        missing=tuple(path for path in side_files(original) if path not in bad.files),
+    )
+
+
+def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key == "quantization_config"}
+
+
+def _stated_recipe(checkpoint: Checkpoint) -> Recipe | None:
+    """The recipe in mquant.json, without what loaders refuse; None where there is none."""
+    if RECORD not in checkpoint.source.files:
+        return None
+    try:
+        recipe = Recipe.model_validate(read_json(checkpoint.source, RECORD).get("recipe"))
+    except (SourceError, ValidationError):
+        return None
+    roles = {role: name for role, name in recipe.roles.items() if not role.refused_by_loaders}
+    return recipe.model_copy(update={"roles": roles, "foreign": True})
+
+
+def _read_off(layout: Layout, parent: Checkpoint) -> Recipe:
+    """Which modules are quantized, from what is there.
+
+    What loaders treat as one (a layer's experts, a fused set) counts by its majority, and what is
+    not there at all as most of its role.
+    """
+    family = layout.family
+    if family is None:
+        return _recipe({}, [])  # make_plan says which are known
+    units: dict[Hashable, Counter[bool]] = defaultdict(Counter)
+    members: dict[Hashable, list[str]] = defaultdict(list)
+    roles: dict[Role, Counter[bool]] = defaultdict(Counter)
+    of: dict[Hashable, Role] = {}
+    for module, name, role, unit in _linear(layout, family):
+        units[unit][bool(module.quantized)] += 1
+        roles[role][bool(module.quantized)] += 1
+        members[unit].append(name)
+        of[unit] = role
+    quantized = {role for role, votes in roles.items() if votes[True] >= votes[False]}
+    kept = [
+        name
+        for unit, votes in units.items()
+        if votes[False] > votes[True] and of[unit] in quantized
+        for name in members[unit]
+    ]
+    there = {name.removesuffix(".weight") for name in parent.tensors}
+    return _recipe(dict.fromkeys(quantized, NVFP4A16.name), [n for n in kept if n in there])
+
+
+def _recipe(roles: Mapping[Role, str], ignore: list[str]) -> Recipe:
+    return Recipe(
+        name="as-found",
+        title="As the repaired checkpoint had it",
+        suffix="NVFP4",
+        roles=roles,
+        ignore=tuple(ignore),
+    )
+
+
+def _linear(layout: Layout, family: Family) -> Iterator[tuple[Module, str, Role, Hashable]]:
+    """Linear modules that may be quantized: with the hub's name, role, and what they belong to."""
+    for module in layout.modules.values():
+        meaning = module.meaning or family.classify_in_memory(f"{module.name}.weight")
+        if meaning is None or not meaning.row.role.linear or meaning.row.role.refused_by_loaders:
+            continue
+        role, row = meaning.row.role, meaning.row
+        name = row.format(meaning.layer, meaning.expert).removesuffix(".weight")
+        whole = "experts" if role is Role.EXPERT else row.fused or row.name
+        expert = None if role is Role.EXPERT else meaning.expert
+        yield module, name, role, (whole, meaning.layer, expert)
+
+
+def _refuse_other_layouts(layout: Layout) -> None:
+    """Raise Refused where most of what is quantized, or of a role of it, is not NVFP4A16."""
+    kinds: dict[Role | None, Counter[Kind]] = defaultdict(Counter)
+    for module in layout.quantized:
+        role = module.meaning.row.role if module.meaning else None
+        if (kind := kind_of(layout, module)) and not (role and role.refused_by_loaders):
+            kinds[role][kind] += 1
+    most = [counter.most_common(1)[0][0] for counter in kinds.values()]
+    common = next((kind for kind in most if kind is not Kind.NVFP4), Kind.NVFP4)
+    inputs = sum("input_global_scale" in module.tensors for module in layout.quantized)
+    static = activations(common, layout) and inputs * 2 > len(layout.quantized)
+    if common is Kind.NVFP4 and not static:
+        return
+    what = "NVFP4 with quantized activations" if common is Kind.NVFP4 else str(common)
+    raise Refused(
+        [
+            Finding(
+                "layout-not-repairable",
+                "error",
+                layout.checkpoint.source.name,
+                f"{layout.checkpoint.source.name} is quantized as {what}; mquant repairs "
+                f"{NVFP4A16.name}.",
+                "Quantize it again, with the tool that made it.",
+            )
+        ]
+    )
+
+
+def _unlike_parent(layout: Layout, parent: Checkpoint, wrong: Iterable[str]) -> set[str]:
+    """Norms that are not the parent's. Raises Refused where all that are looked at are not."""
+    there = layout.checkpoint.tensors
+    pairs = (
+        (there[info.name], info)
+        for info in parent.tensors.values()
+        if len(info.shape) == 1 and info.name in there and info.name not in wrong
+    )
+    alike = (p for p in pairs if (p[0].dtype, p[0].shape) == (p[1].dtype, p[1].shape))
+    looked = list(islice(alike, _TRIED))
+    unlike = {
+        ours.name
+        for ours, its in looked
+        if layout.checkpoint.source.read(ours.shard, ours.start, ours.end)
+        != parent.source.read(its.shard, its.start, its.end)
+    }
+    if looked and len(unlike) == len(looked):
+        mine, theirs = layout.checkpoint.source.name, parent.source.name
+        raise Refused(
+            [
+                Finding(
+                    "parent-differs",
+                    "error",
+                    theirs,
+                    f"{mine} was not made from {theirs}: {names(sorted(unlike))} differ.",
+                    "Give the very checkpoint it was quantized from with --from.",
+                )
+            ]
+        )
+    return unlike
+
+
+def _intact(mending: Mending) -> list[tuple[Job, set[str]]]:
+    """Jobs that quantize and whose codes are all there, with the tensors to compare.
+
+    Smallest first. Codes depend on every scale, so they will do where scales are what is wrong.
+    """
+    jobs = []
+    for job in (job for job in mending.right.jobs if job.scheme):
+        there = {output.name for output in job.outputs} & mending.sound.keys()
+        if all(action.outputs[0].name in there for action in job.actions):
+            jobs.append((job, there))
+    return sorted(jobs, key=lambda pair: pair[0].source_bytes)
+
+
+def _known(recipe: Recipe) -> list[Recipe]:
+    """The recipes that ship and store what `recipe` does, one for each way to choose scales.
+
+    Not those that need data: without it nothing can be made again.
+    """
+    shipped = [each for each in load_recipes().values() if not each.needs_data]
+    alike = [each for each in shipped if _schemes(each) == _schemes(recipe)]
+    return list({each.scales: each for each in alike}.values())
+
+
+def _schemes(recipe: Recipe) -> set[str]:
+    return set(recipe.roles.values())
+
+
+def _reproduced(
+    mending: Mending,
+    assembly: Assembly,
+    known: Iterable[Recipe],
+    importance: Importance | None,
+) -> Recipe | None:
+    """The recipe that makes one of the intact fused sets again, byte for byte."""
+    from mquant.engines import stream  # numba
+
+    with closing(AssemblyReader(assembly)) as reader:
+        for job, there in _intact(mending)[:_TRIED]:
+            infos = {name: mending.sound[name] for name in there}
+            theirs = {n: assembly.read(i.shard, i.start, i.end) for n, i in infos.items()}
+            for recipe in known:
+                made = stream.make(reader, from_parent(job), weigher(recipe, importance))
+                if all(made[name] == data for name, data in theirs.items()):
+                    return recipe
+    return None
+
+
+def _made_by(mending: Mending, how: Recipe) -> Mending:
+    """The same, with the name of the recipe that it was found to be made by."""
+    named = {"name": how.name, "title": how.title, "suffix": how.suffix, "scales": how.scales}
+    recipe = mending.right.recipe.model_copy(update=named)
+    return replace(
+        mending,
+        right=replace(mending.right, recipe=recipe),
+        plan=replace(mending.plan, recipe=recipe),
+    )
+
+
+def _nothing_known(bad: Source) -> Finding:
+    return Finding(
+        "recipe-not-known",
+        "error",
+        bad.name,
+        f"{bad.name} has no mquant.json and no quantized module under a name that is known: how it "
+        "was made cannot be told.",
+        _QUANTIZE,
+    )
+
+
+def _needs_data(mending: Mending, stated: Recipe) -> Finding:
+    lost = [action.module for action in mending.replaced if action.scheme]
+    return Finding(
+        "recipe-not-known",
+        "error",
+        lost[0],
+        f"{names(lost)} must be quantized again, but recipe {stated.name}, which mquant.json "
+        "names, depends on the data it was calibrated with.",
+        f"Quantize the parent again: mquant quantize PARENT --recipe {stated.name} --data FILE.",
+    )
+
+
+def _unknown(mending: Mending, stated: Recipe | None) -> Finding:
+    lost = [action.module for action in mending.replaced if action.scheme]
+    how = (
+        f"recipe {stated.name}, which mquant.json names"
+        if stated
+        else "any recipe that needs no data"
+    )
+    what = (
+        f"what is intact was not made from this parent with {how}"
+        if _intact(mending)
+        else "nothing that is intact tells how it was made"
+    )
+    return Finding(
+        "recipe-not-known",
+        "error",
+        lost[0],
+        f"{names(lost)} must be quantized again, but {what}.",
+        _IMPORTANCE + _QUANTIZE if stated and stated.scales == "search" else _QUANTIZE,
+    )
+
+
+__all__ = ["Diagnosis", "assemble", "diagnose"]

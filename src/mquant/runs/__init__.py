@@ -1,0 +1,1 @@
+"""A run that writes OUT, and the verbs that are runs."""

@@ -1,0 +1,84 @@
+"""Make an importance file (see `engines.importance`) from text that goes through the model."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mquant.checkpoint import build_header
+from mquant.errors import MissingExtra, OutputError, Refused
+from mquant.events import Emit, Note, silent
+from mquant.numerics.formats import Floats
+from mquant.plan import Plan
+from mquant.runs.run import check_plain, here
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """An importance file: how many modules it is of, and which of them saw no token.
+
+    Those have zeros, under which all channels count alike.
+    """
+
+    out: Path
+    modules: int
+    samples: int
+    tokens: int
+    unseen: tuple[str, ...]
+
+
+def calibrate(plan: Plan, data: str, out: Path, emit: Emit = silent) -> Calibrated:
+    """Send `data` through the model that `plan` quantizes, and write what its modules are given.
+
+    Raises Refused for a plan with errors, UsageError for weights that lie quantized, OutputError
+    where `out` exists or cannot be written, DataFileError for data that cannot be read,
+    MissingExtra without torch and its company.
+    """
+    if plan.refusals:
+        raise Refused(plan.refusals)
+    check_plain(plan, "Calibration")
+    if out.exists():
+        raise OutputError(f"{out} exists.", "Remove it, or name another file with -o.")
+    source = plan.survey.checkpoint.source
+    folder = here(source, emit)
+    plan = plan.reading_from(folder)
+    try:
+        from mquant.engines.activations import mean_squares
+        from mquant.engines.samples import load_samples
+    except ModuleNotFoundError:
+        raise MissingExtra("Calibration", "oneshot") from None
+
+    samples = load_samples(data, folder.root, plan.recipe.calibration)
+    tokens = sum(len(ids) for ids in samples)
+    emit(Note("info", f"Calibrating with {len(samples):,} samples, {tokens:,} tokens."))
+    means = mean_squares(plan, samples, emit)
+    widths = {a.module: a.source.shape[1] for a in plan.actions if a.scheme}
+    vectors = {
+        name: np.zeros(widths[name], "<f4") if mean is None else mean.astype("<f4")
+        for name, mean in means.items()
+    }
+    _write(out, vectors)
+    unseen = tuple(name for name, mean in means.items() if mean is None)
+    return Calibrated(out, len(vectors), len(samples), tokens, unseen)
+
+
+def _write(out: Path, vectors: dict[str, Floats]) -> None:
+    rows = [(name, "F32", vector.shape) for name, vector in vectors.items()]
+    first, _ = build_header(rows, keep_order=True)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(first)
+            file.writelines(vector.tobytes() for vector in vectors.values())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(out)
+    except OSError as error:
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror}.", "Name another file with -o."
+        ) from error
+
+
+__all__ = ["Calibrated", "calibrate"]

@@ -1,0 +1,139 @@
+"""NVFP4 in ModelOpt's layout, for TensorRT-LLM, and back in compressed-tensors'."""
+
+import json
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from mquant.checkpoint import Folder, Reader, Source, TensorInfo, open_checkpoint, read_json
+from mquant.errors import Refused, SourceError
+from mquant.events import Emit, silent
+from mquant.family import Family
+from mquant.findings import Finding
+from mquant.numerics.reciprocal import reciprocal, recovered
+from mquant.output import MODELOPT_NAME, RECIPE_NAME, RECORD
+from mquant.plan import Target, hf_quant_config, make_export_plan, scalars, survey_for
+from mquant.runs.convert import Converted, convert
+from mquant.runs.run import here
+
+_ORIGIN: Final = "compressed_tensors"
+"""The key of mquant.json that says what an export to ModelOpt was made from."""
+
+
+def export(
+    source: Source,
+    families: Mapping[str, Family],
+    target: Target,
+    out: Path,
+    *,
+    workers: int | None = None,
+    restart: bool = False,
+    emit: Emit = silent,
+) -> Converted:
+    """Write a checkpoint in the layout of `target` into `out`, or go on with what is there of it.
+
+    Codes and block scales are copied, global scales become their reciprocals. Raises Refused for a
+    checkpoint that is in no other layout, or whose scales have no reciprocal, and as `convert`.
+    """
+    checkpoint = open_checkpoint(source)
+    found = survey_for(checkpoint, families, target)
+    folder = here(source, emit)
+    origin = _origin(folder) if target is Target.COMPRESSED_TENSORS else {}
+    known = origin.get("scales")
+    numbers = _numbers(folder, list(scalars(found)))
+    values, odd = _reciprocals(numbers, target, known if isinstance(known, dict) else {})
+    plan = make_export_plan(found, target, values, _declared(origin))
+    files, record = dict[str, bytes](), dict[str, Any]()
+    if RECIPE_NAME in folder.files:  # how it was quantized is true of it still
+        files[RECIPE_NAME] = folder.read(RECIPE_NAME)
+    if target is Target.MODELOPT:
+        text = json.dumps(hf_quant_config(plan), indent=2, ensure_ascii=False) + "\n"
+        files[MODELOPT_NAME] = text.encode()
+        record[_ORIGIN] = {
+            "quantization_config": checkpoint.config.get("quantization_config"),
+            "scales": odd,
+        }
+    return convert(
+        plan,
+        out,
+        "export",
+        files=files,
+        record=record,
+        workers=workers,
+        restart=restart,
+        emit=emit,
+    )
+
+
+def _numbers(folder: Folder, tensors: list[TensorInfo]) -> dict[str, np.float32]:
+    """The values of scalars in F32, by name."""
+    found: dict[str, np.float32] = {}
+    with closing(Reader(folder)) as reader:
+        for info in tensors:
+            raw = bytearray(4)
+            reader.read_into(info.shard, info.start, memoryview(raw))
+            found[info.name] = np.frombuffer(raw, "<f4")[0]
+    return found
+
+
+def _reciprocals(
+    numbers: Mapping[str, np.float32], target: Target, known: Mapping[str, Any]
+) -> tuple[dict[str, bytes], dict[str, float]]:
+    """The bytes of every reciprocal; and the numbers that these would not give back, by name.
+
+    `known` are such numbers, by the name they get: they are taken where they fit.
+    """
+    values: dict[str, bytes] = {}
+    odd: dict[str, float] = {}
+    for name, number in numbers.items():
+        made = reciprocal(number)
+        if not (number > 0 and np.isfinite(made) and made > 0):
+            raise Refused([_invalid(name, number)])
+        if target is Target.COMPRESSED_TENSORS:
+            made = _known(name, number, known)
+        elif recovered(made) != number:
+            odd[name] = float(number)
+        values[name] = np.array(made, "<f4").tobytes()
+    return values, odd
+
+
+def _known(name: str, factor: np.float32, known: Mapping[str, Any]) -> np.float32:
+    """The number that was exported as `factor`, where mquant.json has it; else the likely one."""
+    module, _, suffix = name.rpartition(".")
+    theirs = "weight_global_scale" if suffix == "weight_scale_2" else "input_global_scale"
+    number = known.get(f"{module}.{theirs}")
+    if isinstance(number, float) and reciprocal(np.float32(number)) == factor:
+        return np.float32(number)
+    return recovered(factor)
+
+
+def _invalid(name: str, number: np.float32) -> Finding:
+    return Finding(
+        "global-scale-invalid",
+        "error",
+        name,
+        f"{name} is {number}: it has no reciprocal that is a number above zero.",
+        "Get the checkpoint again, or repair it: mquant repair.",
+    )
+
+
+def _origin(folder: Folder) -> Mapping[str, Any]:
+    """What an export was made from; empty where mquant.json does not say."""
+    try:
+        origin = read_json(folder, RECORD).get(_ORIGIN) if RECORD in folder.files else None
+    except SourceError:
+        return {}
+    return origin if isinstance(origin, dict) else {}
+
+
+def _declared(origin: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    config = origin.get("quantization_config")
+    if isinstance(config, dict) and config.get("quant_method") == Target.COMPRESSED_TENSORS:
+        return config
+    return None
+
+
+__all__ = ["export"]

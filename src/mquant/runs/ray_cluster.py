@@ -1,0 +1,291 @@
+"""A run in shares on a Ray cluster: a task for each share. The only importer of Ray.
+
+The driver decides what is made, and claims OUT, before a task is sent out. A task is told where OUT
+is and which share is its own; all else it reads there, as `mquant finish` does. What a lost worker
+or node had counted stays counted, so that Ray's retry of its task goes on from there.
+"""
+
+import logging
+import os
+import platform
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from mquant import __version__
+from mquant.checkpoint import Stamp, stamp
+from mquant.errors import EngineError, MissingExtra, MquantError
+from mquant.events import Emit, Note, Progress, silent
+from mquant.output import SHARES, State, read_joint
+from mquant.plan import Plan
+from mquant.runs.job_spec import FolderAt, Order
+from mquant.runs.quantize import Result
+from mquant.runs.run import MOST_CORES
+from mquant.runs.shares import Shares, Watch, in_shares, reopen
+from mquant.runs.spec import Engine
+from mquant.text import plural, size
+
+if TYPE_CHECKING:
+    import ray
+
+Sentences = tuple[str, str]
+"""What went wrong, and the fix: all of an error that a node without this mquant can tell."""
+
+_RETRIES: Final = 5
+_LOOK_SECONDS: Final = 1.0
+_STOP_SECONDS: Final = 30.0
+_ANSWER_SECONDS: Final = 5.0
+# A network file system lets go of a lost node's locks after its lease, of 90 seconds as a rule.
+_LOCK_SECONDS: Final = 150.0
+_SAME_PATH: Final = "Put source and OUT on storage that all nodes mount at the same path."
+
+
+def quantize_on_ray(
+    plan: Plan, order: Order, out: Path, *, workers: int | None = None, emit: Emit = silent
+) -> Result:
+    """Write the checkpoint that `plan` describes into `out`, in tasks of a Ray cluster.
+
+    That is the cluster at RAY_ADDRESS, else one that runs on this machine, else one that is
+    started for this run. `workers`: threads in each task; None: as many as CPUs allow for.
+    Shares that were made in whatever way before are not made again. Raises as `quantize`, and
+    MissingExtra without Ray.
+    """
+    begun = read_joint(out)
+    run = in_shares(plan, order, out.absolute(), begun.of if begun else max(len(plan.shards), 1))
+    if run.look() is State.DONE:
+        return Result(out, plan, Engine.STREAM, fresh=False)
+    run.check_disk()
+    todo = [n for n in run.numbers if run.parts[n - 1].shards and not run.is_done(n)]
+    if todo:
+        with _connected(emit):
+            if run.claim() is not State.DONE:
+                _share_out(run, order, todo, workers, emit)
+    made = run.finish(emit)
+    return Result(out, plan, Engine.STREAM, fresh=made is not None)
+
+
+def _share_out(run: Shares, order: Order, todo: list[int], workers: int | None, emit: Emit) -> None:
+    """Have the shares with these numbers made."""
+    import ray
+
+    cpus, threads = _fit(len(todo), workers, emit)
+    task: Any = ray.remote(_task()).options(
+        num_cpus=cpus, max_retries=_RETRIES, retry_exceptions=False, scheduling_strategy="SPREAD"
+    )
+    seen = [str(run.out / SHARES), *_paths(order)]
+    arguments = (str(run.out), seen, threads, __version__)
+    pending = {task.remote(number, *arguments): number for number in todo}
+    watch, total = Watch(run), run.intent.plan.source_bytes
+    try:
+        while pending:
+            emit(Progress("quantize", watch.done_bytes(), total, watch.at_work()))
+            ready, _ = ray.wait(list(pending), timeout=_LOOK_SECONDS)
+            for each in ready:
+                _take(each, pending.pop(each), run.joint.of)
+    except BaseException:
+        _stop(list(pending))
+        done = watch.done_bytes()
+        emit(Note("info", f"{size(done)} of {size(total)} are done; the same command goes on."))
+        raise
+    emit(Progress("quantize", watch.done_bytes(), total))
+
+
+def _take(reference: "ray.ObjectRef[Any]", number: int, of: int) -> None:
+    """What became of a share. Raises the error its task ended with."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    what = f"share {number:,} of {of:,}"
+    try:
+        told: Sentences | None = ray.get(reference)
+    except RayTaskError as error:
+        cause = getattr(error, "cause", error)
+        raise EngineError(
+            f"The worker at {what} failed unexpectedly: {type(cause).__name__}: {cause}.",
+            "Please report this, with what you ran.",
+        ) from None
+    except RayError as error:
+        raise EngineError(
+            f"The worker at {what} was lost {_RETRIES + 1} times ({type(error).__name__}).",
+            "Ray's logs say why; where it is memory, a larger --workers lets fewer run at once. "
+            "The same command goes on.",
+        ) from None
+    if told is not None:
+        raise MquantError(*told)
+
+
+def _stop(pending: list[Any]) -> None:
+    """Cancel tasks, as Ctrl-C does: what they have complete counts."""
+    import ray
+    from ray.exceptions import RayError
+
+    with suppress(RayError):  # what stopped the run says more
+        for each in pending:
+            ray.cancel(each)
+        if pending:
+            ray.wait(pending, num_returns=len(pending), timeout=_STOP_SECONDS)
+
+
+def _fit(tasks: int, workers: int | None, emit: Emit) -> tuple[int, int]:
+    """CPUs and threads of a task: all of the cluster's shared out, at least one, no node's more.
+
+    As in a process by itself there is a thread for each CPU, and one more to keep the disk busy.
+    """
+    import ray
+
+    known: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # ray's own
+    alive = (int(node["Resources"].get("CPU", 0)) for node in known if node["Alive"])
+    nodes = [cpus for cpus in alive if cpus]  # a head node often lends none
+    most = min([MOST_CORES, *nodes])
+    wanted = sum(nodes) // max(tasks, 1) if workers is None else workers - 1
+    cpus = max(1, min(wanted, most))
+    emit(
+        Note(
+            "info",
+            f"On Ray: {plural(tasks, 'share')} to make, with {plural(cpus, 'CPU')} each; there are "
+            f"{plural(sum(nodes), 'CPU')} on {plural(len(nodes), 'node')}.",
+        )
+    )
+    return cpus, workers or cpus + 1
+
+
+def _paths(order: Order) -> list[str]:
+    source = [order.source.folder] if isinstance(order.source, FolderAt) else []
+    return source + ([order.importance] if order.importance else [])
+
+
+def _task() -> Callable[[int, str, list[str], int, str], Sentences | None]:
+    """What a worker does, as a function that is sent along: a node may have another mquant."""
+
+    def share(
+        number: int, out: str, seen: list[str], threads: int, version: str
+    ) -> tuple[str, str] | None:
+        from platform import node
+
+        try:
+            from mquant import __version__ as mine
+        except ImportError:
+            mine = "none"
+        if mine != version:
+            return (
+                f"The driver's mquant is {version}, that of node {node()} is {mine}.",
+                f"Install mquant {version} on all nodes.",
+            )
+        from mquant.runs.ray_cluster import work
+
+        return work(number, out, seen, threads)
+
+    return share
+
+
+def work(number: int, out: str, seen: list[str], threads: int) -> Sentences | None:
+    """Make a share, in a worker; returns what a person must know where that cannot be."""
+    for path in seen:
+        if not os.path.lexists(path):
+            return f"Node {platform.node()} does not see {path}.", _SAME_PATH
+    try:
+        shares = Path(out) / SHARES
+        run = _reopened(out, stamp(shares.stat()))
+        if run is not None:
+            run.make(number, workers=threads, patience=_LOCK_SECONDS)
+    except MquantError as error:
+        return error.message, error.fix
+    return None
+
+
+@lru_cache(maxsize=1)
+def _reopened(out: str, _stamp: Stamp) -> Shares | None:
+    """A worker does many shares of a run, whose plan takes seconds."""
+    return reopen(Path(out))
+
+
+@contextmanager
+def _connected(emit: Emit) -> Iterator[None]:
+    """Be connected to a Ray cluster, and quietly: what mquant has to say, it says itself."""
+    try:
+        import ray
+    except ImportError:
+        raise MissingExtra("--cluster ray", "ray") from None
+    # What the cluster reports of lost workers would be printed to stdout.
+    ray._private.worker._worker_logs_enabled = False
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        with _keeping_sigterm():
+            _connect(emit)
+        yield
+    finally:
+        with _keeping_sigterm():
+            ray.shutdown()
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Leave SIGTERM to whoever had it before, and make Ctrl-C of what Ray makes of it meanwhile.
+
+    `init` puts Ray's own handler in its place, `shutdown` none at all.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _connect(emit: Emit) -> None:
+    import ray
+
+    named = os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(
+            _where(named, emit),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise EngineError(
+            f"There is no Ray cluster at {named or 'hand'}: {error}.",
+            "Start one with `ray start --head`, or correct RAY_ADDRESS; see docs/scale-out.md.",
+        ) from error
+
+
+def _where(named: str | None, emit: Emit) -> str | None:
+    """What to ask Ray for: None is RAY_ADDRESS, the cluster of this machine, or one to start.
+
+    Raises ConnectionError where a cluster that was named does not answer.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    if named and "://" in named:
+        raise ConnectionError("that is for clients, and the driver runs on the cluster itself")
+    address = canonicalize_bootstrap_address(None)  # type: ignore[arg-type]  # it takes None
+    if address is None or _answers(address):
+        return None
+    if named:
+        raise ConnectionError("it does not answer")
+    # A cluster that ended badly leaves its address behind.
+    emit(Note("info", f"The Ray cluster at {address} does not answer; one is started here."))
+    return "local"
+
+
+def _answers(address: str) -> bool:
+    """Whether anybody listens at `host:port`; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+__all__ = ["quantize_on_ray", "work"]

@@ -1,0 +1,102 @@
+"""Quantizing a hub repo that never lies here whole: its files pass through a folder inside OUT."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from mquant.checkpoint import Folder, Source, Stamp, TensorInfo
+from mquant.errors import OutputError, SourceError, UsageError
+from mquant.events import Emit
+from mquant.output import ShardSet
+from mquant.plan import Job, Plan
+from mquant.text import size
+
+if TYPE_CHECKING:
+    from mquant.checkpoint.hub import HubRepo
+    from mquant.checkpoint.spool import Spool
+
+_SCRATCH: Final = ".mquant-scratch"
+"""The folder in OUT that source files pass through."""
+
+
+def _hub_of(source: Source) -> "HubRepo":
+    """The source, where it is a hub repo. Raises UsageError where it is not."""
+    from mquant.checkpoint.hub import HubRepo
+
+    if not isinstance(source, HubRepo):
+        raise UsageError(
+            f"{source.name} is a folder, which needs no scratch: it is read where it lies.",
+            "Leave --scratch out.",
+        )
+    return source
+
+
+def check_scratch(scratch: int, least: int) -> None:
+    """Raise OutputError where fewer bytes are allowed than files that are needed at once have."""
+    if scratch < least:
+        raise OutputError(
+            f"--scratch {size(scratch)} is not enough: files of {size(least)} are needed at the "
+            "same time.",
+            f"Give {size(2 * least)}, so that some come while others are worked on.",
+        )
+
+
+def least_scratch(plan: Plan) -> int:
+    """Bytes of the source's files that are needed at once, where that is a hub repo."""
+    from mquant.checkpoint.spool import least_room, parts_of
+
+    jobs = dict(enumerate(plan.jobs))
+    tensors = plan.survey.checkpoint.tensors.values()
+    return least_room(parts_of(_hub_of(plan.survey.checkpoint.source), tensors, _reads(jobs)))
+
+
+@contextmanager
+def spooled(plan: Plan, out: Path, room: int, output: ShardSet, emit: Emit) -> Iterator["Spool"]:
+    """A reader of the source's files, of which at most `room` bytes lie in OUT at a time.
+
+    They go when the jobs that need them count. Where this does not come to its end, they stay for
+    the next run.
+    """
+    from mquant.checkpoint.spool import Spool, parts_of
+
+    repo, tensors = _hub_of(plan.survey.checkpoint.source), plan.survey.checkpoint.tensors.values()
+    work = _reads(output.numbered)
+    spool = Spool(repo, out / _SCRATCH, room, parts_of(repo, tensors, work), work, emit)
+    output.follow.settled = spool.done
+    with spool:
+        yield spool
+    spool.clear()
+
+
+def stamps_of(source: Source, shards: Iterable[str]) -> Mapping[str, Stamp]:
+    """What tells that a file changed: of a hub's, which is fixed by its commit, the size alone."""
+    if isinstance(source, Folder):
+        return {path: source.stamps[path] for path in shards}
+    return {path: (source.files[path], 0) for path in shards}
+
+
+def check_side_files(source: Source, files: Iterable[str], out: Path) -> None:
+    """Raise SourceError where a file that was copied from a hub is not the one that it lists."""
+    if isinstance(source, Folder):
+        return
+    repo = _hub_of(source)
+    for path in files:
+        if not repo.lists(path, (out / path).read_bytes()):
+            raise SourceError(
+                f"{path} of {repo.repo_id} is not the file that {repo.host} lists.",
+                "Run the same command again: it gets the file anew.",
+            )
+
+
+def _reads(jobs: Mapping[int, Job]) -> dict[int, list[TensorInfo]]:
+    return {number: [t for a in job.actions for t in a.read] for number, job in jobs.items()}
+
+
+__all__ = [
+    "check_scratch",
+    "check_side_files",
+    "least_scratch",
+    "spooled",
+    "stamps_of",
+]

@@ -1,0 +1,262 @@
+"""A run in shares: many processes make the shards of one plan, and one completes the checkpoint.
+
+They need not know of each other, nor run at the same time, nor on one machine: what is done is in
+the ledgers in OUT. A share that was stopped, whatever way, goes on when it is run again.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from mquant.checkpoint import Stamp, stamp
+from mquant.errors import OutputError, UsageError
+from mquant.events import Emit, Note, silent
+from mquant.output import (
+    LEDGER,
+    Claim,
+    Joint,
+    Ledger,
+    Recorded,
+    State,
+    check_version,
+    claim,
+    complete_shards,
+    counted,
+    dissolve,
+    is_finished,
+    is_taken,
+    ledger_name,
+    look,
+    other_run,
+    read_joint,
+    read_ledger,
+    take_share,
+    turn,
+)
+from mquant.plan import Plan, shares
+from mquant.runs.job_spec import Order
+from mquant.runs.quantize import Result, Run, complete
+from mquant.runs.run import check_disk, here
+from mquant.runs.spec import Engine, Intent, intend
+from mquant.text import size
+
+
+@dataclass(frozen=True)
+class Shares:
+    """A plan in shares, made into `out` by whoever takes one. Numbers begin with 1."""
+
+    intent: Intent
+    joint: Joint
+    out: Path
+
+    @cached_property
+    def parts(self) -> tuple[Plan, ...]:
+        """The plan of each share."""
+        return shares(self.intent.plan, self.joint.of)
+
+    @property
+    def numbers(self) -> range:
+        """The numbers of all shares."""
+        return range(1, self.joint.of + 1)
+
+    def look(self) -> State:
+        """Say what OUT holds of this run. Raises as `claim`; writes nothing."""
+        return look(self.out, self.intent.local, self.joint)
+
+    def check_disk(self) -> None:
+        """Raise OutputError where not all of OUT fits, whoever makes it."""
+        check_disk(self.out, self.intent.files, self.intent.file_bytes)
+
+    def claim(self) -> State:
+        """Make OUT this run's, where it is free. DONE: it was finished before.
+
+        Raises OutputError for an OUT that is not ours, of another run or another number of shares.
+        """
+        return claim(self.out, self.intent.local, self.joint)
+
+    def make(
+        self,
+        number: int,
+        *,
+        workers: int | None = None,
+        patience: float = 0.0,
+        emit: Emit = silent,
+    ) -> bool:
+        """Make a share, or go on with what is there of it; False where it was done before.
+
+        Where another process is at it, wait `patience` seconds. Raises as `quantize`, and InUse.
+        """
+        part = self.parts[number - 1]
+        if self.look() is State.DONE or self.is_done(number):
+            return False
+        self.check_disk()
+        if not part.shards:
+            self.claim()
+            emit(Note("info", f"Share {number:,} of {self.joint.of:,} has no shard to make."))
+            return True
+        files = {path for job in part.jobs for path in job.files}
+        folder = here(self.intent.source, emit, only=files)
+        ledger = take_share(self.out, self.intent.local, self.joint, number, patience)
+        if ledger is None:
+            return False
+        try:
+            names = tuple(shard.name for shard in part.shards)
+            known = Claim(State.UNFINISHED, names, self.recorded(number))
+            run = Run(self.intent, part.reading_from(folder), self.out, workers, emit)
+            run.make_shards(ledger, known, names)
+        finally:
+            ledger.release()
+        return True
+
+    def finish(self, emit: Emit = silent) -> Result | None:
+        """Complete the checkpoint; None where somebody did before.
+
+        Raises OutputError where a share is not done, or is being made.
+        """
+        made = None
+        with turn(self.out):
+            if read_joint(self.out) is not None:
+                if not is_finished(self.out, self.intent.fingerprint):
+                    complete(self.intent, self.out, self.intent.source, _gather(self), emit)
+                    made = Result(self.out, self.intent.plan, self.intent.engine, fresh=True)
+                dissolve(self.out)
+        return made
+
+    def recorded(self, number: int) -> Recorded | None:
+        """What a share's ledger says; None where it says nothing of this run."""
+        found = read_ledger(self.out, ledger_name(number, self.joint.of))
+        this = found is not None and found.fingerprint == self.intent.fingerprint
+        return found if this else None
+
+    def digests(self, number: int) -> dict[str, str]:
+        """The sha256 of those shards of a share that are whole, by name."""
+        part, known = self.parts[number - 1], self.recorded(number)
+        return complete_shards(self.out, part, known, self.intent.stamps) if known else {}
+
+    def is_done(self, number: int) -> bool:
+        """Whether nothing is left to do of a share that has anything to do."""
+        part = self.parts[number - 1]
+        return bool(part.shards) and len(self.digests(number)) == len(part.shards)
+
+    def done_bytes(self, number: int) -> int:
+        """Bytes of the source that a share need not read any more."""
+        part, known = self.parts[number - 1], self.recorded(number)
+        done = counted(part, known, self.intent.stamps) if known else set()
+        return sum(job.source_bytes for index, job in enumerate(part.jobs) if index in done)
+
+
+class Watch:
+    """Follows what all processes do, from the ledgers; those that did not change are not read."""
+
+    def __init__(self, run: Shares) -> None:
+        self._run = run
+        self._seen: dict[int, tuple[Stamp | None, int]] = {}
+
+    def done_bytes(self) -> int:
+        """Bytes of the source that nobody need read any more."""
+        for number, part in enumerate(self._run.parts, 1):
+            if part.shards:
+                self._look_at(number)
+        return sum(done for _, done in self._seen.values())
+
+    def at_work(self) -> int:
+        """How many shares are begun and not done."""
+        parts = self._run.parts
+        return sum(
+            seen is not None and done < parts[number - 1].source_bytes
+            for number, (seen, done) in self._seen.items()
+        )
+
+    def _look_at(self, number: int) -> None:
+        path = self._run.out / ledger_name(number, self._run.joint.of)
+        try:
+            now = stamp(path.stat())
+        except OSError:
+            now = None
+        if number not in self._seen or self._seen[number][0] != now:
+            self._seen[number] = now, self._run.done_bytes(number)
+
+
+def in_shares(plan: Plan, order: Order, out: Path, of: int) -> Shares:
+    """The run of a plan in so many shares. Raises as `intend`, and UsageError with data."""
+    if plan.recipe.needs_data:
+        raise UsageError(
+            f"Recipe {plan.recipe.name} sends data through the whole model, so there are no shares "
+            "of it.",
+            "Leave out --job and --cluster.",
+        )
+    intent = intend(plan, Engine.STREAM, order.importance_file)
+    return Shares(intent, Joint(of, intent.fingerprint, order.model_dump(mode="json")), out)
+
+
+def reopen(out: Path) -> Shares | None:
+    """The run in shares that is under way in OUT; None without one.
+
+    Raises OutputError for nonsense, and where the source is not what it was, SourceError without
+    it, and as `intend`.
+    """
+    joint = read_joint(out)
+    if joint is None:
+        return None
+    check_version(out, joint)
+    order = Order.read(out, joint.order)
+    run = in_shares(order.plan(), order, out, joint.of)
+    if run.joint.fingerprint != joint.fingerprint:
+        fix = "Bring the source back as it was; or delete OUT, and begin anew."
+        raise other_run(out, joint.fingerprint, run.joint.fingerprint, fix)
+    return run
+
+
+def finish_shares(out: Path, emit: Emit = silent) -> Result | None:
+    """Complete the checkpoint in OUT, all of whose shares are done; None: it was complete before.
+
+    Raises OutputError where there are no shares, or where some are not done, and as `quantize`.
+    """
+    run = reopen(out)
+    result = run.finish(emit) if run else None
+    if result is None:
+        if not is_finished(out):
+            raise OutputError(
+                f"{out} holds no shares to finish.",
+                "Make them first: mquant quantize ... --job i/N. A run that is not in shares is "
+                "finished by its own command.",
+            )
+        if (out / LEDGER).exists():
+            Ledger(out).release()  # who finished it was killed with this in hand
+    return result
+
+
+def _gather(run: Shares) -> dict[str, str]:
+    """The sha256 of all shards. Raises OutputError where one is not there, or being made."""
+    out, of = run.out, run.joint.of
+    digests: dict[str, str] = {}
+    lacking: list[int] = []
+    for number, part in enumerate(run.parts, 1):
+        if not part.shards:
+            continue
+        digests |= run.digests(number)
+        whole = all(shard.name in digests for shard in part.shards)
+        if not whole or is_taken(out, number, of):
+            lacking.append(number)
+    if not lacking:
+        return digests
+    left = sum(run.parts[n - 1].source_bytes - run.done_bytes(n) for n in lacking)
+    total = run.intent.plan.source_bytes
+    one = len(lacking) == 1
+    raise OutputError(
+        f"Share{'' if one else 's'} {_and(lacking)} of {of:,} {'is' if one else 'are'} not done: "
+        f"{size(left)} of {size(total)} are still to be read.",
+        f"Run the same mquant quantize with --job {lacking[0]}/{of}"
+        f"{'' if one else ' and so on'}, or with --cluster ray; then this again.",
+    )
+
+
+def _and(numbers: list[int], shown: int = 12) -> str:
+    """`2, 5 and 9`; of many numbers the first, and how many more."""
+    head = [f"{number:,}" for number in numbers[:shown]]
+    if len(numbers) > shown:
+        return f"{', '.join(head)} and {len(numbers) - shown:,} more"
+    return " and ".join(filter(None, (", ".join(head[:-1]), head[-1])))
+
+
+__all__ = ["Shares", "Watch", "finish_shares", "in_shares", "reopen"]

@@ -1,0 +1,256 @@
+"""Shards that go to a hub repo as soon as they are whole, and then from the disk.
+
+The repo holds a ledger, as OUT does while it is made: its first line says what run this is, and
+every commit that brings shards brings their lines. So any machine can go on from the repo alone,
+and there is no config.json before all of it is there and verified.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Condition, Thread
+from typing import Any, Final
+
+from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, is_shard
+from mquant.checkpoint.hub import HubRepo, NoSuchRepo
+from mquant.checkpoint.upload import HubWriter
+from mquant.errors import OutputError
+from mquant.events import Emit, Progress
+from mquant.output import LEDGER, RECORD, ShardSet
+from mquant.output.folder import differences
+from mquant.output.ledger import MOST_BYTES, head_line, parse_ledger, shard_line
+from mquant.plan import Plan, ShardJob
+from mquant.text import names
+from mquant.untrusted import parse_json
+
+LAST: Final = (INDEX_NAME, CONFIG_NAME)
+_AGAIN: Final = "Run the same command again: it goes on from there."
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A repo that a run fills, as it was found: nothing, a part of this very run, or all of it.
+
+    `away` has the sha256 of the shards that are there, by name.
+    """
+
+    writer: HubWriter
+    plan: Plan
+    fingerprint: Mapping[str, Any]
+    public: bool
+    there: HubRepo | None
+    away: Mapping[str, str] = field(default_factory=dict)
+    done: bool = False
+
+    def open(self) -> None:
+        """Make the repo, where there is none."""
+        if self.there is None:
+            self.writer.create(private=not self.public)
+
+
+def find(repo_id: str, plan: Plan, fingerprint: Mapping[str, Any], *, public: bool) -> Destination:
+    """Look at a repo. Raises OutputError for one that is another run's, or anything else.
+
+    Also without a token, and for a public one unless that is asked for.
+    """
+    writer = HubWriter(repo_id)
+    try:
+        there = HubRepo(repo_id)
+    except NoSuchRepo:
+        return Destination(writer, plan, fingerprint, public, None)
+    if not there.private and not public:
+        raise OutputError(
+            f"{repo_id} is public: what is pushed there is published.",
+            "Give --public if that is meant, or another repo.",
+        )
+    found = Destination(writer, plan, fingerprint, public, there)
+    if LEDGER in there.files:
+        recorded = parse_ledger(_read(there, LEDGER))
+        _refuse_other(repo_id, recorded.fingerprint, fingerprint)
+        away = {
+            shard.name: digest
+            for shard in plan.shards
+            if (digest := recorded.shards.get(shard.name))
+            and digest == there.sha256.get(shard.name)
+            and there.files.get(shard.name) == shard.file_bytes
+        }
+        return Destination(writer, plan, fingerprint, public, there, away)
+    if RECORD in there.files and CONFIG_NAME in there.files:
+        with suppress(ValueError, AttributeError):
+            _refuse_other(repo_id, parse_json(_read(there, RECORD)).get("fingerprint"), fingerprint)
+            return Destination(writer, plan, fingerprint, public, there, done=True)
+    strange = [name for name in there.files if is_shard(name) or name in (*LAST, RECORD)]
+    if strange:
+        raise OutputError(f"{repo_id} holds {names(strange)} already.", "Give another repo.")
+    return found
+
+
+class Shipper:
+    """Sends the shards of a run to its destination, one commit after another, in a thread.
+
+    At most `room` bytes of shards are in OUT: a new one waits until there is room. Use it as a
+    context manager: at its end all have been sent. Raises OutputError, also from what waits, where
+    the hub refuses or cannot be reached.
+    """
+
+    def __init__(
+        self,
+        destination: Destination,
+        out: Path,
+        files: tuple[str, ...],
+        room: float,
+        emit: Emit,
+    ) -> None:
+        self._to, self._out, self._room, self._emit = destination, out, room, emit
+        self._names = files
+        plan = destination.plan
+        self._shards = {shard.name: shard for shard in plan.shards}
+        self._jobs = dict(zip(self._shards, plan.numbers, strict=True))
+        self.sent = dict(destination.away)
+        self._changed = Condition()
+        self._waiting: deque[tuple[ShardJob, str]] = deque()
+        self._here: set[str] = set()
+        self._failure: BaseException | None = None
+        self._complete = False
+        self._thread = Thread(target=self._run, name="shipper", daemon=True)
+
+    def __enter__(self) -> "Shipper":
+        """Begin to send."""
+        for name in self.sent:
+            (self._out / name).unlink(missing_ok=True)  # sent, and then stopped
+        self._tell()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Wait until all is sent; where something failed, only for what is under way."""
+        with self._changed:
+            self._complete = True
+            self._changed.notify_all()
+        if kind is not KeyboardInterrupt:
+            self._thread.join()
+        if kind is None:
+            self.check()
+
+    def follow(self, output: ShardSet) -> None:
+        """Take the shards as `output` completes them, and those that an earlier run left."""
+        settled = output.follow.settled
+
+        def look(jobs: Any) -> None:
+            self.check()
+            settled(jobs)
+
+        output.follow.opening, output.follow.completed = self._opening, self._completed
+        output.follow.settled = look
+        for name, digest in output.digests.items():
+            if name not in self.sent:
+                self._here.add(name)
+                self._completed(self._shards[name], digest)
+
+    def check(self) -> None:
+        """Raise what made sending fail, if anything did."""
+        if self._failure:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Have nobody wait for room any longer."""
+        with self._changed:
+            self._failure = self._failure or OutputError("Stopped.", _AGAIN)
+            self._changed.notify_all()
+
+    def _opening(self, shard: ShardJob) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure or self._fits(shard))
+            self.check()
+            self._here.add(shard.name)
+
+    def _fits(self, shard: ShardJob) -> bool:
+        taken = sum(self._shards[name].file_bytes for name in self._here)
+        return taken + shard.file_bytes <= self._room
+
+    def _completed(self, shard: ShardJob, sha256: str) -> None:
+        with self._changed:
+            self._waiting.append((shard, sha256))
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            while batch := self._next():
+                self._send(batch)
+        except BaseException as error:  # noqa: BLE001 -- raised where the shards come from
+            with self._changed:
+                self._failure = self._failure or error
+                self._changed.notify_all()
+
+    def _next(self) -> list[tuple[ShardJob, str]]:
+        """The shards that wait; none when no more will come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._complete or self._failure)
+            batch = [] if self._failure else [*self._waiting]
+            self._waiting.clear()
+            return batch
+
+    def _send(self, batch: list[tuple[ShardJob, str]]) -> None:
+        self.sent |= {shard.name: sha256 for shard, sha256 in batch}
+        files = {shard.name: self._out / shard.name for shard, _ in batch}
+        self._to.writer.commit(f"Add {names([*files])}", {**files, LEDGER: self._ledger()})
+        for path in files.values():
+            path.unlink()
+        with self._changed:
+            self._here -= files.keys()
+            self._changed.notify_all()
+        self._tell()
+
+    def _ledger(self) -> bytes:
+        lines = [head_line(self._to.fingerprint, self._names)]
+        lines += [shard_line(name, self.sent[name], self._jobs[name]) for name in self.sent]
+        return b"".join(lines)
+
+    def _tell(self) -> None:
+        sent = sum(self._shards[name].file_bytes for name in self.sent)
+        self._emit(Progress("upload", sent, self._to.plan.file_bytes))
+
+
+def send_others(
+    to: Destination, out: Path, others: list[str], digests: Mapping[str, str]
+) -> HubRepo:
+    """Send the files but index and config.json; returns the repo as it is then.
+
+    Raises OutputError where it does not hold them, and the shards with these `digests`, and no
+    other.
+    """
+    to.writer.commit("Add all but index and config.json", {name: out / name for name in others})
+    repo = HubRepo(to.writer.repo_id)
+    wrong = [name for name, digest in digests.items() if repo.sha256.get(name) != digest]
+    wrong += [name for name in others if not _holds(repo, name, (out / name).read_bytes())]
+    wrong += [name for name in repo.files if is_shard(name) and name not in digests]
+    if wrong:
+        raise OutputError(f"{repo.repo_id} does not hold {names(wrong)} as made.", _AGAIN)
+    return repo
+
+
+def seal(to: Destination, out: Path) -> None:
+    """Send index and config.json: now it is whole."""
+    last: dict[str, Path | bytes] = {name: out / name for name in LAST}
+    to.writer.commit("Add index and config.json: now it is whole", last, [LEDGER])
+
+
+def _holds(repo: HubRepo, name: str, content: bytes) -> bool:
+    return name in repo.files and repo.lists(name, content)
+
+
+def _read(repo: HubRepo, path: str) -> bytes:
+    if repo.files[path] > MOST_BYTES:
+        raise OutputError(f"{path} of {repo.repo_id} is none of ours.", "Give another repo.")
+    return repo.read(path)
+
+
+def _refuse_other(repo_id: str, theirs: object, ours: Mapping[str, Any]) -> None:
+    if theirs != ours:
+        differ = differences(theirs, ours)
+        raise OutputError(f"{repo_id} is made from something else: {differ}.", "Give another repo.")
+
+
+__all__ = ["LAST", "Destination", "Shipper", "find", "seal", "send_others"]

@@ -1,0 +1,185 @@
+"""What a run is to make, and what tells it from another: all that comes before OUT is looked at."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from mquant.checkpoint import Folder, Source, Stamp
+from mquant.errors import DataFileError, MissingExtra, Refused, UsageError
+from mquant.output import file_names, side_files
+from mquant.plan import Plan
+from mquant.recipe import Recipe
+from mquant.runs.run import check_plain
+from mquant.runs.scratch import stamps_of
+from mquant.schemes import SCHEMES
+
+if TYPE_CHECKING:
+    from mquant.engines.importance import Importance
+
+
+class Engine(StrEnum):
+    """What does the arithmetic."""
+
+    AUTO = "auto"
+    STREAM = "stream"
+    ONESHOT = "oneshot"
+
+
+# Packages whose versions can change the bytes an engine makes.
+_DECISIVE: Final[dict[Engine, tuple[str, ...]]] = {
+    Engine.STREAM: (),
+    Engine.ONESHOT: ("llmcompressor", "compressed-tensors", "torch", "transformers"),
+}
+
+
+def choose_engine(wanted: Engine, recipe: Recipe) -> Engine:
+    """The engine that will run: `auto` takes the streaming one, unless the recipe needs data.
+
+    Raises UsageError for one that cannot do what the recipe asks for.
+    """
+    if recipe.needs_data:
+        if wanted is Engine.STREAM:
+            raise UsageError(
+                f"Recipe {recipe.name} needs the model's own activations, which the stream engine "
+                "does not see.",
+                "Leave out --engine, or take recipe nvfp4.",
+            )
+        return Engine.ONESHOT
+    foreign = [name for name in recipe.roles.values() if not SCHEMES[name].streamed]
+    if foreign:
+        if wanted is Engine.STREAM:
+            raise UsageError(
+                f"Recipe {recipe.name} stores {foreign[0]}, which the stream engine does not make.",
+                "Leave out --engine, or take recipe nvfp4.",
+            )
+        return Engine.ONESHOT
+    if wanted is Engine.ONESHOT and recipe.scales == "search":
+        raise UsageError(
+            f"Recipe {recipe.name} has its scales searched, which only the stream engine does.",
+            "Leave out --engine, or take recipe nvfp4.",
+        )
+    return Engine.STREAM if wanted is Engine.AUTO else wanted
+
+
+@dataclass(frozen=True)
+class Intent:
+    """What a run is to make: a plan, and whatever else decides about its bytes.
+
+    `fingerprint` tells it from another run, wherever they run; `identity` is the source's,
+    `versions` are of the packages that matter to the engine.
+    """
+
+    plan: Plan
+    engine: Engine
+    versions: dict[str, str]
+    identity: dict[str, str]
+    fingerprint: dict[str, str]
+    importance: "Importance | None"
+    data: str | None
+
+    @property
+    def source(self) -> Source:
+        """Where the plan's tensors are."""
+        return self.plan.survey.checkpoint.source
+
+    @property
+    def local(self) -> list[Path]:
+        """Folders that must not be written to."""
+        return [self.source.root] if isinstance(self.source, Folder) else []
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Files of the source that go along."""
+        return side_files(self.plan.survey.checkpoint)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that the finished checkpoint has."""
+        return file_names(self.plan, self.sides)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all that will be in OUT, but for JSON and recipe."""
+        return self.plan.file_bytes + sum(self.source.files[path] for path in self.sides)
+
+    @property
+    def stamps(self) -> Mapping[str, Stamp]:
+        """Of the source's shards; equal on all machines. Files of a commit never change."""
+        return stamps_of(self.source, self.plan.survey.checkpoint.shards)
+
+
+def intend(
+    plan: Plan,
+    engine: Engine = Engine.AUTO,
+    importance: Path | None = None,
+    data: str | None = None,
+) -> Intent:
+    """Check what can be checked of a run, and say what tells it from another.
+
+    Raises as `quantize`, but for what is about OUT.
+    """
+    from mquant.engines.importance import read_importance, stated  # numpy
+
+    if plan.refusals:
+        raise Refused(plan.refusals)
+    engine = choose_engine(engine, plan.recipe)
+    check_data(plan.recipe, data)
+    if engine is Engine.ONESHOT:
+        check_plain(plan, "The oneshot engine")
+    versions = _versions(engine)
+    identity = plan.survey.checkpoint.source.identity()
+    fingerprint = {**identity, "plan": plan.fingerprint, "engine": engine.value, **versions}
+    weights = read_importance(importance, plan)
+    fingerprint |= stated(plan.recipe, weights)
+    if data is not None:
+        fingerprint["data"] = _identity_of(data)
+    return Intent(plan, engine, versions, identity, fingerprint, weights, data)
+
+
+def check_engine(engine: Engine, option: str) -> None:
+    """Raise UsageError where an option is of the streaming engine, and another one runs."""
+    if engine is not Engine.STREAM:
+        raise UsageError(
+            f"{option} is of the stream engine; this recipe or --engine takes {engine.value}.",
+            f"Leave {option} out.",
+        )
+
+
+def check_data(recipe: Recipe, data: str | None) -> None:
+    """Raise UsageError where a recipe lacks calibration data, or there is some for no use."""
+    if recipe.needs_data and data is None:
+        raise UsageError(
+            f"Recipe {recipe.name} needs calibration data, which --data names.",
+            "Add --data FILE: .jsonl, .txt or .parquet; or the id of a dataset on the hub.",
+        )
+    if data is not None and not recipe.needs_data:
+        raise UsageError(
+            f"Recipe {recipe.name} needs no data, so --data says nothing.", "Leave out --data."
+        )
+
+
+def _identity_of(data: str) -> str:
+    """sha256 of a file; the id of a dataset. Raises DataFileError for a file that is not there."""
+    path = Path(data)
+    if not path.suffix:
+        return data
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataFileError(
+            f"{data} cannot be read: {error.strerror}.", "Correct the path after --data."
+        ) from error
+
+
+def _versions(engine: Engine) -> dict[str, str]:
+    try:
+        return {package: version(package) for package in _DECISIVE[engine]}
+    except PackageNotFoundError:
+        raise MissingExtra(f"The {engine} engine", engine.value) from None
+
+
+__all__ = ["Engine", "Intent", "check_data", "check_engine", "choose_engine", "intend"]

@@ -1,0 +1,1 @@
+"""A running server, asked a few prompts."""

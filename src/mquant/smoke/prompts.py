@@ -1,0 +1,183 @@
+"""Five prompts to a running server, each with a mechanical check of the answer.
+
+They find what a wrong checkpoint does: noise, repetition, lost context, forgotten languages. They
+say nothing of a percent of accuracy: that is what `mquant eval` and lm-evaluation-harness are for.
+"""
+
+import ast
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from mquant.findings import Finding
+from mquant.smoke.server import Answer, Server
+
+_SENT: Final = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+_CODE: Final = re.compile(r"```[a-zA-Z]*\n(.*?)```", re.DOTALL)
+_NUMBER: Final = re.compile(r"\d+(?:,\d{3})*")
+_SAFE: Final = "740-193"
+_LINE_TOKENS: Final = 20  # at most, of a line of the archive, in any tokenizer
+_MOST_LINES: Final = 400
+_LEAST_LINES: Final = 10
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked; `check` says what is wrong with an answer, or nothing."""
+
+    id: str
+    what: str
+    text: str
+    check: Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A prompt's answer, and what is wrong with it; empty where nothing is."""
+
+    prompt: Prompt
+    answer: str
+    wrong: str
+
+    def finding(self, model: str) -> Finding:
+        """What is wrong, as a finding. Only for a failed one."""
+        return Finding(
+            f"smoke-{self.prompt.id}",
+            "error",
+            model,
+            f"{self.prompt.what}: {self.wrong}.",
+            "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+        )
+
+
+def options_of(sampling: Mapping[str, float | bool], max_tokens: int) -> dict[str, float]:
+    """The API's options for what generation_config.json recommends.
+
+    The seed is fixed, so that a server that keeps to it gives the same answers again. Without a
+    recommendation the server's own defaults hold.
+    """
+    options: dict[str, float] = {"max_tokens": max_tokens, "seed": 0}
+    if sampling.get("do_sample") is False:
+        return {**options, "temperature": 0}
+    return {**options, **{key: sampling[key] for key in _SENT if key in sampling}}
+
+
+def smoke(server: Server, options: Mapping[str, float]) -> Iterator[Trial]:
+    """Ask the five prompts, one after another."""
+    room = server.context and server.context - int(options["max_tokens"])
+    for prompt in prompts(room or None):
+        answer = server.ask(prompt.text, options)
+        yield Trial(prompt, answer.text, _wrong(prompt, answer))
+
+
+def prompts(room: int | None = None) -> tuple[Prompt, ...]:
+    """The five; the longest fits into `room` tokens, where that is known."""
+    return (
+        Prompt(
+            "coding",
+            "Coding",
+            "Write a Python function `is_prime(n)` that returns whether the integer n is prime. "
+            "Answer with one Python code block only.",
+            _is_function,
+        ),
+        Prompt(
+            "maths",
+            "Maths",
+            "A crate holds 17 boxes with 24 screws each, and 13 loose screws. How many screws are "
+            "in the crate? Think step by step, and end with the number.",
+            _is_number,
+        ),
+        Prompt(
+            "translation",
+            "Translation",
+            "Translate into German, and answer with the translation only: "
+            "The cat is sleeping on the table.",
+            _is_german,
+        ),
+        Prompt("recall", "Recall", _archive(room), _is_code),
+        Prompt(
+            "json",
+            "JSON",
+            'Answer with a JSON object only, without any other text: "capital" is the capital of '
+            'France, "digits" a list of the first three digits of pi, as integers.',
+            _is_json,
+        ),
+    )
+
+
+def _archive(room: int | None) -> str:
+    """Many lines that are alike, one of which must be remembered."""
+    count = _MOST_LINES if room is None else room // _LINE_TOKENS
+    count = max(_LEAST_LINES, min(count, _MOST_LINES))
+    lines = [f"Shelf {n} holds {n * 37 % 89 + 2} files." for n in range(1, count + 1)]
+    lines.insert(count * 2 // 5, f"The code of the safe is {_SAFE}.")
+    said = "\n".join(lines)
+    return f"{said}\n\nWhat is the code of the safe? Answer with the code only."
+
+
+def _wrong(prompt: Prompt, answer: Answer) -> str:
+    if not answer.text:
+        return "there is no answer" + ("" if answer.whole else ", it was cut off while thinking")
+    return _noise(answer.text) or prompt.check(answer.text)
+
+
+def _noise(text: str) -> str:
+    """Whether it is what broken weights say: one sign, or one word, over and over."""
+    if re.search(r"(\S)\1{39}", text):
+        return "one sign is repeated over and over"
+    words = text.split()
+    if len(words) >= 20 and Counter(words).most_common(1)[0][1] > len(words) / 2:
+        return "one word is repeated over and over"
+    return "it has signs that are no text" if "\ufffd" in text else ""
+
+
+def _is_function(text: str) -> str:
+    found = _CODE.search(text)
+    try:
+        tree = ast.parse(found[1] if found else text)  # read, never run
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return "the code is not Python"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name == "is_prime" and node.args.args:
+            returns = any(isinstance(inner, ast.Return) for inner in ast.walk(node))
+            return "" if returns else "is_prime returns nothing"
+    return "there is no function is_prime"
+
+
+def _is_number(text: str) -> str:
+    numbers = _NUMBER.findall(text)
+    last = numbers[-1].replace(",", "") if numbers else "no number"
+    return "" if last == "421" else f"it ends with {last[:20]}, not 421"
+
+
+def _is_german(text: str) -> str:
+    lost = [word for word in ("Katze", "Tisch") if word.lower() not in text.lower()]
+    return f"the translation has no {' and no '.join(lost)}" if lost else ""
+
+
+def _is_code(text: str) -> str:
+    return "" if _SAFE in text else f"it does not say {_SAFE}, which it was told"
+
+
+def _is_json(text: str) -> str:
+    found = _CODE.search(text)
+    try:
+        value = json.loads(found[1] if found else text)
+    except (ValueError, RecursionError):
+        return "the answer is not JSON"
+    meant = {"capital": "Paris", "digits": [3, 1, 4]}
+    return "" if value == meant else "the JSON is not what was asked for"
+
+
+__all__ = ["Prompt", "Trial", "options_of", "prompts", "smoke"]

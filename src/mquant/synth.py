@@ -1,0 +1,385 @@
+"""Synthetic checkpoints in a family's hub naming: of any size, reproducible, with made-up weights.
+
+Two kinds: with weights, tiny unless asked otherwise, written tensor by tensor in bounded memory;
+and shapes only, where names, headers, index and file sizes are those of the real model and the
+data are holes that take no disk.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+
+from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, build_header
+from mquant.dtypes import nbytes
+from mquant.errors import DataFileError, OutputError, UsageError
+from mquant.events import Emit, Progress, silent
+from mquant.family import Family, Role, TensorRow
+from mquant.output.disk import fsync_folder, out_of_space
+from mquant.plan import DEFAULT_SHARD_BYTES, cut_shards
+from mquant.text import size
+
+FP8_BLOCK: Final = 128
+_CHUNK: Final = 1 << 20  # elements made at once: a few MB, whatever the tensor's size
+_STAGING: Final = ".mquant-synth"
+_STD: Final = 0.02
+# E4M3 ends at 448; this puts the largest of our normals, 4.33 deviations out, near there.
+_FP8_STD: Final = 100.0
+
+
+class Precision(StrEnum):
+    """What the weights are stored as; tensors the family has in F32 stay F32."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+    FP8_BLOCK = "fp8-block"
+
+
+# safetensors' dtype of what is not FP8, and config.json's name of it.
+_DTYPES: Final = {
+    Precision.BF16: ("BF16", "bfloat16"),
+    Precision.FP16: ("F16", "float16"),
+    Precision.FP32: ("F32", "float32"),
+    Precision.FP8_BLOCK: ("BF16", "bfloat16"),
+}
+# What releases in FP8 have in it: every linear layer but routers and head.
+_IN_FP8: Final = (Role.EXPERT, Role.SHARED_EXPERT, Role.MLP, Role.ATTENTION)
+_NUMPY: Final = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What of the family's dimensions to change; None leaves one as it is."""
+
+    layers: int | None = None
+    experts: int | None = None
+    hidden: int | None = None
+    intermediate: int | None = None
+    vocab: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SynthTensor:
+    """One tensor of a synthetic checkpoint: its name, dtype, shape, and mean and deviation."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    mean: float
+    std: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return nbytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Synthetic:
+    """A synthetic checkpoint that was written. `parameters` counts elements, scales included."""
+
+    path: Path
+    tensors: int
+    parameters: int
+    nbytes: int
+    shards: int
+
+
+def synth(
+    out: Path,
+    family: Family,
+    *,
+    sizes: Sizes | None = None,
+    precision: Precision = Precision.BF16,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    seed: int = 0,
+    shapes_only: bool = False,
+    emit: Emit = silent,
+) -> Synthetic:
+    """Write a synthetic checkpoint of `family` into `out`, which must be empty or not exist.
+
+    Dimensions are the family's tiny ones, or with `shapes_only` its real ones, changed by
+    `sizes`. The same arguments give the same bytes. Files appear in `out` when all are
+    complete, config.json last; what fails before leaves `out` as it was.
+
+    Raises UsageError for sizes the family does not have, OutputError where `out` cannot take it.
+    """
+    config = make_config(family, sizes or Sizes(), precision, tiny=not shapes_only)
+    tensors = list(make_tensors(family, config, precision))
+    shards = cut_shards(tensors, lambda tensor: tensor.nbytes, max_shard_bytes)
+    total = sum(tensor.nbytes for tensor in tensors)
+    side = _side_files(config[family.config.vocabulary])
+    with _staging(out, 0 if shapes_only else total) as folder:
+        done = 0
+        for name, shard in shards.items():
+            for written in _write_shard(folder / name, shard, seed, shapes_only=shapes_only):
+                done += written
+                emit(Progress("synth", done, total))
+        for name, content in side.items():
+            _write_json(folder / name, content)
+        _write_json(folder / INDEX_NAME, _index(shards, total))
+        _write_json(folder / CONFIG_NAME, config)
+        _publish(folder, out, (*shards, *side, INDEX_NAME, CONFIG_NAME))
+    return Synthetic(
+        out, len(tensors), sum(_elements(tensor.shape) for tensor in tensors), total, len(shards)
+    )
+
+
+def make_config(
+    family: Family, sizes: Sizes, precision: Precision, *, tiny: bool
+) -> dict[str, Any]:
+    """config.json of a synthetic checkpoint. Raises UsageError for sizes the family lacks."""
+    config = {**family.synth.config, **(family.synth.tiny if tiny else {})}
+    for option, key, value in (
+        ("--layers", family.config.layers, sizes.layers),
+        ("--experts", family.config.experts, sizes.experts),
+        ("--hidden", family.config.hidden, sizes.hidden),
+        ("--intermediate", family.config.intermediate, sizes.intermediate),
+        ("--vocab", family.config.vocabulary, sizes.vocab),
+    ):
+        if value is None:
+            continue
+        if not key:
+            raise UsageError(f"{family.title} has no experts.", f"Leave {option} out.")
+        if value < 1:
+            raise UsageError(f"{option} is {value}; it must be 1 or more.", f"Correct {option}.")
+        config[key] = value
+    experts, top_k = family.config.experts, family.config.top_k
+    if experts and top_k:
+        config[top_k] = min(config[top_k], config[experts])
+    layers = config[family.config.layers]
+    config |= {key: [value] * layers for key, value in family.synth.per_layer.items()}
+    for key in ("torch_dtype", "dtype"):
+        if key in config:
+            config[key] = _DTYPES[precision][1]
+    if precision is Precision.FP8_BLOCK:
+        config["quantization_config"] = {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "modules_to_not_convert": _not_converted(family),
+            "quant_method": "fp8",
+            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+        }
+    return dict(sorted(config.items()))
+
+
+def make_tensors(
+    family: Family, config: Mapping[str, Any], precision: Precision
+) -> Iterator[SynthTensor]:
+    """Every tensor of a synthetic checkpoint, in the order in which releases store them."""
+    layers = config[family.config.layers] + family.mtp_layers(config)
+    experts = config[family.config.experts] if family.config.experts else 0
+    for per_layer, rows in groupby(family.tensors, key=lambda row: "{layer}" in row.name):
+        group = [row for row in rows if not family.may_lack(row, config)]
+        for layer in range(layers) if per_layer else (None,):
+            here = [r for r in group if family.has_block(r.block, layer, config) is not False]
+            for per_expert, inner in groupby(here, key=lambda row: "{expert}" in row.name):
+                same = list(inner)
+                for expert in range(experts) if per_expert else (None,):
+                    for row in same:
+                        name = row.format(layer, expert)
+                        yield from _tensor(family, row, name, config, precision)
+
+
+def _tensor(
+    family: Family, row: TensorRow, name: str, config: Mapping[str, Any], precision: Precision
+) -> Iterator[SynthTensor]:
+    shape = family.shape(row, config)
+    if shape is None:
+        raise DataFileError(
+            f"{family.name}.yaml: synth.config does not give the shape of {row.name}.",
+            f"Add {' and '.join(row.shape) or 'a shape'} to the family file.",
+        )
+    mean, std = (1.0, 0.05) if row.role is Role.NORM else (0.0, _STD)
+    block = row.role in _IN_FP8 and name.endswith(".weight")
+    if precision is Precision.FP8_BLOCK and block and len(shape) == 2 and row.dtype != "F32":
+        # Codes and scales are drawn apart: then each can be written without the other at hand.
+        yield SynthTensor(name, "F8_E4M3", shape, 0.0, _FP8_STD)
+        blocks = tuple(-(-size // FP8_BLOCK) for size in shape)
+        scale = _STD / _FP8_STD
+        yield SynthTensor(f"{name}_scale_inv", "F32", blocks, scale, scale / 20)
+        return
+    dtype = "F32" if row.dtype == "F32" else _DTYPES[precision][0]
+    yield SynthTensor(name, dtype, shape, mean, std)
+
+
+def _not_converted(family: Family) -> list[str]:
+    """The modules that FP8 releases keep, named as they name them: by the last part."""
+    kept = (Role.ROUTER, Role.ROUTING_BIAS, Role.HEAD)
+    names = (row.name.removesuffix(".weight") for row in family.tensors if row.role in kept)
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def _write_shard(
+    path: Path, tensors: list[SynthTensor], seed: int, *, shapes_only: bool
+) -> Iterator[int]:
+    """Write one shard; yields bytes as they come to be."""
+    header, offsets = build_header([(t.name, t.dtype, t.shape) for t in tensors])
+    size = sum(tensor.nbytes for tensor in tensors)
+    with out_of_space(path, len(header) + size), path.open("wb") as file:
+        file.write(header)
+        if shapes_only:
+            file.truncate(len(header) + size)
+            yield size
+        else:
+            for tensor in sorted(tensors, key=lambda tensor: offsets[tensor.name]):
+                for chunk in _values(tensor, seed):
+                    yield file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _values(tensor: SynthTensor, seed: int) -> Iterator[memoryview]:
+    """A tensor's data, in chunks that are valid until the next one is asked for.
+
+    They depend on the seed and the tensor's name alone. 16 random bits choose one of 65,536
+    quantiles: several times faster than true normals, and no coarser than 16-bit floats are.
+    """
+    digest = hashlib.sha256(f"{seed}\0{tensor.name}".encode()).digest()
+    random = np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
+    table = _quantiles(tensor.dtype, tensor.mean, tensor.std)
+    left = _elements(tensor.shape)
+    values = np.empty(min(left, _CHUNK), table.dtype)
+    while left:
+        values = values[:left]
+        words = random.integers(0, 2**64, -(-len(values) // 4), dtype=np.uint64)
+        chosen = words.astype("<u8", copy=False).view("<u2")[: len(values)]
+        # No index is out of bounds; "clip" only spares `take` a copy.
+        np.take(table, chosen, out=values, mode="clip")
+        yield values.data.cast("B")
+        left -= len(values)
+
+
+@cache
+def _quantiles(dtype: str, mean: float, std: float) -> "np.ndarray[Any, np.dtype[Any]]":
+    """65,536 quantiles of a normal distribution, as the bits of `dtype`."""
+    normal = NormalDist(mean, std)
+    values = np.array([normal.inv_cdf((i + 0.5) / 65536) for i in range(65536)], np.float32)
+    return values.astype(_NUMPY[dtype]).view(f"u{nbytes(dtype, (1,))}")
+
+
+def _side_files(vocabulary: int) -> dict[str, dict[str, Any]]:
+    """What stands beside weights on the hub, as far as it can be made up."""
+    files: dict[str, dict[str, Any]] = {
+        "generation_config.json": {
+            "do_sample": True,
+            "temperature": 1.0,
+            "top_k": 40,
+            "top_p": 0.95,
+        }
+    }
+    if vocabulary >= 256:
+        files["tokenizer.json"] = _byte_tokenizer()
+        files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return files
+
+
+def _byte_tokenizer() -> dict[str, Any]:
+    """A tokenizer without merges: every byte of the text is a token, its id the byte."""
+    # GPT-2's alphabet: printable bytes stand for themselves, the others for what follows 255.
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    vocabulary = {chr(byte if byte in plain else next(others)): byte for byte in range(256)}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": [],
+        },
+    }
+
+
+def _index(shards: Mapping[str, list[SynthTensor]], total: int) -> dict[str, Any]:
+    table = {tensor.name: shard for shard, tensors in shards.items() for tensor in tensors}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
+
+
+@contextmanager
+def _staging(out: Path, needed: int) -> Iterator[Path]:
+    """A hidden folder inside `out` to write into; whatever is left of it goes in the end."""
+    with out_of_space(out / CONFIG_NAME, needed):
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out} is a file.", "Give a folder that does not exist yet.")
+        if out.is_dir() and any(out.iterdir()):
+            raise OutputError(f"{out} is not empty.", "Give another folder, or empty this one.")
+        fresh = not out.exists()
+        out.mkdir(parents=True, exist_ok=True)
+        folder = out / _STAGING
+        folder.mkdir()
+    try:
+        free = shutil.disk_usage(out).free
+        if free < needed:
+            raise OutputError(
+                f"{out} needs {size(needed)}, {size(free)} are free there.",
+                "Free space, ask for smaller sizes, or give a folder on another disk.",
+            )
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if fresh and not any(out.iterdir()):
+            out.rmdir()
+
+
+def _publish(folder: Path, out: Path, names: tuple[str, ...]) -> None:
+    """Move complete files to their place, in this order: config.json is the last of them."""
+    with out_of_space(out / CONFIG_NAME, 0):
+        for name in names:
+            (folder / name).rename(out / name)
+            if name == INDEX_NAME:
+                fsync_folder(out)
+        fsync_folder(out)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    raw = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    with out_of_space(path, len(raw)), path.open("wb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    return math.prod(shape)
+
+
+__all__ = ["Precision", "Sizes", "SynthTensor", "Synthetic", "make_config", "make_tensors", "synth"]

@@ -1,0 +1,77 @@
+"""What AWQ scaled, by how much as far as norms tell, and the parent's weights after the same.
+
+A norm was divided by what the columns of all that read it were multiplied with.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mquant.family import Role
+from mquant.loader_model.modules import Layout, Module
+from mquant.verify.numbers import PIECE
+from mquant.weights.decode import READABLE, Floats, floats
+from mquant.weights.weight import Rows, Weight, read
+
+
+class Scaling:
+    """How much a checkpoint's modules were scaled, beside the parent's."""
+
+    def __init__(self, layout: Layout, parent: Layout) -> None:
+        self._layout, self._parent = layout, parent
+        groups = parent.family.smoothings if parent.family else ()
+        self._fed_by = {row.name: group[0] for group in groups for row in group[1:]}
+        # What is divided itself has other rows, too, and no norm tells of those.
+        self._fed_by |= {group[0].name: group[0] for group in groups}
+        self._factors: dict[str, Floats | None] = {}
+
+    def __contains__(self, module: Module) -> bool:
+        return module.meaning is not None and module.meaning.row.name in self._fed_by
+
+    def factors(self, module: Module) -> Floats | None:
+        """What each column of one was multiplied with, float32 [in]; None where no norm tells."""
+        meaning = module.meaning
+        by = self._fed_by.get(meaning.row.name) if meaning else None
+        if meaning is None or by is None or by.role is not Role.NORM or by is meaning.row:
+            return None
+        name = by.format(meaning.layer, None)
+        if name not in self._factors:
+            self._factors[name] = self._quotient(name)
+        return self._factors[name]
+
+    def _quotient(self, norm: str) -> Floats | None:
+        mine, theirs = (_vector(each, norm) for each in (self._layout, self._parent))
+        if mine is None or theirs is None or mine.shape != theirs.shape:
+            return None
+        with np.errstate(all="ignore"):
+            quotient: Floats = theirs / mine
+        return None if np.isnan(quotient).any() else quotient  # 0 / 0: it may be anything
+
+
+@dataclass(frozen=True)
+class Scaled(Weight):
+    """A parent's weight [out, in], its columns multiplied with factors [in] as they are read."""
+
+    factors: Floats
+
+    def rows(self, first: int, last: int) -> Rows:
+        """Rows [first, last), scaled."""
+        found = super().rows(first, last)
+        return Rows(found.values * self.factors, found.allowed)
+
+
+def scaled(weight: Weight, factors: Floats) -> Weight:
+    """A weight with its columns scaled; itself, where there are not as many factors."""
+    if factors.shape != (weight.shape[1],):
+        return weight
+    return Scaled(weight.layout, weight.module, weight.kind, weight.shape, factors)
+
+
+def _vector(layout: Layout, name: str) -> Floats | None:
+    info = layout.checkpoint.tensors.get(name)
+    if info is None or info.dtype not in READABLE or info.nbytes > PIECE:  # no model has such
+        return None
+    return floats(read(layout, info), info.dtype)
+
+
+__all__ = ["Scaling", "scaled"]

@@ -1,0 +1,248 @@
+"""What a checkpoint is, from headers and config.json alone; and what is unusual about it."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+from mquant.checkpoint import Checkpoint, TensorInfo
+from mquant.family import Family, Meaning, Role
+from mquant.findings import Finding
+from mquant.plan import survey
+from mquant.schemes import QUANTIZED_SUFFIXES
+from mquant.text import names
+from mquant.verify.mtp import check_mtp
+
+# Several weights in one stored element: only the scheme knows how many.
+_PACKED: Final = (".weight_packed", ".qweight")
+_TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+# To an inspection these say what a checkpoint is, not that something is wrong with it.
+_FACTS: Final = ("source-quantized", "family-unknown")
+
+Known = tuple[TensorInfo, Meaning]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The part of a checkpoint that one dtype, or one role, takes."""
+
+    name: str
+    tensors: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint at a glance. None: config.json or the family does not say.
+
+    `unpruned_experts` is what the family's releases have; `bytes` counts tensors, `file_bytes`
+    whole shards; `parameters` is None where weights are packed.
+    """
+
+    name: str
+    family: str | None
+    model_type: str | None
+    quantization: str | None
+    layers: int | None
+    experts: int | None
+    unpruned_experts: int | None
+    experts_per_token: int | None
+    context: int | None
+    vocabulary: int | None
+    parameters: int | None
+    tensors: int
+    bytes: int
+    file_bytes: int
+    shards: int
+    dtypes: tuple[Share, ...]
+    roles: tuple[Share, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def pruned(self) -> bool:
+        """Whether it has fewer experts than the family's releases."""
+        return None not in (self.experts, self.unpruned_experts) and (
+            (self.experts or 0) < (self.unpruned_experts or 0)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of `mquant.inspect/1` besides the envelope's; `findings` are there."""
+        keys = asdict(self)
+        del keys["findings"]
+        return {**keys, "pruned": self.pruned}
+
+
+def inspect(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Inspection:
+    """Look at a checkpoint, whole or not, quantized or not, of a known family or not."""
+    found = survey(checkpoint, families)
+    family = found.family
+    known, unknown = _classify(checkpoint, family)
+    config = checkpoint.config
+
+    def said(key: str) -> int | None:
+        value = config.get(key) if key else None
+        return value if type(value) is int and 0 <= value < 2**53 else None
+
+    inspection = Inspection(
+        name=checkpoint.source.name,
+        family=family.name if family else None,
+        model_type=kind if isinstance(kind := config.get("model_type"), str) else None,
+        quantization=_quantization(checkpoint),
+        layers=said(family.config.layers) if family else None,
+        experts=said(family.config.experts) if family else None,
+        unpruned_experts=family.unpruned_experts if family else None,
+        experts_per_token=said(family.config.top_k) if family else None,
+        context=said(family.config.context) if family else None,
+        vocabulary=said(family.config.vocabulary) if family else None,
+        parameters=_parameters(checkpoint),
+        tensors=len(checkpoint.tensors),
+        bytes=checkpoint.nbytes,
+        file_bytes=sum(checkpoint.source.files[shard] for shard in checkpoint.shards),
+        shards=len(checkpoint.shards),
+        dtypes=_shares((info, info.dtype) for info in checkpoint.tensors.values()),
+        roles=_role_shares(known, unknown),
+        findings=(),
+    )
+    return replace(
+        inspection,
+        findings=(
+            *(replace(f, severity="info") if f.rule in _FACTS else f for f in found.findings),
+            *(_unusual(inspection, checkpoint, family, known, unknown) if family else ()),
+            *_tokenizer(checkpoint),
+        ),
+    )
+
+
+def _classify(
+    checkpoint: Checkpoint, family: Family | None
+) -> tuple[list[Known], list[TensorInfo]]:
+    """Tensors the family knows, also as parts of a quantized weight; and the others."""
+    known: list[Known] = []
+    unknown: list[TensorInfo] = []
+    for info in checkpoint.tensors.values():
+        meaning = family.classify(info.name) if family else None
+        if meaning is None and family and info.name.endswith(QUANTIZED_SUFFIXES):
+            meaning = family.classify(info.name.rpartition(".")[0] + ".weight")
+        if meaning is None:
+            unknown.append(info)
+        else:
+            known.append((info, meaning))
+    return known, unknown
+
+
+def _shares(items: Iterable[tuple[TensorInfo, str]]) -> tuple[Share, ...]:
+    groups: dict[str, list[TensorInfo]] = defaultdict(list)
+    for info, key in items:
+        groups[key].append(info)
+    shares = (Share(key, len(g), sum(i.nbytes for i in g)) for key, g in groups.items())
+    return tuple(sorted(shares, key=lambda share: (-share.bytes, share.name)))
+
+
+def _role_shares(known: list[Known], unknown: list[TensorInfo]) -> tuple[Share, ...]:
+    shares = _shares((info, meaning.row.role.value) for info, meaning in known)
+    order = [role.value for role in Role]
+    return (
+        *sorted(shares, key=lambda share: order.index(share.name)),
+        *_shares((info, "unknown") for info in unknown),
+    )
+
+
+def _quantization(checkpoint: Checkpoint) -> str | None:
+    config = checkpoint.config.get("quantization_config")
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    if isinstance(method, str):
+        return method
+    traces = any(name.endswith(QUANTIZED_SUFFIXES) for name in checkpoint.tensors)
+    return "undeclared" if config or traces else None
+
+
+def _parameters(checkpoint: Checkpoint) -> int | None:
+    if any(name.endswith(_PACKED) for name in checkpoint.tensors):
+        return None
+    weights = checkpoint.tensors.values()
+    return sum(info.elements for info in weights if not info.name.endswith(QUANTIZED_SUFFIXES))
+
+
+def _unusual(
+    inspection: Inspection,
+    checkpoint: Checkpoint,
+    family: Family,
+    known: list[Known],
+    unknown: list[TensorInfo],
+) -> Iterable[Finding]:
+    if inspection.pruned:
+        yield _info(
+            "expert-pruned",
+            family.config.experts,
+            f"It has {inspection.experts} of the family's {inspection.unpruned_experts} experts: "
+            "looks expert-pruned.",
+        )
+    found = [*((info.name, m) for info, m in known), *((info.name, None) for info in unknown)]
+    yield from check_mtp(family, checkpoint.config, found)
+    yield from _dtypes(inspection, known)
+    missing = [key for key in family.required_config if key not in checkpoint.config]
+    if missing:
+        yield Finding(
+            "required-config-missing",
+            "warning",
+            "config.json",
+            f"config.json lacks {names(missing)}, without which vLLM and SGLang do not load it.",
+            "Take the keys from the config.json of the model's first release.",
+        )
+    yield from _cut_sets(known)
+
+
+def _dtypes(inspection: Inspection, known: list[Known]) -> Iterable[Finding]:
+    """Tensors of another dtype than most bytes have: a router kept in F32 beside BF16, say."""
+    if inspection.quantization is not None or len(inspection.dtypes) < 2:
+        return
+    main = inspection.dtypes[0].name
+    odd: dict[str, list[Known]] = defaultdict(list)
+    for info, meaning in known:
+        if info.dtype != main:
+            odd[info.dtype].append((info, meaning))
+    for dtype, group in odd.items():
+        roles = sorted({meaning.row.role.value for _, meaning in group})
+        yield _info(
+            "dtype-differs",
+            group[0][0].name,
+            f"{len(group):,} tensor{'s' if len(group) > 1 else ''} of {' and '.join(roles)} "
+            f"in {dtype} beside {main} weights.",
+            "Nothing to do: what is not quantized keeps its dtype.",
+        )
+
+
+def _cut_sets(known: list[Known]) -> Iterable[Finding]:
+    shards: dict[tuple[str, int | None, int | None], set[str]] = defaultdict(set)
+    for info, meaning in known:
+        if meaning.row.fused:
+            shards[meaning.row.fused, meaning.layer, meaning.expert].add(info.shard)
+    cut = [key for key, where in shards.items() if len(where) > 1]
+    if cut:
+        fused, layer, expert = cut[0]
+        place = f"{fused} of layer {layer}" + ("" if expert is None else f", expert {expert}")
+        yield _info(
+            "fused-set-cut",
+            place,
+            f"{len(cut):,} fused set{'s are' if len(cut) > 1 else ' is'} cut by shard borders "
+            f"(first: {place}).",
+            "Nothing to do: mquant reads each set whole, and writes it into one shard.",
+        )
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Iterable[Finding]:
+    if not any(path.rpartition("/")[2] in _TOKENIZERS for path in checkpoint.source.files):
+        yield Finding(
+            "tokenizer-missing",
+            "warning",
+            "tokenizer.json",
+            "There are no tokenizer files.",
+            "Get them from the model's repo: loaders need them beside the weights.",
+        )
+
+
+def _info(rule: str, where: str, message: str, fix: str = "") -> Finding:
+    return Finding(rule, "info", where, message, fix)
+
+
+__all__ = ["Inspection", "Share", "inspect"]

@@ -1,0 +1,193 @@
+"""Judge a checkpoint: read what its depth needs, apply every rule, and say what was looked at."""
+
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+from mquant.checkpoint import Source, open_checkpoint, read_json
+from mquant.checkpoint.hub import HubRepo
+from mquant.errors import SourceError
+from mquant.events import Emit, silent
+from mquant.family import Family
+from mquant.findings import Finding, Severity
+from mquant.loader_model.modules import Layout, read_layout
+from mquant.output import RECORD
+from mquant.text import plural
+from mquant.verify.against import check_against
+from mquant.verify.ignore import check_ignore
+from mquant.verify.loaders.install import find_python
+from mquant.verify.loaders.vllm import Verdict, ask
+from mquant.verify.numbers import check_numbers
+from mquant.verify.structure import check_structure, lost_shards
+from mquant.verify.tensor_parallel import check_parallel
+
+_ORDER: Final[tuple[Severity, ...]] = ("error", "warning", "info")
+
+
+class Depth(StrEnum):
+    """How much is read: headers and JSON; also all data; also every row of the parent."""
+
+    STRUCTURE = "structure"
+    NUMBERS = "numbers"
+    FULL = "full"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a verification found, and what it looked at.
+
+    `findings` stand errors first; `wrong` are all tensors with wrong numbers. `checked` names what
+    was judged: structure, numbers, and the parent, `sampled` or not. `bytes_read` and `requests`
+    count what came from a hub, both checkpoints together; None where nothing did. `loader` is what
+    a real loader made of it.
+    """
+
+    source: str
+    family: str | None
+    method: str
+    tensors: int
+    quantized: int
+    parent: str | None
+    checked: tuple[str, ...]
+    sampled: bool
+    findings: tuple[Finding, ...]
+    wrong: frozenset[str] = frozenset()
+    bytes_read: int | None = None
+    requests: int | None = None
+    loader: Verdict | None = None
+
+    def count(self, severity: Severity) -> int:
+        """How many findings there are of a severity."""
+        return Counter(finding.severity for finding in self.findings)[severity]
+
+    @property
+    def verdict(self) -> str:
+        """The report in one sentence."""
+        looked = ["structure"]
+        looked += ["numbers"] if "numbers" in self.checked else []
+        what = " and ".join(looked)
+        if self.parent is not None:
+            how = "a sample of its weights" if self.sampled else "all of its weights"
+            what += f", compared with {self.parent} ({how})"
+        counts = f"{plural(self.tensors, 'tensor')}, {plural(self.quantized, 'quantized module')}"
+        errors, warnings = self.count("error"), self.count("warning")
+        wrong = [
+            plural(count, noun)
+            for count, noun in ((errors, "error"), (warnings, "warning"))
+            if count
+        ]
+        if errors:
+            return f"Broken: {', '.join(wrong)} in {counts}; checked {what}."
+        if warnings:
+            return f"Sound, with {wrong[0]}: {counts}, checked {what}."
+        return f"Clean: {counts}, checked {what}."
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of `mquant.verify/1` besides the envelope's; `findings` are there."""
+        return {
+            "source": self.source,
+            "family": self.family,
+            "quantization": self.method or None,
+            "tensors": self.tensors,
+            "quantized_modules": self.quantized,
+            "parent": self.parent,
+            "checked": list(self.checked),
+            "sampled": self.sampled,
+            "errors": self.count("error"),
+            "warnings": self.count("warning"),
+            "bytes_read": self.bytes_read,
+            "requests": self.requests,
+            "loader": self.loader.to_json() if self.loader else None,
+        }
+
+
+def verify(
+    source: Source,
+    families: Mapping[str, Family],
+    depth: Depth | None = None,
+    parent: Source | None = None,
+    emit: Emit = silent,
+    *,
+    ask_vllm: bool = False,
+) -> Report:
+    """Judge a checkpoint, and, where `parent` is given, whether it is made from that.
+
+    `depth` None: `numbers` for a folder, `structure` for a hub repo. `ask_vllm`: have vLLM load
+    the headers too. Raises SourceError where there is no checkpoint to judge, or it cannot be
+    read, LoaderError where there is no vLLM to ask.
+    """
+    if ask_vllm:
+        find_python()  # before anything is read
+    if depth is None:
+        depth = Depth.STRUCTURE if isinstance(source, HubRepo) else Depth.NUMBERS
+    layout = read_layout(open_checkpoint(source, tolerant=True), families)
+    original = read_layout(open_checkpoint(parent), families) if parent else None
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, source, layout.checkpoint.shards) if ask_vllm else None
+        found = [*check_structure(layout), *_ignore(layout)]
+        checked, wrong = ["structure"], frozenset[str]()
+        if depth is not Depth.STRUCTURE:
+            checked.append("numbers")
+            numbers = check_numbers(layout, emit)
+            found += numbers.findings()
+            wrong = frozenset(numbers.places)
+        if original is not None:
+            checked.append("against")
+            made = _recipe(source)
+            found += check_against(
+                layout,
+                original,
+                everything=depth is Depth.FULL,
+                to_nearest=made.get("rounding") != "gptq",
+                smoothed=made.get("smoothing") == "awq",
+                emit=emit,
+            )
+        loader = asked.result() if asked else None
+    if loader is not None:
+        checked.append("vllm")
+        found += loader.findings
+    if not any(finding.severity == "error" for finding in found):
+        found += check_parallel(layout)
+    hubs = [each for each in (source, parent) if isinstance(each, HubRepo)]
+    return Report(
+        source=source.name,
+        family=layout.family.name if layout.family else None,
+        method=layout.method,
+        tensors=len(layout.checkpoint.tensors),
+        quantized=len(layout.quantized),
+        parent=parent.name if parent else None,
+        checked=tuple(checked),
+        sampled=original is not None and depth is not Depth.FULL,
+        findings=_sorted(found),
+        wrong=wrong,
+        bytes_read=sum(hub.bytes_read for hub in hubs) if hubs else None,
+        requests=sum(hub.requests for hub in hubs) if hubs else None,
+        loader=loader,
+    )
+
+
+def _recipe(source: Source) -> Mapping[str, Any]:
+    """The recipe that mquant.json says it was made with; empty where nothing says it."""
+    try:
+        made = read_json(source, RECORD) if RECORD in source.files else {}
+    except SourceError:
+        return {}
+    recipe = made.get("recipe")
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def _ignore(layout: Layout) -> list[Finding]:
+    # Entries that match nothing may be meant for what lay in a lost shard.
+    findings = check_ignore(layout).findings
+    return [f for f in findings if f.severity == "error" or not lost_shards(layout)]
+
+
+def _sorted(findings: list[Finding]) -> tuple[Finding, ...]:
+    # Several checks may see the same thing: it is told once.
+    return tuple(sorted(dict.fromkeys(findings), key=lambda found: _ORDER.index(found.severity)))
+
+
+__all__ = ["Depth", "Report", "verify"]

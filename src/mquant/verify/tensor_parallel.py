@@ -1,0 +1,173 @@
+"""Over how many GPUs vLLM and SGLang can split an NVFP4 checkpoint, from its weights' shapes.
+
+Both run NVFP4 weights with FP4 Marlin kernels where activations stay in 16 bits, or the GPU has no
+FP4, and split a model over the ranks of a tensor-parallel group alike: q, k, v, gate and up by
+their outputs, o and down by their inputs. What that asks of the shapes was read in vLLM 0.32.0 and
+SGLang 0.5.23:
+
+- Attention heads are shared out evenly. vLLM: config/model.py, `verify_with_parallel_config`; both:
+  `QKVParallelLinear`. Key and value heads are shared out evenly, or each goes to as many ranks.
+- So are the inputs of o and down, in whole groups of 16, as a rank takes the scales of its own
+  groups: `RowParallelLinear`, and `create_weights` of the NVFP4 schemes of compressed-tensors.
+  Where a group is cut in two, `load_row_parallel_weight` takes scales of other weights.
+- Linear layers are padded to the kernel's tiles, (64, 128) or (128, 64), whatever their shape.
+  vLLM: marlin_utils.py, `marlin_padded_nk`; SGLang: marlin_utils_fp4.py,
+  `prepare_nvfp4_layer_for_marlin`.
+- Experts are padded by vLLM along their inner dimension only: the hidden size must be a multiple
+  of 64 (marlin_utils_fp4.py, `prepare_nvfp4_moe_layer_for_marlin`). SGLang does not pad them: 128,
+  and 64 for a rank's share of the inner dimension (compressed_tensors_w4a16_nvfp4_moe.py,
+  `process_weights_after_loading`).
+- The vocabulary is padded to a multiple of 64, so any number of ranks here can share it
+  (vocab_parallel_embedding.py, `pad_vocab_size`).
+- Some models want no more ranks than experts: `tp_within_experts` of the family.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from mquant.family import Family, Role, TensorRow
+from mquant.findings import Finding
+from mquant.loader_model.formats import GROUP, Kind, kind_of, weight_shape
+from mquant.loader_model.modules import Layout, Module
+from mquant.verify.rules import Rule, finding, register
+
+SIZES: Final = (1, 2, 4, 8, 16)
+
+register(
+    Rule(
+        "tensor-parallel",
+        "info",
+        "structure",
+        "An NVFP4 checkpoint can be split over 1, 2, 4, 8 and 16 GPUs.",
+        "Heads, groups and the tiles of FP4 Marlin kernels cannot be cut in two: a server stops, "
+        "after it has loaded everything, or computes with the scales of other weights.",
+        "Nothing to do: serve it with one of these tensor-parallel sizes.",
+    ),
+    Rule(
+        "kernel-shape",
+        "warning",
+        "structure",
+        "vLLM's FP4 Marlin kernels can run the quantized weights on some number of GPUs.",
+        "vLLM loads the checkpoint, and stops when it prepares the weights for the kernel.",
+        "Leave the experts of this model unquantized.",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """What a loader's kernel for experts asks for: multiples of these."""
+
+    name: str
+    hidden: int
+    inner: int
+
+
+VLLM: Final = Loader("vLLM 0.32", hidden=64, inner=GROUP)
+SGLANG: Final = Loader("SGLang 0.5.23", hidden=128, inner=64)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A linear layer's weight, [out, in]: the first of its row that the checkpoint has."""
+
+    module: str
+    row: TensorRow
+    shape: tuple[int, int]
+    quantized: bool
+
+
+def check_parallel(layout: Layout) -> Iterator[Finding]:
+    """Which tensor-parallel sizes work; nothing where other layouts than NVFP4 are among it.
+
+    For checkpoints without errors: else the shapes may be what is wrong.
+    """
+    family, config = layout.family, layout.checkpoint.config
+    kinds = {m.name: kind for m in layout.modules.values() if (kind := kind_of(layout, m))}
+    used = set(kinds.values())
+    if family is None or not used or not used <= {Kind.NVFP4, Kind.MODELOPT_NVFP4}:
+        return
+    weights = _weights(layout, kinds)
+    loaders = [VLLM]
+    # ModelOpt's layout, and latent attention, which takes kv_b apart, are other code in SGLang.
+    if used == {Kind.NVFP4} and family.config.kv_heads:
+        loaders.append(SGLANG)
+    said = []
+    for loader in loaders:
+        reasons = {n: _reason(loader, n, family, config, weights) for n in SIZES}
+        works = [n for n, reason in reasons.items() if not reason]
+        if loader is VLLM and not works:
+            message = f"{VLLM.name} cannot run it on any number of GPUs: {reasons[1]}."
+            yield finding("kernel-shape", "config.json", message)
+            return
+        said.append(f"{loader.name} with {_told(works, reasons)}")
+    message = f"With FP4 Marlin kernels, by tensor-parallel size: {'; '.join(said)}."
+    yield finding("tensor-parallel", "config.json", message)
+
+
+def _weights(layout: Layout, kinds: Mapping[str, Kind]) -> list[Weight]:
+    first: dict[str, Weight] = {}
+    for module in layout.modules.values():
+        role = module.role
+        if module.meaning is None or role is None or not role.linear or role.refused_by_loaders:
+            continue
+        row, kind = module.meaning.row, kinds.get(module.name)
+        # One quantized layer is enough to need what quantized ones need.
+        if row.name not in first or (kind is not None and not first[row.name].quantized):
+            shape = _shape(module, kind, layout)
+            if shape is not None:
+                first[row.name] = Weight(module.name, row, shape, kind is not None)
+    return list(first.values())
+
+
+def _shape(module: Module, kind: Kind | None, layout: Layout) -> tuple[int, int] | None:
+    if kind is not None:
+        return weight_shape(kind, module, layout)
+    shape = module.tensors["weight"].shape if "weight" in module.tensors else ()
+    return (shape[0], shape[1]) if len(shape) == 2 else None
+
+
+def _reason(
+    loader: Loader, ranks: int, family: Family, config: Mapping[str, Any], weights: list[Weight]
+) -> str:
+    """Why a loader cannot run it on so many GPUs, as the end of a sentence; empty if it can."""
+    keys = family.config
+    heads = family.value(keys.heads, config) or 0
+    if heads % ranks:
+        return f"{heads} attention heads do not divide by {ranks}"
+    kv_heads = family.value(keys.kv_heads, config) or ranks
+    if kv_heads % ranks and ranks % kv_heads:
+        return f"of {kv_heads} key and value heads and {ranks} ranks, neither divides the other"
+    experts = family.value(keys.experts, config) or ranks
+    if family.tp_within_experts and ranks > experts:
+        return f"{ranks} ranks are more than {experts} experts"
+    reasons = (_cut(loader, ranks, family, weight) for weight in weights)
+    return next(filter(None, reasons), "")
+
+
+def _cut(loader: Loader, ranks: int, family: Family, weight: Weight) -> str:
+    """Why one weight cannot be split by its inputs: it writes the hidden state (o, down)."""
+    if weight.row.shape[:1] != (family.config.hidden,):
+        return ""  # heads, and the inputs of down, are what the others' outputs are
+    out, wide = weight.shape
+    expert = weight.quantized and weight.row.role is Role.EXPERT
+    if expert and out % loader.hidden:
+        return f"experts write {out} channels ({weight.module}), no multiple of {loader.hidden}"
+    share = f"{weight.module} reads {wide}"
+    if wide % ranks:
+        return f"{share}, which does not divide by {ranks}"
+    unit = loader.inner if expert else GROUP
+    if weight.quantized and wide // ranks % unit:
+        return f"{share}, {wide // ranks} a rank, no multiple of {unit}"
+    return ""
+
+
+def _told(works: list[int], reasons: Mapping[int, str]) -> str:
+    if len(works) == len(SIZES):
+        return ", ".join(map(str, works))
+    number, reason = next((n, reason) for n, reason in reasons.items() if reason)
+    return f"{', '.join(map(str, works)) or 'none'} (not {number}: {reason})"
+
+
+__all__ = ["SIZES", "check_parallel"]

@@ -1,0 +1,231 @@
+"""Weights as float32 rows, read into one's own buffers and decoded at the speed of the disk.
+
+Which layouts there are, and whether a module's parts fit, `verify` says; the rarer ones are decoded
+by it, too. Nothing here is shared with the code that quantizes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from threading import local
+from typing import Any, Final, Self, TypeVar, cast
+
+import numpy as np
+
+from mquant.checkpoint import RangeReader, Reader, TensorInfo
+from mquant.loader_model.formats import CODES, Kind, fp8_block
+from mquant.loader_model.modules import Layout, Module
+from mquant.weights.decode import READABLE, Bytes, Floats, floats
+from mquant.weights.kernels import Stored, unpack_bf16, unpack_e4m3, unpack_nvfp4
+from mquant.weights.weight import Weight, weight_of
+
+T = TypeVar("T")
+R = TypeVar("R")
+AnyReader = Reader | RangeReader
+_AHEAD: Final = 64 << 20
+
+
+@dataclass(frozen=True)
+class Matrix(ABC):
+    """A weight [rows, columns] on disk. Any number of threads may read, with scratch of their own.
+
+    `name` is the module's, or a plain tensor's; `form` how it is stored, a dtype or a layout's
+    name; `shape` is [rows, columns] once decoded; `tensors` is what it is made of.
+    """
+
+    name: str
+    form: str
+    shape: tuple[int, int]
+    tensors: tuple[TensorInfo, ...]
+    reader: AnyReader
+
+    @abstractmethod
+    def read(self, first: int, last: int, out: Floats, scratch: "Scratch") -> None:
+        """Rows [first, last) into `out`, [last - first, columns]. Raises SourceError."""
+
+    def prefetch(self) -> None:
+        """Have the bytes, or the first of many, fetched meanwhile."""
+        for info in self.tensors:
+            self.reader.prefetch(info.shard, info.start, min(info.end, info.start + _AHEAD))
+
+    def check(self) -> None:
+        """Raise SourceError where a file changed since it was looked at."""
+        for path in {info.shard for info in self.tensors}:
+            self.reader.check(path)
+
+
+class Scratch:
+    """A thread's buffer for raw bytes, kept: fresh memory is slower than the disk."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Bytes] = {}
+
+    def bytes(self, use: str, count: int) -> Bytes:
+        """`count` bytes of anything; the same memory again for the same `use`."""
+        held = self._buffers.get(use)
+        if held is None or len(held) < count:
+            held = self._buffers[use] = np.empty(count, np.uint8)
+        return held[:count]
+
+    def floats(self, use: str, shape: tuple[int, ...]) -> Floats:
+        """Float32 of a shape, of the same kind."""
+        count = int(np.prod(shape, dtype=np.int64)) * 4
+        flat: Floats = self.bytes(use, count).view(np.float32)
+        return flat.reshape(shape)
+
+
+class Plain(Matrix):
+    """A tensor of plain numbers; a vector is one row."""
+
+    def raw(self, first: int, last: int, scratch: Scratch) -> Bytes:
+        """The bytes of rows [first, last), in `scratch`."""
+        return _rows(self.reader, self.tensors[0], self.shape[0], first, last, scratch)
+
+    def read(self, first: int, last: int, out: Floats, scratch: Scratch) -> None:
+        """Rows as they are."""
+        raw = self.raw(first, last, scratch)
+        if self.form == "BF16":
+            unpack_bf16(raw.view("<u2"), out.reshape(-1))
+        else:
+            out[:] = floats(raw.tobytes(), self.form).reshape(out.shape)
+
+
+class Workers:
+    """Threads that keep their scratch, as whoever shares them out does. A context: it ends them."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool = ThreadPoolExecutor(count)
+        self._local = local()
+
+    @property
+    def scratch(self) -> Scratch:
+        """The calling thread's."""
+        if not hasattr(self._local, "scratch"):
+            self._local.scratch = Scratch()
+        scratch: Scratch = self._local.scratch
+        return scratch
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """Results in the order of `items`, all of which are under way at once."""
+        return self._pool.map(function, items)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Stored(Matrix):
+    """What the quantized layouts have in common."""
+
+    weight: Weight
+
+    def _part(self, suffix: str, first: int, last: int, scratch: Scratch) -> Bytes:
+        info = self.weight.module.tensors[suffix]
+        return _rows(self.reader, info, info.shape[0], first, last, scratch)
+
+    def _values(self, suffix: str) -> Floats:
+        info = self.weight.module.tensors[suffix]
+        raw = np.empty(info.nbytes, np.uint8)
+        self.reader.read_into(info.shard, info.start, raw.data)
+        return floats(raw.tobytes(), info.dtype)
+
+
+class Nvfp4(_Stored):
+    """E2M1 under E4M3 under one number: compressed-tensors' divisor, or ModelOpt's factor."""
+
+    def stored(self, first: int, last: int, scratch: Scratch) -> Stored:
+        """Rows [first, last) as they are on disk, in `scratch`."""
+        codes = CODES[self.weight.kind or Kind.NVFP4]
+        packed = self._part(codes, first, last, scratch).reshape(last - first, -1)
+        scales = self._part("weight_scale", first, last, scratch).reshape(last - first, -1)
+        return packed, scales, self._factor
+
+    def read(self, first: int, last: int, out: Floats, scratch: Scratch) -> None:
+        """Rows, decoded."""
+        packed, scales, factor = self.stored(first, last, scratch)
+        unpack_nvfp4(packed.reshape(-1), scales.reshape(-1), factor, out.reshape(-1))
+
+    @cached_property
+    def _factor(self) -> float:
+        if self.weight.kind is Kind.MODELOPT_NVFP4:
+            return float(self._values("weight_scale_2")[0])
+        with np.errstate(all="ignore"):  # of zero, infinity: which is what it is
+            return float(np.float64(1) / np.float64(self._values("weight_global_scale")[0]))
+
+
+class _Fp8(_Stored):
+    """E4M3 under a scale for everything, for each row, or for each block."""
+
+    def read(self, first: int, last: int, out: Floats, scratch: Scratch) -> None:
+        """Rows, decoded."""
+        unpack_e4m3(self._part("weight", first, last, scratch), out.reshape(-1))
+        scales, (high, wide) = self._scales
+        start = first
+        while start < last:  # rows under the same scales
+            end = min(last, (start // high + 1) * high)
+            row = np.repeat(scales[start // high], wide)[: out.shape[1]]
+            out[start - first : end - first] *= row
+            start = end
+
+    @cached_property
+    def _scales(self) -> tuple[Floats, tuple[int, int]]:
+        """The scales, and how many rows and columns share one."""
+        rows, columns = self.shape
+        tensors = self.weight.module.tensors
+        suffix = "weight_scale_inv" if "weight_scale_inv" in tensors else "weight_scale"
+        values, info = self._values(suffix), tensors[suffix]
+        if info.elements == 1:
+            return values.reshape(1, 1), (rows, columns)
+        if info.shape in ((rows,), (rows, 1)):
+            return values.reshape(rows, 1), (1, columns)
+        return values.reshape(info.shape), fp8_block(self.weight.layout)
+
+
+class _Other(_Stored):
+    """Whatever else `verify` can decode."""
+
+    def read(self, first: int, last: int, out: Floats, scratch: Scratch) -> None:
+        """Rows, decoded."""
+        out[:] = self.weight.rows(first, last).values
+
+
+def plain(info: TensorInfo, reader: AnyReader) -> Plain | None:
+    """A tensor as it is, or None where its dtype is no number's."""
+    if info.dtype not in READABLE:
+        return None
+    columns = info.shape[-1] if info.shape else 1
+    rows = info.elements // columns if columns else 0
+    return Plain(info.name, info.dtype, (rows, columns), (info,), reader)
+
+
+def matrix_of(layout: Layout, module: Module, reader: AnyReader) -> Matrix | None:
+    """A module's `weight`, or None where it has none that can be decoded."""
+    if not module.quantized:
+        info = module.tensors.get("weight")
+        return plain(info, reader) if info else None
+    weight = weight_of(layout, module)
+    if weight is None or weight.kind is None:
+        return None
+    kinds: dict[Kind, Any] = {Kind.NVFP4: Nvfp4, Kind.MODELOPT_NVFP4: Nvfp4, Kind.FP8: _Fp8}
+    name, tensors = f"{module.name}.weight", tuple(module.tensors.values())
+    kind = kinds.get(weight.kind, _Other)
+    return cast(Matrix, kind(name, str(weight.kind), weight.shape, tensors, reader, weight))
+
+
+def _rows(
+    reader: AnyReader, info: TensorInfo, rows: int, first: int, last: int, scratch: Scratch
+) -> Bytes:
+    """The bytes of rows [first, last) of a tensor that has `rows`."""
+    row = info.nbytes // rows if rows else 0
+    raw = scratch.bytes(info.dtype, (last - first) * row)
+    reader.read_into(info.shard, info.start + first * row, raw.data)
+    return raw
+
+
+__all__ = ["AnyReader", "Matrix", "Nvfp4", "Plain", "Scratch", "Workers", "matrix_of", "plain"]

@@ -1,0 +1,194 @@
+"""Rows of a module's weight as numbers, however it is stored; and how far rounding may move them.
+
+The bounds. Round to nearest in NVFP4 moves an element by half a step at most: s in the widest
+gap of E2M1 (4 to 6), where s, the block's scale, is amax / 6 rounded to E4M3 (1/16 at most, either
+way): amax / 6 * 17/16. Tools that search for better scales go up to 2 s (half a step is then
+amax / 3) and down to 0.65 s (what is cut off is 0.35 amax: recipe nvfp4-opt's limit, beyond which
+no scale has a block's smallest squared error). So an element further off than amax / 3 * 17/16 was
+not made from this parent by any choice of scale. Blocks far below the tensor's amax fall under the
+smallest E4M3 scale, 2**-9, or below its half and become zero: that adds 6 * 2**-9 / global scale.
+
+FP8 moves an element by 1/16 of itself (3 bits of mantissa), or half of its smallest step, 2**-9 of
+the scale; integers of b bits by amax / (2**b - 1). Both are doubled, for searched scales.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from mquant.checkpoint import TensorInfo
+from mquant.loader_model.formats import (
+    CODES,
+    GROUP,
+    Kind,
+    fp8_block,
+    integer_bits,
+    kind_of,
+    parts,
+    weight_shape,
+)
+from mquant.loader_model.modules import Layout, Module
+from mquant.weights.decode import (
+    READABLE,
+    Floats,
+    e2m1,
+    e4m3,
+    floats,
+    integers,
+    scaled,
+)
+
+SEARCHED: Final = 17 / 16 / 3
+TYPICAL: Final[dict[Kind | None, float]] = {
+    Kind.NVFP4: 0.25,
+    Kind.MODELOPT_NVFP4: 0.25,
+    Kind.INT: 0.25,
+    Kind.FP8: 0.08,
+    None: 0.01,
+}
+"""Relative L2 error that no rounding of a whole weight reaches; NVFP4's own is about 0.1."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Values [rows, columns] of a weight, and by how much each may differ from its parent's."""
+
+    values: Floats
+    allowed: Callable[[Floats], Floats]
+    """The parent's values of the same rows -> the bound."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A module's weight that can be read by rows."""
+
+    layout: Layout
+    module: Module
+    kind: Kind | None
+    shape: tuple[int, int]
+
+    def rows(self, first: int, last: int) -> Rows:
+        """Rows [first, last)."""
+        read_rows = {
+            Kind.NVFP4: self._nvfp4,
+            Kind.MODELOPT_NVFP4: self._nvfp4,
+            Kind.FP8: self._fp8,
+            Kind.INT: self._integers,
+        }
+        if self.kind is None:
+            values = self._part("weight", first, last)
+            # Only where the parent is quantized: what is plain in both is compared bit by bit.
+            return Rows(values, lambda parent: np.abs(parent) * np.float32(1 / 128))
+        return read_rows[self.kind](first, last)
+
+    def _raw(self, suffix: str, first: int, last: int) -> tuple[TensorInfo, bytes]:
+        info = self.module.tensors[suffix]
+        row = info.nbytes // info.shape[0]
+        return info, read(self.layout, info, first * row, last * row)
+
+    def _part(self, suffix: str, first: int, last: int) -> Floats:
+        info, raw = self._raw(suffix, first, last)
+        return floats(raw, info.dtype).reshape(last - first, -1)
+
+    def _scalar(self, suffix: str) -> float:
+        info = self.module.tensors[suffix]
+        return float(floats(read(self.layout, info), info.dtype)[0])
+
+    def _nvfp4(self, first: int, last: int) -> Rows:
+        if self.kind is Kind.NVFP4:
+            # Of zero, infinity: out of every bound, which is what it is.
+            factor = float(np.float64(1) / np.float64(self._scalar("weight_global_scale")))
+        else:
+            factor = self._scalar("weight_scale_2")
+        _, raw = self._raw(CODES[self.kind or Kind.NVFP4], first, last)
+        codes = e2m1(np.frombuffer(raw, np.uint8).reshape(last - first, -1))
+        scales = self._part("weight_scale", first, last)
+        values = scaled(codes, scales, (1, GROUP)) * np.float32(factor)
+        floor = 6 * 2.0**-9 * factor
+        return Rows(values, lambda parent: _amax(parent, GROUP) * SEARCHED + np.float32(floor))
+
+    def _fp8(self, first: int, last: int) -> Rows:
+        _, raw = self._raw("weight", first, last)
+        codes = e4m3(np.frombuffer(raw, np.uint8).reshape(last - first, -1))
+        scales = self._fp8_scales(first, last)
+        floor: Floats = np.abs(scales) * np.float32(1 / 256)
+        return Rows(codes * scales, lambda parent: np.abs(parent) * np.float32(1 / 8) + floor)
+
+    def _fp8_scales(self, first: int, last: int) -> Floats:
+        suffix = "weight_scale_inv" if "weight_scale_inv" in self.module.tensors else "weight_scale"
+        info = self.module.tensors[suffix]
+        if info.elements == 1:
+            return np.full((1, 1), self._scalar(suffix), np.float32)
+        if info.shape in ((self.shape[0],), (self.shape[0], 1)):
+            return self._part(suffix, first, last)
+        high, wide = fp8_block(self.layout)
+        table = self._part(suffix, first // high, -(-last // high))
+        # Blocks are as large as config.json says: what is made is as large as the rows.
+        rows = np.arange(first, last) // high - first // high
+        columns = np.arange(self.shape[1]) // wide
+        return table[rows[:, None], columns]
+
+    def _integers(self, first: int, last: int) -> Rows:
+        _, raw = self._raw("weight_packed", first, last)
+        bits = integer_bits(self.layout) or 4
+        codes = integers(np.frombuffer(raw, "<i4").reshape(last - first, -1), bits)
+        scales = self._part("weight_scale", first, last)
+        group = -(-codes.shape[1] // scales.shape[1])
+        values = scaled(codes, scales, (1, group))
+        return Rows(values, lambda parent: _amax(parent, group) * np.float32(2 / (2**bits - 1)))
+
+
+def weight_of(layout: Layout, module: Module) -> Weight | None:
+    """The weight of a module, or None where it cannot be read by rows.
+
+    That is so for vectors, layouts that are not `decodable`, and parts that do not fit each
+    other, which is a matter of structure.
+    """
+    kind = kind_of(layout, module)
+    if kind is None:
+        info = module.tensors.get("weight")
+        if info is None or len(info.shape) != 2 or info.dtype not in READABLE:
+            return None
+        return Weight(layout, module, None, (info.shape[0], info.shape[1]))
+    shape = weight_shape(kind, module, layout)
+    if shape is None or 0 in shape or not decodable(kind, module, layout):
+        return None
+    for suffix, part in parts(kind, module, shape, layout).items():
+        info = module.tensors.get(suffix)
+        if info is None and part.required:
+            return None
+        if info and (
+            info.dtype not in part.dtypes or (part.shapes and info.shape not in part.shapes)
+        ):
+            return None
+    return Weight(layout, module, kind, shape)
+
+
+def decodable(kind: Kind | None, module: Module, layout: Layout) -> bool:
+    """Whether numbers can be made of a module in this layout, its parts given."""
+    if kind is Kind.INT:
+        plain = not {"weight_zero_point", "weight_g_idx"} & module.tensors.keys()
+        return plain and integer_bits(layout) in (4, 8)
+    if kind is Kind.FP8:
+        return "weight" not in module.tensors or module.tensors["weight"].dtype == "F8_E4M3"
+    return kind is not Kind.OTHER
+
+
+def _amax(values: Floats, group: int) -> Floats:
+    """Every element's largest neighbour within its group along the row."""
+    rows, columns = values.shape
+    padded = np.zeros((rows, -(-columns // group) * group), np.float32)
+    padded[:, :columns] = np.abs(values)
+    largest = padded.reshape(rows, -1, group).max(axis=2)
+    return np.repeat(largest, group, axis=1)[:, :columns]
+
+
+def read(layout: Layout, info: TensorInfo, start: int = 0, end: int | None = None) -> bytes:
+    """Bytes [start, end) of a tensor's data."""
+    end = info.nbytes if end is None else end
+    return layout.checkpoint.source.read(info.shard, info.start + start, info.start + end)
+
+
+__all__ = ["TYPICAL", "Rows", "Weight", "decodable", "read", "weight_of"]

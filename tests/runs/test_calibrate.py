@@ -1,0 +1,132 @@
+"""Importance files: the mean square of what goes into each module, of experts their own tokens'."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from mquant.cli.app import app
+from mquant.engines.importance import open_importance
+from mquant.engines.samples import load_samples
+from mquant.errors import OutputError
+from mquant.recipe import Calibration, find_recipe
+from mquant.runs.calibrate import calibrate
+from mquant.runs.quantize import quantize
+from run import FIXTURES, TRAINED, plan_of
+
+pytestmark = pytest.mark.upstream
+
+TEXT = FIXTURES / "heldout.txt"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A few hundred tokens."""
+    path = tmp_path_factory.mktemp("text") / "short.txt"
+    path.write_text(TEXT.read_text()[:1500])
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def importance(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("importance") / "importance.safetensors"
+    calibrate(plan_of(TRAINED, "nvfp4-opt"), text, out)
+    return out
+
+
+def by_transformers(text: str) -> dict[str, Any]:
+    """Mean squares of inputs, from the whole model in F32, taken apart by hand."""
+    import torch
+    import transformers
+
+    hf: Any = transformers
+    config = hf.AutoConfig.from_pretrained(TRAINED)
+    config.rope_parameters["partial_rotary_factor"] = config.rotary_dim / config.head_dim
+    model = hf.AutoModelForCausalLM.from_pretrained(TRAINED, config=config, dtype=torch.float32)
+    seen: dict[str, list[torch.Tensor]] = {}
+    layer = model.model.layers[1]
+    prefix = "model.layers.1"
+
+    def attention(_module: object, args: tuple[torch.Tensor, ...]) -> None:
+        seen.setdefault(f"{prefix}.self_attn.q_proj", []).append(args[0].flatten(0, 1))
+
+    def experts(_module: object, args: tuple[torch.Tensor, ...]) -> None:
+        states, chosen = args[0], args[1]
+        for expert in range(config.num_local_experts):
+            name = f"{prefix}.block_sparse_moe.experts.{expert}.w1"
+            seen.setdefault(name, []).append(states[(chosen == expert).any(-1)])
+
+    layer.self_attn.q_proj.register_forward_pre_hook(attention)
+    layer.mlp.experts.register_forward_pre_hook(experts)
+    for ids in load_samples(text, TRAINED, find_recipe("nvfp4-opt").calibration):
+        with torch.no_grad():
+            model(torch.tensor([ids]))
+    return {name: torch.cat(rows).square().mean(0).numpy() for name, rows in seen.items()}
+
+
+def test_each_module_has_the_mean_square_of_what_goes_into_it(importance: Path, text: str) -> None:
+    found = open_importance(importance, plan_of(TRAINED, "nvfp4-opt"))
+
+    expected = by_transformers(text)
+    assert len(expected) == 11
+    for name, wanted in expected.items():
+        ours = found.of(name)
+        # BF16 sends a token near the edge to another expert now and then.
+        assert np.linalg.norm(ours - wanted) < 0.05 * np.linalg.norm(wanted), name
+
+
+def test_gate_and_up_have_the_same_inputs_and_experts_their_own(importance: Path) -> None:
+    found = open_importance(importance, plan_of(TRAINED, "nvfp4-opt"))
+    first, other = (f"model.layers.1.block_sparse_moe.experts.{e}" for e in (0, 1))
+
+    assert (found.of(f"{first}.w1") == found.of(f"{first}.w3")).all()
+    assert (found.of(f"{first}.w1") != found.of(f"{other}.w1")).any()
+
+
+def test_quantize_takes_the_file(importance: Path, tmp_path: Path) -> None:
+    result = quantize(plan_of(TRAINED, "nvfp4-opt"), tmp_path / "out", importance=importance)
+    assert result.fresh
+
+
+def test_experts_without_a_token_are_named_and_have_zeros(tmp_path: Path) -> None:
+    data = tmp_path / "one.jsonl"
+    data.write_text(json.dumps({"text": "a b"}))
+    plan = plan_of(TRAINED, "nvfp4-opt")
+
+    made = calibrate(plan, str(data), tmp_path / "out.safetensors")
+
+    assert made.modules == 102
+    assert any(".experts." in name for name in made.unseen)
+    found = open_importance(made.out, plan)
+    assert all(not found.of(name).any() for name in made.unseen)
+
+
+def test_the_same_data_makes_the_same_file(importance: Path, text: str, tmp_path: Path) -> None:
+    calibrate(plan_of(TRAINED, "nvfp4-opt"), text, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == importance.read_bytes()
+
+
+def test_a_file_that_is_there_is_left_alone(importance: Path, text: str) -> None:
+    before = importance.read_bytes()
+    with pytest.raises(OutputError, match="exists"):
+        calibrate(plan_of(TRAINED, "nvfp4-opt"), text, importance)
+    assert importance.read_bytes() == before
+
+
+def test_the_verb_says_what_it_measured(text: str, tmp_path: Path) -> None:
+    out = tmp_path / "importance.safetensors"
+    arguments = ("calibrate", str(TRAINED), "--data", text, "-o", str(out), "--format", "json")
+    document = json.loads(CliRunner().invoke(app, arguments).stdout)
+
+    assert document["ok"]
+    assert (document["schema"], document["modules"]) == ("mquant.calibrate/1", 102)
+    assert document["tokens"] == sum(len(ids) for ids in load_samples(text, TRAINED, Calibration()))
+
+
+def test_without_data_it_is_a_usage_error() -> None:
+    result = CliRunner().invoke(app, ("calibrate", str(TRAINED)))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: --data is missing.\nExample: mquant calibrate")

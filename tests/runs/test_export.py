@@ -1,0 +1,275 @@
+"""ModelOpt's layout from compressed-tensors', and back: the same bytes under other names."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from judges import (
+    converted_by,
+    data,
+    differences,
+    hashes,
+    model_free_ptq,
+    one_shard,
+    opened,
+    read_json,
+)
+from make import Row, make_checkpoint, without, write_index, write_json
+from mquant.checkpoint import INDEX_NAME, Folder
+from mquant.errors import Refused
+from mquant.family import load_families
+from mquant.numerics.reciprocal import reciprocal, recovered
+from mquant.plan import Target
+from mquant.runs.export import export
+from mquant.verify.judge import Depth, verify
+from mutate import changed, mutated, scalar
+from run import TRAINED, plan_of, quantize_nvfp4
+from schemes import w4a4, with_input_scales
+
+FAMILIES = load_families()
+KEY = "model.layers.1.self_attn.k_proj"
+EXPERT = "model.layers.1.block_sparse_moe.experts.1.w1"
+
+
+def exported(src: Path, out: Path, target: Target = Target.MODELOPT) -> Path:
+    return export(Folder(src), FAMILIES, target, out).out
+
+
+def back(src: Path, out: Path) -> Path:
+    return exported(src, out, Target.COMPRESSED_TENSORS)
+
+
+def loud(folder: Path) -> list[str]:
+    findings = verify(Folder(folder), FAMILIES, Depth.NUMBERS, Folder(TRAINED)).findings
+    return [finding.message for finding in findings if finding.severity != "info"]
+
+
+def number(folder: Path, name: str) -> np.float32:
+    value: np.float32 = np.frombuffer(data(opened(folder), name), "<f4")[0]
+    return value
+
+
+@pytest.fixture(scope="module")
+def nvfp4a16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("q") / "nvfp4", shard_bytes=10**6)
+
+
+@pytest.fixture(scope="module")
+def nvfp4(nvfp4a16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """W4A4, with a scale of the input whose reciprocal's reciprocal is its neighbour."""
+
+    def edit(rows: list[Row]) -> list[Row]:
+        odd = np.array([1.9062501], "<f4").tobytes()
+        return [
+            (n, d, s, odd if n == f"{KEY}.input_global_scale" else raw)
+            for n, d, s, raw in with_input_scales(rows)
+        ]
+
+    folder = mutated(nvfp4a16, tmp_path_factory.mktemp("w4a4"), edit=edit)
+    total = opened(folder).nbytes
+    write_index(folder, dict(sorted(read_json(folder / INDEX_NAME)["weight_map"].items())), total)
+    config = read_json(folder / "config.json")
+    w4a4(config)
+    write_json(folder / "config.json", config)
+    return folder
+
+
+@pytest.fixture(params=["W4A16_NVFP4", "NVFP4"])
+def ours(request: pytest.FixtureRequest) -> Path:
+    name = "nvfp4" if request.param == "NVFP4" else "nvfp4a16"
+    folder: Path = request.getfixturevalue(name)
+    return folder
+
+
+# --- to ModelOpt
+
+
+def test_codes_and_block_scales_are_the_same_bytes_and_global_scales_reciprocals(
+    ours: Path, tmp_path: Path
+) -> None:
+    made, source = opened(exported(ours, tmp_path / "out")), opened(ours)
+    names = {"weight_packed": "weight", "weight_scale": "weight_scale"}
+    scalars = {"weight_global_scale": "weight_scale_2", "input_global_scale": "input_scale"}
+    for info in source.tensors.values():
+        module, _, suffix = info.name.rpartition(".")
+        theirs = {**names, **scalars}.get(suffix, suffix)
+        found = made.tensors[f"{module}.{theirs}"]
+        assert found.shard == info.shard
+        if suffix in scalars:
+            assert (found.dtype, found.shape) == ("F32", ())
+            factor = np.frombuffer(data(made, found.name), "<f4")[0]
+            assert factor == np.float32(1) / np.frombuffer(data(source, info.name), "<f4")[0]
+        else:
+            assert (found.dtype, found.shape) == (info.dtype, info.shape)
+            assert data(made, found.name) == data(source, info.name)
+    assert len(made.tensors) == len(source.tensors)
+
+
+def test_both_configs_say_the_same_in_modelopts_words(ours: Path, tmp_path: Path) -> None:
+    out = exported(ours, tmp_path / "out")
+    algorithm = "NVFP4" if f"{KEY}.input_global_scale" in opened(ours).tensors else "W4A16_NVFP4"
+    gates = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(3)]
+    exclude = ["lm_head", "model.embed_tokens", *gates]
+    producer = {"name": "modelopt", "version": "0.39.0"}
+    assert read_json(out / "hf_quant_config.json") == {
+        "producer": producer,
+        "quantization": {
+            "quant_algo": algorithm,
+            "kv_cache_quant_algo": None,
+            "group_size": 16,
+            "exclude_modules": exclude,
+        },
+    }
+    config = read_json(out / "config.json")
+    declared = config.pop("quantization_config")
+    assert config == read_json(TRAINED / "config.json")
+    fp4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+    inputs = {"input_activations": fp4} if algorithm == "NVFP4" else {}
+    assert declared == {
+        "config_groups": {"group_0": {**inputs, "weights": fp4, "targets": ["Linear"]}},
+        "group_size": 16,
+        "ignore": exclude,
+        "producer": producer,
+        "quant_algo": algorithm,
+        "quant_method": "modelopt",
+    }
+
+
+def test_patterns_in_ignore_become_exact_names(nvfp4a16: Path, tmp_path: Path) -> None:
+    config = read_json(nvfp4a16 / "config.json")["quantization_config"]
+    config["ignore"] = ["lm_head", r"re:.*block_sparse_moe\.gate$"]
+    src = mutated(nvfp4a16, tmp_path, config={"quantization_config": config})
+    out = exported(src, tmp_path / "out")
+    entries = read_json(out / "hf_quant_config.json")["quantization"]["exclude_modules"]
+    assert entries == list(plan_of(TRAINED).ignore)
+
+
+def test_verify_finds_nothing_to_say(ours: Path, tmp_path: Path) -> None:
+    assert loud(exported(ours, tmp_path / "out")) == []
+
+
+@pytest.mark.upstream
+def test_compressed_tensors_own_converter_gives_our_tensors_back(
+    nvfp4: Path, tmp_path: Path
+) -> None:
+    from compressed_tensors.entrypoints.convert import ModelOptNvfp4Converter
+
+    out = exported(nvfp4, tmp_path / "out")
+    modules = [n.removesuffix(".weight_packed") for n in opened(nvfp4).tensors if "_packed" in n]
+    theirs = converted_by(ModelOptNvfp4Converter(targets=modules), out, tmp_path / "theirs")
+    names = set(opened(nvfp4).tensors)
+    assert opened(theirs).tensors.keys() == names
+    scalars = {name for name in names if name.endswith("_global_scale")}
+    assert differences(theirs, nvfp4, names - scalars) == []
+    for name in scalars:  # theirs have no dimension, and are the reciprocal's plain reciprocal
+        it = number(nvfp4, name)
+        assert number(theirs, name) == np.float32(1) / (np.float32(1) / it)
+        assert number(theirs, name) in (it, *np.nextafter(it, np.array([0, np.inf], np.float32)))
+
+
+# --- and back
+
+
+def test_there_and_back_every_file_is_the_same(ours: Path, tmp_path: Path) -> None:
+    there = exported(ours, tmp_path / "there")
+    again = hashes(back(there, tmp_path / "back"))
+    first = hashes(ours)
+    assert again.pop("mquant.json") != first.pop("mquant.json")
+    assert again == first
+
+
+@pytest.mark.upstream
+def test_what_upstream_made_comes_back_in_its_order(tmp_path: Path) -> None:
+    src = model_free_ptq(one_shard(TRAINED, tmp_path / "one"), tmp_path / "src")
+    again = back(exported(src, tmp_path / "there"), tmp_path / "back")
+    assert list(opened(again).tensors) == list(opened(src).tensors)
+    assert differences(again, src, set(opened(src).tensors)) == []
+    assert read_json(again / "config.json") == read_json(src / "config.json")
+
+
+def test_what_the_reciprocal_would_not_give_back_is_recorded(nvfp4: Path, tmp_path: Path) -> None:
+    there = exported(nvfp4, tmp_path / "there")
+    record = read_json(there / "mquant.json")["compressed_tensors"]
+    name = f"{KEY}.input_global_scale"
+    assert record["scales"] == {name: float(number(nvfp4, name))}
+    (there / "mquant.json").unlink()
+    assert number(back(there, tmp_path / "back"), name) != number(nvfp4, name)
+
+
+def test_a_record_that_does_not_fit_its_scale_is_not_believed(nvfp4: Path, tmp_path: Path) -> None:
+    there = exported(nvfp4, tmp_path / "there")
+    table = read_json(there / "mquant.json")
+    table["compressed_tensors"] = {
+        "scales": {f"{KEY}.input_global_scale": 7.5, f"{KEY}.weight_global_scale": "1"},
+        "quantization_config": {"quant_method": "gptq"},
+    }
+    (there / "mquant.json").write_text(json.dumps(table))
+    out = back(there, tmp_path / "back")
+    assert number(out, f"{KEY}.input_global_scale") != 7.5
+    assert loud(out) == []
+
+
+def test_every_bf16_number_survives_its_reciprocal() -> None:
+    words = np.arange(0x0080, 0x7E80, dtype=np.uint32) << 16
+    for value in words.view(np.float32):
+        assert recovered(reciprocal(value)) == value
+
+
+def test_modelopts_own_checkpoint_becomes_one_that_verifies(ours: Path, tmp_path: Path) -> None:
+    there = exported(ours, tmp_path / "there")
+    (there / "mquant.json").unlink()
+    out = back(there, tmp_path / "back")
+    config = read_json(out / "config.json")["quantization_config"]
+    assert config["ignore"] == list(plan_of(TRAINED).ignore)
+    assert config["quant_method"] == "compressed-tensors"
+    inputs = config["config_groups"]["group_0"]["input_activations"]
+    assert (inputs is None) == (f"{KEY}.input_global_scale" not in opened(ours).tensors)
+    assert loud(out) == []
+    assert not (out / "hf_quant_config.json").exists()
+
+
+# --- running again, and what is refused
+
+
+def test_running_again_is_done_already(nvfp4a16: Path, tmp_path: Path) -> None:
+    out = exported(nvfp4a16, tmp_path / "out")
+    before = hashes(out)
+    assert not export(Folder(nvfp4a16), FAMILIES, Target.MODELOPT, out).fresh
+    assert hashes(out) == before
+
+
+def test_there_must_be_something_to_export(nvfp4a16: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="is not compressed-tensors NVFP4, which modelopt is made"):
+        exported(make_checkpoint(tmp_path / "bf16"), tmp_path / "out")
+    with pytest.raises(Refused, match="is already quantized"):
+        back(nvfp4a16, tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, np.inf, np.nan, 1e-40])
+def test_a_scale_without_a_reciprocal_is_refused_by_name(
+    nvfp4a16: Path, tmp_path: Path, value: float
+) -> None:
+    src = mutated(
+        nvfp4a16, tmp_path, edit=changed(f"{EXPERT}.weight_global_scale", data=scalar(value))
+    )
+    with pytest.raises(Refused, match=rf"{EXPERT}.weight_global_scale is .* has no reciprocal"):
+        exported(src, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_are_scaled_in_all_modules_or_in_none(nvfp4: Path, tmp_path: Path) -> None:
+    src = mutated(nvfp4, tmp_path, edit=without(f"{KEY}.input_global_scale"))
+    with pytest.raises(Refused, match=f"{KEY}.weight_packed has no scale of its input, 101 others"):
+        exported(src, tmp_path / "out")
+
+
+def test_a_quantized_cache_is_refused(nvfp4a16: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.k_scale"
+
+    def edit(rows: list[Row]) -> list[Row]:
+        return [*rows, (name, "F32", (1,), np.ones(1, "<f4").tobytes())]
+
+    with pytest.raises(Refused, match=f"mquant does not export {name}"):
+        exported(mutated(nvfp4a16, tmp_path, edit=edit), tmp_path / "out")

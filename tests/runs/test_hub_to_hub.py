@@ -1,0 +1,247 @@
+"""From a hub repo into another one: through a bounded folder, in an order that is never half."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import mquant.checkpoint.spool as spool_module
+from fakehub import FakeHub, hub, writable
+from judges import hashes, held, largest
+from make import make_checkpoint, make_larger
+from mquant.checkpoint import open_checkpoint
+from mquant.checkpoint.hub import HubRepo
+from mquant.cli.app import app
+from mquant.errors import MquantError, OutputError
+from mquant.family import load_families
+from mquant.output import LEDGER
+from mquant.plan import Plan, make_plan
+from mquant.recipe import find_recipe
+from mquant.runs.hub_to_hub import Shipped, quantize_to_hub
+from mquant.runs.quantize import quantize
+
+__all__ = ["hub", "writable"]
+
+PARENT, REPO = "org/larger", "org/larger-NVFP4"
+SHARD = 1_000_000
+"""Bytes of an output shard, at most."""
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """26 MB in 12 shards."""
+    return make_larger(tmp_path_factory.mktemp("larger") / "src", shards=12)
+
+
+@pytest.fixture(autouse=True)
+def _parent(writable: FakeHub, src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool_module, "PIECE", 300_000)
+    writable.add(PARENT, src)
+
+
+@pytest.fixture
+def expected(tmp_path: Path) -> dict[str, str]:
+    """The files that a run makes which downloads first and keeps all."""
+    quantize(plan_of(), tmp_path / "expected")
+    return hashes(tmp_path / "expected")
+
+
+def plan_of(src: str = PARENT) -> Plan:
+    checkpoint = open_checkpoint(HubRepo(src))
+    return make_plan(checkpoint, find_recipe("nvfp4"), load_families(), max_shard_bytes=SHARD)
+
+
+def ship(out: Path, scratch: int | None = None, repo: str = REPO, src: str = PARENT) -> Shipped:
+    return quantize_to_hub(plan_of(src), out, repo, scratch=scratch)
+
+
+def command(out: Path, scratch: int) -> list[str]:
+    options = ["--recipe", "nvfp4", "--max-shard-size", str(SHARD), "--scratch", str(scratch)]
+    start = [sys.executable, "-m", "mquant", "quantize", PARENT, *options]
+    return [*start, "--push-to", REPO, "-o", str(out)]
+
+
+def on_the_hub(hub: FakeHub, repo: str = REPO) -> dict[str, str]:
+    found = hashes(hub.repos[repo].folders[hub.repos[repo].revisions["main"]])
+    found.pop(".gitattributes", None)
+    return found
+
+
+def refusal(out: Path, repo: str = REPO) -> MquantError:
+    with pytest.raises(OutputError) as caught:
+        ship(out, repo=repo)
+    assert not out.exists()
+    return caught.value
+
+
+def test_the_repo_holds_what_a_run_makes_that_keeps_all(
+    hub: FakeHub, expected: dict[str, str], tmp_path: Path
+) -> None:
+    assert ship(tmp_path / "out", 9_000_000).fresh
+    assert on_the_hub(hub) == expected
+    assert hub.repos[REPO].access == "private"
+    assert not (tmp_path / "out").exists()
+
+
+def test_index_and_config_come_in_the_last_commit_and_the_ledger_goes(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    ship(tmp_path / "out", 9_000_000)
+    *before, last = hub.commits
+    assert last.added == ("model.safetensors.index.json", "config.json")
+    assert last.deleted == (LEDGER,)
+    for commit in before:
+        assert not {"model.safetensors.index.json", "config.json"} & {*commit.added}
+
+
+@pytest.mark.usefixtures("hub")
+def test_there_is_never_more_than_the_scratch_on_the_disk(src: Path, tmp_path: Path) -> None:
+    out, scratch, most = tmp_path / "out", 3 * largest(src), 0
+    with subprocess.Popen(command(out, scratch), stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            most = max(most, held(out))
+            time.sleep(0.001)
+    assert process.returncode == 0
+    assert largest(src) < most <= scratch
+
+
+def test_killed_at_any_time_it_goes_on(
+    hub: FakeHub, src: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    hub.forget()
+    hub.bytes_per_second = 20_000_000
+    for more in (2_000_000, 9_000_000, 7_000_000):
+        until = hub.bytes_served + more
+        with subprocess.Popen(command(out, 9_000_000), stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and hub.bytes_served < until:
+                time.sleep(0.005)
+            process.kill()
+    subprocess.run(command(out, 9_000_000), check=True, capture_output=True)
+    assert on_the_hub(hub) == expected
+    assert hub.bytes_received < sum(f.stat().st_size for f in src.iterdir()) / 3 + 3 * SHARD
+
+
+def test_another_machine_goes_on_from_the_repo(
+    hub: FakeHub, expected: dict[str, str], tmp_path: Path
+) -> None:
+    hub.drop_after = 3
+    with pytest.raises(OutputError, match=r"connection to 127\.0\.0\.1 broke"):
+        ship(tmp_path / "here", 9_000_000)
+    hub.drop_after = None
+    sent, served = set(hub.stored), hub.bytes_served
+    hub.forget()
+    ship(tmp_path / "there", 9_000_000)
+    assert on_the_hub(hub) == expected
+    again = [r.path for r in hub.requests if r.method == "PUT" and r.path[5:] in sent]
+    assert not again
+    assert hub.bytes_served < served + 9_000_000
+
+
+def test_done_is_done(hub: FakeHub, tmp_path: Path) -> None:
+    ship(tmp_path / "out")
+    commits = len(hub.commits)
+    assert not ship(tmp_path / "out").fresh
+    assert len(hub.commits) == commits
+    assert not (tmp_path / "out").exists()
+
+
+def test_killed_before_the_last_commit_it_is_no_checkpoint_and_goes_on(
+    hub: FakeHub, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mquant.runs.hub_to_hub.seal", dies)
+        ship(tmp_path / "out")
+    assert "config.json" not in on_the_hub(hub)
+    ship(tmp_path / "out")
+    assert on_the_hub(hub) == expected
+
+
+def test_a_repo_that_lost_a_shard_is_not_completed(hub: FakeHub, tmp_path: Path) -> None:
+    hub.loses = plan_of().shards[1].name
+    with pytest.raises(OutputError, match=rf"does not hold {hub.loses} as made"):
+        ship(tmp_path / "out")
+    assert "config.json" not in on_the_hub(hub)
+    hub.loses = None
+    ship(tmp_path / "out")
+    assert "config.json" in on_the_hub(hub)
+
+
+def test_a_folder_can_be_made_into_a_repo_too(
+    hub: FakeHub, src: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    out = tmp_path / "out"
+    options = ["--recipe", "nvfp4", "--max-shard-size", str(SHARD), "-o", str(out)]
+    result = CliRunner().invoke(app, ["quantize", str(src), *options, "--push-to", REPO])
+    assert result.exit_code == 0, result.output
+    assert "Quantized into http://127.0.0.1" in result.stdout
+    ours = on_the_hub(hub)
+    assert {k: v for k, v in ours.items() if k != "mquant.json"} == {
+        k: v for k, v in expected.items() if k != "mquant.json"
+    }
+
+
+def test_repos_with_something_else_are_refused(hub: FakeHub, src: Path, tmp_path: Path) -> None:
+    hub.add("org/other", src, access="private")
+    assert "org/other holds config.json" in refusal(tmp_path / "out", "org/other").message
+    hub.add("org/public", src)
+    assert "org/public is public" in refusal(tmp_path / "out", "org/public").message
+
+
+def test_another_run_into_the_same_repo_is_refused(hub: FakeHub, src: Path, tmp_path: Path) -> None:
+    hub.drop_after = 3
+    with pytest.raises(OutputError):
+        ship(tmp_path / "out", 9_000_000)
+    hub.drop_after = None
+    copy = make_checkpoint(tmp_path / "copy", layers=1, experts=2)
+    hub.add("org/copy", copy)
+    with pytest.raises(
+        OutputError, match=r"org/larger-NVFP4 is made from something else: repo was"
+    ):
+        ship(tmp_path / "other", src="org/copy")
+
+
+def test_a_ledger_that_lies_about_shards_is_not_believed(
+    hub: FakeHub, expected: dict[str, str], tmp_path: Path
+) -> None:
+    hub.drop_after = 3
+    with pytest.raises(OutputError):
+        ship(tmp_path / "out", 9_000_000)
+    hub.drop_after = None
+    repo = hub.repos[REPO]
+    ledger = repo.folders[repo.revisions["main"]] / LEDGER
+    lies = [{"shard": name, "sha256": "0" * 64, "jobs": []} for name in ("../x", *expected)]
+    with ledger.open("a") as file:
+        file.writelines(json.dumps(lie) + "\n" for lie in lies)
+    ship(tmp_path / "there", 9_000_000)
+    assert on_the_hub(hub) == expected
+
+
+def invoke(*options: str) -> Result:
+    return CliRunner().invoke(app, ["quantize", PARENT, "--recipe", "nvfp4", *options])
+
+
+def test_what_cannot_be_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = ("-o", str(tmp_path / "out"))
+    assert "'x' is no hub repo id" in invoke("--push-to", "x", *out).stderr
+    oneshot = invoke("--push-to", REPO, "--engine", "oneshot", *out)
+    assert (oneshot.exit_code, "--push-to is of the stream engine" in oneshot.stderr) == (2, True)
+    data = CliRunner().invoke(
+        app,
+        ["quantize", PARENT, "--recipe", "nvfp4-w4a4", "--data", "x.txt", "--push-to", REPO, *out],
+    )
+    assert (data.exit_code, "--push-to is of the stream engine" in data.stderr) == (2, True)
+    assert "needs no data" in invoke("--push-to", REPO, "--data", "x.txt", *out).stderr
+    small = invoke("--push-to", REPO, "--scratch", "3MB", *out)
+    assert "--scratch 3.00 MB is not enough: files of" in small.stderr
+    monkeypatch.delenv("HF_TOKEN")
+    assert "There is no token" in invoke("--push-to", REPO, *out).stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,423 @@
+"""A checkpoint made by the tasks of a Ray cluster, some of whose workers die."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import psutil
+import pytest
+import ray
+
+from judges import hashes
+from make import Row, make_checkpoint
+from mquant.errors import EngineError, MquantError, OutputError, Refused
+from mquant.events import Emit, Event, Note, Progress, silent
+from mquant.output import SHARES, is_taken, ledger_name
+from mquant.runs import ray_cluster
+from mquant.runs.job_spec import Order
+from mquant.runs.quantize import Result
+from mquant.runs.ray_cluster import quantize_on_ray
+from mquant.runs.shares import Shares
+from run import plan_of, quantize_nvfp4, shares_of
+
+SHARD_BYTES = 300_000
+JOB_SECONDS = 0.05
+"""What every job takes longer in these workers, so that there is time to kill them."""
+
+
+def slowness() -> Callable[[], None]:
+    """What to run in every worker before its first task: a function that is sent along."""
+    seconds = JOB_SECONDS
+
+    def be_slow() -> None:
+        import time
+        from typing import Any
+
+        from mquant.engines import stream
+
+        do = stream.Worker.do
+
+        def slowly(self: stream.Worker, job: Any) -> None:
+            do(self, job)
+            time.sleep(seconds)
+
+        stream.Worker.do = slowly  # type: ignore[method-assign]
+
+    return be_slow
+
+
+def connect(address: str, **options: Any) -> str:
+    """Connect this process to a cluster whose workers are slow; returns its address."""
+    context: Any = ray.init(
+        address,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.CRITICAL,
+        runtime_env={"worker_process_setup_hook": slowness()},
+        **options,
+    )
+    return str(context.address_info["address"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_workers() -> Iterator[str]:
+    """A cluster of this machine, with two CPUs and so with two workers; its address."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield connect("local", num_cpus=2)
+        ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver sees every share under way, however busy the machine is."""
+    monkeypatch.setattr(ray_cluster, "_LOOK_SECONDS", 0.05)
+
+
+@pytest.fixture(scope="module")
+def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(
+        tmp_path_factory.mktemp("ray") / "src",
+        layers=2,
+        experts=24,
+        hidden=128,
+        intermediate=128,
+        shards=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(src: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Every file's hash after a run of one process."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return hashes(quantize_nvfp4(src, out, shard_bytes=SHARD_BYTES))
+
+
+def on_ray(src: Path, out: Path, emit: Emit = silent) -> Result:
+    plan = plan_of(src, max_shard_bytes=SHARD_BYTES)
+    order = Order.of(plan, SHARD_BYTES, allow_unsafe=False, importance=None)
+    return quantize_on_ray(plan, order, out, emit=emit)
+
+
+def run_of(src: Path, out: Path) -> Shares:
+    """The run that `on_ray` makes: a share for each shard."""
+    of = len(plan_of(src, max_shard_bytes=SHARD_BYTES).shards)
+    return shares_of(src, out, of, SHARD_BYTES)
+
+
+def holder(ledger: Path) -> int:
+    """The process at work on a share: which has its ledger open."""
+    for process in psutil.process_iter():
+        try:
+            if str(ledger) in {file.path for file in process.open_files()}:
+                return int(process.pid)
+        except psutil.Error:
+            continue
+    raise AssertionError(f"nobody is at work on {ledger.name}")
+
+
+def once_begun(out: Path, jobs: int, then: Callable[[int], None]) -> Callable[[Event], None]:
+    """An `emit` that calls `then` with a share, once one has counted so many jobs of several."""
+    done: list[int] = []
+
+    def emit(event: Event) -> None:
+        if done or not isinstance(event, Progress) or not event.workers:
+            return
+        for path in out.glob("mquant-run.*-of-*.jsonl"):
+            number = int(path.name.split(".")[1].split("-")[0])
+            text = path.read_text()
+            if '"shard"' not in text and len(counted(text)) >= jobs:
+                done.append(number)
+                then(number)
+                return
+
+    return emit
+
+
+def counted(ledger: str) -> list[int]:
+    """The jobs that a ledger counts, in the order in which they were done, but for whole shards."""
+    entries = [json.loads(line) for line in ledger.splitlines() if line.endswith("}")]
+    spans = [span for e in entries if "shard" not in e for span in e.get("jobs", [])]
+    return [number for first, last in spans for number in range(first, last + 1)]
+
+
+@pytest.fixture
+def ledgers(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
+    """What each share's ledger said when all were done, by number."""
+    kept: dict[int, str] = {}
+    finish = Shares.finish
+
+    def keep_and_finish(self: Shares, emit: Emit = silent) -> Result | None:
+        for number in self.numbers:
+            kept[number] = (self.out / ledger_name(number, self.joint.of)).read_text()
+        return finish(self, emit)
+
+    monkeypatch.setattr(Shares, "finish", keep_and_finish)
+    return kept
+
+
+def test_two_workers_make_the_bytes_of_one_process(
+    src: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    result = on_ray(src, tmp_path / "out", events.append)
+    assert result.fresh
+    assert hashes(tmp_path / "out") == expected
+    seen = [event for event in events if isinstance(event, Progress) and event.stage == "quantize"]
+    assert max(event.workers for event in seen) in (1, 2)  # one may just have begun nothing yet
+    assert seen[-1] == Progress("quantize", seen[-1].total, seen[-1].total)
+    assert [event.done for event in seen] == sorted(event.done for event in seen)
+    count = len(result.plan.shards)
+    assert count > 4
+    said = f"On Ray: {count} shares to make, with 1 CPU each; there are 2 CPUs on 1 node."
+    assert Note("info", said) in events
+    assert not on_ray(src, tmp_path / "out").fresh
+
+
+def test_a_killed_worker_costs_only_its_own_jobs(
+    src: Path,
+    expected: dict[str, str],
+    tmp_path: Path,
+    ledgers: dict[int, str],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    out, killed = tmp_path / "out", list[tuple[int, str]]()
+    run = run_of(src, out)
+
+    def kill(number: int) -> None:
+        ledger = out / ledger_name(number, run.joint.of)
+        os.kill(holder(ledger), signal.SIGKILL)
+        killed.append((number, ledger.read_text()))
+
+    on_ray(src, out, once_begun(out, 3, kill))
+    assert hashes(out) == expected
+    ((number, before),) = killed
+    for other, text in ledgers.items():
+        starts = text.count('{"sources"')
+        assert starts == (2 if other == number else 1)
+        assert len(counted(text)) == len(set(counted(text)))
+    after = ledgers[number].removeprefix(before)
+    assert len(after) < len(ledgers[number])
+    assert len(counted(before)) >= 3
+    assert set(counted(before)).isdisjoint(counted(after))
+    assert capfd.readouterr() == ("", ""), "Ray's own report of it is not for our reader"
+
+
+def test_a_share_whose_worker_dies_every_time_is_one_sentence(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deadly() -> Callable[..., None]:
+        def share(*arguments: object) -> None:
+            os.kill(os.getpid(), 9)
+
+        return share
+
+    monkeypatch.setattr(ray_cluster, "_task", deadly)
+    monkeypatch.setattr(ray_cluster, "_RETRIES", 1)
+    with pytest.raises(EngineError) as caught:
+        on_ray(src, tmp_path / "out")
+    assert caught.value.message.endswith(" was lost 2 times (WorkerCrashedError).")
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_numbers_that_are_none_are_the_sentence_of_a_single_process(tmp_path: Path) -> None:
+    def spoil(rows: list[Row]) -> None:
+        name, dtype, shape, data = rows[-5]
+        values = np.frombuffer(bytearray(data), ml_dtypes.bfloat16)
+        values[7] = np.nan
+        rows[-5] = (name, dtype, shape, values.tobytes())
+
+    src = make_checkpoint(tmp_path / "src", layers=2, experts=24, edit=spoil)
+    with pytest.raises(MquantError) as alone:
+        quantize_nvfp4(src, tmp_path / "alone")
+    with pytest.raises(MquantError) as caught:
+        on_ray(src, tmp_path / "out")
+    assert "NaN or infinite" in caught.value.message
+    assert (caught.value.message, caught.value.fix) == (alone.value.message, alone.value.fix)
+    assert (caught.value.exit_code, caught.value.__cause__) == (1, None)
+    assert (tmp_path / "out" / SHARES).exists()
+
+
+def test_a_failure_nobody_foresaw_names_the_share(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty() -> Callable[..., None]:
+        def share(*arguments: object) -> None:
+            raise ZeroDivisionError("division by zero")
+
+        return share
+
+    monkeypatch.setattr(ray_cluster, "_task", faulty)
+    with pytest.raises(EngineError) as caught:
+        on_ray(src, tmp_path / "out")
+    assert " failed unexpectedly: ZeroDivisionError: division by zero." in caught.value.message
+
+
+def test_interrupted_it_goes_on(src: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def interrupt(number: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        on_ray(src, out, once_begun(out, 2, interrupt))
+    assert not (out / "config.json").exists()
+    run = run_of(src, out)
+    assert not any(is_taken(out, number, run.joint.of) for number in run.numbers)
+    done = sum(map(run.done_bytes, run.numbers))
+    assert done > 0
+    events: list[Event] = []
+    on_ray(src, out, events.append)
+    first = next(event for event in events if isinstance(event, Progress))
+    assert first.done == done
+    assert hashes(out) == expected
+
+
+@pytest.mark.parametrize(
+    ("tasks", "workers", "cpus", "threads"),
+    [(5, None, 1, 2), (1, None, 2, 3), (5, 1, 1, 1), (5, 2, 1, 2), (5, 9, 2, 9)],
+)
+def test_tasks_share_out_the_cpus_and_have_a_thread_more(
+    tasks: int, workers: int | None, cpus: int, threads: int
+) -> None:
+    assert ray_cluster._fit(tasks, workers, silent) == (cpus, threads)
+
+
+def test_shares_that_were_made_by_jobs_are_not_made_again(
+    src: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run = shares_of(src, out, 3, SHARD_BYTES)
+    run.make(2)
+    before = {shard.name: (out / shard.name).stat().st_mtime_ns for shard in run.parts[1].shards}
+    events: list[Event] = []
+    on_ray(src, out, events.append)
+    assert any("2 shares to make" in event.message for event in events if isinstance(event, Note))
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+    assert hashes(out) == expected
+
+
+def test_where_all_shares_are_done_no_task_is_sent_out(
+    src: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (1, 2):
+        shares_of(src, tmp_path / "out", 2, SHARD_BYTES).make(number)
+    monkeypatch.setattr(ray_cluster, "_connected", None)
+    assert on_ray(src, tmp_path / "out").fresh
+    assert hashes(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("what", ["out", "source"])
+def test_a_node_that_does_not_see_the_storage_is_named(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    out, hidden = tmp_path / "out", str(tmp_path / "hidden")
+    if what == "out":
+        monkeypatch.setattr(ray_cluster, "SHARES", "../hidden")
+    else:
+        monkeypatch.setattr(ray_cluster, "_paths", lambda order: [hidden])
+    with pytest.raises(MquantError) as caught:
+        on_ray(src, out)
+    assert caught.value.message.startswith(f"Node {os.uname().nodename} does not see ")
+    assert caught.value.message.endswith("hidden.")
+    assert "storage that all nodes mount" in caught.value.fix
+
+
+def test_a_node_with_another_mquant_is_named(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mquant import __version__
+
+    monkeypatch.setattr(ray_cluster, "__version__", "9.9.9")
+    with pytest.raises(MquantError) as caught:
+        on_ray(src, tmp_path / "out")
+    node = os.uname().nodename
+    assert caught.value.message == (
+        f"The driver's mquant is 9.9.9, that of node {node} is {__version__}."
+    )
+    assert caught.value.fix == "Install mquant 9.9.9 on all nodes."
+
+
+def test_what_is_refused_is_refused_before_a_task_is_sent_out(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_cluster, "_share_out", None)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="mquant did not make it"):
+        on_ray(src, tmp_path)
+    broken = make_checkpoint(tmp_path / "broken", edit=lambda rows: rows[:-1])
+    with pytest.raises(Refused):
+        on_ray(broken, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+CONNECT = """
+import os, signal
+from mquant.events import silent
+from mquant.runs.ray_cluster import _connected
+def ours(signum, frame): raise KeyboardInterrupt
+signal.signal(signal.SIGTERM, ours)
+told = 0
+with _connected(silent):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        told += 1
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+except KeyboardInterrupt:
+    told += 1
+print("told", told)
+"""
+
+
+def test_sigterm_stays_ours_while_connected_and_after_and_nothing_is_printed(
+    two_workers: str,
+) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", CONNECT],
+        env={**os.environ, "RAY_ADDRESS": two_workers},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "told 2\n", "")
+
+
+DRIVER = """
+from pathlib import Path
+from test_cluster import connect, on_ray
+connect({address!r})
+on_ray(Path({src!r}), Path({out!r}))
+"""
+
+
+def test_a_killed_driver_can_be_run_again(
+    src: Path, expected: dict[str, str], tmp_path: Path, two_workers: str
+) -> None:
+    out = tmp_path / "out"
+    tests = str(Path(__file__).parent)
+    code = DRIVER.format(address=two_workers, src=str(src), out=str(out))
+    path = os.pathsep.join([*sys.path, tests])
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}
+    ) as driver:
+        deadline = time.monotonic() + 60
+        while not list(out.glob("*.safetensors")) and time.monotonic() < deadline:
+            assert driver.poll() is None
+            time.sleep(0.05)
+        driver.kill()
+    assert not (out / "config.json").exists()
+    events: list[Event] = []
+    on_ray(src, out, events.append)  # its workers may be at work for a moment more
+    assert next(event for event in events if isinstance(event, Progress)).done > 0
+    assert hashes(out) == expected

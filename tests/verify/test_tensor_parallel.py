@@ -1,0 +1,182 @@
+"""Over how many GPUs a checkpoint can be split, and what else is no fault and worth knowing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from judges import opened, read_json
+from make import make_checkpoint, make_row, without, write_index, write_json, write_shard
+from mquant.checkpoint import CONFIG_NAME, INDEX_NAME
+from mquant.data import folder
+from mquant.family import load_families
+from mquant.output.finish import config_json, index_json
+from mquant.runs.quantize import quantize
+from mquant.synth import Precision, Sizes, synth
+from mutate import judged, mutated
+from run import plan_of, quantize_nvfp4
+
+FAMILIES = load_families()
+RECIPE = folder("recipes") / "nvfp4.yaml"
+HEAD = "With FP4 Marlin kernels, by tensor-parallel size: "
+W2 = "model.layers.0.block_sparse_moe.experts.0.w2"
+
+
+def facts(checkpoint: Path) -> dict[str, str]:
+    """Rule -> message of what is no fault."""
+    return judged(checkpoint, severities=("info",))
+
+
+def made(where: Path, **sizes: Any) -> Path:
+    src = make_checkpoint(where / "src", **{"layers": 1, "experts": 2, **sizes})
+    return quantize_nvfp4(src, where / "out")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "vllm", "sglang"),
+    [
+        (
+            {"hidden": 128, "intermediate": 256, "heads": 16, "experts": 16},
+            "1, 2, 4, 8, 16",
+            f"1, 2, 4 (not 8: {W2} reads 256, 32 a rank, no multiple of 64)",
+        ),
+        (
+            {"hidden": 128, "intermediate": 64},
+            "1, 2 (not 4: 4 ranks are more than 2 experts)",
+            f"1 (not 2: {W2} reads 64, 32 a rank, no multiple of 64)",
+        ),
+        (
+            {"hidden": 128, "intermediate": 64, "heads": 6},
+            "1, 2 (not 4: 6 attention heads do not divide by 4)",
+            f"1 (not 2: {W2} reads 64, 32 a rank, no multiple of 64)",
+        ),
+        (
+            {"hidden": 128, "intermediate": 48, "heads": 6, "kv_heads": 3},
+            "1 (not 2: of 3 key and value heads and 2 ranks, neither divides the other)",
+            f"none (not 1: {W2} reads 48, 48 a rank, no multiple of 64)",
+        ),
+        (
+            {"hidden": 64, "intermediate": 128, "experts": 4, "heads": 4, "head_dim": 8},
+            "1, 2 (not 4: model.layers.0.self_attn.o_proj reads 32, 8 a rank, no multiple of 16)",
+            f"none (not 1: experts write 64 channels ({W2}), no multiple of 128)",
+        ),
+    ],
+)
+def test_one_sentence_says_which_sizes_work(
+    tmp_path: Path, sizes: dict[str, int], vllm: str, sglang: str
+) -> None:
+    assert facts(made(tmp_path, **sizes))["tensor-parallel"] == (
+        f"{HEAD}vLLM 0.32 with {vllm}; SGLang 0.5.23 with {sglang}."
+    )
+
+
+def hollow(where: Path, family: str, layers: int, experts: int) -> Path:
+    """A quantized checkpoint of a release's own shapes: headers and config.json over no data."""
+    sizes = Sizes(layers, experts if family not in ("llama", "qwen3") else None)
+    plan = plan_of(synth(where / "src", FAMILIES[family], sizes=sizes, shapes_only=True).path)
+    out = where / "out"
+    out.mkdir()
+    for shard in plan.shards:
+        with (out / shard.name).open("wb") as file:
+            file.write(shard.layout[0])
+            file.truncate(shard.file_bytes)
+    write_json(out / INDEX_NAME, index_json(plan))
+    write_json(out / CONFIG_NAME, config_json(plan))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        (
+            "minimax_m2",
+            "vLLM 0.32 with 1, 2, 4, 8, 16; SGLang 0.5.23 with 1, 2, 4, 8 "
+            f"(not 16: {W2} reads 1536, 96 a rank, no multiple of 64)",
+        ),
+        ("deepseek_v3", "vLLM 0.32 with 1, 2, 4, 8, 16"),
+        ("llama", "vLLM 0.32 with 1, 2, 4, 8, 16; SGLang 0.5.23 with 1, 2, 4, 8, 16"),
+        ("mixtral", "vLLM 0.32 with 1, 2, 4, 8, 16; SGLang 0.5.23 with 1, 2, 4, 8, 16"),
+        ("qwen3", "vLLM 0.32 with 1, 2, 4, 8, 16; SGLang 0.5.23 with 1, 2, 4, 8, 16"),
+        (
+            "qwen3_moe",
+            "vLLM 0.32 with 1, 2, 4, 8, 16; SGLang 0.5.23 with 1, 2, 4 "
+            "(not 8: model.layers.0.mlp.experts.0.down_proj reads 768, 96 a rank, "
+            "no multiple of 64)",
+        ),
+    ],
+)
+def test_what_releases_of_a_family_work_with(tmp_path: Path, family: str, sizes: str) -> None:
+    out = hollow(tmp_path, family, layers=4, experts=16)
+    assert judged(out) == {}
+    assert facts(out)["tensor-parallel"] == f"{HEAD}{sizes}."
+
+
+def test_a_hidden_size_no_kernel_takes_is_a_warning(tmp_path: Path) -> None:
+    out = made(tmp_path, hidden=32)
+    assert judged(out) == {
+        "kernel-shape": "vLLM 0.32 cannot run it on any number of GPUs: experts write 32 channels "
+        f"({W2}), no multiple of 64."
+    }
+    assert "tensor-parallel" not in facts(out)
+
+
+def test_a_layer_that_stays_plain_asks_for_no_groups(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden": 128, "intermediate": 256, "heads": 16, "head_dim": 8}
+    src = make_checkpoint(tmp_path / "src", layers=1, experts=16, **sizes)
+    all_of_it = quantize_nvfp4(src, tmp_path / "all")
+    # o reads 128 channels: half a group for each of 16.
+    assert "vLLM 0.32 with 1, 2, 4, 8 (not 16: " in facts(all_of_it)["tensor-parallel"]
+    recipe = tmp_path / "experts.yaml"
+    recipe.write_text(RECIPE.read_text("utf-8").replace("  attention: NVFP4A16\n", ""))
+    quantize(plan_of(src, str(recipe)), tmp_path / "experts")
+    assert "vLLM 0.32 with 1, 2, 4, 8, 16;" in facts(tmp_path / "experts")["tensor-parallel"]
+
+
+def test_the_layers_that_are_quantized_decide(tmp_path: Path) -> None:
+    out = made(tmp_path, layers=2, hidden=128, intermediate=256, heads=16, head_dim=8, experts=16)
+    first = "model.layers.0.self_attn.o_proj"
+    table = read_json(out / CONFIG_NAME)["quantization_config"]
+    table["ignore"].append(first)
+
+    mixed = mutated(out, tmp_path, edit=without(first), config={"quantization_config": table})
+    plain = make_row(f"{first}.weight", "BF16", (128, 128))
+    write_shard(mixed / "model-0.safetensors", [plain])  # what is met first
+    before = opened(mixed)
+    where = {info.name: info.shard for info in before.tensors.values()}
+    where[plain[0]] = "model-0.safetensors"
+    write_index(mixed, where, before.nbytes + len(plain[3]))
+    assert judged(mixed) == {}
+    said = facts(mixed)["tensor-parallel"]
+    assert "(not 16: model.layers.1.self_attn.o_proj reads 128, 8 a rank, " in said
+
+
+def test_nothing_is_said_of_what_is_not_nvfp4(parent: Path, tmp_path: Path) -> None:
+    fp8 = synth(tmp_path, FAMILIES["minimax_m2"], precision=Precision.FP8_BLOCK).path
+    for each in (parent, fp8):
+        assert "tensor-parallel" not in facts(each)
+
+
+def test_nothing_is_said_of_shapes_that_are_wrong(good: Path, tmp_path: Path) -> None:
+    assert "tensor-parallel" in facts(good)
+    bad = mutated(good, tmp_path, config={"intermediate_size": 64})
+    assert "shape-disagrees" in judged(bad)
+    assert "tensor-parallel" not in facts(bad)
+
+
+# --- multi-token prediction
+
+
+def test_mtp_that_config_promises_and_shards_lack(good: Path, tmp_path: Path) -> None:
+    assert facts(good)["mtp-without-tensors"] == (
+        "config.json says num_mtp_modules 3, but there is no tensor of such a module."
+    )
+    none = mutated(good, tmp_path, config={"num_mtp_modules": 0})
+    assert "mtp-without-tensors" not in facts(none)
+
+
+def test_no_word_of_mtp_where_its_layers_are(tmp_path: Path) -> None:
+    src = synth(tmp_path / "src", FAMILIES["deepseek_v3"]).path
+    promised = {"num_nextn_predict_layers": 1}
+    assert "mtp-without-tensors" in facts(mutated(src, tmp_path / "a", config=promised))
+    there = mutated(src, tmp_path / "b", config={**promised, "num_hidden_layers": 2})
+    assert "mtp-without-tensors" not in facts(there)
