@@ -1,0 +1,103 @@
+"""Count the lines of code: without blank lines, comments and docstrings.
+
+    python scripts/count_code.py [FOLDER ...]
+
+Prints one row a room (src/ when no folder is given), then whatever is larger than this project
+allows itself: a file over 400 lines, a function over 60, a function with more than 8 parameters
+(Typer commands aside, whose parameters are their options). Exit code 1 where there is any.
+"""
+
+import ast
+import io
+import sys
+import tokenize
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+MOST_FILE_LINES: Final = 400
+MOST_FUNCTION_LINES: Final = 60
+MOST_PARAMETERS: Final = 8
+
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+_SILENT: Final = frozenset(
+    {
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+        tokenize.ENCODING,
+    }
+)
+
+
+def code_lines(text: str) -> int:
+    """The number of lines on which a token of code stands."""
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in _SILENT:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return len(lines - _docstring_lines(ast.parse(text)))
+
+
+def too_large(path: Path, text: str) -> Iterator[str]:
+    """One sentence for each thing in a file that is larger than this project allows itself."""
+    count = text.count("\n")
+    if count > MOST_FILE_LINES:
+        yield f"{path} has {count} lines"
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, _Function):
+            continue
+        length = (node.end_lineno or node.lineno) - node.lineno + 1
+        if length > MOST_FUNCTION_LINES and not _is_command(node):
+            yield f"{path}:{node.lineno} {node.name} has {length} lines"
+        parameters = _parameters(node)
+        if parameters > MOST_PARAMETERS and not _is_command(node):
+            yield f"{path}:{node.lineno} {node.name} has {parameters} parameters"
+
+
+def _docstring_lines(tree: ast.Module) -> set[int]:
+    lines: set[int] = set()
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        for statement in body if isinstance(body, list) else []:
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                value = statement.value
+                if isinstance(value.value, str):
+                    lines.update(range(value.lineno, (value.end_lineno or value.lineno) + 1))
+    return lines
+
+
+def _parameters(node: _Function) -> int:
+    arguments = node.args
+    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    return len([each for each in every if each.arg not in ("self", "cls")])
+
+
+def _is_command(node: _Function) -> bool:
+    """Whether a function is a Typer command: `@app.command(...)` stands above it."""
+    calls = [each.func if isinstance(each, ast.Call) else each for each in node.decorator_list]
+    return any(isinstance(call, ast.Attribute) and call.attr == "command" for call in calls)
+
+
+def main(folders: list[str]) -> int:
+    """Print the table and what is too large."""
+    rooms: Counter[str] = Counter()
+    large: list[str] = []
+    for folder in folders:
+        for path in sorted(Path(folder).rglob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            rooms["/".join(path.parts[:3]) if len(path.parts) > 3 else folder] += code_lines(text)
+            large += too_large(path, text)
+    for room, count in sorted(rooms.items()):
+        print(f"{count:7,}  {room}")
+    print(f"{sum(rooms.values()):7,}  in all")
+    print(*large, sep="\n")
+    return 1 if large else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or ["src"]))
