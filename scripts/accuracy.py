@@ -189,11 +189,11 @@ def upstream(model: Path, plan: Plan, observer: str, name: str, judge: Judge, wh
     run("quantize", model, "--recipe", "nvfp4", "-o", out)
     seconds = 0.0
     made: dict[str, torch.Tensor] = {}
-    for job in (job for shard in plan.shards for job in shard.jobs if job.scheme):
-        weights = [as_tensor(values(plan.survey.checkpoint, a.source.name)) for a in job.actions]
-        took, found = theirs(job, weights, observer)
+    for unit in (unit for shard in plan.shards for unit in shard.units if unit.scheme):
+        weights = [as_tensor(values(plan.survey.checkpoint, a.source.name)) for a in unit.actions]
+        took, found = theirs(unit, weights, observer)
         seconds += took
-        for action, parts in zip(job.actions, found, strict=True):
+        for action, parts in zip(unit.actions, found, strict=True):
             named = zip(action.outputs, parts, strict=True)
             made |= {output.name: torch.from_numpy(np.array(part)) for output, part in named}
     for shard in out.glob("*.safetensors"):

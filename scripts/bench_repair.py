@@ -24,7 +24,7 @@ from pathlib import Path
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.family import Role, load_families
 from mquant.output import config_json, index_json
-from mquant.plan import Output, Plan, ShardJob
+from mquant.plan import OutputTensor, Plan, ShardPlan
 from mquant.schemes import NVFP4A16
 from mquant.synth import Sizes, synth
 from mquant.text import size
@@ -122,14 +122,14 @@ def broken(plan: Plan, folder: Path) -> Path:
     return folder
 
 
-def _with_quantized_routers(shard: ShardJob) -> ShardJob:
-    jobs = []
-    for job in shard.jobs:
+def _with_quantized_routers(shard: ShardPlan) -> ShardPlan:
+    units = []
+    for unit in shard.units:
         actions = tuple(
             replace(
                 action,
                 outputs=tuple(
-                    Output(*output)
+                    OutputTensor(*output)
                     for output in NVFP4A16.outputs(
                         action.module, action.source.shape, action.source.dtype
                     )
@@ -137,10 +137,10 @@ def _with_quantized_routers(shard: ShardJob) -> ShardJob:
             )
             if action.role is Role.ROUTER
             else action
-            for action in job.actions
+            for action in unit.actions
         )
-        jobs.append(replace(job, actions=actions))
-    return replace(shard, jobs=tuple(jobs))
+        units.append(replace(unit, actions=actions))
+    return replace(shard, units=tuple(units))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from llmcompressor.observers.helpers import fuse_weight_observers
 from mquant.checkpoint import Checkpoint, Folder, open_checkpoint
 from mquant.family import load_families
 from mquant.numerics.formats import BF16, E2M1, E4M3, FLOATS, Array
-from mquant.plan import Job, make_plan
+from mquant.plan import WorkUnit, make_plan
 from mquant.recipe import find_recipe
 
 OBSERVERS = ("memoryless_minmax", "memoryless_mse", "nvfp4_expanded_mse")
@@ -64,13 +64,13 @@ def tensor(weight: Array) -> torch.Tensor:
     return torch.from_numpy(weight)
 
 
-def theirs(job: Job, weights: list[torch.Tensor], observer: str) -> tuple[float, list[Parts]]:
+def theirs(unit: WorkUnit, weights: list[torch.Tensor], observer: str) -> tuple[float, list[Parts]]:
     """Quantize a fused set with llmcompressor; returns its seconds and each member's tensors."""
     scheme = preset_name_to_scheme("NVFP4A16", ["Linear"])
     assert scheme.weights is not None
     scheme.weights.observer = observer
     parent = torch.nn.Module()
-    for action, weight in zip(job.actions, weights, strict=True):
+    for action, weight in zip(unit.actions, weights, strict=True):
         name = action.module.rpartition(".")[2]
         parent.add_module(name, initialize_quantized_linear(weight, scheme, "cpu"))
     modules: list[Any] = list(parent.children())
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every tensor's numbers here")
     args = parser.parse_args()
     plan = make_plan(open_checkpoint(Folder(args.src)), find_recipe("nvfp4-opt"), load_families())
-    jobs = [job for shard in plan.shards for job in shard.jobs if job.scheme][: args.sets]
+    units = [unit for shard in plan.shards for unit in shard.units if unit.scheme][: args.sets]
     observers = args.observers.split(",")
     seconds = dict.fromkeys(observers, 0.0)
     rows: list[dict[str, Any]] = []
@@ -124,13 +124,13 @@ def main() -> None:
         subprocess.run([*command, "--workers", "1"], check=True)
         whole = time.perf_counter() - start
         ours = open_checkpoint(Folder(Path(folder, "out")))
-        for job in jobs:
-            weights = [values(plan.survey.checkpoint, a.source.name) for a in job.actions]
+        for unit in units:
+            weights = [values(plan.survey.checkpoint, a.source.name) for a in unit.actions]
             found: dict[str, list[Parts]] = {}
             for observer in observers:
-                took, found[observer] = theirs(job, list(map(tensor, weights)), observer)
+                took, found[observer] = theirs(unit, list(map(tensor, weights)), observer)
                 seconds[observer] += took
-            for number, (action, weight) in enumerate(zip(job.actions, weights, strict=True)):
+            for number, (action, weight) in enumerate(zip(unit.actions, weights, strict=True)):
                 row = {"tensor": action.source.name, "bytes": action.source.nbytes}
                 parts = [values(ours, output.name) for output in action.outputs]
                 row["ours"] = error(weight, parts)

@@ -71,7 +71,7 @@ def makespan(
     busy = np.ones(slots, bool)
     time = 0.0
 
-    def turn(slot: int) -> None:
+    def folder_lock(slot: int) -> None:
         """Have a slot begin its next phase that takes any time, or none."""
         while True:
             if not queues[slot] and waiting:
@@ -88,7 +88,7 @@ def makespan(
         left[slot], cap[slot] = phase.size, phase.cap
 
     for slot in range(slots):
-        turn(slot)
+        folder_lock(slot)
     while busy.any():
         rate = share_out(np.where(busy, cap, 0.0), uses, loads, capacity)
         needed = np.divide(left, rate, out=np.full(slots, np.inf), where=busy)
@@ -96,7 +96,7 @@ def makespan(
         time += step
         left -= rate * step
         for ended in np.flatnonzero(busy & (needed <= step * (1 + _EPSILON))):
-            turn(int(ended))
+            folder_lock(int(ended))
     return time
 
 
@@ -143,18 +143,18 @@ class Share:
 
 def work_of(plan: Plan) -> Share:
     """What a plan, or a share of one, holds."""
-    jobs = [job for shard in plan.shards for job in shard.jobs]
+    units = [unit for shard in plan.shards for unit in shard.units]
     return Share(
-        read=sum(job.source_bytes for job in jobs),
-        written=sum(job.output_bytes for job in jobs),
-        largest=max((sum(j.output_bytes for j in s.jobs) for s in plan.shards), default=0),
+        read=sum(unit.source_bytes for unit in units),
+        written=sum(unit.output_bytes for unit in units),
+        largest=max((sum(j.output_bytes for j in s.units) for s in plan.shards), default=0),
     )
 
 
 def fetched_again(parts: Sequence[Plan], sizes: Mapping[str, int]) -> int:
     """Bytes of the files that more than one share needs, counted once less than they are needed."""
     needed = [
-        {path for shard in part.shards for job in shard.jobs for path in job.files}
+        {path for shard in part.shards for unit in shard.units for path in unit.files}
         for part in parts
     ]
     each = sum(sizes[path] for paths in needed for path in paths)
@@ -203,9 +203,9 @@ class Piece:
 def pieces_of(plan: Plan) -> list[Piece]:
     """The jobs of a plan, in its order."""
     return [
-        Piece(job.source_bytes, job.output_bytes, tuple(sorted(job.files)), number)
+        Piece(unit.source_bytes, unit.output_bytes, tuple(sorted(unit.files)), number)
         for number, shard in enumerate(plan.shards)
-        for job in shard.jobs
+        for unit in shard.units
     ]
 
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.family import load_families
-from mquant.plan import DEFAULT_SHARD_BYTES, Plan, ShardJob, cut_shards, make_plan, shares
+from mquant.plan import DEFAULT_SHARD_BYTES, Plan, ShardPlan, cut_shards, make_plan, shares
 from mquant.recipe import find_recipe
 from mquant.synth import Sizes, synth
 from simulation import (
@@ -166,9 +166,9 @@ class Outcome:
 @cache
 def cut(case: Case, shard_bytes: int) -> Plan:
     """The plan with shards of another size."""
-    jobs = [job for shard in case.plan.shards for job in shard.jobs]
-    groups = cut_shards(jobs, lambda job: job.output_bytes, shard_bytes)
-    return replace(case.plan, shards=tuple(ShardJob(name, tuple(g)) for name, g in groups.items()))
+    units = [unit for shard in case.plan.shards for unit in shard.units]
+    groups = cut_shards(units, lambda unit: unit.output_bytes, shard_bytes)
+    return replace(case.plan, shards=tuple(ShardPlan(name, tuple(g)) for name, g in groups.items()))
 
 
 @cache
@@ -271,7 +271,7 @@ def through_scratch(case: Case, network: float, *, push: bool) -> Alone:
     fetch, send = min(network, FETCH), min(network, DISK)
     # What is sent is hashed first, by one thread.
     rates = Rates(fetch, CORES * CORE, 1 / (1 / send + 1 / DIGEST) if push else 0, COMMIT, DIGEST)
-    largest = max(sum(job.output_bytes for job in shard.jobs) for shard in plan.shards)
+    largest = max(sum(unit.output_bytes for unit in shard.units) for shard in plan.shards)
     shard_room = max(2 * largest, SCRATCH // 4) if push else float("inf")
     room = SCRATCH - (shard_room if push else 0)
     went = pipeline(pieces_of(plan), case.files, rates, room, shard_room)

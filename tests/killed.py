@@ -22,13 +22,13 @@ from run import quantize_nvfp4, shares_of
 _SERVER = multiprocessing.get_context("forkserver")
 
 
-def run_and_die(src: Path, out: Path, shard_bytes: int, job: int, *, counted: bool) -> int | None:
-    """Quantize, and kill the process when it has done `job` jobs; returns its exit code.
+def run_and_die(src: Path, out: Path, shard_bytes: int, unit: int, *, counted: bool) -> int | None:
+    """Quantize, and kill the process when it has done `unit` units; returns its exit code.
 
-    With `counted` every job is in the ledger before the next begins; without, none is before its
-    shard is whole. One worker, so that it is the same jobs every time.
+    With `counted` every unit is in the ledger before the next begins; without, none is before its
+    shard is whole. One worker, so that it is the same units every time.
     """
-    return _outcome(_start(_die_after, src, out, shard_bytes, job, counted))
+    return _outcome(_start(_die_after, src, out, shard_bytes, unit, counted))
 
 
 def run_and_kill(src: Path, out: Path, shard_bytes: int, seconds: float) -> int | None:
@@ -51,10 +51,10 @@ def make_shares(src: Path, out: Path, shard_bytes: int, of: int) -> list[int | N
 
 
 def share_and_die(
-    src: Path, out: Path, shard_bytes: int, number: int, of: int, job: int
+    src: Path, out: Path, shard_bytes: int, number: int, of: int, unit: int
 ) -> int | None:
-    """Make a share, and kill the process when `job` jobs of it are counted."""
-    return _outcome(_start(_share_and_die, src, out, shard_bytes, number, of, job))
+    """Make a share, and kill the process when `unit` units of it are counted."""
+    return _outcome(_start(_share_and_die, src, out, shard_bytes, number, of, unit))
 
 
 def finish_and_die(out: Path, changes: int) -> int | None:
@@ -83,20 +83,20 @@ def _outcome(process: ForkServerProcess) -> int | None:
     return code
 
 
-def _die_after(src: Path, out: Path, shard_bytes: int, job: int, counted: bool) -> None:
-    _die_when_done(job, counted=counted)
+def _die_after(src: Path, out: Path, shard_bytes: int, unit: int, counted: bool) -> None:
+    _die_when_done(unit, counted=counted)
     quantize_nvfp4(src, out, shard_bytes=shard_bytes, workers=1)
 
 
 def _share_and_die(
-    src: Path, out: Path, shard_bytes: int, number: int, of: int, job: int | None
+    src: Path, out: Path, shard_bytes: int, number: int, of: int, unit: int | None
 ) -> None:
-    if job is not None:
-        _die_when_done(job, counted=True)
+    if unit is not None:
+        _die_when_done(unit, counted=True)
     shares_of(src, out, of, shard_bytes).make(number, workers=1)
 
 
-def _die_when_done(job: int, *, counted: bool) -> None:
+def _die_when_done(unit: int, *, counted: bool) -> None:
     complete = ShardSet._complete
     done = 0
 
@@ -106,7 +106,7 @@ def _die_when_done(job: int, *, counted: bool) -> None:
         if counted:
             self.commit()
         done += 1
-        if done == job:
+        if done == unit:
             os.kill(os.getpid(), signal.SIGKILL)
 
     ShardSet._complete = complete_and_die  # type: ignore[method-assign]

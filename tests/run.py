@@ -9,7 +9,7 @@ from mquant.events import Emit, silent
 from mquant.family import load_families
 from mquant.plan import Plan, make_plan
 from mquant.recipe import find_recipe
-from mquant.runs.job_spec import Order
+from mquant.runs.job_spec import JobSpec
 from mquant.runs.quantize import quantize
 from mquant.runs.shares import Shares, in_shares
 from mquant.runs.spec import Engine
@@ -65,5 +65,5 @@ def quantize_nvfp4(
 def shares_of(src: Path, out: Path, of: int, shard_bytes: int, recipe: str = "nvfp4") -> Shares:
     """The run of a folder's plan in so many shares, of which none is made yet."""
     plan = plan_of(src, recipe, shard_bytes)
-    order = Order.of(plan, shard_bytes, allow_unsafe=False, importance=None)
+    order = JobSpec.of(plan, shard_bytes, allow_unsafe=False, importance=None)
     return in_shares(plan, order, out, of)

@@ -51,7 +51,7 @@ def test_a_name_says_role_layer_and_expert(
 def test_every_row_of_the_family_is_tried_above() -> None:
     tried = {minimax_m2().classify(name) for name, *_ in MEANINGS}
 
-    assert {meaning.row for meaning in tried if meaning} == set(minimax_m2().tensors)
+    assert {tensor_role.row for tensor_role in tried if tensor_role} == set(minimax_m2().tensors)
 
 
 @pytest.mark.parametrize(

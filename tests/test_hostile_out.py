@@ -82,13 +82,13 @@ def test_a_ledger_cannot_count_more_jobs_than_there_are_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ledger_module, "_MOST_JOBS", 10)
-    lines = ({"jobs": [[0, 9_999_999]]}, {"jobs": [[0, 7]]}, {"jobs": [[20, 27]]})
+    lines = ({"units": [[0, 9_999_999]]}, {"units": [[0, 7]]}, {"units": [[20, 27]]})
     (tmp_path / LEDGER).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     found = read_ledger(tmp_path)
 
     assert found is not None
-    assert list(found.jobs) == [0, 1, 2, 3, 4, 5, 6, 7, 20, 21]
+    assert list(found.units) == [0, 1, 2, 3, 4, 5, 6, 7, 20, 21]
 
 
 @pytest.mark.parametrize("name", ["sub/victim", "../elsewhere/victim", "x" * 300, "a\0b", "\ud800"])

@@ -161,7 +161,7 @@ def test_shards_that_wait_go_in_one_commit(plan: Plan) -> None:
 def test_files_at_the_edges_of_shares_are_needed_again(plan: Plan) -> None:
     sizes = files_of(plan)
     assert fetched_again(shares(plan, 1), sizes) == 0
-    halves = [{f for s in p.shards for j in s.jobs for f in j.files} for p in shares(plan, 2)]
+    halves = [{f for s in p.shards for j in s.units for f in j.files} for p in shares(plan, 2)]
     both = halves[0] & halves[1]
     assert fetched_again(shares(plan, 2), sizes) == sum(sizes[path] for path in both) > 0
 

@@ -176,7 +176,7 @@ class SynthData(_Data):
 
 
 @dataclass(frozen=True, slots=True)
-class Meaning:
+class TensorRole:
     """What a tensor's name says: its row in the family, its layer and expert."""
 
     row: TensorRow
@@ -295,11 +295,11 @@ class Family(_Data):
         """How many layers of multi-token prediction may be numbered after the last layer."""
         return (self.value(self.config.mtp, config) or 0) if _MTP in self.blocks else 0
 
-    def classify(self, name: str) -> Meaning | None:
+    def classify(self, name: str) -> TensorRole | None:
         """What the tensor is, or None where the family does not know it."""
         return _meaning(self._rows.get(_NUMBER.sub("#", name)), name)
 
-    def classify_in_memory(self, name: str) -> Meaning | None:
+    def classify_in_memory(self, name: str) -> TensorRole | None:
         """What the tensor is, by transformers' name for it, or a mix of that and the hub's.
 
         Saving a loaded model without mapping all names back writes such mixes. A hub name is
@@ -327,13 +327,13 @@ class Family(_Data):
         return tuple(sizes) or None
 
 
-def _meaning(row: TensorRow | None, name: str) -> Meaning | None:
+def _meaning(row: TensorRow | None, name: str) -> TensorRole | None:
     if row is None or "#" in name:
         return None
     numbers = [int(number) for number in _NUMBER.findall(name)]
     layer = numbers.pop(0) if "{layer}" in row.name else None
     expert = numbers.pop(0) if "{expert}" in row.name else None
-    return Meaning(row, layer, expert)
+    return TensorRole(row, layer, expert)
 
 
 def _replaced(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
@@ -371,8 +371,8 @@ def family_of(config: Mapping[str, Any], families: Mapping[str, Family]) -> Fami
 __all__ = [
     "Family",
     "Forward",
-    "Meaning",
     "Role",
+    "TensorRole",
     "TensorRow",
     "family_of",
     "load_families",

@@ -93,8 +93,8 @@ def test_finish_of_a_folder_without_shares_is_one_sentence() -> None:
 
 
 @pytest.mark.parametrize("job", ["0/3", "4/3", "3", "1/0", "-1/3", "1/2/3", "a/b", "1/10001", "²"])
-def test_what_is_no_share_is_a_usage_error(job: str) -> None:
-    result = quantize("-o", "out", "--job", job)
+def test_what_is_no_share_is_a_usage_error(unit: str) -> None:
+    result = quantize("-o", "out", "--job", unit)
     assert result.exit_code == 2
     assert result.stderr.endswith("Write it like 3/16: the third of 16, the first is 1.\n")
 

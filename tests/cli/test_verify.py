@@ -226,7 +226,7 @@ def test_the_action_in_the_docs_runs_a_command_that_there_is() -> None:
     page = (Path(__file__).parents[2] / "docs/ci.md").read_text("utf-8")
     action = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
     (run,) = (
-        step["run"] for step in action["jobs"]["verify"]["steps"] if "mquant verify" in str(step)
+        step["run"] for step in action["units"]["verify"]["steps"] if "mquant verify" in str(step)
     )
     options = [word for word in run.split() if word.startswith("--")]
     shown = verify("--help").stdout

@@ -145,12 +145,12 @@ def test_the_number_of_workers_changes_no_byte(trained: Path, tmp_path: Path, wo
 def test_a_stopped_run_goes_on_to_the_same_bytes(src: Path, tmp_path: Path) -> None:
     file = written(tmp_path / "i.safetensors", vectors(src))
     whole = hashes(searched(src, tmp_path / "whole", file))
-    out, jobs = tmp_path / "out", 0
+    out, units = tmp_path / "out", 0
 
     def stop(event: Event) -> None:
-        nonlocal jobs
-        jobs += isinstance(event, Progress) and event.stage == "quantize"
-        if jobs == 4:
+        nonlocal units
+        units += isinstance(event, Progress) and event.stage == "quantize"
+        if units == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

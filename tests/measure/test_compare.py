@@ -18,8 +18,8 @@ from mquant.events import Event, Progress
 from mquant.family import load_families
 from mquant.loader_model.modules import read_layout
 from mquant.measure.compare import Difference
-from mquant.measure.comparison import Comparison, Error, compare, error_of
-from mquant.measure.comparison_cache import Partial
+from mquant.measure.comparison import Comparison, ErrorStats, compare, error_stats
+from mquant.measure.comparison_cache import ComparisonCache
 from mquant.weights.matrix import Scratch, matrix_of
 from mquant.weights.weight import weight_of
 from mutate import changed, mutated, setting
@@ -71,7 +71,7 @@ def values(folder: Path, module: str) -> np.ndarray[Any, Any]:
 def test_errors_are_those_of_the_definition(trained: Path) -> None:
     x, y = (values(each, W2.removesuffix(".weight")) for each in (TRAINED, trained))
     found = one(compared(trained), W2)
-    error = error_of(found)
+    error = error_stats(found)
     noise = np.linalg.norm(x - y) / np.linalg.norm(x)
     assert error.relative == pytest.approx(noise, rel=1e-12)
     assert error.sqnr == pytest.approx(-20 * np.log10(noise), rel=1e-12)
@@ -160,7 +160,7 @@ def test_sums_by_expert_are_of_its_weights_together(trained: Path) -> None:
     assert error.error == pytest.approx(sum(each.error for each in weights), rel=1e-12)
     assert len(found.experts) == 30
     assert found.layers[1].tensors == 34
-    assert found.roles["router"] == (3, Error())
+    assert found.roles["router"] == (3, ErrorStats())
 
 
 def test_the_numbers_do_not_depend_on_the_number_of_workers(trained: Path) -> None:
@@ -174,7 +174,7 @@ def test_shapes_that_blocks_do_not_divide(tmp_path: Path) -> None:
     found = one(compared(mine, parent), name)
     assert found.worst is not None
     assert found.worst[:2] == (3, 64), "the last 8 of 72 columns"
-    assert 0 < error_of(found).relative < 0.5
+    assert 0 < error_stats(found).relative < 0.5
 
 
 def test_it_goes_on_where_it_was_stopped(
@@ -183,15 +183,15 @@ def test_it_goes_on_where_it_was_stopped(
     whole = compared(trained)
     assert list(cache.iterdir()) == []
     seen: list[str] = []
-    add = Partial.add
+    add = ComparisonCache.add
 
-    def stop(partial: Partial, found: Difference) -> None:
+    def stop(partial: ComparisonCache, found: Difference) -> None:
         add(partial, found)
         seen.append(found.name)
         if len(seen) == 70:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Partial, "add", stop)
+    monkeypatch.setattr(ComparisonCache, "add", stop)
     with pytest.raises(KeyboardInterrupt):
         compared(trained)
     (kept,) = cache.iterdir()
@@ -211,7 +211,7 @@ def test_a_changed_file_is_compared_anew(trained: Path, tmp_path: Path, cache: P
     keys = set()
     for seed in (0, 1):
         folder = make_checkpoint(tmp_path / "src", seed=seed)
-        with Partial(Folder(folder), Folder(trained)) as partial:
+        with ComparisonCache(Folder(folder), Folder(trained)) as partial:
             keys.add(partial.path)
     assert len(keys) == 2
 

@@ -37,7 +37,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     found = recorded(tmp_path)
     assert found.fingerprint == RUN
     assert found.files == ("a.safetensors", "config.json")
-    assert found.jobs == dict.fromkeys([0, 1, 2, 4, 9, 20, 21, 22], SOURCES)
+    assert found.units == dict.fromkeys([0, 1, 2, 4, 9, 20, 21, 22], SOURCES)
     assert found.shards == {"a.safetensors": "cafe"}
 
 
@@ -57,7 +57,7 @@ def test_jobs_keep_the_sources_they_were_made_from(tmp_path: Path) -> None:
     ledger.read_from({"model.safetensors": (100, 6)})
     ledger.count([1])
     ledger.release()
-    assert recorded(tmp_path).jobs == {0: SOURCES, 1: {"model.safetensors": (100, 6)}}
+    assert recorded(tmp_path).units == {0: SOURCES, 1: {"model.safetensors": (100, 6)}}
 
 
 def test_a_line_without_its_end_does_not_count_and_spoils_none(tmp_path: Path) -> None:
@@ -66,12 +66,12 @@ def test_a_line_without_its_end_does_not_count_and_spoils_none(tmp_path: Path) -
     ledger.release()
     with (tmp_path / LEDGER).open("a") as file:
         file.write('{"jobs": [[1, 1]]}')
-    assert recorded(tmp_path).jobs.keys() == {0}
+    assert recorded(tmp_path).units.keys() == {0}
     ledger = Ledger(tmp_path)
     ledger.begin(RUN, [], afresh=False)
     ledger.count([2])
     ledger.release()
-    assert {0, 2} <= recorded(tmp_path).jobs.keys()
+    assert {0, 2} <= recorded(tmp_path).units.keys()
 
 
 def test_to_begin_afresh_forgets(tmp_path: Path) -> None:
@@ -149,9 +149,9 @@ def test_a_damaged_ledger_never_fails(
     out.mkdir(exist_ok=True)
     (out / LEDGER).write_bytes(b"\n".join(lines) + b"\n")
     found = recorded(out)
-    assert all(isinstance(number, int) and number >= 0 for number in found.jobs)
+    assert all(isinstance(number, int) and number >= 0 for number in found.units)
 
 
 def test_an_absurd_span_takes_no_memory(tmp_path: Path) -> None:
     (tmp_path / LEDGER).write_text('{"jobs": [[0, 1000000000000000000]]}\n')
-    assert recorded(tmp_path).jobs == {}
+    assert recorded(tmp_path).units == {}

@@ -24,7 +24,7 @@ from mquant.errors import EngineError, OutputError
 from mquant.events import Event, Progress
 from mquant.output import PARTIAL, Ledger, ShardSet
 from mquant.output.ledger import read_ledger
-from mquant.plan import Job, Output, Plan
+from mquant.plan import OutputTensor, Plan, WorkUnit
 from run import plan_of
 
 RUN = {"plan": "aa"}
@@ -56,16 +56,16 @@ def stamps(plan: Plan) -> dict[str, Stamp]:
     return {name: source.stamps[name] for name in plan.survey.checkpoint.shards}
 
 
-def outputs(plan: Plan) -> list[Output]:
+def outputs(plan: Plan) -> list[OutputTensor]:
     return [output for action in plan.actions for output in action.outputs]
 
 
-def fill(output: Output) -> bytes:
+def fill(output: OutputTensor) -> bytes:
     return bytes(np.random.default_rng(len(output.name)).integers(0, 256, output.nbytes, np.uint8))
 
 
-def do(shards: ShardSet, job: Job) -> None:
-    for output in job.outputs:
+def do(shards: ShardSet, unit: WorkUnit) -> None:
+    for output in unit.outputs:
         shards.write(output.name, fill(output))
 
 
@@ -90,7 +90,7 @@ def test_every_planned_tensor_lands_in_its_shard(plan: Plan, out: Path, ledger: 
     for shard in plan.shards:
         assert (out / shard.name).stat().st_size == shard.file_bytes
         with safe_open(out / shard.name, framework="np") as file:
-            assert set(file.keys()) == {o.name for job in shard.jobs for o in job.outputs}
+            assert set(file.keys()) == {o.name for unit in shard.units for o in unit.outputs}
 
 
 @settings(deadline=None, max_examples=15)
@@ -115,10 +115,10 @@ def test_pieces_of_any_size_make_the_same_file(
 
 def test_threads_write_at_once(plan: Plan, out: Path, ledger: Ledger) -> None:
     shards = ShardSet(out, plan, ledger)
-    jobs = shards.pending
-    random.Random(1).shuffle(jobs)  # noqa: S311 -- not a secret
+    units = shards.pending
+    random.Random(1).shuffle(units)  # noqa: S311 -- not a secret
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda job: do(shards, job), jobs))
+        list(pool.map(lambda unit: do(shards, unit), units))
     shards.finish()
     assert_whole(out, plan, shards.digests)
 
@@ -192,26 +192,26 @@ def test_progress_counts_the_sources_bytes(plan: Plan, out: Path, ledger: Ledger
 # --- going on
 
 
-def half(out: Path, plan: Plan, ledger: Ledger, *, committed: bool = True) -> list[Job]:
+def half(out: Path, plan: Plan, ledger: Ledger, *, committed: bool = True) -> list[WorkUnit]:
     """Do every other job of a run, and stop; returns those that are left."""
     ledger.read_from(stamps(plan))
     shards = ShardSet(out, plan, ledger)
-    jobs = shards.pending
-    for job in jobs[::2]:
-        do(shards, job)
+    units = shards.pending
+    for unit in units[::2]:
+        do(shards, unit)
     if committed:
         shards.commit()
     shards.abandon()
-    return jobs[1::2]
+    return units[1::2]
 
 
 def test_what_was_committed_is_not_asked_for_again(plan: Plan, out: Path, ledger: Ledger) -> None:
     left = half(out, plan, ledger)
     shards = ShardSet(out, plan, ledger, read_ledger(out), stamps(plan))
     assert shards.pending == left
-    assert shards.done_bytes == plan.source_bytes - sum(job.source_bytes for job in left)
-    for job in left:
-        do(shards, job)
+    assert shards.done_bytes == plan.source_bytes - sum(unit.source_bytes for unit in left)
+    for unit in left:
+        do(shards, unit)
     shards.finish()
     assert_whole(out, plan, shards.digests)
 
@@ -229,9 +229,9 @@ def test_what_was_made_from_a_file_that_changed_is_done_again(
     changed = sorted(stamps(plan))[1]
     now = {**stamps(plan), changed: (1, 1)}
     pending = ShardSet(out, plan, ledger, read_ledger(out), now).pending
-    more = [job for job in pending if job not in left]
+    more = [unit for unit in pending if unit not in left]
     assert more
-    assert all(changed in {a.source.shard for a in job.actions} for job in more)
+    assert all(changed in {a.source.shard for a in unit.actions} for unit in more)
 
 
 @pytest.mark.parametrize("damage", ["gone", "short"])
@@ -245,9 +245,9 @@ def test_a_partial_that_is_not_what_was_left_is_done_over(
     else:
         os.truncate(partial, 1000)
     shards = ShardSet(out, plan, ledger, read_ledger(out), stamps(plan))
-    assert shards.pending[: len(plan.shards[0].jobs)] == list(plan.shards[0].jobs)
-    for job in shards.pending:
-        do(shards, job)
+    assert shards.pending[: len(plan.shards[0].units)] == list(plan.shards[0].units)
+    for unit in shards.pending:
+        do(shards, unit)
     shards.finish()
     assert_whole(out, plan, shards.digests)
 
@@ -255,13 +255,13 @@ def test_a_partial_that_is_not_what_was_left_is_done_over(
 def test_a_complete_shard_is_left_alone(plan: Plan, out: Path, ledger: Ledger) -> None:
     ledger.read_from(stamps(plan))
     shards = ShardSet(out, plan, ledger)
-    for job in plan.shards[0].jobs:
-        do(shards, job)
+    for unit in plan.shards[0].units:
+        do(shards, unit)
     before = (out / plan.shards[0].name).stat()
     again = ShardSet(out, plan, ledger, read_ledger(out), stamps(plan))
-    assert again.pending == [job for shard in plan.shards[1:] for job in shard.jobs]
-    for job in again.pending:
-        do(again, job)
+    assert again.pending == [unit for shard in plan.shards[1:] for unit in shard.units]
+    for unit in again.pending:
+        do(again, unit)
     again.finish()
     after = (out / plan.shards[0].name).stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
@@ -273,19 +273,19 @@ def test_a_shard_named_before_the_ledger_said_so_is_taken_up(
 ) -> None:
     ledger.read_from(stamps(plan))
     shards = ShardSet(out, plan, ledger)
-    jobs = plan.shards[0].jobs
-    for job in jobs[:-1]:
-        do(shards, job)
+    units = plan.shards[0].units
+    for unit in units[:-1]:
+        do(shards, unit)
     shards.commit()
-    do(shards, jobs[-1])
+    do(shards, units[-1])
     recorded = read_ledger(out)
     assert recorded is not None
     recorded.shards.clear()
-    del recorded.jobs[len(jobs) - 1]
+    del recorded.units[len(units) - 1]
     again = ShardSet(out, plan, ledger, recorded, stamps(plan))
-    assert again.pending[0] == jobs[-1]
-    for job in again.pending:
-        do(again, job)
+    assert again.pending[0] == units[-1]
+    for unit in again.pending:
+        do(again, unit)
     again.finish()
     assert_whole(out, plan, again.digests)
 
@@ -293,8 +293,8 @@ def test_a_shard_named_before_the_ledger_said_so_is_taken_up(
 def test_a_shard_that_lacks_only_its_name_gets_it(plan: Plan, out: Path, ledger: Ledger) -> None:
     ledger.read_from(stamps(plan))
     shards = ShardSet(out, plan, ledger)
-    for job in shards.pending:
-        do(shards, job)
+    for unit in shards.pending:
+        do(shards, unit)
     name = plan.shards[1].name
     (out / name).rename(out / (name + PARTIAL))
     again = ShardSet(out, plan, ledger, read_ledger(out), stamps(plan))
@@ -312,8 +312,8 @@ def test_a_shard_in_another_order_than_its_jobs_is_hashed_all_the_same(tmp_path:
     plan = plan_of(make_checkpoint(tmp_path / "src", edit=_odd))
     ledger = Ledger(tmp_path / "out")
     shards = ShardSet(tmp_path / "out", plan, ledger)
-    for job in shards.pending:
-        do(shards, job)
+    for unit in shards.pending:
+        do(shards, unit)
     shards.finish()
     ledger.release()
     assert_whole(tmp_path / "out", plan, shards.digests)
@@ -332,11 +332,11 @@ def test_committing_while_others_write_counts_only_whole_jobs(
 
     with ThreadPoolExecutor(3) as pool:
         committer = pool.submit(commit)
-        list(pool.map(lambda job: do(shards, job), shards.pending))
+        list(pool.map(lambda unit: do(shards, unit), shards.pending))
         stop.set()
         committer.result()
     shards.commit()
     recorded = read_ledger(out)
     assert recorded is not None
-    assert recorded.jobs.keys() == set(range(sum(len(shard.jobs) for shard in plan.shards)))
+    assert recorded.units.keys() == set(range(sum(len(shard.units) for shard in plan.shards)))
     assert_whole(out, plan, shards.digests)

@@ -149,27 +149,27 @@ def test_a_fused_set_is_one_job_of_one_shard_also_where_the_parent_cuts_it(
     src: Path, shard_bytes: int
 ) -> None:
     plan = planned(src, shard_bytes=shard_bytes)
-    jobs = [
-        {action.module.rpartition(".")[2] for action in job.actions}
+    units = [
+        {action.module.rpartition(".")[2] for action in unit.actions}
         for shard in plan.shards
-        for job in shard.jobs
-        if len(job.actions) > 1
+        for unit in shard.units
+        if len(unit.actions) > 1
     ]
     cut = [
-        job
+        unit
         for shard in plan.shards
-        for job in shard.jobs
-        if len({action.source.shard for action in job.actions}) > 1
+        for unit in shard.units
+        if len({action.source.shard for action in unit.actions}) > 1
     ]
 
-    assert Counter(map(frozenset, jobs)) == {
+    assert Counter(map(frozenset, units)) == {
         frozenset({"q_proj", "k_proj", "v_proj"}): 2,
         frozenset({"w1", "w3"}): 8,
     }
     assert len(cut) == 2  # the parent has three shards, and every cut splits a set
     for shard in plan.shards:
-        for job in shard.jobs:
-            assert len({(action.layer, action.expert) for action in job.actions}) == 1
+        for unit in shard.units:
+            assert len({(action.layer, action.expert) for action in unit.actions}) == 1
 
 
 @pytest.mark.parametrize("limit", [1, 5_000, 20_000, 60_000])
@@ -180,11 +180,11 @@ def test_a_shard_stays_within_the_limit_unless_one_job_alone_exceeds_it(
 
     assert len(shards) > 1
     for shard in shards:
-        size = sum(job.output_bytes for job in shard.jobs)
-        assert size <= limit or len(shard.jobs) == 1
+        size = sum(unit.output_bytes for unit in shard.units)
+        assert size <= limit or len(shard.units) == 1
     for shard, following in pairwise(shards):
-        size = sum(job.output_bytes for job in shard.jobs)
-        assert size + following.jobs[0].output_bytes > limit  # nothing is split in vain
+        size = sum(unit.output_bytes for unit in shard.units)
+        assert size + following.units[0].output_bytes > limit  # nothing is split in vain
 
 
 def test_shards_are_numbered_to_their_total(src: Path) -> None:
@@ -200,7 +200,7 @@ def test_planned_files_are_what_safetensors_reads(src: Path, tmp_path: Path) -> 
     plan = planned(src, shard_bytes=20_000)
 
     for shard in plan.shards:
-        outputs = [output for job in shard.jobs for output in job.outputs]
+        outputs = [output for unit in shard.units for output in unit.outputs]
         first, places = shard.layout
         file = tmp_path / shard.name
         file.write_bytes(first + bytes(shard.file_bytes - len(first)))
@@ -218,7 +218,7 @@ def test_tensors_lie_in_the_order_of_the_jobs(src: Path) -> None:
     for shard in planned(src, shard_bytes=20_000).shards:
         first, places = shard.layout
         position = len(first)
-        for output in (output for job in shard.jobs for output in job.outputs):
+        for output in (output for unit in shard.units for output in unit.outputs):
             assert places[output.name] == position
             position += output.nbytes
 
@@ -227,7 +227,7 @@ def test_where_that_would_misalign_one_they_lie_as_safetensors_has_them(tmp_path
     checkpoint = open_checkpoint(Folder(make_checkpoint(tmp_path / "src", edit=_odd_norm)))
     plan = make_plan(checkpoint, find_recipe("nvfp4"), load_families())
     (shard,) = plan.shards
-    outputs = [output for job in shard.jobs for output in job.outputs]
+    outputs = [output for unit in shard.units for output in unit.outputs]
     arrays = {o.name: np.zeros(o.shape, NUMPY[o.dtype]) for o in outputs}
     save_file(arrays, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
 
@@ -383,7 +383,7 @@ def test_the_full_size_model_becomes_80_gb() -> None:
 
     assert sum(shard.tensors for shard in plan.shards) == 87_051
     assert plan.output_bytes == 80_140_558_496
-    assert all(sum(j.output_bytes for j in s.jobs) <= DEFAULT_SHARD_BYTES for s in plan.shards)
+    assert all(sum(j.output_bytes for j in s.units) <= DEFAULT_SHARD_BYTES for s in plan.shards)
 
 
 def test_the_full_size_model_ignores_head_embeddings_and_62_gates() -> None:
@@ -395,7 +395,7 @@ def test_the_full_size_model_ignores_head_embeddings_and_62_gates() -> None:
 
 
 def test_fused_sets_stay_whole_in_the_full_size_model() -> None:
-    sizes = Counter(len(job.actions) for shard in golden().shards for job in shard.jobs)
+    sizes = Counter(len(unit.actions) for shard in golden().shards for unit in shard.units)
 
     assert sizes[3] == 62
     assert sizes[2] == 62 * 154
@@ -420,13 +420,13 @@ def test_a_set_scattered_over_three_shards_is_one_job(tmp_path: Path) -> None:
     plan = planned(src)
 
     assert plan.findings == ()
-    (job,) = [
-        job
+    (unit,) = [
+        unit
         for shard in plan.shards
-        for job in shard.jobs
-        if any(a.module == "model.layers.0.self_attn.q_proj" for a in job.actions)
+        for unit in shard.units
+        if any(a.module == "model.layers.0.self_attn.q_proj" for a in unit.actions)
     ]
-    assert len({action.source.shard for action in job.actions}) == 3
+    assert len({action.source.shard for action in unit.actions}) == 3
 
 
 # --- several schemes

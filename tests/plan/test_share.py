@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from make import make_checkpoint
-from mquant.plan import Plan, ShardJob, share, shares
+from mquant.plan import Plan, ShardPlan, share, shares
 from run import plan_of
 
 
@@ -19,8 +19,8 @@ def names(plan: Plan) -> list[str]:
     return [shard.name for shard in plan.shards]
 
 
-def source_bytes(shard: ShardJob) -> int:
-    return sum(job.source_bytes for job in shard.jobs)
+def source_bytes(shard: ShardPlan) -> int:
+    return sum(unit.source_bytes for unit in shard.units)
 
 
 @pytest.mark.parametrize("of", [1, 2, 3, 5, 7])

@@ -309,13 +309,13 @@ def test_text_goes_through_no_fp8(original: Path, tmp_path: Path) -> None:
 def test_a_job_is_made_from_the_files_of_its_scales_too(tmp_path: Path) -> None:
     src = tmp_path / "src"
     synth(src, FAMILIES["minimax_m2"], precision=Precision.FP8_BLOCK, max_shard_bytes=8192)
-    jobs = [job for shard in plan_of(src).shards for job in shard.jobs if job.scheme]
+    units = [unit for shard in plan_of(src).shards for unit in shard.units if unit.scheme]
     tensors = opened(src).tensors
-    for job in jobs:
-        names = [info.name for action in job.actions for info in action.read]
+    for unit in units:
+        names = [info.name for action in unit.actions for info in action.read]
         assert any(name.endswith("_scale_inv") for name in names)
-        assert job.files == {tensors[n].shard for n in names if n in tensors}
-    assert any(len(job.files) > len(job.actions) for job in jobs)
+        assert unit.files == {tensors[n].shard for n in names if n in tensors}
+    assert any(len(unit.files) > len(unit.actions) for unit in units)
 
 
 def test_a_parent_in_fp8_can_repair(original: Path, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_another_machine_goes_on_from_the_repo(
 ) -> None:
     hub.drop_after = 3
     with pytest.raises(OutputError, match=r"connection to 127\.0\.0\.1 broke"):
-        ship(tmp_path / "here", 9_000_000)
+        ship(tmp_path / "materialize", 9_000_000)
     hub.drop_after = None
     sent, served = set(hub.stored), hub.bytes_served
     hub.forget()
@@ -218,7 +218,7 @@ def test_a_ledger_that_lies_about_shards_is_not_believed(
     hub.drop_after = None
     repo = hub.repos[REPO]
     ledger = repo.folders[repo.revisions["main"]] / LEDGER
-    lies = [{"shard": name, "sha256": "0" * 64, "jobs": []} for name in ("../x", *expected)]
+    lies = [{"shard": name, "sha256": "0" * 64, "units": []} for name in ("../x", *expected)]
     with ledger.open("a") as file:
         file.writelines(json.dumps(lie) + "\n" for lie in lies)
     ship(tmp_path / "there", 9_000_000)

@@ -23,7 +23,7 @@ from mquant.errors import EngineError, MquantError, OutputError, Refused
 from mquant.events import Emit, Event, Note, Progress, silent
 from mquant.output import SHARES, is_taken, ledger_name
 from mquant.runs import ray_cluster
-from mquant.runs.job_spec import Order
+from mquant.runs.job_spec import JobSpec
 from mquant.runs.quantize import Result
 from mquant.runs.ray_cluster import quantize_on_ray
 from mquant.runs.shares import Shares
@@ -46,8 +46,8 @@ def slowness() -> Callable[[], None]:
 
         do = stream.Worker.do
 
-        def slowly(self: stream.Worker, job: Any) -> None:
-            do(self, job)
+        def slowly(self: stream.Worker, unit: Any) -> None:
+            do(self, unit)
             time.sleep(seconds)
 
         stream.Worker.do = slowly  # type: ignore[method-assign]
@@ -104,7 +104,7 @@ def expected(src: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 
 def on_ray(src: Path, out: Path, emit: Emit = silent) -> Result:
     plan = plan_of(src, max_shard_bytes=SHARD_BYTES)
-    order = Order.of(plan, SHARD_BYTES, allow_unsafe=False, importance=None)
+    order = JobSpec.of(plan, SHARD_BYTES, allow_unsafe=False, importance=None)
     return quantize_on_ray(plan, order, out, emit=emit)
 
 
@@ -125,7 +125,7 @@ def holder(ledger: Path) -> int:
     raise AssertionError(f"nobody is at work on {ledger.name}")
 
 
-def once_begun(out: Path, jobs: int, then: Callable[[int], None]) -> Callable[[Event], None]:
+def once_begun(out: Path, units: int, then: Callable[[int], None]) -> Callable[[Event], None]:
     """An `emit` that calls `then` with a share, once one has counted so many jobs of several."""
     done: list[int] = []
 
@@ -135,7 +135,7 @@ def once_begun(out: Path, jobs: int, then: Callable[[int], None]) -> Callable[[E
         for path in out.glob("mquant-run.*-of-*.jsonl"):
             number = int(path.name.split(".")[1].split("-")[0])
             text = path.read_text()
-            if '"shard"' not in text and len(counted(text)) >= jobs:
+            if '"shard"' not in text and len(units_still_valid(text)) >= units:
                 done.append(number)
                 then(number)
                 return
@@ -143,7 +143,7 @@ def once_begun(out: Path, jobs: int, then: Callable[[int], None]) -> Callable[[E
     return emit
 
 
-def counted(ledger: str) -> list[int]:
+def units_still_valid(ledger: str) -> list[int]:
     """The jobs that a ledger counts, in the order in which they were done, but for whole shards."""
     entries = [json.loads(line) for line in ledger.splitlines() if line.endswith("}")]
     spans = [span for e in entries if "shard" not in e for span in e.get("jobs", [])]
@@ -158,7 +158,7 @@ def ledgers(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
 
     def keep_and_finish(self: Shares, emit: Emit = silent) -> Result | None:
         for number in self.numbers:
-            kept[number] = (self.out / ledger_name(number, self.joint.of)).read_text()
+            kept[number] = (self.out / ledger_name(number, self.shared.of)).read_text()
         return finish(self, emit)
 
     monkeypatch.setattr(Shares, "finish", keep_and_finish)
@@ -194,7 +194,7 @@ def test_a_killed_worker_costs_only_its_own_jobs(
     run = run_of(src, out)
 
     def kill(number: int) -> None:
-        ledger = out / ledger_name(number, run.joint.of)
+        ledger = out / ledger_name(number, run.shared.of)
         os.kill(holder(ledger), signal.SIGKILL)
         killed.append((number, ledger.read_text()))
 
@@ -204,11 +204,11 @@ def test_a_killed_worker_costs_only_its_own_jobs(
     for other, text in ledgers.items():
         starts = text.count('{"sources"')
         assert starts == (2 if other == number else 1)
-        assert len(counted(text)) == len(set(counted(text)))
+        assert len(units_still_valid(text)) == len(set(units_still_valid(text)))
     after = ledgers[number].removeprefix(before)
     assert len(after) < len(ledgers[number])
-    assert len(counted(before)) >= 3
-    assert set(counted(before)).isdisjoint(counted(after))
+    assert len(units_still_valid(before)) >= 3
+    assert set(units_still_valid(before)).isdisjoint(units_still_valid(after))
     assert capfd.readouterr() == ("", ""), "Ray's own report of it is not for our reader"
 
 
@@ -272,7 +272,7 @@ def test_interrupted_it_goes_on(src: Path, expected: dict[str, str], tmp_path: P
         on_ray(src, out, once_begun(out, 2, interrupt))
     assert not (out / "config.json").exists()
     run = run_of(src, out)
-    assert not any(is_taken(out, number, run.joint.of) for number in run.numbers)
+    assert not any(is_taken(out, number, run.shared.of) for number in run.numbers)
     done = sum(map(run.done_bytes, run.numbers))
     assert done > 0
     events: list[Event] = []

@@ -37,8 +37,8 @@ def expected(src: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 
 
 @pytest.fixture(scope="module")
-def jobs(src: Path) -> int:
-    return sum(len(shard.jobs) for shard in plan_of(src, max_shard_bytes=SMALL).shards)
+def units(src: Path) -> int:
+    return sum(len(shard.units) for shard in plan_of(src, max_shard_bytes=SMALL).shards)
 
 
 def go_on(src: Path, out: Path) -> int:
@@ -53,12 +53,12 @@ def go_on(src: Path, out: Path) -> int:
 
 @pytest.mark.parametrize("counted", [True, False])
 def test_killed_after_every_job_the_rerun_makes_the_same_bytes(
-    src: Path, expected: dict[str, str], jobs: int, tmp_path: Path, *, counted: bool
+    src: Path, expected: dict[str, str], units: int, tmp_path: Path, *, counted: bool
 ) -> None:
     before, last = hashes(src), 0
-    for job in range(1, jobs + 1):
-        out = tmp_path / f"killed-{job}"
-        assert run_and_die(src, out, SMALL, job, counted=counted) == -signal.SIGKILL
+    for unit in range(1, units + 1):
+        out = tmp_path / f"killed-{unit}"
+        assert run_and_die(src, out, SMALL, unit, counted=counted) == -signal.SIGKILL
         assert not (out / "config.json").exists()
         done = go_on(src, out)
         assert hashes(out) == expected
@@ -68,14 +68,14 @@ def test_killed_after_every_job_the_rerun_makes_the_same_bytes(
 
 
 def test_killed_again_and_again_it_gets_there(
-    src: Path, expected: dict[str, str], jobs: int, tmp_path: Path
+    src: Path, expected: dict[str, str], units: int, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    for job in range(jobs):
+    for unit in range(units):
         assert run_and_die(src, out, SMALL, 1, counted=True) == -signal.SIGKILL
         ledger = read_ledger(out)
         assert ledger is not None
-        assert len(ledger.jobs) == job + 1
+        assert len(ledger.units) == unit + 1
     go_on(src, out)
     assert hashes(out) == expected
 
@@ -125,12 +125,12 @@ E = TypeVar("E", bound=BaseException)
 
 def fail(src: Path, out: Path, error: type[E], during: Callable[[], object], after: int = 3) -> E:
     """Quantize, and do something when a few jobs are done; returns what that leads to."""
-    jobs = 0
+    units = 0
 
     def emit(event: Event) -> None:
-        nonlocal jobs
-        jobs += isinstance(event, Progress) and event.stage == "quantize"
-        if jobs == after:
+        nonlocal units
+        units += isinstance(event, Progress) and event.stage == "quantize"
+        if units == after:
             during()
 
     with pytest.raises(error) as caught:

@@ -23,7 +23,7 @@ from mquant.family import load_families
 from mquant.output import LEDGER, SHARES, ledger_name, read_ledger
 from mquant.plan import make_plan
 from mquant.recipe import find_recipe
-from mquant.runs.job_spec import Order
+from mquant.runs.job_spec import JobSpec
 from mquant.runs.quantize import quantize
 from mquant.runs.shares import finish_shares, in_shares
 from run import plan_of, quantize_nvfp4, shares_of
@@ -117,7 +117,7 @@ def test_of_a_hub_repo_each_share_fetches_what_it_needs_and_finishing_nothing(
         load_families(),
         max_shard_bytes=SMALL,
     )
-    order = Order.of(plan, SMALL, allow_unsafe=False, importance=None)
+    order = JobSpec.of(plan, SMALL, allow_unsafe=False, importance=None)
     caches = [tmp_path / f"cache-{number}" for number in (1, 2, 3)]
     for number, cache in enumerate(caches, 1):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
@@ -140,14 +140,14 @@ def test_a_killed_share_goes_on_and_makes_only_what_its_ledger_lacks(
     out, run = tmp_path / "out", shares_of(src, tmp_path / "out", 2, SMALL)
     run.make(1)
     others = (out / ledger_name(1, 2)).read_bytes()
-    jobs = sum(len(shard.jobs) for shard in run.parts[1].shards)
+    units = sum(len(shard.units) for shard in run.parts[1].shards)
     assert share_and_die(src, out, SMALL, 2, 2, 5) == -signal.SIGKILL
     ledger = read_ledger(out, ledger_name(2, 2))
     assert ledger is not None
-    assert len(ledger.jobs) == 5
+    assert len(ledger.units) == 5
     events: list[Event] = []
     assert run.make(2, emit=events.append)
-    assert len([event for event in events if isinstance(event, Progress)]) == 1 + jobs - 5
+    assert len([event for event in events if isinstance(event, Progress)]) == 1 + units - 5
     assert (out / ledger_name(1, 2)).read_bytes() == others
     finish_shares(out)
     assert hashes(out) == expected
@@ -197,7 +197,7 @@ def test_a_missing_share_is_named_and_nothing_changes(
     before = hashes(out)
     error = refused(OutputError, finish_shares, out)
     left = sum(run.parts[index].source_bytes for index in (0, 2)) / 1000
-    total = run.intent.plan.source_bytes / 1000
+    total = run.spec.plan.source_bytes / 1000
     assert error.message == (
         f"Shares 1 and 3 of 3 are not done: {left:.1f} kB of {total:.1f} kB are still to be read."
     )

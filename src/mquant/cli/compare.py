@@ -15,7 +15,7 @@ from mquant.cli.text import clean, plural, size
 from mquant.errors import UsageError
 
 if TYPE_CHECKING:
-    from mquant.measure.comparison import Comparison, Error
+    from mquant.measure.comparison import Comparison, ErrorStats
 
 _EXAMPLE = "mquant compare ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP"
 _SHOWN = 10
@@ -103,13 +103,13 @@ def render(found: "Comparison") -> RenderableType:
 
 
 def _worst(found: "Comparison") -> RenderableType:
-    from mquant.measure.comparison import error_of
+    from mquant.measure.comparison import error_stats
 
     rows = table(
         ("rel. error", "right"), ("SQNR", "right"), ("worst block", "right"), ("worst", "left")
     )
     for each in found.changed[:_SHOWN]:
-        error, block = error_of(each), ""
+        error, block = error_stats(each), ""
         if each.worst is not None:
             row, column, relative = each.worst
             block = f"{relative:.1%} at [{row}, {column}]"
@@ -117,11 +117,11 @@ def _worst(found: "Comparison") -> RenderableType:
     return rows
 
 
-def _percent(error: "Error") -> str:
+def _percent(error: "ErrorStats") -> str:
     return f"{error.relative:.2%}"
 
 
-def _decibel(error: "Error") -> str:
+def _decibel(error: "ErrorStats") -> str:
     return f"{error.sqnr:.1f} dB"
 
 

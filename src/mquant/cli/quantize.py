@@ -32,7 +32,7 @@ from mquant.runs.spec import Engine, check_data
 
 if TYPE_CHECKING:
     from mquant.plan import Plan
-    from mquant.runs.job_spec import Order
+    from mquant.runs.job_spec import JobSpec
 
 
 class Cluster(StrEnum):
@@ -56,7 +56,7 @@ PushTo = Annotated[
         show_default=False,
     ),
 ]
-Job = Annotated[
+WorkUnit = Annotated[
     str | None,
     typer.Option(
         metavar="I/N",
@@ -83,7 +83,7 @@ def quantize(
     push_to: PushTo = None,
     public: Public = False,
     workers: Workers = None,
-    job: Job = None,
+    unit: WorkUnit = None,
     cluster: OnCluster = None,
     restart: Restart = False,
     allow_unsafe: AllowUnsafe = False,
@@ -104,7 +104,7 @@ def quantize(
     Example: mquant quantize ./MiniMax-M2.7-REAP --recipe nvfp4 -o ./MiniMax-M2.7-REAP-NVFP4
     """
     with output("quantize", form) as out:
-        share = None if job is None else parse_share(job)
+        share = None if unit is None else parse_share(unit)
         _check_options(share, cluster, engine, push_to or scratch, restart=restart)
         if push_to is not None and not is_repo_id(push_to):
             example = "--push-to org/MiniMax-M2.7-REAP-NVFP4"
@@ -163,14 +163,14 @@ def quantize(
             return
         if not plan.recipe.needs_data:  # which there are no shares of, whatever the data
             check_data(plan.recipe, data)
-        order = _order(plan, max_shard_size, importance, allow_unsafe=allow_unsafe)
+        job_spec = _job_spec(plan, max_shard_size, importance, allow_unsafe=allow_unsafe)
         if share is not None:
-            _make_share(out, plan, order, where, share, workers)
+            _make_share(out, plan, job_spec, where, share, workers)
         else:
             from mquant.runs.ray_cluster import quantize_on_ray
 
             with progress(out) as emit:
-                result = quantize_on_ray(plan, order, where, workers=workers, emit=emit)
+                result = quantize_on_ray(plan, job_spec, where, workers=workers, emit=emit)
             tell_result(out, result)
 
 
@@ -206,20 +206,20 @@ def _check_options(
         )
 
 
-def _order(
+def _job_spec(
     plan: "Plan", max_shard_size: str | None, importance: Path | None, *, allow_unsafe: bool
-) -> "Order":
+) -> "JobSpec":
     from mquant.plan import DEFAULT_SHARD_BYTES
-    from mquant.runs.job_spec import Order
+    from mquant.runs.job_spec import JobSpec
 
     limit = DEFAULT_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
-    return Order.of(plan, limit, allow_unsafe=allow_unsafe, importance=importance)
+    return JobSpec.of(plan, limit, allow_unsafe=allow_unsafe, importance=importance)
 
 
 def _make_share(
     out: Output,
     plan: "Plan",
-    order: "Order",
+    job_spec: "JobSpec",
     where: Path,
     share: tuple[int, int],
     workers: int | None,
@@ -227,7 +227,7 @@ def _make_share(
     from mquant.runs.shares import in_shares
 
     number, of = share
-    run = in_shares(plan, order, where, of)
+    run = in_shares(plan, job_spec, where, of)
     with progress(out) as emit:
         fresh = run.make(number, workers=workers, emit=emit)
     tell_share(out, run, number, fresh=fresh)

@@ -53,12 +53,12 @@ def tell_share(out: Output, run: "Shares", number: int, *, fresh: bool) -> None:
     """Show what share of the work was done."""
     from mquant.output import SHARES
 
-    part, of = run.parts[number - 1], run.joint.of
+    part, of = run.parts[number - 1], run.shared.of
     out.put(
         out=str(run.out),
         already_done=not fresh,
         recipe=part.recipe.name,
-        fingerprint=run.intent.plan.fingerprint,
+        fingerprint=run.spec.plan.fingerprint,
         share={
             "number": number,
             "of": of,
@@ -75,8 +75,8 @@ def tell_share(out: Output, run: "Shares", number: int, *, fresh: bool) -> None:
         Text.assemble((verb, "bold green"), f" share {number:,} of {of:,} in {where}"),
         facts(
             [
-                ("Source", f"{size(part.source_bytes)} of {size(run.intent.plan.source_bytes)}"),
-                ("Shards", f"{len(part.shards):,} of {len(run.intent.plan.shards):,}"),
+                ("Source", f"{size(part.source_bytes)} of {size(run.spec.plan.source_bytes)}"),
+                ("Shards", f"{len(part.shards):,} of {len(run.spec.plan.shards):,}"),
                 *then,
             ]
         ),

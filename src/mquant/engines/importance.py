@@ -67,7 +67,7 @@ def read_importance(path: Path | None, plan: Plan) -> Importance | None:
     return open_importance(path, plan)
 
 
-def stated(recipe: Recipe, importance: Importance | None) -> dict[str, str]:
+def importance_fingerprint(recipe: Recipe, importance: Importance | None) -> dict[str, str]:
     """What a run's fingerprint says of it: nothing, where no scales are searched."""
     if recipe.scales != "search":
         return {}
@@ -136,4 +136,4 @@ def _check_values(file: str, info: TensorInfo, data: bytes) -> None:
         )
 
 
-__all__ = ["Importance", "open_importance", "read_importance", "stated", "weigher"]
+__all__ = ["Importance", "importance_fingerprint", "open_importance", "read_importance", "weigher"]

@@ -28,7 +28,7 @@ from mquant.numerics.kernels import block_maxima, pack_into, prepare, quantize_i
 from mquant.numerics.nvfp4 import GROUP, global_scale_of
 from mquant.numerics.search import ALIKE, Weight, prepare_search, search
 from mquant.numerics.thresholds import Magnitudes, thresholds
-from mquant.plan import Action, Job
+from mquant.plan import Action, WorkUnit
 
 PIECE: Final = 2 << 20
 """Bytes handled at once: few enough for a cache, enough to make calls cost nothing."""
@@ -58,11 +58,11 @@ class Reader(Protocol):
         """Raise SourceError where the file has changed since it was planned with."""
 
 
-class Output(Protocol):
+class OutputTensor(Protocol):
     """Where tensors go: `mquant.output.ShardSet`."""
 
     @property
-    def pending(self) -> list[Job]:
+    def pending(self) -> list[WorkUnit]:
         """The jobs to do."""
 
     def write(self, name: str, data: memoryview) -> None:
@@ -74,7 +74,7 @@ class Output(Protocol):
 
 def run(
     reader: Reader,
-    output: Output,
+    output: OutputTensor,
     workers: int,
     importance: Importance | None = None,
     on_stop: Iterable[Callable[[], None]] = (),
@@ -85,20 +85,20 @@ def run(
     it is quantized. However it ends, jobs that were complete by then count. `on_stop` are
     called when it ends before its time, so that nobody goes on waiting in `reader` or `output`.
     """
-    jobs = output.pending
-    _prepare(jobs, importance)
+    units = output.pending
+    _prepare(units, importance)
     stop = Event()
     with ThreadPoolExecutor(workers) as pool:
-        queue = _Queue(jobs, reader, ahead=workers)
+        queue = _Queue(units, reader, ahead=workers)
 
         def work() -> None:
-            worker = Worker(reader, output.write, jobs, importance)
-            for job in queue:
+            worker = Worker(reader, output.write, units, importance)
+            for unit in queue:
                 if stop.is_set():
                     return
-                worker.do(job)
+                worker.do(unit)
 
-        busy = {pool.submit(work) for _ in range(min(workers, len(jobs)))}
+        busy = {pool.submit(work) for _ in range(min(workers, len(units)))}
         try:
             while busy:
                 done, busy = wait(busy, _COMMIT_SECONDS, return_when=FIRST_EXCEPTION)
@@ -115,17 +115,19 @@ def run(
             raise
 
 
-def make(reader: Reader, job: Job, importance: Importance | None = None) -> dict[str, bytes]:
+def make(reader: Reader, unit: WorkUnit, importance: Importance | None = None) -> dict[str, bytes]:
     """The tensors of one job, by name, in memory. Raises as `run`."""
-    _prepare([job], importance)
-    made: dict[str, bytearray] = {output.name: bytearray() for output in job.outputs}
-    Worker(reader, lambda name, data: made[name].extend(data), [job], importance).do(job)
+    _prepare([unit], importance)
+    made: dict[str, bytearray] = {output.name: bytearray() for output in unit.outputs}
+    Worker(reader, lambda name, data: made[name].extend(data), [unit], importance).do(unit)
     return {name: bytes(data) for name, data in made.items()}
 
 
-def _prepare(jobs: list[Job], importance: Importance | None) -> None:
+def _prepare(units: list[WorkUnit], importance: Importance | None) -> None:
     """Have the kernels compiled before the workers start."""
-    wanted = {(_is_fp8(job), a.source.dtype) for job in jobs if job.scheme for a in job.actions}
+    wanted = {
+        (_is_fp8(unit), a.source.dtype) for unit in units if unit.scheme for a in unit.actions
+    }
     for fp8, dtype in sorted(wanted):
         if fp8:
             prepare_fp8(FLOATS[dtype])
@@ -133,23 +135,23 @@ def _prepare(jobs: list[Job], importance: Importance | None) -> None:
         prepare(FLOATS[dtype])
         if importance:
             prepare_search(FLOATS[dtype])
-    if any(action.stored for job in jobs for action in job.actions):
+    if any(action.stored for unit in units for action in unit.actions):
         prepare_decoding()
 
 
-def _is_fp8(job: Job) -> bool:
-    return job.scheme is not None and job.scheme.format == "float-quantized"
+def _is_fp8(unit: WorkUnit) -> bool:
+    return unit.scheme is not None and unit.scheme.format == "float-quantized"
 
 
-class _Queue(Iterator[Job]):
+class _Queue(Iterator[WorkUnit]):
     """Jobs for threads to take. When one is taken, a later one's bytes are asked for."""
 
-    def __init__(self, jobs: list[Job], reader: Reader, ahead: int) -> None:
-        self._jobs, self._reader, self._ahead = jobs, reader, ahead
+    def __init__(self, units: list[WorkUnit], reader: Reader, ahead: int) -> None:
+        self._jobs, self._reader, self._ahead = units, reader, ahead
         self._next = 0
         self._lock = Lock()
 
-    def __next__(self) -> Job:
+    def __next__(self) -> WorkUnit:
         with self._lock:
             taken = self._next
             self._next += 1
@@ -169,36 +171,36 @@ class Worker:
         self,
         reader: Reader,
         write: Callable[[str, memoryview], None],
-        jobs: list[Job],
+        units: list[WorkUnit],
         importance: Importance | None,
     ) -> None:
-        """Make buffers that hold the largest fused set among `jobs`."""
+        """Make buffers that hold the largest fused set among `units`."""
         self._reader = reader
         self._write = write
         self._importance = importance
-        sets = [job for job in jobs if job.scheme and not _is_fp8(job)]
-        rows = [a.source.shape[1] for job in jobs for a in job.actions if a.stored]
-        stripes = [_stripe(action)[0] for job in jobs if _is_fp8(job) for action in job.actions]
+        sets = [unit for unit in units if unit.scheme and not _is_fp8(unit)]
+        rows = [a.source.shape[1] for unit in units for a in unit.actions if a.stored]
+        stripes = [_stripe(action)[0] for unit in units if _is_fp8(unit) for action in unit.actions]
         # In elements of 16 bits, of which there are the most in as many bytes.
         widest = max([PIECE // 2, *rows, *(stripe // 2 for stripe in stripes)])
-        self._weights = np.empty(max([2 * widest, *(job.weight_bytes for job in sets)]), np.uint8)
+        self._weights = np.empty(max([2 * widest, *(unit.weight_bytes for unit in sets)]), np.uint8)
         self._codes = np.empty(widest if rows or stripes else 0, np.uint8)
         self._maxima = np.empty(max([0, *map(_blocks, sets)]), np.uint32)
         self._packed = np.empty(PIECE // 4, np.uint8)  # of a 16-bit source; F32 fills half
         self._scales = np.empty(PIECE // 2 // GROUP, np.uint8)
         self._found = np.empty((2, len(self._maxima) if importance else 0), np.uint8)
 
-    def do(self, job: Job) -> None:
+    def do(self, unit: WorkUnit) -> None:
         """Quantize or keep the tensors of a job."""
-        if job.scheme is None:
-            for action in job.actions:
+        if unit.scheme is None:
+            for action in unit.actions:
                 self._keep(action)
-        elif _is_fp8(job):
-            for action in job.actions:
+        elif _is_fp8(unit):
+            for action in unit.actions:
                 self._encode(action)
         else:
-            self._quantize(job)
-        for path in job.files:
+            self._quantize(unit)
+        for path in unit.files:
             self._reader.check(path)
 
     def _keep(self, action: Action) -> None:
@@ -241,16 +243,16 @@ class Worker:
             scales.append(made.view(form.word))
         self._write(scale_name, np.concatenate(scales).data.cast("B"))
 
-    def _quantize(self, job: Job) -> None:
+    def _quantize(self, unit: WorkUnit) -> None:
         sizes = [(0, 0)]
-        for action in job.actions:
+        for action in unit.actions:
             nbytes, blocks = sizes[-1]
             elements = action.source.elements
             sizes.append((nbytes + action.weight_bytes, blocks + elements // GROUP))
         members = [
             (action, self._weights[begin:end], self._maxima[first:last])
             for action, (begin, first), (end, last) in zip(
-                job.actions, sizes, sizes[1:], strict=False
+                unit.actions, sizes, sizes[1:], strict=False
             )
         ]
         amaxes = [self._read(*member) for member in members]
@@ -349,8 +351,8 @@ def _refuse(action: Action, bad: int) -> None:
         )
 
 
-def _blocks(job: Job) -> int:
-    return sum(action.source.elements for action in job.actions) // GROUP
+def _blocks(unit: WorkUnit) -> int:
+    return sum(action.source.elements for action in unit.actions) // GROUP
 
 
 __all__ = ["PIECE", "Importance", "alike", "make", "run"]

@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, Final
 
-from mquant.family import Family, Meaning, Role
+from mquant.family import Family, Role, TensorRole
 from mquant.loader_model.modules import Layout, Module
 from mquant.matching import Matches, Style, match
 
@@ -173,28 +173,36 @@ def _known(layout: Layout, family: Family, method: str) -> Iterator[Judged]:
     absent = [n for n in tied if n not in layout.modules]
     heads = (Module(name, {}, family.classify(f"{name}.weight")) for name in absent)
     for module in chain(heads, layout.modules.values()):
-        meaning = module.meaning or family.classify_in_memory(f"{module.name}.weight")
-        if meaning is None:
+        tensor_role = module.tensor_role or family.classify_in_memory(f"{module.name}.weight")
+        if tensor_role is None:
             continue
-        role = meaning.row.role
+        role = tensor_role.row.role
         if not (role.linear or role is Role.EMBEDDING):
             continue
-        group = (meaning.row.fused or meaning.row.name, meaning.layer, meaning.expert)
+        group = (
+            tensor_role.row.fused or tensor_role.row.name,
+            tensor_role.layer,
+            tensor_role.expert,
+        )
         if role is Role.EXPERT:
-            group = ("experts", meaning.layer, None)
-        names = _vllm_names(module, meaning, family, method)
+            group = ("experts", tensor_role.layer, None)
+        names = _vllm_names(module, tensor_role, family, method)
         names, group = shared.setdefault(names, names), shared.setdefault(group, group)
-        yield Judged(module, role, module.meaning is None, names, group)
+        yield Judged(module, role, module.tensor_role is None, names, group)
 
 
-def _vllm_names(module: Module, meaning: Meaning, family: Family, method: str) -> tuple[str, ...]:
-    if meaning.expert is None:
+def _vllm_names(
+    module: Module, tensor_role: TensorRole, family: Family, method: str
+) -> tuple[str, ...]:
+    if tensor_role.expert is None:
         return (family.in_vllm_name(module.name),)
     if COVER_STYLES.get(method) is Style.NAMES:
         # vLLM asks for the first expert, and takes the answer for all of the layer.
-        first = meaning.row.format(meaning.layer, 0).removesuffix(".weight")
+        first = tensor_role.row.format(tensor_role.layer, 0).removesuffix(".weight")
         return (family.in_vllm_name(first),)
-    whole = meaning.row.name.partition(".{expert}")[0].replace("{layer}", str(meaning.layer))
+    whole = tensor_role.row.name.partition(".{expert}")[0].replace(
+        "{layer}", str(tensor_role.layer)
+    )
     return (family.in_vllm_name(whole), family.in_vllm_name(module.name))
 
 

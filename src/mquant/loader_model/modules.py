@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo, read_json
 from mquant.errors import SourceError
-from mquant.family import Family, Meaning, Role, family_of
+from mquant.family import Family, Role, TensorRole, family_of
 from mquant.schemes import QUANTIZED_SUFFIXES
 
 MAX_MODULES: Final = 150_000
@@ -24,17 +24,17 @@ FP8_DTYPES: Final = ("F8_E4M3", "F8_E5M2")
 class Module:
     """The tensors of one module, by what follows its name (`weight`, `weight_packed`, ...).
 
-    `meaning` is what the family says of the module's weight; None where it does not know it.
+    `tensor_role` is what the family says of the module's weight; None where it does not know it.
     """
 
     name: str
     tensors: Mapping[str, TensorInfo]
-    meaning: Meaning | None
+    tensor_role: TensorRole | None
 
     @property
     def role(self) -> Role | None:
         """What the module is for, where the family knows it."""
-        return self.meaning.row.role if self.meaning else None
+        return self.tensor_role.row.role if self.tensor_role else None
 
     @property
     def quantized(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from mquant.family import Family
 from mquant.findings import Finding
 from mquant.loader_model.modules import read_layout
 from mquant.measure.compare import Difference, compare_pairs, pairs
-from mquant.measure.comparison_cache import Partial
+from mquant.measure.comparison_cache import ComparisonCache
 from mquant.verify import against  # noqa: F401 -- registers the rules that are found broken here
 from mquant.verify.tally import Tally
 from mquant.weights.decode import READABLE
@@ -24,7 +24,7 @@ _Key = TypeVar("_Key", int, tuple[int, int])
 
 
 @dataclass
-class Error:
+class ErrorStats:
     """Sums over some weights, and what follows from them.
 
     `error`, `power` and `own` are of squares: of the differences, of the parent's weights, of ours.
@@ -75,9 +75,9 @@ class Error:
         }
 
 
-def error_of(found: Difference) -> Error:
+def error_stats(found: Difference) -> ErrorStats:
     """The error of one tensor."""
-    one = Error()
+    one = ErrorStats()
     one.add(found)
     return one
 
@@ -106,12 +106,12 @@ class Comparison:
         return tuple(sorted(changed, key=_badness, reverse=True))
 
     @property
-    def total(self) -> Error:
+    def total(self) -> ErrorStats:
         """Of all that is not identical."""
         return _sum(self.changed)
 
     @property
-    def roles(self) -> Mapping[str, tuple[int, Error]]:
+    def roles(self) -> Mapping[str, tuple[int, ErrorStats]]:
         """Role -> how many tensors are identical, and the error of the others."""
         by: dict[str, list[Difference]] = defaultdict(list)
         for found in self.tensors:
@@ -122,12 +122,12 @@ class Comparison:
         }
 
     @property
-    def layers(self) -> Mapping[int, Error]:
+    def layers(self) -> Mapping[int, ErrorStats]:
         """Layer -> the error of what is not identical there."""
         return _by(self.changed, lambda found: found.layer)
 
     @property
-    def experts(self) -> Mapping[tuple[int, int], Error]:
+    def experts(self) -> Mapping[tuple[int, int], ErrorStats]:
         """(layer, expert) -> the error of its weights together."""
         return _by(
             self.changed,
@@ -180,7 +180,7 @@ _COLUMNS: Final = (
 
 
 def _row(found: Difference) -> list[Any]:
-    error = error_of(found)
+    error = error_stats(found)
     numbers = (error.relative, error.sqnr, error.cosine) if not found.identical else (0.0, None, 1)
     row, column, worst = found.worst or (None, None, None)
     head = list(astuple(found))[:8]
@@ -193,19 +193,21 @@ def _finite(value: float | None) -> float | None:
 
 
 def _badness(found: Difference) -> tuple[bool, float]:
-    relative = error_of(found).relative
+    relative = error_stats(found).relative
     return (not math.isfinite(relative), relative if math.isfinite(relative) else 0.0)
 
 
-def _sum(some: Iterable[Difference]) -> Error:
-    total = Error()
+def _sum(some: Iterable[Difference]) -> ErrorStats:
+    total = ErrorStats()
     # Always in the same order: floating point sums depend on it.
     for found in sorted(some, key=lambda found: found.name):
         total.add(found)
     return total
 
 
-def _by(some: Iterable[Difference], key: Callable[[Difference], _Key | None]) -> dict[_Key, Error]:
+def _by(
+    some: Iterable[Difference], key: Callable[[Difference], _Key | None]
+) -> dict[_Key, ErrorStats]:
     by: dict[_Key, list[Difference]] = defaultdict(list)
     for found in some:
         at = key(found)
@@ -232,7 +234,7 @@ def compare(
     readers, tally = (reader_of(source), reader_of(parent)), Tally()
     hubs = [each for each in (source, parent) if isinstance(each, HubRepo)]
     all_pairs = pairs(layout, original, readers, tally)
-    with Partial(source, parent) as partial:
+    with ComparisonCache(source, parent) as partial:
         known = partial.known
         if known:
             emit(Note("info", f"{len(known):,} tensors were compared before: going on."))
@@ -266,4 +268,4 @@ def compare(
     )
 
 
-__all__ = ["Comparison", "Error", "compare", "error_of"]
+__all__ = ["Comparison", "ErrorStats", "compare", "error_stats"]

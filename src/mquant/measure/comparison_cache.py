@@ -22,7 +22,7 @@ from mquant.measure.compare import Difference
 _LINES_AT_ONCE: Final = 64
 
 
-class Partial:
+class ComparisonCache:
     """The tensors that are compared, by name. A context: leaving it without an error deletes it."""
 
     def __init__(self, source: Source, parent: Source) -> None:
@@ -97,4 +97,4 @@ def _cannot(error: OSError) -> OutputError:
     )
 
 
-__all__ = ["Partial"]
+__all__ = ["ComparisonCache"]

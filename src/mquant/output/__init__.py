@@ -12,21 +12,21 @@ from mquant.output.finish import (
     side_files,
 )
 from mquant.output.folder import RECORD, Claim, State, discard, examine, is_finished, other_run
-from mquant.output.joint import (
-    MOST_SHARES,
-    Joint,
-    check_version,
-    claim,
-    dissolve,
-    is_taken,
-    look,
-    read_joint,
-    take_share,
-    turn,
-)
 from mquant.output.ledger import LEDGER, SHARES, Ledger, Recorded, ledger_name, read_ledger
 from mquant.output.record import Record, read_record
-from mquant.output.shards import Follow, ShardSet, complete_shards, counted
+from mquant.output.shards import Follow, ShardSet, complete_shards, units_still_valid
+from mquant.output.shared_run import (
+    MOST_SHARES,
+    SharedRun,
+    check_version,
+    claim,
+    delete_share_files,
+    folder_lock,
+    is_taken,
+    look,
+    read_shared_run,
+    take_share,
+)
 
 __all__ = [
     "LEDGER",
@@ -39,23 +39,23 @@ __all__ = [
     "WORK",
     "Claim",
     "Follow",
-    "Joint",
     "Ledger",
     "Record",
     "Recorded",
     "ShardSet",
+    "SharedRun",
     "State",
     "apply",
     "check_version",
     "claim",
     "complete_shards",
     "config_json",
-    "counted",
+    "delete_share_files",
     "discard",
-    "dissolve",
     "examine",
     "file_names",
     "finish",
+    "folder_lock",
     "index_json",
     "is_finished",
     "is_staged",
@@ -65,11 +65,11 @@ __all__ = [
     "link",
     "look",
     "other_run",
-    "read_joint",
     "read_ledger",
     "read_record",
+    "read_shared_run",
     "side_files",
     "stage",
     "take_share",
-    "turn",
+    "units_still_valid",
 ]

@@ -131,7 +131,7 @@ def _described(content: bytes) -> dict[str, Any]:
 
 def index_json(plan: Plan) -> dict[str, Any]:
     """The index: sorted names, and the true number of bytes of all tensors."""
-    table = {o.name: s.name for s in plan.shards for job in s.jobs for o in job.outputs}
+    table = {o.name: s.name for s in plan.shards for unit in s.units for o in unit.outputs}
     return {
         "metadata": {"total_size": plan.output_bytes},
         "weight_map": {name: table[name] for name in sorted(table)},

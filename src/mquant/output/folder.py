@@ -3,7 +3,7 @@
 While a run is under way OUT holds its ledger, which names every file that will be made. It is
 written before anything else and goes when config.json is there. So a folder with a ledger is
 unfinished and ours, one with mquant.json and without a ledger is finished and ours, an empty one is
-free, and every other one is refused. Of one that is made in shares `joint` decides.
+free, and every other one is refused. Of one that is made in shares `shared` decides.
 """
 
 import os

@@ -2,7 +2,7 @@
 
 An append-only file of JSON lines, there and locked while a run is at work, and gone when it is
 complete. Every line is on disk before what it says counts; a last line without its end does not.
-Of a run in shares (see `joint`) each share has its own, which numbers the share's jobs.
+Of a run in shares (see `shared`) each share has its own, which numbers the share's jobs.
 
     {"schema": "mquant.run/2", "fingerprint": {...}, "files": ["config.json", ...]}
     {"sources": {"model-00001-of-00002.safetensors": [size, mtime_ns], ...}}     at each start
@@ -54,13 +54,13 @@ def is_ledger(name: str) -> bool:
 class Recorded:
     """What a ledger says.
 
-    `jobs` has the stamps of the sources a job was made from, by its number; `shards` the digests
+    `units` has the stamps of the sources a job was made from, by its number; `shards` the digests
     of complete shards, by name.
     """
 
     fingerprint: dict[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()
-    jobs: dict[int, Mapping[str, Stamp]] = field(default_factory=dict)
+    units: dict[int, Mapping[str, Stamp]] = field(default_factory=dict)
     shards: dict[str, str] = field(default_factory=dict)
 
 
@@ -87,7 +87,7 @@ def parse_ledger(raw: bytes) -> Recorded:
                 sources = {path: _stamp(value) for path, value in table.items()}
             case {"jobs": list(spans)}:
                 for number in islice(chain.from_iterable(map(_span, spans)), left):
-                    recorded.jobs[number] = sources
+                    recorded.units[number] = sources
                     left -= 1
                 if "shard" in entry:
                     recorded.shards[str(entry["shard"])] = str(entry.get("sha256"))
@@ -152,10 +152,10 @@ class Ledger:
         """Write down the state of the source's files that the jobs from now on are made from."""
         self._append(_line({"sources": dict(sources)}))
 
-    def count(self, jobs: Iterable[int]) -> None:
+    def count(self, units: Iterable[int]) -> None:
         """These jobs' bytes are on disk."""
         spans: list[list[int]] = []
-        for number in sorted(jobs):
+        for number in sorted(units):
             if spans and number == spans[-1][1] + 1:
                 spans[-1][1] = number
             else:
@@ -163,9 +163,9 @@ class Ledger:
         if spans:
             self._append(_line({"jobs": spans}))
 
-    def complete_shard(self, name: str, sha256: str, jobs: range) -> None:
+    def complete_shard(self, name: str, sha256: str, units: range) -> None:
         """A shard, which is all of these jobs, is on disk under its final name."""
-        self._append(shard_line(name, sha256, jobs))
+        self._append(shard_line(name, sha256, units))
 
     def complete(self) -> None:
         """The run is whole: the ledger goes."""
@@ -210,9 +210,9 @@ def head_line(fingerprint: Mapping[str, Any], files: Iterable[str]) -> bytes:
     return _line(head)
 
 
-def shard_line(name: str, sha256: str, jobs: range) -> bytes:
+def shard_line(name: str, sha256: str, units: range) -> bytes:
     """A shard, which is all of these jobs, is whole."""
-    return _line({"shard": name, "sha256": sha256, "jobs": [[jobs.start, jobs.stop - 1]]})
+    return _line({"shard": name, "sha256": sha256, "jobs": [[units.start, units.stop - 1]]})
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ from mquant.events import Emit, Progress, silent
 from mquant.output.disk import PARTIAL, out_of_space
 from mquant.output.ledger import Ledger, Recorded
 from mquant.output.writer import ShardWriter
-from mquant.plan import Job, Plan, ShardJob
+from mquant.plan import Plan, ShardPlan, WorkUnit
 
 
 @dataclass
@@ -25,9 +25,9 @@ class Follow:
     under its final name, with this sha256.
     """
 
-    opening: Callable[[ShardJob], None] = lambda _shard: None
+    opening: Callable[[ShardPlan], None] = lambda _shard: None
     settled: Callable[[Iterable[int]], None] = lambda _jobs: None
-    completed: Callable[[ShardJob, str], None] = lambda _shard, _sha256: None
+    completed: Callable[[ShardPlan, str], None] = lambda _shard, _sha256: None
 
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -39,7 +39,7 @@ class _Task:
 
     shard: int
     number: int
-    job: Job
+    unit: WorkUnit
     left: int
 
 
@@ -80,14 +80,14 @@ class ShardSet:
         self._out, self._plan, self._ledger, self._emit = out, plan, ledger, emit
         self._stage = stage
         self._tasks = [
-            _Task(shard, number, job, job.output_bytes)
+            _Task(shard, number, unit, unit.output_bytes)
             for shard, each in enumerate(plan.shards)
-            for number, job in enumerate(each.jobs)
+            for number, unit in enumerate(each.units)
         ]
         self._tensors: dict[str, _Tensor] = {}
         for index, task in enumerate(self._tasks):
             _, places = plan.shards[task.shard].layout
-            for output in task.job.outputs:
+            for output in task.unit.outputs:
                 self._tensors[output.name] = _Tensor(index, places[output.name], output.nbytes)
         self._lock, self._opening = Lock(), Lock()
         self._open: dict[int, ShardWriter] = {}
@@ -100,10 +100,10 @@ class ShardSet:
             if away and each.name in away:
                 self.digests[each.name] = away[each.name]
                 self._done.update(plan.numbers[shard])
-        self._left = [len(shard.jobs) for shard in plan.shards]
+        self._left = [len(shard.units) for shard in plan.shards]
         for index in self._done:
             self._left[self._tasks[index].shard] -= 1
-        self._bytes = sum(self._tasks[index].job.source_bytes for index in self._done)
+        self._bytes = sum(self._tasks[index].unit.source_bytes for index in self._done)
 
     @property
     def done_bytes(self) -> int:
@@ -111,14 +111,14 @@ class ShardSet:
         return self._bytes
 
     @property
-    def pending(self) -> list[Job]:
+    def pending(self) -> list[WorkUnit]:
         """The jobs that are not done, in the order of the output."""
         return [*self.numbered.values()]
 
     @property
-    def numbered(self) -> dict[int, Job]:
+    def numbered(self) -> dict[int, WorkUnit]:
         """The same, by the numbers that `follow` is told."""
-        return {i: task.job for i, task in enumerate(self._tasks) if i not in self._done}
+        return {i: task.unit for i, task in enumerate(self._tasks) if i not in self._done}
 
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Take the next bytes of a tensor, by its name in the output.
@@ -142,20 +142,20 @@ class ShardSet:
     def commit(self) -> None:
         """Put on disk what is written, and count the jobs that are complete."""
         with self._lock:
-            jobs, writers = set(self._written), list(self._open.values())
-        if jobs:
+            units, writers = set(self._written), list(self._open.values())
+        if units:
             for writer in writers:
                 writer.sync()
-            self._ledger.count(jobs)
-            self.follow.settled(jobs)
+            self._ledger.count(units)
+            self.follow.settled(units)
             with self._lock:
-                self._written -= jobs
+                self._written -= units
 
     def finish(self) -> None:
         """Name the shards that lack nothing else. Raises EngineError for a tensor not made."""
         for index, task in enumerate(self._tasks):
             if index not in self._done:
-                names = (o.name for o in task.job.outputs)
+                names = (o.name for o in task.unit.outputs)
                 name = next(n for n in names if self._tensors[n].written < self._tensors[n].nbytes)
                 raise EngineError(f"The engine did not make {name} as planned.")
         for shard, left in enumerate(self._left):
@@ -175,9 +175,9 @@ class ShardSet:
         with self._opening:
             if shard not in self._open:
                 self.follow.opening(self._plan.shards[shard])
-                jobs = self._plan.numbers[shard]
+                units = self._plan.numbers[shard]
                 with self._lock:
-                    done = {i - jobs.start for i in jobs if i in self._done}
+                    done = {i - units.start for i in units if i in self._done}
                     self._open[shard] = ShardWriter(self._out, self._plan.shards[shard], done)
             return self._open[shard]
 
@@ -188,7 +188,7 @@ class ShardSet:
         with self._lock:
             self._done.add(index)
             self._written.add(index)
-            self._bytes += task.job.source_bytes
+            self._bytes += task.unit.source_bytes
             self._left[task.shard] -= 1
             last = not self._left[task.shard]
             self._emit(Progress(self._stage, self._bytes, self._plan.source_bytes))
@@ -200,40 +200,40 @@ class ShardSet:
     def _close(self, shard: int) -> None:
         name = self._plan.shards[shard].name
         digest = self._writer(shard).close()
-        jobs = self._plan.numbers[shard]
-        self._ledger.complete_shard(name, digest, jobs)
+        units = self._plan.numbers[shard]
+        self._ledger.complete_shard(name, digest, units)
         with self._lock:
             self.digests[name] = digest
-            self._written.difference_update(jobs)
+            self._written.difference_update(units)
             del self._open[shard]
-        self.follow.settled(jobs)
+        self.follow.settled(units)
         self.follow.completed(self._plan.shards[shard], digest)
 
     def _take_up(self, recorded: Recorded, sources: Mapping[str, Stamp]) -> None:
         """Find out which recorded jobs count: their sources are unchanged, and their file there."""
-        counting = counted(self._plan, recorded, sources)
+        counting = units_still_valid(self._plan, recorded, sources)
         for shard, each in enumerate(self._plan.shards):
             final, partial = self._out / each.name, self._out / (each.name + PARTIAL)
-            jobs = set(self._plan.numbers[shard]) & counting
+            units = set(self._plan.numbers[shard]) & counting
             with out_of_space(partial, each.file_bytes):
                 if final.is_symlink():
                     final.unlink()  # made by nobody here
-                whole = each.name in recorded.shards and len(jobs) == len(each.jobs)
+                whole = each.name in recorded.shards and len(units) == len(each.units)
                 if whole and _is_of(final, each.file_bytes):
                     self.digests[each.name] = recorded.shards[each.name]
                 elif final.is_file():
                     final.rename(partial)
                 if each.name not in self.digests and not _is_of(partial, each.file_bytes):
-                    jobs.clear()
-            self._done |= jobs
+                    units.clear()
+            self._done |= units
 
 
-def counted(plan: Plan, recorded: Recorded, sources: Mapping[str, Stamp]) -> set[int]:
+def units_still_valid(plan: Plan, recorded: Recorded, sources: Mapping[str, Stamp]) -> set[int]:
     """The recorded jobs of a plan, by number, whose sources are as they were."""
     return {
         number
-        for number, job in enumerate(plan.jobs)
-        if number in recorded.jobs and _unchanged(job, recorded.jobs[number], sources)
+        for number, unit in enumerate(plan.units)
+        if number in recorded.units and _unchanged(unit, recorded.units[number], sources)
     }
 
 
@@ -241,18 +241,20 @@ def complete_shards(
     out: Path, plan: Plan, recorded: Recorded, sources: Mapping[str, Stamp]
 ) -> dict[str, str]:
     """The sha256 of those shards of a plan that are whole in OUT, by name. Nothing is written."""
-    made = counted(plan, recorded, sources)
+    made = units_still_valid(plan, recorded, sources)
     found: dict[str, str] = {}
-    for shard, jobs in zip(plan.shards, plan.numbers, strict=True):
+    for shard, units in zip(plan.shards, plan.numbers, strict=True):
         digest, path = recorded.shards.get(shard.name, ""), out / shard.name
         there = not path.is_symlink() and _is_of(path, shard.file_bytes)
-        if there and made.issuperset(jobs) and _SHA256.fullmatch(digest):
+        if there and made.issuperset(units) and _SHA256.fullmatch(digest):
             found[shard.name] = digest
     return found
 
 
-def _unchanged(job: Job, made_from: Mapping[str, Stamp], sources: Mapping[str, Stamp]) -> bool:
-    return all(file in sources and made_from.get(file) == sources[file] for file in job.files)
+def _unchanged(
+    unit: WorkUnit, made_from: Mapping[str, Stamp], sources: Mapping[str, Stamp]
+) -> bool:
+    return all(file in sources and made_from.get(file) == sources[file] for file in unit.files)
 
 
 def _is_of(path: Path, nbytes: int) -> bool:
@@ -260,4 +262,4 @@ def _is_of(path: Path, nbytes: int) -> bool:
     return path.is_file() and path.stat().st_size == nbytes
 
 
-__all__ = ["Follow", "ShardSet", "complete_shards", "counted"]
+__all__ = ["Follow", "ShardSet", "complete_shards", "units_still_valid"]

@@ -14,7 +14,7 @@ from typing import Final
 
 from mquant.errors import EngineError
 from mquant.output.disk import PARTIAL, fsync_folder, out_of_space, preallocate, pwrite
-from mquant.plan import ShardJob
+from mquant.plan import ShardPlan
 
 _HASH_BYTES: Final = 1024 * 1024
 
@@ -22,7 +22,7 @@ _HASH_BYTES: Final = 1024 * 1024
 class ShardWriter:
     """One output shard being written. `write` may be called from any thread."""
 
-    def __init__(self, out: Path, shard: ShardJob, done: Collection[int] = ()) -> None:
+    def __init__(self, out: Path, shard: ShardPlan, done: Collection[int] = ()) -> None:
         """Go on with the partial, where jobs (by number in the shard) are done, or begin one."""
         self.shard = shard
         self._final = out / shard.name
@@ -31,8 +31,8 @@ class ShardWriter:
         self._done = set(done)
         self._order = sorted(
             (places[output.name] + output.nbytes, number)
-            for number, job in enumerate(shard.jobs)
-            for output in job.outputs
+            for number, unit in enumerate(shard.units)
+            for output in unit.outputs
         )
         self._next = 0  # the first in `_order` that is not done
         self._hash = hashlib.sha256()
@@ -56,9 +56,9 @@ class ShardWriter:
         with out_of_space(self._partial, self.shard.file_bytes):
             pwrite(self._file, data, offset)
 
-    def done(self, job: int) -> None:
+    def done(self, unit: int) -> None:
         """A job, by its number in the shard, is written."""
-        self._done.add(job)
+        self._done.add(unit)
 
     def hash(self) -> None:
         """Hash what is whole from the front on, unless another thread is at it."""

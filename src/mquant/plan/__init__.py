@@ -4,7 +4,7 @@ from mquant.plan.bf16 import make_bf16_plan
 from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, make_plan, natural, safe_ignore
 from mquant.plan.export import Target, hf_quant_config, make_export_plan, scalars, survey_for
 from mquant.plan.mend import BAD, PARENT, Mending, from_parent, mend
-from mquant.plan.model import Action, Job, Output, Plan, ShardJob
+from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit
 from mquant.plan.share import share, shares
 from mquant.plan.stored import Form, Stored
 from mquant.plan.survey import Member, Survey, survey, wholeness
@@ -15,15 +15,15 @@ __all__ = [
     "PARENT",
     "Action",
     "Form",
-    "Job",
     "Member",
     "Mending",
-    "Output",
+    "OutputTensor",
     "Plan",
-    "ShardJob",
+    "ShardPlan",
     "Stored",
     "Survey",
     "Target",
+    "WorkUnit",
     "cut_shards",
     "from_parent",
     "hf_quant_config",

@@ -13,7 +13,7 @@ from mquant.recipe import Recipe
 
 def scaled(members: Iterable[Member], actions: list[Action], family: Family) -> list[Action]:
     """The actions, those of norms and routers scaled where AWQ scales weights of their layer."""
-    row_of = {member.info.name: member.meaning.row.name for member in members}
+    row_of = {member.info.name: member.tensor_role.row.name for member in members}
     names: set[str] = set()
     for rows in ({row.name for row in group} for group in family.smoothings):
         layers: dict[int | None, list[Action]] = defaultdict(list)

@@ -8,7 +8,7 @@ from mquant.errors import Refused
 from mquant.family import Family
 from mquant.findings import Finding
 from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, dequantizes
-from mquant.plan.model import Action, Job, Plan, ShardJob
+from mquant.plan.model import Action, Plan, ShardPlan, WorkUnit
 from mquant.plan.stored import Form
 from mquant.plan.survey import Member, Survey, survey
 from mquant.recipe import Recipe
@@ -31,13 +31,13 @@ def make_bf16_plan(
     found = survey(checkpoint, families, tuple(Form))
     if found.family is None:
         raise Refused(found.findings)
-    jobs = [Job((_action(member),)) for member in found.members]
-    cut = cut_shards(jobs, lambda job: job.output_bytes, max_shard_bytes)
+    units = [WorkUnit((_action(member),)) for member in found.members]
+    cut = cut_shards(units, lambda unit: unit.output_bytes, max_shard_bytes)
     return Plan(
         survey=found,
         family=found.family,
         recipe=BF16,
-        shards=tuple(ShardJob(name, tuple(group)) for name, group in cut.items()),
+        shards=tuple(ShardPlan(name, tuple(group)) for name, group in cut.items()),
         ignore=(),
         findings=(*found.findings, *dequantizes(found), *_nothing(found)),
     )

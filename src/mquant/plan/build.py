@@ -14,7 +14,7 @@ from mquant.errors import Refused
 from mquant.family import Family, Role
 from mquant.findings import Finding
 from mquant.plan.awq import scaled, unscalable
-from mquant.plan.model import Action, Job, Output, Plan, ShardJob
+from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit
 from mquant.plan.stored import Form
 from mquant.plan.survey import FusedKey, Member, Survey, survey
 from mquant.recipe import Choice, Recipe
@@ -59,7 +59,7 @@ def make_plan(
     actions = [_action(m, both[m.module], choice, family, layers) for m in found.members]
     if recipe.smoothing == "awq":
         actions = scaled(found.members, actions, family)
-    jobs = _jobs(found.members, actions)
+    units = _jobs(found.members, actions)
     findings = [
         *found.findings,
         *dequantizes(found),
@@ -70,7 +70,7 @@ def make_plan(
     if found.readable:
         findings += [
             *_unquantizable(found.members, actions, family),
-            *(_split_sets(jobs) or _unlike_experts(actions)),
+            *(_split_sets(units) or _unlike_experts(actions)),
             *_nothing(actions, recipe),
             *unscalable(family, recipe),
         ]
@@ -79,9 +79,9 @@ def make_plan(
         family=family,
         recipe=recipe,
         shards=tuple(
-            ShardJob(name, tuple(group))
+            ShardPlan(name, tuple(group))
             for name, group in cut_shards(
-                jobs, lambda job: job.output_bytes, max_shard_bytes
+                units, lambda unit: unit.output_bytes, max_shard_bytes
             ).items()
         ),
         ignore=kept_modules(
@@ -103,7 +103,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 def _action(
     member: Member, both: tuple[str, str], choice: Choice, family: Family, layers: int
 ) -> Action:
-    info, layer, recipe = member.info, member.meaning.layer, choice.recipe
+    info, layer, recipe = member.info, member.tensor_role.layer, choice.recipe
     scheme = choice.scheme(member.role, both)
     reason = _KEPT_BECAUSE.get(member.role, f"{recipe.name} keeps it")
     if scheme and recipe.keeps_layer(layer, layers):
@@ -112,7 +112,7 @@ def _action(
         return Action.kept(member, reason)
     fits = not _obstacle(member, scheme, family)
     outputs = scheme.outputs(member.module, info.shape, info.dtype) if fits else ()
-    made = tuple(Output(*output) for output in outputs)
+    made = tuple(OutputTensor(*output) for output in outputs)
     return replace(Action.kept(member, ""), scheme=scheme, outputs=made)
 
 
@@ -137,7 +137,7 @@ def dequantizes(found: Survey) -> list[Finding]:
 
 def _obstacle(member: Member, scheme: Scheme, family: Family) -> str:
     """Why a tensor cannot be stored in a scheme, as the end of a sentence; empty: it can."""
-    info, row = member.info, member.meaning.row
+    info, row = member.info, member.tensor_role.row
     if info.dtype not in FLOAT_WEIGHTS:
         return f"is {info.dtype}; {scheme.name} is made from BF16, F16 or F32"
     if len(info.shape) != 2 or 0 in info.shape or not info.name.endswith(".weight"):
@@ -179,16 +179,18 @@ def _unquantizable(
     ]
 
 
-def _jobs(members: tuple[Member, ...], actions: list[Action]) -> list[Job]:
+def _jobs(members: tuple[Member, ...], actions: list[Action]) -> list[WorkUnit]:
     """Actions grouped by fused set, each set where its first member lies in the source."""
     groups: dict[FusedKey | str, list[Action]] = {}
     for member, action in zip(members, actions, strict=True):
         groups.setdefault(member.fused or member.info.name, []).append(action)
-    return [Job(tuple(sorted(group, key=lambda a: a.source.name))) for group in groups.values()]
+    return [
+        WorkUnit(tuple(sorted(group, key=lambda a: a.source.name))) for group in groups.values()
+    ]
 
 
-def _split_sets(jobs: list[Job]) -> list[Finding]:
-    split = [job for job in jobs if len({a.scheme for a in job.actions}) > 1]
+def _split_sets(units: list[WorkUnit]) -> list[Finding]:
+    split = [unit for unit in units if len({a.scheme for a in unit.actions}) > 1]
     if not split:
         return []
     kept = [a.module for a in split[0].actions if a.scheme is None]

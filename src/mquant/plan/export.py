@@ -15,7 +15,7 @@ from mquant.errors import Refused
 from mquant.family import Family
 from mquant.findings import Finding
 from mquant.plan.build import kept_modules
-from mquant.plan.model import Action, Job, Output, Plan, ShardJob, declaration
+from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit, declaration
 from mquant.plan.stored import GROUP, Form
 from mquant.plan.survey import Member, Survey, survey
 from mquant.recipe import Recipe
@@ -127,7 +127,7 @@ def make_export_plan(
     if family is None:
         raise Refused(found.findings)
     plain = [member for member in found.members if not member.stored]
-    kept = ((m.module, m.meaning.expert, m.info) for m in plain)
+    kept = ((m.module, m.tensor_role.expert, m.info) for m in plain)
     ignore = kept_modules(kept, family, found.checkpoint.config)
     w4a4 = any(member.stored and member.stored.input for member in found.members)
     if declared is None:
@@ -139,7 +139,7 @@ def make_export_plan(
     }
     tensors = (actions[name] for name in found.checkpoint.tensors)
     shards = tuple(
-        ShardJob(name, tuple(_jobs(group)))
+        ShardPlan(name, tuple(_jobs(group)))
         for name, group in groupby(tensors, key=lambda action: action.source.shard)
     )
     return Plan(
@@ -203,16 +203,16 @@ def _actions(member: Member, target: Target, values: Mapping[str, bytes]) -> Ite
         yield replace(
             Action.kept(member, "as it is" if value is None else "the reciprocal"),
             source=info,
-            outputs=(Output(name, info.dtype, shape),),
+            outputs=(OutputTensor(name, info.dtype, shape),),
             stored=None,
             value=value,
         )
 
 
-def _jobs(actions: Iterable[Action]) -> Iterator[Job]:
+def _jobs(actions: Iterable[Action]) -> Iterator[WorkUnit]:
     """A job for each run of a module's tensors: the order is the source's."""
     for _, run in groupby(actions, key=lambda action: action.module):
-        yield Job(tuple(run))
+        yield WorkUnit(tuple(run))
 
 
 def _refusal(rule: str, where: str, message: str, fix: str) -> Finding:

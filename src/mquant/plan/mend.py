@@ -14,7 +14,7 @@ from typing import Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo, is_shard
 from mquant.family import Family
-from mquant.plan.model import Action, Job, Output, Plan, ShardJob
+from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit
 
 BAD: Final = "bad/"
 PARENT: Final = "parent/"
@@ -68,24 +68,24 @@ def mend(right: Plan, bad: Checkpoint, wrong: Collection[str]) -> Mending:
     `wrong` are tensors of `bad` that are not to be trusted, whatever their headers say.
     """
     found = _Found(right.family, bad, wrong)
-    shards: dict[str, list[Job]] = defaultdict(list)
+    shards: dict[str, list[WorkUnit]] = defaultdict(list)
     renamed: dict[str, str] = {}
     sound: dict[str, TensorInfo] = {}
     outputs: set[str] = set()
     home = min(filter(is_shard, bad.shards), default="model-00001-of-00001.safetensors")
-    for job in right.jobs:
-        outputs.update(output.name for output in job.outputs)
-        there = {o.name: info for o in job.outputs if (info := found.sound(o)) is not None}
+    for unit in right.units:
+        outputs.update(output.name for output in unit.outputs)
+        there = {o.name: info for o in unit.outputs if (info := found.sound(o)) is not None}
         sound.update(there)
-        if all(output.name in there for output in job.outputs):
-            for shard, kept in found.copies(job):
+        if all(output.name in there for output in unit.outputs):
+            for shard, kept in found.copies(unit):
                 shards[shard].append(kept)
                 home = shard
-            renamed.update(found.renamed(job))
+            renamed.update(found.renamed(unit))
         else:
-            home = found.home(job) or home
-            shards[home].append(from_parent(job))
-    plan = replace(right, shards=tuple(ShardJob(n, tuple(shards[n])) for n in sorted(shards)))
+            home = found.home(unit) or home
+            shards[home].append(from_parent(unit))
+    plan = replace(right, shards=tuple(ShardPlan(n, tuple(shards[n])) for n in sorted(shards)))
     return Mending(
         right=right,
         plan=plan,
@@ -119,7 +119,7 @@ class _Found:
         for info in (*bad.tensors.values(), *bad.again):
             self._headers[info.shard].append((info.name, info.dtype, info.shape))
 
-    def sound(self, output: Output) -> TensorInfo | None:
+    def sound(self, output: OutputTensor) -> TensorInfo | None:
         """A tensor that is there as planned, and not known to be wrong."""
         info = self._tensors.get(output.name)
         if info is None or info.name in self._wrong:
@@ -127,10 +127,10 @@ class _Found:
         alike = (info.dtype, info.shape) == (output.dtype, output.shape)
         return _under(BAD, info) if alike else None
 
-    def copies(self, job: Job) -> Iterator[tuple[str, Job]]:
+    def copies(self, unit: WorkUnit) -> Iterator[tuple[str, WorkUnit]]:
         """The jobs that copy what is there, each with the shard where it lies."""
         shards: dict[str, list[Action]] = defaultdict(list)
-        for action in job.actions:
+        for action in unit.actions:
             for output in action.outputs:
                 info = self._tensors[output.name]
                 shards[info.shard].append(
@@ -143,22 +143,22 @@ class _Found:
                         outputs=(output,),
                     )
                 )
-        return ((shard, Job(tuple(actions))) for shard, actions in shards.items())
+        return ((shard, WorkUnit(tuple(actions))) for shard, actions in shards.items())
 
-    def renamed(self, job: Job) -> dict[str, str]:
+    def renamed(self, unit: WorkUnit) -> dict[str, str]:
         """Names of a sound job's tensors that are not what they should be."""
-        pairs = ((self._tensors[output.name].name, output.name) for output in job.outputs)
+        pairs = ((self._tensors[output.name].name, output.name) for output in unit.outputs)
         return {old: new for old, new in pairs if old != new}
 
-    def home(self, job: Job) -> str | None:
+    def home(self, unit: WorkUnit) -> str | None:
         """The shard where a job's tensors, or others of its modules, lie or should lie."""
-        places = [self._places.get(output.name) for output in job.outputs]
-        places += [self._modules.get(action.module) for action in job.actions]
+        places = [self._places.get(output.name) for output in unit.outputs]
+        places += [self._modules.get(action.module) for action in unit.actions]
         return next((place for place in places if place), None)
 
-    def holds_just(self, shard: ShardJob) -> bool:
+    def holds_just(self, shard: ShardPlan) -> bool:
         """Whether a planned shard is the file of that name as it is."""
-        actions = [action for job in shard.jobs for action in job.actions]
+        actions = [action for unit in shard.units for action in unit.actions]
         if any(action.source.shard != BAD + shard.name for action in actions):
             return False
         planned = [(o.name, o.dtype, o.shape) for action in actions for o in action.outputs]
@@ -170,23 +170,23 @@ def _hub_name(family: Family, name: str) -> str:
     module, _, suffix = name.rpartition(".")
     if family.classify(name) or family.classify(f"{module}.weight"):
         return name
-    if meaning := family.classify_in_memory(name):
-        return meaning.row.format(meaning.layer, meaning.expert)
-    if meaning := family.classify_in_memory(f"{module}.weight"):
-        return f"{_module(meaning.row.format(meaning.layer, meaning.expert))}.{suffix}"
+    if tensor_role := family.classify_in_memory(name):
+        return tensor_role.row.format(tensor_role.layer, tensor_role.expert)
+    if tensor_role := family.classify_in_memory(f"{module}.weight"):
+        return f"{_module(tensor_role.row.format(tensor_role.layer, tensor_role.expert))}.{suffix}"
     return name
 
 
-def from_parent(job: Job) -> Job:
+def from_parent(unit: WorkUnit) -> WorkUnit:
     """A job of the right plan, as it is done again."""
-    return Job(
+    return WorkUnit(
         tuple(
             replace(
                 a,
                 source=_under(PARENT, a.source),
                 stored=a.stored.under(PARENT) if a.stored else None,
             )
-            for a in job.actions
+            for a in unit.actions
         )
     )
 

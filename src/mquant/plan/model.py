@@ -21,7 +21,7 @@ ActionKind = Literal["copy", "quantize", "dequantize", "scale"]
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class OutputTensor:
     """One tensor of the result."""
 
     name: str
@@ -52,7 +52,7 @@ class Action:
     expert: int | None
     scheme: Scheme | None
     reason: str
-    outputs: tuple[Output, ...]
+    outputs: tuple[OutputTensor, ...]
     stored: Stored | None = None
     value: bytes | None = None
     scaled: bool = False
@@ -60,16 +60,16 @@ class Action:
     @classmethod
     def kept(cls, member: Member, reason: str) -> Self:
         """A tensor that stays, under its name, in its dtype and shape."""
-        info, meaning = member.info, member.meaning
+        info, tensor_role = member.info, member.tensor_role
         return cls(
             source=info,
             role=member.role,
             module=member.module,
-            layer=meaning.layer,
-            expert=meaning.expert,
+            layer=tensor_role.layer,
+            expert=tensor_role.expert,
             scheme=None,
             reason=reason,
-            outputs=(Output(info.name, info.dtype, info.shape),),
+            outputs=(OutputTensor(info.name, info.dtype, info.shape),),
             stored=member.stored,
         )
 
@@ -104,13 +104,13 @@ class Action:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class WorkUnit:
     """The smallest piece of work: a tensor, or a fused set, whose members share a global scale."""
 
     actions: tuple[Action, ...]
 
     @property
-    def outputs(self) -> Iterator[Output]:
+    def outputs(self) -> Iterator[OutputTensor]:
         """All tensors it makes."""
         return (output for action in self.actions for output in action.outputs)
 
@@ -144,11 +144,11 @@ class Job:
 
 
 @dataclass(frozen=True)
-class ShardJob:
+class ShardPlan:
     """One output shard: its final name, and the jobs that fill it."""
 
     name: str
-    jobs: tuple[Job, ...]
+    units: tuple[WorkUnit, ...]
 
     @cached_property
     def layout(self) -> tuple[bytes, dict[str, int]]:
@@ -158,7 +158,7 @@ class ShardJob:
         to back. Where that would leave one at an odd address, they lie as safetensors' own writer
         has them: by dtype.
         """
-        outputs = [(o.name, o.dtype, o.shape) for job in self.jobs for o in job.outputs]
+        outputs = [(o.name, o.dtype, o.shape) for unit in self.units for o in unit.outputs]
         first, places = build_header(outputs, keep_order=True)
         if any(places[name] * 8 % BITS[dtype] for name, dtype, _ in outputs):
             return build_header(outputs)
@@ -167,12 +167,12 @@ class ShardJob:
     @cached_property
     def file_bytes(self) -> int:
         """The file's size, header included."""
-        return len(self.layout[0]) + sum(job.output_bytes for job in self.jobs)
+        return len(self.layout[0]) + sum(unit.output_bytes for unit in self.units)
 
     @property
     def tensors(self) -> int:
         """How many tensors it holds."""
-        return sum(len(action.outputs) for job in self.jobs for action in job.actions)
+        return sum(len(action.outputs) for unit in self.units for action in unit.actions)
 
 
 @dataclass(frozen=True)
@@ -187,29 +187,29 @@ class Plan:
     survey: Survey
     family: Family
     recipe: Recipe
-    shards: tuple[ShardJob, ...]
+    shards: tuple[ShardPlan, ...]
     ignore: tuple[str, ...]
     findings: tuple[Finding, ...]
     declared: Mapping[str, Any] | None = None
 
     @property
-    def jobs(self) -> Iterator[Job]:
+    def units(self) -> Iterator[WorkUnit]:
         """All jobs, in the order of the output: a ledger numbers them so, from 0."""
-        return (job for shard in self.shards for job in shard.jobs)
+        return (unit for shard in self.shards for unit in shard.units)
 
     @cached_property
     def numbers(self) -> tuple[range, ...]:
         """The numbers of each shard's jobs."""
-        stops = accumulate(len(shard.jobs) for shard in self.shards)
+        stops = accumulate(len(shard.units) for shard in self.shards)
         return tuple(
-            range(stop - len(shard.jobs), stop)
+            range(stop - len(shard.units), stop)
             for shard, stop in zip(self.shards, stops, strict=True)
         )
 
     @property
     def actions(self) -> Iterator[Action]:
         """Every source tensor's action, exactly once, in the order of the output."""
-        return (action for job in self.jobs for action in job.actions)
+        return (action for unit in self.units for action in unit.actions)
 
     @property
     def refusals(self) -> tuple[Finding, ...]:
@@ -268,7 +268,7 @@ class Plan:
             digest.update(measured.encode())
         for shard in self.shards:
             digest.update(f"{shard.name}\n".encode() + shard.layout[0])
-            for action in (action for job in shard.jobs for action in job.actions):
+            for action in (action for unit in shard.units for action in unit.actions):
                 source = action.source
                 scheme = action.scheme.name if action.scheme else action.kind
                 digest.update(f"{source.name} {source.dtype} {source.shape} {scheme}\n".encode())
@@ -316,4 +316,4 @@ def declaration(
     }
 
 
-__all__ = ["Action", "Job", "Output", "Plan", "ShardJob", "declaration"]
+__all__ = ["Action", "OutputTensor", "Plan", "ShardPlan", "WorkUnit", "declaration"]

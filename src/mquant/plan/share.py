@@ -6,7 +6,7 @@ Who has which is decided from the plan and the number of shares alone: nobody ha
 
 from dataclasses import replace
 
-from mquant.plan.model import Plan, ShardJob
+from mquant.plan.model import Plan, ShardPlan
 
 
 def share(plan: Plan, number: int, of: int) -> Plan:
@@ -20,9 +20,9 @@ def shares(plan: Plan, of: int) -> tuple[Plan, ...]:
     A shard belongs where the middle of its source bytes lies in those of the plan: no share is
     larger than its due by more than a shard. None is empty while there are as many shards.
     """
-    parts: list[list[ShardJob]] = [[] for _ in range(of)]
+    parts: list[list[ShardPlan]] = [[] for _ in range(of)]
     shards = plan.shards
-    sizes = [sum(job.source_bytes for job in shard.jobs) for shard in shards]
+    sizes = [sum(unit.source_bytes for unit in shard.units) for shard in shards]
     filled = min(of, len(shards))
     before, owner = 0, -1
     for place, (shard, size) in enumerate(zip(shards, sizes, strict=True)):

@@ -83,7 +83,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Shelf:
+class StoredWeights:
     """All stored weights of a checkpoint.
 
     `weights` has, by the codes' name, the weight they hold as a tensor in BF16 that lies where the
@@ -95,7 +95,7 @@ class Shelf:
     findings: tuple[Finding, ...]
 
 
-def find_stored(checkpoint: Checkpoint, forms: Collection[Form]) -> Shelf | None:
+def find_stored(checkpoint: Checkpoint, forms: Collection[Form]) -> StoredWeights | None:
     """The weights that lie in one of `forms`; None where anything is quantized in another way."""
     config = checkpoint.config.get("quantization_config")
     config = config if isinstance(config, dict) else {}
@@ -124,7 +124,7 @@ def find_stored(checkpoint: Checkpoint, forms: Collection[Form]) -> Shelf | None
         others.update(i.name for s, i in tensors.items() if f".{s}" in QUANTIZED_SUFFIXES)
     if not weights and not broken:
         return None
-    return Shelf(weights, frozenset(others - weights.keys()), _first(broken))
+    return StoredWeights(weights, frozenset(others - weights.keys()), _first(broken))
 
 
 def _first(broken: list[Finding]) -> tuple[Finding, ...]:
@@ -244,4 +244,4 @@ def _broken(module: str, rule: str, sentence: str) -> Finding:
     return Finding(rule, "error", module, f"{sentence}.", "Get the checkpoint again.")
 
 
-__all__ = ["GROUP", "NVFP4S", "Form", "Shelf", "Stored", "find_stored"]
+__all__ = ["GROUP", "NVFP4S", "Form", "Stored", "StoredWeights", "find_stored"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mquant.checkpoint import Checkpoint, TensorInfo
-from mquant.family import Family, Meaning, Role, TensorRow, family_of
+from mquant.family import Family, Role, TensorRole, TensorRow, family_of
 from mquant.findings import Finding
 from mquant.formulas import MOST_LAYERS
 from mquant.plan.stored import Form, Stored, find_stored
@@ -30,13 +30,13 @@ class Member:
     """
 
     info: TensorInfo
-    meaning: Meaning
+    tensor_role: TensorRole
     stored: Stored | None = None
 
     @property
     def role(self) -> Role:
         """What the tensor is for."""
-        return self.meaning.row.role
+        return self.tensor_role.row.role
 
     @property
     def module(self) -> str:
@@ -46,8 +46,8 @@ class Member:
     @property
     def fused(self) -> FusedKey | None:
         """The fused set it belongs to: its name, layer and expert."""
-        fused = self.meaning.row.fused
-        return (fused, self.meaning.layer, self.meaning.expert) if fused else None
+        fused = self.tensor_role.row.fused
+        return (fused, self.tensor_role.layer, self.tensor_role.expert) if fused else None
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,15 @@ def survey(
     unknown: list[str] = []
     for tensor in checkpoint.tensors.values():
         info, stored = (shelf and shelf.weights.get(tensor.name)) or (tensor, None)
-        meaning = family.classify(info.name)
-        if meaning is not None:
-            members.append(Member(info, meaning, stored))
+        tensor_role = family.classify(info.name)
+        if tensor_role is not None:
+            members.append(Member(info, tensor_role, stored))
         elif not shelf or tensor.name not in shelf.others:
             unknown.append(info.name)
     if unknown and not unreadable:
         findings.append(_unknown(unknown, family))
-    layers = _count(member.meaning.layer for member in members)
-    experts = _count(member.meaning.expert for member in members)
+    layers = _count(member.tensor_role.layer for member in members)
+    experts = _count(member.tensor_role.expert for member in members)
     if not unreadable:
         findings += wholeness(family, members, checkpoint.config)
     members = _mtp_kept(family, members, checkpoint.config)
@@ -129,12 +129,12 @@ def _mtp_kept(family: Family, members: list[Member], config: Mapping[str, Any]) 
     kept: dict[TensorRow, TensorRow] = {}
 
     def keep(member: Member) -> Member:
-        row, layer = member.meaning.row, member.meaning.layer
+        row, layer = member.tensor_role.row, member.tensor_role.layer
         if layer is None or layer < layers:
             return member
         if row not in kept:
             kept[row] = row.model_copy(update={"role": Role.OTHER, "fused": ""})
-        return replace(member, meaning=replace(member.meaning, row=kept[row]))
+        return replace(member, tensor_role=replace(member.tensor_role, row=kept[row]))
 
     return [keep(member) for member in members]
 
@@ -217,8 +217,8 @@ def wholeness(family: Family, members: list[Member], config: Mapping[str, Any]) 
 def _expert_findings(family: Family, members: list[Member], configured: int) -> list[Finding]:
     found: dict[int, set[int]] = defaultdict(set)
     for member in members:
-        if member.meaning.expert is not None and member.meaning.layer is not None:
-            found[member.meaning.layer].add(member.meaning.expert)
+        if member.tensor_role.expert is not None and member.tensor_role.layer is not None:
+            found[member.tensor_role.layer].add(member.tensor_role.expert)
     gaps = [layer for layer, experts in sorted(found.items()) if max(experts) + 1 != len(experts)]
     if gaps:
         layer = gaps[0]
@@ -263,7 +263,9 @@ def _missing(
     present = {member.info.name for member in members}
     experts: dict[tuple[str, int | None], set[int | None]] = defaultdict(set)
     for member in members:
-        experts[member.meaning.row.block, member.meaning.layer].add(member.meaning.expert)
+        experts[member.tensor_role.row.block, member.tensor_role.layer].add(
+            member.tensor_role.expert
+        )
     # Releases have layers of multi-token prediction, but most copies of them do not.
     started = {layer for _, layer in experts if layer is not None and layer >= layers}
     mtp = sorted(layer for layer in started if layer < layers + family.mtp_layers(config))
@@ -313,7 +315,7 @@ def _block_findings(
 ) -> list[Finding]:
     first: dict[tuple[str, int | None], Member] = {}
     for member in members:
-        first.setdefault((member.meaning.row.block, member.meaning.layer), member)
+        first.setdefault((member.tensor_role.row.block, member.tensor_role.layer), member)
     wrong = [
         member
         for (block, layer), member in first.items()
@@ -321,14 +323,14 @@ def _block_findings(
     ]
     if not wrong:
         return []
-    member = min(wrong, key=lambda member: member.meaning.layer or 0)
+    member = min(wrong, key=lambda member: member.tensor_role.layer or 0)
     return [
         Finding(
             "block-disagrees",
             "error",
             member.info.name,
             f"{member.info.name} is there, but config.json implies that it is not: "
-            f"{family.title} has it where `{family.blocks[member.meaning.row.block]}`"
+            f"{family.title} has it where `{family.blocks[member.tensor_role.row.block]}`"
             f"{_elsewhere(len(wrong) - 1)}.",
             "Take config.json and shards from the same checkpoint.",
         )
@@ -337,7 +339,7 @@ def _block_findings(
 
 def _layers_findings(family: Family, members: list[Member], layers: int, end: int) -> list[Finding]:
     beyond = sorted(
-        {layer for m in members if (layer := m.meaning.layer) is not None and layer >= end}
+        {layer for m in members if (layer := m.tensor_role.layer) is not None and layer >= end}
     )
     if not beyond:
         return []
@@ -353,12 +355,12 @@ def _layers_findings(family: Family, members: list[Member], layers: int, end: in
     ]
 
 
-def _siblings(family: Family, meaning: Meaning, config: Mapping[str, Any]) -> list[str]:
+def _siblings(family: Family, tensor_role: TensorRole, config: Mapping[str, Any]) -> list[str]:
     """The names of the fused set a tensor is in; members its layer cannot have are left out."""
-    own, layer = meaning.row.block, meaning.layer
+    own, layer = tensor_role.row.block, tensor_role.layer
     return [
-        row.format(layer, meaning.expert)
-        for row in (family.fused_sets[meaning.row.fused] if meaning.row.fused else ())
+        row.format(layer, tensor_role.expert)
+        for row in (family.fused_sets[tensor_role.row.fused] if tensor_role.row.fused else ())
         if row.block == own or family.has_block(row.block, layer, config) is not False
     ]
 
@@ -366,8 +368,10 @@ def _siblings(family: Family, meaning: Meaning, config: Mapping[str, Any]) -> li
 def _in_started_set(
     family: Family, name: str, present: set[str], config: Mapping[str, Any]
 ) -> bool:
-    meaning = family.classify(name)
-    return meaning is not None and any(n in present for n in _siblings(family, meaning, config))
+    tensor_role = family.classify(name)
+    return tensor_role is not None and any(
+        n in present for n in _siblings(family, tensor_role, config)
+    )
 
 
 def _fused_findings(
@@ -377,7 +381,9 @@ def _fused_findings(
     for member in members:
         if member.fused is None:
             continue
-        absent = [name for name in _siblings(family, member.meaning, config) if name not in present]
+        absent = [
+            name for name in _siblings(family, member.tensor_role, config) if name not in present
+        ]
         if absent:
             return [
                 Finding(
@@ -400,11 +406,12 @@ def _shape_findings(
     }
     wrong: dict[str, list[Member]] = defaultdict(list)
     for member in members:
-        shape = expected[member.meaning.row.key]
+        shape = expected[member.tensor_role.row.key]
         if shape is not None and member.info.shape != shape:
-            wrong[member.meaning.row.key].append(member)
+            wrong[member.tensor_role.row.key].append(member)
     return [
-        _shape_finding(group[0].meaning.row, group, expected[key]) for key, group in wrong.items()
+        _shape_finding(group[0].tensor_role.row, group, expected[key])
+        for key, group in wrong.items()
     ]
 
 

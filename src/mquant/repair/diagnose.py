@@ -32,7 +32,7 @@ from mquant.findings import Finding
 from mquant.loader_model.formats import Kind, activations, kind_of
 from mquant.loader_model.modules import Layout, Module, read_layout
 from mquant.output import RECORD, config_json, side_files
-from mquant.plan import BAD, PARENT, Job, Mending, from_parent, make_plan, mend
+from mquant.plan import BAD, PARENT, Mending, WorkUnit, from_parent, make_plan, mend
 from mquant.recipe import Recipe, load_recipes
 from mquant.schemes import NVFP4A16
 from mquant.text import names
@@ -199,21 +199,25 @@ def _recipe(roles: Mapping[Role, str], ignore: list[str]) -> Recipe:
 def _linear(layout: Layout, family: Family) -> Iterator[tuple[Module, str, Role, Hashable]]:
     """Linear modules that may be quantized: with the hub's name, role, and what they belong to."""
     for module in layout.modules.values():
-        meaning = module.meaning or family.classify_in_memory(f"{module.name}.weight")
-        if meaning is None or not meaning.row.role.linear or meaning.row.role.refused_by_loaders:
+        tensor_role = module.tensor_role or family.classify_in_memory(f"{module.name}.weight")
+        if (
+            tensor_role is None
+            or not tensor_role.row.role.linear
+            or tensor_role.row.role.refused_by_loaders
+        ):
             continue
-        role, row = meaning.row.role, meaning.row
-        name = row.format(meaning.layer, meaning.expert).removesuffix(".weight")
+        role, row = tensor_role.row.role, tensor_role.row
+        name = row.format(tensor_role.layer, tensor_role.expert).removesuffix(".weight")
         whole = "experts" if role is Role.EXPERT else row.fused or row.name
-        expert = None if role is Role.EXPERT else meaning.expert
-        yield module, name, role, (whole, meaning.layer, expert)
+        expert = None if role is Role.EXPERT else tensor_role.expert
+        yield module, name, role, (whole, tensor_role.layer, expert)
 
 
 def _refuse_other_layouts(layout: Layout) -> None:
     """Raise Refused where most of what is quantized, or of a role of it, is not NVFP4A16."""
     kinds: dict[Role | None, Counter[Kind]] = defaultdict(Counter)
     for module in layout.quantized:
-        role = module.meaning.row.role if module.meaning else None
+        role = module.tensor_role.row.role if module.tensor_role else None
         if (kind := kind_of(layout, module)) and not (role and role.refused_by_loaders):
             kinds[role][kind] += 1
     most = [counter.most_common(1)[0][0] for counter in kinds.values()]
@@ -269,17 +273,17 @@ def _unlike_parent(layout: Layout, parent: Checkpoint, wrong: Iterable[str]) -> 
     return unlike
 
 
-def _intact(mending: Mending) -> list[tuple[Job, set[str]]]:
+def _intact(mending: Mending) -> list[tuple[WorkUnit, set[str]]]:
     """Jobs that quantize and whose codes are all there, with the tensors to compare.
 
     Smallest first. Codes depend on every scale, so they will do where scales are what is wrong.
     """
-    jobs = []
-    for job in (job for job in mending.right.jobs if job.scheme):
-        there = {output.name for output in job.outputs} & mending.sound.keys()
-        if all(action.outputs[0].name in there for action in job.actions):
-            jobs.append((job, there))
-    return sorted(jobs, key=lambda pair: pair[0].source_bytes)
+    units = []
+    for unit in (unit for unit in mending.right.units if unit.scheme):
+        there = {output.name for output in unit.outputs} & mending.sound.keys()
+        if all(action.outputs[0].name in there for action in unit.actions):
+            units.append((unit, there))
+    return sorted(units, key=lambda pair: pair[0].source_bytes)
 
 
 def _known(recipe: Recipe) -> list[Recipe]:
@@ -306,11 +310,11 @@ def _reproduced(
     from mquant.engines import stream  # numba
 
     with closing(AssemblyReader(assembly)) as reader:
-        for job, there in _intact(mending)[:_TRIED]:
+        for unit, there in _intact(mending)[:_TRIED]:
             infos = {name: mending.sound[name] for name in there}
             theirs = {n: assembly.read(i.shard, i.start, i.end) for n, i in infos.items()}
             for recipe in known:
-                made = stream.make(reader, from_parent(job), weigher(recipe, importance))
+                made = stream.make(reader, from_parent(unit), weigher(recipe, importance))
                 if all(made[name] == data for name, data in theirs.items()):
                     return recipe
     return None

@@ -16,7 +16,7 @@ from mquant.checkpoint import (
     read_json,
 )
 from mquant.checkpoint.hashing import sha256_of
-from mquant.engines.importance import stated, weigher
+from mquant.engines.importance import importance_fingerprint, weigher
 from mquant.errors import EngineError, SourceError
 from mquant.events import Emit, Note, silent
 from mquant.output import (
@@ -179,7 +179,9 @@ class _Run:
             "plan": self.diagnosis.mending.plan.fingerprint,
             "origin": origin.hexdigest(),
             "engine": "stream",
-            **stated(self.diagnosis.mending.right.recipe, self.diagnosis.importance),
+            **importance_fingerprint(
+                self.diagnosis.mending.right.recipe, self.diagnosis.importance
+            ),
         }
 
     def _local_bad(self) -> Source:
@@ -197,7 +199,7 @@ class _Run:
     def _making(self, assembly: Assembly) -> Making:
         kept = self.kept if self.whole else ()
         files = (*kept, *file_names(self.plan, self.sides))
-        used = {path for job in self.plan.jobs for path in job.files}
+        used = {path for unit in self.plan.units for path in unit.files}
         stamps = {path: assembly.stamps[path] for path in sorted(used)}
         return Making(self.plan, self.out, files, stamps, self.emit, "repair")
 

@@ -11,7 +11,7 @@ from mquant.errors import MissingExtra, OutputError, Refused
 from mquant.events import Emit, Note, silent
 from mquant.numerics.formats import Floats
 from mquant.plan import Plan
-from mquant.runs.run import check_plain, here
+from mquant.runs.run import check_plain, materialize
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def calibrate(plan: Plan, data: str, out: Path, emit: Emit = silent) -> Calibrat
     if out.exists():
         raise OutputError(f"{out} exists.", "Remove it, or name another file with -o.")
     source = plan.survey.checkpoint.source
-    folder = here(source, emit)
+    folder = materialize(source, emit)
     plan = plan.reading_from(folder)
     try:
         from mquant.engines.activations import mean_squares

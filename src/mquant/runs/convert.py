@@ -12,7 +12,7 @@ from mquant.errors import EngineError, Refused
 from mquant.events import Emit, Note, silent
 from mquant.output import Ledger, State, examine, file_names, finish, index_json, side_files
 from mquant.plan import Plan
-from mquant.runs.run import Making, check_disk, default_workers, here, provenance
+from mquant.runs.run import Making, check_disk, default_workers, materialize, provenance
 from mquant.verify.judge import Depth, verify
 
 
@@ -53,7 +53,7 @@ def convert(
     if claim.state is State.DONE:
         return Converted(out, plan, fresh=False)
     check_disk(out, claim.files, plan.file_bytes)
-    folder = here(source, emit)
+    folder = materialize(source, emit)
     extra = dict(files or {})
     sides: dict[str, Source] = dict.fromkeys(side_files(plan.survey.checkpoint), folder)
     sides |= dict.fromkeys(extra, Overlay(folder, extra))

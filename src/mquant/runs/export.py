@@ -17,7 +17,7 @@ from mquant.numerics.reciprocal import reciprocal, recovered
 from mquant.output import MODELOPT_NAME, RECIPE_NAME, RECORD
 from mquant.plan import Target, hf_quant_config, make_export_plan, scalars, survey_for
 from mquant.runs.convert import Converted, convert
-from mquant.runs.run import here
+from mquant.runs.run import materialize
 
 _ORIGIN: Final = "compressed_tensors"
 """The key of mquant.json that says what an export to ModelOpt was made from."""
@@ -40,7 +40,7 @@ def export(
     """
     checkpoint = open_checkpoint(source)
     found = survey_for(checkpoint, families, target)
-    folder = here(source, emit)
+    folder = materialize(source, emit)
     origin = _origin(folder) if target is Target.COMPRESSED_TENSORS else {}
     known = origin.get("scales")
     numbers = _numbers(folder, list(scalars(found)))

@@ -43,8 +43,8 @@ def memory_needed(plan: Plan) -> int:
 
     Tensors that are copied pass through a small buffer.
     """
-    jobs = (job for job in plan.jobs if job.scheme)
-    widest = max((job.weight_bytes for job in jobs), default=0)
+    units = (unit for unit in plan.units if unit.scheme)
+    widest = max((unit.weight_bytes for unit in units), default=0)
     return _BASE_MEMORY + int(default_workers() * widest * _PER_WORKER)
 
 

@@ -12,10 +12,10 @@ from mquant.events import Emit, silent
 from mquant.output import Ledger, State, discard, examine
 from mquant.plan import Plan
 from mquant.runs.quantize import Run, complete
-from mquant.runs.run import check_disk, here, look_again
+from mquant.runs.run import check_disk, check_headers_as_planned, materialize
 from mquant.runs.scratch import check_scratch, least_scratch
-from mquant.runs.ship_shards import LAST, Destination, Shipper, find, seal, send_others
-from mquant.runs.spec import Engine, Intent, check_engine, choose_engine, intend
+from mquant.runs.ship_shards import LAST, Destination, Shipper, open_destination, seal, send_others
+from mquant.runs.spec import Engine, RunSpec, check_engine, choose_engine, prepare
 
 _LEDGER_BYTES: Final = 100
 """What a job, or a file of the source, takes in the ledger at most, on average."""
@@ -50,28 +50,28 @@ def quantize_to_hub(
     `mquant.runs.quantize.quantize`. Until it returns there is no config.json in the repo.
     """
     check_engine(choose_engine(engine, plan.recipe), "--push-to")
-    intent = intend(plan, engine, importance)
+    spec = prepare(plan, engine, importance)
     files, shards = _share_out(plan, scratch)
-    to = find(repo, plan, intent.fingerprint, public=public)
-    look = partial(examine, out, intent.local, intent.fingerprint)
+    to = open_destination(repo, plan, spec.fingerprint, public=public)
+    look = partial(examine, out, spec.local, spec.fingerprint)
     claim = look(restart=restart)
     if claim.state is State.DONE:
         raise OutputError(
             f"{out} holds the finished checkpoint.", f"Publish it: mquant push {out} {repo}"
         )
-    check_disk(out, claim.files, intent.file_bytes if scratch is None else scratch)
-    source = intent.source if files else here(intent.source, emit)
+    check_disk(out, claim.files, spec.file_bytes if scratch is None else scratch)
+    source = spec.source if files else materialize(spec.source, emit)
     ledger = Ledger(out)
     try:
         claim = look(restart=restart)  # again: now nobody else can change it
         if not to.done:
             to.open()
-            with Shipper(to, out, intent.files, shards, emit) as shipper:
-                run = Run(intent, plan.reading_from(source), out, workers, emit, files, shipper)
-                digests = run.make_shards(ledger, claim, intent.files)
-            complete(intent, out, source, digests, emit, partial(_there, intent, to, out, digests))
+            with Shipper(to, out, spec.files, shards, emit) as shipper:
+                run = Run(spec, plan.reading_from(source), out, workers, emit, files, shipper)
+                digests = run.make_shards(ledger, claim, spec.files)
+            complete(spec, out, source, digests, emit, partial(_there, spec, to, out, digests))
             seal(to, out)
-        discard(out, intent.files)
+        discard(out, spec.files)
         ledger.complete()
     finally:
         ledger.release()
@@ -91,8 +91,8 @@ def _share_out(plan: Plan, scratch: int | None) -> tuple[int | None, float]:
     largest = max(shard.file_bytes for shard in plan.shards)
     local = isinstance(plan.survey.checkpoint.source, Folder)
     least = 0 if local else least_scratch(plan)
-    jobs = sum(len(shard.jobs) for shard in plan.shards)
-    ledger = _LEDGER_BYTES * (jobs + len(plan.survey.checkpoint.shards))
+    units = sum(len(shard.units) for shard in plan.shards)
+    ledger = _LEDGER_BYTES * (units + len(plan.survey.checkpoint.shards))
     check_scratch(scratch, least + largest + ledger)
     free = scratch - ledger
     if local:
@@ -103,12 +103,12 @@ def _share_out(plan: Plan, scratch: int | None) -> tuple[int | None, float]:
 
 
 def _there(
-    intent: Intent, to: Destination, out: Path, digests: Mapping[str, str], local: Source
+    spec: RunSpec, to: Destination, out: Path, digests: Mapping[str, str], local: Source
 ) -> Source:
     """The repo as it will be with index and config.json, when all else was sent and is there."""
-    others = [name for name in intent.files if name not in LAST and name not in digests]
+    others = [name for name in spec.files if name not in LAST and name not in digests]
     repo = send_others(to, out, others, digests)
-    look_again(repo, intent.plan)
+    check_headers_as_planned(repo, spec.plan)
     return Overlay(repo, {name: local.read(name) for name in LAST})
 
 

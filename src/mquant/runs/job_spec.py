@@ -49,7 +49,7 @@ class RepoAt(BaseModel):
         return HubRepo(self.repo, self.commit)
 
 
-class Order(BaseModel):
+class JobSpec(BaseModel):
     """A plan's source, its recipe, and the options that decide about bytes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -110,4 +110,4 @@ class Order(BaseModel):
         return None if self.importance is None else Path(self.importance)
 
 
-__all__ = ["Order"]
+__all__ = ["JobSpec"]

@@ -24,7 +24,7 @@ from mquant.runs.run import (
     Making,
     check_disk,
     default_workers,
-    here,
+    materialize,
     provenance,
 )
 from mquant.runs.scratch import (
@@ -33,7 +33,7 @@ from mquant.runs.scratch import (
     least_scratch,
     spooled,
 )
-from mquant.runs.spec import Engine, Intent, check_engine, intend
+from mquant.runs.spec import Engine, RunSpec, check_engine, prepare
 from mquant.verify.judge import Depth, verify
 
 if TYPE_CHECKING:
@@ -75,28 +75,28 @@ def quantize(
     raises. Until it returns there is no config.json in `out`, so nothing there looks like a
     checkpoint.
     """
-    intent = intend(plan, engine, importance, data)
+    spec = prepare(plan, engine, importance, data)
     if scratch is not None:
-        check_engine(intent.engine, "--scratch")
+        check_engine(spec.engine, "--scratch")
         check_scratch(scratch, least_scratch(plan))
-    look = partial(examine, out, intent.local, intent.fingerprint)
+    look = partial(examine, out, spec.local, spec.fingerprint)
     claim = look(restart=restart)
     if claim.state is State.DONE:
-        return Result(out, plan, intent.engine, fresh=False)
-    check_disk(out, claim.files, intent.file_bytes + (scratch or 0))
-    source = intent.source if scratch else here(intent.source, emit)
+        return Result(out, plan, spec.engine, fresh=False)
+    check_disk(out, claim.files, spec.file_bytes + (scratch or 0))
+    source = spec.source if scratch else materialize(spec.source, emit)
     ledger = Ledger(out)
     try:
         claim = look(restart=restart)  # again: now nobody else can change it
         if claim.state is State.DONE:
-            return Result(out, plan, intent.engine, fresh=False)
-        run = Run(intent, plan.reading_from(source), out, workers, emit, scratch)
-        digests = run.make_shards(ledger, claim, intent.files)
-        complete(intent, out, source, digests, emit)
+            return Result(out, plan, spec.engine, fresh=False)
+        run = Run(spec, plan.reading_from(source), out, workers, emit, scratch)
+        digests = run.make_shards(ledger, claim, spec.files)
+        complete(spec, out, source, digests, emit)
         ledger.complete()
     finally:
         ledger.release()
-    return Result(out, plan, intent.engine, fresh=True)
+    return Result(out, plan, spec.engine, fresh=True)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Run:
     With a `shipper` shards do not stay in OUT.
     """
 
-    intent: Intent
+    spec: RunSpec
     plan: Plan
     out: Path
     workers: int | None
@@ -128,24 +128,24 @@ class Run:
 
         `files` are what the ledger names as ours.
         """
-        stamps, away = self.intent.stamps, self.shipper.sent if self.shipper else None
+        stamps, away = self.spec.stamps, self.shipper.sent if self.shipper else None
         making = Making(self.plan, self.out, files, stamps, self.emit, "quantize", away)
         # oneshot starts over: its modules come in the order of the model, not of the output.
-        resume = self.intent.engine is Engine.STREAM
-        fingerprint = self.intent.fingerprint
+        resume = self.spec.engine is Engine.STREAM
+        fingerprint = self.spec.fingerprint
         return making.shards(ledger, claim, fingerprint, self._run_engines, resume=resume)
 
     def _run_engines(self, output: ShardSet) -> None:
         from mquant.engines import stream  # numba
         from mquant.engines.importance import weigher
 
-        if self.intent.engine is Engine.ONESHOT:
+        if self.spec.engine is Engine.ONESHOT:
             from mquant.engines import oneshot  # torch and transformers: seconds, and optional
 
             oneshot.run(self.plan, output.write, self.emit, self._samples())
         # After oneshot, what is left are the tensors that are copied.
         workers = self.workers or default_workers()
-        weigh = weigher(self.plan.recipe, self.intent.importance)
+        weigh = weigher(self.plan.recipe, self.spec.importance)
         with self._reading(output) as (reader, stops):
             stream.run(reader, output, workers, weigh, stops)
 
@@ -166,19 +166,19 @@ class Run:
                 yield spool, [*stops, spool.stop]
 
     def _samples(self) -> list[list[int]] | None:
-        if self.intent.data is None:
+        if self.spec.data is None:
             return None
         from mquant.engines.samples import load_samples
 
         recipe = self.plan.recipe
-        samples = load_samples(self.intent.data, self.source.root, recipe.calibration)
+        samples = load_samples(self.spec.data, self.source.root, recipe.calibration)
         tokens = sum(len(ids) for ids in samples)
         self.emit(Note("info", f"Calibrating with {len(samples):,} samples, {tokens:,} tokens."))
         return samples
 
 
 def complete(
-    intent: Intent,
+    spec: RunSpec,
     out: Path,
     source: Source,
     digests: Mapping[str, str],
@@ -190,23 +190,23 @@ def complete(
     Side files come from `source`. What is judged is what `where` makes of the checkpoint in OUT as
     it will be: another place that has it all. Raises EngineError where something is wrong with it.
     """
-    plan = intent.plan
+    plan = spec.plan
     shards = {
         shard.name: {"bytes": shard.file_bytes, "sha256": digests[shard.name]}
         for shard in plan.shards
     }
-    sides = dict.fromkeys(intent.sides, source)
-    made_by = {"name": intent.engine.value, "versions": intent.versions}
-    record = provenance(plan, intent.identity, made_by, intent.fingerprint)
+    sides = dict.fromkeys(spec.sides, source)
+    made_by = {"name": spec.engine.value, "versions": spec.versions}
+    record = provenance(plan, spec.identity, made_by, spec.fingerprint)
 
     def judge(local: Source) -> None:
-        check_side_files(source, intent.sides, out)
-        _judge(intent, source, emit, where(local))
+        check_side_files(source, spec.sides, out)
+        _judge(spec, source, emit, where(local))
 
     finish(out, plan.reading_from(source), index_json(plan), shards, sides, record, judge, emit)
 
 
-def _judge(intent: Intent, source: Source, emit: Emit, result: Source) -> None:
+def _judge(spec: RunSpec, source: Source, emit: Emit, result: Source) -> None:
     """Judge what was made as `mquant verify OUT --against SRC` does.
 
     Of what the streaming engine made only the structure: reading all of it back would take longer
@@ -214,9 +214,9 @@ def _judge(intent: Intent, source: Source, emit: Emit, result: Source) -> None:
     parent lacks is told but does not count either: the output has the parent's config.json, key
     by key.
     """
-    plan = intent.plan
+    plan = spec.plan
     families = {plan.family.name: plan.family}
-    if intent.engine is Engine.STREAM:
+    if spec.engine is Engine.STREAM:
         report = verify(result, families, Depth.STRUCTURE, emit=emit)
     else:
         report = verify(result, families, parent=source, emit=emit)

@@ -21,9 +21,9 @@ from mquant import __version__
 from mquant.checkpoint import Stamp, stamp
 from mquant.errors import EngineError, MissingExtra, MquantError
 from mquant.events import Emit, Note, Progress, silent
-from mquant.output import SHARES, State, read_joint
+from mquant.output import SHARES, State, read_shared_run
 from mquant.plan import Plan
-from mquant.runs.job_spec import FolderAt, Order
+from mquant.runs.job_spec import FolderAt, JobSpec
 from mquant.runs.quantize import Result
 from mquant.runs.run import MOST_CORES
 from mquant.runs.shares import Shares, Watch, in_shares, reopen
@@ -46,7 +46,7 @@ _SAME_PATH: Final = "Put source and OUT on storage that all nodes mount at the s
 
 
 def quantize_on_ray(
-    plan: Plan, order: Order, out: Path, *, workers: int | None = None, emit: Emit = silent
+    plan: Plan, job_spec: JobSpec, out: Path, *, workers: int | None = None, emit: Emit = silent
 ) -> Result:
     """Write the checkpoint that `plan` describes into `out`, in tasks of a Ray cluster.
 
@@ -55,8 +55,8 @@ def quantize_on_ray(
     Shares that were made in whatever way before are not made again. Raises as `quantize`, and
     MissingExtra without Ray.
     """
-    begun = read_joint(out)
-    run = in_shares(plan, order, out.absolute(), begun.of if begun else max(len(plan.shards), 1))
+    begun = read_shared_run(out)
+    run = in_shares(plan, job_spec, out.absolute(), begun.of if begun else max(len(plan.shards), 1))
     if run.look() is State.DONE:
         return Result(out, plan, Engine.STREAM, fresh=False)
     run.check_disk()
@@ -64,12 +64,14 @@ def quantize_on_ray(
     if todo:
         with _connected(emit):
             if run.claim() is not State.DONE:
-                _share_out(run, order, todo, workers, emit)
+                _share_out(run, job_spec, todo, workers, emit)
     made = run.finish(emit)
     return Result(out, plan, Engine.STREAM, fresh=made is not None)
 
 
-def _share_out(run: Shares, order: Order, todo: list[int], workers: int | None, emit: Emit) -> None:
+def _share_out(
+    run: Shares, job_spec: JobSpec, todo: list[int], workers: int | None, emit: Emit
+) -> None:
     """Have the shares with these numbers made."""
     import ray
 
@@ -77,16 +79,16 @@ def _share_out(run: Shares, order: Order, todo: list[int], workers: int | None, 
     task: Any = ray.remote(_task()).options(
         num_cpus=cpus, max_retries=_RETRIES, retry_exceptions=False, scheduling_strategy="SPREAD"
     )
-    seen = [str(run.out / SHARES), *_paths(order)]
+    seen = [str(run.out / SHARES), *_paths(job_spec)]
     arguments = (str(run.out), seen, threads, __version__)
     pending = {task.remote(number, *arguments): number for number in todo}
-    watch, total = Watch(run), run.intent.plan.source_bytes
+    watch, total = Watch(run), run.spec.plan.source_bytes
     try:
         while pending:
             emit(Progress("quantize", watch.done_bytes(), total, watch.at_work()))
             ready, _ = ray.wait(list(pending), timeout=_LOOK_SECONDS)
             for each in ready:
-                _take(each, pending.pop(each), run.joint.of)
+                _take(each, pending.pop(each), run.shared.of)
     except BaseException:
         _stop(list(pending))
         done = watch.done_bytes()
@@ -154,9 +156,9 @@ def _fit(tasks: int, workers: int | None, emit: Emit) -> tuple[int, int]:
     return cpus, workers or cpus + 1
 
 
-def _paths(order: Order) -> list[str]:
-    source = [order.source.folder] if isinstance(order.source, FolderAt) else []
-    return source + ([order.importance] if order.importance else [])
+def _paths(job_spec: JobSpec) -> list[str]:
+    source = [job_spec.source.folder] if isinstance(job_spec.source, FolderAt) else []
+    return source + ([job_spec.importance] if job_spec.importance else [])
 
 
 def _task() -> Callable[[int, str, list[str], int, str], Sentences | None]:

@@ -75,7 +75,7 @@ class Making:
         finally:
             output.abandon()
         if self.away is None:
-            look_again(Folder(self.out), self.plan)
+            check_headers_as_planned(Folder(self.out), self.plan)
         return output.digests
 
     def _tell(self, output: ShardSet, what: str, *, resume: bool) -> None:
@@ -84,14 +84,14 @@ class Making:
             self.emit(Note("info", f"{done} of {total} {what}."))
 
 
-def look_again(made: Source, plan: Plan) -> None:
+def check_headers_as_planned(made: Source, plan: Plan) -> None:
     """Read the shards' headers back: tensors, dtypes and shapes as planned, and no other.
 
     Raises EngineError where they are not.
     """
     for shard in plan.shards:
         found = {(t.name, t.dtype, t.shape) for t in read_header(made, shard.name)}
-        planned = {(o.name, o.dtype, o.shape) for job in shard.jobs for o in job.outputs}
+        planned = {(o.name, o.dtype, o.shape) for unit in shard.units for o in unit.outputs}
         if found != planned:
             odd = min(name for name, _, _ in found ^ planned)
             raise EngineError(
@@ -118,7 +118,7 @@ def provenance(
     }
 
 
-def here(source: Source, emit: Emit, only: Collection[str] | None = None) -> Folder:
+def materialize(source: Source, emit: Emit, only: Collection[str] | None = None) -> Folder:
     """The source as a folder of this machine: itself, or, of a hub repo, what is downloaded.
 
     `only` are the files that are needed of it; None: all.
@@ -177,10 +177,10 @@ __all__ = [
     "MOST_CORES",
     "Making",
     "check_disk",
+    "check_headers_as_planned",
     "check_plain",
     "default_workers",
     "free_disk",
-    "here",
-    "look_again",
+    "materialize",
     "provenance",
 ]

@@ -9,7 +9,7 @@ from mquant.checkpoint import Folder, Source, Stamp, TensorInfo
 from mquant.errors import OutputError, SourceError, UsageError
 from mquant.events import Emit
 from mquant.output import ShardSet
-from mquant.plan import Job, Plan
+from mquant.plan import Plan, WorkUnit
 from mquant.text import size
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ def least_scratch(plan: Plan) -> int:
     """Bytes of the source's files that are needed at once, where that is a hub repo."""
     from mquant.checkpoint.spool import least_room, parts_of
 
-    jobs = dict(enumerate(plan.jobs))
+    units = dict(enumerate(plan.units))
     tensors = plan.survey.checkpoint.tensors.values()
-    return least_room(parts_of(_hub_of(plan.survey.checkpoint.source), tensors, _reads(jobs)))
+    return least_room(parts_of(_hub_of(plan.survey.checkpoint.source), tensors, _reads(units)))
 
 
 @contextmanager
@@ -89,8 +89,8 @@ def check_side_files(source: Source, files: Iterable[str], out: Path) -> None:
             )
 
 
-def _reads(jobs: Mapping[int, Job]) -> dict[int, list[TensorInfo]]:
-    return {number: [t for a in job.actions for t in a.read] for number, job in jobs.items()}
+def _reads(units: Mapping[int, WorkUnit]) -> dict[int, list[TensorInfo]]:
+    return {number: [t for a in unit.actions for t in a.read] for number, unit in units.items()}
 
 
 __all__ = [

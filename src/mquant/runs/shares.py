@@ -14,30 +14,30 @@ from mquant.events import Emit, Note, silent
 from mquant.output import (
     LEDGER,
     Claim,
-    Joint,
     Ledger,
     Recorded,
+    SharedRun,
     State,
     check_version,
     claim,
     complete_shards,
-    counted,
-    dissolve,
+    delete_share_files,
+    folder_lock,
     is_finished,
     is_taken,
     ledger_name,
     look,
     other_run,
-    read_joint,
     read_ledger,
+    read_shared_run,
     take_share,
-    turn,
+    units_still_valid,
 )
 from mquant.plan import Plan, shares
-from mquant.runs.job_spec import Order
+from mquant.runs.job_spec import JobSpec
 from mquant.runs.quantize import Result, Run, complete
-from mquant.runs.run import check_disk, here
-from mquant.runs.spec import Engine, Intent, intend
+from mquant.runs.run import check_disk, materialize
+from mquant.runs.spec import Engine, RunSpec, prepare
 from mquant.text import size
 
 
@@ -45,34 +45,34 @@ from mquant.text import size
 class Shares:
     """A plan in shares, made into `out` by whoever takes one. Numbers begin with 1."""
 
-    intent: Intent
-    joint: Joint
+    spec: RunSpec
+    shared: SharedRun
     out: Path
 
     @cached_property
     def parts(self) -> tuple[Plan, ...]:
         """The plan of each share."""
-        return shares(self.intent.plan, self.joint.of)
+        return shares(self.spec.plan, self.shared.of)
 
     @property
     def numbers(self) -> range:
         """The numbers of all shares."""
-        return range(1, self.joint.of + 1)
+        return range(1, self.shared.of + 1)
 
     def look(self) -> State:
         """Say what OUT holds of this run. Raises as `claim`; writes nothing."""
-        return look(self.out, self.intent.local, self.joint)
+        return look(self.out, self.spec.local, self.shared)
 
     def check_disk(self) -> None:
         """Raise OutputError where not all of OUT fits, whoever makes it."""
-        check_disk(self.out, self.intent.files, self.intent.file_bytes)
+        check_disk(self.out, self.spec.files, self.spec.file_bytes)
 
     def claim(self) -> State:
         """Make OUT this run's, where it is free. DONE: it was finished before.
 
         Raises OutputError for an OUT that is not ours, of another run or another number of shares.
         """
-        return claim(self.out, self.intent.local, self.joint)
+        return claim(self.out, self.spec.local, self.shared)
 
     def make(
         self,
@@ -92,17 +92,17 @@ class Shares:
         self.check_disk()
         if not part.shards:
             self.claim()
-            emit(Note("info", f"Share {number:,} of {self.joint.of:,} has no shard to make."))
+            emit(Note("info", f"Share {number:,} of {self.shared.of:,} has no shard to make."))
             return True
-        files = {path for job in part.jobs for path in job.files}
-        folder = here(self.intent.source, emit, only=files)
-        ledger = take_share(self.out, self.intent.local, self.joint, number, patience)
+        files = {path for unit in part.units for path in unit.files}
+        folder = materialize(self.spec.source, emit, only=files)
+        ledger = take_share(self.out, self.spec.local, self.shared, number, patience)
         if ledger is None:
             return False
         try:
             names = tuple(shard.name for shard in part.shards)
             known = Claim(State.UNFINISHED, names, self.recorded(number))
-            run = Run(self.intent, part.reading_from(folder), self.out, workers, emit)
+            run = Run(self.spec, part.reading_from(folder), self.out, workers, emit)
             run.make_shards(ledger, known, names)
         finally:
             ledger.release()
@@ -114,24 +114,24 @@ class Shares:
         Raises OutputError where a share is not done, or is being made.
         """
         made = None
-        with turn(self.out):
-            if read_joint(self.out) is not None:
-                if not is_finished(self.out, self.intent.fingerprint):
-                    complete(self.intent, self.out, self.intent.source, _gather(self), emit)
-                    made = Result(self.out, self.intent.plan, self.intent.engine, fresh=True)
-                dissolve(self.out)
+        with folder_lock(self.out):
+            if read_shared_run(self.out) is not None:
+                if not is_finished(self.out, self.spec.fingerprint):
+                    complete(self.spec, self.out, self.spec.source, _gather(self), emit)
+                    made = Result(self.out, self.spec.plan, self.spec.engine, fresh=True)
+                delete_share_files(self.out)
         return made
 
     def recorded(self, number: int) -> Recorded | None:
         """What a share's ledger says; None where it says nothing of this run."""
-        found = read_ledger(self.out, ledger_name(number, self.joint.of))
-        this = found is not None and found.fingerprint == self.intent.fingerprint
+        found = read_ledger(self.out, ledger_name(number, self.shared.of))
+        this = found is not None and found.fingerprint == self.spec.fingerprint
         return found if this else None
 
     def digests(self, number: int) -> dict[str, str]:
         """The sha256 of those shards of a share that are whole, by name."""
         part, known = self.parts[number - 1], self.recorded(number)
-        return complete_shards(self.out, part, known, self.intent.stamps) if known else {}
+        return complete_shards(self.out, part, known, self.spec.stamps) if known else {}
 
     def is_done(self, number: int) -> bool:
         """Whether nothing is left to do of a share that has anything to do."""
@@ -141,8 +141,8 @@ class Shares:
     def done_bytes(self, number: int) -> int:
         """Bytes of the source that a share need not read any more."""
         part, known = self.parts[number - 1], self.recorded(number)
-        done = counted(part, known, self.intent.stamps) if known else set()
-        return sum(job.source_bytes for index, job in enumerate(part.jobs) if index in done)
+        done = units_still_valid(part, known, self.spec.stamps) if known else set()
+        return sum(unit.source_bytes for index, unit in enumerate(part.units) if index in done)
 
 
 class Watch:
@@ -168,7 +168,7 @@ class Watch:
         )
 
     def _look_at(self, number: int) -> None:
-        path = self._run.out / ledger_name(number, self._run.joint.of)
+        path = self._run.out / ledger_name(number, self._run.shared.of)
         try:
             now = stamp(path.stat())
         except OSError:
@@ -177,33 +177,33 @@ class Watch:
             self._seen[number] = now, self._run.done_bytes(number)
 
 
-def in_shares(plan: Plan, order: Order, out: Path, of: int) -> Shares:
-    """The run of a plan in so many shares. Raises as `intend`, and UsageError with data."""
+def in_shares(plan: Plan, job_spec: JobSpec, out: Path, of: int) -> Shares:
+    """The run of a plan in so many shares. Raises as `prepare`, and UsageError with data."""
     if plan.recipe.needs_data:
         raise UsageError(
             f"Recipe {plan.recipe.name} sends data through the whole model, so there are no shares "
             "of it.",
             "Leave out --job and --cluster.",
         )
-    intent = intend(plan, Engine.STREAM, order.importance_file)
-    return Shares(intent, Joint(of, intent.fingerprint, order.model_dump(mode="json")), out)
+    spec = prepare(plan, Engine.STREAM, job_spec.importance_file)
+    return Shares(spec, SharedRun(of, spec.fingerprint, job_spec.model_dump(mode="json")), out)
 
 
 def reopen(out: Path) -> Shares | None:
     """The run in shares that is under way in OUT; None without one.
 
     Raises OutputError for nonsense, and where the source is not what it was, SourceError without
-    it, and as `intend`.
+    it, and as `prepare`.
     """
-    joint = read_joint(out)
-    if joint is None:
+    shared = read_shared_run(out)
+    if shared is None:
         return None
-    check_version(out, joint)
-    order = Order.read(out, joint.order)
-    run = in_shares(order.plan(), order, out, joint.of)
-    if run.joint.fingerprint != joint.fingerprint:
+    check_version(out, shared)
+    job_spec = JobSpec.read(out, shared.job_spec)
+    run = in_shares(job_spec.plan(), job_spec, out, shared.of)
+    if run.shared.fingerprint != shared.fingerprint:
         fix = "Bring the source back as it was; or delete OUT, and begin anew."
-        raise other_run(out, joint.fingerprint, run.joint.fingerprint, fix)
+        raise other_run(out, shared.fingerprint, run.shared.fingerprint, fix)
     return run
 
 
@@ -228,7 +228,7 @@ def finish_shares(out: Path, emit: Emit = silent) -> Result | None:
 
 def _gather(run: Shares) -> dict[str, str]:
     """The sha256 of all shards. Raises OutputError where one is not there, or being made."""
-    out, of = run.out, run.joint.of
+    out, of = run.out, run.shared.of
     digests: dict[str, str] = {}
     lacking: list[int] = []
     for number, part in enumerate(run.parts, 1):
@@ -241,7 +241,7 @@ def _gather(run: Shares) -> dict[str, str]:
     if not lacking:
         return digests
     left = sum(run.parts[n - 1].source_bytes - run.done_bytes(n) for n in lacking)
-    total = run.intent.plan.source_bytes
+    total = run.spec.plan.source_bytes
     one = len(lacking) == 1
     raise OutputError(
         f"Share{'' if one else 's'} {_and(lacking)} of {of:,} {'is' if one else 'are'} not done: "

@@ -21,7 +21,7 @@ from mquant.events import Emit, Progress
 from mquant.output import LEDGER, RECORD, ShardSet
 from mquant.output.folder import differences
 from mquant.output.ledger import MOST_BYTES, head_line, parse_ledger, shard_line
-from mquant.plan import Plan, ShardJob
+from mquant.plan import Plan, ShardPlan
 from mquant.text import names
 from mquant.untrusted import parse_json
 
@@ -50,7 +50,9 @@ class Destination:
             self.writer.create(private=not self.public)
 
 
-def find(repo_id: str, plan: Plan, fingerprint: Mapping[str, Any], *, public: bool) -> Destination:
+def open_destination(
+    repo_id: str, plan: Plan, fingerprint: Mapping[str, Any], *, public: bool
+) -> Destination:
     """Look at a repo. Raises OutputError for one that is another run's, or anything else.
 
     Also without a token, and for a public one unless that is asked for.
@@ -110,7 +112,7 @@ class Shipper:
         self._jobs = dict(zip(self._shards, plan.numbers, strict=True))
         self.sent = dict(destination.away)
         self._changed = Condition()
-        self._waiting: deque[tuple[ShardJob, str]] = deque()
+        self._waiting: deque[tuple[ShardPlan, str]] = deque()
         self._here: set[str] = set()
         self._failure: BaseException | None = None
         self._complete = False
@@ -138,9 +140,9 @@ class Shipper:
         """Take the shards as `output` completes them, and those that an earlier run left."""
         settled = output.follow.settled
 
-        def look(jobs: Any) -> None:
+        def look(units: Any) -> None:
             self.check()
-            settled(jobs)
+            settled(units)
 
         output.follow.opening, output.follow.completed = self._opening, self._completed
         output.follow.settled = look
@@ -160,17 +162,17 @@ class Shipper:
             self._failure = self._failure or OutputError("Stopped.", _AGAIN)
             self._changed.notify_all()
 
-    def _opening(self, shard: ShardJob) -> None:
+    def _opening(self, shard: ShardPlan) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._failure or self._fits(shard))
             self.check()
             self._here.add(shard.name)
 
-    def _fits(self, shard: ShardJob) -> bool:
+    def _fits(self, shard: ShardPlan) -> bool:
         taken = sum(self._shards[name].file_bytes for name in self._here)
         return taken + shard.file_bytes <= self._room
 
-    def _completed(self, shard: ShardJob, sha256: str) -> None:
+    def _completed(self, shard: ShardPlan, sha256: str) -> None:
         with self._changed:
             self._waiting.append((shard, sha256))
             self._changed.notify_all()
@@ -184,7 +186,7 @@ class Shipper:
                 self._failure = self._failure or error
                 self._changed.notify_all()
 
-    def _next(self) -> list[tuple[ShardJob, str]]:
+    def _next(self) -> list[tuple[ShardPlan, str]]:
         """The shards that wait; none when no more will come."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._complete or self._failure)
@@ -192,7 +194,7 @@ class Shipper:
             self._waiting.clear()
             return batch
 
-    def _send(self, batch: list[tuple[ShardJob, str]]) -> None:
+    def _send(self, batch: list[tuple[ShardPlan, str]]) -> None:
         self.sent |= {shard.name: sha256 for shard, sha256 in batch}
         files = {shard.name: self._out / shard.name for shard, _ in batch}
         self._to.writer.commit(f"Add {names([*files])}", {**files, LEDGER: self._ledger()})
@@ -253,4 +255,4 @@ def _refuse_other(repo_id: str, theirs: object, ours: Mapping[str, Any]) -> None
         raise OutputError(f"{repo_id} is made from something else: {differ}.", "Give another repo.")
 
 
-__all__ = ["LAST", "Destination", "Shipper", "find", "seal", "send_others"]
+__all__ = ["LAST", "Destination", "Shipper", "open_destination", "seal", "send_others"]

@@ -66,7 +66,7 @@ def choose_engine(wanted: Engine, recipe: Recipe) -> Engine:
 
 
 @dataclass(frozen=True)
-class Intent:
+class RunSpec:
     """What a run is to make: a plan, and whatever else decides about its bytes.
 
     `fingerprint` tells it from another run, wherever they run; `identity` is the source's,
@@ -112,17 +112,17 @@ class Intent:
         return stamps_of(self.source, self.plan.survey.checkpoint.shards)
 
 
-def intend(
+def prepare(
     plan: Plan,
     engine: Engine = Engine.AUTO,
     importance: Path | None = None,
     data: str | None = None,
-) -> Intent:
+) -> RunSpec:
     """Check what can be checked of a run, and say what tells it from another.
 
     Raises as `quantize`, but for what is about OUT.
     """
-    from mquant.engines.importance import read_importance, stated  # numpy
+    from mquant.engines.importance import importance_fingerprint, read_importance  # numpy
 
     if plan.refusals:
         raise Refused(plan.refusals)
@@ -134,10 +134,10 @@ def intend(
     identity = plan.survey.checkpoint.source.identity()
     fingerprint = {**identity, "plan": plan.fingerprint, "engine": engine.value, **versions}
     weights = read_importance(importance, plan)
-    fingerprint |= stated(plan.recipe, weights)
+    fingerprint |= importance_fingerprint(plan.recipe, weights)
     if data is not None:
         fingerprint["data"] = _identity_of(data)
-    return Intent(plan, engine, versions, identity, fingerprint, weights, data)
+    return RunSpec(plan, engine, versions, identity, fingerprint, weights, data)
 
 
 def check_engine(engine: Engine, option: str) -> None:
@@ -182,4 +182,4 @@ def _versions(engine: Engine) -> dict[str, str]:
         raise MissingExtra(f"The {engine} engine", engine.value) from None
 
 
-__all__ = ["Engine", "Intent", "check_data", "check_engine", "choose_engine", "intend"]
+__all__ = ["Engine", "RunSpec", "check_data", "check_engine", "choose_engine", "prepare"]

@@ -45,7 +45,7 @@ _NEEDED: Final = (
 _LICENCE: Final = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 Break = tuple[str, str, str]
-Job = tuple[int, Callable[[], list[Break]]]
+WorkUnit = tuple[int, Callable[[], list[Break]]]
 
 
 def check_against(
@@ -69,12 +69,12 @@ def check_against(
     """
     tally = Tally()
     scaling = Scaling(layout, parent) if smoothed else None
-    jobs = list(_jobs(layout, parent, everything, to_nearest, scaling, tally))
-    done, total = 0, sum(size for size, _ in jobs)
+    units = list(_jobs(layout, parent, everything, to_nearest, scaling, tally))
+    done, total = 0, sum(size for size, _ in units)
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
         try:
-            results = in_order(pool, [job for _, job in jobs])
-            for (size, _), breaks in zip(jobs, results, strict=True):
+            results = in_order(pool, [unit for _, unit in units])
+            for (size, _), breaks in zip(units, results, strict=True):
                 for found in breaks:
                     tally.add(*found)
                 done += size
@@ -93,11 +93,15 @@ def _jobs(
     to_nearest: bool,
     scaling: Scaling | None,
     tally: Tally,
-) -> Iterator[Job]:
+) -> Iterator[WorkUnit]:
     local = not any(isinstance(each.checkpoint.source, HubRepo) for each in (layout, parent))
     for name in sorted(layout.modules.keys() - parent.modules.keys()):
         tally.add("parent-lacks-tensor", name, f"The parent has no {name}")
-    layers = [m.meaning.layer for m in layout.modules.values() if m.meaning and m.meaning.layer]
+    layers = [
+        m.tensor_role.layer
+        for m in layout.modules.values()
+        if m.tensor_role and m.tensor_role.layer
+    ]
     last = max(layers, default=0)
     for name, theirs in parent.modules.items():
         mine = layout.modules.get(name)
@@ -130,19 +134,19 @@ def _undecodable(layout: Layout, module: Module) -> str:
 
 
 def _in_sample(module: Module, last: int, parent: Layout) -> bool:
-    meaning = module.meaning
-    if meaning is None or meaning.layer is None:
+    tensor_role = module.tensor_role
+    if tensor_role is None or tensor_role.layer is None:
         return True
-    if meaning.row.role is not Role.EXPERT:
-        return meaning.layer in (0, last)
+    if tensor_role.row.role is not Role.EXPERT:
+        return tensor_role.layer in (0, last)
     experts = parent.checkpoint.config.get(parent.family.config.experts) if parent.family else None
     count = experts if type(experts) is int and experts > 0 else 1
-    return meaning.expert == zlib.crc32(str(meaning.layer).encode()) % count
+    return tensor_role.expert == zlib.crc32(str(tensor_role.layer).encode()) % count
 
 
 def _kept(
     layout: Layout, parent: Layout, mine: Module, theirs: Module, whole: bool, tally: Tally
-) -> Iterator[Job]:
+) -> Iterator[WorkUnit]:
     for suffix, original in theirs.tensors.items():
         info = mine.tensors.get(suffix)
         if info is None:
@@ -201,7 +205,7 @@ def _rounded(
     everything: bool,
     to_nearest: bool,
     factors: Floats | None = None,
-) -> Iterator[Job]:
+) -> Iterator[WorkUnit]:
     weight, original = weight_of(layout, mine), weight_of(parent, theirs)
     if weight is None or original is None:
         return

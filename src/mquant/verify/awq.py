@@ -26,15 +26,15 @@ class Scaling:
         self._factors: dict[str, Floats | None] = {}
 
     def __contains__(self, module: Module) -> bool:
-        return module.meaning is not None and module.meaning.row.name in self._fed_by
+        return module.tensor_role is not None and module.tensor_role.row.name in self._fed_by
 
     def factors(self, module: Module) -> Floats | None:
         """What each column of one was multiplied with, float32 [in]; None where no norm tells."""
-        meaning = module.meaning
-        by = self._fed_by.get(meaning.row.name) if meaning else None
-        if meaning is None or by is None or by.role is not Role.NORM or by is meaning.row:
+        tensor_role = module.tensor_role
+        by = self._fed_by.get(tensor_role.row.name) if tensor_role else None
+        if tensor_role is None or by is None or by.role is not Role.NORM or by is tensor_role.row:
             return None
-        name = by.format(meaning.layer, None)
+        name = by.format(tensor_role.layer, None)
         if name not in self._factors:
             self._factors[name] = self._quotient(name)
         return self._factors[name]

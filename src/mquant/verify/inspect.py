@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo
-from mquant.family import Family, Meaning, Role
+from mquant.family import Family, Role, TensorRole
 from mquant.findings import Finding
 from mquant.plan import survey
 from mquant.schemes import QUANTIZED_SUFFIXES
@@ -19,7 +19,7 @@ _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken
 # To an inspection these say what a checkpoint is, not that something is wrong with it.
 _FACTS: Final = ("source-quantized", "family-unknown")
 
-Known = tuple[TensorInfo, Meaning]
+Known = tuple[TensorInfo, TensorRole]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +120,13 @@ def _classify(
     known: list[Known] = []
     unknown: list[TensorInfo] = []
     for info in checkpoint.tensors.values():
-        meaning = family.classify(info.name) if family else None
-        if meaning is None and family and info.name.endswith(QUANTIZED_SUFFIXES):
-            meaning = family.classify(info.name.rpartition(".")[0] + ".weight")
-        if meaning is None:
+        tensor_role = family.classify(info.name) if family else None
+        if tensor_role is None and family and info.name.endswith(QUANTIZED_SUFFIXES):
+            tensor_role = family.classify(info.name.rpartition(".")[0] + ".weight")
+        if tensor_role is None:
             unknown.append(info)
         else:
-            known.append((info, meaning))
+            known.append((info, tensor_role))
     return known, unknown
 
 
@@ -139,7 +139,7 @@ def _shares(items: Iterable[tuple[TensorInfo, str]]) -> tuple[Share, ...]:
 
 
 def _role_shares(known: list[Known], unknown: list[TensorInfo]) -> tuple[Share, ...]:
-    shares = _shares((info, meaning.row.role.value) for info, meaning in known)
+    shares = _shares((info, tensor_role.row.role.value) for info, tensor_role in known)
     order = [role.value for role in Role]
     return (
         *sorted(shares, key=lambda share: order.index(share.name)),
@@ -198,11 +198,11 @@ def _dtypes(inspection: Inspection, known: list[Known]) -> Iterable[Finding]:
         return
     main = inspection.dtypes[0].name
     odd: dict[str, list[Known]] = defaultdict(list)
-    for info, meaning in known:
+    for info, tensor_role in known:
         if info.dtype != main:
-            odd[info.dtype].append((info, meaning))
+            odd[info.dtype].append((info, tensor_role))
     for dtype, group in odd.items():
-        roles = sorted({meaning.row.role.value for _, meaning in group})
+        roles = sorted({tensor_role.row.role.value for _, tensor_role in group})
         yield _info(
             "dtype-differs",
             group[0][0].name,
@@ -214,9 +214,9 @@ def _dtypes(inspection: Inspection, known: list[Known]) -> Iterable[Finding]:
 
 def _cut_sets(known: list[Known]) -> Iterable[Finding]:
     shards: dict[tuple[str, int | None, int | None], set[str]] = defaultdict(set)
-    for info, meaning in known:
-        if meaning.row.fused:
-            shards[meaning.row.fused, meaning.layer, meaning.expert].add(info.shard)
+    for info, tensor_role in known:
+        if tensor_role.row.fused:
+            shards[tensor_role.row.fused, tensor_role.layer, tensor_role.expert].add(info.shard)
     cut = [key for key, where in shards.items() if len(where) > 1]
     if cut:
         fused, layer, expert = cut[0]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from mquant.family import Family, Meaning
+from mquant.family import Family, TensorRole
 from mquant.findings import Finding
 from mquant.verify.rules import Rule, finding, register
 
@@ -21,7 +21,7 @@ register(
 
 
 def check_mtp(
-    family: Family, config: Mapping[str, Any], found: Iterable[tuple[str, Meaning | None]]
+    family: Family, config: Mapping[str, Any], found: Iterable[tuple[str, TensorRole | None]]
 ) -> Iterator[Finding]:
     """Whether config.json promises modules for multi-token prediction that are not there.
 
@@ -33,8 +33,8 @@ def check_mtp(
         return
     layers = family.value(family.config.layers, config) or 0
     # Such modules lie beyond the last layer, or under a name of their own.
-    for name, meaning in found:
-        if "mtp" in name if meaning is None else (meaning.layer or -1) >= layers:
+    for name, tensor_role in found:
+        if "mtp" in name if tensor_role is None else (tensor_role.layer or -1) >= layers:
             return
     yield finding(
         "mtp-without-tensors",

@@ -137,22 +137,24 @@ class _Seen:
 
 def check_numbers(layout: Layout, emit: Emit = silent) -> Tally:
     """Read all data once and judge it. Raises SourceError where it cannot be read."""
-    jobs = list(_jobs(layout))
-    total = sum(size for size, _ in jobs)
+    units = list(_jobs(layout))
+    total = sum(size for size, _ in units)
     done = told = 0
     tally = Tally()
     scales: dict[tuple[str, int | None, int | None], list[tuple[str, bytes]]] = defaultdict(list)
     divisors: dict[str, float] = {}
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
         try:
-            for (size, _), seen in zip(jobs, in_order(pool, [job for _, job in jobs]), strict=True):
+            for (size, _), seen in zip(
+                units, in_order(pool, [unit for _, unit in units]), strict=True
+            ):
                 for found in seen.breaks:
                     tally.add(*found)
                 if seen.divisor is not None:
                     divisors[seen.divisor[0]] = seen.divisor[1]
-                meaning = seen.module.meaning if seen.module else None
-                if meaning and meaning.row.fused and seen.global_scale:
-                    scales[meaning.row.fused, meaning.layer, meaning.expert].append(
+                tensor_role = seen.module.tensor_role if seen.module else None
+                if tensor_role and tensor_role.row.fused and seen.global_scale:
+                    scales[tensor_role.row.fused, tensor_role.layer, tensor_role.expert].append(
                         seen.global_scale
                     )
                 done += size
@@ -295,11 +297,11 @@ def _fused(sets: Iterable[list[tuple[str, bytes]]], tally: Tally) -> None:
             )
 
 
-def in_order(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
+def in_order(pool: ThreadPoolExecutor, units: Iterable[Callable[[], T]]) -> Iterator[T]:
     """The results of jobs that a pool does, a few ahead: `pool.map` holds all of them at once."""
     waiting: deque[Future[T]] = deque()
-    for job in jobs:
-        waiting.append(pool.submit(job))
+    for unit in units:
+        waiting.append(pool.submit(unit))
         if len(waiting) > _AHEAD:
             yield waiting.popleft().result()
     while waiting:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 import mquant.verify.structure_rules  # noqa: F401 -- registers the rules
-from mquant.family import Family, Meaning, Role
+from mquant.family import Family, Role, TensorRole
 from mquant.findings import Finding
 from mquant.loader_model.formats import (
     CODES,
@@ -70,7 +70,7 @@ def check_structure(layout: Layout) -> tuple[Finding, ...]:
         rest = [f for f in tally.findings() if f.rule not in ("part-missing", "fused-set-mixed")]
         return (*found, *whole, *rest)
     found += [*whole, *tally.findings()]
-    named = ((name, module.meaning) for name, module in layout.modules.items())
+    named = ((name, module.tensor_role) for name, module in layout.modules.items())
     found += check_mtp(layout.family, layout.checkpoint.config, named)
     return tuple(found)
 
@@ -93,20 +93,20 @@ def _members(layout: Layout, kinds: Kinds) -> list[Member]:
     for module in layout.modules.values():
         kind = kinds.get(module.name)
         for suffix, info in module.tensors.items():
-            meaning = _meant(family, info.name)
-            if meaning is not None and not (kind and suffix == "weight"):
-                name = meaning.row.format(meaning.layer, meaning.expert)
-                members.append(Member(replace(info, name=name), meaning))
-        meaning = _meant(family, f"{module.name}.weight")
-        if kind is not None and meaning is not None:
-            shape = weight_shape(kind, module, layout) or family.shape(meaning.row, config)
-            name = meaning.row.format(meaning.layer, meaning.expert)
+            tensor_role = _meant(family, info.name)
+            if tensor_role is not None and not (kind and suffix == "weight"):
+                name = tensor_role.row.format(tensor_role.layer, tensor_role.expert)
+                members.append(Member(replace(info, name=name), tensor_role))
+        tensor_role = _meant(family, f"{module.name}.weight")
+        if kind is not None and tensor_role is not None:
+            shape = weight_shape(kind, module, layout) or family.shape(tensor_role.row, config)
+            name = tensor_role.row.format(tensor_role.layer, tensor_role.expert)
             any_part = next(iter(module.tensors.values()))
-            members.append(Member(replace(any_part, name=name, shape=shape or ()), meaning))
+            members.append(Member(replace(any_part, name=name, shape=shape or ()), tensor_role))
     return members
 
 
-def _meant(family: Family, name: str) -> Meaning | None:
+def _meant(family: Family, name: str) -> TensorRole | None:
     return family.classify(name) or family.classify_in_memory(name)
 
 
@@ -138,7 +138,7 @@ def _names(layout: Layout, family: Family, tally: Tally) -> None:
             if family.classify(info.name) is not None or suffix in _HARMLESS:
                 continue
             part = f".{suffix}" in QUANTIZED_SUFFIXES or suffix == "weight_g_idx"
-            if module.meaning is not None and part:
+            if module.tensor_role is not None and part:
                 continue
             if renamed is not None and (part or suffix == "weight"):
                 if renamed.row.role is Role.EXPERT:
@@ -220,11 +220,11 @@ def _mixed(layout: Layout, kinds: Kinds, tally: Tally) -> None:
     sets: dict[tuple[str, int | None, int | None], list[Module]] = defaultdict(list)
     experts: dict[int | None, list[Module]] = defaultdict(list)
     for module in layout.modules.values():
-        if module.meaning is None:
+        if module.tensor_role is None:
             continue
-        row, layer = module.meaning.row, module.meaning.layer
+        row, layer = module.tensor_role.row, module.tensor_role.layer
         if row.fused:
-            sets[row.fused, layer, module.meaning.expert].append(module)
+            sets[row.fused, layer, module.tensor_role.expert].append(module)
         if row.role is Role.EXPERT:
             experts[layer].append(module)
     for rule, groups_ in (("fused-set-mixed", sets.values()), ("experts-mixed", experts.values())):

@@ -110,9 +110,9 @@ def _weights(layout: Layout, kinds: Mapping[str, Kind]) -> list[Weight]:
     first: dict[str, Weight] = {}
     for module in layout.modules.values():
         role = module.role
-        if module.meaning is None or role is None or not role.linear or role.refused_by_loaders:
+        if module.tensor_role is None or role is None or not role.linear or role.refused_by_loaders:
             continue
-        row, kind = module.meaning.row, kinds.get(module.name)
+        row, kind = module.tensor_role.row, kinds.get(module.name)
         # One quantized layer is enough to need what quantized ones need.
         if row.name not in first or (kind is not None and not first[row.name].quantized):
             shape = _shape(module, kind, layout)

@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,8 +36,8 @@ _AWAY: Final = "Give another folder with -o, or delete this one."
 
 
 @dataclass(frozen=True)
-class Joint:
-    """What a run in shares makes, and in how many; `order` is for whoever makes the plan again.
+class SharedRun:
+    """What a run in shares makes, and in how many; `job_spec` is for whoever makes the plan again.
 
     `mquant` is the version of whoever began it. All take part with the same one: nobody sees all
     machines, and one with other arithmetic would spoil its share alone.
@@ -45,11 +45,11 @@ class Joint:
 
     of: int
     fingerprint: dict[str, Any]
-    order: dict[str, Any]
+    job_spec: dict[str, Any]
     mquant: str = __version__
 
 
-def read_joint(out: Path) -> Joint | None:
+def read_shared_run(out: Path) -> SharedRun | None:
     """The run in shares that OUT is of; None without one. Raises OutputError for nonsense."""
     if not os.path.lexists(out / SHARES):
         return None
@@ -61,9 +61,9 @@ def read_joint(out: Path) -> Joint | None:
                 "mquant": str(version),
                 "of": int(of),
                 "fingerprint": dict(fingerprint),
-                "order": dict(order),
+                "order": dict(job_spec),
             } if schema == _SCHEMA and 1 <= of <= MOST_SHARES:
-                return Joint(of, fingerprint, order, version)
+                return SharedRun(of, fingerprint, job_spec, version)
     except ValueError:
         pass
     if not os.path.lexists(out / SHARES):
@@ -71,19 +71,19 @@ def read_joint(out: Path) -> Joint | None:
     raise OutputError(f"{out / SHARES} is not as mquant writes it.", _AWAY)
 
 
-def look(out: Path, sources: Sequence[Path], joint: Joint) -> State:
+def look(out: Path, sources: Sequence[Path], shared: SharedRun) -> State:
     """Say what OUT holds of this very run in shares; write nothing.
 
     Raises OutputError for an OUT that is not ours, of another run, of another number of shares, or
     made as a whole.
     """
-    found = read_joint(out)
+    found = read_shared_run(out)
     if found is None:
         try:
-            state = examine(out, sources, joint.fingerprint, restart=False).state
+            state = examine(out, sources, shared.fingerprint, restart=False).state
         except OutputError:
             if os.path.lexists(out / SHARES):  # somebody claimed OUT just then
-                return look(out, sources, joint)
+                return look(out, sources, shared)
             raise
         if state is State.UNFINISHED:
             raise OutputError(
@@ -92,56 +92,62 @@ def look(out: Path, sources: Sequence[Path], joint: Joint) -> State:
             )
         return state
     check_version(out, found)
-    if found.fingerprint != joint.fingerprint:
-        raise other_run(out, found.fingerprint, joint.fingerprint, _AWAY)
-    if found.of != joint.of:
+    if found.fingerprint != shared.fingerprint:
+        raise other_run(out, found.fingerprint, shared.fingerprint, _AWAY)
+    if found.of != shared.of:
         raise OutputError(
-            f"{out} is being made in {found.of:,} shares, not in {joint.of:,}.",
+            f"{out} is being made in {found.of:,} shares, not in {shared.of:,}.",
             f"Take shares of {found.of}, as in --job 1/{found.of}; or give another folder with -o.",
         )
     return State.UNFINISHED
 
 
-def check_version(out: Path, joint: Joint) -> None:
+def check_version(out: Path, shared: SharedRun) -> None:
     """Raise OutputError where another mquant began a run."""
-    if joint.mquant != __version__:
-        began = joint.mquant[:40]
+    if shared.mquant != __version__:
+        began = shared.mquant[:40]
         raise OutputError(
             f"{out} was begun by mquant {began}, this is mquant {__version__}.",
             f"Use mquant {began} here too; or begin anew in another folder.",
         )
 
 
-def claim(out: Path, sources: Sequence[Path], joint: Joint) -> State:
+def claim(out: Path, sources: Sequence[Path], shared: SharedRun) -> State:
     """Make OUT this run's where it is free; otherwise as `look`, and as surely as under a lock."""
-    with turn(out):
-        state = look(out, sources, joint)
+    with folder_lock(out):
+        state = look(out, sources, shared)
         if state is State.FREE:
-            content = {"schema": _SCHEMA, **asdict(joint)}
+            content = {
+                "schema": _SCHEMA,
+                "mquant": shared.mquant,
+                "of": shared.of,
+                "fingerprint": shared.fingerprint,
+                "order": shared.job_spec,
+            }
             write_file(out, SHARES, [json.dumps(content).encode()])
             state = State.UNFINISHED
     return state
 
 
 def take_share(
-    out: Path, sources: Sequence[Path], joint: Joint, number: int, patience: float = 0.0
+    out: Path, sources: Sequence[Path], shared: SharedRun, number: int, patience: float = 0.0
 ) -> Ledger | None:
     """Claim a share, and wait `patience` seconds where another process has it.
 
     None where the run is finished. Raises InUse where another process has it still, OutputError
     as `look`.
     """
-    if look(out, sources, joint) is State.DONE:
+    if look(out, sources, shared) is State.DONE:
         return None
     try:
-        ledger = Ledger(out, ledger_name(number, joint.of), patience)
+        ledger = Ledger(out, ledger_name(number, shared.of), patience)
     except InUse:
         raise InUse(
-            f"Another mquant is making share {number:,} of {joint.of:,} in {out}.",
+            f"Another mquant is making share {number:,} of {shared.of:,} in {out}.",
             "Wait for it, or take another share.",
         ) from None
     try:
-        state = claim(out, sources, joint)
+        state = claim(out, sources, shared)
     except BaseException:
         ledger.release()
         raise
@@ -164,7 +170,7 @@ def is_taken(out: Path, number: int, of: int) -> bool:
 
 
 @contextmanager
-def turn(out: Path) -> Iterator[None]:
+def folder_lock(out: Path) -> Iterator[None]:
     """Hold the lock of OUT itself. Waits for others, but not for a run that makes it as a whole."""
     ledger = Ledger(out, patience=_TURN_SECONDS)
     try:
@@ -173,7 +179,7 @@ def turn(out: Path) -> Iterator[None]:
         ledger.release()
 
 
-def dissolve(out: Path) -> None:
+def delete_share_files(out: Path) -> None:
     """Let a finished run be no run in shares any more: what was said of the shares goes."""
     with out_of_space(out / SHARES, 0):
         for path in out.iterdir():
@@ -186,13 +192,13 @@ def dissolve(out: Path) -> None:
 
 __all__ = [
     "MOST_SHARES",
-    "Joint",
+    "SharedRun",
     "check_version",
     "claim",
-    "dissolve",
+    "delete_share_files",
+    "folder_lock",
     "is_taken",
     "look",
-    "read_joint",
+    "read_shared_run",
     "take_share",
-    "turn",
 ]

@@ -15,22 +15,22 @@ from mquant.errors import OutputError
 from mquant.output import (
     LEDGER,
     SHARES,
-    Joint,
     Ledger,
+    SharedRun,
     State,
     claim,
-    dissolve,
+    delete_share_files,
     examine,
+    folder_lock,
     ledger_name,
     look,
-    read_joint,
     read_ledger,
+    read_shared_run,
     take_share,
-    turn,
 )
 
 RUN = {"source": "aa", "plan": "bb"}
-JOINT = Joint(16, RUN, {"what": "ever"})
+JOINT = SharedRun(16, RUN, {"what": "ever"})
 ROUNDS = 10
 
 
@@ -53,7 +53,7 @@ def test_what_is_claimed_is_read_back(tmp_path: Path) -> None:
     assert look(tmp_path / "out", [], JOINT) is State.FREE
     assert not (tmp_path / "out").exists()
     assert claim(tmp_path / "out", [], JOINT) is State.UNFINISHED
-    assert read_joint(tmp_path / "out") == JOINT
+    assert read_shared_run(tmp_path / "out") == JOINT
     assert [path.name for path in (tmp_path / "out").iterdir()] == [SHARES]
 
 
@@ -94,12 +94,12 @@ def test_a_whole_run_and_a_share_that_begin_at_once_exclude_each_other(tmp_path:
 def test_while_a_run_is_finished_no_share_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mquant.output.joint._TURN_SECONDS", 0.1)
+    monkeypatch.setattr("mquant.output.shared_run._TURN_SECONDS", 0.1)
     claim(tmp_path, [], JOINT)
-    with turn(tmp_path), pytest.raises(OutputError, match="Another mquant is writing"):
+    with folder_lock(tmp_path), pytest.raises(OutputError, match="Another mquant is writing"):
         take_share(tmp_path, [], JOINT, 1)
     assert not (tmp_path / ledger_name(1, 16)).exists()
-    dissolve(tmp_path)
+    delete_share_files(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
