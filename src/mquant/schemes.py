@@ -11,7 +11,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SchemeTensor:
     """A tensor of a quantized module: its dtype (empty: the weight's own) and its shape.
 
     `shape` makes it from the weight's [out, in].
@@ -34,7 +34,7 @@ class Scheme:
     """
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[SchemeTensor, ...]
     config_group: dict[str, Any] = field(hash=False)
     columns: int = 1
     rows: int = 1
@@ -90,11 +90,11 @@ _E2M1: Final = {
     "strategy": "tensor_group",
 }
 _NVFP4_PARTS: Final = (
-    Part("weight_packed", "U8", lambda rows, columns: (rows, columns // 2)),
-    Part("weight_scale", "F8_E4M3", lambda rows, columns: (rows, columns // 16)),
-    Part("weight_global_scale", "F32", lambda _rows, _columns: (1,)),
+    SchemeTensor("weight_packed", "U8", lambda rows, columns: (rows, columns // 2)),
+    SchemeTensor("weight_scale", "F8_E4M3", lambda rows, columns: (rows, columns // 16)),
+    SchemeTensor("weight_global_scale", "F32", lambda _rows, _columns: (1,)),
 )
-_FP8_WEIGHT: Final = Part("weight", "F8_E4M3", lambda rows, columns: (rows, columns))
+_FP8_WEIGHT: Final = SchemeTensor("weight", "F8_E4M3", lambda rows, columns: (rows, columns))
 
 # Two E2M1 codes a byte (the even element in the low nibble), one E4M3 scale per 16 elements, one
 # F32 divisor: weight = fp4 * weight_scale / global_scale.
@@ -107,7 +107,7 @@ NVFP4A16: Final = Scheme(
 # Activations in 4 bits too: a divisor of theirs, shared by the modules that read the same ones.
 NVFP4: Final = Scheme(
     "NVFP4",
-    (*_NVFP4_PARTS, Part("input_global_scale", "F32", lambda _rows, _columns: (1,))),
+    (*_NVFP4_PARTS, SchemeTensor("input_global_scale", "F32", lambda _rows, _columns: (1,))),
     _group(
         "nvfp4-pack-quantized",
         _args(**_E2M1),
@@ -119,7 +119,7 @@ NVFP4: Final = Scheme(
 # E4M3 codes with a scale for every row; activations are scaled token by token as they come.
 FP8_DYNAMIC: Final = Scheme(
     "FP8_DYNAMIC",
-    (_FP8_WEIGHT, Part("weight_scale", "", lambda rows, _columns: (rows, 1))),
+    (_FP8_WEIGHT, SchemeTensor("weight_scale", "", lambda rows, _columns: (rows, 1))),
     _group("float-quantized", _args(strategy="channel"), _args(strategy="token", dynamic=True)),
 )
 # E4M3 codes with a scale for every 128 x 128 of them; activations in groups of 128.
@@ -127,7 +127,9 @@ FP8_BLOCK: Final = Scheme(
     "FP8_BLOCK",
     (
         _FP8_WEIGHT,
-        Part("weight_scale", "", lambda rows, columns: (-(-rows // 128), -(-columns // 128))),
+        SchemeTensor(
+            "weight_scale", "", lambda rows, columns: (-(-rows // 128), -(-columns // 128))
+        ),
     ),
     _group(
         "float-quantized",
@@ -141,9 +143,9 @@ FP8_BLOCK: Final = Scheme(
 W4A16: Final = Scheme(
     "W4A16",
     (
-        Part("weight_packed", "I32", lambda rows, columns: (rows, columns // 8)),
-        Part("weight_scale", "", lambda rows, columns: (rows, columns // 128)),
-        Part("weight_shape", "I64", lambda _rows, _columns: (2,)),
+        SchemeTensor("weight_packed", "I32", lambda rows, columns: (rows, columns // 8)),
+        SchemeTensor("weight_scale", "", lambda rows, columns: (rows, columns // 128)),
+        SchemeTensor("weight_shape", "I64", lambda _rows, _columns: (2,)),
     ),
     _group("pack-quantized", _args(group_size=128, num_bits=4, strategy="group", type="int"), None),
     columns=128,
@@ -181,6 +183,6 @@ __all__ = [
     "QUANTIZED_SUFFIXES",
     "SCHEMES",
     "W4A16",
-    "Part",
     "Scheme",
+    "SchemeTensor",
 ]

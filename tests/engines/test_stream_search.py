@@ -14,12 +14,12 @@ from mquant.engines.importance import open_importance
 from mquant.errors import DataFileError, OutputError, SourceError, UsageError
 from mquant.events import Emit, Event, Progress, silent
 from mquant.family import load_families
-from mquant.loader_model.modules import read_layout
+from mquant.loader_model.modules import read_modules
 from mquant.numerics.formats import BF16, FLOATS, Array, Floats
 from mquant.runs.quantize import quantize
 from mquant.runs.spec import Engine
 from mquant.verify.judge import Depth, verify
-from mquant.weights.weight import weight_of
+from mquant.weights.stored_weight import weight_of
 from run import TRAINED, plan_of, quantize_nvfp4
 
 SMALL = 20_000
@@ -62,14 +62,14 @@ def written(path: Path, importance: Mapping[str, Array]) -> Path:
 
 def errors(out: Path, src: Path, importance: Vectors | None = None) -> dict[str, float]:
     """Every quantized module's squared error, by importance, as `verify` decodes it."""
-    layout = read_layout(opened(out), load_families())
+    view = read_modules(opened(out), load_families())
     parent = opened(src)
     found = {}
-    for module in layout.quantized:
+    for module in view.quantized:
         info = parent.tensors[f"{module.name}.weight"]
         raw = np.frombuffer(data(parent, info.name), FLOATS[info.dtype].word)
         original = FLOATS[info.dtype].values(raw).reshape(info.shape).astype(np.float64)
-        weight = weight_of(layout, module)
+        weight = weight_of(view, module)
         assert weight
         off = np.square(weight.rows(0, info.shape[0]).values - original)
         found[module.name] = float((off * (importance or {}).get(module.name, 1)).sum())

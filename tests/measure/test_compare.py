@@ -16,12 +16,12 @@ from mquant.checkpoint import Folder, reader_of
 from mquant.checkpoint.hub import HubRepo
 from mquant.events import Event, Progress
 from mquant.family import load_families
-from mquant.loader_model.modules import read_layout
-from mquant.measure.compare import Difference
+from mquant.loader_model.modules import read_modules
 from mquant.measure.comparison import Comparison, ErrorStats, compare, error_stats
 from mquant.measure.comparison_cache import ComparisonCache
+from mquant.measure.difference import Difference
 from mquant.weights.matrix import Scratch, matrix_of
-from mquant.weights.weight import weight_of
+from mquant.weights.stored_weight import weight_of
 from mutate import changed, mutated, setting
 from run import TRAINED, quantize_nvfp4
 
@@ -62,8 +62,8 @@ def one(found: Comparison, name: str) -> Difference:
 
 def values(folder: Path, module: str) -> np.ndarray[Any, Any]:
     """A weight as the judge decodes it, in float64."""
-    layout = read_layout(opened(folder), load_families())
-    weight = weight_of(layout, layout.modules[module])
+    view = read_modules(opened(folder), load_families())
+    weight = weight_of(view, view.modules[module])
     assert weight is not None
     return weight.rows(0, weight.shape[0]).values.astype(np.float64)
 
@@ -102,13 +102,13 @@ LAYOUTS: dict[str, tuple[Edit | None, Config | None]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("view", LAYOUTS)
 def test_every_layout_is_decoded_as_the_judge_decodes_it(
-    layout: str, trained: Path, tmp_path: Path
+    view: str, trained: Path, tmp_path: Path
 ) -> None:
-    edit, config = LAYOUTS[layout]
+    edit, config = LAYOUTS[view]
     folder = rewritten(trained, tmp_path, edit, config)
-    opened_layout = read_layout(opened(folder), load_families())
+    opened_layout = read_modules(opened(folder), load_families())
     module = opened_layout.modules[W2.removesuffix(".weight")]
     matrix = matrix_of(opened_layout, module, reader_of(Folder(folder)))
     assert matrix is not None

@@ -15,7 +15,7 @@ from mquant.checkpoint import Folder, reader_of
 from mquant.errors import SourceError
 from mquant.family import load_families
 from mquant.forward.decoder import Model, shape_of
-from mquant.loader_model.modules import read_layout
+from mquant.loader_model.modules import read_modules
 from mquant.measure import score as scoring
 from mquant.measure.evaluation import Evaluation, evaluate
 from mquant.measure.score import score
@@ -41,8 +41,8 @@ def run(folder: Path, parent: Path | None = None, **options: Any) -> Evaluation:
 
 def model_of(folder: Path, context: int = 64) -> Model:
     folder_ = Folder(folder)
-    layout = read_layout(opened(folder), load_families())
-    return Model(layout, reader_of(folder_), context, WORKERS)
+    view = read_modules(opened(folder), load_families())
+    return Model(view, reader_of(folder_), context, WORKERS)
 
 
 def final_states(model: Model, ids: Any, windows: list[slice]) -> Any:

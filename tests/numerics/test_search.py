@@ -12,7 +12,7 @@ import upstream
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.numerics import kernels, nvfp4
 from mquant.numerics.formats import BF16, E2M1, E4M3, FLOATS, Array, Bytes, FloatFormat, Floats
-from mquant.numerics.search import ALIKE, RATIOS, Weight, search
+from mquant.numerics.search import ALIKE, RATIOS, SearchedWeight, search
 from mquant.numerics.thresholds import thresholds
 from numerics.test_nvfp4 import BLOCKS, QKV, block, normal
 from run import TRAINED
@@ -21,13 +21,13 @@ DTYPES = pytest.mark.parametrize("dtype", FLOATS)
 EVERY_CODE: Final = np.arange(1, 127, dtype=np.uint8)
 
 
-def weight_of(words: Array, form: FloatFormat, importance: Floats = ALIKE) -> Weight:
+def weight_of(words: Array, form: FloatFormat, importance: Floats = ALIKE) -> SearchedWeight:
     maxima = np.empty(words.size // 16, np.uint32)
     kernels.block_maxima(words.reshape(-1), form, maxima)
-    return Weight(words.reshape(-1), form, maxima, importance)
+    return SearchedWeight(words.reshape(-1), form, maxima, importance)
 
 
-def searched(*weights: Weight) -> tuple[np.float32, list[Bytes]]:
+def searched(*weights: SearchedWeight) -> tuple[np.float32, list[Bytes]]:
     """The set's global scale, and each weight's codes."""
     sizes = [len(weight.maxima) for weight in weights]
     scale, codes = search(weights, np.empty((2, sum(sizes)), np.uint8))
@@ -39,11 +39,11 @@ def unit(scale: np.float32) -> float:
     return float(4.0 ** np.floor(np.log2(float(scale))))
 
 
-def largest(*weights: Weight) -> np.float32:
+def largest(*weights: SearchedWeight) -> np.float32:
     return np.float32(max(np.abs(w.form.values(w.words).astype(np.float32)).max() for w in weights))
 
 
-def errors(weight: Weight, codes: Array, scale: np.float32) -> Array:
+def errors(weight: SearchedWeight, codes: Array, scale: np.float32) -> Array:
     """Every block's error, in float64 and `unit`s, with the reference's elements."""
     x = weight.form.values(weight.words).reshape(-1, 16)
     codes = np.broadcast_to(codes, len(x))[:, None]
@@ -56,12 +56,12 @@ def errors(weight: Weight, codes: Array, scale: np.float32) -> Array:
     return total
 
 
-def of_every_code(weight: Weight, scale: np.float32) -> Array:
+def of_every_code(weight: SearchedWeight, scale: np.float32) -> Array:
     """Every block's error under each of the 126 codes [126, blocks]."""
     return np.stack([errors(weight, code, scale) for code in EVERY_CODE[:, None]])
 
 
-def assert_best(weight: Weight, codes: Bytes, scale: np.float32) -> None:
+def assert_best(weight: SearchedWeight, codes: Bytes, scale: np.float32) -> None:
     """No code does better in any block, of all 126, but for what F32 rounds of x and q * d."""
     mine = errors(weight, codes, scale)
     every = of_every_code(weight, scale)

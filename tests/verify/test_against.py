@@ -10,11 +10,11 @@ import pytest
 from judges import opened, read_json
 from make import NUMPY, Edit, Row, adding, make_checkpoint, without, write_json
 from mquant.family import load_families
-from mquant.loader_model.modules import read_layout
+from mquant.loader_model.modules import read_modules
 from mquant.output import RECORD
 from mquant.verify.judge import Depth
 from mquant.verify.rules import RULES
-from mquant.weights.weight import weight_of
+from mquant.weights.stored_weight import weight_of
 from mutate import changed, judged, mutated, setting
 from run import TRAINED, quantize_nvfp4
 
@@ -278,11 +278,11 @@ def test_rows_are_what_compressed_tensors_decompresses(trained: Path) -> None:
 
     scheme: QuantizationScheme = preset_name_to_scheme("NVFP4A16", ["Linear"])
     tensors = {n: t for s in trained.glob("*.safetensors") for n, t in load_file(s).items()}
-    layout = read_layout(opened(trained), load_families())
+    view = read_modules(opened(trained), load_families())
     for name in (QUERY, f"{LAYER}block_sparse_moe.experts.3.w2"):
         parts = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{name}.")}
         theirs = NVFP4PackedCompressor.decompress(parts, scheme)["weight"].to(torch.float32)
-        weight = weight_of(layout, layout.modules[name])
+        weight = weight_of(view, view.modules[name])
         assert weight is not None
         ours = weight.rows(0, weight.shape[0]).values
         # Theirs is rounded to BF16.

@@ -10,7 +10,7 @@ from make import Edit, Row, make_checkpoint, make_names, make_row, minimax_m2, r
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.errors import SourceError
 from mquant.family import load_families
-from mquant.loader_model.modules import MODELOPT_NAME, read_layout
+from mquant.loader_model.modules import MODELOPT_NAME, read_modules
 from mquant.verify.ignore import IgnoreReport, check_ignore
 
 Suffixes = dict[str, str]
@@ -59,7 +59,7 @@ def judge(tmp_path: Path) -> Callable[..., IgnoreReport]:
     def made(edit: Edit | None, config: Any = ..., **keys: Any) -> IgnoreReport:
         keys |= {"quantization_config": config}
         folder = make_checkpoint(tmp_path / "model", edit=edit, config=keys)
-        return check_ignore(read_layout(open_checkpoint(Folder(folder)), load_families()))
+        return check_ignore(read_modules(open_checkpoint(Folder(folder)), load_families()))
 
     return made
 
@@ -112,7 +112,7 @@ def test_good_modelopt(tmp_path: Path, config: Any, excluded: list[str] | None) 
     if excluded:
         table = {"quantization": {"quant_algo": "W4A16_NVFP4", "exclude_modules": excluded}}
         write_json(folder / MODELOPT_NAME, table)
-    report = check_ignore(read_layout(open_checkpoint(Folder(folder)), load_families()))
+    report = check_ignore(read_modules(open_checkpoint(Folder(folder)), load_families()))
     assert report.findings == ()
     assert report.verdict == GOOD
     assert report.method == "modelopt"

@@ -11,7 +11,7 @@ from judges import data, model_free_ptq, one_shard, opened, read_json
 from make import Edit, Row, make_row, without, write_json, write_shard
 from mquant.checkpoint import CONFIG_NAME
 from mquant.family import load_families
-from mquant.loader_model.modules import MODELOPT_NAME, read_layout
+from mquant.loader_model.modules import MODELOPT_NAME, read_modules
 from mquant.synth import Precision, Sizes, synth
 from mquant.verify.ignore import IgnoreReport, check_ignore
 from mquant.verify.judge import Depth
@@ -91,7 +91,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 def judge_ignore(folder: Path) -> IgnoreReport:
-    return check_ignore(read_layout(opened(folder), load_families()))
+    return check_ignore(read_modules(opened(folder), load_families()))
 
 
 def only(name: str) -> Edit:

@@ -36,7 +36,7 @@ Work = Mapping[int, Iterable[TensorInfo]]
 
 
 @dataclass(eq=False)
-class Part:
+class FilePart:
     """Bytes [start, end) of a file, which one or more pieces of work need.
 
     `digest` is the sha256 of the whole file, where that is what is fetched and the hub lists it.
@@ -62,7 +62,7 @@ class Part:
         return self.path if self.digest else f"{self.path}.{self.start}-{self.end}"
 
 
-def parts_of(repo: HubRepo, tensors: Iterable[TensorInfo], work: Work) -> list[Part]:
+def parts_of(repo: HubRepo, tensors: Iterable[TensorInfo], work: Work) -> list[FilePart]:
     """What must be fetched, in this order. `tensors` are all that the repo holds.
 
     Of each file the bytes from the first needed to the last; all of it, header included, where
@@ -72,11 +72,11 @@ def parts_of(repo: HubRepo, tensors: Iterable[TensorInfo], work: Work) -> list[P
     for info in tensors:
         start, end = held.get(info.shard, (info.start, info.end))
         held[info.shard] = min(start, info.start), max(end, info.end)
-    parts: dict[str, Part] = {}
+    parts: dict[str, FilePart] = {}
     for place, infos in enumerate(work.values()):
         for info in infos:
             part = parts.setdefault(
-                info.shard, Part(info.shard, info.start, info.end, None, place, place)
+                info.shard, FilePart(info.shard, info.start, info.end, None, place, place)
             )
             part.start, part.end = min(part.start, info.start), max(part.end, info.end)
             part.last = place
@@ -86,11 +86,11 @@ def parts_of(repo: HubRepo, tensors: Iterable[TensorInfo], work: Work) -> list[P
     return list(parts.values())
 
 
-def _make_whole(part: Part, repo: HubRepo) -> None:
+def _make_whole(part: FilePart, repo: HubRepo) -> None:
     part.start, part.end, part.digest = 0, repo.files[part.path], repo.sha256.get(part.path)
 
 
-def least_room(parts: Iterable[Part]) -> int:
+def least_room(parts: Iterable[FilePart]) -> int:
     """Bytes without which the work cannot be done: those of all files needed at any one time."""
     changes = [change for p in parts for change in ((p.first, p.nbytes), (p.last + 1, -p.nbytes))]
     most = now = 0
@@ -109,7 +109,7 @@ class Spool:
     """
 
     def __init__(
-        self, repo: HubRepo, folder: Path, room: int, parts: list[Part], work: Work, emit: Emit
+        self, repo: HubRepo, folder: Path, room: int, parts: list[FilePart], work: Work, emit: Emit
     ) -> None:
         self._repo, self._emit, self._room = repo, emit, room
         self._folder = folder / repo.commit
@@ -204,7 +204,7 @@ class Spool:
                 self._here += part.nbytes
                 self._fetched += part.nbytes
 
-    def _remove(self, part: Part) -> None:
+    def _remove(self, part: FilePart) -> None:
         if part.path in self._open:
             os.close(self._open.pop(part.path))
         (self._folder / part.name).unlink(missing_ok=True)
@@ -276,11 +276,11 @@ class Spool:
             part.ready = True
             self._changed.notify_all()
 
-    def _has_room(self, part: Part) -> bool:
+    def _has_room(self, part: FilePart) -> bool:
         with self._changed:
             return self._here + part.nbytes <= self._room
 
-    def _wait_for_room(self, part: Part) -> bool:
+    def _wait_for_room(self, part: FilePart) -> bool:
         """Take the room that a part needs; False where nobody wants it any more."""
         with self._changed:
             self._changed.wait_for(lambda: self._failure or self._here + part.nbytes <= self._room)
@@ -295,7 +295,7 @@ class Spool:
 class _Growing:
     """A part that is being fetched, from its first byte to its last, beside where it will lie."""
 
-    def __init__(self, part: Part, folder: Path) -> None:
+    def __init__(self, part: FilePart, folder: Path) -> None:
         """Go on with what an earlier run fetched, where there is a digest to tell that it is it."""
         self.part = part
         self._final = folder / part.name
@@ -355,4 +355,4 @@ def _stored(path: Path) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["Part", "Spool", "Work", "least_room", "parts_of"]
+__all__ = ["FilePart", "Spool", "Work", "least_room", "parts_of"]

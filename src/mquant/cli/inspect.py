@@ -12,7 +12,7 @@ from mquant.cli.tables import facts, table
 from mquant.cli.text import both_sizes, clean, plural, size
 
 if TYPE_CHECKING:
-    from mquant.verify.inspect import Inspection, Share
+    from mquant.verify.inspect import Inspection, Portion
 
 
 def inspect(
@@ -79,7 +79,7 @@ def _count(value: int | None, unit: str = "") -> str:
     return "not known" if value is None else f"{value:,}{unit}"
 
 
-def _shares(title: str, shares: "tuple[Share, ...]") -> RenderableType:
+def _shares(title: str, shares: "tuple[Portion, ...]") -> RenderableType:
     rows = table((title, "left"), ("tensors", "right"), ("bytes", "right"))
     for share in shares:
         rows.add_row(clean(share.name), f"{share.tensors:,}", size(share.bytes))

@@ -39,10 +39,10 @@ def verify_ignore(
         from mquant.checkpoint import open_checkpoint
         from mquant.checkpoint.hub import HubRepo
         from mquant.family import load_families
-        from mquant.loader_model.modules import read_layout
+        from mquant.loader_model.modules import read_modules
         from mquant.verify.ignore import check_ignore
 
-        report = check_ignore(read_layout(open_checkpoint(source), load_families()))
+        report = check_ignore(read_modules(open_checkpoint(source), load_families()))
         hub = source if isinstance(source, HubRepo) else None
         out.put(
             **report.to_json(),

@@ -26,7 +26,7 @@ from mquant.numerics.formats import BF16, FLOATS, Array, Bytes, Floats
 from mquant.numerics.fp8 import encode_into, prepare_fp8
 from mquant.numerics.kernels import block_maxima, pack_into, prepare, quantize_into
 from mquant.numerics.nvfp4 import GROUP, global_scale_of
-from mquant.numerics.search import ALIKE, Weight, prepare_search, search
+from mquant.numerics.search import ALIKE, SearchedWeight, prepare_search, search
 from mquant.numerics.thresholds import Magnitudes, thresholds
 from mquant.plan import Action, WorkUnit
 
@@ -270,7 +270,9 @@ class Worker:
         weights = []
         for action, weight, maxima in members:
             form = FLOATS[action.source.dtype]
-            weights.append(Weight(weight.view(form.word), form, maxima, importance(action.module)))
+            weights.append(
+                SearchedWeight(weight.view(form.word), form, maxima, importance(action.module))
+            )
         return search(weights, self._found)
 
     def _read(self, action: Action, weight: Bytes, maxima: Magnitudes) -> Array:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from mquant.errors import SourceError
 from mquant.family import Family, Forward
-from mquant.loader_model.modules import Layout
+from mquant.loader_model.modules import ModuleView
 from mquant.weights.decode import Floats
 from mquant.weights.matrix import AnyReader, Matrix, Workers, matrix_of, plain
 
@@ -108,23 +108,23 @@ def _refuse(what: str) -> NoReturn:
 class Model:
     """A checkpoint that can be run, layer by layer."""
 
-    def __init__(self, layout: Layout, reader: AnyReader, context: int, workers: Workers) -> None:
+    def __init__(self, view: ModuleView, reader: AnyReader, context: int, workers: Workers) -> None:
         """Find the weights; nothing is read. Raises SourceError as `shape_of`."""
-        self.layout = layout
-        self.shape = shape_of(layout.family, layout.checkpoint.config, context)
-        family = layout.family
+        self.view = view
+        self.shape = shape_of(view.family, view.checkpoint.config, context)
+        family = view.family
         assert family is not None  # noqa: S101 -- or shape_of had refused
         self._forward: Forward = family.forward or Forward()
-        self._config = layout.checkpoint.config
+        self._config = view.checkpoint.config
         self._found: dict[str, Matrix] = {}
-        for module in layout.modules.values():
+        for module in view.modules.values():
             for suffix, info in module.tensors.items():
                 whole = f"{module.name}.{suffix}"
                 side = plain(info, reader) if not module.quantized else None
                 if side is not None:
                     self._found[family.in_memory_name(whole)] = side
             if module.quantized:
-                weight = matrix_of(layout, module, reader)
+                weight = matrix_of(view, module, reader)
                 if weight is not None:
                     self._found[family.in_memory_name(weight.name)] = weight
         self._workers = workers
@@ -137,7 +137,7 @@ class Model:
         """A weight on disk. Raises SourceError where there is none, or none that can be decoded."""
         if name not in self._found:
             raise SourceError(
-                f"{self.layout.checkpoint.source.name} has no {name} that can be decoded.",
+                f"{self.view.checkpoint.source.name} has no {name} that can be decoded.",
                 "See what mquant verify says of it.",
             )
         return self._found[name]
@@ -161,7 +161,7 @@ class Model:
 
     def nbytes(self, prefix: str) -> int:
         """Bytes of all tensors of a layer, or another part."""
-        tensors = self.layout.checkpoint.tensors
+        tensors = self.view.checkpoint.tensors
         return sum(info.nbytes for name, info in tensors.items() if name.startswith(prefix))
 
     def head(self) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-from mquant.loader_model.modules import FP8_DTYPES, Layout, Module
+from mquant.loader_model.modules import FP8_DTYPES, Module, ModuleView
 
 Shape = tuple[int, ...]
 
@@ -86,7 +86,7 @@ _DECLARED: Final[dict[Kind, dict[str, object]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ExpectedTensor:
     """A tensor of a quantized module: the dtypes and shapes it may have."""
 
     dtypes: tuple[str, ...]
@@ -94,14 +94,14 @@ class Part:
     required: bool = True
 
 
-def kind_of(layout: Layout, module: Module) -> Kind | None:
+def kind_of(view: ModuleView, module: Module) -> Kind | None:
     """How a module is quantized, or None for a plain one."""
     if not module.quantized:
         return None
     tensors = module.tensors
     weight, packed = tensors.get("weight"), tensors.get("weight_packed")
-    formats = {str(group.get("format")) for group in groups(layout)}
-    formats.add(str(layout.config.get("format")))
+    formats = {str(group.get("format")) for group in groups(view)}
+    formats.add(str(view.config.get("format")))
     if "weight_shape" in tensors or (packed is not None and packed.dtype == "I32"):
         return Kind.INT
     if any(name.startswith(("mxfp", "int-", "naive", "marlin")) for name in formats):
@@ -120,31 +120,31 @@ def kind_of(layout: Layout, module: Module) -> Kind | None:
     return Kind.FP8 if {"weight_scale", "weight_scale_inv"} & tensors.keys() else Kind.OTHER
 
 
-def groups(layout: Layout) -> Iterator[Mapping[str, Any]]:
+def groups(view: ModuleView) -> Iterator[Mapping[str, Any]]:
     """The well-formed `config_groups` of the quantization config."""
-    table = layout.config.get("config_groups")
+    table = view.config.get("config_groups")
     for group in table.values() if isinstance(table, dict) else ():
         if isinstance(group, dict):
             yield group
 
 
-def weight_args(kind: Kind, layout: Layout) -> Mapping[str, Any]:
+def weight_args(kind: Kind, view: ModuleView) -> Mapping[str, Any]:
     """What config.json says of weights in a layout; nothing where several groups may be meant."""
-    found = [group["weights"] for group in _groups_of(kind, layout)]
+    found = [group["weights"] for group in _groups_of(kind, view)]
     return found[0] if found and all(args == found[0] for args in found) else {}
 
 
-def integer_bits(layout: Layout) -> int | None:
+def integer_bits(view: ModuleView) -> int | None:
     """How many bits config.json says packed integers have; None where that cannot be."""
-    bits = weight_args(Kind.INT, layout).get("num_bits")
+    bits = weight_args(Kind.INT, view).get("num_bits")
     return bits if type(bits) is int and bits in (2, 4, 8) else None
 
 
-def _groups_of(kind: Kind, layout: Layout) -> list[Mapping[str, Any]]:
+def _groups_of(kind: Kind, view: ModuleView) -> list[Mapping[str, Any]]:
     """The groups that can be of a layout: all but those that say otherwise."""
     return [
         group
-        for group in groups(layout)
+        for group in groups(view)
         if isinstance(args := group.get("weights"), dict) and not _wrong(kind, args)
     ]
 
@@ -157,13 +157,13 @@ def _wrong(kind: Kind, args: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def misdeclared(kind: Kind, layout: Layout) -> str:
+def misdeclared(kind: Kind, view: ModuleView) -> str:
     """What no config group of compressed-tensors should say of a layout, but the first one does.
 
     Empty where some group fits, or none is there to be judged.
     """
     said = []
-    for group in groups(layout):
+    for group in groups(view):
         args = group.get("weights")
         if args is not None and not isinstance(args, dict):
             return ""  # no loader can parse that
@@ -171,14 +171,14 @@ def misdeclared(kind: Kind, layout: Layout) -> str:
     return said[0] if said and all(said) else ""
 
 
-def activations(kind: Kind, layout: Layout) -> bool | None:
+def activations(kind: Kind, view: ModuleView) -> bool | None:
     """Whether static scales of activations are declared; None where some modules may have them."""
     said = set()
-    for group in _groups_of(kind, layout) or groups(layout):
+    for group in _groups_of(kind, view) or groups(view):
         args = group.get("input_activations")
         # Dynamic per token needs no tensor; NVFP4's "local" needs the global scale.
         said.add(isinstance(args, dict) and args.get("dynamic") in (False, "local"))
-    algorithm = layout.config.get("quant_algo")
+    algorithm = view.config.get("quant_algo")
     if algorithm in ("NVFP4", "FP8"):
         said.add(True)
     elif isinstance(algorithm, str):
@@ -186,46 +186,52 @@ def activations(kind: Kind, layout: Layout) -> bool | None:
     return said.pop() if len(said) == 1 else None
 
 
-def weight_shape(kind: Kind, module: Module, layout: Layout) -> tuple[int, int] | None:
+def weight_shape(kind: Kind, module: Module, view: ModuleView) -> tuple[int, int] | None:
     """[out, in] of the weight that a quantized module holds; None where its codes are missing."""
     codes = module.tensors.get(CODES.get(kind, ""))
     if codes is None or len(codes.shape) != 2:
         return None
     rows, columns = codes.shape
     if kind is Kind.INT:
-        bits = integer_bits(layout)
+        bits = integer_bits(view)
         return (rows, columns * 32 // bits) if bits else None
     return (rows, columns if kind is Kind.FP8 else columns * 2)
 
 
-def parts(kind: Kind, module: Module, shape: tuple[int, int], layout: Layout) -> dict[str, Part]:
+def parts(
+    kind: Kind, module: Module, shape: tuple[int, int], view: ModuleView
+) -> dict[str, ExpectedTensor]:
     """What a module with a weight of [out, in] is made of, by suffix."""
     rows, columns = shape
     if kind in (Kind.NVFP4, Kind.MODELOPT_NVFP4):
         theirs = kind is Kind.MODELOPT_NVFP4
         return {
-            CODES[kind]: Part(("U8",), ((rows, columns // 2),)),
-            "weight_scale": Part(("F8_E4M3",), ((rows, columns // GROUP),)),
-            ("weight_scale_2" if theirs else "weight_global_scale"): Part(("F32",), SCALAR),
-            ("input_scale" if theirs else "input_global_scale"): Part(("F32",), SCALAR, False),
+            CODES[kind]: ExpectedTensor(("U8",), ((rows, columns // 2),)),
+            "weight_scale": ExpectedTensor(("F8_E4M3",), ((rows, columns // GROUP),)),
+            ("weight_scale_2" if theirs else "weight_global_scale"): ExpectedTensor(
+                ("F32",), SCALAR
+            ),
+            ("input_scale" if theirs else "input_global_scale"): ExpectedTensor(
+                ("F32",), SCALAR, False
+            ),
         }
     if kind is Kind.FP8:
-        inverse = "weight_scale_inv" in module.tensors or layout.method == "fp8"
+        inverse = "weight_scale_inv" in module.tensors or view.method == "fp8"
         return {
-            "weight": Part(FP8_DTYPES, (shape,)),
-            ("weight_scale_inv" if inverse else "weight_scale"): Part(
-                _FLOATS, _fp8_scales(rows, columns, layout)
+            "weight": ExpectedTensor(FP8_DTYPES, (shape,)),
+            ("weight_scale_inv" if inverse else "weight_scale"): ExpectedTensor(
+                _FLOATS, _fp8_scales(rows, columns, view)
             ),
-            "input_scale": Part(_FLOATS, SCALAR, False),
+            "input_scale": ExpectedTensor(_FLOATS, SCALAR, False),
         }
-    return _integers(rows, columns, layout) if kind is Kind.INT else {}
+    return _integers(rows, columns, view) if kind is Kind.INT else {}
 
 
-def fp8_block(layout: Layout) -> tuple[int, int]:
+def fp8_block(view: ModuleView) -> tuple[int, int]:
     """The block that shares a scale in FP8 weights with blocks."""
     for block in (
-        layout.config.get("weight_block_size"),
-        weight_args(Kind.FP8, layout).get("block_structure"),
+        view.config.get("weight_block_size"),
+        weight_args(Kind.FP8, view).get("block_structure"),
     ):
         if (
             isinstance(block, list)
@@ -236,21 +242,21 @@ def fp8_block(layout: Layout) -> tuple[int, int]:
     return FP8_BLOCK
 
 
-def _fp8_scales(rows: int, columns: int, layout: Layout) -> tuple[Shape, ...]:
-    high, wide = fp8_block(layout)
+def _fp8_scales(rows: int, columns: int, view: ModuleView) -> tuple[Shape, ...]:
+    high, wide = fp8_block(view)
     blocks = (-(-rows // high), -(-columns // wide))
     by_strategy = {"tensor": SCALAR, "channel": ((rows, 1), (rows,)), "block": (blocks,)}
-    strategy = weight_args(Kind.FP8, layout).get("strategy")
+    strategy = weight_args(Kind.FP8, view).get("strategy")
     if isinstance(strategy, str) and strategy in by_strategy:
         return by_strategy[strategy]
-    if layout.config.get("weight_block_size"):
+    if view.config.get("weight_block_size"):
         return (blocks,)
     return (*SCALAR, (rows, 1), (rows,), blocks)
 
 
-def _integers(rows: int, columns: int, layout: Layout) -> dict[str, Part]:
-    args = weight_args(Kind.INT, layout)
-    bits, size = integer_bits(layout), args.get("group_size")
+def _integers(rows: int, columns: int, view: ModuleView) -> dict[str, ExpectedTensor]:
+    args = weight_args(Kind.INT, view)
+    bits, size = integer_bits(view), args.get("group_size")
     if bits is None or not columns:
         # Nothing says how many codes are in an integer, or the codes are missing.
         scales: tuple[Shape, ...] = ()
@@ -263,11 +269,11 @@ def _integers(rows: int, columns: int, layout: Layout) -> dict[str, Part]:
         packed = ((rows, columns * bits // 32),)
     symmetric = args.get("symmetric") is not False
     return {
-        "weight_packed": Part(("I32",), packed),
-        "weight_scale": Part(_FLOATS, scales),
-        "weight_shape": Part(("I64", "I32"), ((2,),)),
-        "weight_zero_point": Part((*_FLOATS, "I32", "I8"), zeros, not symmetric),
-        "weight_g_idx": Part(("I32",), ((columns,),) if packed else (), False),
+        "weight_packed": ExpectedTensor(("I32",), packed),
+        "weight_scale": ExpectedTensor(_FLOATS, scales),
+        "weight_shape": ExpectedTensor(("I64", "I32"), ((2,),)),
+        "weight_zero_point": ExpectedTensor((*_FLOATS, "I32", "I8"), zeros, not symmetric),
+        "weight_g_idx": ExpectedTensor(("I32",), ((columns,),) if packed else (), False),
     }
 
 
@@ -275,8 +281,8 @@ __all__ = [
     "CODES",
     "GROUP",
     "METHODS",
+    "ExpectedTensor",
     "Kind",
-    "Part",
     "activations",
     "fp8_block",
     "groups",

@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any, Final
 
 from mquant.family import Family, Role, TensorRole
-from mquant.loader_model.modules import Layout, Module
+from mquant.loader_model.modules import Module, ModuleView
 from mquant.matching import Matches, Style, match
 
 COVER_STYLES: Final = {
@@ -65,10 +65,10 @@ class Group:
 
 
 @dataclass(frozen=True)
-class View:
+class VllmView:
     """The modules of a layout that matter, and what its lists say of them."""
 
-    layout: Layout
+    view: ModuleView
     method: str
     judged: tuple[Judged, ...]
 
@@ -80,7 +80,7 @@ class View:
     @cached_property
     def in_memory(self) -> Mapping[str, str]:
         """Hub name -> transformers' name, of every module."""
-        family = self.layout.family
+        family = self.view.family
         return {name: family.in_memory_name(name) for name in self.hub} if family else {}
 
     @cached_property
@@ -88,12 +88,12 @@ class View:
         """Every name on disk that an entry may mean: modules, and parameters that are none."""
         bare = (
             info.name
-            for module in self.layout.modules.values()
+            for module in self.view.modules.values()
             if not module.quantized
             for suffix, info in module.tensors.items()
             if suffix != "weight"
         )
-        return frozenset((*self.layout.modules, *bare))
+        return frozenset((*self.view.modules, *bare))
 
     @cached_property
     def vllm(self) -> frozenset[str]:
@@ -104,19 +104,19 @@ class View:
     def ignore(self) -> Matches:
         """The ignore list, as it is meant, on all names."""
         names = self.hub | self.vllm | frozenset(self.in_memory.values())
-        return match(self.layout.ignore, names, self.style or Style.EXACT)
+        return match(self.view.ignore, names, self.style or Style.EXACT)
 
     @cached_property
     def ignored_by_vllm(self) -> frozenset[str]:
         """What the list matches in vLLM, which takes entries of FP8 for exact names."""
         if self.style is not Style.PARTS:
             return self.ignore.names
-        return match(self.layout.ignore, self.vllm, Style.EXACT).names
+        return match(self.view.ignore, self.vllm, Style.EXACT).names
 
     @cached_property
     def targets(self) -> Matches:
         """The targets of compressed-tensors, on vLLM's names."""
-        return match(_targets(self.layout.config), self.vllm, Style.NAMES)
+        return match(_targets(self.view.config), self.vllm, Style.NAMES)
 
     def covered(self, judged: Judged) -> bool:
         """Whether the ignore list speaks of a module, by the hub's name or vLLM's."""
@@ -155,24 +155,24 @@ class View:
     @cached_property
     def _targets_linear(self) -> bool:
         # A target without `re:` is also looked for in the class's name: ColumnParallelLinear.
-        return any(target.lower() in "linear" for target in _targets(self.layout.config) if target)
+        return any(target.lower() in "linear" for target in _targets(self.view.config) if target)
 
 
-def view_of(layout: Layout) -> View:
+def vllm_view_of(view: ModuleView) -> VllmView:
     """What vLLM makes of a layout."""
-    method = "modelopt" if layout.method.startswith("modelopt") else layout.method
-    family = layout.family
-    judged = _known(layout, family, method) if family else _usual(layout)
-    return View(layout, method, tuple(judged))
+    method = "modelopt" if view.method.startswith("modelopt") else view.method
+    family = view.family
+    judged = _known(view, family, method) if family else _usual(view)
+    return VllmView(view, method, tuple(judged))
 
 
-def _known(layout: Layout, family: Family, method: str) -> Iterator[Judged]:
+def _known(view: ModuleView, family: Family, method: str) -> Iterator[Judged]:
     shared: dict[Any, Any] = {}  # of equals one is kept: experts are many
     # A head that is tied to the embeddings is built all the same.
-    tied = family.tied_heads(layout.checkpoint.config)
-    absent = [n for n in tied if n not in layout.modules]
+    tied = family.tied_heads(view.checkpoint.config)
+    absent = [n for n in tied if n not in view.modules]
     heads = (Module(name, {}, family.classify(f"{name}.weight")) for name in absent)
-    for module in chain(heads, layout.modules.values()):
+    for module in chain(heads, view.modules.values()):
         tensor_role = module.tensor_role or family.classify_in_memory(f"{module.name}.weight")
         if tensor_role is None:
             continue
@@ -206,10 +206,10 @@ def _vllm_names(
     return (family.in_vllm_name(whole), family.in_vllm_name(module.name))
 
 
-def _usual(layout: Layout) -> Iterator[Judged]:
+def _usual(view: ModuleView) -> Iterator[Judged]:
     for name, role in _USUAL.items():
-        if name in layout.modules:
-            yield Judged(layout.modules[name], role, False, (name,), (name, None, None))
+        if name in view.modules:
+            yield Judged(view.modules[name], role, False, (name,), (name, None, None))
 
 
 def _targets(config: Mapping[str, Any]) -> list[str]:
@@ -224,4 +224,4 @@ def _one(answers: set[bool]) -> bool | None:
     return answers.pop() if len(answers) == 1 else None
 
 
-__all__ = ["COVER_STYLES", "Group", "Judged", "View", "view_of"]
+__all__ = ["COVER_STYLES", "Group", "Judged", "VllmView", "vllm_view_of"]

@@ -50,7 +50,7 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ModuleView:
     """A checkpoint's modules and the method that quantized it.
 
     `method` is `compressed-tensors`, `modelopt`, `fp8`, another name config.json gives, or empty
@@ -82,7 +82,7 @@ class Layout:
         return ()
 
 
-def read_layout(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Layout:
+def read_modules(checkpoint: Checkpoint, families: Mapping[str, Family]) -> ModuleView:
     """Group a checkpoint's tensors by module and find out how it was quantized.
 
     Raises SourceError where there are more modules than a model can have.
@@ -103,7 +103,7 @@ def read_layout(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Layou
         for name, tensors in grouped.items()
     }
     method, config = _method(checkpoint)
-    return Layout(checkpoint, family, modules, method, config)
+    return ModuleView(checkpoint, family, modules, method, config)
 
 
 def _method(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]]:
@@ -117,4 +117,4 @@ def _method(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]]:
     return "", {}
 
 
-__all__ = ["FP8_DTYPES", "MODELOPT_NAME", "Layout", "Module", "read_layout"]
+__all__ = ["FP8_DTYPES", "MODELOPT_NAME", "Module", "ModuleView", "read_modules"]

@@ -12,9 +12,9 @@ from mquant.checkpoint.hub import HubRepo
 from mquant.events import Emit, Note, silent
 from mquant.family import Family
 from mquant.findings import Finding
-from mquant.loader_model.modules import read_layout
-from mquant.measure.compare import Difference, compare_pairs, pairs
+from mquant.loader_model.modules import read_modules
 from mquant.measure.comparison_cache import ComparisonCache
+from mquant.measure.difference import Difference, compare_pairs, pairs
 from mquant.verify import against  # noqa: F401 -- registers the rules that are found broken here
 from mquant.verify.tally import Tally
 from mquant.weights.decode import READABLE
@@ -229,11 +229,11 @@ def compare(
     `workers` None: cores + 1, for a hub 6. What a stopped comparison of the same files found is not
     looked at again. Raises SourceError where there is no checkpoint, or it cannot be read.
     """
-    layout = read_layout(open_checkpoint(source, tolerant=True), families)
-    original = read_layout(open_checkpoint(parent), families)
+    view = read_modules(open_checkpoint(source, tolerant=True), families)
+    original = read_modules(open_checkpoint(parent), families)
     readers, tally = (reader_of(source), reader_of(parent)), Tally()
     hubs = [each for each in (source, parent) if isinstance(each, HubRepo)]
-    all_pairs = pairs(layout, original, readers, tally)
+    all_pairs = pairs(view, original, readers, tally)
     with ComparisonCache(source, parent) as partial:
         known = partial.known
         if known:
@@ -259,7 +259,7 @@ def compare(
     return Comparison(
         source=source.name,
         parent=parent.name,
-        family=layout.family.name if layout.family else None,
+        family=view.family.name if view.family else None,
         tensors=tuple(found.values()),
         findings=tally.findings(),
         bytes_compared=sum(pair.nbytes for pair in all_pairs),

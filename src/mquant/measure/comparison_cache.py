@@ -17,7 +17,7 @@ from typing import Final, Self
 from mquant import __version__
 from mquant.checkpoint import Folder, Source
 from mquant.errors import OutputError
-from mquant.measure.compare import Difference
+from mquant.measure.difference import Difference
 
 _LINES_AT_ONCE: Final = 64
 

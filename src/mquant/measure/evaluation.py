@@ -17,7 +17,7 @@ from mquant.family import Family
 from mquant.findings import Finding
 from mquant.forward.decoder import Integers, Model
 from mquant.loader_model.formats import activations, groups, kind_of
-from mquant.loader_model.modules import Layout, read_layout
+from mquant.loader_model.modules import ModuleView, read_modules
 from mquant.measure.score import score
 from mquant.text import size
 from mquant.weights.decode import Floats
@@ -147,7 +147,7 @@ def evaluate(
         kl=None if scores.divergence is None else float(scores.divergence.mean()),
         agreement=None if scores.agree is None else float(scores.agree.mean()),
         routing=routing,
-        findings=tuple(_activations(models[0].layout)),
+        findings=tuple(_activations(models[0].view)),
     )
 
 
@@ -190,8 +190,8 @@ def _read(text: Path) -> bytes:
 
 
 def _model(source: Source, families: Mapping[str, Family], context: int, workers: Workers) -> Model:
-    layout = read_layout(open_checkpoint(source), families)
-    return Model(layout, reader_of(source), context, workers)
+    view = read_modules(open_checkpoint(source), families)
+    return Model(view, reader_of(source), context, workers)
 
 
 def _tokenize(sources: list[Source], raw: bytes) -> Integers:
@@ -238,10 +238,10 @@ def _plan(count: int, of: int, context: int, models: list[Model]) -> str:
     )
 
 
-def _activations(layout: Layout) -> Iterator[Finding]:
-    kinds = {kind_of(layout, module) for module in layout.quantized} - {None}
-    static = any(activations(kind, layout) is not False for kind in kinds if kind)
-    if static or any(group.get("input_activations") for group in groups(layout)):
+def _activations(view: ModuleView) -> Iterator[Finding]:
+    kinds = {kind_of(view, module) for module in view.quantized} - {None}
+    static = any(activations(kind, view) is not False for kind in kinds if kind)
+    if static or any(group.get("input_activations") for group in groups(view)):
         yield Finding(
             "activations-not-quantized",
             "info",

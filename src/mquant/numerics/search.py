@@ -59,7 +59,7 @@ _ONES: Final = np.float32(1.5 * 2**23)
 _HALVES: Final = _ONES / 2
 
 
-class Weight(NamedTuple):
+class SearchedWeight(NamedTuple):
     """A weight [out, in] of finite numbers, to be searched: bit patterns, flat.
 
     `maxima`, uint32 [blocks], has each block's largest magnitude, `importance`, float32 [in], how
@@ -76,10 +76,10 @@ def prepare_search(form: FloatFormat) -> None:
     """Compile the search for a format, as `kernels.prepare` does what comes before and after."""
     words, maxima = np.zeros(GROUP, form.word), np.zeros(1, np.uint32)
     with compiling():
-        search([Weight(words, form, maxima, ALIKE)], np.empty((2, 1), np.uint8))
+        search([SearchedWeight(words, form, maxima, ALIKE)], np.empty((2, 1), np.uint8))
 
 
-def search(weights: Sequence[Weight], scratch: Bytes) -> tuple[np.float32, Bytes]:
+def search(weights: Sequence[SearchedWeight], scratch: Bytes) -> tuple[np.float32, Bytes]:
     """The global scale of a fused set, and the E4M3 codes of all its blocks, one after another.
 
     `scratch`, uint8 [2, blocks], holds them until it is used again.
@@ -96,7 +96,7 @@ def search(weights: Sequence[Weight], scratch: Bytes) -> tuple[np.float32, Bytes
     return scales[best], scratch[best, :blocks]
 
 
-def _base(weights: Sequence[Weight]) -> np.float32:
+def _base(weights: Sequence[SearchedWeight]) -> np.float32:
     """The min-max global scale, as a BF16 number whatever the weights are."""
     amaxes = [w.form.values(w.maxima.max()).astype(np.float32) for w in weights]
     # Cut, not rounded: the largest float32 would be infinite.
@@ -104,7 +104,7 @@ def _base(weights: Sequence[Weight]) -> np.float32:
     return global_scale_of([largest.view(BF16.value)])
 
 
-def _relative(weights: Sequence[Weight]) -> list[Weight]:
+def _relative(weights: Sequence[SearchedWeight]) -> list[SearchedWeight]:
     """Importance of the set's largest: sums of squares stay numbers. All zero says nothing."""
     largest = max(float(w.importance.max(initial=0)) for w in weights)
     return [
@@ -114,7 +114,7 @@ def _relative(weights: Sequence[Weight]) -> list[Weight]:
 
 
 def _search_under(
-    scales: Floats, weights: Sequence[Weight], power: np.float32, every: int, codes: Bytes
+    scales: Floats, weights: Sequence[SearchedWeight], power: np.float32, every: int, codes: Bytes
 ) -> Array:
     """Search every so many tiles under each of the global scales; returns the sums of errors.
 
@@ -289,4 +289,4 @@ def _error(x: Any, w: Any, d: Any, over_d: Any) -> Any:
     return w * (off * off)
 
 
-__all__ = ["ALIKE", "RATIOS", "Weight", "prepare_search", "search"]
+__all__ = ["ALIKE", "RATIOS", "SearchedWeight", "prepare_search", "search"]

@@ -30,7 +30,7 @@ from mquant.events import Emit, silent
 from mquant.family import Family, Role
 from mquant.findings import Finding
 from mquant.loader_model.formats import Kind, activations, kind_of
-from mquant.loader_model.modules import Layout, Module, read_layout
+from mquant.loader_model.modules import Module, ModuleView, read_modules
 from mquant.output import RECORD, config_json, side_files
 from mquant.plan import BAD, PARENT, Mending, WorkUnit, from_parent, make_plan, mend
 from mquant.recipe import Recipe, load_recipes
@@ -104,17 +104,17 @@ def diagnose(
     checkpoint, original = open_checkpoint(bad, tolerant=True), open_checkpoint(parent)
     # config.json may be what is broken; what it says of the model, the parent says too.
     config = {**original.config, **_quantization(checkpoint.config)}
-    layout = read_layout(replace(checkpoint, config=config), families)
-    _refuse_other_layouts(layout)
+    view = read_modules(replace(checkpoint, config=config), families)
+    _refuse_other_layouts(view)
     stated = _stated_recipe(checkpoint)
-    recipe = stated or _read_off(layout, original)
-    if layout.family and not recipe.roles:
+    recipe = stated or _read_off(view, original)
+    if view.family and not recipe.roles:
         raise Refused([_nothing_known(bad)])
     right = make_plan(original, recipe, families)
     if right.refusals:
         raise Refused(right.refusals)
     wrong = report.wrong | {f.where for f in report.findings if f.rule == "tensor-stored-twice"}
-    wrong |= _unlike_parent(layout, original, wrong)
+    wrong |= _unlike_parent(view, original, wrong)
     mending = mend(right, checkpoint, wrong)
     made_by = ""
     weights = read_importance(importance, right)
@@ -157,20 +157,20 @@ def _stated_recipe(checkpoint: Checkpoint) -> Recipe | None:
     return recipe.model_copy(update={"roles": roles, "foreign": True})
 
 
-def _read_off(layout: Layout, parent: Checkpoint) -> Recipe:
+def _read_off(view: ModuleView, parent: Checkpoint) -> Recipe:
     """Which modules are quantized, from what is there.
 
     What loaders treat as one (a layer's experts, a fused set) counts by its majority, and what is
     not there at all as most of its role.
     """
-    family = layout.family
+    family = view.family
     if family is None:
         return _recipe({}, [])  # make_plan says which are known
     units: dict[Hashable, Counter[bool]] = defaultdict(Counter)
     members: dict[Hashable, list[str]] = defaultdict(list)
     roles: dict[Role, Counter[bool]] = defaultdict(Counter)
     of: dict[Hashable, Role] = {}
-    for module, name, role, unit in _linear(layout, family):
+    for module, name, role, unit in _linear(view, family):
         units[unit][bool(module.quantized)] += 1
         roles[role][bool(module.quantized)] += 1
         members[unit].append(name)
@@ -196,9 +196,9 @@ def _recipe(roles: Mapping[Role, str], ignore: list[str]) -> Recipe:
     )
 
 
-def _linear(layout: Layout, family: Family) -> Iterator[tuple[Module, str, Role, Hashable]]:
+def _linear(view: ModuleView, family: Family) -> Iterator[tuple[Module, str, Role, Hashable]]:
     """Linear modules that may be quantized: with the hub's name, role, and what they belong to."""
-    for module in layout.modules.values():
+    for module in view.modules.values():
         tensor_role = module.tensor_role or family.classify_in_memory(f"{module.name}.weight")
         if (
             tensor_role is None
@@ -213,17 +213,17 @@ def _linear(layout: Layout, family: Family) -> Iterator[tuple[Module, str, Role,
         yield module, name, role, (whole, tensor_role.layer, expert)
 
 
-def _refuse_other_layouts(layout: Layout) -> None:
+def _refuse_other_layouts(view: ModuleView) -> None:
     """Raise Refused where most of what is quantized, or of a role of it, is not NVFP4A16."""
     kinds: dict[Role | None, Counter[Kind]] = defaultdict(Counter)
-    for module in layout.quantized:
+    for module in view.quantized:
         role = module.tensor_role.row.role if module.tensor_role else None
-        if (kind := kind_of(layout, module)) and not (role and role.refused_by_loaders):
+        if (kind := kind_of(view, module)) and not (role and role.refused_by_loaders):
             kinds[role][kind] += 1
     most = [counter.most_common(1)[0][0] for counter in kinds.values()]
     common = next((kind for kind in most if kind is not Kind.NVFP4), Kind.NVFP4)
-    inputs = sum("input_global_scale" in module.tensors for module in layout.quantized)
-    static = activations(common, layout) and inputs * 2 > len(layout.quantized)
+    inputs = sum("input_global_scale" in module.tensors for module in view.quantized)
+    static = activations(common, view) and inputs * 2 > len(view.quantized)
     if common is Kind.NVFP4 and not static:
         return
     what = "NVFP4 with quantized activations" if common is Kind.NVFP4 else str(common)
@@ -232,8 +232,8 @@ def _refuse_other_layouts(layout: Layout) -> None:
             Finding(
                 "layout-not-repairable",
                 "error",
-                layout.checkpoint.source.name,
-                f"{layout.checkpoint.source.name} is quantized as {what}; mquant repairs "
+                view.checkpoint.source.name,
+                f"{view.checkpoint.source.name} is quantized as {what}; mquant repairs "
                 f"{NVFP4A16.name}.",
                 "Quantize it again, with the tool that made it.",
             )
@@ -241,9 +241,9 @@ def _refuse_other_layouts(layout: Layout) -> None:
     )
 
 
-def _unlike_parent(layout: Layout, parent: Checkpoint, wrong: Iterable[str]) -> set[str]:
+def _unlike_parent(view: ModuleView, parent: Checkpoint, wrong: Iterable[str]) -> set[str]:
     """Norms that are not the parent's. Raises Refused where all that are looked at are not."""
-    there = layout.checkpoint.tensors
+    there = view.checkpoint.tensors
     pairs = (
         (there[info.name], info)
         for info in parent.tensors.values()
@@ -254,11 +254,11 @@ def _unlike_parent(layout: Layout, parent: Checkpoint, wrong: Iterable[str]) -> 
     unlike = {
         ours.name
         for ours, its in looked
-        if layout.checkpoint.source.read(ours.shard, ours.start, ours.end)
+        if view.checkpoint.source.read(ours.shard, ours.start, ours.end)
         != parent.source.read(its.shard, its.start, its.end)
     }
     if looked and len(unlike) == len(looked):
-        mine, theirs = layout.checkpoint.source.name, parent.source.name
+        mine, theirs = view.checkpoint.source.name, parent.source.name
         raise Refused(
             [
                 Finding(

@@ -17,14 +17,14 @@ from mquant.events import Emit, Progress, silent
 from mquant.family import Role
 from mquant.findings import Finding
 from mquant.loader_model.formats import kind_of
-from mquant.loader_model.modules import Layout, Module
+from mquant.loader_model.modules import Module, ModuleView
 from mquant.text import names
 from mquant.verify.awq import Scaling, scaled
 from mquant.verify.numbers import PIECE, THREADS, in_order
 from mquant.verify.rules import finding
 from mquant.verify.tally import Tally
 from mquant.weights.decode import Floats
-from mquant.weights.weight import TYPICAL, Weight, decodable, read, weight_of
+from mquant.weights.stored_weight import TYPICAL, StoredWeight, decodable, read, weight_of
 
 SAMPLED_ROWS: Final = 64
 _SAMPLED_BYTES: Final = 64 * 1024
@@ -49,8 +49,8 @@ WorkUnit = tuple[int, Callable[[], list[Break]]]
 
 
 def check_against(
-    layout: Layout,
-    parent: Layout,
+    view: ModuleView,
+    parent: ModuleView,
     *,
     everything: bool,
     to_nearest: bool = True,
@@ -68,8 +68,8 @@ def check_against(
     Raises SourceError where data cannot be read.
     """
     tally = Tally()
-    scaling = Scaling(layout, parent) if smoothed else None
-    units = list(_jobs(layout, parent, everything, to_nearest, scaling, tally))
+    scaling = Scaling(view, parent) if smoothed else None
+    units = list(_jobs(view, parent, everything, to_nearest, scaling, tally))
     done, total = 0, sum(size for size, _ in units)
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
         try:
@@ -82,58 +82,56 @@ def check_against(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    config, theirs = layout.checkpoint.config, parent.checkpoint.config
-    return (*tally.findings(), *_config(config, theirs), *_side_files(layout, parent))
+    config, theirs = view.checkpoint.config, parent.checkpoint.config
+    return (*tally.findings(), *_config(config, theirs), *_side_files(view, parent))
 
 
 def _jobs(
-    layout: Layout,
-    parent: Layout,
+    view: ModuleView,
+    parent: ModuleView,
     everything: bool,
     to_nearest: bool,
     scaling: Scaling | None,
     tally: Tally,
 ) -> Iterator[WorkUnit]:
-    local = not any(isinstance(each.checkpoint.source, HubRepo) for each in (layout, parent))
-    for name in sorted(layout.modules.keys() - parent.modules.keys()):
+    local = not any(isinstance(each.checkpoint.source, HubRepo) for each in (view, parent))
+    for name in sorted(view.modules.keys() - parent.modules.keys()):
         tally.add("parent-lacks-tensor", name, f"The parent has no {name}")
     layers = [
-        m.tensor_role.layer
-        for m in layout.modules.values()
-        if m.tensor_role and m.tensor_role.layer
+        m.tensor_role.layer for m in view.modules.values() if m.tensor_role and m.tensor_role.layer
     ]
     last = max(layers, default=0)
     for name, theirs in parent.modules.items():
-        mine = layout.modules.get(name)
+        mine = view.modules.get(name)
         if mine is None:
             lost = next(iter(theirs.tensors.values())).name
             tally.add("parent-tensor-missing", lost, f"{lost} of the parent is missing")
         elif scaling and theirs in scaling:
             if not mine.quantized:
-                deque(_kept(layout, parent, mine, theirs, False, tally), maxlen=0)  # dtype, shape
+                deque(_kept(view, parent, mine, theirs, False, tally), maxlen=0)  # dtype, shape
             if (factors := scaling.factors(theirs)) is None:
                 message = f"{name} was scaled by AWQ: not compared"
                 tally.add("scaled-not-compared", name, message)
             elif everything or _in_sample(mine, last, parent):
-                yield from _rounded(layout, parent, mine, theirs, everything, to_nearest, factors)
-        elif kind_of(layout, mine) is None and kind_of(parent, theirs) is None:
-            yield from _kept(layout, parent, mine, theirs, everything or local, tally)
-        elif foreign := _undecodable(layout, mine) or _undecodable(parent, theirs):
+                yield from _rounded(view, parent, mine, theirs, everything, to_nearest, factors)
+        elif kind_of(view, mine) is None and kind_of(parent, theirs) is None:
+            yield from _kept(view, parent, mine, theirs, everything or local, tally)
+        elif foreign := _undecodable(view, mine) or _undecodable(parent, theirs):
             message = f"{name} was not compared: {foreign} cannot be dequantized here"
             tally.add("weight-not-compared", name, message)
         elif everything or _in_sample(mine, last, parent):
-            yield from _rounded(layout, parent, mine, theirs, everything, to_nearest)
+            yield from _rounded(view, parent, mine, theirs, everything, to_nearest)
 
 
-def _undecodable(layout: Layout, module: Module) -> str:
-    kind = kind_of(layout, module)
-    if kind is None or decodable(kind, module, layout):
+def _undecodable(view: ModuleView, module: Module) -> str:
+    kind = kind_of(view, module)
+    if kind is None or decodable(kind, module, view):
         return ""
     parts = ", ".join(f"{suffix} {module.tensors[suffix].dtype}" for suffix in module.quantized)
     return f"its layout ({parts})"
 
 
-def _in_sample(module: Module, last: int, parent: Layout) -> bool:
+def _in_sample(module: Module, last: int, parent: ModuleView) -> bool:
     tensor_role = module.tensor_role
     if tensor_role is None or tensor_role.layer is None:
         return True
@@ -145,7 +143,7 @@ def _in_sample(module: Module, last: int, parent: Layout) -> bool:
 
 
 def _kept(
-    layout: Layout, parent: Layout, mine: Module, theirs: Module, whole: bool, tally: Tally
+    view: ModuleView, parent: ModuleView, mine: Module, theirs: Module, whole: bool, tally: Tally
 ) -> Iterator[WorkUnit]:
     for suffix, original in theirs.tensors.items():
         info = mine.tensors.get(suffix)
@@ -163,7 +161,7 @@ def _kept(
         else:
             spans = list(_spans(info.nbytes, whole))
             size = sum(end - start for start, end in spans)
-            yield size, partial(_equal, layout, parent, info, original, spans)
+            yield size, partial(_equal, view, parent, info, original, spans)
     for suffix in mine.tensors.keys() - theirs.tensors.keys():
         tally.add(
             "parent-lacks-tensor",
@@ -183,14 +181,14 @@ def _spans(size: int, whole: bool) -> Iterator[tuple[int, int]]:
 
 
 def _equal(
-    layout: Layout,
-    parent: Layout,
+    view: ModuleView,
+    parent: ModuleView,
     info: TensorInfo,
     original: TensorInfo,
     spans: list[tuple[int, int]],
 ) -> list[Break]:
     for start, end in spans:
-        if read(layout, info, start, end) != read(parent, original, start, end):
+        if read(view, info, start, end) != read(parent, original, start, end):
             return [
                 ("kept-tensor-differs", info.name, f"{info.name} is not bit-equal to the parent's")
             ]
@@ -198,15 +196,15 @@ def _equal(
 
 
 def _rounded(
-    layout: Layout,
-    parent: Layout,
+    view: ModuleView,
+    parent: ModuleView,
     mine: Module,
     theirs: Module,
     everything: bool,
     to_nearest: bool,
     factors: Floats | None = None,
 ) -> Iterator[WorkUnit]:
-    weight, original = weight_of(layout, mine), weight_of(parent, theirs)
+    weight, original = weight_of(view, mine), weight_of(parent, theirs)
     if weight is None or original is None:
         return
     if factors is not None:
@@ -229,14 +227,14 @@ def _rounded(
 
 
 def _compare(
-    weight: Weight, original: Weight, first: int, last: int, to_nearest: bool
+    weight: StoredWeight, original: StoredWeight, first: int, last: int, to_nearest: bool
 ) -> list[Break]:
     with np.errstate(all="ignore"):  # broken scales overflow, and are out of bounds then
         return _differences(weight, original, first, last, to_nearest)
 
 
 def _differences(
-    weight: Weight, original: Weight, first: int, last: int, to_nearest: bool
+    weight: StoredWeight, original: StoredWeight, first: int, last: int, to_nearest: bool
 ) -> list[Break]:
     columns = weight.shape[1]
     step = max(1, PIECE // 4 // columns)
@@ -285,8 +283,8 @@ def _config(config: Mapping[str, Any], parent: Mapping[str, Any]) -> Iterator[Fi
         )
 
 
-def _side_files(layout: Layout, parent: Layout) -> Iterator[Finding]:
-    mine, theirs = layout.checkpoint.source, parent.checkpoint.source
+def _side_files(view: ModuleView, parent: ModuleView) -> Iterator[Finding]:
+    mine, theirs = view.checkpoint.source, parent.checkpoint.source
     needed = [path for path in theirs.files if _like(path, _NEEDED)]
     missing = [path for path in needed if path not in mine.files]
     if has_chat_template(mine):  # newer tools keep it in a file of its own, older ones did not

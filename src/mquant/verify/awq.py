@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from mquant.family import Role
-from mquant.loader_model.modules import Layout, Module
+from mquant.loader_model.modules import Module, ModuleView
 from mquant.verify.numbers import PIECE
 from mquant.weights.decode import READABLE, Floats, floats
-from mquant.weights.weight import Rows, Weight, read
+from mquant.weights.stored_weight import Rows, StoredWeight, read
 
 
 class Scaling:
     """How much a checkpoint's modules were scaled, beside the parent's."""
 
-    def __init__(self, layout: Layout, parent: Layout) -> None:
-        self._layout, self._parent = layout, parent
+    def __init__(self, view: ModuleView, parent: ModuleView) -> None:
+        self._layout, self._parent = view, parent
         groups = parent.family.smoothings if parent.family else ()
         self._fed_by = {row.name: group[0] for group in groups for row in group[1:]}
         # What is divided itself has other rows, too, and no norm tells of those.
@@ -49,7 +49,7 @@ class Scaling:
 
 
 @dataclass(frozen=True)
-class Scaled(Weight):
+class Scaled(StoredWeight):
     """A parent's weight [out, in], its columns multiplied with factors [in] as they are read."""
 
     factors: Floats
@@ -60,18 +60,18 @@ class Scaled(Weight):
         return Rows(found.values * self.factors, found.allowed)
 
 
-def scaled(weight: Weight, factors: Floats) -> Weight:
+def scaled(weight: StoredWeight, factors: Floats) -> StoredWeight:
     """A weight with its columns scaled; itself, where there are not as many factors."""
     if factors.shape != (weight.shape[1],):
         return weight
-    return Scaled(weight.layout, weight.module, weight.kind, weight.shape, factors)
+    return Scaled(weight.view, weight.module, weight.kind, weight.shape, factors)
 
 
-def _vector(layout: Layout, name: str) -> Floats | None:
-    info = layout.checkpoint.tensors.get(name)
+def _vector(view: ModuleView, name: str) -> Floats | None:
+    info = view.checkpoint.tensors.get(name)
     if info is None or info.dtype not in READABLE or info.nbytes > PIECE:  # no model has such
         return None
-    return floats(read(layout, info), info.dtype)
+    return floats(read(view, info), info.dtype)
 
 
 __all__ = ["Scaling", "scaled"]

@@ -6,8 +6,8 @@ from typing import Any, Final
 
 from mquant.family import Role
 from mquant.findings import Finding
-from mquant.loader_model.in_vllm import Judged, View, view_of
-from mquant.loader_model.modules import Layout
+from mquant.loader_model.in_vllm import Judged, VllmView, vllm_view_of
+from mquant.loader_model.modules import ModuleView
 from mquant.verify.ignore_checks import findings_of
 from mquant.verify.ignore_rules import QUANTIZED
 
@@ -15,7 +15,7 @@ _PLURAL: Final = {Role.ROUTER: "routers", Role.EMBEDDING: "embeddings", Role.HEA
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class RoleCount:
     """The modules of one role: how many there are, kept plain, quantized, meant by `ignore`."""
 
     role: Role
@@ -47,7 +47,7 @@ class IgnoreReport:
     source: str
     family: str | None
     method: str
-    kinds: tuple[Kind, ...]
+    kinds: tuple[RoleCount, ...]
     quantized: tuple[tuple[str, Role, tuple[str, ...]], ...]
     entries: tuple[Entry, ...]
     uncovered: tuple[str, ...]
@@ -88,64 +88,68 @@ class IgnoreReport:
         }
 
 
-def check_ignore(layout: Layout) -> IgnoreReport:
+def check_ignore(view: ModuleView) -> IgnoreReport:
     """Judge what is quantized, and the ignore list, as vLLM does when it loads the checkpoint.
 
     Raises SourceError for an ignore list that takes too long to be judged.
     """
-    view = view_of(layout)
-    quantized = [j for j in view.judged if j.role.refused_by_loaders and j.module.quantized]
-    uncovered = _uncovered(view)
-    findings = findings_of(view, quantized, uncovered)
-    kinds = _kinds(view)
+    vllm_view = vllm_view_of(view)
+    quantized = [j for j in vllm_view.judged if j.role.refused_by_loaders and j.module.quantized]
+    uncovered = _uncovered(vllm_view)
+    findings = findings_of(vllm_view, quantized, uncovered)
+    kinds = _kinds(vllm_view)
     return IgnoreReport(
-        verdict=_verdict(view, kinds, findings),
-        source=layout.checkpoint.source.name,
-        family=layout.family.name if layout.family else None,
-        method=layout.method,
+        verdict=_verdict(vllm_view, kinds, findings),
+        source=view.checkpoint.source.name,
+        family=view.family.name if view.family else None,
+        method=view.method,
         kinds=kinds,
         quantized=tuple((j.module.name, j.role, j.module.quantized) for j in quantized),
-        entries=_entries(view),
+        entries=_entries(vllm_view),
         uncovered=tuple(uncovered),
         findings=tuple(findings),
     )
 
 
-def _kinds(view: View) -> tuple[Kind, ...]:
+def _kinds(vllm_view: VllmView) -> tuple[RoleCount, ...]:
     by_role: dict[Role, list[Judged]] = defaultdict(list)
-    for judged in view.judged:
+    for judged in vllm_view.judged:
         by_role[judged.role].append(judged)
     order = [*QUANTIZED, *(role for role in Role if role not in QUANTIZED)]
     kinds = []
     for role in (role for role in order if role in by_role):
         group = by_role[role]
         quantized = sum(bool(judged.module.quantized) for judged in group)
-        covered = sum(map(view.covered, group))
-        kinds.append(Kind(role, len(group), len(group) - quantized, quantized, covered))
+        covered = sum(map(vllm_view.covered, group))
+        kinds.append(RoleCount(role, len(group), len(group) - quantized, quantized, covered))
     return tuple(kinds)
 
 
-def _entries(view: View) -> tuple[Entry, ...]:
-    in_memory = frozenset(view.in_memory.values())
+def _entries(vllm_view: VllmView) -> tuple[Entry, ...]:
+    in_memory = frozenset(vllm_view.in_memory.values())
     return tuple(
-        Entry(entry, len(found & view.hub), len(found & view.vllm), len(found & in_memory))
-        for entry, found in view.ignore.by_entry.items()
+        Entry(
+            entry, len(found & vllm_view.hub), len(found & vllm_view.vllm), len(found & in_memory)
+        )
+        for entry, found in vllm_view.ignore.by_entry.items()
     )
 
 
-def _uncovered(view: View) -> list[str]:
+def _uncovered(vllm_view: VllmView) -> list[str]:
     # Only tools that go by tensor names take embeddings for linear layers, and they write
     # compressed-tensors.
-    roles = set(QUANTIZED) - ({Role.EMBEDDING} if view.method != "compressed-tensors" else set())
+    roles = set(QUANTIZED) - (
+        {Role.EMBEDDING} if vllm_view.method != "compressed-tensors" else set()
+    )
     return [
         judged.module.name
-        for judged in view.judged
-        if view.style and judged.role in roles
-        if not judged.module.quantized and not view.covered(judged)
+        for judged in vllm_view.judged
+        if vllm_view.style and judged.role in roles
+        if not judged.module.quantized and not vllm_view.covered(judged)
     ]
 
 
-def _verdict(view: View, kinds: tuple[Kind, ...], findings: list[Finding]) -> str:
+def _verdict(vllm_view: VllmView, kinds: tuple[RoleCount, ...], findings: list[Finding]) -> str:
     rules = {found.rule for found in findings if found.severity == "error"}
     refused = [kind for kind in kinds if kind.role in QUANTIZED and kind.quantized]
     if refused:
@@ -160,16 +164,16 @@ def _verdict(view: View, kinds: tuple[Kind, ...], findings: list[Finding]) -> st
         return "vLLM will not load this as it is: its config.json and its tensors disagree."
     parts = [_part(kind, kind.found) for kind in kinds if kind.role in QUANTIZED]
     kept = f"{_are(parts)} kept" if parts else "No router, lm_head or embeddings were found"
-    if not view.layout.method:
+    if not vllm_view.view.method:
         return f"Nothing is quantized, so there is no ignore list to judge. {kept}."
-    if view.layout.family is None:
+    if vllm_view.view.family is None:
         return f"{kept}; routers of an unknown family cannot be judged."
-    if view.style is None:
+    if vllm_view.style is None:
         return f"{kept}; what the ignore list means was not judged."
     return f"{kept}: nothing in ignore stops vLLM from loading this."
 
 
-def _part(kind: Kind, count: int) -> tuple[str, bool]:
+def _part(kind: RoleCount, count: int) -> tuple[str, bool]:
     """Modules of a kind as words, and whether they are many."""
     if kind.found == 1:
         one = {Role.HEAD: "lm_head", Role.EMBEDDING: "the embeddings"}
@@ -187,4 +191,4 @@ def _are(parts: list[tuple[str, bool]]) -> str:
     return f"{text} {'are' if first or parts[0][1] else 'is'}"
 
 
-__all__ = ["Entry", "IgnoreReport", "Kind", "check_ignore"]
+__all__ = ["Entry", "IgnoreReport", "RoleCount", "check_ignore"]

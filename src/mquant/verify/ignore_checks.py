@@ -6,8 +6,8 @@ from typing import Final
 
 from mquant.family import Role
 from mquant.findings import Finding
-from mquant.loader_model.in_vllm import Group, Judged, View
-from mquant.loader_model.modules import Layout
+from mquant.loader_model.in_vllm import Group, Judged, VllmView
+from mquant.loader_model.modules import ModuleView
 from mquant.text import names
 from mquant.verify.ignore_rules import QUANTIZED
 from mquant.verify.rules import finding
@@ -15,25 +15,27 @@ from mquant.verify.rules import finding
 _LISTS: Final = ("ignore", "exclude_modules", "modules_to_not_convert")
 
 
-def findings_of(view: View, quantized: list[Judged], uncovered: list[str]) -> list[Finding]:
+def findings_of(
+    vllm_view: VllmView, quantized: list[Judged], uncovered: list[str]
+) -> list[Finding]:
     """Everything to be said of a checkpoint; nothing, where nothing is quantized.
 
     `quantized` are the modules that loaders refuse quantized; `uncovered` the names of those
     that are kept, but that the ignore list does not mean.
     """
-    layout = view.layout
-    if not layout.method and not layout.quantized:
+    view = vllm_view.view
+    if not view.method and not view.quantized:
         return []
     return [
         *_refused(quantized),
-        *_misnamed(view),
-        *_undeclared(layout),
-        *_bad_entries(view),
-        *_disagreements(view),
+        *_misnamed(vllm_view),
+        *_undeclared(view),
+        *_bad_entries(vllm_view),
+        *_disagreements(vllm_view),
         *_uncovered(uncovered),
-        *_unmatched(view),
-        *_hub_only(view),
-        *_not_judged(view),
+        *_unmatched(vllm_view),
+        *_hub_only(vllm_view),
+        *_not_judged(vllm_view),
     ]
 
 
@@ -51,8 +53,8 @@ def _refused(quantized: list[Judged]) -> Iterator[Finding]:
             )
 
 
-def _misnamed(view: View) -> Iterator[Finding]:
-    group = [j.module.name for j in view.judged if j.misnamed and j.role is Role.EXPERT]
+def _misnamed(vllm_view: VllmView) -> Iterator[Finding]:
+    group = [j.module.name for j in vllm_view.judged if j.misnamed and j.role is Role.EXPERT]
     if group:
         yield finding(
             "expert-names",
@@ -62,9 +64,9 @@ def _misnamed(view: View) -> Iterator[Finding]:
         )
 
 
-def _undeclared(layout: Layout) -> Iterator[Finding]:
-    modules = [module.name for module in layout.quantized]
-    if modules and not layout.method:
+def _undeclared(view: ModuleView) -> Iterator[Finding]:
+    modules = [module.name for module in view.quantized]
+    if modules and not view.method:
         yield finding(
             "quantization-undeclared",
             "config.json",
@@ -73,10 +75,10 @@ def _undeclared(layout: Layout) -> Iterator[Finding]:
         )
 
 
-def _bad_entries(view: View) -> Iterator[Finding]:
-    if view.style is None:
+def _bad_entries(vllm_view: VllmView) -> Iterator[Finding]:
+    if vllm_view.style is None:
         return
-    for key, bad in (("ignore", view.ignore.bad), ("targets", view.targets.bad)):
+    for key, bad in (("ignore", vllm_view.ignore.bad), ("targets", vllm_view.targets.bad)):
         for entry, reason in [*bad.items()][:1]:
             more = f" (and {len(bad) - 1:,} more like it)" if len(bad) > 1 else ""
             yield finding(
@@ -85,15 +87,15 @@ def _bad_entries(view: View) -> Iterator[Finding]:
                 f"{entry!r} in {key} is no regular expression ({reason}){more}; vLLM stops there.",
             )
     for key in _LISTS:
-        value = view.layout.config.get(key)
+        value = vllm_view.view.config.get(key)
         strings = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
         if value is not None and not strings:
             yield finding("ignore-bad-entry", key, f"{key} of config.json is no list of strings.")
 
 
-def _disagreements(view: View) -> Iterator[Finding]:
+def _disagreements(vllm_view: VllmView) -> Iterator[Finding]:
     """Where vLLM builds a layer in one way and the tensors on disk are of the other."""
-    split = [group.members[0].module.name for group in view.groups if group.quantized is None]
+    split = [group.members[0].module.name for group in vllm_view.groups if group.quantized is None]
     if split:
         yield finding(
             "fused-set-split",
@@ -102,7 +104,7 @@ def _disagreements(view: View) -> Iterator[Finding]:
             f"all, {_many(split, 'time')} (first: the layer of {split[0]}).",
         )
     wrong: dict[str, list[Judged]] = defaultdict(list)
-    for group in view.groups:
+    for group in vllm_view.groups:
         for judged in group.members:
             on_disk = bool(judged.module.quantized)
             # A quantized head has its own finding.
@@ -149,13 +151,13 @@ def _uncovered(modules: list[str]) -> Iterator[Finding]:
         )
 
 
-def _unmatched(view: View) -> Iterator[Finding]:
-    if view.style is None or view.layout.family is None:
+def _unmatched(vllm_view: VllmView) -> Iterator[Finding]:
+    if vllm_view.style is None or vllm_view.view.family is None:
         return
-    known = view.hub | view.vllm
-    idle = [entry for entry, found in view.ignore.by_entry.items() if not found & known]
+    known = vllm_view.hub | vllm_view.vllm
+    idle = [entry for entry, found in vllm_view.ignore.by_entry.items() if not found & known]
     if idle:
-        in_memory = any(view.ignore.by_entry[entry] for entry in idle)
+        in_memory = any(vllm_view.ignore.by_entry[entry] for entry in idle)
         yield finding(
             "ignore-unmatched",
             idle[0],
@@ -164,16 +166,16 @@ def _unmatched(view: View) -> Iterator[Finding]:
         )
 
 
-def _hub_only(view: View) -> Iterator[Finding]:
-    if view.method != "compressed-tensors":
+def _hub_only(vllm_view: VllmView) -> Iterator[Finding]:
+    if vllm_view.method != "compressed-tensors":
         return
-    experts = {j.module.name: set(j.vllm) for j in view.judged if j.role is Role.EXPERT}
+    experts = {j.module.name: set(j.vllm) for j in vllm_view.judged if j.role is Role.EXPERT}
     in_vllm: set[str] = set().union(*experts.values())
     vain = []
-    for entry, found in view.ignore.by_entry.items():
+    for entry, found in vllm_view.ignore.by_entry.items():
         means = found & experts.keys()
         # Lists of exact names have one for every expert: vLLM looks only the first one up.
-        if means and any(experts[name].isdisjoint(view.ignored_by_vllm) for name in means):
+        if means and any(experts[name].isdisjoint(vllm_view.ignored_by_vllm) for name in means):
             vain.append(entry)
     if vain:
         yield finding(
@@ -184,22 +186,21 @@ def _hub_only(view: View) -> Iterator[Finding]:
         )
 
 
-def _not_judged(view: View) -> Iterator[Finding]:
-    layout = view.layout
-    if layout.family is None:
-        kind = str(layout.checkpoint.config.get("model_type"))[:60]
+def _not_judged(vllm_view: VllmView) -> Iterator[Finding]:
+    view = vllm_view.view
+    if view.family is None:
+        kind = str(view.checkpoint.config.get("model_type"))[:60]
         yield finding(
             "ignore-not-judged",
             "config.json",
             f"The family of model_type {kind} is not known: only lm_head and embeddings under "
             "their usual names were judged.",
         )
-    if layout.method and view.style is None:
+    if view.method and vllm_view.style is None:
         yield finding(
             "ignore-not-judged",
             "config.json",
-            f"How {layout.method[:60]} matches its list is not known: only the tensors were "
-            "judged.",
+            f"How {view.method[:60]} matches its list is not known: only the tensors were judged.",
         )
 
 

@@ -23,7 +23,7 @@ Known = tuple[TensorInfo, TensorRole]
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Portion:
     """The part of a checkpoint that one dtype, or one role, takes."""
 
     name: str
@@ -54,8 +54,8 @@ class Inspection:
     bytes: int
     file_bytes: int
     shards: int
-    dtypes: tuple[Share, ...]
-    roles: tuple[Share, ...]
+    dtypes: tuple[Portion, ...]
+    roles: tuple[Portion, ...]
     findings: tuple[Finding, ...]
 
     @property
@@ -130,15 +130,15 @@ def _classify(
     return known, unknown
 
 
-def _shares(items: Iterable[tuple[TensorInfo, str]]) -> tuple[Share, ...]:
+def _shares(items: Iterable[tuple[TensorInfo, str]]) -> tuple[Portion, ...]:
     groups: dict[str, list[TensorInfo]] = defaultdict(list)
     for info, key in items:
         groups[key].append(info)
-    shares = (Share(key, len(g), sum(i.nbytes for i in g)) for key, g in groups.items())
+    shares = (Portion(key, len(g), sum(i.nbytes for i in g)) for key, g in groups.items())
     return tuple(sorted(shares, key=lambda share: (-share.bytes, share.name)))
 
 
-def _role_shares(known: list[Known], unknown: list[TensorInfo]) -> tuple[Share, ...]:
+def _role_shares(known: list[Known], unknown: list[TensorInfo]) -> tuple[Portion, ...]:
     shares = _shares((info, tensor_role.row.role.value) for info, tensor_role in known)
     order = [role.value for role in Role]
     return (
@@ -245,4 +245,4 @@ def _info(rule: str, where: str, message: str, fix: str = "") -> Finding:
     return Finding(rule, "info", where, message, fix)
 
 
-__all__ = ["Inspection", "Share", "inspect"]
+__all__ = ["Inspection", "Portion", "inspect"]

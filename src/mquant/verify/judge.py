@@ -13,7 +13,7 @@ from mquant.errors import SourceError
 from mquant.events import Emit, silent
 from mquant.family import Family
 from mquant.findings import Finding, Severity
-from mquant.loader_model.modules import Layout, read_layout
+from mquant.loader_model.modules import ModuleView, read_modules
 from mquant.output import RECORD
 from mquant.text import plural
 from mquant.verify.against import check_against
@@ -123,22 +123,22 @@ def verify(
         find_python()  # before anything is read
     if depth is None:
         depth = Depth.STRUCTURE if isinstance(source, HubRepo) else Depth.NUMBERS
-    layout = read_layout(open_checkpoint(source, tolerant=True), families)
-    original = read_layout(open_checkpoint(parent), families) if parent else None
+    view = read_modules(open_checkpoint(source, tolerant=True), families)
+    original = read_modules(open_checkpoint(parent), families) if parent else None
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask, source, layout.checkpoint.shards) if ask_vllm else None
-        found = [*check_structure(layout), *_ignore(layout)]
+        asked = pool.submit(ask, source, view.checkpoint.shards) if ask_vllm else None
+        found = [*check_structure(view), *_ignore(view)]
         checked, wrong = ["structure"], frozenset[str]()
         if depth is not Depth.STRUCTURE:
             checked.append("numbers")
-            numbers = check_numbers(layout, emit)
+            numbers = check_numbers(view, emit)
             found += numbers.findings()
             wrong = frozenset(numbers.places)
         if original is not None:
             checked.append("against")
             made = _recipe(source)
             found += check_against(
-                layout,
+                view,
                 original,
                 everything=depth is Depth.FULL,
                 to_nearest=made.get("rounding") != "gptq",
@@ -150,14 +150,14 @@ def verify(
         checked.append("vllm")
         found += loader.findings
     if not any(finding.severity == "error" for finding in found):
-        found += check_parallel(layout)
+        found += check_parallel(view)
     hubs = [each for each in (source, parent) if isinstance(each, HubRepo)]
     return Report(
         source=source.name,
-        family=layout.family.name if layout.family else None,
-        method=layout.method,
-        tensors=len(layout.checkpoint.tensors),
-        quantized=len(layout.quantized),
+        family=view.family.name if view.family else None,
+        method=view.method,
+        tensors=len(view.checkpoint.tensors),
+        quantized=len(view.quantized),
         parent=parent.name if parent else None,
         checked=tuple(checked),
         sampled=original is not None and depth is not Depth.FULL,
@@ -179,10 +179,10 @@ def _recipe(source: Source) -> Mapping[str, Any]:
     return recipe if isinstance(recipe, dict) else {}
 
 
-def _ignore(layout: Layout) -> list[Finding]:
+def _ignore(view: ModuleView) -> list[Finding]:
     # Entries that match nothing may be meant for what lay in a lost shard.
-    findings = check_ignore(layout).findings
-    return [f for f in findings if f.severity == "error" or not lost_shards(layout)]
+    findings = check_ignore(view).findings
+    return [f for f in findings if f.severity == "error" or not lost_shards(view)]
 
 
 def _sorted(findings: list[Finding]) -> tuple[Finding, ...]:

@@ -16,11 +16,11 @@ import numpy.typing as npt
 from mquant.checkpoint import TensorInfo
 from mquant.events import Emit, Progress, silent
 from mquant.loader_model.formats import GROUP, Kind, integer_bits, kind_of
-from mquant.loader_model.modules import FP8_DTYPES, Layout, Module
+from mquant.loader_model.modules import FP8_DTYPES, Module, ModuleView
 from mquant.verify.rules import Rule, register
 from mquant.verify.tally import Tally
 from mquant.weights.decode import Floats, floats
-from mquant.weights.weight import read
+from mquant.weights.stored_weight import read
 
 T = TypeVar("T")
 
@@ -135,9 +135,9 @@ class _Seen:
         self.breaks.append((rule, info.name, f"{info.name} {message}"))
 
 
-def check_numbers(layout: Layout, emit: Emit = silent) -> Tally:
+def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
     """Read all data once and judge it. Raises SourceError where it cannot be read."""
-    units = list(_jobs(layout))
+    units = list(_jobs(view))
     total = sum(size for size, _ in units)
     done = told = 0
     tally = Tally()
@@ -177,23 +177,23 @@ def check_numbers(layout: Layout, emit: Emit = silent) -> Tally:
     return tally
 
 
-def _jobs(layout: Layout) -> Iterator[tuple[int, Callable[[], _Seen]]]:
-    for module in layout.modules.values():
-        kind = kind_of(layout, module)
+def _jobs(view: ModuleView) -> Iterator[tuple[int, Callable[[], _Seen]]]:
+    for module in view.modules.values():
+        kind = kind_of(view, module)
         if kind in (None, Kind.OTHER):
             for info in module.tensors.values():
-                yield info.nbytes, partial(_plain, layout, info)
+                yield info.nbytes, partial(_plain, view, info)
         else:
             size = sum(info.nbytes for info in module.tensors.values())
-            yield size, partial(_quantized, layout, module, kind)
+            yield size, partial(_quantized, view, module, kind)
 
 
-def _plain(layout: Layout, info: TensorInfo, seen: _Seen | None = None) -> _Seen:
+def _plain(view: ModuleView, info: TensorInfo, seen: _Seen | None = None) -> _Seen:
     seen = seen or _Seen()
     if info.dtype not in _NOT_FINITE:
         return seen
     kind, exponent = _NOT_FINITE[info.dtype]
-    for raw in pieces(layout, info):
+    for raw in pieces(view, info):
         bits = np.frombuffer(raw, kind)
         bad = int(np.count_nonzero((bits & bits.dtype.type(exponent)) == exponent))
         if bad:
@@ -202,39 +202,39 @@ def _plain(layout: Layout, info: TensorInfo, seen: _Seen | None = None) -> _Seen
     return seen
 
 
-def _quantized(layout: Layout, module: Module, kind: Kind | None) -> _Seen:
+def _quantized(view: ModuleView, module: Module, kind: Kind | None) -> _Seen:
     seen = _Seen(module)
     for suffix, info in module.tensors.items():
         if suffix in (*_GLOBALS, *_INPUTS):
-            _scalar(layout, info, suffix, seen)
+            _scalar(view, info, suffix, seen)
         elif suffix in _BLOCKS:
-            _scales(layout, info, seen)
+            _scales(view, info, seen)
         elif info.dtype in FP8_DTYPES or suffix not in ("weight", "weight_packed"):
-            _plain(layout, info, seen)
+            _plain(view, info, seen)
     if kind in (Kind.NVFP4, Kind.MODELOPT_NVFP4):
-        _dead_blocks(layout, module, seen)
+        _dead_blocks(view, module, seen)
     if kind is Kind.INT:
-        _stated_shape(layout, module, seen)
+        _stated_shape(view, module, seen)
     return seen
 
 
-def _stated_shape(layout: Layout, module: Module, seen: _Seen) -> None:
+def _stated_shape(view: ModuleView, module: Module, seen: _Seen) -> None:
     codes, info = module.tensors.get("weight_packed"), module.tensors.get("weight_shape")
-    bits = integer_bits(layout)
+    bits = integer_bits(view)
     kinds = {"I64": "<i8", "I32": "<i4"}
     if codes is None or info is None or bits is None or len(codes.shape) != 2:
         return
     if info.dtype in kinds and info.elements == 2:
-        rows, columns = np.frombuffer(read(layout, info), kinds[info.dtype]).tolist()
+        rows, columns = np.frombuffer(read(view, info), kinds[info.dtype]).tolist()
         if (rows, -(-columns * bits // 32)) != codes.shape:
             packed = list(codes.shape)
             seen.add("packed-shape-differs", info, f"is {[rows, columns]}; the codes are {packed}")
 
 
-def _scalar(layout: Layout, info: TensorInfo, suffix: str, seen: _Seen) -> None:
+def _scalar(view: ModuleView, info: TensorInfo, suffix: str, seen: _Seen) -> None:
     if info.dtype not in ("F32", "BF16", "F16") or info.elements != 1:
         return  # a matter of structure
-    raw = read(layout, info)
+    raw = read(view, info)
     value = float(floats(raw, info.dtype)[0])
     if not np.isfinite(value) or value <= 0:
         seen.add("global-scale-invalid", info, f"is {value:g}")
@@ -246,10 +246,10 @@ def _scalar(layout: Layout, info: TensorInfo, suffix: str, seen: _Seen) -> None:
         seen.global_scale = (info.name, raw)
 
 
-def _scales(layout: Layout, info: TensorInfo, seen: _Seen) -> None:
+def _scales(view: ModuleView, info: TensorInfo, seen: _Seen) -> None:
     if info.dtype not in ("F8_E4M3", "F32", "BF16", "F16"):
         return
-    for raw in pieces(layout, info):
+    for raw in pieces(view, info):
         values: Floats = floats(raw, info.dtype)
         if not np.isfinite(values).all():
             seen.add("scale-not-finite", info, "holds NaN or infinity")
@@ -260,7 +260,7 @@ def _scales(layout: Layout, info: TensorInfo, seen: _Seen) -> None:
             seen.add("scale-zero", info, "holds scales that are zero")
 
 
-def _dead_blocks(layout: Layout, module: Module, seen: _Seen) -> None:
+def _dead_blocks(view: ModuleView, module: Module, seen: _Seen) -> None:
     codes = module.tensors.get("weight_packed") or module.tensors.get("weight")
     scale = module.tensors.get("weight_scale")
     if codes is None or scale is None or scale.dtype != "F8_E4M3" or codes.dtype != "U8":
@@ -274,9 +274,9 @@ def _dead_blocks(layout: Layout, module: Module, seen: _Seen) -> None:
     for start in range(0, codes.nbytes, step):
         end = min(start + step, codes.nbytes)
         # 8 bytes are one block: as one integer, without the signs, it is zero or not.
-        blocks: npt.NDArray[np.uint64] = np.frombuffer(read(layout, codes, start, end), "<u8")
+        blocks: npt.NDArray[np.uint64] = np.frombuffer(read(view, codes, start, end), "<u8")
         some = (blocks & np.uint64(0x7777_7777_7777_7777)) != 0
-        raw = read(layout, scale, start // per_block, end // per_block)
+        raw = read(view, scale, start // per_block, end // per_block)
         dead = (np.frombuffer(raw, np.uint8) & 0x7F) == 0
         if (some & dead).any():
             block = start // per_block + int(np.argmax(some & dead))
@@ -308,10 +308,10 @@ def in_order(pool: ThreadPoolExecutor, units: Iterable[Callable[[], T]]) -> Iter
         yield waiting.popleft().result()
 
 
-def pieces(layout: Layout, info: TensorInfo) -> Iterator[bytes]:
+def pieces(view: ModuleView, info: TensorInfo) -> Iterator[bytes]:
     """A tensor's data in pieces of whole elements."""
     for start in range(0, info.nbytes, PIECE):
-        yield read(layout, info, start, min(start + PIECE, info.nbytes))
+        yield read(view, info, start, min(start + PIECE, info.nbytes))
 
 
 __all__ = ["PIECE", "check_numbers", "in_order", "pieces"]

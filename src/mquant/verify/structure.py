@@ -19,7 +19,7 @@ from mquant.loader_model.formats import (
     parts,
     weight_shape,
 )
-from mquant.loader_model.modules import Layout, Module
+from mquant.loader_model.modules import Module, ModuleView
 from mquant.plan import Member, wholeness
 from mquant.schemes import QUANTIZED_SUFFIXES
 from mquant.text import names
@@ -48,49 +48,49 @@ Kinds = Mapping[str, Kind]
 """Quantized modules by name."""
 
 
-def check_structure(layout: Layout) -> tuple[Finding, ...]:
+def check_structure(view: ModuleView) -> tuple[Finding, ...]:
     """Judge a checkpoint by its headers, index and config.json."""
-    modules = layout.modules.values()
-    kinds = {m.name: kind for m in modules if (kind := kind_of(layout, m)) is not None}
+    modules = view.modules.values()
+    kinds = {m.name: kind for m in modules if (kind := kind_of(view, m)) is not None}
     tally = Tally()
-    _modules(layout, kinds, tally)
-    _config(layout, kinds, tally)
+    _modules(view, kinds, tally)
+    _config(view, kinds, tally)
     # Quantizing refuses what a loader can still make sense of; here it is a warning.
-    found = [replace(f, severity=RULES[f.rule].severity) for f in layout.checkpoint.findings]
-    found += _total_size(layout)
-    if layout.family is None:
-        found.append(_unknown_family(layout))
+    found = [replace(f, severity=RULES[f.rule].severity) for f in view.checkpoint.findings]
+    found += _total_size(view)
+    if view.family is None:
+        found.append(_unknown_family(view))
         return (*found, *tally.findings())
-    _names(layout, layout.family, tally)
-    _mixed(layout, kinds, tally)
-    whole = [*wholeness(layout.family, _members(layout, kinds), layout.checkpoint.config)]
-    if lost_shards(layout):
+    _names(view, view.family, tally)
+    _mixed(view, kinds, tally)
+    whole = [*wholeness(view.family, _members(view, kinds), view.checkpoint.config)]
+    if lost_shards(view):
         # What a lost shard held is missing: saying so tensor by tensor tells nothing new.
         whole = [f for f in whole if f.rule == "shape-disagrees"]
         rest = [f for f in tally.findings() if f.rule not in ("part-missing", "fused-set-mixed")]
         return (*found, *whole, *rest)
     found += [*whole, *tally.findings()]
-    named = ((name, module.tensor_role) for name, module in layout.modules.items())
-    found += check_mtp(layout.family, layout.checkpoint.config, named)
+    named = ((name, module.tensor_role) for name, module in view.modules.items())
+    found += check_mtp(view.family, view.checkpoint.config, named)
     return tuple(found)
 
 
-def lost_shards(layout: Layout) -> bool:
+def lost_shards(view: ModuleView) -> bool:
     """Whether shards are missing or damaged; what they held is then not known to be lacking."""
-    rules = {finding.rule for finding in layout.checkpoint.findings}
+    rules = {finding.rule for finding in view.checkpoint.findings}
     return bool(rules & {"shard-damaged", "shard-missing"})
 
 
-def _members(layout: Layout, kinds: Kinds) -> list[Member]:
+def _members(view: ModuleView, kinds: Kinds) -> list[Member]:
     """Every known tensor as if nothing were quantized: of a quantized module, its weight.
 
     What has a loaded model's name counts as what it is: it has a finding of its own.
     """
     members: list[Member] = []
-    family, config = layout.family, layout.checkpoint.config
+    family, config = view.family, view.checkpoint.config
     if family is None:
         return members
-    for module in layout.modules.values():
+    for module in view.modules.values():
         kind = kinds.get(module.name)
         for suffix, info in module.tensors.items():
             tensor_role = _meant(family, info.name)
@@ -99,7 +99,7 @@ def _members(layout: Layout, kinds: Kinds) -> list[Member]:
                 members.append(Member(replace(info, name=name), tensor_role))
         tensor_role = _meant(family, f"{module.name}.weight")
         if kind is not None and tensor_role is not None:
-            shape = weight_shape(kind, module, layout) or family.shape(tensor_role.row, config)
+            shape = weight_shape(kind, module, view) or family.shape(tensor_role.row, config)
             name = tensor_role.row.format(tensor_role.layer, tensor_role.expert)
             any_part = next(iter(module.tensors.values()))
             members.append(Member(replace(any_part, name=name, shape=shape or ()), tensor_role))
@@ -110,9 +110,9 @@ def _meant(family: Family, name: str) -> TensorRole | None:
     return family.classify(name) or family.classify_in_memory(name)
 
 
-def _total_size(layout: Layout) -> Iterator[Finding]:
-    checkpoint = layout.checkpoint
-    if checkpoint.total_size not in (None, checkpoint.nbytes) and not lost_shards(layout):
+def _total_size(view: ModuleView) -> Iterator[Finding]:
+    checkpoint = view.checkpoint
+    if checkpoint.total_size not in (None, checkpoint.nbytes) and not lost_shards(view):
         yield finding(
             "total-size-wrong",
             "model.safetensors.index.json",
@@ -121,8 +121,8 @@ def _total_size(layout: Layout) -> Iterator[Finding]:
         )
 
 
-def _unknown_family(layout: Layout) -> Finding:
-    kind = str(layout.checkpoint.config.get("model_type"))[:60]
+def _unknown_family(view: ModuleView) -> Finding:
+    kind = str(view.checkpoint.config.get("model_type"))[:60]
     return finding(
         "family-unknown",
         "config.json",
@@ -131,8 +131,8 @@ def _unknown_family(layout: Layout) -> Finding:
     )
 
 
-def _names(layout: Layout, family: Family, tally: Tally) -> None:
-    for module in layout.modules.values():
+def _names(view: ModuleView, family: Family, tally: Tally) -> None:
+    for module in view.modules.values():
         renamed = family.classify_in_memory(f"{module.name}.weight")
         for suffix, info in module.tensors.items():
             if family.classify(info.name) is not None or suffix in _HARMLESS:
@@ -155,23 +155,23 @@ def _names(layout: Layout, family: Family, tally: Tally) -> None:
                 )
 
 
-def _modules(layout: Layout, kinds: Kinds, tally: Tally) -> None:
-    declared = {kind: activations(kind, layout) for kind in set(kinds.values())}
+def _modules(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
+    declared = {kind: activations(kind, view) for kind in set(kinds.values())}
     for name, kind in kinds.items():
-        module = layout.modules[name]
+        module = view.modules[name]
         if kind is Kind.OTHER:
             continue
         _inputs(module, kind, declared[kind], tally)
         codes = CODES[kind]
         if codes != "weight" and codes in module.tensors and "weight" in module.tensors:
             tally.add("weight-stored-twice", name, f"{name} has both weight and {codes}")
-        _parts(layout, module, kind, tally)
+        _parts(view, module, kind, tally)
 
 
-def _parts(layout: Layout, module: Module, kind: Kind, tally: Tally) -> None:
-    shape = weight_shape(kind, module, layout)
+def _parts(view: ModuleView, module: Module, kind: Kind, tally: Tally) -> None:
+    shape = weight_shape(kind, module, view)
     # Without codes nothing says how large the rest must be.
-    expected = parts(kind, module, shape or (0, 0), layout)
+    expected = parts(kind, module, shape or (0, 0), view)
     present = ", ".join(sorted(s for s in module.tensors if s in expected))
     for suffix, part in expected.items():
         info = module.tensors.get(suffix)
@@ -216,10 +216,10 @@ def _inputs(module: Module, kind: Kind, declared: bool | None, tally: Tally) -> 
         )
 
 
-def _mixed(layout: Layout, kinds: Kinds, tally: Tally) -> None:
+def _mixed(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
     sets: dict[tuple[str, int | None, int | None], list[Module]] = defaultdict(list)
     experts: dict[int | None, list[Module]] = defaultdict(list)
-    for module in layout.modules.values():
+    for module in view.modules.values():
         if module.tensor_role is None:
             continue
         row, layer = module.tensor_role.row, module.tensor_role.layer
@@ -254,16 +254,16 @@ def _say(state: str) -> str:
     return state if state == "not quantized" else f"quantized ({state})"
 
 
-def _config(layout: Layout, kinds: Kinds, tally: Tally) -> None:
-    config = layout.checkpoint.config
-    for key in ("architectures", *(layout.family.required_config if layout.family else ())):
+def _config(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
+    config = view.checkpoint.config
+    for key in ("architectures", *(view.family.required_config if view.family else ())):
         if key not in config:
             tally.add("config-key-missing", "config.json", f"config.json has no {key}")
-    if layout.method and not kinds and not lost_shards(layout):
+    if view.method and not kinds and not lost_shards(view):
         tally.add(
             "quantization-unused",
             "config.json",
-            f"config.json declares {layout.method[:40]!r}, but no tensor is quantized",
+            f"config.json declares {view.method[:40]!r}, but no tensor is quantized",
         )
     other = [name for name, kind in kinds.items() if kind is Kind.OTHER]
     if other:
@@ -273,19 +273,19 @@ def _config(layout: Layout, kinds: Kinds, tally: Tally) -> None:
             f"How {names(other)} {'is' if len(other) == 1 else 'are'} quantized is not known here: "
             "neither parts nor numbers were judged",
         )
-    for why in _invalid(layout):
+    for why in _invalid(view):
         tally.add("quantization-config-invalid", "config.json", f"quantization_config {why}")
-    if layout.method == "compressed-tensors":
+    if view.method == "compressed-tensors":
         for kind in dict.fromkeys(kinds.values()):
-            if said := misdeclared(kind, layout):
+            if said := misdeclared(kind, view):
                 name = next(name for name in kinds if kinds[name] is kind)
                 tally.add(
                     "weights-misdeclared",
                     "config.json",
                     f"config_groups of config.json say {said}, but {name} is {kind}",
                 )
-        formats = {str(group["format"]) for group in groups(layout) if group.get("format")}
-        declared = formats or {str(layout.config.get("format"))}
+        formats = {str(group["format"]) for group in groups(view) if group.get("format")}
+        declared = formats or {str(view.config.get("format"))}
         expected = {_FORMATS.get(form) for form in declared}
         wrong = {name: kind for name, kind in kinds.items() if kind not in expected}
         if wrong and None not in expected:
@@ -298,19 +298,19 @@ def _config(layout: Layout, kinds: Kinds, tally: Tally) -> None:
             )
 
 
-def _invalid(layout: Layout) -> Iterator[str]:
+def _invalid(view: ModuleView) -> Iterator[str]:
     """What no loader could parse, as ends of a sentence."""
-    stated = layout.checkpoint.config.get("quantization_config")
+    stated = view.checkpoint.config.get("quantization_config")
     if stated is not None and not isinstance(stated, dict):
         yield "is no table of keys"
         return
     if isinstance(stated, dict) and not isinstance(stated.get("quant_method"), str):
         yield "has no quant_method"
-    elif isinstance(stated, dict) and layout.method not in METHODS:
-        yield f"has the unknown quant_method {layout.method[:40]!r}"
-    if layout.method != "compressed-tensors":
+    elif isinstance(stated, dict) and view.method not in METHODS:
+        yield f"has the unknown quant_method {view.method[:40]!r}"
+    if view.method != "compressed-tensors":
         return
-    table = layout.config.get("config_groups")
+    table = view.config.get("config_groups")
     if not isinstance(table, dict) or not table:
         yield "has no config_groups"
         return

@@ -29,7 +29,7 @@ from typing import Any, Final
 from mquant.family import Family, Role, TensorRow
 from mquant.findings import Finding
 from mquant.loader_model.formats import GROUP, Kind, kind_of, weight_shape
-from mquant.loader_model.modules import Layout, Module
+from mquant.loader_model.modules import Module, ModuleView
 from mquant.verify.rules import Rule, finding, register
 
 SIZES: Final = (1, 2, 4, 8, 16)
@@ -56,7 +56,7 @@ register(
 
 
 @dataclass(frozen=True, slots=True)
-class Loader:
+class KernelLimits:
     """What a loader's kernel for experts asks for: multiples of these."""
 
     name: str
@@ -64,12 +64,12 @@ class Loader:
     inner: int
 
 
-VLLM: Final = Loader("vLLM 0.32", hidden=64, inner=GROUP)
-SGLANG: Final = Loader("SGLang 0.5.23", hidden=128, inner=64)
+VLLM: Final = KernelLimits("vLLM 0.32", hidden=64, inner=GROUP)
+SGLANG: Final = KernelLimits("SGLang 0.5.23", hidden=128, inner=64)
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class SplitWeight:
     """A linear layer's weight, [out, in]: the first of its row that the checkpoint has."""
 
     module: str
@@ -78,17 +78,17 @@ class Weight:
     quantized: bool
 
 
-def check_parallel(layout: Layout) -> Iterator[Finding]:
+def check_parallel(view: ModuleView) -> Iterator[Finding]:
     """Which tensor-parallel sizes work; nothing where other layouts than NVFP4 are among it.
 
     For checkpoints without errors: else the shapes may be what is wrong.
     """
-    family, config = layout.family, layout.checkpoint.config
-    kinds = {m.name: kind for m in layout.modules.values() if (kind := kind_of(layout, m))}
+    family, config = view.family, view.checkpoint.config
+    kinds = {m.name: kind for m in view.modules.values() if (kind := kind_of(view, m))}
     used = set(kinds.values())
     if family is None or not used or not used <= {Kind.NVFP4, Kind.MODELOPT_NVFP4}:
         return
-    weights = _weights(layout, kinds)
+    weights = _weights(view, kinds)
     loaders = [VLLM]
     # ModelOpt's layout, and latent attention, which takes kv_b apart, are other code in SGLang.
     if used == {Kind.NVFP4} and family.config.kv_heads:
@@ -106,30 +106,34 @@ def check_parallel(layout: Layout) -> Iterator[Finding]:
     yield finding("tensor-parallel", "config.json", message)
 
 
-def _weights(layout: Layout, kinds: Mapping[str, Kind]) -> list[Weight]:
-    first: dict[str, Weight] = {}
-    for module in layout.modules.values():
+def _weights(view: ModuleView, kinds: Mapping[str, Kind]) -> list[SplitWeight]:
+    first: dict[str, SplitWeight] = {}
+    for module in view.modules.values():
         role = module.role
         if module.tensor_role is None or role is None or not role.linear or role.refused_by_loaders:
             continue
         row, kind = module.tensor_role.row, kinds.get(module.name)
         # One quantized layer is enough to need what quantized ones need.
         if row.name not in first or (kind is not None and not first[row.name].quantized):
-            shape = _shape(module, kind, layout)
+            shape = _shape(module, kind, view)
             if shape is not None:
-                first[row.name] = Weight(module.name, row, shape, kind is not None)
+                first[row.name] = SplitWeight(module.name, row, shape, kind is not None)
     return list(first.values())
 
 
-def _shape(module: Module, kind: Kind | None, layout: Layout) -> tuple[int, int] | None:
+def _shape(module: Module, kind: Kind | None, view: ModuleView) -> tuple[int, int] | None:
     if kind is not None:
-        return weight_shape(kind, module, layout)
+        return weight_shape(kind, module, view)
     shape = module.tensors["weight"].shape if "weight" in module.tensors else ()
     return (shape[0], shape[1]) if len(shape) == 2 else None
 
 
 def _reason(
-    loader: Loader, ranks: int, family: Family, config: Mapping[str, Any], weights: list[Weight]
+    loader: KernelLimits,
+    ranks: int,
+    family: Family,
+    config: Mapping[str, Any],
+    weights: list[SplitWeight],
 ) -> str:
     """Why a loader cannot run it on so many GPUs, as the end of a sentence; empty if it can."""
     keys = family.config
@@ -146,7 +150,7 @@ def _reason(
     return next(filter(None, reasons), "")
 
 
-def _cut(loader: Loader, ranks: int, family: Family, weight: Weight) -> str:
+def _cut(loader: KernelLimits, ranks: int, family: Family, weight: SplitWeight) -> str:
     """Why one weight cannot be split by its inputs: it writes the hidden state (o, down)."""
     if weight.row.shape[:1] != (family.config.hidden,):
         return ""  # heads, and the inputs of down, are what the others' outputs are

@@ -16,10 +16,10 @@ import numpy as np
 
 from mquant.checkpoint import RangeReader, Reader, TensorInfo
 from mquant.loader_model.formats import CODES, Kind, fp8_block
-from mquant.loader_model.modules import Layout, Module
+from mquant.loader_model.modules import Module, ModuleView
 from mquant.weights.decode import READABLE, Bytes, Floats, floats
 from mquant.weights.kernels import Stored, unpack_bf16, unpack_e4m3, unpack_nvfp4
-from mquant.weights.weight import Weight, weight_of
+from mquant.weights.stored_weight import StoredWeight, weight_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -123,7 +123,7 @@ class Workers:
 class _Stored(Matrix):
     """What the quantized layouts have in common."""
 
-    weight: Weight
+    weight: StoredWeight
 
     def _part(self, suffix: str, first: int, last: int, scratch: Scratch) -> Bytes:
         info = self.weight.module.tensors[suffix]
@@ -184,7 +184,7 @@ class _Fp8(_Stored):
             return values.reshape(1, 1), (rows, columns)
         if info.shape in ((rows,), (rows, 1)):
             return values.reshape(rows, 1), (1, columns)
-        return values.reshape(info.shape), fp8_block(self.weight.layout)
+        return values.reshape(info.shape), fp8_block(self.weight.view)
 
 
 class _Other(_Stored):
@@ -204,12 +204,12 @@ def plain(info: TensorInfo, reader: AnyReader) -> Plain | None:
     return Plain(info.name, info.dtype, (rows, columns), (info,), reader)
 
 
-def matrix_of(layout: Layout, module: Module, reader: AnyReader) -> Matrix | None:
+def matrix_of(view: ModuleView, module: Module, reader: AnyReader) -> Matrix | None:
     """A module's `weight`, or None where it has none that can be decoded."""
     if not module.quantized:
         info = module.tensors.get("weight")
         return plain(info, reader) if info else None
-    weight = weight_of(layout, module)
+    weight = weight_of(view, module)
     if weight is None or weight.kind is None:
         return None
     kinds: dict[Kind, Any] = {Kind.NVFP4: Nvfp4, Kind.MODELOPT_NVFP4: Nvfp4, Kind.FP8: _Fp8}

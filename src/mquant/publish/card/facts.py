@@ -13,7 +13,7 @@ from mquant.errors import SourceError
 from mquant.events import Emit, silent
 from mquant.family import Family, Role
 from mquant.loader_model.formats import Kind, groups, kind_of, weight_shape
-from mquant.loader_model.modules import Layout, read_layout
+from mquant.loader_model.modules import ModuleView, read_modules
 from mquant.output import Record, read_record
 from mquant.publish.card.about import About
 from mquant.publish.card.measured import Measured
@@ -86,8 +86,8 @@ def gather(
     Raises SourceError where it is not quantized, or cannot be read.
     """
     checkpoint = open_checkpoint(source, tolerant=True)
-    layout = read_layout(checkpoint, families)
-    if not layout.quantized:
+    view = read_modules(checkpoint, families)
+    if not view.quantized:
         raise SourceError(
             f"{source.name} is not quantized: a card says how it was.",
             "Give the checkpoint that mquant quantize made.",
@@ -95,22 +95,22 @@ def gather(
     record = read_record(source)
     parent = find_parent(record, given, emit)
     report = verify(source, families, depth, given, emit, ask_vllm=ask_vllm)
-    roles = _roles(layout)
+    roles = _roles(view)
     parameters = sum(role.parameters for role in roles) if roles else None
     inspection = inspect(checkpoint, families)
     return Card(
         inspection=inspection,
         report=report,
-        scheme=_scheme(layout),
-        format=str(layout.config.get("format") or layout.method),
-        ignore=layout.ignore,
+        scheme=_scheme(view),
+        format=str(view.config.get("format") or view.method),
+        ignore=view.ignore,
         roles=roles,
         parameters=parameters,
         active=_active(parameters, roles, inspection),
         architecture=_architecture(checkpoint.config),
         generation=read_sampling(source),
-        cache_bytes=_cache_bytes(layout),
-        cache_scheme=bool(layout.config.get("kv_cache_scheme")),
+        cache_bytes=_cache_bytes(view),
+        cache_scheme=bool(view.config.get("kv_cache_scheme")),
         license_file=next(filter(_LICENSE.fullmatch, source.files), ""),
         record=record,
         parent=parent,
@@ -119,15 +119,15 @@ def gather(
     )
 
 
-def _scheme(layout: Layout) -> str:
+def _scheme(view: ModuleView) -> str:
     """The scheme of ours that all quantized modules are in; empty where it is another, or several.
 
     Only what decides the arithmetic is compared: tools differ in what else they write.
     """
-    kinds = {kind_of(layout, module) for module in layout.quantized}
+    kinds = {kind_of(view, module) for module in view.quantized}
     if len(kinds) != 1 or not kinds <= {Kind.NVFP4, Kind.FP8, Kind.INT}:
         return ""
-    said = list(groups(layout))
+    said = list(groups(view))
     for name, scheme in SCHEMES.items():
         ours = scheme.config_group
         keys = ("num_bits", "type", "strategy", "group_size", "dynamic")
@@ -141,15 +141,15 @@ def _scheme(layout: Layout) -> str:
     return ""
 
 
-def _roles(layout: Layout) -> tuple[RoleFacts, ...]:
+def _roles(view: ModuleView) -> tuple[RoleFacts, ...]:
     """By role, in the order of `Role`; nothing where some weight's shape cannot be told."""
     kept: Counter[str] = Counter()
     quantized: Counter[str] = Counter()
     parameters: Counter[str] = Counter()
-    for module in layout.modules.values():
-        kind = kind_of(layout, module)
+    for module in view.modules.values():
+        kind = kind_of(view, module)
         if kind is not None:
-            shape = weight_shape(kind, module, layout)
+            shape = weight_shape(kind, module, view)
             if shape is None:
                 return ()
             role = _name(module.role)
@@ -157,7 +157,7 @@ def _roles(layout: Layout) -> tuple[RoleFacts, ...]:
             parameters[role] += math.prod(shape)
         for suffix, info in module.tensors.items():
             if kind is None or (suffix != "weight" and f".{suffix}" not in QUANTIZED_SUFFIXES):
-                meaning = layout.family.classify(info.name) if layout.family else None
+                meaning = view.family.classify(info.name) if view.family else None
                 role = _name(meaning.row.role if meaning else None)
                 kept[role] += 1
                 parameters[role] += info.elements
@@ -189,8 +189,8 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return first if isinstance(first, str) else ""
 
 
-def _cache_bytes(layout: Layout) -> int | None:
-    family, config = layout.family, layout.checkpoint.config
+def _cache_bytes(view: ModuleView) -> int | None:
+    family, config = view.family, view.checkpoint.config
     if family is None or not family.config.kv_heads:
         return None
     keys = (family.config.layers, family.config.kv_heads, "head_dim")

@@ -14,7 +14,7 @@ import numpy as np
 
 from mquant.events import Emit, Progress, silent
 from mquant.loader_model.formats import GROUP
-from mquant.loader_model.modules import Layout, Module
+from mquant.loader_model.modules import Module, ModuleView
 from mquant.verify.tally import Tally
 from mquant.weights.decode import Floats, floats
 from mquant.weights.kernels import SUMS, Array, add_nvfp4_sums, add_sums
@@ -88,27 +88,27 @@ class Pair:
 
 
 def pairs(
-    layout: Layout, parent: Layout, readers: tuple[AnyReader, AnyReader], tally: Tally
+    view: ModuleView, parent: ModuleView, readers: tuple[AnyReader, AnyReader], tally: Tally
 ) -> list[Pair]:
     """What can be compared, in the order of the parent's files; `tally` gets what cannot."""
-    for name in sorted(layout.modules.keys() - parent.modules.keys()):
+    for name in sorted(view.modules.keys() - parent.modules.keys()):
         tally.add("parent-lacks-tensor", name, f"The parent has no {name}")
     found: list[Pair] = []
     for name, theirs in parent.modules.items():
-        mine = layout.modules.get(name)
+        mine = view.modules.get(name)
         if mine is None:
             lost = next(iter(theirs.tensors.values())).name
             tally.add("parent-tensor-missing", lost, f"{lost} of the parent is missing")
         else:
-            found += _of_module(layout, parent, mine, theirs, readers, tally)
+            found += _of_module(view, parent, mine, theirs, readers, tally)
     return sorted(
         found, key=lambda pair: (pair.theirs.tensors[0].shard, pair.theirs.tensors[0].start)
     )
 
 
 def _of_module(
-    layout: Layout,
-    parent: Layout,
+    view: ModuleView,
+    parent: ModuleView,
     mine: Module,
     theirs: Module,
     readers: tuple[AnyReader, AnyReader],
@@ -118,7 +118,7 @@ def _of_module(
     rest = set(theirs.tensors)
     if mine.quantized or theirs.quantized:
         sides.append(
-            (mine.name, matrix_of(layout, mine, readers[0]), matrix_of(parent, theirs, readers[1]))
+            (mine.name, matrix_of(view, mine, readers[0]), matrix_of(parent, theirs, readers[1]))
         )
         rest -= {"weight", *theirs.quantized}
     for suffix in sorted(rest):
@@ -140,7 +140,7 @@ def _of_module(
             yield _pair(parent, ours, other)
 
 
-def _pair(parent: Layout, mine: Matrix, theirs: Matrix) -> Pair:
+def _pair(parent: ModuleView, mine: Matrix, theirs: Matrix) -> Pair:
     meaning = parent.family.classify(theirs.name) if parent.family else None
     if meaning is None:
         return Pair(mine, theirs, "unknown", None, None)

@@ -29,7 +29,7 @@ from mquant.loader_model.formats import (
     parts,
     weight_shape,
 )
-from mquant.loader_model.modules import Layout, Module
+from mquant.loader_model.modules import Module, ModuleView
 from mquant.weights.decode import (
     READABLE,
     Floats,
@@ -61,10 +61,10 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Weight:
+class StoredWeight:
     """A module's weight that can be read by rows."""
 
-    layout: Layout
+    view: ModuleView
     module: Module
     kind: Kind | None
     shape: tuple[int, int]
@@ -86,7 +86,7 @@ class Weight:
     def _raw(self, suffix: str, first: int, last: int) -> tuple[TensorInfo, bytes]:
         info = self.module.tensors[suffix]
         row = info.nbytes // info.shape[0]
-        return info, read(self.layout, info, first * row, last * row)
+        return info, read(self.view, info, first * row, last * row)
 
     def _part(self, suffix: str, first: int, last: int) -> Floats:
         info, raw = self._raw(suffix, first, last)
@@ -94,7 +94,7 @@ class Weight:
 
     def _scalar(self, suffix: str) -> float:
         info = self.module.tensors[suffix]
-        return float(floats(read(self.layout, info), info.dtype)[0])
+        return float(floats(read(self.view, info), info.dtype)[0])
 
     def _nvfp4(self, first: int, last: int) -> Rows:
         if self.kind is Kind.NVFP4:
@@ -123,7 +123,7 @@ class Weight:
             return np.full((1, 1), self._scalar(suffix), np.float32)
         if info.shape in ((self.shape[0],), (self.shape[0], 1)):
             return self._part(suffix, first, last)
-        high, wide = fp8_block(self.layout)
+        high, wide = fp8_block(self.view)
         table = self._part(suffix, first // high, -(-last // high))
         # Blocks are as large as config.json says: what is made is as large as the rows.
         rows = np.arange(first, last) // high - first // high
@@ -132,7 +132,7 @@ class Weight:
 
     def _integers(self, first: int, last: int) -> Rows:
         _, raw = self._raw("weight_packed", first, last)
-        bits = integer_bits(self.layout) or 4
+        bits = integer_bits(self.view) or 4
         codes = integers(np.frombuffer(raw, "<i4").reshape(last - first, -1), bits)
         scales = self._part("weight_scale", first, last)
         group = -(-codes.shape[1] // scales.shape[1])
@@ -140,22 +140,22 @@ class Weight:
         return Rows(values, lambda parent: _amax(parent, group) * np.float32(2 / (2**bits - 1)))
 
 
-def weight_of(layout: Layout, module: Module) -> Weight | None:
+def weight_of(view: ModuleView, module: Module) -> StoredWeight | None:
     """The weight of a module, or None where it cannot be read by rows.
 
     That is so for vectors, layouts that are not `decodable`, and parts that do not fit each
     other, which is a matter of structure.
     """
-    kind = kind_of(layout, module)
+    kind = kind_of(view, module)
     if kind is None:
         info = module.tensors.get("weight")
         if info is None or len(info.shape) != 2 or info.dtype not in READABLE:
             return None
-        return Weight(layout, module, None, (info.shape[0], info.shape[1]))
-    shape = weight_shape(kind, module, layout)
-    if shape is None or 0 in shape or not decodable(kind, module, layout):
+        return StoredWeight(view, module, None, (info.shape[0], info.shape[1]))
+    shape = weight_shape(kind, module, view)
+    if shape is None or 0 in shape or not decodable(kind, module, view):
         return None
-    for suffix, part in parts(kind, module, shape, layout).items():
+    for suffix, part in parts(kind, module, shape, view).items():
         info = module.tensors.get(suffix)
         if info is None and part.required:
             return None
@@ -163,14 +163,14 @@ def weight_of(layout: Layout, module: Module) -> Weight | None:
             info.dtype not in part.dtypes or (part.shapes and info.shape not in part.shapes)
         ):
             return None
-    return Weight(layout, module, kind, shape)
+    return StoredWeight(view, module, kind, shape)
 
 
-def decodable(kind: Kind | None, module: Module, layout: Layout) -> bool:
+def decodable(kind: Kind | None, module: Module, view: ModuleView) -> bool:
     """Whether numbers can be made of a module in this layout, its parts given."""
     if kind is Kind.INT:
         plain = not {"weight_zero_point", "weight_g_idx"} & module.tensors.keys()
-        return plain and integer_bits(layout) in (4, 8)
+        return plain and integer_bits(view) in (4, 8)
     if kind is Kind.FP8:
         return "weight" not in module.tensors or module.tensors["weight"].dtype == "F8_E4M3"
     return kind is not Kind.OTHER
@@ -185,10 +185,10 @@ def _amax(values: Floats, group: int) -> Floats:
     return np.repeat(largest, group, axis=1)[:, :columns]
 
 
-def read(layout: Layout, info: TensorInfo, start: int = 0, end: int | None = None) -> bytes:
+def read(view: ModuleView, info: TensorInfo, start: int = 0, end: int | None = None) -> bytes:
     """Bytes [start, end) of a tensor's data."""
     end = info.nbytes if end is None else end
-    return layout.checkpoint.source.read(info.shard, info.start + start, info.start + end)
+    return view.checkpoint.source.read(info.shard, info.start + start, info.start + end)
 
 
-__all__ = ["TYPICAL", "Rows", "Weight", "decodable", "read", "weight_of"]
+__all__ = ["TYPICAL", "Rows", "StoredWeight", "decodable", "read", "weight_of"]
