@@ -19,7 +19,7 @@ from mquant.family import Family, Role, load_families
 from mquant.plan import survey
 from mquant.synth import Precision, Sizes, Synthetic, synth
 
-GOLDEN = Path(__file__).parents[1] / "data/minimax-m2.7-reap-154.tensors.tsv.gz"
+GOLDEN = Path(__file__).parent / "data/minimax-m2.7-reap-154.tensors.tsv.gz"
 
 
 @pytest.fixture(scope="module")

@@ -282,7 +282,7 @@ def test_integers_without_data_are_what_model_free_ptq_makes(
         "name: mine\nsuffix: X\nroles: {expert: W4A16, attention: W4A16}\n"
     )
     plan = plan_of(divisible, str(tmp_path / "mine.yaml"))
-    assert quantize(plan, tmp_path / "out").engine is Engine.ONESHOT
+    assert quantize(plan, tmp_path / "out").engine == Engine.ONESHOT
     with pytest.raises(UsageError) as told:
         quantize(plan, tmp_path / "other", engine=Engine.STREAM)
     assert told.value.message == (

@@ -3,7 +3,7 @@
 import gzip
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from make import NUMPY, Row, make_checkpoint, make_config, write_index, write_sh
 from make import make_row as row
 from mquant.checkpoint import Checkpoint, Folder, TensorInfo, open_checkpoint, read_header
 from mquant.dtypes import nbytes
+from mquant.events import Emit
 from mquant.family import Role, load_families
 from mquant.plan import DEFAULT_SHARD_BYTES, Plan, make_plan, natural
 from mquant.recipe import KeptLayers, Recipe, find_recipe
@@ -340,9 +341,14 @@ class Listed:
     """A source of which only the names, sizes and shapes exist."""
 
     name = "MiniMax-M2.7-REAP-154"
+    folders = ()
 
     def __init__(self, files: Mapping[str, int]) -> None:
         self.files = files
+        self.stamps = {path: (size, 0) for path, size in files.items()}
+
+    def materialize(self, emit: Emit, only: Collection[str] | None = None) -> "Listed":
+        return self
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
         raise AssertionError(f"a plan reads no byte of {path} [{start}, {end})")

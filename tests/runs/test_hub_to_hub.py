@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
+from typer.testing import Result as Invoked
 
 import mquant.checkpoint.spool as spool_module
 from fakehub import FakeHub, hub, writable
@@ -21,8 +22,9 @@ from mquant.family import load_families
 from mquant.output import LEDGER
 from mquant.plan import Plan, make_plan
 from mquant.recipe import find_recipe
-from mquant.runs.hub_to_hub import Shipped, quantize_to_hub
+from mquant.runs.hub_to_hub import quantize_to_hub
 from mquant.runs.quantize import quantize
+from mquant.runs.run import Result
 
 __all__ = ["hub", "writable"]
 
@@ -56,7 +58,7 @@ def plan_of(src: str = PARENT) -> Plan:
     return make_plan(checkpoint, find_recipe("nvfp4"), load_families(), max_shard_bytes=SHARD)
 
 
-def ship(out: Path, scratch: int | None = None, repo: str = REPO, src: str = PARENT) -> Shipped:
+def ship(out: Path, scratch: int | None = None, repo: str = REPO, src: str = PARENT) -> Result:
     return quantize_to_hub(plan_of(src), out, repo, scratch=scratch)
 
 
@@ -225,7 +227,7 @@ def test_a_ledger_that_lies_about_shards_is_not_believed(
     assert on_the_hub(hub) == expected
 
 
-def invoke(*options: str) -> Result:
+def invoke(*options: str) -> Invoked:
     return CliRunner().invoke(app, ["quantize", PARENT, "--recipe", "nvfp4", *options])
 
 

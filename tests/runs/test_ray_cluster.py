@@ -24,8 +24,8 @@ from mquant.events import Emit, Event, Note, Progress, silent
 from mquant.output import SHARES, is_taken, ledger_name
 from mquant.runs import ray_cluster
 from mquant.runs.job_spec import JobSpec
-from mquant.runs.quantize import Result
 from mquant.runs.ray_cluster import quantize_on_ray
+from mquant.runs.run import Result
 from mquant.runs.shares import Shares
 from run import plan_of, quantize_nvfp4, shares_of
 

@@ -1,11 +1,13 @@
 """One source made of files of others: what a checkpoint is put together from."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from threading import Lock
 
 from mquant.checkpoint.reader import reader_of
-from mquant.checkpoint.source import Folder, Source, Stamp
+from mquant.checkpoint.source import Source, Stamp
 from mquant.errors import SourceError
+from mquant.events import Emit
 
 Parts = Mapping[str, tuple[Source, str]]
 """A file's path in the assembly -> the source that has it, and its path there."""
@@ -25,9 +27,26 @@ class Assembly:
             path: source.files[inner] for path, (source, inner) in self.parts.items()
         }
         self.stamps: Mapping[str, Stamp] = {
-            path: source.stamps[inner] if isinstance(source, Folder) else (source.files[inner], 0)
-            for path, (source, inner) in self.parts.items()
+            path: source.stamps[inner] for path, (source, inner) in self.parts.items()
         }
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders of all sources."""
+        return tuple(folder for source in self._sources for folder in source.folders)
+
+    def materialize(self, emit: Emit, only: Collection[str] | None = None) -> "Assembly":
+        """The assembly with the files of `only` on this machine; other files stay where they are.
+
+        Each source is downloaded once, with the files that are needed of it.
+        """
+        parts = dict(self.parts)
+        wanted = parts if only is None else {path: parts[path] for path in only}
+        for source in dict.fromkeys(source for source, _ in wanted.values()):
+            inner = {path: name for path, (each, name) in wanted.items() if each is source}
+            local = source.materialize(emit, sorted(inner.values()))
+            parts |= {path: (local, name) for path, name in inner.items()}
+        return Assembly(self.name, parts)
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes [start, end) of a file."""
@@ -36,12 +55,15 @@ class Assembly:
 
     def identity(self) -> dict[str, str]:
         """The identities of all sources, numbered in the order of their first file."""
-        sources = list(dict.fromkeys(source for source, _ in self.parts.values()))
         return {
             f"{key} {number}": value
-            for number, source in enumerate(sources, start=1)
+            for number, source in enumerate(self._sources, start=1)
             for key, value in source.identity().items()
         }
+
+    @property
+    def _sources(self) -> list[Source]:
+        return list(dict.fromkeys(source for source, _ in self.parts.values()))
 
     def _part(self, path: str) -> tuple[Source, str]:
         if path not in self.parts:

@@ -5,13 +5,15 @@ import glob
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
 from mquant import __version__
-from mquant.checkpoint.hub import HubRepo
 from mquant.checkpoint.retry import Again, retrying
 from mquant.errors import SourceError
 from mquant.events import Emit, Progress
+
+if TYPE_CHECKING:
+    import httpx
 
 PROGRESS_BYTES: Final = 8_000_000
 # Other formats of the same weights, which nothing here reads.
@@ -31,7 +33,28 @@ _OTHER_WEIGHTS: Final = (
 )
 
 
-def download(repo: HubRepo, emit: Emit, only: Collection[str] | None = None) -> Path:
+class Downloadable(Protocol):
+    """What is asked of a repo to download it: a `HubRepo`."""
+
+    repo_id: str
+    commit: str
+    endpoint: str
+    files: Mapping[str, int]
+
+    def refuse(self, response: "httpx.Response", path: str = "") -> NoReturn:
+        """Raise SourceError for an answer of the hub."""
+
+    def unreachable(self) -> SourceError:
+        """The error if nobody answers."""
+
+    def offline(self) -> SourceError:
+        """The error if huggingface_hub may not use the network."""
+
+    def nonsense(self, what: str) -> SourceError:
+        """The error if the hub's answer makes no sense."""
+
+
+def download(repo: Downloadable, emit: Emit, only: Collection[str] | None = None) -> Path:
     """Bring the repo's commit into the Hugging Face cache, and return its folder there.
 
     `only` names the files to bring; None: all but weights in other formats than safetensors, or in
@@ -52,7 +75,7 @@ def download(repo: HubRepo, emit: Emit, only: Collection[str] | None = None) -> 
     return folder
 
 
-def _snapshot(repo: HubRepo, wanted: Mapping[str, int], emit: Emit) -> Path:
+def _snapshot(repo: Downloadable, wanted: Mapping[str, int], emit: Emit) -> Path:
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, XetDownloadError

@@ -11,15 +11,19 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 from urllib.parse import quote, urljoin, urlsplit
 
 from mquant import __version__
+from mquant.checkpoint.download import download
 from mquant.checkpoint.listing import Listing, parse_listing
 from mquant.checkpoint.retry import Again, retrying
+from mquant.checkpoint.source import Folder, Stamp
 from mquant.errors import SourceError
+from mquant.events import Emit, Note
 
 if TYPE_CHECKING:
     import httpx
@@ -85,6 +89,21 @@ class HubRepo:
     def name(self) -> str:
         """The repo id."""
         return self.repo_id
+
+    @property
+    def stamps(self) -> Mapping[str, Stamp]:
+        """The size of each file, and 0: the commit fixes what is in a file."""
+        return {path: (size, 0) for path, size in self.files.items()}
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """None: the files are not on this machine."""
+        return ()
+
+    def materialize(self, emit: Emit, only: Collection[str] | None = None) -> Folder:
+        """The repo's commit in the Hugging Face cache; `only` names the files to bring."""
+        emit(Note("info", f"Downloading {self.repo_id}."))
+        return Folder(download(self, emit, only))
 
     @property
     def host(self) -> str:

@@ -2,12 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from mquant.errors import SourceError
+from mquant.events import Emit
 
 Stamp = tuple[int, int]
 """A file's size, and when it was last written to, in ns: what changes when its content does."""
@@ -29,11 +30,22 @@ class Source(Protocol):
     def files(self) -> Mapping[str, int]:
         """Relative POSIX paths of all files, with their sizes in bytes, sorted."""
 
+    @property
+    def stamps(self) -> Mapping[str, Stamp]:
+        """The stamp of each file, by path. A commit fixes a hub's file: its time is 0."""
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders of this machine that hold the files: nothing writes to these folders."""
+
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes [start, end) of a file. Raises SourceError where fewer come back."""
 
     def identity(self) -> dict[str, str]:
         """What tells this checkpoint from another; equal wherever the same files lie."""
+
+    def materialize(self, emit: Emit, only: Collection[str] | None = None) -> "Source":
+        """The same files on this machine; a hub's are downloaded. `only`: these files suffice."""
 
 
 class Folder:
@@ -55,6 +67,15 @@ class Folder:
     def name(self) -> str:
         """The folder's own name."""
         return self.root.resolve().name
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folder itself."""
+        return (self.root,)
+
+    def materialize(self, _emit: Emit, _only: Collection[str] | None = None) -> "Folder":
+        """The folder itself: its files are on this machine already."""
+        return self
 
     def path(self, path: str) -> Path:
         """Where a listed file lies. Raises SourceError for a name that is not listed."""
@@ -157,6 +178,20 @@ class Overlay:
     def name(self) -> str:
         """The name of the source below."""
         return self._below.name
+
+    @property
+    def stamps(self) -> Mapping[str, Stamp]:
+        """The stamps of the source below; a file in memory never changes."""
+        return {path: self._below.stamps.get(path, (n, 0)) for path, n in self.files.items()}
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders of the source below."""
+        return self._below.folders
+
+    def materialize(self, emit: Emit, only: Collection[str] | None = None) -> "Overlay":
+        """The same files in memory over what the source below becomes."""
+        return Overlay(self._below.materialize(emit, only), self._over)
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes [start, end) of a file."""

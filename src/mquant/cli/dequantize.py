@@ -14,7 +14,7 @@ from mquant.cli.tables import facts
 from mquant.cli.text import both_sizes, parse_size, plural
 
 if TYPE_CHECKING:
-    from mquant.runs.convert import Converted
+    from mquant.runs.run import Result
 
 _EXAMPLE = "mquant dequantize ./MiniMax-M2.7-REAP-NVFP4 -o ./MiniMax-M2.7-REAP-BF16"
 
@@ -63,7 +63,7 @@ def dequantize(
         tell_converted(out, done, "Dequantized")
 
 
-def tell_converted(out: Output, done: "Converted", verb: str) -> None:
+def tell_converted(out: Output, done: "Result", verb: str) -> None:
     """Show what a conversion made; `verb` is what was done to the checkpoint."""
     plan = done.plan
     out.put(

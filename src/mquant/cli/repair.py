@@ -19,7 +19,7 @@ from mquant.errors import UsageError
 if TYPE_CHECKING:
     from mquant.checkpoint import Source
     from mquant.repair.diagnose import Diagnosis
-    from mquant.repair.repair import Repaired
+    from mquant.runs.run import Result
 
 _EXAMPLE = "mquant repair ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP -o ./Repaired"
 
@@ -170,7 +170,7 @@ def _facts(diagnosis: "Diagnosis") -> Iterator[tuple[str, str]]:
     yield "Shards", f"{count} stay, {len(rewritten.shards)} written ({bytes_})"
 
 
-def _tell_done(out: Output, diagnosis: "Diagnosis", done: "Repaired", *, in_place: bool) -> None:
+def _tell_done(out: Output, diagnosis: "Diagnosis", done: "Result", *, in_place: bool) -> None:
     from mquant.checkpoint import Folder
 
     out.put(out=str(done.out), already_done=not done.fresh, read_of_parent=done.parent_bytes)

@@ -9,8 +9,7 @@ from mquant.cli.tables import facts
 from mquant.cli.text import both_sizes, clean, plural, size
 
 if TYPE_CHECKING:
-    from mquant.runs.hub_to_hub import Shipped
-    from mquant.runs.quantize import Result
+    from mquant.runs.run import Result
     from mquant.runs.shares import Shares
 
 
@@ -20,7 +19,7 @@ def tell_result(out: Output, result: "Result") -> None:
     out.put(
         out=str(result.out),
         already_done=not result.fresh,
-        engine=result.engine.value,
+        engine=result.engine,
         recipe=plan.recipe.name,
         fingerprint=plan.fingerprint,
         totals={
@@ -83,7 +82,7 @@ def tell_share(out: Output, run: "Shares", number: int, *, fresh: bool) -> None:
     )
 
 
-def tell_shipped(out: Output, done: "Shipped") -> None:
+def tell_shipped(out: Output, done: "Result") -> None:
     """Show what a hub repo holds now."""
     plan = done.plan
     out.put(

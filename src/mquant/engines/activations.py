@@ -16,6 +16,7 @@ from llmcompressor.core import create_session
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr
 
+from mquant.checkpoint import Source
 from mquant.engines.offloaded_model import attach, build_model
 from mquant.engines.oneshot import calibrate, quiet
 from mquant.errors import EngineError
@@ -25,7 +26,7 @@ from mquant.plan import Plan
 
 
 def mean_squares(
-    plan: Plan, samples: list[list[int]], emit: Emit = silent
+    plan: Plan, source: Source, samples: list[list[int]], emit: Emit = silent
 ) -> dict[str, Floats | None]:
     """float32 [in] for every module that is quantized, by hub name; None where no token came.
 
@@ -38,7 +39,7 @@ def mean_squares(
         stack.enter_context(quiet(emit))
         session = stack.enter_context(create_session())
         model = build_model(folder, checkpoint.config)
-        attach(model, checkpoint.source, tensors)
+        attach(model, source, tensors)
         modules = dict(model.named_modules())
         watched = {a.module: modules.get(in_memory(a.module)) for a in plan.actions if a.scheme}
         for name, module in watched.items():

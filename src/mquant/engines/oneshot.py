@@ -43,6 +43,7 @@ from pydantic import PrivateAttr
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from mquant.checkpoint import Source
 from mquant.engines.offloaded_model import ParentCache, attach, build_model
 from mquant.errors import EngineError
 from mquant.events import Emit, Note, silent
@@ -63,13 +64,18 @@ with suppress(ValueError):  # it is there, where llmcompressor was imported befo
 
 
 def run(
-    plan: Plan, write: Write, emit: Emit = silent, samples: list[list[int]] | None = None
+    plan: Plan,
+    source: Source,
+    write: Write,
+    emit: Emit = silent,
+    samples: list[list[int]] | None = None,
 ) -> None:
     """Quantize every module the plan quantizes, and hand each tensor to `write`, by hub name.
 
-    `samples`: token ids to calibrate with, where the recipe needs any; they go through one layer
-    after another, and every expert sees all of them. Modules come in the model's order. Raises
-    EngineError where the model as transformers builds it is not the one that was planned.
+    `source` holds the parent's weights. `samples` are token ids to calibrate with, if the recipe
+    needs any: the samples go through one layer after another, and every expert sees all of them.
+    Modules come in the model's order. Raises EngineError if the model as transformers builds it is
+    not the one that was planned.
     """
     checkpoint = plan.survey.checkpoint
     in_memory = plan.family.in_memory_name
@@ -80,7 +86,7 @@ def run(
         stack.enter_context(quiet(emit))
         session = stack.enter_context(create_session())  # nothing global keeps the model alive
         model = build_model(folder, checkpoint.config)
-        attach(model, checkpoint.source, tensors)
+        attach(model, source, tensors)
         linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         if missing := sorted(wanted.keys() - linears.keys()):
             raise EngineError(

@@ -10,7 +10,7 @@ A weight that the source has quantized is dequantized to BF16 on its way into th
 on as any other; one that is kept goes to the output a piece at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from threading import Event, Lock
@@ -58,7 +58,7 @@ class Reader(Protocol):
         """Raise SourceError where the file has changed since it was planned with."""
 
 
-class OutputTensor(Protocol):
+class TensorSink(Protocol):
     """Where tensors go: `mquant.output.ShardSet`."""
 
     @property
@@ -69,21 +69,23 @@ class OutputTensor(Protocol):
         """Take the next bytes of a tensor."""
 
     def commit(self) -> None:
-        """Make what was written count."""
+        """Make what was written count. Raises what an observer of the output raises."""
+
+    def stop(self) -> None:
+        """Let nobody wait for room or for files any longer."""
 
 
 def run(
     reader: Reader,
-    output: OutputTensor,
+    output: TensorSink,
     workers: int,
     importance: Importance | None = None,
-    on_stop: Iterable[Callable[[], None]] = (),
 ) -> None:
     """Do all pending jobs of `output`; scales are searched where an `importance` is given.
 
     Raises SourceError for a source that cannot be read, changes, or holds NaN or infinity where
-    it is quantized. However it ends, jobs that were complete by then count. `on_stop` are
-    called when it ends before its time, so that nobody goes on waiting in `reader` or `output`.
+    it is quantized. However it ends, jobs that were complete by then count. If it ends before its
+    time, it stops `output`, so that no worker goes on waiting.
     """
     units = output.pending
     _prepare(units, importance)
@@ -107,8 +109,7 @@ def run(
                     each.result()
         except BaseException:
             stop.set()
-            for tell in on_stop:
-                tell()
+            output.stop()
             wait(busy)
             with suppress(OutputError):  # what stopped the run says more
                 output.commit()
@@ -147,7 +148,7 @@ class _Queue(Iterator[WorkUnit]):
     """Jobs for threads to take. When one is taken, a later one's bytes are asked for."""
 
     def __init__(self, units: list[WorkUnit], reader: Reader, ahead: int) -> None:
-        self._jobs, self._reader, self._ahead = units, reader, ahead
+        self._units, self._reader, self._ahead = units, reader, ahead
         self._next = 0
         self._lock = Lock()
 
@@ -155,13 +156,13 @@ class _Queue(Iterator[WorkUnit]):
         with self._lock:
             taken = self._next
             self._next += 1
-        for later in self._jobs[taken + self._ahead : taken + self._ahead + 1]:
+        for later in self._units[taken + self._ahead : taken + self._ahead + 1]:
             for source in (info for action in later.actions for info in action.read):
                 end = min(source.end, source.start + _AHEAD)
                 self._reader.prefetch(source.shard, source.start, end)
-        if taken >= len(self._jobs):
+        if taken >= len(self._units):
             raise StopIteration
-        return self._jobs[taken]
+        return self._units[taken]
 
 
 class Worker:

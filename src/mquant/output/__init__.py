@@ -10,11 +10,12 @@ from mquant.output.finish import (
     finish,
     index_json,
     side_files,
+    source_notes,
 )
 from mquant.output.folder import RECORD, Claim, State, discard, examine, is_finished, other_run
 from mquant.output.ledger import LEDGER, SHARES, Ledger, Recorded, ledger_name, read_ledger
 from mquant.output.record import Record, read_record
-from mquant.output.shards import Follow, ShardSet, complete_shards, units_still_valid
+from mquant.output.shards import ShardObserver, ShardSet, complete_shards, units_still_valid
 from mquant.output.shared_run import (
     MOST_SHARES,
     SharedRun,
@@ -38,10 +39,10 @@ __all__ = [
     "SHARES",
     "WORK",
     "Claim",
-    "Follow",
     "Ledger",
     "Record",
     "Recorded",
+    "ShardObserver",
     "ShardSet",
     "SharedRun",
     "State",
@@ -69,6 +70,7 @@ __all__ = [
     "read_record",
     "read_shared_run",
     "side_files",
+    "source_notes",
     "stage",
     "take_share",
     "units_still_valid",

@@ -24,7 +24,7 @@ from mquant.checkpoint import (
     is_weights,
 )
 from mquant.errors import OutputError
-from mquant.events import Emit, Note, silent
+from mquant.events import Note
 from mquant.output.disk import PARTIAL, fsync_folder, out_of_space
 from mquant.output.folder import RECORD, is_inside
 from mquant.output.ledger import SHARES, is_ledger
@@ -65,6 +65,14 @@ def _of_card(path: str) -> bool:
     return PurePosixPath(path).name.lower() == "readme.md" or path.lower().endswith(_PICTURES)
 
 
+def source_notes(checkpoint: Checkpoint, source: Source) -> Iterator[Note]:
+    """What a person should know of the files that do not go along; `source` has the files."""
+    for sentence in linked_files(source):
+        yield Note("warning", sentence)
+    for sentence in absent_files(checkpoint, source):
+        yield Note("info", sentence)
+
+
 def linked_files(source: Source) -> list[str]:
     """One sentence, where files of the source are links to elsewhere and do not go along.
 
@@ -92,7 +100,6 @@ def finish(
     sides: Mapping[str, Source],
     provenance: Mapping[str, Any],
     judge: Callable[[Source], None],
-    emit: Emit = silent,
 ) -> None:
     """Complete OUT, whose shards are all there. config.json appears last.
 
@@ -103,15 +110,10 @@ def finish(
     `judge` sees the checkpoint as it will be, when only index and config.json are not yet on disk;
     what it raises keeps them from being written.
     """
-    checkpoint = plan.survey.checkpoint
     files = dict(shards)
     table, config = _json(index), _json(config_json(plan))
     for path, source in sides.items():
         files[path] = _copy(source, path, out)
-    for sentence in linked_files(checkpoint.source):
-        emit(Note("warning", sentence))
-    for sentence in absent_files(checkpoint):
-        emit(Note("info", sentence))
     if plan.schemes:
         recipe = recipe_yaml(plan).encode()
         write_file(out, RECIPE_NAME, [recipe])
@@ -174,7 +176,7 @@ def recipe_yaml(plan: Plan) -> str:
     return head + yaml.safe_dump(recipe, sort_keys=False)
 
 
-def absent_files(checkpoint: Checkpoint) -> list[str]:
+def absent_files(checkpoint: Checkpoint, source: Source) -> list[str]:
     """One sentence for each thing people expect beside weights that is not there."""
     present = set(checkpoint.side_files)
     absent = [
@@ -183,7 +185,7 @@ def absent_files(checkpoint: Checkpoint) -> list[str]:
         if not present & set(options)
     ]
     own = any("chat_template" in path for path in present)
-    if not own and not has_chat_template(checkpoint.source):
+    if not own and not has_chat_template(source):
         absent.append("The source has no chat template; none was written.")
     return absent
 
@@ -251,5 +253,6 @@ __all__ = [
     "linked_files",
     "recipe_yaml",
     "side_files",
+    "source_notes",
     "write_file",
 ]

@@ -1,7 +1,7 @@
 """All output shards of a plan: who awaits which bytes, and what is on disk for good."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -16,18 +16,26 @@ from mquant.output.writer import ShardWriter
 from mquant.plan import Plan, ShardPlan, WorkUnit
 
 
-@dataclass
-class Follow:
-    """What is done about the shards while they are made, from any thread: here, nothing.
+class ShardObserver:
+    """Follows the shards of a run while they are made. Any thread calls the methods.
 
-    `opening`: a shard is about to take its room on the disk; it may wait. `settled`: these jobs, by
-    number, are on disk for good, and no run will do them again. `completed`: a shard is on disk
-    under its final name, with this sha256.
+    What a method raises stops the run.
     """
 
-    opening: Callable[[ShardPlan], None] = lambda _shard: None
-    settled: Callable[[Iterable[int]], None] = lambda _jobs: None
-    completed: Callable[[ShardPlan, str], None] = lambda _shard, _sha256: None
+    def opening(self, shard: ShardPlan) -> None:
+        """A shard is about to take its room on the disk. The observer may wait for room."""
+
+    def settled(self, units: Iterable[int]) -> None:
+        """The work units with these numbers are on disk for good; no run does them again."""
+
+    def completed(self, shard: ShardPlan, sha256: str) -> None:
+        """A shard is on disk under its final name, or was when the observer came."""
+
+    def poll(self) -> None:
+        """Raise what went wrong since the last call. The engine calls it a few times a second."""
+
+    def stop(self) -> None:
+        """Let nobody wait any longer: the run ends before its time."""
 
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -58,7 +66,7 @@ class ShardSet:
 
     Engines hand in tensors, in any order, each from its first byte to its last. A shard is
     finished as soon as its last tensor is; what is on disk is counted in the ledger, and told to
-    `follow`, which may be set before the first tensor comes.
+    every observer.
     """
 
     def __init__(
@@ -76,7 +84,8 @@ class ShardSet:
 
         `away` has the sha256 of shards that are whole somewhere else, by name: they are not made.
         """
-        self.follow = Follow()
+        self._observers: list[ShardObserver] = []
+        self._away = dict(away or {})
         self._out, self._plan, self._ledger, self._emit = out, plan, ledger, emit
         self._stage = stage
         self._tasks = [
@@ -97,13 +106,20 @@ class ShardSet:
         if recorded is not None:
             self._take_up(recorded, sources or {})
         for shard, each in enumerate(plan.shards):
-            if away and each.name in away:
-                self.digests[each.name] = away[each.name]
+            if each.name in self._away:
+                self.digests[each.name] = self._away[each.name]
                 self._done.update(plan.numbers[shard])
         self._left = [len(shard.units) for shard in plan.shards]
         for index in self._done:
             self._left[self._tasks[index].shard] -= 1
         self._bytes = sum(self._tasks[index].unit.source_bytes for index in self._done)
+
+    def observe(self, observer: ShardObserver) -> None:
+        """Add an observer; it is told at once of shards that an earlier run left whole in OUT."""
+        self._observers.append(observer)
+        for shard in self._plan.shards:
+            if shard.name in self.digests and shard.name not in self._away:
+                observer.completed(shard, self.digests[shard.name])
 
     @property
     def done_bytes(self) -> int:
@@ -117,7 +133,7 @@ class ShardSet:
 
     @property
     def numbered(self) -> dict[int, WorkUnit]:
-        """The same, by the numbers that `follow` is told."""
+        """The same, by the numbers that observers are told."""
         return {i: task.unit for i, task in enumerate(self._tasks) if i not in self._done}
 
     def write(self, name: str, data: bytes | memoryview) -> None:
@@ -141,13 +157,16 @@ class ShardSet:
 
     def commit(self) -> None:
         """Put on disk what is written, and count the jobs that are complete."""
+        for observer in self._observers:
+            observer.poll()
         with self._lock:
             units, writers = set(self._written), list(self._open.values())
         if units:
             for writer in writers:
                 writer.sync()
             self._ledger.count(units)
-            self.follow.settled(units)
+            for observer in self._observers:
+                observer.settled(units)
             with self._lock:
                 self._written -= units
 
@@ -162,6 +181,11 @@ class ShardSet:
             if not left and self._plan.shards[shard].name not in self.digests:
                 self._close(shard)  # all was done, but for the name
 
+    def stop(self) -> None:
+        """Let no observer, and nobody who waits for one, wait any longer."""
+        for observer in self._observers:
+            observer.stop()
+
     def abandon(self) -> None:
         """Close what is open; the partials stay for the next run."""
         for writer in self._open.values():
@@ -174,7 +198,8 @@ class ShardSet:
             return writer
         with self._opening:
             if shard not in self._open:
-                self.follow.opening(self._plan.shards[shard])
+                for observer in self._observers:
+                    observer.opening(self._plan.shards[shard])
                 units = self._plan.numbers[shard]
                 with self._lock:
                     done = {i - units.start for i in units if i in self._done}
@@ -206,8 +231,9 @@ class ShardSet:
             self.digests[name] = digest
             self._written.difference_update(units)
             del self._open[shard]
-        self.follow.settled(units)
-        self.follow.completed(self._plan.shards[shard], digest)
+        for observer in self._observers:
+            observer.settled(units)
+            observer.completed(self._plan.shards[shard], digest)
 
     def _take_up(self, recorded: Recorded, sources: Mapping[str, Stamp]) -> None:
         """Find out which recorded jobs count: their sources are unchanged, and their file there."""
@@ -262,4 +288,4 @@ def _is_of(path: Path, nbytes: int) -> bool:
     return path.is_file() and path.stat().st_size == nbytes
 
 
-__all__ = ["Follow", "ShardSet", "complete_shards", "units_still_valid"]
+__all__ = ["ShardObserver", "ShardSet", "complete_shards", "units_still_valid"]

@@ -170,11 +170,11 @@ def is_taken(out: Path, number: int, of: int) -> bool:
 
 
 @contextmanager
-def folder_lock(out: Path) -> Iterator[None]:
+def folder_lock(out: Path) -> Iterator[Ledger]:
     """Hold the lock of OUT itself. Waits for others, but not for a run that makes it as a whole."""
     ledger = Ledger(out, patience=_TURN_SECONDS)
     try:
-        yield
+        yield ledger
     finally:
         ledger.release()
 

@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal, Self
 
-from mquant.checkpoint import Source, TensorInfo, build_header
+from mquant.checkpoint import TensorInfo, build_header
 from mquant.dtypes import BITS, nbytes
 from mquant.family import Family, Role
 from mquant.findings import Finding
@@ -233,11 +233,6 @@ class Plan:
         roles = {action.role for action in self.actions if action.scheme == scheme}
         rows = [row for row in self.family.tensors if row.role in roles]
         return list(dict.fromkeys(entry for row in rows for entry in row.patterns(*names)))
-
-    def reading_from(self, source: Source) -> "Plan":
-        """The same plan, with the same files read from another place (a download)."""
-        checkpoint = replace(self.survey.checkpoint, source=source)
-        return replace(self, survey=replace(self.survey, checkpoint=checkpoint))
 
     @cached_property
     def source_bytes(self) -> int:

@@ -11,7 +11,7 @@ from mquant.errors import MissingExtra, OutputError, Refused
 from mquant.events import Emit, Note, silent
 from mquant.numerics.formats import Floats
 from mquant.plan import Plan
-from mquant.runs.run import check_plain, materialize
+from mquant.runs.run import check_plain
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,17 @@ def calibrate(plan: Plan, data: str, out: Path, emit: Emit = silent) -> Calibrat
     check_plain(plan, "Calibration")
     if out.exists():
         raise OutputError(f"{out} exists.", "Remove it, or name another file with -o.")
-    source = plan.survey.checkpoint.source
-    folder = materialize(source, emit)
-    plan = plan.reading_from(folder)
+    source = plan.survey.checkpoint.source.materialize(emit)
     try:
         from mquant.engines.activations import mean_squares
         from mquant.engines.samples import load_samples
     except ModuleNotFoundError:
         raise MissingExtra("Calibration", "oneshot") from None
 
-    samples = load_samples(data, folder.root, plan.recipe.calibration)
+    samples = load_samples(data, source.folders[0], plan.recipe.calibration)
     tokens = sum(len(ids) for ids in samples)
     emit(Note("info", f"Calibrating with {len(samples):,} samples, {tokens:,} tokens."))
-    means = mean_squares(plan, samples, emit)
+    means = mean_squares(plan, source, samples, emit)
     widths = {a.module: a.source.shape[1] for a in plan.actions if a.scheme}
     vectors = {
         name: np.zeros(widths[name], "<f4") if mean is None else mean.astype("<f4")

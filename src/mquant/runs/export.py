@@ -4,20 +4,20 @@ import json
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 import numpy as np
 
-from mquant.checkpoint import Folder, Reader, Source, TensorInfo, open_checkpoint, read_json
+from mquant.checkpoint import Source, TensorInfo, open_checkpoint, read_json, reader_of
 from mquant.errors import Refused, SourceError
-from mquant.events import Emit, silent
+from mquant.events import silent
 from mquant.family import Family
 from mquant.findings import Finding
 from mquant.numerics.reciprocal import reciprocal, recovered
 from mquant.output import MODELOPT_NAME, RECIPE_NAME, RECORD
 from mquant.plan import Target, hf_quant_config, make_export_plan, scalars, survey_for
-from mquant.runs.convert import Converted, convert
-from mquant.runs.run import materialize
+from mquant.runs.convert import convert
+from mquant.runs.run import Result, RunOptions
 
 _ORIGIN: Final = "compressed_tensors"
 """The key of mquant.json that says what an export to ModelOpt was made from."""
@@ -28,11 +28,8 @@ def export(
     families: Mapping[str, Family],
     target: Target,
     out: Path,
-    *,
-    workers: int | None = None,
-    restart: bool = False,
-    emit: Emit = silent,
-) -> Converted:
+    **options: Unpack[RunOptions],
+) -> Result:
     """Write a checkpoint in the layout of `target` into `out`, or go on with what is there of it.
 
     Codes and block scales are copied, global scales become their reciprocals. Raises Refused for a
@@ -40,7 +37,7 @@ def export(
     """
     checkpoint = open_checkpoint(source)
     found = survey_for(checkpoint, families, target)
-    folder = materialize(source, emit)
+    folder = source.materialize(options.get("emit", silent))
     origin = _origin(folder) if target is Target.COMPRESSED_TENSORS else {}
     known = origin.get("scales")
     numbers = _numbers(folder, list(scalars(found)))
@@ -56,22 +53,13 @@ def export(
             "quantization_config": checkpoint.config.get("quantization_config"),
             "scales": odd,
         }
-    return convert(
-        plan,
-        out,
-        "export",
-        files=files,
-        record=record,
-        workers=workers,
-        restart=restart,
-        emit=emit,
-    )
+    return convert(plan, out, "export", files=files, record=record, **options)
 
 
-def _numbers(folder: Folder, tensors: list[TensorInfo]) -> dict[str, np.float32]:
+def _numbers(folder: Source, tensors: list[TensorInfo]) -> dict[str, np.float32]:
     """The values of scalars in F32, by name."""
     found: dict[str, np.float32] = {}
-    with closing(Reader(folder)) as reader:
+    with closing(reader_of(folder)) as reader:
         for info in tensors:
             raw = bytearray(4)
             reader.read_into(info.shard, info.start, memoryview(raw))
@@ -120,7 +108,7 @@ def _invalid(name: str, number: np.float32) -> Finding:
     )
 
 
-def _origin(folder: Folder) -> Mapping[str, Any]:
+def _origin(folder: Source) -> Mapping[str, Any]:
     """What an export was made from; empty where mquant.json does not say."""
     try:
         origin = read_json(folder, RECORD).get(_ORIGIN) if RECORD in folder.files else None

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from mquant.checkpoint import Folder
 from mquant.errors import OutputError
 from mquant.family import Role
 from mquant.findings import Finding
@@ -97,7 +96,7 @@ def resource_findings(plan: Plan, resources: Resources, out: Path) -> tuple[Find
     source = plan.survey.checkpoint.source
     try:
         # restart=True: a folder of ours is fine here, whatever it was made from.
-        examine(out, [source.root] if isinstance(source, Folder) else [], {}, restart=True)
+        examine(out, source.folders, {}, restart=True)
     except OutputError as error:
         findings.append(Finding("out-not-free", "warning", str(out), error.message, error.fix))
     return tuple(findings)

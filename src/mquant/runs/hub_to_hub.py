@@ -1,33 +1,21 @@
-"""Quantize into a hub repo: what is made goes there shard by shard, and never lies here whole."""
+"""Quantize into a hub repo: each shard goes there when it is made, and never all lie here."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Unpack
 
-from mquant.checkpoint import Folder, Overlay, Source
+from mquant.checkpoint import Overlay, Source
 from mquant.errors import OutputError
-from mquant.events import Emit, silent
-from mquant.output import Ledger, State, discard, examine
+from mquant.output import discard
 from mquant.plan import Plan
-from mquant.runs.quantize import Run, complete
-from mquant.runs.run import check_disk, check_headers_as_planned, materialize
+from mquant.runs.quantize import judge, run_engine
+from mquant.runs.run import Result, Run, RunOptions, check_headers_as_planned
 from mquant.runs.scratch import check_scratch, least_scratch
 from mquant.runs.ship_shards import LAST, Destination, Shipper, open_destination, seal, send_others
-from mquant.runs.spec import Engine, RunSpec, check_engine, choose_engine, prepare
+from mquant.runs.spec import Engine, QuantizeSpec, check_engine, choose_engine, prepare
 
 _LEDGER_BYTES: Final = 100
-"""What a job, or a file of the source, takes in the ledger at most, on average."""
-
-
-@dataclass(frozen=True)
-class Shipped:
-    """A repo that holds the whole checkpoint. `fresh` is False where it did before."""
-
-    page: str
-    plan: Plan
-    fresh: bool
+"""What a work unit, or a file of the source, takes in the ledger at most, on average."""
 
 
 def quantize_to_hub(
@@ -38,45 +26,35 @@ def quantize_to_hub(
     public: bool = False,
     engine: Engine = Engine.AUTO,
     importance: Path | None = None,
-    workers: int | None = None,
-    scratch: int | None = None,
-    restart: bool = False,
-    emit: Emit = silent,
-) -> Shipped:
+    **options: Unpack[RunOptions],
+) -> Result:
     """Make the checkpoint that `plan` describes in a hub repo, or go on with what is there of it.
 
-    `out` is a folder for what is on its way, gone in the end. At most `scratch` bytes lie in it:
-    source files, where the source is a hub repo, and shards; None: no limit. The rest is as for
+    `out` is a folder for what is on its way, gone in the end. At most `scratch` bytes lie in `out`:
+    source files, if the source is a hub repo, and shards; None: no limit. The rest is as for
     `mquant.runs.quantize.quantize`. Until it returns there is no config.json in the repo.
     """
     check_engine(choose_engine(engine, plan.recipe), "--push-to")
-    spec = prepare(plan, engine, importance)
+    spec, scratch = prepare(plan, engine, importance), options.get("scratch")
     files, shards = _share_out(plan, scratch)
     to = open_destination(repo, plan, spec.fingerprint, public=public)
-    look = partial(examine, out, spec.local, spec.fingerprint)
-    claim = look(restart=restart)
-    if claim.state is State.DONE:
-        raise OutputError(
-            f"{out} holds the finished checkpoint.", f"Publish it: mquant push {out} {repo}"
-        )
-    check_disk(out, claim.files, spec.file_bytes if scratch is None else scratch)
-    source = spec.source if files else materialize(spec.source, emit)
-    ledger = Ledger(out)
-    try:
-        claim = look(restart=restart)  # again: now nobody else can change it
+    room = spec.file_bytes if scratch is None else scratch
+    fetch = (lambda: spec.source) if files else None
+    with Run.claim(out, spec, room=room, fetch=fetch, **options) as run:
+        if run.done:
+            raise OutputError(
+                f"{out} holds the finished checkpoint.", f"Publish it: mquant push {out} {repo}"
+            )
         if not to.done:
             to.open()
-            with Shipper(to, out, spec.files, shards, emit) as shipper:
-                run = Run(spec, plan.reading_from(source), out, workers, emit, files, shipper)
-                digests = run.make_shards(ledger, claim, spec.files)
-            complete(spec, out, source, digests, emit, partial(_there, spec, to, out, digests))
+            with Shipper(to, run, shards) as shipper:
+                run_engine(run, spec, files, shipper, shipper.sent)
+            run.assemble(partial(_judge, run, spec, to))
             seal(to, out)
         discard(out, spec.files)
-        ledger.complete()
-    finally:
-        ledger.release()
+        run.claimed.complete()
     out.rmdir()
-    return Shipped(to.writer.page, plan, fresh=not to.done)
+    return run.result(fresh=not to.done, page=to.writer.page)
 
 
 def _share_out(plan: Plan, scratch: int | None) -> tuple[int | None, float]:
@@ -89,7 +67,7 @@ def _share_out(plan: Plan, scratch: int | None) -> tuple[int | None, float]:
     if scratch is None:
         return None, float("inf")
     largest = max(shard.file_bytes for shard in plan.shards)
-    local = isinstance(plan.survey.checkpoint.source, Folder)
+    local = bool(plan.survey.checkpoint.source.folders)
     least = 0 if local else least_scratch(plan)
     units = sum(len(shard.units) for shard in plan.shards)
     ledger = _LEDGER_BYTES * (units + len(plan.survey.checkpoint.shards))
@@ -102,14 +80,9 @@ def _share_out(plan: Plan, scratch: int | None) -> tuple[int | None, float]:
     return free - room, room
 
 
-def _there(
-    spec: RunSpec, to: Destination, out: Path, digests: Mapping[str, str], local: Source
-) -> Source:
-    """The repo as it will be with index and config.json, when all else was sent and is there."""
-    others = [name for name in spec.files if name not in LAST and name not in digests]
-    repo = send_others(to, out, others, digests)
+def _judge(run: Run, spec: QuantizeSpec, to: Destination, local: Source) -> None:
+    """Send all but index and config.json, and judge the repo as it will be with these."""
+    others = [name for name in spec.files if name not in LAST and name not in run.digests]
+    repo = send_others(to, run.out, others, run.digests)
     check_headers_as_planned(repo, spec.plan)
-    return Overlay(repo, {name: local.read(name) for name in LAST})
-
-
-__all__ = ["Shipped", "quantize_to_hub"]
+    judge(run, spec, Overlay(repo, {name: local.read(name) for name in LAST}))

@@ -68,8 +68,8 @@ class JobSpec(BaseModel):
     ) -> Self:
         """The order that a plan was made for, with these options."""
         source = plan.survey.checkpoint.source
-        if isinstance(source, Folder):
-            where: FolderAt | RepoAt = FolderAt(folder=str(source.root.absolute()))
+        if source.folders:
+            where: FolderAt | RepoAt = FolderAt(folder=str(source.folders[0].absolute()))
         else:
             identity = source.identity()
             where = RepoAt(repo=identity["repo"], commit=identity["commit"])

@@ -24,8 +24,7 @@ from mquant.events import Emit, Note, Progress, silent
 from mquant.output import SHARES, State, read_shared_run
 from mquant.plan import Plan
 from mquant.runs.job_spec import FolderAt, JobSpec
-from mquant.runs.quantize import Result
-from mquant.runs.run import MOST_CORES
+from mquant.runs.run import MOST_CORES, Result
 from mquant.runs.shares import Shares, Watch, in_shares, reopen
 from mquant.runs.spec import Engine
 from mquant.text import plural, size
@@ -58,7 +57,7 @@ def quantize_on_ray(
     begun = read_shared_run(out)
     run = in_shares(plan, job_spec, out.absolute(), begun.of if begun else max(len(plan.shards), 1))
     if run.look() is State.DONE:
-        return Result(out, plan, Engine.STREAM, fresh=False)
+        return Result(out, plan, Engine.STREAM.value, fresh=False)
     run.check_disk()
     todo = [n for n in run.numbers if run.parts[n - 1].shards and not run.is_done(n)]
     if todo:
@@ -66,7 +65,7 @@ def quantize_on_ray(
             if run.claim() is not State.DONE:
                 _share_out(run, job_spec, todo, workers, emit)
     made = run.finish(emit)
-    return Result(out, plan, Engine.STREAM, fresh=made is not None)
+    return Result(out, plan, Engine.STREAM.value, fresh=made is not None)
 
 
 def _share_out(

@@ -1,85 +1,323 @@
-"""Making the shards of a plan in OUT: what all verbs that write checkpoints have in common."""
+"""A run that writes OUT: one object from the claim on OUT to the finished checkpoint.
+
+    with Run.claim(out, spec, **options) as run:
+        if run.done:
+            return run.result(fresh=False)
+        with closing(reader_of(run.source)) as reader:
+            run.write_shards(engine)
+        return run.finish(run.judge)
+
+Every verb that writes a checkpoint is such a run. Until `finish` returns, OUT has no config.json,
+so nothing in OUT looks like a checkpoint.
+"""
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self, TypedDict, Unpack
 
 from mquant import __version__
 from mquant.checkpoint import Folder, Source, Stamp, read_header
 from mquant.errors import EngineError, OutputError, UsageError
-from mquant.events import Emit, Note, Progress
-from mquant.output import PARTIAL, Claim, Ledger, ShardSet, discard, is_there
+from mquant.events import Emit, Note, Progress, silent
+from mquant.output import (
+    PARTIAL,
+    Claim,
+    Ledger,
+    ShardSet,
+    State,
+    discard,
+    examine,
+    file_names,
+    finish,
+    index_json,
+    is_there,
+    source_notes,
+)
 from mquant.plan import Plan
 from mquant.text import size
+from mquant.verify.judge import Depth, verify
 
 MOST_CORES: Final = 16
 """No disk is faster."""
 
+Kept = Mapping[str, Mapping[str, Any]]
+"""`bytes` and `sha256` of each file of the result that the run does not write, by path."""
 
-@dataclass(frozen=True)
-class Making:
-    """Shards being made in a claimed OUT.
 
-    `plan` has the shards to make, whose tensors come from files with these `stamps`; `files` are
-    all that OUT will hold in the end. `stage` is what progress is called. `away`: shards
-    do not stay in OUT, and these, with their sha256, are whole elsewhere already.
+class RunOptions(TypedDict, total=False):
+    """How a run is carried out. The plan and the recipe say what is made.
+
+    `workers`: fused sets that the stream engine has under way; None: cores + 1. `scratch`: bytes
+    of a hub repo's files that may lie in OUT at a time; None: the files are downloaded first.
+    `restart`: delete what an earlier run made in OUT. `emit`: hears of progress.
+    """
+
+    workers: int | None
+    scratch: int | None
+    restart: bool
+    emit: Emit
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """What a run is to make, and what tells the run from another run.
+
+    `plan` decides what config.json, recipe.yaml and mquant.json say. `source` holds the tensors of
+    the work units, `parent` is the identity of the parent. `fingerprint` is equal exactly for runs
+    that make the same bytes. `side_files` are written beside the shards, each from its source.
+    `written` is the plan of the shards to write, and `indexed` of all shards in the index, if these
+    are not the shards of `plan`. `beside` are files of the result that the run puts into OUT by
+    another way, `elsewhere` files of the result that never come into OUT. `protected` are folders
+    that OUT must not overlap. `engine` and `extra_record` go into mquant.json.
     """
 
     plan: Plan
-    out: Path
-    files: tuple[str, ...]
-    stamps: Mapping[str, Stamp]
-    emit: Emit
+    source: Source
+    parent: dict[str, str]
+    fingerprint: dict[str, str]
+    side_files: Mapping[str, Source]
+    engine: Mapping[str, Any]
     stage: str
-    away: Mapping[str, str] | None = None
+    protected: tuple[Path, ...]
+    written: Plan | None = None
+    indexed: Plan | None = None
+    beside: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
+    extra_record: Mapping[str, Any] = field(default_factory=dict)
+    resumes: bool = True
+    """Whether the engine goes on with the work units that the ledger counts."""
 
-    def shards(
-        self,
-        ledger: Ledger,
-        claim: Claim,
-        fingerprint: dict[str, str],
-        run: Callable[[ShardSet], None],
+    @property
+    def shards(self) -> Plan:
+        """The plan of the shards to write."""
+        return self.written or self.plan
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that OUT holds in the end."""
+        return (*self.beside, *file_names(self.shards, self.side_files))
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the shards and side files that the run writes."""
+        beside = sum(source.files[path] for path, source in self.side_files.items())
+        return self.shards.file_bytes + beside
+
+    @cached_property
+    def stamps(self) -> Mapping[str, Stamp]:
+        """The stamps of the files that the work units read; equal on all machines."""
+        used = {path for unit in self.shards.units for path in unit.files}
+        return {path: self.source.stamps[path] for path in sorted(used)}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What mquant.json says besides the files: equal for equal runs, wherever they ran."""
+        plan = self.plan
+        return {
+            "mquant": __version__,
+            "source": self.parent,
+            "family": plan.family.name,
+            "recipe": plan.recipe.model_dump(mode="json"),
+            "engine": dict(self.engine),
+            "fingerprint": self.fingerprint,
+            "totals": {
+                "source": {"tensors": len(plan.survey.members), "bytes": plan.source_bytes},
+                "output": {"tensors": plan.output_tensors, "bytes": plan.output_bytes},
+            },
+            **self.extra_record,
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished checkpoint. `fresh` is False if an earlier run had made it already.
+
+    `engine` is the name of what did the arithmetic, `page` the address of the hub repo that holds
+    the checkpoint instead of `out`, `parent_bytes` what a repair read of the parent's shards.
+    """
+
+    out: Path
+    plan: Plan
+    engine: str
+    fresh: bool
+    page: str = ""
+    parent_bytes: int = 0
+
+
+@dataclass
+class Run:
+    """A claimed OUT, and the run that fills OUT.
+
+    `source` is where the tensors are read, on this machine if the run downloaded them. `plan` has
+    the shards to write: all of the spec's, or a share.
+    """
+
+    out: Path
+    spec: RunSpec
+    source: Source
+    ledger: Ledger | None
+    found: Claim
+    plan: Plan
+    emit: Emit = silent
+    workers: int | None = None
+    digests: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    @contextmanager
+    def claim(
+        cls,
+        out: Path,
+        spec: RunSpec,
         *,
-        resume: bool = True,
-    ) -> dict[str, str]:
-        """Have `run` make all shards; returns their sha256, by name.
+        room: int | None = None,
+        fetch: Callable[[], Source] | None = None,
+        **options: Unpack[RunOptions],
+    ) -> Iterator[Self]:
+        """Claim OUT for a run, and let go of OUT in the end.
 
-        `resume`: what an earlier run made counts, and is gone on with.
+        `room`: bytes that OUT needs; None: the spec's. `fetch` brings the source here before OUT is
+        locked; None: a hub's files are downloaded. Raises OutputError for an OUT that is not ours,
+        is in use or too small.
         """
-        recorded = claim.recorded if resume else None
-        shards = {shard.name for shard in self.plan.shards} if recorded else set()
-        discard(self.out, [name for name in claim.files if name not in shards])
-        ledger.begin(fingerprint, self.files, afresh=recorded is None)
-        ledger.read_from(self.stamps)
+        emit, restart = options.get("emit", silent), options.get("restart", False)
+        look = partial(
+            examine,
+            out,
+            spec.protected,
+            spec.fingerprint,
+            restart=restart,
+            elsewhere=spec.elsewhere,
+        )
+        claim = look()
+        make = partial(cls, out, spec, plan=spec.shards, emit=emit, workers=options.get("workers"))
+        if claim.state is State.DONE:
+            yield make(spec.source, None, claim)
+            return
+        check_disk(out, claim.files, spec.file_bytes if room is None else room)
+        source = fetch() if fetch else spec.source.materialize(emit)
+        ledger = Ledger(out)
+        try:
+            claim = look()  # again: now nobody else can change it
+            yield make(source, ledger, claim)
+        finally:
+            ledger.release()
+
+    @property
+    def done(self) -> bool:
+        """Whether an earlier run finished this very checkpoint."""
+        return self.found.state is State.DONE
+
+    @property
+    def claimed(self) -> Ledger:
+        """The ledger, which stands for the lock on OUT."""
+        if self.ledger is None:
+            raise TypeError(f"{self.out} is not claimed")
+        return self.ledger
+
+    @property
+    def threads(self) -> int:
+        """How many work units are under way at once."""
+        return self.workers or default_workers()
+
+    def result(self, *, fresh: bool, page: str = "", parent_bytes: int = 0) -> Result:
+        """What the run made."""
+        name = str(self.spec.engine["name"])
+        return Result(self.out, self.spec.plan, name, fresh, page, parent_bytes)
+
+    def write_shards(
+        self,
+        engine: Callable[[ShardSet], None],
+        away: Mapping[str, str] | None = None,
+        files: tuple[str, ...] | None = None,
+    ) -> None:
+        """Let `engine` make all shards that an earlier run did not make.
+
+        `away`: shards do not stay in OUT; the named ones, with their sha256, are whole elsewhere.
+        `files`: what the ledger names as ours; None: the spec's files.
+        """
+        spec, plan, ledger = self.spec, self.plan, self.claimed
+        recorded = self.found.recorded if spec.resumes else None
+        shards = {shard.name for shard in plan.shards} if recorded else set()
+        discard(self.out, [name for name in self.found.files if name not in shards])
+        ledger.begin(spec.fingerprint, files or spec.files, afresh=recorded is None)
+        ledger.read_from(spec.stamps)
         output = ShardSet(
-            self.out,
-            self.plan,
-            ledger,
-            recorded,
-            self.stamps,
-            self.emit,
-            stage=self.stage,
-            away=self.away,
+            self.out, plan, ledger, recorded, spec.stamps, self.emit, spec.stage, away
         )
         try:
-            self._tell(output, "were done before", resume=resume)
-            self.emit(Progress(self.stage, output.done_bytes, self.plan.source_bytes))
-            run(output)
+            self._tell(output, "were done before")
+            self.emit(Progress(spec.stage, output.done_bytes, plan.source_bytes))
+            engine(output)
             output.finish()
         except BaseException:
-            self._tell(output, "are done; the same command goes on from there", resume=resume)
+            self._tell(output, "are done; the same command goes on from there")
             raise
         finally:
             output.abandon()
-        if self.away is None:
-            check_headers_as_planned(Folder(self.out), self.plan)
-        return output.digests
+        if away is None:
+            check_headers_as_planned(Folder(self.out), plan)
+        self.digests = output.digests
 
-    def _tell(self, output: ShardSet, what: str, *, resume: bool) -> None:
-        if resume and output.done_bytes:
+    def finish(self, judge: Callable[[Source], None], kept: Kept | None = None) -> Result:
+        """Complete the checkpoint as `assemble` does, and end the run: the ledger goes."""
+        self.assemble(judge, kept)
+        self.claimed.complete()
+        return self.result(fresh=True)
+
+    def assemble(self, judge: Callable[[Source], None], kept: Kept | None = None) -> None:
+        """Write all but the shards, config.json last. `judge` sees the checkpoint before that.
+
+        `kept` are the files that the run does not write. What `judge` raises leaves OUT without
+        index and config.json.
+        """
+        spec = self.spec
+        shards = dict(kept or {})
+        for shard in spec.shards.shards:
+            shards[shard.name] = {"bytes": shard.file_bytes, "sha256": self.digests[shard.name]}
+        sides = {path: self._now(source) for path, source in spec.side_files.items()}
+        checkpoint = spec.plan.survey.checkpoint
+        for note in source_notes(checkpoint, self._now(checkpoint.source)):
+            self.emit(note)
+        index = index_json(spec.indexed or spec.plan)
+        finish(self.out, spec.plan, index, shards, sides, spec.record, judge)
+
+    def judge(
+        self,
+        made: Source,
+        *,
+        ignoring: Collection[str] = (),
+        parent: Source | None = None,
+    ) -> None:
+        """Judge what was made as `mquant verify` does, and tell what is worth knowing.
+
+        From headers and JSON, or with `parent` all numbers too. Errors of the rules in `ignoring`
+        are told and do not count; nor does a key of config.json that the parent lacks: the result
+        has the parent's config.json, key by key. Raises EngineError for any other error.
+        """
+        families = {self.spec.plan.family.name: self.spec.plan.family}
+        depth = Depth.NUMBERS if parent else Depth.STRUCTURE
+        report = verify(made, families, depth, parent=parent, emit=self.emit)
+        for finding in report.findings:
+            known = finding.rule in ignoring or finding.rule == "config-key-missing"
+            if finding.severity == "error" and not known:
+                raise EngineError(
+                    f"What was made is wrong ({finding.rule}): {finding.message}",
+                    "Please report this; OUT has no config.json, so nothing will load it.",
+                )
+            fact = finding.severity == "info"
+            self.emit(Note("info" if fact else "warning", finding.message))
+
+    def _now(self, source: Source) -> Source:
+        """Where the files of a source are read: if the run downloaded them, from this machine."""
+        return self.source if source is self.spec.source else source
+
+    def _tell(self, output: ShardSet, what: str) -> None:
+        if self.spec.resumes and output.done_bytes:
             done, total = size(output.done_bytes), size(self.plan.source_bytes)
             self.emit(Note("info", f"{done} of {total} {what}."))
 
@@ -87,55 +325,21 @@ class Making:
 def check_headers_as_planned(made: Source, plan: Plan) -> None:
     """Read the shards' headers back: tensors, dtypes and shapes as planned, and no other.
 
-    Raises EngineError where they are not.
+    Raises EngineError if they differ.
     """
     for shard in plan.shards:
-        found = {(t.name, t.dtype, t.shape) for t in read_header(made, shard.name)}
+        written = {(t.name, t.dtype, t.shape) for t in read_header(made, shard.name)}
         planned = {(o.name, o.dtype, o.shape) for unit in shard.units for o in unit.outputs}
-        if found != planned:
-            odd = min(name for name, _, _ in found ^ planned)
+        if written != planned:
+            odd = min(name for name, _, _ in written ^ planned)
             raise EngineError(
                 f"{shard.name} in {made.name} is not what was planned ({odd}).",
                 "Please report this; it has no config.json, so nothing will load it.",
             )
 
 
-def provenance(
-    plan: Plan, source: dict[str, str], engine: Mapping[str, Any], fingerprint: dict[str, str]
-) -> dict[str, Any]:
-    """What mquant.json says besides the files: equal for equal runs, wherever they ran."""
-    return {
-        "mquant": __version__,
-        "source": source,
-        "family": plan.family.name,
-        "recipe": plan.recipe.model_dump(mode="json"),
-        "engine": dict(engine),
-        "fingerprint": fingerprint,
-        "totals": {
-            "source": {"tensors": len(plan.survey.members), "bytes": plan.source_bytes},
-            "output": {"tensors": plan.output_tensors, "bytes": plan.output_bytes},
-        },
-    }
-
-
-def materialize(source: Source, emit: Emit, only: Collection[str] | None = None) -> Folder:
-    """The source as a folder of this machine: itself, or, of a hub repo, what is downloaded.
-
-    `only` are the files that are needed of it; None: all.
-    """
-    if isinstance(source, Folder):
-        return source
-    from mquant.checkpoint.download import download
-    from mquant.checkpoint.hub import HubRepo
-
-    if not isinstance(source, HubRepo):
-        raise TypeError(f"cannot download from {type(source).__name__}")
-    emit(Note("info", f"Downloading {source.name}."))
-    return Folder(download(source, emit, only))
-
-
 def check_plain(plan: Plan, reader: str) -> None:
-    """Raise UsageError where what runs the model, called `reader`, cannot read the source."""
+    """Raise UsageError if `reader`, which runs the model, cannot read the source's weights."""
     if any(action.stored for action in plan.actions):
         raise UsageError(
             f"{reader} reads BF16, F16 and F32; the source's weights lie in FP8.",
@@ -154,8 +358,8 @@ def free_disk(out: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def check_disk(out: Path, ours: Iterable[str], needed: int) -> None:
-    """Raise OutputError where `needed` bytes do not fit, what we hold there already counted."""
+def check_disk(out: Path, ours: Collection[str], needed: int) -> None:
+    """Raise OutputError if `needed` bytes do not fit, what we hold there already counted."""
     held = (out / (name + end) for name in ours for end in ("", PARTIAL))
     free = free_disk(out) + sum(map(_disk_of, held))
     if free < needed:
@@ -166,21 +370,8 @@ def check_disk(out: Path, ours: Iterable[str], needed: int) -> None:
 
 
 def _disk_of(path: Path) -> int:
-    """Bytes on disk of a file; 0 of what is none, or is renamed by others just now."""
+    """Bytes on disk of a file; 0 for no file, and for one that another process just renames."""
     try:
         return path.stat().st_blocks * 512 if path.is_file() else 0
     except FileNotFoundError:
         return 0
-
-
-__all__ = [
-    "MOST_CORES",
-    "Making",
-    "check_disk",
-    "check_headers_as_planned",
-    "check_plain",
-    "default_workers",
-    "free_disk",
-    "materialize",
-    "provenance",
-]

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mquant.checkpoint import Folder, Source, Stamp, TensorInfo
+from mquant.checkpoint import Source, TensorInfo
 from mquant.errors import OutputError, SourceError, UsageError
-from mquant.events import Emit
-from mquant.output import ShardSet
+from mquant.output import ShardObserver, ShardSet
 from mquant.plan import Plan, WorkUnit
+from mquant.runs.run import Run
 from mquant.text import size
 
 if TYPE_CHECKING:
@@ -51,34 +51,43 @@ def least_scratch(plan: Plan) -> int:
     return least_room(parts_of(_hub_of(plan.survey.checkpoint.source), tensors, _reads(units)))
 
 
+class _Frees(ShardObserver):
+    """Deletes source files that no work unit needs any more."""
+
+    def __init__(self, spool: "Spool") -> None:
+        self._spool = spool
+
+    def settled(self, units: Iterable[int]) -> None:
+        """Free the files of work units that no run does again."""
+        self._spool.done(units)
+
+    def stop(self) -> None:
+        """Let no reader wait for a file any longer."""
+        self._spool.stop()
+
+
 @contextmanager
-def spooled(plan: Plan, out: Path, room: int, output: ShardSet, emit: Emit) -> Iterator["Spool"]:
+def spooled(run: Run, output: ShardSet, room: int) -> Iterator["Spool"]:
     """A reader of the source's files, of which at most `room` bytes lie in OUT at a time.
 
-    They go when the jobs that need them count. Where this does not come to its end, they stay for
-    the next run.
+    A file goes when the work units that need the file count. If the run stops, the files that are
+    here stay for the next run.
     """
     from mquant.checkpoint.spool import Spool, parts_of
 
-    repo, tensors = _hub_of(plan.survey.checkpoint.source), plan.survey.checkpoint.tensors.values()
+    repo, tensors = _hub_of(run.source), run.plan.survey.checkpoint.tensors.values()
     work = _reads(output.numbered)
-    spool = Spool(repo, out / _SCRATCH, room, parts_of(repo, tensors, work), work, emit)
-    output.follow.settled = spool.done
+    parts = parts_of(repo, tensors, work)
+    spool = Spool(repo, run.out / _SCRATCH, room, parts, work, run.emit)
+    output.observe(_Frees(spool))
     with spool:
         yield spool
     spool.clear()
 
 
-def stamps_of(source: Source, shards: Iterable[str]) -> Mapping[str, Stamp]:
-    """What tells that a file changed: of a hub's, which is fixed by its commit, the size alone."""
-    if isinstance(source, Folder):
-        return {path: source.stamps[path] for path in shards}
-    return {path: (source.files[path], 0) for path in shards}
-
-
 def check_side_files(source: Source, files: Iterable[str], out: Path) -> None:
     """Raise SourceError where a file that was copied from a hub is not the one that it lists."""
-    if isinstance(source, Folder):
+    if source.folders:
         return
     repo = _hub_of(source)
     for path in files:
@@ -91,12 +100,3 @@ def check_side_files(source: Source, files: Iterable[str], out: Path) -> None:
 
 def _reads(units: Mapping[int, WorkUnit]) -> dict[int, list[TensorInfo]]:
     return {number: [t for a in unit.actions for t in a.read] for number, unit in units.items()}
-
-
-__all__ = [
-    "check_scratch",
-    "check_side_files",
-    "least_scratch",
-    "spooled",
-    "stamps_of",
-]

@@ -5,7 +5,7 @@ the ledgers in OUT. A share that was stopped, whatever way, goes on when it is r
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from mquant.checkpoint import Stamp, stamp
@@ -35,9 +35,9 @@ from mquant.output import (
 )
 from mquant.plan import Plan, shares
 from mquant.runs.job_spec import JobSpec
-from mquant.runs.quantize import Result, Run, complete
-from mquant.runs.run import check_disk, materialize
-from mquant.runs.spec import Engine, RunSpec, prepare
+from mquant.runs.quantize import judge, run_engine
+from mquant.runs.run import Result, Run, check_disk
+from mquant.runs.spec import Engine, QuantizeSpec, prepare
 from mquant.text import size
 
 
@@ -45,7 +45,7 @@ from mquant.text import size
 class Shares:
     """A plan in shares, made into `out` by whoever takes one. Numbers begin with 1."""
 
-    spec: RunSpec
+    spec: QuantizeSpec
     shared: SharedRun
     out: Path
 
@@ -61,7 +61,7 @@ class Shares:
 
     def look(self) -> State:
         """Say what OUT holds of this run. Raises as `claim`; writes nothing."""
-        return look(self.out, self.spec.local, self.shared)
+        return look(self.out, self.spec.protected, self.shared)
 
     def check_disk(self) -> None:
         """Raise OutputError where not all of OUT fits, whoever makes it."""
@@ -72,7 +72,7 @@ class Shares:
 
         Raises OutputError for an OUT that is not ours, of another run or another number of shares.
         """
-        return claim(self.out, self.spec.local, self.shared)
+        return claim(self.out, self.spec.protected, self.shared)
 
     def make(
         self,
@@ -95,15 +95,15 @@ class Shares:
             emit(Note("info", f"Share {number:,} of {self.shared.of:,} has no shard to make."))
             return True
         files = {path for unit in part.units for path in unit.files}
-        folder = materialize(self.spec.source, emit, only=files)
-        ledger = take_share(self.out, self.spec.local, self.shared, number, patience)
+        source = self.spec.source.materialize(emit, sorted(files))
+        ledger = take_share(self.out, self.spec.protected, self.shared, number, patience)
         if ledger is None:
             return False
         try:
             names = tuple(shard.name for shard in part.shards)
             known = Claim(State.UNFINISHED, names, self.recorded(number))
-            run = Run(self.spec, part.reading_from(folder), self.out, workers, emit)
-            run.make_shards(ledger, known, names)
+            run = Run(self.out, self.spec, source, ledger, known, part, emit, workers)
+            run_engine(run, self.spec, files=names)
         finally:
             ledger.release()
         return True
@@ -114,11 +114,14 @@ class Shares:
         Raises OutputError where a share is not done, or is being made.
         """
         made = None
-        with folder_lock(self.out):
+        with folder_lock(self.out) as ledger:
             if read_shared_run(self.out) is not None:
                 if not is_finished(self.out, self.spec.fingerprint):
-                    complete(self.spec, self.out, self.spec.source, _gather(self), emit)
-                    made = Result(self.out, self.spec.plan, self.spec.engine, fresh=True)
+                    spec, claim = self.spec, Claim(State.UNFINISHED)
+                    run = Run(self.out, spec, spec.source, ledger, claim, spec.plan, emit)
+                    run.digests = _gather(self)
+                    run.assemble(partial(judge, run, spec))
+                    made = run.result(fresh=True)
                 delete_share_files(self.out)
         return made
 
@@ -257,6 +260,3 @@ def _and(numbers: list[int], shown: int = 12) -> str:
     if len(numbers) > shown:
         return f"{', '.join(head)} and {len(numbers) - shown:,} more"
     return " and ".join(filter(None, (", ".join(head[:-1]), head[-1])))
-
-
-__all__ = ["Shares", "Watch", "finish_shares", "in_shares", "reopen"]

@@ -17,11 +17,12 @@ from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, is_shard
 from mquant.checkpoint.hub import HubRepo, NoSuchRepo
 from mquant.checkpoint.upload import HubWriter
 from mquant.errors import OutputError
-from mquant.events import Emit, Progress
-from mquant.output import LEDGER, RECORD, ShardSet
+from mquant.events import Progress
+from mquant.output import LEDGER, RECORD, ShardObserver
 from mquant.output.folder import differences
 from mquant.output.ledger import MOST_BYTES, head_line, parse_ledger, shard_line
 from mquant.plan import Plan, ShardPlan
+from mquant.runs.run import Run
 from mquant.text import names
 from mquant.untrusted import parse_json
 
@@ -89,7 +90,7 @@ def open_destination(
     return found
 
 
-class Shipper:
+class Shipper(ShardObserver):
     """Sends the shards of a run to its destination, one commit after another, in a thread.
 
     At most `room` bytes of shards are in OUT: a new one waits until there is room. Use it as a
@@ -97,16 +98,9 @@ class Shipper:
     the hub refuses or cannot be reached.
     """
 
-    def __init__(
-        self,
-        destination: Destination,
-        out: Path,
-        files: tuple[str, ...],
-        room: float,
-        emit: Emit,
-    ) -> None:
-        self._to, self._out, self._room, self._emit = destination, out, room, emit
-        self._names = files
+    def __init__(self, destination: Destination, run: Run, room: float) -> None:
+        self._to, self._out, self._room, self._emit = destination, run.out, room, run.emit
+        self._names = run.spec.files
         plan = destination.plan
         self._shards = {shard.name: shard for shard in plan.shards}
         self._jobs = dict(zip(self._shards, plan.numbers, strict=True))
@@ -134,24 +128,9 @@ class Shipper:
         if kind is not KeyboardInterrupt:
             self._thread.join()
         if kind is None:
-            self.check()
+            self.poll()
 
-    def follow(self, output: ShardSet) -> None:
-        """Take the shards as `output` completes them, and those that an earlier run left."""
-        settled = output.follow.settled
-
-        def look(units: Any) -> None:
-            self.check()
-            settled(units)
-
-        output.follow.opening, output.follow.completed = self._opening, self._completed
-        output.follow.settled = look
-        for name, digest in output.digests.items():
-            if name not in self.sent:
-                self._here.add(name)
-                self._completed(self._shards[name], digest)
-
-    def check(self) -> None:
+    def poll(self) -> None:
         """Raise what made sending fail, if anything did."""
         if self._failure:
             raise self._failure
@@ -162,18 +141,23 @@ class Shipper:
             self._failure = self._failure or OutputError("Stopped.", _AGAIN)
             self._changed.notify_all()
 
-    def _opening(self, shard: ShardPlan) -> None:
+    def opening(self, shard: ShardPlan) -> None:
+        """Wait until the shard fits into the room."""
         with self._changed:
             self._changed.wait_for(lambda: self._failure or self._fits(shard))
-            self.check()
+            self.poll()
             self._here.add(shard.name)
 
     def _fits(self, shard: ShardPlan) -> bool:
         taken = sum(self._shards[name].file_bytes for name in self._here)
         return taken + shard.file_bytes <= self._room
 
-    def _completed(self, shard: ShardPlan, sha256: str) -> None:
+    def completed(self, shard: ShardPlan, sha256: str) -> None:
+        """Send the shard, unless it is sent already."""
+        if shard.name in self.sent:
+            return
         with self._changed:
+            self._here.add(shard.name)
             self._waiting.append((shard, sha256))
             self._changed.notify_all()
 
@@ -253,6 +237,3 @@ def _refuse_other(repo_id: str, theirs: object, ours: Mapping[str, Any]) -> None
     if theirs != ours:
         differ = differences(theirs, ours)
         raise OutputError(f"{repo_id} is made from something else: {differ}.", "Give another repo.")
-
-
-__all__ = ["LAST", "Destination", "Shipper", "open_destination", "seal", "send_others"]

@@ -1,20 +1,17 @@
 """What a run is to make, and what tells it from another: all that comes before OUT is looked at."""
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mquant.checkpoint import Folder, Source, Stamp
 from mquant.errors import DataFileError, MissingExtra, Refused, UsageError
-from mquant.output import file_names, side_files
+from mquant.output import side_files
 from mquant.plan import Plan
 from mquant.recipe import Recipe
-from mquant.runs.run import check_plain
-from mquant.runs.scratch import stamps_of
+from mquant.runs.run import RunSpec, check_plain
 from mquant.schemes import SCHEMES
 
 if TYPE_CHECKING:
@@ -65,51 +62,16 @@ def choose_engine(wanted: Engine, recipe: Recipe) -> Engine:
     return Engine.STREAM if wanted is Engine.AUTO else wanted
 
 
-@dataclass(frozen=True)
-class RunSpec:
-    """What a run is to make: a plan, and whatever else decides about its bytes.
+@dataclass(frozen=True, kw_only=True)
+class QuantizeSpec(RunSpec):
+    """What `mquant quantize` is to make.
 
-    `fingerprint` tells it from another run, wherever they run; `identity` is the source's,
-    `versions` are of the packages that matter to the engine.
+    `importance` weighs errors if scales are searched; `data` is what the recipe is calibrated with.
     """
 
-    plan: Plan
-    engine: Engine
-    versions: dict[str, str]
-    identity: dict[str, str]
-    fingerprint: dict[str, str]
+    kind: Engine
     importance: "Importance | None"
     data: str | None
-
-    @property
-    def source(self) -> Source:
-        """Where the plan's tensors are."""
-        return self.plan.survey.checkpoint.source
-
-    @property
-    def local(self) -> list[Path]:
-        """Folders that must not be written to."""
-        return [self.source.root] if isinstance(self.source, Folder) else []
-
-    @property
-    def sides(self) -> tuple[str, ...]:
-        """Files of the source that go along."""
-        return side_files(self.plan.survey.checkpoint)
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Every file that the finished checkpoint has."""
-        return file_names(self.plan, self.sides)
-
-    @property
-    def file_bytes(self) -> int:
-        """Bytes of all that will be in OUT, but for JSON and recipe."""
-        return self.plan.file_bytes + sum(self.source.files[path] for path in self.sides)
-
-    @property
-    def stamps(self) -> Mapping[str, Stamp]:
-        """Of the source's shards; equal on all machines. Files of a commit never change."""
-        return stamps_of(self.source, self.plan.survey.checkpoint.shards)
 
 
 def prepare(
@@ -117,8 +79,8 @@ def prepare(
     engine: Engine = Engine.AUTO,
     importance: Path | None = None,
     data: str | None = None,
-) -> RunSpec:
-    """Check what can be checked of a run, and say what tells it from another.
+) -> QuantizeSpec:
+    """Check what can be checked of a run before OUT is looked at.
 
     Raises as `quantize`, but for what is about OUT.
     """
@@ -126,18 +88,31 @@ def prepare(
 
     if plan.refusals:
         raise Refused(plan.refusals)
-    engine = choose_engine(engine, plan.recipe)
+    kind = choose_engine(engine, plan.recipe)
     check_data(plan.recipe, data)
-    if engine is Engine.ONESHOT:
+    if kind is Engine.ONESHOT:
         check_plain(plan, "The oneshot engine")
-    versions = _versions(engine)
-    identity = plan.survey.checkpoint.source.identity()
-    fingerprint = {**identity, "plan": plan.fingerprint, "engine": engine.value, **versions}
-    weights = read_importance(importance, plan)
+    versions, source = _versions(kind), plan.survey.checkpoint.source
+    identity, weights = source.identity(), read_importance(importance, plan)
+    fingerprint = {**identity, "plan": plan.fingerprint, "engine": kind.value, **versions}
     fingerprint |= importance_fingerprint(plan.recipe, weights)
     if data is not None:
         fingerprint["data"] = _identity_of(data)
-    return RunSpec(plan, engine, versions, identity, fingerprint, weights, data)
+    return QuantizeSpec(
+        plan=plan,
+        source=source,
+        parent=identity,
+        fingerprint=fingerprint,
+        side_files=dict.fromkeys(side_files(plan.survey.checkpoint), source),
+        engine={"name": kind.value, "versions": versions},
+        stage="quantize",
+        protected=source.folders,
+        # oneshot starts over: its modules come in the order of the model, not of the output.
+        resumes=kind is Engine.STREAM,
+        kind=kind,
+        importance=weights,
+        data=data,
+    )
 
 
 def check_engine(engine: Engine, option: str) -> None:
@@ -180,6 +155,3 @@ def _versions(engine: Engine) -> dict[str, str]:
         return {package: version(package) for package in _DECISIVE[engine]}
     except PackageNotFoundError:
         raise MissingExtra(f"The {engine} engine", engine.value) from None
-
-
-__all__ = ["Engine", "RunSpec", "check_data", "check_engine", "choose_engine", "prepare"]
