@@ -57,7 +57,7 @@ def main() -> None:
         half = ["--workers", str(cores // 2 + 1)]
         runs = {
             "whole": [quantize(src, out)],
-            "two shares": [[*quantize(src, out), *half, "--job", f"{i}/2"] for i in (1, 2)],
+            "two shares": [[*quantize(src, out), *half, "--share", f"{i}/2"] for i in (1, 2)],
             "scratch": [[*quantize("org/model", out), "--scratch", str(SCRATCH)]],
         }
         try:

@@ -124,7 +124,7 @@ def ray(case: Case) -> str:
         ["machines", *(f"{n:,}" for n in counts)],
         [
             ["`--cluster ray`", *(span(on_ray(case, n, net, 100e9)) for n in counts)],
-            ["`--job i/N`", *(span(in_jobs(case, n, net, 100e9).seconds) for n in counts)],
+            ["`--share i/N`", *(span(in_jobs(case, n, net, 100e9).seconds) for n in counts)],
         ],
     )
 
@@ -157,7 +157,7 @@ def again(case: Case) -> str:
     total = sum(case.files.values())
     each = ", ".join(f"{n}: {size(b)} ({b / total:.1%})" for n, b in found.items())
     return (
-        "Shares of a hub repo (`--job` with a repo id) download the files they need whole, and "
+        "Shares of a hub repo (`--share` with a repo id) download the files they need whole, and "
         f"neighbours share those at their edges. Fetched again, by number of shares: {each}."
     )
 

@@ -180,7 +180,7 @@ def single(case: Case, shard_bytes: int) -> tuple[Share, ...]:
 
 @cache
 def parts(case: Case, shard_bytes: int, of: int) -> tuple[Share, ...]:
-    """The shares as `mquant quantize --job i/N` takes them."""
+    """The shares as `mquant quantize --share i/N` takes them."""
     works = iter(single(case, shard_bytes))
     cuts = [len(part.shards) for part in shares(cut(case, shard_bytes), of)]
     return tuple(_together([next(works) for _ in range(count)]) for count in cuts)
@@ -207,7 +207,7 @@ def streaming(work: Share, network: float, cores: int = CORES) -> Task:
 def in_jobs(
     case: Case, machines: int, network: float, storage: float, shard_bytes: int = SHARD
 ) -> Outcome:
-    """`mquant quantize --job i/N` on each of N machines, then `mquant finish`."""
+    """`mquant quantize --share i/N` on each of N machines, then `mquant finish`."""
     begin: Task = (
         Phase(LAUNCH + case.start, 1.0),
         Phase(case.samples, 1 / SAMPLE, SAMPLING, 1.0),

@@ -1,4 +1,4 @@
-"""`mquant quantize --job`, `mquant finish` and `--cluster`, as a person uses them."""
+"""`mquant quantize --share`, `mquant finish` and `--cluster`, as a person uses them."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_shares_and_finish_give_what_one_command_gives() -> None:
     assert quantize("-o", "whole").exit_code == 0
     for number in (1, 2, 3):
-        made = quantize("-o", "out", "--job", f"{number}/3")
+        made = quantize("-o", "out", "--share", f"{number}/3")
         assert made.exit_code == 0, made.output
         assert f"Made share {number} of 3 in out\n" in made.stdout
         assert "mquant finish out, when all shares are done" in made.stdout
@@ -54,7 +54,7 @@ def test_shares_and_finish_give_what_one_command_gives() -> None:
 
 
 def test_json_says_which_share_and_what_is_in_it() -> None:
-    found = document(quantize("-o", "out", "--job", "2/3", "--format", "json"))
+    found = document(quantize("-o", "out", "--share", "2/3", "--format", "json"))
     assert (found["schema"], found["ok"], found["already_done"]) == (
         "mquant.quantize/1",
         True,
@@ -63,27 +63,27 @@ def test_json_says_which_share_and_what_is_in_it() -> None:
     share = found["share"]
     assert (share["number"], share["of"]) == (2, 3)
     assert share["file_bytes"] == sum((Path("out") / n).stat().st_size for n in share["shards"])
-    again = document(quantize("-o", "out", "--job", "2/3", "--format", "json"))
+    again = document(quantize("-o", "out", "--share", "2/3", "--format", "json"))
     assert again["already_done"] is True
 
 
 def test_finish_says_in_json_what_was_made_and_that_it_was_there() -> None:
-    quantize("-o", "out", "--job", "1/1")
+    quantize("-o", "out", "--share", "1/1")
     found = document(mquant("finish", "out", "--format", "json"))
     assert (found["schema"], found["ok"], found["already_done"]) == ("mquant.finish/1", True, False)
     assert found["totals"]["output"]["shards"] == len(list(Path("out").glob("*.safetensors")))
     again = mquant("finish", "out")
     assert (again.exit_code, again.stdout) == (0, "Already done: out\n")
-    assert "mquant finish" not in quantize("-o", "out", "--job", "1/1").stdout
+    assert "mquant finish" not in quantize("-o", "out", "--share", "1/1").stdout
 
 
 def test_finish_names_the_share_that_is_missing() -> None:
-    quantize("-o", "out", "--job", "1/2")
+    quantize("-o", "out", "--share", "1/2")
     result = mquant("finish", "out")
     assert (result.exit_code, result.stdout) == (1, "")
     first, second = result.stderr.splitlines()
     assert first.startswith("Error: Share 2 of 2 is not done: ")
-    assert second.startswith("Run the same mquant quantize with --job 2/2, ")
+    assert second.startswith("Run the same mquant quantize with --share 2/2, ")
 
 
 def test_finish_of_a_folder_without_shares_is_one_sentence() -> None:
@@ -92,9 +92,11 @@ def test_finish_of_a_folder_without_shares_is_one_sentence() -> None:
     assert result.stderr.startswith("Error: nowhere holds no shares to finish.\n")
 
 
-@pytest.mark.parametrize("job", ["0/3", "4/3", "3", "1/0", "-1/3", "1/2/3", "a/b", "1/10001", "²"])
-def test_what_is_no_share_is_a_usage_error(unit: str) -> None:
-    result = quantize("-o", "out", "--job", unit)
+@pytest.mark.parametrize(
+    "share", ["0/3", "4/3", "3", "1/0", "-1/3", "1/2/3", "a/b", "1/10001", "²"]
+)
+def test_what_is_no_share_is_a_usage_error(share: str) -> None:
+    result = quantize("-o", "out", "--share", share)
     assert result.exit_code == 2
     assert result.stderr.endswith("Write it like 3/16: the third of 16, the first is 1.\n")
 
@@ -102,10 +104,10 @@ def test_what_is_no_share_is_a_usage_error(unit: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--job", "1/2", "--cluster", "ray"),
-        ("--job", "1/2", "--engine", "oneshot"),
+        ("--share", "1/2", "--cluster", "ray"),
+        ("--share", "1/2", "--engine", "oneshot"),
         ("--cluster", "ray", "--engine", "oneshot"),
-        ("--job", "1/2", "--restart"),
+        ("--share", "1/2", "--restart"),
         ("--cluster", "ray", "--restart"),
     ],
 )
@@ -115,7 +117,7 @@ def test_what_does_not_go_together_is_a_usage_error(options: tuple[str, ...]) ->
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("how", [("--job", "1/2"), ("--cluster", "ray")])
+@pytest.mark.parametrize("how", [("--share", "1/2"), ("--cluster", "ray")])
 def test_calibrated_recipes_are_made_as_a_whole(how: tuple[str, str]) -> None:
     Path("text.txt").write_text("words")
     given = ("quantize", "model", "--recipe", "nvfp4-gptq", "--data", "text.txt", "-o", "out")
@@ -126,7 +128,7 @@ def test_calibrated_recipes_are_made_as_a_whole(how: tuple[str, str]) -> None:
 
 
 def test_data_that_says_nothing_is_refused_in_shares_too() -> None:
-    result = quantize("-o", "out", "--job", "1/2", "--data", "text.txt")
+    result = quantize("-o", "out", "--share", "1/2", "--data", "text.txt")
     assert result.exit_code == 2
     assert "needs no data, so --data says nothing" in result.stderr
 

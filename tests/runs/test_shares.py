@@ -202,7 +202,7 @@ def test_a_missing_share_is_named_and_nothing_changes(
         f"Shares 1 and 3 of 3 are not done: {left:.1f} kB of {total:.1f} kB are still to be read."
     )
     assert error.fix == (
-        "Run the same mquant quantize with --job 1/3 and so on, or with --cluster ray; "
+        "Run the same mquant quantize with --share 1/3 and so on, or with --cluster ray; "
         "then this again."
     )
     assert hashes(out) == before

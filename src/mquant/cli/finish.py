@@ -14,12 +14,12 @@ from mquant.cli.text import clean
 
 Out = Annotated[
     Path,
-    typer.Argument(metavar="OUT", help="The folder that --job wrote into.", show_default=False),
+    typer.Argument(metavar="OUT", help="The folder that --share wrote into.", show_default=False),
 ]
 
 
 def finish(out_folder: Out, form: FormatChoice = Format.HUMAN) -> None:
-    """Complete what `mquant quantize --job 1/N` to `--job N/N` have made.
+    """Complete what `mquant quantize --share 1/N` to `--share N/N` have made.
 
     OUT says what that is: nothing else need be given. Where a share is not done, it is named, and
     nothing changes. The source must be where it was, for its headers and side files.

@@ -53,9 +53,9 @@ def make(
     verb: str,
     src: str | None,
     recipe: str | None,
-    *,
     revision: str | None,
     max_shard_size: str | None,
+    *,
     allow_unsafe: bool,
 ) -> "Plan":
     """The plan for what a person typed after `verb`; it may hold refusals.

@@ -1,8 +1,10 @@
 """`mquant quantize`: the main job."""
 
+from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,7 +26,7 @@ from mquant.cli.options import (
 from mquant.cli.output import Format, Output, output
 from mquant.cli.plan import make, show_plan
 from mquant.cli.progress import progress
-from mquant.cli.results import tell_result, tell_share, tell_shipped
+from mquant.cli.results import tell_result, tell_share
 from mquant.cli.source import default_out, is_repo_id
 from mquant.cli.text import clean, parse_share, parse_size
 from mquant.errors import UsageError
@@ -33,6 +35,11 @@ from mquant.runs.spec import Engine, check_data
 if TYPE_CHECKING:
     from mquant.plan import Plan
     from mquant.runs.job_spec import JobSpec
+    from mquant.runs.run import Result
+
+
+CarryOut = Callable[..., "Result"]
+"""Carries out a plan, given the options of a run."""
 
 
 class Cluster(StrEnum):
@@ -56,9 +63,11 @@ PushTo = Annotated[
         show_default=False,
     ),
 ]
-WorkUnit = Annotated[
+Share = Annotated[
     str | None,
     typer.Option(
+        "--share",
+        "--job",
         metavar="I/N",
         help="Make share I of N, and leave the rest to other processes; then: mquant finish OUT.",
         show_default=False,
@@ -83,7 +92,7 @@ def quantize(
     push_to: PushTo = None,
     public: Public = False,
     workers: Workers = None,
-    unit: WorkUnit = None,
+    share: Share = None,
     cluster: OnCluster = None,
     restart: Restart = False,
     allow_unsafe: AllowUnsafe = False,
@@ -96,82 +105,67 @@ def quantize(
     command again is safe: a finished folder is left alone, an unfinished one is
     gone on with.
 
-    Many machines: run it with --job 1/N to --job N/N, whatever starts these, into an OUT that all
-    of them see, then `mquant finish OUT`; or once with --cluster ray, on the cluster at
+    Many machines: run it with --share 1/N to --share N/N, whatever starts these, into an OUT that
+    all of them see, then `mquant finish OUT`; or once with --cluster ray, on the cluster at
     RAY_ADDRESS, the one that runs here, or else one of this machine alone. The result is the same,
     byte for byte.
 
     Example: mquant quantize ./MiniMax-M2.7-REAP --recipe nvfp4 -o ./MiniMax-M2.7-REAP-NVFP4
     """
     with output("quantize", form) as out:
-        share = None if unit is None else parse_share(unit)
-        _check_options(share, cluster, engine, push_to or scratch, restart=restart)
-        if push_to is not None and not is_repo_id(push_to):
-            example = "--push-to org/MiniMax-M2.7-REAP-NVFP4"
-            raise UsageError(f"{clean(push_to[:96])!r} is no hub repo id.", f"Example: {example}")
+        part = None if share is None else parse_share(share)
+        _check_options(part, cluster, engine, push_to or scratch, restart=restart)
+        _check_repo(push_to)
         limit = None if scratch is None else parse_size(scratch)
-        plan = make(
-            "quantize",
-            src,
-            recipe,
-            revision=revision,
-            max_shard_size=max_shard_size,
-            allow_unsafe=allow_unsafe,
-        )
+        plan = make("quantize", src, recipe, revision, max_shard_size, allow_unsafe=allow_unsafe)
         if dry_run or plan.refusals:
             show_plan(out, plan, out_folder)
             check_data(plan.recipe, data)
             return
         out.report(plan.findings)
-        from mquant.runs.quantize import quantize as carry_out
-
         where = out_folder or default_out(plan.survey.checkpoint.source, plan.recipe.suffix)
-        if push_to is not None:
-            from mquant.runs.hub_to_hub import quantize_to_hub
-
-            if not plan.recipe.needs_data:  # which no shard is made with alone, whatever the data
-                check_data(plan.recipe, data)
-            with progress(out) as emit:
-                shipped = quantize_to_hub(
-                    plan,
-                    where,
-                    push_to,
-                    public=public,
-                    engine=engine,
-                    importance=importance,
-                    workers=workers,
-                    scratch=limit,
-                    restart=restart,
-                    emit=emit,
-                )
-            tell_shipped(out, shipped)
-            return
-        if share is None and cluster is None:
-            with progress(out) as emit:
-                result = carry_out(
-                    plan,
-                    where,
-                    engine=engine,
-                    importance=importance,
-                    data=data,
-                    workers=workers,
-                    scratch=limit,
-                    restart=restart,
-                    emit=emit,
-                )
-            tell_result(out, result)
-            return
-        if not plan.recipe.needs_data:  # which there are no shares of, whatever the data
-            check_data(plan.recipe, data)
         job_spec = _job_spec(plan, max_shard_size, importance, allow_unsafe=allow_unsafe)
-        if share is not None:
-            _make_share(out, plan, job_spec, where, share, workers)
+        # What goes through the whole model is refused below, whatever the data.
+        if not plan.recipe.needs_data:
+            check_data(plan.recipe, data)
+        if part is not None:
+            _make_share(out, plan, job_spec, where, part, workers)
+            return
+        how = {"engine": engine, "importance": importance}
+        if push_to is not None:
+            carry_out = _into_repo(plan, where, push_to, public=public, **how)
+        elif cluster is not None:
+            carry_out = _on_cluster(plan, job_spec, where)
         else:
-            from mquant.runs.ray_cluster import quantize_on_ray
+            carry_out = _into_folder(plan, where, data=data, **how)
+        with progress(out) as emit:
+            result = carry_out(workers=workers, scratch=limit, restart=restart, emit=emit)
+        tell_result(out, result)
 
-            with progress(out) as emit:
-                result = quantize_on_ray(plan, job_spec, where, workers=workers, emit=emit)
-            tell_result(out, result)
+
+def _into_folder(plan: "Plan", where: Path, **how: Any) -> CarryOut:
+    from mquant.runs.quantize import quantize as into_folder
+
+    return partial(into_folder, plan, where, **how)
+
+
+def _into_repo(plan: "Plan", where: Path, repo: str, **how: Any) -> CarryOut:
+    from mquant.runs.hub_to_hub import quantize_to_hub
+
+    return partial(quantize_to_hub, plan, where, repo, **how)
+
+
+def _on_cluster(plan: "Plan", job_spec: "JobSpec", where: Path) -> CarryOut:
+    from mquant.runs.ray_cluster import quantize_on_ray
+
+    return partial(quantize_on_ray, plan, job_spec, where)
+
+
+def _check_repo(push_to: str | None) -> None:
+    """Raise UsageError for a destination that is no hub repo id."""
+    if push_to is not None and not is_repo_id(push_to):
+        example = "--push-to org/MiniMax-M2.7-REAP-NVFP4"
+        raise UsageError(f"{clean(push_to[:96])!r} is no hub repo id.", f"Example: {example}")
 
 
 def _check_options(
@@ -187,17 +181,17 @@ def _check_options(
         return
     if share is not None and cluster is not None:
         raise UsageError(
-            "--job is one share of the work, --cluster all of it.", "Leave one of them out."
+            "--share is one part of the work, --cluster all of it.", "Leave one of them out."
         )
     if alone is not None:
         raise UsageError(
             "--scratch and --push-to are of a run on one machine.",
-            "Leave them out: with --job and --cluster each machine gets the files of its shares.",
+            "Leave them out: with --share and --cluster each machine gets the files of its shares.",
         )
     if engine is Engine.ONESHOT:
         raise UsageError(
             "The oneshot engine takes a model as a whole: there are no shares of it.",
-            "Leave out --engine oneshot, or --job and --cluster.",
+            "Leave out --engine oneshot, or --share and --cluster.",
         )
     if restart:
         raise UsageError(

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 def tell_result(out: Output, result: "Result") -> None:
     """Show what was quantized."""
     plan = result.plan
+    if result.page:
+        _tell_pushed(out, result)
+        return
     out.put(
         out=str(result.out),
         already_done=not result.fresh,
@@ -82,7 +85,7 @@ def tell_share(out: Output, run: "Shares", number: int, *, fresh: bool) -> None:
     )
 
 
-def tell_shipped(out: Output, done: "Result") -> None:
+def _tell_pushed(out: Output, done: "Result") -> None:
     """Show what a hub repo holds now."""
     plan = done.plan
     out.put(
@@ -104,4 +107,4 @@ def tell_shipped(out: Output, done: "Result") -> None:
     )
 
 
-__all__ = ["tell_result", "tell_share", "tell_shipped"]
+__all__ = ["tell_result", "tell_share"]

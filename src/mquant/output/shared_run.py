@@ -88,7 +88,7 @@ def look(out: Path, sources: Sequence[Path], shared: SharedRun) -> State:
         if state is State.UNFINISHED:
             raise OutputError(
                 f"{out} is being made as a whole, not in shares.",
-                "Run that command again, without --job and --cluster; or give another -o.",
+                "Run that command again, without --share and --cluster; or give another -o.",
             )
         return state
     check_version(out, found)
@@ -97,7 +97,7 @@ def look(out: Path, sources: Sequence[Path], shared: SharedRun) -> State:
     if found.of != shared.of:
         raise OutputError(
             f"{out} is being made in {found.of:,} shares, not in {shared.of:,}.",
-            f"Take shares of {found.of}, as in --job 1/{found.of}; or give another folder with -o.",
+            f"Take shares of {found.of}, as in --share 1/{found.of}; or give another -o.",
         )
     return State.UNFINISHED
 

@@ -1,9 +1,10 @@
 """Mend a checkpoint with its parent: into a new folder, in place, or as files for its hub repo."""
 
 import hashlib
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final, Unpack, cast
 
@@ -34,8 +35,9 @@ def repair(diagnosis: Diagnosis, out: Path, **options: Unpack[RunOptions]) -> Re
     Of a local checkpoint that is all of it: shards without a change are hard links. Of a hub repo
     it is the files that have to be uploaded. Raises as `mquant.runs.convert.convert`.
     """
-    whole = bool(diagnosis.bad.source.folders)
-    return _Repair(diagnosis, whole).carry_out(out, **options)
+    mend = _Repair(diagnosis, whole=bool(diagnosis.bad.source.folders))
+    with Run.claim(out, mend.spec, fetch=mend.fetch(options), **options) as run:
+        return mend.carry_out(run)
 
 
 def repair_in_place(diagnosis: Diagnosis, **options: Unpack[RunOptions]) -> Result:
@@ -45,7 +47,9 @@ def repair_in_place(diagnosis: Diagnosis, **options: Unpack[RunOptions]) -> Resu
     renames take, it has no config.json.
     """
     (root,) = diagnosis.bad.source.folders
-    made = _Repair(diagnosis, whole=False).carry_out(root / WORK, **options)
+    mend = _Repair(diagnosis, whole=False)
+    with Run.claim(root / WORK, mend.spec, fetch=mend.fetch(options), **options) as run:
+        made = mend.carry_out(run)
     stage(root, diagnosis.obsolete)
     apply(root)
     return replace(made, out=root)
@@ -74,7 +78,7 @@ class _Repair:
     def kept(self) -> list[str]:
         return sorted(self.diagnosis.mending.kept)
 
-    @property
+    @cached_property
     def spec(self) -> RunSpec:
         mending, parent = self.diagnosis.mending, self.diagnosis.parent.source
         own = side_files(self.bad, cards=True)
@@ -95,28 +99,27 @@ class _Repair:
             extra_record=self._record(),
         )
 
-    def carry_out(self, out: Path, **options: Unpack[RunOptions]) -> Result:
-        mending, spec = self.diagnosis.mending, self.spec
-        with Run.claim(out, spec, fetch=lambda: self._here(spec, options), **options) as run:
-            if run.done:
-                return run.result(fresh=False)
-            from mquant.engines import stream  # numba
+    def carry_out(self, run: Run) -> Result:
+        if run.done:
+            return run.result(fresh=False)
+        from mquant.engines import stream  # numba
 
-            weigh = weigher(mending.right.recipe, self.diagnosis.importance)
-            with closing(AssemblyReader(cast(Assembly, run.source))) as reader:
-                run.write_shards(lambda output: stream.run(reader, output, run.threads, weigh))
-                parent_bytes = reader.bytes_read.get(self.diagnosis.parent.source, 0)
-            self._link(out)
-            made = run.finish(partial(self._judge, run), self._kept_files(run.emit))
+        weigh = weigher(self.spec.plan.recipe, self.diagnosis.importance)
+        with closing(AssemblyReader(cast(Assembly, run.source))) as reader:
+            run.write_shards(lambda output: stream.run(reader, output, run.threads, weigh))
+            parent_bytes = reader.bytes_read.get(self.diagnosis.parent.source, 0)
+        self._link(run)
+        made = run.finish(partial(self._judge, run), self._kept_files(run.emit))
         return replace(made, parent_bytes=parent_bytes)
 
-    def _here(self, spec: RunSpec, options: RunOptions) -> Source:
-        """The files that are read, on this machine: of a broken repo the shards that are needed.
+    def fetch(self, options: RunOptions) -> Callable[[], Source]:
+        """What brings the files here that are read: of a broken repo the shards that are needed.
 
         A parent on the hub is read by ranges.
         """
-        needed = {a.source.shard for a in spec.shards.actions if a.source.shard.startswith(BAD)}
-        return spec.source.materialize(options.get("emit", silent), sorted(needed))
+        shards = {action.source.shard for action in self.spec.shards.actions}
+        needed = sorted(shard for shard in shards if shard.startswith(BAD))
+        return partial(self.spec.source.materialize, options.get("emit", silent), needed)
 
     def _fingerprint(self) -> dict[str, str]:
         origin = hashlib.sha256()
@@ -144,10 +147,10 @@ class _Repair:
         digests = {**known, **dict(sha256_of(source, unknown, emit))}
         return {name: {"bytes": source.files[name], "sha256": digests[name]} for name in names}
 
-    def _link(self, out: Path) -> None:
+    def _link(self, run: Run) -> None:
         for folder in self.bad.source.folders if self.whole else ():
             for name in self.kept:
-                link(folder / name, out / name)
+                link(folder / name, run.out / name)
 
     def _record(self) -> dict[str, Any]:
         """What mquant.json says of the repairs, this one included."""

@@ -50,7 +50,7 @@ def quantize_to_hub(
             with Shipper(to, run, shards) as shipper:
                 run_engine(run, spec, files, shipper, shipper.sent)
             run.assemble(partial(_judge, run, spec, to))
-            seal(to, out)
+            seal(to, run)
         discard(out, spec.files)
         run.claimed.complete()
     out.rmdir()
@@ -83,6 +83,6 @@ def _share_out(plan: Plan, scratch: int | None) -> tuple[int | None, float]:
 def _judge(run: Run, spec: QuantizeSpec, to: Destination, local: Source) -> None:
     """Send all but index and config.json, and judge the repo as it will be with these."""
     others = [name for name in spec.files if name not in LAST and name not in run.digests]
-    repo = send_others(to, run.out, others, run.digests)
+    repo = send_others(to, run, others)
     check_headers_as_planned(repo, spec.plan)
     judge(run, spec, Overlay(repo, {name: local.read(name) for name in LAST}))

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mquant.checkpoint import Folder, Source, open_checkpoint
-from mquant.errors import OutputError, SourceError
+from mquant.errors import SourceError
 from mquant.family import load_families
 from mquant.plan import Plan, make_plan
 from mquant.recipe import Recipe
@@ -83,16 +83,12 @@ class JobSpec(BaseModel):
         )
 
     @classmethod
-    def read(cls, out: Path, value: dict[str, Any]) -> Self:
-        """What lies in OUT. Raises OutputError where it is no order."""
+    def read(cls, value: dict[str, Any]) -> Self:
+        """The job spec that lies in OUT. Raises ValueError, naming the key that is wrong."""
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            where = ".".join(str(part) for part in error.errors()[0]["loc"])
-            raise OutputError(
-                f"What {out} is being made from is not as mquant writes it ({where[:80]}).",
-                "Give another folder with -o, or delete this one.",
-            ) from None
+            raise ValueError(".".join(map(str, error.errors()[0]["loc"]))[:80]) from None
 
     def plan(self) -> Plan:
         """Make the plan again, from the source's headers."""

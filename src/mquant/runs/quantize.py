@@ -87,7 +87,7 @@ def judge(run: Run, spec: QuantizeSpec, made: Source) -> None:
     than making them. What the plan says of the source, or was asked for (--allow-unsafe), does not
     count. Raises SourceError for a side file that is not the hub's, EngineError for an error.
     """
-    check_side_files(run.source, spec.side_files, run.out)
+    check_side_files(run)
     rules = {finding.rule for finding in spec.plan.findings}
     run.judge(made, ignoring=rules, parent=None if spec.kind is Engine.STREAM else run.source)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from mquant import __version__
 from mquant.checkpoint import Stamp, stamp
@@ -24,7 +24,7 @@ from mquant.events import Emit, Note, Progress, silent
 from mquant.output import SHARES, State, read_shared_run
 from mquant.plan import Plan
 from mquant.runs.job_spec import FolderAt, JobSpec
-from mquant.runs.run import MOST_CORES, Result
+from mquant.runs.run import MOST_CORES, Result, RunOptions
 from mquant.runs.shares import Shares, Watch, in_shares, reopen
 from mquant.runs.spec import Engine
 from mquant.text import plural, size
@@ -45,7 +45,7 @@ _SAME_PATH: Final = "Put source and OUT on storage that all nodes mount at the s
 
 
 def quantize_on_ray(
-    plan: Plan, job_spec: JobSpec, out: Path, *, workers: int | None = None, emit: Emit = silent
+    plan: Plan, job_spec: JobSpec, out: Path, **options: Unpack[RunOptions]
 ) -> Result:
     """Write the checkpoint that `plan` describes into `out`, in tasks of a Ray cluster.
 
@@ -54,6 +54,7 @@ def quantize_on_ray(
     Shares that were made in whatever way before are not made again. Raises as `quantize`, and
     MissingExtra without Ray.
     """
+    workers, emit = options.get("workers"), options.get("emit", silent)
     begun = read_shared_run(out)
     run = in_shares(plan, job_spec, out.absolute(), begun.of if begun else max(len(plan.shards), 1))
     if run.look() is State.DONE:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mquant.checkpoint import Source, TensorInfo
@@ -85,13 +84,13 @@ def spooled(run: Run, output: ShardSet, room: int) -> Iterator["Spool"]:
     spool.clear()
 
 
-def check_side_files(source: Source, files: Iterable[str], out: Path) -> None:
+def check_side_files(run: Run) -> None:
     """Raise SourceError where a file that was copied from a hub is not the one that it lists."""
-    if source.folders:
+    if run.source.folders:
         return
-    repo = _hub_of(source)
-    for path in files:
-        if not repo.lists(path, (out / path).read_bytes()):
+    repo = _hub_of(run.source)
+    for path in run.spec.side_files:
+        if not repo.lists(path, (run.out / path).read_bytes()):
             raise SourceError(
                 f"{path} of {repo.repo_id} is not the file that {repo.host} lists.",
                 "Run the same command again: it gets the file anew.",

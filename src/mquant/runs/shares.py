@@ -186,7 +186,7 @@ def in_shares(plan: Plan, job_spec: JobSpec, out: Path, of: int) -> Shares:
         raise UsageError(
             f"Recipe {plan.recipe.name} sends data through the whole model, so there are no shares "
             "of it.",
-            "Leave out --job and --cluster.",
+            "Leave out --share and --cluster.",
         )
     spec = prepare(plan, Engine.STREAM, job_spec.importance_file)
     return Shares(spec, SharedRun(of, spec.fingerprint, job_spec.model_dump(mode="json")), out)
@@ -202,7 +202,13 @@ def reopen(out: Path) -> Shares | None:
     if shared is None:
         return None
     check_version(out, shared)
-    job_spec = JobSpec.read(out, shared.job_spec)
+    try:
+        job_spec = JobSpec.read(shared.job_spec)
+    except ValueError as error:
+        raise OutputError(
+            f"What {out} is being made from is not as mquant writes it ({error}).",
+            "Give another folder with -o, or delete this one.",
+        ) from None
     run = in_shares(job_spec.plan(), job_spec, out, shared.of)
     if run.shared.fingerprint != shared.fingerprint:
         fix = "Bring the source back as it was; or delete OUT, and begin anew."
@@ -221,7 +227,7 @@ def finish_shares(out: Path, emit: Emit = silent) -> Result | None:
         if not is_finished(out):
             raise OutputError(
                 f"{out} holds no shares to finish.",
-                "Make them first: mquant quantize ... --job i/N. A run that is not in shares is "
+                "Make them first: mquant quantize ... --share i/N. A run that is not in shares is "
                 "finished by its own command.",
             )
         if (out / LEDGER).exists():
@@ -249,7 +255,7 @@ def _gather(run: Shares) -> dict[str, str]:
     raise OutputError(
         f"Share{'' if one else 's'} {_and(lacking)} of {of:,} {'is' if one else 'are'} not done: "
         f"{size(left)} of {size(total)} are still to be read.",
-        f"Run the same mquant quantize with --job {lacking[0]}/{of}"
+        f"Run the same mquant quantize with --share {lacking[0]}/{of}"
         f"{'' if one else ' and so on'}, or with --cluster ray; then this again.",
     )
 

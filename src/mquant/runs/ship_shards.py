@@ -199,27 +199,25 @@ class Shipper(ShardObserver):
         self._emit(Progress("upload", sent, self._to.plan.file_bytes))
 
 
-def send_others(
-    to: Destination, out: Path, others: list[str], digests: Mapping[str, str]
-) -> HubRepo:
+def send_others(to: Destination, run: Run, others: list[str]) -> HubRepo:
     """Send the files but index and config.json; returns the repo as it is then.
 
-    Raises OutputError where it does not hold them, and the shards with these `digests`, and no
+    Raises OutputError where it does not hold them, and the shards with the run's digests, and no
     other.
     """
-    to.writer.commit("Add all but index and config.json", {name: out / name for name in others})
+    to.writer.commit("Add all but index and config.json", {name: run.out / name for name in others})
     repo = HubRepo(to.writer.repo_id)
-    wrong = [name for name, digest in digests.items() if repo.sha256.get(name) != digest]
-    wrong += [name for name in others if not _holds(repo, name, (out / name).read_bytes())]
-    wrong += [name for name in repo.files if is_shard(name) and name not in digests]
+    wrong = [name for name, digest in run.digests.items() if repo.sha256.get(name) != digest]
+    wrong += [name for name in others if not _holds(repo, name, (run.out / name).read_bytes())]
+    wrong += [name for name in repo.files if is_shard(name) and name not in run.digests]
     if wrong:
         raise OutputError(f"{repo.repo_id} does not hold {names(wrong)} as made.", _AGAIN)
     return repo
 
 
-def seal(to: Destination, out: Path) -> None:
+def seal(to: Destination, run: Run) -> None:
     """Send index and config.json: now it is whole."""
-    last: dict[str, Path | bytes] = {name: out / name for name in LAST}
+    last: dict[str, Path | bytes] = {name: run.out / name for name in LAST}
     to.writer.commit("Add index and config.json: now it is whole", last, [LEDGER])
 
 
