@@ -6,7 +6,7 @@ import json
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from make import make_row as row
 from mquant.checkpoint import Folder, Stamp
 from mquant.errors import EngineError, OutputError
 from mquant.events import Event, Progress
-from mquant.output import PARTIAL, Ledger, ShardSet
+from mquant.output import PARTIAL, Ledger, ShardObserver, ShardSet
 from mquant.output.ledger import read_ledger
-from mquant.plan import OutputTensor, Plan, WorkUnit
+from mquant.plan import OutputTensor, Plan, ShardPlan, WorkUnit
 from run import plan_of
 
 RUN = {"plan": "aa"}
@@ -340,3 +340,58 @@ def test_committing_while_others_write_counts_only_whole_jobs(
     assert recorded is not None
     assert recorded.units.keys() == set(range(sum(len(shard.units) for shard in plan.shards)))
     assert_whole(out, plan, shards.digests)
+
+
+class Listening(ShardObserver):
+    """Remembers what it is told; fails when it is polled, if told to."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.fails = fails
+        self.shards: list[str] = []
+        self.units: set[int] = set()
+
+    def settled(self, units: Iterable[int]) -> None:
+        self.units.update(units)
+
+    def completed(self, shard: ShardPlan, sha256: str) -> None:
+        self.shards.append(f"{shard.name} {sha256}")
+
+    def poll(self) -> None:
+        if self.fails:
+            raise OutputError("The observer failed.")
+
+
+def test_every_observer_hears_of_every_shard(plan: Plan, out: Path, ledger: Ledger) -> None:
+    first, second = Listening(), Listening()
+    shards = ShardSet(out, plan, ledger)
+    shards.observe(first)
+    shards.observe(second)
+    for unit in plan.units:
+        do(shards, unit)
+    shards.finish()
+    whole = [f"{name} {digest}" for name, digest in shards.digests.items()]
+    for each in (first, second):
+        assert sorted(each.shards) == sorted(whole)
+        assert each.units == set(range(len(list(plan.units))))
+
+
+def test_an_observer_hears_of_shards_that_an_earlier_run_left(
+    plan: Plan, out: Path, ledger: Ledger
+) -> None:
+    ledger.read_from(stamps(plan))
+    shards = ShardSet(out, plan, ledger)
+    for unit in plan.units:
+        do(shards, unit)
+    shards.finish()
+    late = Listening()
+    ShardSet(out, plan, ledger, read_ledger(out), stamps(plan)).observe(late)
+    assert len(late.shards) == len(plan.shards)
+
+
+def test_what_an_observer_raises_stops_the_run_though_nothing_is_written(
+    plan: Plan, out: Path, ledger: Ledger
+) -> None:
+    shards = ShardSet(out, plan, ledger)
+    shards.observe(Listening(fails=True))
+    with pytest.raises(OutputError, match="The observer failed"):
+        shards.commit()

@@ -16,10 +16,11 @@ from judges import hashes, held, largest
 from make import make_checkpoint, make_larger
 from mquant.checkpoint import open_checkpoint
 from mquant.checkpoint.hub import HubRepo
+from mquant.checkpoint.upload import HubWriter
 from mquant.cli.app import app
 from mquant.errors import MquantError, OutputError
 from mquant.family import load_families
-from mquant.output import LEDGER
+from mquant.output import LEDGER, read_ledger
 from mquant.plan import Plan, make_plan
 from mquant.recipe import find_recipe
 from mquant.runs.hub_to_hub import quantize_to_hub
@@ -99,6 +100,22 @@ def test_index_and_config_come_in_the_last_commit_and_the_ledger_goes(
     assert last.deleted == (LEDGER,)
     for commit in before:
         assert not {"model.safetensors.index.json", "config.json"} & {*commit.added}
+
+
+def test_a_failed_upload_is_noticed_at_once_also_with_a_scratch(
+    hub: FakeHub, src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OutputError("The hub is full.", "Empty it.")
+
+    monkeypatch.setattr(HubWriter, "commit", refuse)
+    hub.bytes_per_second = 8_000_000  # all files take three seconds
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="The hub is full"):
+        ship(out, 90_000_000)
+    made = read_ledger(out)
+    assert made is not None
+    assert 0 < len(made.shards) < len(plan_of().shards) / 2
 
 
 @pytest.mark.usefixtures("hub")
