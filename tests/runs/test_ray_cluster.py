@@ -395,7 +395,7 @@ def test_sigterm_stays_ours_while_connected_and_after_and_nothing_is_printed(
 
 DRIVER = """
 from pathlib import Path
-from test_cluster import connect, on_ray
+from test_ray_cluster import connect, on_ray
 connect({address!r})
 on_ray(Path({src!r}), Path({out!r}))
 """
