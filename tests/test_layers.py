@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import mquant
+from count_code import commands_of, too_large
 from make import make_checkpoint
 
 ROOT = Path(mquant.__file__).parent
@@ -115,3 +116,54 @@ def test_plan_loads_nothing_heavy(tmp_path: Path) -> None:
     src = str(make_checkpoint(tmp_path / "src"))
 
     assert loaded_by("plan", src, "--recipe", "nvfp4") == set()
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = {
+        ".".join(path.relative_to(ROOT.parent).with_suffix("").parts): set(imported(path))
+        for path in MODULES
+    }
+    left = {name: others & graph.keys() - {name} for name, others in graph.items()}
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, "a circle, or what stands on one"
+
+
+# A run knows OUT: whoever has a run needs no path. These begin a run, or read what lies in OUT.
+ENTRIES = {
+    "runs/quantize.py": {"quantize"},
+    "runs/convert.py": {"convert"},
+    "runs/export.py": {"export"},
+    "runs/hub_to_hub.py": {"quantize_to_hub"},
+    "runs/ray_cluster.py": {"quantize_on_ray"},
+    "runs/shares.py": {"in_shares", "reopen", "finish_shares"},
+    "runs/calibrate.py": {"calibrate"},
+    "runs/forecast.py": {"forecast"},
+    "repair/repair.py": {"repair"},
+    "publish/report.py": {"report"},
+    "synth.py": {"synth"},
+}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_only_a_run_and_entries_take_a_bare_out(path: Path) -> None:
+    where = path.relative_to(ROOT).as_posix()
+    if part(path) in ("output", "cli") or where == "runs/run.py":
+        return
+    takers = {
+        node.name
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef)
+        for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+        if argument.arg == "out"
+        and argument.annotation
+        and ast.unparse(argument.annotation) == "Path"
+    }
+    assert takers <= ENTRIES.get(where, set())
+
+
+def test_no_file_or_function_is_too_large() -> None:
+    commands = commands_of(ROOT / "cli/app.py")
+    texts = {path: path.read_text("utf-8") for path in FILES}
+    assert not [large for path, text in texts.items() for large in too_large(path, text, commands)]

@@ -9,9 +9,7 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -25,16 +23,15 @@ import numpy as np
 
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, build_header
 from mquant.dtypes import nbytes
-from mquant.errors import DataFileError, OutputError, UsageError
+from mquant.errors import DataFileError, UsageError
 from mquant.events import Emit, Progress, silent
 from mquant.family import Family, Role, TensorRow
-from mquant.output.disk import fsync_folder, out_of_space
+from mquant.output.disk import out_of_space
+from mquant.output.staging import publish, staging
 from mquant.plan import DEFAULT_SHARD_BYTES, cut_shards
-from mquant.text import size
 
 FP8_BLOCK: Final = 128
 _CHUNK: Final = 1 << 20  # elements made at once: a few MB, whatever the tensor's size
-_STAGING: Final = ".mquant-synth"
 _STD: Final = 0.02
 # E4M3 ends at 448; this puts the largest of our normals, 4.33 deviations out, near there.
 _FP8_STD: Final = 100.0
@@ -128,7 +125,7 @@ def synth(
     shards = cut_shards(tensors, lambda tensor: tensor.nbytes, max_shard_bytes)
     total = sum(tensor.nbytes for tensor in tensors)
     side = _side_files(config[family.config.vocabulary])
-    with _staging(out, 0 if shapes_only else total) as folder:
+    with staging(out, 0 if shapes_only else total) as folder:
         done = 0
         for name, shard in shards.items():
             for written in _write_shard(folder / name, shard, seed, shapes_only=shapes_only):
@@ -138,7 +135,7 @@ def synth(
             _write_json(folder / name, content)
         _write_json(folder / INDEX_NAME, _index(shards, total))
         _write_json(folder / CONFIG_NAME, config)
-        _publish(folder, out, (*shards, *side, INDEX_NAME, CONFIG_NAME))
+        publish(folder, out, (*shards, *side, INDEX_NAME, CONFIG_NAME))
     return Synthetic(
         out, len(tensors), sum(_elements(tensor.shape) for tensor in tensors), total, len(shards)
     )
@@ -332,42 +329,6 @@ def _byte_tokenizer() -> dict[str, Any]:
 def _index(shards: Mapping[str, list[SynthTensor]], total: int) -> dict[str, Any]:
     table = {tensor.name: shard for shard, tensors in shards.items() for tensor in tensors}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
-
-
-@contextmanager
-def _staging(out: Path, needed: int) -> Iterator[Path]:
-    """A hidden folder inside `out` to write into; whatever is left of it goes in the end."""
-    with out_of_space(out / CONFIG_NAME, needed):
-        if out.exists() and not out.is_dir():
-            raise OutputError(f"{out} is a file.", "Give a folder that does not exist yet.")
-        if out.is_dir() and any(out.iterdir()):
-            raise OutputError(f"{out} is not empty.", "Give another folder, or empty this one.")
-        fresh = not out.exists()
-        out.mkdir(parents=True, exist_ok=True)
-        folder = out / _STAGING
-        folder.mkdir()
-    try:
-        free = shutil.disk_usage(out).free
-        if free < needed:
-            raise OutputError(
-                f"{out} needs {size(needed)}, {size(free)} are free there.",
-                "Free space, ask for smaller sizes, or give a folder on another disk.",
-            )
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if fresh and not any(out.iterdir()):
-            out.rmdir()
-
-
-def _publish(folder: Path, out: Path, names: tuple[str, ...]) -> None:
-    """Move complete files to their place, in this order: config.json is the last of them."""
-    with out_of_space(out / CONFIG_NAME, 0):
-        for name in names:
-            (folder / name).rename(out / name)
-            if name == INDEX_NAME:
-                fsync_folder(out)
-        fsync_folder(out)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -259,9 +259,13 @@ def test_too_little_disk_and_memory_are_warnings(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = Resources(
-        disk_needed=75_000, disk_available=10, memory_needed=10**10, memory_available=10**9
+        Path("out"),
+        disk_needed=75_000,
+        disk_available=10,
+        memory_needed=10**10,
+        memory_available=10**9,
     )
-    monkeypatch.setattr(forecast, "measure", lambda plan, out: small)
+    monkeypatch.setattr(forecast, "forecast", lambda plan, out: small)
     result = plan(model, "-o", "out")
     assert result.exit_code == 0
     assert "! out needs 75.00 kB, 10 B are free there.\n" in result.stdout

@@ -86,15 +86,15 @@ def show_plan(out: Output, made: "Plan", out_folder: Path | None) -> None:
 
     Raises Refused, after all of it is shown, for a plan that must not be carried out.
     """
-    from mquant.runs.forecast import measure, plan_report, resource_findings
+    from mquant.runs.forecast import forecast, plan_report, resource_findings
 
     where = out_folder or default_out(made.survey.checkpoint.source, made.recipe.suffix)
-    resources = measure(made, where)
+    resources = forecast(made, where)
     report = plan_report(made, resources)
     out.put(**report)
     out.show(render_plan(report, where))
     out.report(made.findings)
-    out.report(resource_findings(made, resources, where))
+    out.report(resource_findings(made, resources))
     if made.refusals:
         raise Refused(made.refusals)
 

@@ -101,14 +101,12 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint into a folder that loads.
 
-    What would give a broken checkpoint is refused before any weight is read. Running the same
-    command again is safe: a finished folder is left alone, an unfinished one is
-    gone on with.
+    mquant refuses what would give a broken checkpoint before it reads a weight. The same command
+    again leaves a finished folder alone, and goes on with an unfinished one.
 
-    Many machines: run it with --share 1/N to --share N/N, whatever starts these, into an OUT that
-    all of them see, then `mquant finish OUT`; or once with --cluster ray, on the cluster at
-    RAY_ADDRESS, the one that runs here, or else one of this machine alone. The result is the same,
-    byte for byte.
+    Many machines: run it with --share 1/N to --share N/N into an OUT that all machines see, then
+    `mquant finish OUT`; or once with --cluster ray, on the cluster at RAY_ADDRESS, the cluster of
+    this machine, or a new one on this machine. The bytes are those of one process.
 
     Example: mquant quantize ./MiniMax-M2.7-REAP --recipe nvfp4 -o ./MiniMax-M2.7-REAP-NVFP4
     """

@@ -116,14 +116,18 @@ def run(
         modifiers = [modifier]
         if plan.recipe.smoothing == "awq":
             stack.enter_context(_nothing_pinned())
-            # Its own table has no MiniMax-M2, and what it does without leaves routers as they are.
-            table = [AWQMapping(*entry) for entry in plan.family.smoothing_patterns]
-            modifiers.insert(0, AWQModifier(mappings=table))
+            modifiers.insert(0, _awq(plan))
         stack.callback(watch_routing(model, drain, emit) if samples else lambda: None)
         calibrate(model, modifiers, samples)
         session.reset()
         if scaled:  # what is left would be copied, which it must not be
             raise EngineError(f"AWQ did not hand over {min(scaled.values())}.")
+
+
+def _awq(plan: Plan) -> AWQModifier:
+    """AWQ with the family's table: its own has no MiniMax-M2, and leaves routers as they are."""
+    table = [AWQMapping(*entry) for entry in plan.family.smoothing_patterns]
+    return AWQModifier(mappings=table)
 
 
 def calibrate(

@@ -24,17 +24,18 @@ _LIMITS: Final = ("memory.max", "memory.limit_in_bytes")
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a run needs, and what is there, in bytes."""
+    """What a run into `out` needs, and what is there, in bytes."""
 
+    out: Path
     disk_needed: int
     disk_available: int
     memory_needed: int
     memory_available: int
 
 
-def measure(plan: Plan, out: Path) -> Resources:
+def forecast(plan: Plan, out: Path) -> Resources:
     """What `plan` needs, against the disk where `out` is or will be and this machine's memory."""
-    return Resources(plan.file_bytes, free_disk(out), memory_needed(plan), memory_available())
+    return Resources(out, plan.file_bytes, free_disk(out), memory_needed(plan), memory_available())
 
 
 def memory_needed(plan: Plan) -> int:
@@ -68,9 +69,9 @@ def memory_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
     return min(limits)
 
 
-def resource_findings(plan: Plan, resources: Resources, out: Path) -> tuple[Finding, ...]:
+def resource_findings(plan: Plan, resources: Resources) -> tuple[Finding, ...]:
     """What would stop a run on this machine: warnings, since another one may do it."""
-    findings = []
+    findings, out = [], resources.out
     if resources.disk_available < resources.disk_needed:
         findings.append(
             Finding(
@@ -184,7 +185,7 @@ def _number(path: Path) -> int | None:
 
 __all__ = [
     "Resources",
-    "measure",
+    "forecast",
     "memory_available",
     "memory_needed",
     "plan_report",
