@@ -386,3 +386,15 @@ def test_a_hub_repo_has_one_too(src: Path, tmp_path: Path, hub: FakeHub) -> None
     card = (tmp_path / "CARD.md").read_text(encoding="utf-8")
     assert "vllm serve org/Tiny-NVFP4\n" in card
     assert "checked structure." in card
+
+
+def test_a_link_under_the_cards_name_is_replaced_not_written_through(
+    src: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "blob").write_text(card_of(src))
+    (src / "README.md").unlink(missing_ok=True)
+    (src / "README.md").symlink_to(tmp_path / "blob")
+    (tmp_path / "blob").write_text(f"{(tmp_path / 'blob').read_text()}\nmine")
+    run(src)
+    assert not (src / "README.md").is_symlink()
+    assert (tmp_path / "blob").read_text().endswith("mine")

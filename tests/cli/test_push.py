@@ -343,3 +343,16 @@ def test_nothing_is_left_in_the_cache(src: Path, tmp_path: Path) -> None:
 )
 def test_a_wrong_command_line_is_a_sentence(arguments: list[str], sentence: str) -> None:
     assert sentence in run(*arguments, code=2).stderr
+
+
+def test_a_torn_note_is_a_fresh_start(
+    src: Path, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    hub.drop_after = 2
+    run(src, REPO, code=1)
+    (note,) = (tmp_path / "cache/mquant/push").iterdir()
+    note.write_bytes(note.read_bytes()[:-20])
+    hub.drop_after = None
+    assert "These bytes were verified before." not in run(src, REPO).stderr
+    assert on_the_hub(hub) == hashes(src)

@@ -12,7 +12,7 @@ import schemes
 from fakehub import FakeHub, hub
 from judges import opened, read_json
 from make import Edit, make_checkpoint, without
-from mquant.checkpoint import Folder, reader_of
+from mquant.checkpoint import Folder, Reader, reader_of
 from mquant.checkpoint.hub import HubRepo
 from mquant.events import Event, Progress
 from mquant.family import load_families
@@ -233,3 +233,24 @@ def test_a_hub_is_read_once(hub: FakeHub, trained: Path) -> None:
     assert found.tensors == local.tensors
     assert found.bytes_read is not None
     assert found.bytes_read < local.bytes_compared + 500_000  # headers and JSON
+
+
+def test_files_are_closed_when_a_comparison_fails(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Reader] = []
+    close = Reader.close
+
+    def note(reader: Reader) -> None:
+        closed.append(reader)
+        close(reader)
+
+    monkeypatch.setattr(Reader, "close", note)
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ComparisonCache, "add", fail)
+    with pytest.raises(KeyboardInterrupt):
+        compared(trained)
+    assert len(closed) == 2

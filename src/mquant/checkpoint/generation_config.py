@@ -5,8 +5,7 @@ from typing import Final
 from mquant.checkpoint import Source, read_json
 
 GENERATION: Final = "generation_config.json"
-_KEYS: Final = (
-    "do_sample",
+SAMPLING_KEYS: Final = (
     "temperature",
     "top_p",
     "top_k",
@@ -14,8 +13,9 @@ _KEYS: Final = (
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
-    "max_new_tokens",
 )
+"""What a server takes with a request, too."""
+_KEYS: Final = ("do_sample", *SAMPLING_KEYS, "max_new_tokens")
 _MOST: Final = 1e9
 
 
@@ -31,4 +31,4 @@ def read_sampling(source: Source) -> dict[str, float | bool]:
     }
 
 
-__all__ = ["GENERATION", "read_sampling"]
+__all__ = ["GENERATION", "SAMPLING_KEYS", "read_sampling"]

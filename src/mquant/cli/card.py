@@ -93,6 +93,7 @@ def card(
         given = None if parent is None else open_source(parent, None, _EXAMPLE)
         path = _path(source, file)
         from mquant.family import load_families
+        from mquant.output import write_document
         from mquant.publish.card import gather, read_about, render
         from mquant.verify.judge import Depth
 
@@ -115,7 +116,7 @@ def card(
             out.report(found.report.findings)
             out.show(Text("It is broken, so no card was written.", "bold red"))
             raise typer.Exit(3)
-        _write(path, render(found))
+        write_document(path, [render(found).encode()], "Give another file with -o.")
         _tell(out, found, path)
 
 
@@ -153,15 +154,6 @@ def _measured(name: str, eval_file: Path | None, compare_file: Path | None) -> "
     figures = {} if eval_file is None else read_eval(eval_file, name)
     figures |= {} if compare_file is None else read_compare(compare_file, name)
     return Measured(**figures)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror}.", "Give another file with -o."
-        ) from error
 
 
 def _tell(out: Output, card: "Card", path: Path) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
-from unittest.mock import patch
 
 import torch
 from compressed_tensors.offload import cache as offload_cache
@@ -20,6 +19,7 @@ from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mquant.checkpoint import Source, TensorInfo
+from mquant.engines.replaced import replaced
 from mquant.errors import EngineError
 
 DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -156,7 +156,7 @@ def attach(model: PreTrainedModel, source: Source, tensors: Mapping[str, TensorI
                 slot[name] = meta
                 reads[meta] = partial(read_tensor, source, info)
     # compressed-tensors chooses a cache class by device only; ours is its class for all of them.
-    with patch.object(offload_cache.OffloadCache, "cls_from_device", lambda _device: ParentCache):
+    with replaced(offload_cache.OffloadCache, "cls_from_device", lambda _device: ParentCache):
         for module in model.modules():
             offload_module(module, "meta", ParentCache.offload_device, reads=reads)
 

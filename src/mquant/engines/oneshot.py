@@ -17,7 +17,6 @@ from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Final
-from unittest.mock import patch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # oneshot sets it too, with a warning
 os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")  # or importing it writes to stdout
@@ -45,6 +44,7 @@ from transformers.utils import logging as transformers_logging
 
 from mquant.checkpoint import Source
 from mquant.engines.offloaded_model import ParentCache, attach, build_model
+from mquant.engines.replaced import replaced
 from mquant.errors import EngineError
 from mquant.events import Emit, Note, silent
 from mquant.plan import Plan
@@ -272,7 +272,7 @@ def _nothing_pinned() -> Iterator[None]:
     if torch.accelerator.is_available():
         yield
         return
-    with patch.object(intermediates.IntermediatesCache, "pin_memory", lambda *_arguments: None):
+    with replaced(intermediates.IntermediatesCache, "pin_memory", lambda *_arguments: None):
         yield
 
 
@@ -350,11 +350,11 @@ def quiet(emit: Emit) -> Iterator[None]:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        with (
-            patch.object(apply_module, "tqdm", lambda items, **_options: items),
-            patch.object(sequential, "tqdm", lambda items, **_options: items),
-            patch.object(intermediates, "tqdm", lambda items, **_options: items),
-            patch.object(awq, "tqdm", partial(awq.tqdm, disable=True)),
+        with (  # progress bars, which cannot be turned off
+            replaced(apply_module, "tqdm", lambda items, **_options: items),
+            replaced(sequential, "tqdm", lambda items, **_options: items),
+            replaced(intermediates, "tqdm", lambda items, **_options: items),
+            replaced(awq, "tqdm", partial(awq.tqdm, disable=True)),
         ):
             yield
     finally:

@@ -1,6 +1,5 @@
 """Calibration data: texts and conversations, as the tokens that go through the model."""
 
-import json
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from mquant.errors import DataFileError
 from mquant.recipe import Calibration
+from mquant.untrusted import parse_json
 
 _FIX: Final = (
     "Give a .jsonl or .parquet file whose rows have `text` or `messages`, a .txt file, or the id "
@@ -79,7 +79,7 @@ def _parsed(text: str, data: str) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
-            row = json.loads(line) if line.strip() else None
+            row = parse_json(line.encode()) if line.strip() else None
         except ValueError:
             raise DataFileError(f"Line {number:,} of {data} is no JSON.", _FIX) from None
         if row is not None:

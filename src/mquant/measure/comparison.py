@@ -4,6 +4,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import astuple, dataclass
 from typing import Any, Final, TypeVar
 
@@ -231,22 +232,23 @@ def compare(
     """
     view = read_modules(open_checkpoint(source, tolerant=True), families)
     original = read_modules(open_checkpoint(parent), families)
-    readers, tally = (reader_of(source), reader_of(parent)), Tally()
+    tally = Tally()
     hubs = [each for each in (source, parent) if isinstance(each, HubRepo)]
-    all_pairs = pairs(view, original, readers, tally)
-    with ComparisonCache(source, parent) as partial:
-        known = partial.known
-        if known:
-            emit(Note("info", f"{len(known):,} tensors were compared before: going on."))
-        todo = [pair for pair in all_pairs if pair.name not in known]
-        compare_pairs(
-            todo,
-            hub=bool(hubs),
-            workers=workers or (_HUB_WORKERS if hubs else (os.cpu_count() or 1) + 1),
-            done=partial.add,
-            emit=emit,
-            skipped=sum(pair.nbytes for pair in all_pairs if pair.name in known),
-        )
+    with closing(reader_of(source)) as mine, closing(reader_of(parent)) as theirs:
+        all_pairs = pairs(view, original, (mine, theirs), tally)
+        with ComparisonCache(source, parent) as partial:
+            known = partial.known
+            if known:
+                emit(Note("info", f"{len(known):,} tensors were compared before: going on."))
+            todo = [pair for pair in all_pairs if pair.name not in known]
+            compare_pairs(
+                todo,
+                hub=bool(hubs),
+                workers=workers or (_HUB_WORKERS if hubs else (os.cpu_count() or 1) + 1),
+                done=partial.add,
+                emit=emit,
+                skipped=sum(pair.nbytes for pair in all_pairs if pair.name in known),
+            )
     found = {pair.name: partial.known[pair.name] for pair in all_pairs}
     for each in found.values():
         if not each.identical and {each.form, each.parent_form} <= READABLE:
@@ -254,8 +256,6 @@ def compare(
             if each.form != each.parent_form:
                 what = f"is {each.form}; the parent's is {each.parent_form}"
             tally.add("kept-tensor-differs", each.name, f"{each.name} {what}")
-    for reader in readers:
-        reader.close()
     return Comparison(
         source=source.name,
         parent=parent.name,

@@ -8,14 +8,13 @@ nothing. When a comparison is complete its file goes.
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Final, Self
 
 from mquant import __version__
-from mquant.checkpoint import Folder, Source
+from mquant.checkpoint import Source
+from mquant.data import cache
 from mquant.errors import OutputError
 from mquant.measure.difference import Difference
 
@@ -27,8 +26,7 @@ class ComparisonCache:
 
     def __init__(self, source: Source, parent: Source) -> None:
         """Read what an earlier run left. Raises OutputError where the cache cannot be written."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.path = cache / "mquant" / "compare" / f"{_key(source, parent)}.jsonl"
+        self.path = cache() / "compare" / f"{_key(source, parent)}.jsonl"
         self.known: dict[str, Difference] = {}
         self._waiting: list[str] = []
         try:
@@ -85,7 +83,7 @@ class ComparisonCache:
 
 
 def _key(*sources: Source) -> str:
-    stamps = [dict(each.stamps) for each in sources if isinstance(each, Folder)]
+    stamps = [dict(each.stamps) for each in sources if each.folders]
     what = [__version__, [each.identity() for each in sources], stamps]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 

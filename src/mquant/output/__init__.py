@@ -1,8 +1,9 @@
 """Writing: atomic shards at planned sizes, the claim on OUT, and the order of finishing."""
 
 from mquant.output.apply import WORK, apply, is_staged, stage
-from mquant.output.disk import PARTIAL, is_there, link
+from mquant.output.disk import PARTIAL, is_there, link, write_document
 from mquant.output.finish import (
+    LAST,
     MODELOPT_NAME,
     RECIPE_NAME,
     config_json,
@@ -12,9 +13,9 @@ from mquant.output.finish import (
     side_files,
     source_notes,
 )
-from mquant.output.folder import RECORD, Claim, State, discard, examine, is_finished, other_run
+from mquant.output.folder import Claim, State, discard, examine, is_finished, other_run
 from mquant.output.ledger import LEDGER, SHARES, Ledger, Recorded, ledger_name, read_ledger
-from mquant.output.record import Record, read_record
+from mquant.output.record import RECORD, Record, as_table, known_table, read_record, read_table
 from mquant.output.shards import ShardObserver, ShardSet, complete_shards, units_still_valid
 from mquant.output.shared_run import (
     MOST_SHARES,
@@ -30,6 +31,7 @@ from mquant.output.shared_run import (
 )
 
 __all__ = [
+    "LAST",
     "LEDGER",
     "MODELOPT_NAME",
     "MOST_SHARES",
@@ -47,6 +49,7 @@ __all__ = [
     "SharedRun",
     "State",
     "apply",
+    "as_table",
     "check_version",
     "claim",
     "complete_shards",
@@ -62,6 +65,7 @@ __all__ = [
     "is_staged",
     "is_taken",
     "is_there",
+    "known_table",
     "ledger_name",
     "link",
     "look",
@@ -69,9 +73,11 @@ __all__ = [
     "read_ledger",
     "read_record",
     "read_shared_run",
+    "read_table",
     "side_files",
     "source_notes",
     "stage",
     "take_share",
     "units_still_valid",
+    "write_document",
 ]

@@ -7,15 +7,15 @@ called again.
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME
 from mquant.errors import OutputError
-from mquant.output.disk import PARTIAL, fsync_folder, out_of_space
+from mquant.output.disk import fsync_folder, out_of_space, write_whole
 from mquant.output.folder import is_inside
+from mquant.untrusted import parse_json
 
 WORK: Final = ".mquant-repair"
 _STAGED: Final = "apply.json"
@@ -27,14 +27,8 @@ def stage(root: Path, obsolete: Iterable[str]) -> None:
     work = root / WORK
     files = [path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file()]
     table = {"schema": _SCHEMA, "files": sorted(files), "obsolete": sorted(obsolete)}
-    partial = work / (_STAGED + PARTIAL)
-    with out_of_space(partial, 0):
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(work / _STAGED)
-        fsync_folder(work)
+    with out_of_space(work / _STAGED, 0):
+        write_whole(work / _STAGED, [json.dumps(table).encode()])
 
 
 def is_staged(root: Path) -> bool:
@@ -94,8 +88,8 @@ def _names(root: Path, table: dict[str, Any], key: str) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        table = parse_json(path.read_bytes())
+    except (OSError, ValueError):
         table = None
     if not isinstance(table, dict) or table.get("schema") != _SCHEMA:
         raise OutputError(

@@ -1,10 +1,12 @@
 """What every writer in OUT needs: room, durability, and one sentence when the disk says no."""
 
 import errno
+import hashlib
 import os
 import shutil
 import stat
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from mquant.errors import OutputError
@@ -12,6 +14,7 @@ from mquant.text import size
 
 PARTIAL: Final = ".partial"
 """What the name of a file ends in until it is whole."""
+_LONGEST_NAME: Final = 255 - len(PARTIAL)
 
 
 def is_there(out: Path) -> bool:
@@ -23,6 +26,14 @@ def is_there(out: Path) -> bool:
             f"{str(out)[:200]} cannot be looked at: {error.strerror}.",
             "Give another folder with -o.",
         ) from error
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name can be that of a file in a folder: relative, without `..`, not too long."""
+    path = PurePosixPath(name)
+    if not name.isprintable() or not path.parts or path.is_absolute() or ".." in path.parts:
+        return False
+    return all(len(os.fsencode(part)) <= _LONGEST_NAME for part in path.parts)
 
 
 def preallocate(file: int, size: int) -> None:
@@ -81,6 +92,38 @@ def link(source: Path, target: Path) -> None:
         fsync_folder(target.parent)
 
 
+def write_whole(path: Path, pieces: Iterable[bytes]) -> str:
+    """Write a file, whole or not at all; returns its sha256.
+
+    A link under the name is replaced, and the file that the link leads to stays. Raises OSError.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    digest = hashlib.sha256()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.unlink(missing_ok=True)  # a link, perhaps
+    try:
+        with partial.open("xb") as file:
+            for piece in pieces:
+                file.write(piece)
+                digest.update(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+    return digest.hexdigest()
+
+
+def write_document(path: Path, pieces: Iterable[bytes], fix: str) -> None:
+    """Write a file outside of OUT, whole or not at all. Raises OutputError, with this `fix`."""
+    try:
+        write_whole(path, pieces)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}.", fix) from error
+
+
 def read_own(path: Path, most: int) -> bytes | None:
     """A record of ours, which somebody may have replaced: by a link, a pipe, a terabyte.
 
@@ -117,10 +160,13 @@ def pwrite(file: int, data: bytes | memoryview, offset: int) -> int:
 __all__ = [
     "PARTIAL",
     "fsync_folder",
+    "is_plain",
     "is_there",
     "link",
     "out_of_space",
     "preallocate",
     "pwrite",
     "read_own",
+    "write_document",
+    "write_whole",
 ]

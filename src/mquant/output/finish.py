@@ -6,7 +6,6 @@ disk, and the index just before it.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -25,12 +24,15 @@ from mquant.checkpoint import (
 )
 from mquant.errors import OutputError
 from mquant.events import Note
-from mquant.output.disk import PARTIAL, fsync_folder, out_of_space
-from mquant.output.folder import RECORD, is_inside
+from mquant.output.disk import PARTIAL, out_of_space, write_whole
+from mquant.output.folder import is_inside
 from mquant.output.ledger import SHARES, is_ledger
+from mquant.output.record import RECORD
 from mquant.plan import Action, Plan
 from mquant.text import names
 
+LAST: Final = (INDEX_NAME, CONFIG_NAME)
+"""The files that come last, in this order: with these the checkpoint is whole."""
 RECIPE_NAME: Final = "recipe.yaml"
 MODELOPT_NAME: Final = "hf_quant_config.json"
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".mp4")
@@ -219,10 +221,8 @@ def _copy(source: Source, path: str, out: Path) -> dict[str, Any]:
 
 
 def write_file(out: Path, name: str, pieces: Iterable[bytes]) -> str:
-    """Write a file, whole or not at all; returns its sha256."""
+    """Write a file of OUT, whole or not at all; returns its sha256. Raises OutputError."""
     path = out / name
-    partial = path.with_name(path.name + PARTIAL)
-    digest = hashlib.sha256()
     with out_of_space(path, 0):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not is_inside(out, name):
@@ -230,19 +230,11 @@ def write_file(out: Path, name: str, pieces: Iterable[bytes]) -> str:
                 f"{path.parent} is a link; mquant writes into OUT and nowhere else.",
                 "Remove it, or give another folder with -o.",
             )
-        partial.unlink(missing_ok=True)  # a link, perhaps
-        with partial.open("xb") as file:
-            for piece in pieces:
-                file.write(piece)
-                digest.update(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-        fsync_folder(path.parent)
-    return digest.hexdigest()
+        return write_whole(path, pieces)
 
 
 __all__ = [
+    "LAST",
     "MODELOPT_NAME",
     "RECIPE_NAME",
     "absent_files",

@@ -14,13 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from mquant.errors import OutputError
-from mquant.output.disk import PARTIAL, is_there, read_own
+from mquant.output.disk import PARTIAL, is_plain, is_there
 from mquant.output.ledger import SHARES, Recorded, is_ledger, read_ledger
-from mquant.untrusted import parse_json
+from mquant.output.record import RECORD, own_table
 
-RECORD: Final = "mquant.json"
-_MOST_BYTES: Final = 64_000_000
-_LONGEST_NAME: Final = 255 - len(PARTIAL)
 _ANOTHER_OUT: Final = "Give another folder with -o, or --restart to delete what mquant made there."
 
 
@@ -71,7 +68,7 @@ def examine(
             f"{out} is being made in shares.",
             f"When all are done, run: mquant finish {out}; or give another folder with -o.",
         )
-    ledger, record = read_ledger(out), _read(out / RECORD)
+    ledger, record = read_ledger(out), own_table(out)
     if ledger is not None and not ledger.files:
         ledger = None  # of a run that was stopped while it claimed OUT, or that claims it now
     if ledger is None and all(_is_claim(path) for path in out.iterdir()):
@@ -111,7 +108,7 @@ def is_finished(out: Path, fingerprint: dict[str, Any] | None = None) -> bool:
 
     Raises OutputError where one was changed since.
     """
-    record = _read(out / RECORD) or {}
+    record = own_table(out) or {}
     this = fingerprint is None or record.get("fingerprint") == fingerprint
     return this and _is_whole(out, record, frozenset())
 
@@ -141,14 +138,6 @@ def _safe_names(out: Path, value: object) -> tuple[str, ...]:
     """Names a record may ask to delete: plain relative paths inside OUT, not by way of a link."""
     names = list(value) if isinstance(value, dict | list | tuple) else []
     return tuple(name for name in names if isinstance(name, str) and is_inside(out, name))
-
-
-def is_plain(name: str) -> bool:
-    """Whether a name can be that of a file in a folder: relative, without `..`, not too long."""
-    path = PurePosixPath(name)
-    if not name.isprintable() or not path.parts or path.is_absolute() or ".." in path.parts:
-        return False
-    return all(len(os.fsencode(part)) <= _LONGEST_NAME for part in path.parts)
 
 
 def is_inside(out: Path, name: str) -> bool:
@@ -191,29 +180,3 @@ def differences(theirs: object, ours: Mapping[str, Any]) -> str:
     keys = [key for key in ours if theirs.get(key) != ours[key]] or ["fingerprint"]
     was = {key: str(theirs.get(key))[:80] for key in keys}
     return "; ".join(f"{key} was {was[key]}, is {ours.get(key)}" for key in keys)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """A JSON record of ours; None where there is none, an empty one where it is cut off."""
-    raw = read_own(path, _MOST_BYTES)
-    if raw is None:
-        return None
-    try:
-        value = parse_json(raw)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-__all__ = [
-    "RECORD",
-    "Claim",
-    "State",
-    "differences",
-    "discard",
-    "examine",
-    "is_finished",
-    "is_inside",
-    "is_plain",
-    "other_run",
-]

@@ -1,14 +1,22 @@
-"""mquant.json, read back: what a finished checkpoint says of how it was made."""
+"""mquant.json: what a finished checkpoint says of how it was made, read in one place.
+
+The file may be somebody else's, so a size and a depth bound it. A checkpoint that mquant did not
+make has none.
+"""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
-from mquant.checkpoint import Source, read_json
+from mquant.checkpoint import Source
 from mquant.errors import SourceError
-from mquant.output.folder import RECORD, is_plain
+from mquant.output.disk import is_plain, read_own
+from mquant.untrusted import TooMuch, parse_json
 
+RECORD: Final = "mquant.json"
+_MOST_BYTES: Final = 64_000_000
 _INPUTS: Final = ("data", "importance")
 _CARD: Final = "README.md"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -16,12 +24,12 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Record:
-    """What mquant.json says. Strings are empty, and tables too, where it does not say.
+    """What mquant.json says. Strings are empty, and tables too, if mquant.json does not say.
 
-    `source` is the identity of the parent, `files` have bytes and sha256 by path, but for the card,
-    which is written anew when there is more to say; `inputs` are what else it was made with
-    (`data`, `importance`): the sha256 of each file, or a dataset's id; `repairs` are as `mquant
-    repair` wrote them, oldest first.
+    `source` is the identity of the parent. `files` have bytes and sha256 by path, but for the card,
+    which is written anew when there is more to say. `inputs` are what else the checkpoint was made
+    with (`data`, `importance`): the sha256 of each file, or a dataset's id. `repairs` are as
+    `mquant repair` wrote them, oldest first.
     """
 
     mquant: str
@@ -34,12 +42,38 @@ class Record:
     repairs: tuple[Mapping[str, Any], ...]
 
 
-def read_record(source: Source) -> Record | None:
-    """The record of a checkpoint; None where it has none. Raises SourceError for a useless one."""
+def read_table(source: Source) -> dict[str, Any]:
+    """mquant.json of a checkpoint; empty if there is none. Raises SourceError for a useless one."""
     if RECORD not in source.files:
+        return {}
+    if source.files[RECORD] > _MOST_BYTES:
+        raise _useless("is too large to be what it says")
+    return _parse(source.read(RECORD))
+
+
+def known_table(source: Source) -> dict[str, Any]:
+    """mquant.json of a checkpoint; empty if there is none, or if it is useless."""
+    try:
+        return read_table(source)
+    except SourceError:
+        return {}
+
+
+def own_table(out: Path) -> dict[str, Any] | None:
+    """mquant.json in OUT; None if there is none, empty if it is cut off."""
+    raw = read_own(out / RECORD, _MOST_BYTES)
+    try:
+        return None if raw is None else _parse(raw)
+    except SourceError:
+        return {}
+
+
+def read_record(source: Source) -> Record | None:
+    """The record of a checkpoint; None if there is none. Raises SourceError for a useless one."""
+    value = read_table(source)
+    if not value and RECORD not in source.files:
         return None
-    value = read_json(source, RECORD)
-    recipe, engine = _table(value.get("recipe")), _table(value.get("engine"))
+    recipe, engine = as_table(value.get("recipe")), as_table(value.get("engine"))
     repairs = value.get("repairs")
     fingerprint = _strings(value.get("fingerprint"))
     return Record(
@@ -48,18 +82,39 @@ def read_record(source: Source) -> Record | None:
         recipe=_string(recipe.get("name")),
         engine=_string(engine.get("name")),
         versions=_strings(engine.get("versions")),
-        inputs={key: said for key in _INPUTS if (said := fingerprint.get(key, "none")) != "none"},
+        inputs={key: text for key in _INPUTS if (text := fingerprint.get(key, "none")) != "none"},
         files=_files(value.get("files")),
-        repairs=tuple(map(_table, repairs)) if isinstance(repairs, list) else (),
+        repairs=tuple(map(as_table, repairs)) if isinstance(repairs, list) else (),
     )
+
+
+def as_table(value: object) -> dict[str, Any]:
+    """The value if it is a table, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    try:
+        value = parse_json(raw)
+    except TooMuch:
+        raise _useless("is too large to be what it says") from None
+    except ValueError:
+        raise _useless("is not valid JSON") from None
+    if not isinstance(value, dict):
+        raise _useless("is not a JSON object")
+    return value
+
+
+def _useless(what: str) -> SourceError:
+    return SourceError(f"{RECORD} {what}.", "Get the file again.")
 
 
 def _files(value: object) -> dict[str, tuple[int, str]]:
     files: dict[str, tuple[int, str]] = {}
-    for name, entry in _table(value).items():
+    for name, entry in as_table(value).items():
         if name == _CARD:
             continue
-        size, digest = _table(entry).get("bytes"), _table(entry).get("sha256")
+        size, digest = as_table(entry).get("bytes"), as_table(entry).get("sha256")
         known = isinstance(digest, str) and _SHA256.fullmatch(digest) and is_plain(name)
         if type(size) is not int or not known:
             raise SourceError(
@@ -70,16 +125,9 @@ def _files(value: object) -> dict[str, tuple[int, str]]:
     return dict(sorted(files.items()))
 
 
-def _table(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def _string(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
 def _strings(value: object) -> dict[str, str]:
-    return {key: text for key, text in _table(value).items() if isinstance(text, str)}
-
-
-__all__ = ["Record", "read_record"]
+    return {key: text for key, text in as_table(value).items() if isinstance(text, str)}

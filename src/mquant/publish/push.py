@@ -21,11 +21,13 @@ from mquant.data import cache
 from mquant.errors import OutputError, SourceError
 from mquant.events import Emit, Note
 from mquant.family import Family
-from mquant.output import RECORD, Record, read_record
+from mquant.output import LAST, RECORD, Record, read_record
+from mquant.output.disk import read_own, write_document
 from mquant.text import names, plural
+from mquant.untrusted import parse_json
 from mquant.verify.judge import Depth, Report, verify
 
-LAST: Final = (INDEX_NAME, CONFIG_NAME)
+_MOST_NOTE_BYTES: Final = 64_000_000
 # What people add to a finished checkpoint, and no loader reads.
 _PAPERS: Final = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf")
 _TITLES: Final = ("LICENSE", "LICENCE", "NOTICE")
@@ -220,15 +222,25 @@ def _judge(
     """
     stamps = {name: list(stamp) for name, stamp in shipment.source.stamps.items()}
     looked_at = {"mquant": __version__, "stamps": stamps}
-    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == looked_at:
+    if _read_note(note) == looked_at:
         emit(Note("info", "These bytes were verified before."))
         return None
     _check_bytes(shipment, emit)
     report = verify(shipment.source, families, Depth.NUMBERS, emit=emit)
     if not report.count("error"):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(looked_at), encoding="utf-8")
+        write_document(
+            note, [json.dumps(looked_at).encode()], "Set XDG_CACHE_HOME to another folder."
+        )
     return report
+
+
+def _read_note(note: Path) -> object:
+    """What an earlier run noted; None if it did not, or if the note is torn."""
+    raw = read_own(note, _MOST_NOTE_BYTES)
+    try:
+        return None if raw is None else parse_json(raw)
+    except ValueError:
+        return None
 
 
 def _check_bytes(shipment: Shipment, emit: Emit) -> None:

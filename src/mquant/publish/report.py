@@ -1,27 +1,25 @@
 """Everything there is to say of a checkpoint, measured now or before, as one HTML file."""
 
-import json
-import os
 import shlex
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from mquant import __version__
 from mquant.checkpoint import Checkpoint, Source, open_checkpoint
-from mquant.errors import OutputError, SourceError
+from mquant.errors import SourceError
 from mquant.events import Emit, silent
 from mquant.family import Family
 from mquant.measure.comparison import compare
 from mquant.measure.evaluation import CONTEXT, TOKENS, evaluate
-from mquant.output.disk import PARTIAL
+from mquant.output.disk import write_document
 from mquant.output.finish import RECIPE_NAME
-from mquant.output.folder import RECORD
+from mquant.output.record import read_table
 from mquant.publish.page import Evidence, render
 from mquant.publish.page.report import Size
+from mquant.untrusted import parse_json
 from mquant.verify.inspect import inspect
 from mquant.verify.judge import Report, verify
 
@@ -96,7 +94,7 @@ def report(
         sizes=_sizes(mine, theirs, families),
         findings=judged.findings,
         recipe=_text(source, RECIPE_NAME),
-        commands=_commands(wanted, out),
+        commands=_commands(wanted, str(out)),
         made_by=f"mquant {__version__}",
         comparison=compared,
         evaluation=evaluated,
@@ -111,7 +109,7 @@ def report(
             f"{given} is not what this mquant writes: {type(error).__name__} {error}.",
             "Make it again with --format json.",
         ) from error
-    _write(out, page)
+    write_document(out, [page.encode()], "Give another file with -o.")
     return Made(out, judged, compared, evaluated)
 
 
@@ -119,10 +117,10 @@ def _given(path: Path | None, verb: Literal["compare", "eval"], source: Source) 
     if path is None:
         return None
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = parse_json(path.read_bytes())
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError):
+    except ValueError:
         found = None
     if not isinstance(found, dict) or found.get("schema") != f"mquant.{verb}/1":
         raise SourceError(
@@ -152,13 +150,12 @@ def _facts(
         ("layers", "" if found.layers is None else f"{found.layers:,}"),
         ("experts", "" if found.experts is None else f"{found.experts:,}"),
     ]
-    record = _text(checkpoint.source, RECORD, most=1 << 30)
+    made = read_table(checkpoint.source)
     try:
-        made = json.loads(record) if record else {}
         rows.append(("recipe", str(made["recipe"]["title"])))
         rows.append(("engine", f"{made['engine']['name']}, mquant {made['mquant']}"))
         rows.append(("made from", ", ".join(f"{k} {v}" for k, v in made["source"].items())))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         pass  # another tool made it
     return [(name, value) for name, value in rows if value]
 
@@ -181,7 +178,7 @@ def _text(source: Source, path: str, most: int = _MOST_SHOWN) -> str:
     return source.read(path).decode("utf-8", "replace")
 
 
-def _commands(wanted: Wanted, out: Path) -> list[str]:
+def _commands(wanted: Wanted, page: str) -> list[str]:
     against = ["--against", wanted.against] if wanted.against else []
     commands = [["pip", "install", f"mquant=={__version__}"]]
     commands.append(["mquant", "verify", wanted.src, *against])
@@ -192,22 +189,5 @@ def _commands(wanted: Wanted, out: Path) -> list[str]:
         text = ["--text", str(wanted.text), "--context", str(wanted.context)]
         text += ["--tokens", str(wanted.tokens)]
         commands.append(["mquant", "eval", wanted.src, *against, *text])
-    commands.append(["mquant", "report", wanted.src, *against, *text, "-o", str(out)])
+    commands.append(["mquant", "report", wanted.src, *against, *text, "-o", page])
     return [shlex.join(command) for command in commands]
-
-
-def _write(out: Path, page: str) -> None:
-    partial = out.with_name(out.name + PARTIAL)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, "utf-8")
-        os.replace(partial, out)  # noqa: PTH105 -- over whatever report was there
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise OutputError(
-            f"{out} cannot be written: {error.strerror}.", "Give another file with -o."
-        ) from error
-
-
-__all__ = ["Made", "Wanted", "report"]

@@ -22,16 +22,15 @@ from mquant.checkpoint import (
     Source,
     is_shard,
     open_checkpoint,
-    read_json,
 )
 from mquant.engines.importance import Importance, read_importance, weigher
-from mquant.errors import Refused, SourceError
+from mquant.errors import Refused
 from mquant.events import Emit, silent
 from mquant.family import Family, Role
 from mquant.findings import Finding
 from mquant.loader_model.formats import Kind, activations, kind_of
 from mquant.loader_model.modules import Module, ModuleView, read_modules
-from mquant.output import RECORD, config_json, side_files
+from mquant.output import config_json, known_table, side_files
 from mquant.plan import BAD, PARENT, Mending, WorkUnit, from_parent, make_plan, mend
 from mquant.recipe import Recipe, load_recipes
 from mquant.schemes import NVFP4A16
@@ -147,11 +146,9 @@ def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _stated_recipe(checkpoint: Checkpoint) -> Recipe | None:
     """The recipe in mquant.json, without what loaders refuse; None where there is none."""
-    if RECORD not in checkpoint.source.files:
-        return None
     try:
-        recipe = Recipe.model_validate(read_json(checkpoint.source, RECORD).get("recipe"))
-    except (SourceError, ValidationError):
+        recipe = Recipe.model_validate(known_table(checkpoint.source).get("recipe"))
+    except ValidationError:
         return None
     roles = {role: name for role, name in recipe.roles.items() if not role.refused_by_loaders}
     return recipe.model_copy(update={"roles": roles, "foreign": True})

@@ -14,13 +14,11 @@ from mquant.checkpoint import (
     AssemblyReader,
     Checkpoint,
     Source,
-    read_json,
 )
 from mquant.checkpoint.hashing import sha256_of
 from mquant.engines.importance import importance_fingerprint, weigher
-from mquant.errors import SourceError
 from mquant.events import Emit, silent
-from mquant.output import RECORD, WORK, apply, is_staged, link, side_files, stage
+from mquant.output import WORK, apply, is_staged, known_table, link, side_files, stage
 from mquant.plan import BAD
 from mquant.repair.diagnose import Diagnosis, assemble
 from mquant.runs.run import Result, Run, RunOptions, RunSpec
@@ -91,7 +89,7 @@ class _Repair:
             parent=parent.identity(),
             fingerprint=self._fingerprint(),
             side_files={**sides, **dict.fromkeys(self.diagnosis.missing, parent)},
-            engine=_earlier(self.bad).get("engine", {"name": "stream", "versions": {}}),
+            engine=known_table(self.bad.source).get("engine", {"name": "stream", "versions": {}}),
             stage="repair",
             protected=(*parent.folders, *(self.bad.source.folders if self.whole else ())),
             beside=tuple(self.kept) if self.whole else (),
@@ -154,7 +152,7 @@ class _Repair:
 
     def _record(self) -> dict[str, Any]:
         """What mquant.json says of the repairs, this one included."""
-        mending, repairs = self.diagnosis.mending, _earlier(self.bad).get("repairs", [])
+        mending, repairs = self.diagnosis.mending, known_table(self.bad.source).get("repairs", [])
         modules = list(dict.fromkeys(action.module for action in mending.replaced))
         this = {
             "mquant": __version__,
@@ -176,11 +174,3 @@ class _Repair:
         parts = {path: (made, path) for path in made.files}
         parts |= {name: (self.bad.source, name) for name in self.kept if name not in parts}
         run.judge(Assembly(made.name, parts))
-
-
-def _earlier(bad: Checkpoint) -> dict[str, Any]:
-    """The broken checkpoint's own mquant.json; empty without one that can be read."""
-    try:
-        return read_json(bad.source, RECORD) if RECORD in bad.source.files else {}
-    except SourceError:
-        return {}

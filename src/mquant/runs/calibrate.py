@@ -1,6 +1,6 @@
 """Make an importance file (see `engines.importance`) from text that goes through the model."""
 
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from mquant.checkpoint import build_header
 from mquant.errors import MissingExtra, OutputError, Refused
 from mquant.events import Emit, Note, silent
 from mquant.numerics.formats import Floats
+from mquant.output import write_document
 from mquant.plan import Plan
 from mquant.runs.run import check_plain
 
@@ -56,27 +57,12 @@ def calibrate(plan: Plan, data: str, out: Path, emit: Emit = silent) -> Calibrat
         name: np.zeros(widths[name], "<f4") if mean is None else mean.astype("<f4")
         for name, mean in means.items()
     }
-    _write(out, vectors)
+    write_document(out, _file(vectors), "Give another file with -o.")
     unseen = tuple(name for name, mean in means.items() if mean is None)
     return Calibrated(out, len(vectors), len(samples), tokens, unseen)
 
 
-def _write(out: Path, vectors: dict[str, Floats]) -> None:
+def _file(vectors: dict[str, Floats]) -> Iterator[bytes]:
     rows = [(name, "F32", vector.shape) for name, vector in vectors.items()]
-    first, _ = build_header(rows, keep_order=True)
-    partial = out.with_name(out.name + ".partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(first)
-            file.writelines(vector.tobytes() for vector in vectors.values())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(out)
-    except OSError as error:
-        raise OutputError(
-            f"{out} cannot be written: {error.strerror}.", "Name another file with -o."
-        ) from error
-
-
-__all__ = ["Calibrated", "calibrate"]
+    yield build_header(rows, keep_order=True)[0]
+    yield from (vector.tobytes() for vector in vectors.values())

@@ -8,13 +8,13 @@ from typing import Any, Final, Unpack
 
 import numpy as np
 
-from mquant.checkpoint import Source, TensorInfo, open_checkpoint, read_json, reader_of
-from mquant.errors import Refused, SourceError
+from mquant.checkpoint import Source, TensorInfo, open_checkpoint, reader_of
+from mquant.errors import Refused
 from mquant.events import silent
 from mquant.family import Family
 from mquant.findings import Finding
 from mquant.numerics.reciprocal import reciprocal, recovered
-from mquant.output import MODELOPT_NAME, RECIPE_NAME, RECORD
+from mquant.output import MODELOPT_NAME, RECIPE_NAME, as_table, known_table
 from mquant.plan import Target, hf_quant_config, make_export_plan, scalars, survey_for
 from mquant.runs.convert import convert
 from mquant.runs.run import Result, RunOptions
@@ -38,7 +38,9 @@ def export(
     checkpoint = open_checkpoint(source)
     found = survey_for(checkpoint, families, target)
     folder = source.materialize(options.get("emit", silent))
-    origin = _origin(folder) if target is Target.COMPRESSED_TENSORS else {}
+    origin = (
+        as_table(known_table(folder).get(_ORIGIN)) if target is Target.COMPRESSED_TENSORS else {}
+    )
     known = origin.get("scales")
     numbers = _numbers(folder, list(scalars(found)))
     values, odd = _reciprocals(numbers, target, known if isinstance(known, dict) else {})
@@ -106,15 +108,6 @@ def _invalid(name: str, number: np.float32) -> Finding:
         f"{name} is {number}: it has no reciprocal that is a number above zero.",
         "Get the checkpoint again, or repair it: mquant repair.",
     )
-
-
-def _origin(folder: Source) -> Mapping[str, Any]:
-    """What an export was made from; empty where mquant.json does not say."""
-    try:
-        origin = read_json(folder, RECORD).get(_ORIGIN) if RECORD in folder.files else None
-    except SourceError:
-        return {}
-    return origin if isinstance(origin, dict) else {}
 
 
 def _declared(origin: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -6,12 +6,12 @@ from typing import Final, Unpack
 
 from mquant.checkpoint import Overlay, Source
 from mquant.errors import OutputError
-from mquant.output import discard
+from mquant.output import LAST, discard
 from mquant.plan import Plan
 from mquant.runs.quantize import judge, run_engine
 from mquant.runs.run import Result, Run, RunOptions, check_headers_as_planned
 from mquant.runs.scratch import check_scratch, least_scratch
-from mquant.runs.ship_shards import LAST, Destination, Shipper, open_destination, seal, send_others
+from mquant.runs.ship_shards import Destination, Shipper, open_destination, seal, send_others
 from mquant.runs.spec import Engine, QuantizeSpec, check_engine, choose_engine, prepare
 
 _LEDGER_BYTES: Final = 100

@@ -7,26 +7,23 @@ and there is no config.json before all of it is there and verified.
 
 from collections import deque
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Condition, Thread
 from typing import Any, Final
 
-from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, is_shard
+from mquant.checkpoint import CONFIG_NAME, is_shard
 from mquant.checkpoint.hub import HubRepo, NoSuchRepo
 from mquant.checkpoint.upload import HubWriter
 from mquant.errors import OutputError
 from mquant.events import Progress
-from mquant.output import LEDGER, RECORD, ShardObserver
+from mquant.output import LAST, LEDGER, RECORD, ShardObserver, known_table
 from mquant.output.folder import differences
 from mquant.output.ledger import MOST_BYTES, head_line, parse_ledger, shard_line
 from mquant.plan import Plan, ShardPlan
 from mquant.runs.run import Run
 from mquant.text import names
-from mquant.untrusted import parse_json
 
-LAST: Final = (INDEX_NAME, CONFIG_NAME)
 _AGAIN: Final = "Run the same command again: it goes on from there."
 
 
@@ -80,10 +77,9 @@ def open_destination(
             and there.files.get(shard.name) == shard.file_bytes
         }
         return Destination(writer, plan, fingerprint, public, there, away)
-    if RECORD in there.files and CONFIG_NAME in there.files:
-        with suppress(ValueError, AttributeError):
-            _refuse_other(repo_id, parse_json(_read(there, RECORD)).get("fingerprint"), fingerprint)
-            return Destination(writer, plan, fingerprint, public, there, done=True)
+    if CONFIG_NAME in there.files and (made := known_table(there)):
+        _refuse_other(repo_id, made.get("fingerprint"), fingerprint)
+        return Destination(writer, plan, fingerprint, public, there, done=True)
     strange = [name for name in there.files if is_shard(name) or name in (*LAST, RECORD)]
     if strange:
         raise OutputError(f"{repo_id} holds {names(strange)} already.", "Give another repo.")

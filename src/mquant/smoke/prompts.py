@@ -12,18 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from mquant.checkpoint.generation_config import SAMPLING_KEYS
 from mquant.findings import Finding
 from mquant.smoke.server import Answer, Server
 
-_SENT: Final = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-)
 _CODE: Final = re.compile(r"```[a-zA-Z]*\n(.*?)```", re.DOTALL)
 _NUMBER: Final = re.compile(r"\d+(?:,\d{3})*")
 _SAFE: Final = "740-193"
@@ -70,7 +62,7 @@ def options_of(sampling: Mapping[str, float | bool], max_tokens: int) -> dict[st
     options: dict[str, float] = {"max_tokens": max_tokens, "seed": 0}
     if sampling.get("do_sample") is False:
         return {**options, "temperature": 0}
-    return {**options, **{key: sampling[key] for key in _SENT if key in sampling}}
+    return {**options, **{key: sampling[key] for key in SAMPLING_KEYS if key in sampling}}
 
 
 def smoke(server: Server, options: Mapping[str, float]) -> Iterator[Trial]:

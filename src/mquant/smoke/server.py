@@ -5,7 +5,6 @@ is set, and appears in no message.
 """
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from urllib.parse import urlsplit
 
 from mquant.errors import SourceError, UsageError
 from mquant.text import clean
+from mquant.untrusted import parse_json
 
 MAX_ANSWER_BYTES: Final = 10_000_000
 CONNECT_SECONDS: Final = 10.0
@@ -135,8 +135,8 @@ class Server:
                 "Look at the server's log.",
             )
         try:
-            said = json.loads(raw)
-        except (ValueError, RecursionError):
+            said = parse_json(bytes(raw))
+        except ValueError:
             said = None
         if not isinstance(said, dict):
             raise self._nonsense()

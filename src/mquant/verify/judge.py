@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-from mquant.checkpoint import Source, open_checkpoint, read_json
+from mquant.checkpoint import Source, open_checkpoint
 from mquant.checkpoint.hub import HubRepo
-from mquant.errors import SourceError
 from mquant.events import Emit, silent
 from mquant.family import Family
 from mquant.findings import Finding, Severity
 from mquant.loader_model.modules import ModuleView, read_modules
-from mquant.output import RECORD
+from mquant.output import as_table, known_table
 from mquant.text import plural
 from mquant.verify.against import check_against
 from mquant.verify.ignore import check_ignore
@@ -136,7 +135,7 @@ def verify(
             wrong = frozenset(numbers.places)
         if original is not None:
             checked.append("against")
-            made = _recipe(source)
+            made = as_table(known_table(source).get("recipe"))
             found += check_against(
                 view,
                 original,
@@ -167,16 +166,6 @@ def verify(
         requests=sum(hub.requests for hub in hubs) if hubs else None,
         loader=loader,
     )
-
-
-def _recipe(source: Source) -> Mapping[str, Any]:
-    """The recipe that mquant.json says it was made with; empty where nothing says it."""
-    try:
-        made = read_json(source, RECORD) if RECORD in source.files else {}
-    except SourceError:
-        return {}
-    recipe = made.get("recipe")
-    return recipe if isinstance(recipe, dict) else {}
 
 
 def _ignore(view: ModuleView) -> list[Finding]:

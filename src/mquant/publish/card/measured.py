@@ -5,13 +5,13 @@ Of `mquant.eval/1`: `source`, `text.name`, `tokens`, `context`, `perplexity`, `p
 `relative_error`. What a document leaves out, or calls null, the card leaves out too.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from mquant.errors import SourceError
+from mquant.untrusted import parse_json
 
 _MOST_BYTES: Final = 500_000_000  # a comparison has a row for every tensor
 _MOST: Final = 1e12
@@ -73,10 +73,10 @@ def read_compare(path: Path, name: str) -> dict[str, Any]:
 def _document(path: Path, schema: str, name: str) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            value = json.loads(file.read(_MOST_BYTES))
+            value = parse_json(file.read(_MOST_BYTES))
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from error
-    except (ValueError, RecursionError):
+    except ValueError:
         value = None
     verb = schema.partition("/")[0].removeprefix("mquant.")
     again = f"Make it with: mquant {verb} ... --format json > {path.name}"

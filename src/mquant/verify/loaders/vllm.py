@@ -5,7 +5,6 @@ vLLM parses the config, builds the model and loads the headers, in a Python of i
 leaves unset, bends or converts without a word.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any, Final
 from mquant.checkpoint import CONFIG_NAME, FIRST_READ, INDEX_NAME, Source, read_first
 from mquant.errors import HeaderError, LoaderError
 from mquant.findings import Finding
+from mquant.untrusted import parse_json
 from mquant.verify.loaders.install import find_python
 from mquant.verify.rules import Rule, finding, register
 
@@ -247,7 +247,7 @@ def _run(python: Path, folder: Path, result: Path, materialise: Callable[[], Non
 
 def _read(result: Path) -> dict[str, Any]:
     try:
-        value = json.loads(result.read_text(encoding="utf-8"))
+        value = parse_json(result.read_bytes())
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
