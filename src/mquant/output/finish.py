@@ -25,6 +25,7 @@ from mquant.checkpoint import (
 )
 from mquant.errors import OutputError
 from mquant.events import Note
+from mquant.loader_model.modules import MODELOPT_NAME
 from mquant.output.disk import PARTIAL, fsync_folder, out_of_space
 from mquant.output.folder import RECORD, is_inside
 from mquant.output.ledger import SHARES, is_ledger
@@ -32,7 +33,6 @@ from mquant.plan import Action, Plan
 from mquant.text import names
 
 RECIPE_NAME: Final = "recipe.yaml"
-MODELOPT_NAME: Final = "hf_quant_config.json"
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".mp4")
 _PIECE: Final = 16_000_000
 _OURS: Final = {RECORD, SHARES, RECIPE_NAME, MODELOPT_NAME}
