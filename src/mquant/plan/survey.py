@@ -14,11 +14,10 @@ from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.family import Family, Role, TensorRole, TensorRow, family_of
 from mquant.findings import Finding
 from mquant.formulas import MOST_LAYERS
-from mquant.plan.stored import Form, Stored, find_stored
+from mquant.loader_model.formats import StorageFormat
+from mquant.plan.stored import READABLE, Stored, find_stored
 from mquant.schemes import QUANTIZED_SUFFIXES
 from mquant.text import names
-
-FusedKey = tuple[str, int | None, int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +42,6 @@ class Member:
         """The hub name of the module that owns the tensor."""
         return self.info.name.rpartition(".")[0]
 
-    @property
-    def fused(self) -> FusedKey | None:
-        """The fused set it belongs to: its name, layer and expert."""
-        fused = self.tensor_role.row.fused
-        return (fused, self.tensor_role.layer, self.tensor_role.expert) if fused else None
-
 
 @dataclass(frozen=True)
 class Survey:
@@ -72,15 +65,16 @@ class Survey:
 
 
 def survey(
-    checkpoint: Checkpoint, families: Mapping[str, Family], forms: Collection[Form] = ()
+    checkpoint: Checkpoint, families: Mapping[str, Family], formats: Collection[StorageFormat] = ()
 ) -> Survey:
     """Classify every tensor of a checkpoint and check that it is whole.
 
-    One that is quantized is a finding, unless all of it lies in one of `forms`: then it is taken
+    One that is quantized is a finding, unless all of it lies in one of `formats`: then it is taken
     for the weights it holds.
     """
-    shelf = find_stored(checkpoint, forms) if forms else None
-    unreadable = shelf.findings if shelf else _already_quantized(checkpoint, forms)
+    shelf = find_stored(checkpoint, formats) if formats else None
+    weights = shelf.weights if shelf else {}
+    unreadable = shelf.findings if shelf else _already_quantized(checkpoint, formats)
     findings = [*checkpoint.findings, *unreadable]
     family = family_of(checkpoint.config, families)
     if family is None:
@@ -100,7 +94,7 @@ def survey(
     members: list[Member] = []
     unknown: list[str] = []
     for tensor in checkpoint.tensors.values():
-        info, stored = (shelf and shelf.weights.get(tensor.name)) or (tensor, None)
+        info, stored = weights.get(tensor.name, (tensor, None))
         tensor_role = family.classify(info.name)
         if tensor_role is not None:
             members.append(Member(info, tensor_role, stored))
@@ -143,7 +137,9 @@ def _count(numbers: Iterable[int | None]) -> int:
     return len({number for number in numbers if number is not None})
 
 
-def _already_quantized(checkpoint: Checkpoint, forms: Collection[Form]) -> Sequence[Finding]:
+def _already_quantized(
+    checkpoint: Checkpoint, formats: Collection[StorageFormat]
+) -> Sequence[Finding]:
     config = checkpoint.config.get("quantization_config")
     traces = [name for name in checkpoint.tensors if name.endswith(QUANTIZED_SUFFIXES)]
     if not traces and not config:
@@ -161,7 +157,7 @@ def _already_quantized(checkpoint: Checkpoint, forms: Collection[Form]) -> Seque
             traces[0] if traces else "config.json",
             f"{checkpoint.source.name} is already quantized ({how}).",
             "Start from the BF16 checkpoint it was made from"
-            + ("." if set(Form) <= set(forms) else ", or make one: mquant dequantize."),
+            + ("." if set(READABLE) <= set(formats) else ", or make one: mquant dequantize."),
         )
     ]
 
@@ -379,7 +375,7 @@ def _fused_findings(
 ) -> list[Finding]:
     present = {member.info.name for member in members}
     for member in members:
-        if member.fused is None:
+        if member.tensor_role.fused_set is None:
             continue
         absent = [
             name for name in _siblings(family, member.tensor_role, config) if name not in present
@@ -430,4 +426,4 @@ def _shape_finding(
     )
 
 
-__all__ = ["FusedKey", "Member", "Survey", "survey", "wholeness"]
+__all__ = ["Member", "Survey", "survey", "wholeness"]

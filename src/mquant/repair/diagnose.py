@@ -6,7 +6,7 @@ fused set again. Of the parent that costs its headers, a few norms, and that set
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -26,9 +26,9 @@ from mquant.checkpoint import (
 from mquant.engines.importance import Importance, read_importance, weigher
 from mquant.errors import Refused
 from mquant.events import Emit, silent
-from mquant.family import Family, Role
+from mquant.family import Family, FusedSet, Role
 from mquant.findings import Finding
-from mquant.loader_model.formats import Kind, activations, kind_of
+from mquant.loader_model.formats import SUFFIXES, StorageFormat, activations, format_of
 from mquant.loader_model.modules import Module, ModuleView, read_modules
 from mquant.output import config_json, known_table, side_files
 from mquant.plan import BAD, PARENT, Mending, WorkUnit, from_parent, make_plan, mend
@@ -163,10 +163,10 @@ def _read_off(view: ModuleView, parent: Checkpoint) -> Recipe:
     family = view.family
     if family is None:
         return _recipe({}, [])  # make_plan says which are known
-    units: dict[Hashable, Counter[bool]] = defaultdict(Counter)
-    members: dict[Hashable, list[str]] = defaultdict(list)
+    units: dict[FusedSet, Counter[bool]] = defaultdict(Counter)
+    members: dict[FusedSet, list[str]] = defaultdict(list)
     roles: dict[Role, Counter[bool]] = defaultdict(Counter)
-    of: dict[Hashable, Role] = {}
+    of: dict[FusedSet, Role] = {}
     for module, name, role, unit in _linear(view, family):
         units[unit][bool(module.quantized)] += 1
         roles[role][bool(module.quantized)] += 1
@@ -193,7 +193,7 @@ def _recipe(roles: Mapping[Role, str], ignore: list[str]) -> Recipe:
     )
 
 
-def _linear(view: ModuleView, family: Family) -> Iterator[tuple[Module, str, Role, Hashable]]:
+def _linear(view: ModuleView, family: Family) -> Iterator[tuple[Module, str, Role, FusedSet]]:
     """Linear modules that may be quantized: with the hub's name, role, and what they belong to."""
     for module in view.modules.values():
         tensor_role = module.tensor_role or family.classify_in_memory(f"{module.name}.weight")
@@ -205,25 +205,23 @@ def _linear(view: ModuleView, family: Family) -> Iterator[tuple[Module, str, Rol
             continue
         role, row = tensor_role.row.role, tensor_role.row
         name = row.format(tensor_role.layer, tensor_role.expert).removesuffix(".weight")
-        whole = "experts" if role is Role.EXPERT else row.fused or row.name
-        expert = None if role is Role.EXPERT else tensor_role.expert
-        yield module, name, role, (whole, tensor_role.layer, expert)
+        yield module, name, role, tensor_role.loaded_with
 
 
 def _refuse_other_layouts(view: ModuleView) -> None:
     """Raise Refused where most of what is quantized, or of a role of it, is not NVFP4A16."""
-    kinds: dict[Role | None, Counter[Kind]] = defaultdict(Counter)
+    kinds: dict[Role | None, Counter[StorageFormat]] = defaultdict(Counter)
     for module in view.quantized:
         role = module.tensor_role.row.role if module.tensor_role else None
-        if (kind := kind_of(view, module)) and not (role and role.refused_by_loaders):
+        if (kind := format_of(view, module)) and not (role and role.refused_by_loaders):
             kinds[role][kind] += 1
     most = [counter.most_common(1)[0][0] for counter in kinds.values()]
-    common = next((kind for kind in most if kind is not Kind.NVFP4), Kind.NVFP4)
-    inputs = sum("input_global_scale" in module.tensors for module in view.quantized)
+    common = next((kind for kind in most if kind is not StorageFormat.NVFP4), StorageFormat.NVFP4)
+    inputs = sum(SUFFIXES[StorageFormat.NVFP4].input in module.tensors for module in view.quantized)
     static = activations(common, view) and inputs * 2 > len(view.quantized)
-    if common is Kind.NVFP4 and not static:
+    if common is StorageFormat.NVFP4 and not static:
         return
-    what = "NVFP4 with quantized activations" if common is Kind.NVFP4 else str(common)
+    what = "NVFP4 with quantized activations" if common is StorageFormat.NVFP4 else common.short
     raise Refused(
         [
             Finding(
