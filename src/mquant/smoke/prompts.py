@@ -112,7 +112,7 @@ def _archive(room: int | None) -> str:
     """Many lines that are alike, one of which must be remembered."""
     count = _MOST_LINES if room is None else room // _LINE_TOKENS
     count = max(_LEAST_LINES, min(count, _MOST_LINES))
-    lines = [f"StoredWeights {n} holds {n * 37 % 89 + 2} files." for n in range(1, count + 1)]
+    lines = [f"Shelf {n} holds {n * 37 % 89 + 2} files." for n in range(1, count + 1)]
     lines.insert(count * 2 // 5, f"The code of the safe is {_SAFE}.")
     said = "\n".join(lines)
     return f"{said}\n\nWhat is the code of the safe? Answer with the code only."
