@@ -40,6 +40,10 @@ _EVERY_LAYER = "layer"
 _MTP = "mtp"
 
 
+FusedSet = tuple[str, int | None, int | None]
+"""The name of a fused set, its layer and its expert."""
+
+
 class Role(StrEnum):
     """What a tensor is for. Recipes speak of roles only, never of names."""
 
@@ -182,6 +186,18 @@ class TensorRole:
     row: TensorRow
     layer: int | None
     expert: int | None
+
+    @property
+    def fused_set(self) -> FusedSet | None:
+        """The fused set that the tensor belongs to; None if it belongs to none."""
+        return (self.row.fused, self.layer, self.expert) if self.row.fused else None
+
+    @property
+    def loaded_with(self) -> FusedSet:
+        """What loaders make one layer of: a layer's experts, a fused set, or the tensor alone."""
+        if self.row.role is Role.EXPERT:
+            return ("experts", self.layer, None)
+        return self.fused_set or (self.row.name, self.layer, self.expert)
 
 
 class Family(_Data):
@@ -371,6 +387,7 @@ def family_of(config: Mapping[str, Any], families: Mapping[str, Family]) -> Fami
 __all__ = [
     "Family",
     "Forward",
+    "FusedSet",
     "Role",
     "TensorRole",
     "TensorRow",

@@ -111,7 +111,9 @@ class Recipe(BaseModel):
     def keeps_layer(self, layer: int | None, layers: int) -> bool:
         """Whether a layer, one of so many, stays as it is."""
         first, last = self.keep_layers.first, self.keep_layers.last
-        return layer is not None and (layer < first or layers <= layer + last < layers + last)
+        if layer is None:
+            return False
+        return layer < first or layers - last <= layer < layers
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from judges import data, differences, model_free_ptq, one_shard, opened, quantiz
 from mquant.checkpoint import Folder
 from mquant.data import folder
 from mquant.errors import DataFileError
-from mquant.family import Family, Role, load_families, load_family
+from mquant.family import Family, FusedSet, Role, load_families, load_family
 from mquant.plan import Plan, Target
-from mquant.plan.survey import FusedKey
 from mquant.runs.export import export
 from mquant.synth import Precision, Sizes, make_config, make_tensors, synth
 from mquant.verify.judge import verify
@@ -191,10 +190,10 @@ def test_fused_sets_share_one_global_scale_made_of_the_largest_weight(
 ) -> None:
     _, src, out = quantized(case)
     result = opened(out)
-    sets: dict[FusedKey, list[str]] = {}
+    sets: dict[FusedSet, list[str]] = {}
     for member in plan_of(src).survey.members:
-        if member.fused:
-            sets.setdefault(member.fused, []).append(member.module)
+        if fused_set := member.tensor_role.fused_set:
+            sets.setdefault(fused_set, []).append(member.module)
 
     assert sets
     for modules in sets.values():
@@ -289,11 +288,11 @@ def test_model_free_ptq_gives_deepseek_s_sets_several_scales(
     _, src, _ = quantized("deepseek_v3")
     ignore = ["lm_head", "model.embed_tokens", r"re:.*\.gate$", r"re:.*norm$"]
     theirs = opened(model_free_ptq(one_shard(src, tmp_path / "one"), tmp_path / "theirs", ignore))
-    sets: dict[FusedKey, set[bytes]] = {}
+    sets: dict[FusedSet, set[bytes]] = {}
     for member in plan_of(src).survey.members:
-        if member.fused:
+        if fused_set := member.tensor_role.fused_set:
             scale = data(theirs, f"{member.module}.weight_global_scale")
-            sets.setdefault(member.fused, set()).add(scale)
+            sets.setdefault(fused_set, set()).add(scale)
     split = {fused[0] for fused, scales in sets.items() if len(scales) > 1}
 
     assert split == {"qkv_a", "expert_gate_up", "shared_gate_up"}

@@ -43,7 +43,8 @@ class Reader:
                 raise SourceError(
                     f"{path} ends at byte {os.fstat(file).st_size:,}; "
                     f"{start + len(buffer):,} were expected.",
-                    "The file changed while it was read: " + _FIX[0].lower() + _FIX[1:],
+                    "The file changed while it was read: let it be whole and at rest, then run "
+                    "the same command again.",
                 )
             done += got
 

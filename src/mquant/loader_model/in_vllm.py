@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, Final
 
-from mquant.family import Family, Role, TensorRole
+from mquant.family import Family, FusedSet, Role, TensorRole
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.matching import Matches, Style, match
 
@@ -45,7 +45,7 @@ class Judged:
     role: Role
     misnamed: bool
     vllm: tuple[str, ...]
-    group: tuple[str, int | None, int | None]
+    group: FusedSet
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class VllmView:
         """What vLLM decides about every layer that it may build quantized."""
         if self.style is None:
             return ()
-        members: dict[tuple[str, int | None, int | None], list[Judged]] = defaultdict(list)
+        members: dict[FusedSet, list[Judged]] = defaultdict(list)
         for judged in self.judged:
             if self._asks(judged.role) and not judged.misnamed:
                 members[judged.group].append(judged)
@@ -179,13 +179,7 @@ def _known(view: ModuleView, family: Family, method: str) -> Iterator[Judged]:
         role = tensor_role.row.role
         if not (role.linear or role is Role.EMBEDDING):
             continue
-        group = (
-            tensor_role.row.fused or tensor_role.row.name,
-            tensor_role.layer,
-            tensor_role.expert,
-        )
-        if role is Role.EXPERT:
-            group = ("experts", tensor_role.layer, None)
+        group = tensor_role.loaded_with
         names = _vllm_names(module, tensor_role, family, method)
         names, group = shared.setdefault(names, names), shared.setdefault(group, group)
         yield Judged(module, role, module.tensor_role is None, names, group)

@@ -11,12 +11,12 @@ import yaml
 from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.dtypes import FLOAT_WEIGHTS
 from mquant.errors import Refused
-from mquant.family import Family, Role
+from mquant.family import Family, FusedSet, Role
 from mquant.findings import Finding
 from mquant.plan.awq import scaled, unscalable
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit
 from mquant.plan.stored import Form
-from mquant.plan.survey import FusedKey, Member, Survey, survey
+from mquant.plan.survey import Member, Survey, survey
 from mquant.recipe import Choice, Recipe
 from mquant.schemes import Scheme
 from mquant.text import names
@@ -181,9 +181,9 @@ def _unquantizable(
 
 def _jobs(members: tuple[Member, ...], actions: list[Action]) -> list[WorkUnit]:
     """Actions grouped by fused set, each set where its first member lies in the source."""
-    groups: dict[FusedKey | str, list[Action]] = {}
+    groups: dict[FusedSet | str, list[Action]] = {}
     for member, action in zip(members, actions, strict=True):
-        groups.setdefault(member.fused or member.info.name, []).append(action)
+        groups.setdefault(member.tensor_role.fused_set or member.info.name, []).append(action)
     return [
         WorkUnit(tuple(sorted(group, key=lambda a: a.source.name))) for group in groups.values()
     ]

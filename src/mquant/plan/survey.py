@@ -18,8 +18,6 @@ from mquant.plan.stored import Form, Stored, find_stored
 from mquant.schemes import QUANTIZED_SUFFIXES
 from mquant.text import names
 
-FusedKey = tuple[str, int | None, int | None]
-
 
 @dataclass(frozen=True, slots=True)
 class Member:
@@ -42,12 +40,6 @@ class Member:
     def module(self) -> str:
         """The hub name of the module that owns the tensor."""
         return self.info.name.rpartition(".")[0]
-
-    @property
-    def fused(self) -> FusedKey | None:
-        """The fused set it belongs to: its name, layer and expert."""
-        fused = self.tensor_role.row.fused
-        return (fused, self.tensor_role.layer, self.tensor_role.expert) if fused else None
 
 
 @dataclass(frozen=True)
@@ -80,6 +72,7 @@ def survey(
     for the weights it holds.
     """
     shelf = find_stored(checkpoint, forms) if forms else None
+    weights = shelf.weights if shelf else {}
     unreadable = shelf.findings if shelf else _already_quantized(checkpoint, forms)
     findings = [*checkpoint.findings, *unreadable]
     family = family_of(checkpoint.config, families)
@@ -100,7 +93,7 @@ def survey(
     members: list[Member] = []
     unknown: list[str] = []
     for tensor in checkpoint.tensors.values():
-        info, stored = (shelf and shelf.weights.get(tensor.name)) or (tensor, None)
+        info, stored = weights.get(tensor.name, (tensor, None))
         tensor_role = family.classify(info.name)
         if tensor_role is not None:
             members.append(Member(info, tensor_role, stored))
@@ -379,7 +372,7 @@ def _fused_findings(
 ) -> list[Finding]:
     present = {member.info.name for member in members}
     for member in members:
-        if member.fused is None:
+        if member.tensor_role.fused_set is None:
             continue
         absent = [
             name for name in _siblings(family, member.tensor_role, config) if name not in present
@@ -430,4 +423,4 @@ def _shape_finding(
     )
 
 
-__all__ = ["FusedKey", "Member", "Survey", "survey", "wholeness"]
+__all__ = ["Member", "Survey", "survey", "wholeness"]

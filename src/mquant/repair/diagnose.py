@@ -6,7 +6,7 @@ fused set again. Of the parent that costs its headers, a few norms, and that set
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -26,7 +26,7 @@ from mquant.checkpoint import (
 from mquant.engines.importance import Importance, read_importance, weigher
 from mquant.errors import Refused
 from mquant.events import Emit, silent
-from mquant.family import Family, Role
+from mquant.family import Family, FusedSet, Role
 from mquant.findings import Finding
 from mquant.loader_model.formats import Kind, activations, kind_of
 from mquant.loader_model.modules import Module, ModuleView, read_modules
@@ -163,10 +163,10 @@ def _read_off(view: ModuleView, parent: Checkpoint) -> Recipe:
     family = view.family
     if family is None:
         return _recipe({}, [])  # make_plan says which are known
-    units: dict[Hashable, Counter[bool]] = defaultdict(Counter)
-    members: dict[Hashable, list[str]] = defaultdict(list)
+    units: dict[FusedSet, Counter[bool]] = defaultdict(Counter)
+    members: dict[FusedSet, list[str]] = defaultdict(list)
     roles: dict[Role, Counter[bool]] = defaultdict(Counter)
-    of: dict[Hashable, Role] = {}
+    of: dict[FusedSet, Role] = {}
     for module, name, role, unit in _linear(view, family):
         units[unit][bool(module.quantized)] += 1
         roles[role][bool(module.quantized)] += 1
@@ -193,7 +193,7 @@ def _recipe(roles: Mapping[Role, str], ignore: list[str]) -> Recipe:
     )
 
 
-def _linear(view: ModuleView, family: Family) -> Iterator[tuple[Module, str, Role, Hashable]]:
+def _linear(view: ModuleView, family: Family) -> Iterator[tuple[Module, str, Role, FusedSet]]:
     """Linear modules that may be quantized: with the hub's name, role, and what they belong to."""
     for module in view.modules.values():
         tensor_role = module.tensor_role or family.classify_in_memory(f"{module.name}.weight")
@@ -205,9 +205,7 @@ def _linear(view: ModuleView, family: Family) -> Iterator[tuple[Module, str, Rol
             continue
         role, row = tensor_role.row.role, tensor_role.row
         name = row.format(tensor_role.layer, tensor_role.expert).removesuffix(".weight")
-        whole = "experts" if role is Role.EXPERT else row.fused or row.name
-        expert = None if role is Role.EXPERT else tensor_role.expert
-        yield module, name, role, (whole, tensor_role.layer, expert)
+        yield module, name, role, tensor_role.loaded_with
 
 
 def _refuse_other_layouts(view: ModuleView) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo
-from mquant.family import Family, Role, TensorRole
+from mquant.family import Family, FusedSet, Role, TensorRole
 from mquant.findings import Finding
 from mquant.plan import survey
 from mquant.schemes import QUANTIZED_SUFFIXES
@@ -213,10 +213,10 @@ def _dtypes(inspection: Inspection, known: list[Known]) -> Iterable[Finding]:
 
 
 def _cut_sets(known: list[Known]) -> Iterable[Finding]:
-    shards: dict[tuple[str, int | None, int | None], set[str]] = defaultdict(set)
+    shards: dict[FusedSet, set[str]] = defaultdict(set)
     for info, tensor_role in known:
-        if tensor_role.row.fused:
-            shards[tensor_role.row.fused, tensor_role.layer, tensor_role.expert].add(info.shard)
+        if fused_set := tensor_role.fused_set:
+            shards[fused_set].add(info.shard)
     cut = [key for key, where in shards.items() if len(where) > 1]
     if cut:
         fused, layer, expert = cut[0]

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from mquant.checkpoint import TensorInfo
 from mquant.events import Emit, Progress, silent
+from mquant.family import FusedSet
 from mquant.loader_model.formats import GROUP, Kind, integer_bits, kind_of
 from mquant.loader_model.modules import FP8_DTYPES, Module, ModuleView
 from mquant.verify.rules import Rule, register
@@ -141,7 +142,7 @@ def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
     total = sum(size for size, _ in units)
     done = told = 0
     tally = Tally()
-    scales: dict[tuple[str, int | None, int | None], list[tuple[str, bytes]]] = defaultdict(list)
+    scales: dict[FusedSet, list[tuple[str, bytes]]] = defaultdict(list)
     divisors: dict[str, float] = {}
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
         try:
@@ -153,10 +154,9 @@ def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
                 if seen.divisor is not None:
                     divisors[seen.divisor[0]] = seen.divisor[1]
                 tensor_role = seen.module.tensor_role if seen.module else None
-                if tensor_role and tensor_role.row.fused and seen.global_scale:
-                    scales[tensor_role.row.fused, tensor_role.layer, tensor_role.expert].append(
-                        seen.global_scale
-                    )
+                fused_set = tensor_role.fused_set if tensor_role else None
+                if fused_set and seen.global_scale:
+                    scales[fused_set].append(seen.global_scale)
                 done += size
                 if done - told >= PIECE or done == total:
                     told = done

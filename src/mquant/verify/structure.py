@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 import mquant.verify.structure_rules  # noqa: F401 -- registers the rules
-from mquant.family import Family, Role, TensorRole
+from mquant.family import Family, FusedSet, Role, TensorRole
 from mquant.findings import Finding
 from mquant.loader_model.formats import (
     CODES,
@@ -217,14 +217,14 @@ def _inputs(module: Module, kind: Kind, declared: bool | None, tally: Tally) -> 
 
 
 def _mixed(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
-    sets: dict[tuple[str, int | None, int | None], list[Module]] = defaultdict(list)
+    sets: dict[FusedSet, list[Module]] = defaultdict(list)
     experts: dict[int | None, list[Module]] = defaultdict(list)
     for module in view.modules.values():
         if module.tensor_role is None:
             continue
         row, layer = module.tensor_role.row, module.tensor_role.layer
-        if row.fused:
-            sets[row.fused, layer, module.tensor_role.expert].append(module)
+        if fused_set := module.tensor_role.fused_set:
+            sets[fused_set].append(module)
         if row.role is Role.EXPERT:
             experts[layer].append(module)
     for rule, groups_ in (("fused-set-mixed", sets.values()), ("experts-mixed", experts.values())):
