@@ -9,10 +9,11 @@ from typing import Protocol
 import numpy as np
 
 from mquant.checkpoint import TensorInfo
+from mquant.loader_model.formats import NVFP4S, StorageFormat
 from mquant.numerics.dequantize import decode_fp8, decode_nvfp4, nvfp4_table
 from mquant.numerics.formats import FLOATS, Array, Bytes, Words
 from mquant.numerics.nvfp4 import GROUP
-from mquant.plan import Action, Form, Stored
+from mquant.plan import Action, Stored
 
 
 class Source(Protocol):
@@ -38,7 +39,7 @@ def open_rows(source: Source, action: Action, scratch: Bytes) -> Rows:
     if stored is None:
         raise TypeError(f"{action.source.name} is not stored quantized")
     columns = action.source.shape[1]
-    if stored.form in (Form.NVFP4, Form.MODELOPT_NVFP4):
+    if stored.format in NVFP4S:
         return _NVFP4(source, stored, columns, scratch)
     return _FP8(source, stored, columns, scratch)
 
@@ -68,7 +69,7 @@ class _NVFP4:
         self._packed, self._groups = columns // 2, columns // GROUP
         self._scratch = scratch
         second = float(_read(source, stored.second).reshape(-1)[0])
-        self._table = nvfp4_table(second, divide=stored.form is Form.NVFP4)
+        self._table = nvfp4_table(second, divide=stored.format is StorageFormat.NVFP4)
 
     def read(self, first: int, last: int, words: Words) -> None:
         rows = last - first
@@ -86,8 +87,8 @@ def _read(source: Source, info: TensorInfo) -> Array:
     """A small tensor, in its own dtype."""
     raw = bytearray(info.nbytes)
     source.read_into(info.shard, info.start, memoryview(raw))
-    form = FLOATS[info.dtype]
-    return form.values(form.words(raw)).reshape(info.shape)
+    float_format = FLOATS[info.dtype]
+    return float_format.values(float_format.words(raw)).reshape(info.shape)
 
 
 __all__ = ["Rows", "open_rows"]

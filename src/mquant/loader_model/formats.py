@@ -7,16 +7,17 @@ config.json declares decides only what the tensors leave open.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from mquant.loader_model.modules import FP8_DTYPES, Module, ModuleView
+from mquant.checkpoint import TensorInfo
+from mquant.loader_model.modules import FP8_DTYPES, Module, ModuleView, quantized_suffixes
 
 Shape = tuple[int, ...]
 
 GROUP: Final = 16
 """Elements along a row that share an NVFP4 block scale."""
 SCALAR: Final[tuple[Shape, ...]] = ((1,), ())
-FP8_BLOCK: Final = (128, 128)
+DEFAULT_BLOCK: Final = (128, 128)
 _FLOATS: Final = ("F32", "BF16", "F16")
 
 
@@ -59,28 +60,62 @@ METHODS: Final = frozenset(
 )
 
 
-class Kind(StrEnum):
-    """The layouts whose parts are known here. OTHER is quantized in a way that is not judged."""
+class StorageFormat(StrEnum):
+    """How the weight of a quantized module is stored. OTHER: in a way that is not known here.
 
-    NVFP4 = "NVFP4"
+    The value is the name that plans state and digest. FP8_BLOCK has its scales under
+    `weight_scale_inv`; those of FP8 are under `weight_scale`, of blocks or not.
+    """
+
+    FP8_BLOCK = "FP8 in blocks"
+    FP8 = "compressed-tensors FP8"
+    NVFP4 = "compressed-tensors NVFP4"
     MODELOPT_NVFP4 = "ModelOpt NVFP4"
-    FP8 = "FP8"
     INT = "packed integers"
     OTHER = "other"
 
+    @property
+    def short(self) -> str:
+        """The name by which a module is judged and compared: one for both kinds of FP8."""
+        return "FP8" if self in FP8S else self.value.removeprefix("compressed-tensors ")
 
-CODES: Final[dict[Kind, str]] = {
-    Kind.NVFP4: "weight_packed",
-    Kind.MODELOPT_NVFP4: "weight",
-    Kind.FP8: "weight",
-    Kind.INT: "weight_packed",
+
+FP8S: Final = frozenset({StorageFormat.FP8_BLOCK, StorageFormat.FP8})
+NVFP4S: Final = frozenset({StorageFormat.NVFP4, StorageFormat.MODELOPT_NVFP4})
+
+
+class Suffixes(NamedTuple):
+    """The names of a module's tensors: codes, scales, the scale of the whole weight, its input's.
+
+    Empty for a tensor that the format does not have.
+    """
+
+    codes: str
+    scale: str
+    second: str = ""
+    input: str = ""
+
+
+SUFFIXES: Final[dict[StorageFormat, Suffixes]] = {
+    StorageFormat.FP8_BLOCK: Suffixes("weight", "weight_scale_inv", "", "input_scale"),
+    StorageFormat.FP8: Suffixes("weight", "weight_scale", "", "input_scale"),
+    StorageFormat.NVFP4: Suffixes(
+        "weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"
+    ),
+    StorageFormat.MODELOPT_NVFP4: Suffixes(
+        "weight", "weight_scale", "weight_scale_2", "input_scale"
+    ),
+    StorageFormat.INT: Suffixes("weight_packed", "weight_scale"),
 }
-"""Where the codes of the weight are."""
+SCALES: Final = frozenset(each.scale for each in SUFFIXES.values())
+SECOND_SCALES: Final = frozenset(each.second for each in SUFFIXES.values() if each.second)
+INPUT_SCALES: Final = frozenset(each.input for each in SUFFIXES.values() if each.input)
 
-_DECLARED: Final[dict[Kind, dict[str, object]]] = {
-    Kind.NVFP4: {"type": "float", "num_bits": 4, "group_size": GROUP},
-    Kind.FP8: {"type": "float", "num_bits": 8},
-    Kind.INT: {"type": "int"},
+_DECLARED: Final[dict[StorageFormat, dict[str, object]]] = {
+    StorageFormat.NVFP4: {"type": "float", "num_bits": 4, "group_size": GROUP},
+    StorageFormat.FP8_BLOCK: {"type": "float", "num_bits": 8},
+    StorageFormat.FP8: {"type": "float", "num_bits": 8},
+    StorageFormat.INT: {"type": "int"},
 }
 """What `weights` of a config group must say where it says anything."""
 
@@ -94,87 +129,114 @@ class ExpectedTensor:
     required: bool = True
 
 
-def kind_of(view: ModuleView, module: Module) -> Kind | None:
-    """How a module is quantized, or None for a plain one."""
-    if not module.quantized:
+def recognize(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> StorageFormat | None:
+    """The format that a module's tensors, by suffix, are in; None for a plain module.
+
+    The only place that decides it. `config` is the quantization config; it is asked for what the
+    tensors leave open. Nothing is refused: `plan` takes only modules whose every part it knows,
+    and `format_of` leaves out what a judge has no measure for.
+    """
+    if not quantized_suffixes(tensors):
         return None
-    tensors = module.tensors
     weight, packed = tensors.get("weight"), tensors.get("weight_packed")
-    formats = {str(group.get("format")) for group in groups(view)}
-    formats.add(str(view.config.get("format")))
+    dtype = weight.dtype if weight else ""
+    fp8 = (
+        StorageFormat.FP8_BLOCK
+        if "weight_scale_inv" in tensors or config.get("quant_method") == "fp8"
+        else StorageFormat.FP8
+    )
     if "weight_shape" in tensors or (packed is not None and packed.dtype == "I32"):
-        return Kind.INT
-    if any(name.startswith(("mxfp", "int-", "naive", "marlin")) for name in formats):
-        return Kind.OTHER
-    if "weight_scale_2" in tensors or (weight is not None and weight.dtype == "U8"):
-        fp8 = weight is not None and weight.dtype in FP8_DTYPES
-        return Kind.FP8 if fp8 else Kind.MODELOPT_NVFP4
-    if weight is not None and weight.dtype in FP8_DTYPES:
-        return Kind.FP8
-    if packed is not None or "weight_global_scale" in tensors:
-        return Kind.NVFP4
-    if "nvfp4-pack-quantized" in formats:
-        return Kind.NVFP4
+        return StorageFormat.INT
+    if dtype in FP8_DTYPES:
+        return fp8
+    if "weight_scale_2" in tensors or dtype == "U8":
+        return StorageFormat.MODELOPT_NVFP4
+    if packed is not None or "weight_global_scale" in tensors or declares_nvfp4(config):
+        return StorageFormat.NVFP4
     if {"qweight", "qzeros", "scales", "g_idx"} & tensors.keys():
-        return Kind.OTHER
-    return Kind.FP8 if {"weight_scale", "weight_scale_inv"} & tensors.keys() else Kind.OTHER
+        return StorageFormat.OTHER
+    return fp8 if SCALES & tensors.keys() else StorageFormat.OTHER
 
 
-def groups(view: ModuleView) -> Iterator[Mapping[str, Any]]:
-    """The well-formed `config_groups` of the quantization config."""
-    table = view.config.get("config_groups")
+def format_of(view: ModuleView, module: Module) -> StorageFormat | None:
+    """The format of a module as it is judged, or None for a plain one.
+
+    OTHER also if config.json names a format whose parts have no measure here.
+    """
+    storage = recognize(module.tensors, view.config)
+    if storage in (None, StorageFormat.INT):
+        return storage
+    unjudged = ("mxfp", "int-", "naive", "marlin")
+    if any(name.startswith(unjudged) for name in declared_formats(view.config)):
+        return StorageFormat.OTHER
+    return storage
+
+
+def groups(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The well-formed `config_groups` of a quantization config."""
+    table = config.get("config_groups")
     for group in table.values() if isinstance(table, dict) else ():
         if isinstance(group, dict):
             yield group
 
 
-def weight_args(kind: Kind, view: ModuleView) -> Mapping[str, Any]:
+def declared_formats(config: Mapping[str, Any]) -> set[str]:
+    """Every `format` that a quantization config of compressed-tensors names."""
+    return {str(each.get("format")) for each in (config, *groups(config))}
+
+
+def declares_nvfp4(config: Mapping[str, Any]) -> bool:
+    """Whether a quantization config says that modules are in compressed-tensors' NVFP4."""
+    return "nvfp4-pack-quantized" in declared_formats(config)
+
+
+def weight_args(storage: StorageFormat, view: ModuleView) -> Mapping[str, Any]:
     """What config.json says of weights in a layout; nothing where several groups may be meant."""
-    found = [group["weights"] for group in _groups_of(kind, view)]
+    found = [group["weights"] for group in _groups_of(storage, view)]
     return found[0] if found and all(args == found[0] for args in found) else {}
 
 
 def integer_bits(view: ModuleView) -> int | None:
     """How many bits config.json says packed integers have; None where that cannot be."""
-    bits = weight_args(Kind.INT, view).get("num_bits")
+    bits = weight_args(StorageFormat.INT, view).get("num_bits")
     return bits if type(bits) is int and bits in (2, 4, 8) else None
 
 
-def _groups_of(kind: Kind, view: ModuleView) -> list[Mapping[str, Any]]:
+def _groups_of(storage: StorageFormat, view: ModuleView) -> list[Mapping[str, Any]]:
     """The groups that can be of a layout: all but those that say otherwise."""
     return [
         group
-        for group in groups(view)
-        if isinstance(args := group.get("weights"), dict) and not _wrong(kind, args)
+        for group in groups(view.config)
+        if isinstance(args := group.get("weights"), dict) and not _wrong(storage, args)
     ]
 
 
-def _wrong(kind: Kind, args: Mapping[str, Any]) -> list[str]:
+def _wrong(storage: StorageFormat, args: Mapping[str, Any]) -> list[str]:
     return [
         f"{key} {str(args[key])[:40]}"
-        for key, value in _DECLARED.get(kind, {}).items()
+        for key, value in _DECLARED.get(storage, {}).items()
         if args.get(key, value) != value
     ]
 
 
-def misdeclared(kind: Kind, view: ModuleView) -> str:
+def misdeclared(storage: StorageFormat, view: ModuleView) -> str:
     """What no config group of compressed-tensors should say of a layout, but the first one does.
 
     Empty where some group fits, or none is there to be judged.
     """
     said = []
-    for group in groups(view):
+    for group in groups(view.config):
         args = group.get("weights")
         if args is not None and not isinstance(args, dict):
             return ""  # no loader can parse that
-        said.append("no weights" if args is None else ", ".join(_wrong(kind, args)))
+        said.append("no weights" if args is None else ", ".join(_wrong(storage, args)))
     return said[0] if said and all(said) else ""
 
 
-def activations(kind: Kind, view: ModuleView) -> bool | None:
+def activations(storage: StorageFormat, view: ModuleView) -> bool | None:
     """Whether static scales of activations are declared; None where some modules may have them."""
     said = set()
-    for group in _groups_of(kind, view) or groups(view):
+    for group in _groups_of(storage, view) or groups(view.config):
         args = group.get("input_activations")
         # Dynamic per token needs no tensor; NVFP4's "local" needs the global scale.
         said.add(isinstance(args, dict) and args.get("dynamic") in (False, "local"))
@@ -186,67 +248,62 @@ def activations(kind: Kind, view: ModuleView) -> bool | None:
     return said.pop() if len(said) == 1 else None
 
 
-def weight_shape(kind: Kind, module: Module, view: ModuleView) -> tuple[int, int] | None:
+def weight_shape(
+    storage: StorageFormat, module: Module, view: ModuleView
+) -> tuple[int, int] | None:
     """[out, in] of the weight that a quantized module holds; None where its codes are missing."""
-    codes = module.tensors.get(CODES.get(kind, ""))
+    codes = module.tensors.get(SUFFIXES[storage].codes) if storage in SUFFIXES else None
     if codes is None or len(codes.shape) != 2:
         return None
     rows, columns = codes.shape
-    if kind is Kind.INT:
+    if storage is StorageFormat.INT:
         bits = integer_bits(view)
         return (rows, columns * 32 // bits) if bits else None
-    return (rows, columns if kind is Kind.FP8 else columns * 2)
+    return (rows, columns if storage in FP8S else columns * 2)
 
 
 def parts(
-    kind: Kind, module: Module, shape: tuple[int, int], view: ModuleView
+    storage: StorageFormat, module: Module, shape: tuple[int, int], view: ModuleView
 ) -> dict[str, ExpectedTensor]:
     """What a module with a weight of [out, in] is made of, by suffix."""
     rows, columns = shape
-    if kind in (Kind.NVFP4, Kind.MODELOPT_NVFP4):
-        theirs = kind is Kind.MODELOPT_NVFP4
+    suffixes = SUFFIXES.get(storage)
+    if suffixes and storage in NVFP4S:
         return {
-            CODES[kind]: ExpectedTensor(("U8",), ((rows, columns // 2),)),
-            "weight_scale": ExpectedTensor(("F8_E4M3",), ((rows, columns // GROUP),)),
-            ("weight_scale_2" if theirs else "weight_global_scale"): ExpectedTensor(
-                ("F32",), SCALAR
-            ),
-            ("input_scale" if theirs else "input_global_scale"): ExpectedTensor(
-                ("F32",), SCALAR, False
-            ),
+            suffixes.codes: ExpectedTensor(("U8",), ((rows, columns // 2),)),
+            suffixes.scale: ExpectedTensor(("F8_E4M3",), ((rows, columns // GROUP),)),
+            suffixes.second: ExpectedTensor(("F32",), SCALAR),
+            suffixes.input: ExpectedTensor(("F32",), SCALAR, False),
         }
-    if kind is Kind.FP8:
-        inverse = "weight_scale_inv" in module.tensors or view.method == "fp8"
+    if suffixes and storage in FP8S:
         return {
-            "weight": ExpectedTensor(FP8_DTYPES, (shape,)),
-            ("weight_scale_inv" if inverse else "weight_scale"): ExpectedTensor(
-                _FLOATS, _fp8_scales(rows, columns, view)
-            ),
-            "input_scale": ExpectedTensor(_FLOATS, SCALAR, False),
+            suffixes.codes: ExpectedTensor(FP8_DTYPES, (shape,)),
+            suffixes.scale: ExpectedTensor(_FLOATS, _fp8_scales(rows, columns, view)),
+            suffixes.input: ExpectedTensor(_FLOATS, SCALAR, False),
         }
-    return _integers(rows, columns, view) if kind is Kind.INT else {}
+    return _integers(rows, columns, view) if storage is StorageFormat.INT else {}
 
 
 def fp8_block(view: ModuleView) -> tuple[int, int]:
     """The block that shares a scale in FP8 weights with blocks."""
-    for block in (
-        view.config.get("weight_block_size"),
-        weight_args(Kind.FP8, view).get("block_structure"),
-    ):
-        if (
-            isinstance(block, list)
-            and len(block) == 2
-            and all(type(n) is int and n > 0 for n in block)
-        ):
-            return block[0], block[1]
-    return FP8_BLOCK
+    declared = block_of(view.config.get("weight_block_size"))
+    said = block_of(weight_args(StorageFormat.FP8, view).get("block_structure"))
+    return declared or said or DEFAULT_BLOCK
+
+
+def block_of(value: object) -> tuple[int, int] | None:
+    """The rows and columns of a block as config.json gives them; None for anything else."""
+    match value:
+        case [int(high), int(wide)] if high > 0 and wide > 0:
+            return high, wide
+    return None
 
 
 def _fp8_scales(rows: int, columns: int, view: ModuleView) -> tuple[Shape, ...]:
     high, wide = fp8_block(view)
     blocks = (-(-rows // high), -(-columns // wide))
     by_strategy = {"tensor": SCALAR, "channel": ((rows, 1), (rows,)), "block": (blocks,)}
-    strategy = weight_args(Kind.FP8, view).get("strategy")
+    strategy = weight_args(StorageFormat.FP8, view).get("strategy")
     if isinstance(strategy, str) and strategy in by_strategy:
         return by_strategy[strategy]
     if view.config.get("weight_block_size"):
@@ -255,7 +312,7 @@ def _fp8_scales(rows: int, columns: int, view: ModuleView) -> tuple[Shape, ...]:
 
 
 def _integers(rows: int, columns: int, view: ModuleView) -> dict[str, ExpectedTensor]:
-    args = weight_args(Kind.INT, view)
+    args = weight_args(StorageFormat.INT, view)
     bits, size = integer_bits(view), args.get("group_size")
     if bits is None or not columns:
         # Nothing says how many codes are in an integer, or the codes are missing.
@@ -278,18 +335,28 @@ def _integers(rows: int, columns: int, view: ModuleView) -> dict[str, ExpectedTe
 
 
 __all__ = [
-    "CODES",
+    "FP8S",
     "GROUP",
+    "INPUT_SCALES",
     "METHODS",
+    "NVFP4S",
+    "SCALAR",
+    "SCALES",
+    "SECOND_SCALES",
+    "SUFFIXES",
     "ExpectedTensor",
-    "Kind",
+    "StorageFormat",
+    "Suffixes",
     "activations",
+    "block_of",
+    "declares_nvfp4",
+    "format_of",
     "fp8_block",
     "groups",
     "integer_bits",
-    "kind_of",
     "misdeclared",
     "parts",
+    "recognize",
     "weight_args",
     "weight_shape",
 ]

@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any, Final
 
 from mquant.family import Family, FusedSet, Role, TensorRole
+from mquant.loader_model.formats import groups
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.matching import Matches, Style, match
 
@@ -207,9 +208,7 @@ def _usual(view: ModuleView) -> Iterator[Judged]:
 
 
 def _targets(config: Mapping[str, Any]) -> list[str]:
-    groups = config.get("config_groups")
-    tables = groups.values() if isinstance(groups, dict) else ()
-    lists = [table.get("targets") for table in tables if isinstance(table, dict)]
+    lists = [group.get("targets") for group in groups(config)]
     entries = [entry for found in lists if isinstance(found, list) for entry in found]
     return [entry for entry in entries if isinstance(entry, str)]
 

@@ -18,6 +18,8 @@ MAX_MODULES: Final = 150_000
 """Twice those of the largest known model: 61 layers of 384 experts."""
 MODELOPT_NAME: Final = "hf_quant_config.json"
 FP8_DTYPES: Final = ("F8_E4M3", "F8_E5M2")
+_CODE_DTYPES: Final = ("U8", "I8", *FP8_DTYPES)
+"""Dtypes of a `weight` that holds codes: ModelOpt and FP8 layouts keep that name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +40,8 @@ class Module:
 
     @property
     def quantized(self) -> tuple[str, ...]:
-        """The suffixes on disk that only a quantized module has; empty for a plain one.
-
-        A `weight` that is U8 or FP8 counts: ModelOpt and FP8 layouts keep that name.
-        """
-        found = [s for s in self.tensors if f".{s}" in QUANTIZED_SUFFIXES]
-        weight = self.tensors.get("weight")
-        if weight is not None and weight.dtype in ("U8", "I8", *FP8_DTYPES):
-            found.append("weight")
-        return tuple(sorted(found))
+        """The suffixes on disk that only a quantized module has; empty for a plain one."""
+        return quantized_suffixes(self.tensors)
 
 
 @dataclass(frozen=True)
@@ -88,10 +83,7 @@ def read_modules(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Modu
     Raises SourceError where there are more modules than a model can have.
     """
     family = family_of(checkpoint.config, families)
-    grouped: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
-    for info in checkpoint.tensors.values():
-        module, _, suffix = info.name.rpartition(".")
-        grouped[module][intern(suffix)] = info
+    grouped = by_module(checkpoint)
     if len(grouped) > MAX_MODULES:
         raise SourceError(
             f"{checkpoint.source.name} has {len(grouped):,} modules; no model has more than "
@@ -106,9 +98,33 @@ def read_modules(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Modu
     return ModuleView(checkpoint, family, modules, method, config)
 
 
-def _method(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]]:
+def by_module(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors of a checkpoint by the name of their module and by suffix."""
+    grouped: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    for info in checkpoint.tensors.values():
+        module, _, suffix = info.name.rpartition(".")
+        grouped[module][intern(suffix)] = info
+    return grouped
+
+
+def quantized_suffixes(tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """Of one module's tensors, those that only a quantized module has, by suffix and sorted."""
+    suffixes = [suffix for suffix in tensors if f".{suffix}" in QUANTIZED_SUFFIXES]
+    weight = tensors.get("weight")
+    if weight is not None and weight.dtype in _CODE_DTYPES:
+        suffixes.append("weight")
+    return tuple(sorted(suffixes))
+
+
+def declared_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """config.json's `quantization_config`; None if there is none, or it is no table of keys."""
     config = checkpoint.config.get("quantization_config")
-    if isinstance(config, dict):
+    return config if isinstance(config, dict) else None
+
+
+def _method(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]]:
+    config = declared_config(checkpoint)
+    if config is not None:
         method = config.get("quant_method")
         return (method if isinstance(method, str) else "unknown"), config
     if MODELOPT_NAME in checkpoint.source.files:
@@ -117,4 +133,13 @@ def _method(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]]:
     return "", {}
 
 
-__all__ = ["FP8_DTYPES", "MODELOPT_NAME", "Module", "ModuleView", "read_modules"]
+__all__ = [
+    "FP8_DTYPES",
+    "MODELOPT_NAME",
+    "Module",
+    "ModuleView",
+    "by_module",
+    "declared_config",
+    "quantized_suffixes",
+    "read_modules",
+]

@@ -188,11 +188,13 @@ def difference(pair: Pair, scratch: Scratch, tile: int = _TILE) -> Difference:
         role=pair.role,
         layer=pair.layer,
         expert=pair.expert,
-        form=mine.form,
-        parent_form=theirs.form,
+        form=mine.format,
+        parent_form=theirs.format,
         elements=theirs.shape[0] * theirs.shape[1],
     )
-    plain_both = isinstance(mine, Plain) and isinstance(theirs, Plain) and mine.form == theirs.form
+    plain_both = (
+        isinstance(mine, Plain) and isinstance(theirs, Plain) and mine.format == theirs.format
+    )
     if plain_both and _equal(mine, theirs, scratch, tile):
         return result(identical=True)
     sums, worst, largest = np.zeros(SUMS), None, 0.0
@@ -219,7 +221,7 @@ def _add(
     """Add up rows; returns what gives one of the parent's rows, while `scratch` is untouched."""
     mine, theirs, shape = pair.mine, pair.theirs, (last - first, pair.theirs.shape[1])
     with np.errstate(all="ignore"):  # broken scales overflow; the sums then say so
-        if isinstance(mine, Nvfp4) and isinstance(theirs, Plain) and theirs.form == "BF16":
+        if isinstance(mine, Nvfp4) and isinstance(theirs, Plain) and theirs.format == "BF16":
             words = theirs.raw(first, last, scratch).view("<u2").reshape(shape)
             add_nvfp4_sums(words, mine.stored(first, last, scratch), sums, blocks)
             return lambda row: floats(words[row].tobytes(), "BF16")

@@ -16,7 +16,7 @@ from mquant.events import Emit, Note, Progress, silent
 from mquant.family import Family
 from mquant.findings import Finding
 from mquant.forward.decoder import Integers, Model
-from mquant.loader_model.formats import activations, groups, kind_of
+from mquant.loader_model.formats import activations, format_of, groups
 from mquant.loader_model.modules import ModuleView, read_modules
 from mquant.measure.score import score
 from mquant.text import size
@@ -239,9 +239,9 @@ def _plan(count: int, of: int, context: int, models: list[Model]) -> str:
 
 
 def _activations(view: ModuleView) -> Iterator[Finding]:
-    kinds = {kind_of(view, module) for module in view.quantized} - {None}
+    kinds = {format_of(view, module) for module in view.quantized} - {None}
     static = any(activations(kind, view) is not False for kind in kinds if kind)
-    if static or any(group.get("input_activations") for group in groups(view)):
+    if static or any(group.get("input_activations") for group in groups(view.config)):
         yield Finding(
             "activations-not-quantized",
             "info",

@@ -24,6 +24,7 @@ from mquant.checkpoint import (
 )
 from mquant.errors import OutputError
 from mquant.events import Note
+from mquant.loader_model.modules import MODELOPT_NAME
 from mquant.output.disk import PARTIAL, out_of_space, write_whole
 from mquant.output.folder import is_inside
 from mquant.output.ledger import SHARES, is_ledger
@@ -34,7 +35,6 @@ from mquant.text import names
 LAST: Final = (INDEX_NAME, CONFIG_NAME)
 """The files that come last, in this order: with these the checkpoint is whole."""
 RECIPE_NAME: Final = "recipe.yaml"
-MODELOPT_NAME: Final = "hf_quant_config.json"
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".mp4")
 _PIECE: Final = 16_000_000
 _OURS: Final = {RECORD, SHARES, RECIPE_NAME, MODELOPT_NAME}

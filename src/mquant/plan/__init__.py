@@ -6,7 +6,7 @@ from mquant.plan.export import Target, hf_quant_config, make_export_plan, scalar
 from mquant.plan.mend import BAD, PARENT, Mending, from_parent, mend
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit
 from mquant.plan.share import share, shares
-from mquant.plan.stored import Form, Stored
+from mquant.plan.stored import Stored
 from mquant.plan.survey import Member, Survey, survey, wholeness
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "DEFAULT_SHARD_BYTES",
     "PARENT",
     "Action",
-    "Form",
     "Member",
     "Mending",
     "OutputTensor",

@@ -9,7 +9,7 @@ from mquant.family import Family
 from mquant.findings import Finding
 from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, dequantizes
 from mquant.plan.model import Action, Plan, ShardPlan, WorkUnit
-from mquant.plan.stored import Form
+from mquant.plan.stored import READABLE
 from mquant.plan.survey import Member, Survey, survey
 from mquant.recipe import Recipe
 
@@ -28,7 +28,7 @@ def make_bf16_plan(
 
     Raises Refused where the family is unknown.
     """
-    found = survey(checkpoint, families, tuple(Form))
+    found = survey(checkpoint, families, READABLE)
     if found.family is None:
         raise Refused(found.findings)
     units = [WorkUnit((_action(member),)) for member in found.members]
@@ -45,7 +45,7 @@ def make_bf16_plan(
 
 def _action(member: Member) -> Action:
     stored = member.stored
-    return Action.kept(member, f"dequantized from {stored.form}" if stored else "as it is")
+    return Action.kept(member, f"dequantized from {stored.format}" if stored else "as it is")
 
 
 def _nothing(found: Survey) -> list[Finding]:

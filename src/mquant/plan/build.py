@@ -13,9 +13,9 @@ from mquant.dtypes import FLOAT_WEIGHTS
 from mquant.errors import Refused
 from mquant.family import Family, FusedSet, Role
 from mquant.findings import Finding
+from mquant.loader_model.formats import StorageFormat
 from mquant.plan.awq import scaled, unscalable
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit
-from mquant.plan.stored import Form
 from mquant.plan.survey import Member, Survey, survey
 from mquant.recipe import Choice, Recipe
 from mquant.schemes import Scheme
@@ -49,7 +49,7 @@ def make_plan(
     Raises Refused where there is no plan to show: the family is unknown.
     `allow_unsafe` turns the refusal of quantized routers, embeddings and head into a warning.
     """
-    found = survey(checkpoint, families, (Form.FP8_BLOCK,))
+    found = survey(checkpoint, families, (StorageFormat.FP8_BLOCK,))
     family = found.family
     if family is None:
         raise Refused(found.findings)
@@ -121,14 +121,14 @@ def dequantizes(found: Survey) -> list[Finding]:
     stored = [member.stored for member in found.members if member.stored]
     if not stored or not found.readable:
         return []
-    forms = " and ".join(sorted({each.form.value for each in stored}))
+    formats = " and ".join(sorted({each.format.value for each in stored}))
     left_out = len(found.checkpoint.tensors) - len(found.members)
     return [
         Finding(
             "source-dequantized",
             "info",
             stored[0].codes.name,
-            f"{found.checkpoint.source.name} is quantized ({forms}): {len(stored):,} weights are "
+            f"{found.checkpoint.source.name} is quantized ({formats}): {len(stored):,} weights are "
             f"dequantized to BF16 as they are read; {left_out:,} tensors that only these need, and "
             "quantization_config, are left out.",
         )

@@ -14,9 +14,9 @@ from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.errors import Refused
 from mquant.family import Family
 from mquant.findings import Finding
+from mquant.loader_model.formats import GROUP, SUFFIXES, StorageFormat
 from mquant.plan.build import kept_modules
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit, declaration
-from mquant.plan.stored import GROUP, Form
 from mquant.plan.survey import Member, Survey, survey
 from mquant.recipe import Recipe
 from mquant.schemes import NVFP4, NVFP4A16
@@ -31,24 +31,19 @@ class Target(StrEnum):
 
 
 SOURCE: Final = {
-    Target.MODELOPT: Form.NVFP4,
-    Target.COMPRESSED_TENSORS: Form.MODELOPT_NVFP4,
+    Target.MODELOPT: StorageFormat.NVFP4,
+    Target.COMPRESSED_TENSORS: StorageFormat.MODELOPT_NVFP4,
 }
 """What each is made from."""
 _RECIPES: Final = {
     Target.MODELOPT: Recipe(name="export", suffix="ModelOpt", roles={}),
     Target.COMPRESSED_TENSORS: Recipe(name="export", suffix="CT", roles={}),
 }
-# Of codes, scales of blocks, of the whole weight, and of its input; and the shape of the last two.
-_SUFFIXES: Final = {
-    Target.MODELOPT: ("weight", "weight_scale", "weight_scale_2", "input_scale"),
-    Target.COMPRESSED_TENSORS: (
-        "weight_packed",
-        "weight_scale",
-        "weight_global_scale",
-        "input_global_scale",
-    ),
+_MADE: Final = {
+    Target.MODELOPT: StorageFormat.MODELOPT_NVFP4,
+    Target.COMPRESSED_TENSORS: StorageFormat.NVFP4,
 }
+# The shape of the scale of a whole weight, and of that of its input.
 _SCALAR: Final[dict[Target, tuple[int, ...]]] = {
     Target.MODELOPT: (),
     Target.COMPRESSED_TENSORS: (1,),
@@ -194,7 +189,7 @@ def _parts(member: Member) -> Iterator[TensorInfo]:
 
 
 def _actions(member: Member, target: Target, values: Mapping[str, bytes]) -> Iterator[Action]:
-    suffixes: Iterable[str] = _SUFFIXES[target] if member.stored else ("",)
+    suffixes: Iterable[str] = SUFFIXES[_MADE[target]] if member.stored else ("",)
     # Where there is no scale of the input the last suffix has no part.
     for info, suffix in zip(_parts(member), suffixes, strict=False):
         value = values.get(info.name)

@@ -268,7 +268,7 @@ class Plan:
                 scheme = action.scheme.name if action.scheme else action.kind
                 digest.update(f"{source.name} {source.dtype} {source.shape} {scheme}\n".encode())
                 if action.stored:
-                    digest.update(f"{action.stored.form} {action.stored.block}\n".encode())
+                    digest.update(f"{action.stored.format} {action.stored.block}\n".encode())
                 if action.value is not None:
                     digest.update(action.value)
         digest.update(json.dumps(self.ignore).encode())
@@ -290,17 +290,17 @@ class Plan:
         formats = {scheme.format for scheme in self.schemes}
         names = (str, self.family.in_vllm_name, self.family.in_memory_name)
         groups = [{**s.config_group, "targets": self.targets(s, *names)} for s in self.schemes]
-        form = formats.pop() if len(formats) == 1 else "mixed-precision"
-        return declaration(groups, form, self.ignore)
+        used = formats.pop() if len(formats) == 1 else "mixed-precision"
+        return declaration(groups, used, self.ignore)
 
 
 def declaration(
-    groups: Sequence[Mapping[str, Any]], form: str, ignore: Sequence[str]
+    groups: Sequence[Mapping[str, Any]], storage_format: str, ignore: Sequence[str]
 ) -> dict[str, Any]:
     """A quantization config of compressed-tensors."""
     return {
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
-        "format": form,
+        "format": storage_format,
         "global_compression_ratio": None,
         "ignore": list(ignore),
         "kv_cache_scheme": None,

@@ -14,7 +14,8 @@ from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.family import Family, Role, TensorRole, TensorRow, family_of
 from mquant.findings import Finding
 from mquant.formulas import MOST_LAYERS
-from mquant.plan.stored import Form, Stored, find_stored
+from mquant.loader_model.formats import StorageFormat
+from mquant.plan.stored import READABLE, Stored, find_stored
 from mquant.schemes import QUANTIZED_SUFFIXES
 from mquant.text import names
 
@@ -64,16 +65,16 @@ class Survey:
 
 
 def survey(
-    checkpoint: Checkpoint, families: Mapping[str, Family], forms: Collection[Form] = ()
+    checkpoint: Checkpoint, families: Mapping[str, Family], formats: Collection[StorageFormat] = ()
 ) -> Survey:
     """Classify every tensor of a checkpoint and check that it is whole.
 
-    One that is quantized is a finding, unless all of it lies in one of `forms`: then it is taken
+    One that is quantized is a finding, unless all of it lies in one of `formats`: then it is taken
     for the weights it holds.
     """
-    shelf = find_stored(checkpoint, forms) if forms else None
+    shelf = find_stored(checkpoint, formats) if formats else None
     weights = shelf.weights if shelf else {}
-    unreadable = shelf.findings if shelf else _already_quantized(checkpoint, forms)
+    unreadable = shelf.findings if shelf else _already_quantized(checkpoint, formats)
     findings = [*checkpoint.findings, *unreadable]
     family = family_of(checkpoint.config, families)
     if family is None:
@@ -136,7 +137,9 @@ def _count(numbers: Iterable[int | None]) -> int:
     return len({number for number in numbers if number is not None})
 
 
-def _already_quantized(checkpoint: Checkpoint, forms: Collection[Form]) -> Sequence[Finding]:
+def _already_quantized(
+    checkpoint: Checkpoint, formats: Collection[StorageFormat]
+) -> Sequence[Finding]:
     config = checkpoint.config.get("quantization_config")
     traces = [name for name in checkpoint.tensors if name.endswith(QUANTIZED_SUFFIXES)]
     if not traces and not config:
@@ -154,7 +157,7 @@ def _already_quantized(checkpoint: Checkpoint, forms: Collection[Form]) -> Seque
             traces[0] if traces else "config.json",
             f"{checkpoint.source.name} is already quantized ({how}).",
             "Start from the BF16 checkpoint it was made from"
-            + ("." if set(Form) <= set(forms) else ", or make one: mquant dequantize."),
+            + ("." if set(READABLE) <= set(formats) else ", or make one: mquant dequantize."),
         )
     ]
 

@@ -28,7 +28,7 @@ from mquant.errors import Refused
 from mquant.events import Emit, silent
 from mquant.family import Family, FusedSet, Role
 from mquant.findings import Finding
-from mquant.loader_model.formats import Kind, activations, kind_of
+from mquant.loader_model.formats import SUFFIXES, StorageFormat, activations, format_of
 from mquant.loader_model.modules import Module, ModuleView, read_modules
 from mquant.output import config_json, known_table, side_files
 from mquant.plan import BAD, PARENT, Mending, WorkUnit, from_parent, make_plan, mend
@@ -210,18 +210,18 @@ def _linear(view: ModuleView, family: Family) -> Iterator[tuple[Module, str, Rol
 
 def _refuse_other_layouts(view: ModuleView) -> None:
     """Raise Refused where most of what is quantized, or of a role of it, is not NVFP4A16."""
-    kinds: dict[Role | None, Counter[Kind]] = defaultdict(Counter)
+    kinds: dict[Role | None, Counter[StorageFormat]] = defaultdict(Counter)
     for module in view.quantized:
         role = module.tensor_role.row.role if module.tensor_role else None
-        if (kind := kind_of(view, module)) and not (role and role.refused_by_loaders):
+        if (kind := format_of(view, module)) and not (role and role.refused_by_loaders):
             kinds[role][kind] += 1
     most = [counter.most_common(1)[0][0] for counter in kinds.values()]
-    common = next((kind for kind in most if kind is not Kind.NVFP4), Kind.NVFP4)
-    inputs = sum("input_global_scale" in module.tensors for module in view.quantized)
+    common = next((kind for kind in most if kind is not StorageFormat.NVFP4), StorageFormat.NVFP4)
+    inputs = sum(SUFFIXES[StorageFormat.NVFP4].input in module.tensors for module in view.quantized)
     static = activations(common, view) and inputs * 2 > len(view.quantized)
-    if common is Kind.NVFP4 and not static:
+    if common is StorageFormat.NVFP4 and not static:
         return
-    what = "NVFP4 with quantized activations" if common is Kind.NVFP4 else str(common)
+    what = "NVFP4 with quantized activations" if common is StorageFormat.NVFP4 else common.short
     raise Refused(
         [
             Finding(

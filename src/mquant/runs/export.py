@@ -13,6 +13,7 @@ from mquant.errors import Refused
 from mquant.events import silent
 from mquant.family import Family
 from mquant.findings import Finding
+from mquant.loader_model.formats import SUFFIXES, StorageFormat
 from mquant.numerics.reciprocal import reciprocal, recovered
 from mquant.output import MODELOPT_NAME, RECIPE_NAME, as_table, known_table
 from mquant.plan import Target, hf_quant_config, make_export_plan, scalars, survey_for
@@ -93,8 +94,9 @@ def _reciprocals(
 def _known(name: str, factor: np.float32, known: Mapping[str, Any]) -> np.float32:
     """The number that was exported as `factor`, where mquant.json has it; else the likely one."""
     module, _, suffix = name.rpartition(".")
-    theirs = "weight_global_scale" if suffix == "weight_scale_2" else "input_global_scale"
-    number = known.get(f"{module}.{theirs}")
+    as_modelopt = SUFFIXES[StorageFormat.MODELOPT_NVFP4]
+    exported = SUFFIXES[StorageFormat.NVFP4][as_modelopt.index(suffix)]
+    number = known.get(f"{module}.{exported}")
     if isinstance(number, float) and reciprocal(np.float32(number)) == factor:
         return np.float32(number)
     return recovered(factor)

@@ -16,7 +16,7 @@ from mquant.checkpoint.hub import HubRepo
 from mquant.events import Emit, Progress, silent
 from mquant.family import Role
 from mquant.findings import Finding
-from mquant.loader_model.formats import kind_of
+from mquant.loader_model.formats import format_of
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.text import names
 from mquant.verify.awq import Scaling, scaled
@@ -114,7 +114,7 @@ def _jobs(
                 tally.add("scaled-not-compared", name, message)
             elif everything or _in_sample(mine, last, parent):
                 yield from _rounded(view, parent, mine, theirs, everything, to_nearest, factors)
-        elif kind_of(view, mine) is None and kind_of(parent, theirs) is None:
+        elif format_of(view, mine) is None and format_of(parent, theirs) is None:
             yield from _kept(view, parent, mine, theirs, everything or local, tally)
         elif foreign := _undecodable(view, mine) or _undecodable(parent, theirs):
             message = f"{name} was not compared: {foreign} cannot be dequantized here"
@@ -124,7 +124,7 @@ def _jobs(
 
 
 def _undecodable(view: ModuleView, module: Module) -> str:
-    kind = kind_of(view, module)
+    kind = format_of(view, module)
     if kind is None or decodable(kind, module, view):
         return ""
     parts = ", ".join(f"{suffix} {module.tensors[suffix].dtype}" for suffix in module.quantized)
@@ -240,7 +240,8 @@ def _differences(
     step = max(1, PIECE // 4 // columns)
     error = power = 0.0
     name = weight.module.name
-    kind = weight.kind or original.kind or "scaling"
+    storage = weight.format or original.format
+    kind = storage.short if storage else "scaling"
     for start in range(first, last, step):
         end = min(start + step, last)
         mine, theirs = weight.rows(start, end), original.rows(start, end).values
@@ -262,10 +263,10 @@ def _differences(
         error += float(np.sum(np.square(off, dtype=np.float64)))
         power += float(np.sum(np.square(theirs, dtype=np.float64)))
     relative = (error / power) ** 0.5 if power else 0.0
-    if relative > TYPICAL[weight.kind]:
+    if relative > TYPICAL[weight.format]:
         message = f"{name} has a relative error of {relative:.2f}; {kind} stays below "
         rule = "weight-error-high" if to_nearest else "weight-beyond-bound"
-        return [(rule, name, f"{message}{TYPICAL[weight.kind]}")]
+        return [(rule, name, f"{message}{TYPICAL[weight.format]}")]
     return []
 
 

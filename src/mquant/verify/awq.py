@@ -64,7 +64,7 @@ def scaled(weight: StoredWeight, factors: Floats) -> StoredWeight:
     """A weight with its columns scaled; itself, where there are not as many factors."""
     if factors.shape != (weight.shape[1],):
         return weight
-    return Scaled(weight.view, weight.module, weight.kind, weight.shape, factors)
+    return Scaled(weight.view, weight.module, weight.format, weight.shape, factors)
 
 
 def _vector(view: ModuleView, name: str) -> Floats | None:

@@ -16,7 +16,16 @@ import numpy.typing as npt
 from mquant.checkpoint import TensorInfo
 from mquant.events import Emit, Progress, silent
 from mquant.family import FusedSet
-from mquant.loader_model.formats import GROUP, Kind, integer_bits, kind_of
+from mquant.loader_model.formats import (
+    GROUP,
+    INPUT_SCALES,
+    NVFP4S,
+    SCALES,
+    SECOND_SCALES,
+    StorageFormat,
+    format_of,
+    integer_bits,
+)
 from mquant.loader_model.modules import FP8_DTYPES, Module, ModuleView
 from mquant.verify.rules import Rule, register
 from mquant.verify.tally import Tally
@@ -28,9 +37,6 @@ T = TypeVar("T")
 PIECE: Final = 16_000_000
 _AHEAD: Final = 100
 THREADS: Final = 2
-_GLOBALS: Final = ("weight_global_scale", "weight_scale_2")
-_INPUTS: Final = ("input_global_scale", "input_scale")
-_BLOCKS: Final = ("weight_scale", "weight_scale_inv")
 # dtype -> its bits as an integer, and where exponent is all ones: infinity or NaN.
 _NOT_FINITE: Final = {
     "BF16": ("<u2", 0x7F80),
@@ -179,8 +185,8 @@ def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
 
 def _jobs(view: ModuleView) -> Iterator[tuple[int, Callable[[], _Seen]]]:
     for module in view.modules.values():
-        kind = kind_of(view, module)
-        if kind in (None, Kind.OTHER):
+        kind = format_of(view, module)
+        if kind in (None, StorageFormat.OTHER):
             for info in module.tensors.values():
                 yield info.nbytes, partial(_plain, view, info)
         else:
@@ -202,18 +208,18 @@ def _plain(view: ModuleView, info: TensorInfo, seen: _Seen | None = None) -> _Se
     return seen
 
 
-def _quantized(view: ModuleView, module: Module, kind: Kind | None) -> _Seen:
+def _quantized(view: ModuleView, module: Module, kind: StorageFormat | None) -> _Seen:
     seen = _Seen(module)
     for suffix, info in module.tensors.items():
-        if suffix in (*_GLOBALS, *_INPUTS):
+        if suffix in SECOND_SCALES | INPUT_SCALES:
             _scalar(view, info, suffix, seen)
-        elif suffix in _BLOCKS:
+        elif suffix in SCALES:
             _scales(view, info, seen)
         elif info.dtype in FP8_DTYPES or suffix not in ("weight", "weight_packed"):
             _plain(view, info, seen)
-    if kind in (Kind.NVFP4, Kind.MODELOPT_NVFP4):
+    if kind in NVFP4S:
         _dead_blocks(view, module, seen)
-    if kind is Kind.INT:
+    if kind is StorageFormat.INT:
         _stated_shape(view, module, seen)
     return seen
 
@@ -242,7 +248,7 @@ def _scalar(view: ModuleView, info: TensorInfo, suffix: str, seen: _Seen) -> Non
         seen.add("global-scale-inverted", info, f"is {value:.3g}, which looks like a reciprocal")
     if suffix == "weight_global_scale":
         seen.divisor = (info.name, value)
-    if suffix in _GLOBALS:
+    if suffix in SECOND_SCALES:
         seen.global_scale = (info.name, raw)
 
 

@@ -9,12 +9,13 @@ import mquant.verify.structure_rules  # noqa: F401 -- registers the rules
 from mquant.family import Family, FusedSet, Role, TensorRole
 from mquant.findings import Finding
 from mquant.loader_model.formats import (
-    CODES,
+    INPUT_SCALES,
     METHODS,
-    Kind,
+    SUFFIXES,
+    StorageFormat,
     activations,
+    format_of,
     groups,
-    kind_of,
     misdeclared,
     parts,
     weight_shape,
@@ -29,12 +30,11 @@ from mquant.verify.tally import Tally
 
 # Scales of the KV cache: loaders know them beside any attention, and do without.
 _HARMLESS: Final = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale")
-_INPUTS: Final = ("input_global_scale", "input_scale")
 _STRATEGIES: Final = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
-_FORMATS: Final = {
-    "nvfp4-pack-quantized": Kind.NVFP4,
-    "pack-quantized": Kind.INT,
-    "float-quantized": Kind.FP8,
+_FORMATS: Final[dict[str, str | None]] = {
+    "nvfp4-pack-quantized": StorageFormat.NVFP4.short,
+    "pack-quantized": StorageFormat.INT.short,
+    "float-quantized": StorageFormat.FP8.short,
     "naive-quantized": None,
     "int-quantized": None,
     "mixed-precision": None,
@@ -44,14 +44,14 @@ _FORMATS: Final = {
     "dense": None,
 }
 
-Kinds = Mapping[str, Kind]
+Kinds = Mapping[str, StorageFormat]
 """Quantized modules by name."""
 
 
 def check_structure(view: ModuleView) -> tuple[Finding, ...]:
     """Judge a checkpoint by its headers, index and config.json."""
     modules = view.modules.values()
-    kinds = {m.name: kind for m in modules if (kind := kind_of(view, m)) is not None}
+    kinds = {m.name: kind for m in modules if (kind := format_of(view, m)) is not None}
     tally = Tally()
     _modules(view, kinds, tally)
     _config(view, kinds, tally)
@@ -159,16 +159,16 @@ def _modules(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
     declared = {kind: activations(kind, view) for kind in set(kinds.values())}
     for name, kind in kinds.items():
         module = view.modules[name]
-        if kind is Kind.OTHER:
+        if kind is StorageFormat.OTHER:
             continue
         _inputs(module, kind, declared[kind], tally)
-        codes = CODES[kind]
+        codes = SUFFIXES[kind].codes
         if codes != "weight" and codes in module.tensors and "weight" in module.tensors:
             tally.add("weight-stored-twice", name, f"{name} has both weight and {codes}")
         _parts(view, module, kind, tally)
 
 
-def _parts(view: ModuleView, module: Module, kind: Kind, tally: Tally) -> None:
+def _parts(view: ModuleView, module: Module, kind: StorageFormat, tally: Tally) -> None:
     shape = weight_shape(kind, module, view)
     # Without codes nothing says how large the rest must be.
     expected = parts(kind, module, shape or (0, 0), view)
@@ -180,11 +180,13 @@ def _parts(view: ModuleView, module: Module, kind: Kind, tally: Tally) -> None:
                 tally.add(
                     "part-missing",
                     f"{module.name}.{suffix}",
-                    f"{module.name} is quantized ({kind}: {present}), but has no {suffix}",
+                    f"{module.name} is quantized ({kind.short}: {present}), but has no {suffix}",
                 )
         elif info.dtype not in part.dtypes:
             wanted = " or ".join(part.dtypes)
-            tally.add("part-dtype", info.name, f"{info.name} is {info.dtype}; {kind} has {wanted}")
+            tally.add(
+                "part-dtype", info.name, f"{info.name} is {info.dtype}; {kind.short} has {wanted}"
+            )
         elif shape and part.shapes and info.shape not in part.shapes:
             wanted = " or ".join(str(list(each)) for each in part.shapes)
             tally.add(
@@ -192,16 +194,18 @@ def _parts(view: ModuleView, module: Module, kind: Kind, tally: Tally) -> None:
                 info.name,
                 f"{info.name} is {list(info.shape)}; a weight of {list(shape)} needs {wanted}",
             )
-    known = {*expected, *_INPUTS, "weight"}
+    known = {*expected, *INPUT_SCALES, "weight"}
     for suffix, info in module.tensors.items():
         if f".{suffix}" in QUANTIZED_SUFFIXES and suffix not in known:
-            tally.add("part-unexpected", info.name, f"{info.name} is no part of a module in {kind}")
+            tally.add(
+                "part-unexpected", info.name, f"{info.name} is no part of a module in {kind.short}"
+            )
 
 
-def _inputs(module: Module, kind: Kind, declared: bool | None, tally: Tally) -> None:
-    name = "input_global_scale" if kind is Kind.NVFP4 else "input_scale"
-    there = any(suffix in module.tensors for suffix in _INPUTS)
-    if declared and kind is not Kind.INT and name not in module.tensors:
+def _inputs(module: Module, kind: StorageFormat, declared: bool | None, tally: Tally) -> None:
+    name = SUFFIXES[kind].input
+    there = any(suffix in module.tensors for suffix in INPUT_SCALES)
+    if declared and name and name not in module.tensors:
         tally.add(
             "activation-scales-missing",
             f"{module.name}.{name}",
@@ -234,7 +238,8 @@ def _mixed(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
 
 def _alike(rule: str, group: list[Module], kinds: Kinds, tally: Tally) -> None:
     def state(module: Module) -> str:
-        return kinds.get(module.name, "not quantized")
+        kind = kinds.get(module.name)
+        return kind.short if kind else "not quantized"
 
     states = [state(module) for module in group]
     common = max(set(states), key=states.count)
@@ -265,7 +270,7 @@ def _config(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
             "config.json",
             f"config.json declares {view.method[:40]!r}, but no tensor is quantized",
         )
-    other = [name for name, kind in kinds.items() if kind is Kind.OTHER]
+    other = [name for name, kind in kinds.items() if kind is StorageFormat.OTHER]
     if other:
         tally.add(
             "layout-not-judged",
@@ -282,19 +287,19 @@ def _config(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
                 tally.add(
                     "weights-misdeclared",
                     "config.json",
-                    f"config_groups of config.json say {said}, but {name} is {kind}",
+                    f"config_groups of config.json say {said}, but {name} is {kind.short}",
                 )
-        formats = {str(group["format"]) for group in groups(view) if group.get("format")}
+        formats = {str(group["format"]) for group in groups(view.config) if group.get("format")}
         declared = formats or {str(view.config.get("format"))}
         expected = {_FORMATS.get(form) for form in declared}
-        wrong = {name: kind for name, kind in kinds.items() if kind not in expected}
+        wrong = {name: kind for name, kind in kinds.items() if kind.short not in expected}
         if wrong and None not in expected:
             name, kind = next(iter(wrong.items()))
             said = " and ".join(repr(form) for form in sorted(declared))
             tally.add(
                 "format-differs",
                 "config.json",
-                f"config.json says format {said}, but {name} is {kind}",
+                f"config.json says format {said}, but {name} is {kind.short}",
             )
 
 

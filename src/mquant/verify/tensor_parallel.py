@@ -28,7 +28,7 @@ from typing import Any, Final
 
 from mquant.family import Family, Role, TensorRow
 from mquant.findings import Finding
-from mquant.loader_model.formats import GROUP, Kind, kind_of, weight_shape
+from mquant.loader_model.formats import GROUP, NVFP4S, StorageFormat, format_of, weight_shape
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.verify.rules import Rule, finding, register
 
@@ -84,14 +84,14 @@ def check_parallel(view: ModuleView) -> Iterator[Finding]:
     For checkpoints without errors: else the shapes may be what is wrong.
     """
     family, config = view.family, view.checkpoint.config
-    kinds = {m.name: kind for m in view.modules.values() if (kind := kind_of(view, m))}
+    kinds = {m.name: kind for m in view.modules.values() if (kind := format_of(view, m))}
     used = set(kinds.values())
-    if family is None or not used or not used <= {Kind.NVFP4, Kind.MODELOPT_NVFP4}:
+    if family is None or not used or not used <= NVFP4S:
         return
     weights = _weights(view, kinds)
     loaders = [VLLM]
     # ModelOpt's layout, and latent attention, which takes kv_b apart, are other code in SGLang.
-    if used == {Kind.NVFP4} and family.config.kv_heads:
+    if used == {StorageFormat.NVFP4} and family.config.kv_heads:
         loaders.append(SGLANG)
     said = []
     for loader in loaders:
@@ -106,7 +106,7 @@ def check_parallel(view: ModuleView) -> Iterator[Finding]:
     yield finding("tensor-parallel", "config.json", message)
 
 
-def _weights(view: ModuleView, kinds: Mapping[str, Kind]) -> list[SplitWeight]:
+def _weights(view: ModuleView, kinds: Mapping[str, StorageFormat]) -> list[SplitWeight]:
     first: dict[str, SplitWeight] = {}
     for module in view.modules.values():
         role = module.role
@@ -121,7 +121,7 @@ def _weights(view: ModuleView, kinds: Mapping[str, Kind]) -> list[SplitWeight]:
     return list(first.values())
 
 
-def _shape(module: Module, kind: Kind | None, view: ModuleView) -> tuple[int, int] | None:
+def _shape(module: Module, kind: StorageFormat | None, view: ModuleView) -> tuple[int, int] | None:
     if kind is not None:
         return weight_shape(kind, module, view)
     shape = module.tensors["weight"].shape if "weight" in module.tensors else ()

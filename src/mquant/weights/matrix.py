@@ -15,7 +15,7 @@ from typing import Any, Final, Self, TypeVar, cast
 import numpy as np
 
 from mquant.checkpoint import RangeReader, Reader, TensorInfo
-from mquant.loader_model.formats import CODES, Kind, fp8_block
+from mquant.loader_model.formats import FP8S, NVFP4S, SUFFIXES, StorageFormat, Suffixes, fp8_block
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.weights.decode import READABLE, Bytes, Floats, floats
 from mquant.weights.kernels import Stored, unpack_bf16, unpack_e4m3, unpack_nvfp4
@@ -31,12 +31,12 @@ _AHEAD: Final = 64 << 20
 class Matrix(ABC):
     """A weight [rows, columns] on disk. Any number of threads may read, with scratch of their own.
 
-    `name` is the module's, or a plain tensor's; `form` how it is stored, a dtype or a layout's
+    `name` is the module's, or a plain tensor's; `format` how it is stored, a dtype or a layout's
     name; `shape` is [rows, columns] once decoded; `tensors` is what it is made of.
     """
 
     name: str
-    form: str
+    format: str
     shape: tuple[int, int]
     tensors: tuple[TensorInfo, ...]
     reader: AnyReader
@@ -86,10 +86,10 @@ class Plain(Matrix):
     def read(self, first: int, last: int, out: Floats, scratch: Scratch) -> None:
         """Rows as they are."""
         raw = self.raw(first, last, scratch)
-        if self.form == "BF16":
+        if self.format == "BF16":
             unpack_bf16(raw.view("<u2"), out.reshape(-1))
         else:
-            out[:] = floats(raw.tobytes(), self.form).reshape(out.shape)
+            out[:] = floats(raw.tobytes(), self.format).reshape(out.shape)
 
 
 class Workers:
@@ -125,6 +125,10 @@ class _Stored(Matrix):
 
     weight: StoredWeight
 
+    @property
+    def _suffixes(self) -> Suffixes:
+        return SUFFIXES[self.weight.format or StorageFormat.NVFP4]
+
     def _part(self, suffix: str, first: int, last: int, scratch: Scratch) -> Bytes:
         info = self.weight.module.tensors[suffix]
         return _rows(self.reader, info, info.shape[0], first, last, scratch)
@@ -141,9 +145,8 @@ class Nvfp4(_Stored):
 
     def stored(self, first: int, last: int, scratch: Scratch) -> Stored:
         """Rows [first, last) as they are on disk, in `scratch`."""
-        codes = CODES[self.weight.kind or Kind.NVFP4]
-        packed = self._part(codes, first, last, scratch).reshape(last - first, -1)
-        scales = self._part("weight_scale", first, last, scratch).reshape(last - first, -1)
+        packed = self._part(self._suffixes.codes, first, last, scratch).reshape(last - first, -1)
+        scales = self._part(self._suffixes.scale, first, last, scratch).reshape(last - first, -1)
         return packed, scales, self._factor
 
     def read(self, first: int, last: int, out: Floats, scratch: Scratch) -> None:
@@ -153,10 +156,11 @@ class Nvfp4(_Stored):
 
     @cached_property
     def _factor(self) -> float:
-        if self.weight.kind is Kind.MODELOPT_NVFP4:
-            return float(self._values("weight_scale_2")[0])
+        second = self._values(self._suffixes.second)[0]
+        if self.weight.format is StorageFormat.MODELOPT_NVFP4:
+            return float(second)
         with np.errstate(all="ignore"):  # of zero, infinity: which is what it is
-            return float(np.float64(1) / np.float64(self._values("weight_global_scale")[0]))
+            return float(np.float64(1) / np.float64(second))
 
 
 class _Fp8(_Stored):
@@ -178,7 +182,7 @@ class _Fp8(_Stored):
         """The scales, and how many rows and columns share one."""
         rows, columns = self.shape
         tensors = self.weight.module.tensors
-        suffix = "weight_scale_inv" if "weight_scale_inv" in tensors else "weight_scale"
+        suffix = self._suffixes.scale
         values, info = self._values(suffix), tensors[suffix]
         if info.elements == 1:
             return values.reshape(1, 1), (rows, columns)
@@ -210,12 +214,15 @@ def matrix_of(view: ModuleView, module: Module, reader: AnyReader) -> Matrix | N
         info = module.tensors.get("weight")
         return plain(info, reader) if info else None
     weight = weight_of(view, module)
-    if weight is None or weight.kind is None:
+    if weight is None or weight.format is None:
         return None
-    kinds: dict[Kind, Any] = {Kind.NVFP4: Nvfp4, Kind.MODELOPT_NVFP4: Nvfp4, Kind.FP8: _Fp8}
+    kind: Any = _Other
+    if weight.format in NVFP4S:
+        kind = Nvfp4
+    elif weight.format in FP8S:
+        kind = _Fp8
     name, tensors = f"{module.name}.weight", tuple(module.tensors.values())
-    kind = kinds.get(weight.kind, _Other)
-    return cast(Matrix, kind(name, str(weight.kind), weight.shape, tensors, reader, weight))
+    return cast(Matrix, kind(name, weight.format.short, weight.shape, tensors, reader, weight))
 
 
 def _rows(

@@ -20,12 +20,13 @@ import numpy as np
 
 from mquant.checkpoint import TensorInfo
 from mquant.loader_model.formats import (
-    CODES,
+    FP8S,
     GROUP,
-    Kind,
+    SUFFIXES,
+    StorageFormat,
+    format_of,
     fp8_block,
     integer_bits,
-    kind_of,
     parts,
     weight_shape,
 )
@@ -41,11 +42,12 @@ from mquant.weights.decode import (
 )
 
 SEARCHED: Final = 17 / 16 / 3
-TYPICAL: Final[dict[Kind | None, float]] = {
-    Kind.NVFP4: 0.25,
-    Kind.MODELOPT_NVFP4: 0.25,
-    Kind.INT: 0.25,
-    Kind.FP8: 0.08,
+TYPICAL: Final[dict[StorageFormat | None, float]] = {
+    StorageFormat.NVFP4: 0.25,
+    StorageFormat.MODELOPT_NVFP4: 0.25,
+    StorageFormat.INT: 0.25,
+    StorageFormat.FP8_BLOCK: 0.08,
+    StorageFormat.FP8: 0.08,
     None: 0.01,
 }
 """Relative L2 error that no rounding of a whole weight reaches; NVFP4's own is about 0.1."""
@@ -66,22 +68,23 @@ class StoredWeight:
 
     view: ModuleView
     module: Module
-    kind: Kind | None
+    format: StorageFormat | None
     shape: tuple[int, int]
 
     def rows(self, first: int, last: int) -> Rows:
         """Rows [first, last)."""
         read_rows = {
-            Kind.NVFP4: self._nvfp4,
-            Kind.MODELOPT_NVFP4: self._nvfp4,
-            Kind.FP8: self._fp8,
-            Kind.INT: self._integers,
+            StorageFormat.NVFP4: self._nvfp4,
+            StorageFormat.MODELOPT_NVFP4: self._nvfp4,
+            StorageFormat.FP8_BLOCK: self._fp8,
+            StorageFormat.FP8: self._fp8,
+            StorageFormat.INT: self._integers,
         }
-        if self.kind is None:
+        if self.format is None:
             values = self._part("weight", first, last)
             # Only where the parent is quantized: what is plain in both is compared bit by bit.
             return Rows(values, lambda parent: np.abs(parent) * np.float32(1 / 128))
-        return read_rows[self.kind](first, last)
+        return read_rows[self.format](first, last)
 
     def _raw(self, suffix: str, first: int, last: int) -> tuple[TensorInfo, bytes]:
         info = self.module.tensors[suffix]
@@ -97,12 +100,12 @@ class StoredWeight:
         return float(floats(read(self.view, info), info.dtype)[0])
 
     def _nvfp4(self, first: int, last: int) -> Rows:
-        if self.kind is Kind.NVFP4:
+        suffixes = SUFFIXES[self.format or StorageFormat.NVFP4]
+        factor = self._scalar(suffixes.second)
+        if self.format is StorageFormat.NVFP4:
             # Of zero, infinity: out of every bound, which is what it is.
-            factor = float(np.float64(1) / np.float64(self._scalar("weight_global_scale")))
-        else:
-            factor = self._scalar("weight_scale_2")
-        _, raw = self._raw(CODES[self.kind or Kind.NVFP4], first, last)
+            factor = float(np.float64(1) / np.float64(factor))
+        _, raw = self._raw(suffixes.codes, first, last)
         codes = e2m1(np.frombuffer(raw, np.uint8).reshape(last - first, -1))
         scales = self._part("weight_scale", first, last)
         values = scaled(codes, scales, (1, GROUP)) * np.float32(factor)
@@ -117,7 +120,7 @@ class StoredWeight:
         return Rows(codes * scales, lambda parent: np.abs(parent) * np.float32(1 / 8) + floor)
 
     def _fp8_scales(self, first: int, last: int) -> Floats:
-        suffix = "weight_scale_inv" if "weight_scale_inv" in self.module.tensors else "weight_scale"
+        suffix = SUFFIXES[self.format or StorageFormat.FP8].scale
         info = self.module.tensors[suffix]
         if info.elements == 1:
             return np.full((1, 1), self._scalar(suffix), np.float32)
@@ -146,7 +149,7 @@ def weight_of(view: ModuleView, module: Module) -> StoredWeight | None:
     That is so for vectors, layouts that are not `decodable`, and parts that do not fit each
     other, which is a matter of structure.
     """
-    kind = kind_of(view, module)
+    kind = format_of(view, module)
     if kind is None:
         info = module.tensors.get("weight")
         if info is None or len(info.shape) != 2 or info.dtype not in READABLE:
@@ -166,14 +169,14 @@ def weight_of(view: ModuleView, module: Module) -> StoredWeight | None:
     return StoredWeight(view, module, kind, shape)
 
 
-def decodable(kind: Kind | None, module: Module, view: ModuleView) -> bool:
+def decodable(kind: StorageFormat | None, module: Module, view: ModuleView) -> bool:
     """Whether numbers can be made of a module in this layout, its parts given."""
-    if kind is Kind.INT:
+    if kind is StorageFormat.INT:
         plain = not {"weight_zero_point", "weight_g_idx"} & module.tensors.keys()
         return plain and integer_bits(view) in (4, 8)
-    if kind is Kind.FP8:
+    if kind in FP8S:
         return "weight" not in module.tensors or module.tensors["weight"].dtype == "F8_E4M3"
-    return kind is not Kind.OTHER
+    return kind is not StorageFormat.OTHER
 
 
 def _amax(values: Floats, group: int) -> Floats:

@@ -12,7 +12,7 @@ from mquant.checkpoint.generation_config import read_sampling
 from mquant.errors import SourceError
 from mquant.events import Emit, silent
 from mquant.family import Family, Role
-from mquant.loader_model.formats import Kind, groups, kind_of, weight_shape
+from mquant.loader_model.formats import FP8S, StorageFormat, format_of, groups, weight_shape
 from mquant.loader_model.modules import ModuleView, read_modules
 from mquant.output import Record, read_record
 from mquant.publish.card.about import About
@@ -124,10 +124,11 @@ def _scheme(view: ModuleView) -> str:
 
     Only what decides the arithmetic is compared: tools differ in what else they write.
     """
-    kinds = {kind_of(view, module) for module in view.quantized}
-    if len(kinds) != 1 or not kinds <= {Kind.NVFP4, Kind.FP8, Kind.INT}:
+    kinds = {format_of(view, module) for module in view.quantized}
+    names = {kind.short for kind in kinds if kind}
+    if len(names) != 1 or not kinds <= {StorageFormat.NVFP4, StorageFormat.INT, *FP8S}:
         return ""
-    said = list(groups(view))
+    said = list(groups(view.config))
     for name, scheme in SCHEMES.items():
         ours = scheme.config_group
         keys = ("num_bits", "type", "strategy", "group_size", "dynamic")
@@ -147,7 +148,7 @@ def _roles(view: ModuleView) -> tuple[RoleFacts, ...]:
     quantized: Counter[str] = Counter()
     parameters: Counter[str] = Counter()
     for module in view.modules.values():
-        kind = kind_of(view, module)
+        kind = format_of(view, module)
         if kind is not None:
             shape = weight_shape(kind, module, view)
             if shape is None:

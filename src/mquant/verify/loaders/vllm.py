@@ -18,12 +18,13 @@ from typing import Any, Final
 from mquant.checkpoint import CONFIG_NAME, FIRST_READ, INDEX_NAME, Source, read_first
 from mquant.errors import HeaderError, LoaderError
 from mquant.findings import Finding
+from mquant.loader_model.modules import MODELOPT_NAME
 from mquant.untrusted import parse_json
 from mquant.verify.loaders.install import find_python
 from mquant.verify.rules import Rule, finding, register
 
 PROBE: Final = Path(__file__).with_name("vllm_probe.py")
-_JSON: Final = (CONFIG_NAME, INDEX_NAME, "generation_config.json", "hf_quant_config.json")
+_JSON: Final = (CONFIG_NAME, INDEX_NAME, "generation_config.json", MODELOPT_NAME)
 _MOST_JSON: Final = 50_000_000
 _SECONDS: Final = 300
 _STAGES: Final = {
