@@ -74,9 +74,11 @@ def _args(**said: Any) -> dict[str, Any]:
     }
 
 
-def _group(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
+def _group(
+    storage_format: str, weights: dict[str, Any], inputs: dict[str, Any] | None
+) -> dict[str, Any]:
     return {
-        "format": form,
+        "format": storage_format,
         "input_activations": inputs,
         "output_activations": None,
         "weights": weights,

@@ -32,11 +32,18 @@ def test_rounding_goes_to_the_nearest_and_at_ties_to_even(table: Floats) -> None
     assert rounded(np.array([1e9, np.inf], np.float32)).tolist() == [len(table) - 1] * 2
 
 
-@pytest.mark.parametrize("form", FLOATS.values(), ids=lambda form: form.name)
-def test_magnitudes_order_as_their_values(form: FloatFormat) -> None:
-    step = 1 if form.word.itemsize == 2 else 65_521
-    magnitudes = np.arange(0, form.infinity + 1, step).astype(form.word)
-    values = form.values(magnitudes).astype(np.float64)
+@pytest.mark.parametrize(
+    "float_format", FLOATS.values(), ids=lambda float_format: float_format.name
+)
+def test_magnitudes_order_as_their_values(float_format: FloatFormat) -> None:
+    step = 1 if float_format.word.itemsize == 2 else 65_521
+    magnitudes = np.arange(0, float_format.infinity + 1, step).astype(float_format.word)
+    values = float_format.values(magnitudes).astype(np.float64)
     assert (np.diff(values) > 0).all()
-    assert np.isinf(form.values(np.array([form.infinity], form.word)).astype(np.float32)).all()
-    assert form.words(values.astype(form.value).tobytes()).tolist() == magnitudes.tolist()
+    assert np.isinf(
+        float_format.values(np.array([float_format.infinity], float_format.word)).astype(np.float32)
+    ).all()
+    assert (
+        float_format.words(values.astype(float_format.value).tobytes()).tolist()
+        == magnitudes.tolist()
+    )

@@ -15,23 +15,23 @@ DTYPES = pytest.mark.parametrize("dtype", FLOATS)
 SCHEMES: Final = {"FP8_DYNAMIC": None, "FP8_BLOCK": (128, 128)}
 
 
-def weights(form: FloatFormat, shape: tuple[int, int], seed: int) -> Array:
+def weights(float_format: FloatFormat, shape: tuple[int, int], seed: int) -> Array:
     """Bit patterns: rows of any finite numbers, of usual ones, of zeros, subnormals and ties."""
     rng = np.random.default_rng(seed)
-    words = rng.integers(0, 1 << 8 * form.word.itemsize, shape).astype(form.word)
-    words[(words & (form.sign - 1)) >= form.infinity] = form.infinity - 1
+    words = rng.integers(0, 1 << 8 * float_format.word.itemsize, shape).astype(float_format.word)
+    words[(words & (float_format.sign - 1)) >= float_format.infinity] = float_format.infinity - 1
     usual = rng.standard_normal(shape, np.float32) * np.exp(rng.uniform(-9, 3, (shape[0], 1)))
     ties = np.resize(np.arange(1, 900, dtype=np.float32) / 2, shape[1])
     for row in range(shape[0]):
         kind = rng.integers(0, 6)
         if kind == 0:
-            words[row] = usual[row].astype(form.value).view(form.word)
+            words[row] = usual[row].astype(float_format.value).view(float_format.word)
         elif kind == 1:
-            words[row] = rng.integers(0, 2, shape[1]) * form.sign  # 0.0 and -0.0
+            words[row] = rng.integers(0, 2, shape[1]) * float_format.sign  # 0.0 and -0.0
         elif kind == 2:
-            words[row] &= form.word.type(form.sign | 7)
+            words[row] &= float_format.word.type(float_format.sign | 7)
         elif kind == 3:
-            words[row] = ties.astype(form.value).view(form.word)
+            words[row] = ties.astype(float_format.value).view(float_format.word)
     return words
 
 
@@ -43,29 +43,29 @@ def weights(form: FloatFormat, shape: tuple[int, int], seed: int) -> Array:
 def test_codes_and_scales_are_those_of_compressed_tensors(
     scheme: str, dtype: str, seed: int, rows: int, columns: int
 ) -> None:
-    form = FLOATS[dtype]
-    words = weights(form, (rows, columns), seed)
+    float_format = FLOATS[dtype]
+    words = weights(float_format, (rows, columns), seed)
     block = SCHEMES[scheme] or (1, columns)
     codes = np.empty(words.shape, np.uint8)
 
-    scales, bad = fp8.encode_into(words, form, block, codes)
-    by_reference, reference_scales = fp8.quantize(form.values(words), block)
+    scales, bad = fp8.encode_into(words, float_format, block, codes)
+    by_reference, reference_scales = fp8.quantize(float_format.values(words), block)
     theirs, their_scales = upstream.float_quantized(words, dtype, scheme)
 
     assert bad == 0
     assert (by_reference == theirs).all()
     assert (codes == theirs).all()
-    assert (reference_scales.view(form.word) == their_scales).all()
-    assert (scales.view(form.word) == their_scales).all()
+    assert (reference_scales.view(float_format.word) == their_scales).all()
+    assert (scales.view(float_format.word) == their_scales).all()
 
 
 @DTYPES
 def test_numbers_that_are_none_are_counted(dtype: str) -> None:
-    form = FLOATS[dtype]
-    words = np.zeros((3, 4), form.word)
-    words[1, 2], words[2, 0] = form.infinity, form.infinity + form.sign + 1
+    float_format = FLOATS[dtype]
+    words = np.zeros((3, 4), float_format.word)
+    words[1, 2], words[2, 0] = float_format.infinity, float_format.infinity + float_format.sign + 1
 
-    _, bad = fp8.encode_into(words, form, (1, 4), np.empty((3, 4), np.uint8))
+    _, bad = fp8.encode_into(words, float_format, (1, 4), np.empty((3, 4), np.uint8))
 
     assert bad == 2
 

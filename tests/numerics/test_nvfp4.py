@@ -32,45 +32,53 @@ BLOCKS: Final = (
 QKV: Final = ("q_proj", "k_proj", "v_proj")
 
 
-def block(kind: str, form: FloatFormat, rng: np.random.Generator) -> Array:
+def block(kind: str, float_format: FloatFormat, rng: np.random.Generator) -> Array:
     """Bit patterns [16] of finite numbers."""
 
     def below(limit: int) -> Array:
-        return rng.integers(0, limit, 16).astype(form.word)
+        return rng.integers(0, limit, 16).astype(float_format.word)
 
-    words = below(form.infinity)
+    words = below(float_format.infinity)
     if kind in ("zeros", "negative zeros"):
         words[:] = 0
     elif kind == "subnormal":
-        smallest_normal = np.array([2.0**-14 if form.name == "F16" else 2.0**-126], form.value)
-        words = below(int(smallest_normal.view(form.word)[0]))
+        smallest_normal = np.array(
+            [2.0**-14 if float_format.name == "F16" else 2.0**-126], float_format.value
+        )
+        words = below(int(smallest_normal.view(float_format.word)[0]))
     elif kind == "largest":
-        words[:] = form.infinity - 1
+        words[:] = float_format.infinity - 1
     elif kind == "tiny and huge":
-        words[:8], words[8:] = 1 + below(3)[:8], form.infinity - 1 - below(3)[:8]
+        words[:8], words[8:] = 1 + below(3)[:8], float_format.infinity - 1 - below(3)[:8]
     elif kind == "ties":
         points = np.resize([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6], 16)
-        words = (points * 2.0 ** rng.integers(-6, 6)).astype(form.value).view(form.word)
-        words += rng.integers(-1, 2, 16).astype(form.word) * form.word.type(rng.integers(2))
+        words = (
+            (points * 2.0 ** rng.integers(-6, 6)).astype(float_format.value).view(float_format.word)
+        )
+        words += rng.integers(-1, 2, 16).astype(float_format.word) * float_format.word.type(
+            rng.integers(2)
+        )
     elif kind in ("outlier", "usual"):
-        words = (rng.standard_normal(16) * 0.02).astype(form.value).view(form.word)
+        words = (rng.standard_normal(16) * 0.02).astype(float_format.value).view(float_format.word)
         if kind == "outlier":
-            words[rng.integers(16)] = np.array([300], form.value).view(form.word)[0]
-    words = words & form.word.type(form.sign - 1)
+            words[rng.integers(16)] = np.array([300], float_format.value).view(float_format.word)[0]
+    words = words & float_format.word.type(float_format.sign - 1)
     negative = rng.integers(0, 2, 16) if kind != "zeros" else np.zeros(16, int)
     if kind == "negative zeros":
         negative[:] = 1
-    signed: Array = words | (negative.astype(form.word) * form.word.type(form.sign))
+    signed: Array = words | (
+        negative.astype(float_format.word) * float_format.word.type(float_format.sign)
+    )
     return signed
 
 
-def by_kernel(words: Array, form: FloatFormat, scale: np.float32) -> upstream.Quantized:
+def by_kernel(words: Array, float_format: FloatFormat, scale: np.float32) -> upstream.Quantized:
     rows, columns = words.shape
     packed = np.empty((rows, columns // 2), np.uint8)
     scales = np.empty((rows, columns // 16), np.uint8)
     maxima = np.empty(rows * columns // 16, np.uint32)
-    kernels.block_maxima(words.reshape(-1), form, maxima)
-    steps = thresholds(form.name, float(scale))
+    kernels.block_maxima(words.reshape(-1), float_format, maxima)
+    steps = thresholds(float_format.name, float(scale))
     kernels.quantize_into(words.reshape(-1), maxima, steps, packed.reshape(-1), scales.reshape(-1))
     return upstream.Quantized(packed, scales, scale)
 
@@ -86,9 +94,9 @@ def scale_by_kernel(members: list[tuple[Array, str]]) -> np.float32:
 
 
 def assert_same(words: Array, dtype: str, scale: np.float32, theirs: upstream.Quantized) -> None:
-    form = FLOATS[dtype]
-    mine = by_kernel(words, form, scale)
-    packed, scales = nvfp4.quantize(form.values(words), scale)
+    float_format = FLOATS[dtype]
+    mine = by_kernel(words, float_format, scale)
+    packed, scales = nvfp4.quantize(float_format.values(words), scale)
     assert scale == theirs.global_scale
     for each in (mine.scales, scales):
         np.testing.assert_array_equal(each, theirs.scales)
@@ -128,12 +136,12 @@ def test_blocks_of_every_kind(dtype: str, kinds: list[str], seed: int) -> None:
 @settings(deadline=None, max_examples=80)
 @given(data=st.data())
 def test_arbitrary_bits(dtype: str, data: st.DataObject) -> None:
-    form = FLOATS[dtype]
-    magnitudes = st.lists(st.integers(0, form.infinity - 1), min_size=32, max_size=32)
+    float_format = FLOATS[dtype]
+    magnitudes = st.lists(st.integers(0, float_format.infinity - 1), min_size=32, max_size=32)
     signs = st.integers(0, 2**32 - 1)
     bits = data.draw(signs)
-    words = [m | (bits >> i & 1) * form.sign for i, m in enumerate(data.draw(magnitudes))]
-    assert_alone(np.array(words, form.word).reshape(2, 16), dtype)
+    words = [m | (bits >> i & 1) * float_format.sign for i, m in enumerate(data.draw(magnitudes))]
+    assert_alone(np.array(words, float_format.word).reshape(2, 16), dtype)
 
 
 @DTYPES
@@ -147,11 +155,14 @@ def test_blocks_of_one_kind(dtype: str, kind: str) -> None:
 @DTYPES
 @pytest.mark.parametrize("exponent", range(-130, 128, 6))
 def test_weights_of_every_size(dtype: str, exponent: int) -> None:
-    form = FLOATS[dtype]
+    float_format = FLOATS[dtype]
     with np.errstate(over="ignore", under="ignore"):
         weight = np.random.default_rng(exponent + 200).uniform(-1, 1, (4, 64))
-        weight = (weight * 2.0**exponent).astype(np.float32).astype(form.value)
-    assert_alone(np.where(np.isfinite(weight), weight, form.value.type(1)).view(form.word), dtype)
+        weight = (weight * 2.0**exponent).astype(np.float32).astype(float_format.value)
+    assert_alone(
+        np.where(np.isfinite(weight), weight, float_format.value.type(1)).view(float_format.word),
+        dtype,
+    )
 
 
 @DTYPES
@@ -202,15 +213,15 @@ def test_rows_may_be_quantized_a_few_at_a_time(dtype: str) -> None:
 
 @DTYPES
 def test_nan_and_infinity_are_counted(dtype: str) -> None:
-    form = FLOATS[dtype]
-    weight = form.values(normal((33, 48), dtype, 1.0, seed=5)).copy()
+    float_format = FLOATS[dtype]
+    weight = float_format.values(normal((33, 48), dtype, 1.0, seed=5)).copy()
     for index, wrong in ((0, np.nan), (100, np.inf), (101, -np.inf), (1583, -np.nan)):
-        weight.flat[index] = form.value.type(wrong)
-    words, maxima = weight.view(form.word).reshape(-1), np.empty(99, np.uint32)
-    _, count = kernels.block_maxima(words, form, maxima)
+        weight.flat[index] = float_format.value.type(wrong)
+    words, maxima = weight.view(float_format.word).reshape(-1), np.empty(99, np.uint32)
+    _, count = kernels.block_maxima(words, float_format, maxima)
     assert count == 4
-    words[:] = form.infinity - 1
-    assert kernels.block_maxima(words, form, maxima) == (form.infinity - 1, 0)
+    words[:] = float_format.infinity - 1
+    assert kernels.block_maxima(words, float_format, maxima) == (float_format.infinity - 1, 0)
 
 
 def test_read_only_bytes_will_do() -> None:

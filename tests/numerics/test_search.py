@@ -21,10 +21,12 @@ DTYPES = pytest.mark.parametrize("dtype", FLOATS)
 EVERY_CODE: Final = np.arange(1, 127, dtype=np.uint8)
 
 
-def weight_of(words: Array, form: FloatFormat, importance: Floats = ALIKE) -> SearchedWeight:
+def weight_of(
+    words: Array, float_format: FloatFormat, importance: Floats = ALIKE
+) -> SearchedWeight:
     maxima = np.empty(words.size // 16, np.uint32)
-    kernels.block_maxima(words.reshape(-1), form, maxima)
-    return SearchedWeight(words.reshape(-1), form, maxima, importance)
+    kernels.block_maxima(words.reshape(-1), float_format, maxima)
+    return SearchedWeight(words.reshape(-1), float_format, maxima, importance)
 
 
 def searched(*weights: SearchedWeight) -> tuple[np.float32, list[Bytes]]:
@@ -40,12 +42,14 @@ def unit(scale: np.float32) -> float:
 
 
 def largest(*weights: SearchedWeight) -> np.float32:
-    return np.float32(max(np.abs(w.form.values(w.words).astype(np.float32)).max() for w in weights))
+    return np.float32(
+        max(np.abs(w.float_format.values(w.words).astype(np.float32)).max() for w in weights)
+    )
 
 
 def errors(weight: SearchedWeight, codes: Array, scale: np.float32) -> Array:
     """Every block's error, in float64 and `unit`s, with the reference's elements."""
-    x = weight.form.values(weight.words).reshape(-1, 16)
+    x = weight.float_format.values(weight.words).reshape(-1, 16)
     codes = np.broadcast_to(codes, len(x))[:, None]
     q = nvfp4.element_codes(nvfp4.quotients(x, codes, scale))
     decoded = np.where(q & 8, -1.0, 1.0) * E2M1[q & 7] * (E4M3[codes] / scale)
@@ -75,8 +79,8 @@ def assert_best(weight: SearchedWeight, codes: Bytes, scale: np.float32) -> None
 def test_no_code_is_better_for_blocks_of_every_kind(
     dtype: str, kinds: list[str], seed: int
 ) -> None:
-    form, rng = FLOATS[dtype], np.random.default_rng(seed)
-    weight = weight_of(np.stack([block(kind, form, rng) for kind in kinds]), form)
+    float_format, rng = FLOATS[dtype], np.random.default_rng(seed)
+    weight = weight_of(np.stack([block(kind, float_format, rng) for kind in kinds]), float_format)
     scale, (codes,) = searched(weight)
     assert_best(weight, codes, scale)
 
@@ -85,9 +89,9 @@ def test_no_code_is_better_for_blocks_of_every_kind(
 @settings(deadline=None, max_examples=100)
 @given(data=st.data())
 def test_no_code_is_better_for_arbitrary_bits(dtype: str, data: st.DataObject) -> None:
-    form = FLOATS[dtype]
-    words = data.draw(st.lists(st.integers(0, form.infinity - 1), min_size=32, max_size=32))
-    weight = weight_of(np.array(words, form.word), form)
+    float_format = FLOATS[dtype]
+    words = data.draw(st.lists(st.integers(0, float_format.infinity - 1), min_size=32, max_size=32))
+    weight = weight_of(np.array(words, float_format.word), float_format)
     scale, (codes,) = searched(weight)
     assert_best(weight, codes, scale)
 
@@ -95,10 +99,10 @@ def test_no_code_is_better_for_arbitrary_bits(dtype: str, data: st.DataObject) -
 @DTYPES
 @pytest.mark.parametrize("exponent", range(-24, 3, 3))
 def test_no_code_is_better_for_blocks_far_below_the_largest(dtype: str, exponent: int) -> None:
-    form = FLOATS[dtype]
+    float_format = FLOATS[dtype]
     words = normal((8, 256), dtype, 0.5 * 2.0**exponent, seed=exponent + 30)
-    words[0, 0] = np.array([1], form.value).view(form.word)[0]
-    weight = weight_of(words, form)
+    words[0, 0] = np.array([1], float_format.value).view(float_format.word)[0]
+    weight = weight_of(words, float_format)
     scale, (codes,) = searched(weight)
     assert_best(weight, codes, scale)
 
@@ -171,7 +175,7 @@ def test_a_block_far_above_all_others_has_all_its_codes_too() -> None:
 def test_it_is_never_worse_than_min_max(dtype: str) -> None:
     for seed in range(4):
         weight = weight_of(normal((64, 256), dtype, 0.02, seed), FLOATS[dtype])
-        values = weight.form.values(weight.words).reshape(64, 256)
+        values = weight.float_format.values(weight.words).reshape(64, 256)
         theirs = nvfp4.global_scale([values])
         _, their_codes = nvfp4.quantize(values, theirs)
         scale, (codes,) = searched(weight)
@@ -218,7 +222,7 @@ def test_no_code_that_keeps_the_largest_weight_is_better(dtype: str) -> None:
     weight = weight_of(words, FLOATS[dtype], importance)
     scale, (codes,) = searched(weight)
     every = of_every_code(weight, scale)
-    amax = np.abs(weight.form.values(words).astype(np.float32)).reshape(-1, 16).max(axis=1)
+    amax = np.abs(weight.float_format.values(words).astype(np.float32)).reshape(-1, 16).max(axis=1)
     every[6 * (E4M3[EVERY_CODE] / scale)[:, None] < 0.65 * amax] = np.inf
     assert np.all(errors(weight, codes, scale) <= every.min(axis=0) * (1 + 1e-4))
 
@@ -257,11 +261,11 @@ def test_two_searches_are_the_same_bytes() -> None:
 
 @DTYPES
 def test_elements_are_packed_as_the_reference_rounds_them(dtype: str) -> None:
-    form, words = FLOATS[dtype], normal((130, 1040), dtype, 1.0, seed=9)
+    float_format, words = FLOATS[dtype], normal((130, 1040), dtype, 1.0, seed=9)
     codes = np.random.default_rng(9).integers(1, 127, 130 * 65).astype(np.uint8)
     packed = np.empty(words.size // 2, np.uint8)
     kernels.pack_into(words.reshape(-1), thresholds(dtype, 600.0), codes, packed)
-    x = form.values(words).reshape(-1, 16)
+    x = float_format.values(words).reshape(-1, 16)
     elements = nvfp4.element_codes(nvfp4.quotients(x, codes[:, None], np.float32(600)))
     assert np.array_equal(packed.reshape(-1, 8), elements[:, ::2] | elements[:, 1::2] << 4)
     with pytest.raises(ValueError, match="135200 elements into"):

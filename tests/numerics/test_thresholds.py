@@ -19,9 +19,9 @@ SCALES = {
 ALL = [(dtype, scale) for dtype, scales in SCALES.items() for scale in scales]
 
 
-def finite(form: FloatFormat) -> Array:
+def finite(float_format: FloatFormat) -> Array:
     """Every finite magnitude of a 16-bit format, in whole blocks."""
-    return np.arange(form.infinity, dtype=form.word)
+    return np.arange(float_format.infinity, dtype=float_format.word)
 
 
 def global_scale(dtype: str, scale: float) -> np.float32:
@@ -32,7 +32,7 @@ def global_scale(dtype: str, scale: float) -> np.float32:
 def codes_by_thresholds(steps: Thresholds, words: Array, scale: int) -> Bytes:
     """Signed E2M1 codes of bit patterns under one block scale, from the table alone."""
     first, *rest = steps.code[scale]
-    magnitudes = words & (steps.form.sign - 1)
+    magnitudes = words & (steps.float_format.sign - 1)
     code = sum((magnitudes >= step).astype(np.uint8) for step in rest)
     signed: Bytes = code | (words >= first).astype(np.uint8) << 3
     return signed
@@ -40,11 +40,11 @@ def codes_by_thresholds(steps: Thresholds, words: Array, scale: int) -> Bytes:
 
 @pytest.mark.parametrize(("dtype", "scale"), ALL)
 def test_every_magnitude_under_every_scale_code(dtype: str, scale: float) -> None:
-    form, exact = FLOATS[dtype], global_scale(dtype, scale)
+    float_format, exact = FLOATS[dtype], global_scale(dtype, scale)
     steps = thresholds(dtype, float(exact))
-    words = finite(form)
-    words[1::2] |= form.sign
-    both = np.stack([words, words ^ form.sign])
+    words = finite(float_format)
+    words[1::2] |= float_format.sign
+    both = np.stack([words, words ^ float_format.sign])
     for scale_codes in np.array_split(np.arange(1, 127, dtype=np.uint8), 3):
         weights = both[scale_codes % 2]  # each magnitude with either sign, in turns
         scales = np.repeat(scale_codes[:, None], weights.shape[1] // 16, axis=1)
@@ -56,39 +56,41 @@ def test_every_magnitude_under_every_scale_code(dtype: str, scale: float) -> Non
 
 @pytest.mark.parametrize("dtype", SCALES)
 def test_every_block_amax_under_many_global_scales(dtype: str) -> None:
-    form = FLOATS[dtype]
+    float_format = FLOATS[dtype]
     args = preset_name_to_scheme("NVFP4A16", ["Linear"]).weights
-    words = finite(form)
+    words = finite(float_format)
     amax = upstream.tensor(words[None], dtype)[0]
-    random = form.values(np.random.default_rng(0).integers(1, form.infinity, 30, form.word))
+    random = float_format.values(
+        np.random.default_rng(0).integers(1, float_format.infinity, 30, float_format.word)
+    )
     scales = [global_scale(dtype, scale) for scale in SCALES[dtype]]
     for exact in [*scales, *(nvfp4.global_scale_of([value]) for value in random)]:
         theirs, _ = calculate_qparams(-amax, amax, args, torch.tensor([exact]))
         codes = theirs.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-        start = thresholds(dtype, float(exact)).start[: form.infinity]
+        start = thresholds(dtype, float(exact)).start[: float_format.infinity]
         assert np.array_equal(np.where(start == 0, nvfp4.SCALE_OF_ZERO, start), codes)
-        assert np.array_equal(nvfp4.block_scales(form.values(words), exact), codes)
+        assert np.array_equal(nvfp4.block_scales(float_format.values(words), exact), codes)
 
 
 @pytest.mark.parametrize("dtype", SCALES)
 def test_every_amax_gives_upstreams_global_scale(dtype: str) -> None:
-    form = FLOATS[dtype]
-    words = finite(form)[:: 5 if dtype == "F16" else 3]
+    float_format = FLOATS[dtype]
+    words = finite(float_format)[:: 5 if dtype == "F16" else 3]
     amaxes = upstream.tensor(words[None], dtype)[0]
-    for value, amax in zip(form.values(words), amaxes, strict=True):
+    for value, amax in zip(float_format.values(words), amaxes, strict=True):
         theirs = generate_gparam(-amax.reshape(1), amax.reshape(1))
         assert nvfp4.global_scale_of([value]) == theirs.item()
 
 
 def test_f32_thresholds_are_where_the_reference_steps() -> None:
-    form = FLOATS["F32"]
+    float_format = FLOATS["F32"]
     for scale in (1.0, 4321.123, 7.9e-36, 3.4e38):
         exact = np.float32(scale)
         steps = thresholds("F32", float(exact))
-        reached = steps.code[1:, 1:][steps.code[1:, 1:] < form.infinity]
-        rows, columns = np.nonzero(steps.code[1:, 1:] < form.infinity)
+        reached = steps.code[1:, 1:][steps.code[1:, 1:] < float_format.infinity]
+        rows, columns = np.nonzero(steps.code[1:, 1:] < float_format.infinity)
         for offset in (0, 1):
             words = (reached - np.uint32(offset)).astype(np.uint32)
             scales = (rows + 1).astype(np.uint8)
-            codes = nvfp4.element_codes(nvfp4.quotients(form.values(words), scales, exact))
+            codes = nvfp4.element_codes(nvfp4.quotients(float_format.values(words), scales, exact))
             assert ((codes >= columns + 1) == (offset == 0)).all()

@@ -29,7 +29,7 @@ def calibrate(
     recipe: RecipeName = "nvfp4-opt",
     out_file: File = Path("importance.safetensors"),
     revision: Revision = None,
-    form: FormatChoice = Format.HUMAN,
+    output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Measure what each input channel carries: the mean square of what text makes of it.
 
@@ -38,7 +38,7 @@ def calibrate(
 
     Example: mquant calibrate ./MiniMax-M2.7-REAP --data texts.jsonl -o importance.safetensors
     """
-    with output("calibrate", form) as out:
+    with output("calibrate", output_format) as out:
         if data is None:
             raise UsageError("--data is missing.", f"Example: {_EXAMPLE}")
         plan = make(

@@ -79,7 +79,7 @@ def card(
     loader: LoaderChoice = None,
     file: CardFile = None,
     revision: Revision = None,
-    form: FormatChoice = Format.HUMAN,
+    output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Write a quantized checkpoint's model card, from facts only.
 
@@ -88,7 +88,7 @@ def card(
 
     Example: mquant card ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP
     """
-    with output("card", form) as out:
+    with output("card", output_format) as out:
         source = open_source(src, revision, _EXAMPLE)
         given = None if parent is None else open_source(parent, None, _EXAMPLE)
         path = _path(source, file)

@@ -43,7 +43,7 @@ def compare(
     against: Against = None,
     workers: Threads = None,
     revision: Revision = None,
-    form: FormatChoice = Format.HUMAN,
+    output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Measure every weight against the parent's: relative error, SQNR, cosine, worst block.
 
@@ -52,7 +52,7 @@ def compare(
 
     Example: mquant compare ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP
     """
-    with output("compare", form) as out:
+    with output("compare", output_format) as out:
         source = open_source(src, revision, _EXAMPLE)
         if against is None:
             raise UsageError("--against is missing.", f"Example: {_EXAMPLE}")

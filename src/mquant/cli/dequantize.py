@@ -29,7 +29,7 @@ def dequantize(
     workers: Workers = None,
     restart: Restart = False,
     revision: Revision = None,
-    form: FormatChoice = Format.HUMAN,
+    output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Make a BF16 checkpoint of a quantized one, for tools that read nothing else.
 
@@ -39,7 +39,7 @@ def dequantize(
 
     Example: mquant dequantize ./MiniMax-M2.7-REAP-NVFP4 -o ./MiniMax-M2.7-REAP-BF16
     """
-    with output("dequantize", form) as out:
+    with output("dequantize", output_format) as out:
         limit = None if max_shard_size is None else parse_size(max_shard_size)
         source = open_source(src, revision, _EXAMPLE)
         from mquant.checkpoint import open_checkpoint

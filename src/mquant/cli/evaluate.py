@@ -48,7 +48,7 @@ def evaluate(
     context: Context = 512,
     tokens: Tokens = 16_384,
     revision: Revision = None,
-    form: FormatChoice = Format.HUMAN,
+    output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Perplexity of a checkpoint and its parent on your text, their KL, and whether routers agree.
 
@@ -57,7 +57,7 @@ def evaluate(
 
     Example: mquant eval ./Model-NVFP4 --against ./Model --text wiki.txt
     """
-    with output("eval", form) as out:
+    with output("eval", output_format) as out:
         source = open_source(src, revision, _EXAMPLE)
         if text is None:
             raise UsageError("--text is missing.", f"Example: {_EXAMPLE}")

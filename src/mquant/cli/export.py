@@ -27,7 +27,7 @@ def export(
     workers: Workers = None,
     restart: Restart = False,
     revision: Revision = None,
-    form: FormatChoice = Format.HUMAN,
+    output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Store an NVFP4 checkpoint in ModelOpt's layout, or bring it back to compressed-tensors'.
 
@@ -36,7 +36,7 @@ def export(
 
     Example: mquant export ./MiniMax-M2.7-REAP-NVFP4 --to modelopt -o ./MiniMax-M2.7-REAP-ModelOpt
     """
-    with output("export", form) as out:
+    with output("export", output_format) as out:
         if to is None:
             raise UsageError("--to is missing: modelopt or compressed-tensors.", _EXAMPLE)
         source = open_source(src, revision, _EXAMPLE)

@@ -23,14 +23,14 @@ Name = Annotated[
 ]
 
 
-def families(context: typer.Context, form: FormatChoice = Format.HUMAN) -> None:
+def families(context: typer.Context, output_format: FormatChoice = Format.HUMAN) -> None:
     """List the model families that mquant knows.
 
     Example: mquant families
     """
     if context.invoked_subcommand is not None:
         return
-    with output("families", form) as out:
+    with output("families", output_format) as out:
         from mquant.family import load_families
 
         found = load_families()
@@ -49,12 +49,12 @@ def families(context: typer.Context, form: FormatChoice = Format.HUMAN) -> None:
             )
 
 
-def show(name: Name = None, form: FormatChoice = Format.HUMAN) -> None:
+def show(name: Name = None, output_format: FormatChoice = Format.HUMAN) -> None:
     """Print a family's file: its tensors' names, roles and fused sets.
 
     Example: mquant families show minimax_m2
     """
-    with output("families.show", form) as out:
+    with output("families.show", output_format) as out:
         from mquant.family import load_families
 
         show_file(out, "families", name, load_families())

@@ -18,7 +18,7 @@ Out = Annotated[
 ]
 
 
-def finish(out_folder: Out, form: FormatChoice = Format.HUMAN) -> None:
+def finish(out_folder: Out, output_format: FormatChoice = Format.HUMAN) -> None:
     """Complete what `mquant quantize --share 1/N` to `--share N/N` have made.
 
     OUT says what that is: nothing else need be given. Where a share is not done, it is named, and
@@ -26,7 +26,7 @@ def finish(out_folder: Out, form: FormatChoice = Format.HUMAN) -> None:
 
     Example: mquant finish ./MiniMax-M2.7-REAP-NVFP4
     """
-    with output("finish", form) as out:
+    with output("finish", output_format) as out:
         from mquant.runs.shares import finish_shares
 
         with progress(out) as emit:

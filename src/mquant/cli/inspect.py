@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 def inspect(
     src: Src = None,
     revision: Revision = None,
-    form: FormatChoice = Format.HUMAN,
+    output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Say what a checkpoint is, and what is unusual about it, from its headers alone.
 
     Example: mquant inspect MiniMaxAI/MiniMax-M2
     """
-    with output("inspect", form) as out:
+    with output("inspect", output_format) as out:
         source = open_source(src, revision, "mquant inspect MiniMaxAI/MiniMax-M2")
         from mquant.checkpoint import open_checkpoint
         from mquant.family import load_families

@@ -12,7 +12,7 @@ from mquant.cli.output import Format, output
 Name = Annotated[Literal["vllm"], typer.Argument(metavar="NAME", help="vllm: its CPU build.")]
 
 
-def install(name: Name, form: FormatChoice = Format.HUMAN) -> None:
+def install(name: Name, output_format: FormatChoice = Format.HUMAN) -> None:
     """Install a loader in an environment of its own, under the user's cache.
 
     vLLM takes 4 GB and some minutes; an environment that has it already will do, too: set
@@ -20,7 +20,7 @@ def install(name: Name, form: FormatChoice = Format.HUMAN) -> None:
 
     Example: mquant loader install vllm
     """
-    with output("loader.install", form) as out:
+    with output("loader.install", output_format) as out:
         from mquant.verify.loaders.install import VERSION, environment, installed
         from mquant.verify.loaders.install import install as make
 

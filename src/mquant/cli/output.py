@@ -1,6 +1,6 @@
 """The one sink of the command line: the result on stdout, everything else on stderr.
 
-    with output("plan", form) as out:
+    with output("plan", output_format) as out:
         out.put(totals=...)          # keys of the JSON envelope
         out.show(table)              # what a person sees, at once
         out.report(findings)         # both
@@ -42,8 +42,8 @@ class Format(StrEnum):
 class Output:
     """What one run of a verb says. Strings may come from files: they are shown, never obeyed."""
 
-    def __init__(self, verb: str, form: Format) -> None:
-        self.form = form
+    def __init__(self, verb: str, output_format: Format) -> None:
+        self.format = output_format
         self._verb = verb
         self._keys: dict[str, Any] = {}
         self._findings: list[Finding] = []
@@ -51,7 +51,7 @@ class Output:
 
     def show(self, *parts: RenderableType) -> None:
         """Print for a person, at once; nothing in the other formats."""
-        if self.form is Format.HUMAN:
+        if self.format is Format.HUMAN:
             text = _draw(parts, sys.stdout)
             # Padding to the right edge is noise in a file, and folds in a narrower terminal.
             write("\n".join(line.rstrip() for line in text.split("\n")))
@@ -69,14 +69,14 @@ class Output:
             if finding in self._findings:
                 continue
             self._findings.append(finding)
-            if self.form is Format.HUMAN:
+            if self.format is Format.HUMAN:
                 _tell(finding)
-            elif self.form is Format.QUIET and finding.severity in failing:
+            elif self.format is Format.QUIET and finding.severity in failing:
                 _tell(finding, stderr=True)
 
     def note(self, message: str, style: str = "") -> None:
         """One line on stderr; nothing in `quiet`."""
-        if self.form is not Format.QUIET:
+        if self.format is not Format.QUIET:
             _say(message, style)
 
     def fail(self, error: MquantError) -> None:
@@ -86,7 +86,7 @@ class Output:
         refusals = error.findings if isinstance(error, Refused) else ()
         fresh = [finding for finding in refusals if finding not in known]
         self._findings = [*known, *fresh]
-        seen = self.form is Format.QUIET or (self.form is Format.HUMAN and sys.stdout.isatty())
+        seen = self.format is Format.QUIET or (self.format is Format.HUMAN and sys.stdout.isatty())
         if refusals and not fresh and seen:
             _say("Refused, for the reasons above; nothing was written.", "bold red")
             return
@@ -116,7 +116,7 @@ class Output:
 
     def close(self, *, ok: bool) -> None:
         """Print the envelope, where JSON is wanted."""
-        if self.form is not Format.JSON:
+        if self.format is not Format.JSON:
             return
         envelope: dict[str, Any] = {
             "schema": f"mquant.{self._verb}/1",
@@ -130,9 +130,9 @@ class Output:
 
 
 @contextmanager
-def output(verb: str, form: Format) -> Iterator[Output]:
+def output(verb: str, output_format: Format) -> Iterator[Output]:
     """The sink of one run of a verb. Turns every error into its sentence and its exit code."""
-    out = Output(verb, form)
+    out = Output(verb, output_format)
     code = 0
     try:
         yield out

@@ -29,7 +29,7 @@ def plan(
     max_shard_size: MaxShardSize = None,
     allow_unsafe: AllowUnsafe = False,
     revision: Revision = None,
-    form: FormatChoice = Format.HUMAN,
+    output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Show what a recipe would do to every tensor of a checkpoint, and what that takes.
 
@@ -37,7 +37,7 @@ def plan(
 
     Example: mquant plan MiniMaxAI/MiniMax-M2 --recipe nvfp4
     """
-    with output("plan", form) as out:
+    with output("plan", output_format) as out:
         made = make(
             "plan",
             src,

@@ -16,7 +16,7 @@ def progress(out: Output) -> Iterator[Emit]:
     Bars only for a person at a terminal; notes also elsewhere, as lines on stderr, but not in
     `quiet`. It may be called from any thread.
     """
-    if out.form is Format.HUMAN and sys.stderr.isatty():
+    if out.format is Format.HUMAN and sys.stderr.isatty():
         with _bars(out) as emit:
             yield emit
     else:

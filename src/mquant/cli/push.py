@@ -40,7 +40,7 @@ def push(
     public: Public = False,
     replace: Replace = False,
     dry_run: DryRun = False,
-    form: FormatChoice = Format.HUMAN,
+    output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Publish a checkpoint on the hub, if it is verified and its bytes are those that were made.
 
@@ -50,7 +50,7 @@ def push(
 
     Example: mquant push ./MiniMax-M2.7-REAP-NVFP4 org/MiniMax-M2.7-REAP-NVFP4
     """
-    with output("push", form) as out:
+    with output("push", output_format) as out:
         if src is None or repo is None:
             raise UsageError("SRC or REPO is missing.", f"Example: {_EXAMPLE}")
         if not is_repo_id(repo):

@@ -97,7 +97,7 @@ def quantize(
     restart: Restart = False,
     allow_unsafe: AllowUnsafe = False,
     revision: Revision = None,
-    form: FormatChoice = Format.HUMAN,
+    output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Quantize a checkpoint into a folder that loads.
 
@@ -110,7 +110,7 @@ def quantize(
 
     Example: mquant quantize ./MiniMax-M2.7-REAP --recipe nvfp4 -o ./MiniMax-M2.7-REAP-NVFP4
     """
-    with output("quantize", form) as out:
+    with output("quantize", output_format) as out:
         part = None if share is None else parse_share(share)
         _check_options(part, cluster, engine, push_to or scratch, restart=restart)
         _check_repo(push_to)

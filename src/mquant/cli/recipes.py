@@ -25,14 +25,14 @@ Name = Annotated[
 ]
 
 
-def recipes(context: typer.Context, form: FormatChoice = Format.HUMAN) -> None:
+def recipes(context: typer.Context, output_format: FormatChoice = Format.HUMAN) -> None:
     """List the recipes: which precision each role gets.
 
     Example: mquant recipes
     """
     if context.invoked_subcommand is not None:
         return
-    with output("recipes", form) as out:
+    with output("recipes", output_format) as out:
         from mquant.recipe import load_recipes
 
         found = load_recipes()
@@ -47,12 +47,12 @@ def recipes(context: typer.Context, form: FormatChoice = Format.HUMAN) -> None:
             out.show(title, Padding(Text(clean(recipe.description)), (0, 0, 0, 2)))
 
 
-def show(name: Name = None, form: FormatChoice = Format.HUMAN) -> None:
+def show(name: Name = None, output_format: FormatChoice = Format.HUMAN) -> None:
     """Print a recipe's file; the start of one of your own.
 
     Example: mquant recipes show nvfp4
     """
-    with output("recipes.show", form) as out:
+    with output("recipes.show", output_format) as out:
         from mquant.recipe import load_recipes
 
         show_file(out, "recipes", name, load_recipes())
@@ -73,7 +73,7 @@ def show_file(
         )
     path = folder("recipes" if verb == "recipes" else "configs") / f"{name}.yaml"
     out.put(name=name, content=read_yaml(path))
-    if out.form is Format.HUMAN:
+    if out.format is Format.HUMAN:
         # The file as it is: the reader may redirect it into one of their own.
         write(path.read_text(encoding="utf-8"))
 

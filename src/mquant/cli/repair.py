@@ -58,7 +58,7 @@ def repair(
     workers: Workers = None,
     restart: Restart = False,
     revision: Revision = None,
-    form: FormatChoice = Format.HUMAN,
+    output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Mend a broken checkpoint with its parent, reading no more of that than it needs.
 
@@ -68,7 +68,7 @@ def repair(
 
     Example: mquant repair ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP -o ./Repaired
     """
-    with output("repair", form) as out:
+    with output("repair", output_format) as out:
         source = _source(src, parent, revision, out_folder, in_place=in_place)
         from mquant.checkpoint import Folder
         from mquant.family import load_families

@@ -64,7 +64,7 @@ def report(
     context: Context = 512,
     tokens: Tokens = 16_384,
     revision: Revision = None,
-    form: FormatChoice = Format.HUMAN,
+    output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Write one self-contained HTML page: sizes, errors, routing, evaluation, findings, recipe.
 
@@ -73,7 +73,7 @@ def report(
 
     Example: mquant report ./Model-NVFP4 --against ./Model --text wiki.txt -o report.html
     """
-    with output("report", form) as out:
+    with output("report", output_format) as out:
         source = open_source(src, revision, _EXAMPLE)
         parent = None if against is None else open_source(against, None, _EXAMPLE)
         if text is not None and evaluation is not None:

@@ -54,7 +54,7 @@ def smoke(
     max_tokens: MaxTokens = 4096,
     timeout: Timeout = 600,
     revision: Revision = None,
-    form: FormatChoice = Format.HUMAN,
+    output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Ask a running OpenAI-compatible server five prompts, and check the answers.
 
@@ -63,7 +63,7 @@ def smoke(
 
     Example: mquant smoke http://localhost:8000 --checkpoint ./MiniMax-M2.7-REAP-NVFP4
     """
-    with output("smoke", form) as out:
+    with output("smoke", output_format) as out:
         if url is None:
             raise UsageError("URL is missing.", f"Example: {_EXAMPLE}")
         if revision is not None and checkpoint is None:

@@ -70,13 +70,13 @@ def synth(
     max_shard_size: MaxShardSize = None,
     seed: Seed = 0,
     shapes_only: ShapesOnly = False,
-    form: FormatChoice = Format.HUMAN,
+    output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Write a checkpoint with made-up weights: a tiny one, or the real one's shapes.
 
     Example: mquant synth OUT --family minimax_m2 --layers 62 --experts 154 --shapes-only
     """
-    with output("synth", form) as out:
+    with output("synth", output_format) as out:
         if out_folder is None:
             raise UsageError("OUT is missing.", f"Example: {_EXAMPLE}")
         limit = None if max_shard_size is None else parse_size(max_shard_size)

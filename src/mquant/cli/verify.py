@@ -58,7 +58,7 @@ def verify(
     fail_on: FailOn = "error",
     junit: JUnit = None,
     revision: Revision = None,
-    form: FormatChoice = Format.HUMAN,
+    output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Judge a checkpoint: is it whole, are its numbers sane, is it made from its parent.
 
@@ -67,7 +67,7 @@ def verify(
 
     Example: mquant verify ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP
     """
-    with output("verify", form) as out:
+    with output("verify", output_format) as out:
         source = open_source(src, revision, _EXAMPLE)
         parent = None if against is None else open_source(against, None, _EXAMPLE)
         from mquant.family import load_families

@@ -25,7 +25,7 @@ def verify_ignore(
         bool, typer.Option("--strict", help="Exit with 3 for warnings, too.")
     ] = False,
     revision: Revision = None,
-    form: FormatChoice = Format.HUMAN,
+    output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Say whether routers, lm_head and embeddings were kept, and whether ignore says so.
 
@@ -34,7 +34,7 @@ def verify_ignore(
 
     Example: mquant verify-ignore MiniMaxAI/MiniMax-M2
     """
-    with output("verify-ignore", form) as out:
+    with output("verify-ignore", output_format) as out:
         source = open_source(src, revision, "mquant verify-ignore MiniMaxAI/MiniMax-M2")
         from mquant.checkpoint import open_checkpoint
         from mquant.checkpoint.hub import HubRepo

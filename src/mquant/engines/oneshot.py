@@ -283,15 +283,15 @@ def compress(module: torch.nn.Module, pool: Executor) -> Tensors:
     all scales but the global ones are per row. The bytes are the same; the memory is not.
     """
     scheme: Any = module.quantization_scheme
-    form = infer_module_format(type(module), scheme)
-    compressor: Any = BaseCompressor.get_value_from_registry(form.value)
+    stored_as = infer_module_format(type(module), scheme)
+    compressor: Any = BaseCompressor.get_value_from_registry(stored_as.value)
     names = [name for name in module._parameters if name != "bias"]
     state = {name: getattr(module, name).detach() for name in names}
     rows, columns = state["weight"].shape
     by_row = state.keys() - _PER_TENSOR
     divisible = all(state[name].shape[:1] == (rows,) for name in by_row)
     step = rows
-    whole = form is CompressionFormat.pack_quantized  # it writes the shape of what it is given
+    whole = stored_as is CompressionFormat.pack_quantized  # it writes the shape of what it is given
     if divisible and not whole and state["weight"].device.type == "cpu":
         step = max(1, _AT_ONCE // columns)
 

@@ -220,7 +220,7 @@ class Worker:
 
     def _encode(self, action: Action) -> None:
         """Quantize a weight to FP8, a few rows of blocks at a time: nothing else is shared."""
-        source, form = action.source, FLOATS[action.source.dtype]
+        source, float_format = action.source, FLOATS[action.source.dtype]
         codes_name, scale_name = (output.name for output in action.outputs)
         height, block = _stripe(action)
         rows, columns = source.shape
@@ -230,18 +230,18 @@ class Worker:
         for first in range(0, rows, step):
             last = min(first + step, rows)
             count = (last - first) * columns
-            part = self._weights[: count * form.word.itemsize]
+            part = self._weights[: count * float_format.word.itemsize]
             if stored:
-                stored.read(first, last, part.view(form.word))
+                stored.read(first, last, part.view(float_format.word))
             else:
-                start = source.start + first * columns * form.word.itemsize
+                start = source.start + first * columns * float_format.word.itemsize
                 self._reader.read_into(source.shard, start, part.data)
             # Codes that were read are of no use any more; those that are made take their place.
-            words, codes = part.view(form.word).reshape(-1, columns), self._codes[:count]
-            made, bad = encode_into(words, form, block, codes.reshape(-1, columns))
+            words, codes = part.view(float_format.word).reshape(-1, columns), self._codes[:count]
+            made, bad = encode_into(words, float_format, block, codes.reshape(-1, columns))
             _refuse(action, bad)
             self._write(codes_name, codes.data)
-            scales.append(made.view(form.word))
+            scales.append(made.view(float_format.word))
         self._write(scale_name, np.concatenate(scales).data.cast("B"))
 
     def _quantize(self, unit: WorkUnit) -> None:
@@ -270,23 +270,25 @@ class Worker:
         """The best global scale of a fused set, and the best codes of all its blocks."""
         weights = []
         for action, weight, maxima in members:
-            form = FLOATS[action.source.dtype]
+            float_format = FLOATS[action.source.dtype]
             weights.append(
-                SearchedWeight(weight.view(form.word), form, maxima, importance(action.module))
+                SearchedWeight(
+                    weight.view(float_format.word), float_format, maxima, importance(action.module)
+                )
             )
         return search(weights, self._found)
 
     def _read(self, action: Action, weight: Bytes, maxima: Magnitudes) -> Array:
         """Read a weight; returns its absolute maximum, a scalar in its own dtype."""
-        source, form = action.source, FLOATS[action.source.dtype]
+        source, float_format = action.source, FLOATS[action.source.dtype]
         largest = bad = first = 0
         for part in self._decoded(action, weight) if action.stored else self._plain(source, weight):
-            words = part.view(form.word)
+            words = part.view(float_format.word)
             last = first + len(words) // GROUP
-            magnitude, odd = block_maxima(words, form, maxima[first:last])
+            magnitude, odd = block_maxima(words, float_format, maxima[first:last])
             largest, bad, first = max(largest, magnitude), bad + odd, last
         _refuse(action, bad)
-        return form.values(np.array(largest, form.word))
+        return float_format.values(np.array(largest, float_format.word))
 
     def _plain(self, source: TensorInfo, weight: Bytes) -> Iterator[Bytes]:
         """A weight piece by piece, each filled from the source when it is asked for."""
@@ -320,8 +322,8 @@ class Worker:
     ) -> None:
         packed_name, scale_name, global_name = (output.name for output in action.outputs)
         steps = thresholds(action.source.dtype, float(scale))
-        words = weight.view(steps.form.word)
-        blocks = PIECE // steps.form.word.itemsize // GROUP
+        words = weight.view(steps.float_format.word)
+        blocks = PIECE // steps.float_format.word.itemsize // GROUP
         for first in range(0, len(maxima), blocks):
             some = maxima[first : first + blocks]
             packed, scales = self._packed[: len(some) * GROUP // 2], self._scales[: len(some)]

@@ -205,15 +205,15 @@ class Model:
         return np.sort(chosen, axis=1)
 
     def _attention(self, at: str, inner: Floats, windows: list[slice]) -> Floats:
-        shape, form = self.shape, self._forward.qk_norm
+        shape, normed = self.shape, self._forward.qk_norm
         wide = shape.heads * shape.head_dim
         out = np.empty((len(inner), wide), np.float32)
         q, k, v = (self._linear(inner, f"{at}.{part}_proj") for part in "qkv")
         for values, part in ((q, "q"), (k, "k")):
-            if form == "each head":
+            if normed == "each head":
                 view = values.reshape(len(inner), -1, shape.head_dim)
                 view[:] = self.norm(view, f"{at}.{part}_norm.weight")
-            elif form == "all heads" and self.has(f"{at}.{part}_norm.weight"):
+            elif normed == "all heads" and self.has(f"{at}.{part}_norm.weight"):
                 values[:] = self.norm(values, f"{at}.{part}_norm.weight")
 
         def work(window: slice) -> None:

@@ -44,7 +44,7 @@ class FloatFormat:
 BF16: Final = FloatFormat("BF16", np.dtype(ml_dtypes.bfloat16), np.dtype("<u2"), 0x7F80)
 F16: Final = FloatFormat("F16", np.dtype("<f2"), np.dtype("<u2"), 0x7C00)
 F32: Final = FloatFormat("F32", np.dtype("<f4"), np.dtype("<u4"), 0x7F800000)
-FLOATS: Final = {form.name: form for form in (BF16, F16, F32)}
+FLOATS: Final = {float_format.name: float_format for float_format in (BF16, F16, F32)}
 """By safetensors' name of the dtype."""
 
 

@@ -63,19 +63,21 @@ def scales_of(amax: Array) -> Array:
     """Blocks' scales from their largest absolute values, of any shape, in the own dtype."""
     with np.errstate(under="ignore"):
         scales: Array = amax / amax.dtype.type(_LARGEST)
-    form = next(form for form in FLOATS.values() if form.value == amax.dtype)
-    scales[scales == 0] = _EPSILON[form.name]
+    float_format = next(each for each in FLOATS.values() if each.value == amax.dtype)
+    scales[scales == 0] = _EPSILON[float_format.name]
     return scales
 
 
-def prepare_fp8(form: FloatFormat) -> None:
+def prepare_fp8(float_format: FloatFormat) -> None:
     """Compile the kernel for a format, or take it from numba's cache."""
     with compiling():
-        encode_into(np.zeros((1, 1), form.word), form, (1, 1), np.empty((1, 1), np.uint8))
+        encode_into(
+            np.zeros((1, 1), float_format.word), float_format, (1, 1), np.empty((1, 1), np.uint8)
+        )
 
 
 def encode_into(
-    words: Array, form: FloatFormat, block: tuple[int, int], codes: Bytes
+    words: Array, float_format: FloatFormat, block: tuple[int, int], codes: Bytes
 ) -> tuple[Array, int]:
     """Quantize bit patterns [out, in]; fills `codes`, uint8 [out, in].
 
@@ -83,16 +85,16 @@ def encode_into(
     where there are any, codes and scales mean nothing.
     """
     rows, columns = words.shape
-    if words.dtype != form.word or codes.shape != words.shape:
+    if words.dtype != float_format.word or codes.shape != words.shape:
         raise ValueError(f"{words.dtype} {words.shape} into {codes.shape} codes")
     high, wide = block
     magnitudes = np.zeros((-(-rows // high), -(-columns // wide)), np.uint32)
     _block_maxima(words, high, wide, magnitudes)
-    if magnitudes.max() >= form.infinity:
-        bad = (words & form.word.type(form.sign - 1)) >= form.infinity
+    if magnitudes.max() >= float_format.infinity:
+        bad = (words & float_format.word.type(float_format.sign - 1)) >= float_format.infinity
         return magnitudes, int(np.count_nonzero(bad))
-    scales = scales_of(form.values(magnitudes))
-    as_float, rounded = _AS_FLOAT[form.name], _ROUNDED[form.name]
+    scales = scales_of(float_format.values(magnitudes))
+    as_float, rounded = _AS_FLOAT[float_format.name], _ROUNDED[float_format.name]
     _encode(words, high, wide, scales.astype(np.float32), as_float, rounded, codes)
     return scales, 0
 

@@ -26,16 +26,16 @@ _AT_ONCE: Final = 512  # blocks: 32 KiB of scratch
 _NONE: Final = np.empty(0, np.uint32)
 
 
-def prepare(form: FloatFormat) -> None:
+def prepare(float_format: FloatFormat) -> None:
     """Compile the kernels for a format, or take them from numba's cache.
 
     Raises EngineError where they can be compiled but not kept.
     """
-    words, maxima = np.zeros(GROUP, form.word), np.zeros(1, np.uint32)
+    words, maxima = np.zeros(GROUP, float_format.word), np.zeros(1, np.uint32)
     packed, scales = np.empty(GROUP // 2, np.uint8), np.empty(1, np.uint8)
     with compiling():
-        block_maxima(words, form, maxima)
-        quantize_into(words, maxima, thresholds(form.name, 1.0), packed, scales)
+        block_maxima(words, float_format, maxima)
+        quantize_into(words, maxima, thresholds(float_format.name, 1.0), packed, scales)
 
 
 @contextmanager
@@ -50,20 +50,22 @@ def compiling() -> Iterator[None]:
         ) from error
 
 
-def block_maxima(words: Words, form: FloatFormat, maxima: Magnitudes) -> tuple[int, int]:
+def block_maxima(words: Words, float_format: FloatFormat, maxima: Magnitudes) -> tuple[int, int]:
     """The largest magnitude among bit patterns [n], and how many are NaN or infinite.
 
     Fills `maxima`, uint32 [n / 16], with the largest magnitude of each block of 16.
-    `form.values(np.array([magnitude]))` is the absolute maximum. Where any are not finite it
-    is not; the caller must stop, for `quantize_into` takes them for large numbers.
+    `float_format.values(np.array([magnitude]))` is the absolute maximum. It is not if any words
+    are not finite; the caller must stop, for `quantize_into` takes them for large numbers.
     """
-    _check(words, form)
+    _check(words, float_format)
     if maxima.shape != (len(words) // GROUP,) or len(words) % GROUP:
         raise ValueError(f"{len(words)} elements into {maxima.shape} maxima")
     largest = int(_block_maxima(words, maxima))
-    if largest < form.infinity:
+    if largest < float_format.infinity:
         return largest, 0
-    return largest, int(np.count_nonzero((words & (form.sign - 1)) >= form.infinity))
+    return largest, int(
+        np.count_nonzero((words & (float_format.sign - 1)) >= float_format.infinity)
+    )
 
 
 def quantize_into(
@@ -75,7 +77,7 @@ def quantize_into(
     and `scales`, uint8 [n / 16]. As rows are whole blocks, that is a weight [out, in], or any rows
     of it, laid flat.
     """
-    _check(words, steps.form)
+    _check(words, steps.float_format)
     size = len(words)
     if size % GROUP or not len(maxima) * GROUP == len(packed) * 2 == len(scales) * GROUP == size:
         raise ValueError(f"{size} elements into {packed.shape} bytes and {scales.shape} scales")
@@ -84,16 +86,18 @@ def quantize_into(
 
 def pack_into(words: Words, steps: Thresholds, scales: Bytes, packed: Bytes) -> None:
     """Quantize as `quantize_into` does, under block scales that are given: `scales` is read."""
-    _check(words, steps.form)
+    _check(words, steps.float_format)
     size = len(words)
     if size % GROUP or not len(packed) * 2 == len(scales) * GROUP == size:
         raise ValueError(f"{size} elements into {packed.shape} bytes and {scales.shape} scales")
     _quantize(words, _NONE, steps.start, steps.scale, steps.code, packed, scales)
 
 
-def _check(words: Words, form: FloatFormat) -> None:
-    if words.dtype != form.word or words.ndim != 1 or not words.flags.c_contiguous:
-        raise ValueError(f"{form.name} comes as flat {form.word}, not {words.dtype}")
+def _check(words: Words, float_format: FloatFormat) -> None:
+    if words.dtype != float_format.word or words.ndim != 1 or not words.flags.c_contiguous:
+        raise ValueError(
+            f"{float_format.name} comes as flat {float_format.word}, not {words.dtype}"
+        )
 
 
 @compiled

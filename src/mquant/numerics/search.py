@@ -67,16 +67,16 @@ class SearchedWeight(NamedTuple):
     """
 
     words: Words
-    form: FloatFormat
+    float_format: FloatFormat
     maxima: Magnitudes
     importance: Floats
 
 
-def prepare_search(form: FloatFormat) -> None:
+def prepare_search(float_format: FloatFormat) -> None:
     """Compile the search for a format, as `kernels.prepare` does what comes before and after."""
-    words, maxima = np.zeros(GROUP, form.word), np.zeros(1, np.uint32)
+    words, maxima = np.zeros(GROUP, float_format.word), np.zeros(1, np.uint32)
     with compiling():
-        search([SearchedWeight(words, form, maxima, ALIKE)], np.empty((2, 1), np.uint8))
+        search([SearchedWeight(words, float_format, maxima, ALIKE)], np.empty((2, 1), np.uint8))
 
 
 def search(weights: Sequence[SearchedWeight], scratch: Bytes) -> tuple[np.float32, Bytes]:
@@ -98,7 +98,7 @@ def search(weights: Sequence[SearchedWeight], scratch: Bytes) -> tuple[np.float3
 
 def _base(weights: Sequence[SearchedWeight]) -> np.float32:
     """The min-max global scale, as a BF16 number whatever the weights are."""
-    amaxes = [w.form.values(w.maxima.max()).astype(np.float32) for w in weights]
+    amaxes = [w.float_format.values(w.maxima.max()).astype(np.float32) for w in weights]
     # Cut, not rounded: the largest float32 would be infinite.
     largest = (np.max(amaxes).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
     return global_scale_of([largest.view(BF16.value)])
@@ -125,9 +125,9 @@ def _search_under(
         inverse = np.float32(1) / divisors
     totals = np.zeros(len(scales))
     start = 0
-    for words, form, maxima, importance in weights:
+    for words, float_format, maxima, importance in weights:
         end = start + len(maxima)
-        as_float = _SHIFT[form.name], _UNIT[form.name], power
+        as_float = _SHIFT[float_format.name], _UNIT[float_format.name], power
         under = scales / power, divisors, inverse
         _search(words, maxima, importance, every, as_float, *under, codes[:, start:end], totals)
         start = end

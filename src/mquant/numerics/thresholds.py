@@ -36,7 +36,7 @@ class Thresholds:
     magnitude with that E2M1 code; in column 0 the smallest bit pattern with a negative code.
     """
 
-    form: FloatFormat
+    float_format: FloatFormat
     start: Bytes
     scale: Magnitudes
     code: Words
@@ -45,40 +45,42 @@ class Thresholds:
 @lru_cache(maxsize=256)  # 36 KiB each; a model in BF16 has few different global scales
 def thresholds(dtype: str, scale: float) -> Thresholds:
     """The tables for weights of safetensors `dtype` under a global scale, a float32 number."""
-    form, exact = FLOATS[dtype], np.float32(scale)
-    steps = _scale_steps(form, exact)
-    width = (form.sign // BUCKETS).bit_length() - 1
+    float_format, exact = FLOATS[dtype], np.float32(scale)
+    steps = _scale_steps(float_format, exact)
+    width = (float_format.sign // BUCKETS).bit_length() - 1
     ranks = np.searchsorted(steps, np.arange(BUCKETS) << width, side="right")
-    return Thresholds(form, ranks.astype(np.uint8), steps, _code_steps(form, exact))
+    return Thresholds(float_format, ranks.astype(np.uint8), steps, _code_steps(float_format, exact))
 
 
-def _scale_steps(form: FloatFormat, scale: np.float32) -> Magnitudes:
+def _scale_steps(float_format: FloatFormat, scale: np.float32) -> Magnitudes:
     """The smallest magnitudes of blocks' amax with ranks 1 to 126, and then infinity."""
     ranks = np.arange(1, len(E4M3) + 1)
 
-    return _first(form, lambda amax: rounded_scales(amax, scale) >= ranks, ranks.shape)
+    return _first(float_format, lambda amax: rounded_scales(amax, scale) >= ranks, ranks.shape)
 
 
-def _code_steps(form: FloatFormat, scale: np.float32) -> Words:
+def _code_steps(float_format: FloatFormat, scale: np.float32) -> Words:
     """`Thresholds.code`. Row 0 is never used: no block scale is 0."""
     scales = np.maximum(np.arange(len(E4M3)), 1).astype(np.uint8)[:, None]
     # The sign is kept where the quotient is not zero.
     edges = np.concatenate([[np.nextafter(np.float32(0), np.float32(1))], E2M1_EDGES])
-    steps = _first(form, lambda x: quotients(x, scales, scale) >= edges, (len(scales), len(edges)))
-    steps[:, 0] |= form.sign
-    return steps.astype(form.word)
+    steps = _first(
+        float_format, lambda x: quotients(x, scales, scale) >= edges, (len(scales), len(edges))
+    )
+    steps[:, 0] |= float_format.sign
+    return steps.astype(float_format.word)
 
 
 def _first(
-    form: FloatFormat, reached: Callable[[Array], Array], shape: tuple[int, ...]
+    float_format: FloatFormat, reached: Callable[[Array], Array], shape: tuple[int, ...]
 ) -> Magnitudes:
     """The smallest magnitudes whose values `reached` calls true; infinity's where none is."""
     low = np.zeros(shape, np.uint32)
-    high = np.full(shape, form.infinity, np.uint32)
-    for _ in range(form.infinity.bit_length()):
+    high = np.full(shape, float_format.infinity, np.uint32)
+    for _ in range(float_format.infinity.bit_length()):
         middle = (low + high) >> np.uint32(1)
         # A search that has ended stays: its `low` and `high` are equal, and may be infinity.
-        done = reached(form.values(middle)) | (low == high)
+        done = reached(float_format.values(middle)) | (low == high)
         high = np.where(done, middle, high)
         low = np.where(done, low, middle + np.uint32(1))
     return high

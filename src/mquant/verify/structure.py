@@ -291,11 +291,11 @@ def _config(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
                 )
         formats = {str(group["format"]) for group in groups(view.config) if group.get("format")}
         declared = formats or {str(view.config.get("format"))}
-        expected = {_FORMATS.get(form) for form in declared}
+        expected = {_FORMATS.get(each) for each in declared}
         wrong = {name: kind for name, kind in kinds.items() if kind.short not in expected}
         if wrong and None not in expected:
             name, kind = next(iter(wrong.items()))
-            said = " and ".join(repr(form) for form in sorted(declared))
+            said = " and ".join(repr(each) for each in sorted(declared))
             tally.add(
                 "format-differs",
                 "config.json",
@@ -327,11 +327,11 @@ def _invalid(view: ModuleView) -> Iterator[str]:
 def _invalid_group(group: Any) -> str:
     if not isinstance(group, dict):
         return "is no table of keys"
-    targets, args, form = group.get("targets"), group.get("weights"), group.get("format")
+    targets, args, named = group.get("targets"), group.get("weights"), group.get("format")
     if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
         return "has no list of targets"
-    if form is not None and (not isinstance(form, str) or form not in _FORMATS):
-        return f"has the unknown format {str(form)[:40]!r}"
+    if named is not None and (not isinstance(named, str) or named not in _FORMATS):
+        return f"has the unknown format {str(named)[:40]!r}"
     if args is None:
         return ""
     if not isinstance(args, dict) or type(args.get("num_bits")) is not int:

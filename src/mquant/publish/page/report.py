@@ -241,8 +241,8 @@ def _grid(rows: Sequence[Sequence[Any]]) -> list[list[float | None]]:
     return cells
 
 
-def _number(value: float | None, form: str) -> str:
-    return "no number" if value is None else form.format(value)
+def _number(value: float | None, template: str) -> str:
+    return "no number" if value is None else template.format(value)
 
 
 __all__ = ["Evidence", "Size", "render"]
