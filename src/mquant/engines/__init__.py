@@ -1,1 +1,4 @@
-"""What does the arithmetic. The only part of mquant that imports torch and llmcompressor."""
+"""What does the arithmetic. Alone to import torch and llmcompressor.
+
+(vLLM's own Python, not mquant's, runs the probe in `verify/loaders`, which imports torch too.)
+"""

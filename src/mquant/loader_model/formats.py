@@ -113,8 +113,7 @@ INPUT_SCALES: Final = frozenset(each.input for each in SUFFIXES.values() if each
 
 _DECLARED: Final[dict[StorageFormat, dict[str, object]]] = {
     StorageFormat.NVFP4: {"type": "float", "num_bits": 4, "group_size": GROUP},
-    StorageFormat.FP8_BLOCK: {"type": "float", "num_bits": 8},
-    StorageFormat.FP8: {"type": "float", "num_bits": 8},
+    **{each: {"type": "float", "num_bits": 8} for each in FP8S},
     StorageFormat.INT: {"type": "int"},
 }
 """What `weights` of a config group must say where it says anything."""
@@ -140,18 +139,16 @@ def recognize(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> S
         return None
     weight, packed = tensors.get("weight"), tensors.get("weight_packed")
     dtype = weight.dtype if weight else ""
-    fp8 = (
-        StorageFormat.FP8_BLOCK
-        if "weight_scale_inv" in tensors or config.get("quant_method") == "fp8"
-        else StorageFormat.FP8
-    )
+    fp8 = StorageFormat.FP8
+    if SUFFIXES[StorageFormat.FP8_BLOCK].scale in tensors or config.get("quant_method") == "fp8":
+        fp8 = StorageFormat.FP8_BLOCK
     if "weight_shape" in tensors or (packed is not None and packed.dtype == "I32"):
         return StorageFormat.INT
     if dtype in FP8_DTYPES:
         return fp8
-    if "weight_scale_2" in tensors or dtype == "U8":
+    if SUFFIXES[StorageFormat.MODELOPT_NVFP4].second in tensors or dtype == "U8":
         return StorageFormat.MODELOPT_NVFP4
-    if packed is not None or "weight_global_scale" in tensors or declares_nvfp4(config):
+    if packed is not None or says_nvfp4(tensors, config):
         return StorageFormat.NVFP4
     if {"qweight", "qzeros", "scales", "g_idx"} & tensors.keys():
         return StorageFormat.OTHER
@@ -185,9 +182,10 @@ def declared_formats(config: Mapping[str, Any]) -> set[str]:
     return {str(each.get("format")) for each in (config, *groups(config))}
 
 
-def declares_nvfp4(config: Mapping[str, Any]) -> bool:
-    """Whether a quantization config says that modules are in compressed-tensors' NVFP4."""
-    return "nvfp4-pack-quantized" in declared_formats(config)
+def says_nvfp4(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> bool:
+    """Whether the global scale or config.json says that codes are compressed-tensors' NVFP4."""
+    scale = SUFFIXES[StorageFormat.NVFP4].second
+    return scale in tensors or "nvfp4-pack-quantized" in declared_formats(config)
 
 
 def weight_args(storage: StorageFormat, view: ModuleView) -> Mapping[str, Any]:
@@ -263,9 +261,12 @@ def weight_shape(
 
 
 def parts(
-    storage: StorageFormat, module: Module, shape: tuple[int, int], view: ModuleView
+    storage: StorageFormat, shape: tuple[int, int], view: ModuleView
 ) -> dict[str, ExpectedTensor]:
-    """What a module with a weight of [out, in] is made of, by suffix."""
+    """What a module with a weight of [out, in] is made of, by suffix: all that loaders take.
+
+    That is more than `plan` reads (E5M2 codes, scales in F16): upstream has no bytes for these.
+    """
     rows, columns = shape
     suffixes = SUFFIXES.get(storage)
     if suffixes and storage in NVFP4S:
@@ -332,31 +333,3 @@ def _integers(rows: int, columns: int, view: ModuleView) -> dict[str, ExpectedTe
         "weight_zero_point": ExpectedTensor((*_FLOATS, "I32", "I8"), zeros, not symmetric),
         "weight_g_idx": ExpectedTensor(("I32",), ((columns,),) if packed else (), False),
     }
-
-
-__all__ = [
-    "FP8S",
-    "GROUP",
-    "INPUT_SCALES",
-    "METHODS",
-    "NVFP4S",
-    "SCALAR",
-    "SCALES",
-    "SECOND_SCALES",
-    "SUFFIXES",
-    "ExpectedTensor",
-    "StorageFormat",
-    "Suffixes",
-    "activations",
-    "block_of",
-    "declares_nvfp4",
-    "format_of",
-    "fp8_block",
-    "groups",
-    "integer_bits",
-    "misdeclared",
-    "parts",
-    "recognize",
-    "weight_args",
-    "weight_shape",
-]

@@ -215,6 +215,3 @@ def _targets(config: Mapping[str, Any]) -> list[str]:
 
 def _one(answers: set[bool]) -> bool | None:
     return answers.pop() if len(answers) == 1 else None
-
-
-__all__ = ["COVER_STYLES", "Group", "Judged", "VllmView", "vllm_view_of"]

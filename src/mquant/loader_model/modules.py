@@ -131,15 +131,3 @@ def _method(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]]:
         table = read_json(checkpoint.source, MODELOPT_NAME).get("quantization")
         return "modelopt", table if isinstance(table, dict) else {}
     return "", {}
-
-
-__all__ = [
-    "FP8_DTYPES",
-    "MODELOPT_NAME",
-    "Module",
-    "ModuleView",
-    "by_module",
-    "declared_config",
-    "quantized_suffixes",
-    "read_modules",
-]

@@ -1,4 +1,4 @@
-"""Exact NVFP4 arithmetic on arrays. It knows no checkpoints, and only `kernels` imports numba.
+"""Exact NVFP4 arithmetic on arrays. It knows no checkpoints.
 
 `formats` defines the number formats, `nvfp4` is the readable reference, `thresholds` turns the
 reference into tables of integers, `kernels` applies these at the speed of memory; `search` looks

@@ -11,6 +11,9 @@ compressed-tensors' `FP8BlockDequantizer`, the `decompress` of its compressors, 
 `NVFP4QTensor.dequantize`. (Of FP8 with scales in BF16 upstream takes the product in BF16: that is
 the same, as F32 holds it exactly.)
 
+This is the accused's decoder: engines quantize, and dequantize, what it makes. The judge's, which
+knows nothing of this one, is `weights.decode`.
+
 Under one global scale an FP4 code and a block scale can only become one number, so those are looked
 up in a table that numpy makes. FP8's scales are too many for that: there the kernel multiplies,
 once, which IEEE 754 defines to the bit, and rounds with integers. NaN, of which FP8 has two codes,

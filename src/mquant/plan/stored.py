@@ -1,6 +1,6 @@
 """Weights that lie quantized in a source: what each is made of, and the weight that it holds.
 
-Recognised by the tensors that are there; config.json is asked for what these leave open.
+`loader_model.formats` recognizes the format; here a weight is taken only if every part of it fits.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,23 +17,17 @@ from mquant.loader_model.formats import (
     SUFFIXES,
     StorageFormat,
     block_of,
-    declares_nvfp4,
     groups,
     recognize,
+    says_nvfp4,
 )
-from mquant.loader_model.modules import (
-    FP8_DTYPES,
-    by_module,
-    declared_config,
-    quantized_suffixes,
-)
+from mquant.loader_model.modules import FP8_DTYPES, by_module, declared_config, quantized_suffixes
 from mquant.schemes import QUANTIZED_SUFFIXES
 
 # Of F16 scales upstream takes products in F16; there is nothing that writes them.
 _SCALES: Final = ("F32", "BF16")
 # Scales of what is not a weight: of no use to one that is not quantized any more.
 _OF_CACHE: Final = (".k_scale", ".v_scale", ".q_scale", ".output_scale")
-
 
 READABLE: Final = (*FP8S, *NVFP4S)
 """The formats that can be read."""
@@ -135,12 +129,10 @@ def _readable(
             block = block_of(config.get("weight_block_size"))
             certain = config.get("quant_method") == "fp8" and block is not None
         case StorageFormat.FP8:
-            codes = tensors.get("weight")
-            certain = config.get("quant_method") == "compressed-tensors" and (
-                codes is not None and codes.dtype in FP8_DTYPES
-            )
+            codes = "weight" in tensors and tensors["weight"].dtype in FP8_DTYPES
+            certain = codes and config.get("quant_method") == "compressed-tensors"
         case StorageFormat.NVFP4:
-            certain = "weight_global_scale" in tensors or declares_nvfp4(config)
+            certain = says_nvfp4(tensors, config)
         case _:
             certain = True
     return certain and {*quantized_suffixes(tensors)} <= {*SUFFIXES[storage], "weight"}
@@ -207,6 +199,3 @@ def _odd(info: TensorInfo, meant: str) -> Finding:
 
 def _broken(module: str, rule: str, sentence: str) -> Finding:
     return Finding(rule, "error", module, f"{sentence}.", "Get the checkpoint again.")
-
-
-__all__ = ["READABLE", "Stored", "StoredWeights", "find_stored"]

@@ -171,7 +171,7 @@ def _modules(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
 def _parts(view: ModuleView, module: Module, kind: StorageFormat, tally: Tally) -> None:
     shape = weight_shape(kind, module, view)
     # Without codes nothing says how large the rest must be.
-    expected = parts(kind, module, shape or (0, 0), view)
+    expected = parts(kind, shape or (0, 0), view)
     present = ", ".join(sorted(s for s in module.tensors if s in expected))
     for suffix, part in expected.items():
         info = module.tensors.get(suffix)

@@ -1,5 +1,6 @@
 """Compiled loops of `measure`: stored weights to float32, and the sums that tell them apart.
 
+Not a third decoder: the loops look codes up in tables that `decode`, the judge's decoder, makes.
 The first call compiles for seconds; numba keeps the result on disk. Arrays are C-contiguous.
 """
 
@@ -149,15 +150,3 @@ def _nvfp4_sums(
         _bf16(words[row], bits)
         _nvfp4(packed[row], scales[row], factor, pairs, table, halves, flat)
         _sums(x, y, sums, blocks[row : row + 1])
-
-
-__all__ = [
-    "SUMS",
-    "Array",
-    "Stored",
-    "add_nvfp4_sums",
-    "add_sums",
-    "unpack_bf16",
-    "unpack_e4m3",
-    "unpack_nvfp4",
-]

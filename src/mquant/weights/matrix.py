@@ -1,7 +1,7 @@
 """Weights as float32 rows, read into one's own buffers and decoded at the speed of the disk.
 
-Which layouts there are, and whether a module's parts fit, `verify` says; the rarer ones are decoded
-by it, too. Nothing here is shared with the code that quantizes.
+`loader_model` says which formats there are, `stored_weight` whether a module's parts fit; it also
+decodes the rarer formats. The arithmetic is the judge's own (see `decode`): none of `numerics`.
 """
 
 from abc import ABC, abstractmethod
@@ -192,7 +192,7 @@ class _Fp8(_Stored):
 
 
 class _Other(_Stored):
-    """Whatever else `verify` can decode."""
+    """Whatever else `stored_weight` can decode."""
 
     def read(self, first: int, last: int, out: Floats, scratch: Scratch) -> None:
         """Rows, decoded."""
@@ -233,6 +233,3 @@ def _rows(
     raw = scratch.bytes(info.dtype, (last - first) * row)
     reader.read_into(info.shard, info.start + first * row, raw.data)
     return raw
-
-
-__all__ = ["AnyReader", "Matrix", "Nvfp4", "Plain", "Scratch", "Workers", "matrix_of", "plain"]

@@ -158,7 +158,7 @@ def weight_of(view: ModuleView, module: Module) -> StoredWeight | None:
     shape = weight_shape(kind, module, view)
     if shape is None or 0 in shape or not decodable(kind, module, view):
         return None
-    for suffix, part in parts(kind, module, shape, view).items():
+    for suffix, part in parts(kind, shape, view).items():
         info = module.tensors.get(suffix)
         if info is None and part.required:
             return None
@@ -192,6 +192,3 @@ def read(view: ModuleView, info: TensorInfo, start: int = 0, end: int | None = N
     """Bytes [start, end) of a tensor's data."""
     end = info.nbytes if end is None else end
     return view.checkpoint.source.read(info.shard, info.start + start, info.start + end)
-
-
-__all__ = ["TYPICAL", "Rows", "StoredWeight", "decodable", "read", "weight_of"]

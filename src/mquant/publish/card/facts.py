@@ -125,8 +125,11 @@ def _scheme(view: ModuleView) -> str:
     Only what decides the arithmetic is compared: tools differ in what else they write.
     """
     kinds = {format_of(view, module) for module in view.quantized}
-    names = {kind.short for kind in kinds if kind}
-    if len(names) != 1 or not kinds <= {StorageFormat.NVFP4, StorageFormat.INT, *FP8S}:
+    if len({kind.short for kind in kinds if kind}) != 1 or not kinds <= {
+        StorageFormat.NVFP4,
+        StorageFormat.INT,
+        *FP8S,
+    }:
         return ""
     said = list(groups(view.config))
     for name, scheme in SCHEMES.items():

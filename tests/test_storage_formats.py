@@ -1,0 +1,19 @@
+"""The names of storage formats: plans digest the long ones, compare's documents have the short."""
+
+import pytest
+
+from mquant.loader_model.formats import StorageFormat
+
+
+@pytest.mark.parametrize(
+    ("storage", "long", "short"),
+    [
+        (StorageFormat.FP8_BLOCK, "FP8 in blocks", "FP8"),
+        (StorageFormat.FP8, "compressed-tensors FP8", "FP8"),
+        (StorageFormat.NVFP4, "compressed-tensors NVFP4", "NVFP4"),
+        (StorageFormat.MODELOPT_NVFP4, "ModelOpt NVFP4", "ModelOpt NVFP4"),
+        (StorageFormat.INT, "packed integers", "packed integers"),
+    ],
+)
+def test_names_of_formats_stay(storage: StorageFormat, long: str, short: str) -> None:
+    assert (str(storage), storage.short) == (long, short)
