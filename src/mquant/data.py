@@ -32,7 +32,7 @@ def cache() -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds one table. Raises DataFileError where it does not."""
+    """A YAML file that holds one table. Raises DataFileError if it does not."""
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise DataFileError(f"{path} is too large for a recipe.", "Give a recipe file.")

@@ -146,7 +146,7 @@ class TensorRow(_Data):
 
 
 class ConfigKeys(_Data):
-    """Which keys of config.json say what; empty where the family has no such thing."""
+    """Which keys of config.json say what; empty if the family has no such thing."""
 
     layers: str
     context: str
@@ -283,7 +283,7 @@ class Family(_Data):
         return tuple(sorted(keys))
 
     def value(self, key: str, config: Mapping[str, Any]) -> int | None:
-        """A number of config.json, or its default; None where it does not say."""
+        """A number of config.json, or its default; None if it does not say."""
         value = config.get(key)
         if value is None and key in self.defaults:
             return evaluate(self.defaults[key], lambda inner: self.value(inner, config))
@@ -312,7 +312,7 @@ class Family(_Data):
         return (self.value(self.config.mtp, config) or 0) if _MTP in self.blocks else 0
 
     def classify(self, name: str) -> TensorRole | None:
-        """What the tensor is, or None where the family does not know it."""
+        """What the tensor is, or None if the family does not know it."""
         return _meaning(self._rows.get(_NUMBER.sub("#", name)), name)
 
     def classify_in_memory(self, name: str) -> TensorRole | None:
@@ -333,7 +333,7 @@ class Family(_Data):
         return _replaced(name, self.in_vllm)
 
     def shape(self, row: TensorRow, config: Mapping[str, Any]) -> tuple[int, ...] | None:
-        """The shape config.json implies for a row, or None where it does not say."""
+        """The shape config.json implies for a row, or None if it does not say."""
         sizes: list[int] = []
         for text in row.shape:
             size = evaluate(text, partial(self.value, config=config))
@@ -366,7 +366,7 @@ def load_families() -> dict[str, Family]:
 
 
 def load_family(path: Path) -> Family:
-    """A family file. Raises DataFileError, naming the key, where it is wrong."""
+    """A family file. Raises DataFileError, naming the key, if it is wrong."""
     try:
         return Family.model_validate(read_yaml(path))
     except ValidationError as error:

@@ -24,14 +24,14 @@ _CLAUSE: Final = re.compile(
 
 
 def check_size(text: str) -> str:
-    """The text, where it is a size. Raises ValueError where it is not."""
+    """The text, if it is a size. Raises ValueError if it is not."""
     if not _SIZE.fullmatch(text):
         raise ValueError(f"{text!r} is no sum of products of config keys and numbers")
     return text
 
 
 def check_condition(text: str) -> str:
-    """The text, where it is a condition. Raises ValueError where it is not."""
+    """The text, if it is a condition. Raises ValueError if it is not."""
     if not all(_CLAUSE.fullmatch(clause) for clause in text.split(" and ")):
         raise ValueError(f"{text!r} is no condition on layers and config keys")
     return text
@@ -50,7 +50,7 @@ def condition_keys(text: str) -> set[str]:
 
 
 def evaluate(text: str, lookup: Lookup) -> int | None:
-    """The value of a size; None where a key has none, or a quotient is not whole."""
+    """The value of a size; None if a key has none, or a quotient is not whole."""
     total = 0
     for term in text.split(" + "):
         value: int | None = 1
@@ -76,7 +76,7 @@ def _apply(left: int | None, operator: str, right: int | None) -> int | None:
 
 
 def holds(text: str, layer: int | None, config: Mapping[str, Any], lookup: Lookup) -> bool:
-    """Whether a condition is true of a layer; of some layer or other, where that is None."""
+    """Whether a condition is true of a layer; of some layer or other, if that is None."""
     return all(_clause(clause, layer, config, lookup) for clause in text.split(" and "))
 
 

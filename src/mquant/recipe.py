@@ -93,7 +93,7 @@ class Recipe(BaseModel):
     def on(self, names: Iterable[str]) -> "Choice":
         """The recipe applied to a model whose modules have these names.
 
-        Raises SourceError where its entries cannot be matched in reasonable time.
+        Raises SourceError if its entries cannot be matched in reasonable time.
         """
         known = frozenset(names)
         return Choice(
@@ -143,7 +143,7 @@ def load_recipes() -> dict[str, Recipe]:
 def find_recipe(name: str) -> Recipe:
     """A recipe by the name it ships under, or from a file.
 
-    Raises UsageError where there is neither, DataFileError where the file is wrong.
+    Raises UsageError if there is neither, DataFileError if the file is wrong.
     """
     shipped = folder("recipes") / f"{name}.yaml"
     if re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) and shipped.is_file():

@@ -118,7 +118,7 @@ def synth(
     `sizes`. The same arguments give the same bytes. Files appear in `out` when all are
     complete, config.json last; what fails before leaves `out` as it was.
 
-    Raises UsageError for sizes the family does not have, OutputError where `out` cannot take it.
+    Raises UsageError for sizes the family does not have, OutputError if `out` cannot take it.
     """
     config = make_config(family, sizes or Sizes(), precision, tiny=not shapes_only)
     tensors = list(make_tensors(family, config, precision))

@@ -37,8 +37,8 @@ def parse_json(
 ) -> Any:
     """The value of a JSON text in UTF-8.
 
-    Raises TooMuch where it is larger, or has more of some character, than `most` allows, and
-    ValueError where it is no JSON, is nested deeper than MAX_DEPTH, or holds half of a surrogate
+    Raises TooMuch if it is larger, or has more of some character, than `most` allows, and
+    ValueError if it is no JSON, is nested deeper than MAX_DEPTH, or holds half of a surrogate
     pair, which no UTF-8 can say again.
     """
     text = raw.decode("utf-8")

@@ -97,7 +97,7 @@ class AssemblyReader:
         self._readers[source].prefetch(inner, start, end)
 
     def check(self, path: str) -> None:
-        """Raise SourceError where a local file was written to since its folder was looked at."""
+        """Raise SourceError if a local file was written to since its folder was looked at."""
         source, inner = self._assembly.parts[path]
         self._readers[source].check(inner)
 

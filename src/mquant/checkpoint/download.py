@@ -58,7 +58,7 @@ def download(repo: Downloadable, emit: Emit, only: Collection[str] | None = None
     """Bring the repo's commit into the Hugging Face cache, and return its folder there.
 
     `only` names the files to bring; None: all but weights in other formats than safetensors, or in
-    subfolders. Files that are there already are not fetched again. Raises SourceError where it
+    subfolders. Files that are there already are not fetched again. Raises SourceError if it
     fails.
     """
     chosen = [path for path in repo.files if (_matters(path) if only is None else path in only)]

@@ -49,7 +49,7 @@ class TensorInfo:
 def header_length(prefix: bytes, file_size: int, shard: str) -> int:
     """Length of the JSON header, from the file's first 8 bytes.
 
-    Raises HeaderError where the file is too short or the length cannot be true.
+    Raises HeaderError if the file is too short or the length cannot be true.
     """
     if len(prefix) < PREFIX_BYTES or file_size < PREFIX_BYTES:
         raise HeaderError(

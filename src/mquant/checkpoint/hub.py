@@ -54,7 +54,7 @@ class HubRepo:
     huggingface_hub's, read when the object is made; the token goes to that host only. `requests`
     and `bytes_read` count what was asked for and came back, retries included.
 
-    Raises SourceError where the repo cannot be listed.
+    Raises SourceError if the repo cannot be listed.
     """
 
     def __init__(self, repo_id: str, revision: str | None = None) -> None:
@@ -211,7 +211,7 @@ class HubRepo:
     def _get(self, url: str, headers: dict[str, str]) -> "Iterator[httpx.Response]":
         """One GET, redirects followed by hand: the token must not go where they lead.
 
-        Where a file was redirected to, it is asked for until that fails: the hub limits how often
+        If a file was redirected to, it is asked for until that fails: the hub limits how often
         it is asked, its storage does not.
         """
         import httpx
@@ -257,7 +257,7 @@ class HubRepo:
             raise Again(self.unreachable()) from None
 
     def refuse(self, response: "httpx.Response", path: str = "") -> NoReturn:
-        """Raise what an answer that is no success means; `Again` where it may pass."""
+        """Raise what an answer that is no success means; `Again` if it may pass."""
         error = self._explain(response, path)
         if response.status_code in _TRANSIENT:
             raise Again(error, asked_to_wait(response.headers))

@@ -41,7 +41,7 @@ def parse_listing(raw: bytes) -> Listing:
 
 
 def _file(sibling: Mapping[str, Any]) -> tuple[str, int]:
-    """A file's name and size. Raises TypeError, KeyError or ValueError where it is neither."""
+    """A file's name and size. Raises TypeError, KeyError or ValueError if it is neither."""
     path = sibling["rfilename"]
     size = (sibling.get("lfs") or sibling)["size"]
     if type(path) is not str or type(size) is not int or not 0 <= size < 2**53:

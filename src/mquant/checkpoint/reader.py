@@ -28,7 +28,7 @@ class Reader:
     def read_into(self, path: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the file's bytes from `start` on.
 
-        Raises SourceError where the file cannot be read, or is not long enough any more.
+        Raises SourceError if the file cannot be read, or is not long enough any more.
         """
         file, done = self._open(path), 0
         while done < len(buffer):  # preadv stops at 2 GiB
@@ -56,7 +56,7 @@ class Reader:
                 os.posix_fadvise(file, at, min(_PREFETCH_BYTES, end - at), os.POSIX_FADV_WILLNEED)
 
     def check(self, path: str) -> None:
-        """Raise SourceError where a file was written to since its folder was looked at."""
+        """Raise SourceError if a file was written to since its folder was looked at."""
         if stamp(os.fstat(self._open(path))) != self._folder.stamps[path]:
             raise SourceError(f"{path} changed while it was read.", _FIX)
 

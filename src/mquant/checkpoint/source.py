@@ -39,7 +39,7 @@ class Source(Protocol):
         """The folders of this machine that hold the files: nothing writes to these folders."""
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes [start, end) of a file. Raises SourceError where fewer come back."""
+        """Bytes [start, end) of a file. Raises SourceError if fewer come back."""
 
     def identity(self) -> dict[str, str]:
         """What tells this checkpoint from another; equal wherever the same files lie."""
@@ -91,7 +91,7 @@ class Folder:
 
     @contextmanager
     def _opened(self, path: str) -> Iterator[int]:
-        """A listed file, open. Raises SourceError where it cannot be read, then or within."""
+        """A listed file, open. Raises SourceError if it cannot be read, then or within."""
         try:
             with self.path(path).open("rb") as file:
                 yield file.fileno()
@@ -145,7 +145,7 @@ class Folder:
 
 
 def _part(file: int, path: str, start: int, end: int) -> bytes:
-    """Bytes [start, end) of an open file. Raises SourceError where it is shorter."""
+    """Bytes [start, end) of an open file. Raises SourceError if it is shorter."""
     data = os.pread(file, end - start, start)
     while len(data) < end - start:  # pread stops at 2 GiB
         more = os.pread(file, end - start - len(data), start + len(data))

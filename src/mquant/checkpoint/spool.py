@@ -39,7 +39,7 @@ Work = Mapping[int, Iterable[TensorInfo]]
 class FilePart:
     """Bytes [start, end) of a file, which one or more pieces of work need.
 
-    `digest` is the sha256 of the whole file, where that is what is fetched and the hub lists it.
+    `digest` is the sha256 of the whole file, if that is what is fetched and the hub lists it.
     """
 
     path: str
@@ -281,7 +281,7 @@ class Spool:
             return self._here + part.nbytes <= self._room
 
     def _wait_for_room(self, part: FilePart) -> bool:
-        """Take the room that a part needs; False where nobody wants it any more."""
+        """Take the room that a part needs; False if nobody wants it any more."""
         with self._changed:
             self._changed.wait_for(lambda: self._failure or self._here + part.nbytes <= self._room)
             self._here += part.nbytes
@@ -296,7 +296,7 @@ class _Growing:
     """A part that is being fetched, from its first byte to its last, beside where it will lie."""
 
     def __init__(self, part: FilePart, folder: Path) -> None:
-        """Go on with what an earlier run fetched, where there is a digest to tell that it is it."""
+        """Go on with what an earlier run fetched, if there is a digest to tell that it is it."""
         self.part = part
         self._final = folder / part.name
         self._partial = folder / (part.name + _PARTIAL)
@@ -330,7 +330,7 @@ class _Growing:
                 rest = rest[self._file.write(rest) :]
 
     def finish(self) -> bool:
-        """Give it its name, when it is on disk; False, and it is gone, where it is not right."""
+        """Give it its name, when it is on disk; False, and it is gone, if it is not right."""
         with _stored(self._partial):
             os.fdatasync(self._file.fileno())
             self._file.close()

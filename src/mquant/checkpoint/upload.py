@@ -127,7 +127,7 @@ class HubWriter:
         return retrying(lambda: self._attempt(action))
 
     def _attempt(self, action: Callable[[], T]) -> T:
-        """Do it once. Raises what its failure means; `Again` where it may pass."""
+        """Do it once. Raises what its failure means; `Again` if it may pass."""
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
             disable_progress_bars,
             enable_progress_bars,

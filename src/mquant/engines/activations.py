@@ -28,9 +28,9 @@ from mquant.plan import Plan
 def mean_squares(
     plan: Plan, source: Source, samples: list[list[int]], emit: Emit = silent
 ) -> dict[str, Floats | None]:
-    """float32 [in] for every module that is quantized, by hub name; None where no token came.
+    """float32 [in] for every module that is quantized, by hub name; None if no token came.
 
-    Raises EngineError where the model as transformers builds it is not the one that was planned.
+    Raises EngineError if the model as transformers builds it is not the one that was planned.
     """
     checkpoint, in_memory = plan.survey.checkpoint, plan.family.in_memory_name
     tensors = {in_memory(info.name): info for info in checkpoint.tensors.values()}

@@ -34,7 +34,7 @@ class Rows(Protocol):
 def open_rows(source: Source, action: Action, scratch: Bytes) -> Rows:
     """The weight that `action.stored` describes. `scratch` holds the codes of any rows asked for.
 
-    Raises SourceError, as reading rows does, where the source cannot be read.
+    Raises SourceError, as reading rows does, if the source cannot be read.
     """
     stored = action.stored
     if stored is None:

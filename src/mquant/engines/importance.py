@@ -53,7 +53,7 @@ class Importance:
 
 
 def read_importance(path: Path | None, plan: Plan) -> Importance | None:
-    """The file a person gave, or none. Raises UsageError where the recipe has no use for it.
+    """The file a person gave, or none. Raises UsageError if the recipe has no use for it.
 
     And what `open_importance` raises.
     """
@@ -68,7 +68,7 @@ def read_importance(path: Path | None, plan: Plan) -> Importance | None:
 
 
 def importance_fingerprint(recipe: Recipe, importance: Importance | None) -> dict[str, str]:
-    """What a run's fingerprint says of it: nothing, where no scales are searched."""
+    """What a run's fingerprint says of it: nothing, if no scales are searched."""
     if recipe.scales != "search":
         return {}
     return {"importance": importance.sha256 if importance else "none"}
@@ -86,7 +86,7 @@ def weigher(recipe: Recipe, importance: Importance | None) -> Callable[[str], Fl
 def open_importance(path: Path, plan: Plan) -> Importance:
     """Read all of a file once, and check it.
 
-    Raises DataFileError where it cannot be read, is not of the modules that `plan` quantizes, or
+    Raises DataFileError if it cannot be read, is not of the modules that `plan` quantizes, or
     holds what is no weight for an error: NaN, infinity, numbers below zero.
     """
     try:

@@ -98,7 +98,7 @@ def build_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
     """The architecture, with experts as one Linear per matrix and every tensor on meta.
 
     `folder` becomes the model's name_or_path: oneshot reads config.json there once more.
-    Raises EngineError where transformers does not know the architecture or refuses the config.
+    Raises EngineError if transformers does not know the architecture or refuses the config.
     """
     # No auto_map: only transformers' own code ever runs, and nothing asks whether to trust another.
     plain = {key: value for key, value in config.items() if key != "auto_map"}

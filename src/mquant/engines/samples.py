@@ -23,7 +23,7 @@ def load_samples(data: str, folder: Path, wanted: Calibration) -> list[list[int]
 
     Rows are drawn in an order that the seed decides. `messages` go through the chat template of
     the tokenizer in `folder`; a .txt file is one text, cut into samples. Raises DataFileError
-    where there is no such data, or too little of it.
+    if there is no such data, or too little of it.
     """
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # of texts longer than the model's context

@@ -3,7 +3,7 @@
 Workers take one fused set after another, in the order of the output: read it into a buffer of
 their own, taking the largest magnitudes on the way, quantize it from there a piece at a time, and
 hand each piece to the output. So while one reads another computes or writes, every byte of the
-source is read once, and memory holds a fused set per worker, however large the model is. Where the
+source is read once, and memory holds a fused set per worker, however large the model is. If the
 recipe has scales searched, that is one more step, between reading and quantizing.
 
 A weight that the source has quantized is dequantized to BF16 on its way into that buffer, and goes
@@ -55,7 +55,7 @@ class Reader(Protocol):
         """Have bytes [start, end) fetched meanwhile."""
 
     def check(self, path: str) -> None:
-        """Raise SourceError where the file has changed since it was planned with."""
+        """Raise SourceError if the file has changed since it was planned with."""
 
 
 class TensorSink(Protocol):
@@ -83,7 +83,7 @@ def run(
 ) -> None:
     """Do all pending jobs of `output`; scales are searched where an `importance` is given.
 
-    Raises SourceError for a source that cannot be read, changes, or holds NaN or infinity where
+    Raises SourceError for a source that cannot be read, changes, or holds NaN or infinity if
     it is quantized. However it ends, jobs that were complete by then count. If it ends before its
     time, it stops `output`, so that no worker goes on waiting.
     """
@@ -347,7 +347,7 @@ def _stripe(action: Action) -> tuple[int, tuple[int, int]]:
 
 
 def _refuse(action: Action, bad: int) -> None:
-    """Raise SourceError where a weight has `bad` numbers that are none."""
+    """Raise SourceError if a weight has `bad` numbers that are none."""
     if bad:
         values = "value that is" if bad == 1 else "values that are"
         raise SourceError(

@@ -134,7 +134,7 @@ class Model:
         return name in self._found
 
     def matrix(self, name: str) -> Matrix:
-        """A weight on disk. Raises SourceError where there is none, or none that can be decoded."""
+        """A weight on disk. Raises SourceError if there is none, or none that can be decoded."""
         if name not in self._found:
             raise SourceError(
                 f"{self.view.checkpoint.source.name} has no {name} that can be decoded.",
@@ -190,7 +190,7 @@ class Model:
         """Run a decoder layer on `hidden` [n, hidden], in place.
 
         No token sees beyond its window, or what comes after it. Returns the chosen experts
-        [n, top_k], sorted; None where the layer has none.
+        [n, top_k], sorted; None if the layer has none.
         """
         at = f"model.layers.{number}"
         hidden += self._attention(
@@ -223,7 +223,7 @@ class Model:
         return self._linear(out, f"{at}.o_proj")
 
     def _linear(self, values: Floats, name: str) -> Floats:
-        """`values` [n, in] times a weight [out, in]; plus its bias, where it has one."""
+        """`values` [n, in] times a weight [out, in]; plus its bias, if it has one."""
         weight = self.weight(f"{name}.weight", "linear")
         out = np.empty((len(values), len(weight)), np.float32)
 

@@ -189,13 +189,13 @@ def says_nvfp4(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> 
 
 
 def weight_args(storage: StorageFormat, view: ModuleView) -> Mapping[str, Any]:
-    """What config.json says of weights in a layout; nothing where several groups may be meant."""
+    """What config.json says of weights in a layout; nothing if several groups may be meant."""
     found = [group["weights"] for group in _groups_of(storage, view)]
     return found[0] if found and all(args == found[0] for args in found) else {}
 
 
 def integer_bits(view: ModuleView) -> int | None:
-    """How many bits config.json says packed integers have; None where that cannot be."""
+    """How many bits config.json says packed integers have; None if that cannot be."""
     bits = weight_args(StorageFormat.INT, view).get("num_bits")
     return bits if type(bits) is int and bits in (2, 4, 8) else None
 
@@ -220,7 +220,7 @@ def _wrong(storage: StorageFormat, args: Mapping[str, Any]) -> list[str]:
 def misdeclared(storage: StorageFormat, view: ModuleView) -> str:
     """What no config group of compressed-tensors should say of a layout, but the first one does.
 
-    Empty where some group fits, or none is there to be judged.
+    Empty if some group fits, or none is there to be judged.
     """
     said = []
     for group in groups(view.config):
@@ -232,7 +232,7 @@ def misdeclared(storage: StorageFormat, view: ModuleView) -> str:
 
 
 def activations(storage: StorageFormat, view: ModuleView) -> bool | None:
-    """Whether static scales of activations are declared; None where some modules may have them."""
+    """Whether static scales of activations are declared; None if some modules may have them."""
     said = set()
     for group in _groups_of(storage, view) or groups(view.config):
         args = group.get("input_activations")
@@ -249,7 +249,7 @@ def activations(storage: StorageFormat, view: ModuleView) -> bool | None:
 def weight_shape(
     storage: StorageFormat, module: Module, view: ModuleView
 ) -> tuple[int, int] | None:
-    """[out, in] of the weight that a quantized module holds; None where its codes are missing."""
+    """[out, in] of the weight that a quantized module holds; None if its codes are missing."""
     codes = module.tensors.get(SUFFIXES[storage].codes) if storage in SUFFIXES else None
     if codes is None or len(codes.shape) != 2:
         return None

@@ -59,7 +59,7 @@ class Group:
 
     @property
     def quantized(self) -> bool | None:
-        """Whether vLLM builds it quantized; None where it refuses to decide."""
+        """Whether vLLM builds it quantized; None if it refuses to decide."""
         if self.ignored is True or self.targeted is False:
             return False
         return None if None in (self.ignored, self.targeted) else True
@@ -75,7 +75,7 @@ class VllmView:
 
     @property
     def style(self) -> Style | None:
-        """How the ignore list is matched; None where that is not known."""
+        """How the ignore list is matched; None if that is not known."""
         return COVER_STYLES.get(self.method)
 
     @cached_property

@@ -26,7 +26,7 @@ _CODE_DTYPES: Final = ("U8", "I8", *FP8_DTYPES)
 class Module:
     """The tensors of one module, by what follows its name (`weight`, `weight_packed`, ...).
 
-    `tensor_role` is what the family says of the module's weight; None where it does not know it.
+    `tensor_role` is what the family says of the module's weight; None if it does not know it.
     """
 
     name: str
@@ -49,7 +49,7 @@ class ModuleView:
     """A checkpoint's modules and the method that quantized it.
 
     `method` is `compressed-tensors`, `modelopt`, `fp8`, another name config.json gives, or empty
-    where nothing says that the checkpoint is quantized. `config` is the quantization config.
+    if nothing says that the checkpoint is quantized. `config` is the quantization config.
     """
 
     checkpoint: Checkpoint
@@ -80,7 +80,7 @@ class ModuleView:
 def read_modules(checkpoint: Checkpoint, families: Mapping[str, Family]) -> ModuleView:
     """Group a checkpoint's tensors by module and find out how it was quantized.
 
-    Raises SourceError where there are more modules than a model can have.
+    Raises SourceError if there are more modules than a model can have.
     """
     family = family_of(checkpoint.config, families)
     grouped = by_module(checkpoint)

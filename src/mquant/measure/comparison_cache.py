@@ -25,7 +25,7 @@ class ComparisonCache:
     """The tensors that are compared, by name. A context: leaving it without an error deletes it."""
 
     def __init__(self, source: Source, parent: Source) -> None:
-        """Read what an earlier run left. Raises OutputError where the cache cannot be written."""
+        """Read what an earlier run left. Raises OutputError if the cache cannot be written."""
         self.path = cache() / "compare" / f"{_key(source, parent)}.jsonl"
         self.known: dict[str, Difference] = {}
         self._waiting: list[str] = []

@@ -29,7 +29,7 @@ _NONE: Final = np.empty(0, np.uint32)
 def prepare(float_format: FloatFormat) -> None:
     """Compile the kernels for a format, or take them from numba's cache.
 
-    Raises EngineError where they can be compiled but not kept.
+    Raises EngineError if they can be compiled but not kept.
     """
     words, maxima = np.zeros(GROUP, float_format.word), np.zeros(1, np.uint32)
     packed, scales = np.empty(GROUP // 2, np.uint8), np.empty(1, np.uint8)
@@ -40,7 +40,7 @@ def prepare(float_format: FloatFormat) -> None:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Around first calls. Raises EngineError where compiled code cannot be kept."""
+    """Around first calls. Raises EngineError if compiled code cannot be kept."""
     try:
         yield
     except OSError as error:
@@ -126,7 +126,7 @@ def _quantize(
     packed: Array,
     scales: Array,
 ) -> None:
-    """Where there are no `maxima`, `scales` is not filled but obeyed."""
+    """If there are no `maxima`, `scales` is not filled but obeyed."""
     codes = np.empty((_AT_ONCE, 16), np.uint16)
     pairs = codes.view(np.uint32).reshape(-1)
     for first in range(0, scales.size, _AT_ONCE):

@@ -11,7 +11,7 @@ from mquant.numerics.formats import BF16
 
 
 def reciprocal(scale: np.float32) -> np.float32:
-    """1 / scale, rounded; infinite where that is too large."""
+    """1 / scale, rounded; infinite if that is too large."""
     with np.errstate(divide="ignore", over="ignore"):
         return np.float32(1) / scale
 

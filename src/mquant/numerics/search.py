@@ -118,7 +118,7 @@ def _search_under(
 ) -> Array:
     """Search every so many tiles under each of the global scales; returns the sums of errors.
 
-    Where `codes` has a row for each scale, it has the codes of all blocks afterwards.
+    If `codes` has a row for each scale, it has the codes of all blocks afterwards.
     """
     with np.errstate(over="ignore", under="ignore"):
         divisors = E4M3[_PADDED] / scales[:, None] * power
@@ -249,7 +249,7 @@ def _look_up(
 def _keep(
     errors: Array, d: Array, largest: Array, center: Array, step: int, best: Array, codes: Array
 ) -> None:
-    """Take the codes that make smaller errors, where they keep enough of the largest weight."""
+    """Take the codes that make smaller errors, if they keep enough of the largest weight."""
     for b in range(codes.size):
         better = (errors[b] < best[b]) & (np.float32(6) * d[b] >= _KEPT * largest[b])
         best[b] = errors[b] if better else best[b]

@@ -39,7 +39,7 @@ def is_staged(root: Path) -> bool:
 
 
 def apply(root: Path) -> None:
-    """Do what was staged, or the rest of it. Raises OutputError where the folder cannot be written.
+    """Do what was staged, or the rest of it. Raises OutputError if the folder cannot be written.
 
     A staged file that would leave `root` through a link is refused before anything is moved.
     """

@@ -127,7 +127,7 @@ def write_document(path: Path, pieces: Iterable[bytes], fix: str) -> None:
 def read_own(path: Path, most: int) -> bytes | None:
     """A record of ours, which somebody may have replaced: by a link, a pipe, a terabyte.
 
-    None where there is no plain file of at most `most` bytes that can be read.
+    None if there is no plain file of at most `most` bytes that can be read.
     """
     try:
         # A pipe without a writer would have us wait for one.

@@ -152,7 +152,7 @@ def config_json(plan: Plan) -> dict[str, Any]:
 def recipe_yaml(plan: Plan) -> str:
     """A recipe with which llmcompressor makes the same decisions.
 
-    Its `ignore` has the hub's names and, where they differ, the names in memory, as patterns
+    Its `ignore` has the hub's names and, if they differ, the names in memory, as patterns
     where a whole row of the family is kept.
     """
     ignore = [*_ignore_patterns(plan)]

@@ -104,9 +104,9 @@ def discard(out: Path, files: Iterable[str]) -> None:
 
 
 def is_finished(out: Path, fingerprint: dict[str, Any] | None = None) -> bool:
-    """Whether OUT holds all files of a finished run, of this one where a `fingerprint` is given.
+    """Whether OUT holds all files of a finished run, of this one if a `fingerprint` is given.
 
-    Raises OutputError where one was changed since.
+    Raises OutputError if one was changed since.
     """
     record = own_table(out) or {}
     this = fingerprint is None or record.get("fingerprint") == fingerprint

@@ -100,8 +100,8 @@ class Ledger:
     def __init__(self, out: Path, name: str = LEDGER, patience: float = 0.0) -> None:
         """Lock OUT, which is made where it is not there.
 
-        Raises InUse where another process is at work in it, and still is after `patience` seconds;
-        OutputError where it cannot be locked at all.
+        Raises InUse if another process is at work in it, and still is after `patience` seconds;
+        OutputError if it cannot be locked at all.
         """
         self._out = out
         self._path = out / name

@@ -103,7 +103,7 @@ def look(out: Path, sources: Sequence[Path], shared: SharedRun) -> State:
 
 
 def check_version(out: Path, shared: SharedRun) -> None:
-    """Raise OutputError where another mquant began a run."""
+    """Raise OutputError if another mquant began a run."""
     if shared.mquant != __version__:
         began = shared.mquant[:40]
         raise OutputError(
@@ -134,7 +134,7 @@ def take_share(
 ) -> Ledger | None:
     """Claim a share, and wait `patience` seconds where another process has it.
 
-    None where the run is finished. Raises InUse where another process has it still, OutputError
+    None if the run is finished. Raises InUse if another process has it still, OutputError
     as `look`.
     """
     if look(out, sources, shared) is State.DONE:

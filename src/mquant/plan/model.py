@@ -38,7 +38,7 @@ class OutputTensor:
 class Action:
     """What happens to one source tensor, and what comes of it.
 
-    `scheme` is None where the tensor is kept; `reason` says why it is. A tensor that is `stored`
+    `scheme` is None if the tensor is kept; `reason` says why it is. A tensor that is `stored`
     quantized is dequantized to BF16 as it is read, and then quantized or kept; `source` is what it
     is then, at the place of its codes. One that is `scaled` the engine makes, in the same dtype, to
     make up for how it scales weights. Every other one that is kept is copied bit for bit, or,
@@ -116,7 +116,7 @@ class WorkUnit:
 
     @property
     def scheme(self) -> Scheme | None:
-        """The scheme its tensors are quantized with; None where they are copied.
+        """The scheme its tensors are quantized with; None if they are copied.
 
         The members of a fused set are treated alike, or the plan is refused.
         """
@@ -155,7 +155,7 @@ class ShardPlan:
         """The file's first bytes (its header), and where each tensor's data begins.
 
         Tensors lie in the order of the jobs, so that a shard is written, and hashed, from front
-        to back. Where that would leave one at an odd address, they lie as safetensors' own writer
+        to back. If that would leave one at an odd address, they lie as safetensors' own writer
         has them: by dtype.
         """
         outputs = [(o.name, o.dtype, o.shape) for unit in self.units for o in unit.outputs]
@@ -281,7 +281,7 @@ class Plan:
     def quantization_config(self) -> dict[str, Any]:
         """config.json's `quantization_config`, in the shape compressed-tensors writes it.
 
-        Empty where nothing is quantized.
+        Empty if nothing is quantized.
         """
         if self.declared is not None:
             return dict(self.declared)

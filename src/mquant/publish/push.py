@@ -65,7 +65,7 @@ class Shipment:
 class Pushed:
     """What came of a push: the verdict on the bytes here, and on the repo as it is now.
 
-    `remote` is None where the bytes here are broken: then nothing was sent. `local` is None where
+    `remote` is None if the bytes here are broken: then nothing was sent. `local` is None if
     an earlier run had verified them. `sent` are the files that the repo did not have.
     """
 
@@ -216,7 +216,7 @@ def _is_other(there: HubRepo | None, missing: list[str], spare: list[str]) -> bo
 def _judge(
     shipment: Shipment, families: Mapping[str, Family], note: Path, emit: Emit
 ) -> Report | None:
-    """Compare all bytes with mquant.json and verify them; None where an earlier run did.
+    """Compare all bytes with mquant.json and verify them; None if an earlier run did.
 
     `note` says so, by the files' sizes and times, for the same release of mquant.
     """

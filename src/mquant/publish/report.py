@@ -31,7 +31,7 @@ class Wanted:
     """What a report is made with.
 
     `comparison` and `evaluation` are files that `mquant compare` and `eval` wrote with `--format
-    json`; without them both are made here, where there is a parent, and a text. `src`, `against`
+    json`; without them both are made here, if there is a parent, and a text. `src`, `against`
     are what the user called them.
     """
 
@@ -65,8 +65,8 @@ def report(
 ) -> Made:
     """Measure what is not measured yet, and write the page to `out`, whole or not at all.
 
-    Raises SourceError where something cannot be read, or is of another checkpoint; OutputError
-    where `out` cannot be written.
+    Raises SourceError if something cannot be read, or is of another checkpoint; OutputError
+    if `out` cannot be written.
     """
     compared = _given(wanted.comparison, "compare", source)
     evaluated = _given(wanted.evaluation, "eval", source)

@@ -33,7 +33,7 @@ def calibrate(plan: Plan, data: str, out: Path, emit: Emit = silent) -> Calibrat
     """Send `data` through the model that `plan` quantizes, and write what its modules are given.
 
     Raises Refused for a plan with errors, UsageError for weights that lie quantized, OutputError
-    where `out` exists or cannot be written, DataFileError for data that cannot be read,
+    if `out` exists or cannot be written, DataFileError for data that cannot be read,
     MissingExtra without torch and its company.
     """
     if plan.refusals:

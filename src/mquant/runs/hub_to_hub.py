@@ -58,10 +58,10 @@ def quantize_to_hub(
 
 
 def _share_out(plan: Plan, scratch: int | None) -> tuple[int | None, float]:
-    """What source files and what shards may take of the scratch; None where the source is here.
+    """What source files and what shards may take of the scratch; None if the source is here.
 
     Shards get two of the largest, so that one is made while another is sent, or a quarter, if that
-    is more: about that is what NVFP4 makes of BF16. Where source files need more than is left, they
+    is more: about that is what NVFP4 makes of BF16. If source files need more than is left, they
     do with one.
     """
     if scratch is None:

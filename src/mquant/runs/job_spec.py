@@ -25,7 +25,7 @@ class FolderAt(BaseModel):
     folder: AbsolutePath
 
     def open(self) -> Source:
-        """The folder as it is now. Raises SourceError where there is none."""
+        """The folder as it is now. Raises SourceError if there is none."""
         try:
             return Folder(Path(self.folder))
         except OSError as error:
@@ -43,7 +43,7 @@ class RepoAt(BaseModel):
     commit: str = Field(pattern=r"^[0-9a-f]{40}$")
 
     def open(self) -> Source:
-        """The repo. Raises SourceError where it cannot be listed."""
+        """The repo. Raises SourceError if it cannot be listed."""
         from mquant.checkpoint.hub import HubRepo  # slow to import
 
         return HubRepo(self.repo, self.commit)
@@ -102,7 +102,7 @@ class JobSpec(BaseModel):
 
     @property
     def importance_file(self) -> Path | None:
-        """The importance file, where there is one."""
+        """The importance file, if there is one."""
         return None if self.importance is None else Path(self.importance)
 
 

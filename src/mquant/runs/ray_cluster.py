@@ -264,7 +264,7 @@ def _connect(emit: Emit) -> None:
 def _where(named: str | None, emit: Emit) -> str | None:
     """What to ask Ray for: None is RAY_ADDRESS, the cluster of this machine, or one to start.
 
-    Raises ConnectionError where a cluster that was named does not answer.
+    Raises ConnectionError if a cluster that was named does not answer.
     """
     from ray._private.services import canonicalize_bootstrap_address
 

@@ -20,7 +20,7 @@ _SCRATCH: Final = ".mquant-scratch"
 
 
 def _hub_of(source: Source) -> "HubRepo":
-    """The source, where it is a hub repo. Raises UsageError where it is not."""
+    """The source, if it is a hub repo. Raises UsageError if it is not."""
     from mquant.checkpoint.hub import HubRepo
 
     if not isinstance(source, HubRepo):
@@ -32,7 +32,7 @@ def _hub_of(source: Source) -> "HubRepo":
 
 
 def check_scratch(scratch: int, least: int) -> None:
-    """Raise OutputError where fewer bytes are allowed than files that are needed at once have."""
+    """Raise OutputError if fewer bytes are allowed than files that are needed at once have."""
     if scratch < least:
         raise OutputError(
             f"--scratch {size(scratch)} is not enough: files of {size(least)} are needed at the "
@@ -42,7 +42,7 @@ def check_scratch(scratch: int, least: int) -> None:
 
 
 def least_scratch(plan: Plan) -> int:
-    """Bytes of the source's files that are needed at once, where that is a hub repo."""
+    """Bytes of the source's files that are needed at once, if that is a hub repo."""
     from mquant.checkpoint.spool import least_room, parts_of
 
     units = dict(enumerate(plan.units))
@@ -85,7 +85,7 @@ def spooled(run: Run, output: ShardSet, room: int) -> Iterator["Spool"]:
 
 
 def check_side_files(run: Run) -> None:
-    """Raise SourceError where a file that was copied from a hub is not the one that it lists."""
+    """Raise SourceError if a file that was copied from a hub is not the one that it lists."""
     if run.source.folders:
         return
     repo = _hub_of(run.source)

@@ -64,11 +64,11 @@ class Shares:
         return look(self.out, self.spec.protected, self.shared)
 
     def check_disk(self) -> None:
-        """Raise OutputError where not all of OUT fits, whoever makes it."""
+        """Raise OutputError if not all of OUT fits, whoever makes it."""
         check_disk(self.out, self.spec.files, self.spec.file_bytes)
 
     def claim(self) -> State:
-        """Make OUT this run's, where it is free. DONE: it was finished before.
+        """Make OUT this run's, if it is free. DONE: it was finished before.
 
         Raises OutputError for an OUT that is not ours, of another run or another number of shares.
         """
@@ -82,9 +82,9 @@ class Shares:
         patience: float = 0.0,
         emit: Emit = silent,
     ) -> bool:
-        """Make a share, or go on with what is there of it; False where it was done before.
+        """Make a share, or go on with what is there of it; False if it was done before.
 
-        Where another process is at it, wait `patience` seconds. Raises as `quantize`, and InUse.
+        If another process is at it, wait `patience` seconds. Raises as `quantize`, and InUse.
         """
         part = self.parts[number - 1]
         if self.look() is State.DONE or self.is_done(number):
@@ -109,9 +109,9 @@ class Shares:
         return True
 
     def finish(self, emit: Emit = silent) -> Result | None:
-        """Complete the checkpoint; None where somebody did before.
+        """Complete the checkpoint; None if somebody did before.
 
-        Raises OutputError where a share is not done, or is being made.
+        Raises OutputError if a share is not done, or is being made.
         """
         made = None
         with folder_lock(self.out) as ledger:
@@ -126,7 +126,7 @@ class Shares:
         return made
 
     def recorded(self, number: int) -> Recorded | None:
-        """What a share's ledger says; None where it says nothing of this run."""
+        """What a share's ledger says; None if it says nothing of this run."""
         found = read_ledger(self.out, ledger_name(number, self.shared.of))
         this = found is not None and found.fingerprint == self.spec.fingerprint
         return found if this else None
@@ -195,7 +195,7 @@ def in_shares(plan: Plan, job_spec: JobSpec, out: Path, of: int) -> Shares:
 def reopen(out: Path) -> Shares | None:
     """The run in shares that is under way in OUT; None without one.
 
-    Raises OutputError for nonsense, and where the source is not what it was, SourceError without
+    Raises OutputError for nonsense, and if the source is not what it was, SourceError without
     it, and as `prepare`.
     """
     shared = read_shared_run(out)
@@ -219,7 +219,7 @@ def reopen(out: Path) -> Shares | None:
 def finish_shares(out: Path, emit: Emit = silent) -> Result | None:
     """Complete the checkpoint in OUT, all of whose shares are done; None: it was complete before.
 
-    Raises OutputError where there are no shares, or where some are not done, and as `quantize`.
+    Raises OutputError if there are no shares, or if some are not done, and as `quantize`.
     """
     run = reopen(out)
     result = run.finish(emit) if run else None
@@ -236,7 +236,7 @@ def finish_shares(out: Path, emit: Emit = silent) -> Result | None:
 
 
 def _gather(run: Shares) -> dict[str, str]:
-    """The sha256 of all shards. Raises OutputError where one is not there, or being made."""
+    """The sha256 of all shards. Raises OutputError if one is not there, or being made."""
     out, of = run.out, run.shared.of
     digests: dict[str, str] = {}
     lacking: list[int] = []

@@ -43,7 +43,7 @@ class Destination:
     done: bool = False
 
     def open(self) -> None:
-        """Make the repo, where there is none."""
+        """Make the repo, if there is none."""
         if self.there is None:
             self.writer.create(private=not self.public)
 
@@ -90,7 +90,7 @@ class Shipper(ShardObserver):
     """Sends the shards of a run to its destination, one commit after another, in a thread.
 
     At most `room` bytes of shards are in OUT: a new one waits until there is room. Use it as a
-    context manager: at its end all have been sent. Raises OutputError, also from what waits, where
+    context manager: at its end all have been sent. Raises OutputError, also from what waits, if
     the hub refuses or cannot be reached.
     """
 
@@ -198,7 +198,7 @@ class Shipper(ShardObserver):
 def send_others(to: Destination, run: Run, others: list[str]) -> HubRepo:
     """Send the files but index and config.json; returns the repo as it is then.
 
-    Raises OutputError where it does not hold them, and the shards with the run's digests, and no
+    Raises OutputError if it does not hold them, and the shards with the run's digests, and no
     other.
     """
     to.writer.commit("Add all but index and config.json", {name: run.out / name for name in others})

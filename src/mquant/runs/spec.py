@@ -116,7 +116,7 @@ def prepare(
 
 
 def check_engine(engine: Engine, option: str) -> None:
-    """Raise UsageError where an option is of the streaming engine, and another one runs."""
+    """Raise UsageError if an option is of the streaming engine, and another one runs."""
     if engine is not Engine.STREAM:
         raise UsageError(
             f"{option} is of the stream engine; this recipe or --engine takes {engine.value}.",
@@ -125,7 +125,7 @@ def check_engine(engine: Engine, option: str) -> None:
 
 
 def check_data(recipe: Recipe, data: str | None) -> None:
-    """Raise UsageError where a recipe lacks calibration data, or there is some for no use."""
+    """Raise UsageError if a recipe lacks calibration data, or there is some for no use."""
     if recipe.needs_data and data is None:
         raise UsageError(
             f"Recipe {recipe.name} needs calibration data, which --data names.",

@@ -34,7 +34,7 @@ class Server:
     """A server at `url`, with or without the `/v1` of its API.
 
     `model`, and its `context` in tokens (None: it does not say), are known once one is chosen.
-    Raises UsageError for what is no http address, and, from all methods, SourceError where it does
+    Raises UsageError for what is no http address, and, from all methods, SourceError if it does
     not answer as a server does. Close it.
     """
 

@@ -29,7 +29,7 @@ class Scaling:
         return module.tensor_role is not None and module.tensor_role.row.name in self._fed_by
 
     def factors(self, module: Module) -> Floats | None:
-        """What each column of one was multiplied with, float32 [in]; None where no norm tells."""
+        """What each column of one was multiplied with, float32 [in]; None if no norm tells."""
         tensor_role = module.tensor_role
         by = self._fed_by.get(tensor_role.row.name) if tensor_role else None
         if tensor_role is None or by is None or by.role is not Role.NORM or by is tensor_role.row:
@@ -61,7 +61,7 @@ class Scaled(StoredWeight):
 
 
 def scaled(weight: StoredWeight, factors: Floats) -> StoredWeight:
-    """A weight with its columns scaled; itself, where there are not as many factors."""
+    """A weight with its columns scaled; itself, if there are not as many factors."""
     if factors.shape != (weight.shape[1],):
         return weight
     return Scaled(weight.view, weight.module, weight.format, weight.shape, factors)

@@ -51,7 +51,7 @@ class Matrix(ABC):
             self.reader.prefetch(info.shard, info.start, min(info.end, info.start + _AHEAD))
 
     def check(self) -> None:
-        """Raise SourceError where a file changed since it was looked at."""
+        """Raise SourceError if a file changed since it was looked at."""
         for path in {info.shard for info in self.tensors}:
             self.reader.check(path)
 
@@ -200,7 +200,7 @@ class _Other(_Stored):
 
 
 def plain(info: TensorInfo, reader: AnyReader) -> Plain | None:
-    """A tensor as it is, or None where its dtype is no number's."""
+    """A tensor as it is, or None if its dtype is no number's."""
     if info.dtype not in READABLE:
         return None
     columns = info.shape[-1] if info.shape else 1
@@ -209,7 +209,7 @@ def plain(info: TensorInfo, reader: AnyReader) -> Plain | None:
 
 
 def matrix_of(view: ModuleView, module: Module, reader: AnyReader) -> Matrix | None:
-    """A module's `weight`, or None where it has none that can be decoded."""
+    """A module's `weight`, or None if it has none that can be decoded."""
     if not module.quantized:
         info = module.tensors.get("weight")
         return plain(info, reader) if info else None

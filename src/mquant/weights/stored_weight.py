@@ -144,7 +144,7 @@ class StoredWeight:
 
 
 def weight_of(view: ModuleView, module: Module) -> StoredWeight | None:
-    """The weight of a module, or None where it cannot be read by rows.
+    """The weight of a module, or None if it cannot be read by rows.
 
     That is so for vectors, layouts that are not `decodable`, and parts that do not fit each
     other, which is a matter of structure.

@@ -34,7 +34,7 @@ class About(_Data):
 
 
 def read_about(path: Path) -> About:
-    """The file. Raises DataFileError, naming the key, where it is wrong."""
+    """The file. Raises DataFileError, naming the key, if it is wrong."""
     try:
         return About.model_validate(read_yaml(path) or {})
     except ValidationError as error:

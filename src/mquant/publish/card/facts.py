@@ -43,7 +43,7 @@ class Card:
 
     `scheme` is the name of ours that it is in; `active` counts parameters that take part in one
     token; `cache_bytes` are those of the KV cache in 16 bits for one token; `license_file` is the
-    text of it, where it is among the files.
+    text of it, if it is among the files.
     """
 
     inspection: Inspection
@@ -66,7 +66,7 @@ class Card:
 
     @property
     def repo(self) -> str:
-        """Where it can be had: the repo on the hub, or the folder's name."""
+        """Where the checkpoint can be had: the repo on the hub, or the folder's name."""
         return self.about.repo or self.inspection.name
 
 
@@ -83,7 +83,7 @@ def gather(
 ) -> Card:
     """Look at a checkpoint, verify it (against the parent that is `given`), and ask its parent.
 
-    Raises SourceError where it is not quantized, or cannot be read.
+    Raises SourceError if it is not quantized, or cannot be read.
     """
     checkpoint = open_checkpoint(source, tolerant=True)
     view = read_modules(checkpoint, families)
@@ -120,7 +120,7 @@ def gather(
 
 
 def _scheme(view: ModuleView) -> str:
-    """The scheme of ours that all quantized modules are in; empty where it is another, or several.
+    """The scheme of ours that all quantized modules are in; empty if it is another, or several.
 
     Only what decides the arithmetic is compared: tools differ in what else they write.
     """
@@ -146,7 +146,7 @@ def _scheme(view: ModuleView) -> str:
 
 
 def _roles(view: ModuleView) -> tuple[RoleFacts, ...]:
-    """By role, in the order of `Role`; nothing where some weight's shape cannot be told."""
+    """By role, in the order of `Role`; nothing if some weight's shape cannot be told."""
     kept: Counter[str] = Counter()
     quantized: Counter[str] = Counter()
     parameters: Counter[str] = Counter()

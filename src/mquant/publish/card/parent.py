@@ -47,7 +47,7 @@ class Parent:
 def find_parent(record: Record | None, given: Source | None, emit: Emit) -> Parent:
     """The parent that was given, or else the hub repo that mquant.json names.
 
-    Raises SourceError where what was given is another one than mquant.json says. Where the repo
+    Raises SourceError where what was given is another one than mquant.json says. If the repo
     that it names cannot be read, that is said, and what it would tell is left out.
     """
     named = record.source if record else {}

@@ -29,7 +29,7 @@ class Size:
 class Evidence:
     """What there is to show of a checkpoint.
 
-    `comparison` and `evaluation` are the JSON of `mquant compare` and `eval`, None where they were
+    `comparison` and `evaluation` are the JSON of `mquant compare` and `eval`, None if they were
     not made. `facts` are names and values; `commands` how to get all of it again.
     """
 
@@ -231,7 +231,7 @@ def _recipe(evidence: Evidence) -> Html:
 
 
 def _grid(rows: Sequence[Sequence[Any]]) -> list[list[float | None]]:
-    """[layer, expert, value] as a table, with nothing where there is none."""
+    """[layer, expert, value] as a table, with nothing if there is none."""
     if not rows:
         return []
     high, wide = max(row[0] for row in rows) + 1, max(row[1] for row in rows) + 1

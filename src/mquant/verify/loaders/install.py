@@ -24,7 +24,7 @@ def installed() -> bool:
 
 
 def find_python() -> Path:
-    """The Python that has vLLM. Raises LoaderError where there is none."""
+    """The Python that has vLLM. Raises LoaderError if there is none."""
     stated = os.environ.get("MQUANT_VLLM_PYTHON")
     if stated and not Path(stated).is_file():
         raise LoaderError(
@@ -43,7 +43,7 @@ def find_python() -> Path:
 def install(log: Path) -> tuple[Path, bool]:
     """Make the environment; returns its Python, and whether it had to be made.
 
-    What pip says goes to `log`. Raises LoaderError where a step fails; it can be run again.
+    What pip says goes to `log`. Raises LoaderError if a step fails; it can be run again.
     """
     where = environment()
     python = where / "bin" / "python"
