@@ -192,7 +192,12 @@ def complaint(path: Path) -> str:
     ("key", "value", "sentence"),
     [
         ("pattern", 1, "mine.yaml: pattern: Extra inputs are not permitted."),
-        ("tensors.2.roll", 1, "mine.yaml: tensors.2.roll: Extra inputs are not permitted."),
+        (
+            "tensors.2.roll",
+            1,
+            "mine.yaml: tensors.2.roll (model.layers.{layer}.post_attention_layernorm.weight): "
+            "Extra inputs are not permitted.",
+        ),
         ("config.layers", 7, "mine.yaml: config.layers: Input should be a valid string."),
         (
             "tensors.0.name",
@@ -202,7 +207,7 @@ def complaint(path: Path) -> str:
         (
             "tensors.0.role",
             "emdebbing",
-            "mine.yaml: tensors.0.role: Input should be " + ROLES,
+            "mine.yaml: tensors.0.role (model.embed_tokens.weight): Input should be " + ROLES,
         ),
     ],
 )
@@ -215,7 +220,9 @@ def test_a_bad_family_file_names_its_key(
 def test_a_shape_that_is_no_formula_is_named(tmp_path: Path) -> None:
     path = family_file(tmp_path, "tensors.0.shape", ["vocab_size; rm"])
 
-    assert complaint(path).startswith("mine.yaml: tensors.0.shape.0: 'vocab_size; rm' is no ")
+    assert complaint(path).startswith(
+        "mine.yaml: tensors.0.shape.0 (model.embed_tokens.weight): 'vocab_size; rm' is no "
+    )
 
 
 def test_a_missing_key_of_a_family_file_is_named(tmp_path: Path) -> None:

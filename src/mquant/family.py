@@ -61,14 +61,7 @@ class Role(StrEnum):
     @property
     def linear(self) -> bool:
         """Whether it is the weight of a linear layer (what `targets: Linear` means)."""
-        return self in (
-            Role.EXPERT,
-            Role.SHARED_EXPERT,
-            Role.MLP,
-            Role.ATTENTION,
-            Role.ROUTER,
-            Role.HEAD,
-        )
+        return self not in (Role.ROUTING_BIAS, Role.EMBEDDING, Role.NORM, Role.OTHER)
 
     @property
     def refused_by_loaders(self) -> bool:
@@ -223,6 +216,20 @@ class Family(_Data):
     nothing else does: it may be divided by what their columns are multiplied with."""
     forward: Forward | None = None
     synth: SynthData
+    own: bool = Field(default=False, exclude=True)
+    """Read from a file of the user's: its content then counts in a plan's fingerprint."""
+
+    @field_validator("synth")
+    @classmethod
+    def _of_the_family(cls, synth: SynthData, info: ValidationInfo) -> SynthData:
+        config = {**synth.config, **synth.tiny}
+        if config.get("model_type") not in info.data.get("model_types", ()):
+            raise ValueError("config.model_type is none of model_types")
+        keys = info.data.get("config")
+        for key in (keys.layers, keys.vocabulary, keys.experts, keys.top_k) if keys else ():
+            if key and type(config.get(key)) is not int:
+                raise ValueError(f"config has no number {key}")
+        return synth
 
     @field_validator("smoothing")
     @classmethod
@@ -360,22 +367,32 @@ def _replaced(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
     return probe[:-1]
 
 
-def load_families() -> dict[str, Family]:
-    """Every family that ships, by name, sorted."""
-    return {path.stem: load_family(path) for path in sorted(folder("configs").glob("*.yaml"))}
+def load_families(own: Path | None = None) -> dict[str, Family]:
+    """Every family that ships, by name, sorted; before them that of the file `own`, by its path."""
+    shipped = {path.stem: load_family(path) for path in sorted(folder("configs").glob("*.yaml"))}
+    first = {} if own is None else {str(own): load_family(own).model_copy(update={"own": True})}
+    return {**first, **shipped}
 
 
 def load_family(path: Path) -> Family:
     """A family file. Raises DataFileError, naming the key, if it is wrong."""
+    content = read_yaml(path)
     try:
-        return Family.model_validate(read_yaml(path))
+        return Family.model_validate(content).model_copy(update={"own": False})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"]) + _row_at(content, first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        raise DataFileError(
-            f"{path.name}: {where}: {message}.", "Correct the family file."
-        ) from None
+        text = f"{path.name}: {where}: {message}."
+        raise DataFileError(text, "Correct the family file.") from None
+
+
+def _row_at(content: Mapping[str, Any], where: tuple[int | str, ...]) -> str:
+    """The name, in brackets, of the row of `tensors` that an error lies in; else nothing."""
+    if where[0] != "tensors" or len(where) == 1 or not isinstance(where[1], int):
+        return ""
+    row = content["tensors"][where[1]]
+    return f" ({str(row.get('name'))[:120]})" if isinstance(row, dict) else ""
 
 
 def family_of(config: Mapping[str, Any], families: Mapping[str, Family]) -> Family | None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from family_cases import FAMILY_CASES
 from judges import data, differences, model_free_ptq, one_shard, opened, quantized_names, read_json
 from mquant.checkpoint import Folder
 from mquant.data import folder
@@ -26,41 +27,12 @@ from mquant.verify.judge import verify
 from run import plan_of, quantize_nvfp4
 
 FAMILIES = load_families()
-NAMES = ["deepseek_v3", "llama", "mixtral", "qwen3", "qwen3_moe"]
-SHARED = {
-    "deepseek_v3": {
-        "qkv_a": ["q_a_proj", "kv_a_proj_with_mqa"],
-        "gate_up": ["gate_proj", "up_proj"],
-        "expert_gate_up": ["gate_proj", "up_proj"],
-        "shared_gate_up": ["gate_proj", "up_proj"],
-    },
-    "llama": {"qkv": ["q_proj", "k_proj", "v_proj"], "gate_up": ["gate_proj", "up_proj"]},
-    "mixtral": {"qkv": ["q_proj", "k_proj", "v_proj"], "w13": ["w1", "w3"]},
-    "qwen3": {"qkv": ["q_proj", "k_proj", "v_proj"], "gate_up": ["gate_proj", "up_proj"]},
-    "qwen3_moe": {
-        "qkv": ["q_proj", "k_proj", "v_proj"],
-        "gate_up": ["gate_proj", "up_proj"],
-        "expert_gate_up": ["gate_proj", "up_proj"],
-    },
+NAMES = sorted(FAMILY_CASES)
+CASES = {name: (name, dict[str, Any]()) for name in NAMES} | {
+    f"{name}, {variant}": (name, tiny)
+    for name, case in FAMILY_CASES.items()
+    for variant, tiny in case.variants.items()
 }
-ROUTERS = {
-    "deepseek_v3": [f"model.layers.{layer}.mlp.gate" for layer in (1, 2)],
-    "llama": [],
-    "mixtral": [f"model.layers.{layer}.block_sparse_moe.gate" for layer in (0, 1)],
-    "qwen3": [],
-    "qwen3_moe": [f"model.layers.{layer}.mlp.gate" for layer in (0, 1)],
-}
-# What is set, as its name: variants whose tensors differ from the release `synth` follows.
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "deepseek_v3, whole query": ("deepseek_v3", {"q_lora_rank": None}),
-    "deepseek_v3, two shared experts": ("deepseek_v3", {"n_shared_experts": 2}),
-    "deepseek_v3, multi-token prediction": ("deepseek_v3", {"num_nextn_predict_layers": 1}),
-    "llama, tied": ("llama", {"tie_word_embeddings": True}),
-    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "qwen3, tied": ("qwen3", {"tie_word_embeddings": True}),
-    "qwen3_moe, a dense layer": ("qwen3_moe", {"mlp_only_layers": [1]}),
-}
-CASES = {**{name: (name, {}) for name in NAMES}, **VARIANTS}
 
 
 def with_config(family: Family, **tiny: Any) -> Family:
@@ -120,7 +92,7 @@ def test_fused_sets_are_what_loaders_make_one_matrix_of(name: str) -> None:
         fused: [row.name.split(".")[-2] for row in rows]
         for fused, rows in FAMILIES[name].fused_sets.items()
     }
-    assert sets == SHARED[name]
+    assert sets == FAMILY_CASES[name].fused_sets
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -139,25 +111,14 @@ def test_a_synthetic_checkpoint_plans_clean(tmp_path: Path, case: str) -> None:
 def test_routers_head_and_embeddings_stay_and_nothing_else(tmp_path: Path, name: str) -> None:
     plan = plan_of(make(tmp_path / "src", name))
 
-    assert list(plan.ignore) == ["lm_head", "model.embed_tokens", *ROUTERS[name]]
+    assert list(plan.ignore) == ["lm_head", "model.embed_tokens", *FAMILY_CASES[name].routers]
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("llama", 8_030_261_248),
-        ("mixtral", 46_702_792_704),
-        ("qwen3", 8_190_735_360),
-        ("qwen3_moe", 30_532_122_624),
-        ("deepseek_v3", 684_489_845_504),
-    ],
-)
-def test_the_real_size_has_the_parameters_of_the_release(
-    tmp_path: Path, name: str, parameters: int
-) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_the_real_size_has_the_parameters_of_the_release(tmp_path: Path, name: str) -> None:
     made = synth(tmp_path / "out", FAMILIES[name], shapes_only=True)
 
-    assert made.parameters == parameters
+    assert made.parameters == FAMILY_CASES[name].parameters
     assert plan_of(made.path).findings == ()
 
 

@@ -72,11 +72,8 @@ def _tiny(name: str, folder: Path, **config: Any) -> Path:
 
 
 CASES: dict[str, dict[str, Any]] = {
+    **{name: {} for name, family in load_families().items() if family.forward},
     "llama": {"rope_theta": 10000.0},
-    "qwen3": {},
-    "qwen3_moe": {},
-    "mixtral": {},
-    "minimax_m2": {},
     "llama stretched": {
         "rope_scaling": {
             "rope_type": "llama3",

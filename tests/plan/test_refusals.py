@@ -171,8 +171,8 @@ def test_a_family_mquant_does_not_know_is_refused(make: Make) -> None:
         'Refused: config.json says model_type "unheard_of", a family mquant does not know.'
     )
     assert caught.value.fix == (
-        f"Known are {', '.join(load_families())}; a family is one YAML file, see "
-        "docs/architecture.md."
+        f"Known are {', '.join(load_families())}; a family is one YAML file, given with "
+        "--family FILE: see docs/adding-a-family.md."
     )
 
 

@@ -12,6 +12,7 @@ from mquant.cli.compare import compare
 from mquant.cli.dequantize import dequantize
 from mquant.cli.evaluate import evaluate
 from mquant.cli.export import export
+from mquant.cli.families_check import check
 from mquant.cli.finish import finish
 from mquant.cli.inspect import inspect
 from mquant.cli.plan import plan
@@ -54,12 +55,13 @@ def _mquant(
     """
 
 
-def _group(name: str, listing: Callable[..., None], show: Callable[..., None]) -> None:
+def _group(name: str, listing: Callable[..., None], show: Callable[..., None]) -> typer.Typer:
     """A noun that lists what there is, and shows one of it."""
     group = typer.Typer(rich_markup_mode="rich")
     group.callback(invoke_without_command=True)(listing)
     group.command("show")(show)
     app.add_typer(group, name=name)
+    return group
 
 
 app.command("inspect")(inspect)
@@ -79,7 +81,7 @@ app.command("card")(card)
 app.command("push")(push)
 app.command("smoke")(smoke)
 _group("recipes", recipes.recipes, recipes.show)
-_group("families", families.families, families.show)
+_group("families", families.families, families.show).command("check")(check)
 app.command("synth")(synth)
 _loader = typer.Typer(
     rich_markup_mode="rich", no_args_is_help=True, help="Real loaders, to be asked by verify."

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from mquant.cli.options import Data, FormatChoice, RecipeName, Revision, Src
+from mquant.cli.options import Data, FamilyFile, FormatChoice, RecipeName, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.plan import make
 from mquant.cli.progress import progress
@@ -28,6 +28,7 @@ def calibrate(
     data: Data = None,
     recipe: RecipeName = "nvfp4-opt",
     out_file: File = Path("importance.safetensors"),
+    family: FamilyFile = None,
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
@@ -41,9 +42,7 @@ def calibrate(
     with output("calibrate", output_format) as out:
         if data is None:
             raise UsageError("--data is missing.", f"Example: {_EXAMPLE}")
-        plan = make(
-            "calibrate", src, recipe, revision=revision, max_shard_size=None, allow_unsafe=False
-        )
+        plan = make("calibrate", src, recipe, revision, None, family, allow_unsafe=False)
         out.report(plan.findings)
         from mquant.runs.calibrate import calibrate as measure
 

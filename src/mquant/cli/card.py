@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.text import Text
 
-from mquant.cli.options import FormatChoice, Revision, Src
+from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
 from mquant.cli.source import open_source
@@ -78,6 +78,7 @@ def card(
     depth: DepthChoice = None,
     loader: LoaderChoice = None,
     file: CardFile = None,
+    family: FamilyFile = None,
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
@@ -103,7 +104,7 @@ def card(
         with progress(out) as emit:
             found = gather(
                 source,
-                load_families(),
+                load_families(family),
                 given=given,
                 measured=measured,
                 about=about,

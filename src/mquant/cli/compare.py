@@ -6,7 +6,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from mquant.cli.options import FormatChoice, Revision, Src
+from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
 from mquant.cli.source import open_source
@@ -42,6 +42,7 @@ def compare(
     src: Src = None,
     against: Against = None,
     workers: Threads = None,
+    family: FamilyFile = None,
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
@@ -61,7 +62,7 @@ def compare(
         from mquant.measure.comparison import compare as measure
 
         with progress(out) as emit:
-            found = measure(source, parent, load_families(), workers=workers, emit=emit)
+            found = measure(source, parent, load_families(family), workers=workers, emit=emit)
         out.put(verdict=verdict(found), **found.to_json())
         out.show(render(found))
         if found.bytes_read is not None:

@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from mquant.cli.options import FormatChoice, MaxShardSize, Out, Restart, Revision, Src, Workers
+from mquant.cli.options import (
+    FamilyFile,
+    FormatChoice,
+    MaxShardSize,
+    Out,
+    Restart,
+    Revision,
+    Src,
+    Workers,
+)
 from mquant.cli.output import Format, Output, output
 from mquant.cli.plan import show_plan
 from mquant.cli.progress import progress
@@ -28,6 +37,7 @@ def dequantize(
     max_shard_size: MaxShardSize = None,
     workers: Workers = None,
     restart: Restart = False,
+    family: FamilyFile = None,
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
@@ -48,7 +58,7 @@ def dequantize(
 
         plan = make_bf16_plan(
             open_checkpoint(source),
-            load_families(),
+            load_families(family),
             max_shard_bytes=DEFAULT_SHARD_BYTES if limit is None else limit,
         )
         if dry_run or plan.refusals:

@@ -7,7 +7,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from mquant.cli.options import FormatChoice, Revision, Src
+from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
 from mquant.cli.source import open_source
@@ -47,6 +47,7 @@ def evaluate(
     text: TextFile = None,
     context: Context = 512,
     tokens: Tokens = 16_384,
+    family: FamilyFile = None,
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
@@ -67,7 +68,13 @@ def evaluate(
 
         with progress(out) as emit:
             found = run(
-                source, parent, load_families(), text, context=context, tokens=tokens, emit=emit
+                source,
+                parent,
+                load_families(family),
+                text,
+                context=context,
+                tokens=tokens,
+                emit=emit,
             )
         out.put(**found.to_json())
         out.show(render(found))

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from mquant.cli.dequantize import tell_converted
-from mquant.cli.options import FormatChoice, Out, Restart, Revision, Src, Workers
+from mquant.cli.options import FamilyFile, FormatChoice, Out, Restart, Revision, Src, Workers
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
 from mquant.cli.source import default_out, open_source
@@ -26,6 +26,7 @@ def export(
     out_folder: Out = None,
     workers: Workers = None,
     restart: Restart = False,
+    family: FamilyFile = None,
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
@@ -46,7 +47,13 @@ def export(
         where = out_folder or default_out(source, _SUFFIX[to])
         with progress(out) as emit:
             done = carry_out(
-                source, load_families(), to, where, workers=workers, restart=restart, emit=emit
+                source,
+                load_families(family),
+                to,
+                where,
+                workers=workers,
+                restart=restart,
+                emit=emit,
             )
         tell_converted(out, done, "Exported")
 

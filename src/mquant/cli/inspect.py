@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from mquant.cli.options import FormatChoice, Revision, Src
+from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.source import open_source
 from mquant.cli.tables import facts, table
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def inspect(
     src: Src = None,
+    family: FamilyFile = None,
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
@@ -30,7 +31,7 @@ def inspect(
         from mquant.family import load_families
         from mquant.verify.inspect import inspect as look
 
-        inspection = look(open_checkpoint(source), load_families())
+        inspection = look(open_checkpoint(source), load_families(family))
         out.put(**inspection.to_json())
         out.show(render(inspection))
         out.report(inspection.findings)

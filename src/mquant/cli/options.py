@@ -106,6 +106,16 @@ Importance = Annotated[
         show_default=False,
     ),
 ]
+FamilyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--family",
+        metavar="FILE",
+        help="A family file of your own, taken before those that ship for the model_types that "
+        "it names (see: mquant families check).",
+        show_default=False,
+    ),
+]
 FormatChoice = Annotated[
     Format, typer.Option("--format", help="How the result is written to stdout.")
 ]
@@ -113,6 +123,7 @@ FormatChoice = Annotated[
 __all__ = [
     "AllowUnsafe",
     "Data",
+    "FamilyFile",
     "FormatChoice",
     "Importance",
     "MaxShardSize",

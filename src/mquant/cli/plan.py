@@ -8,7 +8,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mquant.cli.options import AllowUnsafe, FormatChoice, MaxShardSize, Out, RecipeName, Revision
+from mquant.cli.options import (
+    AllowUnsafe,
+    FamilyFile,
+    FormatChoice,
+    MaxShardSize,
+    Out,
+    RecipeName,
+    Revision,
+)
 from mquant.cli.options import Src as SrcArgument
 from mquant.cli.output import Format, Output, output
 from mquant.cli.source import default_out, open_source
@@ -28,6 +36,7 @@ def plan(
     out_folder: Out = None,
     max_shard_size: MaxShardSize = None,
     allow_unsafe: AllowUnsafe = False,
+    family: FamilyFile = None,
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
@@ -42,8 +51,9 @@ def plan(
             "plan",
             src,
             recipe,
-            revision=revision,
-            max_shard_size=max_shard_size,
+            revision,
+            max_shard_size,
+            family,
             allow_unsafe=allow_unsafe,
         )
         show_plan(out, made, out_folder)
@@ -55,6 +65,7 @@ def make(
     recipe: str | None,
     revision: str | None,
     max_shard_size: str | None,
+    family: Path | None,
     *,
     allow_unsafe: bool,
 ) -> "Plan":
@@ -75,7 +86,7 @@ def make(
     return make_plan(
         open_checkpoint(open_source(src, revision, example)),
         wanted,
-        load_families(),
+        load_families(family),
         max_shard_bytes=DEFAULT_SHARD_BYTES if limit is None else limit,
         allow_unsafe=allow_unsafe,
     )

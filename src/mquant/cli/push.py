@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from mquant.cli.options import FormatChoice, Public
+from mquant.cli.options import FamilyFile, FormatChoice, Public
 from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
 from mquant.cli.source import is_repo_id, open_source
@@ -40,6 +40,7 @@ def push(
     public: Public = False,
     replace: Replace = False,
     dry_run: DryRun = False,
+    family: FamilyFile = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Publish a checkpoint on the hub, if it is verified and its bytes are those that were made.
@@ -70,7 +71,9 @@ def push(
             _list(out, shipment)
             return
         with progress(out) as emit:
-            done = publish(shipment, repo, load_families(), emit, public=public, replace=replace)
+            done = publish(
+                shipment, repo, load_families(family), emit, public=public, replace=replace
+            )
         _tell(out, repo, done)
 
 

@@ -11,6 +11,7 @@ import typer
 from mquant.cli.options import (
     AllowUnsafe,
     Data,
+    FamilyFile,
     FormatChoice,
     Importance,
     MaxShardSize,
@@ -96,26 +97,26 @@ def quantize(
     cluster: OnCluster = None,
     restart: Restart = False,
     allow_unsafe: AllowUnsafe = False,
+    family: FamilyFile = None,
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Quantize a checkpoint into a folder that loads.
 
-    mquant refuses what would give a broken checkpoint before it reads a weight. The same command
-    again leaves a finished folder alone, and goes on with an unfinished one.
+    It refuses what would give a broken checkpoint before it reads a weight. Rerun, it goes on.
 
-    Many machines: run it with --share 1/N to --share N/N into an OUT that all machines see, then
-    `mquant finish OUT`; or once with --cluster ray, on the cluster at RAY_ADDRESS, the cluster of
-    this machine, or a new one on this machine. The bytes are those of one process.
+    Many machines: --share 1/N to --share N/N into an OUT that all machines see, then `mquant finish
+    OUT`; or --cluster ray, on the cluster at RAY_ADDRESS, that of this machine, or a new one on it.
 
     Example: mquant quantize ./MiniMax-M2.7-REAP --recipe nvfp4 -o ./MiniMax-M2.7-REAP-NVFP4
     """
     with output("quantize", output_format) as out:
         part = None if share is None else parse_share(share)
-        _check_options(part, cluster, engine, push_to or scratch, restart=restart)
-        _check_repo(push_to)
+        _check_options(part, cluster, engine, push_to, scratch, restart=restart)
         limit = None if scratch is None else parse_size(scratch)
-        plan = make("quantize", src, recipe, revision, max_shard_size, allow_unsafe=allow_unsafe)
+        plan = make(
+            "quantize", src, recipe, revision, max_shard_size, family, allow_unsafe=allow_unsafe
+        )
         if dry_run or plan.refusals:
             show_plan(out, plan, out_folder)
             check_data(plan.recipe, data)
@@ -159,29 +160,26 @@ def _on_cluster(plan: "Plan", job_spec: "JobSpec", where: Path) -> CarryOut:
     return partial(quantize_on_ray, plan, job_spec, where)
 
 
-def _check_repo(push_to: str | None) -> None:
-    """Raise UsageError for a destination that is no hub repo id."""
-    if push_to is not None and not is_repo_id(push_to):
-        example = "--push-to org/MiniMax-M2.7-REAP-NVFP4"
-        raise UsageError(f"{clean(push_to[:96])!r} is no hub repo id.", f"Example: {example}")
-
-
 def _check_options(
     share: tuple[int, int] | None,
     cluster: Cluster | None,
     engine: Engine,
-    alone: str | None,
+    push_to: str | None,
+    scratch: str | None,
     *,
     restart: bool,
 ) -> None:
-    """Raise UsageError for options that do not go together."""
+    """Raise UsageError for options that do not go together, and a REPO that is no hub repo id."""
+    if push_to is not None and (share, cluster) == (None, None) and not is_repo_id(push_to):
+        example = "--push-to org/MiniMax-M2.7-REAP-NVFP4"
+        raise UsageError(f"{clean(push_to[:96])!r} is no hub repo id.", f"Example: {example}")
     if share is None and cluster is None:
         return
     if share is not None and cluster is not None:
         raise UsageError(
             "--share is one part of the work, --cluster all of it.", "Leave one of them out."
         )
-    if alone is not None:
+    if push_to is not None or scratch is not None:
         raise UsageError(
             "--scratch and --push-to are of a run on one machine.",
             "Leave them out: with --share and --cluster each machine gets the files of its shares.",

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.text import Text
 
-from mquant.cli.options import FormatChoice, Importance, Out, Restart, Revision, Src, Workers
+from mquant.cli.options import (
+    FamilyFile,
+    FormatChoice,
+    Importance,
+    Out,
+    Restart,
+    Revision,
+    Src,
+    Workers,
+)
 from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
 from mquant.cli.source import default_out, open_source
@@ -57,6 +66,7 @@ def repair(
     importance: Importance = None,
     workers: Workers = None,
     restart: Restart = False,
+    family: FamilyFile = None,
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
@@ -86,7 +96,7 @@ def repair(
         with progress(out) as emit:
             wanted = None if depth is None else Depth(depth)
             diagnosis = diagnose(
-                source, original, load_families(), wanted, emit, importance=importance
+                source, original, load_families(family), wanted, emit, importance=importance
             )
         # What will be mended does not fail this run.
         out.report(diagnosis.report.findings, failing=frozenset())

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mquant.cli.evaluate import Context, TextFile, Tokens
-from mquant.cli.options import FormatChoice, Revision, Src
+from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
 from mquant.cli.source import open_source
@@ -63,6 +63,7 @@ def report(
     evaluation: Evaluation = None,
     context: Context = 512,
     tokens: Tokens = 16_384,
+    family: FamilyFile = None,
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
@@ -85,7 +86,7 @@ def report(
         path = out_file or Path(f"{source.name.rpartition('/')[2]}-report.html")
         wanted = Wanted(src or ".", against, text, comparison, evaluation, context, tokens)
         with progress(out) as emit:
-            made = write(source, parent, load_families(), wanted, path, emit=emit)
+            made = write(source, parent, load_families(family), wanted, path, emit=emit)
         out.put(
             path=str(path),
             bytes=path.stat().st_size,

@@ -33,7 +33,7 @@ FamilyName = Annotated[
     str | None,
     typer.Option(
         "--family",
-        help="The model family (see: mquant families).",
+        help="The model family (see: mquant families), or a family file.",
         show_default=False,
         autocompletion=_families,
     ),
@@ -119,7 +119,11 @@ def synth(
 
 
 def _choose(name: str | None, families: "Iterable[Family]") -> "Family":
+    from mquant.family import load_family
+
     known = {family.name: family for family in families}
+    if name not in known and name and Path(name).is_file():
+        return load_family(Path(name))
     if name not in known:
         raise UsageError(
             f"There is no family {name!r}." if name else "--family is missing.",

@@ -7,7 +7,7 @@ import typer
 from rich.text import Text
 
 from mquant.cli.junit import write_junit
-from mquant.cli.options import FormatChoice, Revision, Src
+from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
 from mquant.cli.source import open_source
@@ -57,6 +57,7 @@ def verify(
     loader: LoaderChoice = None,
     fail_on: FailOn = "error",
     junit: JUnit = None,
+    family: FamilyFile = None,
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
@@ -76,7 +77,9 @@ def verify(
 
         with progress(out) as emit:
             wanted = None if depth is None else Depth(depth)
-            report = judge(source, load_families(), wanted, parent, emit, ask_vllm=loader == "vllm")
+            report = judge(
+                source, load_families(family), wanted, parent, emit, ask_vllm=loader == "vllm"
+            )
         out.put(verdict=report.verdict, **report.to_json())
         bad = bool(report.count("error"))
         out.show(Text(clean(report.verdict), "bold red" if bad else "bold green"))

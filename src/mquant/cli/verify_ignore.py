@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mquant.cli.options import FormatChoice, Revision, Src
+from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.source import open_source
 from mquant.cli.tables import table
@@ -24,6 +24,7 @@ def verify_ignore(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 3 for warnings, too.")
     ] = False,
+    family: FamilyFile = None,
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
@@ -42,7 +43,7 @@ def verify_ignore(
         from mquant.loader_model.modules import read_modules
         from mquant.verify.ignore import check_ignore
 
-        report = check_ignore(read_modules(open_checkpoint(source), load_families()))
+        report = check_ignore(read_modules(open_checkpoint(source), load_families(family)))
         hub = source if isinstance(source, HubRepo) else None
         out.put(
             **report.to_json(),

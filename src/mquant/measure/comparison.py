@@ -236,7 +236,7 @@ def compare(
     hubs = [each for each in (source, parent) if isinstance(each, HubRepo)]
     with closing(reader_of(source)) as mine, closing(reader_of(parent)) as theirs:
         all_pairs = pairs(view, original, (mine, theirs), tally)
-        with ComparisonCache(source, parent) as partial:
+        with ComparisonCache(source, parent, view.family) as partial:
             known = partial.known
             if known:
                 emit(Note("info", f"{len(known):,} tensors were compared before: going on."))

@@ -2,8 +2,8 @@
 
 One file for each pair of checkpoints, `~/.cache/mquant/compare/<key>.jsonl` (or under
 XDG_CACHE_HOME): a line for each tensor, appended. The key is of both identities, of the stamps of
-all files and of mquant's version, so whatever changes is compared anew. A torn last line counts for
-nothing. When a comparison is complete its file goes.
+all files, of mquant's version and of a family file of the user's, so whatever changes is compared
+anew. A torn last line counts for nothing. When a comparison is complete its file goes.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from mquant import __version__
 from mquant.checkpoint import Source
 from mquant.data import cache
 from mquant.errors import OutputError
+from mquant.family import Family
 from mquant.measure.difference import Difference
 
 _LINES_AT_ONCE: Final = 64
@@ -24,9 +25,9 @@ _LINES_AT_ONCE: Final = 64
 class ComparisonCache:
     """The tensors that are compared, by name. A context: leaving it without an error deletes it."""
 
-    def __init__(self, source: Source, parent: Source) -> None:
+    def __init__(self, source: Source, parent: Source, family: Family | None = None) -> None:
         """Read what an earlier run left. Raises OutputError if the cache cannot be written."""
-        self.path = cache() / "compare" / f"{_key(source, parent)}.jsonl"
+        self.path = cache() / "compare" / f"{_key(family, source, parent)}.jsonl"
         self.known: dict[str, Difference] = {}
         self._waiting: list[str] = []
         try:
@@ -82,9 +83,11 @@ class ComparisonCache:
         self._waiting.clear()
 
 
-def _key(*sources: Source) -> str:
+def _key(family: Family | None, *sources: Source) -> str:
     stamps = [dict(each.stamps) for each in sources if each.folders]
-    what = [__version__, [each.identity() for each in sources], stamps]
+    what: list[object] = [__version__, [each.identity() for each in sources], stamps]
+    if family is not None and family.own:  # it decides about roles
+        what.append(family.model_dump_json())
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -261,6 +261,8 @@ class Plan:
         if self.recipe.needs_data:
             measured = self.recipe.model_dump_json(include={"rounding", "smoothing", "calibration"})
             digest.update(measured.encode())
+        if self.family.own:
+            digest.update(self.family.model_dump_json().encode())
         for shard in self.shards:
             digest.update(f"{shard.name}\n".encode() + shard.layout[0])
             for action in (action for unit in shard.units for action in unit.actions):

@@ -86,8 +86,8 @@ def survey(
                 "config.json",
                 f"config.json says model_type {json.dumps(kind)[:60]}, a family mquant does not "
                 "know.",
-                f"Known are {', '.join(families)}; a family is one YAML file, see "
-                "docs/architecture.md.",
+                f"Known are {', '.join(families)}; a family is one YAML file, given with "
+                "--family FILE: see docs/adding-a-family.md.",
             )
         )
         return Survey(checkpoint, None, (), 0, 0, tuple(findings))

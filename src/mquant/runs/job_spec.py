@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mquant.checkpoint import Folder, Source, open_checkpoint
 from mquant.errors import SourceError
-from mquant.family import load_families
+from mquant.family import Family, load_families
 from mquant.plan import Plan, make_plan
 from mquant.recipe import Recipe
 
@@ -61,6 +61,8 @@ class JobSpec(BaseModel):
     max_shard_bytes: int = Field(ge=1, lt=2**53)
     allow_unsafe: bool
     importance: AbsolutePath | None
+    family: Family | None = None
+    """The family's content, if it is a file of the user's; None: a family that ships."""
 
     @classmethod
     def of(
@@ -80,6 +82,7 @@ class JobSpec(BaseModel):
             max_shard_bytes=max_shard_bytes,
             allow_unsafe=allow_unsafe,
             importance=None if importance is None else str(importance.absolute()),
+            family=plan.family if plan.family.own else None,
         )
 
     @classmethod
@@ -90,15 +93,24 @@ class JobSpec(BaseModel):
         except ValidationError as error:
             raise ValueError(".".join(map(str, error.errors()[0]["loc"]))[:80]) from None
 
+    def to_json(self) -> dict[str, Any]:
+        """What `read` takes; the key `family` is left out if the family ships."""
+        return self.model_dump(mode="json", exclude=None if self.family else {"family"})
+
     def plan(self) -> Plan:
         """Make the plan again, from the source's headers."""
         return make_plan(
             open_checkpoint(self.source.open()),
             self.recipe.model_copy(update={"foreign": self.foreign}),
-            load_families(),
+            self._families(),
             max_shard_bytes=self.max_shard_bytes,
             allow_unsafe=self.allow_unsafe,
         )
+
+    def _families(self) -> dict[str, Family]:
+        if self.family is None:
+            return load_families()
+        return {self.family.name: self.family.model_copy(update={"own": True})}
 
     @property
     def importance_file(self) -> Path | None:

@@ -189,7 +189,7 @@ def in_shares(plan: Plan, job_spec: JobSpec, out: Path, of: int) -> Shares:
             "Leave out --share and --cluster.",
         )
     spec = prepare(plan, Engine.STREAM, job_spec.importance_file)
-    return Shares(spec, SharedRun(of, spec.fingerprint, job_spec.model_dump(mode="json")), out)
+    return Shares(spec, SharedRun(of, spec.fingerprint, job_spec.to_json()), out)
 
 
 def reopen(out: Path) -> Shares | None:

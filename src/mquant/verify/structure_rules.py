@@ -83,7 +83,7 @@ register(
         "family-unknown",
         "config.json's model_type is of a family mquant knows.",
         "Without it nobody can say which tensors must be there, and how large.",
-        "Add the family; it is one YAML file, see docs/architecture.md.",
+        "Give the family, one YAML file, with --family FILE: see docs/adding-a-family.md.",
     ),
     _error(
         "tensor-unknown",

@@ -1,0 +1,137 @@
+"""`mquant families check`: whether a family file is right, tried on a checkpoint made of it."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from mquant.cli.options import FormatChoice
+from mquant.cli.output import Format, output
+from mquant.cli.tables import facts, table
+from mquant.cli.text import clean, plural, size
+from mquant.errors import DataFileError, Refused
+
+if TYPE_CHECKING:
+    from mquant.checkpoint import Checkpoint
+    from mquant.family import Family
+    from mquant.findings import Finding
+
+_DECIDING: Final = "nvfp4"
+_MOST_BYTES: Final = 1_000_000_000
+_MOST_TENSORS: Final = 100_000
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="The family file.", show_default=False)]
+Refusals = dict[str, tuple["Finding", ...]]
+
+
+def check(file: File, form: FormatChoice = Format.HUMAN) -> None:
+    """Check a family file: its keys and rows, and what recipes make of a tiny checkpoint of it.
+
+    The checkpoint is what `mquant synth --family FILE` writes. Recipes that need data are left out.
+    Exit code 1: the file is wrong, or nvfp4 refuses the checkpoint.
+
+    Example: mquant families check ./my_model.yaml
+    """
+    with output("families.check", form) as out:
+        from mquant.family import load_families
+
+        family = load_families(file)[str(file)]
+        out.put(**_described(family))
+        out.show(_render(family))
+        with TemporaryDirectory() as folder:
+            checkpoint = _tiny(family, Path(folder) / "tiny")
+            refusals = _refusals(checkpoint, family)
+        out.put(
+            checkpoint={"tensors": len(checkpoint.tensors), "bytes": checkpoint.nbytes},
+            recipes=[
+                {"name": name, "plans": not some, "findings": [each.to_json() for each in some]}
+                for name, some in refusals.items()
+            ],
+        )
+        out.show(_recipes(checkpoint, refusals))
+        if refusals[_DECIDING]:
+            raise Refused(refusals[_DECIDING])
+
+
+def _described(family: "Family") -> dict[str, Any]:
+    return {
+        "name": family.name,
+        "title": family.title,
+        "model_types": list(family.model_types),
+        "rows": len(family.tensors),
+        "roles": dict(Counter(row.role.value for row in family.tensors)),
+        "fused_sets": {
+            name: [row.name for row in rows] for name, rows in family.fused_sets.items()
+        },
+        "blocks": dict(family.blocks),
+    }
+
+
+def _tiny(family: "Family", folder: Path) -> "Checkpoint":
+    """The tiny checkpoint of a family, on disk. Raises DataFileError if it is not tiny."""
+    from mquant.checkpoint import Folder, open_checkpoint
+    from mquant.synth import Precision, Sizes, make_config, make_tensors, synth
+
+    config = make_config(family, Sizes(), Precision.BF16, tiny=True)
+    total = 0
+    for number, tensor in enumerate(make_tensors(family, config, Precision.BF16), 1):
+        total += tensor.nbytes
+        if total > _MOST_BYTES or number > _MOST_TENSORS:
+            raise DataFileError(
+                f"{family.name}: the checkpoint of synth.tiny has more than {size(_MOST_BYTES)}, "
+                f"or more than {_MOST_TENSORS:,} tensors.",
+                "Set smaller sizes in synth.tiny.",
+            )
+    return open_checkpoint(Folder(synth(folder, family).path))
+
+
+def _refusals(checkpoint: "Checkpoint", family: "Family") -> Refusals:
+    """Why each recipe that needs no data refuses the checkpoint; empty if it does not."""
+    from mquant.plan import make_plan
+    from mquant.recipe import load_recipes
+
+    recipes = {name: each for name, each in load_recipes().items() if not each.needs_data}
+    return {
+        name: make_plan(checkpoint, recipe, {family.name: family}).refusals
+        for name, recipe in recipes.items()
+    }
+
+
+def _render(family: "Family") -> RenderableType:
+    roles = Counter(row.role.value for row in family.tensors)
+    fused = {name: ", ".join(row.short for row in rows) for name, rows in family.fused_sets.items()}
+    return Group(
+        Text.assemble((clean(family.title), "bold"), f"  family {clean(family.name)}"),
+        "",
+        facts(
+            [
+                ("model_type", ", ".join(family.model_types)),
+                ("Rows", f"{len(family.tensors):,}"),
+                ("Roles", ", ".join(f"{role} {count:,}" for role, count in roles.items())),
+                *_listed("Fused sets", fused),
+                *_listed("Blocks", family.blocks),
+            ]
+        ),
+    )
+
+
+def _listed(title: str, rows: Mapping[str, str]) -> list[tuple[str, str]]:
+    lines = [f"{name}: {text}" for name, text in rows.items()] or ["none"]
+    return [(title if number == 0 else "", line) for number, line in enumerate(lines)]
+
+
+def _recipes(checkpoint: "Checkpoint", refusals: Refusals) -> RenderableType:
+    rows = table(("recipe", "left"), ("its plan", "left"))
+    for name, some in refusals.items():
+        told = Text("refused: " + clean(some[0].message), "red") if some else Text("made", "green")
+        rows.add_row(clean(name), told)
+    made = f"{plural(len(checkpoint.tensors), 'tensor')}, {size(checkpoint.nbytes)}"
+    return Group("", f"Of a tiny checkpoint ({made}):", "", rows)
+
+
+__all__ = ["check"]

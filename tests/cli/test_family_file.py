@@ -1,0 +1,210 @@
+"""`--family FILE` and `mquant families check`: a family that does not ship with mquant."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner, Result
+
+from judges import hashes
+from make import make_checkpoint
+from mquant.cli.app import app
+from mquant.data import folder
+from mquant.output import SHARES
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+def mquant(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def quantize(*arguments: str | Path) -> Result:
+    given = ("quantize", "model", "--recipe", "nvfp4", "--max-shard-size", "20kB")
+    return mquant(*given, *arguments)
+
+
+def family_file(name: str, edit: Edit = lambda data: None) -> Path:
+    """The shipped file of MiniMax-M2 as one of the user's, for model_type `unheard_of`."""
+    data = yaml.safe_load((folder("configs") / "minimax_m2.yaml").read_text())
+    data |= {"name": "mine", "title": "My Model", "model_types": ["unheard_of"]}
+    data["synth"]["config"]["model_type"] = "unheard_of"
+    edit(data)
+    path = Path(name)
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint of an unknown model_type in the current folder, and a family file for it."""
+    monkeypatch.chdir(tmp_path)
+    make_checkpoint(tmp_path / "model", config={"model_type": "unheard_of"})
+    return family_file("mine.yaml")
+
+
+def test_every_verb_that_takes_src_takes_a_family_file() -> None:
+    root: Any = typer.main.get_command(app)
+    takers = {
+        name: {option for param in command.params for option in param.opts}
+        for name, command in root.commands.items()
+        if any(p.metavar == "SRC" and p.param_type_name == "argument" for p in command.params)
+    }
+    assert {"inspect", "quantize", "push", "calibrate"} < set(takers)
+    assert [name for name, options in takers.items() if "--family" not in options] == []
+
+
+def test_inspect_names_the_family_of_the_file(mine: Path) -> None:
+    assert json.loads(mquant("inspect", "model", "--format", "json").stdout)["family"] is None
+    told = json.loads(mquant("inspect", "model", "--family", mine, "--format", "json").stdout)
+    assert told["family"] == "mine"
+
+
+def test_an_unknown_family_is_refused_and_the_fix_names_the_option() -> None:
+    result = quantize("-o", "out")
+    assert result.exit_code == 1
+    assert "given with --family FILE: see docs/adding-a-family.md" in result.stderr
+
+
+def test_what_is_made_with_a_family_file_is_judged_with_it(mine: Path) -> None:
+    made = quantize("-o", "out", "--family", mine)
+    assert made.exit_code == 0, made.output
+    own = ("--family", mine)
+    for verb in (("verify", "out", "--against", "model"), ("verify-ignore", "out")):
+        result = mquant(*verb, *own)
+        assert result.exit_code == 0, result.output
+        assert "unheard_of" not in result.output
+    compared = mquant("compare", "out", "--against", "model", *own, "--format", "json")
+    roles = {row["role"] for row in json.loads(compared.stdout)["roles"]}
+    assert {"expert", "attention", "router"} <= roles
+    back = mquant("dequantize", "out", "-o", "back", *own)
+    assert back.exit_code == 0, back.output
+
+
+def test_a_family_file_comes_before_the_family_that_ships(tmp_path: Path) -> None:
+    def without_head(data: dict[str, Any]) -> None:
+        data["model_types"] = ["minimax_m2"]
+        data["synth"]["config"]["model_type"] = "minimax_m2"
+        data["tensors"] = [row for row in data["tensors"] if row["role"] != "head"]
+
+    src = make_checkpoint(tmp_path / "known")
+    assert mquant("plan", src, "--recipe", "nvfp4").exit_code == 0
+    result = mquant("plan", src, "--recipe", "nvfp4", "--family", family_file("b", without_head))
+    assert result.exit_code == 1
+    assert "My Model has no such tensor as lm_head.weight" in result.output
+
+
+def test_shares_carry_the_family_to_finish(mine: Path) -> None:
+    assert quantize("-o", "whole", "--family", mine).exit_code == 0
+    for number in (1, 2):
+        made = quantize("-o", "out", "--family", mine, "--share", f"{number}/2")
+        assert made.exit_code == 0, made.output
+    mine.unlink()
+    finished = mquant("finish", "out")
+    assert finished.exit_code == 0, finished.output
+    assert hashes(Path("out")) == hashes(Path("whole"))
+
+
+def test_shares_of_a_family_that_ships_say_nothing_of_it(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "known")
+    mquant("quantize", "known", "--recipe", "nvfp4", "-o", "out", "--share", "1/2")
+    assert "family" not in json.loads((Path("out") / SHARES).read_bytes())["order"]
+
+
+def test_another_family_file_is_another_run(mine: Path) -> None:
+    assert quantize("-o", "out", "--family", mine, "--share", "1/2").exit_code == 0
+    other = quantize(
+        "-o",
+        "out",
+        "--family",
+        family_file("b", lambda data: data.update(title="Mine")),
+        "--share",
+        "2/2",
+    )
+    assert other.exit_code == 1
+    assert "plan was " in other.stderr
+
+
+def test_a_file_that_is_not_there_is_one_sentence() -> None:
+    result = mquant("inspect", "model", "--family", "nowhere.yaml")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: nowhere.yaml cannot be read: No such file")
+
+
+# --- mquant families check
+
+
+def test_check_says_what_the_family_is(mine: Path) -> None:
+    result = mquant("families", "check", mine)
+    assert result.exit_code == 0, result.output
+    assert "My Model  family mine\n" in result.stdout
+    assert "model_type  unheard_of\n" in result.stdout
+    assert "Fused sets  qkv: q_proj, k_proj, v_proj\n" in result.stdout
+
+
+def test_check_plans_every_recipe_that_needs_no_data(mine: Path) -> None:
+    found = json.loads(mquant("families", "check", mine, "--format", "json").stdout)
+    assert (found["schema"], found["ok"]) == ("mquant.families.check/1", True)
+    plans = {recipe["name"]: recipe["plans"] for recipe in found["recipes"]}
+    assert plans["nvfp4"] is plans["nvfp4-opt"] is True
+    assert "nvfp4-gptq" not in plans
+    assert (found["name"], found["model_types"]) == ("mine", ["unheard_of"])
+    assert found["roles"]["router"] == 1
+    assert found["checkpoint"]["tensors"] > found["rows"]
+
+
+def bad_role(data: dict[str, Any]) -> None:
+    data["tensors"][0]["role"] = "emdebbing"
+
+
+def no_experts(data: dict[str, Any]) -> None:
+    del data["synth"]["config"]["num_local_experts"]
+    data["synth"]["tiny"].pop("num_local_experts", None)
+
+
+def other_type(data: dict[str, Any]) -> None:
+    data["synth"]["config"]["model_type"] = "llama"
+
+
+def not_tiny(data: dict[str, Any]) -> None:
+    data["synth"]["tiny"] = {}
+
+
+def no_such_size(data: dict[str, Any]) -> None:
+    data["tensors"][0]["shape"] = ["vocab", "hidden_size"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (bad_role, "b: tensors.0.role (model.embed_tokens.weight): Input should be 'expert', "),
+        (no_experts, "b: synth: config has no number num_local_experts."),
+        (other_type, "b: synth: config.model_type is none of model_types."),
+        (not_tiny, "mine: the checkpoint of synth.tiny has more than 1.00 GB, or more than "),
+        (no_such_size, "mine.yaml: synth.config does not give the shape of model.embed_tokens"),
+    ],
+)
+def test_check_says_what_is_wrong(edit: Edit, sentence: str) -> None:
+    result = mquant("families", "check", family_file("b", edit))
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {sentence}")
+
+
+def test_check_fails_where_nvfp4_refuses() -> None:
+    def odd_columns(data: dict[str, Any]) -> None:
+        data["synth"]["tiny"]["intermediate_size"] = 20
+
+    result = mquant("families", "check", family_file("b", odd_columns), "--format", "json")
+    found = json.loads(result.stdout)
+    assert (result.exit_code, found["ok"]) == (1, False)
+    assert [recipe["plans"] for recipe in found["recipes"] if recipe["name"] == "nvfp4"] == [False]
+
+
+def test_synth_takes_a_family_file(mine: Path) -> None:
+    assert mquant("synth", "tiny", "--family", mine).exit_code == 0
+    planned = mquant("plan", "tiny", "--recipe", "nvfp4", "--family", mine)
+    assert planned.exit_code == 0, planned.output

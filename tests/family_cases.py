@@ -1,0 +1,61 @@
+"""What upstream says of each family that ships: a new family's case goes here, and nowhere else."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FamilyCase:
+    """One family: judged by loaders' code and the release, not by the family's file."""
+
+    fused_sets: dict[str, list[str]]
+    """Fused set -> the modules of which loaders make one matrix."""
+    parameters: int
+    """Of the release that `synth.config` is of."""
+    routers: list[str] = field(default_factory=list)
+    """The modules of routers in the tiny checkpoint."""
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What is set -> keys of the tiny config.json with which the tensors are others."""
+
+
+QKV = {"qkv": ["q_proj", "k_proj", "v_proj"]}
+GATE_UP = ["gate_proj", "up_proj"]
+TIED = {"tie_word_embeddings": True}
+
+# MiniMax-M2 has tests of its own.
+FAMILY_CASES = {
+    "deepseek_v3": FamilyCase(
+        fused_sets={
+            "qkv_a": ["q_a_proj", "kv_a_proj_with_mqa"],
+            "gate_up": GATE_UP,
+            "expert_gate_up": GATE_UP,
+            "shared_gate_up": GATE_UP,
+        },
+        parameters=684_489_845_504,
+        routers=[f"model.layers.{layer}.mlp.gate" for layer in (1, 2)],
+        variants={
+            "whole query": {"q_lora_rank": None},
+            "two shared experts": {"n_shared_experts": 2},
+            "multi-token prediction": {"num_nextn_predict_layers": 1},
+        },
+    ),
+    "llama": FamilyCase(
+        fused_sets={**QKV, "gate_up": GATE_UP},
+        parameters=8_030_261_248,
+        variants={"tied": TIED, "biases": {"attention_bias": True, "mlp_bias": True}},
+    ),
+    "mixtral": FamilyCase(
+        fused_sets={**QKV, "w13": ["w1", "w3"]},
+        parameters=46_702_792_704,
+        routers=[f"model.layers.{layer}.block_sparse_moe.gate" for layer in (0, 1)],
+    ),
+    "qwen3": FamilyCase(
+        fused_sets={**QKV, "gate_up": GATE_UP}, parameters=8_190_735_360, variants={"tied": TIED}
+    ),
+    "qwen3_moe": FamilyCase(
+        fused_sets={**QKV, "gate_up": GATE_UP, "expert_gate_up": GATE_UP},
+        parameters=30_532_122_624,
+        routers=[f"model.layers.{layer}.mlp.gate" for layer in (0, 1)],
+        variants={"a dense layer": {"mlp_only_layers": [1]}},
+    ),
+}
