@@ -15,6 +15,3 @@ def compiled(function: _F, **options: Any) -> _F:
         return cast(_F, numba.njit(cache=True, **options)(function))
     except RuntimeError:  # no folder to keep compiled code in: each run compiles, for seconds
         return cast(_F, numba.njit(**options)(function))
-
-
-__all__ = ["compiled"]

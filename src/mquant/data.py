@@ -49,6 +49,3 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataFileError(f"{path} does not hold a table of keys.", "Correct the file.")
     return value
-
-
-__all__ = ["cache", "folder", "read_yaml"]

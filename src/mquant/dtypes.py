@@ -43,6 +43,3 @@ def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     if bits % 8:
         raise ValueError(f"{dtype} {list(shape)} does not fill whole bytes")
     return bits // 8
-
-
-__all__ = ["BITS", "FLOAT_WEIGHTS", "RANK", "nbytes"]

@@ -86,18 +86,3 @@ class MissingExtra(MquantError):
             f"{what} needs packages that are not installed.",
             f"Run: pip install 'mquant[{extra}]'",
         )
-
-
-__all__ = [
-    "DataFileError",
-    "EngineError",
-    "HeaderError",
-    "InUse",
-    "LoaderError",
-    "MissingExtra",
-    "MquantError",
-    "OutputError",
-    "Refused",
-    "SourceError",
-    "UsageError",
-]

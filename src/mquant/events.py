@@ -32,6 +32,3 @@ Emit = Callable[[Event], None]
 
 def silent(_event: Event) -> None:
     """An `Emit` that says nothing."""
-
-
-__all__ = ["Emit", "Event", "Note", "Progress", "silent"]

@@ -399,16 +399,3 @@ def family_of(config: Mapping[str, Any], families: Mapping[str, Family]) -> Fami
     """The family whose `model_types` holds the config's model_type."""
     kind = config.get("model_type")
     return next((f for f in families.values() if kind in f.model_types), None)
-
-
-__all__ = [
-    "Family",
-    "Forward",
-    "FusedSet",
-    "Role",
-    "TensorRole",
-    "TensorRow",
-    "family_of",
-    "load_families",
-    "load_family",
-]

@@ -95,15 +95,3 @@ def _clause(text: str, layer: int | None, config: Mapping[str, Any], lookup: Loo
         return (layer in listed) is (operator == "in")
     limit = int(right) if right.isdigit() else lookup(right)
     return limit is not None and (layer < limit if operator == "<" else layer >= limit)
-
-
-__all__ = [
-    "MOST_LAYERS",
-    "Lookup",
-    "check_condition",
-    "check_size",
-    "condition_keys",
-    "evaluate",
-    "holds",
-    "size_keys",
-]

@@ -143,6 +143,3 @@ def _ask(entries: Sequence[str], names: Sequence[str], style: Style) -> list[lis
             "Check that this machine has memory and processes left.",
         ) from error
     return [json.loads(line) for line in run.stdout.splitlines()]
-
-
-__all__ = ["MAX_ENTRIES", "MAX_LENGTH", "MAX_MATCHES", "TIME_LIMIT", "Matches", "Style", "match"]

@@ -270,14 +270,3 @@ def _list(value: object) -> list[Any]:
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
-
-
-__all__ = [
-    "Calibration",
-    "Choice",
-    "KeptLayers",
-    "Recipe",
-    "find_recipe",
-    "load_recipe",
-    "load_recipes",
-]

@@ -175,16 +175,3 @@ QUANTIZED_SUFFIXES: Final = (
     ".scales",
     ".g_idx",
 )
-
-__all__ = [
-    "FORMAT_VERSION",
-    "FP8_BLOCK",
-    "FP8_DYNAMIC",
-    "NVFP4",
-    "NVFP4A16",
-    "QUANTIZED_SUFFIXES",
-    "SCHEMES",
-    "W4A16",
-    "Scheme",
-    "SchemeTensor",
-]

@@ -341,6 +341,3 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _elements(shape: tuple[int, ...]) -> int:
     return math.prod(shape)
-
-
-__all__ = ["Precision", "Sizes", "SynthTensor", "Synthetic", "make_config", "make_tensors", "synth"]

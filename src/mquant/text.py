@@ -104,6 +104,3 @@ def _runs(numbers: list[int]) -> str:
         run = [number for _, number in group]
         runs.append(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]))
     return ",".join(runs)
-
-
-__all__ = ["binary_size", "both_sizes", "clean", "compress", "names", "plural", "size"]

@@ -64,6 +64,3 @@ def _items(value: Any) -> Any:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
-
-
-__all__ = ["HEADER", "MAX_DEPTH", "MAX_TENSORS", "RECORD", "TooMuch", "parse_json"]

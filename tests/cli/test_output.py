@@ -15,10 +15,10 @@ from typer.testing import CliRunner, Result
 from mquant.cli.app import app
 from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
-from mquant.cli.text import clean
 from mquant.errors import MquantError, Refused, UsageError
 from mquant.events import Note, Progress
 from mquant.findings import Finding
+from mquant.text import clean
 
 BAD = Finding("rule-a", "error", "x", "The tensor x is odd.", "Remove it.")
 WORSE = Finding("rule-b", "error", "y", "The tensor y is gone.", "Get it.")

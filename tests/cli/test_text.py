@@ -2,8 +2,9 @@
 
 import pytest
 
-from mquant.cli.text import binary_size, compress, parse_size, size
+from mquant.cli.text import parse_size
 from mquant.errors import UsageError
+from mquant.text import binary_size, compress, size
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,3 @@ class AssemblyReader:
         """Close all files."""
         for reader in self._readers.values():
             reader.close()
-
-
-__all__ = ["Assembly", "AssemblyReader"]

@@ -152,6 +152,3 @@ def _matters(path: str) -> bool:
     nested = len(PurePosixPath(path).parts) > 1
     weights = (".safetensors", ".safetensors.index.json")
     return not path.endswith(_OTHER_WEIGHTS) and not (nested and path.endswith(weights))
-
-
-__all__ = ["download", "quiet"]

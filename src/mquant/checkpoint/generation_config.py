@@ -29,6 +29,3 @@ def read_sampling(source: Source) -> dict[str, float | bool]:
         for key in _KEYS
         if isinstance(said.get(key), bool | int | float) and abs(said[key]) < _MOST
     }
-
-
-__all__ = ["GENERATION", "SAMPLING_KEYS", "read_sampling"]

@@ -24,6 +24,3 @@ def sha256_of(source: Source, sizes: Mapping[str, int], emit: Emit) -> Iterator[
             done += len(piece)
             emit(Progress("hash", done, total))
         yield name, digest.hexdigest()
-
-
-__all__ = ["sha256_of"]

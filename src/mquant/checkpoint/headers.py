@@ -189,13 +189,3 @@ def _damaged(shard: str, why: str) -> HeaderError:
         f"The header of {shard} is invalid: {why}.",
         "The file is damaged or was written by a broken tool: get it again.",
     )
-
-
-__all__ = [
-    "MAX_HEADER_BYTES",
-    "PREFIX_BYTES",
-    "TensorInfo",
-    "build_header",
-    "header_length",
-    "parse_header",
-]

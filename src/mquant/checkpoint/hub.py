@@ -365,6 +365,3 @@ def asked_to_wait(headers: Mapping[str, str]) -> float | None:
             return max(0.0, (when - datetime.now(UTC)).total_seconds())
     limit = parse_ratelimit_headers(headers)
     return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
-
-
-__all__ = ["HubRepo", "NoSuchRepo", "asked_to_wait", "host_of"]

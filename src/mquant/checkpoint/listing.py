@@ -68,6 +68,3 @@ def _blob(sibling: Mapping[str, Any]) -> tuple[str, str] | None:
     if not sibling.get("lfs") and isinstance(blob, str) and _COMMIT.fullmatch(blob):
         return sibling["rfilename"], blob
     return None
-
-
-__all__ = ["Listing", "parse_listing"]

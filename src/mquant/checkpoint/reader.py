@@ -105,6 +105,3 @@ class RangeReader:
 def reader_of(source: Source) -> Reader | RangeReader:
     """The reader of a source's files."""
     return Reader(source) if isinstance(source, Folder) else RangeReader(source)
-
-
-__all__ = ["RangeReader", "Reader", "reader_of"]

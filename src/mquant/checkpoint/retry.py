@@ -38,6 +38,3 @@ def retrying(attempt: Callable[[], T]) -> T:
             if failures >= failure.tries or wait > LONGEST_WAIT:
                 raise failure.error from None
         time.sleep(wait)
-
-
-__all__ = ["Again", "retrying"]

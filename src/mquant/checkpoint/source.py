@@ -202,6 +202,3 @@ class Overlay:
     def identity(self) -> dict[str, str]:
         """The identity of the source below: what is in memory is not there yet."""
         return self._below.identity()
-
-
-__all__ = ["Folder", "Overlay", "Source", "Stamp", "stamp"]

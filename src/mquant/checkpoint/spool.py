@@ -353,6 +353,3 @@ def _stored(path: Path) -> Iterator[None]:
             f"{name} cannot be stored in {path.parent.parent}: {error.strerror}.",
             "Free space there, then run the same command again.",
         ) from error
-
-
-__all__ = ["FilePart", "Spool", "Work", "least_room", "parts_of"]

@@ -212,6 +212,3 @@ def _batches(files: Mapping[str, int]) -> Iterable[list[str]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-__all__ = ["HubWriter"]

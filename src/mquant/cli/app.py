@@ -89,5 +89,3 @@ _loader = typer.Typer(
 _loader.command("install")(loader.install)
 _loader.callback()(lambda: None)
 app.add_typer(_loader, name="loader")
-
-__all__ = ["app"]

@@ -11,9 +11,8 @@ from mquant.cli.output import Format, output
 from mquant.cli.plan import make
 from mquant.cli.progress import progress
 from mquant.cli.tables import facts
-from mquant.cli.text import plural
 from mquant.errors import UsageError
-from mquant.text import names
+from mquant.text import names, plural
 
 _EXAMPLE = "mquant calibrate ./Model --data texts.jsonl -o importance.safetensors"
 
@@ -62,6 +61,3 @@ def calibrate(
         if made.unseen:
             rows.append(("Unseen", f"{len(made.unseen):,} saw no token: {names(made.unseen)}"))
         out.show(Text.assemble(("Measured", "bold green"), f" {made.out}"), facts(rows))
-
-
-__all__ = ["calibrate"]

@@ -167,6 +167,3 @@ def _tell(out: Output, card: "Card", path: Path) -> None:
         measured=card.measured.anything,
     )
     out.show(Text.assemble(("Wrote", "bold green"), f" {path}"), card.report.verdict)
-
-
-__all__ = ["card"]

@@ -11,8 +11,8 @@ from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
 from mquant.cli.source import open_source
 from mquant.cli.tables import table
-from mquant.cli.text import clean, plural, size
 from mquant.errors import UsageError
+from mquant.text import clean, plural, size
 
 if TYPE_CHECKING:
     from mquant.measure.comparison import Comparison, ErrorStats
@@ -124,6 +124,3 @@ def _percent(error: "ErrorStats") -> str:
 
 def _decibel(error: "ErrorStats") -> str:
     return f"{error.sqnr:.1f} dB"
-
-
-__all__ = ["compare", "render", "verdict"]

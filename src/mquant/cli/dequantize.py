@@ -20,7 +20,8 @@ from mquant.cli.plan import show_plan
 from mquant.cli.progress import progress
 from mquant.cli.source import default_out, open_source
 from mquant.cli.tables import facts
-from mquant.cli.text import both_sizes, parse_size, plural
+from mquant.cli.text import parse_size
+from mquant.text import both_sizes, plural
 
 if TYPE_CHECKING:
     from mquant.runs.run import Result
@@ -104,6 +105,3 @@ def tell_converted(out: Output, done: "Result", verb: str) -> None:
             ]
         ),
     )
-
-
-__all__ = ["dequantize", "tell_converted"]

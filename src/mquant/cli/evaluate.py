@@ -12,8 +12,8 @@ from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
 from mquant.cli.source import open_source
 from mquant.cli.tables import facts, table
-from mquant.cli.text import clean
 from mquant.errors import UsageError
+from mquant.text import clean
 
 if TYPE_CHECKING:
     from mquant.measure.evaluation import Evaluation
@@ -114,6 +114,3 @@ def _routers(found: "Evaluation") -> RenderableType:
         share = each.usage[busiest] / sum(each.usage)
         rows.add_row(str(each.layer), f"{each.agreement:.2%}", f"{busiest} ({share:.1%})")
     return rows
-
-
-__all__ = ["evaluate", "render"]

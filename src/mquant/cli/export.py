@@ -59,5 +59,3 @@ def export(
 
 
 _SUFFIX = {Target.MODELOPT: "ModelOpt", Target.COMPRESSED_TENSORS: "CT"}
-
-__all__ = ["export"]

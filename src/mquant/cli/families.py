@@ -8,7 +8,7 @@ from rich.text import Text
 from mquant.cli.options import FormatChoice, shipped
 from mquant.cli.output import Format, output
 from mquant.cli.recipes import show_file
-from mquant.cli.text import clean
+from mquant.text import clean
 
 
 def _complete(incomplete: str) -> list[str]:
@@ -58,6 +58,3 @@ def show(name: Name = None, output_format: FormatChoice = Format.HUMAN) -> None:
         from mquant.family import load_families
 
         show_file(out, "families", name, load_families())
-
-
-__all__ = ["families", "show"]

@@ -13,8 +13,8 @@ from rich.text import Text
 from mquant.cli.options import FormatChoice
 from mquant.cli.output import Format, output
 from mquant.cli.tables import facts, table
-from mquant.cli.text import clean, plural, size
 from mquant.errors import DataFileError, Refused
+from mquant.text import clean, plural, size
 
 if TYPE_CHECKING:
     from mquant.checkpoint import Checkpoint
@@ -29,7 +29,7 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="The family file.", s
 Refusals = dict[str, tuple["Finding", ...]]
 
 
-def check(file: File, form: FormatChoice = Format.HUMAN) -> None:
+def check(file: File, output_format: FormatChoice = Format.HUMAN) -> None:
     """Check a family file: its keys and rows, and what recipes make of a tiny checkpoint of it.
 
     The checkpoint is what `mquant synth --family FILE` writes. Recipes that need data are left out.
@@ -37,7 +37,7 @@ def check(file: File, form: FormatChoice = Format.HUMAN) -> None:
 
     Example: mquant families check ./my_model.yaml
     """
-    with output("families.check", form) as out:
+    with output("families.check", output_format) as out:
         from mquant.family import load_families
 
         family = load_families(file)[str(file)]
@@ -132,6 +132,3 @@ def _recipes(checkpoint: "Checkpoint", refusals: Refusals) -> RenderableType:
         rows.add_row(clean(name), told)
     made = f"{plural(len(checkpoint.tensors), 'tensor')}, {size(checkpoint.nbytes)}"
     return Group("", f"Of a tiny checkpoint ({made}):", "", rows)
-
-
-__all__ = ["check"]

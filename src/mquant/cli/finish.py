@@ -10,7 +10,7 @@ from mquant.cli.options import FormatChoice
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
 from mquant.cli.results import tell_result
-from mquant.cli.text import clean
+from mquant.text import clean
 
 Out = Annotated[
     Path,
@@ -36,6 +36,3 @@ def finish(out_folder: Out, output_format: FormatChoice = Format.HUMAN) -> None:
             return
         out.put(out=str(out_folder), already_done=True)
         out.show(Text.assemble(("Already done:", "bold green"), f" {clean(str(out_folder))}"))
-
-
-__all__ = ["finish"]

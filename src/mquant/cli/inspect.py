@@ -9,7 +9,7 @@ from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.source import open_source
 from mquant.cli.tables import facts, table
-from mquant.cli.text import both_sizes, clean, plural, size
+from mquant.text import both_sizes, clean, plural, size
 
 if TYPE_CHECKING:
     from mquant.verify.inspect import Inspection, Portion
@@ -85,6 +85,3 @@ def _shares(title: str, shares: "tuple[Portion, ...]") -> RenderableType:
     for share in shares:
         rows.add_row(clean(share.name), f"{share.tensors:,}", size(share.bytes))
     return rows
-
-
-__all__ = ["inspect", "render"]

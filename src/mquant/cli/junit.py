@@ -5,8 +5,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mquant.cli.text import clean
 from mquant.errors import OutputError
+from mquant.text import clean
 
 if TYPE_CHECKING:
     from mquant.findings import Finding

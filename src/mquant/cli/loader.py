@@ -30,6 +30,3 @@ def install(name: Name, output_format: FormatChoice = Format.HUMAN) -> None:
         python, fresh = make(log)
         out.put(loader=name, version=VERSION, python=str(python), already_done=not fresh)
         out.show(f"{'Installed' if fresh else 'Already there'}: vLLM {VERSION} ({python})")
-
-
-__all__ = ["install"]

@@ -119,21 +119,3 @@ FamilyFile = Annotated[
 FormatChoice = Annotated[
     Format, typer.Option("--format", help="How the result is written to stdout.")
 ]
-
-__all__ = [
-    "AllowUnsafe",
-    "Data",
-    "FamilyFile",
-    "FormatChoice",
-    "Importance",
-    "MaxShardSize",
-    "Out",
-    "Public",
-    "RecipeName",
-    "Restart",
-    "Revision",
-    "Scratch",
-    "Src",
-    "Workers",
-    "shipped",
-]

@@ -22,9 +22,9 @@ import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from mquant.cli.text import clean
 from mquant.errors import MquantError, OutputError, Refused
 from mquant.findings import Finding
+from mquant.text import clean
 
 INTERRUPTED: Final = "Interrupted; it is safe to run the same command again."
 _ERRORS: Final = frozenset({"error"})
@@ -232,6 +232,3 @@ def _draw(parts: Iterable[RenderableType], stream: TextIO, *, soft_wrap: bool = 
     for part in parts:
         console.print(part, soft_wrap=soft_wrap, crop=False)
     return page.getvalue()
-
-
-__all__ = ["INTERRUPTED", "Format", "Output", "output", "plain_console", "write"]

@@ -21,8 +21,9 @@ from mquant.cli.options import Src as SrcArgument
 from mquant.cli.output import Format, Output, output
 from mquant.cli.source import default_out, open_source
 from mquant.cli.tables import facts, table
-from mquant.cli.text import both_sizes, clean, compress, parse_size, plural, size
+from mquant.cli.text import parse_size
 from mquant.errors import Refused, UsageError
+from mquant.text import both_sizes, clean, compress, plural, size
 
 if TYPE_CHECKING:
     from mquant.plan import Plan
@@ -205,6 +206,3 @@ def _ignore(ignore: list[str]) -> list[tuple[str, str]]:
         pattern if count == 1 else f"{pattern} ({count:,})" for pattern, count in compress(ignore)
     ]
     return [("Ignore" if n == 0 else "", entry) for n, entry in enumerate(entries or ["nothing"])]
-
-
-__all__ = ["make", "plan", "render_plan", "show_plan"]

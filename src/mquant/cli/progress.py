@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mquant.cli.output import Format, Output
-from mquant.cli.text import clean, plural
 from mquant.events import Emit, Event, Note, Progress
+from mquant.text import clean, plural
 
 
 @contextmanager
@@ -72,6 +72,3 @@ def _bars(out: Output) -> Iterator[Emit]:
                 _note(out, event)
 
         yield emit
-
-
-__all__ = ["progress"]

@@ -10,8 +10,8 @@ from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
 from mquant.cli.source import is_repo_id, open_source
 from mquant.cli.tables import table
-from mquant.cli.text import both_sizes, clean, plural
 from mquant.errors import UsageError
+from mquant.text import both_sizes, clean, plural
 
 if TYPE_CHECKING:
     from mquant.publish.push import Pushed, Shipment
@@ -109,6 +109,3 @@ def _tell(out: Output, repo: str, done: "Pushed") -> None:
     out.report(remote.findings)
     if remote.count("error"):
         raise typer.Exit(3)
-
-
-__all__ = ["push"]

@@ -29,9 +29,10 @@ from mquant.cli.plan import make, show_plan
 from mquant.cli.progress import progress
 from mquant.cli.results import tell_result, tell_share
 from mquant.cli.source import default_out, is_repo_id
-from mquant.cli.text import clean, parse_share, parse_size
+from mquant.cli.text import parse_share, parse_size
 from mquant.errors import UsageError
 from mquant.runs.spec import Engine, check_data
+from mquant.text import clean
 
 if TYPE_CHECKING:
     from mquant.plan import Plan
@@ -221,6 +222,3 @@ def _make_share(
     with progress(out) as emit:
         fresh = run.make(number, workers=workers, emit=emit)
     tell_share(out, run, number, fresh=fresh)
-
-
-__all__ = ["quantize"]

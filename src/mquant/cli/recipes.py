@@ -9,8 +9,8 @@ from rich.text import Text
 
 from mquant.cli.options import FormatChoice, shipped
 from mquant.cli.output import Format, Output, output, write
-from mquant.cli.text import clean
 from mquant.errors import UsageError
+from mquant.text import clean
 
 
 def _complete(incomplete: str) -> list[str]:
@@ -76,6 +76,3 @@ def show_file(
     if out.format is Format.HUMAN:
         # The file as it is: the reader may redirect it into one of their own.
         write(path.read_text(encoding="utf-8"))
-
-
-__all__ = ["recipes", "show", "show_file"]

@@ -22,8 +22,8 @@ from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
 from mquant.cli.source import default_out, open_source
 from mquant.cli.tables import facts
-from mquant.cli.text import plural, size
 from mquant.errors import UsageError
+from mquant.text import plural, size
 
 if TYPE_CHECKING:
     from mquant.checkpoint import Source
@@ -201,6 +201,3 @@ def _upload(diagnosis: "Diagnosis", folder: Path) -> Iterator[str]:
         ["hf", "upload", repo.name, str(folder), ".", *delete, "--commit-message", "Repair"]
     )
     yield shlex.join(["mquant", "verify", repo.name])
-
-
-__all__ = ["repair"]

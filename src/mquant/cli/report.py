@@ -11,8 +11,8 @@ from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
 from mquant.cli.source import open_source
 from mquant.cli.tables import facts
-from mquant.cli.text import size
 from mquant.errors import UsageError
+from mquant.text import size
 
 _EXAMPLE = "mquant report ./Model-NVFP4 --against ./Model --text wiki.txt -o report.html"
 
@@ -105,6 +105,3 @@ def report(
         out.report(made.verification.findings)
         if made.verification.count("error"):
             raise typer.Exit(3)
-
-
-__all__ = ["report"]

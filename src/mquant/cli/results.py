@@ -6,7 +6,7 @@ from rich.text import Text
 
 from mquant.cli.output import Output
 from mquant.cli.tables import facts
-from mquant.cli.text import both_sizes, clean, plural, size
+from mquant.text import both_sizes, clean, plural, size
 
 if TYPE_CHECKING:
     from mquant.runs.run import Result
@@ -105,6 +105,3 @@ def _tell_pushed(out: Output, done: "Result") -> None:
             ]
         ),
     )
-
-
-__all__ = ["tell_result", "tell_share"]

@@ -10,8 +10,8 @@ from mquant.cli.options import FormatChoice, Revision
 from mquant.cli.output import Format, Output, output
 from mquant.cli.source import open_source
 from mquant.cli.tables import facts
-from mquant.cli.text import clean
 from mquant.errors import UsageError
+from mquant.text import clean
 
 if TYPE_CHECKING:
     from mquant.smoke.prompts import Trial
@@ -107,6 +107,3 @@ def _show(out: Output, trial: "Trial") -> None:
     mark = ("✗", "bold red") if trial.wrong else ("✓", "bold green")
     answer = clean(" ".join(trial.answer.split())[:_SHOWN])
     out.show(Text.assemble(mark, f" {trial.prompt.what}: ", (answer, "dim")))
-
-
-__all__ = ["smoke"]

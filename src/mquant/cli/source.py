@@ -67,6 +67,3 @@ def default_out(source: "Source", suffix: str) -> Path:
     if isinstance(source, Folder) and source.root.resolve() == Path.cwd():
         return Path("..") / name
     return Path(name)
-
-
-__all__ = ["default_out", "is_repo_id", "open_source"]

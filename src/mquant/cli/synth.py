@@ -10,8 +10,9 @@ from mquant.cli.options import FormatChoice, MaxShardSize, shipped
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
 from mquant.cli.tables import facts
-from mquant.cli.text import both_sizes, parse_size, plural
+from mquant.cli.text import parse_size
 from mquant.errors import UsageError
+from mquant.text import both_sizes, plural
 
 if TYPE_CHECKING:
     from mquant.family import Family
@@ -130,6 +131,3 @@ def _choose(name: str | None, families: "Iterable[Family]") -> "Family":
             f"Take one of: {', '.join(known)}. Example: {_EXAMPLE}",
         )
     return known[name]
-
-
-__all__ = ["synth"]

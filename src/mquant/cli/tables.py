@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from mquant.cli.text import clean
+from mquant.text import clean
 
 _GAP: Final = 2  # between columns
 
@@ -48,6 +48,3 @@ def table(*columns: tuple[str, Literal["left", "right"]]) -> Table:
         wraps = (title, justify) == columns[-1] and justify == "left"
         rows.add_column(title, justify=justify, no_wrap=not wraps)
     return rows
-
-
-__all__ = ["facts", "table"]

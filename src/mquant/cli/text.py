@@ -4,7 +4,7 @@ import re
 from typing import Final
 
 from mquant.errors import UsageError
-from mquant.text import binary_size, both_sizes, clean, compress, plural, size
+from mquant.text import clean
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b)?", re.IGNORECASE)
 _POWER: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -31,15 +31,3 @@ def parse_share(text: str) -> tuple[int, int]:
     raise UsageError(
         f"{clean(text[:40])!r} is no share.", "Write it like 3/16: the third of 16, the first is 1."
     )
-
-
-__all__ = [
-    "binary_size",
-    "both_sizes",
-    "clean",
-    "compress",
-    "parse_share",
-    "parse_size",
-    "plural",
-    "size",
-]

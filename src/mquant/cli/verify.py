@@ -11,7 +11,7 @@ from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
 from mquant.cli.source import open_source
-from mquant.cli.text import clean, plural, size
+from mquant.text import clean, plural, size
 
 _EXAMPLE = "mquant verify ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP"
 
@@ -94,6 +94,3 @@ def verify(
         out.report(report.findings, failing=failing)
         if any(found.severity in failing for found in report.findings):
             raise typer.Exit(3)
-
-
-__all__ = ["verify"]

@@ -11,7 +11,7 @@ from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.source import open_source
 from mquant.cli.tables import table
-from mquant.cli.text import clean, plural, size
+from mquant.text import clean, plural, size
 
 if TYPE_CHECKING:
     from mquant.verify.ignore import IgnoreReport
@@ -96,6 +96,3 @@ def _entries(report: "IgnoreReport") -> Table:
     if more > 0:
         rows.add_row("", "", f"... and {more:,} more")
     return rows
-
-
-__all__ = ["render", "verify_ignore"]

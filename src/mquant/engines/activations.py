@@ -99,6 +99,3 @@ class Watch(Modifier):  # type: ignore[misc]  # untyped base
     def on_calibration_end(self, state: Any, event: Any, **options: Any) -> None:
         """Look no longer."""
         self.remove_hooks()
-
-
-__all__ = ["mean_squares"]

@@ -90,6 +90,3 @@ def _read(source: Source, info: TensorInfo) -> Array:
     source.read_into(info.shard, info.start, memoryview(raw))
     float_format = FLOATS[info.dtype]
     return float_format.values(float_format.words(raw)).reshape(info.shape)
-
-
-__all__ = ["Rows", "open_rows"]

@@ -134,6 +134,3 @@ def _check_values(file: str, info: TensorInfo, data: bytes) -> None:
             "importance is a finite number, zero or more.",
             _FIX,
         )
-
-
-__all__ = ["Importance", "importance_fingerprint", "open_importance", "read_importance", "weigher"]

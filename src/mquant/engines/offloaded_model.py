@@ -174,6 +174,3 @@ def _expect_shape(name: str, built: torch.Tensor | None, info: TensorInfo) -> No
             f"{list(info.shape)}.",
             "config.json and shards do not belong together.",
         )
-
-
-__all__ = ["ParentCache", "attach", "build_model", "read_tensor"]

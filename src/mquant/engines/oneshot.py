@@ -360,6 +360,3 @@ def quiet(emit: Emit) -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(verbosity)
         logger.remove(handler)
-
-
-__all__ = ["Drained", "DrainedGPTQ", "as_bytes", "calibrate", "compress", "run"]

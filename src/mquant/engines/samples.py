@@ -115,6 +115,3 @@ def _ids(row: object, tokenizer: Any, data: str) -> list[int]:
         raise DataFileError(f"A row of {data} has neither `text` nor `messages`.", _FIX)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
-
-
-__all__ = ["load_samples"]

@@ -358,6 +358,3 @@ def _refuse(action: Action, bad: int) -> None:
 
 def _blocks(unit: WorkUnit) -> int:
     return sum(action.source.elements for action in unit.actions) // GROUP
-
-
-__all__ = ["PIECE", "Importance", "alike", "make", "run"]

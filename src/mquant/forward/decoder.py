@@ -334,6 +334,3 @@ def _groups(items: Iterable[int], size: int) -> Iterator[list[int]]:
     rest = iter(items)
     while group := list(islice(rest, size)):
         yield group
-
-
-__all__ = ["Integers", "Model", "Shape", "shape_of"]

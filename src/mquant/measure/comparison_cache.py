@@ -96,6 +96,3 @@ def _cannot(error: OSError) -> OutputError:
         f"What was compared cannot be kept in the cache folder: {error.strerror}.",
         "Free space there, or set XDG_CACHE_HOME to another folder.",
     )
-
-
-__all__ = ["ComparisonCache"]

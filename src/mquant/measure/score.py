@@ -95,6 +95,3 @@ def _add(each: Running, logits: Doubles, some: slice, targets: Integers, first: 
     here = np.flatnonzero((place >= 0) & (place < logits.shape[1]))
     each.target[some][here] = logits[here, place[here]]
     return shrink
-
-
-__all__ = ["Scores", "score"]

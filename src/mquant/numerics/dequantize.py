@@ -137,11 +137,3 @@ def _decode_nvfp4(packed: Array, scales: Array, table: Array, words: Array) -> N
         for i in range(block * 8, block * 8 + 8):
             words[2 * i] = row[packed[i] & np.uint8(15)]
             words[2 * i + 1] = row[packed[i] >> np.uint8(4)]
-
-
-__all__ = [
-    "decode_fp8",
-    "decode_nvfp4",
-    "nvfp4_table",
-    "prepare_decoding",
-]

@@ -89,22 +89,3 @@ def e2m1_codes(absolute: Array) -> Bytes:
 def e4m3_codes(absolute: Array) -> Bytes:
     """Codes 0 to 126 of non-negative float32 numbers, above 448 saturating."""
     return np.searchsorted(E4M3_EDGES, absolute, side="right").astype(np.uint8)
-
-
-__all__ = [
-    "BF16",
-    "E2M1",
-    "E2M1_EDGES",
-    "E4M3",
-    "E4M3_EDGES",
-    "F16",
-    "F32",
-    "FLOATS",
-    "Array",
-    "Bytes",
-    "FloatFormat",
-    "Floats",
-    "Words",
-    "e2m1_codes",
-    "e4m3_codes",
-]

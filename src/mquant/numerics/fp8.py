@@ -147,6 +147,3 @@ def _encode_some(words: Array, scale: Any, as_float: Any, rounded: Any, codes: A
         small = np.uint32((quotient * np.float32(512) + _ONES) - _ONES)
         code = normal if quotient >= np.float32(2.0**-6) else small
         codes[i] = np.uint8(code | ((word >> to_sign) & np.uint32(0x80)))
-
-
-__all__ = ["encode_into", "prepare_fp8", "quantize", "scales_of"]

@@ -215,12 +215,3 @@ def _pack(pairs: Array, packed: Array) -> None:
     """Two codes, seen as one uint32, into a byte each: the first in the low nibble."""
     for i in range(packed.size):
         packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint32(12)))
-
-
-__all__ = [
-    "block_maxima",
-    "compiling",
-    "pack_into",
-    "prepare",
-    "quantize_into",
-]

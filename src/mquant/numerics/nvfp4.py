@@ -104,16 +104,3 @@ def element_codes(quotient: Floats) -> Bytes:
     negative = (quotient < 0).astype(np.uint8)
     codes: Bytes = e2m1_codes(np.abs(quotient)) | negative << np.uint8(3)
     return codes
-
-
-__all__ = [
-    "GROUP",
-    "SCALE_OF_ZERO",
-    "block_scales",
-    "element_codes",
-    "global_scale",
-    "global_scale_of",
-    "quantize",
-    "quotients",
-    "rounded_scales",
-]

@@ -27,6 +27,3 @@ def prefetch(_typing: Any, array: Any, index: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, index), generate
-
-
-__all__ = ["prefetch"]

@@ -21,6 +21,3 @@ def recovered(factor: np.float32) -> np.float32:
     plain = reciprocal(factor)
     short = np.float32(plain.astype(BF16.value))
     return short if reciprocal(short) == factor else plain
-
-
-__all__ = ["reciprocal", "recovered"]

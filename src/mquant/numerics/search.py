@@ -287,6 +287,3 @@ def _error(x: Any, w: Any, d: Any, over_d: Any) -> Any:
     shift = np.uint32(binade).view(np.float32) * _HALVES
     off = x - ((quotient + shift) - shift) * d
     return w * (off * off)
-
-
-__all__ = ["ALIKE", "RATIOS", "SearchedWeight", "prepare_search", "search"]

@@ -84,6 +84,3 @@ def _first(
         high = np.where(done, middle, high)
         low = np.where(done, low, middle + np.uint32(1))
     return high
-
-
-__all__ = ["BUCKETS", "Magnitudes", "Thresholds", "thresholds"]

@@ -4,7 +4,6 @@ from mquant.output.apply import WORK, apply, is_staged, stage
 from mquant.output.disk import PARTIAL, is_there, link, write_document
 from mquant.output.finish import (
     LAST,
-    MODELOPT_NAME,
     RECIPE_NAME,
     config_json,
     file_names,
@@ -33,7 +32,6 @@ from mquant.output.shared_run import (
 __all__ = [
     "LAST",
     "LEDGER",
-    "MODELOPT_NAME",
     "MOST_SHARES",
     "PARTIAL",
     "RECIPE_NAME",

@@ -97,6 +97,3 @@ def _read(path: Path) -> dict[str, Any]:
             "If mquant did not write it, delete its folder; then run the same command again.",
         )
     return table
-
-
-__all__ = ["WORK", "apply", "is_staged", "stage"]

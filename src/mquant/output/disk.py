@@ -155,18 +155,3 @@ def pwrite(file: int, data: bytes | memoryview, offset: int) -> int:
     while done < len(view):  # pwrite stops at 2 GiB
         done += os.pwrite(file, view[done:], offset + done)
     return done
-
-
-__all__ = [
-    "PARTIAL",
-    "fsync_folder",
-    "is_plain",
-    "is_there",
-    "link",
-    "out_of_space",
-    "preallocate",
-    "pwrite",
-    "read_own",
-    "write_document",
-    "write_whole",
-]

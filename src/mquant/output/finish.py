@@ -231,20 +231,3 @@ def write_file(out: Path, name: str, pieces: Iterable[bytes]) -> str:
                 "Remove it, or give another folder with -o.",
             )
         return write_whole(path, pieces)
-
-
-__all__ = [
-    "LAST",
-    "MODELOPT_NAME",
-    "RECIPE_NAME",
-    "absent_files",
-    "config_json",
-    "file_names",
-    "finish",
-    "index_json",
-    "linked_files",
-    "recipe_yaml",
-    "side_files",
-    "source_notes",
-    "write_file",
-]

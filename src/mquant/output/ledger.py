@@ -240,18 +240,3 @@ def _parse(line: bytes) -> Any:
         return parse_json(line)
     except ValueError:
         return None
-
-
-__all__ = [
-    "LEDGER",
-    "MOST_BYTES",
-    "SHARES",
-    "Ledger",
-    "Recorded",
-    "head_line",
-    "is_ledger",
-    "ledger_name",
-    "parse_ledger",
-    "read_ledger",
-    "shard_line",
-]

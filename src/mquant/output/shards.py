@@ -286,6 +286,3 @@ def _unchanged(
 def _is_of(path: Path, nbytes: int) -> bool:
     """Whether there is a file of just so many bytes."""
     return path.is_file() and path.stat().st_size == nbytes
-
-
-__all__ = ["ShardObserver", "ShardSet", "complete_shards", "units_still_valid"]

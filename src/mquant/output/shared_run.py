@@ -188,17 +188,3 @@ def delete_share_files(out: Path) -> None:
         fsync_folder(out)
         (out / SHARES).unlink()
         fsync_folder(out)
-
-
-__all__ = [
-    "MOST_SHARES",
-    "SharedRun",
-    "check_version",
-    "claim",
-    "delete_share_files",
-    "folder_lock",
-    "is_taken",
-    "look",
-    "read_shared_run",
-    "take_share",
-]

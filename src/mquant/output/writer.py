@@ -113,6 +113,3 @@ class ShardWriter:
         while self._next < len(order) and order[self._next][1] in self._done:
             self._next += 1
         return order[self._next - 1][0] if self._next else len(self.shard.layout[0])
-
-
-__all__ = ["ShardWriter"]

@@ -197,6 +197,3 @@ def _module(name: str) -> str:
 
 def _under(prefix: str, info: TensorInfo) -> TensorInfo:
     return replace(info, shard=prefix + info.shard)
-
-
-__all__ = ["BAD", "PARENT", "Mending", "from_parent", "mend"]

@@ -311,6 +311,3 @@ def declaration(
         "transform_config": {},
         "version": FORMAT_VERSION,
     }
-
-
-__all__ = ["Action", "OutputTensor", "Plan", "ShardPlan", "WorkUnit", "declaration"]

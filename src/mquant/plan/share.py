@@ -32,6 +32,3 @@ def shares(plan: Plan, of: int) -> tuple[Plan, ...]:
         parts[owner].append(shard)
         before += size
     return tuple(replace(plan, shards=tuple(part)) for part in parts)
-
-
-__all__ = ["share", "shares"]

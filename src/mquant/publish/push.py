@@ -266,6 +266,3 @@ def _is_paper(name: str) -> bool:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-__all__ = ["LAST", "Pushed", "Shipment", "load", "push"]

@@ -14,8 +14,9 @@ from mquant.events import silent
 from mquant.family import Family
 from mquant.findings import Finding
 from mquant.loader_model.formats import SUFFIXES, StorageFormat
+from mquant.loader_model.modules import MODELOPT_NAME
 from mquant.numerics.reciprocal import reciprocal, recovered
-from mquant.output import MODELOPT_NAME, RECIPE_NAME, as_table, known_table
+from mquant.output import RECIPE_NAME, as_table, known_table
 from mquant.plan import Target, hf_quant_config, make_export_plan, scalars, survey_for
 from mquant.runs.convert import convert
 from mquant.runs.run import Result, RunOptions

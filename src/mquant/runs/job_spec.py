@@ -116,6 +116,3 @@ class JobSpec(BaseModel):
     def importance_file(self) -> Path | None:
         """The importance file, if there is one."""
         return None if self.importance is None else Path(self.importance)
-
-
-__all__ = ["JobSpec"]

@@ -288,6 +288,3 @@ def _answers(address: str) -> bool:
     except OSError:
         return False
     return True
-
-
-__all__ = ["quantize_on_ray", "work"]

@@ -147,6 +147,3 @@ class Server:
             f"{self.name} does not answer as an OpenAI-compatible server does.",
             "Give the address of one, such as http://localhost:8000.",
         )
-
-
-__all__ = ["Answer", "Server"]

@@ -72,6 +72,3 @@ def _vector(view: ModuleView, name: str) -> Floats | None:
     if info is None or info.dtype not in READABLE or info.nbytes > PIECE:  # no model has such
         return None
     return floats(read(view, info), info.dtype)
-
-
-__all__ = ["Scaling", "scaled"]

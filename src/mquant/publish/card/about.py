@@ -44,6 +44,3 @@ def read_about(path: Path) -> About:
             f"{path.name}: {where}: {first['msg']}.",
             "It may hold repo, base_model, companions (repo, what) and citation.",
         ) from None
-
-
-__all__ = ["About", "Companion", "read_about"]

@@ -202,6 +202,3 @@ def _cache_bytes(view: ModuleView) -> int | None:
     if None in sizes:
         return None
     return 2 * _CACHE_BYTES * math.prod(size or 0 for size in sizes)
-
-
-__all__ = ["Card", "RoleFacts", "gather"]

@@ -45,6 +45,3 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     titles = list(head)
     lines = [titles, ["---"] * len(titles), *map(list, rows)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-__all__ = ["block", "code", "table", "text"]

@@ -103,6 +103,3 @@ def _number(value: object) -> float | None:
 
 def _count(value: object) -> int | None:
     return value if type(value) is int and 0 <= value < _MOST else None
-
-
-__all__ = ["Measured", "read_compare", "read_eval"]

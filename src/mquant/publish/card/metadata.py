@@ -62,6 +62,3 @@ def _tags(card: Card) -> list[str]:
         "mquant" if card.record else "",
     ]
     return [tag for tag in tags if tag]
-
-
-__all__ = ["metadata"]

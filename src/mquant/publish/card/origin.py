@@ -108,6 +108,3 @@ def _licence(card: Card) -> Iterator[str]:
         yield f"## Licence\n\n{code(said)}, the same as {text(parent.repo) or 'the parent'}.\n"
     elif card.license_file:
         yield f"## Licence\n\nSee {code(card.license_file)} among the files.\n"
-
-
-__all__ = ["made", "sources"]

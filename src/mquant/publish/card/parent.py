@@ -117,6 +117,3 @@ def _sentence(body: str) -> str:
     prose = [line for line in lines if line and line[0] not in "#|<`![" and _REAP.search(line)]
     line = next(filter(_PRUNING.search, prose), next(iter(prose), ""))
     return line if len(line) <= _MOST_QUOTED else line[: _MOST_QUOTED - 3].rstrip() + "..."
-
-
-__all__ = ["Parent", "find_parent"]

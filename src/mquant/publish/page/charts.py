@@ -90,6 +90,3 @@ def _png(pixels: Sequence[Sequence[tuple[int, int, int, int]]]) -> str:
     data = zlib.compress(b"".join(lines), 9)
     parts = chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
     return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + parts).decode()
-
-
-__all__ = ["Cells", "columns", "heatmap", "meter"]

@@ -53,6 +53,3 @@ def facts(rows: Sequence[tuple[str, str]]) -> Html:
     """Names and values; long values wrap."""
     made = (tag("tr", tag("td", name), tag("td", value)) for name, value in rows)
     return tag("table", tag("tbody", *made), cls="facts")
-
-
-__all__ = ["Html", "facts", "join", "table", "tag", "text"]

@@ -243,6 +243,3 @@ def _grid(rows: Sequence[Sequence[Any]]) -> list[list[float | None]]:
 
 def _number(value: float | None, template: str) -> str:
     return "no number" if value is None else template.format(value)
-
-
-__all__ = ["Evidence", "Size", "render"]

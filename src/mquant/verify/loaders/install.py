@@ -70,6 +70,3 @@ def install(log: Path) -> tuple[Path, bool]:
                 )
     (where / "installed").write_text(VERSION + "\n", encoding="utf-8")
     return python, True
-
-
-__all__ = ["VERSION", "environment", "find_python", "install", "installed"]
