@@ -19,16 +19,16 @@ def write_junit(path: Path, report: "Report", failing: Collection[str]) -> None:
     A rule that nothing breaks passes, where what it needs was looked at; so does one that has only
     something to tell. Raises OutputError.
     """
-    from mquant.verify.rules import RULES
+    from mquant.findings import RULES
 
     looked = {"loader" if checked == "vllm" else checked for checked in report.checked}
     suite = ET.Element("testsuite", name=f"mquant verify {clean(report.source)}")
     counts = {"tests": 0, "failures": 0, "skipped": 0}
-    for rule in sorted(RULES.values(), key=lambda rule: (rule.depth, rule.id)):
+    for rule in sorted(RULES.values(), key=lambda rule: (rule.needs, rule.id)):
         broken = [found for found in report.findings if found.rule == rule.id]
-        if not broken and rule.depth not in looked:
+        if not broken and rule.needs not in looked:
             continue
-        case = ET.SubElement(suite, "testcase", classname=f"mquant.{rule.depth}", name=rule.id)
+        case = ET.SubElement(suite, "testcase", classname=f"mquant.{rule.needs}", name=rule.id)
         counts["tests"] += 1
         if broken and broken[0].severity == "info":
             ET.SubElement(case, "system-out").text = "\n".join(map(_text, broken))

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo
-from mquant.findings import Finding
+from mquant.findings import Finding, Rule, rule
 from mquant.schemes import NVFP4A16, QUANTIZED_SUFFIXES
 
 GROUP: Final = NVFP4A16.columns
@@ -20,6 +20,24 @@ _SCALARS: Final[tuple[tuple[int, ...], ...]] = ((1,), ())
 _FP8_DTYPES: Final = ("F8_E4M3", "F8_E5M2")
 # Scales of what is not a weight: of no use to one that is not quantized any more.
 _OF_CACHE: Final = (".k_scale", ".v_scale", ".q_scale", ".output_scale")
+
+PART_MISSING: Final = rule(
+    "part-missing",
+    "error",
+    "structure",
+    "A quantized module has its codes and all its scales.",
+    "vLLM turns its missing-weight check off for quantized models: what is missing stays "
+    "uninitialised, and the model talks nonsense.",
+    "Quantize again, with a tool that writes the whole module.",
+)
+PART_SHAPE: Final = rule(
+    "part-shape",
+    "error",
+    "structure",
+    "Codes and scales of a module fit each other.",
+    "vLLM copies what fits of an expert's scales, without an error.",
+    "Quantize again, with a tool that writes the whole module.",
+)
 
 
 class Form(StrEnum):
@@ -177,7 +195,7 @@ def _stored(
     for needed in filter(None, (suffix, scale_suffix, second_suffix)):
         if needed not in tensors:
             there = ", ".join(sorted(tensors))
-            return _broken(module, "part-missing", f"{module} has no {needed} beside {there}")
+            return _broken(module, PART_MISSING, f"{module} has no {needed} beside {there}")
     codes, scale, second = tensors[suffix], tensors[scale_suffix], tensors.get(second_suffix)
     if codes.dtype != dtype or len(codes.shape) != 2 or 0 in codes.shape:
         return _odd(codes, f"{dtype} with two dimensions")
@@ -237,11 +255,11 @@ def _formats(config: Mapping[str, Any]) -> set[str]:
 def _odd(info: TensorInfo, meant: str) -> Finding:
     module = info.name.rpartition(".")[0]
     sentence = f"{info.name} is {info.dtype} {list(info.shape)}, but must be {meant}"
-    return _broken(module, "part-shape", sentence)
+    return _broken(module, PART_SHAPE, sentence)
 
 
-def _broken(module: str, rule: str, sentence: str) -> Finding:
-    return Finding(rule, "error", module, f"{sentence}.", "Get the checkpoint again.")
+def _broken(module: str, rule: Rule, sentence: str) -> Finding:
+    return rule.finding(module, f"{sentence}.", "Get the checkpoint again.")
 
 
 __all__ = ["GROUP", "NVFP4S", "Form", "Stored", "StoredWeights", "find_stored"]

@@ -8,8 +8,8 @@ from mquant.family import Role
 from mquant.findings import Finding
 from mquant.loader_model.in_vllm import Judged, VllmView, vllm_view_of
 from mquant.loader_model.modules import ModuleView
-from mquant.verify.ignore_checks import findings_of
-from mquant.verify.ignore_rules import QUANTIZED
+from mquant.plan.unsafe import QUANTIZED
+from mquant.verify.ignore_checks import EXPERT_NAMES, findings_of
 
 _PLURAL: Final = {Role.ROUTER: "routers", Role.EMBEDDING: "embeddings", Role.HEAD: "heads"}
 
@@ -155,7 +155,7 @@ def _verdict(vllm_view: VllmView, kinds: tuple[RoleCount, ...], findings: list[F
     if refused:
         are = _are([_part(kind, kind.quantized) for kind in refused])
         return f"{are} quantized: vLLM will refuse to load this."
-    if "expert-names" in rules:
+    if EXPERT_NAMES.id in rules:
         return (
             "The experts have names that vLLM does not know: it will load this without an error "
             "and leave them uninitialised."

@@ -20,7 +20,7 @@ from mquant.verify.ignore import check_ignore
 from mquant.verify.loaders.install import find_python
 from mquant.verify.loaders.vllm import Verdict, ask
 from mquant.verify.numbers import check_numbers
-from mquant.verify.structure import check_structure, lost_shards
+from mquant.verify.structure import check_structure
 from mquant.verify.tensor_parallel import check_parallel
 
 _ORDER: Final[tuple[Severity, ...]] = ("error", "warning", "info")
@@ -171,7 +171,7 @@ def verify(
 def _ignore(view: ModuleView) -> list[Finding]:
     # Entries that match nothing may be meant for what lay in a lost shard.
     findings = check_ignore(view).findings
-    return [f for f in findings if f.severity == "error" or not lost_shards(view)]
+    return [f for f in findings if f.severity == "error" or not view.checkpoint.lost_shards]
 
 
 def _sorted(findings: list[Finding]) -> tuple[Finding, ...]:
