@@ -10,7 +10,7 @@ No finding can be made without one. docs/verify-rules.md, JUnit and JSON derive 
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 Severity = Literal["error", "warning", "info"]
 Context = Literal["judged", "source", "fact", "tolerated"]
@@ -20,6 +20,7 @@ Context = Literal["judged", "source", "fact", "tolerated"]
 `tolerated`: as `source`, but the user allowed it, or the recipe is another tool's.
 """
 Needs = Literal["structure", "numbers", "against", "loader", "plan", "inspect", "run", "smoke"]
+Knowledge = Literal["family", "list", "layout"]
 VERIFIED: Final[tuple[Needs, ...]] = ("structure", "numbers", "against", "loader")
 """What the rules of `mquant verify` need; all other rules are of other verbs."""
 
@@ -56,7 +57,9 @@ class Rule:
     `needs` says what is read: headers and JSON (`structure`), all data (`numbers`), the parent
     (`against`), a real loader (`loader`); or which verb checks it. `what` must hold, `why` a loader
     or a person cares, `fix` is the fix of findings that have no better one. `as_source`, `as_fact`
-    and `if_tolerated` are the severities in those contexts, if they differ.
+    and `if_tolerated` are the severities in those contexts, if they differ. `knowing` is what must
+    be known of a checkpoint, or the rule is not judged: its model family, how its method matches
+    the ignore `list`, the `layout` of its quantized modules.
     """
 
     id: str
@@ -68,6 +71,7 @@ class Rule:
     as_source: Severity | None = None
     as_fact: Severity | None = None
     if_tolerated: Severity | None = None
+    knowing: tuple[Knowledge, ...] = ()
 
     def severity_in(self, context: Context) -> Severity:
         """How bad a finding is in a context."""
@@ -103,12 +107,12 @@ def rule(
     what: str,
     why: str,
     fix: str,
-    **contexts: Severity,
+    **more: Any,
 ) -> Rule:
     """Declare and register a rule. Raises ValueError for an id that is taken."""
     if name in RULES:
         raise ValueError(f"rule {name} is declared twice")
-    RULES[name] = Rule(name, severity, needs, what, why, fix, **contexts)
+    RULES[name] = Rule(name, severity, needs, what, why, fix, **more)
     return RULES[name]
 
 
@@ -122,6 +126,7 @@ __all__ = [
     "VERIFIED",
     "Context",
     "Finding",
+    "Knowledge",
     "Needs",
     "Rule",
     "Severity",

@@ -55,6 +55,7 @@ FUSED_SET_MIXED: Final = rule(
     "The members of a fused set are quantized alike, or all plain.",
     "Loaders make one matrix of the members, quantized in one way, or refuse to.",
     "Quantize all members, or put all of them in ignore.",
+    knowing=("family",),
 )
 EXPERTS_MIXED: Final = rule(
     "experts-mixed",
@@ -63,6 +64,7 @@ EXPERTS_MIXED: Final = rule(
     "The experts of a layer are quantized alike, or all plain.",
     "Engines run them in one kernel: one BF16 expert among quantized ones is refused.",
     "Quantize all experts of the layer, or none.",
+    knowing=("family",),
 )
 NOTHING_TO_QUANTIZE: Final = rule(
     "nothing-to-quantize",

@@ -54,6 +54,7 @@ ACTIVATION_SCALES_MISSING: Final = rule(
     "Where config.json declares static scales of activations, the tensors are there.",
     "vLLM loads without them and multiplies by what lay in memory.",
     "Calibrate again, or declare weights only (input_activations: null).",
+    knowing=("layout",),
 )
 
 

@@ -29,6 +29,7 @@ PART_MISSING: Final = rule(
     "vLLM turns its missing-weight check off for quantized models: what is missing stays "
     "uninitialised, and the model talks nonsense.",
     "Quantize again, with a tool that writes the whole module.",
+    knowing=("layout",),
 )
 PART_SHAPE: Final = rule(
     "part-shape",
@@ -37,6 +38,7 @@ PART_SHAPE: Final = rule(
     "Codes and scales of a module fit each other.",
     "vLLM copies what fits of an expert's scales, without an error.",
     "Quantize again, with a tool that writes the whole module.",
+    knowing=("layout",),
 )
 
 

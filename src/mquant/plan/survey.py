@@ -44,6 +44,7 @@ TENSOR_UNKNOWN: Final = rule(
     "Every tensor is one that the family has, or a part of one that is quantized.",
     "Loaders refuse it, or drop it without a word.",
     "Remove it, or, if it belongs to the model, add its name to the family's file.",
+    knowing=("family",),
 )
 
 

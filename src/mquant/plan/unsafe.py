@@ -23,6 +23,7 @@ ROUTER_QUANTIZED: Final = rule(
     "Take them from the parent, which `mquant repair SRC --from PARENT` does; or quantize again, "
     "with an ignore list that names them.",
     if_tolerated="warning",
+    knowing=("family",),
 )
 HEAD_QUANTIZED: Final = rule(
     "head-quantized",

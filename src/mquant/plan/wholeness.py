@@ -21,6 +21,7 @@ CONFIG_KEY_UNUSABLE: Final = rule(
     "config.json has the numbers that tensors are counted and measured by.",
     "No loader can build the model without them.",
     "Take config.json from the model's repo.",
+    knowing=("family",),
 )
 EXPERT_GAP: Final = rule(
     "expert-gap",
@@ -30,6 +31,7 @@ EXPERT_GAP: Final = rule(
     "vLLM turns its missing-weight check off for quantized models: what is missing stays "
     "uninitialised, and the model talks nonsense.",
     "Number the experts without gaps, or get the missing shards.",
+    knowing=("family",),
 )
 EXPERTS_DISAGREE: Final = rule(
     "experts-disagree",
@@ -38,6 +40,7 @@ EXPERTS_DISAGREE: Final = rule(
     "Every layer has as many experts as config.json says.",
     "vLLM takes more or fewer without an error; routing then points at the wrong ones.",
     "Set the number in config.json to what the shards hold, or get the right shards.",
+    knowing=("family",),
 )
 TENSOR_MISSING: Final = rule(
     "tensor-missing",
@@ -47,6 +50,7 @@ TENSOR_MISSING: Final = rule(
     "vLLM turns its missing-weight check off for quantized models: what is missing stays "
     "uninitialised, and the model talks nonsense.",
     "Get the checkpoint again.",
+    knowing=("family",),
 )
 LAYERS_DISAGREE: Final = rule(
     "layers-disagree",
@@ -55,6 +59,7 @@ LAYERS_DISAGREE: Final = rule(
     "There are as many layers as config.json says.",
     "Layers beyond the number are refused or dropped.",
     "Set the number in config.json to what the shards hold, or get the right shards.",
+    knowing=("family",),
 )
 BLOCK_DISAGREES: Final = rule(
     "block-disagrees",
@@ -64,6 +69,7 @@ BLOCK_DISAGREES: Final = rule(
     "Loaders build the layer that config.json describes, and refuse or drop the tensors of "
     "another.",
     "Take config.json and shards from the same checkpoint.",
+    knowing=("family",),
 )
 FUSED_SET_INCOMPLETE: Final = rule(
     "fused-set-incomplete",
@@ -73,6 +79,7 @@ FUSED_SET_INCOMPLETE: Final = rule(
     "vLLM turns its missing-weight check off for quantized models: what is missing stays "
     "uninitialised, and the model talks nonsense.",
     "Get the missing shards.",
+    knowing=("family",),
 )
 SHAPE_DISAGREES: Final = rule(
     "shape-disagrees",
@@ -81,6 +88,7 @@ SHAPE_DISAGREES: Final = rule(
     "Shapes are those that config.json implies; of a quantized weight, what it unpacks to.",
     "Loaders refuse it, or copy what fits: for experts without an error.",
     "Take config.json and shards from the same checkpoint.",
+    knowing=("family",),
 )
 
 

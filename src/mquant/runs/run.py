@@ -303,6 +303,7 @@ class Run:
         families = {self.spec.plan.family.name: self.spec.plan.family}
         depth = Depth.NUMBERS if parent else Depth.STRUCTURE
         report = verify(made, families, depth, parent=parent, emit=self.emit)
+        report.raise_if_undecided()
         for finding in report.findings:
             known = finding.rule in ignoring or finding.rule == CONFIG_KEY_MISSING.id
             if finding.severity == "error" and not known:

@@ -59,6 +59,7 @@ WEIGHT_BEYOND_BOUND: Final = rule(
     "Swapped nibbles, rows, experts or scales load without an error.",
     "Quantize again. Weights that other tools change on purpose (AWQ, SmoothQuant) have no "
     "parent to be compared with.",
+    knowing=("layout",),
 )
 WEIGHT_ERROR_HIGH: Final = rule(
     "weight-error-high",
@@ -67,6 +68,7 @@ WEIGHT_ERROR_HIGH: Final = rule(
     "The relative error of a whole weight is one that rounding explains (NVFP4: about 0.1).",
     "The scales are badly chosen, or of another weight.",
     "Quantize again, and compare the tools.",
+    knowing=("layout",),
 )
 WEIGHT_NOT_COMPARED: Final = rule(
     "weight-not-compared",

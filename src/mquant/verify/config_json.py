@@ -55,6 +55,7 @@ WEIGHTS_MISDECLARED: Final = rule(
     "The type, bits and group size in config_groups are those of the tensors.",
     "vLLM chooses the kernel by them: it stops, or expects other shapes.",
     "Take the quantization_config that the tool wrote.",
+    knowing=("layout",),
 )
 LAYOUT_NOT_JUDGED: Final = rule(
     "layout-not-judged",
@@ -71,6 +72,7 @@ FORMAT_DIFFERS: Final = rule(
     "The declared format is the one the tensors have.",
     "vLLM goes by the tensors; tools that unpack by the format fail.",
     "Set format in quantization_config to what the tensors are.",
+    knowing=("layout",),
 )
 
 

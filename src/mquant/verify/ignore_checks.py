@@ -21,6 +21,7 @@ EXPERT_NAMES: Final = rule(
     "Saving a loaded MiniMax-M2 writes gate_proj, up_proj and down_proj for w1, w3 and w2. vLLM "
     "skips such names without an error, and every expert is left uninitialised.",
     "Rename the tensors, which `mquant repair SRC --from PARENT` does.",
+    knowing=("family",),
 )
 KEPT_BUT_NOT_IGNORED: Final = rule(
     "kept-but-not-ignored",
@@ -30,6 +31,7 @@ KEPT_BUT_NOT_IGNORED: Final = rule(
     "vLLM builds every layer that is targeted and not ignored quantized. It then refuses the "
     "plain weight, or leaves the layer uninitialised.",
     "Add their names to `ignore` in config.json, experts' as vLLM has them.",
+    knowing=("family", "list"),
 )
 IGNORED_BUT_QUANTIZED: Final = rule(
     "ignored-but-quantized",
@@ -38,6 +40,7 @@ IGNORED_BUT_QUANTIZED: Final = rule(
     "A layer that is quantized on disk is not in `ignore`.",
     "vLLM builds ignored layers plain, and refuses scales and packed weights for them.",
     "Take their names out of `ignore` in config.json.",
+    knowing=("family", "list"),
 )
 QUANTIZED_NOT_TARGETED: Final = rule(
     "quantized-not-targeted",
@@ -47,6 +50,7 @@ QUANTIZED_NOT_TARGETED: Final = rule(
     "vLLM builds layers that no target matches plain, and refuses scales for them. Experts are "
     'matched under vLLM\'s own names; `targets: ["Linear"]` means them all.',
     'Set `targets` in config.json to ["Linear"].',
+    knowing=("family", "list"),
 )
 FUSED_SET_SPLIT: Final = rule(
     "fused-set-split",
@@ -56,6 +60,7 @@ FUSED_SET_SPLIT: Final = rule(
     "vLLM makes one layer of q, k and v, and one of all experts: it refuses to build one that "
     "`ignore` or `targets` cut in two.",
     "Name all of them, or none.",
+    knowing=("family", "list"),
 )
 QUANTIZATION_UNDECLARED: Final = rule(
     "quantization-undeclared",
@@ -72,6 +77,7 @@ IGNORE_BAD_ENTRY: Final = rule(
     "Every entry of `ignore` and `targets` is a string, and after `re:` an expression.",
     "vLLM compiles every expression, and stops at the first that is none.",
     "Correct the list in config.json, with exact names; `mquant plan` shows them.",
+    knowing=("list",),
 )
 IGNORE_UNCOVERED: Final = rule(
     "ignore-uncovered",
@@ -81,6 +87,7 @@ IGNORE_UNCOVERED: Final = rule(
     "vLLM loads them all the same. Other loaders, and tools that quantize again with the same "
     "list, may take them for linear layers.",
     "Add their exact names to `ignore` in config.json.",
+    knowing=("list",),
 )
 IGNORE_UNMATCHED: Final = rule(
     "ignore-unmatched",
@@ -90,6 +97,7 @@ IGNORE_UNMATCHED: Final = rule(
     "An entry that matches nothing protects nothing: often it is a name from another model, or "
     "an expression that is anchored at the start and was not meant to be.",
     "Correct the list in config.json, with exact names; `mquant plan` shows them.",
+    knowing=("family", "list"),
 )
 IGNORE_HUB_ONLY: Final = rule(
     "ignore-hub-only",
@@ -99,6 +107,7 @@ IGNORE_HUB_ONLY: Final = rule(
     "vLLM looks experts up as `mlp.experts.0.w1`, whatever the tensors are called: an entry for "
     "another name or another expert does nothing there.",
     "Write the entry for vLLM's name, too.",
+    knowing=("family", "list"),
 )
 IGNORE_NOT_JUDGED: Final = rule(
     "ignore-not-judged",
@@ -108,6 +117,11 @@ IGNORE_NOT_JUDGED: Final = rule(
     "How entries are matched, and which modules matter, differs between methods and families.",
     "Known are compressed-tensors, ModelOpt and FP8, of the families `mquant families` lists.",
 )
+IGNORE_RULES: Final = (
+    *QUANTIZED.values(),
+    *(each for each in tuple(globals().values()) if isinstance(each, Rule)),
+)
+"""The rules that are judged here."""
 
 
 def findings_of(
@@ -302,4 +316,4 @@ def _entries_match(entries: Collection[str]) -> str:
     return f"{len(entries):,} entries of ignore match"
 
 
-__all__ = ["findings_of"]
+__all__ = ["EXPERT_NAMES", "IGNORE_RULES", "findings_of"]

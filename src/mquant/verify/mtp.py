@@ -14,6 +14,7 @@ MTP_WITHOUT_TENSORS: Final = rule(
     "Loaders go without; speculative decoding with them is not possible. The releases of "
     "MiniMax-M2 lack them, too.",
     "Nothing to do: loaders go without; multi-token prediction cannot be used.",
+    knowing=("family",),
 )
 
 

@@ -18,6 +18,7 @@ TENSOR_RENAMED: Final = rule(
     "Tensors have the names of the original release, not those of a loaded model.",
     "vLLM knows the original names only; what it does not know it refuses, or drops.",
     "Save again with the original names, or quantize with mquant, which keeps them.",
+    knowing=("family",),
 )
 
 

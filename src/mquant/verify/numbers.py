@@ -56,6 +56,7 @@ SCALE_NOT_FINITE: Final = rule(
     "Scales of blocks, channels and tensors are finite numbers (in E4M3: not 7f or ff).",
     "One such scale makes NaN of a whole block, and then of the model's output.",
     "Quantize again; if it stays so, look at the weight in the parent.",
+    knowing=("layout",),
 )
 SCALE_NEGATIVE: Final = rule(
     "scale-negative",
@@ -64,6 +65,7 @@ SCALE_NEGATIVE: Final = rule(
     "Scales of blocks, channels and tensors are not negative.",
     "Kernels that take the sign bit for part of the number compute something else.",
     "Quantize again; if it stays so, look at the weight in the parent.",
+    knowing=("layout",),
 )
 SCALE_ZERO: Final = rule(
     "scale-zero",
@@ -72,6 +74,7 @@ SCALE_ZERO: Final = rule(
     "No scale is zero where the codes under it are not.",
     "The whole block loads as zero.",
     "Quantize again; if it stays so, look at the weight in the parent.",
+    knowing=("layout",),
 )
 PACKED_SHAPE_DIFFERS: Final = rule(
     "packed-shape-differs",
@@ -80,6 +83,7 @@ PACKED_SHAPE_DIFFERS: Final = rule(
     "weight_shape of packed integers is the shape that weight_packed unpacks to.",
     "compressed-tensors unpacks by it: columns are lost, or it stops.",
     "Quantize again, with a tool that writes the whole module.",
+    knowing=("layout",),
 )
 GLOBAL_SCALE_INVALID: Final = rule(
     "global-scale-invalid",
@@ -88,6 +92,7 @@ GLOBAL_SCALE_INVALID: Final = rule(
     "Global scales, and scales of activations, are finite and positive.",
     "vLLM loads infinity and NaN without an error; the module then computes nothing else.",
     "Quantize again; if it stays so, look at the weight in the parent.",
+    knowing=("layout",),
 )
 GLOBAL_SCALE_DIFFERS: Final = rule(
     "global-scale-differs",
@@ -96,6 +101,7 @@ GLOBAL_SCALE_DIFFERS: Final = rule(
     "The members of a fused set (q, k, v; w1, w3) have the same global scale, bit by bit.",
     "Loaders apply one of them to all: vLLM only warns, SGLang stops.",
     "Quantize the members together, with a tool that knows the fused set.",
+    knowing=("family", "layout"),
 )
 GLOBAL_SCALE_INVERTED: Final = rule(
     "global-scale-inverted",
@@ -105,6 +111,7 @@ GLOBAL_SCALE_INVERTED: Final = rule(
     "ModelOpt's weight_scale_2 is the reciprocal; under the other name weights are off by its "
     "square.",
     "Store 1 / weight_scale_2 as weight_global_scale.",
+    knowing=("layout",),
 )
 GLOBAL_SCALES_RECIPROCAL: Final = rule(
     "global-scales-reciprocal",
@@ -114,6 +121,7 @@ GLOBAL_SCALES_RECIPROCAL: Final = rule(
     "One may be; all are where a tool stored ModelOpt's weight_scale_2 under the other name. "
     "Loaders take them as they are, and weights are off by the scales' square.",
     "Store 1 / weight_scale_2 as weight_global_scale.",
+    knowing=("layout",),
 )
 
 

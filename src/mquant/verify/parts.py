@@ -22,6 +22,7 @@ PART_UNEXPECTED: Final = rule(
     "A quantized module has no tensor that its layout does not know.",
     "vLLM refuses parameters it has no place for; under experts it drops them.",
     "Remove the tensor, or quantize again.",
+    knowing=("layout",),
 )
 PART_DTYPE: Final = rule(
     "part-dtype",
@@ -30,6 +31,7 @@ PART_DTYPE: Final = rule(
     "Codes and scales have the dtype of their layout.",
     "vLLM converts the numbers without an error: U8 scales become other scales.",
     "Quantize again, with a tool that writes the whole module.",
+    knowing=("layout",),
 )
 WEIGHT_STORED_TWICE: Final = rule(
     "weight-stored-twice",
@@ -38,6 +40,7 @@ WEIGHT_STORED_TWICE: Final = rule(
     "A module has either a plain weight or a quantized one.",
     "Which of the two is loaded depends on the loader.",
     "Remove the one that config.json does not describe.",
+    knowing=("layout",),
 )
 ACTIVATION_SCALES_UNDECLARED: Final = rule(
     "activation-scales-undeclared",
@@ -46,6 +49,7 @@ ACTIVATION_SCALES_UNDECLARED: Final = rule(
     "Where there are scales of activations, config.json declares them.",
     "Loaders of weight-only layouts have no place for the tensors and refuse them.",
     "Declare input_activations, or remove the tensors.",
+    knowing=("layout",),
 )
 Kinds = Mapping[str, Kind]
 """Quantized modules by name."""

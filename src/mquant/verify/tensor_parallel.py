@@ -41,6 +41,7 @@ TENSOR_PARALLEL: Final = rule(
     "Heads, groups and the tiles of FP4 Marlin kernels cannot be cut in two: a server stops, "
     "after it has loaded everything, or computes with the scales of other weights.",
     "Nothing to do: serve it with one of these tensor-parallel sizes.",
+    knowing=("family",),
 )
 KERNEL_SHAPE: Final = rule(
     "kernel-shape",
@@ -49,6 +50,7 @@ KERNEL_SHAPE: Final = rule(
     "vLLM's FP4 Marlin kernels can run the quantized weights on some number of GPUs.",
     "vLLM loads the checkpoint, and stops when it prepares the weights for the kernel.",
     "Leave the experts of this model unquantized.",
+    knowing=("family",),
 )
 
 
