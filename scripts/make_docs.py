@@ -35,8 +35,9 @@ Made by `scripts/make_docs.py` from the rules beside the checks; do not edit.
 parent (`--against`), `loader` has a real loader load the headers (`--loader vllm`). Errors exit
 with 3; warnings too, with `--fail-on warning`; an info is something worth knowing, and never fails.
 
-A rule that was not applied has not passed: it is listed as not judged, and skipped in JUnit. If that
-decides whether a loader takes a quantized checkpoint, the exit code is 1; `--loader vllm` then decides.
+A rule that was not applied has not passed: it is listed as not judged, and skipped in JUnit. If
+that decides whether a loader takes a quantized checkpoint, the exit code is 1; `--loader vllm` then
+decides.
 """
 
 
