@@ -13,9 +13,9 @@ from typing import Any, get_args
 
 import typer
 
-import mquant.verify.judge  # noqa: F401 -- registers every rule
+import mquant.verify.judge  # noqa: F401 -- registers the rules of verify
 from mquant.cli.app import app
-from mquant.verify.rules import RULES, Rule
+from mquant.findings import RULES, VERIFIED, Rule
 from pages import write_or_check
 
 KINDS = {str: "TEXT", int: "N", Path: "PATH"}
@@ -29,11 +29,15 @@ SRC is a folder or a hub repo id. stdout is the result, stderr everything else. 
 """
 RULES_HEAD = """# What `mquant verify` checks
 
-Made by `scripts/make_docs.py` from the rules in `src/mquant/verify`; do not edit.
+Made by `scripts/make_docs.py` from the rules beside the checks; do not edit.
 
 `structure` needs headers and JSON only, `numbers` reads all data, `against` compares with the
 parent (`--against`), `loader` has a real loader load the headers (`--loader vllm`). Errors exit
 with 3; warnings too, with `--fail-on warning`; an info is something worth knowing, and never fails.
+
+A rule that was not applied has not passed: it is listed as not judged, and skipped in JUnit. If
+that decides whether a loader takes a quantized checkpoint, the exit code is 1; `--loader vllm` then
+decides.
 """
 
 
@@ -46,8 +50,8 @@ def page() -> str:
 def rules_page() -> str:
     """The page of rules, by what they need."""
     text = RULES_HEAD
-    for depth in ("structure", "numbers", "against", "loader"):
-        found = sorted((r for r in RULES.values() if r.depth == depth), key=lambda rule: rule.id)
+    for depth in VERIFIED:
+        found = sorted((r for r in RULES.values() if r.needs == depth), key=lambda rule: rule.id)
         text += f"\n## {depth}\n\n| rule | severity | what must hold | why | fix |\n"
         text += "| --- | --- | --- | --- | --- |\n" + "".join(map(rule_row, found))
     return text

@@ -16,9 +16,8 @@ from judges import data, opened, read_json
 from make import Edit, Row, write_index, write_json, write_shard
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Folder
 from mquant.family import load_families
-from mquant.findings import Severity
+from mquant.findings import RULES, Severity
 from mquant.verify.judge import Depth, verify
-from mquant.verify.rules import RULES
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 

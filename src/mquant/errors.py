@@ -6,6 +6,7 @@
     │   └── HeaderError         a safetensors header is not to be trusted  (exit 1)
     ├── DataFileError           a recipe or family file is wrong           (exit 1)
     ├── Refused                 the plan must not be carried out           (exit 1)
+    ├── NotJudged               what decides could not be judged          (exit 1)
     ├── OutputError             OUT is not ours, full, or went away        (exit 1)
     │   └── InUse               another process is at work in it           (exit 1)
     ├── EngineError             an engine failed or disobeyed the plan     (exit 1)
@@ -60,6 +61,10 @@ class Refused(MquantError):
         tail = f" There {'are' if more > 1 else 'is'} {more} more." if more else ""
         super().__init__(f"Refused: {first.message}{tail}", first.fix)
         self.findings = tuple(findings)
+
+
+class NotJudged(MquantError):
+    """What could not be judged decides whether a loader takes a checkpoint."""
 
 
 class OutputError(MquantError):

@@ -126,7 +126,7 @@ def test_fused_sets_cut_by_shard_borders(model: Path) -> None:
 
 def test_config_keys_that_loaders_need(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", config={"rotary_dim": ...})
-    assert messages(model)["required-config-missing"] == (
+    assert messages(model)["config-key-missing"] == (
         "config.json lacks rotary_dim, without which vLLM and SGLang do not load it."
     )
 

@@ -12,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+import mquant.plan  # noqa: F401 -- registers the rules
 from mquant.cli.app import app
 from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
@@ -20,9 +21,9 @@ from mquant.events import Note, Progress
 from mquant.findings import Finding
 from mquant.text import clean
 
-BAD = Finding("rule-a", "error", "x", "The tensor x is odd.", "Remove it.")
-WORSE = Finding("rule-b", "error", "y", "The tensor y is gone.", "Get it.")
-ODD = Finding("rule-c", "warning", "z", "The tensor z is large.")
+BAD = Finding("tensor-unknown", "error", "x", "The tensor x is odd.", "Remove it.")
+WORSE = Finding("tensor-missing", "error", "y", "The tensor y is gone.", "Get it.")
+ODD = Finding("shard-not-in-index", "warning", "z", "The tensor z is large.")
 
 MQUANT = [sys.executable, "-m", "mquant"]
 
@@ -188,7 +189,7 @@ def test_quiet_prints_nothing_on_stdout_and_tells_errors_on_stderr() -> None:
 
 
 def test_findings_are_never_wrapped() -> None:
-    long = Finding("rule", "error", "x", "word " * 60 + "end.", "fix " * 60 + "end.")
+    long = Finding("tensor-unknown", "error", "x", "word " * 60 + "end.", "fix " * 60 + "end.")
     result = run(lambda out: out.report([long]))
     assert len(result.stdout.splitlines()) == 2
 
@@ -218,7 +219,7 @@ def test_what_a_terminal_could_obey_is_written_out(hostile: str, shown: str) -> 
 
 
 def test_markup_in_a_finding_is_shown_as_it_is() -> None:
-    finding = Finding("rule", "error", "x", "No [red]such[/red] [/tensor] :smile:.")
+    finding = Finding("tensor-unknown", "error", "x", "No [red]such[/red] [/tensor] :smile:.")
     result = run(lambda out: out.report([finding]))
     assert result.stdout == "✗ No [red]such[/red] [/tensor] :smile:.\n"
 

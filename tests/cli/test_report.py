@@ -103,7 +103,7 @@ def test_hostile_names_are_text() -> None:
         severity="error",
         facts=[(HOSTILE, HOSTILE)],
         sizes=[Size(HOSTILE, 1, 2, 3)],
-        findings=[Finding(HOSTILE, "error", HOSTILE, HOSTILE, HOSTILE)],
+        findings=[Finding("tensor-unknown", "error", HOSTILE, HOSTILE, HOSTILE)],
         recipe=HOSTILE,
         commands=[HOSTILE],
         made_by="mquant",

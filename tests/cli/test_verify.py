@@ -12,8 +12,9 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from fakehub import FakeHub, hub
-from make import make_checkpoint, without
+from make import Row, make_checkpoint, make_row, without
 from mquant.cli.app import app
+from mquant.findings import RULES, VERIFIED
 from mutate import changed, mutated, setting
 from run import TRAINED, quantize_nvfp4
 
@@ -44,11 +45,12 @@ def said(result: Result) -> str:
     return " ".join(result.stdout.split())
 
 
-def test_clean_is_one_sentence_and_zero(plain: Path) -> None:
+def test_clean_is_a_sentence_and_what_was_not_judged(plain: Path) -> None:
     result = verify(plain)
     assert result.exit_code == 0
     assert said(result) == (
-        "Clean: 47 tensors, 0 quantized modules, checked structure and numbers."
+        "Clean: 47 tensors, 0 quantized modules, checked structure and numbers. "
+        "Not judged: 12 rules (no parent was given), 6 rules (no loader was asked)."
     )
     assert result.stderr == ""
 
@@ -59,7 +61,8 @@ def test_against_the_parent(trained: Path) -> None:
     assert result.exit_code == 0
     assert said(result).startswith(
         "Clean: 327 tensors, 102 quantized modules, checked structure and numbers, "
-        "compared with tiny-minimax-m2 (a sample of its weights). · "
+        "compared with tiny-minimax-m2 (a sample of its weights). "
+        "Not judged: 6 rules (no loader was asked). · "
     )
     assert "(all of its weights)" in said(verify(trained, "--against", TRAINED, "--depth", "full"))
 
@@ -108,7 +111,7 @@ def test_what_is_only_worth_knowing_is_told_and_never_fails(trained: Path, tmp_p
     suite = ElementTree.parse(file).getroot()
     (case,) = suite.findall("*[@name='tensor-parallel']")
     assert [part.tag for part in case] == ["system-out"]
-    assert (suite.get("failures"), suite.get("skipped")) == ("0", "0")
+    assert suite.get("failures") == "0"
 
 
 def test_depth_decides_what_is_read(plain: Path, tmp_path: Path) -> None:
@@ -121,6 +124,12 @@ def test_depth_decides_what_is_read(plain: Path, tmp_path: Path) -> None:
 
 def test_json_says_what_was_looked_at(plain: Path) -> None:
     found = document(plain)
+    not_judged = found.pop("not_judged")
+    assert {each["why"] for each in not_judged} == {
+        "no parent was given",
+        "no loader was asked",
+    }
+    assert {"rule": "vllm-refuses", "why": "no loader was asked"} in not_judged
     assert found == {
         "schema": "mquant.verify/1",
         "ok": True,
@@ -205,9 +214,13 @@ def test_junit_has_a_case_for_each_rule(trained: Path, tmp_path: Path) -> None:
     assert verify(bad, "--junit", file).exit_code == 3
     suite = ElementTree.parse(file).getroot()
     cases = {case.get("name"): case for case in suite}
-    assert {case.get("classname") for case in suite} == {"mquant.structure", "mquant.numbers"}
+    verified = [rule.id for rule in RULES.values() if rule.needs in VERIFIED]
+    assert set(cases) == set(verified)
     assert cases["part-missing"].find("failure") is not None
-    assert cases["total-size-wrong"].find("skipped") is not None
+    assert cases["total-size-wrong"].find("system-out") is not None
+    skipped = cases["vllm-refuses"].find("skipped")
+    assert skipped is not None
+    assert skipped.get("message") == "no loader was asked"
     assert len(cases["router-quantized"]) == 0
     assert suite.get("tests") == str(len(cases))
     assert suite.get("failures") == str(len(suite.findall("*/failure")))
@@ -216,17 +229,138 @@ def test_junit_has_a_case_for_each_rule(trained: Path, tmp_path: Path) -> None:
     assert failing is not None
 
 
-def test_a_junit_file_that_cannot_be_written_is_one_sentence(trained: Path, tmp_path: Path) -> None:
-    result = verify(trained, "--junit", tmp_path / "none/verify.xml")
+def test_a_junit_file_that_cannot_be_written_is_one_sentence(plain: Path, tmp_path: Path) -> None:
+    (tmp_path / "verify.xml").mkdir()
+    result = verify(plain, "--junit", tmp_path / "verify.xml")
     assert result.exit_code == 1
-    assert result.stderr.startswith(f"Error: {tmp_path}/none/verify.xml cannot be written: No such")
+    assert result.stderr.startswith(f"Error: {tmp_path}/verify.xml cannot be written: Is a dir")
+
+
+def test_a_run_that_fails_leaves_a_junit_error_and_not_an_older_file(tmp_path: Path) -> None:
+    file = tmp_path / "verify.xml"
+    file.write_text("an earlier run's")
+    assert verify(tmp_path / "none", "--junit", file).exit_code == 1
+    suite = ElementTree.parse(file).getroot()
+    (error,) = suite.findall("testcase/error")
+    assert "none" in str(error.get("message"))
+    assert suite.get("errors") == "1"
+
+
+def test_a_wrong_command_line_removes_the_older_junit_file(plain: Path, tmp_path: Path) -> None:
+    file = tmp_path / "verify.xml"
+    file.write_text("an earlier run's")
+    assert verify(plain, "--revision", "v1", "--junit", file).exit_code == 2
+    assert not file.exists()
+
+
+def test_an_interrupted_run_leaves_a_junit_error(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mquant.verify.judge.verify", interrupt)
+    file = tmp_path / "verify.xml"
+    assert verify(plain, "--junit", file).exit_code == 130
+    assert len(ElementTree.parse(file).getroot().findall("testcase/error")) == 1
+
+
+@pytest.fixture
+def strange(tmp_path: Path) -> Path:
+    """A checkpoint of a model_type that nobody knows, with quantized routers."""
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "group_size": 16}}
+    config = {
+        "model_type": "nobody_knows",
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "ignore": ["lm_head", "model.embed_tokens"],
+            "format": "nvfp4-pack-quantized",
+            "config_groups": {"group_0": group},
+        },
+    }
+
+    def edit(rows: list[Row]) -> list[Row]:
+        made: list[Row] = []
+        for row in rows:
+            if not row[0].endswith("gate.weight"):
+                made.append(row)
+                continue
+            module = row[0].removesuffix(".weight")
+            made.append(make_row(f"{module}.weight_packed", "U8", (4, 32)))
+            made.append(make_row(f"{module}.weight_scale", "F8_E4M3", (4, 4)))
+            made.append(make_row(f"{module}.weight_global_scale", "F32", (1,)))
+        return made
+
+    return make_checkpoint(tmp_path / "strange", edit=edit, config=config)
+
+
+def test_what_decides_and_was_not_judged_is_exit_one(strange: Path, tmp_path: Path) -> None:
+    file = tmp_path / "verify.xml"
+    result = verify(strange, "--depth", "structure", "--junit", file)
+    assert result.exit_code == 1
+    assert said(result).startswith("Not judged: ")
+    assert "Clean" not in result.stdout
+    assert "Whether vLLM takes strange could not be judged: model_type 'nobody_knows'" in (
+        result.stderr
+    )
+    assert "mquant verify SRC --loader vllm" in result.stderr
+    suite = ElementTree.parse(file).getroot()
+    assert suite.find("*[@name='router-quantized']/skipped") is not None
+    assert len(suite.findall("testcase/error")) == 1
+    found = document(strange, "--depth", "structure")
+    assert "router-quantized" in {each["rule"] for each in found["not_judged"]}
+
+
+def test_what_is_found_wrong_goes_before_what_was_not_judged(strange: Path) -> None:
+    (strange / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {"x": "model-00009-of-00009.safetensors"}})
+    )
+    assert verify(strange, "--depth", "structure").exit_code == 3
+
+
+@pytest.mark.parametrize(("answer", "code"), [("loads", 0), ("refuses", 3), ("not asked", 1)])
+def test_the_loader_decides_what_was_not_judged(
+    strange: Path, monkeypatch: pytest.MonkeyPatch, answer: str, code: int
+) -> None:
+    import mquant.verify.loaders.vllm as loader
+
+    broken = {"refuses": loader.VLLM_REFUSES, "not asked": loader.VLLM_NOT_ASKED}
+    findings = tuple(
+        each.finding("vLLM", "It stops.") for key, each in broken.items() if key == answer
+    )
+    verdict = loader.Verdict("0.32.0", answer, "", findings)
+    monkeypatch.setattr("mquant.verify.judge.find_python", lambda: None)
+    monkeypatch.setattr("mquant.verify.judge.ask", lambda *_: verdict)
+    result = verify(strange, "--depth", "structure", "--loader", "vllm")
+    assert result.exit_code == code
+    assert f"vLLM 0.32.0: {answer}." in said(result)
+
+
+def test_verify_ignore_does_not_pass_what_it_cannot_judge(strange: Path) -> None:
+    result = CliRunner().invoke(app, ["verify-ignore", str(strange)])
+    assert result.exit_code == 1
+    assert "could not be judged" in result.stderr
+
+
+def test_no_card_is_written_of_what_was_not_judged(strange: Path, tmp_path: Path) -> None:
+    card = tmp_path / "card.md"
+    arguments = ["card", str(strange), "--depth", "structure", "-o", str(card)]
+    assert CliRunner().invoke(app, arguments).exit_code == 1
+    assert not card.exists()
+
+
+def test_a_plain_checkpoint_of_an_unknown_family_is_no_question_to_a_loader(
+    tmp_path: Path,
+) -> None:
+    plain = make_checkpoint(tmp_path / "plain", config={"model_type": "nobody_knows"})
+    assert verify(plain).exit_code == 0
 
 
 def test_the_action_in_the_docs_runs_a_command_that_there_is() -> None:
     page = (Path(__file__).parents[2] / "docs/ci.md").read_text("utf-8")
     action = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
     (run,) = (
-        step["run"] for step in action["units"]["verify"]["steps"] if "mquant verify" in str(step)
+        step["run"] for step in action["jobs"]["verify"]["steps"] if "mquant verify" in str(step)
     )
     options = [word for word in run.split() if word.startswith("--")]
     shown = verify("--help").stdout

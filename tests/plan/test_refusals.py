@@ -463,7 +463,7 @@ def test_a_fused_set_that_ignore_splits_is_refused(
     make: Make, kept: str, name: str, members: str
 ) -> None:
     assert refusal(make(), ours(Role.EXPERT, Role.ATTENTION, ignore=(kept,))) == Finding(
-        "fused-set-split",
+        "fused-set-mixed",
         "error",
         name,
         f"{members} are one matrix to loaders, but the recipe keeps only {kept}.",
@@ -474,7 +474,7 @@ def test_a_fused_set_that_ignore_splits_is_refused(
 def test_one_plain_expert_among_quantized_ones_is_refused(make: Make) -> None:
     kept = f"re:{MOE}.experts.2."
     assert refusal(make(), ours(Role.EXPERT, Role.ATTENTION, ignore=(kept,))) == Finding(
-        "experts-unlike",
+        "experts-mixed",
         "error",
         f"{MOE}.experts.2.w1",
         f"The recipe keeps {MOE}.experts.2.w1, {MOE}.experts.2.w2, {MOE}.experts.2.w3 of layer 1 "

@@ -10,10 +10,10 @@ import pytest
 from judges import opened, read_json
 from make import NUMPY, Edit, Row, adding, make_checkpoint, without, write_json
 from mquant.family import load_families
+from mquant.findings import RULES
 from mquant.loader_model.modules import read_modules
 from mquant.output import RECORD
 from mquant.verify.judge import Depth
-from mquant.verify.rules import RULES
 from mquant.weights.stored_weight import weight_of
 from mutate import changed, judged, mutated, setting
 from run import TRAINED, quantize_nvfp4
@@ -266,7 +266,7 @@ def test_a_template_inside_the_tokenizer_config_is_there(trained: Path, tmp_path
 
 def test_every_rule_against_the_parent_is_tested() -> None:
     text = "".join(path.read_text("utf-8") for path in Path(__file__).parent.glob("test_*.py"))
-    declared = [rule.id for rule in RULES.values() if rule.depth == "against"]
+    declared = [rule.id for rule in RULES.values() if rule.needs == "against"]
     assert [rule for rule in declared if f'"{rule}"' not in text] == []
 
 

@@ -10,9 +10,9 @@ from make import Edit, Row, make_checkpoint, without
 from mquant.checkpoint import Folder
 from mquant.events import Event, Progress
 from mquant.family import load_families
+from mquant.findings import RULES
 from mquant.verify import numbers
 from mquant.verify.judge import Depth, verify
-from mquant.verify.rules import RULES
 from mutate import changed, judged, mutated, scalar, setting
 from run import quantize_nvfp4
 
@@ -90,7 +90,7 @@ def test_global_scales_that_are_all_reciprocals_are_an_error(good: Path, tmp_pat
 
 def test_every_numbers_rule_is_tested() -> None:
     text = "".join(path.read_text("utf-8") for path in Path(__file__).parent.glob("test_*.py"))
-    declared = [r for r in RULES.values() if r.depth == "numbers"]
+    declared = [r for r in RULES.values() if r.needs == "numbers"]
     assert declared
     assert [rule.id for rule in declared if f'"{rule.id}"' not in text] == []
 

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 from mquant.checkpoint.headers import PREFIX_BYTES, TensorInfo, header_length, parse_header
 from mquant.checkpoint.source import Source
 from mquant.errors import HeaderError, SourceError
-from mquant.findings import Finding
+from mquant.findings import Finding, Rule, rule
 from mquant.text import names
 from mquant.untrusted import MAX_TENSORS, TooMuch, parse_json
 
@@ -26,6 +26,76 @@ FIRST_READ: Final = 64 * 1024
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+SHARD_DAMAGED: Final = rule(
+    "shard-damaged",
+    "error",
+    "structure",
+    "Every shard's header is valid and describes the file as it is, to its last byte.",
+    "A truncated or damaged shard does not load, or loads other numbers.",
+    "Download the shard again.",
+)
+SHARD_MISSING: Final = rule(
+    "shard-missing",
+    "error",
+    "structure",
+    "Every shard that the index names is there.",
+    "Loaders stop, or leave the shard's tensors uninitialised.",
+    "Download the missing shards.",
+)
+INDEX_MISSING: Final = rule(
+    "index-missing",
+    "warning",
+    "structure",
+    "Several shards come with an index.",
+    "vLLM reads whatever lies in the folder; other loaders look for one shard, and stop.",
+    "Download model.safetensors.index.json too.",
+    as_source="error",
+)
+TENSOR_STORED_TWICE: Final = rule(
+    "tensor-stored-twice",
+    "error",
+    "structure",
+    "Every tensor is stored once.",
+    "Which of the two is loaded depends on the order of files.",
+    "Remove the shard that does not belong to this checkpoint.",
+)
+INDEX_WITHOUT_TENSOR: Final = rule(
+    "index-without-tensor",
+    "warning",
+    "structure",
+    "Every tensor that the index lists is in a shard.",
+    "vLLM goes by the shards, other loaders stop. (A tensor that the model lacks is an error of "
+    "its own.)",
+    "Get the shards and the index again, from one revision.",
+    as_source="error",
+)
+INDEX_WRONG_SHARD: Final = rule(
+    "index-wrong-shard",
+    "warning",
+    "structure",
+    "The index names the shard that holds the tensor.",
+    "vLLM goes by the shards; tools that read by the index fail, or find nothing.",
+    "Get the shards and the index again, from one revision.",
+    as_source="error",
+)
+SHARD_NOT_IN_INDEX: Final = rule(
+    "shard-not-in-index",
+    "warning",
+    "structure",
+    "Every shard is one that the index names.",
+    "Loaders pass it over: it costs a download, or is what should have been loaded.",
+    "Remove the file, or get the index again, from one revision.",
+)
+TENSOR_NOT_IN_INDEX: Final = rule(
+    "tensor-not-in-index",
+    "warning",
+    "structure",
+    "Every tensor in the shards is in the index.",
+    "vLLM loads it all the same, other loaders do not: they load different models.",
+    "Get the shards and the index again, from one revision.",
+    as_source="error",
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +127,12 @@ class Checkpoint:
     def parameters(self) -> int:
         """Elements of all tensors."""
         return sum(tensor.elements for tensor in self.tensors.values())
+
+    @property
+    def lost_shards(self) -> bool:
+        """Whether shards are missing or damaged; what they held is then not known to be lacking."""
+        lost = {SHARD_DAMAGED.id, SHARD_MISSING.id}
+        return any(finding.rule in lost for finding in self.findings)
 
     @property
     def side_files(self) -> tuple[str, ...]:
@@ -110,12 +186,11 @@ def open_checkpoint(source: Source, *, tolerant: bool = False) -> Checkpoint:
         findings += _index_findings(whole, tensors, source.files)
     elif len(shards) > 1:
         findings.append(
-            Finding(
-                "index-missing",
-                "error",
+            INDEX_MISSING.finding(
                 INDEX_NAME,
                 f"There are {len(shards)} shards but no {INDEX_NAME}.",
                 f"Download {INDEX_NAME} too.",
+                "source",
             )
         )
     return Checkpoint(
@@ -188,7 +263,7 @@ def _read_headers(
         except HeaderError as error:
             if not tolerant:
                 raise
-            findings.append(Finding("shard-damaged", "error", shard, error.message, error.fix))
+            findings.append(SHARD_DAMAGED.finding(shard, error.message, error.fix))
             return ()
 
     headers = _map(read, shards)
@@ -240,7 +315,7 @@ def _named(
     what = f"{names(spare)}, which {'is' if len(spare) == 1 else 'are'} not read"
     message = f"{INDEX_NAME} does not name {what}."
     fix = "Remove the file, or get the index again, from one revision."
-    return named, [Finding("shard-not-in-index", "warning", spare[0], message, fix)]
+    return named, [SHARD_NOT_IN_INDEX.finding(spare[0], message, fix)]
 
 
 def is_shard(path: str) -> bool:
@@ -250,9 +325,7 @@ def is_shard(path: str) -> bool:
 
 
 def _stored_twice(tensor: TensorInfo, first: TensorInfo) -> Finding:
-    return Finding(
-        "tensor-stored-twice",
-        "error",
+    return TENSOR_STORED_TWICE.finding(
         tensor.name,
         f"{tensor.name} is stored twice, in {first.shard} and in {tensor.shard}.",
         "Remove the shard that does not belong to this checkpoint.",
@@ -265,17 +338,15 @@ def _index_findings(
     present = set(files)
     findings: list[Finding] = []
 
-    def report(rule: str, bad: list[str], sentence: str, fix: str) -> None:
+    def report(rule: Rule, bad: list[str], sentence: str, fix: str) -> None:
         if bad:
             what = f"{len(bad):,} tensor{'s' if len(bad) > 1 else ''} ({names(bad)})"
-            findings.append(Finding(rule, "error", bad[0], sentence.format(what), fix))
+            findings.append(rule.finding(bad[0], sentence.format(what), fix, "source"))
 
     lost = sorted({shard for shard in index.values() if shard not in present})
     if lost:
         findings.append(
-            Finding(
-                "shard-missing",
-                "error",
+            SHARD_MISSING.finding(
                 lost[0],
                 f"{INDEX_NAME} names shards that are not there: {names(lost)}.",
                 "Download the missing shards.",
@@ -285,9 +356,9 @@ def _index_findings(
     moved = [n for n, shard in index.items() if n in tensors and tensors[n].shard != shard]
     extra = [n for n in tensors if n not in index]
     again = f"Get the shards and {INDEX_NAME} again, from one revision."
-    report("index-without-tensor", absent, INDEX_NAME + " lists {}, which no shard holds.", again)
-    report("index-wrong-shard", moved, INDEX_NAME + " names the wrong shard for {}.", again)
-    report("tensor-not-in-index", extra, "The shards hold {} that " + INDEX_NAME + " lacks.", again)
+    report(INDEX_WITHOUT_TENSOR, absent, INDEX_NAME + " lists {}, which no shard holds.", again)
+    report(INDEX_WRONG_SHARD, moved, INDEX_NAME + " names the wrong shard for {}.", again)
+    report(TENSOR_NOT_IN_INDEX, extra, "The shards hold {} that " + INDEX_NAME + " lacks.", again)
     return findings
 
 
@@ -295,17 +366,3 @@ def _map(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     # Headers are small and many: on a hub each costs a round trip.
     with ThreadPoolExecutor(max_workers=16) as pool:
         return list(pool.map(function, items))
-
-
-__all__ = [
-    "CONFIG_NAME",
-    "FIRST_READ",
-    "INDEX_NAME",
-    "Checkpoint",
-    "has_chat_template",
-    "is_weights",
-    "open_checkpoint",
-    "read_first",
-    "read_header",
-    "read_json",
-]

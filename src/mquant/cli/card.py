@@ -117,6 +117,7 @@ def card(
             out.report(found.report.findings)
             out.show(Text("It is broken, so no card was written.", "bold red"))
             raise typer.Exit(3)
+        found.report.raise_if_undecided()
         write_document(path, [render(found).encode()], "Give another file with -o.")
         _tell(out, found, path)
 

@@ -1,54 +1,107 @@
 """A verification as JUnit XML, which every CI system shows: a test case for each rule."""
 
 import xml.etree.ElementTree as ET
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from mquant.errors import OutputError
+from mquant.cli.output import INTERRUPTED
+from mquant.errors import MquantError, OutputError, UsageError
 from mquant.text import clean
 
 if TYPE_CHECKING:
     from mquant.findings import Finding
     from mquant.verify.judge import Report
 
+_FIX: Final = "Give another file with --junit."
+_KINDS: Final = {
+    "tests": "testcase",
+    "failures": "failure",
+    "skipped": "skipped",
+    "errors": "error",
+}
 
-def write_junit(path: Path, report: "Report", failing: Collection[str]) -> None:
-    """Write a report: a rule that `failing` findings break fails, other warnings are skipped.
 
-    A rule that nothing breaks passes, where what it needs was looked at; so does one that has only
-    something to tell. Raises OutputError.
+class JUnit:
+    """The report of one run of a verb: a suite with the test cases that are known so far."""
+
+    def __init__(self, name: str) -> None:
+        self._suite = ET.Element("testsuite", name=f"mquant verify {clean(name)}")
+
+    def add(self, report: "Report", failing: Collection[str]) -> None:
+        """A test case for each rule of `mquant verify`.
+
+        A rule that `failing` findings break fails. A rule that was not judged is skipped. Findings
+        that do not fail the verb are the output of a case that passes.
+        """
+        from mquant.findings import RULES, VERIFIED
+
+        rules = (rule for rule in RULES.values() if rule.needs in VERIFIED)
+        for rule in sorted(rules, key=lambda rule: (rule.needs, rule.id)):
+            case = self._case(rule.needs, rule.id)
+            broken = [finding for finding in report.findings if finding.rule == rule.id]
+            told = "\n".join(map(_text, broken))
+            if any(finding.severity in failing for finding in broken):
+                ET.SubElement(case, "failure", message=clean(broken[0].message)).text = told
+            elif broken:
+                ET.SubElement(case, "system-out").text = told
+            elif why := report.not_judged.get(rule.id):
+                ET.SubElement(case, "skipped", message=clean(why))
+
+    def error(self, message: str, fix: str) -> None:
+        """A test case that says why the verb did not come to a verdict."""
+        case = self._case("verify", "verdict")
+        ET.SubElement(case, "error", message=clean(message)).text = clean(fix)
+
+    def to_xml(self) -> bytes:
+        """The whole file."""
+        found = Counter(element.tag for element in self._suite.iter())
+        self._suite.attrib.update({key: str(found[tag]) for key, tag in _KINDS.items()})
+        text: bytes = ET.tostring(self._suite, encoding="utf-8", xml_declaration=True)
+        return text + b"\n"
+
+    def _case(self, group: str, name: str) -> ET.Element:
+        return ET.SubElement(self._suite, "testcase", classname=f"mquant.{group}", name=name)
+
+
+@contextmanager
+def junit(path: Path | None, name: str) -> Iterator[JUnit]:
+    """The report to be filled in; written to `path` whatever way the block is left.
+
+    The file of an earlier run is removed first. After a UsageError there is no file. Raises
+    OutputError if the file cannot be removed or written.
     """
-    from mquant.verify.rules import RULES
+    report = JUnit(name)
+    if path is None:
+        yield report
+        return
+    from mquant.output.disk import write_document
 
-    looked = {"loader" if checked == "vllm" else checked for checked in report.checked}
-    suite = ET.Element("testsuite", name=f"mquant verify {clean(report.source)}")
-    counts = {"tests": 0, "failures": 0, "skipped": 0}
-    for rule in sorted(RULES.values(), key=lambda rule: (rule.depth, rule.id)):
-        broken = [found for found in report.findings if found.rule == rule.id]
-        if not broken and rule.depth not in looked:
-            continue
-        case = ET.SubElement(suite, "testcase", classname=f"mquant.{rule.depth}", name=rule.id)
-        counts["tests"] += 1
-        if broken and broken[0].severity == "info":
-            ET.SubElement(case, "system-out").text = "\n".join(map(_text, broken))
-        elif broken:
-            kind = "failure" if broken[0].severity in failing else "skipped"
-            counts["failures" if kind == "failure" else "skipped"] += 1
-            told = ET.SubElement(case, kind, message=clean(broken[0].message))
-            told.text = "\n".join(map(_text, broken))
-    suite.attrib.update({key: str(value) for key, value in counts.items()})
     try:
-        path.write_bytes(ET.tostring(suite, encoding="utf-8", xml_declaration=True) + b"\n")
+        path.unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror}.", "Give another file with --junit."
-        ) from error
+        raise OutputError(f"{path} cannot be written: {error.strerror}.", _FIX) from error
+    try:
+        yield report
+    except UsageError:
+        raise
+    except MquantError as error:
+        report.error(error.message, error.fix)
+        write_document(path, [report.to_xml()], _FIX)
+        raise
+    except KeyboardInterrupt:
+        report.error(INTERRUPTED, "")
+        write_document(path, [report.to_xml()], _FIX)
+        raise
+    except Exception as error:
+        report.error(f"{type(error).__name__}: {error}", "Please report this.")
+        write_document(path, [report.to_xml()], _FIX)
+        raise
+    write_document(path, [report.to_xml()], _FIX)
 
 
 def _text(finding: "Finding") -> str:
     lines = (f"{finding.where}: {finding.message}", finding.fix)
     return "\n".join(clean(line) for line in lines)
-
-
-__all__ = ["write_junit"]

@@ -1,17 +1,20 @@
 """`mquant verify`: whether a checkpoint is whole, sane, and made from its parent."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.text import Text
 
-from mquant.cli.junit import write_junit
+from mquant.cli.junit import junit
 from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
-from mquant.cli.output import Format, output
+from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
 from mquant.cli.source import open_source
 from mquant.text import clean, plural, size
+
+if TYPE_CHECKING:
+    from mquant.verify.judge import Report
 
 _EXAMPLE = "mquant verify ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP"
 
@@ -39,10 +42,13 @@ LoaderChoice = Annotated[
         show_default=False,
     ),
 ]
-JUnit = Annotated[
+JUnitFile = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="Also write the result as JUnit XML, for CI.", show_default=False
+        "--junit",
+        metavar="FILE",
+        help="Also write the result as JUnit XML, for CI.",
+        show_default=False,
     ),
 ]
 FailOn = Annotated[
@@ -56,7 +62,7 @@ def verify(
     depth: DepthChoice = None,
     loader: LoaderChoice = None,
     fail_on: FailOn = "error",
-    junit: JUnit = None,
+    junit_file: JUnitFile = None,
     family: FamilyFile = None,
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
@@ -68,29 +74,40 @@ def verify(
 
     Example: mquant verify ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP
     """
+    failing = frozenset({"error", fail_on})
     with output("verify", output_format) as out:
-        source = open_source(src, revision, _EXAMPLE)
-        parent = None if against is None else open_source(against, None, _EXAMPLE)
-        from mquant.family import load_families
-        from mquant.verify.judge import Depth
-        from mquant.verify.judge import verify as judge
+        with junit(junit_file, src or ".") as suite:
+            source = open_source(src, revision, _EXAMPLE)
+            parent = None if against is None else open_source(against, None, _EXAMPLE)
+            from mquant.family import load_families
+            from mquant.verify.judge import Depth
+            from mquant.verify.judge import verify as judge
 
-        with progress(out) as emit:
-            wanted = None if depth is None else Depth(depth)
-            report = judge(
-                source, load_families(family), wanted, parent, emit, ask_vllm=loader == "vllm"
-            )
-        out.put(verdict=report.verdict, **report.to_json())
-        bad = bool(report.count("error"))
-        out.show(Text(clean(report.verdict), "bold red" if bad else "bold green"))
-        if report.loader is not None:
-            out.show(clean(f"vLLM {report.loader.version}: {report.loader.verdict}."))
-        if report.bytes_read is not None:
-            read = size(report.bytes_read)
-            out.show(f"Read {read} in {plural(report.requests or 0, 'request')} from the hub.")
-        failing = frozenset({"error", fail_on})
-        if junit is not None:
-            write_junit(junit, report, failing)
-        out.report(report.findings, failing=failing)
-        if any(found.severity in failing for found in report.findings):
+            with progress(out) as emit:
+                wanted = None if depth is None else Depth(depth)
+                asks = loader == "vllm"
+                report = judge(source, load_families(family), wanted, parent, emit, ask_vllm=asks)
+            out.put(verdict=report.verdict, **report.to_json())
+            _show(out, report)
+            out.report(report.findings, failing=failing)
+            suite.add(report, failing)
+            failed = any(found.severity in failing for found in report.findings)
+            if not failed:
+                report.raise_if_undecided()
+        if failed:
             raise typer.Exit(3)
+
+
+def _show(out: Output, report: "Report") -> None:
+    """The report for a person, findings apart."""
+    from mquant.verify.not_judged import in_words
+
+    good = not report.count("error") and not report.undecided
+    out.show(Text(clean(report.verdict), "bold green" if good else "bold red"))
+    if report.loader is not None:
+        out.show(clean(f"vLLM {report.loader.version}: {report.loader.verdict}."))
+    if report.bytes_read is not None:
+        read = size(report.bytes_read)
+        out.show(f"Read {read} in {plural(report.requests or 0, 'request')} from the hub.")
+    if words := in_words(report.not_judged):
+        out.show(clean(words))

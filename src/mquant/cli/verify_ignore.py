@@ -42,6 +42,7 @@ def verify_ignore(
         from mquant.family import load_families
         from mquant.loader_model.modules import read_modules
         from mquant.verify.ignore import check_ignore
+        from mquant.verify.not_judged import in_words
 
         report = check_ignore(read_modules(open_checkpoint(source), load_families(family)))
         hub = source if isinstance(source, HubRepo) else None
@@ -54,10 +55,13 @@ def verify_ignore(
         if hub:
             read = f"{size(hub.bytes_read)} in {plural(hub.requests, 'request')}"
             out.show(f"Read {read} from the hub.", "")
+        if words := in_words(report.not_judged):
+            out.show(clean(words), "")
         bad = frozenset({"error", "warning"} if strict else {"error"})
         out.report(report.findings, failing=bad)
         if any(found.severity in bad for found in report.findings):
             raise typer.Exit(3)
+        report.raise_if_undecided()
 
 
 def render(report: "IgnoreReport") -> RenderableType:

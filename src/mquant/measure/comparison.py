@@ -16,7 +16,7 @@ from mquant.findings import Finding
 from mquant.loader_model.modules import read_modules
 from mquant.measure.comparison_cache import ComparisonCache
 from mquant.measure.difference import Difference, compare_pairs, pairs
-from mquant.verify import against  # noqa: F401 -- registers the rules that are found broken here
+from mquant.verify.against import KEPT_TENSOR_DIFFERS
 from mquant.verify.tally import Tally
 from mquant.weights.decode import READABLE
 
@@ -255,7 +255,7 @@ def compare(
             what = "is not bit-equal to the parent's"
             if each.form != each.parent_form:
                 what = f"is {each.form}; the parent's is {each.parent_form}"
-            tally.add("kept-tensor-differs", each.name, f"{each.name} {what}")
+            tally.add(KEPT_TENSOR_DIFFERS, each.name, f"{each.name} {what}")
     return Comparison(
         source=source.name,
         parent=parent.name,
@@ -266,6 +266,3 @@ def compare(
         bytes_read=sum(hub.bytes_read for hub in hubs) if hubs else None,
         requests=sum(hub.requests for hub in hubs) if hubs else None,
     )
-
-
-__all__ = ["Comparison", "ErrorStats", "compare", "error_stats"]

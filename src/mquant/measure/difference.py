@@ -15,6 +15,12 @@ import numpy as np
 from mquant.events import Emit, Progress, silent
 from mquant.loader_model.formats import GROUP
 from mquant.loader_model.modules import Module, ModuleView
+from mquant.verify.against import (
+    KEPT_TENSOR_DIFFERS,
+    PARENT_LACKS_TENSOR,
+    PARENT_TENSOR_MISSING,
+    WEIGHT_NOT_COMPARED,
+)
 from mquant.verify.tally import Tally
 from mquant.weights.decode import Floats, floats
 from mquant.weights.kernels import SUMS, Array, add_nvfp4_sums, add_sums
@@ -92,13 +98,13 @@ def pairs(
 ) -> list[Pair]:
     """What can be compared, in the order of the parent's files; `tally` gets what cannot."""
     for name in sorted(view.modules.keys() - parent.modules.keys()):
-        tally.add("parent-lacks-tensor", name, f"The parent has no {name}")
+        tally.add(PARENT_LACKS_TENSOR, name, f"The parent has no {name}")
     found: list[Pair] = []
     for name, theirs in parent.modules.items():
         mine = view.modules.get(name)
         if mine is None:
             lost = next(iter(theirs.tensors.values())).name
-            tally.add("parent-tensor-missing", lost, f"{lost} of the parent is missing")
+            tally.add(PARENT_TENSOR_MISSING, lost, f"{lost} of the parent is missing")
         else:
             found += _of_module(view, parent, mine, theirs, readers, tally)
     return sorted(
@@ -125,17 +131,17 @@ def _of_module(
         info = mine.tensors.get(suffix)
         if info is None:
             lost = theirs.tensors[suffix].name
-            tally.add("parent-tensor-missing", lost, f"{lost} of the parent is missing")
+            tally.add(PARENT_TENSOR_MISSING, lost, f"{lost} of the parent is missing")
         else:
             original = theirs.tensors[suffix]
             sides.append((info.name, plain(info, readers[0]), plain(original, readers[1])))
     for name, ours, other in sides:
         if ours is None or other is None:
             what = "its layout cannot be dequantized here"
-            tally.add("weight-not-compared", name, f"{name} was not compared: {what}")
+            tally.add(WEIGHT_NOT_COMPARED, name, f"{name} was not compared: {what}")
         elif ours.shape != other.shape:
             message = f"{name} is {list(ours.shape)}; the parent's is {list(other.shape)}"
-            tally.add("kept-tensor-differs", name, message)
+            tally.add(KEPT_TENSOR_DIFFERS, name, message)
         else:
             yield _pair(parent, ours, other)
 
@@ -242,6 +248,3 @@ def _equal(mine: Matrix, theirs: Matrix, scratch: Scratch, tile: int) -> bool:
         if not np.array_equal(a, b):
             return False
     return True
-
-
-__all__ = ["Difference", "Pair", "compare_pairs", "difference", "pairs"]

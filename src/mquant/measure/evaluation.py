@@ -14,7 +14,7 @@ from mquant.checkpoint import Source, open_checkpoint, reader_of
 from mquant.errors import SourceError
 from mquant.events import Emit, Note, Progress, silent
 from mquant.family import Family
-from mquant.findings import Finding
+from mquant.findings import Finding, rule
 from mquant.forward.decoder import Integers, Model
 from mquant.loader_model.formats import activations, format_of, groups
 from mquant.loader_model.modules import ModuleView, read_modules
@@ -26,6 +26,15 @@ from mquant.weights.matrix import Workers
 CONTEXT: Final = 512
 TOKENS: Final = 16_384
 _TOKENIZER: Final = "tokenizer.json"
+
+ACTIVATIONS_NOT_QUANTIZED: Final = rule(
+    "activations-not-quantized",
+    "info",
+    "run",
+    "An evaluation computes with what the engine computes with.",
+    "mquant eval keeps activations in float32.",
+    "For the whole of it run the model on an engine that has the kernels.",
+)
 
 
 @dataclass(frozen=True)
@@ -242,9 +251,7 @@ def _activations(view: ModuleView) -> Iterator[Finding]:
     kinds = {format_of(view, module) for module in view.quantized} - {None}
     static = any(activations(kind, view) is not False for kind in kinds if kind)
     if static or any(group.get("input_activations") for group in groups(view.config)):
-        yield Finding(
-            "activations-not-quantized",
-            "info",
+        yield ACTIVATIONS_NOT_QUANTIZED.finding(
             "config.json",
             "This checkpoint may have activations quantized as well; here they are float32, so the "
             "result is of its weights alone.",
@@ -254,6 +261,3 @@ def _activations(view: ModuleView) -> Iterator[Finding]:
 
 def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
-
-
-__all__ = ["CONTEXT", "TOKENS", "Evaluation", "Routing", "evaluate"]

@@ -1,13 +1,16 @@
 """Checkpoint x Family x Recipe -> Plan: the only place that decides what happens to a tensor."""
 
 from mquant.plan.bf16 import make_bf16_plan
-from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, make_plan, natural, safe_ignore
+from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, make_plan
 from mquant.plan.export import Target, hf_quant_config, make_export_plan, scalars, survey_for
+from mquant.plan.members import Member
 from mquant.plan.mend import BAD, PARENT, Mending, from_parent, mend
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit
 from mquant.plan.share import share, shares
 from mquant.plan.stored import Stored
-from mquant.plan.survey import Member, Survey, survey, wholeness
+from mquant.plan.survey import Survey, survey
+from mquant.plan.unsafe import natural, safe_ignore
+from mquant.plan.wholeness import wholeness
 
 __all__ = [
     "BAD",

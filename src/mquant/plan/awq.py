@@ -3,12 +3,22 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Final
 
 from mquant.family import Family
-from mquant.findings import Finding
+from mquant.findings import Finding, rule
+from mquant.plan.members import Member
 from mquant.plan.model import Action
-from mquant.plan.survey import Member
 from mquant.recipe import Recipe
+
+NOT_SCALABLE: Final = rule(
+    "not-scalable",
+    "error",
+    "plan",
+    "The family says what feeds what, if the recipe scales weights and what feeds them.",
+    "Weights that are scaled without what feeds them compute something else.",
+    "Take another recipe: mquant recipes lists them.",
+)
 
 
 def scaled(members: Iterable[Member], actions: list[Action], family: Family) -> list[Action]:
@@ -35,15 +45,10 @@ def unscalable(family: Family, recipe: Recipe) -> list[Finding]:
     if recipe.smoothing == "none" or family.smoothing:
         return []
     return [
-        Finding(
-            "not-scalable",
-            "error",
+        NOT_SCALABLE.finding(
             recipe.name,
             f"Recipe {recipe.name} scales weights and what feeds them; what feeds what in "
             f"{family.title} is not known.",
             "Take another recipe: mquant recipes lists them.",
         )
     ]
-
-
-__all__ = ["scaled", "unscalable"]

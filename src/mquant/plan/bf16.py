@@ -6,15 +6,25 @@ from typing import Final
 from mquant.checkpoint import Checkpoint
 from mquant.errors import Refused
 from mquant.family import Family
-from mquant.findings import Finding
+from mquant.findings import Finding, rule
 from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, dequantizes
+from mquant.plan.members import Member
 from mquant.plan.model import Action, Plan, ShardPlan, WorkUnit
 from mquant.plan.stored import READABLE
-from mquant.plan.survey import Member, Survey, survey
+from mquant.plan.survey import Survey, survey
 from mquant.recipe import Recipe
 
 BF16: Final = Recipe(
     name="bf16", title="BF16 of whatever is quantized, all else as it is", suffix="BF16", roles={}
+)
+
+NOTHING_TO_DEQUANTIZE: Final = rule(
+    "nothing-to-dequantize",
+    "error",
+    "plan",
+    "The checkpoint has quantized weights.",
+    "Without any there is nothing to do.",
+    "Use it as it is.",
 )
 
 
@@ -52,14 +62,9 @@ def _nothing(found: Survey) -> list[Finding]:
     if not found.readable or any(member.stored for member in found.members):
         return []
     return [
-        Finding(
-            "nothing-to-dequantize",
-            "error",
+        NOTHING_TO_DEQUANTIZE.finding(
             "config.json",
             f"{found.checkpoint.source.name} has no quantized weights.",
             "Use it as it is.",
         )
     ]
-
-
-__all__ = ["BF16", "make_bf16_plan"]

@@ -1,22 +1,20 @@
 """Survey x Recipe -> Plan. Pure: no weight is read, nothing is written."""
 
-import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final, TypeVar
-
-import yaml
 
 from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.dtypes import FLOAT_WEIGHTS
 from mquant.errors import Refused
 from mquant.family import Family, FusedSet, Role
-from mquant.findings import Finding
+from mquant.findings import Finding, rule
 from mquant.loader_model.formats import StorageFormat
 from mquant.plan.awq import scaled, unscalable
+from mquant.plan.members import Member
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit
-from mquant.plan.survey import Member, Survey, survey
+from mquant.plan.survey import Survey, survey
+from mquant.plan.unsafe import natural, unsafe
 from mquant.recipe import Choice, Recipe
 from mquant.schemes import Scheme
 from mquant.text import names
@@ -33,6 +31,59 @@ _KEPT_BECAUSE: Final = {
     Role.NORM: "norms are vectors",
     Role.OTHER: "not known to be a linear layer",
 }
+
+SOURCE_DEQUANTIZED: Final = rule(
+    "source-dequantized",
+    "info",
+    "plan",
+    "The source's weights are stored as they are computed with.",
+    "A source that is quantized was rounded once before.",
+    "",
+)
+NOT_QUANTIZABLE: Final = rule(
+    "not-quantizable",
+    "error",
+    "plan",
+    "A weight that the recipe quantizes has a dtype and a shape that its scheme can store.",
+    "Groups and blocks do not cut a matrix of another shape evenly.",
+    "Leave its role out of the recipe's roles, or list all such modules in ignore.",
+)
+FUSED_SET_MIXED: Final = rule(
+    "fused-set-mixed",
+    "error",
+    "structure",
+    "The members of a fused set are quantized alike, or all plain.",
+    "Loaders make one matrix of the members, quantized in one way, or refuse to.",
+    "Quantize all members, or put all of them in ignore.",
+    knowing=("family",),
+)
+EXPERTS_MIXED: Final = rule(
+    "experts-mixed",
+    "error",
+    "structure",
+    "The experts of a layer are quantized alike, or all plain.",
+    "Engines run them in one kernel: one BF16 expert among quantized ones is refused.",
+    "Quantize all experts of the layer, or none.",
+    knowing=("family",),
+)
+NOTHING_TO_QUANTIZE: Final = rule(
+    "nothing-to-quantize",
+    "error",
+    "plan",
+    "The recipe quantizes some tensor of the checkpoint.",
+    "A checkpoint that declares a quantization without quantized tensors does not load.",
+    "Check the recipe's roles, targets and ignore.",
+)
+ENTRY_UNMATCHED: Final = rule(
+    "entry-unmatched",
+    "error",
+    "plan",
+    "Every entry of the recipe's ignore and targets matches a module.",
+    "An entry that matches nothing protects nothing: it is a typo, or a name from another model.",
+    "Correct the entry, or remove it. Names are those of the hub or of transformers; `re:` "
+    "entries match from the start of a name.",
+    if_tolerated="warning",
+)
 
 
 def make_plan(
@@ -63,7 +114,7 @@ def make_plan(
     findings = [
         *found.findings,
         *dequantizes(found),
-        *_unsafe(actions, family, recipe, allow_unsafe=allow_unsafe),
+        *unsafe(actions, family, recipe, allow_unsafe=allow_unsafe),
         *_unmatched(found, both, choice),
     ]
     # Of a source whose weights cannot be read, that is all there is to say.
@@ -93,13 +144,6 @@ def make_plan(
     )
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layer 2 before layer 10."""
-    return [
-        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
-    ]
-
-
 def _action(
     member: Member, both: tuple[str, str], choice: Choice, family: Family, layers: int
 ) -> Action:
@@ -124,9 +168,7 @@ def dequantizes(found: Survey) -> list[Finding]:
     formats = " and ".join(sorted({each.format.value for each in stored}))
     left_out = len(found.checkpoint.tensors) - len(found.members)
     return [
-        Finding(
-            "source-dequantized",
-            "info",
+        SOURCE_DEQUANTIZED.finding(
             stored[0].codes.name,
             f"{found.checkpoint.source.name} is quantized ({formats}): {len(stored):,} weights are "
             f"dequantized to BF16 as they are read; {left_out:,} tensors that only these need, and "
@@ -169,9 +211,7 @@ def _unquantizable(
     action, why = bad[0]
     more = f" (and {len(bad) - 1:,} more like it)" if len(bad) > 1 else ""
     return [
-        Finding(
-            "not-quantizable",
-            "error",
+        NOT_QUANTIZABLE.finding(
             action.source.name,
             f"{action.source.name} {why}{more}.",
             f"Leave {action.role} out of the recipe's roles, or list all such modules in ignore.",
@@ -195,9 +235,7 @@ def _split_sets(units: list[WorkUnit]) -> list[Finding]:
         return []
     kept = [a.module for a in split[0].actions if a.scheme is None]
     return [
-        Finding(
-            "fused-set-split",
-            "error",
+        FUSED_SET_MIXED.finding(
             split[0].actions[0].source.name,
             f"{names([a.module for a in split[0].actions])} are one matrix to loaders, but the "
             f"recipe keeps only {names(kept)}.",
@@ -218,9 +256,7 @@ def _unlike_experts(actions: list[Action]) -> list[Finding]:
         return []
     modules = [action.module for action in kept[mixed[0]]]
     return [
-        Finding(
-            "experts-unlike",
-            "error",
+        EXPERTS_MIXED.finding(
             modules[0],
             f"The recipe keeps {names(modules)} of layer {mixed[0]} and quantizes its other "
             "experts; vLLM refuses to load that.",
@@ -233,9 +269,7 @@ def _nothing(actions: list[Action], recipe: Recipe) -> list[Finding]:
     if any(action.scheme for action in actions):
         return []
     return [
-        Finding(
-            "nothing-to-quantize",
-            "error",
+        NOTHING_TO_QUANTIZE.finding(
             recipe.name,
             f"Recipe {recipe.name} quantizes no tensor of this checkpoint.",
             "Check the recipe's roles, targets and ignore.",
@@ -284,77 +318,21 @@ def _is_matrix(info: TensorInfo) -> bool:
     return info.name.endswith(".weight") and len(info.shape) == 2
 
 
-def _unsafe(
-    actions: list[Action], family: Family, recipe: Recipe, *, allow_unsafe: bool
-) -> list[Finding]:
-    """The origin of this project: a recipe that quantizes what loaders refuse."""
-    findings = []
-    kinds = {
-        Role.ROUTER: ("router-quantized", "router"),
-        Role.EMBEDDING: ("embedding-quantized", "embedding"),
-        Role.HEAD: ("head-quantized", "output head"),
-    }
-    for role, (rule, noun) in kinds.items():
-        hit = [a.module for a in actions if a.role is role and a.scheme]
-        if not hit:
-            continue
-        noun += "s" if len(hit) > 1 else ""
-        findings.append(
-            Finding(
-                rule,
-                "warning" if allow_unsafe else "error",
-                hit[0],
-                f"Recipe {recipe.name} would quantize {len(hit)} {noun} ({names(hit, 2)}); "
-                "vLLM refuses to load that.",
-                f"Use ignore: {safe_ignore(family, recipe)} (or --allow-unsafe to do it anyway).",
-            )
-        )
-    return findings
-
-
-def safe_ignore(family: Family, recipe: Recipe) -> str:
-    """The recipe's ignore list completed for a family, as YAML in one line."""
-    entries = []
-    for row in family.tensors:
-        module = row.name.rpartition(".")[0]
-        if row.role.refused_by_loaders:
-            entries.append(
-                "re:" + re.escape(module).replace(r"\{layer\}", r"\d+") + "$"
-                if "{layer}" in module
-                else module
-            )
-    entries += [e for e in recipe.ignore if e not in entries]
-    entries.sort(key=lambda entry: (entry.startswith("re:"), natural(entry)))
-    return yaml.safe_dump(entries, default_flow_style=True, width=math.inf).strip()
-
-
 def _unmatched(found: Survey, both: Mapping[str, tuple[str, str]], choice: Choice) -> list[Finding]:
     """Entries of the recipe that match no module: a typo in ours, common in llmcompressor's."""
     recipe = choice.recipe
     modules = {m.module for m in found.members if m.info.name.endswith(".weight")}
     known = {name for module in modules for name in both[module]}
     return [
-        Finding(
-            "entry-unmatched",
-            "warning" if recipe.foreign else "error",
+        ENTRY_UNMATCHED.finding(
             entry,
             f"{entry!r} in {key} of recipe {recipe.name} matches no module of "
             f"{found.checkpoint.source.name}.",
             "Correct the entry, or remove it. Names are those of the hub or of transformers; "
             "`re:` entries match from the start of a name.",
+            "tolerated" if recipe.foreign else "source",
         )
         for key, said in (("ignore", choice.ignore), ("targets", choice.targets))
         for entry, matched in said.by_entry.items()
         if matched.isdisjoint(known)
     ]
-
-
-__all__ = [
-    "DEFAULT_SHARD_BYTES",
-    "cut_shards",
-    "dequantizes",
-    "kept_modules",
-    "make_plan",
-    "natural",
-    "safe_ignore",
-]

@@ -13,11 +13,12 @@ from typing import Any, Final
 from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.errors import Refused
 from mquant.family import Family
-from mquant.findings import Finding
+from mquant.findings import rule
 from mquant.loader_model.formats import GROUP, SUFFIXES, StorageFormat
 from mquant.plan.build import kept_modules
+from mquant.plan.members import Member
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit, declaration
-from mquant.plan.survey import Member, Survey, survey
+from mquant.plan.survey import Survey, survey
 from mquant.recipe import Recipe
 from mquant.schemes import NVFP4, NVFP4A16
 from mquant.text import names
@@ -28,6 +29,33 @@ class Target(StrEnum):
 
     MODELOPT = "modelopt"
     COMPRESSED_TENSORS = "compressed-tensors"
+
+
+NOTHING_TO_EXPORT: Final = rule(
+    "nothing-to-export",
+    "error",
+    "plan",
+    "The checkpoint is in the layout that an export is made from.",
+    "Only NVFP4 is written in both layouts.",
+    "Quantize it first: mquant quantize --recipe nvfp4.",
+)
+NOT_EXPORTABLE: Final = rule(
+    "not-exportable",
+    "error",
+    "plan",
+    "Every tensor of the checkpoint has a place in the other layout.",
+    "A tensor that is left out is missing from the export.",
+    "Export a checkpoint without a quantized KV cache.",
+)
+ACTIVATION_SCALES_MISSING: Final = rule(
+    "activation-scales-missing",
+    "error",
+    "structure",
+    "Where config.json declares static scales of activations, the tensors are there.",
+    "vLLM loads without them and multiplies by what lay in memory.",
+    "Calibrate again, or declare weights only (input_activations: null).",
+    knowing=("layout",),
+)
 
 
 SOURCE: Final = {
@@ -70,8 +98,7 @@ def survey_for(checkpoint: Checkpoint, families: Mapping[str, Family], target: T
         raise Refused(findings)
     if not stored:
         findings.append(
-            _refusal(
-                "nothing-to-export",
+            NOTHING_TO_EXPORT.finding(
                 "config.json",
                 f"{checkpoint.source.name} is not {SOURCE[target]}, which {target} is made from.",
                 "Quantize it first: mquant quantize --recipe nvfp4.",
@@ -79,8 +106,7 @@ def survey_for(checkpoint: Checkpoint, families: Mapping[str, Family], target: T
         )
     if homeless:
         findings.append(
-            _refusal(
-                "not-exportable",
+            NOT_EXPORTABLE.finding(
                 homeless[0],
                 f"mquant does not export {names(homeless)}.",
                 "Export a checkpoint without a quantized KV cache.",
@@ -89,8 +115,7 @@ def survey_for(checkpoint: Checkpoint, families: Mapping[str, Family], target: T
     if with_input and len(with_input) < len(stored):
         lacking = next(each for each in stored if not each.input).codes.name
         findings.append(
-            _refusal(
-                "activation-scales-missing",
+            ACTIVATION_SCALES_MISSING.finding(
                 lacking,
                 f"{lacking} has no scale of its input, {len(with_input):,} others have one.",
                 "Get the checkpoint again; mquant verify says more.",
@@ -208,10 +233,3 @@ def _jobs(actions: Iterable[Action]) -> Iterator[WorkUnit]:
     """A job for each run of a module's tensors: the order is the source's."""
     for _, run in groupby(actions, key=lambda action: action.module):
         yield WorkUnit(tuple(run))
-
-
-def _refusal(rule: str, where: str, message: str, fix: str) -> Finding:
-    return Finding(rule, "error", where, message, fix)
-
-
-__all__ = ["SOURCE", "Target", "hf_quant_config", "make_export_plan", "scalars", "survey_for"]

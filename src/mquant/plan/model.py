@@ -12,8 +12,9 @@ from mquant.checkpoint import TensorInfo, build_header
 from mquant.dtypes import BITS, nbytes
 from mquant.family import Family, Role
 from mquant.findings import Finding
+from mquant.plan.members import Member
 from mquant.plan.stored import Stored
-from mquant.plan.survey import Member, Survey
+from mquant.plan.survey import Survey
 from mquant.recipe import Recipe
 from mquant.schemes import FORMAT_VERSION, Scheme
 

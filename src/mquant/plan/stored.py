@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo
-from mquant.findings import Finding
+from mquant.findings import Finding, Rule, rule
 from mquant.loader_model.formats import (
     FP8S,
     GROUP,
@@ -31,6 +31,25 @@ _OF_CACHE: Final = (".k_scale", ".v_scale", ".q_scale", ".output_scale")
 
 READABLE: Final = (*FP8S, *NVFP4S)
 """The formats that can be read."""
+PART_MISSING: Final = rule(
+    "part-missing",
+    "error",
+    "structure",
+    "A quantized module has its codes and all its scales.",
+    "vLLM turns its missing-weight check off for quantized models: what is missing stays "
+    "uninitialised, and the model talks nonsense.",
+    "Quantize again, with a tool that writes the whole module.",
+    knowing=("layout",),
+)
+PART_SHAPE: Final = rule(
+    "part-shape",
+    "error",
+    "structure",
+    "Codes and scales of a module fit each other.",
+    "vLLM copies what fits of an expert's scales, without an error.",
+    "Quantize again, with a tool that writes the whole module.",
+    knowing=("layout",),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +169,7 @@ def _stored(
     for needed in filter(None, (suffix, scale_suffix, second_suffix)):
         if needed not in tensors:
             there = ", ".join(sorted(tensors))
-            return _broken(module, "part-missing", f"{module} has no {needed} beside {there}")
+            return _broken(module, PART_MISSING, f"{module} has no {needed} beside {there}")
     codes, scale, second = tensors[suffix], tensors[scale_suffix], tensors.get(second_suffix)
     if codes.dtype != dtype or len(codes.shape) != 2 or 0 in codes.shape:
         return _odd(codes, f"{dtype} with two dimensions")
@@ -194,8 +213,8 @@ def _fp8_block(
 def _odd(info: TensorInfo, meant: str) -> Finding:
     module = info.name.rpartition(".")[0]
     sentence = f"{info.name} is {info.dtype} {list(info.shape)}, but must be {meant}"
-    return _broken(module, "part-shape", sentence)
+    return _broken(module, PART_SHAPE, sentence)
 
 
-def _broken(module: str, rule: str, sentence: str) -> Finding:
-    return Finding(rule, "error", module, f"{sentence}.", "Get the checkpoint again.")
+def _broken(module: str, rule: Rule, sentence: str) -> Finding:
+    return rule.finding(module, f"{sentence}.", "Get the checkpoint again.")

@@ -142,6 +142,8 @@ def push(
     local = _judge(shipment, families, note, emit)
     if local is not None and local.count("error"):
         return Pushed(local, None, writer.page, private, ())
+    if local is not None:
+        local.raise_if_undecided()
     if there is None:
         writer.create(private=private)
     elif public and private:
@@ -227,7 +229,7 @@ def _judge(
         return None
     _check_bytes(shipment, emit)
     report = verify(shipment.source, families, Depth.NUMBERS, emit=emit)
-    if not report.count("error"):
+    if not report.count("error") and not report.undecided:
         write_document(
             note, [json.dumps(looked_at).encode()], "Set XDG_CACHE_HOME to another folder."
         )

@@ -89,7 +89,7 @@ def report(
         name=source.name,
         parent=parent.name if parent else _parent_of(compared, evaluated),
         verdict=judged.verdict,
-        severity=judged.findings[0].severity if judged.findings else "info",
+        severity=_severity(judged),
         facts=_facts(mine, judged, families),
         sizes=_sizes(mine, theirs, families),
         findings=judged.findings,
@@ -111,6 +111,11 @@ def report(
         ) from error
     write_document(out, [page.encode()], "Give another file with -o.")
     return Made(out, judged, compared, evaluated)
+
+
+def _severity(judged: Report) -> str:
+    worst = judged.findings[0].severity if judged.findings else "info"
+    return "warning" if judged.undecided and worst == "info" else worst
 
 
 def _given(path: Path | None, verb: Literal["compare", "eval"], source: Source) -> Any:

@@ -23,11 +23,12 @@ from mquant.checkpoint import (
     is_shard,
     open_checkpoint,
 )
+from mquant.checkpoint.checkpoint import TENSOR_STORED_TWICE
 from mquant.engines.importance import Importance, read_importance, weigher
 from mquant.errors import Refused
 from mquant.events import Emit, silent
 from mquant.family import Family, FusedSet, Role
-from mquant.findings import Finding
+from mquant.findings import Finding, rule
 from mquant.loader_model.formats import SUFFIXES, StorageFormat, activations, format_of
 from mquant.loader_model.modules import Module, ModuleView, read_modules
 from mquant.output import config_json, known_table, side_files
@@ -41,6 +42,31 @@ _QUANTIZE: Final = "Quantize the parent again: mquant quantize PARENT --recipe n
 _IMPORTANCE: Final = "If it was made with an importance file, give that with --importance. "
 _TRIED: Final = 3
 """Fused sets that are made again, and norms that are compared, before one is believed."""
+
+LAYOUT_NOT_REPAIRABLE: Final = rule(
+    "layout-not-repairable",
+    "error",
+    "run",
+    "The broken checkpoint is NVFP4A16.",
+    "mquant makes missing modules again in that layout only.",
+    "Quantize it again, with the tool that made it.",
+)
+PARENT_DIFFERS: Final = rule(
+    "parent-differs",
+    "error",
+    "run",
+    "The broken checkpoint was made from the given parent.",
+    "What is mended from another model is another model.",
+    "Give the very checkpoint it was quantized from with --from.",
+)
+RECIPE_NOT_KNOWN: Final = rule(
+    "recipe-not-known",
+    "error",
+    "run",
+    "It is known how what must be quantized again was made.",
+    "Modules made in another way have other scales than the rest.",
+    "Quantize the parent again: mquant quantize PARENT --recipe nvfp4.",
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +138,7 @@ def diagnose(
     right = make_plan(original, recipe, families)
     if right.refusals:
         raise Refused(right.refusals)
-    wrong = report.wrong | {f.where for f in report.findings if f.rule == "tensor-stored-twice"}
+    wrong = report.wrong | {f.where for f in report.findings if f.rule == TENSOR_STORED_TWICE.id}
     wrong |= _unlike_parent(view, original, wrong)
     mending = mend(right, checkpoint, wrong)
     made_by = ""
@@ -224,9 +250,7 @@ def _refuse_other_layouts(view: ModuleView) -> None:
     what = "NVFP4 with quantized activations" if common is StorageFormat.NVFP4 else common.short
     raise Refused(
         [
-            Finding(
-                "layout-not-repairable",
-                "error",
+            LAYOUT_NOT_REPAIRABLE.finding(
                 view.checkpoint.source.name,
                 f"{view.checkpoint.source.name} is quantized as {what}; mquant repairs "
                 f"{NVFP4A16.name}.",
@@ -256,9 +280,7 @@ def _unlike_parent(view: ModuleView, parent: Checkpoint, wrong: Iterable[str]) -
         mine, theirs = view.checkpoint.source.name, parent.source.name
         raise Refused(
             [
-                Finding(
-                    "parent-differs",
-                    "error",
+                PARENT_DIFFERS.finding(
                     theirs,
                     f"{mine} was not made from {theirs}: {names(sorted(unlike))} differ.",
                     "Give the very checkpoint it was quantized from with --from.",
@@ -327,9 +349,7 @@ def _made_by(mending: Mending, how: Recipe) -> Mending:
 
 
 def _nothing_known(bad: Source) -> Finding:
-    return Finding(
-        "recipe-not-known",
-        "error",
+    return RECIPE_NOT_KNOWN.finding(
         bad.name,
         f"{bad.name} has no mquant.json and no quantized module under a name that is known: how it "
         "was made cannot be told.",
@@ -339,9 +359,7 @@ def _nothing_known(bad: Source) -> Finding:
 
 def _needs_data(mending: Mending, stated: Recipe) -> Finding:
     lost = [action.module for action in mending.replaced if action.scheme]
-    return Finding(
-        "recipe-not-known",
-        "error",
+    return RECIPE_NOT_KNOWN.finding(
         lost[0],
         f"{names(lost)} must be quantized again, but recipe {stated.name}, which mquant.json "
         "names, depends on the data it was calibrated with.",
@@ -361,13 +379,8 @@ def _unknown(mending: Mending, stated: Recipe | None) -> Finding:
         if _intact(mending)
         else "nothing that is intact tells how it was made"
     )
-    return Finding(
-        "recipe-not-known",
-        "error",
+    return RECIPE_NOT_KNOWN.finding(
         lost[0],
         f"{names(lost)} must be quantized again, but {what}.",
         _IMPORTANCE + _QUANTIZE if stated and stated.scales == "search" else _QUANTIZE,
     )
-
-
-__all__ = ["Diagnosis", "assemble", "diagnose"]

@@ -20,6 +20,7 @@ from mquant.output import RECIPE_NAME, as_table, known_table
 from mquant.plan import Target, hf_quant_config, make_export_plan, scalars, survey_for
 from mquant.runs.convert import convert
 from mquant.runs.run import Result, RunOptions
+from mquant.verify.numbers import GLOBAL_SCALE_INVALID
 
 _ORIGIN: Final = "compressed_tensors"
 """The key of mquant.json that says what an export to ModelOpt was made from."""
@@ -104,9 +105,7 @@ def _known(name: str, factor: np.float32, known: Mapping[str, Any]) -> np.float3
 
 
 def _invalid(name: str, number: np.float32) -> Finding:
-    return Finding(
-        "global-scale-invalid",
-        "error",
+    return GLOBAL_SCALE_INVALID.finding(
         name,
         f"{name} is {number}: it has no reciprocal that is a number above zero.",
         "Get the checkpoint again, or repair it: mquant repair.",
@@ -118,6 +117,3 @@ def _declared(origin: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if isinstance(config, dict) and config.get("quant_method") == Target.COMPRESSED_TENSORS:
         return config
     return None
-
-
-__all__ = ["export"]

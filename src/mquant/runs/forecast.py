@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from mquant.errors import OutputError
 from mquant.family import Role
-from mquant.findings import Finding
+from mquant.findings import Finding, rule
 from mquant.output import examine
 from mquant.plan import Action, Plan
 from mquant.runs.run import default_workers, free_disk
@@ -20,6 +20,31 @@ _BASE_MEMORY: Final = 350_000_000
 _PER_WORKER: Final = 1.2
 # Files that hold a control group's limit, in version 2 and in version 1.
 _LIMITS: Final = ("memory.max", "memory.limit_in_bytes")
+
+DISK_TOO_SMALL: Final = rule(
+    "disk-too-small",
+    "warning",
+    "run",
+    "What is made fits on the disk.",
+    "A run that fills the disk stops.",
+    "Free space, or give a folder on another disk with -o.",
+)
+MEMORY_TOO_SMALL: Final = rule(
+    "memory-too-small",
+    "warning",
+    "run",
+    "A run fits into the free memory.",
+    "The system ends a process that takes more.",
+    "Close other programs, or run on a larger machine.",
+)
+OUT_NOT_FREE: Final = rule(
+    "out-not-free",
+    "warning",
+    "run",
+    "The output folder is free, or holds a run of mquant.",
+    "mquant overwrites nothing that it did not make.",
+    "Give another folder with -o.",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +99,7 @@ def resource_findings(plan: Plan, resources: Resources) -> tuple[Finding, ...]:
     findings, out = [], resources.out
     if resources.disk_available < resources.disk_needed:
         findings.append(
-            Finding(
-                "disk-too-small",
-                "warning",
+            DISK_TOO_SMALL.finding(
                 str(out),
                 f"{out} needs {size(resources.disk_needed)}, "
                 f"{size(resources.disk_available)} are free there.",
@@ -85,9 +108,7 @@ def resource_findings(plan: Plan, resources: Resources) -> tuple[Finding, ...]:
         )
     if resources.memory_available < resources.memory_needed:
         findings.append(
-            Finding(
-                "memory-too-small",
-                "warning",
+            MEMORY_TOO_SMALL.finding(
                 "memory",
                 f"A run takes about {size(resources.memory_needed)} of memory, "
                 f"{size(resources.memory_available)} are free.",
@@ -99,7 +120,7 @@ def resource_findings(plan: Plan, resources: Resources) -> tuple[Finding, ...]:
         # restart=True: a folder of ours is fine here, whatever it was made from.
         examine(out, source.folders, {}, restart=True)
     except OutputError as error:
-        findings.append(Finding("out-not-free", "warning", str(out), error.message, error.fix))
+        findings.append(OUT_NOT_FREE.finding(str(out), error.message, error.fix))
     return tuple(findings)
 
 
@@ -181,13 +202,3 @@ def _number(path: Path) -> int | None:
         return int(path.read_text())
     except (OSError, ValueError):  # ValueError: "max", no limit
         return None
-
-
-__all__ = [
-    "Resources",
-    "forecast",
-    "memory_available",
-    "memory_needed",
-    "plan_report",
-    "resource_findings",
-]

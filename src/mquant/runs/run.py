@@ -40,6 +40,7 @@ from mquant.output import (
 )
 from mquant.plan import Plan
 from mquant.text import size
+from mquant.verify.config_json import CONFIG_KEY_MISSING
 from mquant.verify.judge import Depth, verify
 
 MOST_CORES: Final = 16
@@ -302,8 +303,9 @@ class Run:
         families = {self.spec.plan.family.name: self.spec.plan.family}
         depth = Depth.NUMBERS if parent else Depth.STRUCTURE
         report = verify(made, families, depth, parent=parent, emit=self.emit)
+        report.raise_if_undecided()
         for finding in report.findings:
-            known = finding.rule in ignoring or finding.rule == "config-key-missing"
+            known = finding.rule in ignoring or finding.rule == CONFIG_KEY_MISSING.id
             if finding.severity == "error" and not known:
                 raise EngineError(
                     f"What was made is wrong ({finding.rule}): {finding.message}",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mquant.checkpoint.generation_config import SAMPLING_KEYS
-from mquant.findings import Finding
+from mquant.findings import Finding, Rule, rule
 from mquant.smoke.server import Answer, Server
 
 _CODE: Final = re.compile(r"```[a-zA-Z]*\n(.*?)```", re.DOTALL)
@@ -23,12 +23,54 @@ _LINE_TOKENS: Final = 20  # at most, of a line of the archive, in any tokenizer
 _MOST_LINES: Final = 400
 _LEAST_LINES: Final = 10
 
+SMOKE_CODING: Final = rule(
+    "smoke-coding",
+    "error",
+    "smoke",
+    "A program that a server is asked for is right.",
+    "A wrong checkpoint answers with noise, repetition or another language.",
+    "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+)
+SMOKE_MATHS: Final = rule(
+    "smoke-maths",
+    "error",
+    "smoke",
+    "A calculation that a server is asked for is right.",
+    "A wrong checkpoint answers with noise, repetition or another language.",
+    "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+)
+SMOKE_TRANSLATION: Final = rule(
+    "smoke-translation",
+    "error",
+    "smoke",
+    "A translation that a server is asked for is right.",
+    "A wrong checkpoint answers with noise, repetition or another language.",
+    "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+)
+SMOKE_RECALL: Final = rule(
+    "smoke-recall",
+    "error",
+    "smoke",
+    "A line out of a long text that a server is asked for is right.",
+    "A wrong checkpoint answers with noise, repetition or another language.",
+    "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+)
+SMOKE_JSON: Final = rule(
+    "smoke-json",
+    "error",
+    "smoke",
+    "A JSON object that a server is asked for is right.",
+    "A wrong checkpoint answers with noise, repetition or another language.",
+    "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+)
+
 
 @dataclass(frozen=True)
 class Prompt:
     """What is asked; `check` says what is wrong with an answer, or nothing."""
 
     id: str
+    rule: Rule
     what: str
     text: str
     check: Callable[[str], str]
@@ -44,13 +86,7 @@ class Trial:
 
     def finding(self, model: str) -> Finding:
         """What is wrong, as a finding. Only for a failed one."""
-        return Finding(
-            f"smoke-{self.prompt.id}",
-            "error",
-            model,
-            f"{self.prompt.what}: {self.wrong}.",
-            "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
-        )
+        return self.prompt.rule.finding(model, f"{self.prompt.what}: {self.wrong}.")
 
 
 def options_of(sampling: Mapping[str, float | bool], max_tokens: int) -> dict[str, float]:
@@ -78,6 +114,7 @@ def prompts(room: int | None = None) -> tuple[Prompt, ...]:
     return (
         Prompt(
             "coding",
+            SMOKE_CODING,
             "Coding",
             "Write a Python function `is_prime(n)` that returns whether the integer n is prime. "
             "Answer with one Python code block only.",
@@ -85,6 +122,7 @@ def prompts(room: int | None = None) -> tuple[Prompt, ...]:
         ),
         Prompt(
             "maths",
+            SMOKE_MATHS,
             "Maths",
             "A crate holds 17 boxes with 24 screws each, and 13 loose screws. How many screws are "
             "in the crate? Think step by step, and end with the number.",
@@ -92,14 +130,16 @@ def prompts(room: int | None = None) -> tuple[Prompt, ...]:
         ),
         Prompt(
             "translation",
+            SMOKE_TRANSLATION,
             "Translation",
             "Translate into German, and answer with the translation only: "
             "The cat is sleeping on the table.",
             _is_german,
         ),
-        Prompt("recall", "Recall", _archive(room), _is_code),
+        Prompt("recall", SMOKE_RECALL, "Recall", _archive(room), _is_code),
         Prompt(
             "json",
+            SMOKE_JSON,
             "JSON",
             'Answer with a JSON object only, without any other text: "capital" is the capital of '
             'France, "digits" a list of the first three digits of pi, as integers.',
@@ -170,6 +210,3 @@ def _is_json(text: str) -> str:
         return "the answer is not JSON"
     meant = {"capital": "Paris", "digits": [3, 1, 4]}
     return "" if value == meant else "the JSON is not what was asked for"
-
-
-__all__ = ["Prompt", "Trial", "options_of", "prompts", "smoke"]

@@ -2,49 +2,94 @@
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from fnmatch import fnmatch
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
-import mquant.verify.against_rules  # noqa: F401 -- registers the rules
-from mquant.checkpoint import Source, TensorInfo, has_chat_template
+from mquant.checkpoint import TensorInfo
 from mquant.checkpoint.hub import HubRepo
 from mquant.events import Emit, Progress, silent
 from mquant.family import Role
-from mquant.findings import Finding
+from mquant.findings import Finding, Rule, rule
 from mquant.loader_model.formats import format_of
 from mquant.loader_model.modules import Module, ModuleView
-from mquant.text import names
+from mquant.verify.against_files import check_config, check_side_files
 from mquant.verify.awq import Scaling, scaled
 from mquant.verify.numbers import PIECE, THREADS, in_order
-from mquant.verify.rules import finding
 from mquant.verify.tally import Tally
 from mquant.weights.decode import Floats
 from mquant.weights.stored_weight import TYPICAL, StoredWeight, decodable, read, weight_of
 
 SAMPLED_ROWS: Final = 64
 _SAMPLED_BYTES: Final = 64 * 1024
-# What every writer stamps, and what newer writers rename: no loader decides by them.
-_STAMPS: Final = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
-_NEEDED: Final = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "tekken.json",
-    "tiktoken.model",
-    "chat_template*",
-    "generation_config.json",
-    "*.py",
-)
-_LICENCE: Final = ("LICENSE*", "LICENCE*", "NOTICE*")
 
-Break = tuple[str, str, str]
+PARENT_TENSOR_MISSING: Final = rule(
+    "parent-tensor-missing",
+    "error",
+    "against",
+    "Every tensor of the parent is there, plain or quantized.",
+    "What is missing stays uninitialised: vLLM does not look in quantized models.",
+    "Quantize again, or copy the tensors from the parent.",
+)
+PARENT_LACKS_TENSOR: Final = rule(
+    "parent-lacks-tensor",
+    "error",
+    "against",
+    "Every tensor belongs to one of the parent's.",
+    "It is another model, or loaders drop the tensor.",
+    "Give the parent it was made from, or remove the tensor.",
+)
+KEPT_TENSOR_DIFFERS: Final = rule(
+    "kept-tensor-differs",
+    "error",
+    "against",
+    "What is not quantized is bit-identical to the parent, dtype included.",
+    "A router cast from F32 to BF16 sends tokens to other experts.",
+    "Copy the tensor from the parent.",
+)
+WEIGHT_BEYOND_BOUND: Final = rule(
+    "weight-beyond-bound",
+    "error",
+    "against",
+    "Dequantized weights are as near to the parent's as rounding leaves them: in NVFP4, within "
+    "amax/3 * 17/16 of each block.",
+    "Swapped nibbles, rows, experts or scales load without an error.",
+    "Quantize again. Weights that other tools change on purpose (AWQ, SmoothQuant) have no "
+    "parent to be compared with.",
+    knowing=("layout",),
+)
+WEIGHT_ERROR_HIGH: Final = rule(
+    "weight-error-high",
+    "warning",
+    "against",
+    "The relative error of a whole weight is one that rounding explains (NVFP4: about 0.1).",
+    "The scales are badly chosen, or of another weight.",
+    "Quantize again, and compare the tools.",
+    knowing=("layout",),
+)
+WEIGHT_NOT_COMPARED: Final = rule(
+    "weight-not-compared",
+    "warning",
+    "against",
+    "Quantized weights are in a layout that verify can dequantize.",
+    "Whether the others are near the parent's, nobody has looked.",
+    "Compare them with the tool that wrote them; those of NVFP4, ModelOpt, FP8 and symmetric "
+    "integers of 4 and 8 bits are compared here.",
+)
+SCALED_NOT_COMPARED: Final = rule(
+    "scaled-not-compared",
+    "info",
+    "against",
+    "What AWQ scaled by factors that no norm tells (norms, w3 and w2) has the parent's shape.",
+    "AWQ divides a norm by what it multiplies the columns of all that reads it with, routers "
+    "too: there both are compared. Of other factors nothing is known.",
+    "Nothing to do: mquant eval --against says what all of it makes of a text.",
+)
+
+Break = tuple[Rule, str, str]
 WorkUnit = tuple[int, Callable[[], list[Break]]]
 
 
@@ -83,7 +128,7 @@ def check_against(
             pool.shutdown(cancel_futures=True)
             raise
     config, theirs = view.checkpoint.config, parent.checkpoint.config
-    return (*tally.findings(), *_config(config, theirs), *_side_files(view, parent))
+    return (*tally.findings(), *check_config(config, theirs), *check_side_files(view, parent))
 
 
 def _jobs(
@@ -96,7 +141,7 @@ def _jobs(
 ) -> Iterator[WorkUnit]:
     local = not any(isinstance(each.checkpoint.source, HubRepo) for each in (view, parent))
     for name in sorted(view.modules.keys() - parent.modules.keys()):
-        tally.add("parent-lacks-tensor", name, f"The parent has no {name}")
+        tally.add(PARENT_LACKS_TENSOR, name, f"The parent has no {name}")
     layers = [
         m.tensor_role.layer for m in view.modules.values() if m.tensor_role and m.tensor_role.layer
     ]
@@ -105,20 +150,20 @@ def _jobs(
         mine = view.modules.get(name)
         if mine is None:
             lost = next(iter(theirs.tensors.values())).name
-            tally.add("parent-tensor-missing", lost, f"{lost} of the parent is missing")
+            tally.add(PARENT_TENSOR_MISSING, lost, f"{lost} of the parent is missing")
         elif scaling and theirs in scaling:
             if not mine.quantized:
                 deque(_kept(view, parent, mine, theirs, False, tally), maxlen=0)  # dtype, shape
             if (factors := scaling.factors(theirs)) is None:
                 message = f"{name} was scaled by AWQ: not compared"
-                tally.add("scaled-not-compared", name, message)
+                tally.add(SCALED_NOT_COMPARED, name, message)
             elif everything or _in_sample(mine, last, parent):
                 yield from _rounded(view, parent, mine, theirs, everything, to_nearest, factors)
         elif format_of(view, mine) is None and format_of(parent, theirs) is None:
             yield from _kept(view, parent, mine, theirs, everything or local, tally)
         elif foreign := _undecodable(view, mine) or _undecodable(parent, theirs):
             message = f"{name} was not compared: {foreign} cannot be dequantized here"
-            tally.add("weight-not-compared", name, message)
+            tally.add(WEIGHT_NOT_COMPARED, name, message)
         elif everything or _in_sample(mine, last, parent):
             yield from _rounded(view, parent, mine, theirs, everything, to_nearest)
 
@@ -149,11 +194,11 @@ def _kept(
         info = mine.tensors.get(suffix)
         if info is None:
             tally.add(
-                "parent-tensor-missing", original.name, f"{original.name} of the parent is missing"
+                PARENT_TENSOR_MISSING, original.name, f"{original.name} of the parent is missing"
             )
         elif (info.dtype, info.shape) != (original.dtype, original.shape):
             tally.add(
-                "kept-tensor-differs",
+                KEPT_TENSOR_DIFFERS,
                 info.name,
                 f"{info.name} is {info.dtype} {list(info.shape)}; the parent's is "
                 f"{original.dtype} {list(original.shape)}",
@@ -164,7 +209,7 @@ def _kept(
             yield size, partial(_equal, view, parent, info, original, spans)
     for suffix in mine.tensors.keys() - theirs.tensors.keys():
         tally.add(
-            "parent-lacks-tensor",
+            PARENT_LACKS_TENSOR,
             f"{mine.name}.{suffix}",
             f"The parent has no {mine.name}.{suffix}",
         )
@@ -190,7 +235,7 @@ def _equal(
     for start, end in spans:
         if read(view, info, start, end) != read(parent, original, start, end):
             return [
-                ("kept-tensor-differs", info.name, f"{info.name} is not bit-equal to the parent's")
+                (KEPT_TENSOR_DIFFERS, info.name, f"{info.name} is not bit-equal to the parent's")
             ]
     return []
 
@@ -211,12 +256,12 @@ def _rounded(
         original = scaled(original, factors)
     if weight.shape != original.shape:
         message = f"{mine.name} is {list(weight.shape)}; the parent's is {list(original.shape)}"
-        yield 0, lambda: [("weight-beyond-bound", mine.name, message)]
+        yield 0, lambda: [(WEIGHT_BEYOND_BOUND, mine.name, message)]
         return
     rows, columns = weight.shape
     if columns > PIECE:  # no model has such a row, and it could not be held
         message = f"{mine.name} was not compared: its rows have {columns:,} elements"
-        yield 0, lambda: [("weight-not-compared", mine.name, message)]
+        yield 0, lambda: [(WEIGHT_NOT_COMPARED, mine.name, message)]
         return
     first, last = 0, rows
     if not everything and rows > SAMPLED_ROWS:
@@ -255,7 +300,7 @@ def _differences(
             where = f"row {start + row:,}, column {column:,}"
             return [
                 (
-                    "weight-beyond-bound",
+                    WEIGHT_BEYOND_BOUND,
                     name,
                     f"{name} is further from the parent than {kind} explains: {said} ({where})",
                 )
@@ -265,57 +310,6 @@ def _differences(
     relative = (error / power) ** 0.5 if power else 0.0
     if relative > TYPICAL[weight.format]:
         message = f"{name} has a relative error of {relative:.2f}; {kind} stays below "
-        rule = "weight-error-high" if to_nearest else "weight-beyond-bound"
-        return [(rule, name, f"{message}{TYPICAL[weight.format]}")]
+        broken = WEIGHT_ERROR_HIGH if to_nearest else WEIGHT_BEYOND_BOUND
+        return [(broken, name, f"{message}{TYPICAL[weight.format]}")]
     return []
-
-
-def _config(config: Mapping[str, Any], parent: Mapping[str, Any]) -> Iterator[Finding]:
-    keys = [key for key in parent if key not in (*_STAMPS, "quantization_config")]
-    lost = [key for key in keys if key not in config]
-    changed = [key for key in keys if key in config and config[key] != parent[key]]
-    if lost:
-        yield finding("config-key-lost", "config.json", f"config.json lost {names(lost)}.")
-    if changed:
-        yield finding(
-            "config-key-differs",
-            "config.json",
-            f"config.json differs from the parent's in {names(changed)}.",
-        )
-
-
-def _side_files(view: ModuleView, parent: ModuleView) -> Iterator[Finding]:
-    mine, theirs = view.checkpoint.source, parent.checkpoint.source
-    needed = [path for path in theirs.files if _like(path, _NEEDED)]
-    missing = [path for path in needed if path not in mine.files]
-    if has_chat_template(mine):  # newer tools keep it in a file of its own, older ones did not
-        missing = [path for path in missing if not path.startswith("chat_template")]
-    if missing:
-        yield finding(
-            "side-file-missing", missing[0], f"The parent's {names(missing)} did not come along."
-        )
-    changed = [path for path in needed if path in mine.files and not _same(mine, theirs, path)]
-    if changed:
-        yield finding(
-            "side-file-differs", changed[0], f"Other than in the parent: {names(changed)}."
-        )
-    licence = [path for path in theirs.files if _like(path, _LICENCE)]
-    if licence and not any(_like(path, _LICENCE) for path in mine.files):
-        yield finding(
-            "licence-missing", licence[0], f"The parent's {names(licence)} did not come along."
-        )
-
-
-def _like(path: str, patterns: tuple[str, ...]) -> bool:
-    return "/" not in path and any(fnmatch(path, pattern) for pattern in patterns)
-
-
-def _same(mine: Source, theirs: Source, path: str) -> bool:
-    size = mine.files[path]
-    spans = ((start, min(start + PIECE, size)) for start in range(0, size, PIECE))
-    return size == theirs.files[path] and all(
-        mine.read(path, *span) == theirs.read(path, *span) for span in spans
-    )
-
-
-__all__ = ["SAMPLED_ROWS", "check_against"]

@@ -1,15 +1,18 @@
 """Whether something is quantized that loaders refuse, or ignored in vain: the origin bug."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from mquant.errors import NotJudged
 from mquant.family import Role
 from mquant.findings import Finding
 from mquant.loader_model.in_vllm import Judged, VllmView, vllm_view_of
 from mquant.loader_model.modules import ModuleView
-from mquant.verify.ignore_checks import findings_of
-from mquant.verify.ignore_rules import QUANTIZED
+from mquant.plan.unsafe import QUANTIZED
+from mquant.verify.ignore_checks import EXPERT_NAMES, IGNORE_RULES, findings_of
+from mquant.verify.not_judged import ASK_VLLM, not_judged, to_json, undecided
 
 _PLURAL: Final = {Role.ROUTER: "routers", Role.EMBEDDING: "embeddings", Role.HEAD: "heads"}
 
@@ -52,6 +55,13 @@ class IgnoreReport:
     entries: tuple[Entry, ...]
     uncovered: tuple[str, ...]
     findings: tuple[Finding, ...]
+    not_judged: Mapping[str, str]
+    undecided: str
+
+    def raise_if_undecided(self) -> None:
+        """Raise NotJudged if what was not judged decides whether a loader takes the checkpoint."""
+        if self.undecided and not any(each.severity == "error" for each in self.findings):
+            raise NotJudged(self.undecided, ASK_VLLM)
 
     def to_json(self) -> dict[str, Any]:
         """The keys of `mquant.verify-ignore/1` besides the envelope's; `findings` are there."""
@@ -85,6 +95,7 @@ class IgnoreReport:
                 for entry in self.entries
             ],
             "uncovered": list(self.uncovered),
+            "not_judged": to_json(self.not_judged),
         }
 
 
@@ -108,6 +119,8 @@ def check_ignore(view: ModuleView) -> IgnoreReport:
         entries=_entries(vllm_view),
         uncovered=tuple(uncovered),
         findings=tuple(findings),
+        not_judged=not_judged(view, IGNORE_RULES, ("structure",), findings),
+        undecided=undecided(view),
     )
 
 
@@ -155,7 +168,7 @@ def _verdict(vllm_view: VllmView, kinds: tuple[RoleCount, ...], findings: list[F
     if refused:
         are = _are([_part(kind, kind.quantized) for kind in refused])
         return f"{are} quantized: vLLM will refuse to load this."
-    if "expert-names" in rules:
+    if EXPERT_NAMES.id in rules:
         return (
             "The experts have names that vLLM does not know: it will load this without an error "
             "and leave them uninitialised."
@@ -189,6 +202,3 @@ def _are(parts: list[tuple[str, bool]]) -> str:
     if not text.startswith("lm_head"):  # a name, spelled as it is
         text = text[0].upper() + text[1:]
     return f"{text} {'are' if first or parts[0][1] else 'is'}"
-
-
-__all__ = ["Entry", "IgnoreReport", "RoleCount", "check_ignore"]

@@ -5,14 +5,123 @@ from collections.abc import Collection, Iterator
 from typing import Final
 
 from mquant.family import Role
-from mquant.findings import Finding
+from mquant.findings import Finding, Rule, rule
 from mquant.loader_model.in_vllm import Group, Judged, VllmView
 from mquant.loader_model.modules import ModuleView
+from mquant.plan.unsafe import QUANTIZED
 from mquant.text import names
-from mquant.verify.ignore_rules import QUANTIZED
-from mquant.verify.rules import finding
 
 _LISTS: Final = ("ignore", "exclude_modules", "modules_to_not_convert")
+
+EXPERT_NAMES: Final = rule(
+    "expert-names",
+    "error",
+    "structure",
+    "Experts have the hub's names, not those that transformers gives them in memory.",
+    "Saving a loaded MiniMax-M2 writes gate_proj, up_proj and down_proj for w1, w3 and w2. vLLM "
+    "skips such names without an error, and every expert is left uninitialised.",
+    "Rename the tensors, which `mquant repair SRC --from PARENT` does.",
+    knowing=("family",),
+)
+KEPT_BUT_NOT_IGNORED: Final = rule(
+    "kept-but-not-ignored",
+    "error",
+    "structure",
+    "A linear layer that is plain on disk is in `ignore`, under the name vLLM has for it.",
+    "vLLM builds every layer that is targeted and not ignored quantized. It then refuses the "
+    "plain weight, or leaves the layer uninitialised.",
+    "Add their names to `ignore` in config.json, experts' as vLLM has them.",
+    knowing=("family", "list"),
+)
+IGNORED_BUT_QUANTIZED: Final = rule(
+    "ignored-but-quantized",
+    "error",
+    "structure",
+    "A layer that is quantized on disk is not in `ignore`.",
+    "vLLM builds ignored layers plain, and refuses scales and packed weights for them.",
+    "Take their names out of `ignore` in config.json.",
+    knowing=("family", "list"),
+)
+QUANTIZED_NOT_TARGETED: Final = rule(
+    "quantized-not-targeted",
+    "error",
+    "structure",
+    "A layer that is quantized on disk is a target of some `config_groups` entry.",
+    "vLLM builds layers that no target matches plain, and refuses scales for them. Experts are "
+    'matched under vLLM\'s own names; `targets: ["Linear"]` means them all.',
+    'Set `targets` in config.json to ["Linear"].',
+    knowing=("family", "list"),
+)
+FUSED_SET_SPLIT: Final = rule(
+    "fused-set-split",
+    "error",
+    "structure",
+    "Layers that vLLM makes one of are all ignored, or none is.",
+    "vLLM makes one layer of q, k and v, and one of all experts: it refuses to build one that "
+    "`ignore` or `targets` cut in two.",
+    "Name all of them, or none.",
+    knowing=("family", "list"),
+)
+QUANTIZATION_UNDECLARED: Final = rule(
+    "quantization-undeclared",
+    "error",
+    "structure",
+    "A checkpoint with quantized tensors says so in config.json.",
+    "Without `quantization_config` a loader builds every layer plain, and refuses the scales.",
+    "Write the `quantization_config` that the tensors were made with.",
+)
+IGNORE_BAD_ENTRY: Final = rule(
+    "ignore-bad-entry",
+    "error",
+    "structure",
+    "Every entry of `ignore` and `targets` is a string, and after `re:` an expression.",
+    "vLLM compiles every expression, and stops at the first that is none.",
+    "Correct the list in config.json, with exact names; `mquant plan` shows them.",
+    knowing=("list",),
+)
+IGNORE_UNCOVERED: Final = rule(
+    "ignore-uncovered",
+    "warning",
+    "structure",
+    "Routers, lm_head and embeddings that are kept are named in `ignore`.",
+    "vLLM loads them all the same. Other loaders, and tools that quantize again with the same "
+    "list, may take them for linear layers.",
+    "Add their exact names to `ignore` in config.json.",
+    knowing=("list",),
+)
+IGNORE_UNMATCHED: Final = rule(
+    "ignore-unmatched",
+    "warning",
+    "structure",
+    "Every entry of `ignore` matches a name of the hub's or of vLLM's.",
+    "An entry that matches nothing protects nothing: often it is a name from another model, or "
+    "an expression that is anchored at the start and was not meant to be.",
+    "Correct the list in config.json, with exact names; `mquant plan` shows them.",
+    knowing=("family", "list"),
+)
+IGNORE_HUB_ONLY: Final = rule(
+    "ignore-hub-only",
+    "warning",
+    "structure",
+    "Entries for experts match vLLM's names too.",
+    "vLLM looks experts up as `mlp.experts.0.w1`, whatever the tensors are called: an entry for "
+    "another name or another expert does nothing there.",
+    "Write the entry for vLLM's name, too.",
+    knowing=("family", "list"),
+)
+IGNORE_NOT_JUDGED: Final = rule(
+    "ignore-not-judged",
+    "warning",
+    "structure",
+    "The method and the family are ones whose lists can be judged.",
+    "How entries are matched, and which modules matter, differs between methods and families.",
+    "Known are compressed-tensors, ModelOpt and FP8, of the families `mquant families` lists.",
+)
+IGNORE_RULES: Final = (
+    *QUANTIZED.values(),
+    *(each for each in tuple(globals().values()) if isinstance(each, Rule)),
+)
+"""The rules that are judged here."""
 
 
 def findings_of(
@@ -40,13 +149,12 @@ def findings_of(
 
 
 def _refused(quantized: list[Judged]) -> Iterator[Finding]:
-    for role, rule in QUANTIZED.items():
+    for role, refused in QUANTIZED.items():
         group = [judged for judged in quantized if judged.role is role]
         if group:
             modules = [judged.module.name for judged in group]
             suffixes = sorted({s for judged in group for s in judged.module.quantized})
-            yield finding(
-                rule,
+            yield refused.finding(
                 modules[0],
                 f"{_are(modules, f'{role.value} module')} quantized ({names(modules)}), with "
                 f"{names(suffixes, 6)} on disk; vLLM refuses to load that.",
@@ -56,8 +164,7 @@ def _refused(quantized: list[Judged]) -> Iterator[Finding]:
 def _misnamed(vllm_view: VllmView) -> Iterator[Finding]:
     group = [j.module.name for j in vllm_view.judged if j.misnamed and j.role is Role.EXPERT]
     if group:
-        yield finding(
-            "expert-names",
+        yield EXPERT_NAMES.finding(
             group[0],
             f"{_are(group, 'expert module')} named as in a loaded model ({names(group)}); vLLM "
             "loads this without an error and leaves these experts uninitialised.",
@@ -67,8 +174,7 @@ def _misnamed(vllm_view: VllmView) -> Iterator[Finding]:
 def _undeclared(view: ModuleView) -> Iterator[Finding]:
     modules = [module.name for module in view.quantized]
     if modules and not view.method:
-        yield finding(
-            "quantization-undeclared",
+        yield QUANTIZATION_UNDECLARED.finding(
             "config.json",
             f"{_are(modules, 'module')} quantized ({names(modules)}), but config.json has no "
             "quantization_config.",
@@ -81,8 +187,7 @@ def _bad_entries(vllm_view: VllmView) -> Iterator[Finding]:
     for key, bad in (("ignore", vllm_view.ignore.bad), ("targets", vllm_view.targets.bad)):
         for entry, reason in [*bad.items()][:1]:
             more = f" (and {len(bad) - 1:,} more like it)" if len(bad) > 1 else ""
-            yield finding(
-                "ignore-bad-entry",
+            yield IGNORE_BAD_ENTRY.finding(
                 entry,
                 f"{entry!r} in {key} is no regular expression ({reason}){more}; vLLM stops there.",
             )
@@ -90,20 +195,19 @@ def _bad_entries(vllm_view: VllmView) -> Iterator[Finding]:
         value = vllm_view.view.config.get(key)
         strings = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
         if value is not None and not strings:
-            yield finding("ignore-bad-entry", key, f"{key} of config.json is no list of strings.")
+            yield IGNORE_BAD_ENTRY.finding(key, f"{key} of config.json is no list of strings.")
 
 
 def _disagreements(vllm_view: VllmView) -> Iterator[Finding]:
     """Where vLLM builds a layer in one way and the tensors on disk are of the other."""
     split = [group.members[0].module.name for group in vllm_view.groups if group.quantized is None]
     if split:
-        yield finding(
-            "fused-set-split",
+        yield FUSED_SET_SPLIT.finding(
             split[0],
             f"ignore or targets match some of the modules that vLLM makes one layer of, but not "
             f"all, {_many(split, 'time')} (first: the layer of {split[0]}).",
         )
-    wrong: dict[str, list[Judged]] = defaultdict(list)
+    wrong: dict[Rule, list[Judged]] = defaultdict(list)
     for group in vllm_view.groups:
         for judged in group.members:
             on_disk = bool(judged.module.quantized)
@@ -111,31 +215,30 @@ def _disagreements(vllm_view: VllmView) -> Iterator[Finding]:
             known = on_disk and judged.role.refused_by_loaders
             if group.quantized is not None and on_disk is not group.quantized and not known:
                 wrong[_disagreement(group)].append(judged)
-    for rule, group_ in wrong.items():
-        yield _disagreement_finding(rule, group_)
+    for broken, group_ in wrong.items():
+        yield _disagreement_finding(broken, group_)
 
 
-def _disagreement(group: Group) -> str:
+def _disagreement(group: Group) -> Rule:
     if group.quantized:
-        return "kept-but-not-ignored"
-    return "ignored-but-quantized" if group.ignored else "quantized-not-targeted"
+        return KEPT_BUT_NOT_IGNORED
+    return IGNORED_BUT_QUANTIZED if group.ignored else QUANTIZED_NOT_TARGETED
 
 
-def _disagreement_finding(rule: str, group: list[Judged]) -> Finding:
+def _disagreement_finding(broken: Rule, group: list[Judged]) -> Finding:
     sentence = {
-        "kept-but-not-ignored": "plain on disk, but vLLM takes {0} for quantized: targets match "
+        KEPT_BUT_NOT_IGNORED: "plain on disk, but vLLM takes {0} for quantized: targets match "
         "{0}, ignore does not",
-        "ignored-but-quantized": "quantized on disk, but vLLM takes {0} for plain: ignore matches "
+        IGNORED_BUT_QUANTIZED: "quantized on disk, but vLLM takes {0} for plain: ignore matches "
         "{0}",
-        "quantized-not-targeted": "quantized on disk, but vLLM takes {0} for plain: no target "
+        QUANTIZED_NOT_TARGETED: "quantized on disk, but vLLM takes {0} for plain: no target "
         "matches {0}",
-    }[rule]
+    }[broken]
     modules = [judged.module.name for judged in group]
     first = group[0]
     known_as = "" if first.vllm[0] == first.module.name else f" (to vLLM it is {first.vllm[0]})"
     said = sentence.format("it" if len(group) == 1 else "them")
-    return finding(
-        rule,
+    return broken.finding(
         modules[0],
         f"{_are(modules, 'module')} {said}. First: {first.module.name}{known_as}.",
     )
@@ -143,8 +246,7 @@ def _disagreement_finding(rule: str, group: list[Judged]) -> Finding:
 
 def _uncovered(modules: list[str]) -> Iterator[Finding]:
     if modules:
-        yield finding(
-            "ignore-uncovered",
+        yield IGNORE_UNCOVERED.finding(
             modules[0],
             f"{_are(modules, 'module')} kept, but ignore does not name "
             f"{'it' if len(modules) == 1 else 'them'} ({names(modules)}).",
@@ -158,8 +260,7 @@ def _unmatched(vllm_view: VllmView) -> Iterator[Finding]:
     idle = [entry for entry, found in vllm_view.ignore.by_entry.items() if not found & known]
     if idle:
         in_memory = any(vllm_view.ignore.by_entry[entry] for entry in idle)
-        yield finding(
-            "ignore-unmatched",
+        yield IGNORE_UNMATCHED.finding(
             idle[0],
             f"{_entries_match(idle)} nothing, neither on the hub nor in vLLM ({names(idle)})"
             + ("; only transformers has such names." if in_memory else "."),
@@ -178,8 +279,7 @@ def _hub_only(vllm_view: VllmView) -> Iterator[Finding]:
         if means and any(experts[name].isdisjoint(vllm_view.ignored_by_vllm) for name in means):
             vain.append(entry)
     if vain:
-        yield finding(
-            "ignore-hub-only",
+        yield IGNORE_HUB_ONLY.finding(
             vain[0],
             f"{_entries_match(vain)} experts by the hub's names alone, and vLLM's are like "
             f"{min(in_vllm)} ({names(vain)}).",
@@ -190,15 +290,13 @@ def _not_judged(vllm_view: VllmView) -> Iterator[Finding]:
     view = vllm_view.view
     if view.family is None:
         kind = str(view.checkpoint.config.get("model_type"))[:60]
-        yield finding(
-            "ignore-not-judged",
+        yield IGNORE_NOT_JUDGED.finding(
             "config.json",
             f"The family of model_type {kind} is not known: only lm_head and embeddings under "
             "their usual names were judged.",
         )
     if view.method and vllm_view.style is None:
-        yield finding(
-            "ignore-not-judged",
+        yield IGNORE_NOT_JUDGED.finding(
             "config.json",
             f"How {view.method[:60]} matches its list is not known: only the tensors were judged.",
         )
@@ -216,6 +314,3 @@ def _entries_match(entries: Collection[str]) -> str:
     if len(entries) == 1:
         return "1 entry of ignore matches"
     return f"{len(entries):,} entries of ignore match"
-
-
-__all__ = ["findings_of"]

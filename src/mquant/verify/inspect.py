@@ -7,17 +7,50 @@ from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.family import Family, FusedSet, Role, TensorRole
-from mquant.findings import Finding
+from mquant.findings import Finding, in_context, rule
 from mquant.plan import survey
 from mquant.schemes import QUANTIZED_SUFFIXES
 from mquant.text import names
+from mquant.verify.config_json import CONFIG_KEY_MISSING
 from mquant.verify.mtp import check_mtp
 
 # Several weights in one stored element: only the scheme knows how many.
 _PACKED: Final = (".weight_packed", ".qweight")
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-# To an inspection these say what a checkpoint is, not that something is wrong with it.
-_FACTS: Final = ("source-quantized", "family-unknown")
+
+EXPERT_PRUNED: Final = rule(
+    "expert-pruned",
+    "info",
+    "inspect",
+    "The checkpoint has as many experts as the family's releases.",
+    "Pruned checkpoints have fewer; config.json must say so.",
+    "",
+)
+DTYPE_DIFFERS: Final = rule(
+    "dtype-differs",
+    "info",
+    "inspect",
+    "All tensors of a plain checkpoint have one dtype.",
+    "A router in F32 beside BF16 weights must stay in F32.",
+    "Nothing to do: what is not quantized keeps its dtype.",
+)
+FUSED_SET_CUT: Final = rule(
+    "fused-set-cut",
+    "info",
+    "inspect",
+    "Each fused set lies in one shard.",
+    "Tools that read a shard at a time give the members different scales.",
+    "Nothing to do: mquant reads each set whole, and writes it into one shard.",
+)
+TOKENIZER_MISSING: Final = rule(
+    "tokenizer-missing",
+    "warning",
+    "inspect",
+    "The tokenizer's files are there.",
+    "Loaders need them beside the weights.",
+    "Get them from the model's repo: loaders need them beside the weights.",
+)
+
 
 Known = tuple[TensorInfo, TensorRole]
 
@@ -106,7 +139,7 @@ def inspect(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Inspectio
     return replace(
         inspection,
         findings=(
-            *(replace(f, severity="info") if f.rule in _FACTS else f for f in found.findings),
+            *(in_context(f, "fact") for f in found.findings),
             *(_unusual(inspection, checkpoint, family, known, unknown) if family else ()),
             *_tokenizer(checkpoint),
         ),
@@ -171,8 +204,7 @@ def _unusual(
     unknown: list[TensorInfo],
 ) -> Iterable[Finding]:
     if inspection.pruned:
-        yield _info(
-            "expert-pruned",
+        yield EXPERT_PRUNED.finding(
             family.config.experts,
             f"It has {inspection.experts} of the family's {inspection.unpruned_experts} experts: "
             "looks expert-pruned.",
@@ -182,12 +214,11 @@ def _unusual(
     yield from _dtypes(inspection, known)
     missing = [key for key in family.required_config if key not in checkpoint.config]
     if missing:
-        yield Finding(
-            "required-config-missing",
-            "warning",
+        yield CONFIG_KEY_MISSING.finding(
             "config.json",
             f"config.json lacks {names(missing)}, without which vLLM and SGLang do not load it.",
             "Take the keys from the config.json of the model's first release.",
+            "fact",
         )
     yield from _cut_sets(known)
 
@@ -203,8 +234,7 @@ def _dtypes(inspection: Inspection, known: list[Known]) -> Iterable[Finding]:
             odd[info.dtype].append((info, tensor_role))
     for dtype, group in odd.items():
         roles = sorted({tensor_role.row.role.value for _, tensor_role in group})
-        yield _info(
-            "dtype-differs",
+        yield DTYPE_DIFFERS.finding(
             group[0][0].name,
             f"{len(group):,} tensor{'s' if len(group) > 1 else ''} of {' and '.join(roles)} "
             f"in {dtype} beside {main} weights.",
@@ -221,8 +251,7 @@ def _cut_sets(known: list[Known]) -> Iterable[Finding]:
     if cut:
         fused, layer, expert = cut[0]
         place = f"{fused} of layer {layer}" + ("" if expert is None else f", expert {expert}")
-        yield _info(
-            "fused-set-cut",
+        yield FUSED_SET_CUT.finding(
             place,
             f"{len(cut):,} fused set{'s are' if len(cut) > 1 else ' is'} cut by shard borders "
             f"(first: {place}).",
@@ -232,17 +261,8 @@ def _cut_sets(known: list[Known]) -> Iterable[Finding]:
 
 def _tokenizer(checkpoint: Checkpoint) -> Iterable[Finding]:
     if not any(path.rpartition("/")[2] in _TOKENIZERS for path in checkpoint.source.files):
-        yield Finding(
-            "tokenizer-missing",
-            "warning",
+        yield TOKENIZER_MISSING.finding(
             "tokenizer.json",
             "There are no tokenizer files.",
             "Get them from the model's repo: loaders need them beside the weights.",
         )
-
-
-def _info(rule: str, where: str, message: str, fix: str = "") -> Finding:
-    return Finding(rule, "info", where, message, fix)
-
-
-__all__ = ["Inspection", "Portion", "inspect"]

@@ -3,15 +3,16 @@
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
 
 from mquant.checkpoint import Source, open_checkpoint
 from mquant.checkpoint.hub import HubRepo
+from mquant.errors import NotJudged
 from mquant.events import Emit, silent
 from mquant.family import Family
-from mquant.findings import Finding, Severity
+from mquant.findings import RULES, VERIFIED, Finding, Severity
 from mquant.loader_model.modules import ModuleView, read_modules
 from mquant.output import as_table, known_table
 from mquant.text import plural
@@ -19,8 +20,9 @@ from mquant.verify.against import check_against
 from mquant.verify.ignore import check_ignore
 from mquant.verify.loaders.install import find_python
 from mquant.verify.loaders.vllm import Verdict, ask
+from mquant.verify.not_judged import ASK_VLLM, not_judged, to_json, undecided
 from mquant.verify.numbers import check_numbers
-from mquant.verify.structure import check_structure, lost_shards
+from mquant.verify.structure import check_structure
 from mquant.verify.tensor_parallel import check_parallel
 
 _ORDER: Final[tuple[Severity, ...]] = ("error", "warning", "info")
@@ -41,7 +43,8 @@ class Report:
     `findings` stand errors first; `wrong` are all tensors with wrong numbers. `checked` names what
     was judged: structure, numbers, and the parent, `sampled` or not. `bytes_read` and `requests`
     count what came from a hub, both checkpoints together; None where nothing did. `loader` is what
-    a real loader made of it.
+    a real loader made of it. `not_judged` says of rules that were not applied why not; `undecided`
+    is a sentence if that decides whether a loader takes the checkpoint, and no loader said it.
     """
 
     source: str
@@ -57,6 +60,8 @@ class Report:
     bytes_read: int | None = None
     requests: int | None = None
     loader: Verdict | None = None
+    not_judged: Mapping[str, str] = field(default_factory=dict)
+    undecided: str = ""
 
     def count(self, severity: Severity) -> int:
         """How many findings there are of a severity."""
@@ -80,9 +85,17 @@ class Report:
         ]
         if errors:
             return f"Broken: {', '.join(wrong)} in {counts}; checked {what}."
+        if self.undecided:
+            told = f", {wrong[0]}" if wrong else ""
+            return f"Not judged: {counts}{told}, checked {what}. {self.undecided}"
         if warnings:
             return f"Sound, with {wrong[0]}: {counts}, checked {what}."
         return f"Clean: {counts}, checked {what}."
+
+    def raise_if_undecided(self) -> None:
+        """Raise NotJudged if what was not judged decides whether a loader takes the checkpoint."""
+        if self.undecided and not self.count("error"):
+            raise NotJudged(self.undecided, ASK_VLLM)
 
     def to_json(self) -> dict[str, Any]:
         """The keys of `mquant.verify/1` besides the envelope's; `findings` are there."""
@@ -100,6 +113,7 @@ class Report:
             "bytes_read": self.bytes_read,
             "requests": self.requests,
             "loader": self.loader.to_json() if self.loader else None,
+            "not_judged": to_json(self.not_judged),
         }
 
 
@@ -135,21 +149,16 @@ def verify(
             wrong = frozenset(numbers.places)
         if original is not None:
             checked.append("against")
-            made = as_table(known_table(source).get("recipe"))
-            found += check_against(
-                view,
-                original,
-                everything=depth is Depth.FULL,
-                to_nearest=made.get("rounding") != "gptq",
-                smoothed=made.get("smoothing") == "awq",
-                emit=emit,
-            )
+            found += _against(view, original, depth, emit)
         loader = asked.result() if asked else None
     if loader is not None:
         checked.append("vllm")
         found += loader.findings
     if not any(finding.severity == "error" for finding in found):
         found += check_parallel(view)
+    looked = {"loader" if each == "vllm" else each for each in checked}
+    judged_by_loader = loader is not None and loader.verdict != "not asked"
+    rules = [each for each in RULES.values() if each.needs in VERIFIED]
     hubs = [each for each in (source, parent) if isinstance(each, HubRepo)]
     return Report(
         source=source.name,
@@ -165,18 +174,29 @@ def verify(
         bytes_read=sum(hub.bytes_read for hub in hubs) if hubs else None,
         requests=sum(hub.requests for hub in hubs) if hubs else None,
         loader=loader,
+        not_judged=not_judged(view, rules, looked, found),
+        undecided="" if judged_by_loader else undecided(view),
+    )
+
+
+def _against(view: ModuleView, parent: ModuleView, depth: Depth, emit: Emit) -> tuple[Finding, ...]:
+    made = as_table(known_table(view.checkpoint.source).get("recipe"))
+    return check_against(
+        view,
+        parent,
+        everything=depth is Depth.FULL,
+        to_nearest=made.get("rounding") != "gptq",
+        smoothed=made.get("smoothing") == "awq",
+        emit=emit,
     )
 
 
 def _ignore(view: ModuleView) -> list[Finding]:
     # Entries that match nothing may be meant for what lay in a lost shard.
     findings = check_ignore(view).findings
-    return [f for f in findings if f.severity == "error" or not lost_shards(view)]
+    return [f for f in findings if f.severity == "error" or not view.checkpoint.lost_shards]
 
 
 def _sorted(findings: list[Finding]) -> tuple[Finding, ...]:
     # Several checks may see the same thing: it is told once.
     return tuple(sorted(dict.fromkeys(findings), key=lambda found: _ORDER.index(found.severity)))
-
-
-__all__ = ["Depth", "Report", "verify"]

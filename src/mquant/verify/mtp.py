@@ -1,22 +1,20 @@
 """What is no fault of a checkpoint, and worth knowing before it is served."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 from mquant.family import Family, TensorRole
-from mquant.findings import Finding
-from mquant.verify.rules import Rule, finding, register
+from mquant.findings import Finding, rule
 
-register(
-    Rule(
-        "mtp-without-tensors",
-        "info",
-        "structure",
-        "Where config.json speaks of modules for multi-token prediction, their tensors are there.",
-        "Loaders go without; speculative decoding with them is not possible. The releases of "
-        "MiniMax-M2 lack them, too.",
-        "Nothing to do: loaders go without; multi-token prediction cannot be used.",
-    ),
+MTP_WITHOUT_TENSORS: Final = rule(
+    "mtp-without-tensors",
+    "info",
+    "structure",
+    "Where config.json speaks of modules for multi-token prediction, their tensors are there.",
+    "Loaders go without; speculative decoding with them is not possible. The releases of "
+    "MiniMax-M2 lack them, too.",
+    "Nothing to do: loaders go without; multi-token prediction cannot be used.",
+    knowing=("family",),
 )
 
 
@@ -36,11 +34,7 @@ def check_mtp(
     for name, tensor_role in found:
         if "mtp" in name if tensor_role is None else (tensor_role.layer or -1) >= layers:
             return
-    yield finding(
-        "mtp-without-tensors",
+    yield MTP_WITHOUT_TENSORS.finding(
         key,
         f"config.json says {key} {count}, but there is no tensor of such a module.",
     )
-
-
-__all__ = ["check_mtp"]

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from mquant.checkpoint import TensorInfo
 from mquant.events import Emit, Progress, silent
 from mquant.family import FusedSet
+from mquant.findings import Rule, rule
 from mquant.loader_model.formats import (
     GROUP,
     INPUT_SCALES,
@@ -27,7 +28,6 @@ from mquant.loader_model.formats import (
     integer_bits,
 )
 from mquant.loader_model.modules import FP8_DTYPES, Module, ModuleView
-from mquant.verify.rules import Rule, register
 from mquant.verify.tally import Tally
 from mquant.weights.decode import Floats, floats
 from mquant.weights.stored_weight import read
@@ -48,81 +48,87 @@ _NOT_FINITE: Final = {
 }
 _AGAIN: Final = "Quantize again; if it stays so, look at the weight in the parent."
 
-register(
-    Rule(
-        "value-not-finite",
-        "error",
-        "numbers",
-        "Weights that are not quantized, and FP8 codes, hold neither NaN nor infinity.",
-        "One NaN spreads through the whole model; loaders do not look.",
-        "Take the tensor from the parent, or, if it is like that there, from the original release.",
-    ),
-    Rule(
-        "scale-not-finite",
-        "error",
-        "numbers",
-        "Scales of blocks, channels and tensors are finite numbers (in E4M3: not 7f or ff).",
-        "One such scale makes NaN of a whole block, and then of the model's output.",
-        _AGAIN,
-    ),
-    Rule(
-        "scale-negative",
-        "error",
-        "numbers",
-        "Scales of blocks, channels and tensors are not negative.",
-        "Kernels that take the sign bit for part of the number compute something else.",
-        _AGAIN,
-    ),
-    Rule(
-        "scale-zero",
-        "error",
-        "numbers",
-        "No scale is zero where the codes under it are not.",
-        "The whole block loads as zero.",
-        _AGAIN,
-    ),
-    Rule(
-        "packed-shape-differs",
-        "error",
-        "numbers",
-        "weight_shape of packed integers is the shape that weight_packed unpacks to.",
-        "compressed-tensors unpacks by it: columns are lost, or it stops.",
-        "Quantize again, with a tool that writes the whole module.",
-    ),
-    Rule(
-        "global-scale-invalid",
-        "error",
-        "numbers",
-        "Global scales, and scales of activations, are finite and positive.",
-        "vLLM loads infinity and NaN without an error; the module then computes nothing else.",
-        _AGAIN,
-    ),
-    Rule(
-        "global-scale-differs",
-        "error",
-        "numbers",
-        "The members of a fused set (q, k, v; w1, w3) have the same global scale, bit by bit.",
-        "Loaders apply one of them to all: vLLM only warns, SGLang stops.",
-        "Quantize the members together, with a tool that knows the fused set.",
-    ),
-    Rule(
-        "global-scale-inverted",
-        "warning",
-        "numbers",
-        "compressed-tensors' weight_global_scale is a divisor, and so hardly ever below 1.",
-        "ModelOpt's weight_scale_2 is the reciprocal; under the other name weights are off by "
-        "its square.",
-        "Store 1 / weight_scale_2 as weight_global_scale.",
-    ),
-    Rule(
-        "global-scales-reciprocal",
-        "error",
-        "numbers",
-        "Not every weight_global_scale of compressed-tensors is below 1.",
-        "One may be; all are where a tool stored ModelOpt's weight_scale_2 under the other name. "
-        "Loaders take them as they are, and weights are off by the scales' square.",
-        "Store 1 / weight_scale_2 as weight_global_scale.",
-    ),
+VALUE_NOT_FINITE: Final = rule(
+    "value-not-finite",
+    "error",
+    "numbers",
+    "Weights that are not quantized, and FP8 codes, hold neither NaN nor infinity.",
+    "One NaN spreads through the whole model; loaders do not look.",
+    "Take the tensor from the parent, or, if it is like that there, from the original release.",
+)
+SCALE_NOT_FINITE: Final = rule(
+    "scale-not-finite",
+    "error",
+    "numbers",
+    "Scales of blocks, channels and tensors are finite numbers (in E4M3: not 7f or ff).",
+    "One such scale makes NaN of a whole block, and then of the model's output.",
+    "Quantize again; if it stays so, look at the weight in the parent.",
+    knowing=("layout",),
+)
+SCALE_NEGATIVE: Final = rule(
+    "scale-negative",
+    "error",
+    "numbers",
+    "Scales of blocks, channels and tensors are not negative.",
+    "Kernels that take the sign bit for part of the number compute something else.",
+    "Quantize again; if it stays so, look at the weight in the parent.",
+    knowing=("layout",),
+)
+SCALE_ZERO: Final = rule(
+    "scale-zero",
+    "error",
+    "numbers",
+    "No scale is zero where the codes under it are not.",
+    "The whole block loads as zero.",
+    "Quantize again; if it stays so, look at the weight in the parent.",
+    knowing=("layout",),
+)
+PACKED_SHAPE_DIFFERS: Final = rule(
+    "packed-shape-differs",
+    "error",
+    "numbers",
+    "weight_shape of packed integers is the shape that weight_packed unpacks to.",
+    "compressed-tensors unpacks by it: columns are lost, or it stops.",
+    "Quantize again, with a tool that writes the whole module.",
+    knowing=("layout",),
+)
+GLOBAL_SCALE_INVALID: Final = rule(
+    "global-scale-invalid",
+    "error",
+    "numbers",
+    "Global scales, and scales of activations, are finite and positive.",
+    "vLLM loads infinity and NaN without an error; the module then computes nothing else.",
+    "Quantize again; if it stays so, look at the weight in the parent.",
+    knowing=("layout",),
+)
+GLOBAL_SCALE_DIFFERS: Final = rule(
+    "global-scale-differs",
+    "error",
+    "numbers",
+    "The members of a fused set (q, k, v; w1, w3) have the same global scale, bit by bit.",
+    "Loaders apply one of them to all: vLLM only warns, SGLang stops.",
+    "Quantize the members together, with a tool that knows the fused set.",
+    knowing=("family", "layout"),
+)
+GLOBAL_SCALE_INVERTED: Final = rule(
+    "global-scale-inverted",
+    "warning",
+    "numbers",
+    "compressed-tensors' weight_global_scale is a divisor, and so hardly ever below 1.",
+    "ModelOpt's weight_scale_2 is the reciprocal; under the other name weights are off by its "
+    "square.",
+    "Store 1 / weight_scale_2 as weight_global_scale.",
+    knowing=("layout",),
+)
+GLOBAL_SCALES_RECIPROCAL: Final = rule(
+    "global-scales-reciprocal",
+    "error",
+    "numbers",
+    "Not every weight_global_scale of compressed-tensors is below 1.",
+    "One may be; all are where a tool stored ModelOpt's weight_scale_2 under the other name. "
+    "Loaders take them as they are, and weights are off by the scales' square.",
+    "Store 1 / weight_scale_2 as weight_global_scale.",
+    knowing=("layout",),
 )
 
 
@@ -134,12 +140,12 @@ class _Seen:
     """
 
     module: Module | None = None
-    breaks: list[tuple[str, str, str]] = field(default_factory=list)
+    breaks: list[tuple[Rule, str, str]] = field(default_factory=list)
     global_scale: tuple[str, bytes] | None = None
     divisor: tuple[str, float] | None = None
 
-    def add(self, rule: str, info: TensorInfo, message: str) -> None:
-        self.breaks.append((rule, info.name, f"{info.name} {message}"))
+    def add(self, broken: Rule, info: TensorInfo, message: str) -> None:
+        self.breaks.append((broken, info.name, f"{info.name} {message}"))
 
 
 def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
@@ -175,7 +181,7 @@ def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
     if len(divisors) > 1 and 0 < largest < 1:
         tally.places.update(divisors)
         tally.add(
-            "global-scales-reciprocal",
+            GLOBAL_SCALES_RECIPROCAL,
             next(iter(divisors)),
             f"All {len(divisors):,} weight_global_scale are below 1, the largest is "
             f"{largest:.3g}: they look like reciprocals",
@@ -203,7 +209,7 @@ def _plain(view: ModuleView, info: TensorInfo, seen: _Seen | None = None) -> _Se
         bits = np.frombuffer(raw, kind)
         bad = int(np.count_nonzero((bits & bits.dtype.type(exponent)) == exponent))
         if bad:
-            seen.add("value-not-finite", info, "holds NaN or infinity")
+            seen.add(VALUE_NOT_FINITE, info, "holds NaN or infinity")
             break
     return seen
 
@@ -234,7 +240,7 @@ def _stated_shape(view: ModuleView, module: Module, seen: _Seen) -> None:
         rows, columns = np.frombuffer(read(view, info), kinds[info.dtype]).tolist()
         if (rows, -(-columns * bits // 32)) != codes.shape:
             packed = list(codes.shape)
-            seen.add("packed-shape-differs", info, f"is {[rows, columns]}; the codes are {packed}")
+            seen.add(PACKED_SHAPE_DIFFERS, info, f"is {[rows, columns]}; the codes are {packed}")
 
 
 def _scalar(view: ModuleView, info: TensorInfo, suffix: str, seen: _Seen) -> None:
@@ -243,9 +249,9 @@ def _scalar(view: ModuleView, info: TensorInfo, suffix: str, seen: _Seen) -> Non
     raw = read(view, info)
     value = float(floats(raw, info.dtype)[0])
     if not np.isfinite(value) or value <= 0:
-        seen.add("global-scale-invalid", info, f"is {value:g}")
+        seen.add(GLOBAL_SCALE_INVALID, info, f"is {value:g}")
     elif suffix == "weight_global_scale" and value < 1:
-        seen.add("global-scale-inverted", info, f"is {value:.3g}, which looks like a reciprocal")
+        seen.add(GLOBAL_SCALE_INVERTED, info, f"is {value:.3g}, which looks like a reciprocal")
     if suffix == "weight_global_scale":
         seen.divisor = (info.name, value)
     if suffix in SECOND_SCALES:
@@ -258,12 +264,12 @@ def _scales(view: ModuleView, info: TensorInfo, seen: _Seen) -> None:
     for raw in pieces(view, info):
         values: Floats = floats(raw, info.dtype)
         if not np.isfinite(values).all():
-            seen.add("scale-not-finite", info, "holds NaN or infinity")
+            seen.add(SCALE_NOT_FINITE, info, "holds NaN or infinity")
         if (values < 0).any():
-            seen.add("scale-negative", info, "holds negative scales")
+            seen.add(SCALE_NEGATIVE, info, "holds negative scales")
         if info.dtype != "F8_E4M3" and (values == 0).any():
             # Tools write a tiny scale, never zero, for a channel of zeros.
-            seen.add("scale-zero", info, "holds scales that are zero")
+            seen.add(SCALE_ZERO, info, "holds scales that are zero")
 
 
 def _dead_blocks(view: ModuleView, module: Module, seen: _Seen) -> None:
@@ -287,7 +293,7 @@ def _dead_blocks(view: ModuleView, module: Module, seen: _Seen) -> None:
         if (some & dead).any():
             block = start // per_block + int(np.argmax(some & dead))
             row = block // scale.shape[1]
-            seen.add("scale-zero", scale, f"is zero over a block that is not (row {row:,})")
+            seen.add(SCALE_ZERO, scale, f"is zero over a block that is not (row {row:,})")
             return
 
 
@@ -297,7 +303,7 @@ def _fused(sets: Iterable[list[tuple[str, bytes]]], tally: Tally) -> None:
         other = next((name for name, raw in members if raw != scale), None)
         if other is not None:
             tally.add(
-                "global-scale-differs",
+                GLOBAL_SCALE_DIFFERS,
                 other,
                 f"{first} and {other} differ, but loaders make one matrix of them",
             )
@@ -318,6 +324,3 @@ def pieces(view: ModuleView, info: TensorInfo) -> Iterator[bytes]:
     """A tensor's data in pieces of whole elements."""
     for start in range(0, info.nbytes, PIECE):
         yield read(view, info, start, min(start + PIECE, info.nbytes))
-
-
-__all__ = ["PIECE", "check_numbers", "in_order", "pieces"]

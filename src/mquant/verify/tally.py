@@ -1,7 +1,6 @@
 """One finding for each rule, however many tensors break it."""
 
-from mquant.findings import Finding
-from mquant.verify.rules import finding
+from mquant.findings import Finding, Rule
 
 
 class Tally:
@@ -12,10 +11,10 @@ class Tally:
 
     def __init__(self) -> None:
         self.places: set[str] = set()
-        self._first: dict[str, tuple[str, str, str]] = {}
-        self._more: dict[str, int] = {}
+        self._first: dict[Rule, tuple[str, str, str]] = {}
+        self._more: dict[Rule, int] = {}
 
-    def add(self, rule: str, where: str, message: str, fix: str = "") -> None:
+    def add(self, rule: Rule, where: str, message: str, fix: str = "") -> None:
         """Note a break of a rule; `message` is a sentence without its full stop."""
         self.places.add(where)
         if rule in self._first:
@@ -29,8 +28,5 @@ class Tally:
         for rule, (where, message, fix) in self._first.items():
             more = self._more.get(rule, 0)
             tail = f" (and {more:,} more like it)" if more else ""
-            found.append(finding(rule, where, f"{message}{tail}.", fix))
+            found.append(rule.finding(where, f"{message}{tail}.", fix))
         return tuple(found)
-
-
-__all__ = ["Tally"]

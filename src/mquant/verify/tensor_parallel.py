@@ -27,31 +27,30 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mquant.family import Family, Role, TensorRow
-from mquant.findings import Finding
+from mquant.findings import Finding, rule
 from mquant.loader_model.formats import GROUP, NVFP4S, StorageFormat, format_of, weight_shape
 from mquant.loader_model.modules import Module, ModuleView
-from mquant.verify.rules import Rule, finding, register
 
 SIZES: Final = (1, 2, 4, 8, 16)
 
-register(
-    Rule(
-        "tensor-parallel",
-        "info",
-        "structure",
-        "An NVFP4 checkpoint can be split over 1, 2, 4, 8 and 16 GPUs.",
-        "Heads, groups and the tiles of FP4 Marlin kernels cannot be cut in two: a server stops, "
-        "after it has loaded everything, or computes with the scales of other weights.",
-        "Nothing to do: serve it with one of these tensor-parallel sizes.",
-    ),
-    Rule(
-        "kernel-shape",
-        "warning",
-        "structure",
-        "vLLM's FP4 Marlin kernels can run the quantized weights on some number of GPUs.",
-        "vLLM loads the checkpoint, and stops when it prepares the weights for the kernel.",
-        "Leave the experts of this model unquantized.",
-    ),
+TENSOR_PARALLEL: Final = rule(
+    "tensor-parallel",
+    "info",
+    "structure",
+    "An NVFP4 checkpoint can be split over 1, 2, 4, 8 and 16 GPUs.",
+    "Heads, groups and the tiles of FP4 Marlin kernels cannot be cut in two: a server stops, "
+    "after it has loaded everything, or computes with the scales of other weights.",
+    "Nothing to do: serve it with one of these tensor-parallel sizes.",
+    knowing=("family",),
+)
+KERNEL_SHAPE: Final = rule(
+    "kernel-shape",
+    "warning",
+    "structure",
+    "vLLM's FP4 Marlin kernels can run the quantized weights on some number of GPUs.",
+    "vLLM loads the checkpoint, and stops when it prepares the weights for the kernel.",
+    "Leave the experts of this model unquantized.",
+    knowing=("family",),
 )
 
 
@@ -99,11 +98,11 @@ def check_parallel(view: ModuleView) -> Iterator[Finding]:
         works = [n for n, reason in reasons.items() if not reason]
         if loader is VLLM and not works:
             message = f"{VLLM.name} cannot run it on any number of GPUs: {reasons[1]}."
-            yield finding("kernel-shape", "config.json", message)
+            yield KERNEL_SHAPE.finding("config.json", message)
             return
         said.append(f"{loader.name} with {_told(works, reasons)}")
     message = f"With FP4 Marlin kernels, by tensor-parallel size: {'; '.join(said)}."
-    yield finding("tensor-parallel", "config.json", message)
+    yield TENSOR_PARALLEL.finding("config.json", message)
 
 
 def _weights(view: ModuleView, kinds: Mapping[str, StorageFormat]) -> list[SplitWeight]:
@@ -172,6 +171,3 @@ def _told(works: list[int], reasons: Mapping[int, str]) -> str:
         return ", ".join(map(str, works))
     number, reason = next((n, reason) for n, reason in reasons.items() if reason)
     return f"{', '.join(map(str, works)) or 'none'} (not {number}: {reason})"
-
-
-__all__ = ["SIZES", "check_parallel"]

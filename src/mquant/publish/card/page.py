@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from mquant import __version__
-from mquant.findings import Finding
+from mquant.findings import RULES, Finding
 from mquant.publish.card.facts import Card
 from mquant.publish.card.markdown import block, code, table, text
 from mquant.publish.card.measured import Measured
@@ -12,7 +12,6 @@ from mquant.publish.card.metadata import metadata
 from mquant.publish.card.origin import made, sources
 from mquant.publish.card.serving import serving
 from mquant.text import both_sizes, compress, plural, size
-from mquant.verify.rules import RULES
 
 MARK: Final = "<!-- Made by mquant card"
 
@@ -80,7 +79,7 @@ def _verified(card: Card) -> str:
     looked = [depths.get(checked, checked) for checked in report.checked]
     rows = []
     for depth in looked:
-        ids = sorted(rule.id for rule in RULES.values() if rule.depth == depth)
+        ids = sorted(rule.id for rule in RULES.values() if rule.needs == depth)
         rows.append((depth, f"{len(ids)}", ", ".join(map(code, ids))))
     rules = table(("What was checked", "Rules", "Ids"), rows)
     parts.append(f"<details><summary>The rules</summary>\n\n{rules}\n</details>\n")
@@ -160,6 +159,3 @@ def _count(parameters: int) -> str:
         if parameters >= unit:
             return f"{parameters / unit:,.2f} {name} ({parameters:,})"
     return f"{parameters:,}"
-
-
-__all__ = ["MARK", "render"]

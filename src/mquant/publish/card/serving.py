@@ -9,6 +9,7 @@ from mquant.publish.card.engines import ENGINES, HARDWARE
 from mquant.publish.card.facts import Card
 from mquant.publish.card.markdown import block, code, table, text
 from mquant.text import binary_size
+from mquant.verify.tensor_parallel import TENSOR_PARALLEL
 
 
 def serving(card: Card) -> str:
@@ -40,7 +41,7 @@ def _hardware(card: Card) -> Iterator[str]:
         return
     yield f"{HARDWARE[card.scheme]}\n"
     for finding in card.report.findings:
-        if finding.rule == "tensor-parallel":
+        if finding.rule == TENSOR_PARALLEL.id:
             yield f"{text(finding.message)}\n"
     weights = binary_size(card.inspection.file_bytes)
     yield f"The weights take {weights} of memory, over all GPUs together.\n"
@@ -66,6 +67,3 @@ def _sampling(card: Card) -> Iterator[str]:
             ("Parameter", "Value"),
             ((code(key), code(json.dumps(value))) for key, value in card.generation.items()),
         )
-
-
-__all__ = ["serving"]

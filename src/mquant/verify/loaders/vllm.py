@@ -17,11 +17,10 @@ from typing import Any, Final
 
 from mquant.checkpoint import CONFIG_NAME, FIRST_READ, INDEX_NAME, Source, read_first
 from mquant.errors import HeaderError, LoaderError
-from mquant.findings import Finding
+from mquant.findings import Finding, Rule, rule
 from mquant.loader_model.modules import MODELOPT_NAME
 from mquant.untrusted import parse_json
 from mquant.verify.loaders.install import find_python
-from mquant.verify.rules import Rule, finding, register
 
 PROBE: Final = Path(__file__).with_name("vllm_probe.py")
 _JSON: Final = (CONFIG_NAME, INDEX_NAME, "generation_config.json", MODELOPT_NAME)
@@ -48,55 +47,53 @@ _NOT_HERE: Final = (
     "device type",
 )
 
-register(
-    Rule(
-        "vllm-refuses",
-        "error",
-        "loader",
-        "vLLM parses the config, builds the model and takes every tensor.",
-        "Nobody can serve the checkpoint with it.",
-        "Mend what vLLM names; findings of other rules say what that is.",
-    ),
-    Rule(
-        "vllm-drops",
-        "error",
-        "loader",
-        "vLLM puts every tensor somewhere.",
-        "What it drops, without a word, is not in the model: often a name that it does not know.",
-        "Give the tensors the original release's names, or remove those that do not belong.",
-    ),
-    Rule(
-        "vllm-leaves-unset",
-        "error",
-        "loader",
-        "vLLM fills every parameter of the model from the checkpoint.",
-        "The rest is whatever lay in memory: vLLM does not look for it in quantized models.",
-        "Quantize again, or add what is missing.",
-    ),
-    Rule(
-        "vllm-reshapes",
-        "error",
-        "loader",
-        "vLLM copies every tensor into a place of its own shape.",
-        "It spreads what is too small over the place, without a word.",
-        "Quantize again, with a tool that writes the shapes of the layout.",
-    ),
-    Rule(
-        "vllm-converts",
-        "error",
-        "loader",
-        "vLLM keeps what the bytes of codes and scales mean.",
-        "It converts U8 to E4M3 by value, for one: other scales, without a word.",
-        "Quantize again, with a tool that writes the dtypes of the layout.",
-    ),
-    Rule(
-        "vllm-not-asked",
-        "warning",
-        "loader",
-        "vLLM's CPU build can be asked about the checkpoint.",
-        "Some layouts can only be built where there is a GPU: nobody has looked.",
-        "Try to load it with vLLM on a machine with a GPU.",
-    ),
+VLLM_REFUSES: Final = rule(
+    "vllm-refuses",
+    "error",
+    "loader",
+    "vLLM parses the config, builds the model and takes every tensor.",
+    "Nobody can serve the checkpoint with it.",
+    "Mend what vLLM names; findings of other rules say what that is.",
+)
+VLLM_DROPS: Final = rule(
+    "vllm-drops",
+    "error",
+    "loader",
+    "vLLM puts every tensor somewhere.",
+    "What it drops, without a word, is not in the model: often a name that it does not know.",
+    "Give the tensors the original release's names, or remove those that do not belong.",
+)
+VLLM_LEAVES_UNSET: Final = rule(
+    "vllm-leaves-unset",
+    "error",
+    "loader",
+    "vLLM fills every parameter of the model from the checkpoint.",
+    "The rest is whatever lay in memory: vLLM does not look for it in quantized models.",
+    "Quantize again, or add what is missing.",
+)
+VLLM_RESHAPES: Final = rule(
+    "vllm-reshapes",
+    "error",
+    "loader",
+    "vLLM copies every tensor into a place of its own shape.",
+    "It spreads what is too small over the place, without a word.",
+    "Quantize again, with a tool that writes the shapes of the layout.",
+)
+VLLM_CONVERTS: Final = rule(
+    "vllm-converts",
+    "error",
+    "loader",
+    "vLLM keeps what the bytes of codes and scales mean.",
+    "It converts U8 to E4M3 by value, for one: other scales, without a word.",
+    "Quantize again, with a tool that writes the dtypes of the layout.",
+)
+VLLM_NOT_ASKED: Final = rule(
+    "vllm-not-asked",
+    "warning",
+    "loader",
+    "vLLM's CPU build can be asked about the checkpoint.",
+    "Some layouts can only be built where there is a GPU: nobody has looked.",
+    "Try to load it with vLLM on a machine with a GPU.",
 )
 
 
@@ -147,12 +144,10 @@ def read_verdict(said: Mapping[str, Any], why: str = "") -> Verdict:
     doing = _STAGES.get(stage, stage)
     if stage == "start" or kind == "ImportError" or any(w in words.lower() for w in _NOT_HERE):
         message = f"vLLM {version} could not be asked; it stopped while {doing}: {quoted}"
-        found = (finding("vllm-not-asked", "vLLM", _sentence(message)),)
+        found = (VLLM_NOT_ASKED.finding("vLLM", _sentence(message)),)
         return Verdict(version, "not asked", quoted, found)
     message = f"vLLM {version} refuses it while {doing}: {quoted}"
-    return Verdict(
-        version, "refuses", quoted, (finding("vllm-refuses", "vLLM", _sentence(message)),)
-    )
+    return Verdict(version, "refuses", quoted, (VLLM_REFUSES.finding("vLLM", _sentence(message)),))
 
 
 def _silent(said: Mapping[str, Any]) -> list[Finding]:
@@ -160,20 +155,20 @@ def _silent(said: Mapping[str, Any]) -> list[Finding]:
     version = said.get("vllm", "?")
     counts = said.get("counts", {})
 
-    def tell(rule: str, key: str, message: str, where: str) -> None:
+    def tell(broken: Rule, key: str, message: str, where: str) -> None:
         more = f" (and {counts[key] - 1:,} more)" if counts.get(key, 1) > 1 else ""
-        found.append(finding(rule, where, f"vLLM {version} {message}{more}, without a word."))
+        found.append(broken.finding(where, f"vLLM {version} {message}{more}, without a word."))
 
     found: list[Finding] = []
     for name in said.get("dropped", [])[:1]:
-        tell("vllm-drops", "dropped", f"drops {name}", name)
+        tell(VLLM_DROPS, "dropped", f"drops {name}", name)
     for name, lacking in said.get("unset", [])[:1]:
-        tell("vllm-leaves-unset", "unset", f"leaves {lacking:,} of {name}'s elements unset", name)
+        tell(VLLM_LEAVES_UNSET, "unset", f"leaves {lacking:,} of {name}'s elements unset", name)
     for name, shape, into in said.get("reshaped", [])[:1]:
-        tell("vllm-reshapes", "reshaped", f"spreads {name}, {shape}, over {into}", name)
+        tell(VLLM_RESHAPES, "reshaped", f"spreads {name}, {shape}, over {into}", name)
     for name, dtype, into in said.get("converted", [])[:1]:
         plain = (dtype.removeprefix("torch."), into.removeprefix("torch."))
-        tell("vllm-converts", "converted", f"converts {name} from {plain[0]} to {plain[1]}", name)
+        tell(VLLM_CONVERTS, "converted", f"converts {name} from {plain[0]} to {plain[1]}", name)
     return found
 
 
@@ -252,6 +247,3 @@ def _read(result: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-__all__ = ["Verdict", "ask", "read_verdict"]

@@ -1,0 +1,30 @@
+"""A tensor of a checkpoint, and what its name means."""
+
+from dataclasses import dataclass
+
+from mquant.checkpoint import TensorInfo
+from mquant.family import Role, TensorRole
+from mquant.plan.stored import Stored
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A source tensor and what its name means.
+
+    A weight that is stored quantized is one member: `info` is the weight in BF16, at the place of
+    its codes, and `stored` says how it lies there.
+    """
+
+    info: TensorInfo
+    tensor_role: TensorRole
+    stored: Stored | None = None
+
+    @property
+    def role(self) -> Role:
+        """What the tensor is for."""
+        return self.tensor_role.row.role
+
+    @property
+    def module(self) -> str:
+        """The hub name of the module that owns the tensor."""
+        return self.info.name.rpartition(".")[0]

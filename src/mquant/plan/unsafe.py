@@ -1,0 +1,99 @@
+"""The origin of this project: what loaders refuse quantized, and recipes that quantize it."""
+
+import math
+import re
+from typing import Final
+
+import yaml
+
+from mquant.family import Family, Role
+from mquant.findings import Finding, Rule, rule
+from mquant.plan.model import Action
+from mquant.recipe import Recipe
+from mquant.text import names
+
+ROUTER_QUANTIZED: Final = rule(
+    "router-quantized",
+    "error",
+    "structure",
+    "No router has tensors of a quantized layer.",
+    "Loaders build routers plain, whatever config.json says: vLLM stops at the first scale or "
+    "packed weight it has no parameter for. Routers are linear layers to tools that go by names, "
+    "so they must be named in `ignore` when the checkpoint is made.",
+    "Take them from the parent, which `mquant repair SRC --from PARENT` does; or quantize again, "
+    "with an ignore list that names them.",
+    if_tolerated="warning",
+    knowing=("family",),
+)
+HEAD_QUANTIZED: Final = rule(
+    "head-quantized",
+    "error",
+    "structure",
+    "lm_head has no tensors of a quantized layer.",
+    "vLLM builds lm_head plain and refuses scales for it.",
+    "Take them from the parent, which `mquant repair SRC --from PARENT` does; or quantize again, "
+    "with an ignore list that names them.",
+    if_tolerated="warning",
+)
+EMBEDDING_QUANTIZED: Final = rule(
+    "embedding-quantized",
+    "error",
+    "structure",
+    "The embeddings have no tensors of a quantized layer.",
+    "Loaders look embeddings up, row by row, in a plain matrix: vLLM refuses any other.",
+    "Take them from the parent, which `mquant repair SRC --from PARENT` does; or quantize again, "
+    "with an ignore list that names them.",
+    if_tolerated="warning",
+)
+QUANTIZED: Final[dict[Role, Rule]] = {
+    Role.ROUTER: ROUTER_QUANTIZED,
+    Role.HEAD: HEAD_QUANTIZED,
+    Role.EMBEDDING: EMBEDDING_QUANTIZED,
+}
+"""The rule for each role that loaders refuse quantized."""
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]
+
+
+def unsafe(
+    actions: list[Action], family: Family, recipe: Recipe, *, allow_unsafe: bool
+) -> list[Finding]:
+    """The origin of this project: a recipe that quantizes what loaders refuse."""
+    findings = []
+    nouns = {Role.ROUTER: "router", Role.EMBEDDING: "embedding", Role.HEAD: "output head"}
+    for role, noun in nouns.items():
+        hit = [a.module for a in actions if a.role is role and a.scheme]
+        if not hit:
+            continue
+        findings.append(
+            QUANTIZED[role].finding(
+                hit[0],
+                f"Recipe {recipe.name} would quantize {len(hit)} {noun}"
+                f"{'s' if len(hit) > 1 else ''} ({names(hit, 2)}); "
+                "vLLM refuses to load that.",
+                f"Use ignore: {safe_ignore(family, recipe)} (or --allow-unsafe to do it anyway).",
+                "tolerated" if allow_unsafe else "source",
+            )
+        )
+    return findings
+
+
+def safe_ignore(family: Family, recipe: Recipe) -> str:
+    """The recipe's ignore list completed for a family, as YAML in one line."""
+    entries = []
+    for row in family.tensors:
+        module = row.name.rpartition(".")[0]
+        if row.role.refused_by_loaders:
+            entries.append(
+                "re:" + re.escape(module).replace(r"\{layer\}", r"\d+") + "$"
+                if "{layer}" in module
+                else module
+            )
+    entries += [e for e in recipe.ignore if e not in entries]
+    entries.sort(key=lambda entry: (entry.startswith("re:"), natural(entry)))
+    return yaml.safe_dump(entries, default_flow_style=True, width=math.inf).strip()

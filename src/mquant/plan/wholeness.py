@@ -1,0 +1,328 @@
+"""Whether tensors are all of a model, and of the model that config.json describes.
+
+Completeness, counts and shapes are judged from headers and config.json alone.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from mquant.family import Family, TensorRole, TensorRow
+from mquant.findings import Finding, rule
+from mquant.formulas import MOST_LAYERS
+from mquant.plan.members import Member
+from mquant.text import names
+
+CONFIG_KEY_UNUSABLE: Final = rule(
+    "config-key-unusable",
+    "error",
+    "structure",
+    "config.json has the numbers that tensors are counted and measured by.",
+    "No loader can build the model without them.",
+    "Take config.json from the model's repo.",
+    knowing=("family",),
+)
+EXPERT_GAP: Final = rule(
+    "expert-gap",
+    "error",
+    "structure",
+    "The experts of a layer are numbered without gaps.",
+    "vLLM turns its missing-weight check off for quantized models: what is missing stays "
+    "uninitialised, and the model talks nonsense.",
+    "Number the experts without gaps, or get the missing shards.",
+    knowing=("family",),
+)
+EXPERTS_DISAGREE: Final = rule(
+    "experts-disagree",
+    "error",
+    "structure",
+    "Every layer has as many experts as config.json says.",
+    "vLLM takes more or fewer without an error; routing then points at the wrong ones.",
+    "Set the number in config.json to what the shards hold, or get the right shards.",
+    knowing=("family",),
+)
+TENSOR_MISSING: Final = rule(
+    "tensor-missing",
+    "error",
+    "structure",
+    "Every tensor of the model is there.",
+    "vLLM turns its missing-weight check off for quantized models: what is missing stays "
+    "uninitialised, and the model talks nonsense.",
+    "Get the checkpoint again.",
+    knowing=("family",),
+)
+LAYERS_DISAGREE: Final = rule(
+    "layers-disagree",
+    "error",
+    "structure",
+    "There are as many layers as config.json says.",
+    "Layers beyond the number are refused or dropped.",
+    "Set the number in config.json to what the shards hold, or get the right shards.",
+    knowing=("family",),
+)
+BLOCK_DISAGREES: Final = rule(
+    "block-disagrees",
+    "error",
+    "structure",
+    "A layer has a block (attention, dense MLP, experts) if config.json implies it, and only then.",
+    "Loaders build the layer that config.json describes, and refuse or drop the tensors of "
+    "another.",
+    "Take config.json and shards from the same checkpoint.",
+    knowing=("family",),
+)
+FUSED_SET_INCOMPLETE: Final = rule(
+    "fused-set-incomplete",
+    "error",
+    "structure",
+    "A fused set has all its members.",
+    "vLLM turns its missing-weight check off for quantized models: what is missing stays "
+    "uninitialised, and the model talks nonsense.",
+    "Get the missing shards.",
+    knowing=("family",),
+)
+SHAPE_DISAGREES: Final = rule(
+    "shape-disagrees",
+    "error",
+    "structure",
+    "Shapes are those that config.json implies; of a quantized weight, what it unpacks to.",
+    "Loaders refuse it, or copy what fits: for experts without an error.",
+    "Take config.json and shards from the same checkpoint.",
+    knowing=("family",),
+)
+
+
+def wholeness(family: Family, members: list[Member], config: Mapping[str, Any]) -> list[Finding]:
+    """The ways in which tensors are not all of a model, or not the model config.json describes.
+
+    `members` may stand for what is stored in another way: a verifier gives each quantized module
+    as the weight it holds.
+    """
+    counts = [key for key in (family.config.layers, family.config.experts) if key]
+    if family.mtp_layers(config):
+        counts.append(family.config.mtp)
+    for key in (*counts, *family.needed_keys(config)):
+        value = config.get(key)
+        # No checkpoint has more layers or experts than tensors; a lie must not cost a long loop.
+        most = len(members) if key == family.config.experts else min(len(members), MOST_LAYERS)
+        limit = max(most, 1) if key in counts else 2**53
+        if type(value) is not int or not 0 <= value <= limit:
+            said = f"says {key} {json.dumps(value)[:40]}, which cannot be"
+            return [
+                CONFIG_KEY_UNUSABLE.finding(
+                    "config.json",
+                    f"config.json {said if key in config else f'has no {key}'}.",
+                    "Take config.json from the model's repo.",
+                )
+            ]
+    layers = config[family.config.layers]
+    return [
+        *_expert_findings(family, members, config.get(family.config.experts, 0)),
+        *_missing(family, members, layers, config),
+        *_layers_findings(family, members, layers, layers + family.mtp_layers(config)),
+        *_block_findings(family, members, config),
+        *_fused_findings(family, members, config),
+        *_shape_findings(family, members, config),
+    ]
+
+
+def _expert_findings(family: Family, members: list[Member], configured: int) -> list[Finding]:
+    found: dict[int, set[int]] = defaultdict(set)
+    for member in members:
+        if member.tensor_role.expert is not None and member.tensor_role.layer is not None:
+            found[member.tensor_role.layer].add(member.tensor_role.expert)
+    gaps = [layer for layer, experts in sorted(found.items()) if max(experts) + 1 != len(experts)]
+    if gaps:
+        layer = gaps[0]
+        last = max(found[layer])
+        # A file can claim an expert 999,999,999; a lie must not cost a long list.
+        first = next(number for number in range(last) if number not in found[layer])
+        missing = last + 1 - len(found[layer])
+        more = f" and {missing - 1:,} more" if missing > 1 else ""
+        return [
+            EXPERT_GAP.finding(
+                f"layer {layer}",
+                f"Layer {layer} has no expert {first}{more} of 0 to {last}"
+                f"{_elsewhere(len(gaps) - 1)}.",
+                "Number the experts without gaps, as pruning tools do, or get the missing shards.",
+            )
+        ]
+    wrong = [layer for layer, experts in sorted(found.items()) if len(experts) != configured]
+    if wrong:
+        layer = wrong[0]
+        return [
+            EXPERTS_DISAGREE.finding(
+                f"layer {layer}",
+                f"Layer {layer} has {len(found[layer])} experts, but config.json says "
+                f"{family.config.experts} {configured}{_elsewhere(len(wrong) - 1)}.",
+                f"Set {family.config.experts} to what the shards hold, or get the right shards.",
+            )
+        ]
+    return []
+
+
+def _elsewhere(more: int) -> str:
+    return f" (and {more} more layer{'s' if more > 1 else ''} like it)" if more > 0 else ""
+
+
+def _missing(
+    family: Family, members: list[Member], layers: int, config: Mapping[str, Any]
+) -> list[Finding]:
+    present = {member.info.name for member in members}
+    experts: dict[tuple[str, int | None], set[int | None]] = defaultdict(set)
+    for member in members:
+        experts[member.tensor_role.row.block, member.tensor_role.layer].add(
+            member.tensor_role.expert
+        )
+    # Releases have layers of multi-token prediction, but most copies of them do not.
+    started = {layer for _, layer in experts if layer is not None and layer >= layers}
+    mtp = sorted(layer for layer in started if layer < layers + family.mtp_layers(config))
+    absent = [
+        name
+        for row in family.tensors
+        if not family.may_lack(row, config)
+        for layer in ((*range(layers), *mtp) if "{layer}" in row.name else (None,))
+        for name in _expected(row, layer, family.has_block(row.block, layer, config), experts)
+        if name not in present and not _in_started_set(family, name, present, config)
+    ]
+    if not absent:
+        return []
+    count = f"{len(absent):,} tensor{'s' if len(absent) > 1 else ''}"
+    return [
+        TENSOR_MISSING.finding(
+            absent[0],
+            f"The checkpoint lacks {names(absent)} ({count}).",
+            "Download the shards that hold them.",
+        )
+    ]
+
+
+def _expected(
+    row: TensorRow,
+    layer: int | None,
+    has_block: bool | None,
+    experts: Mapping[tuple[str, int | None], set[int | None]],
+) -> Iterator[str]:
+    """Names a row must have in one layer of a whole checkpoint.
+
+    Where nothing says whether the layer has the row's block, it has once it has some of it. A row
+    with {expert} is expected for every expert that its block has in that layer (gaps are found
+    elsewhere).
+    """
+    found = experts.get((row.block, layer), set())
+    if has_block or (has_block is None and found):
+        numbers = sorted(number for number in found if number is not None) or [0]
+        for expert in numbers if "{expert}" in row.name else (None,):
+            yield row.format(layer, expert)
+
+
+def _block_findings(
+    family: Family, members: list[Member], config: Mapping[str, Any]
+) -> list[Finding]:
+    first: dict[tuple[str, int | None], Member] = {}
+    for member in members:
+        first.setdefault((member.tensor_role.row.block, member.tensor_role.layer), member)
+    wrong = [
+        member
+        for (block, layer), member in first.items()
+        if family.has_block(block, layer, config) is False
+    ]
+    if not wrong:
+        return []
+    member = min(wrong, key=lambda member: member.tensor_role.layer or 0)
+    return [
+        BLOCK_DISAGREES.finding(
+            member.info.name,
+            f"{member.info.name} is there, but config.json implies that it is not: "
+            f"{family.title} has it where `{family.blocks[member.tensor_role.row.block]}`"
+            f"{_elsewhere(len(wrong) - 1)}.",
+            "Take config.json and shards from the same checkpoint.",
+        )
+    ]
+
+
+def _layers_findings(family: Family, members: list[Member], layers: int, end: int) -> list[Finding]:
+    beyond = sorted(
+        {layer for m in members if (layer := m.tensor_role.layer) is not None and layer >= end}
+    )
+    if not beyond:
+        return []
+    return [
+        LAYERS_DISAGREE.finding(
+            f"layer {beyond[0]}",
+            f"The shards hold layer {beyond[0]} (the first is 0), but config.json says "
+            f"{family.config.layers} {layers}.",
+            f"Set {family.config.layers} to what the shards hold, or get the right shards.",
+        )
+    ]
+
+
+def _siblings(family: Family, tensor_role: TensorRole, config: Mapping[str, Any]) -> list[str]:
+    """The names of the fused set a tensor is in; members its layer cannot have are left out."""
+    own, layer = tensor_role.row.block, tensor_role.layer
+    return [
+        row.format(layer, tensor_role.expert)
+        for row in (family.fused_sets[tensor_role.row.fused] if tensor_role.row.fused else ())
+        if row.block == own or family.has_block(row.block, layer, config) is not False
+    ]
+
+
+def _in_started_set(
+    family: Family, name: str, present: set[str], config: Mapping[str, Any]
+) -> bool:
+    tensor_role = family.classify(name)
+    return tensor_role is not None and any(
+        n in present for n in _siblings(family, tensor_role, config)
+    )
+
+
+def _fused_findings(
+    family: Family, members: list[Member], config: Mapping[str, Any]
+) -> list[Finding]:
+    present = {member.info.name for member in members}
+    for member in members:
+        if member.tensor_role.fused_set is None:
+            continue
+        absent = [
+            name for name in _siblings(family, member.tensor_role, config) if name not in present
+        ]
+        if absent:
+            return [
+                FUSED_SET_INCOMPLETE.finding(
+                    absent[0],
+                    f"{member.info.name} is there without {names(absent)}; loaders make one "
+                    "matrix of them, with one scale.",
+                    "Download the shards that hold them.",
+                )
+            ]
+    return []
+
+
+def _shape_findings(
+    family: Family, members: list[Member], config: Mapping[str, Any]
+) -> list[Finding]:
+    expected: dict[str, tuple[int, ...] | None] = {
+        row.key: family.shape(row, config) for row in family.tensors
+    }
+    wrong: dict[str, list[Member]] = defaultdict(list)
+    for member in members:
+        shape = expected[member.tensor_role.row.key]
+        if shape is not None and member.info.shape != shape:
+            wrong[member.tensor_role.row.key].append(member)
+    return [
+        _shape_finding(group[0].tensor_role.row, group, expected[key])
+        for key, group in wrong.items()
+    ]
+
+
+def _shape_finding(
+    row: TensorRow, group: list[Member], expected: tuple[int, ...] | None
+) -> Finding:
+    info = group[0].info
+    more = f", and {len(group) - 1:,} more like it" if len(group) > 1 else ""
+    return SHAPE_DISAGREES.finding(
+        info.name,
+        f"{info.name} is {list(info.shape)}, but config.json implies {list(expected or ())} "
+        f"({', '.join(row.shape)}){more}.",
+        "Take config.json and shards from the same checkpoint.",
+    )

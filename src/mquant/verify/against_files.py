@@ -1,0 +1,114 @@
+"""What the parent tells of all that is no weight: config.json, and the files beside it."""
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from typing import Any, Final
+
+from mquant.checkpoint import Source, has_chat_template
+from mquant.findings import Finding, rule
+from mquant.loader_model.modules import ModuleView
+from mquant.text import names
+from mquant.verify.numbers import PIECE
+
+# What every writer stamps, and what newer writers rename: no loader decides by them.
+_STAMPS: Final = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
+_NEEDED: Final = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
+    "tiktoken.model",
+    "chat_template*",
+    "generation_config.json",
+    "*.py",
+)
+_LICENCE: Final = ("LICENSE*", "LICENCE*", "NOTICE*")
+CONFIG_KEY_LOST: Final = rule(
+    "config-key-lost",
+    "error",
+    "against",
+    "config.json has every key of the parent's.",
+    "Loaders take a default, and compute something else: rope_theta, rotary_dim.",
+    "Copy the keys from the parent's config.json.",
+)
+CONFIG_KEY_DIFFERS: Final = rule(
+    "config-key-differs",
+    "error",
+    "against",
+    "config.json says what the parent's says.",
+    "Loaders compute something else than the model was trained for.",
+    "Copy the keys from the parent's config.json.",
+)
+SIDE_FILE_MISSING: Final = rule(
+    "side-file-missing",
+    "error",
+    "against",
+    "Tokenizer, chat template, generation config and model code of the parent are there.",
+    "Without them engines do not serve it, or with other prompts and sampling.",
+    "Copy the files from the parent.",
+)
+SIDE_FILE_DIFFERS: Final = rule(
+    "side-file-differs",
+    "warning",
+    "against",
+    "Tokenizer, chat template, generation config and model code are the parent's.",
+    "Another template or tokenizer is another model to its users.",
+    "Copy the files from the parent.",
+)
+LICENCE_MISSING: Final = rule(
+    "licence-missing",
+    "warning",
+    "against",
+    "The parent's licence is there.",
+    "Most licences ask for it in every copy.",
+    "Copy the file from the parent.",
+)
+
+
+def check_config(config: Mapping[str, Any], parent: Mapping[str, Any]) -> Iterator[Finding]:
+    """What config.json lost, and what it says differently."""
+    keys = [key for key in parent if key not in (*_STAMPS, "quantization_config")]
+    lost = [key for key in keys if key not in config]
+    changed = [key for key in keys if key in config and config[key] != parent[key]]
+    if lost:
+        yield CONFIG_KEY_LOST.finding("config.json", f"config.json lost {names(lost)}.")
+    if changed:
+        yield CONFIG_KEY_DIFFERS.finding(
+            "config.json",
+            f"config.json differs from the parent's in {names(changed)}.",
+        )
+
+
+def check_side_files(view: ModuleView, parent: ModuleView) -> Iterator[Finding]:
+    """Files of the parent that are missing, or other than the parent's."""
+    mine, theirs = view.checkpoint.source, parent.checkpoint.source
+    needed = [path for path in theirs.files if _like(path, _NEEDED)]
+    missing = [path for path in needed if path not in mine.files]
+    if has_chat_template(mine):  # newer tools keep it in a file of its own, older ones did not
+        missing = [path for path in missing if not path.startswith("chat_template")]
+    if missing:
+        yield SIDE_FILE_MISSING.finding(
+            missing[0], f"The parent's {names(missing)} did not come along."
+        )
+    changed = [path for path in needed if path in mine.files and not _same(mine, theirs, path)]
+    if changed:
+        yield SIDE_FILE_DIFFERS.finding(changed[0], f"Other than in the parent: {names(changed)}.")
+    licence = [path for path in theirs.files if _like(path, _LICENCE)]
+    if licence and not any(_like(path, _LICENCE) for path in mine.files):
+        yield LICENCE_MISSING.finding(
+            licence[0], f"The parent's {names(licence)} did not come along."
+        )
+
+
+def _like(path: str, patterns: tuple[str, ...]) -> bool:
+    return "/" not in path and any(fnmatch(path, pattern) for pattern in patterns)
+
+
+def _same(mine: Source, theirs: Source, path: str) -> bool:
+    size = mine.files[path]
+    spans = ((start, min(start + PIECE, size)) for start in range(0, size, PIECE))
+    return size == theirs.files[path] and all(
+        mine.read(path, *span) == theirs.read(path, *span) for span in spans
+    )

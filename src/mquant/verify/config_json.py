@@ -1,0 +1,159 @@
+"""Whether config.json has what loaders need, and says what the tensors are."""
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from mquant.findings import rule
+from mquant.loader_model.formats import METHODS, StorageFormat, groups, misdeclared
+from mquant.loader_model.modules import ModuleView
+from mquant.text import names
+from mquant.verify.parts import Kinds
+from mquant.verify.tally import Tally
+
+_STRATEGIES: Final = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
+_FORMATS: Final[dict[str, str | None]] = {
+    "nvfp4-pack-quantized": StorageFormat.NVFP4.short,
+    "pack-quantized": StorageFormat.INT.short,
+    "float-quantized": StorageFormat.FP8.short,
+    "naive-quantized": None,
+    "int-quantized": None,
+    "mixed-precision": None,
+    "mxfp4-pack-quantized": None,
+    "mxfp8-quantized": None,
+    "marlin-24": None,
+    "dense": None,
+}
+CONFIG_KEY_MISSING: Final = rule(
+    "config-key-missing",
+    "error",
+    "structure",
+    "config.json has the keys without which engines do not build the model.",
+    "vLLM and SGLang stop when they load the model.",
+    "Take the key from config.json of the original release.",
+    as_fact="warning",
+)
+QUANTIZATION_UNUSED: Final = rule(
+    "quantization-unused",
+    "warning",
+    "structure",
+    "A declared quantization has tensors it applies to.",
+    "Loaders wait for scales that are not there.",
+    "Remove quantization_config from config.json, or get the quantized shards.",
+)
+QUANTIZATION_CONFIG_INVALID: Final = rule(
+    "quantization-config-invalid",
+    "error",
+    "structure",
+    "The quantization_config is one that loaders can parse.",
+    "vLLM stops at what it does not understand.",
+    "Take the quantization_config that the tool wrote.",
+)
+WEIGHTS_MISDECLARED: Final = rule(
+    "weights-misdeclared",
+    "error",
+    "structure",
+    "The type, bits and group size in config_groups are those of the tensors.",
+    "vLLM chooses the kernel by them: it stops, or expects other shapes.",
+    "Take the quantization_config that the tool wrote.",
+    knowing=("layout",),
+)
+LAYOUT_NOT_JUDGED: Final = rule(
+    "layout-not-judged",
+    "warning",
+    "structure",
+    "Quantized modules are in a layout that mquant knows.",
+    "Of others (MXFP4, GPTQ, INT8) neither parts nor numbers can be judged.",
+    "Known are NVFP4, FP8 and packed integers of compressed-tensors, ModelOpt and FP8-block.",
+)
+FORMAT_DIFFERS: Final = rule(
+    "format-differs",
+    "warning",
+    "structure",
+    "The declared format is the one the tensors have.",
+    "vLLM goes by the tensors; tools that unpack by the format fail.",
+    "Set format in quantization_config to what the tensors are.",
+    knowing=("layout",),
+)
+
+
+def check_config_json(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
+    """Judge config.json by itself, and beside the tensors that are there."""
+    config = view.checkpoint.config
+    for key in ("architectures", *(view.family.required_config if view.family else ())):
+        if key not in config:
+            tally.add(CONFIG_KEY_MISSING, "config.json", f"config.json has no {key}")
+    if view.method and not kinds and not view.checkpoint.lost_shards:
+        tally.add(
+            QUANTIZATION_UNUSED,
+            "config.json",
+            f"config.json declares {view.method[:40]!r}, but no tensor is quantized",
+        )
+    other = [name for name, kind in kinds.items() if kind is StorageFormat.OTHER]
+    if other:
+        tally.add(
+            LAYOUT_NOT_JUDGED,
+            other[0],
+            f"How {names(other)} {'is' if len(other) == 1 else 'are'} quantized is not known here: "
+            "neither parts nor numbers were judged",
+        )
+    for why in _invalid(view):
+        tally.add(QUANTIZATION_CONFIG_INVALID, "config.json", f"quantization_config {why}")
+    if view.method == "compressed-tensors":
+        for kind in dict.fromkeys(kinds.values()):
+            if said := misdeclared(kind, view):
+                name = next(name for name in kinds if kinds[name] is kind)
+                tally.add(
+                    WEIGHTS_MISDECLARED,
+                    "config.json",
+                    f"config_groups of config.json say {said}, but {name} is {kind.short}",
+                )
+        formats = {str(group["format"]) for group in groups(view.config) if group.get("format")}
+        declared = formats or {str(view.config.get("format"))}
+        expected = {_FORMATS.get(each) for each in declared}
+        wrong = {name: kind for name, kind in kinds.items() if kind.short not in expected}
+        if wrong and None not in expected:
+            name, kind = next(iter(wrong.items()))
+            said = " and ".join(repr(each) for each in sorted(declared))
+            tally.add(
+                FORMAT_DIFFERS,
+                "config.json",
+                f"config.json says format {said}, but {name} is {kind.short}",
+            )
+
+
+def _invalid(view: ModuleView) -> Iterator[str]:
+    """What no loader could parse, as ends of a sentence."""
+    stated = view.checkpoint.config.get("quantization_config")
+    if stated is not None and not isinstance(stated, dict):
+        yield "is no table of keys"
+        return
+    if isinstance(stated, dict) and not isinstance(stated.get("quant_method"), str):
+        yield "has no quant_method"
+    elif isinstance(stated, dict) and view.method not in METHODS:
+        yield f"has the unknown quant_method {view.method[:40]!r}"
+    if view.method != "compressed-tensors":
+        return
+    table = view.config.get("config_groups")
+    if not isinstance(table, dict) or not table:
+        yield "has no config_groups"
+        return
+    for name, group in table.items():
+        if why := _invalid_group(group):
+            yield f"has a config group {name[:40]!r} that {why}"
+
+
+def _invalid_group(group: Any) -> str:
+    if not isinstance(group, dict):
+        return "is no table of keys"
+    targets, args, named = group.get("targets"), group.get("weights"), group.get("format")
+    if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
+        return "has no list of targets"
+    if named is not None and (not isinstance(named, str) or named not in _FORMATS):
+        return f"has the unknown format {str(named)[:40]!r}"
+    if args is None:
+        return ""
+    if not isinstance(args, dict) or type(args.get("num_bits")) is not int:
+        return "does not say how many bits weights have"
+    if args.get("strategy") not in (None, *_STRATEGIES):
+        return f"has the unknown strategy {str(args['strategy'])[:40]!r}"
+    return ""

@@ -1,0 +1,47 @@
+"""Whether tensors have names that loaders know."""
+
+from typing import Final
+
+from mquant.family import Family, Role
+from mquant.findings import rule
+from mquant.loader_model.modules import ModuleView
+from mquant.plan.survey import TENSOR_UNKNOWN
+from mquant.schemes import QUANTIZED_SUFFIXES
+from mquant.verify.tally import Tally
+
+# Scales of the KV cache: loaders know them beside any attention, and do without.
+_HARMLESS: Final = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale")
+TENSOR_RENAMED: Final = rule(
+    "tensor-renamed",
+    "error",
+    "structure",
+    "Tensors have the names of the original release, not those of a loaded model.",
+    "vLLM knows the original names only; what it does not know it refuses, or drops.",
+    "Save again with the original names, or quantize with mquant, which keeps them.",
+    knowing=("family",),
+)
+
+
+def check_names(view: ModuleView, family: Family, tally: Tally) -> None:
+    """Judge the name of every tensor."""
+    for module in view.modules.values():
+        renamed = family.classify_in_memory(f"{module.name}.weight")
+        for suffix, info in module.tensors.items():
+            if family.classify(info.name) is not None or suffix in _HARMLESS:
+                continue
+            part = f".{suffix}" in QUANTIZED_SUFFIXES or suffix == "weight_g_idx"
+            if module.tensor_role is not None and part:
+                continue
+            if renamed is not None and (part or suffix == "weight"):
+                if renamed.row.role is Role.EXPERT:
+                    continue  # told by `check_ignore`, with all that vLLM makes of it
+                hub = renamed.row.format(renamed.layer, renamed.expert).removesuffix(".weight")
+                tally.add(
+                    TENSOR_RENAMED,
+                    info.name,
+                    f"{info.name} has a loaded model's name; on disk the module is {hub}",
+                )
+            else:
+                tally.add(
+                    TENSOR_UNKNOWN, info.name, f"{family.title} has no such tensor as {info.name}"
+                )

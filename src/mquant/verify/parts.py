@@ -1,0 +1,167 @@
+"""Whether quantized modules have all their parts, and those that loaders make one of are alike."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Final
+
+from mquant.family import FusedSet, Role
+from mquant.findings import Rule, rule
+from mquant.loader_model.formats import (
+    INPUT_SCALES,
+    SUFFIXES,
+    StorageFormat,
+    activations,
+    parts,
+    weight_shape,
+)
+from mquant.loader_model.modules import Module, ModuleView
+from mquant.plan.build import EXPERTS_MIXED, FUSED_SET_MIXED
+from mquant.plan.export import ACTIVATION_SCALES_MISSING
+from mquant.plan.stored import PART_MISSING, PART_SHAPE
+from mquant.schemes import QUANTIZED_SUFFIXES
+from mquant.verify.tally import Tally
+
+PART_UNEXPECTED: Final = rule(
+    "part-unexpected",
+    "error",
+    "structure",
+    "A quantized module has no tensor that its layout does not know.",
+    "vLLM refuses parameters it has no place for; under experts it drops them.",
+    "Remove the tensor, or quantize again.",
+    knowing=("layout",),
+)
+PART_DTYPE: Final = rule(
+    "part-dtype",
+    "error",
+    "structure",
+    "Codes and scales have the dtype of their layout.",
+    "vLLM converts the numbers without an error: U8 scales become other scales.",
+    "Quantize again, with a tool that writes the whole module.",
+    knowing=("layout",),
+)
+WEIGHT_STORED_TWICE: Final = rule(
+    "weight-stored-twice",
+    "error",
+    "structure",
+    "A module has either a plain weight or a quantized one.",
+    "Which of the two is loaded depends on the loader.",
+    "Remove the one that config.json does not describe.",
+    knowing=("layout",),
+)
+ACTIVATION_SCALES_UNDECLARED: Final = rule(
+    "activation-scales-undeclared",
+    "error",
+    "structure",
+    "Where there are scales of activations, config.json declares them.",
+    "Loaders of weight-only layouts have no place for the tensors and refuse them.",
+    "Declare input_activations, or remove the tensors.",
+    knowing=("layout",),
+)
+Kinds = Mapping[str, StorageFormat]
+"""Quantized modules by name."""
+
+
+def check_modules(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
+    """Judge the parts of every quantized module."""
+    declared = {kind: activations(kind, view) for kind in set(kinds.values())}
+    for name, kind in kinds.items():
+        module = view.modules[name]
+        if kind is StorageFormat.OTHER:
+            continue
+        _inputs(module, kind, declared[kind], tally)
+        codes = SUFFIXES[kind].codes
+        if codes != "weight" and codes in module.tensors and "weight" in module.tensors:
+            tally.add(WEIGHT_STORED_TWICE, name, f"{name} has both weight and {codes}")
+        _parts(view, module, kind, tally)
+
+
+def _parts(view: ModuleView, module: Module, kind: StorageFormat, tally: Tally) -> None:
+    shape = weight_shape(kind, module, view)
+    # Without codes nothing says how large the rest must be.
+    expected = parts(kind, shape or (0, 0), view)
+    present = ", ".join(sorted(s for s in module.tensors if s in expected))
+    for suffix, part in expected.items():
+        info = module.tensors.get(suffix)
+        if info is None:
+            if part.required:
+                tally.add(
+                    PART_MISSING,
+                    f"{module.name}.{suffix}",
+                    f"{module.name} is quantized ({kind.short}: {present}), but has no {suffix}",
+                )
+        elif info.dtype not in part.dtypes:
+            wanted = " or ".join(part.dtypes)
+            tally.add(
+                PART_DTYPE, info.name, f"{info.name} is {info.dtype}; {kind.short} has {wanted}"
+            )
+        elif shape and part.shapes and info.shape not in part.shapes:
+            wanted = " or ".join(str(list(each)) for each in part.shapes)
+            tally.add(
+                PART_SHAPE,
+                info.name,
+                f"{info.name} is {list(info.shape)}; a weight of {list(shape)} needs {wanted}",
+            )
+    known = {*expected, *INPUT_SCALES, "weight"}
+    for suffix, info in module.tensors.items():
+        if f".{suffix}" in QUANTIZED_SUFFIXES and suffix not in known:
+            tally.add(
+                PART_UNEXPECTED, info.name, f"{info.name} is no part of a module in {kind.short}"
+            )
+
+
+def _inputs(module: Module, kind: StorageFormat, declared: bool | None, tally: Tally) -> None:
+    name = SUFFIXES[kind].input
+    there = any(suffix in module.tensors for suffix in INPUT_SCALES)
+    if declared and name and name not in module.tensors:
+        tally.add(
+            ACTIVATION_SCALES_MISSING,
+            f"{module.name}.{name}",
+            f"config.json declares quantized activations, but {module.name} has no {name}",
+        )
+    elif declared is False and there:
+        tally.add(
+            ACTIVATION_SCALES_UNDECLARED,
+            module.name,
+            f"{module.name} has a scale of its input, but config.json declares no static "
+            "scales of activations",
+        )
+
+
+def check_alike(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
+    """Judge whether fused sets and experts are quantized alike."""
+    sets: dict[FusedSet, list[Module]] = defaultdict(list)
+    experts: dict[int | None, list[Module]] = defaultdict(list)
+    for module in view.modules.values():
+        if module.tensor_role is None:
+            continue
+        row, layer = module.tensor_role.row, module.tensor_role.layer
+        if fused_set := module.tensor_role.fused_set:
+            sets[fused_set].append(module)
+        if row.role is Role.EXPERT:
+            experts[layer].append(module)
+    for broken, groups_ in ((FUSED_SET_MIXED, sets.values()), (EXPERTS_MIXED, experts.values())):
+        for group in groups_:
+            _alike(broken, group, kinds, tally)
+
+
+def _alike(broken: Rule, group: list[Module], kinds: Kinds, tally: Tally) -> None:
+    def state(module: Module) -> str:
+        kind = kinds.get(module.name)
+        return kind.short if kind else "not quantized"
+
+    states = [state(module) for module in group]
+    common = max(set(states), key=states.count)
+    # The odd one out is what a person looks for; of a pair, the plain one.
+    if odd := next((m for m in group if state(m) != common), None):
+        other = next(m for m in group if state(m) == common)
+        if states.count(common) == states.count(state(odd)) and odd.name in kinds:
+            odd, other = other, odd
+        tally.add(
+            broken,
+            odd.name,
+            f"{odd.name} is {_say(state(odd))}, but {other.name} is {_say(state(other))}",
+        )
+
+
+def _say(state: str) -> str:
+    return state if state == "not quantized" else f"quantized ({state})"
