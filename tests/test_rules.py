@@ -100,7 +100,7 @@ def test_no_finding_has_a_severity_that_its_rule_does_not_declare() -> None:
 
 def test_an_id_is_taken_once() -> None:
     with pytest.raises(ValueError, match="declared twice"):
-        rule("shard-missing", "error", "structure", "", "", "")
+        rule("shard-missing", "", "", "")
 
 
 def test_a_rule_declares_how_bad_it_is_in_each_context() -> None:

@@ -2,7 +2,7 @@
 
 A rule is declared once, as a constant beside the check that uses it:
 
-    SCALE_ZERO = rule("scale-zero", "error", "numbers", what, why, fix)
+    SCALE_ZERO = rule("scale-zero", what, why, fix, needs="numbers")
     ...
     yield SCALE_ZERO.finding(name, f"{name} holds scales that are zero.")
 
@@ -63,11 +63,11 @@ class Rule:
     """
 
     id: str
-    severity: Severity
-    needs: Needs
     what: str
     why: str
     fix: str
+    severity: Severity = "error"
+    needs: Needs = "structure"
     as_source: Severity | None = None
     as_fact: Severity | None = None
     if_tolerated: Severity | None = None
@@ -100,19 +100,11 @@ RULES: Final[dict[str, Rule]] = {}
 """Every rule by its id; complete once the modules of all checks are imported."""
 
 
-def rule(
-    name: str,
-    severity: Severity,
-    needs: Needs,
-    what: str,
-    why: str,
-    fix: str,
-    **more: Any,
-) -> Rule:
+def rule(name: str, what: str, why: str, fix: str, **more: Any) -> Rule:
     """Declare and register a rule. Raises ValueError for an id that is taken."""
     if name in RULES:
         raise ValueError(f"rule {name} is declared twice")
-    RULES[name] = Rule(name, severity, needs, what, why, fix, **more)
+    RULES[name] = Rule(name, what, why, fix, **more)
     return RULES[name]
 
 

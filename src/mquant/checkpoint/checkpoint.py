@@ -29,71 +29,60 @@ R = TypeVar("R")
 
 SHARD_DAMAGED: Final = rule(
     "shard-damaged",
-    "error",
-    "structure",
     "Every shard's header is valid and describes the file as it is, to its last byte.",
     "A truncated or damaged shard does not load, or loads other numbers.",
     "Download the shard again.",
 )
 SHARD_MISSING: Final = rule(
     "shard-missing",
-    "error",
-    "structure",
     "Every shard that the index names is there.",
     "Loaders stop, or leave the shard's tensors uninitialised.",
     "Download the missing shards.",
 )
 INDEX_MISSING: Final = rule(
     "index-missing",
-    "warning",
-    "structure",
     "Several shards come with an index.",
     "vLLM reads whatever lies in the folder; other loaders look for one shard, and stop.",
     "Download model.safetensors.index.json too.",
+    severity="warning",
     as_source="error",
 )
 TENSOR_STORED_TWICE: Final = rule(
     "tensor-stored-twice",
-    "error",
-    "structure",
     "Every tensor is stored once.",
     "Which of the two is loaded depends on the order of files.",
     "Remove the shard that does not belong to this checkpoint.",
 )
 INDEX_WITHOUT_TENSOR: Final = rule(
     "index-without-tensor",
-    "warning",
-    "structure",
     "Every tensor that the index lists is in a shard.",
     "vLLM goes by the shards, other loaders stop. (A tensor that the model lacks is an error of "
     "its own.)",
     "Get the shards and the index again, from one revision.",
+    severity="warning",
     as_source="error",
 )
 INDEX_WRONG_SHARD: Final = rule(
     "index-wrong-shard",
-    "warning",
-    "structure",
     "The index names the shard that holds the tensor.",
     "vLLM goes by the shards; tools that read by the index fail, or find nothing.",
     "Get the shards and the index again, from one revision.",
+    severity="warning",
     as_source="error",
 )
 SHARD_NOT_IN_INDEX: Final = rule(
     "shard-not-in-index",
-    "warning",
-    "structure",
     "Every shard is one that the index names.",
     "Loaders pass it over: it costs a download, or is what should have been loaded.",
     "Remove the file, or get the index again, from one revision.",
+    severity="warning",
 )
 TENSOR_NOT_IN_INDEX: Final = rule(
     "tensor-not-in-index",
-    "warning",
-    "structure",
     "Every tensor in the shards is in the index.",
     "vLLM loads it all the same, other loaders do not: they load different models.",
     "Get the shards and the index again, from one revision.",
+    severity="warning",
     as_source="error",
 )
 

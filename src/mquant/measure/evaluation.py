@@ -29,11 +29,11 @@ _TOKENIZER: Final = "tokenizer.json"
 
 ACTIVATIONS_NOT_QUANTIZED: Final = rule(
     "activations-not-quantized",
-    "info",
-    "run",
     "An evaluation computes with what the engine computes with.",
     "mquant eval keeps activations in float32.",
     "For the whole of it run the model on an engine that has the kernels.",
+    severity="info",
+    needs="run",
 )
 
 

@@ -13,11 +13,10 @@ from mquant.recipe import Recipe
 
 NOT_SCALABLE: Final = rule(
     "not-scalable",
-    "error",
-    "plan",
     "The family says what feeds what, if the recipe scales weights and what feeds them.",
     "Weights that are scaled without what feeds them compute something else.",
     "Take another recipe: mquant recipes lists them.",
+    needs="plan",
 )
 
 

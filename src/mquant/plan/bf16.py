@@ -20,11 +20,10 @@ BF16: Final = Recipe(
 
 NOTHING_TO_DEQUANTIZE: Final = rule(
     "nothing-to-dequantize",
-    "error",
-    "plan",
     "The checkpoint has quantized weights.",
     "Without any there is nothing to do.",
     "Use it as it is.",
+    needs="plan",
 )
 
 

@@ -34,24 +34,21 @@ _KEPT_BECAUSE: Final = {
 
 SOURCE_DEQUANTIZED: Final = rule(
     "source-dequantized",
-    "info",
-    "plan",
     "The source's weights are stored as they are computed with.",
     "A source that is quantized was rounded once before.",
     "",
+    severity="info",
+    needs="plan",
 )
 NOT_QUANTIZABLE: Final = rule(
     "not-quantizable",
-    "error",
-    "plan",
     "A weight that the recipe quantizes has a dtype and a shape that its scheme can store.",
     "Groups and blocks do not cut a matrix of another shape evenly.",
     "Leave its role out of the recipe's roles, or list all such modules in ignore.",
+    needs="plan",
 )
 FUSED_SET_MIXED: Final = rule(
     "fused-set-mixed",
-    "error",
-    "structure",
     "The members of a fused set are quantized alike, or all plain.",
     "Loaders make one matrix of the members, quantized in one way, or refuse to.",
     "Quantize all members, or put all of them in ignore.",
@@ -59,8 +56,6 @@ FUSED_SET_MIXED: Final = rule(
 )
 EXPERTS_MIXED: Final = rule(
     "experts-mixed",
-    "error",
-    "structure",
     "The experts of a layer are quantized alike, or all plain.",
     "Engines run them in one kernel: one BF16 expert among quantized ones is refused.",
     "Quantize all experts of the layer, or none.",
@@ -68,20 +63,18 @@ EXPERTS_MIXED: Final = rule(
 )
 NOTHING_TO_QUANTIZE: Final = rule(
     "nothing-to-quantize",
-    "error",
-    "plan",
     "The recipe quantizes some tensor of the checkpoint.",
     "A checkpoint that declares a quantization without quantized tensors does not load.",
     "Check the recipe's roles, targets and ignore.",
+    needs="plan",
 )
 ENTRY_UNMATCHED: Final = rule(
     "entry-unmatched",
-    "error",
-    "plan",
     "Every entry of the recipe's ignore and targets matches a module.",
     "An entry that matches nothing protects nothing: it is a typo, or a name from another model.",
     "Correct the entry, or remove it. Names are those of the hub or of transformers; `re:` "
     "entries match from the start of a name.",
+    needs="plan",
     if_tolerated="warning",
 )
 

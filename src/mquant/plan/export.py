@@ -33,24 +33,20 @@ class Target(StrEnum):
 
 NOTHING_TO_EXPORT: Final = rule(
     "nothing-to-export",
-    "error",
-    "plan",
     "The checkpoint is in the layout that an export is made from.",
     "Only NVFP4 is written in both layouts.",
     "Quantize it first: mquant quantize --recipe nvfp4.",
+    needs="plan",
 )
 NOT_EXPORTABLE: Final = rule(
     "not-exportable",
-    "error",
-    "plan",
     "Every tensor of the checkpoint has a place in the other layout.",
     "A tensor that is left out is missing from the export.",
     "Export a checkpoint without a quantized KV cache.",
+    needs="plan",
 )
 ACTIVATION_SCALES_MISSING: Final = rule(
     "activation-scales-missing",
-    "error",
-    "structure",
     "Where config.json declares static scales of activations, the tensors are there.",
     "vLLM loads without them and multiplies by what lay in memory.",
     "Calibrate again, or declare weights only (input_activations: null).",

@@ -33,8 +33,6 @@ READABLE: Final = (*FP8S, *NVFP4S)
 """The formats that can be read."""
 PART_MISSING: Final = rule(
     "part-missing",
-    "error",
-    "structure",
     "A quantized module has its codes and all its scales.",
     "vLLM turns its missing-weight check off for quantized models: what is missing stays "
     "uninitialised, and the model talks nonsense.",
@@ -43,8 +41,6 @@ PART_MISSING: Final = rule(
 )
 PART_SHAPE: Final = rule(
     "part-shape",
-    "error",
-    "structure",
     "Codes and scales of a module fit each other.",
     "vLLM copies what fits of an expert's scales, without an error.",
     "Quantize again, with a tool that writes the whole module.",

@@ -21,27 +21,23 @@ from mquant.text import names
 
 FAMILY_UNKNOWN: Final = rule(
     "family-unknown",
-    "warning",
-    "structure",
     "config.json's model_type is of a family mquant knows.",
     "Without it nobody can say which tensors must be there, and how large.",
     "Add the family; it is one YAML file, see docs/adding-a-family.md.",
+    severity="warning",
     as_source="error",
     as_fact="info",
 )
 SOURCE_QUANTIZED: Final = rule(
     "source-quantized",
-    "error",
-    "plan",
     "The source is not quantized, or only in a layout that can be dequantized.",
     "A quantized weight that is quantized again has the errors of both.",
     "Start from the BF16 checkpoint it was made from.",
+    needs="plan",
     as_fact="info",
 )
 TENSOR_UNKNOWN: Final = rule(
     "tensor-unknown",
-    "error",
-    "structure",
     "Every tensor is one that the family has, or a part of one that is quantized.",
     "Loaders refuse it, or drop it without a word.",
     "Remove it, or, if it belongs to the model, add its name to the family's file.",

@@ -14,8 +14,6 @@ from mquant.text import names
 
 ROUTER_QUANTIZED: Final = rule(
     "router-quantized",
-    "error",
-    "structure",
     "No router has tensors of a quantized layer.",
     "Loaders build routers plain, whatever config.json says: vLLM stops at the first scale or "
     "packed weight it has no parameter for. Routers are linear layers to tools that go by names, "
@@ -27,8 +25,6 @@ ROUTER_QUANTIZED: Final = rule(
 )
 HEAD_QUANTIZED: Final = rule(
     "head-quantized",
-    "error",
-    "structure",
     "lm_head has no tensors of a quantized layer.",
     "vLLM builds lm_head plain and refuses scales for it.",
     "Take them from the parent, which `mquant repair SRC --from PARENT` does; or quantize again, "
@@ -37,8 +33,6 @@ HEAD_QUANTIZED: Final = rule(
 )
 EMBEDDING_QUANTIZED: Final = rule(
     "embedding-quantized",
-    "error",
-    "structure",
     "The embeddings have no tensors of a quantized layer.",
     "Loaders look embeddings up, row by row, in a plain matrix: vLLM refuses any other.",
     "Take them from the parent, which `mquant repair SRC --from PARENT` does; or quantize again, "

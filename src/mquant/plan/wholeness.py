@@ -16,8 +16,6 @@ from mquant.text import names
 
 CONFIG_KEY_UNUSABLE: Final = rule(
     "config-key-unusable",
-    "error",
-    "structure",
     "config.json has the numbers that tensors are counted and measured by.",
     "No loader can build the model without them.",
     "Take config.json from the model's repo.",
@@ -25,8 +23,6 @@ CONFIG_KEY_UNUSABLE: Final = rule(
 )
 EXPERT_GAP: Final = rule(
     "expert-gap",
-    "error",
-    "structure",
     "The experts of a layer are numbered without gaps.",
     "vLLM turns its missing-weight check off for quantized models: what is missing stays "
     "uninitialised, and the model talks nonsense.",
@@ -35,8 +31,6 @@ EXPERT_GAP: Final = rule(
 )
 EXPERTS_DISAGREE: Final = rule(
     "experts-disagree",
-    "error",
-    "structure",
     "Every layer has as many experts as config.json says.",
     "vLLM takes more or fewer without an error; routing then points at the wrong ones.",
     "Set the number in config.json to what the shards hold, or get the right shards.",
@@ -44,8 +38,6 @@ EXPERTS_DISAGREE: Final = rule(
 )
 TENSOR_MISSING: Final = rule(
     "tensor-missing",
-    "error",
-    "structure",
     "Every tensor of the model is there.",
     "vLLM turns its missing-weight check off for quantized models: what is missing stays "
     "uninitialised, and the model talks nonsense.",
@@ -54,8 +46,6 @@ TENSOR_MISSING: Final = rule(
 )
 LAYERS_DISAGREE: Final = rule(
     "layers-disagree",
-    "error",
-    "structure",
     "There are as many layers as config.json says.",
     "Layers beyond the number are refused or dropped.",
     "Set the number in config.json to what the shards hold, or get the right shards.",
@@ -63,8 +53,6 @@ LAYERS_DISAGREE: Final = rule(
 )
 BLOCK_DISAGREES: Final = rule(
     "block-disagrees",
-    "error",
-    "structure",
     "A layer has a block (attention, dense MLP, experts) if config.json implies it, and only then.",
     "Loaders build the layer that config.json describes, and refuse or drop the tensors of "
     "another.",
@@ -73,8 +61,6 @@ BLOCK_DISAGREES: Final = rule(
 )
 FUSED_SET_INCOMPLETE: Final = rule(
     "fused-set-incomplete",
-    "error",
-    "structure",
     "A fused set has all its members.",
     "vLLM turns its missing-weight check off for quantized models: what is missing stays "
     "uninitialised, and the model talks nonsense.",
@@ -83,8 +69,6 @@ FUSED_SET_INCOMPLETE: Final = rule(
 )
 SHAPE_DISAGREES: Final = rule(
     "shape-disagrees",
-    "error",
-    "structure",
     "Shapes are those that config.json implies; of a quantized weight, what it unpacks to.",
     "Loaders refuse it, or copy what fits: for experts without an error.",
     "Take config.json and shards from the same checkpoint.",

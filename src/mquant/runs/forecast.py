@@ -23,27 +23,27 @@ _LIMITS: Final = ("memory.max", "memory.limit_in_bytes")
 
 DISK_TOO_SMALL: Final = rule(
     "disk-too-small",
-    "warning",
-    "run",
     "What is made fits on the disk.",
     "A run that fills the disk stops.",
     "Free space, or give a folder on another disk with -o.",
+    severity="warning",
+    needs="run",
 )
 MEMORY_TOO_SMALL: Final = rule(
     "memory-too-small",
-    "warning",
-    "run",
     "A run fits into the free memory.",
     "The system ends a process that takes more.",
     "Close other programs, or run on a larger machine.",
+    severity="warning",
+    needs="run",
 )
 OUT_NOT_FREE: Final = rule(
     "out-not-free",
-    "warning",
-    "run",
     "The output folder is free, or holds a run of mquant.",
     "mquant overwrites nothing that it did not make.",
     "Give another folder with -o.",
+    severity="warning",
+    needs="run",
 )
 
 

@@ -25,43 +25,38 @@ _LEAST_LINES: Final = 10
 
 SMOKE_CODING: Final = rule(
     "smoke-coding",
-    "error",
-    "smoke",
     "A program that a server is asked for is right.",
     "A wrong checkpoint answers with noise, repetition or another language.",
     "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+    needs="smoke",
 )
 SMOKE_MATHS: Final = rule(
     "smoke-maths",
-    "error",
-    "smoke",
     "A calculation that a server is asked for is right.",
     "A wrong checkpoint answers with noise, repetition or another language.",
     "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+    needs="smoke",
 )
 SMOKE_TRANSLATION: Final = rule(
     "smoke-translation",
-    "error",
-    "smoke",
     "A translation that a server is asked for is right.",
     "A wrong checkpoint answers with noise, repetition or another language.",
     "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+    needs="smoke",
 )
 SMOKE_RECALL: Final = rule(
     "smoke-recall",
-    "error",
-    "smoke",
     "A line out of a long text that a server is asked for is right.",
     "A wrong checkpoint answers with noise, repetition or another language.",
     "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+    needs="smoke",
 )
 SMOKE_JSON: Final = rule(
     "smoke-json",
-    "error",
-    "smoke",
     "A JSON object that a server is asked for is right.",
     "A wrong checkpoint answers with noise, repetition or another language.",
     "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+    needs="smoke",
 )
 
 

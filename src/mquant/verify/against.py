@@ -28,65 +28,61 @@ _SAMPLED_BYTES: Final = 64 * 1024
 
 PARENT_TENSOR_MISSING: Final = rule(
     "parent-tensor-missing",
-    "error",
-    "against",
     "Every tensor of the parent is there, plain or quantized.",
     "What is missing stays uninitialised: vLLM does not look in quantized models.",
     "Quantize again, or copy the tensors from the parent.",
+    needs="against",
 )
 PARENT_LACKS_TENSOR: Final = rule(
     "parent-lacks-tensor",
-    "error",
-    "against",
     "Every tensor belongs to one of the parent's.",
     "It is another model, or loaders drop the tensor.",
     "Give the parent it was made from, or remove the tensor.",
+    needs="against",
 )
 KEPT_TENSOR_DIFFERS: Final = rule(
     "kept-tensor-differs",
-    "error",
-    "against",
     "What is not quantized is bit-identical to the parent, dtype included.",
     "A router cast from F32 to BF16 sends tokens to other experts.",
     "Copy the tensor from the parent.",
+    needs="against",
 )
 WEIGHT_BEYOND_BOUND: Final = rule(
     "weight-beyond-bound",
-    "error",
-    "against",
     "Dequantized weights are as near to the parent's as rounding leaves them: in NVFP4, within "
     "amax/3 * 17/16 of each block.",
     "Swapped nibbles, rows, experts or scales load without an error.",
     "Quantize again. Weights that other tools change on purpose (AWQ, SmoothQuant) have no "
     "parent to be compared with.",
+    needs="against",
     knowing=("layout",),
 )
 WEIGHT_ERROR_HIGH: Final = rule(
     "weight-error-high",
-    "warning",
-    "against",
     "The relative error of a whole weight is one that rounding explains (NVFP4: about 0.1).",
     "The scales are badly chosen, or of another weight.",
     "Quantize again, and compare the tools.",
+    severity="warning",
+    needs="against",
     knowing=("layout",),
 )
 WEIGHT_NOT_COMPARED: Final = rule(
     "weight-not-compared",
-    "warning",
-    "against",
     "Quantized weights are in a layout that verify can dequantize.",
     "Whether the others are near the parent's, nobody has looked.",
     "Compare them with the tool that wrote them; those of NVFP4, ModelOpt, FP8 and symmetric "
     "integers of 4 and 8 bits are compared here.",
+    severity="warning",
+    needs="against",
 )
 SCALED_NOT_COMPARED: Final = rule(
     "scaled-not-compared",
-    "info",
-    "against",
     "What AWQ scaled by factors that no norm tells (norms, w3 and w2) has the parent's shape.",
     "AWQ divides a norm by what it multiplies the columns of all that reads it with, routers "
     "too: there both are compared. Of other factors nothing is known.",
     "Nothing to do: mquant eval --against says what all of it makes of a text.",
+    severity="info",
+    needs="against",
 )
 
 Break = tuple[Rule, str, str]

@@ -27,43 +27,40 @@ _NEEDED: Final = (
 _LICENCE: Final = ("LICENSE*", "LICENCE*", "NOTICE*")
 CONFIG_KEY_LOST: Final = rule(
     "config-key-lost",
-    "error",
-    "against",
     "config.json has every key of the parent's.",
     "Loaders take a default, and compute something else: rope_theta, rotary_dim.",
     "Copy the keys from the parent's config.json.",
+    needs="against",
 )
 CONFIG_KEY_DIFFERS: Final = rule(
     "config-key-differs",
-    "error",
-    "against",
     "config.json says what the parent's says.",
     "Loaders compute something else than the model was trained for.",
     "Copy the keys from the parent's config.json.",
+    needs="against",
 )
 SIDE_FILE_MISSING: Final = rule(
     "side-file-missing",
-    "error",
-    "against",
     "Tokenizer, chat template, generation config and model code of the parent are there.",
     "Without them engines do not serve it, or with other prompts and sampling.",
     "Copy the files from the parent.",
+    needs="against",
 )
 SIDE_FILE_DIFFERS: Final = rule(
     "side-file-differs",
-    "warning",
-    "against",
     "Tokenizer, chat template, generation config and model code are the parent's.",
     "Another template or tokenizer is another model to its users.",
     "Copy the files from the parent.",
+    severity="warning",
+    needs="against",
 )
 LICENCE_MISSING: Final = rule(
     "licence-missing",
-    "warning",
-    "against",
     "The parent's licence is there.",
     "Most licences ask for it in every copy.",
     "Copy the file from the parent.",
+    severity="warning",
+    needs="against",
 )
 
 

@@ -25,8 +25,6 @@ _FORMATS: Final[dict[str, str | None]] = {
 }
 CONFIG_KEY_MISSING: Final = rule(
     "config-key-missing",
-    "error",
-    "structure",
     "config.json has the keys without which engines do not build the model.",
     "vLLM and SGLang stop when they load the model.",
     "Take the key from config.json of the original release.",
@@ -34,24 +32,19 @@ CONFIG_KEY_MISSING: Final = rule(
 )
 QUANTIZATION_UNUSED: Final = rule(
     "quantization-unused",
-    "warning",
-    "structure",
     "A declared quantization has tensors it applies to.",
     "Loaders wait for scales that are not there.",
     "Remove quantization_config from config.json, or get the quantized shards.",
+    severity="warning",
 )
 QUANTIZATION_CONFIG_INVALID: Final = rule(
     "quantization-config-invalid",
-    "error",
-    "structure",
     "The quantization_config is one that loaders can parse.",
     "vLLM stops at what it does not understand.",
     "Take the quantization_config that the tool wrote.",
 )
 WEIGHTS_MISDECLARED: Final = rule(
     "weights-misdeclared",
-    "error",
-    "structure",
     "The type, bits and group size in config_groups are those of the tensors.",
     "vLLM chooses the kernel by them: it stops, or expects other shapes.",
     "Take the quantization_config that the tool wrote.",
@@ -59,19 +52,17 @@ WEIGHTS_MISDECLARED: Final = rule(
 )
 LAYOUT_NOT_JUDGED: Final = rule(
     "layout-not-judged",
-    "warning",
-    "structure",
     "Quantized modules are in a layout that mquant knows.",
     "Of others (MXFP4, GPTQ, INT8) neither parts nor numbers can be judged.",
     "Known are NVFP4, FP8 and packed integers of compressed-tensors, ModelOpt and FP8-block.",
+    severity="warning",
 )
 FORMAT_DIFFERS: Final = rule(
     "format-differs",
-    "warning",
-    "structure",
     "The declared format is the one the tensors have.",
     "vLLM goes by the tensors; tools that unpack by the format fail.",
     "Set format in quantization_config to what the tensors are.",
+    severity="warning",
     knowing=("layout",),
 )
 

@@ -15,8 +15,6 @@ _LISTS: Final = ("ignore", "exclude_modules", "modules_to_not_convert")
 
 EXPERT_NAMES: Final = rule(
     "expert-names",
-    "error",
-    "structure",
     "Experts have the hub's names, not those that transformers gives them in memory.",
     "Saving a loaded MiniMax-M2 writes gate_proj, up_proj and down_proj for w1, w3 and w2. vLLM "
     "skips such names without an error, and every expert is left uninitialised.",
@@ -25,8 +23,6 @@ EXPERT_NAMES: Final = rule(
 )
 KEPT_BUT_NOT_IGNORED: Final = rule(
     "kept-but-not-ignored",
-    "error",
-    "structure",
     "A linear layer that is plain on disk is in `ignore`, under the name vLLM has for it.",
     "vLLM builds every layer that is targeted and not ignored quantized. It then refuses the "
     "plain weight, or leaves the layer uninitialised.",
@@ -35,8 +31,6 @@ KEPT_BUT_NOT_IGNORED: Final = rule(
 )
 IGNORED_BUT_QUANTIZED: Final = rule(
     "ignored-but-quantized",
-    "error",
-    "structure",
     "A layer that is quantized on disk is not in `ignore`.",
     "vLLM builds ignored layers plain, and refuses scales and packed weights for them.",
     "Take their names out of `ignore` in config.json.",
@@ -44,8 +38,6 @@ IGNORED_BUT_QUANTIZED: Final = rule(
 )
 QUANTIZED_NOT_TARGETED: Final = rule(
     "quantized-not-targeted",
-    "error",
-    "structure",
     "A layer that is quantized on disk is a target of some `config_groups` entry.",
     "vLLM builds layers that no target matches plain, and refuses scales for them. Experts are "
     'matched under vLLM\'s own names; `targets: ["Linear"]` means them all.',
@@ -54,8 +46,6 @@ QUANTIZED_NOT_TARGETED: Final = rule(
 )
 FUSED_SET_SPLIT: Final = rule(
     "fused-set-split",
-    "error",
-    "structure",
     "Layers that vLLM makes one of are all ignored, or none is.",
     "vLLM makes one layer of q, k and v, and one of all experts: it refuses to build one that "
     "`ignore` or `targets` cut in two.",
@@ -64,16 +54,12 @@ FUSED_SET_SPLIT: Final = rule(
 )
 QUANTIZATION_UNDECLARED: Final = rule(
     "quantization-undeclared",
-    "error",
-    "structure",
     "A checkpoint with quantized tensors says so in config.json.",
     "Without `quantization_config` a loader builds every layer plain, and refuses the scales.",
     "Write the `quantization_config` that the tensors were made with.",
 )
 IGNORE_BAD_ENTRY: Final = rule(
     "ignore-bad-entry",
-    "error",
-    "structure",
     "Every entry of `ignore` and `targets` is a string, and after `re:` an expression.",
     "vLLM compiles every expression, and stops at the first that is none.",
     "Correct the list in config.json, with exact names; `mquant plan` shows them.",
@@ -81,41 +67,37 @@ IGNORE_BAD_ENTRY: Final = rule(
 )
 IGNORE_UNCOVERED: Final = rule(
     "ignore-uncovered",
-    "warning",
-    "structure",
     "Routers, lm_head and embeddings that are kept are named in `ignore`.",
     "vLLM loads them all the same. Other loaders, and tools that quantize again with the same "
     "list, may take them for linear layers.",
     "Add their exact names to `ignore` in config.json.",
+    severity="warning",
     knowing=("list",),
 )
 IGNORE_UNMATCHED: Final = rule(
     "ignore-unmatched",
-    "warning",
-    "structure",
     "Every entry of `ignore` matches a name of the hub's or of vLLM's.",
     "An entry that matches nothing protects nothing: often it is a name from another model, or "
     "an expression that is anchored at the start and was not meant to be.",
     "Correct the list in config.json, with exact names; `mquant plan` shows them.",
+    severity="warning",
     knowing=("family", "list"),
 )
 IGNORE_HUB_ONLY: Final = rule(
     "ignore-hub-only",
-    "warning",
-    "structure",
     "Entries for experts match vLLM's names too.",
     "vLLM looks experts up as `mlp.experts.0.w1`, whatever the tensors are called: an entry for "
     "another name or another expert does nothing there.",
     "Write the entry for vLLM's name, too.",
+    severity="warning",
     knowing=("family", "list"),
 )
 IGNORE_NOT_JUDGED: Final = rule(
     "ignore-not-judged",
-    "warning",
-    "structure",
     "The method and the family are ones whose lists can be judged.",
     "How entries are matched, and which modules matter, differs between methods and families.",
     "Known are compressed-tensors, ModelOpt and FP8, of the families `mquant families` lists.",
+    severity="warning",
 )
 IGNORE_RULES: Final = (
     *QUANTIZED.values(),

@@ -20,35 +20,35 @@ _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken
 
 EXPERT_PRUNED: Final = rule(
     "expert-pruned",
-    "info",
-    "inspect",
     "The checkpoint has as many experts as the family's releases.",
     "Pruned checkpoints have fewer; config.json must say so.",
     "",
+    severity="info",
+    needs="inspect",
 )
 DTYPE_DIFFERS: Final = rule(
     "dtype-differs",
-    "info",
-    "inspect",
     "All tensors of a plain checkpoint have one dtype.",
     "A router in F32 beside BF16 weights must stay in F32.",
     "Nothing to do: what is not quantized keeps its dtype.",
+    severity="info",
+    needs="inspect",
 )
 FUSED_SET_CUT: Final = rule(
     "fused-set-cut",
-    "info",
-    "inspect",
     "Each fused set lies in one shard.",
     "Tools that read a shard at a time give the members different scales.",
     "Nothing to do: mquant reads each set whole, and writes it into one shard.",
+    severity="info",
+    needs="inspect",
 )
 TOKENIZER_MISSING: Final = rule(
     "tokenizer-missing",
-    "warning",
-    "inspect",
     "The tokenizer's files are there.",
     "Loaders need them beside the weights.",
     "Get them from the model's repo: loaders need them beside the weights.",
+    severity="warning",
+    needs="inspect",
 )
 
 

@@ -13,8 +13,6 @@ from mquant.verify.tally import Tally
 _HARMLESS: Final = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale")
 TENSOR_RENAMED: Final = rule(
     "tensor-renamed",
-    "error",
-    "structure",
     "Tensors have the names of the original release, not those of a loaded model.",
     "vLLM knows the original names only; what it does not know it refuses, or drops.",
     "Save again with the original names, or quantize with mquant, which keeps them.",

@@ -50,84 +50,76 @@ _AGAIN: Final = "Quantize again; if it stays so, look at the weight in the paren
 
 VALUE_NOT_FINITE: Final = rule(
     "value-not-finite",
-    "error",
-    "numbers",
     "Weights that are not quantized, and FP8 codes, hold neither NaN nor infinity.",
     "One NaN spreads through the whole model; loaders do not look.",
     "Take the tensor from the parent, or, if it is like that there, from the original release.",
+    needs="numbers",
 )
 SCALE_NOT_FINITE: Final = rule(
     "scale-not-finite",
-    "error",
-    "numbers",
     "Scales of blocks, channels and tensors are finite numbers (in E4M3: not 7f or ff).",
     "One such scale makes NaN of a whole block, and then of the model's output.",
     "Quantize again; if it stays so, look at the weight in the parent.",
+    needs="numbers",
     knowing=("layout",),
 )
 SCALE_NEGATIVE: Final = rule(
     "scale-negative",
-    "error",
-    "numbers",
     "Scales of blocks, channels and tensors are not negative.",
     "Kernels that take the sign bit for part of the number compute something else.",
     "Quantize again; if it stays so, look at the weight in the parent.",
+    needs="numbers",
     knowing=("layout",),
 )
 SCALE_ZERO: Final = rule(
     "scale-zero",
-    "error",
-    "numbers",
     "No scale is zero where the codes under it are not.",
     "The whole block loads as zero.",
     "Quantize again; if it stays so, look at the weight in the parent.",
+    needs="numbers",
     knowing=("layout",),
 )
 PACKED_SHAPE_DIFFERS: Final = rule(
     "packed-shape-differs",
-    "error",
-    "numbers",
     "weight_shape of packed integers is the shape that weight_packed unpacks to.",
     "compressed-tensors unpacks by it: columns are lost, or it stops.",
     "Quantize again, with a tool that writes the whole module.",
+    needs="numbers",
     knowing=("layout",),
 )
 GLOBAL_SCALE_INVALID: Final = rule(
     "global-scale-invalid",
-    "error",
-    "numbers",
     "Global scales, and scales of activations, are finite and positive.",
     "vLLM loads infinity and NaN without an error; the module then computes nothing else.",
     "Quantize again; if it stays so, look at the weight in the parent.",
+    needs="numbers",
     knowing=("layout",),
 )
 GLOBAL_SCALE_DIFFERS: Final = rule(
     "global-scale-differs",
-    "error",
-    "numbers",
     "The members of a fused set (q, k, v; w1, w3) have the same global scale, bit by bit.",
     "Loaders apply one of them to all: vLLM only warns, SGLang stops.",
     "Quantize the members together, with a tool that knows the fused set.",
+    needs="numbers",
     knowing=("family", "layout"),
 )
 GLOBAL_SCALE_INVERTED: Final = rule(
     "global-scale-inverted",
-    "warning",
-    "numbers",
     "compressed-tensors' weight_global_scale is a divisor, and so hardly ever below 1.",
     "ModelOpt's weight_scale_2 is the reciprocal; under the other name weights are off by its "
     "square.",
     "Store 1 / weight_scale_2 as weight_global_scale.",
+    severity="warning",
+    needs="numbers",
     knowing=("layout",),
 )
 GLOBAL_SCALES_RECIPROCAL: Final = rule(
     "global-scales-reciprocal",
-    "error",
-    "numbers",
     "Not every weight_global_scale of compressed-tensors is below 1.",
     "One may be; all are where a tool stored ModelOpt's weight_scale_2 under the other name. "
     "Loaders take them as they are, and weights are off by the scales' square.",
     "Store 1 / weight_scale_2 as weight_global_scale.",
+    needs="numbers",
     knowing=("layout",),
 )
 

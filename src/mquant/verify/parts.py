@@ -23,8 +23,6 @@ from mquant.verify.tally import Tally
 
 PART_UNEXPECTED: Final = rule(
     "part-unexpected",
-    "error",
-    "structure",
     "A quantized module has no tensor that its layout does not know.",
     "vLLM refuses parameters it has no place for; under experts it drops them.",
     "Remove the tensor, or quantize again.",
@@ -32,8 +30,6 @@ PART_UNEXPECTED: Final = rule(
 )
 PART_DTYPE: Final = rule(
     "part-dtype",
-    "error",
-    "structure",
     "Codes and scales have the dtype of their layout.",
     "vLLM converts the numbers without an error: U8 scales become other scales.",
     "Quantize again, with a tool that writes the whole module.",
@@ -41,8 +37,6 @@ PART_DTYPE: Final = rule(
 )
 WEIGHT_STORED_TWICE: Final = rule(
     "weight-stored-twice",
-    "error",
-    "structure",
     "A module has either a plain weight or a quantized one.",
     "Which of the two is loaded depends on the loader.",
     "Remove the one that config.json does not describe.",
@@ -50,8 +44,6 @@ WEIGHT_STORED_TWICE: Final = rule(
 )
 ACTIVATION_SCALES_UNDECLARED: Final = rule(
     "activation-scales-undeclared",
-    "error",
-    "structure",
     "Where there are scales of activations, config.json declares them.",
     "Loaders of weight-only layouts have no place for the tensors and refuse them.",
     "Declare input_activations, or remove the tensors.",

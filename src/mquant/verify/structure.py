@@ -24,11 +24,10 @@ from mquant.verify.tally import Tally
 
 TOTAL_SIZE_WRONG: Final = rule(
     "total-size-wrong",
-    "warning",
-    "structure",
     "The index's total_size is the bytes of all tensors.",
     "Tools plan memory by it.",
     "Set metadata.total_size in the index to the true number.",
+    severity="warning",
 )
 
 

@@ -49,51 +49,46 @@ _NOT_HERE: Final = (
 
 VLLM_REFUSES: Final = rule(
     "vllm-refuses",
-    "error",
-    "loader",
     "vLLM parses the config, builds the model and takes every tensor.",
     "Nobody can serve the checkpoint with it.",
     "Mend what vLLM names; findings of other rules say what that is.",
+    needs="loader",
 )
 VLLM_DROPS: Final = rule(
     "vllm-drops",
-    "error",
-    "loader",
     "vLLM puts every tensor somewhere.",
     "What it drops, without a word, is not in the model: often a name that it does not know.",
     "Give the tensors the original release's names, or remove those that do not belong.",
+    needs="loader",
 )
 VLLM_LEAVES_UNSET: Final = rule(
     "vllm-leaves-unset",
-    "error",
-    "loader",
     "vLLM fills every parameter of the model from the checkpoint.",
     "The rest is whatever lay in memory: vLLM does not look for it in quantized models.",
     "Quantize again, or add what is missing.",
+    needs="loader",
 )
 VLLM_RESHAPES: Final = rule(
     "vllm-reshapes",
-    "error",
-    "loader",
     "vLLM copies every tensor into a place of its own shape.",
     "It spreads what is too small over the place, without a word.",
     "Quantize again, with a tool that writes the shapes of the layout.",
+    needs="loader",
 )
 VLLM_CONVERTS: Final = rule(
     "vllm-converts",
-    "error",
-    "loader",
     "vLLM keeps what the bytes of codes and scales mean.",
     "It converts U8 to E4M3 by value, for one: other scales, without a word.",
     "Quantize again, with a tool that writes the dtypes of the layout.",
+    needs="loader",
 )
 VLLM_NOT_ASKED: Final = rule(
     "vllm-not-asked",
-    "warning",
-    "loader",
     "vLLM's CPU build can be asked about the checkpoint.",
     "Some layouts can only be built where there is a GPU: nobody has looked.",
     "Try to load it with vLLM on a machine with a GPU.",
+    severity="warning",
+    needs="loader",
 )
 
 
