@@ -25,16 +25,15 @@ From = Annotated[
         metavar="PARENT",
         help="The folder or hub repo it was made from: its licence is told, and what must be "
         "equal is compared. Left out: the card of the repo that mquant.json names, if any.",
-        show_default=False,
     ),
 ]
 Eval = Annotated[
     Path | None,
-    typer.Option("--eval", metavar="FILE", help="JSON of mquant eval.", show_default=False),
+    typer.Option("--eval", metavar="FILE", help="JSON of mquant eval."),
 ]
 Compare = Annotated[
     Path | None,
-    typer.Option("--compare", metavar="FILE", help="JSON of mquant compare.", show_default=False),
+    typer.Option("--compare", metavar="FILE", help="JSON of mquant compare."),
 ]
 AboutFile = Annotated[
     Path | None,
@@ -42,20 +41,18 @@ AboutFile = Annotated[
         "--about",
         metavar="FILE",
         help="YAML with what only you know: repo, base_model, companions (repo, what), citation.",
-        show_default=False,
     ),
 ]
 DepthChoice = Annotated[
     Literal["structure", "numbers"] | None,
     typer.Option(
         help="How deep it is verified for the card. Left out: numbers for a folder, structure for "
-        "a hub repo.",
-        show_default=False,
+        "a hub repo."
     ),
 ]
 LoaderChoice = Annotated[
     Literal["vllm"] | None,
-    typer.Option(help="Have this loader's own code load the headers too.", show_default=False),
+    typer.Option(help="Have this loader's own code load the headers too."),
 ]
 CardFile = Annotated[
     Path | None,
@@ -64,7 +61,6 @@ CardFile = Annotated[
         "-o",
         metavar="FILE",
         help="The file to write. Left out: README.md in SRC's folder.",
-        show_default=False,
     ),
 ]
 

@@ -22,9 +22,7 @@ _SHOWN = 10
 
 Against = Annotated[
     str | None,
-    typer.Option(
-        metavar="PARENT", help="The folder or hub repo it was made from.", show_default=False
-    ),
+    typer.Option(metavar="PARENT", help="The folder or hub repo it was made from."),
 ]
 Threads = Annotated[
     int | None,
@@ -33,7 +31,6 @@ Threads = Annotated[
         min=1,
         metavar="N",
         help="Tensors compared at once. Default: cores + 1; 6 where one is a hub repo.",
-        show_default=False,
     ),
 ]
 

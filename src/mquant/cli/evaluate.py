@@ -26,12 +26,11 @@ Against = Annotated[
     typer.Option(
         metavar="PARENT",
         help="The folder or hub repo it was made from. Left out: perplexity alone.",
-        show_default=False,
     ),
 ]
 TextFile = Annotated[
     Path | None,
-    typer.Option("--text", metavar="FILE", help="The text, in UTF-8.", show_default=False),
+    typer.Option("--text", metavar="FILE", help="The text, in UTF-8."),
 ]
 Context = Annotated[
     int, typer.Option(min=2, metavar="N", help="Tokens of a window: none sees further back.")

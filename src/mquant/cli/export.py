@@ -16,7 +16,7 @@ _EXAMPLE = "mquant export ./MiniMax-M2.7-REAP-NVFP4 --to modelopt -o ./MiniMax-M
 
 To = Annotated[
     Target | None,
-    typer.Option("--to", help="The layout: TensorRT-LLM reads modelopt.", show_default=False),
+    typer.Option("--to", help="The layout: TensorRT-LLM reads modelopt."),
 ]
 
 

@@ -17,9 +17,7 @@ def _complete(incomplete: str) -> list[str]:
 
 Name = Annotated[
     str | None,
-    typer.Argument(
-        metavar="NAME", help="The family.", show_default=False, autocompletion=_complete
-    ),
+    typer.Argument(metavar="NAME", help="The family.", autocompletion=_complete),
 ]
 
 

@@ -25,7 +25,7 @@ _DECIDING: Final = "nvfp4"
 _MOST_BYTES: Final = 1_000_000_000
 _MOST_TENSORS: Final = 100_000
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help="The family file.", show_default=False)]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="The family file.")]
 Refusals = dict[str, tuple["Finding", ...]]
 
 

@@ -14,7 +14,7 @@ from mquant.text import clean
 
 Out = Annotated[
     Path,
-    typer.Argument(metavar="OUT", help="The folder that --share wrote into.", show_default=False),
+    typer.Argument(metavar="OUT", help="The folder that --share wrote into."),
 ]
 
 

@@ -23,21 +23,18 @@ def _recipes(incomplete: str) -> list[str]:
 Src = Annotated[
     str | None,
     typer.Argument(
-        metavar="SRC",
-        help="A checkpoint folder, or a hub repo id. Left out: the current folder.",
-        show_default=False,
+        metavar="SRC", help="A checkpoint folder, or a hub repo id. Left out: the current folder."
     ),
 ]
 Revision = Annotated[
     str | None,
-    typer.Option(help="Branch, tag or commit of the hub repo.", show_default=False),
+    typer.Option(help="Branch, tag or commit of the hub repo."),
 ]
 RecipeName = Annotated[
     str | None,
     typer.Option(
         "--recipe",
         help="A recipe's name (see: mquant recipes), or a YAML file, llmcompressor's too.",
-        show_default=False,
         autocompletion=_recipes,
     ),
 ]
@@ -48,7 +45,6 @@ Out = Annotated[
         "-o",
         metavar="OUT",
         help="The folder to write. Left out: SRC's name and the recipe's suffix.",
-        show_default=False,
     ),
 ]
 Data = Annotated[
@@ -57,14 +53,11 @@ Data = Annotated[
         "--data",
         metavar="DATA",
         help="Text to calibrate with: a .jsonl, .txt or .parquet file, or a dataset's id.",
-        show_default=False,
     ),
 ]
 MaxShardSize = Annotated[
     str | None,
-    typer.Option(
-        metavar="SIZE", help="Largest shard, e.g. 500MB or 1GiB. Default: 5GB.", show_default=False
-    ),
+    typer.Option(metavar="SIZE", help="Largest shard, e.g. 500MB or 1GiB. Default: 5GB."),
 ]
 AllowUnsafe = Annotated[
     bool,
@@ -78,15 +71,12 @@ Workers = Annotated[
         min=1,
         metavar="N",
         help="Fused sets the streaming engine has under way. Default: cores + 1.",
-        show_default=False,
     ),
 ]
 Scratch = Annotated[
     str | None,
     typer.Option(
-        metavar="SIZE",
-        help="Of a hub repo, have at most so many bytes here at a time, e.g. 20GB.",
-        show_default=False,
+        metavar="SIZE", help="Of a hub repo, have at most so many bytes here at a time, e.g. 20GB."
     ),
 ]
 Public = Annotated[
@@ -103,7 +93,6 @@ Importance = Annotated[
     typer.Option(
         metavar="FILE",
         help="How much an error in each input channel counts, for recipes that search scales.",
-        show_default=False,
     ),
 ]
 FamilyFile = Annotated[
@@ -113,7 +102,6 @@ FamilyFile = Annotated[
         metavar="FILE",
         help="A family file of your own, taken before those that ship for the model_types that "
         "it names (see: mquant families check).",
-        show_default=False,
     ),
 ]
 FormatChoice = Annotated[

@@ -20,11 +20,11 @@ _EXAMPLE = "mquant push ./MiniMax-M2.7-REAP-NVFP4 org/MiniMax-M2.7-REAP-NVFP4"
 
 Src = Annotated[
     str | None,
-    typer.Argument(metavar="SRC", help="The folder that mquant made.", show_default=False),
+    typer.Argument(metavar="SRC", help="The folder that mquant made."),
 ]
 Repo = Annotated[
     str | None,
-    typer.Argument(metavar="REPO", help="The hub repo, as org/name.", show_default=False),
+    typer.Argument(metavar="REPO", help="The hub repo, as org/name."),
 ]
 Replace = Annotated[
     bool, typer.Option("--replace", help="Replace another checkpoint that the repo holds.")

@@ -62,7 +62,6 @@ PushTo = Annotated[
     typer.Option(
         metavar="REPO",
         help="Make it in a hub repo: shards go there when they are made, and from here.",
-        show_default=False,
     ),
 ]
 Share = Annotated[
@@ -72,12 +71,11 @@ Share = Annotated[
         "--job",
         metavar="I/N",
         help="Make share I of N, and leave the rest to other processes; then: mquant finish OUT.",
-        show_default=False,
     ),
 ]
 OnCluster = Annotated[
     Cluster | None,
-    typer.Option(help="Share the work out over this cluster, and finish it.", show_default=False),
+    typer.Option(help="Share the work out over this cluster, and finish it."),
 ]
 
 

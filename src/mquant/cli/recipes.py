@@ -19,9 +19,7 @@ def _complete(incomplete: str) -> list[str]:
 
 Name = Annotated[
     str | None,
-    typer.Argument(
-        metavar="NAME", help="The recipe.", show_default=False, autocompletion=_complete
-    ),
+    typer.Argument(metavar="NAME", help="The recipe.", autocompletion=_complete),
 ]
 
 

@@ -34,12 +34,7 @@ _EXAMPLE = "mquant repair ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP -
 
 From = Annotated[
     str | None,
-    typer.Option(
-        "--from",
-        metavar="PARENT",
-        help="The folder or hub repo it was quantized from.",
-        show_default=False,
-    ),
+    typer.Option("--from", metavar="PARENT", help="The folder or hub repo it was quantized from."),
 ]
 InPlace = Annotated[
     bool,
@@ -50,8 +45,7 @@ DepthChoice = Annotated[
     Literal["structure", "numbers"] | None,
     typer.Option(
         help="Where wrong tensors are looked for: headers and JSON; all data too. Left out: "
-        "numbers for a folder, structure for a hub repo.",
-        show_default=False,
+        "numbers for a folder, structure for a hub repo."
     ),
 ]
 

@@ -21,7 +21,6 @@ Against = Annotated[
     typer.Option(
         metavar="PARENT",
         help="The folder or hub repo it was made from: without it nothing is compared.",
-        show_default=False,
     ),
 ]
 Comparison = Annotated[
@@ -30,7 +29,6 @@ Comparison = Annotated[
         "--compare",
         metavar="FILE",
         help="What mquant compare --format json wrote, instead of comparing now.",
-        show_default=False,
     ),
 ]
 Evaluation = Annotated[
@@ -39,7 +37,6 @@ Evaluation = Annotated[
         "--eval",
         metavar="FILE",
         help="What mquant eval --format json wrote, instead of evaluating now.",
-        show_default=False,
     ),
 ]
 OutFile = Annotated[
@@ -49,7 +46,6 @@ OutFile = Annotated[
         "-o",
         metavar="FILE",
         help="The page. Left out: SRC's name and -report.html, here.",
-        show_default=False,
     ),
 ]
 

@@ -21,9 +21,7 @@ _SHOWN = 200
 
 Url = Annotated[
     str | None,
-    typer.Argument(
-        metavar="URL", help="The server's address, with or without /v1.", show_default=False
-    ),
+    typer.Argument(metavar="URL", help="The server's address, with or without /v1."),
 ]
 CheckpointOption = Annotated[
     str | None,
@@ -32,14 +30,11 @@ CheckpointOption = Annotated[
         metavar="SRC",
         help="The folder or hub repo that is served: it is asked with the sampling of its "
         "generation_config.json. Left out: with the server's own.",
-        show_default=False,
     ),
 ]
 ModelName = Annotated[
     str | None,
-    typer.Option(
-        "--model", metavar="NAME", help="Left out: the first that it serves.", show_default=False
-    ),
+    typer.Option("--model", metavar="NAME", help="Left out: the first that it serves."),
 ]
 MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")]
 Timeout = Annotated[

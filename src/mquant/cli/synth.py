@@ -26,26 +26,21 @@ def _families(incomplete: str) -> list[str]:
 
 Out = Annotated[
     Path | None,
-    typer.Argument(
-        metavar="OUT", help="The folder to write: empty, or not there yet.", show_default=False
-    ),
+    typer.Argument(metavar="OUT", help="The folder to write: empty, or not there yet."),
 ]
 FamilyName = Annotated[
     str | None,
     typer.Option(
         "--family",
         help="The model family (see: mquant families), or a family file.",
-        show_default=False,
         autocompletion=_families,
     ),
 ]
-Layers = Annotated[int | None, typer.Option(help="Number of layers.", show_default=False)]
-Experts = Annotated[int | None, typer.Option(help="Experts in a layer.", show_default=False)]
-Hidden = Annotated[int | None, typer.Option(help="Hidden size.", show_default=False)]
-Intermediate = Annotated[
-    int | None, typer.Option(help="Intermediate size of an expert.", show_default=False)
-]
-Vocab = Annotated[int | None, typer.Option(help="Size of the vocabulary.", show_default=False)]
+Layers = Annotated[int | None, typer.Option(help="Number of layers.")]
+Experts = Annotated[int | None, typer.Option(help="Experts in a layer.")]
+Hidden = Annotated[int | None, typer.Option(help="Hidden size.")]
+Intermediate = Annotated[int | None, typer.Option(help="Intermediate size of an expert.")]
+Vocab = Annotated[int | None, typer.Option(help="Size of the vocabulary.")]
 Dtype = Annotated[
     Literal["bf16", "fp16", "fp32", "fp8-block"],
     typer.Option(help="What weights are stored as; fp8-block: with a scale per 128 x 128."),

@@ -23,33 +23,25 @@ Against = Annotated[
     typer.Option(
         metavar="PARENT",
         help="The folder or hub repo it was made from: what must be equal, and near, is compared.",
-        show_default=False,
     ),
 ]
 DepthChoice = Annotated[
     Literal["structure", "numbers", "full"] | None,
     typer.Option(
         help="What is read: headers and JSON; all data too; with --against, all of the parent "
-        "too, instead of a sample. Left out: numbers for a folder, structure for a hub repo.",
-        show_default=False,
+        "too, instead of a sample. Left out: numbers for a folder, structure for a hub repo."
     ),
 ]
 LoaderChoice = Annotated[
     Literal["vllm"] | None,
     typer.Option(
         help="Also have this loader's own code load the headers, without a GPU "
-        "(see: mquant loader install).",
-        show_default=False,
+        "(see: mquant loader install)."
     ),
 ]
 JUnitFile = Annotated[
     Path | None,
-    typer.Option(
-        "--junit",
-        metavar="FILE",
-        help="Also write the result as JUnit XML, for CI.",
-        show_default=False,
-    ),
+    typer.Option("--junit", metavar="FILE", help="Also write the result as JUnit XML, for CI."),
 ]
 FailOn = Annotated[
     Literal["error", "warning"], typer.Option(help="The least severity that exits with 3.")
