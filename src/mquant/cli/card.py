@@ -1,12 +1,20 @@
 """`mquant card`: README.md for the hub, from facts only."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
+from mquant.cli.options import (
+    DepthChoice,
+    FamilyFile,
+    FormatChoice,
+    From,
+    LoaderChoice,
+    Revision,
+    Src,
+)
 from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
 from mquant.cli.source import open_source
@@ -18,15 +26,6 @@ if TYPE_CHECKING:
 
 _EXAMPLE = "mquant card ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP"
 
-From = Annotated[
-    str | None,
-    typer.Option(
-        "--from",
-        metavar="PARENT",
-        help="The folder or hub repo it was made from: its licence is told, and what must be "
-        "equal is compared. Left out: the card of the repo that mquant.json names, if any.",
-    ),
-]
 Eval = Annotated[
     Path | None,
     typer.Option("--eval", metavar="FILE", help="JSON of mquant eval."),
@@ -42,17 +41,6 @@ AboutFile = Annotated[
         metavar="FILE",
         help="YAML with what only you know: repo, base_model, companions (repo, what), citation.",
     ),
-]
-DepthChoice = Annotated[
-    Literal["structure", "numbers"] | None,
-    typer.Option(
-        help="How deep it is verified for the card. Left out: numbers for a folder, structure for "
-        "a hub repo."
-    ),
-]
-LoaderChoice = Annotated[
-    Literal["vllm"] | None,
-    typer.Option(help="Have this loader's own code load the headers too."),
 ]
 CardFile = Annotated[
     Path | None,

@@ -6,7 +6,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
+from mquant.cli.options import Against, FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
 from mquant.cli.source import open_source
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 _EXAMPLE = "mquant compare ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP"
 _SHOWN = 10
 
-Against = Annotated[
-    str | None,
-    typer.Option(metavar="PARENT", help="The folder or hub repo it was made from."),
-]
 Threads = Annotated[
     int | None,
     typer.Option(

@@ -1,11 +1,11 @@
 """`mquant dequantize`: BF16 from a quantized checkpoint."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.text import Text
 
 from mquant.cli.options import (
+    DryRun,
     FamilyFile,
     FormatChoice,
     MaxShardSize,
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from mquant.runs.run import Result
 
 _EXAMPLE = "mquant dequantize ./MiniMax-M2.7-REAP-NVFP4 -o ./MiniMax-M2.7-REAP-BF16"
-
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")]
 
 
 def dequantize(
@@ -86,12 +84,7 @@ def tell_converted(out: Output, done: "Result", verb: str) -> None:
                 "tensors": len(plan.survey.checkpoint.tensors),
                 "bytes": plan.survey.checkpoint.nbytes,
             },
-            "output": {
-                "tensors": plan.output_tensors,
-                "bytes": plan.output_bytes,
-                "file_bytes": plan.file_bytes,
-                "shards": len(plan.shards),
-            },
+            "output": plan.output_totals,
         },
     )
     tensors, shards = plan.output_tensors, len(plan.shards)

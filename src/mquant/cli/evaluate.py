@@ -7,7 +7,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
+from mquant.cli.options import Against, FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
 from mquant.cli.source import open_source
@@ -21,13 +21,6 @@ if TYPE_CHECKING:
 _EXAMPLE = "mquant eval ./Model-NVFP4 --against ./Model --text wiki.txt"
 _SHOWN = 12
 
-Against = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PARENT",
-        help="The folder or hub repo it was made from. Left out: perplexity alone.",
-    ),
-]
 TextFile = Annotated[
     Path | None,
     typer.Option("--text", metavar="FILE", help="The text, in UTF-8."),

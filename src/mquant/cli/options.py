@@ -55,6 +55,29 @@ Data = Annotated[
         help="Text to calibrate with: a .jsonl, .txt or .parquet file, or a dataset's id.",
     ),
 ]
+Against = Annotated[
+    str | None,
+    typer.Option(metavar="PARENT", help="The folder or hub repo that SRC was made from."),
+]
+From = Annotated[
+    str | None,
+    typer.Option("--from", metavar="PARENT", help="The folder or hub repo SRC was made from."),
+]
+DepthChoice = Annotated[
+    Literal["structure", "numbers"] | None,
+    typer.Option(
+        help="What is verified: headers and JSON; all data too. Left out: numbers for a folder, "
+        "structure for a hub repo."
+    ),
+]
+LoaderChoice = Annotated[
+    Literal["vllm"] | None,
+    typer.Option(
+        help="Have this loader's own code load the headers too, without a GPU "
+        "(see: mquant loader install)."
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")]
 MaxShardSize = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Largest shard, e.g. 500MB or 1GiB. Default: 5GB."),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from mquant.cli.options import FamilyFile, FormatChoice, Public
+from mquant.cli.options import DryRun, FamilyFile, FormatChoice, Public
 from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
 from mquant.cli.source import is_repo_id, open_source
@@ -28,9 +28,6 @@ Repo = Annotated[
 ]
 Replace = Annotated[
     bool, typer.Option("--replace", help="Replace another checkpoint that the repo holds.")
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Only list the files and their bytes; ask nobody.")
 ]
 
 

@@ -11,6 +11,7 @@ import typer
 from mquant.cli.options import (
     AllowUnsafe,
     Data,
+    DryRun,
     FamilyFile,
     FormatChoice,
     Importance,
@@ -56,7 +57,6 @@ EngineChoice = Annotated[
         help="What does the arithmetic; `auto`: stream, or oneshot where the recipe needs data."
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the plan, as `mquant plan`.")]
 PushTo = Annotated[
     str | None,
     typer.Option(

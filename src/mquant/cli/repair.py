@@ -3,14 +3,17 @@
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from mquant.cli.options import (
+    DepthChoice,
+    DryRun,
     FamilyFile,
     FormatChoice,
+    From,
     Importance,
     Out,
     Restart,
@@ -32,21 +35,9 @@ if TYPE_CHECKING:
 
 _EXAMPLE = "mquant repair ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP -o ./Repaired"
 
-From = Annotated[
-    str | None,
-    typer.Option("--from", metavar="PARENT", help="The folder or hub repo it was quantized from."),
-]
 InPlace = Annotated[
     bool,
     typer.Option("--in-place", help="Mend the folder itself. Killed anywhere, a rerun finishes."),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")]
-DepthChoice = Annotated[
-    Literal["structure", "numbers"] | None,
-    typer.Option(
-        help="Where wrong tensors are looked for: headers and JSON; all data too. Left out: "
-        "numbers for a folder, structure for a hub repo."
-    ),
 ]
 
 

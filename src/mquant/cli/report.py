@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mquant.cli.evaluate import Context, TextFile, Tokens
-from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
+from mquant.cli.options import Against, FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
 from mquant.cli.source import open_source
@@ -16,13 +16,6 @@ from mquant.text import size
 
 _EXAMPLE = "mquant report ./Model-NVFP4 --against ./Model --text wiki.txt -o report.html"
 
-Against = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PARENT",
-        help="The folder or hub repo it was made from: without it nothing is compared.",
-    ),
-]
 Comparison = Annotated[
     Path | None,
     typer.Option(

@@ -27,12 +27,7 @@ def tell_result(out: Output, result: "Result") -> None:
         fingerprint=plan.fingerprint,
         totals={
             "source": {"tensors": len(plan.survey.members), "bytes": plan.source_bytes},
-            "output": {
-                "tensors": plan.output_tensors,
-                "bytes": plan.output_bytes,
-                "file_bytes": plan.file_bytes,
-                "shards": len(plan.shards),
-            },
+            "output": plan.output_totals,
         },
         ignore=list(plan.ignore),
     )

@@ -7,7 +7,7 @@ import typer
 from rich.text import Text
 
 from mquant.cli.junit import junit
-from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
+from mquant.cli.options import Against, FamilyFile, FormatChoice, LoaderChoice, Revision, Src
 from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
 from mquant.cli.source import open_source
@@ -18,25 +18,11 @@ if TYPE_CHECKING:
 
 _EXAMPLE = "mquant verify ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP"
 
-Against = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PARENT",
-        help="The folder or hub repo it was made from: what must be equal, and near, is compared.",
-    ),
-]
 DepthChoice = Annotated[
     Literal["structure", "numbers", "full"] | None,
     typer.Option(
         help="What is read: headers and JSON; all data too; with --against, all of the parent "
         "too, instead of a sample. Left out: numbers for a folder, structure for a hub repo."
-    ),
-]
-LoaderChoice = Annotated[
-    Literal["vllm"] | None,
-    typer.Option(
-        help="Also have this loader's own code load the headers, without a GPU "
-        "(see: mquant loader install)."
     ),
 ]
 JUnitFile = Annotated[

@@ -255,6 +255,16 @@ class Plan:
         """Bytes of all output shards, headers included: the disk they need."""
         return sum(shard.file_bytes for shard in self.shards)
 
+    @property
+    def output_totals(self) -> dict[str, int]:
+        """Tensors, bytes, bytes of all files, and shards of the output: for JSON documents."""
+        return {
+            "tensors": self.output_tensors,
+            "bytes": self.output_bytes,
+            "file_bytes": self.file_bytes,
+            "shards": len(self.shards),
+        }
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of every decision: equal exactly where the same bytes are to be made."""

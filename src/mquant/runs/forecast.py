@@ -135,12 +135,7 @@ def plan_report(plan: Plan, resources: Resources) -> dict[str, Any]:
         "calibration": plan.recipe.calibration.model_dump() if plan.recipe.needs_data else None,
         "totals": {
             "source": {"tensors": len(checkpoint.tensors), "bytes": plan.source_bytes},
-            "output": {
-                "tensors": plan.output_tensors,
-                "bytes": plan.output_bytes,
-                "file_bytes": plan.file_bytes,
-                "shards": len(plan.shards),
-            },
+            "output": plan.output_totals,
         },
         "roles": _roles(plan),
         "ignore": list(plan.ignore),
