@@ -17,21 +17,19 @@ if TYPE_CHECKING:
 
 PROGRESS_BYTES: Final = 8_000_000
 # Other formats of the same weights, which nothing here reads.
-_OTHER_WEIGHTS: Final = tuple(
-    [
-        ".bin",
-        ".bin.index.json",
-        ".ckpt",
-        ".gguf",
-        ".h5",
-        ".msgpack",
-        ".onnx",
-        ".onnx_data",
-        ".ot",
-        ".pt",
-        ".pth",
-        ".tflite",
-    ]
+_OTHER_WEIGHTS: Final = (
+    ".bin",
+    ".bin.index.json",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".ot",
+    ".pt",
+    ".pth",
+    ".tflite",
 )
 
 

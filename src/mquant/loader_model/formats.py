@@ -23,7 +23,7 @@ _FLOATS: Final = ("F32", "BF16", "F16")
 
 # What vLLM 0.32 knows (QUANTIZATIONMETHODS), and names that transformers has beside those.
 METHODS: Final = frozenset(
-    [
+    {
         "auto_awq",
         "auto_gptq",
         "awq",
@@ -56,7 +56,7 @@ METHODS: Final = frozenset(
         "online",
         "quark",
         "torchao",
-    ]
+    }
 )
 
 
