@@ -24,8 +24,8 @@ HEAD = """# Command line reference
 Made by `scripts/make_docs.py` from `mquant --help`; do not edit.
 
 SRC is a folder or a hub repo id. stdout is the result, stderr everything else. Exit codes: 0 done;
-1 failed, refused, or could not be judged; 2 the command line makes no sense; 3 a checkpoint was read and found wrong;
-130 interrupted, safe to run again.
+1 failed, refused, or could not be judged; 2 the command line makes no sense; 3 a checkpoint was
+read and found wrong; 130 interrupted, safe to run again.
 """
 RULES_HEAD = """# What `mquant verify` checks
 
