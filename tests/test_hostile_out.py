@@ -82,7 +82,7 @@ def test_a_ledger_cannot_count_more_jobs_than_there_are_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ledger_module, "_MOST_JOBS", 10)
-    lines = ({"units": [[0, 9_999_999]]}, {"units": [[0, 7]]}, {"units": [[20, 27]]})
+    lines = ({"jobs": [[0, 9_999_999]]}, {"jobs": [[0, 7]]}, {"jobs": [[20, 27]]})
     (tmp_path / LEDGER).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     found = read_ledger(tmp_path)

@@ -237,7 +237,7 @@ def test_a_ledger_that_lies_about_shards_is_not_believed(
     hub.drop_after = None
     repo = hub.repos[REPO]
     ledger = repo.folders[repo.revisions["main"]] / LEDGER
-    lies = [{"shard": name, "sha256": "0" * 64, "units": []} for name in ("../x", *expected)]
+    lies = [{"shard": name, "sha256": "0" * 64, "jobs": []} for name in ("../x", *expected)]
     with ledger.open("a") as file:
         file.writelines(json.dumps(lie) + "\n" for lie in lies)
     ship(tmp_path / "there", 9_000_000)
