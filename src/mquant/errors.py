@@ -88,6 +88,5 @@ class MissingExtra(MquantError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(
-            f"{what} needs packages that are not installed.",
-            f"Run: pip install 'mquant[{extra}]'",
+            f"{what} needs packages that are not installed.", f"Run: pip install 'mquant[{extra}]'"
         )

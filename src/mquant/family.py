@@ -26,14 +26,7 @@ from pydantic import (
 
 from mquant.data import folder, read_yaml
 from mquant.errors import DataFileError
-from mquant.formulas import (
-    check_condition,
-    check_size,
-    condition_keys,
-    evaluate,
-    holds,
-    size_keys,
-)
+from mquant.formulas import check_condition, check_size, condition_keys, evaluate, holds, size_keys
 
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")
 _EVERY_LAYER = "layer"

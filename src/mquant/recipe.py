@@ -97,9 +97,7 @@ class Recipe(BaseModel):
         """
         known = frozenset(names)
         return Choice(
-            self,
-            match(self.targets, known, Style.NAMES),
-            match(self.ignore, known, Style.NAMES),
+            self, match(self.targets, known, Style.NAMES), match(self.ignore, known, Style.NAMES)
         )
 
     @property

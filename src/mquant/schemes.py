@@ -101,10 +101,7 @@ _FP8_WEIGHT: Final = SchemeTensor("weight", "F8_E4M3", lambda rows, columns: (ro
 # Two E2M1 codes a byte (the even element in the low nibble), one E4M3 scale per 16 elements, one
 # F32 divisor: weight = fp4 * weight_scale / global_scale.
 NVFP4A16: Final = Scheme(
-    "NVFP4A16",
-    _NVFP4_PARTS,
-    _group("nvfp4-pack-quantized", _args(**_E2M1), None),
-    columns=16,
+    "NVFP4A16", _NVFP4_PARTS, _group("nvfp4-pack-quantized", _args(**_E2M1), None), columns=16
 )
 # Activations in 4 bits too: a divisor of theirs, shared by the modules that read the same ones.
 NVFP4: Final = Scheme(

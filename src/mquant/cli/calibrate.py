@@ -16,10 +16,7 @@ from mquant.text import names, plural
 
 _EXAMPLE = "mquant calibrate ./Model --data texts.jsonl -o importance.safetensors"
 
-File = Annotated[
-    Path,
-    typer.Option("--output", "-o", metavar="FILE", help="The file to write."),
-]
+File = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")]
 
 
 def calibrate(

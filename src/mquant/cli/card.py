@@ -26,13 +26,9 @@ if TYPE_CHECKING:
 
 _EXAMPLE = "mquant card ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP"
 
-Eval = Annotated[
-    Path | None,
-    typer.Option("--eval", metavar="FILE", help="JSON of mquant eval."),
-]
+Eval = Annotated[Path | None, typer.Option("--eval", metavar="FILE", help="JSON of mquant eval.")]
 Compare = Annotated[
-    Path | None,
-    typer.Option("--compare", metavar="FILE", help="JSON of mquant compare."),
+    Path | None, typer.Option("--compare", metavar="FILE", help="JSON of mquant compare.")
 ]
 AboutFile = Annotated[
     Path | None,

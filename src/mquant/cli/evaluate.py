@@ -22,8 +22,7 @@ _EXAMPLE = "mquant eval ./Model-NVFP4 --against ./Model --text wiki.txt"
 _SHOWN = 12
 
 TextFile = Annotated[
-    Path | None,
-    typer.Option("--text", metavar="FILE", help="The text, in UTF-8."),
+    Path | None, typer.Option("--text", metavar="FILE", help="The text, in UTF-8.")
 ]
 Context = Annotated[
     int, typer.Option(min=2, metavar="N", help="Tokens of a window: none sees further back.")

@@ -14,10 +14,7 @@ from mquant.plan import Target
 
 _EXAMPLE = "mquant export ./MiniMax-M2.7-REAP-NVFP4 --to modelopt -o ./MiniMax-M2.7-REAP-ModelOpt"
 
-To = Annotated[
-    Target | None,
-    typer.Option("--to", help="The layout: TensorRT-LLM reads modelopt."),
-]
+To = Annotated[Target | None, typer.Option("--to", help="The layout: TensorRT-LLM reads modelopt.")]
 
 
 def export(

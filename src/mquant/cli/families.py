@@ -16,8 +16,7 @@ def _complete(incomplete: str) -> list[str]:
 
 
 Name = Annotated[
-    str | None,
-    typer.Argument(metavar="NAME", help="The family.", autocompletion=_complete),
+    str | None, typer.Argument(metavar="NAME", help="The family.", autocompletion=_complete)
 ]
 
 

@@ -12,10 +12,7 @@ from mquant.cli.progress import progress
 from mquant.cli.results import tell_result
 from mquant.text import clean
 
-Out = Annotated[
-    Path,
-    typer.Argument(metavar="OUT", help="The folder that --share wrote into."),
-]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder that --share wrote into.")]
 
 
 def finish(out_folder: Out, output_format: FormatChoice = Format.HUMAN) -> None:

@@ -26,10 +26,7 @@ Src = Annotated[
         metavar="SRC", help="A checkpoint folder, or a hub repo id. Left out: the current folder."
     ),
 ]
-Revision = Annotated[
-    str | None,
-    typer.Option(help="Branch, tag or commit of the hub repo."),
-]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repo.")]
 RecipeName = Annotated[
     str | None,
     typer.Option(

@@ -49,13 +49,7 @@ def plan(
     """
     with output("plan", output_format) as out:
         made = make(
-            "plan",
-            src,
-            recipe,
-            revision,
-            max_shard_size,
-            family,
-            allow_unsafe=allow_unsafe,
+            "plan", src, recipe, revision, max_shard_size, family, allow_unsafe=allow_unsafe
         )
         show_plan(out, made, out_folder)
 

@@ -18,14 +18,8 @@ if TYPE_CHECKING:
 
 _EXAMPLE = "mquant push ./MiniMax-M2.7-REAP-NVFP4 org/MiniMax-M2.7-REAP-NVFP4"
 
-Src = Annotated[
-    str | None,
-    typer.Argument(metavar="SRC", help="The folder that mquant made."),
-]
-Repo = Annotated[
-    str | None,
-    typer.Argument(metavar="REPO", help="The hub repo, as org/name."),
-]
+Src = Annotated[str | None, typer.Argument(metavar="SRC", help="The folder that mquant made.")]
+Repo = Annotated[str | None, typer.Argument(metavar="REPO", help="The hub repo, as org/name.")]
 Replace = Annotated[
     bool, typer.Option("--replace", help="Replace another checkpoint that the repo holds.")
 ]
@@ -100,8 +94,7 @@ def _tell(out: Output, repo: str, done: "Pushed") -> None:
     who = "private" if done.private else "public"
     verb = "Pushed" if done.sent else "Already there:"
     out.show(
-        Text.assemble((verb, "bold green"), f" {done.page} ({who})"),
-        f"The repo: {remote.verdict}",
+        Text.assemble((verb, "bold green"), f" {done.page} ({who})"), f"The repo: {remote.verdict}"
     )
     out.report(remote.findings)
     if remote.count("error"):

@@ -74,8 +74,7 @@ Share = Annotated[
     ),
 ]
 OnCluster = Annotated[
-    Cluster | None,
-    typer.Option(help="Share the work out over this cluster, and finish it."),
+    Cluster | None, typer.Option(help="Share the work out over this cluster, and finish it.")
 ]
 
 

@@ -18,8 +18,7 @@ def _complete(incomplete: str) -> list[str]:
 
 
 Name = Annotated[
-    str | None,
-    typer.Argument(metavar="NAME", help="The recipe.", autocompletion=_complete),
+    str | None, typer.Argument(metavar="NAME", help="The recipe.", autocompletion=_complete)
 ]
 
 

@@ -94,9 +94,6 @@ def _tell_pushed(out: Output, done: "Result") -> None:
     out.show(
         Text.assemble((verb, "bold green"), f" {done.page}"),
         facts(
-            [
-                ("Source", both_sizes(plan.source_bytes)),
-                ("Output", both_sizes(plan.output_bytes)),
-            ]
+            [("Source", both_sizes(plan.source_bytes)), ("Output", both_sizes(plan.output_bytes))]
         ),
     )

@@ -20,8 +20,7 @@ _EXAMPLE = "mquant smoke http://localhost:8000 --checkpoint ./MiniMax-M2.7-REAP-
 _SHOWN = 200
 
 Url = Annotated[
-    str | None,
-    typer.Argument(metavar="URL", help="The server's address, with or without /v1."),
+    str | None, typer.Argument(metavar="URL", help="The server's address, with or without /v1.")
 ]
 CheckpointOption = Annotated[
     str | None,
@@ -33,8 +32,7 @@ CheckpointOption = Annotated[
     ),
 ]
 ModelName = Annotated[
-    str | None,
-    typer.Option("--model", metavar="NAME", help="Left out: the first that it serves."),
+    str | None, typer.Option("--model", metavar="NAME", help="Left out: the first that it serves.")
 ]
 MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")]
 Timeout = Annotated[

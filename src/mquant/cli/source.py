@@ -19,9 +19,7 @@ def is_repo_id(text: str) -> bool:
 
 
 def open_source(
-    src: str | None,
-    revision: str | None,
-    example: str = "mquant inspect MiniMaxAI/MiniMax-M2",
+    src: str | None, revision: str | None, example: str = "mquant inspect MiniMaxAI/MiniMax-M2"
 ) -> "Source":
     """The checkpoint a person means: a folder, a hub repo id, or, left out, the current folder.
 

@@ -25,8 +25,7 @@ def _families(incomplete: str) -> list[str]:
 
 
 Out = Annotated[
-    Path | None,
-    typer.Argument(metavar="OUT", help="The folder to write: empty, or not there yet."),
+    Path | None, typer.Argument(metavar="OUT", help="The folder to write: empty, or not there yet.")
 ]
 FamilyName = Annotated[
     str | None,

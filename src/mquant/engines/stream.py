@@ -76,10 +76,7 @@ class TensorSink(Protocol):
 
 
 def run(
-    reader: Reader,
-    output: TensorSink,
-    workers: int,
-    importance: Importance | None = None,
+    reader: Reader, output: TensorSink, workers: int, importance: Importance | None = None
 ) -> None:
     """Do all pending jobs of `output`; scales are searched where an `importance` is given.
 

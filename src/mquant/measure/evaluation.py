@@ -84,11 +84,7 @@ class Evaluation:
         return {
             "source": self.source,
             "parent": self.parent,
-            "text": {
-                "name": self.text,
-                "sha256": self.text_sha256,
-                "tokens": self.text_tokens,
-            },
+            "text": {"name": self.text, "sha256": self.text_sha256, "tokens": self.text_tokens},
             "tokens": self.tokens,
             "context": self.context,
             "perplexity": self.perplexity,

@@ -128,25 +128,18 @@ def _search_under(
     for words, float_format, maxima, importance in weights:
         end = start + len(maxima)
         as_float = _SHIFT[float_format.name], _UNIT[float_format.name], power
-        under = scales / power, divisors, inverse
-        _search(words, maxima, importance, every, as_float, *under, codes[:, start:end], totals)
+        weight, under = (words, maxima, importance), (scales / power, divisors, inverse)
+        _search(weight, every, as_float, under, codes[:, start:end], totals)
         start = end
     return totals
 
 
 @compiled
 def _search(
-    words: Array,
-    maxima: Array,
-    importance: Array,
-    every: int,
-    as_float: Any,
-    ratios: Array,
-    divisors: Array,
-    inverse: Array,
-    codes: Array,
-    totals: Array,
+    weight: Any, every: int, as_float: Any, under: Any, codes: Array, totals: Array
 ) -> None:
+    words, maxima, importance = weight
+    ratios, divisors, inverse = under
     x = np.zeros((GROUP, _TILE), np.float32)
     w = np.ones((GROUP, _TILE), np.float32)
     largest, best = np.zeros(_TILE, np.float32), np.empty(_TILE, np.float32)

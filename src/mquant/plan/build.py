@@ -290,9 +290,7 @@ def cut_shards(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> di
 
 
 def kept_modules(
-    kept: Iterable[tuple[str, int | None, TensorInfo]],
-    family: Family,
-    config: Mapping[str, Any],
+    kept: Iterable[tuple[str, int | None, TensorInfo]], family: Family, config: Mapping[str, Any]
 ) -> tuple[str, ...]:
     """Of (module, expert, tensor) that stay as they are: the modules with a matrix, by name.
 

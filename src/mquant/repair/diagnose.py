@@ -315,10 +315,7 @@ def _schemes(recipe: Recipe) -> set[str]:
 
 
 def _reproduced(
-    mending: Mending,
-    assembly: Assembly,
-    known: Iterable[Recipe],
-    importance: Importance | None,
+    mending: Mending, assembly: Assembly, known: Iterable[Recipe], importance: Importance | None
 ) -> Recipe | None:
     """The recipe that makes one of the intact fused sets again, byte for byte."""
     from mquant.engines import stream  # numba

@@ -9,12 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Unpack, cast
 
 from mquant import __version__
-from mquant.checkpoint import (
-    Assembly,
-    AssemblyReader,
-    Checkpoint,
-    Source,
-)
+from mquant.checkpoint import Assembly, AssemblyReader, Checkpoint, Source
 from mquant.checkpoint.hashing import sha256_of
 from mquant.engines.importance import importance_fingerprint, weigher
 from mquant.events import Emit, silent

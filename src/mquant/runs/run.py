@@ -288,11 +288,7 @@ class Run:
         finish(self.out, spec.plan, index, shards, sides, spec.record, judge)
 
     def judge(
-        self,
-        made: Source,
-        *,
-        ignoring: Collection[str] = (),
-        parent: Source | None = None,
+        self, made: Source, *, ignoring: Collection[str] = (), parent: Source | None = None
     ) -> None:
         """Judge what was made as `mquant verify` does, and tell what is worth knowing.
 

@@ -75,12 +75,7 @@ class Shares:
         return claim(self.out, self.spec.protected, self.shared)
 
     def make(
-        self,
-        number: int,
-        *,
-        workers: int | None = None,
-        patience: float = 0.0,
-        emit: Emit = silent,
+        self, number: int, *, workers: int | None = None, patience: float = 0.0, emit: Emit = silent
     ) -> bool:
         """Make a share, or go on with what is there of it; False if it was done before.
 

@@ -205,9 +205,7 @@ def _kept(
             yield size, partial(_equal, view, parent, info, original, spans)
     for suffix in mine.tensors.keys() - theirs.tensors.keys():
         tally.add(
-            PARENT_LACKS_TENSOR,
-            f"{mine.name}.{suffix}",
-            f"The parent has no {mine.name}.{suffix}",
+            PARENT_LACKS_TENSOR, f"{mine.name}.{suffix}", f"The parent has no {mine.name}.{suffix}"
         )
 
 

@@ -73,8 +73,7 @@ def check_config(config: Mapping[str, Any], parent: Mapping[str, Any]) -> Iterat
         yield CONFIG_KEY_LOST.finding("config.json", f"config.json lost {names(lost)}.")
     if changed:
         yield CONFIG_KEY_DIFFERS.finding(
-            "config.json",
-            f"config.json differs from the parent's in {names(changed)}.",
+            "config.json", f"config.json differs from the parent's in {names(changed)}."
         )
 
 

@@ -34,6 +34,5 @@ def check_mtp(
         if "mtp" in name if tensor_role is None else (tensor_role.layer or -1) >= layers:
             return
     yield MTP_WITHOUT_TENSORS.finding(
-        key,
-        f"config.json says {key} {count}, but there is no tensor of such a module.",
+        key, f"config.json says {key} {count}, but there is no tensor of such a module."
     )

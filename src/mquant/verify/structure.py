@@ -6,10 +6,7 @@ from typing import Final
 
 from mquant.family import Family, TensorRole
 from mquant.findings import Finding, in_context, rule
-from mquant.loader_model.formats import (
-    format_of,
-    weight_shape,
-)
+from mquant.loader_model.formats import format_of, weight_shape
 from mquant.loader_model.modules import ModuleView
 from mquant.plan import Member, wholeness
 from mquant.plan.build import FUSED_SET_MIXED

@@ -31,15 +31,7 @@ from mquant.loader_model.formats import (
     weight_shape,
 )
 from mquant.loader_model.modules import Module, ModuleView
-from mquant.weights.decode import (
-    READABLE,
-    Floats,
-    e2m1,
-    e4m3,
-    floats,
-    integers,
-    scaled,
-)
+from mquant.weights.decode import READABLE, Floats, e2m1, e4m3, floats, integers, scaled
 
 SEARCHED: Final = 17 / 16 / 3
 TYPICAL: Final[dict[StorageFormat | None, float]] = {

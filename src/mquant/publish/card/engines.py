@@ -92,5 +92,5 @@ ENGINES: Final[dict[str, tuple[Engine, ...]]] = {
 
 HARDWARE: Final[dict[str, str]] = {
     "NVFP4A16": "Only weights are in 4 bits: they are turned into 16 bits inside the kernel, and "
-    "nothing needs a GPU with FP4 units. What it saves is memory and its bandwidth.",
+    "nothing needs a GPU with FP4 units. What it saves is memory and its bandwidth."
 }

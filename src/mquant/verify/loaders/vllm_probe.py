@@ -260,11 +260,7 @@ def load(folder: str, result: dict[str, Any], said: Any, *, closely: bool) -> No
     stub()
     said("config")
     arguments = EngineArgs(
-        model=folder,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        max_model_len=64,
-        max_num_seqs=1,
+        model=folder, skip_tokenizer_init=True, enforce_eager=True, max_model_len=64, max_num_seqs=1
     )
     config = arguments.create_engine_config()
     said("model")
