@@ -136,7 +136,7 @@ class Checkpoint:
 def open_checkpoint(source: Source, *, tolerant: bool = False) -> Checkpoint:
     """Read config, index and every header of a checkpoint.
 
-    Raises SourceError where one is missing or unreadable, HeaderError where a header lies.
+    Raises SourceError if one is missing or unreadable, HeaderError if a header lies.
     Disagreements of index and headers, and tensors stored twice, are findings. `tolerant` is for
     judging: a header that lies is a finding too, and so are shards of which there is none.
     """
@@ -209,7 +209,7 @@ def read_header(source: Source, shard: str) -> tuple[TensorInfo, ...]:
 def read_first(source: Source, shard: str, allowed: "_Allowance | None" = None) -> bytes:
     """A shard's bytes before its data, from one read, or two where the header is long.
 
-    Raises HeaderError where its length cannot be true, SourceError where it is not `allowed`.
+    Raises HeaderError if its length cannot be true, SourceError if it is not `allowed`.
     """
     size = source.files[shard]
     first = source.read(shard, 0, min(FIRST_READ, size))
@@ -220,7 +220,7 @@ def read_first(source: Source, shard: str, allowed: "_Allowance | None" = None) 
 
 
 def read_json(source: Source, path: str) -> dict[str, Any]:
-    """A JSON object of the checkpoint. Raises SourceError where it is not one."""
+    """A JSON object of the checkpoint. Raises SourceError if it is not one."""
     most = MAX_JSON_BYTES if path == INDEX_NAME else MAX_CONFIG_BYTES
     too_large = SourceError(f"{path} is too large to be what it says.", "Get the file again.")
     if source.files.get(path, 0) > most:

@@ -66,7 +66,7 @@ def make(
 ) -> "Plan":
     """The plan for what a person typed after `verb`; it may hold refusals.
 
-    Raises UsageError where the command line makes no sense, before SRC is looked at.
+    Raises UsageError if the command line makes no sense, before SRC is looked at.
     """
     example = f"mquant {verb} MiniMaxAI/MiniMax-M2 --recipe nvfp4"
     if recipe is None:

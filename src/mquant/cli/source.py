@@ -24,8 +24,8 @@ def open_source(
     """The checkpoint a person means: a folder, a hub repo id, or, left out, the current folder.
 
     A folder that exists comes first; what starts with `.`, `/` or `~` is always a folder.
-    Raises UsageError, with the verb's `example`, where nothing is given and nothing is here;
-    SourceError where there is no such folder.
+    Raises UsageError, with the verb's `example`, if nothing is given and nothing is here;
+    SourceError if there is no such folder.
     """
     from mquant.checkpoint import Folder
 

@@ -47,7 +47,7 @@ class ErrorStats:
 
     @property
     def relative(self) -> float:
-        """L2 norm of the differences over the parent's; infinite where that is 0."""
+        """L2 norm of the differences over the parent's; infinite if that is 0."""
         if not self.power:
             return math.inf if self.error else 0.0
         return math.sqrt(self.error / self.power)
@@ -66,7 +66,7 @@ class ErrorStats:
         return (self.power + self.own - self.error) / 2 / length if length else math.nan
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers; null where one is not finite."""
+        """The numbers; null if one is not finite."""
         return {
             "tensors": self.tensors,
             "elements": self.elements,
@@ -88,7 +88,7 @@ class Comparison:
     """All differences of a checkpoint from its parent, in the order of the parent's files.
 
     `identical` tensors are the parent's, bit for bit; all others have an error. `bytes_read` and
-    `requests` count what came from a hub, None where nothing did.
+    `requests` count what came from a hub, None if nothing did.
     """
 
     source: str
@@ -228,7 +228,7 @@ def compare(
     """Compare all weights of a checkpoint with its parent's.
 
     `workers` None: cores + 1, for a hub 6. What a stopped comparison of the same files found is not
-    looked at again. Raises SourceError where there is no checkpoint, or it cannot be read.
+    looked at again. Raises SourceError if there is no checkpoint, or it cannot be read.
     """
     view = read_modules(open_checkpoint(source, tolerant=True), families)
     original = read_modules(open_checkpoint(parent), families)

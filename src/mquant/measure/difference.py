@@ -165,7 +165,7 @@ def compare_pairs(
     """Compare, and give every result to `done`, in order, from this thread.
 
     `hub`: reads are requests, so they are larger. `skipped` bytes count as done. Raises SourceError
-    where data cannot be read, or a file changes meanwhile.
+    if data cannot be read, or a file changes meanwhile.
     """
     total = skipped + sum(pair.nbytes for pair in todo)
 

@@ -75,7 +75,7 @@ class Evaluation:
 
     @property
     def router_agreement(self) -> float | None:
-        """The mean of all layers; None where there is none."""
+        """The mean of all layers; None if there is none."""
         said = [each.agreement for each in self.routing if each.agreement is not None]
         return sum(said) / len(said) if said else None
 

@@ -40,7 +40,7 @@ def scaled(members: Iterable[Member], actions: list[Action], family: Family) -> 
 
 
 def unscalable(family: Family, recipe: Recipe) -> list[Finding]:
-    """An error, where a recipe scales and the family does not say what feeds what."""
+    """An error, if a recipe scales and the family does not say what feeds what."""
     if recipe.smoothing == "none" or family.smoothing:
         return []
     return [

@@ -35,7 +35,7 @@ def make_bf16_plan(
 ) -> Plan:
     """Decide what becomes of every tensor; problems are findings, as in `make_plan`.
 
-    Raises Refused where the family is unknown.
+    Raises Refused if the family is unknown.
     """
     found = survey(checkpoint, families, READABLE)
     if found.family is None:

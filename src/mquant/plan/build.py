@@ -90,7 +90,7 @@ def make_plan(
     """Decide what happens to every tensor.
 
     Problems are `findings` of the plan; the plan must not be carried out where one is an error.
-    Raises Refused where there is no plan to show: the family is unknown.
+    Raises Refused if there is no plan to show: the family is unknown.
     `allow_unsafe` turns the refusal of quantized routers, embeddings and head into a warning.
     """
     found = survey(checkpoint, families, (StorageFormat.FP8_BLOCK,))

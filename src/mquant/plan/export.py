@@ -82,7 +82,7 @@ _FP4: Final = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": G
 def survey_for(checkpoint: Checkpoint, families: Mapping[str, Family], target: Target) -> Survey:
     """The survey of a checkpoint that is to be exported.
 
-    Raises Refused where it is not whole, or not all of it can be said in the other layout.
+    Raises Refused if it is not whole, or not all of it can be said in the other layout.
     """
     found = survey(checkpoint, families, (SOURCE[target],))
     stored = [member.stored for member in found.members if member.stored]
@@ -137,7 +137,7 @@ def make_export_plan(
     """The plan that stores a surveyed checkpoint in another layout.
 
     `values` has the bytes that take the place of each scalar; `declared` is the quantization
-    config, where it is known what it was.
+    config, if it is known what it was.
     """
     family = found.family
     if family is None:

@@ -53,7 +53,7 @@ class Stored:
     """How one weight lies in the source.
 
     `block` are the rows and columns that share an element of `scale`; `second` is the scale of the
-    whole weight, where there is one, and `input` that of the activations.
+    whole weight, if there is one, and `input` that of the activations.
     """
 
     format: StorageFormat
@@ -97,7 +97,7 @@ class StoredWeights:
 
 
 def find_stored(checkpoint: Checkpoint, formats: Collection[StorageFormat]) -> StoredWeights | None:
-    """The weights that lie in one of `formats`; None where anything is quantized in another way."""
+    """The weights that lie in one of `formats`; None if anything is quantized in another way."""
     config = declared_config(checkpoint) or {}
     weights: dict[str, tuple[TensorInfo, Stored]] = {}
     others: set[str] = set()
@@ -188,7 +188,7 @@ def _stored(
 def _fp8_block(
     storage: StorageFormat, codes: TensorInfo, scale: TensorInfo, config: Mapping[str, Any]
 ) -> tuple[int, int] | None:
-    """The block of FP8 codes that shares a scale; None where the scales' shape fits none."""
+    """The block of FP8 codes that shares a scale; None if the scales' shape fits none."""
     rows, columns = codes.shape
     if scale.dtype not in _SCALES:
         return None

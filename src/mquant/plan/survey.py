@@ -49,7 +49,7 @@ TENSOR_UNKNOWN: Final = rule(
 class Survey:
     """Every tensor of a checkpoint, classified; and the ways in which it is not whole.
 
-    Where weights lie quantized in a way that cannot be read, `findings` say so, and nothing else
+    If weights lie quantized in a way that cannot be read, `findings` say so, and nothing else
     was judged.
     """
 

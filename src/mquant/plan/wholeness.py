@@ -189,7 +189,7 @@ def _expected(
 ) -> Iterator[str]:
     """Names a row must have in one layer of a whole checkpoint.
 
-    Where nothing says whether the layer has the row's block, it has once it has some of it. A row
+    If nothing says whether the layer has the row's block, it has once it has some of it. A row
     with {expert} is expected for every expert that its block has in that layer (gaps are found
     elsewhere).
     """

@@ -70,7 +70,7 @@ RECIPE_NOT_KNOWN: Final = rule(
 class Diagnosis:
     """A broken checkpoint, what `verify` says of it, and how to mend it.
 
-    `made_by` says how the recipe is known: `mquant.json`, `reproduced`, or empty where nothing has
+    `made_by` says how the recipe is known: `mquant.json`, `reproduced`, or empty if nothing has
     to be quantized again; `importance` is what its scales were searched with. `config_differs`:
     config.json is not the parent's, as it should be. `missing` are the parent's side files that
     are not there.
@@ -119,7 +119,7 @@ def diagnose(
     """Find out what is wrong with `bad`, and how each of it is mended from `parent`.
 
     `importance` is the file that its scales were searched with, where there was one. Raises Refused
-    where it cannot be mended: the parent is not whole or not the parent, the layout is not one that
+    if it cannot be mended: the parent is not whole or not the parent, the layout is not one that
     mquant writes, or tensors must be quantized again and nobody knows how.
     """
     report = verify(bad, families, depth, emit=emit)
@@ -168,7 +168,7 @@ def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stated_recipe(checkpoint: Checkpoint) -> Recipe | None:
-    """The recipe in mquant.json, without what loaders refuse; None where there is none."""
+    """The recipe in mquant.json, without what loaders refuse; None if there is none."""
     try:
         recipe = Recipe.model_validate(known_table(checkpoint.source).get("recipe"))
     except ValidationError:
@@ -232,7 +232,7 @@ def _linear(view: ModuleView, family: Family) -> Iterator[tuple[Module, str, Rol
 
 
 def _refuse_other_layouts(view: ModuleView) -> None:
-    """Raise Refused where most of what is quantized, or of a role of it, is not NVFP4A16."""
+    """Raise Refused if most of what is quantized, or of a role of it, is not NVFP4A16."""
     kinds: dict[Role | None, Counter[StorageFormat]] = defaultdict(Counter)
     for module in view.quantized:
         role = module.tensor_role.row.role if module.tensor_role else None
@@ -258,7 +258,7 @@ def _refuse_other_layouts(view: ModuleView) -> None:
 
 
 def _unlike_parent(view: ModuleView, parent: Checkpoint, wrong: Iterable[str]) -> set[str]:
-    """Norms that are not the parent's. Raises Refused where all that are looked at are not."""
+    """Norms that are not the parent's. Raises Refused if all that are looked at are not."""
     there = view.checkpoint.tensors
     pairs = (
         (there[info.name], info)

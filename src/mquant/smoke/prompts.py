@@ -73,7 +73,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Trial:
-    """A prompt's answer, and what is wrong with it; empty where nothing is."""
+    """A prompt's answer, and what is wrong with it; empty if nothing is."""
 
     prompt: Prompt
     answer: str
@@ -105,7 +105,7 @@ def smoke(server: Server, options: Mapping[str, float]) -> Iterator[Trial]:
 
 
 def prompts(room: int | None = None) -> tuple[Prompt, ...]:
-    """The five; the longest fits into `room` tokens, where that is known."""
+    """The five; the longest fits into `room` tokens, if that is known."""
     return (
         Prompt(
             "coding",

@@ -106,7 +106,7 @@ def check_against(
     Unless weights were rounded `to_nearest` (GPTQ makes up for each column's error in the next),
     they are held against the parent's as a whole, not one by one. What AWQ `smoothed` is compared
     where a norm tells how columns were scaled.
-    Raises SourceError where data cannot be read.
+    Raises SourceError if data cannot be read.
     """
     tally = Tally()
     scaling = Scaling(view, parent) if smoothed else None

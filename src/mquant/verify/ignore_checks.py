@@ -109,7 +109,7 @@ IGNORE_RULES: Final = (
 def findings_of(
     vllm_view: VllmView, quantized: list[Judged], uncovered: list[str]
 ) -> list[Finding]:
-    """Everything to be said of a checkpoint; nothing, where nothing is quantized.
+    """Everything to be said of a checkpoint; nothing, if nothing is quantized.
 
     `quantized` are the modules that loaders refuse quantized; `uncovered` the names of those
     that are kept, but that the ignore list does not mean.

@@ -69,7 +69,7 @@ class Inspection:
     """A checkpoint at a glance. None: config.json or the family does not say.
 
     `unpruned_experts` is what the family's releases have; `bytes` counts tensors, `file_bytes`
-    whole shards; `parameters` is None where weights are packed.
+    whole shards; `parameters` is None if weights are packed.
     """
 
     name: str

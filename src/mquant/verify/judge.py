@@ -42,7 +42,7 @@ class Report:
 
     `findings` stand errors first; `wrong` are all tensors with wrong numbers. `checked` names what
     was judged: structure, numbers, and the parent, `sampled` or not. `bytes_read` and `requests`
-    count what came from a hub, both checkpoints together; None where nothing did. `loader` is what
+    count what came from a hub, both checkpoints together; None if nothing did. `loader` is what
     a real loader made of it. `not_judged` says of rules that were not applied why not; `undecided`
     is a sentence if that decides whether a loader takes the checkpoint, and no loader said it.
     """
@@ -129,8 +129,8 @@ def verify(
     """Judge a checkpoint, and, where `parent` is given, whether it is made from that.
 
     `depth` None: `numbers` for a folder, `structure` for a hub repo. `ask_vllm`: have vLLM load
-    the headers too. Raises SourceError where there is no checkpoint to judge, or it cannot be
-    read, LoaderError where there is no vLLM to ask.
+    the headers too. Raises SourceError if there is no checkpoint to judge, or it cannot be
+    read, LoaderError if there is no vLLM to ask.
     """
     if ask_vllm:
         find_python()  # before anything is read

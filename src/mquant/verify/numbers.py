@@ -128,7 +128,7 @@ GLOBAL_SCALES_RECIPROCAL: Final = rule(
 class _Seen:
     """What one job found: breaks of rules, and the global scale of its module.
 
-    `divisor` is that scale's name and value, where it is compressed-tensors' own.
+    `divisor` is that scale's name and value, if it is compressed-tensors' own.
     """
 
     module: Module | None = None
@@ -141,7 +141,7 @@ class _Seen:
 
 
 def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
-    """Read all data once and judge it. Raises SourceError where it cannot be read."""
+    """Read all data once and judge it. Raises SourceError if it cannot be read."""
     units = list(_jobs(view))
     total = sum(size for size, _ in units)
     done = told = 0

@@ -9,7 +9,7 @@ SGLang 0.5.23:
   `QKVParallelLinear`. Key and value heads are shared out evenly, or each goes to as many ranks.
 - So are the inputs of o and down, in whole groups of 16, as a rank takes the scales of its own
   groups: `RowParallelLinear`, and `create_weights` of the NVFP4 schemes of compressed-tensors.
-  Where a group is cut in two, `load_row_parallel_weight` takes scales of other weights.
+  If a group is cut in two, `load_row_parallel_weight` takes scales of other weights.
 - Linear layers are padded to the kernel's tiles, (64, 128) or (128, 64), whatever their shape.
   vLLM: marlin_utils.py, `marlin_padded_nk`; SGLang: marlin_utils_fp4.py,
   `prepare_nvfp4_layer_for_marlin`.
@@ -76,7 +76,7 @@ class SplitWeight:
 
 
 def check_parallel(view: ModuleView) -> Iterator[Finding]:
-    """Which tensor-parallel sizes work; nothing where other layouts than NVFP4 are among it.
+    """Which tensor-parallel sizes work; nothing if other layouts than NVFP4 are among it.
 
     For checkpoints without errors: else the shapes may be what is wrong.
     """

@@ -13,7 +13,7 @@ from mquant.verify.tensor_parallel import TENSOR_PARALLEL
 
 
 def serving(card: Card) -> str:
-    """The section; empty where it is in no scheme that is known here, and recommends nothing."""
+    """The section; empty if it is in no scheme that is known here, and recommends nothing."""
     parts = [*_engines(card), *_hardware(card), *_sampling(card)]
     return "\n".join(["## Use it\n", *parts]) if parts else ""
 

@@ -175,7 +175,7 @@ def _materialise(source: Source, shards: tuple[str, ...], folder: Path) -> None:
     """The checkpoint in `folder`: JSON whole, shards as sparse files with their headers.
 
     Names come from the source's own listing, of top-level files only; nothing else is followed.
-    Raises LoaderError where the disk does not take them.
+    Raises LoaderError if the disk does not take them.
     """
     folder.mkdir()
     for name in _JSON:
