@@ -1,9 +1,9 @@
-"""Putting files into a folder that is a checkpoint already, so that it is one again or none.
+"""Replace files of a folder that is a checkpoint, so that the folder is a checkpoint again or none.
 
-What is new waits, whole, in a hidden folder inside. When `stage` has written what is to happen,
-it will: `apply` takes config.json away, moves one file after another into its place, deletes what
-is obsolete, and moves index and config.json last. Killed anywhere, it does the rest when it is
-called again.
+The new files wait, whole, in a hidden folder inside. `stage` writes a journal of the changes.
+`apply` then carries out the journal: it deletes config.json, moves one file after another into
+place, deletes obsolete files, and moves index and config.json last. If `apply` is killed, the next
+call does the rest.
 """
 
 import json
@@ -23,7 +23,7 @@ _SCHEMA: Final = "mquant.apply/1"
 
 
 def stage(root: Path, obsolete: Iterable[str]) -> None:
-    """Decide that all files in the hidden folder of `root` replace those of `root`."""
+    """Write the journal: all files in the hidden folder of `root` replace those of `root`."""
     work = root / WORK
     files = [path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file()]
     table = {"schema": _SCHEMA, "files": sorted(files), "obsolete": sorted(obsolete)}
@@ -32,16 +32,16 @@ def stage(root: Path, obsolete: Iterable[str]) -> None:
 
 
 def is_staged(root: Path) -> bool:
-    """Whether nothing but `apply` is left to do: files wait, or what held them is left."""
+    """Whether only `apply` is left to do: a journal is there, or an empty hidden folder."""
     work = root / WORK
     staged = (work / _STAGED).is_file()
     return staged or (work.is_dir() and not any(path.is_file() for path in work.rglob("*")))
 
 
 def apply(root: Path) -> None:
-    """Do what was staged, or the rest of it. Raises OutputError if the folder cannot be written.
+    """Carry out the journal, or the rest of it. Raises OutputError if the folder cannot be written.
 
-    A staged file that would leave `root` through a link is refused before anything is moved.
+    `apply` refuses a file that would leave `root` through a link before it moves anything.
     """
     work = root / WORK
     table = _read(work / _STAGED) if (work / _STAGED).exists() else {}

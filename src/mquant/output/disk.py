@@ -1,4 +1,4 @@
-"""What every writer in OUT needs: room, durability, and one sentence when the disk says no."""
+"""What every writer of files needs: room, durability, and one sentence if the disk refuses."""
 
 import errno
 import hashlib
@@ -73,9 +73,10 @@ class out_of_space:  # noqa: N801  (a context manager reads as a phrase)
 
 
 def link(source: Path, target: Path) -> None:
-    """Give a file a second name, on another file system a copy, under a name that is not taken.
+    """Give a file a second name; on another file system, copy the file.
 
-    The file itself, where `source` is a link to it.
+    If `source` is a link, the second name is of the file that the link leads to. The name must be
+    free.
     """
     partial = target.with_name(target.name + PARTIAL)
     with out_of_space(target, source.stat().st_size):
@@ -125,9 +126,9 @@ def write_document(path: Path, pieces: Iterable[bytes], fix: str) -> None:
 
 
 def read_own(path: Path, most: int) -> bytes | None:
-    """A record of ours, which somebody may have replaced: by a link, a pipe, a terabyte.
+    """Read a file of ours, which somebody may have replaced by a link, a pipe, a terabyte.
 
-    None if there is no plain file of at most `most` bytes that can be read.
+    Returns None if there is no plain file of at most `most` bytes that can be read.
     """
     try:
         # A pipe without a writer would have us wait for one.

@@ -1,7 +1,7 @@
 """Everything around the shards: side files, recipe.yaml, mquant.json, index, and last config.json.
 
-A checkpoint without config.json is none, to every loader; so it is written when all else is on
-disk, and the index just before it.
+No loader takes a folder without config.json for a checkpoint. So config.json is written when all
+other files are on disk, and the index just before config.json.
 """
 
 import hashlib
@@ -47,9 +47,9 @@ _EXPECTED: Final = {
 
 
 def side_files(checkpoint: Checkpoint, *, cards: bool = False) -> tuple[str, ...]:
-    """Files of the parent that go along byte for byte.
+    """Files of the parent that are copied byte for byte.
 
-    Not its model card, which describes another checkpoint, nor the card's pictures, unless `cards`.
+    The model card and its pictures describe another checkpoint: they are left out unless `cards`.
     """
     source = checkpoint.source
     return tuple(
@@ -76,9 +76,9 @@ def source_notes(checkpoint: Checkpoint, source: Source) -> Iterator[Note]:
 
 
 def linked_files(source: Source) -> list[str]:
-    """One sentence, where files of the source are links to elsewhere and do not go along.
+    """One sentence about files of the source that are links to other folders, and are not copied.
 
-    Whoever packed the checkpoint may have meant them to lead to what only its user can read.
+    Whoever packed the checkpoint may have meant such a link to lead to what only its user can read.
     """
     if not isinstance(source, Folder):
         return []
@@ -105,12 +105,11 @@ def finish(
 ) -> None:
     """Complete OUT, whose shards are all there. config.json appears last.
 
-    `plan` decided what config.json and recipe.yaml say; `index` is the index. `shards` has `bytes`
-    and `sha256` of each, and of whatever else belongs to the checkpoint and is not written here;
-    `sides` are the side files to write, and where to read each.
-    `provenance` goes into mquant.json as it is: it must not differ between two equal runs.
-    `judge` sees the checkpoint as it will be, when only index and config.json are not yet on disk;
-    what it raises keeps them from being written.
+    `plan` decides what config.json and recipe.yaml say; `index` is the index. `shards` has `bytes`
+    and `sha256` of every file of the checkpoint that `finish` does not write. `sides` maps each
+    side file to the source that holds it. `provenance` goes into mquant.json: equal runs must have
+    equal provenance. `judge` sees the checkpoint before index and config.json are on disk; if
+    `judge` raises, `finish` does not write these two.
     """
     files = dict(shards)
     table, config = _json(index), _json(config_json(plan))
@@ -152,8 +151,8 @@ def config_json(plan: Plan) -> dict[str, Any]:
 def recipe_yaml(plan: Plan) -> str:
     """A recipe with which llmcompressor makes the same decisions.
 
-    Its `ignore` has the hub's names and, if they differ, the names in memory, as patterns
-    where a whole row of the family is kept.
+    The recipe's `ignore` has the hub's names and, if these differ, the names in memory. If a whole
+    row of the family is kept, the entry is a pattern.
     """
     ignore = [*_ignore_patterns(plan)]
     modifier: dict[str, Any]

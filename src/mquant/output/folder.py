@@ -1,9 +1,9 @@
-"""The output folder: whose it is, whether a run goes on, starts over, or is already done.
+"""The output folder: whose it is, and whether a run goes on, starts over, or is already done.
 
-While a run is under way OUT holds its ledger, which names every file that will be made. It is
-written before anything else and goes when config.json is there. So a folder with a ledger is
-unfinished and ours, one with mquant.json and without a ledger is finished and ours, an empty one is
-free, and every other one is refused. Of one that is made in shares `shared` decides.
+While a run is under way, OUT holds the run's ledger, which names every file that the run will make.
+The run writes the ledger first and deletes it when config.json is there. So a folder with a ledger
+is ours and unfinished; a folder with mquant.json and no ledger is ours and finished; an empty
+folder is free; every other folder is refused. `shared_run` decides about a run in shares.
 """
 
 import os
@@ -31,9 +31,9 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Claim:
-    """What OUT holds of this very run, and the files of it that are known by name.
+    """What OUT holds of this very run, and the names of the files that are known.
 
-    `recorded` is what the ledger says of an unfinished one, where that may be gone on with.
+    `recorded` is what the ledger of an unfinished run says, if the run may go on from there.
     """
 
     state: State
@@ -51,11 +51,10 @@ def examine(
 ) -> Claim:
     """Say what OUT holds; write nothing.
 
-    `fingerprint` is what tells one run from another: a table of strings. `elsewhere` are files
-    that the finished checkpoint has and OUT has not.
-    Raises OutputError for an OUT that is not ours, and unless `restart` for one that another run
-    made or is making, or whose files were changed since; never lets OUT be, hold, or lie in a
-    source folder.
+    `fingerprint` is a table of strings that tells one run from another. `elsewhere` are files of
+    the finished checkpoint that OUT does not hold. Raises OutputError if OUT is not ours, or if OUT
+    is, is in, or holds one of the source folders; and, unless `restart`, if another run made or
+    makes OUT, or if a file was changed since.
     """
     if is_there(out) and not out.is_dir():
         raise OutputError(f"{out} is a file.", "Give a folder with -o.")
@@ -104,9 +103,9 @@ def discard(out: Path, files: Iterable[str]) -> None:
 
 
 def is_finished(out: Path, fingerprint: dict[str, Any] | None = None) -> bool:
-    """Whether OUT holds all files of a finished run, of this one if a `fingerprint` is given.
+    """Whether OUT holds all files of a finished run; with a `fingerprint`, of that run.
 
-    Raises OutputError if one was changed since.
+    Raises OutputError if a file was changed since.
     """
     record = own_table(out) or {}
     this = fingerprint is None or record.get("fingerprint") == fingerprint
@@ -114,9 +113,9 @@ def is_finished(out: Path, fingerprint: dict[str, Any] | None = None) -> bool:
 
 
 def _is_whole(out: Path, record: dict[str, Any], elsewhere: frozenset[str]) -> bool:
-    """Whether a finished run's files are all there, but for those that are elsewhere.
+    """Whether all files of a finished run are in OUT, but for the files that are elsewhere.
 
-    Raises OutputError for one of another size: it may be somebody's work.
+    Raises OutputError for a file of another size: the file may be somebody's work.
     """
     files = record.get("files")
     files = files if isinstance(files, dict) else {}
@@ -135,7 +134,7 @@ def _is_whole(out: Path, record: dict[str, Any], elsewhere: frozenset[str]) -> b
 
 
 def _safe_names(out: Path, value: object) -> tuple[str, ...]:
-    """Names a record may ask to delete: plain relative paths inside OUT, not by way of a link."""
+    """Names that a record may ask to delete: plain relative paths inside OUT, through no link."""
     names = list(value) if isinstance(value, dict | list | tuple) else []
     return tuple(name for name in names if isinstance(name, str) and is_inside(out, name))
 
@@ -158,7 +157,7 @@ def _refuse_overlap(out: Path, source: Path) -> None:
 
 
 def _is_claim(path: Path) -> bool:
-    """Whether a file is there only because somebody claims OUT, or was stopped while they did."""
+    """Whether a file is there only because a process claims OUT, or was stopped while it did."""
     if not os.path.lexists(path):
         return True  # they have let go of it by now
     if path.name == SHARES + PARTIAL:
@@ -170,12 +169,12 @@ def _is_claim(path: Path) -> bool:
 def other_run(
     out: Path, theirs: object, ours: dict[str, Any], fix: str = _ANOTHER_OUT
 ) -> OutputError:
-    """What to raise where OUT is of another run: which values differ."""
+    """The error if OUT is of another run: it names the values that differ."""
     return OutputError(f"{out} was made from something else: {differences(theirs, ours)}.", fix)
 
 
 def differences(theirs: object, ours: Mapping[str, Any]) -> str:
-    """In which values the fingerprint of another run differs from ours."""
+    """The values in which the fingerprint of another run differs from ours."""
     theirs = theirs if isinstance(theirs, dict) else {}
     keys = [key for key in ours if theirs.get(key) != ours[key]] or ["fingerprint"]
     was = {key: str(theirs.get(key))[:80] for key in keys}

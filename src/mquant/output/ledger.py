@@ -1,12 +1,14 @@
-"""The ledger of a run: what OUT will hold, and what of it is on disk for good.
+"""The ledger of a run: which files OUT will hold, and which work units are on disk for good.
 
-An append-only file of JSON lines, there and locked while a run is at work, and gone when it is
-complete. Every line is on disk before what it says counts; a last line without its end does not.
-Of a run in shares (see `shared`) each share has its own, which numbers the share's jobs.
+The ledger is an append-only file of JSON lines. While a run is at work, the run holds the ledger
+locked; when the run is complete, the ledger is deleted. A line is written after the bytes that it
+counts are on disk; a last line without its end counts nothing. In a run in shares (see
+`shared_run`) each share has its own ledger, which numbers the work units of the share. The key
+`jobs` means work units.
 
     {"schema": "mquant.run/2", "fingerprint": {...}, "files": ["config.json", ...]}
     {"sources": {"model-00001-of-00002.safetensors": [size, mtime_ns], ...}}     at each start
-    {"jobs": [[0, 41], [44, 44]]}      jobs first to last, as numbered in the plan
+    {"jobs": [[0, 41], [44, 44]]}      first to last, as numbered in the plan
     {"shard": "model-00001-of-00003.safetensors", "sha256": "...", "jobs": [[0, 99]]}      whole
 """
 
@@ -46,7 +48,7 @@ def ledger_name(number: int, of: int) -> str:
 
 
 def is_ledger(name: str) -> bool:
-    """Whether a file's name is that of a ledger, a share's or a whole run's."""
+    """Whether a file has the name of a ledger, of a share or of a whole run."""
     return name == LEDGER or _SHARED.fullmatch(name) is not None
 
 
@@ -54,8 +56,8 @@ def is_ledger(name: str) -> bool:
 class Recorded:
     """What a ledger says.
 
-    `units` has the stamps of the sources a job was made from, by its number; `shards` the digests
-    of complete shards, by name.
+    `units` maps the number of a work unit to the stamps of the files it was made from; `shards`
+    maps the name of a complete shard to its sha256.
     """
 
     fingerprint: dict[str, Any] = field(default_factory=dict)
@@ -65,16 +67,16 @@ class Recorded:
 
 
 def read_ledger(out: Path, name: str = LEDGER) -> Recorded | None:
-    """What a ledger in `out` says; None without one, nothing at all where it has no first line.
+    """What a ledger in `out` says; None if there is no ledger, empty if it has no first line.
 
-    Lines that make no sense are passed over: what they said does not count, and is made again.
+    A line that makes no sense counts nothing: its work units are made again.
     """
     raw = read_own(out / name, MOST_BYTES)
     return None if raw is None else parse_ledger(raw)
 
 
 def parse_ledger(raw: bytes) -> Recorded:
-    """What the lines of a ledger say, wherever they lie."""
+    """What the lines of a ledger say."""
     recorded = Recorded()
     sources: dict[str, Stamp] = {}
     left = _MOST_JOBS
@@ -95,13 +97,13 @@ def parse_ledger(raw: bytes) -> Recorded:
 
 
 class Ledger:
-    """The claim on OUT, or on a share, during a run. Its methods may be called from any thread."""
+    """The claim on OUT, or on a share, during a run. Any thread may call the methods."""
 
     def __init__(self, out: Path, name: str = LEDGER, patience: float = 0.0) -> None:
-        """Lock OUT, which is made where it is not there.
+        """Lock OUT; make the folder if there is none.
 
-        Raises InUse if another process is at work in it, and still is after `patience` seconds;
-        OutputError if it cannot be locked at all.
+        Raises InUse if another process is still at work in OUT after `patience` seconds,
+        OutputError if OUT cannot be locked at all.
         """
         self._out = out
         self._path = out / name
@@ -137,7 +139,8 @@ class Ledger:
     def begin(self, fingerprint: dict[str, Any], files: Iterable[str], *, afresh: bool) -> None:
         """Write down what this run will make, before it makes anything.
 
-        `afresh` forgets what an earlier run made; otherwise this one goes on with it.
+        With `afresh` the ledger forgets what an earlier run made; otherwise this run goes on from
+        there.
         """
         if afresh:
             with out_of_space(self._path, 0):
@@ -149,11 +152,11 @@ class Ledger:
             fsync_folder(self._out)
 
     def read_from(self, sources: Mapping[str, Stamp]) -> None:
-        """Write down the state of the source's files that the jobs from now on are made from."""
+        """Write down the stamps of the source files that later work units are made from."""
         self._append(_line({"sources": dict(sources)}))
 
     def count(self, units: Iterable[int]) -> None:
-        """These jobs' bytes are on disk."""
+        """Count work units whose bytes are on disk."""
         spans: list[list[int]] = []
         for number in sorted(units):
             if spans and number == spans[-1][1] + 1:
@@ -164,19 +167,19 @@ class Ledger:
             self._append(_line({"jobs": spans}))
 
     def complete_shard(self, name: str, sha256: str, units: range) -> None:
-        """A shard, which is all of these jobs, is on disk under its final name."""
+        """Count a shard, and all its work units: it is on disk under its final name."""
         self._append(shard_line(name, sha256, units))
 
     def complete(self) -> None:
-        """The run is whole: the ledger goes."""
+        """Delete the ledger: the run is whole."""
         with out_of_space(self._path, 0):
             self._path.unlink()
             fsync_folder(self._out)
 
     def release(self) -> None:
-        """Let go of OUT. The ledger stays, so that the next run knows the folder is ours.
+        """Let go of OUT. The ledger stays, so that the next run knows that the folder is ours.
 
-        Unless it is empty: then nothing was claimed.
+        An empty ledger is deleted: nothing was claimed.
         """
         if self._is_at(self._file) and not os.fstat(self._file).st_size:
             self._path.unlink()
@@ -205,13 +208,13 @@ class Ledger:
 
 
 def head_line(fingerprint: Mapping[str, Any], files: Iterable[str]) -> bytes:
-    """The first line: what run it is, and every file it will make."""
+    """The first line: which run it is, and every file that the run will make."""
     head = {"schema": _SCHEMA, "fingerprint": dict(fingerprint), "files": sorted(files)}
     return _line(head)
 
 
 def shard_line(name: str, sha256: str, units: range) -> bytes:
-    """A shard, which is all of these jobs, is whole."""
+    """The line of a complete shard and all its work units."""
     return _line({"shard": name, "sha256": sha256, "jobs": [[units.start, units.stop - 1]]})
 
 

@@ -1,4 +1,4 @@
-"""All output shards of a plan: who awaits which bytes, and what is on disk for good."""
+"""All output shards of a plan: which bytes each awaits, and which are on disk for good."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ from mquant.plan import Plan, ShardPlan, WorkUnit
 class ShardObserver:
     """Follows the shards of a run while they are made. Any thread calls the methods.
 
-    What a method raises stops the run.
+    An error that a method raises stops the run.
     """
 
     def opening(self, shard: ShardPlan) -> None:
@@ -43,7 +43,7 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(slots=True)
 class _Task:
-    """A job: its shard, its number there, and how many bytes of it are still to be written."""
+    """A work unit: its shard, its number in the shard, and how many bytes are still to write."""
 
     shard: int
     number: int
@@ -53,7 +53,7 @@ class _Task:
 
 @dataclass(slots=True)
 class _Tensor:
-    """An awaited tensor: its job, its place in the file, and how much of it is written."""
+    """An awaited tensor: its task, its place in the file, and how many bytes are written."""
 
     task: int
     place: int
@@ -64,9 +64,9 @@ class _Tensor:
 class ShardSet:
     """All output shards of a plan.
 
-    Engines hand in tensors, in any order, each from its first byte to its last. A shard is
-    finished as soon as its last tensor is; what is on disk is counted in the ledger, and told to
-    every observer.
+    Engines hand in tensors in any order, each tensor from its first byte to its last. A shard is
+    finished as soon as its last tensor is. The ledger counts what is on disk, and every observer is
+    told.
     """
 
     def __init__(
@@ -80,9 +80,10 @@ class ShardSet:
         stage: str = "quantize",
         away: Mapping[str, str] | None = None,
     ) -> None:
-        """Go on with what is `recorded` of an earlier run, where it was made from `sources`.
+        """Go on with what an earlier run `recorded`, if the `sources` are unchanged since.
 
-        `away` has the sha256 of shards that are whole somewhere else, by name: they are not made.
+        `away` maps the names of shards that are whole elsewhere to their sha256: these are not
+        made.
         """
         self._observers: list[ShardObserver] = []
         self._away = dict(away or {})
@@ -115,7 +116,7 @@ class ShardSet:
         self._bytes = sum(self._tasks[index].unit.source_bytes for index in self._done)
 
     def observe(self, observer: ShardObserver) -> None:
-        """Add an observer; it is told at once of shards that an earlier run left whole in OUT."""
+        """Add an observer; tell the observer of shards that an earlier run left whole in OUT."""
         self._observers.append(observer)
         for shard in self._plan.shards:
             if shard.name in self.digests and shard.name not in self._away:
@@ -128,12 +129,12 @@ class ShardSet:
 
     @property
     def pending(self) -> list[WorkUnit]:
-        """The jobs that are not done, in the order of the output."""
+        """The work units that are not done, in the order of the output."""
         return [*self.numbered.values()]
 
     @property
     def numbered(self) -> dict[int, WorkUnit]:
-        """The same, by the numbers that observers are told."""
+        """The pending work units by number, as observers are told."""
         return {i: task.unit for i, task in enumerate(self._tasks) if i not in self._done}
 
     def write(self, name: str, data: bytes | memoryview) -> None:
@@ -156,7 +157,7 @@ class ShardSet:
             self._complete(tensor.task)
 
     def commit(self) -> None:
-        """Put on disk what is written, and count the jobs that are complete."""
+        """Put on disk what is written, and count the work units that are complete."""
         for observer in self._observers:
             observer.poll()
         with self._lock:
@@ -171,7 +172,7 @@ class ShardSet:
                 self._written -= units
 
     def finish(self) -> None:
-        """Name the shards that lack nothing else. Raises EngineError for a tensor not made."""
+        """Rename shards that lack only their name. Raises EngineError for a tensor not made."""
         for index, task in enumerate(self._tasks):
             if index not in self._done:
                 names = (o.name for o in task.unit.outputs)
@@ -182,12 +183,12 @@ class ShardSet:
                 self._close(shard)  # all was done, but for the name
 
     def stop(self) -> None:
-        """Let no observer, and nobody who waits for one, wait any longer."""
+        """Let no observer, and nobody who waits for an observer, wait any longer."""
         for observer in self._observers:
             observer.stop()
 
     def abandon(self) -> None:
-        """Close what is open; the partials stay for the next run."""
+        """Close what is open. The partial files stay for the next run."""
         for writer in self._open.values():
             writer.abandon()
         self._open.clear()
@@ -236,7 +237,7 @@ class ShardSet:
             observer.completed(self._plan.shards[shard], digest)
 
     def _take_up(self, recorded: Recorded, sources: Mapping[str, Stamp]) -> None:
-        """Find out which recorded jobs count: their sources are unchanged, and their file there."""
+        """Find the recorded work units that count: sources unchanged, and the file there."""
         counting = units_still_valid(self._plan, recorded, sources)
         for shard, each in enumerate(self._plan.shards):
             final, partial = self._out / each.name, self._out / (each.name + PARTIAL)
@@ -255,7 +256,7 @@ class ShardSet:
 
 
 def units_still_valid(plan: Plan, recorded: Recorded, sources: Mapping[str, Stamp]) -> set[int]:
-    """The recorded jobs of a plan, by number, whose sources are as they were."""
+    """The numbers of recorded work units whose source files are unchanged."""
     return {
         number
         for number, unit in enumerate(plan.units)
@@ -266,7 +267,7 @@ def units_still_valid(plan: Plan, recorded: Recorded, sources: Mapping[str, Stam
 def complete_shards(
     out: Path, plan: Plan, recorded: Recorded, sources: Mapping[str, Stamp]
 ) -> dict[str, str]:
-    """The sha256 of those shards of a plan that are whole in OUT, by name. Nothing is written."""
+    """The sha256 of the shards that are whole in OUT, by name. Nothing is written."""
     made = units_still_valid(plan, recorded, sources)
     found: dict[str, str] = {}
     for shard, units in zip(plan.shards, plan.numbers, strict=True):
@@ -284,5 +285,5 @@ def _unchanged(
 
 
 def _is_of(path: Path, nbytes: int) -> bool:
-    """Whether there is a file of just so many bytes."""
+    """Whether there is a file of exactly so many bytes."""
     return path.is_file() and path.stat().st_size == nbytes

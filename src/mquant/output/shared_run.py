@@ -1,14 +1,14 @@
-"""A run in shares: OUT is filled by many processes, perhaps on many machines.
+"""A run in shares: many processes fill OUT, perhaps on many machines.
 
-`mquant-shares.json` says what is made, in how many shares, and in answer to what order. Whoever is
-first writes it, and it goes last of all when the run is finished:
+`mquant-shares.json` says what is made, in how many shares, and from which job spec. The first
+process writes the file, and the process that finishes the run deletes it last:
 
     {"schema": "mquant.shares/1", "mquant": "0.1.0", "of": 16, "fingerprint": {...}, "order": {...}}
 
-Each share has a ledger of its own, which its process holds locked while it is at work. The lock of
-OUT itself is held for a moment by whoever begins a share, and by who finishes the run until that is
-done: so nobody begins a share of a run that is being finished, nor finishes one with a share under
-way, nor makes OUT as a whole meanwhile.
+Each share has its own ledger, which the share's process holds locked while it is at work. A process
+that begins a share holds the lock of OUT for a moment; a process that finishes the run holds the
+lock until the run is finished. So no process begins a share of a run that is being finished, or
+finishes a run with a share under way, or makes OUT as a whole meanwhile.
 """
 
 import json
@@ -37,10 +37,11 @@ _AWAY: Final = "Give another folder with -o, or delete this one."
 
 @dataclass(frozen=True)
 class SharedRun:
-    """What a run in shares makes, and in how many; `job_spec` is for whoever makes the plan again.
+    """What a run in shares makes, and in how many shares.
 
-    `mquant` is the version of whoever began it. All take part with the same one: nobody sees all
-    machines, and one with other arithmetic would spoil its share alone.
+    `job_spec` is the job spec in JSON, for processes that make the plan again. `mquant` is the
+    version that began the run. All processes must have this version: another version could compute
+    other bytes.
     """
 
     of: int
@@ -50,7 +51,7 @@ class SharedRun:
 
 
 def read_shared_run(out: Path) -> SharedRun | None:
-    """The run in shares that OUT is of; None without one. Raises OutputError for nonsense."""
+    """The run in shares that fills OUT; None if there is none. Raises OutputError for nonsense."""
     if not os.path.lexists(out / SHARES):
         return None
     raw = read_own(out / SHARES, _MOST_BYTES)
@@ -74,8 +75,8 @@ def read_shared_run(out: Path) -> SharedRun | None:
 def look(out: Path, sources: Sequence[Path], shared: SharedRun) -> State:
     """Say what OUT holds of this very run in shares; write nothing.
 
-    Raises OutputError for an OUT that is not ours, of another run, of another number of shares, or
-    made as a whole.
+    Raises OutputError if OUT is not ours, or is of another run, of another number of shares, or of
+    a run that makes OUT as a whole.
     """
     found = read_shared_run(out)
     if found is None:
@@ -113,7 +114,7 @@ def check_version(out: Path, shared: SharedRun) -> None:
 
 
 def claim(out: Path, sources: Sequence[Path], shared: SharedRun) -> State:
-    """Make OUT this run's where it is free; otherwise as `look`, and as surely as under a lock."""
+    """Claim OUT for this run in shares if OUT is free. Raises as `look`; holds the lock of OUT."""
     with folder_lock(out):
         state = look(out, sources, shared)
         if state is State.FREE:
@@ -132,10 +133,10 @@ def claim(out: Path, sources: Sequence[Path], shared: SharedRun) -> State:
 def take_share(
     out: Path, sources: Sequence[Path], shared: SharedRun, number: int, patience: float = 0.0
 ) -> Ledger | None:
-    """Claim a share, and wait `patience` seconds where another process has it.
+    """Claim a share; if another process holds it, wait `patience` seconds.
 
-    None if the run is finished. Raises InUse if another process has it still, OutputError
-    as `look`.
+    Returns None if the run is finished. Raises InUse if another process still holds the share,
+    OutputError as `look`.
     """
     if look(out, sources, shared) is State.DONE:
         return None
@@ -158,7 +159,7 @@ def take_share(
 
 
 def is_taken(out: Path, number: int, of: int) -> bool:
-    """Whether a process is at work on a share. Ask while it is your turn."""
+    """Whether a process is at work on a share. The caller holds the lock of OUT."""
     name = ledger_name(number, of)
     if not (out / name).exists():
         return False
@@ -171,7 +172,7 @@ def is_taken(out: Path, number: int, of: int) -> bool:
 
 @contextmanager
 def folder_lock(out: Path) -> Iterator[Ledger]:
-    """Hold the lock of OUT itself. Waits for others, but not for a run that makes it as a whole."""
+    """Hold the lock of OUT. Waits for other shares, but not for a run that makes OUT as a whole."""
     ledger = Ledger(out, patience=_TURN_SECONDS)
     try:
         yield ledger
@@ -180,7 +181,7 @@ def folder_lock(out: Path) -> Iterator[Ledger]:
 
 
 def delete_share_files(out: Path) -> None:
-    """Let a finished run be no run in shares any more: what was said of the shares goes."""
+    """Delete the share ledgers and mquant-shares.json."""
     with out_of_space(out / SHARES, 0):
         for path in out.iterdir():
             if is_ledger(path.name) and path.name != LEDGER:

@@ -1,4 +1,4 @@
-"""A folder that is filled aside: files come to their place when all are complete."""
+"""A folder that is filled aside: files come to their place when all files are complete."""
 
 import shutil
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _STAGING: Final = ".mquant-synth"
 
 @contextmanager
 def staging(out: Path, needed: int) -> Iterator[Path]:
-    """A hidden folder inside `out` to write into; whatever is left of it goes in the end."""
+    """A hidden folder inside `out` to write into. Its rest is deleted in the end."""
     with out_of_space(out / CONFIG_NAME, needed):
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out} is a file.", "Give a folder that does not exist yet.")
@@ -41,7 +41,7 @@ def staging(out: Path, needed: int) -> Iterator[Path]:
 
 
 def publish(folder: Path, out: Path, names: tuple[str, ...]) -> None:
-    """Move complete files to their place, in this order: config.json is the last of them."""
+    """Move complete files to their place in this order; config.json is last."""
     with out_of_space(out / CONFIG_NAME, 0):
         for name in names:
             (folder / name).rename(out / name)

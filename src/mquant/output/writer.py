@@ -1,8 +1,8 @@
-"""One output shard: its size and places known beforehand, whole under its final name or not there.
+"""One output shard: its size and places are known before; it is whole under its final name.
 
-It is written as `NAME.partial`: header first, every tensor at its planned offset, then fsync and
-rename. A crash leaves the partial, which the ledger says how much of to trust, and never a shard
-that only looks whole. Its digest is taken while it is written, from what the file holds.
+The shard is written as `NAME.partial`: first the header, then every tensor at its planned offset,
+then fsync and rename. A crash leaves the partial file, and the ledger says how much of the partial
+file counts. The sha256 is taken from the file while the shard is written.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ _HASH_BYTES: Final = 1024 * 1024
 
 
 class ShardWriter:
-    """One output shard being written. `write` may be called from any thread."""
+    """One output shard that is being written. Any thread may call `write`."""
 
     def __init__(self, out: Path, shard: ShardPlan, done: Collection[int] = ()) -> None:
-        """Go on with the partial, where jobs (by number in the shard) are done, or begin one."""
+        """Begin a partial file, or go on with one if work units of the shard are `done`."""
         self.shard = shard
         self._final = out / shard.name
         self._partial = out / (shard.name + PARTIAL)
@@ -57,11 +57,11 @@ class ShardWriter:
             pwrite(self._file, data, offset)
 
     def done(self, unit: int) -> None:
-        """A job, by its number in the shard, is written."""
+        """Note that a work unit, by its number in the shard, is written."""
         self._done.add(unit)
 
     def hash(self) -> None:
-        """Hash what is whole from the front on, unless another thread is at it."""
+        """Hash what is whole from the front on, unless another thread does."""
         if self._hashing.acquire(blocking=False):
             try:
                 self._hash_front()
@@ -108,7 +108,7 @@ class ShardWriter:
                     self._hashed += got
 
     def _front(self) -> int:
-        """Where the first byte that is not written yet may lie."""
+        """The offset of the first byte that may not be written yet."""
         order = self._order
         while self._next < len(order) and order[self._next][1] in self._done:
             self._next += 1

@@ -1,7 +1,7 @@
 """A run in shares: many processes make the shards of one plan, and one completes the checkpoint.
 
-They need not know of each other, nor run at the same time, nor on one machine: what is done is in
-the ledgers in OUT. A share that was stopped, whatever way, goes on when it is run again.
+The processes need not know each other, run at the same time, or run on one machine: the ledgers in
+OUT say what is done. A share that was stopped goes on when it is run again.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ from mquant.text import size
 
 @dataclass(frozen=True)
 class Shares:
-    """A plan in shares, made into `out` by whoever takes one. Numbers begin with 1."""
+    """A plan in shares, which processes make into `out`. Shares are numbered from 1."""
 
     spec: QuantizeSpec
     shared: SharedRun
@@ -64,22 +64,23 @@ class Shares:
         return look(self.out, self.spec.protected, self.shared)
 
     def check_disk(self) -> None:
-        """Raise OutputError if not all of OUT fits, whoever makes it."""
+        """Raise OutputError if OUT as a whole does not fit on the disk."""
         check_disk(self.out, self.spec.files, self.spec.file_bytes)
 
     def claim(self) -> State:
-        """Make OUT this run's, if it is free. DONE: it was finished before.
+        """Claim OUT for this run if OUT is free. DONE: the run was finished before.
 
-        Raises OutputError for an OUT that is not ours, of another run or another number of shares.
+        Raises OutputError if OUT is not ours, or is of another run or another number of shares.
         """
         return claim(self.out, self.spec.protected, self.shared)
 
     def make(
         self, number: int, *, workers: int | None = None, patience: float = 0.0, emit: Emit = silent
     ) -> bool:
-        """Make a share, or go on with what is there of it; False if it was done before.
+        """Make a share, or go on with it; False if the share was done before.
 
-        If another process is at it, wait `patience` seconds. Raises as `quantize`, and InUse.
+        If another process holds the share, wait `patience` seconds. Raises as `quantize`, and
+        InUse.
         """
         part = self.parts[number - 1]
         if self.look() is State.DONE or self.is_done(number):
@@ -104,7 +105,7 @@ class Shares:
         return True
 
     def finish(self, emit: Emit = silent) -> Result | None:
-        """Complete the checkpoint; None if somebody did before.
+        """Complete the checkpoint; None if another process did before.
 
         Raises OutputError if a share is not done, or is being made.
         """
@@ -132,26 +133,26 @@ class Shares:
         return complete_shards(self.out, part, known, self.spec.stamps) if known else {}
 
     def is_done(self, number: int) -> bool:
-        """Whether nothing is left to do of a share that has anything to do."""
+        """Whether a share that has shards has all of them."""
         part = self.parts[number - 1]
         return bool(part.shards) and len(self.digests(number)) == len(part.shards)
 
     def done_bytes(self, number: int) -> int:
-        """Bytes of the source that a share need not read any more."""
+        """Bytes of the source that the share need not read any more."""
         part, known = self.parts[number - 1], self.recorded(number)
         done = units_still_valid(part, known, self.spec.stamps) if known else set()
         return sum(unit.source_bytes for index, unit in enumerate(part.units) if index in done)
 
 
 class Watch:
-    """Follows what all processes do, from the ledgers; those that did not change are not read."""
+    """Follows the work of all processes in the ledgers. Reads a ledger only if it changed."""
 
     def __init__(self, run: Shares) -> None:
         self._run = run
         self._seen: dict[int, tuple[Stamp | None, int]] = {}
 
     def done_bytes(self) -> int:
-        """Bytes of the source that nobody need read any more."""
+        """Bytes of the source that no process need read any more."""
         for number, part in enumerate(self._run.parts, 1):
             if part.shards:
                 self._look_at(number)
@@ -188,10 +189,10 @@ def in_shares(plan: Plan, job_spec: JobSpec, out: Path, of: int) -> Shares:
 
 
 def reopen(out: Path) -> Shares | None:
-    """The run in shares that is under way in OUT; None without one.
+    """The run in shares that is under way in OUT; None if there is none.
 
-    Raises OutputError for nonsense, and if the source is not what it was, SourceError without
-    it, and as `prepare`.
+    Raises OutputError for nonsense and for a source that changed, SourceError for a source that is
+    gone, and as `prepare`.
     """
     shared = read_shared_run(out)
     if shared is None:
@@ -212,9 +213,9 @@ def reopen(out: Path) -> Shares | None:
 
 
 def finish_shares(out: Path, emit: Emit = silent) -> Result | None:
-    """Complete the checkpoint in OUT, all of whose shares are done; None: it was complete before.
+    """Complete the checkpoint in OUT, if all shares are done. None: it was complete before.
 
-    Raises OutputError if there are no shares, or if some are not done, and as `quantize`.
+    Raises OutputError if there are no shares or if some are not done, and as `quantize`.
     """
     run = reopen(out)
     result = run.finish(emit) if run else None
@@ -231,7 +232,7 @@ def finish_shares(out: Path, emit: Emit = silent) -> Result | None:
 
 
 def _gather(run: Shares) -> dict[str, str]:
-    """The sha256 of all shards. Raises OutputError if one is not there, or being made."""
+    """The sha256 of all shards. Raises OutputError if a share is not done, or is being made."""
     out, of = run.out, run.shared.of
     digests: dict[str, str] = {}
     lacking: list[int] = []
@@ -256,7 +257,7 @@ def _gather(run: Shares) -> dict[str, str]:
 
 
 def _and(numbers: list[int], shown: int = 12) -> str:
-    """`2, 5 and 9`; of many numbers the first, and how many more."""
+    """`2, 5 and 9`; if there are many numbers, the first of them and how many more."""
     head = [f"{number:,}" for number in numbers[:shown]]
     if len(numbers) > shown:
         return f"{', '.join(head)} and {len(numbers) - shown:,} more"

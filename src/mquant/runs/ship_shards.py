@@ -1,8 +1,8 @@
-"""Shards that go to a hub repo as soon as they are whole, and then from the disk.
+"""Shards that go to a hub repo as soon as they are whole, and then leave the disk.
 
-The repo holds a ledger, as OUT does while it is made: its first line says what run this is, and
-every commit that brings shards brings their lines. So any machine can go on from the repo alone,
-and there is no config.json before all of it is there and verified.
+The repo holds a ledger while the run is under way: its first line says which run it is, and every
+commit that brings shards brings their lines. So any machine can go on from the repo alone.
+config.json comes when all other files are in the repo and verified.
 """
 
 from collections import deque
@@ -29,9 +29,9 @@ _AGAIN: Final = "Run the same command again: it goes on from there."
 
 @dataclass(frozen=True)
 class Destination:
-    """A repo that a run fills, as it was found: nothing, a part of this very run, or all of it.
+    """A repo that a run fills, as it was found: empty, with a part of this run, or with all of it.
 
-    `away` has the sha256 of the shards that are there, by name.
+    `away` maps the names of the shards in the repo to their sha256.
     """
 
     writer: HubWriter
@@ -51,9 +51,10 @@ class Destination:
 def open_destination(
     repo_id: str, plan: Plan, fingerprint: Mapping[str, Any], *, public: bool
 ) -> Destination:
-    """Look at a repo. Raises OutputError for one that is another run's, or anything else.
+    """Look at a repo.
 
-    Also without a token, and for a public one unless that is asked for.
+    Raises OutputError if the repo holds another run or anything else, if there is no token, and for
+    a public repo unless `public`.
     """
     writer = HubWriter(repo_id)
     try:
@@ -87,11 +88,11 @@ def open_destination(
 
 
 class Shipper(ShardObserver):
-    """Sends the shards of a run to its destination, one commit after another, in a thread.
+    """Sends the shards of a run to a destination, one commit after another, in a thread.
 
-    At most `room` bytes of shards are in OUT: a new one waits until there is room. Use it as a
-    context manager: at its end all have been sent. Raises OutputError, also from what waits, if
-    the hub refuses or cannot be reached.
+    At most `room` bytes of shards lie in OUT: a new shard waits for room. Use the shipper as a
+    context manager: at its end all shards are sent. Raises OutputError, also in methods that wait,
+    if the hub refuses or cannot be reached.
     """
 
     def __init__(self, destination: Destination, run: Run, room: float) -> None:
@@ -117,7 +118,7 @@ class Shipper(ShardObserver):
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Wait until all is sent; where something failed, only for what is under way."""
+        """Wait until all shards are sent; after an error, only for the shards under way."""
         with self._changed:
             self._complete = True
             self._changed.notify_all()
@@ -132,7 +133,7 @@ class Shipper(ShardObserver):
             raise self._failure
 
     def stop(self) -> None:
-        """Have nobody wait for room any longer."""
+        """Let nobody wait for room any longer."""
         with self._changed:
             self._failure = self._failure or OutputError("Stopped.", _AGAIN)
             self._changed.notify_all()
