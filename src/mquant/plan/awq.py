@@ -1,4 +1,4 @@
-"""What is scaled beside the weights that AWQ scales: norms, and routers that read the same."""
+"""Which tensors AWQ scales beside the weights: norms and routers that read the same input."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ NOT_SCALABLE: Final = rule(
 
 
 def scaled(members: Iterable[Member], actions: list[Action], family: Family) -> list[Action]:
-    """The actions, those of norms and routers scaled where AWQ scales weights of their layer."""
+    """The actions; norms and routers are scaled if AWQ scales weights of their layer."""
     row_of = {member.info.name: member.tensor_role.row.name for member in members}
     names: set[str] = set()
     for rows in ({row.name for row in group} for group in family.smoothings):
@@ -40,7 +40,7 @@ def scaled(members: Iterable[Member], actions: list[Action], family: Family) -> 
 
 
 def unscalable(family: Family, recipe: Recipe) -> list[Finding]:
-    """An error, if a recipe scales and the family does not say what feeds what."""
+    """An error if the recipe scales weights and the family does not say what feeds what."""
     if recipe.smoothing == "none" or family.smoothing:
         return []
     return [

@@ -89,9 +89,9 @@ def make_plan(
 ) -> Plan:
     """Decide what happens to every tensor.
 
-    Problems are `findings` of the plan; the plan must not be carried out where one is an error.
-    Raises Refused if there is no plan to show: the family is unknown.
+    Problems are `findings` of the plan. A plan with an error must not be carried out.
     `allow_unsafe` turns the refusal of quantized routers, embeddings and head into a warning.
+    Raises Refused if the family is unknown: then there is no plan to show.
     """
     found = survey(checkpoint, families, (StorageFormat.FP8_BLOCK,))
     family = found.family
@@ -154,7 +154,7 @@ def _action(
 
 
 def dequantizes(found: Survey) -> list[Finding]:
-    """That, and how, the source is quantized, where its weights can be read all the same."""
+    """The finding that the source is quantized and can be dequantized, and how."""
     stored = [member.stored for member in found.members if member.stored]
     if not stored or not found.readable:
         return []
@@ -171,7 +171,7 @@ def dequantizes(found: Survey) -> list[Finding]:
 
 
 def _obstacle(member: Member, scheme: Scheme, family: Family) -> str:
-    """Why a tensor cannot be stored in a scheme, as the end of a sentence; empty: it can."""
+    """Why a tensor cannot be stored in a scheme, as the end of a sentence; empty if it can."""
     info, row = member.info, member.tensor_role.row
     if info.dtype not in FLOAT_WEIGHTS:
         return f"is {info.dtype}; {scheme.name} is made from BF16, F16 or F32"
@@ -213,7 +213,7 @@ def _unquantizable(
 
 
 def _jobs(members: tuple[Member, ...], actions: list[Action]) -> list[WorkUnit]:
-    """Actions grouped by fused set, each set where its first member lies in the source."""
+    """Actions grouped by fused set; a set stands where its first member lies in the source."""
     groups: dict[FusedSet | str, list[Action]] = {}
     for member, action in zip(members, actions, strict=True):
         groups.setdefault(member.tensor_role.fused_set or member.info.name, []).append(action)
@@ -292,11 +292,11 @@ def cut_shards(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> di
 def kept_modules(
     kept: Iterable[tuple[str, int | None, TensorInfo]], family: Family, config: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """Of (module, expert, tensor) that stay as they are: the modules with a matrix, by name.
+    """The modules with a matrix among (module, expert, tensor) that stay, in natural order.
 
-    In natural order. `targets: ["Linear"]` would otherwise claim them, and a head that is tied to
-    the embeddings, which loaders build all the same. Exact names, which every loader reads alike:
-    the hub's, and vLLM's own where that is another.
+    `targets: ["Linear"]` would otherwise claim these modules, and a head that is tied to the
+    embeddings. The names are exact, because every loader reads exact names alike: the hub's name,
+    and vLLM's own if vLLM's differs.
     """
     matrices = [each for each in kept if _is_matrix(each[2])]
     hub = {module for module, _, _ in matrices} | {*family.tied_heads(config)}

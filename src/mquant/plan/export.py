@@ -1,7 +1,7 @@
-"""NVFP4 in another layout's names: the plan of an export. Pure: the scales are read elsewhere.
+"""The plan of an export: NVFP4 under another layout's names. Pure: scales are read elsewhere.
 
-Shards, and the order of tensors in them, stay as they are: so what is exported and brought back has
-the files it had.
+Shards stay, and the order of tensors in them. So a checkpoint that is exported and brought back has
+the same files.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -82,7 +82,7 @@ _FP4: Final = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": G
 def survey_for(checkpoint: Checkpoint, families: Mapping[str, Family], target: Target) -> Survey:
     """The survey of a checkpoint that is to be exported.
 
-    Raises Refused if it is not whole, or not all of it can be said in the other layout.
+    Raises Refused if the checkpoint is not whole, or if the other layout cannot hold all of it.
     """
     found = survey(checkpoint, families, (SOURCE[target],))
     stored = [member.stored for member in found.members if member.stored]
@@ -136,8 +136,8 @@ def make_export_plan(
 ) -> Plan:
     """The plan that stores a surveyed checkpoint in another layout.
 
-    `values` has the bytes that take the place of each scalar; `declared` is the quantization
-    config, if it is known what it was.
+    `values` maps each scalar to the bytes that replace the scalar. `declared` is the quantization
+    config, if it is known.
     """
     family = found.family
     if family is None:
@@ -226,6 +226,6 @@ def _actions(member: Member, target: Target, values: Mapping[str, bytes]) -> Ite
 
 
 def _jobs(actions: Iterable[Action]) -> Iterator[WorkUnit]:
-    """A job for each run of a module's tensors: the order is the source's."""
+    """A work unit for each run of a module's tensors, in the order of the source."""
     for _, run in groupby(actions, key=lambda action: action.module):
         yield WorkUnit(tuple(run))

@@ -1,9 +1,9 @@
-"""A broken checkpoint, mended: what of it stays, what its parent gives, and in which shard. Pure.
+"""What a broken checkpoint becomes: what stays, what the parent gives, and in which shard. Pure.
 
-`Plan` says what the parent becomes when all goes right. Every tensor of that either lies in the
-broken checkpoint, by its name or that of a loaded model, as planned and not known to be wrong: then
-it is copied from there. Or its whole job, which is a fused set or a tensor that is kept, is done
-again from the parent. Tensors that no plan asks for are left out.
+`right` is the plan of the parent. If the broken checkpoint holds a tensor of `right` as planned,
+under its name or a loaded model's, and nothing says that the tensor is wrong, the tensor is copied.
+Otherwise its whole work unit is made again from the parent. Tensors that `right` does not have are
+left out.
 """
 
 from collections import Counter, defaultdict
@@ -25,11 +25,11 @@ PARENT: Final = "parent/"
 class Mending:
     """What a broken checkpoint becomes.
 
-    `right` is what the parent becomes when all goes right; `plan` makes the same tensors, in the
-    broken one's shards, from files under `bad/` and `parent/`. `kept` are the shards that are the
-    broken one's files as they are. `sound` are the broken one's tensors that are as they should be,
-    by their right names, whether they are copied or made again with their fused set. `renamed` maps
-    names in the broken one to the right ones; `dropped` are its tensors that do not belong.
+    `right` is the plan of the parent. `plan` makes the same tensors in the broken checkpoint's
+    shards, from files under `bad/` and `parent/`. `kept` are the shards of the broken checkpoint
+    that stay as they are. `sound` are its good tensors by their right names, copied or made again
+    with their fused set. `renamed` maps its names to the right names; `dropped` are its tensors
+    that do not belong.
     """
 
     right: Plan
@@ -41,19 +41,19 @@ class Mending:
 
     @cached_property
     def rewritten(self) -> Plan:
-        """The same with no other shards than those that must be written."""
+        """The plan with only the shards that must be written."""
         shards = tuple(shard for shard in self.plan.shards if shard.name not in self.kept)
         return replace(self.plan, shards=shards)
 
     @cached_property
     def replaced(self) -> tuple[Action, ...]:
-        """What is made from the parent."""
+        """The actions whose tensors come from the parent."""
         actions = self.plan.actions
         return tuple(action for action in actions if action.source.shard.startswith(PARENT))
 
     @property
     def replaced_by_role(self) -> dict[str, int]:
-        """How many tensors are made from the parent, by what they are for."""
+        """How many tensors come from the parent, by role."""
         return dict(Counter(action.role.value for action in self.replaced))
 
     @property
@@ -63,9 +63,9 @@ class Mending:
 
 
 def mend(right: Plan, bad: Checkpoint, wrong: Collection[str]) -> Mending:
-    """Decide for every tensor of `right` where it comes from.
+    """Decide for every tensor of `right` where the tensor comes from.
 
-    `wrong` are tensors of `bad` that are not to be trusted, whatever their headers say.
+    `wrong` are tensors of `bad` that must not be trusted, whatever their headers say.
     """
     found = _Found(right.family, bad, wrong)
     shards: dict[str, list[WorkUnit]] = defaultdict(list)
@@ -178,7 +178,7 @@ def _hub_name(family: Family, name: str) -> str:
 
 
 def from_parent(unit: WorkUnit) -> WorkUnit:
-    """A job of the right plan, as it is done again."""
+    """A work unit of the right plan, made again from the parent."""
     return WorkUnit(
         tuple(
             replace(

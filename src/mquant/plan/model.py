@@ -37,13 +37,17 @@ class OutputTensor:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What happens to one source tensor, and what comes of it.
+    """What happens to one source tensor, and which tensors come of it.
 
-    `scheme` is None if the tensor is kept; `reason` says why it is. A tensor that is `stored`
-    quantized is dequantized to BF16 as it is read, and then quantized or kept; `source` is what it
-    is then, at the place of its codes. One that is `scaled` the engine makes, in the same dtype, to
-    make up for how it scales weights. Every other one that is kept is copied bit for bit, or,
-    where only its meaning is kept, is `value`.
+    | kind | `source` | `outputs` |
+    | --- | --- | --- |
+    | copy | any tensor | the same name, dtype, shape and bytes; or, with `value`, these bytes |
+    | quantize | a weight in BF16, F16 or F32 | the tensors of `scheme` |
+    | dequantize | a weight in BF16 that lies quantized as `stored` says | the weight in BF16 |
+    | scale | a norm or router that AWQ scales | the same name, dtype and shape, of the engine |
+
+    `source` of a `stored` weight is the weight in BF16 at the place of its codes; such a weight may
+    also be quantized. `scheme` is None if the tensor is kept; `reason` says why.
     """
 
     source: TensorInfo
@@ -60,7 +64,7 @@ class Action:
 
     @classmethod
     def kept(cls, member: Member, reason: str) -> Self:
-        """A tensor that stays, under its name, in its dtype and shape."""
+        """The action of a tensor that keeps its name, dtype and shape."""
         info, tensor_role = member.info, member.tensor_role
         return cls(
             source=info,
@@ -85,22 +89,22 @@ class Action:
 
     @property
     def read(self) -> tuple[TensorInfo, ...]:
-        """All that is read for it."""
+        """All tensors that are read for the action."""
         return (self.source, *(self.stored.parts if self.stored else ()))
 
     @property
     def source_bytes(self) -> int:
-        """Bytes of all that is read for it."""
+        """Bytes of all tensors that are read for the action."""
         return sum(info.nbytes for info in self.read)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the source tensor in memory, which are more than there are of its codes."""
+        """Bytes of the source tensor in memory: more than the bytes of its codes."""
         return nbytes(self.source.dtype, self.source.shape)
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of all it becomes."""
+        """Bytes of all outputs."""
         return sum(output.nbytes for output in self.outputs)
 
 
@@ -112,7 +116,7 @@ class WorkUnit:
 
     @property
     def outputs(self) -> Iterator[OutputTensor]:
-        """All tensors it makes."""
+        """All tensors that the work unit makes."""
         return (output for action in self.actions for output in action.outputs)
 
     @property
@@ -125,7 +129,7 @@ class WorkUnit:
 
     @property
     def source_bytes(self) -> int:
-        """Bytes of all it is made from."""
+        """Bytes of all tensors that are read for the work unit."""
         return sum(action.source_bytes for action in self.actions)
 
     @property
@@ -135,29 +139,29 @@ class WorkUnit:
 
     @property
     def files(self) -> frozenset[str]:
-        """The files it is made from."""
+        """The files that hold these tensors."""
         return frozenset(info.shard for action in self.actions for info in action.read)
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of all it makes."""
+        """Bytes of all outputs."""
         return sum(action.output_bytes for action in self.actions)
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One output shard: its final name, and the jobs that fill it."""
+    """One output shard: its final name, and the work units that fill the shard."""
 
     name: str
     units: tuple[WorkUnit, ...]
 
     @cached_property
     def layout(self) -> tuple[bytes, dict[str, int]]:
-        """The file's first bytes (its header), and where each tensor's data begins.
+        """The file's first bytes (its header), and the offset of each tensor's data.
 
-        Tensors lie in the order of the jobs, so that a shard is written, and hashed, from front
-        to back. If that would leave one at an odd address, they lie as safetensors' own writer
-        has them: by dtype.
+        Tensors lie in the order of the work units, so that a shard is written and hashed from front
+        to back. If this order put a tensor at an address that its dtype does not divide, tensors
+        lie in safetensors' own order: by dtype.
         """
         outputs = [(o.name, o.dtype, o.shape) for unit in self.units for o in unit.outputs]
         first, places = build_header(outputs, keep_order=True)
@@ -178,10 +182,10 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Checkpoint x Family x Recipe. Engines obey it, `verify` checks against it.
+    """Checkpoint x Family x Recipe. Engines obey the plan, `verify` checks against the plan.
 
-    `ignore` is config.json's list as it will be written; `declared` is what else than the schemes
-    in use says how the result is quantized. A plan with findings of severity `error` must not be
+    `ignore` is config.json's list as it will be written. `declared` is the quantization config if
+    the schemes in use do not decide it. A plan with a finding of severity `error` must not be
     carried out.
     """
 
@@ -195,12 +199,12 @@ class Plan:
 
     @property
     def units(self) -> Iterator[WorkUnit]:
-        """All jobs, in the order of the output: a ledger numbers them so, from 0."""
+        """All work units in the order of the output: a ledger numbers them so, from 0."""
         return (unit for shard in self.shards for unit in shard.units)
 
     @cached_property
     def numbers(self) -> tuple[range, ...]:
-        """The numbers of each shard's jobs."""
+        """The numbers of each shard's work units."""
         stops = accumulate(len(shard.units) for shard in self.shards)
         return tuple(
             range(stop - len(shard.units), stop)
@@ -214,7 +218,7 @@ class Plan:
 
     @property
     def refusals(self) -> tuple[Finding, ...]:
-        """Why it must not be carried out; empty for a good plan."""
+        """The findings that forbid the plan; empty for a good plan."""
         return tuple(f for f in self.findings if f.severity == "error")
 
     @property
@@ -224,10 +228,10 @@ class Plan:
         return tuple(found[name] for name in sorted(found))
 
     def targets(self, scheme: Scheme, *names: Callable[[str], str]) -> list[str]:
-        """What `config_groups` says a scheme is for; `ignore` takes what is kept out of it.
+        """The targets of a scheme's group in `config_groups`; `ignore` excludes the kept modules.
 
-        Of several schemes each names its modules, under what `names` make of the hub's names. A
-        role has one scheme, so these are whole rows of the family.
+        If there are several schemes, each names its modules under the hub's name and what `names`
+        make of it. A role has one scheme, so the targets are whole rows of the family.
         """
         if len(self.schemes) == 1:
             return ["Linear"]
@@ -267,7 +271,7 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of every decision: equal exactly where the same bytes are to be made."""
+        """sha256 of every decision: equal exactly if the same bytes are to be made."""
         digest = hashlib.sha256(f"{self.recipe.scales}\n".encode())
         if self.recipe.needs_data:
             measured = self.recipe.model_dump_json(include={"rounding", "smoothing", "calibration"})

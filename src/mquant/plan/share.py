@@ -1,7 +1,7 @@
-"""A plan in shares, for many processes: each is a run of neighbouring output shards.
+"""A plan in shares for many processes: a share is a run of neighbouring output shards.
 
-So every file has one writer, and neighbours, which come of the same source files, go together.
-Who has which is decided from the plan and the number of shares alone: nobody has to be asked.
+Every file has one writer. Neighbouring shards come of the same source files and stay together. The
+plan and the number of shares alone decide which process has which shards.
 """
 
 from dataclasses import replace
@@ -10,15 +10,14 @@ from mquant.plan.model import Plan, ShardPlan
 
 
 def share(plan: Plan, number: int, of: int) -> Plan:
-    """Share `number` (1 to `of`) of a plan: the same plan with fewer shards, perhaps with none."""
+    """Share `number` (1 to `of`) of a plan: the same plan with fewer shards, perhaps none."""
     return shares(plan, of)[number - 1]
 
 
 def shares(plan: Plan, of: int) -> tuple[Plan, ...]:
-    """All shares of a plan; together they have its shards, each once and in their order.
+    """All shares of a plan. Together they have the plan's shards, each once and in order.
 
-    A shard belongs where the middle of its source bytes lies in those of the plan: no share is
-    larger than its due by more than a shard. None is empty while there are as many shards.
+    A share is at most one shard larger than its due. No share is empty if there are enough shards.
     """
     parts: list[list[ShardPlan]] = [[] for _ in range(of)]
     shards = plan.shards

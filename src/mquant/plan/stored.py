@@ -52,8 +52,8 @@ PART_SHAPE: Final = rule(
 class Stored:
     """How one weight lies in the source.
 
-    `block` are the rows and columns that share an element of `scale`; `second` is the scale of the
-    whole weight, if there is one, and `input` that of the activations.
+    `block` are the rows and columns that share an element of `scale`. `second` is the scale of the
+    whole weight, if there is one; `input` is the scale of the activations.
     """
 
     format: StorageFormat
@@ -87,8 +87,9 @@ class Stored:
 class StoredWeights:
     """All stored weights of a checkpoint.
 
-    `weights` has, by the codes' name, the weight they hold as a tensor in BF16 that lies where the
-    codes lie, and how; `others` are all other tensors that only a quantized checkpoint has.
+    `weights` maps the name of the codes to the weight that the codes hold (in BF16, at the place of
+    the codes) and to how it lies. `others` are all other tensors that only a quantized checkpoint
+    has.
     """
 
     weights: Mapping[str, tuple[TensorInfo, Stored]]

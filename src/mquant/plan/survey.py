@@ -1,7 +1,7 @@
-"""Checkpoint x Family: what every tensor is, and where the checkpoint is not whole.
+"""Checkpoint x Family: what every tensor is, and in what the checkpoint is not whole.
 
-Completeness, counts and shapes are judged here, from headers and config.json alone. All findings
-are errors of the *source*: quantizing a checkpoint that is not what it claims to be only hides it.
+The survey reads headers and config.json alone. All findings are about the *source*: quantizing a
+checkpoint that is not what it claims to be only hides that.
 """
 
 import json
@@ -47,10 +47,9 @@ TENSOR_UNKNOWN: Final = rule(
 
 @dataclass(frozen=True)
 class Survey:
-    """Every tensor of a checkpoint, classified; and the ways in which it is not whole.
+    """Every tensor of a checkpoint, classified, and in what the checkpoint is not whole.
 
-    If weights lie quantized in a way that cannot be read, `findings` say so, and nothing else
-    was judged.
+    If weights lie quantized in a way that cannot be read, `findings` say only that.
     """
 
     checkpoint: Checkpoint
@@ -69,10 +68,10 @@ class Survey:
 def survey(
     checkpoint: Checkpoint, families: Mapping[str, Family], formats: Collection[StorageFormat] = ()
 ) -> Survey:
-    """Classify every tensor of a checkpoint and check that it is whole.
+    """Classify every tensor of a checkpoint and check that the checkpoint is whole.
 
-    One that is quantized is a finding, unless all of it lies in one of `formats`: then it is taken
-    for the weights it holds.
+    A quantized checkpoint is a finding, unless all of it lies in one of `formats`: then the survey
+    has the weights that the codes hold.
     """
     shelf = find_stored(checkpoint, formats) if formats else None
     weights = shelf.weights if shelf else {}
@@ -114,9 +113,9 @@ def survey(
 
 
 def _mtp_kept(family: Family, members: list[Member], config: Mapping[str, Any]) -> list[Member]:
-    """The members, those of multi-token prediction's layers in role `other`, which is copied.
+    """The members; those in layers of multi-token prediction get the role `other`: they are copied.
 
-    transformers builds no such layers, so there is nothing upstream's arithmetic could run on.
+    transformers builds no such layers, so upstream's arithmetic cannot run on them.
     """
     layers = family.value(family.config.layers, config)
     if layers is None or not family.mtp_layers(config):

@@ -1,4 +1,4 @@
-"""The origin of this project: what loaders refuse quantized, and recipes that quantize it."""
+"""Recipes that quantize what loaders refuse quantized: the origin of this project."""
 
 import math
 import re
@@ -57,7 +57,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 def unsafe(
     actions: list[Action], family: Family, recipe: Recipe, *, allow_unsafe: bool
 ) -> list[Finding]:
-    """The origin of this project: a recipe that quantizes what loaders refuse."""
+    """Findings if a recipe quantizes routers, embeddings or the output head."""
     findings = []
     nouns = {Role.ROUTER: "router", Role.EMBEDDING: "embedding", Role.HEAD: "output head"}
     for role, noun in nouns.items():

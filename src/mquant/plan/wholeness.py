@@ -1,6 +1,6 @@
 """Whether tensors are all of a model, and of the model that config.json describes.
 
-Completeness, counts and shapes are judged from headers and config.json alone.
+Headers and config.json alone decide about completeness, counts and shapes.
 """
 
 import json
@@ -77,10 +77,10 @@ SHAPE_DISAGREES: Final = rule(
 
 
 def wholeness(family: Family, members: list[Member], config: Mapping[str, Any]) -> list[Finding]:
-    """The ways in which tensors are not all of a model, or not the model config.json describes.
+    """In what tensors are not all of a model, or not of the model that config.json describes.
 
-    `members` may stand for what is stored in another way: a verifier gives each quantized module
-    as the weight it holds.
+    `members` may stand for tensors in another storage format: a verifier gives each quantized
+    module as the weight that the module holds.
     """
     counts = [key for key in (family.config.layers, family.config.experts) if key]
     if family.mtp_layers(config):
@@ -187,11 +187,11 @@ def _expected(
     has_block: bool | None,
     experts: Mapping[tuple[str, int | None], set[int | None]],
 ) -> Iterator[str]:
-    """Names a row must have in one layer of a whole checkpoint.
+    """Names that a row must have in one layer of a whole checkpoint.
 
-    If nothing says whether the layer has the row's block, it has once it has some of it. A row
-    with {expert} is expected for every expert that its block has in that layer (gaps are found
-    elsewhere).
+    If nothing says whether the layer has the row's block, the layer has the block if any tensor of
+    the block is there. A row with {expert} is expected for every expert of the layer; other rules
+    find gaps.
     """
     found = experts.get((row.block, layer), set())
     if has_block or (has_block is None and found):
@@ -242,7 +242,7 @@ def _layers_findings(family: Family, members: list[Member], layers: int, end: in
 
 
 def _siblings(family: Family, tensor_role: TensorRole, config: Mapping[str, Any]) -> list[str]:
-    """The names of the fused set a tensor is in; members its layer cannot have are left out."""
+    """The names of a tensor's fused set, without members that the layer cannot have."""
     own, layer = tensor_role.row.block, tensor_role.layer
     return [
         row.format(layer, tensor_role.expert)

@@ -1,8 +1,8 @@
 """What is wrong with a checkpoint, given its parent, and how its good tensors were made.
 
-The findings are those of `verify`. A recipe is taken from mquant.json, or read off the checkpoint:
-which modules are quantized from what is there, how their scales were chosen by making one intact
-fused set again. Of the parent that costs its headers, a few norms, and that set.
+The findings are those of `verify`. The recipe comes from mquant.json, or from the checkpoint
+itself: the tensors say which modules are quantized, and one intact fused set, made again, says how
+scales were chosen. This reads the parent's headers, a few norms, and that fused set.
 """
 
 from collections import Counter, defaultdict
@@ -70,10 +70,10 @@ RECIPE_NOT_KNOWN: Final = rule(
 class Diagnosis:
     """A broken checkpoint, what `verify` says of it, and how to mend it.
 
-    `made_by` says how the recipe is known: `mquant.json`, `reproduced`, or empty if nothing has
-    to be quantized again; `importance` is what its scales were searched with. `config_differs`:
-    config.json is not the parent's, as it should be. `missing` are the parent's side files that
-    are not there.
+    `made_by` says how the recipe is known: `mquant.json`, `reproduced`, or empty if nothing must be
+    quantized again. `importance` is the file that scales were searched with. `config_differs` says
+    whether config.json differs from the right one. `missing` are side files of the parent that the
+    checkpoint lacks.
     """
 
     bad: Checkpoint
@@ -116,11 +116,11 @@ def diagnose(
     *,
     importance: Path | None = None,
 ) -> Diagnosis:
-    """Find out what is wrong with `bad`, and how each of it is mended from `parent`.
+    """Find out what is wrong with `bad`, and how `parent` mends it.
 
-    `importance` is the file that its scales were searched with, where there was one. Raises Refused
-    if it cannot be mended: the parent is not whole or not the parent, the layout is not one that
-    mquant writes, or tensors must be quantized again and nobody knows how.
+    `importance` is the file that scales were searched with, if there was one. Raises Refused if
+    `bad` cannot be mended: if `parent` is not whole or is another model, if the layout is not one
+    that mquant writes, or if tensors must be quantized again and the recipe is unknown.
     """
     report = verify(bad, families, depth, emit=emit)
     checkpoint, original = open_checkpoint(bad, tolerant=True), open_checkpoint(parent)
@@ -178,10 +178,10 @@ def _stated_recipe(checkpoint: Checkpoint) -> Recipe | None:
 
 
 def _read_off(view: ModuleView, parent: Checkpoint) -> Recipe:
-    """Which modules are quantized, from what is there.
+    """The recipe that the checkpoint's own tensors tell: which modules are quantized.
 
-    What loaders treat as one (a layer's experts, a fused set) counts by its majority, and what is
-    not there at all as most of its role.
+    The majority decides about what loaders treat as one (a layer's experts, a fused set). What is
+    not there counts as most modules of its role.
     """
     family = view.family
     if family is None:
@@ -288,9 +288,9 @@ def _unlike_parent(view: ModuleView, parent: Checkpoint, wrong: Iterable[str]) -
 
 
 def _intact(mending: Mending) -> list[tuple[WorkUnit, set[str]]]:
-    """Jobs that quantize and whose codes are all there, with the tensors to compare.
+    """Work units that quantize and whose codes are all there, with the tensors to compare.
 
-    Smallest first. Codes depend on every scale, so they will do where scales are what is wrong.
+    The smallest come first. Codes depend on every scale, so codes show how scales were chosen.
     """
     units = []
     for unit in (unit for unit in mending.right.units if unit.scheme):
@@ -301,9 +301,9 @@ def _intact(mending: Mending) -> list[tuple[WorkUnit, set[str]]]:
 
 
 def _known(recipe: Recipe) -> list[Recipe]:
-    """The recipes that ship and store what `recipe` does, one for each way to choose scales.
+    """The shipped recipes with the schemes of `recipe`, one for each way to choose scales.
 
-    Not those that need data: without it nothing can be made again.
+    Recipes that need data are left out: without the data nothing can be made again.
     """
     shipped = [each for each in load_recipes().values() if not each.needs_data]
     alike = [each for each in shipped if _schemes(each) == _schemes(recipe)]

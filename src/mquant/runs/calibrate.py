@@ -17,9 +17,9 @@ from mquant.runs.run import check_plain
 
 @dataclass(frozen=True)
 class Calibrated:
-    """An importance file: how many modules it is of, and which of them saw no token.
+    """An importance file: how many modules it has, and which of them saw no token.
 
-    Those have zeros, under which all channels count alike.
+    A module that saw no token has zeros: then all its channels count alike.
     """
 
     out: Path
@@ -30,11 +30,11 @@ class Calibrated:
 
 
 def calibrate(plan: Plan, data: str, out: Path, emit: Emit = silent) -> Calibrated:
-    """Send `data` through the model that `plan` quantizes, and write what its modules are given.
+    """Send `data` through the model that `plan` quantizes, and write the importance file.
 
-    Raises Refused for a plan with errors, UsageError for weights that lie quantized, OutputError
-    if `out` exists or cannot be written, DataFileError for data that cannot be read,
-    MissingExtra without torch and its company.
+    Raises Refused for a plan with errors, UsageError for weights that lie quantized, OutputError if
+    `out` exists or cannot be written, DataFileError for data that cannot be read, MissingExtra
+    without the packages of `oneshot`.
     """
     if plan.refusals:
         raise Refused(plan.refusals)

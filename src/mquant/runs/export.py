@@ -33,10 +33,10 @@ def export(
     out: Path,
     **options: Unpack[RunOptions],
 ) -> Result:
-    """Write a checkpoint in the layout of `target` into `out`, or go on with what is there of it.
+    """Write a checkpoint in the layout of `target` into `out`, or go on with what is there.
 
-    Codes and block scales are copied, global scales become their reciprocals. Raises Refused for a
-    checkpoint that is in no other layout, or whose scales have no reciprocal, and as `convert`.
+    Codes and block scales are copied; global scales become their reciprocals. Raises Refused if the
+    checkpoint is not in the other layout, or if a scale has no reciprocal; and as `convert`.
     """
     checkpoint = open_checkpoint(source)
     found = survey_for(checkpoint, families, target)
@@ -75,9 +75,9 @@ def _numbers(folder: Source, tensors: list[TensorInfo]) -> dict[str, np.float32]
 def _reciprocals(
     numbers: Mapping[str, np.float32], target: Target, known: Mapping[str, Any]
 ) -> tuple[dict[str, bytes], dict[str, float]]:
-    """The bytes of every reciprocal; and the numbers that these would not give back, by name.
+    """The bytes of every reciprocal, and the numbers that a reciprocal does not give back, by name.
 
-    `known` are such numbers, by the name they get: they are taken where they fit.
+    `known` are such numbers of an earlier export, by the names they get.
     """
     values: dict[str, bytes] = {}
     odd: dict[str, float] = {}
@@ -94,7 +94,7 @@ def _reciprocals(
 
 
 def _known(name: str, factor: np.float32, known: Mapping[str, Any]) -> np.float32:
-    """The number that was exported as `factor`, where mquant.json has it; else the likely one."""
+    """The number that was exported as `factor`: from mquant.json, else the likely one."""
     module, _, suffix = name.rpartition(".")
     as_modelopt = SUFFIXES[StorageFormat.MODELOPT_NVFP4]
     exported = SUFFIXES[StorageFormat.NVFP4][as_modelopt.index(suffix)]

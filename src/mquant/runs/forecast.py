@@ -1,4 +1,4 @@
-"""A plan as a document: what is printed before anything is done, and what JSON says of it."""
+"""A plan as a document: what is printed before a run, and the plan in JSON."""
 
 import os
 from collections import defaultdict
@@ -59,12 +59,12 @@ class Resources:
 
 
 def forecast(plan: Plan, out: Path) -> Resources:
-    """What `plan` needs, against the disk where `out` is or will be and this machine's memory."""
+    """What a run needs, and what the disk of `out` and this machine's memory have."""
     return Resources(out, plan.file_bytes, free_disk(out), memory_needed(plan), memory_available())
 
 
 def memory_needed(plan: Plan) -> int:
-    """Bytes of memory the streaming engine takes, whatever the size of the model.
+    """Bytes of memory that the stream engine takes, whatever the size of the model.
 
     Tensors that are copied pass through a small buffer.
     """
@@ -74,7 +74,7 @@ def memory_needed(plan: Plan) -> int:
 
 
 def memory_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes this process may still take: the machine's, or its control group's if that is less."""
+    """Bytes that this process may still take: the machine's, or its control group's if less."""
     limits = [_machine_memory(proc)]
     try:
         entries = (proc / "self/cgroup").read_text().splitlines()
@@ -95,7 +95,7 @@ def memory_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
 
 
 def resource_findings(plan: Plan, resources: Resources) -> tuple[Finding, ...]:
-    """What would stop a run on this machine: warnings, since another one may do it."""
+    """What would stop a run on this machine; warnings, because another machine may do."""
     findings, out = [], resources.out
     if resources.disk_available < resources.disk_needed:
         findings.append(
@@ -153,7 +153,7 @@ def plan_report(plan: Plan, resources: Resources) -> dict[str, Any]:
 
 
 def _roles(plan: Plan) -> list[dict[str, Any]]:
-    """A row for each role and what happens to it: a recipe may treat one role in two ways."""
+    """A row for each role and treatment: a recipe may treat one role in two ways."""
     groups: dict[tuple[Role, str, str], list[Action]] = defaultdict(list)
     for action in plan.actions:
         # What a scheme cannot hold becomes nothing; findings say which tensor, and why.

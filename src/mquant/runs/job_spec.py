@@ -1,6 +1,6 @@
-"""What `mquant quantize` was asked for, in JSON: whoever reads it makes the same plan, anywhere.
+"""What `mquant quantize` was asked for, in JSON: any process makes the same plan from it.
 
-It is read as hostile input: it lies in OUT, where somebody else may have put it.
+The job spec lies in OUT, where somebody else may have put it: it is read as hostile input.
 """
 
 from pathlib import Path
@@ -68,7 +68,7 @@ class JobSpec(BaseModel):
     def of(
         cls, plan: Plan, max_shard_bytes: int, *, allow_unsafe: bool, importance: Path | None
     ) -> Self:
-        """The order that a plan was made for, with these options."""
+        """The job spec of a plan that was made with these options."""
         source = plan.survey.checkpoint.source
         if source.folders:
             where: FolderAt | RepoAt = FolderAt(folder=str(source.folders[0].absolute()))

@@ -1,8 +1,8 @@
 """A run in shares on a Ray cluster: a task for each share. The only importer of Ray.
 
-The driver decides what is made, and claims OUT, before a task is sent out. A task is told where OUT
-is and which share is its own; all else it reads there, as `mquant finish` does. What a lost worker
-or node had counted stays counted, so that Ray's retry of its task goes on from there.
+The driver decides what is made, and claims OUT, before it sends a task. A task knows OUT and the
+number of its share; it reads the rest in OUT, as `mquant finish` does. Work units that a lost
+worker had counted stay counted, so that Ray's retry of the task goes on from there.
 """
 
 import logging
@@ -49,10 +49,9 @@ def quantize_on_ray(
 ) -> Result:
     """Write the checkpoint that `plan` describes into `out`, in tasks of a Ray cluster.
 
-    That is the cluster at RAY_ADDRESS, else one that runs on this machine, else one that is
-    started for this run. `workers`: threads in each task; None: as many as CPUs allow for.
-    Shares that were made in whatever way before are not made again. Raises as `quantize`, and
-    MissingExtra without Ray.
+    The cluster is the one at RAY_ADDRESS, else one that runs on this machine, else one that is
+    started for this run. `workers` are threads in each task; None: as many as the CPUs allow.
+    Shares that are done are not made again. Raises as `quantize`, and MissingExtra without Ray.
     """
     workers, emit = options.get("workers"), options.get("emit", silent)
     begun = read_shared_run(out)
@@ -72,7 +71,7 @@ def quantize_on_ray(
 def _share_out(
     run: Shares, job_spec: JobSpec, todo: list[int], workers: int | None, emit: Emit
 ) -> None:
-    """Have the shares with these numbers made."""
+    """Make the shares with these numbers in tasks."""
     import ray
 
     cpus, threads = _fit(len(todo), workers, emit)
@@ -98,7 +97,7 @@ def _share_out(
 
 
 def _take(reference: "ray.ObjectRef[Any]", number: int, of: int) -> None:
-    """What became of a share. Raises the error its task ended with."""
+    """Take the result of a task. Raises the error that the task ended with."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
@@ -122,7 +121,7 @@ def _take(reference: "ray.ObjectRef[Any]", number: int, of: int) -> None:
 
 
 def _stop(pending: list[Any]) -> None:
-    """Cancel tasks, as Ctrl-C does: what they have complete counts."""
+    """Cancel tasks as Ctrl-C does: complete work units count."""
     import ray
     from ray.exceptions import RayError
 
@@ -134,9 +133,9 @@ def _stop(pending: list[Any]) -> None:
 
 
 def _fit(tasks: int, workers: int | None, emit: Emit) -> tuple[int, int]:
-    """CPUs and threads of a task: all of the cluster's shared out, at least one, no node's more.
+    """CPUs and threads of a task: an equal part of the CPUs, at least 1, at most those of a node.
 
-    As in a process by itself there is a thread for each CPU, and one more to keep the disk busy.
+    There is a thread for each CPU, and one more to keep the disk busy.
     """
     import ray
 
@@ -162,7 +161,7 @@ def _paths(job_spec: JobSpec) -> list[str]:
 
 
 def _task() -> Callable[[int, str, list[str], int, str], Sentences | None]:
-    """What a worker does, as a function that is sent along: a node may have another mquant."""
+    """The function that a worker runs. It is sent along: a node may have another mquant."""
 
     def share(
         number: int, out: str, seen: list[str], threads: int, version: str
@@ -186,7 +185,7 @@ def _task() -> Callable[[int, str, list[str], int, str], Sentences | None]:
 
 
 def work(number: int, out: str, seen: list[str], threads: int) -> Sentences | None:
-    """Make a share, in a worker; returns what a person must know where that cannot be."""
+    """Make a share in a worker; returns the sentences of an error, or None."""
     for path in seen:
         if not os.path.lexists(path):
             return f"Node {platform.node()} does not see {path}.", _SAME_PATH
@@ -202,13 +201,13 @@ def work(number: int, out: str, seen: list[str], threads: int) -> Sentences | No
 
 @lru_cache(maxsize=1)
 def _reopened(out: str, _stamp: Stamp) -> Shares | None:
-    """A worker does many shares of a run, whose plan takes seconds."""
+    """The run in shares, kept: a worker makes many shares, and the plan takes seconds."""
     return reopen(Path(out))
 
 
 @contextmanager
 def _connected(emit: Emit) -> Iterator[None]:
-    """Be connected to a Ray cluster, and quietly: what mquant has to say, it says itself."""
+    """Be connected to a Ray cluster, with Ray's own messages turned off."""
     try:
         import ray
     except ImportError:
@@ -229,9 +228,9 @@ def _connected(emit: Emit) -> Iterator[None]:
 
 @contextmanager
 def _keeping_sigterm() -> Iterator[None]:
-    """Leave SIGTERM to whoever had it before, and make Ctrl-C of what Ray makes of it meanwhile.
+    """Give SIGTERM back to its handler, and raise KeyboardInterrupt for Ray's SystemExit.
 
-    `init` puts Ray's own handler in its place, `shutdown` none at all.
+    Ray's `init` puts its own handler there, and `shutdown` puts none.
     """
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -262,7 +261,7 @@ def _connect(emit: Emit) -> None:
 
 
 def _where(named: str | None, emit: Emit) -> str | None:
-    """What to ask Ray for: None is RAY_ADDRESS, the cluster of this machine, or one to start.
+    """The address to ask Ray for; None: RAY_ADDRESS, or the cluster of this machine.
 
     Raises ConnectionError if a cluster that was named does not answer.
     """

@@ -1,4 +1,4 @@
-"""Quantizing a hub repo that never lies here whole: its files pass through a folder inside OUT."""
+"""Quantize a hub repo through a folder inside OUT that never holds all of the repo's files."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ _SCRATCH: Final = ".mquant-scratch"
 
 
 def _hub_of(source: Source) -> "HubRepo":
-    """The source, if it is a hub repo. Raises UsageError if it is not."""
+    """The source as a hub repo. Raises UsageError if the source is a folder."""
     from mquant.checkpoint.hub import HubRepo
 
     if not isinstance(source, HubRepo):
@@ -32,7 +32,7 @@ def _hub_of(source: Source) -> "HubRepo":
 
 
 def check_scratch(scratch: int, least: int) -> None:
-    """Raise OutputError if fewer bytes are allowed than files that are needed at once have."""
+    """Raise OutputError if the scratch cannot hold the files that are needed at one time."""
     if scratch < least:
         raise OutputError(
             f"--scratch {size(scratch)} is not enough: files of {size(least)} are needed at the "
@@ -42,7 +42,7 @@ def check_scratch(scratch: int, least: int) -> None:
 
 
 def least_scratch(plan: Plan) -> int:
-    """Bytes of the source's files that are needed at once, if that is a hub repo."""
+    """Bytes of the source's files that are needed at one time, if the source is a hub repo."""
     from mquant.checkpoint.spool import least_room, parts_of
 
     units = dict(enumerate(plan.units))
@@ -67,10 +67,10 @@ class _Frees(ShardObserver):
 
 @contextmanager
 def spooled(run: Run, output: ShardSet, room: int) -> Iterator["Spool"]:
-    """A reader of the source's files, of which at most `room` bytes lie in OUT at a time.
+    """A reader of the source's files; at most `room` bytes of them lie in OUT at a time.
 
-    A file goes when the work units that need the file count. If the run stops, the files that are
-    here stay for the next run.
+    A file is deleted when the work units that read the file count. If the run stops, the files stay
+    for the next run.
     """
     from mquant.checkpoint.spool import Spool, parts_of
 
@@ -85,7 +85,7 @@ def spooled(run: Run, output: ShardSet, room: int) -> Iterator["Spool"]:
 
 
 def check_side_files(run: Run) -> None:
-    """Raise SourceError if a file that was copied from a hub is not the one that it lists."""
+    """Raise SourceError if a side file in OUT differs from the file that the hub lists."""
     if run.source.folders:
         return
     repo = _hub_of(run.source)

@@ -1,4 +1,4 @@
-"""What a run is to make, and what tells it from another: all that comes before OUT is looked at."""
+"""What `mquant quantize` is to make: all that is decided before OUT is looked at."""
 
 import hashlib
 from dataclasses import dataclass
@@ -34,9 +34,9 @@ _DECISIVE: Final[dict[Engine, tuple[str, ...]]] = {
 
 
 def choose_engine(wanted: Engine, recipe: Recipe) -> Engine:
-    """The engine that will run: `auto` takes the streaming one, unless the recipe needs data.
+    """The engine that will run. `auto` takes stream, or oneshot if the recipe needs data.
 
-    Raises UsageError for one that cannot do what the recipe asks for.
+    Raises UsageError for an engine that cannot do what the recipe asks for.
     """
     if recipe.needs_data:
         if wanted is Engine.STREAM:
@@ -116,7 +116,7 @@ def prepare(
 
 
 def check_engine(engine: Engine, option: str) -> None:
-    """Raise UsageError if an option is of the streaming engine, and another one runs."""
+    """Raise UsageError if an option of the stream engine is given and another engine runs."""
     if engine is not Engine.STREAM:
         raise UsageError(
             f"{option} is of the stream engine; this recipe or --engine takes {engine.value}.",
@@ -125,7 +125,7 @@ def check_engine(engine: Engine, option: str) -> None:
 
 
 def check_data(recipe: Recipe, data: str | None) -> None:
-    """Raise UsageError if a recipe lacks calibration data, or there is some for no use."""
+    """Raise UsageError if the recipe needs data and there is none, or the other way round."""
     if recipe.needs_data and data is None:
         raise UsageError(
             f"Recipe {recipe.name} needs calibration data, which --data names.",
