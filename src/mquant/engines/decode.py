@@ -1,8 +1,8 @@
 """Rows of weights that lie quantized in the source, as BF16.
 
-What a job needs besides the codes is read when the job begins: FP8's scales, the one scale of an
-NVFP4 weight. Codes, and NVFP4's block scales, are read with the rows they belong to. Numbers are
-made by `numerics.dequantize`, never by the judge's `weights.decode`.
+What a work unit needs besides the codes is read when the unit begins: FP8's scales, the one scale
+of an NVFP4 weight. Codes, and NVFP4's block scales, are read with the rows they belong to. Numbers
+are made by `numerics.dequantize`, never by the judge's `weights.decode`.
 """
 
 from typing import Protocol

@@ -33,7 +33,7 @@ from mquant.plan import Action, WorkUnit
 PIECE: Final = 2 << 20
 """Bytes handled at once: few enough for a cache, enough to make calls cost nothing."""
 _AHEAD: Final = 64 << 20
-"""Bytes of a job that the system is asked to fetch ahead of time; it reads on by itself."""
+"""Bytes of a work unit that the system is asked to fetch ahead of time; it reads on by itself."""
 _COMMIT_SECONDS: Final = 0.3
 
 Importance = Callable[[str], Floats]
@@ -63,7 +63,7 @@ class TensorSink(Protocol):
 
     @property
     def pending(self) -> list[WorkUnit]:
-        """The jobs to do."""
+        """The work units to do."""
 
     def write(self, name: str, data: memoryview) -> None:
         """Take the next bytes of a tensor."""
@@ -78,10 +78,10 @@ class TensorSink(Protocol):
 def run(
     reader: Reader, output: TensorSink, workers: int, importance: Importance | None = None
 ) -> None:
-    """Do all pending jobs of `output`; scales are searched where an `importance` is given.
+    """Do all pending work units of `output`; scales are searched where an `importance` is given.
 
-    Raises SourceError for a source that cannot be read, changes, or holds NaN or infinity if
-    it is quantized. However it ends, jobs that were complete by then count. If it ends before its
+    Raises SourceError for a source that cannot be read, changes, or holds NaN or infinity if it is
+    quantized. However it ends, work units that were complete by then count. If it ends before its
     time, it stops `output`, so that no worker goes on waiting.
     """
     units = output.pending
@@ -114,7 +114,7 @@ def run(
 
 
 def make(reader: Reader, unit: WorkUnit, importance: Importance | None = None) -> dict[str, bytes]:
-    """The tensors of one job, by name, in memory. Raises as `run`."""
+    """The tensors of one work unit, by name, in memory. Raises as `run`."""
     _prepare([unit], importance)
     made: dict[str, bytearray] = {output.name: bytearray() for output in unit.outputs}
     Worker(reader, lambda name, data: made[name].extend(data), [unit], importance).do(unit)
@@ -163,7 +163,7 @@ class _Queue(Iterator[WorkUnit]):
 
 
 class Worker:
-    """Does jobs, one at a time, in buffers that it keeps."""
+    """Does work units, one at a time, in buffers that the worker keeps."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class Worker:
         self._found = np.empty((2, len(self._maxima) if importance else 0), np.uint8)
 
     def do(self, unit: WorkUnit) -> None:
-        """Quantize or keep the tensors of a job."""
+        """Quantize or keep the tensors of a work unit."""
         if unit.scheme is None:
             for action in unit.actions:
                 self._keep(action)

@@ -128,7 +128,7 @@ class _Found:
         return _under(BAD, info) if alike else None
 
     def copies(self, unit: WorkUnit) -> Iterator[tuple[str, WorkUnit]]:
-        """The jobs that copy what is there, each with the shard where it lies."""
+        """Work units that copy what is there, each with its shard."""
         shards: dict[str, list[Action]] = defaultdict(list)
         for action in unit.actions:
             for output in action.outputs:
@@ -146,12 +146,12 @@ class _Found:
         return ((shard, WorkUnit(tuple(actions))) for shard, actions in shards.items())
 
     def renamed(self, unit: WorkUnit) -> dict[str, str]:
-        """Names of a sound job's tensors that are not what they should be."""
+        """The wrong names of a sound work unit's tensors, and the right ones."""
         pairs = ((self._tensors[output.name].name, output.name) for output in unit.outputs)
         return {old: new for old, new in pairs if old != new}
 
     def home(self, unit: WorkUnit) -> str | None:
-        """The shard where a job's tensors, or others of its modules, lie or should lie."""
+        """The shard where a work unit's tensors, or others of its modules, lie or should lie."""
         places = [self._places.get(output.name) for output in unit.outputs]
         places += [self._modules.get(action.module) for action in unit.actions]
         return next((place for place in places if place), None)

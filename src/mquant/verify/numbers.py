@@ -126,7 +126,7 @@ GLOBAL_SCALES_RECIPROCAL: Final = rule(
 
 @dataclass
 class _Seen:
-    """What one job found: breaks of rules, and the global scale of its module.
+    """What one task found: breaks of rules, and the global scale of its module.
 
     `divisor` is that scale's name and value, if it is compressed-tensors' own.
     """
@@ -302,7 +302,7 @@ def _fused(sets: Iterable[list[tuple[str, bytes]]], tally: Tally) -> None:
 
 
 def in_order(pool: ThreadPoolExecutor, units: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """The results of jobs that a pool does, a few ahead: `pool.map` holds all of them at once."""
+    """The results of tasks that a pool does, a few ahead: `pool.map` holds all of them at once."""
     waiting: deque[Future[T]] = deque()
     for unit in units:
         waiting.append(pool.submit(unit))
