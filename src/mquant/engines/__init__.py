@@ -1,4 +1,4 @@
-"""What does the arithmetic. Alone to import torch and llmcompressor.
+"""The engines do the arithmetic. Only this room imports torch and llmcompressor.
 
-(vLLM's own Python, not mquant's, runs the probe in `verify/loaders`, which imports torch too.)
+(The probe in `verify/loaders` imports torch too, but vLLM's own Python runs the probe.)
 """

@@ -1,7 +1,7 @@
-"""What goes into each module while text goes through the model: the mean square of every channel.
+"""The mean square of every input channel of each module, while text goes through the model.
 
-Layer by layer, as the oneshot engine calibrates, but nothing is quantized, and experts see the
-tokens that are routed to them and no others.
+Text goes layer by layer, as in the oneshot engine. Nothing is quantized, and an expert sees the
+tokens that are routed to that expert.
 """
 
 import tempfile
@@ -55,7 +55,7 @@ def mean_squares(
 
 
 class Watch(Modifier):  # type: ignore[misc]  # untyped base
-    """A modifier that changes nothing, and adds up squares of what modules are given."""
+    """A modifier that changes nothing and adds up the squares of modules' inputs."""
 
     requires_calibration_data: bool = True
     _watched: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -78,7 +78,7 @@ class Watch(Modifier):  # type: ignore[misc]  # untyped base
         return True
 
     def on_calibration_start(self, state: Any, event: Any, **options: Any) -> None:
-        """Look at what modules are given from here on."""
+        """Begin to look at the inputs of modules."""
         for name, module in self._watched.items():
             self.register_hook(module, partial(self._add, name), "forward_pre")
 
@@ -89,7 +89,7 @@ class Watch(Modifier):  # type: ignore[misc]  # untyped base
         self._tokens[name] = self._tokens.get(name, 0) + len(rows)
 
     def on_sequential_epoch_end(self, state: Any, event: Any, **options: Any) -> None:
-        """A layer is done: keep the means of what it was given."""
+        """Keep the means of a layer that is done."""
         for name, sums in self._sums.items():
             if tokens := self._tokens[name]:
                 self._means[name] = (sums / tokens).numpy().astype(np.float32)
@@ -97,5 +97,5 @@ class Watch(Modifier):  # type: ignore[misc]  # untyped base
         self._tokens.clear()
 
     def on_calibration_end(self, state: Any, event: Any, **options: Any) -> None:
-        """Look no longer."""
+        """Stop looking."""
         self.remove_hooks()

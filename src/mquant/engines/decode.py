@@ -1,8 +1,8 @@
 """Rows of weights that lie quantized in the source, as BF16.
 
-What a work unit needs besides the codes is read when the unit begins: FP8's scales, the one scale
-of an NVFP4 weight. Codes, and NVFP4's block scales, are read with the rows they belong to. Numbers
-are made by `numerics.dequantize`, never by the judge's `weights.decode`.
+The scales of FP8 and the global scale of NVFP4 are read when a work unit begins. Codes, and the
+block scales of NVFP4, are read with their rows. `numerics.dequantize` makes the numbers, never the
+judge's `weights.decode`.
 """
 
 from typing import Protocol

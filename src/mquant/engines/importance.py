@@ -1,10 +1,10 @@
 """The importance file: how much an error in each input channel of a quantized module counts.
 
-A safetensors file with one F32 vector [in] for every module that is quantized, under the module's
-name as on the hub, without `.weight`: `model.layers.0.self_attn.q_proj`, and of routed experts each
-its own, `model.layers.0.block_sparse_moe.experts.3.w1`. What is meant is the mean square of what
-goes into the module, over the tokens that reach it; a factor common to a fused set changes nothing,
-nor does a vector of zeros, under which all channels count alike.
+The file is a safetensors file with one F32 vector [in] for every module that is quantized, under
+the module's hub name without `.weight`: `model.layers.0.self_attn.q_proj`, or, for a routed expert,
+`model.layers.0.block_sparse_moe.experts.3.w1`. A vector holds the mean square of the module's input
+over the tokens that reach the module. A factor common to a fused set changes nothing. Under a
+vector of zeros all channels count alike.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _FIX: Final = "Make it from a calibration run of this checkpoint, with this reci
 class Importance:
     """An importance file, checked against a plan.
 
-    Vectors are read when they are asked for: those of a large model are 300 MB.
+    A vector is read when it is asked for: the vectors of a large model are 300 MB.
     """
 
     path: Path
@@ -53,9 +53,9 @@ class Importance:
 
 
 def read_importance(path: Path | None, plan: Plan) -> Importance | None:
-    """The file a person gave, or none. Raises UsageError if the recipe has no use for it.
+    """The importance file that a person gave, or None.
 
-    And what `open_importance` raises.
+    Raises UsageError if the recipe has no use for the file, and as `open_importance`.
     """
     if path is None:
         return None
@@ -68,14 +68,14 @@ def read_importance(path: Path | None, plan: Plan) -> Importance | None:
 
 
 def importance_fingerprint(recipe: Recipe, importance: Importance | None) -> dict[str, str]:
-    """What a run's fingerprint says of it: nothing, if no scales are searched."""
+    """What a run's fingerprint says of the importance file; empty if no scales are searched."""
     if recipe.scales != "search":
         return {}
     return {"importance": importance.sha256 if importance else "none"}
 
 
 def weigher(recipe: Recipe, importance: Importance | None) -> Callable[[str], Floats] | None:
-    """What the streaming engine asks for a module's importance; None: scales are not searched."""
+    """A function from a module's name to its importance; None if scales are not searched."""
     if recipe.scales != "search":
         return None
     from mquant.engines.stream import alike  # numba
@@ -84,10 +84,10 @@ def weigher(recipe: Recipe, importance: Importance | None) -> Callable[[str], Fl
 
 
 def open_importance(path: Path, plan: Plan) -> Importance:
-    """Read all of a file once, and check it.
+    """Read the whole file once, and check it.
 
-    Raises DataFileError if it cannot be read, is not of the modules that `plan` quantizes, or
-    holds what is no weight for an error: NaN, infinity, numbers below zero.
+    Raises DataFileError if the file cannot be read, has other modules than `plan` quantizes, or
+    holds NaN, infinity or a number below zero.
     """
     try:
         with path.open("rb") as file:

@@ -1,8 +1,8 @@
 """The parent as a transformers model whose weights stay in its shards.
 
 The model is built on torch's meta device and stays there. `ParentCache`, an offload cache of
-compressed-tensors, reads a weight when somebody asks for it; so memory is what is in use, whatever
-the model's size. Nothing here can write to the parent.
+compressed-tensors, reads a weight when code asks for the weight. So memory holds what is in use,
+whatever the model's size. This module cannot write to the parent.
 """
 
 import json
@@ -30,9 +30,9 @@ Read = Callable[[], torch.Tensor]
 class ParentCache(offload_cache.OffloadCache):  # type: ignore[misc]  # untyped base
     """A module's tensors: the parent's are read on every access, new ones are kept.
 
-    `offloaded_values` holds meta tensors only; `reads` says where those of the parent come from,
-    `own` holds the values of the others. While the onload device is meta, which it is until a
-    pipeline names another, nothing is read and nothing is allocated.
+    `offloaded_values` holds meta tensors only. `reads` says where the parent's tensors come from;
+    `own` holds the values of new tensors. While the onload device is meta (until a pipeline names
+    another), nothing is read and nothing is allocated.
     """
 
     offload_device = torch.device("cpu")
@@ -50,7 +50,7 @@ class ParentCache(offload_cache.OffloadCache):  # type: ignore[misc]  # untyped 
         self.blank: set[torch.Tensor] = set()
 
     def onload(self, offloaded: torch.Tensor | None) -> torch.Tensor | None:
-        """The tensor on the onload device; the meta tensor where the parent has none."""
+        """The tensor on the onload device; the meta tensor if the parent has no such tensor."""
         if offloaded is None or torch.device(self.onload_device).type == "meta":
             return offloaded
         if offloaded in self.own:
@@ -63,7 +63,7 @@ class ParentCache(offload_cache.OffloadCache):  # type: ignore[misc]  # untyped 
         return offloaded
 
     def offload(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        """A meta tensor for a new one, whose value is kept unless it is meta itself."""
+        """A meta tensor for a new tensor. The new value is kept unless it is meta."""
         if tensor is None or tensor.is_meta:
             return tensor
         offloaded = torch.nn.Parameter(tensor.to("meta"), requires_grad=False)
@@ -83,7 +83,7 @@ class ParentCache(offload_cache.OffloadCache):  # type: ignore[misc]  # untyped 
         self.own.clear()
 
     def __setitem__(self, key: Hashable, value: torch.Tensor | None) -> None:
-        """Take a tensor. A new one without a value, as scales are at first, may be written to."""
+        """Take a tensor. A new tensor without a value, such as a scale, may be written to."""
         new = key not in self
         super().__setitem__(key, value)
         if new and value is not None and value.is_meta:
@@ -140,7 +140,8 @@ def _rotate(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
 def attach(model: PreTrainedModel, source: Source, tensors: Mapping[str, TensorInfo]) -> None:
     """Let every parameter and buffer come from the parent, in the parent's dtype.
 
-    `tensors` is keyed by names in memory. What it lacks stays on meta: to use it is an error.
+    `tensors` is keyed by names in memory. A tensor that `tensors` lacks stays on meta: using it is
+    an error.
     """
     reads: dict[torch.Tensor, Read] = {}
     for prefix, module in model.named_modules():
@@ -162,7 +163,7 @@ def attach(model: PreTrainedModel, source: Source, tensors: Mapping[str, TensorI
 
 
 def read_tensor(source: Source, info: TensorInfo) -> torch.Tensor:
-    """One tensor, read and never mapped, so that its memory is ours to give back."""
+    """One tensor. It is read and not mapped, so that its memory can be given back."""
     data = bytearray(source.read(info.shard, info.start, info.end))
     return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(info.shape)
 

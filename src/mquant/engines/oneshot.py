@@ -125,7 +125,7 @@ def run(
 
 
 def _awq(plan: Plan) -> AWQModifier:
-    """AWQ with the family's table: its own has no MiniMax-M2, and leaves routers as they are."""
+    """AWQ with the family's table: AWQ's own has no MiniMax-M2 and leaves routers uncorrected."""
     table = [AWQMapping(*entry) for entry in plan.family.smoothing_patterns]
     return AWQModifier(mappings=table)
 
@@ -148,9 +148,10 @@ def calibrate(
 
 @dataclass
 class Drain:
-    """Where finished modules go: each in `names` to `write`, under its name there.
+    """Where finished modules go: the modules in `names` go to `write`, under their names there.
 
-    Those in `scaled` are not quantized: they go there once what they feed is.
+    Modules in `scaled` are not quantized: they go to `write` when the modules that they feed are
+    done.
     """
 
     names: dict[torch.nn.Module, str]
@@ -169,10 +170,10 @@ class Drain:
 
 
 def watch_routing(model: PreTrainedModel, drain: Drain, emit: Emit) -> Callable[[], None]:
-    """Count the tokens that routers send to experts; returns what tells which got none, by name.
+    """Count the tokens that routers send to experts; returns a function that names idle experts.
 
-    All experts see all tokens while they are calibrated, so those are calibrated too, if by what
-    is not theirs.
+    All experts see all tokens during calibration. An expert that no token was routed to is
+    calibrated by other experts' tokens.
     """
     counts: dict[str, torch.Tensor] = {}
 
@@ -228,9 +229,9 @@ class Drained(QuantizationModifier):  # type: ignore[misc]  # untyped base
 
 
 class _DrainedByLayer:
-    """A modifier of which a layer's new weights are kept until the next one is done.
+    """A modifier that keeps a layer's new weights until the next layer is done.
 
-    They are what the data goes through, on its way there.
+    The data goes through these weights on its way to the next layer.
     """
 
     drain: Any
@@ -268,7 +269,7 @@ class DrainedAfterAWQ(_DrainedByLayer, QuantizationModifier):  # type: ignore[mi
 
 @contextmanager
 def _nothing_pinned() -> Iterator[None]:
-    """Let AWQ run without an accelerator: it pins its inputs' memory for one, unasked."""
+    """Let AWQ run without an accelerator, for which AWQ pins the memory of its inputs."""
     if torch.accelerator.is_available():
         yield
         return
@@ -277,10 +278,10 @@ def _nothing_pinned() -> Iterator[None]:
 
 
 def compress(module: torch.nn.Module, pool: Executor) -> Tensors:
-    """What compressed-tensors would save for a calibrated Linear, on the CPU.
+    """The tensors that compressed-tensors would save for a calibrated Linear, on the CPU.
 
-    On the CPU, rows go through its compressor a few at a time, in the threads of `pool`, where
-    all scales but the global ones are per row. The bytes are the same; the memory is not.
+    If all scales but the global ones are per row, rows go through the compressor a few at a time,
+    in the threads of `pool`: the bytes are the same, and memory stays small.
     """
     scheme: Any = module.quantization_scheme
     stored_as = infer_module_format(type(module), scheme)
@@ -317,10 +318,10 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 @contextmanager
 def _threads() -> Iterator[Executor]:
-    """A thread for each core, with torch's own switched off meanwhile.
+    """A pool with a thread for each core; torch's own threads are off meanwhile.
 
-    torch's threads meet at a barrier after every small operation, which costs a factor of ten as
-    soon as anything else wants one of the cores.
+    torch's threads meet at a barrier after every small operation. That costs a factor of ten as
+    soon as another process wants a core.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -333,9 +334,9 @@ def _threads() -> Iterator[Executor]:
 
 @contextmanager
 def quiet(emit: Emit) -> Iterator[None]:
-    """Pass on what llmcompressor warns of, each once; drop its other lines and progress bars.
+    """Pass on each warning of llmcompressor once; drop its other lines and progress bars.
 
-    transformers' warnings are dropped too: they are of generating text with the model.
+    transformers' warnings are dropped: they are about generating text.
     """
     said: set[str] = set()
 

@@ -1,13 +1,13 @@
 """The stream engine: no model, no torch; arithmetic on blocks of 16 at the speed of the disk.
 
-Workers take one fused set after another, in the order of the output: read it into a buffer of
-their own, taking the largest magnitudes on the way, quantize it from there a piece at a time, and
-hand each piece to the output. So while one reads another computes or writes, every byte of the
-source is read once, and memory holds a fused set per worker, however large the model is. If the
-recipe has scales searched, that is one more step, between reading and quantizing.
+A worker takes the next fused set in the order of the output. The worker reads the set into its own
+buffer and takes the largest magnitudes on the way; then it quantizes a piece of the buffer at a
+time and hands the piece to the output. So one worker reads while another computes or writes, every
+byte of the source is read once, and memory holds a fused set per worker, however large the model
+is. If the recipe searches scales, the search comes between reading and quantizing.
 
-A weight that the source has quantized is dequantized to BF16 on its way into that buffer, and goes
-on as any other; one that is kept goes to the output a piece at a time.
+A weight that lies quantized in the source is dequantized to BF16 on its way into the buffer. If
+such a weight is kept, it goes to the output a piece at a time.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,7 +41,7 @@ Importance = Callable[[str], Floats]
 
 
 def alike(_module: str) -> Floats:
-    """The importance of everything where nothing is known."""
+    """The importance of every module if no importance is known."""
     return ALIKE
 
 
@@ -78,11 +78,11 @@ class TensorSink(Protocol):
 def run(
     reader: Reader, output: TensorSink, workers: int, importance: Importance | None = None
 ) -> None:
-    """Do all pending work units of `output`; scales are searched where an `importance` is given.
+    """Do all pending work units of `output`; if an `importance` is given, search the scales.
 
-    Raises SourceError for a source that cannot be read, changes, or holds NaN or infinity if it is
-    quantized. However it ends, work units that were complete by then count. If it ends before its
-    time, it stops `output`, so that no worker goes on waiting.
+    Raises SourceError if the source cannot be read, changes, or holds NaN or infinity in a weight
+    that is quantized. Work units that were complete count, however the run ends. If the run ends
+    early, it stops `output`, so that no worker goes on waiting.
     """
     units = output.pending
     _prepare(units, importance)
@@ -142,7 +142,7 @@ def _is_fp8(unit: WorkUnit) -> bool:
 
 
 class _Queue(Iterator[WorkUnit]):
-    """Jobs for threads to take. When one is taken, a later one's bytes are asked for."""
+    """Work units for threads to take. Taking one prefetches the bytes of a later one."""
 
     def __init__(self, units: list[WorkUnit], reader: Reader, ahead: int) -> None:
         self._units, self._reader, self._ahead = units, reader, ahead
@@ -295,9 +295,9 @@ class Worker:
             yield part
 
     def _decoded(self, action: Action, weight: Bytes, *, again: bool = False) -> Iterator[Bytes]:
-        """The same of one that is stored quantized, in BF16 and in whole rows.
+        """A weight that lies quantized, in BF16 and whole rows, a piece at a time.
 
-        `again`: every piece lies at the front of `weight`, where the one before it lay.
+        `again`: every piece lies at the front of `weight`, over the piece before.
         """
         rows, columns = action.source.shape
         stored, width = open_rows(self._reader, action, self._codes), columns * BF16.word.itemsize
@@ -344,7 +344,7 @@ def _stripe(action: Action) -> tuple[int, tuple[int, int]]:
 
 
 def _refuse(action: Action, bad: int) -> None:
-    """Raise SourceError if a weight has `bad` numbers that are none."""
+    """Raise SourceError if a weight has `bad` values that are NaN or infinite."""
     if bad:
         values = "value that is" if bad == 1 else "values that are"
         raise SourceError(

@@ -1,1 +1,1 @@
-"""Judging checkpoints. Shares no code with what makes them: engines and numerics stay out."""
+"""The judge. It shares no code with the engines and kernels that make checkpoints."""

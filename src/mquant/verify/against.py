@@ -1,4 +1,4 @@
-"""What the parent tells: whether only the quantized weights changed, and no more than they may."""
+"""Compare with the parent: only quantized weights may differ, within what rounding explains."""
 
 import zlib
 from collections import deque
@@ -98,15 +98,14 @@ def check_against(
     smoothed: bool = False,
     emit: Emit = silent,
 ) -> tuple[Finding, ...]:
-    """Compare a checkpoint with the one it was made from.
+    """Compare a checkpoint with its parent.
 
-    Unless `everything` is wanted, quantized weights are sampled: all but experts in the first and
-    last layer, one expert in each layer, and 64 rows of each; the same ones every time. What is
-    not quantized is compared whole, but for hub repos, where large tensors are sampled too.
-    Unless weights were rounded `to_nearest` (GPTQ makes up for each column's error in the next),
-    they are held against the parent's as a whole, not one by one. What AWQ `smoothed` is compared
-    where a norm tells how columns were scaled.
-    Raises SourceError if data cannot be read.
+    Unless `everything` is wanted, quantized weights are sampled: all modules but experts in the
+    first and last layer, one expert in each layer, and 64 rows of each; the sample is the same
+    every time. Other tensors are compared whole; in hub repos large tensors are sampled too. If
+    weights were not rounded `to_nearest` (GPTQ corrects each column's error in the next), a weight
+    is compared as a whole and not number by number. If AWQ `smoothed` a weight, it is compared if a
+    norm tells how its columns were scaled. Raises SourceError if data cannot be read.
     """
     tally = Tally()
     scaling = Scaling(view, parent) if smoothed else None

@@ -1,4 +1,4 @@
-"""What the parent tells of all that is no weight: config.json, and the files beside it."""
+"""Compare config.json and side files with the parent's."""
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
@@ -65,7 +65,7 @@ LICENCE_MISSING: Final = rule(
 
 
 def check_config(config: Mapping[str, Any], parent: Mapping[str, Any]) -> Iterator[Finding]:
-    """What config.json lost, and what it says differently."""
+    """Keys that config.json lost, and keys with another value than the parent's."""
     keys = [key for key in parent if key not in (*_STAMPS, "quantization_config")]
     lost = [key for key in keys if key not in config]
     changed = [key for key in keys if key in config and config[key] != parent[key]]
@@ -78,7 +78,7 @@ def check_config(config: Mapping[str, Any], parent: Mapping[str, Any]) -> Iterat
 
 
 def check_side_files(view: ModuleView, parent: ModuleView) -> Iterator[Finding]:
-    """Files of the parent that are missing, or other than the parent's."""
+    """Files of the parent that are missing or differ."""
     mine, theirs = view.checkpoint.source, parent.checkpoint.source
     needed = [path for path in theirs.files if _like(path, _NEEDED)]
     missing = [path for path in needed if path not in mine.files]

@@ -1,6 +1,6 @@
-"""What AWQ scaled, by how much as far as norms tell, and the parent's weights after the same.
+"""How much AWQ scaled each module, as far as norms tell, and the parent's weights scaled alike.
 
-A norm was divided by what the columns of all that read it were multiplied with.
+AWQ divides a norm by a vector, and multiplies the columns of all modules that read the norm.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from mquant.weights.stored_weight import Rows, StoredWeight, read
 
 
 class Scaling:
-    """How much a checkpoint's modules were scaled, beside the parent's."""
+    """The factors by which a checkpoint's modules were scaled, compared with the parent's."""
 
     def __init__(self, view: ModuleView, parent: ModuleView) -> None:
         self._layout, self._parent = view, parent
@@ -29,7 +29,7 @@ class Scaling:
         return module.tensor_role is not None and module.tensor_role.row.name in self._fed_by
 
     def factors(self, module: Module) -> Floats | None:
-        """What each column of one was multiplied with, float32 [in]; None if no norm tells."""
+        """The factor of each column of a module, float32 [in]; None if no norm tells."""
         tensor_role = module.tensor_role
         by = self._fed_by.get(tensor_role.row.name) if tensor_role else None
         if tensor_role is None or by is None or by.role is not Role.NORM or by is tensor_role.row:
@@ -50,7 +50,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Scaled(StoredWeight):
-    """A parent's weight [out, in], its columns multiplied with factors [in] as they are read."""
+    """A parent's weight [out, in] whose columns are multiplied with factors [in] as it is read."""
 
     factors: Floats
 
@@ -61,7 +61,7 @@ class Scaled(StoredWeight):
 
 
 def scaled(weight: StoredWeight, factors: Floats) -> StoredWeight:
-    """A weight with its columns scaled; itself, if there are not as many factors."""
+    """A weight with its columns scaled; the weight itself if the number of factors differs."""
     if factors.shape != (weight.shape[1],):
         return weight
     return Scaled(weight.view, weight.module, weight.format, weight.shape, factors)

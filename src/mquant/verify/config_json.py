@@ -68,7 +68,7 @@ FORMAT_DIFFERS: Final = rule(
 
 
 def check_config_json(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
-    """Judge config.json by itself, and beside the tensors that are there."""
+    """Judge config.json alone, and config.json against the tensors that are there."""
     config = view.checkpoint.config
     for key in ("architectures", *(view.family.required_config if view.family else ())):
         if key not in config:
@@ -113,7 +113,7 @@ def check_config_json(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
 
 
 def _invalid(view: ModuleView) -> Iterator[str]:
-    """What no loader could parse, as ends of a sentence."""
+    """Why no loader could parse the quantization config, as ends of sentences."""
     stated = view.checkpoint.config.get("quantization_config")
     if stated is not None and not isinstance(stated, dict):
         yield "is no table of keys"

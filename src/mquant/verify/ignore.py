@@ -1,4 +1,4 @@
-"""Whether something is quantized that loaders refuse, or ignored in vain: the origin bug."""
+"""Judge the ignore list: what is quantized that loaders refuse, and what is ignored in vain."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ _PLURAL: Final = {Role.ROUTER: "routers", Role.EMBEDDING: "embeddings", Role.HEA
 
 @dataclass(frozen=True, slots=True)
 class RoleCount:
-    """The modules of one role: how many there are, kept plain, quantized, meant by `ignore`."""
+    """The modules of one role: how many there are, are plain, are quantized, are in `ignore`."""
 
     role: Role
     found: int
@@ -30,7 +30,7 @@ class RoleCount:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An entry of the ignore list, and how many names of each sort it matches."""
+    """An entry of the ignore list, and how many names of each kind the entry matches."""
 
     entry: str
     hub: int
@@ -40,10 +40,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class IgnoreReport:
-    """What `verify-ignore` found.
+    """The result of `verify-ignore`.
 
-    `verdict` is one sentence. `quantized` are the modules loaders refuse quantized, with their
-    suffixes on disk; `uncovered` those that are kept but that the list does not mean.
+    `verdict` is one sentence. `quantized` are modules that loaders refuse quantized, with their
+    suffixes on disk. `uncovered` are modules that are plain and that the list does not name.
     """
 
     verdict: str
@@ -102,7 +102,7 @@ class IgnoreReport:
 def check_ignore(view: ModuleView) -> IgnoreReport:
     """Judge what is quantized, and the ignore list, as vLLM does when it loads the checkpoint.
 
-    Raises SourceError for an ignore list that takes too long to be judged.
+    Raises SourceError if the ignore list takes too long to match.
     """
     vllm_view = vllm_view_of(view)
     quantized = [j for j in vllm_view.judged if j.role.refused_by_loaders and j.module.quantized]

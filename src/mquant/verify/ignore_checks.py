@@ -1,4 +1,4 @@
-"""The checks of `verify-ignore`: one finding a rule, however many modules it is about."""
+"""The checks of `verify-ignore`: one finding for each rule, however many modules break it."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator
@@ -109,10 +109,10 @@ IGNORE_RULES: Final = (
 def findings_of(
     vllm_view: VllmView, quantized: list[Judged], uncovered: list[str]
 ) -> list[Finding]:
-    """Everything to be said of a checkpoint; nothing, if nothing is quantized.
+    """All findings about a quantized checkpoint; none if nothing is quantized.
 
-    `quantized` are the modules that loaders refuse quantized; `uncovered` the names of those
-    that are kept, but that the ignore list does not mean.
+    `quantized` are modules that loaders refuse quantized. `uncovered` are names of modules that are
+    plain and that the ignore list does not name.
     """
     view = vllm_view.view
     if not view.method and not view.quantized:
@@ -181,7 +181,7 @@ def _bad_entries(vllm_view: VllmView) -> Iterator[Finding]:
 
 
 def _disagreements(vllm_view: VllmView) -> Iterator[Finding]:
-    """Where vLLM builds a layer in one way and the tensors on disk are of the other."""
+    """Findings about layers that vLLM builds in one way and that lie on disk in another."""
     split = [group.members[0].module.name for group in vllm_view.groups if group.quantized is None]
     if split:
         yield FUSED_SET_SPLIT.finding(

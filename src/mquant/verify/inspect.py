@@ -1,4 +1,4 @@
-"""What a checkpoint is, from headers and config.json alone; and what is unusual about it."""
+"""What a checkpoint is, and what is unusual about it, from headers and config.json alone."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -66,10 +66,10 @@ class Portion:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint at a glance. None: config.json or the family does not say.
+    """A checkpoint at a glance. None means that config.json or the family does not say.
 
-    `unpruned_experts` is what the family's releases have; `bytes` counts tensors, `file_bytes`
-    whole shards; `parameters` is None if weights are packed.
+    `unpruned_experts` is the number in the family's releases. `bytes` counts tensors, `file_bytes`
+    whole shards. `parameters` is None if weights are packed.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Inspection:
 
     @property
     def pruned(self) -> bool:
-        """Whether it has fewer experts than the family's releases."""
+        """Whether the checkpoint has fewer experts than the family's releases."""
         return None not in (self.experts, self.unpruned_experts) and (
             (self.experts or 0) < (self.unpruned_experts or 0)
         )
@@ -106,7 +106,7 @@ class Inspection:
 
 
 def inspect(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Inspection:
-    """Look at a checkpoint, whole or not, quantized or not, of a known family or not."""
+    """Inspect a checkpoint: whole or not, quantized or not, of a known family or not."""
     found = survey(checkpoint, families)
     family = found.family
     known, unknown = _classify(checkpoint, family)
@@ -224,7 +224,7 @@ def _unusual(
 
 
 def _dtypes(inspection: Inspection, known: list[Known]) -> Iterable[Finding]:
-    """Tensors of another dtype than most bytes have: a router kept in F32 beside BF16, say."""
+    """Findings about tensors of another dtype than most bytes have, such as a router in F32."""
     if inspection.quantization is not None or len(inspection.dtypes) < 2:
         return
     main = inspection.dtypes[0].name

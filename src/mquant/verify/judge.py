@@ -1,4 +1,4 @@
-"""Judge a checkpoint: read what its depth needs, apply every rule, and say what was looked at."""
+"""Judge a checkpoint: read what its depth needs, apply every rule, and say what was not judged."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -38,13 +38,13 @@ class Depth(StrEnum):
 
 @dataclass(frozen=True)
 class Report:
-    """What a verification found, and what it looked at.
+    """The result of a verification.
 
-    `findings` stand errors first; `wrong` are all tensors with wrong numbers. `checked` names what
-    was judged: structure, numbers, and the parent, `sampled` or not. `bytes_read` and `requests`
-    count what came from a hub, both checkpoints together; None if nothing did. `loader` is what
-    a real loader made of it. `not_judged` says of rules that were not applied why not; `undecided`
-    is a sentence if that decides whether a loader takes the checkpoint, and no loader said it.
+    `findings` are sorted, errors first; `wrong` are all tensors with wrong numbers. `checked` names
+    what was judged: structure, numbers, and the parent (`sampled` or not). `bytes_read` and
+    `requests` count what both checkpoints took from a hub; None if no hub was asked. `loader` is a
+    real loader's verdict. `not_judged` says why rules were not applied. `undecided` is a sentence
+    if that decides whether a loader takes the checkpoint, and no loader was asked.
     """
 
     source: str
@@ -126,11 +126,11 @@ def verify(
     *,
     ask_vllm: bool = False,
 ) -> Report:
-    """Judge a checkpoint, and, where `parent` is given, whether it is made from that.
+    """Judge a checkpoint; if `parent` is given, also whether it was made from the parent.
 
-    `depth` None: `numbers` for a folder, `structure` for a hub repo. `ask_vllm`: have vLLM load
-    the headers too. Raises SourceError if there is no checkpoint to judge, or it cannot be
-    read, LoaderError if there is no vLLM to ask.
+    `depth` None: `numbers` for a folder, `structure` for a hub repo. `ask_vllm`: vLLM loads the
+    headers too. Raises SourceError if there is no checkpoint or it cannot be read, LoaderError if
+    there is no vLLM.
     """
     if ask_vllm:
         find_python()  # before anything is read

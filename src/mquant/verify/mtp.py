@@ -1,4 +1,4 @@
-"""What is no fault of a checkpoint, and worth knowing before it is served."""
+"""Whether modules for multi-token prediction are there: no fault, but worth knowing."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
@@ -20,9 +20,9 @@ MTP_WITHOUT_TENSORS: Final = rule(
 def check_mtp(
     family: Family, config: Mapping[str, Any], found: Iterable[tuple[str, TensorRole | None]]
 ) -> Iterator[Finding]:
-    """Whether config.json promises modules for multi-token prediction that are not there.
+    """The finding that config.json promises modules for multi-token prediction that are missing.
 
-    `found` are names of tensors or modules, and what the family makes of each.
+    `found` are names of tensors or modules, and what the family makes of each name.
     """
     key = family.config.mtp
     count = config.get(key) if key else None

@@ -1,4 +1,4 @@
-"""What of a checkpoint was not judged, and whether that decides if a loader takes it.
+"""What was not judged, and whether that decides if a loader takes the checkpoint.
 
 A rule that was not applied has not passed.
 """
@@ -42,7 +42,7 @@ def not_judged(
 ) -> dict[str, str]:
     """Why rules were not applied, by id.
 
-    `looked` is what was read, as `Rule.needs` calls it. A rule that found something was applied.
+    `looked` is what was read, as `Rule.needs` names it. A rule with a finding was applied.
     """
     clauses, looked = unknown(view), set(looked)
     applied = {finding.rule for finding in findings}
@@ -58,7 +58,7 @@ def not_judged(
 def undecided(view: ModuleView) -> str:
     """One sentence if what is not known decides whether a loader takes the checkpoint.
 
-    Empty for a checkpoint that neither is quantized nor says so.
+    Empty if the checkpoint is not quantized and config.json does not say that it is.
     """
     clauses = unknown(view)
     if not clauses or not (view.method or view.quantized):

@@ -1,6 +1,6 @@
-"""What the data tell: scales that can be divided by, and no number that is none.
+"""What the data tell: scales must be usable, and numbers must be finite.
 
-Everything is read once, in pieces: memory stays at a few times PIECE, whatever the checkpoint.
+All data is read once, in pieces: memory stays at a few times PIECE, whatever the checkpoint.
 """
 
 from collections import defaultdict, deque
@@ -126,9 +126,9 @@ GLOBAL_SCALES_RECIPROCAL: Final = rule(
 
 @dataclass
 class _Seen:
-    """What one task found: breaks of rules, and the global scale of its module.
+    """What one task found: broken rules, and the global scale of its module.
 
-    `divisor` is that scale's name and value, if it is compressed-tensors' own.
+    `divisor` is the name and value of that scale, if it is compressed-tensors' own.
     """
 
     module: Module | None = None

@@ -1,4 +1,4 @@
-"""Whether quantized modules have all their parts, and those that loaders make one of are alike."""
+"""Whether quantized modules have all their parts, and fused sets and experts are alike."""
 
 from collections import defaultdict
 from collections.abc import Mapping

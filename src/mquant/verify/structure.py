@@ -1,4 +1,4 @@
-"""What headers and JSON tell: whether all of the model is there, and every part as it must be."""
+"""Judge headers and JSON: whether the whole model is there, and every part as it must be."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -56,9 +56,10 @@ def check_structure(view: ModuleView) -> tuple[Finding, ...]:
 
 
 def _members(view: ModuleView, kinds: Kinds) -> list[Member]:
-    """Every known tensor as if nothing were quantized: of a quantized module, its weight.
+    """Every known tensor as if nothing were quantized: a quantized module counts as its weight.
 
-    What has a loaded model's name counts as what it is: it has a finding of its own.
+    A tensor with a loaded model's name counts as the tensor that it is; another rule judges the
+    name.
     """
     members: list[Member] = []
     family, config = view.family, view.checkpoint.config

@@ -4,9 +4,9 @@ from mquant.findings import Finding, Rule
 
 
 class Tally:
-    """Collects what is wrong. A checkpoint broken in one way 20,000 times is one sentence.
+    """Collects findings: a rule that 20,000 tensors break makes one sentence.
 
-    `places` are all the names that were found wrong.
+    `places` are the names of all tensors that break a rule.
     """
 
     def __init__(self) -> None:
@@ -15,7 +15,7 @@ class Tally:
         self._more: dict[Rule, int] = {}
 
     def add(self, rule: Rule, where: str, message: str, fix: str = "") -> None:
-        """Note a break of a rule; `message` is a sentence without its full stop."""
+        """Note that a rule is broken; `message` is a sentence without its full stop."""
         self.places.add(where)
         if rule in self._first:
             self._more[rule] = self._more.get(rule, 0) + 1
@@ -23,7 +23,7 @@ class Tally:
             self._first[rule] = (where, message, fix)
 
     def findings(self) -> tuple[Finding, ...]:
-        """What was noted, the first of each rule told."""
+        """One finding for each broken rule: the first place, and how many more there are."""
         found = []
         for rule, (where, message, fix) in self._first.items():
             more = self._more.get(rule, 0)

@@ -54,7 +54,7 @@ KERNEL_SHAPE: Final = rule(
 
 @dataclass(frozen=True, slots=True)
 class KernelLimits:
-    """What a loader's kernel for experts asks for: multiples of these."""
+    """The multiples that a loader's kernel for experts needs."""
 
     name: str
     hidden: int
@@ -76,9 +76,9 @@ class SplitWeight:
 
 
 def check_parallel(view: ModuleView) -> Iterator[Finding]:
-    """Which tensor-parallel sizes work; nothing if other layouts than NVFP4 are among it.
+    """The tensor-parallel sizes that work; nothing if the checkpoint has other layouts than NVFP4.
 
-    For checkpoints without errors: else the shapes may be what is wrong.
+    The checkpoint must have no errors: otherwise shapes may be what is wrong.
     """
     family, config = view.family, view.checkpoint.config
     kinds = {m.name: kind for m in view.modules.values() if (kind := format_of(view, m))}
@@ -132,7 +132,7 @@ def _reason(
     config: Mapping[str, Any],
     weights: list[SplitWeight],
 ) -> str:
-    """Why a loader cannot run it on so many GPUs, as the end of a sentence; empty if it can."""
+    """Why a loader cannot run the model on so many GPUs, as the end of a sentence; or empty."""
     keys = family.config
     heads = family.value(keys.heads, config) or 0
     if heads % ranks:
@@ -148,7 +148,7 @@ def _reason(
 
 
 def _cut(loader: KernelLimits, ranks: int, family: Family, weight: SplitWeight) -> str:
-    """Why one weight cannot be split by its inputs: it writes the hidden state (o, down)."""
+    """Why the inputs of one weight (o, down) cannot be split; empty if they can."""
     if weight.row.shape[:1] != (family.config.hidden,):
         return ""  # heads, and the inputs of down, are what the others' outputs are
     out, wide = weight.shape

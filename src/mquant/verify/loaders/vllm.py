@@ -1,8 +1,8 @@
 """vLLM's own verdict, without a GPU and without a weight.
 
-vLLM parses the config, builds the model and loads the headers, in a Python of its own
-(`vllm_probe.py` says how). What it refuses is an error in its own words; so is what it drops,
-leaves unset, bends or converts without a word.
+vLLM parses the config, builds the model and loads the headers in a Python of its own
+(`vllm_probe.py`). A refusal is an error in vLLM's words. Tensors that vLLM silently drops, leaves
+unset, reshapes or converts are errors too.
 """
 
 import os
@@ -94,9 +94,9 @@ VLLM_NOT_ASKED: Final = rule(
 
 @dataclass(frozen=True)
 class Verdict:
-    """What vLLM made of a checkpoint: `loads`, `refuses`, `loads wrong` or `not asked`.
+    """vLLM's verdict: `loads`, `refuses`, `loads wrong` or `not asked`.
 
-    `words` are vLLM's own, where it stopped.
+    `words` are vLLM's own, if vLLM stopped.
     """
 
     version: str
@@ -127,7 +127,7 @@ def ask(source: Source, shards: tuple[str, ...]) -> Verdict:
 
 
 def read_verdict(said: Mapping[str, Any], why: str = "") -> Verdict:
-    """Findings from what the probe wrote; `why` it did not come to an end, where it did not."""
+    """The verdict from the probe's result; `why` says why the probe did not finish, if so."""
     version, stage = str(said.get("vllm", "?")), str(said.get("stage", "start"))
     if stage == "done":
         found = tuple(_silent(said))
@@ -146,7 +146,7 @@ def read_verdict(said: Mapping[str, Any], why: str = "") -> Verdict:
 
 
 def _silent(said: Mapping[str, Any]) -> list[Finding]:
-    """What vLLM does to tensors without a word, one finding of each kind."""
+    """Findings about tensors that vLLM mistreats silently, one of each kind."""
     version = said.get("vllm", "?")
     counts = said.get("counts", {})
 
@@ -172,10 +172,9 @@ def _sentence(text: str) -> str:
 
 
 def _materialise(source: Source, shards: tuple[str, ...], folder: Path) -> None:
-    """The checkpoint in `folder`: JSON whole, shards as sparse files with their headers.
+    """Write the checkpoint into `folder`: JSON whole, shards as sparse files with their headers.
 
-    Names come from the source's own listing, of top-level files only; nothing else is followed.
-    Raises LoaderError if the disk does not take them.
+    Names come from the source's listing of top-level files. Raises LoaderError if the disk is full.
     """
     folder.mkdir()
     for name in _JSON:
@@ -203,9 +202,10 @@ def _materialise(source: Source, shards: tuple[str, ...], folder: Path) -> None:
 
 
 def _run(python: Path, folder: Path, result: Path, materialise: Callable[[], None]) -> str:
-    """Run the probe; returns why it did not come to an end, where it did not.
+    """Run the probe; returns why the probe did not finish, or an empty string.
 
-    It imports vLLM, for seconds, while `materialise` makes the folder, and then waits for it.
+    The probe imports vLLM for seconds while `materialise` fills the folder; then the probe waits
+    for the folder.
     """
     # No tokens, no proxies, no settings of this process; vLLM gets its own home to write to.
     keep = {"PATH": os.environ.get("PATH", ""), "HOME": str(result.parent), "LC_ALL": "C.UTF-8"}
