@@ -1,4 +1,4 @@
-"""One source made of files of others: what a checkpoint is put together from."""
+"""A source that is put together from files of other sources."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,10 +14,9 @@ Parts = Mapping[str, tuple[Source, str]]
 
 
 class Assembly:
-    """Files of several sources under one name, each under a path of its own.
+    """Files of several sources under one name, each file under a path of its own.
 
-    Nothing is copied. `stamps` tells when a local file changes; one of a hub, which is fixed by
-    its commit, has its size alone.
+    Nothing is copied. `stamps` tells when a local file changes; a hub's commit fixes a hub's file.
     """
 
     def __init__(self, name: str, parts: Parts) -> None:
@@ -38,7 +37,7 @@ class Assembly:
     def materialize(self, emit: Emit, only: Collection[str] | None = None) -> "Assembly":
         """The assembly with the files of `only` on this machine; other files stay where they are.
 
-        Each source is downloaded once, with the files that are needed of it.
+        Each source is downloaded once, and only its files that are needed.
         """
         parts = dict(self.parts)
         wanted = parts if only is None else {path: parts[path] for path in only}
@@ -72,9 +71,9 @@ class Assembly:
 
 
 class AssemblyReader:
-    """A `Reader` of an assembly's files: folders' by their own, hubs' by one request for each read.
+    """A reader of an assembly's files: each source is read by its own reader.
 
-    `bytes_read` counts what came of each source.
+    `bytes_read` counts the bytes that came from each source.
     """
 
     def __init__(self, assembly: Assembly) -> None:
@@ -92,12 +91,12 @@ class AssemblyReader:
             self.bytes_read[source] += len(buffer)
 
     def prefetch(self, path: str, start: int, end: int) -> None:
-        """Have the system fetch bytes [start, end) of a local file meanwhile."""
+        """Ask the system to fetch bytes [start, end) of a local file meanwhile."""
         source, inner = self._assembly.parts[path]
         self._readers[source].prefetch(inner, start, end)
 
     def check(self, path: str) -> None:
-        """Raise SourceError if a local file was written to since its folder was looked at."""
+        """Raise SourceError if a local file was written to since its folder was read."""
         source, inner = self._assembly.parts[path]
         self._readers[source].check(inner)
 

@@ -89,13 +89,12 @@ TENSOR_NOT_IN_INDEX: Final = rule(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that can be known of a checkpoint without reading a weight.
+    """Everything that headers, index and config.json say of a checkpoint.
 
-    `tensors` is keyed by name, in natural order of shards and positions; `config` is the raw
-    JSON; `findings` are the ways in which index and headers disagree. `total_size` is what the
-    index claims all tensors' bytes are, where it claims a number; `index` in which shard it says
-    each tensor is, unchecked. `again` are tensors stored once more, under the name of one in
-    `tensors`.
+    `tensors` is keyed by name, in natural order of shards and positions. `config` is the raw JSON.
+    `findings` are disagreements of index and headers. `total_size` is the index's claim of all
+    tensors' bytes, if the index has a number; `index` maps each tensor to the shard that the index
+    claims. `again` are tensors stored once more, under the name of a tensor in `tensors`.
     """
 
     source: Source
@@ -134,11 +133,11 @@ class Checkpoint:
 
 
 def open_checkpoint(source: Source, *, tolerant: bool = False) -> Checkpoint:
-    """Read config, index and every header of a checkpoint.
+    """Read config.json, the index and every header of a checkpoint.
 
-    Raises SourceError if one is missing or unreadable, HeaderError if a header lies.
-    Disagreements of index and headers, and tensors stored twice, are findings. `tolerant` is for
-    judging: a header that lies is a finding too, and so are shards of which there is none.
+    Raises SourceError if one of these is missing or unreadable, HeaderError if a header lies.
+    Disagreements of index and headers, and tensors stored twice, are findings. With `tolerant`,
+    which is for judging, a lying header and a missing shard are findings too.
     """
     if CONFIG_NAME not in source.files:
         raise SourceError(
@@ -207,9 +206,9 @@ def read_header(source: Source, shard: str) -> tuple[TensorInfo, ...]:
 
 
 def read_first(source: Source, shard: str, allowed: "_Allowance | None" = None) -> bytes:
-    """A shard's bytes before its data, from one read, or two where the header is long.
+    """A shard's bytes before its data, from one read, or from two if the header is long.
 
-    Raises HeaderError if its length cannot be true, SourceError if it is not `allowed`.
+    Raises HeaderError if the header's length cannot be true, SourceError if it is not `allowed`.
     """
     size = source.files[shard]
     first = source.read(shard, 0, min(FIRST_READ, size))
@@ -220,7 +219,7 @@ def read_first(source: Source, shard: str, allowed: "_Allowance | None" = None) 
 
 
 def read_json(source: Source, path: str) -> dict[str, Any]:
-    """A JSON object of the checkpoint. Raises SourceError if it is not one."""
+    """A JSON object of the checkpoint. Raises SourceError if the file holds something else."""
     most = MAX_JSON_BYTES if path == INDEX_NAME else MAX_CONFIG_BYTES
     too_large = SourceError(f"{path} is too large to be what it says.", "Get the file again.")
     if source.files.get(path, 0) > most:
@@ -260,7 +259,7 @@ def _read_headers(
 
 
 class _Allowance:
-    """How much all headers of a checkpoint may hold together. Threads share it."""
+    """How much all headers of a checkpoint may hold together. Threads share the allowance."""
 
     def __init__(self, name: str) -> None:
         self._name = name

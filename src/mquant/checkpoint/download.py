@@ -34,7 +34,7 @@ _OTHER_WEIGHTS: Final = (
 
 
 class Downloadable(Protocol):
-    """What is asked of a repo to download it: a `HubRepo`."""
+    """What `download` needs of a repo. A `HubRepo` has it."""
 
     repo_id: str
     commit: str
@@ -55,11 +55,11 @@ class Downloadable(Protocol):
 
 
 def download(repo: Downloadable, emit: Emit, only: Collection[str] | None = None) -> Path:
-    """Bring the repo's commit into the Hugging Face cache, and return its folder there.
+    """Download the repo's commit into the Hugging Face cache, and return its folder there.
 
-    `only` names the files to bring; None: all but weights in other formats than safetensors, or in
-    subfolders. Files that are there already are not fetched again. Raises SourceError if it
-    fails.
+    `only` names the files to download; None: all files but weights in other formats than
+    safetensors, and weights in subfolders. Files in the cache are not fetched again. Raises
+    SourceError if the download fails.
     """
     chosen = [path for path in repo.files if (_matters(path) if only is None else path in only)]
     wanted = {path: repo.files[path] for path in chosen}
@@ -112,7 +112,7 @@ def _snapshot(repo: Downloadable, wanted: Mapping[str, int], emit: Emit) -> Path
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what huggingface_hub logs (each retry is a warning) off stderr; failures still raise."""
+    """Keep huggingface_hub's log lines (a retry is a warning) off stderr. Failures still raise."""
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()

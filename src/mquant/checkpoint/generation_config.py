@@ -1,4 +1,4 @@
-"""How the model's makers recommend to sample from it: generation_config.json."""
+"""generation_config.json: how the model's makers recommend to sample."""
 
 from typing import Final
 
@@ -20,7 +20,7 @@ _MOST: Final = 1e9
 
 
 def read_sampling(source: Source) -> dict[str, float | bool]:
-    """What generation_config.json recommends, in the order of its importance."""
+    """What generation_config.json recommends, the most important key first."""
     if GENERATION not in source.files:
         return {}
     said = read_json(source, GENERATION)

@@ -11,9 +11,9 @@ _PIECE: Final = 16_000_000
 
 
 def sha256_of(source: Source, sizes: Mapping[str, int], emit: Emit) -> Iterator[tuple[str, str]]:
-    """The name and sha256 of each file, read one after another when they are asked for.
+    """The name and sha256 of each file; a file is read when its turn comes.
 
-    `sizes` has each one's bytes. Raises what reading the source raises.
+    `sizes` has the bytes of each file. Raises what reading the source raises.
     """
     total, done = sum(sizes.values()), 0
     for name, size in sizes.items():

@@ -1,8 +1,8 @@
 """safetensors headers, read as hostile input.
 
-A file is 8 bytes of little-endian header length, a JSON header, then the data. Everything in the
-header is somebody else's claim: lengths, offsets and shapes are checked against each other and
-against the file's real size before anything is allocated or read by them.
+A file is 8 bytes of little-endian header length, a JSON header, then the data. A header may lie:
+lengths, offsets and shapes are checked against each other and against the file's size before
+anything is allocated or read.
 """
 
 import json

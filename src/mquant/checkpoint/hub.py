@@ -1,8 +1,8 @@
-"""A hub repo as a `Source`: its list of files, and ranges of them by HTTP.
+"""A hub repo as a `Source`: its list of files, and ranges of files by HTTP.
 
-Everything a hub answers is somebody else's claim: the commit, names, sizes, ranges and lengths
-are checked. huggingface_hub and httpx are imported where they are used: they take a third of a
-second, and `mquant --help` needs neither.
+A hub's answer may lie: the commit, names, sizes, ranges and lengths are checked. Functions import
+huggingface_hub and httpx when they need them: the import takes a third of a second, and
+`mquant --help` needs neither.
 """
 
 import contextlib
@@ -42,17 +42,17 @@ _LOG_IN: Final = "log in with `hf auth login` or set HF_TOKEN"
 
 
 class NoSuchRepo(SourceError):
-    """There is no such repo, or this token may not know of it."""
+    """The repo does not exist, or the token may not know of the repo."""
 
 
 class HubRepo:
     """A model repo on the hub, at one commit.
 
-    The commit is fixed when the object is made: what is read later is of that commit, whatever is
-    pushed meanwhile. `sha256` has the digests of large files, as the hub lists them, `blobs` git's
-    names of the others. Reads may come from many threads. HF_ENDPOINT and the token are
-    huggingface_hub's, read when the object is made; the token goes to that host only. `requests`
-    and `bytes_read` count what was asked for and came back, retries included.
+    The commit is fixed when the object is made: later reads are of that commit, whatever is pushed
+    meanwhile. `sha256` has the hub's digests of large files, `blobs` git's names of small files.
+    Any thread may read. HF_ENDPOINT and the token are huggingface_hub's, read when the object is
+    made; the token goes to that host only. `requests` and `bytes_read` count requests and bytes,
+    retries included.
 
     Raises SourceError if the repo cannot be listed.
     """
@@ -97,7 +97,7 @@ class HubRepo:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """None: the files are not on this machine."""
+        """Empty: the files are not on this machine."""
         return ()
 
     def materialize(self, emit: Emit, only: Collection[str] | None = None) -> Folder:
@@ -111,7 +111,7 @@ class HubRepo:
         return host_of(self.endpoint)
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes [start, end) of a file, in one request where nothing fails."""
+        """Bytes [start, end) of a file, in one request if nothing fails."""
         size = self.files.get(path)
         if size is None:
             raise SourceError(
@@ -129,7 +129,7 @@ class HubRepo:
         return retrying(lambda: self._range(url, path, start, end))
 
     def lists(self, path: str, content: bytes) -> bool:
-        """Whether these bytes are a file of the repo, by the digest that the hub lists."""
+        """Whether these bytes are a file of the repo, by the digest in the hub's list."""
         if path in self.sha256:
             return hashlib.sha256(content).hexdigest() == self.sha256[path]
         blob = b"blob %d\0" % len(content) + content
@@ -195,7 +195,7 @@ class HubRepo:
             raise self.nonsense(f"answers with another part of {path} than asked for")
 
     def _body(self, response: "httpx.Response", skip: int, limit: int) -> bytes:
-        """`limit` bytes of a body after the first `skip`; what is beyond is never read."""
+        """`limit` bytes of a body after the first `skip`; later bytes are never read."""
         data = bytearray()
         for chunk in response.iter_raw():
             with self._count:
@@ -209,10 +209,10 @@ class HubRepo:
 
     @contextlib.contextmanager
     def _get(self, url: str, headers: dict[str, str]) -> "Iterator[httpx.Response]":
-        """One GET, redirects followed by hand: the token must not go where they lead.
+        """One GET. Redirects are followed by hand: the token must not go to other hosts.
 
-        If a file was redirected to, it is asked for until that fails: the hub limits how often
-        it is asked, its storage does not.
+        If a file was redirected, later requests go to the new address until that fails: the hub
+        limits how often it is asked, its storage does not.
         """
         import httpx
         from huggingface_hub.errors import OfflineModeIsEnabled
@@ -257,14 +257,14 @@ class HubRepo:
             raise Again(self.unreachable()) from None
 
     def refuse(self, response: "httpx.Response", path: str = "") -> NoReturn:
-        """Raise what an answer that is no success means; `Again` if it may pass."""
+        """Raise the error of an answer that is no success; `Again` if the failure may pass."""
         error = self._explain(response, path)
         if response.status_code in _TRANSIENT:
             raise Again(error, asked_to_wait(response.headers))
         raise error
 
     def _explain(self, response: "httpx.Response", path: str = "") -> SourceError:
-        """What a status and the hub's own error headers mean, as a sentence and a fix."""
+        """A status and the hub's error headers, as a sentence and a fix."""
         status = response.status_code
         code = response.headers.get("X-Error-Code", "")
         said = response.headers.get("X-Error-Message", "")
@@ -321,18 +321,18 @@ class HubRepo:
         return f"{split.scheme}://{split.netloc.rpartition('@')[2]}/{self.repo_id}"
 
     def nonsense(self, what: str) -> SourceError:
-        """The error of a hub that does `what` no hub does."""
+        """The error if a hub's answer makes no sense."""
         return SourceError(f"{self.host} {what}.", "Check HF_ENDPOINT, or try again later.")
 
     def unreachable(self) -> SourceError:
-        """The error of a hub that does not answer."""
+        """The error if the hub does not answer."""
         return SourceError(
             f"{self.host} cannot be reached.",
             "Check the network, proxy and HF_ENDPOINT, or give the folder of a local copy.",
         )
 
     def offline(self) -> SourceError:
-        """The error of asking while huggingface_hub is told not to."""
+        """The error if huggingface_hub may not use the network."""
         return SourceError(
             f"HF_HUB_OFFLINE is set, so {self.repo_id} cannot be read from {self.host}.",
             "Unset it, or give the folder of a local copy.",

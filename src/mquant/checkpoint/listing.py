@@ -1,4 +1,4 @@
-"""What a hub lists of a repo, as somebody else's claim: the commit, names, sizes and digests."""
+"""The hub's list of a repo, read as hostile input: the commit, names, sizes and digests."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Listing:
-    """A repo at a commit, as the hub tells it."""
+    """The hub's list of a repo at a commit."""
 
     commit: str
     private: bool
@@ -24,7 +24,7 @@ class Listing:
 
 
 def parse_listing(raw: bytes) -> Listing:
-    """The hub's answer about a repo. Raises ValueError, saying what the hub does wrong."""
+    """The list in a hub's answer. Raises ValueError, saying what is wrong with the answer."""
     try:
         listing = parse_json(raw)
         commit, siblings = listing["sha"], listing["siblings"]

@@ -1,4 +1,4 @@
-"""Reading a folder's files into one's own buffers, in parallel, and noticing when they change."""
+"""Read a folder's files into buffers, in parallel, and notice files that change."""
 
 import os
 from contextlib import suppress
@@ -17,7 +17,7 @@ class Reader:
     """Open files of a folder. Any number of threads may read at once.
 
     Bytes are read, not mapped: mapped pages count as this process's memory, and a mapped file that
-    shrinks kills it.
+    shrinks kills the process.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -49,14 +49,14 @@ class Reader:
             done += got
 
     def prefetch(self, path: str, start: int, end: int) -> None:
-        """Have the system fetch bytes [start, end) from the disk meanwhile. A hint: never fails."""
+        """Ask the system to fetch bytes [start, end) from the disk meanwhile. Never fails."""
         with suppress(OSError, SourceError):
             file = self._open(path)
             for at in range(start, end, _PREFETCH_BYTES):
                 os.posix_fadvise(file, at, min(_PREFETCH_BYTES, end - at), os.POSIX_FADV_WILLNEED)
 
     def check(self, path: str) -> None:
-        """Raise SourceError if a file was written to since its folder was looked at."""
+        """Raise SourceError if a file was written to since its folder was read."""
         if stamp(os.fstat(self._open(path))) != self._folder.stamps[path]:
             raise SourceError(f"{path} changed while it was read.", _FIX)
 
@@ -83,7 +83,7 @@ class Reader:
 
 
 class RangeReader:
-    """The same of any source, by one `read` for each call: a hub, whose commit fixes its files."""
+    """Reads any source by one `read` for each call; for a hub, whose commit fixes its files."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -93,13 +93,13 @@ class RangeReader:
         buffer[:] = self._source.read(path, start, start + len(buffer))
 
     def prefetch(self, path: str, start: int, end: int) -> None:
-        """Nothing: what a hub sends is kept nowhere."""
+        """Do nothing: bytes of a hub are not kept."""
 
     def check(self, path: str) -> None:
-        """Nothing: a commit does not change."""
+        """Do nothing: a commit does not change."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
 
 def reader_of(source: Source) -> Reader | RangeReader:

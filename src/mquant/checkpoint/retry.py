@@ -1,4 +1,4 @@
-"""Trying again what may pass: a busy server, a broken connection."""
+"""Try again after failures that may pass: a busy server, a broken connection."""
 
 import random
 import time
@@ -15,7 +15,7 @@ LONGEST_WAIT: Final = 300.0  # the hub's own window of rate limits
 
 
 class Again(Exception):
-    """A failure that may pass. `wait`: how long the server asks for; `tries`: when to give up."""
+    """A failure that may pass. `wait` is the server's wish in seconds; `tries` is the limit."""
 
     def __init__(self, error: MquantError, wait: float | None = None, tries: int = TRIES) -> None:
         super().__init__(error.message)

@@ -1,4 +1,4 @@
-"""Where a checkpoint's bytes come from: a folder here; `hub` has the other one."""
+"""Where a checkpoint's bytes come from: the protocol, and a folder. `hub` has a hub repo."""
 
 import hashlib
 import os
@@ -20,7 +20,7 @@ def stamp(stat: os.stat_result) -> Stamp:
 
 
 class Source(Protocol):
-    """A named set of files that can be read in ranges. Nothing ever writes through it."""
+    """A named set of files that can be read in ranges. A source is never written to."""
 
     @property
     def name(self) -> str:
@@ -42,14 +42,14 @@ class Source(Protocol):
         """Bytes [start, end) of a file. Raises SourceError if fewer come back."""
 
     def identity(self) -> dict[str, str]:
-        """What tells this checkpoint from another; equal wherever the same files lie."""
+        """What tells this checkpoint from another: equal if the same files lie elsewhere."""
 
     def materialize(self, emit: Emit, only: Collection[str] | None = None) -> "Source":
         """The same files on this machine; a hub's are downloaded. `only`: these files suffice."""
 
 
 class Folder:
-    """A checkpoint folder on this machine, as it is now: `stamps` are of its files, by path."""
+    """A checkpoint folder on this machine. `stamps` has the stamp of each file by path."""
 
     def __init__(self, root: Path) -> None:
         if not root.exists():
@@ -113,9 +113,9 @@ class Folder:
     def identity(self) -> dict[str, str]:
         """`content`: sha256 over names, sizes, small files whole and samples of the shards.
 
-        64 samples of 4 KiB, evenly spread, stand for a large file, a shard's header included:
-        reading all of a 278 GB checkpoint to recognise it would cost as much as quantizing it.
-        The model card does not count: nothing is made of it.
+        A large file is sampled in 64 evenly spread pieces of 4 KiB, the shard's header included:
+        reading all of a 278 GB checkpoint to recognise it would cost as much as quantizing it. The
+        model card does not count: no output depends on it.
         """
         digest = hashlib.sha256()
         for path, size in self.files.items():
@@ -163,9 +163,9 @@ def _is_visible(name: str) -> bool:
 
 
 class Overlay:
-    """A source with some files in memory, in place of its own or beside them.
+    """A source with some files in memory, instead of its own files or beside them.
 
-    So a checkpoint can be judged before the files that make it one are written.
+    So a checkpoint can be judged before the files that make it a checkpoint are written.
     """
 
     def __init__(self, below: Source, files: Mapping[str, bytes]) -> None:
@@ -200,5 +200,5 @@ class Overlay:
         return self._below.read(path, start, end)
 
     def identity(self) -> dict[str, str]:
-        """The identity of the source below: what is in memory is not there yet."""
+        """The identity of the source below."""
         return self._below.identity()

@@ -1,8 +1,8 @@
-"""A hub repo's files on their way through a folder of bounded size, each in time to be read.
+"""A hub repo's files on their way through a folder of bounded size.
 
-Files come in the order in which the work needs them, whole where all of their tensors are needed,
-and go as soon as nothing will read them any more. A whole file is compared with the sha256 that the
-hub lists before anything is made of it. What an earlier run left in the folder is gone on with.
+Files come in the order in which the work needs them, and are deleted when no work needs them any
+more. A file comes whole if all its tensors are needed; then its sha256 must be the hub's before the
+file is used. A later run goes on with the files in the folder.
 """
 
 import hashlib
@@ -39,7 +39,8 @@ Work = Mapping[int, Iterable[TensorInfo]]
 class FilePart:
     """Bytes [start, end) of a file, which one or more pieces of work need.
 
-    `digest` is the sha256 of the whole file, if that is what is fetched and the hub lists it.
+    `digest` is the sha256 of the whole file, if the whole file is fetched and the hub lists a
+    digest.
     """
 
     path: str
@@ -63,10 +64,10 @@ class FilePart:
 
 
 def parts_of(repo: HubRepo, tensors: Iterable[TensorInfo], work: Work) -> list[FilePart]:
-    """What must be fetched, in this order. `tensors` are all that the repo holds.
+    """The parts to fetch, in order. `tensors` are all tensors of the repo.
 
-    Of each file the bytes from the first needed to the last; all of it, header included, where
-    these are all tensors.
+    A part goes from the first needed byte of a file to the last. If the work needs all tensors of
+    the file, the part is the whole file, header included.
     """
     held: dict[str, tuple[int, int]] = {}
     for info in tensors:
@@ -91,7 +92,7 @@ def _make_whole(part: FilePart, repo: HubRepo) -> None:
 
 
 def least_room(parts: Iterable[FilePart]) -> int:
-    """Bytes without which the work cannot be done: those of all files needed at any one time."""
+    """The least bytes with which the work can be done: of all files needed at one time."""
     changes = [change for p in parts for change in ((p.first, p.nbytes), (p.last + 1, -p.nbytes))]
     most = now = 0
     for _, change in sorted(changes):
@@ -101,11 +102,11 @@ def least_room(parts: Iterable[FilePart]) -> int:
 
 
 class Spool:
-    """Reads of a hub repo's files, each of which waits until its file is here. A `Reader`.
+    """A reader of a hub repo's files: a read waits until its file is on this machine.
 
-    At most `room` bytes lie in `folder`, which must be no less than `least_room`. Use it as a
-    context manager: inside, files are fetched. `done` says which work needs its files no longer.
-    Raises SourceError from any read once a file could not be had, or is not what the hub says.
+    At most `room` bytes lie in `folder`; `room` must be at least `least_room`. Files are fetched
+    while the spool is used as a context manager. `done` says which work needs its files no longer.
+    A read raises SourceError if a file cannot be fetched, or is not the file that the hub lists.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class Spool:
         self._folder.parent.rmdir()
 
     def read_into(self, path: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the file's bytes from `start` on, when they are here."""
+        """Fill `buffer` with the file's bytes from `start` on, when the file is there."""
         file, part, done = self._file(path), self._parts[path], 0
         while done < len(buffer):
             got = os.preadv(file, [buffer[done:]], start - part.start + done)
@@ -154,13 +155,13 @@ class Spool:
             done += got
 
     def prefetch(self, path: str, start: int, end: int) -> None:
-        """Nothing: all of it is on its way."""
+        """Do nothing: all files are on their way."""
 
     def check(self, path: str) -> None:
-        """Nothing: the files are our own."""
+        """Do nothing: nobody else writes these files."""
 
     def done(self, numbers: Iterable[int]) -> None:
-        """These pieces of work are done for good: files that no other needs go."""
+        """Note that work is done for good; files that no other work needs are deleted."""
         with self._changed:
             for path in (path for number in numbers for path in self._needs.pop(number, ())):
                 part = self._parts[path]
@@ -170,7 +171,7 @@ class Spool:
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Have nobody wait any longer; those who do raise SourceError."""
+        """Let nobody wait any longer: whoever waits raises SourceError."""
         self._fail(SourceError("Stopped.", _AGAIN))
 
     def _fail(self, error: BaseException) -> None:
@@ -181,7 +182,7 @@ class Spool:
     # -------------------------------------------------------------------- what lies in the folder
 
     def _prepare(self, folder: Path) -> None:
-        """Take over what is of use, and delete what is not."""
+        """Keep the files of an earlier run that are of use, and delete the others."""
         for place in (folder, self._folder):
             if place.is_symlink():
                 place.unlink()  # it would lead away
@@ -231,7 +232,7 @@ class Spool:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _fetch(self, pool: ThreadPoolExecutor, files: ExitStack) -> None:
-        """Have pieces come side by side, and store them one after another."""
+        """Fetch pieces side by side, and store them one after another."""
         under_way: deque[tuple[_Growing, Future[bytes]]] = deque()
 
         def store() -> None:
@@ -293,10 +294,10 @@ class Spool:
 
 
 class _Growing:
-    """A part that is being fetched, from its first byte to its last, beside where it will lie."""
+    """A part that is being fetched, from its first byte to its last, in a partial file."""
 
     def __init__(self, part: FilePart, folder: Path) -> None:
-        """Go on with what an earlier run fetched, if there is a digest to tell that it is it."""
+        """Go on with an earlier run's partial file, if a digest can tell that it is right."""
         self.part = part
         self._final = folder / part.name
         self._partial = folder / (part.name + _PARTIAL)
@@ -330,7 +331,7 @@ class _Growing:
                 rest = rest[self._file.write(rest) :]
 
     def finish(self) -> bool:
-        """Give it its name, when it is on disk; False, and it is gone, if it is not right."""
+        """Rename the file when it is on disk; if the digest differs, delete it and return False."""
         with _stored(self._partial):
             os.fdatasync(self._file.fileno())
             self._file.close()

@@ -1,7 +1,7 @@
-"""What vLLM makes of a checkpoint's modules: which it builds quantized, which plain.
+"""Which modules vLLM builds quantized, and which plain.
 
-vLLM decides that from config.json, before it sees a tensor, and under names of its own; the
-tensors on disk must then be what it decided.
+vLLM decides from config.json, before it sees a tensor, and under names of its own. The tensors on
+disk must then be what vLLM decided.
 """
 
 from collections import defaultdict
@@ -38,8 +38,8 @@ _USUAL: Final = {
 class Judged:
     """A linear module, or the embeddings.
 
-    `misnamed`: the family knows it by transformers' name only. `vllm` are the names under which
-    vLLM looks it up; modules of one `group` are one layer to vLLM.
+    `misnamed`: the family knows the module by transformers' name only. `vllm` are the names under
+    which vLLM looks the module up. Modules of one `group` are one layer to vLLM.
     """
 
     module: Module
@@ -51,7 +51,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Group:
-    """Modules that are one layer to vLLM. None for `ignored`: some of them are, some are not."""
+    """Modules that are one layer to vLLM. `ignored` is None if only some of them are ignored."""
 
     members: tuple[Judged, ...]
     ignored: bool | None
@@ -67,7 +67,7 @@ class Group:
 
 @dataclass(frozen=True)
 class VllmView:
-    """The modules of a layout that matter, and what its lists say of them."""
+    """The linear modules of a checkpoint, and what the quantization config says of them."""
 
     view: ModuleView
     method: str
@@ -160,7 +160,7 @@ class VllmView:
 
 
 def vllm_view_of(view: ModuleView) -> VllmView:
-    """What vLLM makes of a layout."""
+    """How vLLM sees a checkpoint's modules."""
     method = "modelopt" if view.method.startswith("modelopt") else view.method
     family = view.family
     judged = _known(view, family, method) if family else _usual(view)

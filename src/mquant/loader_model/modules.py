@@ -1,6 +1,6 @@
 """A checkpoint as modules: which are quantized, in which layout, with which tensors.
 
-Judged by the tensors on disk first, since that is what a loader meets, and by config.json second.
+The tensors on disk decide first, because a loader meets them; config.json decides second.
 """
 
 from collections import defaultdict
@@ -24,9 +24,10 @@ _CODE_DTYPES: Final = ("U8", "I8", *FP8_DTYPES)
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """The tensors of one module, by what follows its name (`weight`, `weight_packed`, ...).
+    """The tensors of one module, by suffix (`weight`, `weight_packed`, ...).
 
-    `tensor_role` is what the family says of the module's weight; None if it does not know it.
+    `tensor_role` is what the family says of the module's weight; None if the family does not know
+    it.
     """
 
     name: str
@@ -46,10 +47,10 @@ class Module:
 
 @dataclass(frozen=True)
 class ModuleView:
-    """A checkpoint's modules and the method that quantized it.
+    """A checkpoint's modules and its quantization method.
 
-    `method` is `compressed-tensors`, `modelopt`, `fp8`, another name config.json gives, or empty
-    if nothing says that the checkpoint is quantized. `config` is the quantization config.
+    `method` is `compressed-tensors`, `modelopt`, `fp8`, another name in config.json, or empty if
+    nothing says that the checkpoint is quantized. `config` is the quantization config.
     """
 
     checkpoint: Checkpoint

@@ -1,1 +1,1 @@
-"""What quantization did, in numbers: weights compared, models run, side by side, from disk."""
+"""What quantization changed, in numbers: weights compared, models evaluated."""

@@ -26,9 +26,10 @@ _Key = TypeVar("_Key", int, tuple[int, int])
 
 @dataclass
 class ErrorStats:
-    """Sums over some weights, and what follows from them.
+    """Sums over some weights, and the errors that follow.
 
-    `error`, `power` and `own` are of squares: of the differences, of the parent's weights, of ours.
+    `error`, `power` and `own` are sums of squares: of the differences, of the parent's weights, of
+    ours.
     """
 
     tensors: int = 0
@@ -47,7 +48,7 @@ class ErrorStats:
 
     @property
     def relative(self) -> float:
-        """L2 norm of the differences over the parent's; infinite if that is 0."""
+        """The L2 norm of the differences over the parent's; infinite if the parent's is 0."""
         if not self.power:
             return math.inf if self.error else 0.0
         return math.sqrt(self.error / self.power)
@@ -60,7 +61,7 @@ class ErrorStats:
 
     @property
     def cosine(self) -> float:
-        """Of the angle between both, as vectors: 1 where they differ in length alone."""
+        """The cosine of the angle between both weights as vectors."""
         # x*y = (x*x + y*y - e*e) / 2: nothing cancels, as e is small and summed by itself.
         length = math.sqrt(self.power) * math.sqrt(self.own)
         return (self.power + self.own - self.error) / 2 / length if length else math.nan
@@ -87,8 +88,8 @@ def error_stats(found: Difference) -> ErrorStats:
 class Comparison:
     """All differences of a checkpoint from its parent, in the order of the parent's files.
 
-    `identical` tensors are the parent's, bit for bit; all others have an error. `bytes_read` and
-    `requests` count what came from a hub, None if nothing did.
+    `identical` tensors equal the parent's bit for bit; all others have an error. `bytes_read` and
+    `requests` count what came from a hub; None if no hub was asked.
     """
 
     source: str
@@ -102,13 +103,13 @@ class Comparison:
 
     @property
     def changed(self) -> tuple[Difference, ...]:
-        """What is not the parent's, bit for bit; the largest relative error first."""
+        """Tensors that differ from the parent's; the largest relative error first."""
         changed = [found for found in self.tensors if not found.identical]
         return tuple(sorted(changed, key=_badness, reverse=True))
 
     @property
     def total(self) -> ErrorStats:
-        """Of all that is not identical."""
+        """The error of all tensors that differ."""
         return _sum(self.changed)
 
     @property
@@ -124,7 +125,7 @@ class Comparison:
 
     @property
     def layers(self) -> Mapping[int, ErrorStats]:
-        """Layer -> the error of what is not identical there."""
+        """Layer -> the error of the layer's tensors that differ."""
         return _by(self.changed, lambda found: found.layer)
 
     @property
@@ -189,7 +190,7 @@ def _row(found: Difference) -> list[Any]:
 
 
 def _finite(value: float | None) -> float | None:
-    """Nine digits, as more depend on the processor; JSON knows neither infinity nor NaN."""
+    """Nine digits: more depend on the processor. None for infinity and NaN, which JSON lacks."""
     return float(f"{value:.9g}") if value is not None and math.isfinite(value) else None
 
 
@@ -227,8 +228,9 @@ def compare(
 ) -> Comparison:
     """Compare all weights of a checkpoint with its parent's.
 
-    `workers` None: cores + 1, for a hub 6. What a stopped comparison of the same files found is not
-    looked at again. Raises SourceError if there is no checkpoint, or it cannot be read.
+    `workers` None: cores + 1; for a hub 6. Tensors that a stopped comparison of the same files
+    compared are not compared again. Raises SourceError if there is no checkpoint, or if it cannot
+    be read.
     """
     view = read_modules(open_checkpoint(source, tolerant=True), families)
     original = read_modules(open_checkpoint(parent), families)

@@ -1,9 +1,9 @@
-"""What a comparison has found so far, kept in the user's cache so that it can go on.
+"""The results of a comparison so far, kept in the user's cache, so that a rerun goes on.
 
-One file for each pair of checkpoints, `~/.cache/mquant/compare/<key>.jsonl` (or under
-XDG_CACHE_HOME): a line for each tensor, appended. The key is of both identities, of the stamps of
-all files, of mquant's version and of a family file of the user's, so whatever changes is compared
-anew. A torn last line counts for nothing. When a comparison is complete its file goes.
+There is one file for each pair of checkpoints, `~/.cache/mquant/compare/<key>.jsonl` (or under
+XDG_CACHE_HOME), with a line for each tensor. The key is made of both identities, the stamps of all
+files, mquant's version and the user's family file: if one of these changes, all is compared anew. A
+torn last line counts for nothing. A complete comparison deletes its file.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _LINES_AT_ONCE: Final = 64
 
 
 class ComparisonCache:
-    """The tensors that are compared, by name. A context: leaving it without an error deletes it."""
+    """The compared tensors by name. As a context: leaving without an error deletes the file."""
 
     def __init__(self, source: Source, parent: Source, family: Family | None = None) -> None:
         """Read what an earlier run left. Raises OutputError if the cache cannot be written."""

@@ -1,8 +1,8 @@
 """How far a checkpoint's weights are from its parent's, tensor by tensor, in one pass over both.
 
-Workers take one tensor after another in the order of the parent's files, decode a few rows of each
-side into buffers that stay in the cache, and add up squares in float64, a row after the other: the
-same numbers whatever the number of workers. Memory is a few buffers for each.
+Workers take one tensor after another in the order of the parent's files. A worker decodes a few
+rows of each side into buffers that stay in the cache, and adds up squares in float64, row by row:
+the result does not depend on the number of workers. Memory is a few buffers for each worker.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,12 +45,12 @@ _TOLD: Final = 64_000_000  # bytes between two events of progress
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What was found of one tensor of the parent.
+    """The difference of one tensor from the parent's.
 
-    `form` and `parent_form` are how each is stored. `identical`: bit for bit. Else `error`,
-    `power` and `own` are sums of squares: of the differences, of the parent's weight, of ours;
-    `worst` is the block of 16 in a row with the largest squared error: its row, first column, and
-    relative error.
+    `form` and `parent_form` are the storage formats. `identical`: equal bit for bit; otherwise
+    `error`, `power` and `own` are sums of squares: of the differences, of the parent's weight, of
+    ours. `worst` is the block of 16 in a row with the largest squared error: its row, first column,
+    and relative error.
     """
 
     name: str
@@ -84,19 +84,19 @@ class Pair:
 
     @property
     def place(self) -> tuple[str, int]:
-        """Where it is in the parent's files."""
+        """The shard and offset in the parent's files."""
         return self.theirs.tensors[0].shard, self.theirs.tensors[0].start
 
     @property
     def nbytes(self) -> int:
-        """What must be read."""
+        """Bytes to read of both sides."""
         return sum(info.nbytes for side in (self.mine, self.theirs) for info in side.tensors)
 
 
 def pairs(
     view: ModuleView, parent: ModuleView, readers: tuple[AnyReader, AnyReader], tally: Tally
 ) -> list[Pair]:
-    """What can be compared, in the order of the parent's files; `tally` gets what cannot."""
+    """The pairs to compare, in the order of the parent's files; `tally` gets what has no pair."""
     for name in sorted(view.modules.keys() - parent.modules.keys()):
         tally.add(PARENT_LACKS_TENSOR, name, f"The parent has no {name}")
     found: list[Pair] = []

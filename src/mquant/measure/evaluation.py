@@ -1,4 +1,4 @@
-"""Run a checkpoint and its parent on a text, both a layer at a time, and compare what they say."""
+"""Run a checkpoint and its parent on a text, a layer at a time, and compare the predictions."""
 
 import hashlib
 import math
@@ -39,7 +39,7 @@ ACTIVATIONS_NOT_QUANTIZED: Final = rule(
 
 @dataclass(frozen=True)
 class Routing:
-    """What a layer's router did: of each expert, how many tokens chose it, and in the parent.
+    """The work of a layer's router: how many tokens chose each expert, here and in the parent.
 
     `agreement` is the share of chosen experts that both models chose; None without a parent.
     """
@@ -52,11 +52,11 @@ class Routing:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a checkpoint, and its parent, make of a text.
+    """The evaluation of a checkpoint, and of its parent, on a text.
 
-    `tokens` were predicted, in windows of `context`; `text_tokens` are all of the text's. `kl` is
-    in nats a token, from the parent; `agreement` the share of tokens for which both expect the
-    same.
+    `tokens` were predicted in windows of `context`; `text_tokens` is the length of the text. `kl`
+    is in nats a token, from the parent. `agreement` is the share of tokens for which both models
+    expect the same token.
     """
 
     source: str
@@ -114,10 +114,10 @@ def evaluate(
     tokens: int = TOKENS,
     emit: Emit = silent,
 ) -> Evaluation:
-    """Perplexity of a checkpoint on a text; with a parent also its, KL, and routers compared.
+    """Perplexity of a checkpoint on a text; with a parent also the parent's, KL, and routing.
 
-    Raises SourceError for a text, tokenizer or checkpoint that cannot be read, and for
-    architectures that are not known.
+    Raises SourceError if text, tokenizer or checkpoint cannot be read, or if the architecture is
+    unknown.
     """
     raw = _read(text)
     sources = [source] if parent is None else [source, parent]

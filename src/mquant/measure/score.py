@@ -1,7 +1,7 @@
-"""From final hidden states to losses, and to how far two models' predictions are apart.
+"""From final hidden states to losses and to the divergence of two models.
 
-Logits are made for a piece of the vocabulary at a time, of all tokens, and never kept: what is left
-of each token are running sums, in float64.
+Logits are made for a piece of the vocabulary at a time, for all tokens, and are not kept: each
+token keeps running sums in float64.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of n tokens: their losses in nats, ours first; each token's KL; and where the top 1 agree."""
+    """The losses of n tokens in nats, ours first; the KL of each token; and where top 1 agrees."""
 
     losses: tuple[Doubles, ...]
     divergence: Doubles | None
