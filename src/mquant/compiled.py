@@ -1,4 +1,4 @@
-"""Compiling numeric loops with numba: the GIL released, the result kept on disk."""
+"""Compile numeric loops with numba: loops release the GIL, and compiled code is cached on disk."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -9,7 +9,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def compiled(function: _F, **options: Any) -> _F:
-    """The function, compiled at its first call for a type; division by zero gives infinity."""
+    """The function, compiled at its first call for a type. Division by zero gives infinity."""
     options = {"nogil": True, "error_model": "numpy", **options}
     try:
         return cast(_F, numba.njit(cache=True, **options)(function))

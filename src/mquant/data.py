@@ -1,4 +1,4 @@
-"""The data folders that ship with mquant: `configs/` (families) and `recipes/`; and its cache."""
+"""The folders that ship with mquant, `configs/` (families) and `recipes/`; and the cache folder."""
 
 import os
 from pathlib import Path
@@ -12,27 +12,27 @@ MAX_YAML_BYTES = 200_000
 
 
 class _Loader(yaml.SafeLoader):
-    """Without `<<`, whose copies of copies of a table can fill any memory."""
+    """A YAML loader without `<<`: nested merges of a table can fill any memory."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merge nothing: `<<` is then a key that nobody can make a value of."""
+        """Merge nothing: `<<` stays a key, and a key that no constructor knows is an error."""
 
 
 def folder(kind: Literal["configs", "recipes"]) -> Path:
-    """Where the shipped files lie: inside the package in a wheel, at the root of a checkout."""
+    """The path of a shipped folder: inside the package in a wheel, at the root of a checkout."""
     package = Path(__file__).parent
     shipped = package / kind
     return shipped if shipped.is_dir() else package.parent.parent / kind
 
 
 def cache() -> Path:
-    """Where mquant keeps what it can make again: a folder in the user's cache."""
+    """The folder in the user's cache for files that mquant can write again."""
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(home) / "mquant"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds one table. Raises DataFileError if it does not."""
+    """Read a YAML file that holds one table. Raises DataFileError for anything else."""
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise DataFileError(f"{path} is too large for a recipe.", "Give a recipe file.")

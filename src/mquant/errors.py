@@ -24,7 +24,7 @@ from mquant.findings import Finding
 
 
 class MquantError(Exception):
-    """A failure a person can act on: `message` says what and where, `fix` what to do."""
+    """An error that a person can act on: `message` says what and where, `fix` what to do."""
 
     exit_code = 1
 
@@ -64,7 +64,7 @@ class Refused(MquantError):
 
 
 class NotJudged(MquantError):
-    """What could not be judged decides whether a loader takes a checkpoint."""
+    """Something that decides whether a loader takes a checkpoint could not be judged."""
 
 
 class OutputError(MquantError):
@@ -72,15 +72,15 @@ class OutputError(MquantError):
 
 
 class InUse(OutputError):
-    """Another process is at work in the output folder: it will pass."""
+    """Another process works in the output folder. The user can wait and try again."""
 
 
 class EngineError(MquantError):
-    """An engine failed, or made something else than the plan says."""
+    """An engine failed, or wrote something other than the plan says."""
 
 
 class LoaderError(MquantError):
-    """A loader that is to be asked is not installed, or cannot be."""
+    """A loader is not installed, or cannot be installed."""
 
 
 class MissingExtra(MquantError):

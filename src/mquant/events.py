@@ -1,4 +1,4 @@
-"""The core's only voice. It emits events; whoever called it decides how, and if, they look."""
+"""Events that the core emits. The caller decides whether and how events are shown."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Literal
 class Progress:
     """`done` of `total` bytes of `stage` are finished. `total` is known before the first byte.
 
-    `workers` is how many other processes are at it; 0 where this one does it.
+    `workers` counts the other processes that do the work; 0 if this process does the work.
     """
 
     stage: str
@@ -20,7 +20,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One sentence worth a person's attention."""
+    """One sentence that a person should read."""
 
     level: Literal["info", "warning"]
     message: str
@@ -31,4 +31,4 @@ Emit = Callable[[Event], None]
 
 
 def silent(_event: Event) -> None:
-    """An `Emit` that says nothing."""
+    """An `Emit` that ignores events."""

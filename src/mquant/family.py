@@ -1,8 +1,8 @@
-"""Model families: what a tensor's name means. One YAML file each, in `configs/`.
+"""Model families: what a tensor's name means. Each family is one YAML file in `configs/`.
 
-A family lists every tensor its checkpoints may hold, as exact names with `{layer}` and
-`{expert}` in place of numbers. A name that no row matches is unknown, and nothing is done to
-unknown tensors: mquant stops and names them.
+A family lists every tensor that its checkpoints may hold, by exact name with `{layer}` and
+`{expert}` in place of numbers. A name that matches no row is unknown. mquant refuses to quantize a
+checkpoint with unknown tensors, and names the tensors.
 """
 
 import re
@@ -38,7 +38,7 @@ FusedSet = tuple[str, int | None, int | None]
 
 
 class Role(StrEnum):
-    """What a tensor is for. Recipes speak of roles only, never of names."""
+    """What a tensor is used for. Recipes refer to roles, never to names."""
 
     EXPERT = "expert"
     SHARED_EXPERT = "shared_expert"
@@ -53,12 +53,12 @@ class Role(StrEnum):
 
     @property
     def linear(self) -> bool:
-        """Whether it is the weight of a linear layer (what `targets: Linear` means)."""
+        """Whether the role is the weight of a linear layer (what `targets: Linear` means)."""
         return self not in (Role.ROUTING_BIAS, Role.EMBEDDING, Role.NORM, Role.OTHER)
 
     @property
     def refused_by_loaders(self) -> bool:
-        """Whether engines refuse, or wrongly load, a checkpoint that has this quantized."""
+        """Whether loaders refuse, or load wrongly, a checkpoint that has the role quantized."""
         return self in (Role.ROUTER, Role.EMBEDDING, Role.HEAD)
 
 
@@ -101,16 +101,16 @@ class TensorRow(_Data):
     optional: bool = False
     """A whole checkpoint may lack it."""
     unless: str = ""
-    """A whole checkpoint may lack it where this key of config.json is true."""
+    """A whole checkpoint may leave the tensor out if this key of config.json is true."""
 
     @cached_property
     def key(self) -> str:
-        """The name with every placeholder as `#`."""
+        """The name with `#` for every placeholder."""
         return self.name.replace("{layer}", "#").replace("{expert}", "#")
 
     @property
     def short(self) -> str:
-        """The last part of its module's name."""
+        """The last part of the module's name."""
         return self.name.removesuffix(".weight").rpartition(".")[2]
 
     def format(self, layer: int | None, expert: int | None) -> str:
@@ -120,7 +120,7 @@ class TensorRow(_Data):
     def patterns(self, *names: Callable[[str], str]) -> Iterator[str]:
         """Entries for `ignore` or `targets` that match the row's module in every layer.
 
-        `names` make another name of the hub's; an entry comes for each that is another.
+        `names` map the hub's name to other names; each name that differs gives one more entry.
         """
         module = self.name.removesuffix(".weight")
         for name in dict.fromkeys(each(module) for each in names):
@@ -132,7 +132,7 @@ class TensorRow(_Data):
 
 
 class ConfigKeys(_Data):
-    """Which keys of config.json say what; empty if the family has no such thing."""
+    """The keys of config.json by meaning; a key is empty if the family has no such thing."""
 
     layers: str
     context: str
@@ -147,7 +147,7 @@ class ConfigKeys(_Data):
 
 
 class Forward(_Data):
-    """How a model of the family computes, where names and shapes do not say."""
+    """How a model of the family computes, if names and shapes do not say."""
 
     qk_norm: Literal["none", "all heads", "each head"] = "none"
     """Over what q and k are normed: their whole projection, or each head's part of it."""
@@ -158,7 +158,7 @@ class Forward(_Data):
 
 
 class SynthData(_Data):
-    """What `mquant synth` writes: a config.json of the real size, and what makes it tiny."""
+    """What `mquant synth` writes: a config.json of the real size, and changes for a tiny one."""
 
     config: dict[str, Any]
     tiny: dict[str, Any]
@@ -167,7 +167,7 @@ class SynthData(_Data):
 
 @dataclass(frozen=True, slots=True)
 class TensorRole:
-    """What a tensor's name says: its row in the family, its layer and expert."""
+    """The meaning of a tensor's name: the family's row, the layer and the expert."""
 
     row: TensorRow
     layer: int | None
@@ -175,12 +175,12 @@ class TensorRole:
 
     @property
     def fused_set(self) -> FusedSet | None:
-        """The fused set that the tensor belongs to; None if it belongs to none."""
+        """The tensor's fused set; None if the tensor belongs to none."""
         return (self.row.fused, self.layer, self.expert) if self.row.fused else None
 
     @property
     def loaded_with(self) -> FusedSet:
-        """What loaders make one layer of: a layer's experts, a fused set, or the tensor alone."""
+        """What loaders load as one layer: a layer's experts, a fused set, or the tensor alone."""
         if self.row.role is Role.EXPERT:
             return ("experts", self.layer, None)
         return self.fused_set or (self.row.name, self.layer, self.expert)
@@ -201,7 +201,7 @@ class Family(_Data):
     """vLLM and SGLang refuse to split the model over more ranks than it has experts."""
     required_config: tuple[str, ...] = ()
     defaults: Annotated[Mapping[str, Size], AfterValidator(_in_order)] = Field(default_factory=dict)
-    """What a size is where config.json leaves it out, or says null."""
+    """Sizes that config.json leaves out, or sets to null."""
     blocks: Mapping[str, Condition] = Field(default_factory=dict)
     """Block -> which layers have it. `mtp` is of the layers numbered beyond the last one."""
     smoothing: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
@@ -254,20 +254,20 @@ class Family(_Data):
 
     @cached_property
     def smoothings(self) -> tuple[tuple[TensorRow, ...], ...]:
-        """The rows of each entry of `smoothing`: what may be divided, then all that it feeds."""
+        """The rows of each entry of `smoothing`: the row to divide, then the rows it feeds."""
         rows = {row.short: row for row in self.tensors}
         names = ((name, *fed) for name, fed in self.smoothing.items())
         return tuple(tuple(rows[name] for name in group) for group in names)
 
     @property
     def smoothing_patterns(self) -> Iterator[tuple[str, list[str]]]:
-        """The same as patterns of transformers' names: what may be divided, and what it feeds."""
+        """The entries of `smoothing` as patterns of transformers' names."""
         for group in self.smoothings:
             first, *fed = (entry for row in group for entry in row.patterns(self.in_memory_name))
             yield first, fed
 
     def needed_keys(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """The keys of config.json that say what tensors there are, and their shapes."""
+        """The keys of config.json that decide which tensors exist, and their shapes."""
         sizes = {
             size
             for row in self.tensors
@@ -283,14 +283,14 @@ class Family(_Data):
         return tuple(sorted(keys))
 
     def value(self, key: str, config: Mapping[str, Any]) -> int | None:
-        """A number of config.json, or its default; None if it does not say."""
+        """A number of config.json, or its default; None if there is neither."""
         value = config.get(key)
         if value is None and key in self.defaults:
             return evaluate(self.defaults[key], lambda inner: self.value(inner, config))
         return value if type(value) is int else None
 
     def has_block(self, block: str, layer: int | None, config: Mapping[str, Any]) -> bool | None:
-        """Whether a layer has a block, or any layer where that is None; None: it may have it."""
+        """Whether a layer has a block; if `layer` is None, whether any layer has. None: unknown."""
         if block == _EVERY_LAYER:
             return True
         if block not in self.blocks:
@@ -299,41 +299,41 @@ class Family(_Data):
         return holds(self.blocks[block], layer, config, lookup)
 
     def may_lack(self, row: TensorRow, config: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint with this config.json is whole without the row."""
+        """Whether a checkpoint with this config.json may leave the row out."""
         return row.optional or (bool(row.unless) and config.get(row.unless) is True)
 
     def tied_heads(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """The heads whose weight is the embeddings': modules that a checkpoint has no tensor of."""
+        """The heads that share the embeddings' weight: a checkpoint holds no tensor of them."""
         heads = (row for row in self.tensors if row.role is Role.HEAD and row.unless)
         return tuple(r.name.removesuffix(".weight") for r in heads if config.get(r.unless) is True)
 
     def mtp_layers(self, config: Mapping[str, Any]) -> int:
-        """How many layers of multi-token prediction may be numbered after the last layer."""
+        """The number of multi-token prediction layers that may be numbered after the last layer."""
         return (self.value(self.config.mtp, config) or 0) if _MTP in self.blocks else 0
 
     def classify(self, name: str) -> TensorRole | None:
-        """What the tensor is, or None if the family does not know it."""
+        """The meaning of a tensor's name; None if the family does not know the name."""
         return _meaning(self._rows.get(_NUMBER.sub("#", name)), name)
 
     def classify_in_memory(self, name: str) -> TensorRole | None:
-        """What the tensor is, by transformers' name for it, or a mix of that and the hub's.
+        """The meaning of a tensor's name in transformers' memory, or of a mix with the hub's name.
 
-        Saving a loaded model without mapping all names back writes such mixes. A hub name is
-        known here too, so ask `classify` first.
+        A tool that saves a loaded model without mapping all names back writes such mixes. A hub
+        name is known here too, so ask `classify` first.
         """
         key = self.in_memory_name(_NUMBER.sub("#", name))
         return _meaning(self._rows_in_memory.get(key), name)
 
     def in_memory_name(self, name: str) -> str:
-        """The name transformers gives the same tensor, or module, in a loaded model."""
+        """The name of the same tensor, or module, in a model that transformers loaded."""
         return _replaced(name, self.in_memory)
 
     def in_vllm_name(self, name: str) -> str:
-        """The name by which vLLM looks the same tensor, or module, up in `ignore` and `targets`."""
+        """The name of the same tensor, or module, that vLLM looks up in `ignore` and `targets`."""
         return _replaced(name, self.in_vllm)
 
     def shape(self, row: TensorRow, config: Mapping[str, Any]) -> tuple[int, ...] | None:
-        """The shape config.json implies for a row, or None if it does not say."""
+        """The shape that config.json implies for a row; None if config.json does not say."""
         sizes: list[int] = []
         for text in row.shape:
             size = evaluate(text, partial(self.value, config=config))
@@ -361,14 +361,14 @@ def _replaced(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
 
 
 def load_families(own: Path | None = None) -> dict[str, Family]:
-    """Every family that ships, by name, sorted; before them that of the file `own`, by its path."""
+    """The shipped families by name, sorted, after the family of the file `own`, by its path."""
     shipped = {path.stem: load_family(path) for path in sorted(folder("configs").glob("*.yaml"))}
     first = {} if own is None else {str(own): load_family(own).model_copy(update={"own": True})}
     return {**first, **shipped}
 
 
 def load_family(path: Path) -> Family:
-    """A family file. Raises DataFileError, naming the key, if it is wrong."""
+    """Read a family file. Raises DataFileError, which names the key, if the file is wrong."""
     content = read_yaml(path)
     try:
         return Family.model_validate(content).model_copy(update={"own": False})
@@ -381,7 +381,7 @@ def load_family(path: Path) -> Family:
 
 
 def _row_at(content: Mapping[str, Any], where: tuple[int | str, ...]) -> str:
-    """The name, in brackets, of the row of `tensors` that an error lies in; else nothing."""
+    """The name, in brackets, of the row of `tensors` that holds an error; empty if no row does."""
     if where[0] != "tensors" or len(where) == 1 or not isinstance(where[1], int):
         return ""
     row = content["tensors"][where[1]]

@@ -41,12 +41,12 @@ class Finding:
     fix: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse what no rule declares."""
+        """Raise ValueError for a rule that is not registered, or a severity it does not declare."""
         if self.rule not in RULES or self.severity not in RULES[self.rule].severities:
             raise ValueError(f"no rule declares {self.rule} with severity {self.severity}")
 
     def to_json(self) -> dict[str, str]:
-        """The finding as it stands in every JSON envelope."""
+        """The finding as a JSON envelope holds it."""
         return asdict(self)
 
 
@@ -74,7 +74,7 @@ class Rule:
     knowing: tuple[Knowledge, ...] = ()
 
     def severity_in(self, context: Context) -> Severity:
-        """How bad a finding is in a context."""
+        """The severity of a finding in a context."""
         source = self.as_source or self.severity
         return {
             "judged": self.severity,
@@ -92,7 +92,7 @@ class Rule:
     def finding(
         self, where: str, message: str, fix: str = "", context: Context = "judged"
     ) -> Finding:
-        """A finding of the rule; `message` is a sentence."""
+        """A finding of this rule. `message` is one sentence."""
         return Finding(self.id, self.severity_in(context), where, message, fix or self.fix)
 
 
@@ -109,5 +109,5 @@ def rule(name: str, what: str, why: str, fix: str, **more: Any) -> Rule:
 
 
 def in_context(finding: Finding, context: Context) -> Finding:
-    """The same finding, as bad as its rule declares it to be in a context."""
+    """The same finding, with the severity that its rule declares for a context."""
     return replace(finding, severity=RULES[finding.rule].severity_in(context))

@@ -1,9 +1,8 @@
-"""What a family's file says of config.json's keys, in two little languages.
+"""Two small languages in which a family file refers to keys of config.json.
 
-A size is a sum of products and quotients: `num_attention_heads * head_dim`,
-`kv_lora_rank + qk_rope_head_dim`. A condition says which layers hold something, in clauses joined
-by `and`: `KEY`, `not KEY`, `layer < SIZE`, `layer >= SIZE`, `layer in KEY`, `layer not in KEY`,
-where SIZE is one key or number.
+A size is a sum of products and quotients: `num_attention_heads * head_dim`, `kv_lora_rank +
+qk_rope_head_dim`. A condition selects layers, in clauses joined by `and`: `KEY`, `not KEY`, `layer
+< SIZE`, `layer >= SIZE`, `layer in KEY`, `layer not in KEY`, where SIZE is one key or number.
 """
 
 import re
@@ -24,33 +23,33 @@ _CLAUSE: Final = re.compile(
 
 
 def check_size(text: str) -> str:
-    """The text, if it is a size. Raises ValueError if it is not."""
+    """Return the text if the text is a size. Raises ValueError otherwise."""
     if not _SIZE.fullmatch(text):
         raise ValueError(f"{text!r} is no sum of products of config keys and numbers")
     return text
 
 
 def check_condition(text: str) -> str:
-    """The text, if it is a condition. Raises ValueError if it is not."""
+    """Return the text if the text is a condition. Raises ValueError otherwise."""
     if not all(_CLAUSE.fullmatch(clause) for clause in text.split(" and ")):
         raise ValueError(f"{text!r} is no condition on layers and config keys")
     return text
 
 
 def size_keys(text: str) -> set[str]:
-    """The config keys a size is made of."""
+    """The config keys that a size refers to."""
     return {word for word in re.findall(_FACTOR, text) if not word.isdigit()}
 
 
 def condition_keys(text: str) -> set[str]:
-    """The config keys that must be numbers for a condition to say anything."""
+    """The config keys that must hold numbers before a condition can be evaluated."""
     clauses = [clause for clause in map(_CLAUSE.fullmatch, text.split(" and ")) if clause]
     compared = [clause["right"] for clause in clauses if clause["operator"] in ("<", ">=")]
     return {key for key in compared if not key.isdigit()}
 
 
 def evaluate(text: str, lookup: Lookup) -> int | None:
-    """The value of a size; None if a key has none, or a quotient is not whole."""
+    """The value of a size; None if a key has no value, or a quotient is not whole."""
     total = 0
     for term in text.split(" + "):
         value: int | None = 1
@@ -76,7 +75,7 @@ def _apply(left: int | None, operator: str, right: int | None) -> int | None:
 
 
 def holds(text: str, layer: int | None, config: Mapping[str, Any], lookup: Lookup) -> bool:
-    """Whether a condition is true of a layer; of some layer or other, if that is None."""
+    """Whether a condition is true of a layer; of any layer if the layer is None."""
     return all(_clause(clause, layer, config, lookup) for clause in text.split(" and "))
 
 

@@ -1,7 +1,7 @@
-"""How loaders match the entries of `ignore`, `targets` and their like against module names.
+"""How loaders match entries of `ignore`, `targets` and similar lists against module names.
 
-Entries are somebody else's, and some regular expressions take longer than the universe has: what
-is not a plain comparison runs in a process of its own, and is stopped when its time is up.
+The entries are untrusted, and some regular expressions never end. So every entry that is not a
+plain comparison is matched in a separate process, which is killed when its time is up.
 """
 
 import json
@@ -24,11 +24,11 @@ TIME_LIMIT: Final = 30.0
 
 
 class Style(StrEnum):
-    """Whose rules: an entry always matches the name that equals it.
+    """The matching rules of one loader. An entry always matches the name that equals it.
 
     NAMES (compressed-tensors, in vLLM): also `re:` and an expression, anchored at the start only.
-    GLOBS (ModelOpt, in vLLM): also a part of the name, wherever it is cut, or a glob for all of
-    it. PARTS (FP8, in transformers): also whole parts of the name between its dots.
+    GLOBS (ModelOpt, in vLLM): also any part of the name, or a glob for the whole name.
+    PARTS (FP8, in transformers): also whole dotted parts of the name.
     EXACT (FP8, in vLLM): nothing more.
     """
 
@@ -40,19 +40,19 @@ class Style(StrEnum):
 
 @dataclass(frozen=True)
 class Matches:
-    """Which names every entry matches; `bad` has the entries that no loader can read, and why."""
+    """The names that each entry matches; `bad` has the entries that no loader can read, and why."""
 
     by_entry: Mapping[str, frozenset[str]]
     bad: Mapping[str, str]
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """The names that some entry matches."""
+        """The names that at least one entry matches."""
         return frozenset().union(*self.by_entry.values())
 
 
 def match(entries: Sequence[str], names: Iterable[str], style: Style) -> Matches:
-    """Match entries against names, as loaders do.
+    """Match entries against names as loaders do.
 
     Raises SourceError for a list that is too long, or takes too long, to be judged.
     """

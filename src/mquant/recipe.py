@@ -1,8 +1,8 @@
-"""Recipes: which precision each role gets. *What* is wanted, never where files lie or how fast.
+"""Recipes: the precision of each role. A recipe says *what* is wanted, never paths or speed.
 
-A recipe is a file of ours (`recipes/*.yaml`: role -> scheme) or one of llmcompressor's, with a
-QuantizationModifier (targets, scheme, ignore). The second is read into the first, so that
-everything after this module knows one kind.
+A recipe is an mquant file (`recipes/*.yaml`: role -> scheme) or an llmcompressor recipe with a
+QuantizationModifier (targets, scheme, ignore). The second is converted to the first, so all other
+modules know one kind.
 """
 
 import re
@@ -43,7 +43,7 @@ Pattern = Annotated[str, AfterValidator(_compiles)]
 
 
 class KeptLayers(BaseModel):
-    """How many layers at either end keep the parent's bytes, whatever their role."""
+    """How many layers at each end keep the parent's bytes, whatever their role."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -52,7 +52,7 @@ class KeptLayers(BaseModel):
 
 
 class Calibration(BaseModel):
-    """How much text goes through the model: so many samples, each of at most `length` tokens."""
+    """The text that goes through the model: the number of samples, and most tokens of each."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -64,9 +64,9 @@ class Calibration(BaseModel):
 class Recipe(BaseModel):
     """Role -> scheme. A role that is not named keeps the parent's bytes.
 
-    `targets` and `ignore` narrow this by module name: exact, or `re:` and a regular expression
-    matched from the start of the name, as compressed-tensors and vLLM match. Either the hub's
-    name of a module or its name in memory may match.
+    `targets` and `ignore` narrow the recipe by module name: an exact name, or `re:` and a regular
+    expression that is matched from the start of the name, as in compressed-tensors and vLLM. Either
+    the hub's name of a module or its name in memory may match.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -116,7 +116,7 @@ class Recipe(BaseModel):
 
 @dataclass(frozen=True)
 class Choice:
-    """A recipe, and what its entries match among a model's names."""
+    """A recipe, and the names of a model that its entries match."""
 
     recipe: Recipe
     targets: Matches
@@ -133,13 +133,13 @@ class Choice:
 
 
 def load_recipes() -> dict[str, Recipe]:
-    """Every recipe that ships, by name, sorted."""
+    """The shipped recipes by name, sorted."""
     paths = sorted(folder("recipes").glob("*.yaml"), key=lambda path: path.stem)
     return {path.stem: load_recipe(path) for path in paths}
 
 
 def find_recipe(name: str) -> Recipe:
-    """A recipe by the name it ships under, or from a file.
+    """A shipped recipe by its name, or a recipe file.
 
     Raises UsageError if there is neither, DataFileError if the file is wrong.
     """
@@ -172,7 +172,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _quantization_modifier(data: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """The one QuantizationModifier of an llmcompressor recipe; None for a recipe of ours."""
+    """The QuantizationModifier of an llmcompressor recipe; None for an mquant recipe."""
     stages = [value for key, value in data.items() if str(key).endswith("_stage")]
     groups = [
         value
@@ -255,7 +255,7 @@ def _scheme_of_group(group: Mapping[str, Any], name: str) -> str:
 
 
 def _alike(args: object, wanted: Mapping[str, Any] | None) -> bool:
-    """Whether quantization arguments ask for what a scheme's do; observers apart."""
+    """Whether quantization arguments mean the same as a scheme's, observers aside."""
     if not isinstance(args, Mapping) or wanted is None:
         return not args and wanted is None
     keys = ("num_bits", "type", "strategy", "group_size", "block_structure", "dynamic", "actorder")
@@ -264,7 +264,7 @@ def _alike(args: object, wanted: Mapping[str, Any] | None) -> bool:
 
 
 def _list(value: object) -> list[Any]:
-    """One entry or a list of them, as llmcompressor takes either; Recipe checks what is in it."""
+    """One entry or a list, both of which llmcompressor accepts; Recipe validates the entries."""
     if value is None:
         return []
     return value if isinstance(value, list) else [value]

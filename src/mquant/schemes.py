@@ -1,4 +1,4 @@
-"""Quantization schemes: what a weight becomes on disk, and what config.json says of it."""
+"""Quantization schemes: a quantized weight's tensors on disk, and its entry in config.json."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,11 +26,11 @@ class SchemeTensor:
 class Scheme:
     """How a linear weight [out, in] is stored.
 
-    `config_group` is the entry of compressed-tensors' `config_groups` without its targets.
-    `columns` is what `in` must be a multiple of; `rows` what `out` must be, where another matrix
-    comes below in the one that loaders make of a fused set: blocks must not lie across two.
-    `needs_data`: a part of it is measured when text goes through the model. `streamed`: our own
-    kernels make it, and not only llmcompressor.
+    `config_group` is the entry of compressed-tensors' `config_groups` without its targets. `in`
+    must be a multiple of `columns`. `out` must be a multiple of `rows` if loaders stack another
+    matrix of the fused set below, so that no block spans two matrices. `needs_data`: some values
+    are measured while text goes through the model. `streamed`: mquant's own kernels can write the
+    scheme; otherwise only llmcompressor can.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Scheme:
 
 
 def _args(**said: Any) -> dict[str, Any]:
-    """Arguments of weights or activations as compressed-tensors writes them: every key."""
+    """Quantization arguments with every key that compressed-tensors writes."""
     return {
         "actorder": None,
         "block_structure": None,

@@ -1,8 +1,8 @@
-"""Synthetic checkpoints in a family's hub naming: of any size, reproducible, with made-up weights.
+"""Synthetic checkpoints with a family's hub names: any size, reproducible, random weights.
 
-Two kinds: with weights, tiny unless asked otherwise, written tensor by tensor in bounded memory;
-and shapes only, where names, headers, index and file sizes are those of the real model and the
-data are holes that take no disk.
+There are two kinds. With weights: tiny by default, written tensor by tensor in bounded memory.
+Shapes only: names, headers, index and file sizes are the real model's, and the data are holes that
+take no disk space.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ _FP8_STD: Final = 100.0
 
 
 class Precision(StrEnum):
-    """What the weights are stored as; tensors the family has in F32 stay F32."""
+    """The dtype of the weights. Tensors that the family stores in F32 stay F32."""
 
     BF16 = "bf16"
     FP16 = "fp16"
@@ -65,7 +65,7 @@ _NUMPY: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What of the family's dimensions to change; None leaves one as it is."""
+    """The dimensions that replace the family's; None keeps a dimension."""
 
     layers: int | None = None
     experts: int | None = None
@@ -76,7 +76,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class SynthTensor:
-    """One tensor of a synthetic checkpoint: its name, dtype, shape, and mean and deviation."""
+    """One tensor of a synthetic checkpoint: name, dtype, shape, mean and standard deviation."""
 
     name: str
     dtype: str
@@ -92,7 +92,7 @@ class SynthTensor:
 
 @dataclass(frozen=True, slots=True)
 class Synthetic:
-    """A synthetic checkpoint that was written. `parameters` counts elements, scales included."""
+    """A written synthetic checkpoint. `parameters` counts elements, scales included."""
 
     path: Path
     tensors: int
@@ -114,11 +114,10 @@ def synth(
 ) -> Synthetic:
     """Write a synthetic checkpoint of `family` into `out`, which must be empty or not exist.
 
-    Dimensions are the family's tiny ones, or with `shapes_only` its real ones, changed by
-    `sizes`. The same arguments give the same bytes. Files appear in `out` when all are
-    complete, config.json last; what fails before leaves `out` as it was.
-
-    Raises UsageError for sizes the family does not have, OutputError if `out` cannot take it.
+    The dimensions are the family's tiny ones, or with `shapes_only` its real ones, changed by
+    `sizes`. The same arguments give the same bytes. Files appear in `out` when all are complete,
+    config.json last. A failure leaves `out` unchanged. Raises UsageError for dimensions that the
+    family lacks, OutputError if `out` cannot be written.
     """
     config = make_config(family, sizes or Sizes(), precision, tiny=not shapes_only)
     tensors = list(make_tensors(family, config, precision))
@@ -182,7 +181,7 @@ def make_config(
 def make_tensors(
     family: Family, config: Mapping[str, Any], precision: Precision
 ) -> Iterator[SynthTensor]:
-    """Every tensor of a synthetic checkpoint, in the order in which releases store them."""
+    """Every tensor of a synthetic checkpoint, in the order of real releases."""
     layers = config[family.config.layers] + family.mtp_layers(config)
     experts = config[family.config.experts] if family.config.experts else 0
     for per_layer, rows in groupby(family.tensors, key=lambda row: "{layer}" in row.name):
@@ -220,7 +219,7 @@ def _tensor(
 
 
 def _not_converted(family: Family) -> list[str]:
-    """The modules that FP8 releases keep, named as they name them: by the last part."""
+    """The modules that FP8 releases keep, named as in those releases: by the last part."""
     kept = (Role.ROUTER, Role.ROUTING_BIAS, Role.HEAD)
     names = (row.name.removesuffix(".weight") for row in family.tensors if row.role in kept)
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
@@ -229,7 +228,7 @@ def _not_converted(family: Family) -> list[str]:
 def _write_shard(
     path: Path, tensors: list[SynthTensor], seed: int, *, shapes_only: bool
 ) -> Iterator[int]:
-    """Write one shard; yields bytes as they come to be."""
+    """Write one shard; yields the bytes written so far."""
     header, offsets = build_header([(t.name, t.dtype, t.shape) for t in tensors])
     size = sum(tensor.nbytes for tensor in tensors)
     with out_of_space(path, len(header) + size), path.open("wb") as file:
@@ -246,10 +245,10 @@ def _write_shard(
 
 
 def _values(tensor: SynthTensor, seed: int) -> Iterator[memoryview]:
-    """A tensor's data, in chunks that are valid until the next one is asked for.
+    """A tensor's data, in chunks. A chunk is valid until the next one is requested.
 
-    They depend on the seed and the tensor's name alone. 16 random bits choose one of 65,536
-    quantiles: several times faster than true normals, and no coarser than 16-bit floats are.
+    The data depend only on the seed and the tensor's name. 16 random bits choose one of 65,536
+    quantiles: several times faster than exact normals, and no coarser than 16-bit floats.
     """
     digest = hashlib.sha256(f"{seed}\0{tensor.name}".encode()).digest()
     random = np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
@@ -275,7 +274,7 @@ def _quantiles(dtype: str, mean: float, std: float) -> "np.ndarray[Any, np.dtype
 
 
 def _side_files(vocabulary: int) -> dict[str, dict[str, Any]]:
-    """What stands beside weights on the hub, as far as it can be made up."""
+    """The files beside the weights on the hub, as far as they can be generated."""
     files: dict[str, dict[str, Any]] = {
         "generation_config.json": {
             "do_sample": True,

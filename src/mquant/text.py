@@ -1,4 +1,4 @@
-"""Values as a person reads them: sizes, counts, name lists, and strings that come from files."""
+"""Format values for a person: sizes, counts, name lists, and untrusted strings."""
 
 import re
 from collections.abc import Iterable
@@ -11,10 +11,10 @@ Numbers = tuple[int, ...]
 
 
 def clean(text: str) -> str:
-    r"""The text on one line, with everything a terminal could obey written out (`\x1b`).
+    """The text on one line, with every character that a terminal could obey escaped.
 
-    Names, config values and paths are somebody else's: an escape sequence in one could hide or
-    fake a line of ours. `isprintable` is false for controls, line ends, bidi marks, surrogates.
+    Names, config values and paths are untrusted: an escape sequence could hide or fake a line of
+    the output. `isprintable` is false for controls, line ends, bidi marks and surrogates.
     """
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
@@ -22,7 +22,7 @@ def clean(text: str) -> str:
 
 
 def names(items: list[str] | tuple[str, ...], shown: int = 3) -> str:
-    """`a, b, c and 59 more`: a list of names that stays a sentence."""
+    """`a, b, c and 59 more`: a list of names, short enough for a sentence."""
     head = ", ".join(items[:shown])
     return head if len(items) <= shown else f"{head} and {len(items) - shown:,} more"
 
@@ -60,7 +60,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def compress(names: Iterable[str]) -> list[tuple[str, int]]:
-    """(pattern, how many) of names that differ only in numbers: `layers.{0..61}.gate`, 62."""
+    """Names that differ only in numbers as (pattern, count): `layers.{0..61}.gate`, 62."""
     families: dict[str, list[Numbers]] = {}
     for name in names:
         key = _DIGITS.sub("#", name.replace("#", "##"))
@@ -73,7 +73,7 @@ def compress(names: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def _boxes(tuples: list[Numbers]) -> list[list[list[int]]]:
-    """Cover number tuples by products of number lists, cut along the first number if need be."""
+    """Cover number tuples by products of number lists, cut along the first number if necessary."""
     columns = [sorted(set(column)) for column in zip(*tuples, strict=True)]
     if _volume(columns) == len(tuples):
         return [columns]

@@ -1,7 +1,7 @@
-"""JSON that somebody else wrote: what it may hold is bounded before it is parsed.
+"""Parse untrusted JSON: the size is bounded before the text is parsed.
 
-Parsed JSON takes up to 60 times the memory of its text, and what is nested too deeply to be walked
-through fails wherever that is tried. So the text's brackets, colons and commas are counted first.
+Parsed JSON takes up to 60 times the memory of its text, and deep nesting overflows the stack of
+every later walk. So brackets, colons and commas of the text are counted first.
 """
 
 import json
@@ -25,7 +25,7 @@ RECORD: Final = {"{": MAX_TENSORS, "[": MAX_TENSORS, ":": 3 * MAX_TENSORS, ",": 
 
 
 class TooMuch(ValueError):
-    """There is more in it than in anything of its kind."""
+    """A JSON text holds more than any document of its kind."""
 
 
 def parse_json(

@@ -7,7 +7,7 @@ from types import FrameType
 
 
 def main() -> None:
-    """Run mquant, and leave with its exit code."""
+    """Run mquant and exit with its exit code."""
     signal.signal(signal.SIGTERM, _stop)
     # numpy's linear algebra keeps a thread spinning on every core; `eval` shares out work itself.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    """Take what schedulers and containers send for Ctrl-C: one sentence, and exit code 130."""
+    """Handle SIGTERM and SIGHUP like Ctrl-C: print one sentence and exit with code 130."""
     raise KeyboardInterrupt
 
 

@@ -1,4 +1,4 @@
-"""The verbs, in the order in which a person needs them."""
+"""The verbs, in the order in which a person needs the verbs."""
 
 from collections.abc import Callable
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`mquant card`: README.md for the hub, from facts only."""
+"""`mquant card`: write the hub's README.md from known facts only."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -116,7 +116,7 @@ def _path(source: "Source", file: Path | None) -> Path:
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Raise OutputError for a file that is there and that this verb did not make."""
+    """Raise OutputError if the file exists and `mquant card` did not write the file."""
     from mquant.publish.card import MARK
 
     try:

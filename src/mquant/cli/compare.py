@@ -1,4 +1,4 @@
-"""`mquant compare`: how far a checkpoint's weights are from its parent's."""
+"""`mquant compare`: the distance between a checkpoint's weights and its parent's."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -77,7 +77,7 @@ def verdict(found: "Comparison") -> str:
 
 
 def render(found: "Comparison") -> RenderableType:
-    """The comparison for a person, findings apart."""
+    """The comparison for a person, without the findings."""
     roles = table(
         ("role", "left"),
         ("identical", "right"),

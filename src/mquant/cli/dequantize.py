@@ -1,4 +1,4 @@
-"""`mquant dequantize`: BF16 from a quantized checkpoint."""
+"""`mquant dequantize`: make a BF16 checkpoint of a quantized one."""
 
 from typing import TYPE_CHECKING
 
@@ -73,7 +73,7 @@ def dequantize(
 
 
 def tell_converted(out: Output, done: "Result", verb: str) -> None:
-    """Show what a conversion made; `verb` is what was done to the checkpoint."""
+    """Show what a conversion wrote. `verb` is the past participle, e.g. `dequantized`."""
     plan = done.plan
     out.put(
         out=str(done.out),

@@ -1,4 +1,4 @@
-"""`mquant eval`: what a checkpoint and its parent make of a text."""
+"""`mquant eval`: perplexity and KL divergence of a checkpoint and its parent."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

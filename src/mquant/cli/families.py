@@ -1,4 +1,4 @@
-"""`mquant families`: what mquant can read."""
+"""`mquant families`: the model families that mquant knows."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""`mquant families check`: whether a family file is right, tried on a checkpoint made of it."""
+"""`mquant families check`: test a family file on a checkpoint made from the file."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -73,7 +73,7 @@ def _described(family: "Family") -> dict[str, Any]:
 
 
 def _tiny(family: "Family", folder: Path) -> "Checkpoint":
-    """The tiny checkpoint of a family, on disk. Raises DataFileError if it is not tiny."""
+    """The family's tiny checkpoint, on disk. Raises DataFileError if the checkpoint is not tiny."""
     from mquant.checkpoint import Folder, open_checkpoint
     from mquant.synth import Precision, Sizes, make_config, make_tensors, synth
 
@@ -91,7 +91,7 @@ def _tiny(family: "Family", folder: Path) -> "Checkpoint":
 
 
 def _refusals(checkpoint: "Checkpoint", family: "Family") -> Refusals:
-    """Why each recipe that needs no data refuses the checkpoint; empty if it does not."""
+    """Why each recipe that needs no data refuses the checkpoint; empty if none refuses."""
     from mquant.plan import make_plan
     from mquant.recipe import load_recipes
 

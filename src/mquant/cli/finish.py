@@ -1,4 +1,4 @@
-"""`mquant finish`: make a checkpoint of shares that are all done."""
+"""`mquant finish`: complete a checkpoint whose shares are all done."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`mquant inspect`: what a checkpoint is."""
+"""`mquant inspect`: describe a checkpoint."""
 
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,7 @@ def inspect(
 
 
 def render(inspection: "Inspection") -> RenderableType:
-    """The inspection for a person, findings apart."""
+    """The inspection for a person, without the findings."""
     return Group(
         Text(clean(inspection.name), "bold"),
         "",

@@ -1,4 +1,4 @@
-"""A verification as JUnit XML, which every CI system shows: a test case for each rule."""
+"""A verification as JUnit XML, which CI systems show: one test case for each rule."""
 
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -25,7 +25,7 @@ _KINDS: Final = {
 
 
 class JUnit:
-    """The report of one run of a verb: a suite with the test cases that are known so far."""
+    """The JUnit report of one run of a verb: one suite and the test cases known so far."""
 
     def __init__(self, name: str) -> None:
         self._suite = ET.Element("testsuite", name=f"mquant verify {clean(name)}")
@@ -51,12 +51,12 @@ class JUnit:
                 ET.SubElement(case, "skipped", message=clean(why))
 
     def error(self, message: str, fix: str) -> None:
-        """A test case that says why the verb did not come to a verdict."""
+        """Add a test case that says why the verb reached no verdict."""
         case = self._case("verify", "verdict")
         ET.SubElement(case, "error", message=clean(message)).text = clean(fix)
 
     def to_xml(self) -> bytes:
-        """The whole file."""
+        """The whole XML file."""
         found = Counter(element.tag for element in self._suite.iter())
         self._suite.attrib.update({key: str(found[tag]) for key, tag in _KINDS.items()})
         text: bytes = ET.tostring(self._suite, encoding="utf-8", xml_declaration=True)

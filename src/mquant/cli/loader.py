@@ -1,4 +1,4 @@
-"""`mquant loader`: the loaders that `mquant verify --loader` asks."""
+"""`mquant loader`: install the loaders that `mquant verify --loader` runs."""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs share, so that they read the same everywhere."""
+"""Arguments and options that several verbs share."""
 
 from pathlib import Path
 from typing import Annotated, Literal

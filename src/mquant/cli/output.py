@@ -32,7 +32,7 @@ _MARKS: Final = {"error": ("✗", "bold red"), "warning": ("!", "bold yellow"), 
 
 
 class Format(StrEnum):
-    """How the result is written to stdout."""
+    """The format of the result on stdout."""
 
     HUMAN = "human"
     JSON = "json"
@@ -40,7 +40,7 @@ class Format(StrEnum):
 
 
 class Output:
-    """What one run of a verb says. Strings may come from files: they are shown, never obeyed."""
+    """What one run of a verb prints. Strings may come from files: they are shown, never obeyed."""
 
     def __init__(self, verb: str, output_format: Format) -> None:
         self.format = output_format
@@ -50,14 +50,14 @@ class Output:
         self._error: dict[str, str] | None = None
 
     def show(self, *parts: RenderableType) -> None:
-        """Print for a person, at once; nothing in the other formats."""
+        """Print for a person, at once; print nothing in the other formats."""
         if self.format is Format.HUMAN:
             text = _draw(parts, sys.stdout)
             # Padding to the right edge is noise in a file, and folds in a narrower terminal.
             write("\n".join(line.rstrip() for line in text.split("\n")))
 
     def put(self, **keys: Any) -> None:
-        """Add keys to the JSON envelope. They are printed also where the verb fails later."""
+        """Add keys to the JSON envelope. The keys are printed even if the verb fails later."""
         self._keys.update(keys)
 
     def report(self, findings: Iterable[Finding], *, failing: frozenset[str] = _ERRORS) -> None:
@@ -75,12 +75,12 @@ class Output:
                 _tell(finding, stderr=True)
 
     def note(self, message: str, style: str = "") -> None:
-        """One line on stderr; nothing in `quiet`."""
+        """Print one line on stderr; print nothing if `quiet` is set."""
         if self.format is not Format.QUIET:
             _say(message, style)
 
     def fail(self, error: MquantError) -> None:
-        """Tell an error, on stderr and in the envelope."""
+        """Print an error on stderr, and add the error to the envelope."""
         known = self._findings
         self._error = {"message": error.message, "fix": error.fix}
         refusals = error.findings if isinstance(error, Refused) else ()
@@ -98,7 +98,7 @@ class Output:
             _tell(finding, stderr=True)
 
     def crash(self, error: Exception) -> None:
-        """Tell a failure that nobody foresaw: a bug of ours."""
+        """Print an error that nobody foresaw: a bug in mquant."""
         if os.environ.get("MQUANT_TRACEBACK"):
             write("".join(traceback.format_exception(error)), stderr=True)
         self.fail(
@@ -110,12 +110,12 @@ class Output:
         )
 
     def interrupted(self) -> None:
-        """Tell that a person, or the system, stopped the run."""
+        """Print that a person, or the system, stopped the run."""
         self._error = {"message": INTERRUPTED, "fix": ""}
         _say(INTERRUPTED)
 
     def close(self, *, ok: bool) -> None:
-        """Print the envelope, where JSON is wanted."""
+        """Print the envelope if the format is JSON."""
         if self.format is not Format.JSON:
             return
         envelope: dict[str, Any] = {
@@ -131,7 +131,7 @@ class Output:
 
 @contextmanager
 def output(verb: str, output_format: Format) -> Iterator[Output]:
-    """The sink of one run of a verb. Turns every error into its sentence and its exit code."""
+    """The output of one run of a verb. Turns every error into its sentence and its exit code."""
     out = Output(verb, output_format)
     code = 0
     try:
@@ -161,21 +161,21 @@ def output(verb: str, output_format: Format) -> Iterator[Output]:
 
 
 def _by_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: libraries make errors of theirs of what it interrupts."""
+    """Whether Ctrl-C caused the error: libraries wrap the interrupt in errors of their own."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def plain_console(file: TextIO) -> Console:
-    """A console that takes strings for what they are: no markup, no emoji, no highlighting."""
+    """A console that prints strings as they are: no markup, no emoji, no highlighting."""
     return Console(file=file, markup=False, emoji=False, highlight=False)
 
 
 def write(text: str, *, stderr: bool = False) -> None:
-    """Write and flush. A reader who has seen enough (`| head`) is no error.
+    """Write and flush. A reader who closes the pipe early (`| head`) is no error.
 
-    Raises OutputError where stdout cannot take the result, e.g. a full disk.
+    Raises OutputError if stdout cannot take the result, e.g. on a full disk.
     """
     stream = sys.stderr if stderr else sys.stdout
     try:
@@ -212,7 +212,7 @@ def _tell(finding: Finding, *, stderr: bool = False) -> None:
 
 
 class _Page(io.StringIO):
-    """Paper with the properties of a stream: rich draws for the stream, `write` writes to it."""
+    """A string buffer with the properties of a stream, into which rich draws for the stream."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()

@@ -64,9 +64,9 @@ def make(
     *,
     allow_unsafe: bool,
 ) -> "Plan":
-    """The plan for what a person typed after `verb`; it may hold refusals.
+    """The plan for the arguments typed after `verb`. The plan may hold refusals.
 
-    Raises UsageError if the command line makes no sense, before SRC is looked at.
+    Raises UsageError, before SRC is read, if the arguments make no sense.
     """
     example = f"mquant {verb} MiniMaxAI/MiniMax-M2 --recipe nvfp4"
     if recipe is None:
@@ -88,9 +88,9 @@ def make(
 
 
 def show_plan(out: Output, made: "Plan", out_folder: Path | None) -> None:
-    """Show a plan, its findings and what it takes, in the format that is wanted.
+    """Show a plan, its findings and its forecast in the wanted format.
 
-    Raises Refused, after all of it is shown, for a plan that must not be carried out.
+    Raises Refused, after everything is shown, if the plan must not be carried out.
     """
     from mquant.runs.forecast import forecast, plan_report, resource_findings
 
@@ -106,7 +106,7 @@ def show_plan(out: Output, made: "Plan", out_folder: Path | None) -> None:
 
 
 def render_plan(report: Mapping[str, Any], out_folder: Path) -> RenderableType:
-    """A plan's report for a person, findings apart."""
+    """A plan's report for a person, without the findings."""
     before, after = report["totals"]["source"], report["totals"]["output"]
     needs = report["resources"]
     ratio = f", {after['bytes'] / before['bytes']:.1%}" if before["bytes"] else ""

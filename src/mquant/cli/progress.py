@@ -1,4 +1,4 @@
-"""The core's events, as a person sees them: a bar on a terminal, notes as lines."""
+"""Show the core's events to a person: a bar on a terminal, notes as lines."""
 
 import sys
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from mquant.text import clean, plural
 def progress(out: Output) -> Iterator[Emit]:
     """An `Emit` that shows progress (bytes, rate, time left) while the block runs.
 
-    Bars only for a person at a terminal; notes also elsewhere, as lines on stderr, but not in
-    `quiet`. It may be called from any thread.
+    Bars are drawn only on a terminal. Notes are printed as lines on stderr, but not if `quiet` is
+    set. Any thread may call the Emit.
     """
     if out.format is Format.HUMAN and sys.stderr.isatty():
         with _bars(out) as emit:

@@ -1,4 +1,4 @@
-"""`mquant quantize`: the main job."""
+"""`mquant quantize`: quantize a checkpoint."""
 
 from collections.abc import Callable
 from enum import StrEnum
@@ -46,7 +46,7 @@ CarryOut = Callable[..., "Result"]
 
 
 class Cluster(StrEnum):
-    """What can share out the work."""
+    """The systems that can distribute the work."""
 
     RAY = "ray"
 
@@ -167,7 +167,7 @@ def _check_options(
     *,
     restart: bool,
 ) -> None:
-    """Raise UsageError for options that do not go together, and a REPO that is no hub repo id."""
+    """Raise UsageError for options that exclude each other, or a REPO that is no hub repo id."""
     if push_to is not None and (share, cluster) == (None, None) and not is_repo_id(push_to):
         example = "--push-to org/MiniMax-M2.7-REAP-NVFP4"
         raise UsageError(f"{clean(push_to[:96])!r} is no hub repo id.", f"Example: {example}")

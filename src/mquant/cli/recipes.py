@@ -1,4 +1,4 @@
-"""`mquant recipes`: what can be asked for."""
+"""`mquant recipes`: the recipes that ship with mquant."""
 
 from collections.abc import Iterable
 from typing import Annotated, Literal
@@ -58,7 +58,7 @@ def show(name: Name = None, output_format: FormatChoice = Format.HUMAN) -> None:
 def show_file(
     out: Output, verb: Literal["recipes", "families"], name: str | None, known: Iterable[str]
 ) -> None:
-    """Print a shipped file, or give its content as JSON. Raises UsageError for a wrong name."""
+    """Print a shipped file, or its content as JSON. Raises UsageError for an unknown name."""
     from mquant.data import folder, read_yaml
 
     names = list(known)

@@ -1,4 +1,4 @@
-"""`mquant repair`: a broken checkpoint, mended with its parent."""
+"""`mquant repair`: repair a broken checkpoint with its parent."""
 
 import shlex
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""`mquant report`: everything that was measured of a checkpoint, as one page."""
+"""`mquant report`: write every measurement of a checkpoint as one HTML page."""
 
 from pathlib import Path
 from typing import Annotated

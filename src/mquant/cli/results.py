@@ -1,4 +1,4 @@
-"""What `mquant quantize` and `finish` made, as a person sees it."""
+"""Show what `mquant quantize` and `mquant finish` wrote."""
 
 from typing import TYPE_CHECKING
 
@@ -47,7 +47,7 @@ def tell_result(out: Output, result: "Result") -> None:
 
 
 def tell_share(out: Output, run: "Shares", number: int, *, fresh: bool) -> None:
-    """Show what share of the work was done."""
+    """Show which share of the work was done."""
     from mquant.output import SHARES
 
     part, of = run.parts[number - 1], run.shared.of

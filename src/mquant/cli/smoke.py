@@ -1,4 +1,4 @@
-"""`mquant smoke`: five prompts to a running server."""
+"""`mquant smoke`: send five prompts to a running server."""
 
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated

@@ -1,4 +1,4 @@
-"""SRC and OUT: from what a person typed to a source and a folder."""
+"""SRC and OUT: turn a command line argument into a source and a folder."""
 
 import re
 from pathlib import Path
@@ -14,18 +14,18 @@ _REPO_ID: Final = re.compile(r"(?=.{3,96}$)\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def is_repo_id(text: str) -> bool:
-    """Whether it could be a hub repo: `org/name`."""
+    """Whether a string has the form of a hub repo id: `org/name`."""
     return bool(_REPO_ID.fullmatch(text))
 
 
 def open_source(
     src: str | None, revision: str | None, example: str = "mquant inspect MiniMaxAI/MiniMax-M2"
 ) -> "Source":
-    """The checkpoint a person means: a folder, a hub repo id, or, left out, the current folder.
+    """The checkpoint that SRC names: a folder, a hub repo id, or, if left out, the current folder.
 
-    A folder that exists comes first; what starts with `.`, `/` or `~` is always a folder.
-    Raises UsageError, with the verb's `example`, if nothing is given and nothing is here;
-    SourceError if there is no such folder.
+    An existing folder is preferred. A name that starts with `.`, `/` or `~` is always a folder.
+    Raises UsageError, with the verb's `example`, if SRC is left out and the current folder holds no
+    checkpoint; SourceError if there is no such folder.
     """
     from mquant.checkpoint import Folder
 
@@ -55,9 +55,9 @@ def open_source(
 
 
 def default_out(source: "Source", suffix: str) -> Path:
-    """Where `-o` points if left out: `<name of SRC>-<suffix>`, here, or beside SRC if SRC is here.
+    """The output folder if `-o` is left out: `<name of SRC>-<suffix>` in the current folder.
 
-    `suffix` is the recipe's.
+    `suffix` is the recipe's. If SRC is the current folder, OUT lies beside SRC.
     """
     from mquant.checkpoint import Folder
 

@@ -1,4 +1,4 @@
-"""`mquant synth`: a checkpoint of any size that nobody had to train or download."""
+"""`mquant synth`: write a synthetic checkpoint of any size."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The two shapes in which verbs show what they know: facts, and rows of numbers."""
+"""The two layouts of a verb's result: facts, and rows of numbers."""
 
 from collections.abc import Iterable
 from typing import Any, Final, Literal
@@ -15,7 +15,7 @@ _GAP: Final = 2  # between columns
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> Table:
-    """Names and values; long values wrap beside their name. Values may come from files."""
+    """A table of names and values, perhaps from files. Long values wrap beside their name."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="cyan", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -25,7 +25,7 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
 
 
 class _Numbers(Table):
-    """Never narrower than its numbers and words; where rich would cut them, the terminal folds."""
+    """A table that is never narrower than its numbers: the terminal folds lines, rich cuts none."""
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
         super().add_row(*cells, **options)
@@ -42,7 +42,7 @@ class _Numbers(Table):
 
 
 def table(*columns: tuple[str, Literal["left", "right"]]) -> Table:
-    """A table of numbers; where the last column is text it may wrap, nothing else does."""
+    """A table of numbers. Only a last column that is text may wrap."""
     rows = _Numbers(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="cyan")
     for title, justify in columns:
         wraps = (title, justify) == columns[-1] and justify == "left"

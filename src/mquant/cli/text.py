@@ -1,4 +1,4 @@
-"""What a person types as a size, or as a share; how values are written for one is `mquant.text`."""
+"""Parse sizes and shares that a person types. `mquant.text` formats them."""
 
 import re
 from typing import Final
@@ -11,7 +11,7 @@ _POWER: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `500MB`, `1GiB` or plain `5000000000`; raises UsageError otherwise."""
+    """The bytes in `5GB`, `500MB`, `1GiB` or `5000000000`. Raises UsageError otherwise."""
     match = _SIZE.fullmatch(text.strip())
     if match:
         number, prefix, binary = match[1], (match[2] or "").lower(), match[3]
@@ -24,7 +24,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_share(text: str) -> tuple[int, int]:
-    """Number and count of `3/16`; raises UsageError otherwise."""
+    """The number and the count in `3/16`. Raises UsageError otherwise."""
     number, slash, of = text.partition("/")
     if slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) <= 10_000:
         return int(number), int(of)

@@ -1,4 +1,4 @@
-"""`mquant verify`: whether a checkpoint is whole, sane, and made from its parent."""
+"""`mquant verify`: judge a checkpoint."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -77,7 +77,7 @@ def verify(
 
 
 def _show(out: Output, report: "Report") -> None:
-    """The report for a person, findings apart."""
+    """The verification for a person, without the findings."""
     from mquant.verify.not_judged import in_words
 
     good = not report.count("error") and not report.undecided

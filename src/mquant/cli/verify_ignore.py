@@ -1,4 +1,4 @@
-"""`mquant verify-ignore`: whether the ignore list, and what is quantized, stop a loader."""
+"""`mquant verify-ignore`: judge the ignore list and what is quantized."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,7 +65,7 @@ def verify_ignore(
 
 
 def render(report: "IgnoreReport") -> RenderableType:
-    """The report for a person, findings apart."""
+    """The report for a person, without the findings."""
     parts: list[RenderableType] = [Text(clean(report.verdict), "bold"), "", _kinds(report), ""]
     if report.entries:
         parts += [_entries(report), ""]

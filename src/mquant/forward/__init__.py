@@ -1,1 +1,1 @@
-"""A model run a layer at a time, weights from disk."""
+"""Run a model layer by layer, with weights read from disk."""

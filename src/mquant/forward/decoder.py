@@ -1,8 +1,8 @@
-"""A decoder as its config describes it, run one layer at a time in float32, weights from disk.
+"""Run a decoder as its config.json describes it: layer by layer, in float32, weights from disk.
 
-Nothing of a checkpoint's code is run, and no model is built: weights are found by the names that
-transformers gives modules in memory (the family maps the hub's names to those), decoded when they
-are needed, and forgotten. Of experts only those are read that get a token.
+No code of a checkpoint runs, and no model is built. Weights are found by transformers' names in
+memory (the family maps hub names to those names), decoded when a layer needs them, and dropped.
+Only experts that a token is routed to are read.
 """
 
 import math
@@ -27,7 +27,7 @@ _TOKENS_AT_ONCE: Final = 1024  # in a feed-forward block: bounds what lies betwe
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of config.json that a decoder is made of."""
+    """The numbers of config.json that define a decoder."""
 
     layers: int
     hidden: int
@@ -43,7 +43,7 @@ class Shape:
 
 
 def shape_of(family: Family | None, config: Mapping[str, Any], context: int) -> Shape:
-    """What config.json says. Raises SourceError for an architecture that is not known here."""
+    """The decoder's numbers in config.json. Raises SourceError for an unknown architecture."""
     if family is None or family.forward is None:
         name = family.title if family else f"model_type {config.get('model_type')}"
         _refuse(f"{name} cannot be evaluated: mquant does not know how it computes")
@@ -106,10 +106,10 @@ def _refuse(what: str) -> NoReturn:
 
 
 class Model:
-    """A checkpoint that can be run, layer by layer."""
+    """A checkpoint that can be run layer by layer."""
 
     def __init__(self, view: ModuleView, reader: AnyReader, context: int, workers: Workers) -> None:
-        """Find the weights; nothing is read. Raises SourceError as `shape_of`."""
+        """Find the weights; read none. Raises SourceError as `shape_of` does."""
         self.view = view
         self.shape = shape_of(view.family, view.checkpoint.config, context)
         family = view.family
@@ -130,11 +130,11 @@ class Model:
         self._workers = workers
 
     def has(self, name: str) -> bool:
-        """Whether there is a tensor of that name, as transformers has it in memory."""
+        """Whether the checkpoint has a tensor of this name in transformers' memory."""
         return name in self._found
 
     def matrix(self, name: str) -> Matrix:
-        """A weight on disk. Raises SourceError if there is none, or none that can be decoded."""
+        """A weight on disk. Raises SourceError if the weight is missing or cannot be decoded."""
         if name not in self._found:
             raise SourceError(
                 f"{self.view.checkpoint.source.name} has no {name} that can be decoded.",
@@ -143,7 +143,7 @@ class Model:
         return self._found[name]
 
     def rows(self, name: str, first: int, last: int, use: str) -> Floats:
-        """Rows [first, last) of a weight, in a buffer of this thread, for that `use`."""
+        """Rows [first, last) of a weight, in this thread's buffer for `use`."""
         found = self.matrix(name)
         scratch = self._workers.scratch
         out = scratch.floats(use, (last - first, found.shape[1]))
@@ -151,21 +151,21 @@ class Model:
         return out
 
     def weight(self, name: str, use: str) -> Floats:
-        """All of a weight [rows, columns], in a buffer of this thread, for that `use`."""
+        """A whole weight [rows, columns], in this thread's buffer for `use`."""
         return self.rows(name, 0, self.matrix(name).shape[0], use)
 
     def vector(self, name: str) -> Floats:
-        """A vector, whole."""
+        """A whole vector."""
         vector: Floats = self.weight(name, "vector")[0].copy()
         return vector
 
     def nbytes(self, prefix: str) -> int:
-        """Bytes of all tensors of a layer, or another part."""
+        """Bytes of all tensors whose names start with `prefix`."""
         tensors = self.view.checkpoint.tensors
         return sum(info.nbytes for name, info in tensors.items() if name.startswith(prefix))
 
     def head(self) -> str:
-        """The name of what makes logits: lm_head, or the embeddings where they are tied."""
+        """The name of the weight that gives logits: lm_head, or the embeddings if they are tied."""
         name = "lm_head.weight"
         return name if self.has(name) else "model.embed_tokens.weight"
 
@@ -189,8 +189,8 @@ class Model:
     def layer(self, number: int, hidden: Floats, windows: list[slice]) -> Integers | None:
         """Run a decoder layer on `hidden` [n, hidden], in place.
 
-        No token sees beyond its window, or what comes after it. Returns the chosen experts
-        [n, top_k], sorted; None if the layer has none.
+        A token attends only to earlier tokens of its window. Returns the chosen experts [n, top_k],
+        sorted; None if the layer has no experts.
         """
         at = f"model.layers.{number}"
         hidden += self._attention(
@@ -223,7 +223,7 @@ class Model:
         return self._linear(out, f"{at}.o_proj")
 
     def _linear(self, values: Floats, name: str) -> Floats:
-        """`values` [n, in] times a weight [out, in]; plus its bias, if it has one."""
+        """`values` [n, in] times a weight [out, in], plus the bias if there is one."""
         weight = self.weight(f"{name}.weight", "linear")
         out = np.empty((len(values), len(weight)), np.float32)
 
@@ -265,7 +265,7 @@ class Model:
     def _experts(
         self, at: str, inner: Floats, chosen: Integers, weights: Floats, out: Floats
     ) -> None:
-        """Add the experts' outputs to `out`, in the order of experts, whoever is done first."""
+        """Add the experts' outputs to `out` in the order of experts, whichever finishes first."""
 
         def work(expert: int) -> tuple[Any, Floats]:
             tokens, places = np.nonzero(chosen == expert)
@@ -309,7 +309,7 @@ def _attend(q: Floats, k: Floats, v: Floats, shape: Shape) -> Floats:
 
 
 def _rotated(values: Floats, cos: Floats, sin: Floats) -> Floats:
-    """A head [n, head_dim], its first elements rotated as pairs (i, i + half)."""
+    """A head [n, head_dim] whose first elements are rotated as pairs (i, i + half)."""
     half = cos.shape[1]
     out = values.copy()
     first, second = values[:, :half], values[:, half : 2 * half]

@@ -116,7 +116,7 @@ _DECLARED: Final[dict[StorageFormat, dict[str, object]]] = {
     **{each: {"type": "float", "num_bits": 8} for each in FP8S},
     StorageFormat.INT: {"type": "int"},
 }
-"""What `weights` of a config group must say where it says anything."""
+"""Required values of the keys that `weights` of a config group holds."""
 
 
 @dataclass(frozen=True, slots=True)

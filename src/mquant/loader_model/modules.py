@@ -36,7 +36,7 @@ class Module:
 
     @property
     def role(self) -> Role | None:
-        """What the module is for, where the family knows it."""
+        """The module's role, if the family knows the module."""
         return self.tensor_role.row.role if self.tensor_role else None
 
     @property

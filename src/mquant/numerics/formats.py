@@ -33,7 +33,7 @@ class FloatFormat:
         return 1 << (8 * self.word.itemsize - 1)
 
     def words(self, raw: bytes | bytearray | memoryview) -> Words:
-        """The bit patterns of raw little-endian bytes, flat; a view, read-only where `raw` is."""
+        """The bit patterns of raw little-endian bytes, flat; a view, read-only if `raw` is."""
         return np.frombuffer(raw, self.word)
 
     def values(self, words: Array) -> Array:

@@ -17,7 +17,7 @@ def reciprocal(scale: np.float32) -> np.float32:
 
 
 def recovered(factor: np.float32) -> np.float32:
-    """A number that `factor` is the reciprocal of: one of BF16 where there is one."""
+    """A number whose reciprocal is `factor`; a BF16 number if there is one."""
     plain = reciprocal(factor)
     short = np.float32(plain.astype(BF16.value))
     return short if reciprocal(short) == factor else plain

@@ -74,7 +74,7 @@ def _code_steps(float_format: FloatFormat, scale: np.float32) -> Words:
 def _first(
     float_format: FloatFormat, reached: Callable[[Array], Array], shape: tuple[int, ...]
 ) -> Magnitudes:
-    """The smallest magnitudes whose values `reached` calls true; infinity's where none is."""
+    """The smallest magnitudes whose values `reached` calls true; infinity if there is none."""
     low = np.zeros(shape, np.uint32)
     high = np.full(shape, float_format.infinity, np.uint32)
     for _ in range(float_format.infinity.bit_length()):

@@ -1,1 +1,1 @@
-"""What goes to people: the report, the model card, the repo on the hub."""
+"""Publish a checkpoint: the report, the model card, and the push to the hub."""

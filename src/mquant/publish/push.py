@@ -1,7 +1,8 @@
-"""Publish a checkpoint: only bytes that were verified, and never so that half of it looks whole.
+"""Publish a checkpoint: only verified bytes, and so that no half-uploaded repo looks complete.
 
-All files but index and config.json go up first; these follow in one commit, in this order; then
-the repo itself is judged. What the repo has already is not sent, so running it again goes on.
+All files but the index and config.json are uploaded first; the index and config.json follow in one
+commit, in this order. Then the repo itself is verified. Files that the repo already has are not
+sent, so a second run continues the first.
 """
 
 import hashlib
@@ -35,38 +36,38 @@ _TITLES: Final = ("LICENSE", "LICENCE", "NOTICE")
 
 @dataclass(frozen=True)
 class Shipment:
-    """A checkpoint's files as they are to be published, and its record."""
+    """The files of a checkpoint that will be published, and its record."""
 
     source: Folder
     record: Record
 
     @property
     def files(self) -> Mapping[str, int]:
-        """Bytes of every file, by path."""
+        """The size in bytes of every file, by path."""
         return self.source.files
 
     @property
     def last(self) -> tuple[str, ...]:
-        """The files of the last commit, in its order."""
+        """The files of the last commit, in order."""
         return tuple(name for name in LAST if name in self.files)
 
     @property
     def first(self) -> tuple[str, ...]:
-        """The files that go up before."""
+        """The files that are uploaded before the last commit."""
         return tuple(name for name in self.files if name not in LAST)
 
     @cached_property
     def key(self) -> str:
-        """What tells these bytes from others: the sha256 of mquant.json, which has all others'."""
+        """The sha256 of mquant.json, which holds the sha256 of all other files."""
         return _sha256(self.source.read(RECORD))
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What came of a push: the verdict on the bytes here, and on the repo as it is now.
+    """The result of a push: the verdicts on the local files and on the repo.
 
-    `remote` is None if the bytes here are broken: then nothing was sent. `local` is None if
-    an earlier run had verified them. `sent` are the files that the repo did not have.
+    `remote` is None if the local files are broken: then nothing was sent. `local` is None if an
+    earlier run verified the local files. `sent` lists the files that the repo did not have.
     """
 
     local: Report | None
@@ -77,9 +78,9 @@ class Pushed:
 
 
 def load(source: Folder) -> Shipment:
-    """The files to publish. Raises SourceError where they are not those that mquant.json says.
+    """The files to publish. Raises SourceError if the files differ from mquant.json.
 
-    Only names and sizes are compared; the content is when it is pushed.
+    Only names and sizes are compared here; `push` compares the content.
     """
     record = read_record(source)
     if record is None:
@@ -116,11 +117,11 @@ def push(
     public: bool = False,
     replace: bool = False,
 ) -> Pushed:
-    """Verify the files, send those that the repo lacks, and verify the repo.
+    """Verify the files, upload those that the repo lacks, and verify the repo.
 
-    Raises OutputError without a token, for a repo that is public or holds another checkpoint
-    unless that is asked for, and where the hub refuses or cannot be reached; SourceError where the
-    files are not what mquant.json says.
+    Raises OutputError without a token; for a public repo, or a repo that holds another checkpoint,
+    unless the options allow it; and if the hub refuses or cannot be reached. Raises SourceError if
+    the files differ from mquant.json.
     """
     writer = HubWriter(repo)
     there = _look(repo)
@@ -185,7 +186,7 @@ def _look(repo: str) -> HubRepo | None:
 
 
 def _missing(shipment: Shipment, there: HubRepo | None) -> list[str]:
-    """The files that the repo does not have as they are here."""
+    """The files that the repo lacks, or holds with other content."""
     return [name for name in shipment.files if there is None or not _same(shipment, there, name)]
 
 
@@ -200,7 +201,7 @@ def _same(shipment: Shipment, there: HubRepo, name: str) -> bool:
 
 
 def _spare(shipment: Shipment, there: HubRepo | None) -> list[str]:
-    """Shards, or an index, of the repo's that this checkpoint has not: loaders would read them."""
+    """The repo's shards and indexes that this checkpoint lacks: loaders would read them."""
     files = there.files if there else {}
     return [
         name
@@ -210,7 +211,7 @@ def _spare(shipment: Shipment, there: HubRepo | None) -> list[str]:
 
 
 def _is_other(there: HubRepo | None, missing: list[str], spare: list[str]) -> bool:
-    """Whether the repo holds another checkpoint: it differs in more than papers and side files."""
+    """Whether the repo holds another checkpoint: more than the card and side files differ."""
     differs = any(is_shard(name) or name in LAST for name in missing)
     return bool(spare) or (there is not None and CONFIG_NAME in there.files and differs)
 
@@ -218,9 +219,9 @@ def _is_other(there: HubRepo | None, missing: list[str], spare: list[str]) -> bo
 def _judge(
     shipment: Shipment, families: Mapping[str, Family], note: Path, emit: Emit
 ) -> Report | None:
-    """Compare all bytes with mquant.json and verify them; None if an earlier run did.
+    """Compare all bytes with mquant.json and verify the files; None if an earlier run did so.
 
-    `note` says so, by the files' sizes and times, for the same release of mquant.
+    `note` records the verdict with the files' sizes and times, for the same release of mquant.
     """
     stamps = {name: list(stamp) for name, stamp in shipment.source.stamps.items()}
     looked_at = {"mquant": __version__, "stamps": stamps}
@@ -237,7 +238,7 @@ def _judge(
 
 
 def _read_note(note: Path) -> object:
-    """What an earlier run noted; None if it did not, or if the note is torn."""
+    """The verdict that an earlier run recorded; None if there is none, or the note is torn."""
     raw = read_own(note, _MOST_NOTE_BYTES)
     try:
         return None if raw is None else parse_json(raw)

@@ -1,4 +1,4 @@
-"""Everything there is to say of a checkpoint, measured now or before, as one HTML file."""
+"""Every measurement of a checkpoint, made now or before, as one HTML file."""
 
 import shlex
 from collections import defaultdict
@@ -28,11 +28,11 @@ _MOST_SHOWN: Final = 20_000  # characters of a recipe: more is no recipe
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a report is made with.
+    """The inputs of a report.
 
-    `comparison` and `evaluation` are files that `mquant compare` and `eval` wrote with `--format
-    json`; without them both are made here, if there is a parent, and a text. `src`, `against`
-    are what the user called them.
+    `comparison` and `evaluation` are files that `mquant compare` and `mquant eval` wrote with
+    `--format json`. Without the files both are measured, if there is a parent, and a text. `src`
+    and `against` are the names that the user typed.
     """
 
     src: str
@@ -46,7 +46,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Made:
-    """The file, and what is in it."""
+    """The written file, and its content."""
 
     path: Path
     verification: Report
@@ -65,8 +65,8 @@ def report(
 ) -> Made:
     """Measure what is not measured yet, and write the page to `out`, whole or not at all.
 
-    Raises SourceError if something cannot be read, or is of another checkpoint; OutputError
-    if `out` cannot be written.
+    Raises SourceError if an input cannot be read, or describes another checkpoint; OutputError if
+    `out` cannot be written.
     """
     compared = _given(wanted.comparison, "compare", source)
     evaluated = _given(wanted.evaluation, "eval", source)

@@ -1,1 +1,1 @@
-"""A running server, asked a few prompts."""
+"""Send prompts to a running server."""

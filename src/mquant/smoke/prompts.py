@@ -1,7 +1,8 @@
 """Five prompts to a running server, each with a mechanical check of the answer.
 
-They find what a wrong checkpoint does: noise, repetition, lost context, forgotten languages. They
-say nothing of a percent of accuracy: that is what `mquant eval` and lm-evaluation-harness are for.
+The prompts detect what a wrong checkpoint causes: noise, repetition, lost context, forgotten
+languages. The prompts do not detect a loss of a percent of accuracy; `mquant eval` and
+lm-evaluation-harness do.
 """
 
 import ast
@@ -62,7 +63,7 @@ SMOKE_JSON: Final = rule(
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked; `check` says what is wrong with an answer, or nothing."""
+    """A question; `check` returns the fault of an answer, or an empty string."""
 
     id: str
     rule: Rule
@@ -73,21 +74,21 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Trial:
-    """A prompt's answer, and what is wrong with it; empty if nothing is."""
+    """A prompt's answer and its fault; the fault is empty if the answer is right."""
 
     prompt: Prompt
     answer: str
     wrong: str
 
     def finding(self, model: str) -> Finding:
-        """What is wrong, as a finding. Only for a failed one."""
+        """The fault as a finding. Only for a failed trial."""
         return self.prompt.rule.finding(model, f"{self.prompt.what}: {self.wrong}.")
 
 
 def options_of(sampling: Mapping[str, float | bool], max_tokens: int) -> dict[str, float]:
-    """The API's options for what generation_config.json recommends.
+    """The API's options for the sampling that generation_config.json recommends.
 
-    The seed is fixed, so that a server that keeps to it gives the same answers again. Without a
+    The seed is fixed, so that a server which honours the seed repeats its answers. Without a
     recommendation the server's own defaults hold.
     """
     options: dict[str, float] = {"max_tokens": max_tokens, "seed": 0}
@@ -105,7 +106,7 @@ def smoke(server: Server, options: Mapping[str, float]) -> Iterator[Trial]:
 
 
 def prompts(room: int | None = None) -> tuple[Prompt, ...]:
-    """The five; the longest fits into `room` tokens, if that is known."""
+    """The five prompts. The longest fits into `room` tokens, if `room` is known."""
     return (
         Prompt(
             "coding",
@@ -144,7 +145,7 @@ def prompts(room: int | None = None) -> tuple[Prompt, ...]:
 
 
 def _archive(room: int | None) -> str:
-    """Many lines that are alike, one of which must be remembered."""
+    """Many similar lines, one of which the model must remember."""
     count = _MOST_LINES if room is None else room // _LINE_TOKENS
     count = max(_LEAST_LINES, min(count, _MOST_LINES))
     lines = [f"Shelf {n} holds {n * 37 % 89 + 2} files." for n in range(1, count + 1)]
@@ -160,7 +161,7 @@ def _wrong(prompt: Prompt, answer: Answer) -> str:
 
 
 def _noise(text: str) -> str:
-    """Whether it is what broken weights say: one sign, or one word, over and over."""
+    """Whether the answer looks like broken weights: one character, or one word, over and over."""
     if re.search(r"(\S)\1{39}", text):
         return "one sign is repeated over and over"
     words = text.split()

@@ -1,7 +1,7 @@
-"""An OpenAI-compatible server: which model it serves, and what that answers.
+"""A client of an OpenAI-compatible server.
 
-What it sends is somebody else's claim: sizes and types are checked. OPENAI_API_KEY is sent where it
-is set, and appears in no message.
+The server's answers are untrusted: sizes and types are checked. OPENAI_API_KEY is sent if it is
+set, and appears in no message.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _THOUGHT: Final = re.compile(r"\A.*</think>", re.DOTALL)
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says, without what it thought first. `whole`: it was not cut off."""
+    """A model's answer, without its reasoning. `whole`: the answer was not cut off."""
 
     text: str
     whole: bool
@@ -33,9 +33,9 @@ class Answer:
 class Server:
     """A server at `url`, with or without the `/v1` of its API.
 
-    `model`, and its `context` in tokens (None: it does not say), are known once one is chosen.
-    Raises UsageError for what is no http address, and, from all methods, SourceError if it does
-    not answer as a server does. Close it.
+    `model` and its `context` in tokens (None if the server does not say) are known after `choose`.
+    Raises UsageError for a string that is no http address. All methods raise SourceError if the
+    server's answer has an unexpected form. The caller closes the server.
     """
 
     def __init__(self, url: str, *, seconds: float) -> None:
@@ -61,7 +61,7 @@ class Server:
         self.context: int | None = None
 
     def choose(self, model: str | None = None) -> str:
-        """Find out what it serves, and take that model, or the first one; returns its name."""
+        """Ask for the served models, and choose the named one or the first; returns its name."""
         served = self._models()
         chosen = served[0] if model is None else next((m for m in served if m["id"] == model), None)
         if chosen is None:
@@ -75,7 +75,7 @@ class Server:
         return self.model
 
     def close(self) -> None:
-        """Close its connections."""
+        """Close the server's connections."""
         self._client.close()
 
     def ask(self, prompt: str, options: Mapping[str, float]) -> Answer:

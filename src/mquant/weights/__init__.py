@@ -1,1 +1,1 @@
-"""Stored weights as float32 rows. The judge decodes with this: no code of the quantizers."""
+"""Stored weights as float32 rows: the judge's decoder, without the quantizers' code."""

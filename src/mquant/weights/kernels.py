@@ -56,7 +56,7 @@ def add_sums(theirs: Floats, mine: Floats, sums: Array, blocks: Floats) -> None:
 
 
 def add_nvfp4_sums(words: Array, stored: Stored, sums: Array, blocks: Floats) -> None:
-    """What `unpack_bf16`, `unpack_nvfp4` and `add_sums` do together, a row at a time.
+    """`unpack_bf16`, `unpack_nvfp4` and `add_sums` in one pass, a row at a time.
 
     A row of float32 stays in the first-level cache. `words` is uint16 [rows, columns].
     """

@@ -29,10 +29,10 @@ _AHEAD: Final = 64 << 20
 
 @dataclass(frozen=True)
 class Matrix(ABC):
-    """A weight [rows, columns] on disk. Any number of threads may read, with scratch of their own.
+    """A weight [rows, columns] on disk. Any number of threads may read, each with its own Scratch.
 
-    `name` is the module's, or a plain tensor's; `format` how it is stored, a dtype or a layout's
-    name; `shape` is [rows, columns] once decoded; `tensors` is what it is made of.
+    `name` is the module's, or a plain tensor's; `format` is a dtype or a layout's name; `shape` is
+    [rows, columns] after decoding; `tensors` are the stored tensors.
     """
 
     name: str
@@ -46,38 +46,38 @@ class Matrix(ABC):
         """Rows [first, last) into `out`, [last - first, columns]. Raises SourceError."""
 
     def prefetch(self) -> None:
-        """Have the bytes, or the first of many, fetched meanwhile."""
+        """Ask the system to read the bytes ahead, at most the first few megabytes of many."""
         for info in self.tensors:
             self.reader.prefetch(info.shard, info.start, min(info.end, info.start + _AHEAD))
 
     def check(self) -> None:
-        """Raise SourceError if a file changed since it was looked at."""
+        """Raise SourceError if a file changed after the checkpoint was opened."""
         for path in {info.shard for info in self.tensors}:
             self.reader.check(path)
 
 
 class Scratch:
-    """A thread's buffer for raw bytes, kept: fresh memory is slower than the disk."""
+    """A thread's reusable buffer for raw bytes: fresh memory is slower than the disk."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Bytes] = {}
 
     def bytes(self, use: str, count: int) -> Bytes:
-        """`count` bytes of anything; the same memory again for the same `use`."""
+        """A buffer of `count` bytes; the same memory again for the same `use`."""
         held = self._buffers.get(use)
         if held is None or len(held) < count:
             held = self._buffers[use] = np.empty(count, np.uint8)
         return held[:count]
 
     def floats(self, use: str, shape: tuple[int, ...]) -> Floats:
-        """Float32 of a shape, of the same kind."""
+        """A float32 buffer of a shape; the same memory again for the same `use`."""
         count = int(np.prod(shape, dtype=np.int64)) * 4
         flat: Floats = self.bytes(use, count).view(np.float32)
         return flat.reshape(shape)
 
 
 class Plain(Matrix):
-    """A tensor of plain numbers; a vector is one row."""
+    """A tensor of plain numbers. A vector is one row."""
 
     def raw(self, first: int, last: int, scratch: Scratch) -> Bytes:
         """The bytes of rows [first, last), in `scratch`."""
@@ -93,7 +93,7 @@ class Plain(Matrix):
 
 
 class Workers:
-    """Threads that keep their scratch, as whoever shares them out does. A context: it ends them."""
+    """Threads that each keep a Scratch. A context manager that ends the threads."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -102,7 +102,7 @@ class Workers:
 
     @property
     def scratch(self) -> Scratch:
-        """The calling thread's."""
+        """The calling thread's Scratch."""
         if not hasattr(self._local, "scratch"):
             self._local.scratch = Scratch()
         scratch: Scratch = self._local.scratch
@@ -121,7 +121,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class _Stored(Matrix):
-    """What the quantized layouts have in common."""
+    """The base of the quantized layouts."""
 
     weight: StoredWeight
 
@@ -164,7 +164,7 @@ class Nvfp4(_Stored):
 
 
 class _Fp8(_Stored):
-    """E4M3 under a scale for everything, for each row, or for each block."""
+    """E4M3 under one scale for the tensor, for each row, or for each block."""
 
     def read(self, first: int, last: int, out: Floats, scratch: Scratch) -> None:
         """Rows, decoded."""
@@ -192,7 +192,7 @@ class _Fp8(_Stored):
 
 
 class _Other(_Stored):
-    """Whatever else `stored_weight` can decode."""
+    """Every other layout that `stored_weight` can decode."""
 
     def read(self, first: int, last: int, out: Floats, scratch: Scratch) -> None:
         """Rows, decoded."""
@@ -200,7 +200,7 @@ class _Other(_Stored):
 
 
 def plain(info: TensorInfo, reader: AnyReader) -> Plain | None:
-    """A tensor as it is, or None if its dtype is no number's."""
+    """A tensor as stored; None if its dtype holds no numbers."""
     if info.dtype not in READABLE:
         return None
     columns = info.shape[-1] if info.shape else 1
@@ -209,7 +209,7 @@ def plain(info: TensorInfo, reader: AnyReader) -> Plain | None:
 
 
 def matrix_of(view: ModuleView, module: Module, reader: AnyReader) -> Matrix | None:
-    """A module's `weight`, or None if it has none that can be decoded."""
+    """A module's `weight`; None if the module has none that can be decoded."""
     if not module.quantized:
         info = module.tensors.get("weight")
         return plain(info, reader) if info else None
@@ -228,7 +228,7 @@ def matrix_of(view: ModuleView, module: Module, reader: AnyReader) -> Matrix | N
 def _rows(
     reader: AnyReader, info: TensorInfo, rows: int, first: int, last: int, scratch: Scratch
 ) -> Bytes:
-    """The bytes of rows [first, last) of a tensor that has `rows`."""
+    """The bytes of rows [first, last) of a tensor that has `rows` rows."""
     row = info.nbytes // rows if rows else 0
     raw = scratch.bytes(info.dtype, (last - first) * row)
     reader.read_into(info.shard, info.start + first * row, raw.data)

@@ -47,7 +47,7 @@ TYPICAL: Final[dict[StorageFormat | None, float]] = {
 
 @dataclass(frozen=True)
 class Rows:
-    """Values [rows, columns] of a weight, and by how much each may differ from its parent's."""
+    """Values [rows, columns] of a weight, and the most each may differ from its parent's value."""
 
     values: Floats
     allowed: Callable[[Floats], Floats]
@@ -136,10 +136,10 @@ class StoredWeight:
 
 
 def weight_of(view: ModuleView, module: Module) -> StoredWeight | None:
-    """The weight of a module, or None if it cannot be read by rows.
+    """The weight of a module; None if the weight cannot be read by rows.
 
-    That is so for vectors, layouts that are not `decodable`, and parts that do not fit each
-    other, which is a matter of structure.
+    That is so for vectors, layouts that are not `decodable`, and parts whose shapes contradict each
+    other, which structure rules report.
     """
     kind = format_of(view, module)
     if kind is None:
@@ -162,7 +162,7 @@ def weight_of(view: ModuleView, module: Module) -> StoredWeight | None:
 
 
 def decodable(kind: StorageFormat | None, module: Module, view: ModuleView) -> bool:
-    """Whether numbers can be made of a module in this layout, its parts given."""
+    """Whether the module's layout and parts can be decoded."""
     if kind is StorageFormat.INT:
         plain = not {"weight_zero_point", "weight_g_idx"} & module.tensors.keys()
         return plain and integer_bits(view) in (4, 8)
@@ -172,7 +172,7 @@ def decodable(kind: StorageFormat | None, module: Module, view: ModuleView) -> b
 
 
 def _amax(values: Floats, group: int) -> Floats:
-    """Every element's largest neighbour within its group along the row."""
+    """For every element, the largest magnitude of its group along the row."""
     rows, columns = values.shape
     padded = np.zeros((rows, -(-columns // group) * group), np.float32)
     padded[:, :columns] = np.abs(values)

@@ -1,4 +1,4 @@
-"""The model card: README.md for the hub, from facts only."""
+"""The model card: the hub's README.md, written from known facts only."""
 
 from mquant.publish.card.about import About, read_about
 from mquant.publish.card.facts import Card, gather

@@ -1,4 +1,4 @@
-"""What only its publisher knows of a checkpoint: a small YAML file beside the facts."""
+"""Facts that only the publisher of a checkpoint knows, read from a small YAML file."""
 
 from pathlib import Path
 from typing import Annotated, Final
@@ -18,14 +18,14 @@ class _Data(BaseModel):
 
 
 class Companion(_Data):
-    """Another repo that belongs to this one, and what it is."""
+    """Another repo that belongs to this one, and its purpose."""
 
     repo: RepoId
     what: str = ""
 
 
 class About(_Data):
-    """`repo`: where the checkpoint will be; `base_model`: the hub repo it was made from."""
+    """`repo`: the checkpoint's future hub repo; `base_model`: the parent's hub repo."""
 
     repo: RepoId | None = None
     base_model: RepoId | None = None
@@ -34,7 +34,7 @@ class About(_Data):
 
 
 def read_about(path: Path) -> About:
-    """The file. Raises DataFileError, naming the key, if it is wrong."""
+    """Read the YAML file. Raises DataFileError, which names the key, if the file is wrong."""
     try:
         return About.model_validate(read_yaml(path) or {})
     except ValidationError as error:

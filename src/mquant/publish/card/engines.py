@@ -1,7 +1,6 @@
-"""Which engines load what mquant writes, where that was read, and on what hardware they run it.
+"""Inference engines that load mquant's schemes, the evidence for each, and their hardware.
 
-One row for each engine and scheme; when an engine's new release was looked at, its row changes
-here and nowhere else.
+There is one row for each engine and scheme. To add a new release of an engine, change its row.
 """
 
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from typing import Final, Literal
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What one engine makes of a scheme: `loads` says whether, `seen` how that is known.
+    """An engine and a scheme: `loads` says whether the engine loads it, `seen` gives the evidence.
 
-    `only_experts`: the row is about checkpoints with experts.
+    `only_experts`: the row concerns checkpoints with experts.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Everything a card says, gathered: from the checkpoint, its record, its parent, its publisher."""
+"""Gather a card's facts from the checkpoint, its record, its parent and its publisher."""
 
 import math
 import re
@@ -29,7 +29,7 @@ _CACHE_BYTES: Final = 2  # of an element of the KV cache in 16 bits
 
 @dataclass(frozen=True, slots=True)
 class RoleFacts:
-    """One role: its tensors that are kept, its modules that are quantized, elements of all."""
+    """One role: the number of kept tensors, of quantized modules, and of elements in both."""
 
     role: str
     kept: int
@@ -66,7 +66,7 @@ class Card:
 
     @property
     def repo(self) -> str:
-        """Where the checkpoint can be had: the repo on the hub, or the folder's name."""
+        """The checkpoint's hub repo, or the folder's name."""
         return self.about.repo or self.inspection.name
 
 
@@ -81,9 +81,9 @@ def gather(
     ask_vllm: bool = False,
     emit: Emit = silent,
 ) -> Card:
-    """Look at a checkpoint, verify it (against the parent that is `given`), and ask its parent.
+    """Read a checkpoint, verify it against the `given` parent, and read the parent's card.
 
-    Raises SourceError if it is not quantized, or cannot be read.
+    Raises SourceError if the checkpoint is not quantized, or cannot be read.
     """
     checkpoint = open_checkpoint(source, tolerant=True)
     view = read_modules(checkpoint, families)
@@ -120,9 +120,9 @@ def gather(
 
 
 def _scheme(view: ModuleView) -> str:
-    """The scheme of ours that all quantized modules are in; empty if it is another, or several.
+    """The scheme of all quantized modules; empty if the scheme is unknown, or there are several.
 
-    Only what decides the arithmetic is compared: tools differ in what else they write.
+    Only what decides the arithmetic is compared, because tools differ in the other keys they write.
     """
     kinds = {format_of(view, module) for module in view.quantized}
     if len({kind.short for kind in kinds if kind}) != 1 or not kinds <= {
@@ -146,7 +146,7 @@ def _scheme(view: ModuleView) -> str:
 
 
 def _roles(view: ModuleView) -> tuple[RoleFacts, ...]:
-    """By role, in the order of `Role`; nothing if some weight's shape cannot be told."""
+    """Facts by role, in the order of `Role`; empty if the shape of some weight is unknown."""
     kept: Counter[str] = Counter()
     quantized: Counter[str] = Counter()
     parameters: Counter[str] = Counter()
@@ -179,7 +179,7 @@ def _name(role: Role | None) -> str:
 def _active(
     parameters: int | None, roles: tuple[RoleFacts, ...], inspection: Inspection
 ) -> int | None:
-    """All parameters but those of the experts that a token is not sent to."""
+    """The number of parameters, without those of experts that a token is not routed to."""
     experts = sum(role.parameters for role in roles if role.role == Role.EXPERT.value)
     count, chosen = inspection.experts, inspection.experts_per_token
     if parameters is None or not experts or not count or not chosen or chosen > count:

@@ -1,6 +1,6 @@
-"""Markdown of strings that come from files: they are shown, never obeyed.
+"""Markdown of untrusted strings: strings are shown, never obeyed.
 
-A name could be an image that tells its host who reads the page, end a table, or fake a section.
+A name could be an image that reports its readers to a host, end a table, or fake a section.
 """
 
 import re
@@ -16,7 +16,7 @@ _PLAIN_CODE: Final = re.compile(r"[^`|]*[^`|\s\\]")
 
 
 def text(value: str) -> str:
-    """A string within a sentence or a cell, on one line, with nothing that means something."""
+    """A string in a sentence or a cell, on one line, with all Markdown escaped."""
     escaped = _SPECIAL.sub(r"\\\1", clean(value)).translate(_HTML)
     # Addresses become links by themselves, and @name tells somebody.
     for sign, entity in (("://", "&#58;//"), ("@", "&#64;"), ("www.", "www&#46;")):
@@ -33,7 +33,7 @@ def code(value: str) -> str:
 
 
 def block(lines: Iterable[str], language: str = "") -> str:
-    """Lines as a block of code, whatever fences they hold."""
+    """Lines as a code block, whatever fences the lines hold."""
     shown = [clean(line) for line in lines]
     longest = max((len(run) for line in shown for run in re.findall("`+", line)), default=0)
     fence = "`" * max(3, longest + 1)
@@ -41,7 +41,7 @@ def block(lines: Iterable[str], language: str = "") -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table; cells are Markdown already."""
+    """A table whose cells are Markdown already."""
     titles = list(head)
     lines = [titles, ["---"] * len(titles), *map(list, rows)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

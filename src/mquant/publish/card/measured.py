@@ -19,7 +19,7 @@ _MOST: Final = 1e12
 
 @dataclass(frozen=True)
 class Measured:
-    """Accuracy, as far as it was measured: None, and empty, where it was not.
+    """Accuracy as far as measured; None, or empty, if not measured.
 
     `kl` is the mean divergence in nats per token, `agreement` the part of positions with the
     parent's most likely token, `errors` relative L2 errors of the weights by role.
@@ -36,7 +36,7 @@ class Measured:
 
     @property
     def anything(self) -> bool:
-        """Whether there is a figure at all."""
+        """Whether any figure is known."""
         return bool(self.errors) or self.perplexity is not None
 
 
@@ -91,7 +91,7 @@ def _document(path: Path, schema: str, name: str) -> dict[str, Any]:
 
 
 def _last(name: str) -> str:
-    """A folder's name, or a repo's without its owner: the same checkpoint may be either."""
+    """A folder's name, or a repo's without its owner, so that both compare equal."""
     return name.rpartition("/")[2]
 
 

@@ -1,4 +1,4 @@
-"""The card's YAML: what the hub itself understands of it."""
+"""The card's YAML metadata, which the hub itself parses."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def _kept(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _license_link(card: Card) -> str | None:
-    """The parent's link where it leads somewhere from here; the licence's text in the repo."""
+    """The parent's link if it leads somewhere from here; otherwise this repo's licence file."""
     link = card.parent.license_link
     if link.startswith("https://"):
         return link
@@ -42,7 +42,7 @@ def _license_link(card: Card) -> str | None:
 
 
 def _library(card: Card) -> str | None:
-    """The first engine that loads it: the hub shows how to use it with that."""
+    """The first engine that loads the checkpoint: the hub shows how to use that engine."""
     loads = (engine.name for engine in ENGINES.get(card.scheme, ()) if engine.loads == "yes")
     return next((name.lower() for name in loads), None)
 

@@ -1,4 +1,4 @@
-"""Where the checkpoint comes from: how it was made and mended, what belongs to it, its licence."""
+"""The origin of a checkpoint: how it was made and repaired, its companions, its licence."""
 
 import re
 import shlex
@@ -14,7 +14,7 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
 def made(card: Card) -> str:
-    """How it was made, and every repair since; empty if nothing says it."""
+    """How the checkpoint was made, and each later repair; empty if no record says so."""
     record = card.record
     if record is None:
         return ""

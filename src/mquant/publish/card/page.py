@@ -1,4 +1,4 @@
-"""The card as Markdown. The same facts give the same bytes; what is not known is left out."""
+"""The card as Markdown. The same facts give the same bytes; unknown facts are left out."""
 
 from collections.abc import Iterator
 from typing import Final
@@ -17,7 +17,7 @@ MARK: Final = "<!-- Made by mquant card"
 
 
 def render(card: Card) -> str:
-    """README.md: YAML, then a section for each sort of facts there is."""
+    """README.md: YAML metadata, then one section for each kind of fact."""
     sections = (
         _model(card),
         _verified(card),

@@ -1,4 +1,4 @@
-"""What the parent's own card says: its licence, languages, and how it was pruned."""
+"""Facts from the parent's own card: licence, languages, and how the parent was pruned."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -27,9 +27,10 @@ _LINK: Final = re.compile(r"https://[A-Za-z0-9./_~%-]{3,200}|[A-Za-z0-9][A-Za-z0
 
 @dataclass(frozen=True)
 class Parent:
-    """The parent, as far as it is known: a folder's `name`, or a `repo` at a `commit`; its card.
+    """The parent as far as it is known: a folder's `name`, or a `repo` at a `commit`; and its card.
 
-    `pruned_from` is its own base model; `reap` the sentence of its card that speaks of REAP.
+    `pruned_from` is the parent's base model; `reap` is the sentence of the parent's card about
+    REAP.
     """
 
     name: str = ""
@@ -45,10 +46,10 @@ class Parent:
 
 
 def find_parent(record: Record | None, given: Source | None, emit: Emit) -> Parent:
-    """The parent that was given, or else the hub repo that mquant.json names.
+    """The given parent, or otherwise the hub repo that mquant.json names.
 
-    Raises SourceError where what was given is another one than mquant.json says. If the repo
-    that it names cannot be read, that is said, and what it would tell is left out.
+    Raises SourceError if the given parent differs from the one in mquant.json. If the repo cannot
+    be read, a note says so, and the facts of the parent's card are left out.
     """
     named = record.source if record else {}
     if given is not None:
@@ -112,7 +113,7 @@ def _one(said: Mapping[str, Any], key: str, fits: Callable[[str], object]) -> st
 
 
 def _sentence(body: str) -> str:
-    """The first line of prose that says what REAP is, or else that names it."""
+    """The first line of prose that explains REAP, or otherwise the first that names REAP."""
     lines = [line.strip() for line in body.splitlines()]
     prose = [line for line in lines if line and line[0] not in "#|<`![" and _REAP.search(line)]
     line = next(filter(_PRUNING.search, prose), next(iter(prose), ""))

@@ -1,4 +1,4 @@
-"""How to serve it: engines, commands, hardware, the KV cache, recommended sampling."""
+"""How to serve the checkpoint: engines, commands, hardware, KV cache, recommended sampling."""
 
 import json
 import shlex
@@ -13,7 +13,7 @@ from mquant.verify.tensor_parallel import TENSOR_PARALLEL
 
 
 def serving(card: Card) -> str:
-    """The section; empty if it is in no scheme that is known here, and recommends nothing."""
+    """The section; empty if the scheme is unknown and no sampling is recommended."""
     parts = [*_engines(card), *_hardware(card), *_sampling(card)]
     return "\n".join(["## Use it\n", *parts]) if parts else ""
 

@@ -1,4 +1,4 @@
-"""A report as one HTML file: JSON of `verify`, `compare` and `eval` in, a page out."""
+"""The report as one HTML file, made from the JSON of `verify`, `compare` and `eval`."""
 
 from mquant.publish.page.report import Evidence, render
 

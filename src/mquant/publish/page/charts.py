@@ -1,4 +1,4 @@
-"""Pictures inside the page: a table of numbers as pixels, and bars. No script draws them."""
+"""Charts of the HTML page: heat maps, bar charts and meters, drawn without a script."""
 
 import base64
 import struct
@@ -15,9 +15,9 @@ Cells = Sequence[Sequence[float | None]]
 
 
 def heatmap(cells: Cells, title: str, rows: str, columns: str, unit: str) -> Html:
-    """Rows of numbers (None: nothing there), one pixel each, stretched; with its scale.
+    """A heat map with its scale: one pixel for each number of `rows`; None leaves a pixel empty.
 
-    `rows` and `columns` say what they count; `unit` formats a number, as in `{:.1%}`.
+    `rows` and `columns` name the axes; `unit` formats a number, as in `{:.1%}`.
     """
     known = [value for row in cells for value in row if value is not None]
     if not known:
@@ -44,7 +44,7 @@ def heatmap(cells: Cells, title: str, rows: str, columns: str, unit: str) -> Htm
 
 
 def columns(values: Sequence[tuple[str, float]], low: float, unit: str) -> Html:
-    """A bar for each (label, value), from `low`, or the smallest where that is less, up to 1."""
+    """One bar for each (label, value), from `low`, or a smaller minimum, up to 1."""
     floor = min([low, *(value for _, value in values)])
     span = (1 - floor) or 1.0
     bars = [
@@ -64,7 +64,7 @@ def columns(values: Sequence[tuple[str, float]], low: float, unit: str) -> Html:
 
 
 def meter(share: float, cls: str) -> Html:
-    """A bar as long as a share of its cell."""
+    """A bar whose length is a share of its cell."""
     return tag("span", tag("i", style=f"width:{100 * share:.2f}%"), cls=f"meter {cls}")
 
 
@@ -78,7 +78,7 @@ def _colour(at: float) -> tuple[int, int, int]:
 
 
 def _png(pixels: Sequence[Sequence[tuple[int, int, int, int]]]) -> str:
-    """An RGBA picture as a data URL; short rows are filled with nothing."""
+    """An RGBA picture as a data URL. Short rows are padded with transparent pixels."""
     width = max(map(len, pixels))
     lines = [b"\0" + b"".join(map(bytes, row)) + b"\0\0\0\0" * (width - len(row)) for row in pixels]
 

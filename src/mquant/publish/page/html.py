@@ -1,17 +1,17 @@
-"""HTML from nested calls. Whatever is not HTML already is text, and escaped: names are hostile."""
+"""HTML from nested calls. Every string that is not `Html` is escaped: names are untrusted."""
 
 from collections.abc import Sequence
 from html import escape
 
 
 class Html(str):
-    """Text that is markup, made by `tag` alone."""
+    """Markup. Only `tag` makes it."""
 
     __slots__ = ()
 
 
 def text(value: str) -> Html:
-    r"""Text as markup; what a browser or a reader could obey (controls, bidi) is written `\x1b`."""
+    """A string as markup; control and bidi characters are written as escapes."""
     shown = "".join(
         c
         if c.isprintable() or c == "\n"
@@ -22,7 +22,7 @@ def text(value: str) -> Html:
 
 
 def tag(name: str, /, *children: str, **attributes: str) -> Html:
-    """An element. `cls` is class; underscores are dashes; an empty attribute is left out."""
+    """An element. `cls` sets class; underscores become dashes; an empty attribute is left out."""
     said = "".join(
         f' {"class" if key == "cls" else key.replace("_", "-")}="{text(value)}"'
         for key, value in attributes.items()
@@ -39,7 +39,7 @@ def join(*children: str) -> Html:
 
 
 def table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], numbers: frozenset[int]) -> Html:
-    """A table that scrolls by itself where it is too wide. `numbers`: columns to the right."""
+    """A table that scrolls if it is too wide. `numbers`: the columns that are right-aligned."""
 
     def row(kind: str, cells: tuple[str, ...]) -> Html:
         made = (tag(kind, c, cls="n" if i in numbers else "") for i, c in enumerate(cells))
@@ -50,6 +50,6 @@ def table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], numbers: froz
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> Html:
-    """Names and values; long values wrap."""
+    """Names and values. Long values wrap."""
     made = (tag("tr", tag("td", name), tag("td", value)) for name, value in rows)
     return tag("table", tag("tbody", *made), cls="facts")

@@ -1,4 +1,4 @@
-"""The report: what was measured, in the order in which a reader doubts it."""
+"""The sections of the report page, in the order of a reader's doubts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _WORST: Final = 10
 
 @dataclass(frozen=True)
 class Size:
-    """What a role takes, before (None: no parent was given) and now."""
+    """The bytes of a role before (None if no parent was given) and after."""
 
     role: str
     tensors: int
@@ -27,10 +27,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What there is to show of a checkpoint.
+    """Everything the page shows of a checkpoint.
 
-    `comparison` and `evaluation` are the JSON of `mquant compare` and `eval`, None if they were
-    not made. `facts` are names and values; `commands` how to get all of it again.
+    `comparison` and `evaluation` are the JSON of `mquant compare` and `mquant eval`; None if not
+    made. `facts` are names and values; `commands` reproduce all figures.
     """
 
     name: str
@@ -231,7 +231,7 @@ def _recipe(evidence: Evidence) -> Html:
 
 
 def _grid(rows: Sequence[Sequence[Any]]) -> list[list[float | None]]:
-    """[layer, expert, value] as a table, with nothing if there is none."""
+    """[layer, expert, value] as a table, with None for a missing value."""
     if not rows:
         return []
     high, wide = max(row[0] for row in rows) + 1, max(row[1] for row in rows) + 1
