@@ -13,7 +13,7 @@ from make import without
 from mquant.cli.app import app
 from mquant.findings import Finding
 from mquant.publish.page import Evidence, render
-from mquant.publish.page.report import Size
+from mquant.publish.page.sections import Size
 from mutate import mutated
 from page import laid_out, needs_chromium
 from run import FIXTURES, TRAINED, quantize_nvfp4

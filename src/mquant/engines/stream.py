@@ -19,14 +19,14 @@ from typing import Final, Protocol
 import numpy as np
 
 from mquant.checkpoint import TensorInfo
-from mquant.engines.decode import open_rows
+from mquant.engines.dequantized_rows import open_rows
 from mquant.errors import OutputError, SourceError
 from mquant.numerics.dequantize import prepare_decoding
 from mquant.numerics.formats import BF16, FLOATS, Array, Bytes, Floats
 from mquant.numerics.fp8 import encode_into, prepare_fp8
 from mquant.numerics.kernels import block_maxima, pack_into, prepare, quantize_into
 from mquant.numerics.nvfp4 import GROUP, global_scale_of
-from mquant.numerics.search import ALIKE, SearchedWeight, prepare_search, search
+from mquant.numerics.scale_search import ALIKE, SearchedWeight, prepare_search, search
 from mquant.numerics.thresholds import Magnitudes, thresholds
 from mquant.plan import Action, WorkUnit
 

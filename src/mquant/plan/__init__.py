@@ -6,10 +6,10 @@ from mquant.plan.export import Target, hf_quant_config, make_export_plan, scalar
 from mquant.plan.members import Member
 from mquant.plan.mend import BAD, PARENT, Mending, from_parent, mend
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit
+from mquant.plan.never_quantized import natural, safe_ignore
 from mquant.plan.share import share, shares
 from mquant.plan.stored import Stored
 from mquant.plan.survey import Survey, survey
-from mquant.plan.unsafe import natural, safe_ignore
 from mquant.plan.wholeness import wholeness
 
 __all__ = [

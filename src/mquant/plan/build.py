@@ -13,8 +13,8 @@ from mquant.loader_model.formats import StorageFormat
 from mquant.plan.awq import scaled, unscalable
 from mquant.plan.members import Member
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit
+from mquant.plan.never_quantized import natural, unsafe
 from mquant.plan.survey import Survey, survey
-from mquant.plan.unsafe import natural, unsafe
 from mquant.recipe import Choice, Recipe
 from mquant.schemes import Scheme
 from mquant.text import names

@@ -18,7 +18,7 @@ from mquant.output.disk import write_document
 from mquant.output.finish import RECIPE_NAME
 from mquant.output.record import read_table
 from mquant.publish.page import Evidence, render
-from mquant.publish.page.report import Size
+from mquant.publish.page.sections import Size
 from mquant.untrusted import parse_json
 from mquant.verify.inspect import inspect
 from mquant.verify.judge import Report, verify

@@ -8,7 +8,7 @@ from mquant.family import Role
 from mquant.findings import Finding, Rule, rule
 from mquant.loader_model.in_vllm import Group, Judged, VllmView
 from mquant.loader_model.modules import ModuleView
-from mquant.plan.unsafe import QUANTIZED
+from mquant.plan.never_quantized import QUANTIZED
 from mquant.text import names
 
 _LISTS: Final = ("ignore", "exclude_modules", "modules_to_not_convert")
