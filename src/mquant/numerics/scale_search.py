@@ -16,8 +16,9 @@ others lose:
 - 6 * d < 0.65 * a: cutting off a costs more than (0.35 * a)**2 = 4.41 * (a / 6)**2. Whatever the
   other 15 weights are, some code costs at most 4.3 * (a / 6)**2: for every position of a / 6
   between two codes there is a mixture of the codes tried under which no 15 weights cost more on
-  average (a game, solved in tests/numerics/test_scale_search.py). With `w` such a code could win, and
-  is not wanted: a channel that calibration did not see would lose a third of its largest weight.
+  average (a game, solved in tests/numerics/test_scale_search.py). With `w` such a code could win,
+  and is not wanted: a channel that calibration did not see would lose a third of its largest
+  weight.
 
 **Which global scales.** Halving G moves every code by 8 and changes nothing but what falls off
 E4M3's ends, so one octave holds all grids there are. The min-max G leaves the largest block no
