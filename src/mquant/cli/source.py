@@ -1,6 +1,7 @@
 """SRC and OUT: from what a person typed to a source and a folder."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -18,14 +19,19 @@ def is_repo_id(text: str) -> bool:
     return bool(_REPO_ID.fullmatch(text))
 
 
+def example(verb: Callable[..., None]) -> str:
+    """The last line of a verb's help: `Example: mquant ...`."""
+    return (verb.__doc__ or "").rstrip().rpartition("\n")[2].strip()
+
+
 def open_source(
-    src: str | None, revision: str | None, example: str = "mquant inspect MiniMaxAI/MiniMax-M2"
+    src: str | None, revision: str | None, fix: str = "Give a folder or a hub repo id."
 ) -> "Source":
     """The checkpoint a person means: a folder, a hub repo id, or, left out, the current folder.
 
     A folder that exists comes first; what starts with `.`, `/` or `~` is always a folder.
-    Raises UsageError, with the verb's `example`, if nothing is given and nothing is here;
-    SourceError if there is no such folder.
+    Raises UsageError if nothing is given and the current folder is no checkpoint (`fix` says what
+    to give: the verb's example), SourceError if there is no such folder.
     """
     from mquant.checkpoint import Folder
 
@@ -34,7 +40,7 @@ def open_source(
             if not Path("config.json").is_file():
                 raise UsageError(
                     "SRC is missing, and the current folder is no checkpoint (no config.json).",
-                    f"Example: {example}",
+                    fix,
                 )
             src = "."
         path = Path(src).expanduser()
