@@ -207,6 +207,15 @@ def test_it_goes_on_where_it_was_stopped(
     assert list(cache.iterdir()) == []
 
 
+def test_a_line_that_is_nested_too_deeply_counts_for_nothing(trained: Path) -> None:
+    pair = Folder(trained), Folder(TRAINED)
+    with ComparisonCache(*pair) as first:
+        kept = first.path
+    kept.write_bytes(b"[" * 100_000 + b"\n")
+    with ComparisonCache(*pair) as second:
+        assert not second.known
+
+
 def test_a_changed_file_is_compared_anew(trained: Path, tmp_path: Path, cache: Path) -> None:
     keys = set()
     for seed in (0, 1):
