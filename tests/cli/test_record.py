@@ -7,21 +7,16 @@ import pytest
 from typer.testing import CliRunner
 
 from mquant.cli.app import app
-from run import TRAINED, quantize_nvfp4
+from run import TRAINED
 
 NESTED = "[" * 100_000
 MANY = "[" + "{}," * 300_000 + "{}]"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("made") / "out")
-
-
 @pytest.fixture
-def src(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def src(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    return Path(shutil.copytree(made, "src"))
+    return Path(shutil.copytree(trained, "src"))
 
 
 @pytest.mark.parametrize(

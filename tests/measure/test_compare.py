@@ -23,18 +23,13 @@ from mquant.measure.difference import Difference
 from mquant.weights.matrix import Scratch, matrix_of
 from mquant.weights.stored_weight import weight_of
 from mutate import changed, mutated, setting
-from run import TRAINED, quantize_nvfp4
+from run import TRAINED
 
 __all__ = ["hub"]  # the fixture
 
 W2 = "model.layers.1.block_sparse_moe.experts.8.w2.weight"
 NORM = "model.layers.0.input_layernorm.weight"
 Config = Callable[[dict[str, Any]], None]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("trained") / "out")
 
 
 @pytest.fixture(autouse=True)
