@@ -26,7 +26,7 @@ from mquant.dtypes import nbytes
 from mquant.errors import DataFileError, UsageError
 from mquant.events import Emit, Progress, silent
 from mquant.family import Family, Role, TensorRow
-from mquant.output.disk import out_of_space
+from mquant.output.disk import out_of_space, write_whole
 from mquant.output.staging import publish, staging
 from mquant.plan import DEFAULT_SHARD_BYTES, cut_shards
 
@@ -332,10 +332,8 @@ def _index(shards: Mapping[str, list[SynthTensor]], total: int) -> dict[str, Any
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     raw = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-    with out_of_space(path, len(raw)), path.open("wb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
+    with out_of_space(path, len(raw)):
+        write_whole(path, [raw])
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -10,16 +10,11 @@ from typer.testing import CliRunner, Result
 from make import without
 from mquant.cli.app import app
 from mutate import mutated
-from run import TRAINED, quantize_nvfp4
+from run import TRAINED
 
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["compare", *map(str, arguments)])
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("trained") / "out")
 
 
 @pytest.fixture(autouse=True)

@@ -3,22 +3,16 @@
 import json
 from pathlib import Path
 
-import pytest
 from typer.testing import CliRunner, Result
 
 from mquant.cli.app import app
-from run import FIXTURES, TRAINED, quantize_nvfp4
+from run import FIXTURES, TRAINED
 
 TEXT = ("--text", FIXTURES / "heldout.txt", "--tokens", 400, "--context", 100)
 
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["eval", *map(str, arguments)])
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("trained") / "out")
 
 
 def test_a_person_sees_both_models_and_their_routers(trained: Path) -> None:

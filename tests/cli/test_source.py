@@ -32,16 +32,20 @@ def test_without_src_the_current_folder_is_meant(
     assert open_source(None, None).name == "model"
 
 
-def test_without_src_and_checkpoint_there_is_an_example(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("verb", ["inspect", "verify", "verify-ignore", "compare", "card"])
+def test_without_src_and_checkpoint_there_is_the_example_of_the_help(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, ["inspect"])
+    result = CliRunner().invoke(app, [verb])
     assert result.exit_code == 2
-    assert result.stderr == (
-        "Error: SRC is missing, and the current folder is no checkpoint (no config.json).\n"
-        "Example: mquant inspect MiniMaxAI/MiniMax-M2\n"
+    missing, example = result.stderr.splitlines()
+    assert missing == (
+        "Error: SRC is missing, and the current folder is no checkpoint (no config.json)."
     )
+    assert example.startswith(f"Example: mquant {verb} ")
+    shown = CliRunner().invoke(app, [verb, "--help"]).stdout
+    assert example in " ".join(shown.split())
 
 
 def test_a_revision_of_a_folder_is_a_usage_error(tmp_path: Path) -> None:

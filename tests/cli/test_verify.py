@@ -16,7 +16,7 @@ from make import Row, make_checkpoint, make_row, without
 from mquant.cli.app import app
 from mquant.findings import RULES, VERIFIED
 from mutate import changed, mutated, setting
-from run import TRAINED, quantize_nvfp4
+from run import TRAINED
 
 __all__ = ["hub"]  # the fixture
 
@@ -34,11 +34,6 @@ def document(*arguments: object) -> dict[str, Any]:
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
     return make_checkpoint(tmp_path / "plain", config={"num_mtp_modules": 0})
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("trained") / "out")
 
 
 def said(result: Result) -> str:

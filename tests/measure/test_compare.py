@@ -23,18 +23,13 @@ from mquant.measure.difference import Difference
 from mquant.weights.matrix import Scratch, matrix_of
 from mquant.weights.stored_weight import weight_of
 from mutate import changed, mutated, setting
-from run import TRAINED, quantize_nvfp4
+from run import TRAINED
 
 __all__ = ["hub"]  # the fixture
 
 W2 = "model.layers.1.block_sparse_moe.experts.8.w2.weight"
 NORM = "model.layers.0.input_layernorm.weight"
 Config = Callable[[dict[str, Any]], None]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("trained") / "out")
 
 
 @pytest.fixture(autouse=True)
@@ -205,6 +200,15 @@ def test_it_goes_on_where_it_was_stopped(
     assert isinstance(told[-1], Progress)
     assert told[-1].done == told[-1].total
     assert list(cache.iterdir()) == []
+
+
+def test_a_line_that_is_nested_too_deeply_counts_for_nothing(trained: Path) -> None:
+    pair = Folder(trained), Folder(TRAINED)
+    with ComparisonCache(*pair) as first:
+        kept = first.path
+    kept.write_bytes(b"[" * 100_000 + b"\n")
+    with ComparisonCache(*pair) as second:
+        assert not second.known
 
 
 def test_a_changed_file_is_compared_anew(trained: Path, tmp_path: Path, cache: Path) -> None:

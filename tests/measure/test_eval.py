@@ -21,16 +21,11 @@ from mquant.measure.evaluation import Evaluation, evaluate
 from mquant.measure.score import score
 from mquant.synth import Precision, Sizes, synth
 from mquant.weights.matrix import Workers
-from run import FIXTURES, TRAINED, quantize_nvfp4
+from run import FIXTURES, TRAINED
 
 HELDOUT = FIXTURES / "heldout.txt"
 ALL = 10**9
 WORKERS = Workers(2)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("trained") / "out")
 
 
 def run(folder: Path, parent: Path | None = None, **options: Any) -> Evaluation:

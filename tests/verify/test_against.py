@@ -31,11 +31,6 @@ def test_mquants_own_output_is_clean_at_every_depth(good: Path, parent: Path) ->
         assert judged(good, parent, depth) == {}
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("trained") / "out")
-
-
 def full(bad: Path, parent: Path) -> dict[str, str]:
     return judged(bad, parent, Depth.FULL)
 

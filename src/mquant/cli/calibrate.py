@@ -10,11 +10,10 @@ from mquant.cli.options import Data, FamilyFile, FormatChoice, RecipeName, Revis
 from mquant.cli.output import Format, output
 from mquant.cli.plan import make
 from mquant.cli.progress import progress
+from mquant.cli.source import example
 from mquant.cli.tables import facts
 from mquant.errors import UsageError
 from mquant.text import names, plural
-
-_EXAMPLE = "mquant calibrate ./Model --data texts.jsonl -o importance.safetensors"
 
 File = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")]
 
@@ -37,8 +36,8 @@ def calibrate(
     """
     with output("calibrate", output_format) as out:
         if data is None:
-            raise UsageError("--data is missing.", f"Example: {_EXAMPLE}")
-        plan = make("calibrate", src, recipe, revision, None, family, allow_unsafe=False)
+            raise UsageError("--data is missing.", example(calibrate))
+        plan = make(calibrate, src, recipe, revision, None, family, allow_unsafe=False)
         out.report(plan.findings)
         from mquant.runs.calibrate import calibrate as measure
 

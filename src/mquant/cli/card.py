@@ -17,14 +17,13 @@ from mquant.cli.options import (
 )
 from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
-from mquant.cli.source import open_source
+from mquant.cli.source import example, open_source
 from mquant.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from mquant.checkpoint import Source
     from mquant.publish.card import Card, Measured
 
-_EXAMPLE = "mquant card ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP"
 
 Eval = Annotated[Path | None, typer.Option("--eval", metavar="FILE", help="JSON of mquant eval.")]
 Compare = Annotated[
@@ -70,8 +69,8 @@ def card(
     Example: mquant card ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP
     """
     with output("card", output_format) as out:
-        source = open_source(src, revision, _EXAMPLE)
-        given = None if parent is None else open_source(parent, None, _EXAMPLE)
+        source = open_source(src, revision, example(card))
+        given = None if parent is None else open_source(parent, None, example(card))
         path = _path(source, file)
         from mquant.family import load_families
         from mquant.output import write_document

@@ -9,7 +9,7 @@ from rich.text import Text
 from mquant.cli.options import Against, FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
-from mquant.cli.source import open_source
+from mquant.cli.source import example, open_source
 from mquant.cli.tables import table
 from mquant.errors import UsageError
 from mquant.text import clean, plural, size
@@ -17,7 +17,6 @@ from mquant.text import clean, plural, size
 if TYPE_CHECKING:
     from mquant.measure.comparison import Comparison, ErrorStats
 
-_EXAMPLE = "mquant compare ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP"
 _SHOWN = 10
 
 Threads = Annotated[
@@ -47,10 +46,10 @@ def compare(
     Example: mquant compare ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP
     """
     with output("compare", output_format) as out:
-        source = open_source(src, revision, _EXAMPLE)
+        source = open_source(src, revision, example(compare))
         if against is None:
-            raise UsageError("--against is missing.", f"Example: {_EXAMPLE}")
-        parent = open_source(against, None, _EXAMPLE)
+            raise UsageError("--against is missing.", example(compare))
+        parent = open_source(against, None, example(compare))
         from mquant.family import load_families
         from mquant.measure.comparison import compare as measure
 

@@ -18,15 +18,13 @@ from mquant.cli.options import (
 from mquant.cli.output import Format, Output, output
 from mquant.cli.plan import show_plan
 from mquant.cli.progress import progress
-from mquant.cli.source import default_out, open_source
+from mquant.cli.source import default_out, example, open_source
 from mquant.cli.tables import facts
 from mquant.cli.text import parse_size
 from mquant.text import both_sizes, plural
 
 if TYPE_CHECKING:
     from mquant.runs.run import Result
-
-_EXAMPLE = "mquant dequantize ./MiniMax-M2.7-REAP-NVFP4 -o ./MiniMax-M2.7-REAP-BF16"
 
 
 def dequantize(
@@ -50,7 +48,7 @@ def dequantize(
     """
     with output("dequantize", output_format) as out:
         limit = None if max_shard_size is None else parse_size(max_shard_size)
-        source = open_source(src, revision, _EXAMPLE)
+        source = open_source(src, revision, example(dequantize))
         from mquant.checkpoint import open_checkpoint
         from mquant.family import load_families
         from mquant.plan import DEFAULT_SHARD_BYTES, make_bf16_plan

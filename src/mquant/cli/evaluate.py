@@ -10,7 +10,7 @@ from rich.text import Text
 from mquant.cli.options import Against, FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
-from mquant.cli.source import open_source
+from mquant.cli.source import example, open_source
 from mquant.cli.tables import facts, table
 from mquant.errors import UsageError
 from mquant.text import clean
@@ -18,7 +18,6 @@ from mquant.text import clean
 if TYPE_CHECKING:
     from mquant.measure.evaluation import Evaluation
 
-_EXAMPLE = "mquant eval ./Model-NVFP4 --against ./Model --text wiki.txt"
 _SHOWN = 12
 
 TextFile = Annotated[
@@ -50,10 +49,10 @@ def evaluate(
     Example: mquant eval ./Model-NVFP4 --against ./Model --text wiki.txt
     """
     with output("eval", output_format) as out:
-        source = open_source(src, revision, _EXAMPLE)
+        source = open_source(src, revision, example(evaluate))
         if text is None:
-            raise UsageError("--text is missing.", f"Example: {_EXAMPLE}")
-        parent = None if against is None else open_source(against, None, _EXAMPLE)
+            raise UsageError("--text is missing.", example(evaluate))
+        parent = None if against is None else open_source(against, None, example(evaluate))
         from mquant.family import load_families
         from mquant.measure.evaluation import evaluate as run
 

@@ -8,11 +8,9 @@ from mquant.cli.dequantize import tell_converted
 from mquant.cli.options import FamilyFile, FormatChoice, Out, Restart, Revision, Src, Workers
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
-from mquant.cli.source import default_out, open_source
+from mquant.cli.source import default_out, example, open_source
 from mquant.errors import UsageError
 from mquant.plan import Target
-
-_EXAMPLE = "mquant export ./MiniMax-M2.7-REAP-NVFP4 --to modelopt -o ./MiniMax-M2.7-REAP-ModelOpt"
 
 To = Annotated[Target | None, typer.Option("--to", help="The layout: TensorRT-LLM reads modelopt.")]
 
@@ -36,8 +34,8 @@ def export(
     """
     with output("export", output_format) as out:
         if to is None:
-            raise UsageError("--to is missing: modelopt or compressed-tensors.", _EXAMPLE)
-        source = open_source(src, revision, _EXAMPLE)
+            raise UsageError("--to is missing: modelopt or compressed-tensors.", example(export))
+        source = open_source(src, revision, example(export))
         from mquant.family import load_families
         from mquant.runs.export import export as carry_out
 

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
-from mquant.cli.source import open_source
+from mquant.cli.source import example, open_source
 from mquant.cli.tables import facts, table
 from mquant.text import both_sizes, clean, plural, size
 
@@ -26,7 +26,7 @@ def inspect(
     Example: mquant inspect MiniMaxAI/MiniMax-M2
     """
     with output("inspect", output_format) as out:
-        source = open_source(src, revision, "mquant inspect MiniMaxAI/MiniMax-M2")
+        source = open_source(src, revision, example(inspect))
         from mquant.checkpoint import open_checkpoint
         from mquant.family import load_families
         from mquant.verify.inspect import inspect as look

@@ -16,7 +16,8 @@ def shipped(kind: Literal["configs", "recipes"], incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
-def _recipes(incomplete: str) -> list[str]:
+def recipe_names(incomplete: str) -> list[str]:
+    """Recipes that ship with mquant, for the shell's completion."""
     return shipped("recipes", incomplete)
 
 
@@ -32,7 +33,7 @@ RecipeName = Annotated[
     typer.Option(
         "--recipe",
         help="A recipe's name (see: mquant recipes), or a YAML file, llmcompressor's too.",
-        autocompletion=_recipes,
+        autocompletion=recipe_names,
     ),
 ]
 Out = Annotated[

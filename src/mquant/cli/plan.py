@@ -1,6 +1,6 @@
 """`mquant plan`: what would happen to every tensor, before any weight is read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from mquant.cli.options import (
 )
 from mquant.cli.options import Src as SrcArgument
 from mquant.cli.output import Format, Output, output
-from mquant.cli.source import default_out, open_source
+from mquant.cli.source import default_out, example, open_source
 from mquant.cli.tables import facts, table
 from mquant.cli.text import parse_size
 from mquant.errors import Refused, UsageError
@@ -48,14 +48,12 @@ def plan(
     Example: mquant plan MiniMaxAI/MiniMax-M2 --recipe nvfp4
     """
     with output("plan", output_format) as out:
-        made = make(
-            "plan", src, recipe, revision, max_shard_size, family, allow_unsafe=allow_unsafe
-        )
+        made = make(plan, src, recipe, revision, max_shard_size, family, allow_unsafe=allow_unsafe)
         show_plan(out, made, out_folder)
 
 
 def make(
-    verb: str,
+    verb: Callable[..., None],
     src: str | None,
     recipe: str | None,
     revision: str | None,
@@ -68,9 +66,8 @@ def make(
 
     Raises UsageError, before SRC is read, if the arguments make no sense.
     """
-    example = f"mquant {verb} MiniMaxAI/MiniMax-M2 --recipe nvfp4"
     if recipe is None:
-        raise UsageError("--recipe is missing.", f"Example: {example}  (mquant recipes lists them)")
+        raise UsageError("--recipe is missing.", f"{example(verb)}  (mquant recipes lists them)")
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     from mquant.checkpoint import open_checkpoint
     from mquant.family import load_families
@@ -79,7 +76,7 @@ def make(
 
     wanted = find_recipe(recipe)
     return make_plan(
-        open_checkpoint(open_source(src, revision, example)),
+        open_checkpoint(open_source(src, revision, example(verb))),
         wanted,
         load_families(family),
         max_shard_bytes=DEFAULT_SHARD_BYTES if limit is None else limit,

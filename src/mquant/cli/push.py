@@ -8,7 +8,7 @@ from rich.text import Text
 from mquant.cli.options import DryRun, FamilyFile, FormatChoice, Public
 from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
-from mquant.cli.source import is_repo_id, open_source
+from mquant.cli.source import example, is_repo_id, open_source
 from mquant.cli.tables import table
 from mquant.errors import UsageError
 from mquant.text import both_sizes, clean, plural
@@ -16,7 +16,6 @@ from mquant.text import both_sizes, clean, plural
 if TYPE_CHECKING:
     from mquant.publish.push import Pushed, Shipment
 
-_EXAMPLE = "mquant push ./MiniMax-M2.7-REAP-NVFP4 org/MiniMax-M2.7-REAP-NVFP4"
 
 Src = Annotated[str | None, typer.Argument(metavar="SRC", help="The folder that mquant made.")]
 Repo = Annotated[str | None, typer.Argument(metavar="REPO", help="The hub repo, as org/name.")]
@@ -44,17 +43,17 @@ def push(
     """
     with output("push", output_format) as out:
         if src is None or repo is None:
-            raise UsageError("SRC or REPO is missing.", f"Example: {_EXAMPLE}")
+            raise UsageError("SRC or REPO is missing.", example(push))
         if not is_repo_id(repo):
-            raise UsageError(f"{clean(repo[:96])!r} is no hub repo id.", f"Example: {_EXAMPLE}")
-        source = open_source(src, None, _EXAMPLE)
+            raise UsageError(f"{clean(repo[:96])!r} is no hub repo id.", example(push))
+        source = open_source(src, None, example(push))
         from mquant.checkpoint import Folder
         from mquant.family import load_families
         from mquant.publish.push import load
         from mquant.publish.push import push as publish
 
         if not isinstance(source, Folder):
-            raise UsageError(f"{src} is a hub repo already.", f"Give a folder: {_EXAMPLE}")
+            raise UsageError(f"{src} is a hub repo already.", f"Give a folder. {example(push)}")
         shipment = load(source)
         out.put(repo=repo, files=dict(shipment.files), bytes=sum(shipment.files.values()))
         out.put(last_commit=list(shipment.last))

@@ -113,7 +113,7 @@ def quantize(
         _check_options(part, cluster, engine, push_to, scratch, restart=restart)
         limit = None if scratch is None else parse_size(scratch)
         plan = make(
-            "quantize", src, recipe, revision, max_shard_size, family, allow_unsafe=allow_unsafe
+            quantize, src, recipe, revision, max_shard_size, family, allow_unsafe=allow_unsafe
         )
         if dry_run or plan.refusals:
             show_plan(out, plan, out_folder)

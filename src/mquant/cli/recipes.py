@@ -7,18 +7,13 @@ import typer
 from rich.padding import Padding
 from rich.text import Text
 
-from mquant.cli.options import FormatChoice, shipped
+from mquant.cli.options import FormatChoice, recipe_names
 from mquant.cli.output import Format, Output, output, write
 from mquant.errors import UsageError
 from mquant.text import clean
 
-
-def _complete(incomplete: str) -> list[str]:
-    return shipped("recipes", incomplete)
-
-
 Name = Annotated[
-    str | None, typer.Argument(metavar="NAME", help="The recipe.", autocompletion=_complete)
+    str | None, typer.Argument(metavar="NAME", help="The recipe.", autocompletion=recipe_names)
 ]
 
 

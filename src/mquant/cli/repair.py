@@ -23,7 +23,7 @@ from mquant.cli.options import (
 )
 from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
-from mquant.cli.source import default_out, open_source
+from mquant.cli.source import default_out, example, open_source
 from mquant.cli.tables import facts
 from mquant.errors import UsageError
 from mquant.text import plural, size
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from mquant.repair.diagnose import Diagnosis
     from mquant.runs.run import Result
 
-_EXAMPLE = "mquant repair ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP -o ./Repaired"
 
 InPlace = Annotated[
     bool,
@@ -77,7 +76,7 @@ def repair(
             out.put(out=str(source.root), needed=True)
             out.show(Text.assemble(("Repaired", "bold green"), f" {source.root}"))
             return
-        original = open_source(parent, None, _EXAMPLE)
+        original = open_source(parent, None, example(repair))
         with progress(out) as emit:
             wanted = None if depth is None else Depth(depth)
             diagnosis = diagnose(
@@ -106,10 +105,10 @@ def _source(
     in_place: bool,
 ) -> "Source":
     if parent is None:
-        raise UsageError("--from is missing: the checkpoint it was made from.", _EXAMPLE)
+        raise UsageError("--from is missing: the checkpoint it was made from.", example(repair))
     if in_place and out_folder is not None:
         raise UsageError("-o and --in-place exclude each other.", "Leave one of them out.")
-    source = open_source(src, revision, _EXAMPLE)
+    source = open_source(src, revision, example(repair))
     from mquant.checkpoint import Folder
 
     if in_place and not isinstance(source, Folder):

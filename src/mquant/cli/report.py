@@ -9,12 +9,10 @@ from mquant.cli.evaluate import Context, TextFile, Tokens
 from mquant.cli.options import Against, FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
-from mquant.cli.source import open_source
+from mquant.cli.source import example, open_source
 from mquant.cli.tables import facts
 from mquant.errors import UsageError
 from mquant.text import size
-
-_EXAMPLE = "mquant report ./Model-NVFP4 --against ./Model --text wiki.txt -o report.html"
 
 Comparison = Annotated[
     Path | None,
@@ -64,10 +62,10 @@ def report(
     Example: mquant report ./Model-NVFP4 --against ./Model --text wiki.txt -o report.html
     """
     with output("report", output_format) as out:
-        source = open_source(src, revision, _EXAMPLE)
-        parent = None if against is None else open_source(against, None, _EXAMPLE)
+        source = open_source(src, revision, example(report))
+        parent = None if against is None else open_source(against, None, example(report))
         if text is not None and evaluation is not None:
-            raise UsageError("--text and --eval exclude each other.", f"Example: {_EXAMPLE}")
+            raise UsageError("--text and --eval exclude each other.", example(report))
         from mquant.family import load_families
         from mquant.publish.report import Wanted
         from mquant.publish.report import report as write

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from mquant.cli.options import FormatChoice, Revision
 from mquant.cli.output import Format, Output, output
-from mquant.cli.source import open_source
+from mquant.cli.source import example, open_source
 from mquant.cli.tables import facts
 from mquant.errors import UsageError
 from mquant.text import clean
@@ -16,7 +16,6 @@ from mquant.text import clean
 if TYPE_CHECKING:
     from mquant.smoke.prompts import Trial
 
-_EXAMPLE = "mquant smoke http://localhost:8000 --checkpoint ./MiniMax-M2.7-REAP-NVFP4"
 _SHOWN = 200
 
 Url = Annotated[
@@ -58,15 +57,15 @@ def smoke(
     """
     with output("smoke", output_format) as out:
         if url is None:
-            raise UsageError("URL is missing.", f"Example: {_EXAMPLE}")
+            raise UsageError("URL is missing.", example(smoke))
         if revision is not None and checkpoint is None:
-            raise UsageError("--revision is for --checkpoint.", f"Example: {_EXAMPLE}")
+            raise UsageError("--revision is for --checkpoint.", example(smoke))
         from mquant.checkpoint.generation_config import read_sampling
         from mquant.smoke.prompts import options_of
         from mquant.smoke.prompts import smoke as ask
         from mquant.smoke.server import Server
 
-        source = None if checkpoint is None else open_source(checkpoint, revision, _EXAMPLE)
+        source = None if checkpoint is None else open_source(checkpoint, revision, example(smoke))
         options = options_of(read_sampling(source) if source else {}, max_tokens)
         trials = []
         with closing(Server(url, seconds=timeout)) as server:

@@ -1,6 +1,7 @@
 """SRC and OUT: turn a command line argument into a source and a folder."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -18,14 +19,19 @@ def is_repo_id(text: str) -> bool:
     return bool(_REPO_ID.fullmatch(text))
 
 
+def example(verb: Callable[..., None]) -> str:
+    """The last line of a verb's help: `Example: mquant ...`."""
+    return (verb.__doc__ or "").rstrip().rpartition("\n")[2].strip()
+
+
 def open_source(
-    src: str | None, revision: str | None, example: str = "mquant inspect MiniMaxAI/MiniMax-M2"
+    src: str | None, revision: str | None, fix: str = "Give a folder or a hub repo id."
 ) -> "Source":
     """The checkpoint that SRC names: a folder, a hub repo id, or, if left out, the current folder.
 
     An existing folder is preferred. A name that starts with `.`, `/` or `~` is always a folder.
-    Raises UsageError, with the verb's `example`, if SRC is left out and the current folder holds no
-    checkpoint; SourceError if there is no such folder.
+    Raises UsageError if SRC is left out and the current folder holds no checkpoint (`fix` says what
+    to give: the verb's example); SourceError if there is no such folder.
     """
     from mquant.checkpoint import Folder
 
@@ -34,7 +40,7 @@ def open_source(
             if not Path("config.json").is_file():
                 raise UsageError(
                     "SRC is missing, and the current folder is no checkpoint (no config.json).",
-                    f"Example: {example}",
+                    fix,
                 )
             src = "."
         path = Path(src).expanduser()

@@ -9,6 +9,7 @@ import typer
 from mquant.cli.options import FormatChoice, MaxShardSize, shipped
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
+from mquant.cli.source import example
 from mquant.cli.tables import facts
 from mquant.cli.text import parse_size
 from mquant.errors import UsageError
@@ -16,8 +17,6 @@ from mquant.text import both_sizes, plural
 
 if TYPE_CHECKING:
     from mquant.family import Family
-
-_EXAMPLE = "mquant synth OUT --family minimax_m2"
 
 
 def _families(incomplete: str) -> list[str]:
@@ -73,7 +72,7 @@ def synth(
     """
     with output("synth", output_format) as out:
         if out_folder is None:
-            raise UsageError("OUT is missing.", f"Example: {_EXAMPLE}")
+            raise UsageError("OUT is missing.", example(synth))
         limit = None if max_shard_size is None else parse_size(max_shard_size)
         # numpy is slow to import, and --help does without it.
         from mquant.family import load_families
@@ -122,6 +121,6 @@ def _choose(name: str | None, families: "Iterable[Family]") -> "Family":
     if name not in known:
         raise UsageError(
             f"There is no family {name!r}." if name else "--family is missing.",
-            f"Take one of: {', '.join(known)}. Example: {_EXAMPLE}",
+            f"Take one of: {', '.join(known)}. {example(synth)}",
         )
     return known[name]

@@ -10,13 +10,12 @@ from mquant.cli.junit import junit
 from mquant.cli.options import Against, FamilyFile, FormatChoice, LoaderChoice, Revision, Src
 from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
-from mquant.cli.source import open_source
+from mquant.cli.source import example, open_source
 from mquant.text import clean, plural, size
 
 if TYPE_CHECKING:
     from mquant.verify.judge import Report
 
-_EXAMPLE = "mquant verify ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP"
 
 DepthChoice = Annotated[
     Literal["structure", "numbers", "full"] | None,
@@ -55,8 +54,8 @@ def verify(
     failing = frozenset({"error", fail_on})
     with output("verify", output_format) as out:
         with junit(junit_file, src or ".") as suite:
-            source = open_source(src, revision, _EXAMPLE)
-            parent = None if against is None else open_source(against, None, _EXAMPLE)
+            source = open_source(src, revision, example(verify))
+            parent = None if against is None else open_source(against, None, example(verify))
             from mquant.family import load_families
             from mquant.verify.judge import Depth
             from mquant.verify.judge import verify as judge

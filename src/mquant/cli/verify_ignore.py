@@ -9,7 +9,7 @@ from rich.text import Text
 
 from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
-from mquant.cli.source import open_source
+from mquant.cli.source import example, open_source
 from mquant.cli.tables import table
 from mquant.text import clean, plural, size
 
@@ -36,7 +36,7 @@ def verify_ignore(
     Example: mquant verify-ignore MiniMaxAI/MiniMax-M2
     """
     with output("verify-ignore", output_format) as out:
-        source = open_source(src, revision, "mquant verify-ignore MiniMaxAI/MiniMax-M2")
+        source = open_source(src, revision, example(verify_ignore))
         from mquant.checkpoint import open_checkpoint
         from mquant.checkpoint.hub import HubRepo
         from mquant.family import load_families

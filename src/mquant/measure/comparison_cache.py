@@ -18,6 +18,7 @@ from mquant.data import cache
 from mquant.errors import OutputError
 from mquant.family import Family
 from mquant.measure.difference import Difference
+from mquant.untrusted import parse_json
 
 _LINES_AT_ONCE: Final = 64
 
@@ -63,7 +64,7 @@ class ComparisonCache:
         with suppress(FileNotFoundError):
             for line in self.path.read_bytes().splitlines(keepends=True):
                 try:
-                    values = json.loads(line)
+                    values = parse_json(line)
                     worst = values.pop("worst")
                     found = Difference(**values, worst=tuple(worst) if worst else None)
                 except (ValueError, TypeError, KeyError, AttributeError):

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from mquant.checkpoint import CONFIG_NAME, INDEX_NAME
+from mquant.checkpoint import CONFIG_NAME
 from mquant.errors import OutputError
 from mquant.output.disk import fsync_folder, out_of_space, write_whole
+from mquant.output.finish import LAST
 from mquant.output.folder import is_inside
 from mquant.untrusted import parse_json
 
@@ -45,8 +46,7 @@ def apply(root: Path) -> None:
     """
     work = root / WORK
     table = _read(work / _STAGED) if (work / _STAGED).exists() else {}
-    last = [INDEX_NAME, CONFIG_NAME]
-    files = [name for name in _names(root, table, "files") if name not in last]
+    files = [name for name in _names(root, table, "files") if name not in LAST]
     obsolete = _names(root, table, "obsolete")
     with out_of_space(root / CONFIG_NAME, 0):
         if (work / CONFIG_NAME).exists():
@@ -56,7 +56,7 @@ def apply(root: Path) -> None:
             _move(work, root, name)
         for name in obsolete:
             (root / name).unlink(missing_ok=True)
-        for name in last:
+        for name in LAST:
             fsync_folder(root)
             _move(work, root, name)
         fsync_folder(root)

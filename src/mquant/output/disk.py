@@ -5,7 +5,8 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -78,9 +79,7 @@ def link(source: Path, target: Path) -> None:
     If `source` is a link, the second name is of the file that the link leads to. The name must be
     free.
     """
-    partial = target.with_name(target.name + PARTIAL)
-    with out_of_space(target, source.stat().st_size):
-        partial.unlink(missing_ok=True)
+    with out_of_space(target, source.stat().st_size), _whole(target) as partial:
         try:
             os.link(source.resolve(), partial)
         except OSError as error:
@@ -89,8 +88,6 @@ def link(source: Path, target: Path) -> None:
             shutil.copyfile(source, partial)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
-        partial.rename(target)
-        fsync_folder(target.parent)
 
 
 def write_whole(path: Path, pieces: Iterable[bytes]) -> str:
@@ -98,23 +95,32 @@ def write_whole(path: Path, pieces: Iterable[bytes]) -> str:
 
     A link under the name is replaced, and the file that the link leads to stays. Raises OSError.
     """
-    partial = path.with_name(path.name + PARTIAL)
     digest = hashlib.sha256()
+    with _whole(path) as partial, partial.open("xb") as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to make a file under, which is then renamed to `path`, durably.
+
+    If the block fails, what stood under `path` stays, and nothing beside it.
+    """
+    partial = path.with_name(path.name + PARTIAL)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial.unlink(missing_ok=True)  # a link, perhaps
     try:
-        with partial.open("xb") as file:
-            for piece in pieces:
-                file.write(piece)
-                digest.update(piece)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
-    return digest.hexdigest()
 
 
 def write_document(path: Path, pieces: Iterable[bytes], fix: str) -> None:

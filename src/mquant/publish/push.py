@@ -59,7 +59,7 @@ class Shipment:
     @cached_property
     def key(self) -> str:
         """The sha256 of mquant.json, which holds the sha256 of all other files."""
-        return _sha256(self.source.read(RECORD))
+        return hashlib.sha256(self.source.read(RECORD)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,3 @@ def _changed(source: Folder, name: str) -> SourceError:
 def _is_paper(name: str) -> bool:
     file = PurePosixPath(name).name
     return name == RECORD or file.lower().endswith(_PAPERS) or file.upper().startswith(_TITLES)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -6,7 +6,6 @@ lm-evaluation-harness do.
 """
 
 import ast
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import Final
 from mquant.checkpoint.generation_config import SAMPLING_KEYS
 from mquant.findings import Finding, Rule, rule
 from mquant.smoke.server import Answer, Server
+from mquant.untrusted import parse_json
 
 _CODE: Final = re.compile(r"```[a-zA-Z]*\n(.*?)```", re.DOTALL)
 _NUMBER: Final = re.compile(r"\d+(?:,\d{3})*")
@@ -201,8 +201,8 @@ def _is_code(text: str) -> str:
 def _is_json(text: str) -> str:
     found = _CODE.search(text)
     try:
-        value = json.loads(found[1] if found else text)
-    except (ValueError, RecursionError):
+        value = parse_json((found[1] if found else text).encode())
+    except ValueError:
         return "the answer is not JSON"
     meant = {"capital": "Paris", "digits": [3, 1, 4]}
     return "" if value == meant else "the JSON is not what was asked for"

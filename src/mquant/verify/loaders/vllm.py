@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mquant.checkpoint import CONFIG_NAME, FIRST_READ, INDEX_NAME, Source, read_first
+from mquant.checkpoint.generation_config import GENERATION
 from mquant.errors import HeaderError, LoaderError
 from mquant.findings import Finding, Rule, rule
 from mquant.loader_model.modules import MODELOPT_NAME
@@ -23,7 +24,7 @@ from mquant.untrusted import parse_json
 from mquant.verify.loaders.install import find_python
 
 PROBE: Final = Path(__file__).with_name("vllm_probe.py")
-_JSON: Final = (CONFIG_NAME, INDEX_NAME, "generation_config.json", MODELOPT_NAME)
+_JSON: Final = (CONFIG_NAME, INDEX_NAME, GENERATION, MODELOPT_NAME)
 _MOST_JSON: Final = 50_000_000
 _SECONDS: Final = 300
 _STAGES: Final = {

@@ -33,7 +33,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 # Before vLLM is imported: no compilation, no telemetry, no network, the CPU.
 os.environ.update(
@@ -134,8 +133,14 @@ def glance(copies: Copies) -> Iterator[None]:
             copies.copy(self[key], value)
         _SETITEM(self, key, value)
 
-    with patch.multiple(torch.Tensor, copy_=copy_, __setitem__=setitem):
+    # The two methods that loaders copy with. torch has a hook for copies too, `Watch` below: slow.
+    # torch.Tensor inherits both, so to delete the stand-ins is to put them back.
+    torch.Tensor.copy_ = copy_  # type: ignore[method-assign, assignment]
+    torch.Tensor.__setitem__ = setitem  # type: ignore[method-assign, assignment]
+    try:
         yield
+    finally:
+        del torch.Tensor.copy_, torch.Tensor.__setitem__
 
 
 _COPY, _SETITEM = torch.Tensor.copy_, torch.Tensor.__setitem__
