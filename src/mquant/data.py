@@ -41,7 +41,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise DataFileError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError:
         raise DataFileError(f"{path} is not a text file.", "Give a YAML file.") from None
-    # What PyYAML's constructors raise: 2001-99-99, `!!bool maybe`, `!!timestamp x`, `!!int ""`.
+    # PyYAML's constructors raise these: 2001-99-99, `!!bool maybe`, `!!timestamp x`, `!!int ""`.
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""

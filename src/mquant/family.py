@@ -99,7 +99,7 @@ class TensorRow(_Data):
     """Rows of one block stand or fall together: a layer has all of them or none. The family's
     `blocks` says which layers; a block it does not name may be in any."""
     optional: bool = False
-    """A whole checkpoint may lack it."""
+    """A complete checkpoint may leave the tensor out."""
     unless: str = ""
     """A whole checkpoint may leave the tensor out if this key of config.json is true."""
 
@@ -150,9 +150,9 @@ class Forward(_Data):
     """How a model of the family computes, if names and shapes do not say."""
 
     qk_norm: Literal["none", "all heads", "each head"] = "none"
-    """Over what q and k are normed: their whole projection, or each head's part of it."""
+    """What the norm of q and k spans: the whole projection, or each head."""
     scores: Literal["softmax", "sigmoid"] = "softmax"
-    """What makes routing weights of the router's outputs. A routing bias only chooses."""
+    """The function from router logits to routing weights. A routing bias only selects experts."""
     normalised: str = ""
     """The key of config.json that has the chosen weights add up to 1; empty: they always do."""
 
@@ -203,14 +203,14 @@ class Family(_Data):
     defaults: Annotated[Mapping[str, Size], AfterValidator(_in_order)] = Field(default_factory=dict)
     """Sizes that config.json leaves out, or sets to null."""
     blocks: Mapping[str, Condition] = Field(default_factory=dict)
-    """Block -> which layers have it. `mtp` is of the layers numbered beyond the last one."""
+    """Block -> the layers that have the block. `mtp` counts the layers after the last one."""
     smoothing: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
     """Last part of a module's name -> those of the linear modules that read its output, and
     nothing else does: it may be divided by what their columns are multiplied with."""
     forward: Forward | None = None
     synth: SynthData
     own: bool = Field(default=False, exclude=True)
-    """Read from a file of the user's: its content then counts in a plan's fingerprint."""
+    """Whether the user gave the file: then its content is part of a plan's fingerprint."""
 
     @field_validator("synth")
     @classmethod

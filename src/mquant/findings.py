@@ -22,7 +22,7 @@ Context = Literal["judged", "source", "fact", "tolerated"]
 Needs = Literal["structure", "numbers", "against", "loader", "plan", "inspect", "run", "smoke"]
 Knowledge = Literal["family", "list", "layout"]
 VERIFIED: Final[tuple[Needs, ...]] = ("structure", "numbers", "against", "loader")
-"""What the rules of `mquant verify` need; all other rules are of other verbs."""
+"""`needs` of the rules of `mquant verify`; all other rules belong to other verbs."""
 
 
 @dataclass(frozen=True, slots=True)

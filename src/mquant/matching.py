@@ -18,7 +18,7 @@ from mquant.errors import SourceError
 MAX_ENTRIES: Final = 100_000
 MAX_LENGTH: Final = 1_000
 MAX_MATCHES: Final = 3_000_000
-"""Of all entries together: what they match is held in memory."""
+"""Limit on the matches of all entries together, because matches are held in memory."""
 TIME_LIMIT: Final = 30.0
 """Seconds for all entries. A dozen expressions on a model of 30,000 modules take about one."""
 
@@ -84,7 +84,7 @@ def _is_plain(entry: str, style: Style) -> bool:
     return style is Style.EXACT or (style is Style.NAMES and not entry.startswith("re:"))
 
 
-# One line for every entry: the numbers of the names it matches, or why it is bad.
+# One line for each entry: the indexes of the matched names, or the entry's fault.
 _PROGRAM: Final = r"""
 import fnmatch, json, re, resource, sys
 
@@ -118,7 +118,7 @@ def _ask(entries: Sequence[str], names: Sequence[str], style: Style) -> list[lis
     task = json.dumps(
         {"entries": entries, "names": names, "style": style.value, "most": MAX_MATCHES}
     )
-    # -I and -S: nothing of the environment or of this folder is run, and it starts at once.
+    # -I and -S: Python runs no code of the environment or this folder, and starts fast.
     command = [sys.executable, "-I", "-S", "-c", _PROGRAM]
     try:
         run = subprocess.run(  # noqa: S603 -- our own program; what is hostile goes in by stdin

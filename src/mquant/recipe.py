@@ -206,7 +206,7 @@ def _from_llmcompressor(body: Mapping[str, Any], path: Path) -> dict[str, Any]:
             "Remove the key, or run the recipe with llmcompressor.",
         )
     scheme, targets = _scheme_and_targets(body, path.name)
-    # "Linear" is every linear layer: also the router, which is one to the hub's own model code
+    # "Linear" means every linear layer: also the router, which is linear in the hub's model code
     # and to every tool that goes by tensor names.
     return {
         "name": path.stem,

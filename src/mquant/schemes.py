@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-# The compressed-tensors release whose config.json and tensors we write, to the letter.
+# The compressed-tensors release whose config.json and tensors mquant writes exactly.
 FORMAT_VERSION: Final = "0.19.0"
 
 Shape = tuple[int, ...]
@@ -103,7 +103,7 @@ _FP8_WEIGHT: Final = SchemeTensor("weight", "F8_E4M3", lambda rows, columns: (ro
 NVFP4A16: Final = Scheme(
     "NVFP4A16", _NVFP4_PARTS, _group("nvfp4-pack-quantized", _args(**_E2M1), None), columns=16
 )
-# Activations in 4 bits too: a divisor of theirs, shared by the modules that read the same ones.
+# Activations in 4 bits too, under a divisor that modules with the same input share.
 NVFP4: Final = Scheme(
     "NVFP4",
     (*_NVFP4_PARTS, SchemeTensor("input_global_scale", "F32", lambda _rows, _columns: (1,))),
@@ -115,7 +115,7 @@ NVFP4: Final = Scheme(
     columns=16,
     needs_data=True,
 )
-# E4M3 codes with a scale for every row; activations are scaled token by token as they come.
+# E4M3 codes with one scale per row; activations are scaled per token at run time.
 FP8_DYNAMIC: Final = Scheme(
     "FP8_DYNAMIC",
     (_FP8_WEIGHT, SchemeTensor("weight_scale", "", lambda rows, _columns: (rows, 1))),

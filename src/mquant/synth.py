@@ -46,14 +46,14 @@ class Precision(StrEnum):
     FP8_BLOCK = "fp8-block"
 
 
-# safetensors' dtype of what is not FP8, and config.json's name of it.
+# The safetensors dtype of weights that are not FP8, and its name in config.json.
 _DTYPES: Final = {
     Precision.BF16: ("BF16", "bfloat16"),
     Precision.FP16: ("F16", "float16"),
     Precision.FP32: ("F32", "float32"),
     Precision.FP8_BLOCK: ("BF16", "bfloat16"),
 }
-# What releases in FP8 have in it: every linear layer but routers and head.
+# The roles that FP8 releases store in FP8: every linear layer but routers and head.
 _IN_FP8: Final = (Role.EXPERT, Role.SHARED_EXPERT, Role.MLP, Role.ATTENTION)
 _NUMPY: Final = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -208,7 +208,7 @@ def _tensor(
     mean, std = (1.0, 0.05) if row.role is Role.NORM else (0.0, _STD)
     block = row.role in _IN_FP8 and name.endswith(".weight")
     if precision is Precision.FP8_BLOCK and block and len(shape) == 2 and row.dtype != "F32":
-        # Codes and scales are drawn apart: then each can be written without the other at hand.
+        # Codes and scales have separate seeds, so that each can be written alone.
         yield SynthTensor(name, "F8_E4M3", shape, 0.0, _FP8_STD)
         blocks = tuple(-(-size // FP8_BLOCK) for size in shape)
         scale = _STD / _FP8_STD

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 MAX_TENSORS: Final = 290_000
-"""In a checkpoint. The largest known (61 layers of 384 experts in NVFP4) has 280,000."""
+"""Limit on tensors. The largest known checkpoint (61 layers, 384 experts, NVFP4) has 280,000."""
 MAX_DEPTH: Final = 50
 MAX_TEXT_BYTES: Final = 100_000_000  # in memory: one emoji makes every character take 4 bytes
 HEADER: Final = {
@@ -19,9 +19,9 @@ HEADER: Final = {
     ":": 4 * MAX_TENSORS + 10_000,
     ",": 9 * MAX_TENSORS,
 }
-"""A tensor has an object, two lists, four keys and some numbers; the rest is for __metadata__."""
+"""Limits of a header: per tensor an object, two lists, four keys and numbers; plus __metadata__."""
 RECORD: Final = {"{": MAX_TENSORS, "[": MAX_TENSORS, ":": 3 * MAX_TENSORS, ",": 3 * MAX_TENSORS}
-"""What config.json, an index, a hub's listing and our own records may hold."""
+"""Limits of config.json, an index, a hub's listing and mquant's own records."""
 
 
 class TooMuch(ValueError):

@@ -18,7 +18,7 @@ INDEX_NAME: Final = "model.safetensors.index.json"
 CONFIG_NAME: Final = "config.json"
 MAX_JSON_BYTES: Final = 64_000_000
 MAX_CONFIG_BYTES: Final = 8_000_000
-# Of all shards together: 290,000 tensors, and half as much again for long names.
+# Header bytes of all shards: 290,000 tensors, plus half as much for long names.
 MAX_HEADER_BYTES_IN_ALL: Final = 64_000_000
 MAX_SHARDS: Final = 10_000
 # One request usually brings prefix and header together; locally it is a single page read.
@@ -238,7 +238,7 @@ def read_json(source: Source, path: str) -> dict[str, Any]:
 def _read_headers(
     source: Source, shards: tuple[str, ...], *, tolerant: bool
 ) -> tuple[list[tuple[TensorInfo, ...]], list[Finding]]:
-    # A shard that cannot be *had* (a network, a disk) still raises: that says nothing of it.
+    # A network or disk error still raises: such an error says nothing of the shard.
     findings: list[Finding] = []
     allowed = _Allowance(source.name)
 

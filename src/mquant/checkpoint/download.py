@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import httpx
 
 PROGRESS_BYTES: Final = 8_000_000
-# Other formats of the same weights, which nothing here reads.
+# Other formats of the same weights, which mquant never reads.
 _OTHER_WEIGHTS: Final = (
     ".bin",
     ".bin.index.json",
@@ -132,7 +132,7 @@ def _bar(total: int, emit: Emit) -> Any:
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            # Of the bars of a download only this one counts bytes on disk.
+            # Only this progress bar of a download counts bytes on disk.
             self._counts = kwargs.get("name") == "huggingface_hub.snapshot_download"
             super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 

@@ -14,7 +14,7 @@ SAMPLING_KEYS: Final = (
     "presence_penalty",
     "frequency_penalty",
 )
-"""What a server takes with a request, too."""
+"""Sampling keys that a server also accepts in a request."""
 _KEYS: Final = ("do_sample", *SAMPLING_KEYS, "max_new_tokens")
 _MOST: Final = 1e9
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import httpx
 
 MAX_LISTING_BYTES: Final = 16_000_000
-# What a server that ignores ranges may send before the part that was asked for.
+# The most bytes to skip if a server ignores ranges.
 MAX_SKIPPED_BYTES: Final = 16_000_000
 TRIES_TO_CONNECT: Final = 3  # a hub that is not there will not be there in ten seconds
 TIMEOUT_SECONDS: Final = 30.0
@@ -245,7 +245,7 @@ class HubRepo:
         except OfflineModeIsEnabled:
             raise self.offline() from None
         except (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.InvalidURL, ValueError):
-            # Not shown: what was malformed may be the token.
+            # The malformed value is not shown: it may be the token.
             raise SourceError(
                 f"{self.host} cannot be asked: HF_ENDPOINT or the token is malformed.",
                 "HF_ENDPOINT must be like https://huggingface.co; a token is letters and digits.",

@@ -35,7 +35,7 @@ def parse_listing(raw: bytes) -> Listing:
         raise ValueError("lists the repo in a way mquant does not understand") from None
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
         raise ValueError("names no commit")
-    # As in a folder: hidden files (.gitattributes) are no part of a checkpoint.
+    # Hidden files (.gitattributes) are no part of a checkpoint, as in a folder.
     shown = {path: size for path, size in files.items() if "/." not in f"/{path}"}
     return Listing(commit, listing.get("private") is True, shown, digests, blobs)
 

@@ -11,7 +11,7 @@ from mquant.errors import SourceError
 from mquant.events import Emit
 
 Stamp = tuple[int, int]
-"""A file's size, and when it was last written to, in ns: what changes when its content does."""
+"""A file's size and modification time in ns: both change if the content does."""
 
 
 def stamp(stat: os.stat_result) -> Stamp:

@@ -24,7 +24,7 @@ from mquant.events import Emit, Progress
 
 CONNECTIONS: Final = 8
 PIECE: Final = 2 << 20
-"""Bytes of one request: some are under way at once, and a run that is killed gets these again."""
+"""Bytes of one request. Several run at once; a killed run requests the unfinished ones again."""
 _WINDOW: Final = 10  # pieces; more than connections, so that a slow one does not stop the others
 _READ_BYTES: Final = 1 << 20
 _PARTIAL: Final = ".partial"
@@ -32,7 +32,7 @@ _NAMES: Final = ("", _PARTIAL)
 _AGAIN: Final = "Run the same command again: it goes on from there."
 
 Work = Mapping[int, Iterable[TensorInfo]]
-"""What is read for each piece of work, by its number, in the order in which it will be done."""
+"""The reads of each work unit, by its number, in the order of the work units."""
 
 
 @dataclass(eq=False)

@@ -95,7 +95,7 @@ class HubWriter:
         from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
         def attempt() -> str:
-            # Made anew each time: an operation that was committed cannot be used again.
+            # Make new operations each time: a committed operation cannot be reused.
             operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
                 *(CommitOperationAdd(name, path) for name, path in add.items()),
                 *(CommitOperationDelete(name, is_folder=False) for name in delete),
@@ -112,7 +112,7 @@ class HubWriter:
 
         class Api(HfApi):
             def preupload_lfs_files(self, repo_id: str, additions: Any, **options: Any) -> None:
-                # Without hf_xet, several at once would go through threads that outlive Ctrl-C.
+                # Without hf_xet, parallel uploads use threads that outlive Ctrl-C.
                 for each in list(additions):
                     super().preupload_lfs_files(repo_id, [each], **options)
 

@@ -192,7 +192,7 @@ def write(text: str, *, stderr: bool = False) -> None:
 
 
 def _abandon(stream: TextIO) -> None:
-    # What is left in the buffer must not fail again when the interpreter flushes it at exit.
+    # Drop the buffer, so that the interpreter's flush at exit does not fail again.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
@@ -207,7 +207,7 @@ def _tell(finding: Finding, *, stderr: bool = False) -> None:
     lines = [Text.assemble((mark, style), " ", clean(finding.message))]
     if finding.fix:
         lines.append(Text("  " + clean(finding.fix), "dim"))
-    # Not wrapped: a fix is there to be copied.
+    # A fix is not wrapped, so that it can be copied.
     write(_draw(lines, sys.stderr if stderr else sys.stdout, soft_wrap=True), stderr=stderr)
 
 

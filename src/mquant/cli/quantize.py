@@ -122,7 +122,7 @@ def quantize(
         out.report(plan.findings)
         where = out_folder or default_out(plan.survey.checkpoint.source, plan.recipe.suffix)
         job_spec = _job_spec(plan, max_shard_size, importance, allow_unsafe=allow_unsafe)
-        # What goes through the whole model is refused below, whatever the data.
+        # A recipe that runs the whole model is refused below, with or without data.
         if not plan.recipe.needs_data:
             check_data(plan.recipe, data)
         if part is not None:

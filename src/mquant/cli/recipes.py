@@ -66,5 +66,5 @@ def show_file(
     path = folder("recipes" if verb == "recipes" else "configs") / f"{name}.yaml"
     out.put(name=name, content=read_yaml(path))
     if out.format is Format.HUMAN:
-        # The file as it is: the reader may redirect it into one of their own.
+        # Print the file unchanged: the user may redirect the output into a new recipe.
         write(path.read_text(encoding="utf-8"))

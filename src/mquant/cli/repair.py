@@ -82,7 +82,7 @@ def repair(
             diagnosis = diagnose(
                 source, original, load_families(family), wanted, emit, importance=importance
             )
-        # What will be mended does not fail this run.
+        # Findings that the repair mends do not fail this run.
         out.report(diagnosis.report.findings, failing=frozenset())
         _tell(out, diagnosis)
         if dry_run or not diagnosis.needed:

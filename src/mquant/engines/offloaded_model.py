@@ -100,7 +100,7 @@ def build_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
     `folder` becomes the model's name_or_path: oneshot reads config.json there once more.
     Raises EngineError if transformers does not know the architecture or refuses the config.
     """
-    # No auto_map: only transformers' own code ever runs, and nothing asks whether to trust another.
+    # Without auto_map only transformers' own code runs, and no prompt asks for trust.
     plain = {key: value for key, value in config.items() if key != "auto_map"}
     (folder / "config.json").write_text(json.dumps(plain), encoding="utf-8")
     try:
@@ -156,7 +156,7 @@ def attach(model: PreTrainedModel, source: Source, tensors: Mapping[str, TensorI
                     meta = torch.nn.Parameter(meta, requires_grad=False)
                 slot[name] = meta
                 reads[meta] = partial(read_tensor, source, info)
-    # compressed-tensors chooses a cache class by device only; ours is its class for all of them.
+    # compressed-tensors chooses a cache class by device; this class serves all devices.
     with replaced(offload_cache.OffloadCache, "cls_from_device", lambda _device: ParentCache):
         for module in model.modules():
             offload_module(module, "meta", ParentCache.offload_device, reads=reads)

@@ -50,7 +50,7 @@ from mquant.events import Emit, Note, silent
 from mquant.plan import Plan
 from mquant.text import names
 
-# Elements compressed at once: compressed-tensors makes a dozen copies of what it is given.
+# Elements per call: compressed-tensors makes a dozen copies of its input.
 _AT_ONCE: Final = 400_000
 _PER_TENSOR: Final = frozenset({"weight_global_scale", "input_global_scale"})
 
@@ -142,7 +142,7 @@ def calibrate(
         loader: Any = torch.utils.data.DataLoader
         options["dataset"] = loader(batches, batch_size=None)
         options["pipeline"] = "sequential"
-    # A processor that is neither None nor a name: oneshot looks for none.
+    # If processor is neither None nor a name, oneshot does not look for one.
     oneshot(model=model, recipe=modifiers, processor=object(), **options)
 
 

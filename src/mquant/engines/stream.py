@@ -31,9 +31,9 @@ from mquant.numerics.thresholds import Magnitudes, thresholds
 from mquant.plan import Action, WorkUnit
 
 PIECE: Final = 2 << 20
-"""Bytes handled at once: few enough for a cache, enough to make calls cost nothing."""
+"""Bytes per call: few enough for a cache, enough to hide the cost of calls."""
 _AHEAD: Final = 64 << 20
-"""Bytes of a work unit that the system is asked to fetch ahead of time; it reads on by itself."""
+"""Bytes of a work unit to prefetch; the system then reads ahead by itself."""
 _COMMIT_SECONDS: Final = 0.3
 
 Importance = Callable[[str], Floats]
@@ -233,7 +233,7 @@ class Worker:
             else:
                 start = source.start + first * columns * float_format.word.itemsize
                 self._reader.read_into(source.shard, start, part.data)
-            # Codes that were read are of no use any more; those that are made take their place.
+            # The source codes are used up, so the new codes reuse the buffer.
             words, codes = part.view(float_format.word).reshape(-1, columns), self._codes[:count]
             made, bad = encode_into(words, float_format, block, codes.reshape(-1, columns))
             _refuse(action, bad)

@@ -21,7 +21,7 @@ DEFAULT_BLOCK: Final = (128, 128)
 _FLOATS: Final = ("F32", "BF16", "F16")
 
 
-# What vLLM 0.32 knows (QUANTIZATIONMETHODS), and names that transformers has beside those.
+# The methods of vLLM 0.32 (QUANTIZATION_METHODS), and transformers' other names.
 METHODS: Final = frozenset(
     {
         "auto_awq",
@@ -316,7 +316,7 @@ def _integers(rows: int, columns: int, view: ModuleView) -> dict[str, ExpectedTe
     args = weight_args(StorageFormat.INT, view)
     bits, size = integer_bits(view), args.get("group_size")
     if bits is None or not columns:
-        # Nothing says how many codes are in an integer, or the codes are missing.
+        # The number of codes per integer is unknown, or the codes are missing.
         scales: tuple[Shape, ...] = ()
         zeros: tuple[Shape, ...] = ()
         packed: tuple[Shape, ...] = ()

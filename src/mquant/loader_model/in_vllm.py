@@ -21,9 +21,9 @@ COVER_STYLES: Final = {
     "modelopt": Style.GLOBS,
     "fp8": Style.PARTS,
 }
-"""How entries are meant, by those who write them. Of other methods no list is judged."""
+"""The matching style of each method's list. Lists of other methods are not judged."""
 
-# Loaders without a family's help find these by name alone.
+# Modules that can be recognized by name if the family is unknown.
 _USUAL: Final = {
     "lm_head": Role.HEAD,
     "embed_tokens": Role.EMBEDDING,
@@ -143,7 +143,7 @@ class VllmView:
     def _group(self, members: tuple[Judged, ...]) -> Group:
         ignored = {not self.ignored_by_vllm.isdisjoint(judged.vllm) for judged in members}
         if members[0].role is Role.EXPERT and self.style is not Style.NAMES:
-            # A layer's experts are looked up as one, and an entry for any of them will do.
+            # A layer's experts are looked up together: an entry for any expert suffices.
             ignored = {any(ignored)}
         targeted = {self._targeted(judged) for judged in members}
         return Group(members, _one(ignored), _one(targeted))
@@ -169,7 +169,7 @@ def vllm_view_of(view: ModuleView) -> VllmView:
 
 def _known(view: ModuleView, family: Family, method: str) -> Iterator[Judged]:
     shared: dict[Any, Any] = {}  # of equals one is kept: experts are many
-    # A head that is tied to the embeddings is built all the same.
+    # vLLM builds a head even if the head is tied to the embeddings.
     tied = family.tied_heads(view.checkpoint.config)
     absent = [n for n in tied if n not in view.modules]
     heads = (Module(name, {}, family.classify(f"{name}.weight")) for name in absent)
@@ -192,7 +192,7 @@ def _vllm_names(
     if tensor_role.expert is None:
         return (family.in_vllm_name(module.name),)
     if COVER_STYLES.get(method) is Style.NAMES:
-        # vLLM asks for the first expert, and takes the answer for all of the layer.
+        # vLLM looks up the first expert, and applies the result to the whole layer.
         first = tensor_role.row.format(tensor_role.layer, 0).removesuffix(".weight")
         return (family.in_vllm_name(first),)
     whole = tensor_role.row.name.partition(".{expert}")[0].replace(

@@ -36,9 +36,9 @@ from mquant.weights.matrix import (
 )
 
 _TILE: Final = 1 << 18
-"""Elements at once: few enough for a cache, enough to make calls cost nothing."""
+"""Elements per call: few enough for a cache, enough to hide the cost of calls."""
 _HUB_TILE: Final = 5 << 20
-"""From a hub, where a request costs more than a cache: an expert's weight of MiniMax-M2."""
+"""Elements per call on a hub, where requests are slow: one expert's weight of MiniMax-M2."""
 _AHEAD: Final = 6  # tensors that are asked for before their turn
 _TOLD: Final = 64_000_000  # bytes between two events of progress
 

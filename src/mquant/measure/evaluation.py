@@ -200,7 +200,7 @@ def _model(source: Source, families: Mapping[str, Family], context: int, workers
 
 
 def _tokenize(sources: list[Source], raw: bytes) -> Integers:
-    # Data, not code: what a tokenizer.json cannot say is not run.
+    # Only tokenizer.json is read, which is data: no tokenizer code runs.
     from tokenizers import Tokenizer
 
     holder = next((each for each in sources if _TOKENIZER in each.files), None)

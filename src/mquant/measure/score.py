@@ -17,7 +17,7 @@ from mquant.weights.matrix import Workers
 Doubles = npt.NDArray[np.float64]
 
 _ROWS: Final = 4096
-"""Of the vocabulary at once: 50 MB of lm_head at a hidden size of 3072, for each model."""
+"""Vocabulary rows per call: 50 MB of lm_head at a hidden size of 3072, for each model."""
 _TOKENS: Final = 256
 
 
@@ -28,7 +28,7 @@ class Running:
         self.largest: Doubles = np.full(count, -np.inf)
         self.best: Integers = np.zeros(count, np.int64)
         self.sum: Doubles = np.zeros(count)
-        """Of exp(logit - largest)."""
+        """The sum of exp(logit - largest)."""
         self.target: Doubles = np.zeros(count)
 
     @property

@@ -45,7 +45,7 @@ BF16: Final = FloatFormat("BF16", np.dtype(ml_dtypes.bfloat16), np.dtype("<u2"),
 F16: Final = FloatFormat("F16", np.dtype("<f2"), np.dtype("<u2"), 0x7C00)
 F32: Final = FloatFormat("F32", np.dtype("<f4"), np.dtype("<u4"), 0x7F800000)
 FLOATS: Final = {float_format.name: float_format for float_format in (BF16, F16, F32)}
-"""By safetensors' name of the dtype."""
+"""Float formats by safetensors' dtype name."""
 
 
 def _magnitudes(mantissa_bits: int, bias: int, count: int) -> Floats:

@@ -28,7 +28,7 @@ from mquant.numerics.thresholds import Magnitudes
 _LARGEST: Final = E4M3[-1]
 _EPSILON: Final = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23}
 _ONES: Final = np.float32(1.5 * 2**23)
-"""Adding and subtracting it rounds a number to an integer, to nearest, half to even."""
+"""Adding and subtracting _ONES rounds a number to the nearest integer, half to even."""
 # What makes a float32 of a magnitude, and what rounds one to the format: the mantissa's bits that
 # go, half of the least that stays less one, 1 where a tie is to be broken, and what stays.
 _AS_FLOAT: Final = {

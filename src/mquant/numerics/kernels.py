@@ -102,7 +102,7 @@ def _check(words: Words, float_format: FloatFormat) -> None:
 
 @compiled
 def _block_maxima(words: Array, maxima: Array) -> Any:
-    # Each of its own: told apart by address, they need not be reloaded after every store.
+    # Separate arrays: the compiler sees that they do not alias, and reloads none.
     wide = np.empty(_AT_ONCE * 8, np.uint32)
     narrow = np.empty(_AT_ONCE * 8, np.uint32)
     largest = np.uint32(0)

@@ -41,9 +41,9 @@ from mquant.numerics.nvfp4 import GROUP, SCALE_OF_ZERO, global_scale_of
 from mquant.numerics.thresholds import Magnitudes
 
 RATIOS: Final = tuple(1.75 * (1 + sixteenth / 16) for sixteenth in range(16))
-"""Of the min-max global scale to those tried; 1.75 is the first sixteenth from 6 / 3.5 on."""
+"""Ratios of tried global scales to the min-max scale; 1.75 is the first sixteenth above 6 / 3.5."""
 ALIKE: Final = np.empty(0, np.float32)
-"""The importance of columns that count alike."""
+"""The importance if all columns count the same."""
 _SAMPLED: Final = 8192  # blocks of a fused set that all global scales are tried on
 
 _TILE: Final = 128  # blocks at once: what they need stays in the first-level cache
@@ -52,11 +52,11 @@ _ABOVE, _BELOW = 7, 5  # codes tried beside a / 6's own
 _SMALL: Final = 8  # blocks whose code is lower need codes up to 15
 _KEPT: Final = np.float32(0.65)  # of a, by the codes that are tried
 _PADDED: Final = np.clip(np.arange(-_BELOW, _LAST + 16), 1, _LAST)
-"""Codes around any code's, at the place of that code + _BELOW; the ends stand for all beyond."""
+"""The codes around a code, at index code + _BELOW; the ends repeat."""
 _UNIT: Final = {"BF16": np.float32(1), "F16": np.float32(2.0**112), "F32": np.float32(1)}
 _SHIFT: Final = {"BF16": np.uint32(16), "F16": np.uint32(13), "F32": np.uint32(0)}
 _ONES: Final = np.float32(1.5 * 2**23)
-"""Adding and subtracting it rounds a number to an integer, to nearest, half to even."""
+"""Adding and subtracting _ONES rounds a number to the nearest integer, half to even."""
 _HALVES: Final = _ONES / 2
 
 

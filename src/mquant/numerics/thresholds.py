@@ -20,7 +20,7 @@ from mquant.numerics.nvfp4 import quotients, rounded_scales
 Magnitudes = npt.NDArray[np.uint32]
 
 BUCKETS: Final = 1 << 15
-"""Magnitudes of 16-bit formats; those of F32 go by their upper 15 bits."""
+"""The number of magnitudes of a 16-bit format; F32 is bucketed by its upper 15 bits."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +62,7 @@ def _scale_steps(float_format: FloatFormat, scale: np.float32) -> Magnitudes:
 def _code_steps(float_format: FloatFormat, scale: np.float32) -> Words:
     """`Thresholds.code`. Row 0 is never used: no block scale is 0."""
     scales = np.maximum(np.arange(len(E4M3)), 1).astype(np.uint8)[:, None]
-    # The sign is kept where the quotient is not zero.
+    # The sign is kept if the quotient is not zero.
     edges = np.concatenate([[np.nextafter(np.float32(0), np.float32(1))], E2M1_EDGES])
     steps = _first(
         float_format, lambda x: quotients(x, scales, scale) >= edges, (len(scales), len(edges))

@@ -14,7 +14,7 @@ from mquant.errors import OutputError
 from mquant.text import size
 
 PARTIAL: Final = ".partial"
-"""What the name of a file ends in until it is whole."""
+"""The suffix of an unfinished file."""
 _LONGEST_NAME: Final = 255 - len(PARTIAL)
 
 
@@ -137,7 +137,7 @@ def read_own(path: Path, most: int) -> bytes | None:
     Returns None if there is no plain file of at most `most` bytes that can be read.
     """
     try:
-        # A pipe without a writer would have us wait for one.
+        # Opening a pipe without a writer would block.
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(file, "rb") as opened:
             plain = stat.S_ISREG(os.fstat(file).st_mode) and os.fstat(file).st_size <= most

@@ -33,12 +33,12 @@ from mquant.plan import Action, Plan
 from mquant.text import names
 
 LAST: Final = (INDEX_NAME, CONFIG_NAME)
-"""The files that come last, in this order: with these the checkpoint is whole."""
+"""The files written last, in this order: they complete the checkpoint."""
 RECIPE_NAME: Final = "recipe.yaml"
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".mp4")
 _PIECE: Final = 16_000_000
 _OURS: Final = {RECORD, SHARES, RECIPE_NAME, MODELOPT_NAME}
-# What people expect beside weights: any one of the names will do.
+# Files that people expect beside weights; one file of each group suffices.
 _EXPECTED: Final = {
     "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model"),
     "generation config": ("generation_config.json",),

@@ -32,10 +32,10 @@ from mquant.untrusted import MAX_TENSORS, parse_json
 
 LEDGER: Final = "mquant-run.jsonl"
 SHARES: Final = "mquant-shares.json"
-"""What is in OUT while a run in shares is under way."""
+"""The file in OUT that marks a run in shares."""
 _SCHEMA: Final = "mquant.run/2"
 MOST_BYTES: Final = 64_000_000
-# A plan has no more work units than tensors; a ledger names each a few times.
+# A plan has no more work units than tensors; a ledger names each work unit a few times.
 _MOST_JOBS: Final = 4 * MAX_TENSORS
 _SHARED: Final = re.compile(r"mquant-run\.[1-9]\d{0,4}-of-[1-9]\d{0,4}\.jsonl", re.ASCII)
 _TAKEN: Final = frozenset({errno.EAGAIN, errno.EACCES})  # EACCES: on some network file systems

@@ -28,7 +28,7 @@ from mquant.output.ledger import LEDGER, SHARES, Ledger, is_ledger, ledger_name
 from mquant.untrusted import parse_json
 
 MOST_SHARES: Final = 10_000
-"""As many as a checkpoint has shards at most."""
+"""The limit on shares: no checkpoint has more shards."""
 _SCHEMA: Final = "mquant.shares/1"
 _MOST_BYTES: Final = 8_000_000
 _TURN_SECONDS: Final = 60.0  # a thousand processes that begin at once wait for each other

@@ -110,7 +110,7 @@ def make_plan(
         *unsafe(actions, family, recipe, allow_unsafe=allow_unsafe),
         *_unmatched(found, both, choice),
     ]
-    # Of a source whose weights cannot be read, that is all there is to say.
+    # If the source's weights cannot be read, no further check applies.
     if found.readable:
         findings += [
             *_unquantizable(found.members, actions, family),
@@ -300,7 +300,7 @@ def kept_modules(
     """
     matrices = [each for each in kept if _is_matrix(each[2])]
     hub = {module for module, _, _ in matrices} | {*family.tied_heads(config)}
-    # Of a layer's experts vLLM looks the first one up.
+    # vLLM looks up only the first expert of a layer.
     vllm = {family.in_vllm_name(module) for module, expert, _ in matrices if not expert}
     return tuple(sorted(hub | vllm, key=natural))
 

@@ -58,7 +58,7 @@ SOURCE: Final = {
     Target.MODELOPT: StorageFormat.NVFP4,
     Target.COMPRESSED_TENSORS: StorageFormat.MODELOPT_NVFP4,
 }
-"""What each is made from."""
+"""The source tensor of each output tensor."""
 _RECIPES: Final = {
     Target.MODELOPT: Recipe(name="export", suffix="ModelOpt", roles={}),
     Target.COMPRESSED_TENSORS: Recipe(name="export", suffix="CT", roles={}),
@@ -67,7 +67,7 @@ _MADE: Final = {
     Target.MODELOPT: StorageFormat.MODELOPT_NVFP4,
     Target.COMPRESSED_TENSORS: StorageFormat.NVFP4,
 }
-# The shape of the scale of a whole weight, and of that of its input.
+# The shapes of a per-tensor weight scale and input scale.
 _SCALAR: Final[dict[Target, tuple[int, ...]]] = {
     Target.MODELOPT: (),
     Target.COMPRESSED_TENSORS: (1,),
@@ -211,7 +211,7 @@ def _parts(member: Member) -> Iterator[TensorInfo]:
 
 def _actions(member: Member, target: Target, values: Mapping[str, bytes]) -> Iterator[Action]:
     suffixes: Iterable[str] = SUFFIXES[_MADE[target]] if member.stored else ("",)
-    # Where there is no scale of the input the last suffix has no part.
+    # Without an input scale the last suffix is unused.
     for info, suffix in zip(_parts(member), suffixes, strict=False):
         value = values.get(info.name)
         shape = info.shape if value is None else _SCALAR[target]

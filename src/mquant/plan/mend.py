@@ -18,7 +18,7 @@ from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit
 
 BAD: Final = "bad/"
 PARENT: Final = "parent/"
-"""What files of the two checkpoints are called, as sources of a mended one."""
+"""The folder names of the two checkpoints in an assembly."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class _Found:
             name = self.hub_name[info.name]
             known[name].append(info)
             self._modules.setdefault(_module(name), info.shard)
-        # Which of two is the right one, nobody can tell.
+        # If two tensors claim one name, neither is trusted: no evidence tells the right one.
         self._tensors = {name: infos[0] for name, infos in known.items() if len(infos) == 1}
         self._places = {name: infos[0].shard for name, infos in known.items()}
         for name, shard in bad.index.items():

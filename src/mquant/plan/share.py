@@ -26,7 +26,7 @@ def shares(plan: Plan, of: int) -> tuple[Plan, ...]:
     before, owner = 0, -1
     for place, (shard, size) in enumerate(zip(shards, sizes, strict=True)):
         due = (2 * before + size) * filled // max(2 * sum(sizes), 1)
-        # Never past an empty share, and not so slowly that one would be left at the end.
+        # Leave no share empty, neither here nor at the end.
         owner = max(owner, min(due, owner + 1), filled - len(shards) + place)
         parts[owner].append(shard)
         before += size

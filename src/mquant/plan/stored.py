@@ -24,9 +24,9 @@ from mquant.loader_model.formats import (
 from mquant.loader_model.modules import FP8_DTYPES, by_module, declared_config, quantized_suffixes
 from mquant.schemes import QUANTIZED_SUFFIXES
 
-# Of F16 scales upstream takes products in F16; there is nothing that writes them.
+# Upstream multiplies F16 scales in F16; no known tool writes F16 scales.
 _SCALES: Final = ("F32", "BF16")
-# Scales of what is not a weight: of no use to one that is not quantized any more.
+# Scales of activations and of the KV cache: useless once the weight is dequantized.
 _OF_CACHE: Final = (".k_scale", ".v_scale", ".q_scale", ".output_scale")
 
 READABLE: Final = (*FP8S, *NVFP4S)

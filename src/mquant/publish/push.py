@@ -29,7 +29,7 @@ from mquant.untrusted import parse_json
 from mquant.verify.judge import Depth, Report, verify
 
 _MOST_NOTE_BYTES: Final = 64_000_000
-# What people add to a finished checkpoint, and no loader reads.
+# Files that people add to a finished checkpoint, and that no loader reads.
 _PAPERS: Final = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf")
 _TITLES: Final = ("LICENSE", "LICENCE", "NOTICE")
 

@@ -41,7 +41,7 @@ from mquant.verify.judge import Depth, Report, verify
 _QUANTIZE: Final = "Quantize the parent again: mquant quantize PARENT --recipe nvfp4."
 _IMPORTANCE: Final = "If it was made with an importance file, give that with --importance. "
 _TRIED: Final = 3
-"""Fused sets that are made again, and norms that are compared, before one is believed."""
+"""The number of fused sets to requantize, and of norms to compare, as evidence."""
 
 LAYOUT_NOT_REPAIRABLE: Final = rule(
     "layout-not-repairable",
@@ -124,7 +124,7 @@ def diagnose(
     """
     report = verify(bad, families, depth, emit=emit)
     checkpoint, original = open_checkpoint(bad, tolerant=True), open_checkpoint(parent)
-    # config.json may be what is broken; what it says of the model, the parent says too.
+    # This config.json may be broken; the parent's describes the same model.
     config = {**original.config, **_quantization(checkpoint.config)}
     view = read_modules(replace(checkpoint, config=config), families)
     _refuse_other_layouts(view)

@@ -117,7 +117,7 @@ def resource_findings(plan: Plan, resources: Resources) -> tuple[Finding, ...]:
         )
     source = plan.survey.checkpoint.source
     try:
-        # restart=True: a folder of ours is fine here, whatever it was made from.
+        # restart=True accepts any folder that mquant made.
         examine(out, source.folders, {}, restart=True)
     except OutputError as error:
         findings.append(OUT_NOT_FREE.finding(str(out), error.message, error.fix))
@@ -156,7 +156,7 @@ def _roles(plan: Plan) -> list[dict[str, Any]]:
     """A row for each role and treatment: a recipe may treat one role in two ways."""
     groups: dict[tuple[Role, str, str], list[Action]] = defaultdict(list)
     for action in plan.actions:
-        # What a scheme cannot hold becomes nothing; findings say which tensor, and why.
+        # A weight that a scheme cannot hold has no outputs; a finding names the tensor.
         reason = action.reason if action.outputs else "its shape or dtype does not allow it"
         groups[action.role, action.scheme.name if action.scheme else "", reason].append(action)
     order = list(Role)

@@ -15,7 +15,7 @@ from mquant.runs.ship_shards import Destination, Shipper, open_destination, seal
 from mquant.runs.spec import Engine, QuantizeSpec, check_engine, choose_engine, prepare
 
 _LEDGER_BYTES: Final = 100
-"""What a work unit, or a file of the source, takes in the ledger at most, on average."""
+"""Upper bound on the mean ledger bytes of a work unit, or of a source file."""
 
 
 def quantize_to_hub(

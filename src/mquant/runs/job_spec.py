@@ -57,12 +57,12 @@ class JobSpec(BaseModel):
     source: FolderAt | RepoAt
     recipe: Recipe
     foreign: bool
-    """What the recipe does not say of itself."""
+    """Whether the recipe came from llmcompressor's format; the recipe file does not say so."""
     max_shard_bytes: int = Field(ge=1, lt=2**53)
     allow_unsafe: bool
     importance: AbsolutePath | None
     family: Family | None = None
-    """The family's content, if it is a file of the user's; None: a family that ships."""
+    """The content of the user's family file; None for a shipped family."""
 
     @classmethod
     def of(

@@ -72,7 +72,7 @@ def run_engine(
             from mquant.engines import oneshot  # torch and transformers: seconds, and optional
 
             oneshot.run(run.plan, run.source, output.write, run.emit, _samples(run, spec))
-        # After oneshot, what is left are the tensors that are copied.
+        # After oneshot only the copied tensors are left to write.
         weigh = weigher(run.plan.recipe, spec.importance)
         with _reading(run, output, scratch) as reader:
             stream.run(reader, output, run.threads, weigh)

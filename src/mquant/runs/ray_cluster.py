@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     import ray
 
 Sentences = tuple[str, str]
-"""What went wrong, and the fix: all of an error that a node without this mquant can tell."""
+"""An error's message and fix, which a node without this mquant version can still show."""
 
 _RETRIES: Final = 5
 _LOOK_SECONDS: Final = 1.0
 _STOP_SECONDS: Final = 30.0
 _ANSWER_SECONDS: Final = 5.0
-# A network file system lets go of a lost node's locks after its lease, of 90 seconds as a rule.
+# A network file system releases a lost node's locks after its lease, usually 90 seconds.
 _LOCK_SECONDS: Final = 150.0
 _SAME_PATH: Final = "Put source and OUT on storage that all nodes mount at the same path."
 
@@ -212,7 +212,7 @@ def _connected(emit: Emit) -> Iterator[None]:
         import ray
     except ImportError:
         raise MissingExtra("--cluster ray", "ray") from None
-    # What the cluster reports of lost workers would be printed to stdout.
+    # Ray would print reports of lost workers to stdout.
     ray._private.worker._worker_logs_enabled = False
     if ray.is_initialized():
         yield
@@ -274,7 +274,7 @@ def _where(named: str | None, emit: Emit) -> str | None:
         return None
     if named:
         raise ConnectionError("it does not answer")
-    # A cluster that ended badly leaves its address behind.
+    # A crashed cluster leaves its address file behind.
     emit(Note("info", f"The Ray cluster at {address} does not answer; one is started here."))
     return "local"
 

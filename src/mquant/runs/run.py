@@ -44,7 +44,7 @@ from mquant.verify.config_json import CONFIG_KEY_MISSING
 from mquant.verify.judge import Depth, verify
 
 MOST_CORES: Final = 16
-"""No disk is faster."""
+"""More workers do not help: the disk is the limit."""
 
 Kept = Mapping[str, Mapping[str, Any]]
 """`bytes` and `sha256` of each file of the result that the run does not write, by path."""
@@ -91,7 +91,7 @@ class RunSpec:
     elsewhere: tuple[str, ...] = ()
     extra_record: Mapping[str, Any] = field(default_factory=dict)
     resumes: bool = True
-    """Whether the engine goes on with the work units that the ledger counts."""
+    """Whether the engine can resume after the work units in the ledger."""
 
     @property
     def shards(self) -> Plan:

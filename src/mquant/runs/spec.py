@@ -107,7 +107,7 @@ def prepare(
         engine={"name": kind.value, "versions": versions},
         stage="quantize",
         protected=source.folders,
-        # oneshot starts over: its modules come in the order of the model, not of the output.
+        # oneshot cannot resume: it quantizes in the model's order, not the output's.
         resumes=kind is Engine.STREAM,
         kind=kind,
         importance=weights,

@@ -258,7 +258,7 @@ def _rounded(
         return
     first, last = 0, rows
     if not everything and rows > SAMPLED_ROWS:
-        # Neighbours, since they are one read; where, is drawn from the name.
+        # Adjacent rows cost one read; the tensor's name seeds the position.
         first = zlib.crc32(mine.name.encode()) % (rows - SAMPLED_ROWS + 1)
         last = first + SAMPLED_ROWS
     yield (last - first) * columns, partial(_compare, weight, original, first, last, to_nearest)
@@ -285,7 +285,7 @@ def _differences(
         mine, theirs = weight.rows(start, end), original.rows(start, end).values
         off = np.abs(mine.values - theirs)
         allowed = mine.allowed(theirs)
-        # Written so that NaN on either side is out of bounds, too.
+        # Negated, so that NaN on either side is out of bounds.
         beyond = ~(off <= (allowed if to_nearest else np.float32(np.inf)))
         if beyond.any():
             row, column = np.unravel_index(int(np.argmax(beyond)), beyond.shape)

@@ -10,7 +10,7 @@ from mquant.loader_model.modules import ModuleView
 from mquant.text import names
 from mquant.verify.numbers import PIECE
 
-# What every writer stamps, and what newer writers rename: no loader decides by them.
+# Keys that writers stamp or rename; no loader depends on them.
 _STAMPS: Final = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 _NEEDED: Final = (
     "tokenizer.json",

@@ -21,7 +21,7 @@ class Scaling:
         self._layout, self._parent = view, parent
         groups = parent.family.smoothings if parent.family else ()
         self._fed_by = {row.name: group[0] for group in groups for row in group[1:]}
-        # What is divided itself has other rows, too, and no norm tells of those.
+        # A divided weight has other rows, too, and no norm shows the divisor.
         self._fed_by |= {group[0].name: group[0] for group in groups}
         self._factors: dict[str, Floats | None] = {}
 

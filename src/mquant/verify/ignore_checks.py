@@ -103,7 +103,7 @@ IGNORE_RULES: Final = (
     *QUANTIZED.values(),
     *(each for each in tuple(globals().values()) if isinstance(each, Rule)),
 )
-"""The rules that are judged here."""
+"""The rules of this module's checks."""
 
 
 def findings_of(

@@ -192,11 +192,11 @@ def _against(view: ModuleView, parent: ModuleView, depth: Depth, emit: Emit) -> 
 
 
 def _ignore(view: ModuleView) -> list[Finding]:
-    # Entries that match nothing may be meant for what lay in a lost shard.
+    # Entries that match nothing may concern tensors of a lost shard.
     findings = check_ignore(view).findings
     return [f for f in findings if f.severity == "error" or not view.checkpoint.lost_shards]
 
 
 def _sorted(findings: list[Finding]) -> tuple[Finding, ...]:
-    # Several checks may see the same thing: it is told once.
+    # Several checks may find the same fault; it is reported once.
     return tuple(sorted(dict.fromkeys(findings), key=lambda found: _ORDER.index(found.severity)))

@@ -29,7 +29,7 @@ def check_mtp(
     if type(count) is not int or not 0 < count < 2**53:
         return
     layers = family.value(family.config.layers, config) or 0
-    # Such modules lie beyond the last layer, or under a name of their own.
+    # MTP modules are numbered after the last layer, or have their own prefix.
     for name, tensor_role in found:
         if "mtp" in name if tensor_role is None else (tensor_role.layer or -1) >= layers:
             return

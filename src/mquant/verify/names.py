@@ -9,7 +9,7 @@ from mquant.plan.survey import TENSOR_UNKNOWN
 from mquant.schemes import QUANTIZED_SUFFIXES
 from mquant.verify.tally import Tally
 
-# Scales of the KV cache: loaders know them beside any attention, and do without.
+# KV cache scales: loaders accept them beside any attention, and need none.
 _HARMLESS: Final = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale")
 TENSOR_RENAMED: Final = rule(
     "tensor-renamed",

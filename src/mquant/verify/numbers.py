@@ -37,7 +37,7 @@ T = TypeVar("T")
 PIECE: Final = 16_000_000
 _AHEAD: Final = 100
 THREADS: Final = 2
-# dtype -> its bits as an integer, and where exponent is all ones: infinity or NaN.
+# dtype -> its unsigned integer type, and the exponent mask: all ones is infinity or NaN.
 _NOT_FINITE: Final = {
     "BF16": ("<u2", 0x7F80),
     "F16": ("<u2", 0x7C00),
@@ -277,7 +277,7 @@ def _dead_blocks(view: ModuleView, module: Module, seen: _Seen) -> None:
     step = PIECE // per_block * per_block
     for start in range(0, codes.nbytes, step):
         end = min(start + step, codes.nbytes)
-        # 8 bytes are one block: as one integer, without the signs, it is zero or not.
+        # 8 bytes are one block: read as one integer without signs, and compared with zero.
         blocks: npt.NDArray[np.uint64] = np.frombuffer(read(view, codes, start, end), "<u8")
         some = (blocks & np.uint64(0x7777_7777_7777_7777)) != 0
         raw = read(view, scale, start // per_block, end // per_block)

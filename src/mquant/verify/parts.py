@@ -69,7 +69,7 @@ def check_modules(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
 
 def _parts(view: ModuleView, module: Module, kind: StorageFormat, tally: Tally) -> None:
     shape = weight_shape(kind, module, view)
-    # Without codes nothing says how large the rest must be.
+    # Without codes the shapes of the other parts are unknown.
     expected = parts(kind, shape or (0, 0), view)
     present = ", ".join(sorted(s for s in module.tensors if s in expected))
     for suffix, part in expected.items():
@@ -143,7 +143,7 @@ def _alike(broken: Rule, group: list[Module], kinds: Kinds, tally: Tally) -> Non
 
     states = [state(module) for module in group]
     common = max(set(states), key=states.count)
-    # The odd one out is what a person looks for; of a pair, the plain one.
+    # Name the module that differs; of two, the plain one.
     if odd := next((m for m in group if state(m) != common), None):
         other = next(m for m in group if state(m) == common)
         if states.count(common) == states.count(state(odd)) and odd.name in kinds:

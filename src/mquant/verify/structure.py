@@ -35,7 +35,7 @@ def check_structure(view: ModuleView) -> tuple[Finding, ...]:
     tally = Tally()
     check_modules(view, kinds, tally)
     check_config_json(view, kinds, tally)
-    # Quantizing refuses what a loader can still make sense of; here it is a warning.
+    # Quantize refuses these; a loader can still read them, so here they are warnings.
     found = [in_context(f, "judged") for f in view.checkpoint.findings]
     found += _total_size(view)
     if view.family is None:
@@ -45,7 +45,7 @@ def check_structure(view: ModuleView) -> tuple[Finding, ...]:
     check_alike(view, kinds, tally)
     whole = [*wholeness(view.family, _members(view, kinds), view.checkpoint.config)]
     if view.checkpoint.lost_shards:
-        # What a lost shard held is missing: saying so tensor by tensor tells nothing new.
+        # Tensors of a lost shard are not reported one by one.
         whole = [f for f in whole if f.rule == SHAPE_DISAGREES.id]
         rest = [f for f in tally.findings() if f.rule not in (PART_MISSING.id, FUSED_SET_MIXED.id)]
         return (*found, *whole, *rest)

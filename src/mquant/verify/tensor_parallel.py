@@ -110,7 +110,7 @@ def _weights(view: ModuleView, kinds: Mapping[str, StorageFormat]) -> list[Split
         if module.tensor_role is None or role is None or not role.linear or role.refused_by_loaders:
             continue
         row, kind = module.tensor_role.row, kinds.get(module.name)
-        # One quantized layer is enough to need what quantized ones need.
+        # One quantized layer suffices for the constraints of quantized layers.
         if row.name not in first or (kind is not None and not first[row.name].quantized):
             shape = _shape(module, kind, view)
             if shape is not None:

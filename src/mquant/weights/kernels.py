@@ -17,7 +17,7 @@ from mquant.weights.decode import Floats, e2m1, e4m3
 Array = npt.NDArray[Any]
 
 SUMS: Final = 3
-"""Of squared differences, of the parent's squares, of ours squared."""
+"""Sums of squared differences, of the parent's squares, and of this checkpoint's squares."""
 
 _BYTES: Final = np.arange(256, dtype=np.uint8)
 _PAIRS: Final[Array] = e2m1(_BYTES[:, None]).view(np.uint64).reshape(256)
@@ -88,8 +88,8 @@ def _lookup(codes: Array, table: Array, out: Array) -> None:
         out[i] = table[codes[i]]
 
 
-# Loops of one thing each, in functions of their own: LLVM makes no SIMD code of more at once.
-# What is added up there in any order is added the same way every time.
+# One loop per function: LLVM vectorizes no function with several loops.
+# The order of additions inside a loop is the same at every call.
 _reordering = partial(compiled, fastmath={"reassoc"})
 
 

