@@ -260,5 +260,5 @@ def test_what_cannot_search_says_so(src: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         quantize(plan_of(src, "nvfp4"), tmp_path / "out", importance=file)
     assert caught.value.message == (
-        "Recipe nvfp4 has no scales searched, so --importance says nothing."
+        "Recipe nvfp4 has no scales searched, so --importance has no effect."
     )

@@ -61,7 +61,7 @@ def read_importance(path: Path | None, plan: Plan) -> Importance | None:
         return None
     if plan.recipe.scales != "search":
         raise UsageError(
-            f"Recipe {plan.recipe.name} has no scales searched, so --importance says nothing.",
+            f"Recipe {plan.recipe.name} has no scales searched, so --importance has no effect.",
             "Take recipe nvfp4-opt, or leave out --importance.",
         )
     return open_importance(path, plan)

@@ -94,8 +94,7 @@ def _dataset(name: str) -> Iterable[dict[str, Any]]:
         return list(load_dataset(name, split="train"))
     except Exception as error:  # whatever it is, the dataset is not to be had
         raise DataFileError(
-            f"{name} is no file, and no dataset that can be had from the hub "
-            f"({type(error).__name__}).",
+            f"{name} is no file, and no dataset that the hub has ({type(error).__name__}).",
             _FIX,
         ) from error
 

@@ -371,7 +371,7 @@ def _unknown(mending: Mending, stated: Recipe | None) -> Finding:
     what = (
         f"what is intact was not made from this parent with {how}"
         if _intact(mending)
-        else "nothing that is intact tells how it was made"
+        else "no intact part says how it was made"
     )
     return RECIPE_NOT_KNOWN.finding(
         lost[0],

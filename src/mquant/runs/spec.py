@@ -133,7 +133,7 @@ def check_data(recipe: Recipe, data: str | None) -> None:
         )
     if data is not None and not recipe.needs_data:
         raise UsageError(
-            f"Recipe {recipe.name} needs no data, so --data says nothing.", "Leave out --data."
+            f"Recipe {recipe.name} needs no data, so --data has no effect.", "Leave out --data."
         )
 
 
