@@ -42,7 +42,7 @@ SHARD_MISSING: Final = rule(
 INDEX_MISSING: Final = rule(
     "index-missing",
     "Several shards come with an index.",
-    "vLLM reads whatever lies in the folder; other loaders look for one shard, and stop.",
+    "vLLM reads every shard in the folder; other loaders look for a single shard, and stop.",
     "Download model.safetensors.index.json too.",
     severity="warning",
     as_source="error",
@@ -50,13 +50,13 @@ INDEX_MISSING: Final = rule(
 TENSOR_STORED_TWICE: Final = rule(
     "tensor-stored-twice",
     "Every tensor is stored once.",
-    "Which of the two is loaded depends on the order of files.",
+    "The order of files decides which copy is loaded.",
     "Remove the shard that does not belong to this checkpoint.",
 )
 INDEX_WITHOUT_TENSOR: Final = rule(
     "index-without-tensor",
     "Every tensor that the index lists is in a shard.",
-    "vLLM goes by the shards, other loaders stop. (A tensor that the model lacks is an error of "
+    "vLLM reads the shards, other loaders stop. (A tensor that the model lacks is an error of "
     "its own.)",
     "Get the shards and the index again, from one revision.",
     severity="warning",
@@ -65,22 +65,22 @@ INDEX_WITHOUT_TENSOR: Final = rule(
 INDEX_WRONG_SHARD: Final = rule(
     "index-wrong-shard",
     "The index names the shard that holds the tensor.",
-    "vLLM goes by the shards; tools that read by the index fail, or find nothing.",
+    "vLLM reads the shards; tools that read by the index fail, or find nothing.",
     "Get the shards and the index again, from one revision.",
     severity="warning",
     as_source="error",
 )
 SHARD_NOT_IN_INDEX: Final = rule(
     "shard-not-in-index",
-    "Every shard is one that the index names.",
-    "Loaders pass it over: it costs a download, or is what should have been loaded.",
+    "The index names every shard.",
+    "Loaders skip the shard: the shard costs a download, or should have been loaded.",
     "Remove the file, or get the index again, from one revision.",
     severity="warning",
 )
 TENSOR_NOT_IN_INDEX: Final = rule(
     "tensor-not-in-index",
     "Every tensor in the shards is in the index.",
-    "vLLM loads it all the same, other loaders do not: they load different models.",
+    "vLLM loads the tensor, other loaders do not: they load different models.",
     "Get the shards and the index again, from one revision.",
     severity="warning",
     as_source="error",

@@ -50,14 +50,14 @@ NOT_QUANTIZABLE: Final = rule(
 FUSED_SET_MIXED: Final = rule(
     "fused-set-mixed",
     "The members of a fused set are quantized alike, or all plain.",
-    "Loaders make one matrix of the members, quantized in one way, or refuse to.",
+    "Loaders build one matrix of the members, quantized in one way, or refuse the set.",
     "Quantize all members, or put all of them in ignore.",
     knowing=("family",),
 )
 EXPERTS_MIXED: Final = rule(
     "experts-mixed",
     "The experts of a layer are quantized alike, or all plain.",
-    "Engines run them in one kernel: one BF16 expert among quantized ones is refused.",
+    "Engines run a layer's experts in one kernel: one BF16 expert among quantized ones is refused.",
     "Quantize all experts of the layer, or none.",
     knowing=("family",),
 )

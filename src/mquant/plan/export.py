@@ -47,8 +47,8 @@ NOT_EXPORTABLE: Final = rule(
 )
 ACTIVATION_SCALES_MISSING: Final = rule(
     "activation-scales-missing",
-    "Where config.json declares static scales of activations, the tensors are there.",
-    "vLLM loads without them and multiplies by what lay in memory.",
+    "If config.json declares static activation scales, the tensors are there.",
+    "vLLM loads without the scales and multiplies by uninitialised memory.",
     "Calibrate again, or declare weights only (input_activations: null).",
     knowing=("layout",),
 )

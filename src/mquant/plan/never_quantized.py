@@ -16,8 +16,8 @@ ROUTER_QUANTIZED: Final = rule(
     "router-quantized",
     "No router has tensors of a quantized layer.",
     "Loaders build routers plain, whatever config.json says: vLLM stops at the first scale or "
-    "packed weight it has no parameter for. Routers are linear layers to tools that go by names, "
-    "so they must be named in `ignore` when the checkpoint is made.",
+    "packed weight without a parameter. Tools that select layers by name take routers for "
+    "linear layers, so `ignore` must name the routers when the checkpoint is made.",
     "Take them from the parent, which `mquant repair SRC --from PARENT` does; or quantize again, "
     "with an ignore list that names them.",
     if_tolerated="warning",
@@ -34,7 +34,7 @@ HEAD_QUANTIZED: Final = rule(
 EMBEDDING_QUANTIZED: Final = rule(
     "embedding-quantized",
     "The embeddings have no tensors of a quantized layer.",
-    "Loaders look embeddings up, row by row, in a plain matrix: vLLM refuses any other.",
+    "Loaders look embeddings up row by row in a plain matrix: vLLM refuses a quantized one.",
     "Take them from the parent, which `mquant repair SRC --from PARENT` does; or quantize again, "
     "with an ignore list that names them.",
     if_tolerated="warning",

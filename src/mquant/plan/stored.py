@@ -42,7 +42,7 @@ PART_MISSING: Final = rule(
 PART_SHAPE: Final = rule(
     "part-shape",
     "Codes and scales of a module fit each other.",
-    "vLLM copies what fits of an expert's scales, without an error.",
+    "vLLM copies the part of an expert's scales that fits, without an error.",
     "Quantize again, with a tool that writes the whole module.",
     knowing=("layout",),
 )

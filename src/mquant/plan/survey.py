@@ -21,9 +21,9 @@ from mquant.text import names
 
 FAMILY_UNKNOWN: Final = rule(
     "family-unknown",
-    "config.json's model_type is of a family mquant knows.",
-    "Without it nobody can say which tensors must be there, and how large.",
-    "Add the family; it is one YAML file, see docs/adding-a-family.md.",
+    "mquant knows the family of config.json's model_type.",
+    "Without the family nobody can say which tensors must be there, and their shapes.",
+    "Add the family: one YAML file, see docs/adding-a-family.md.",
     severity="warning",
     as_source="error",
     as_fact="info",
@@ -38,9 +38,9 @@ SOURCE_QUANTIZED: Final = rule(
 )
 TENSOR_UNKNOWN: Final = rule(
     "tensor-unknown",
-    "Every tensor is one that the family has, or a part of one that is quantized.",
-    "Loaders refuse it, or drop it without a word.",
-    "Remove it, or, if it belongs to the model, add its name to the family's file.",
+    "Every tensor is one of the family's, or a part of one that is quantized.",
+    "Loaders refuse the tensor, or drop it without a message.",
+    "Remove the tensor, or, if it belongs to the model, add its name to the family's file.",
     knowing=("family",),
 )
 

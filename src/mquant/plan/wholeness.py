@@ -16,8 +16,8 @@ from mquant.text import names
 
 CONFIG_KEY_UNUSABLE: Final = rule(
     "config-key-unusable",
-    "config.json has the numbers that tensors are counted and measured by.",
-    "No loader can build the model without them.",
+    "config.json has the numbers that give the count and the shapes of tensors.",
+    "No loader can build the model without these numbers.",
     "Take config.json from the model's repo.",
     knowing=("family",),
 )
@@ -32,7 +32,7 @@ EXPERT_GAP: Final = rule(
 EXPERTS_DISAGREE: Final = rule(
     "experts-disagree",
     "Every layer has as many experts as config.json says.",
-    "vLLM takes more or fewer without an error; routing then points at the wrong ones.",
+    "vLLM loads more or fewer experts without an error; the router then points at the wrong ones.",
     "Set the number in config.json to what the shards hold, or get the right shards.",
     knowing=("family",),
 )
@@ -46,8 +46,8 @@ TENSOR_MISSING: Final = rule(
 )
 LAYERS_DISAGREE: Final = rule(
     "layers-disagree",
-    "There are as many layers as config.json says.",
-    "Layers beyond the number are refused or dropped.",
+    "The shards hold as many layers as config.json says.",
+    "Loaders refuse or drop layers beyond the number.",
     "Set the number in config.json to what the shards hold, or get the right shards.",
     knowing=("family",),
 )
@@ -69,8 +69,8 @@ FUSED_SET_INCOMPLETE: Final = rule(
 )
 SHAPE_DISAGREES: Final = rule(
     "shape-disagrees",
-    "Shapes are those that config.json implies; of a quantized weight, what it unpacks to.",
-    "Loaders refuse it, or copy what fits: for experts without an error.",
+    "Shapes are those that config.json implies; for a quantized weight, the unpacked shape is.",
+    "Loaders refuse the tensor, or copy the part that fits: for experts without an error.",
     "Take config.json and shards from the same checkpoint.",
     knowing=("family",),
 )

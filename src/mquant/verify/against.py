@@ -29,15 +29,15 @@ _SAMPLED_BYTES: Final = 64 * 1024
 PARENT_TENSOR_MISSING: Final = rule(
     "parent-tensor-missing",
     "Every tensor of the parent is there, plain or quantized.",
-    "What is missing stays uninitialised: vLLM does not look in quantized models.",
+    "A missing tensor stays uninitialised: vLLM does not check quantized models.",
     "Quantize again, or copy the tensors from the parent.",
     needs="against",
 )
 PARENT_LACKS_TENSOR: Final = rule(
     "parent-lacks-tensor",
-    "Every tensor belongs to one of the parent's.",
-    "It is another model, or loaders drop the tensor.",
-    "Give the parent it was made from, or remove the tensor.",
+    "Every tensor belongs to a tensor of the parent.",
+    "The parent is another model, or loaders drop the tensor.",
+    "Give the parent that the checkpoint was made from, or remove the tensor.",
     needs="against",
 )
 KEPT_TENSOR_DIFFERS: Final = rule(
@@ -49,7 +49,7 @@ KEPT_TENSOR_DIFFERS: Final = rule(
 )
 WEIGHT_BEYOND_BOUND: Final = rule(
     "weight-beyond-bound",
-    "Dequantized weights are as near to the parent's as rounding leaves them: in NVFP4, within "
+    "Dequantized weights are as close to the parent's as rounding allows: in NVFP4, within "
     "amax/3 * 17/16 of each block.",
     "Swapped nibbles, rows, experts or scales load without an error.",
     "Quantize again. Weights that other tools change on purpose (AWQ, SmoothQuant) have no "
@@ -59,8 +59,8 @@ WEIGHT_BEYOND_BOUND: Final = rule(
 )
 WEIGHT_ERROR_HIGH: Final = rule(
     "weight-error-high",
-    "The relative error of a whole weight is one that rounding explains (NVFP4: about 0.1).",
-    "The scales are badly chosen, or of another weight.",
+    "Rounding explains the relative error of each whole weight (NVFP4: about 0.1).",
+    "The scales are badly chosen, or belong to another weight.",
     "Quantize again, and compare the tools.",
     severity="warning",
     needs="against",
@@ -68,19 +68,20 @@ WEIGHT_ERROR_HIGH: Final = rule(
 )
 WEIGHT_NOT_COMPARED: Final = rule(
     "weight-not-compared",
-    "Quantized weights are in a layout that verify can dequantize.",
-    "Whether the others are near the parent's, nobody has looked.",
-    "Compare them with the tool that wrote them; those of NVFP4, ModelOpt, FP8 and symmetric "
-    "integers of 4 and 8 bits are compared here.",
+    "mquant can dequantize the layout of the quantized weights.",
+    "Weights in other layouts were not compared with the parent's.",
+    "Compare the weights with the tool that wrote them; mquant compares NVFP4, ModelOpt, FP8 "
+    "and symmetric integers of 4 and 8 bits.",
     severity="warning",
     needs="against",
 )
 SCALED_NOT_COMPARED: Final = rule(
     "scaled-not-compared",
-    "What AWQ scaled by factors that no norm tells (norms, w3 and w2) has the parent's shape.",
-    "AWQ divides a norm by what it multiplies the columns of all that reads it with, routers "
-    "too: there both are compared. Of other factors nothing is known.",
-    "Nothing to do: mquant eval --against says what all of it makes of a text.",
+    "Weights that AWQ scaled by factors which no norm shows (norms, w3 and w2) have the "
+    "parent's shape.",
+    "AWQ divides a norm by the factors of all weights that read the norm, routers too: there "
+    "both are compared. Other factors are unknown.",
+    "Nothing to do: `mquant eval --against` measures the effect on a text.",
     severity="info",
     needs="against",
 )

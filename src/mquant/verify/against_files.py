@@ -28,28 +28,28 @@ _LICENCE: Final = ("LICENSE*", "LICENCE*", "NOTICE*")
 CONFIG_KEY_LOST: Final = rule(
     "config-key-lost",
     "config.json has every key of the parent's.",
-    "Loaders take a default, and compute something else: rope_theta, rotary_dim.",
+    "Loaders use a default, and compute another model: rope_theta, rotary_dim.",
     "Copy the keys from the parent's config.json.",
     needs="against",
 )
 CONFIG_KEY_DIFFERS: Final = rule(
     "config-key-differs",
-    "config.json says what the parent's says.",
-    "Loaders compute something else than the model was trained for.",
+    "config.json agrees with the parent's.",
+    "Loaders compute a model other than the trained one.",
     "Copy the keys from the parent's config.json.",
     needs="against",
 )
 SIDE_FILE_MISSING: Final = rule(
     "side-file-missing",
     "Tokenizer, chat template, generation config and model code of the parent are there.",
-    "Without them engines do not serve it, or with other prompts and sampling.",
+    "Without these files engines do not serve the model, or use other prompts and sampling.",
     "Copy the files from the parent.",
     needs="against",
 )
 SIDE_FILE_DIFFERS: Final = rule(
     "side-file-differs",
     "Tokenizer, chat template, generation config and model code are the parent's.",
-    "Another template or tokenizer is another model to its users.",
+    "With another template or tokenizer the model behaves differently.",
     "Copy the files from the parent.",
     severity="warning",
     needs="against",
@@ -57,7 +57,7 @@ SIDE_FILE_DIFFERS: Final = rule(
 LICENCE_MISSING: Final = rule(
     "licence-missing",
     "The parent's licence is there.",
-    "Most licences ask for it in every copy.",
+    "Most licences must be in every copy.",
     "Copy the file from the parent.",
     severity="warning",
     needs="against",

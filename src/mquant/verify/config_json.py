@@ -32,35 +32,35 @@ CONFIG_KEY_MISSING: Final = rule(
 )
 QUANTIZATION_UNUSED: Final = rule(
     "quantization-unused",
-    "A declared quantization has tensors it applies to.",
-    "Loaders wait for scales that are not there.",
+    "If config.json declares a quantization, some tensors are quantized.",
+    "Loaders expect scales that are not there.",
     "Remove quantization_config from config.json, or get the quantized shards.",
     severity="warning",
 )
 QUANTIZATION_CONFIG_INVALID: Final = rule(
     "quantization-config-invalid",
-    "The quantization_config is one that loaders can parse.",
-    "vLLM stops at what it does not understand.",
+    "Loaders can parse the quantization_config.",
+    "vLLM stops at a value it cannot parse.",
     "Take the quantization_config that the tool wrote.",
 )
 WEIGHTS_MISDECLARED: Final = rule(
     "weights-misdeclared",
     "The type, bits and group size in config_groups are those of the tensors.",
-    "vLLM chooses the kernel by them: it stops, or expects other shapes.",
+    "vLLM chooses the kernel by these keys: vLLM stops, or expects other shapes.",
     "Take the quantization_config that the tool wrote.",
     knowing=("layout",),
 )
 LAYOUT_NOT_JUDGED: Final = rule(
     "layout-not-judged",
-    "Quantized modules are in a layout that mquant knows.",
-    "Of others (MXFP4, GPTQ, INT8) neither parts nor numbers can be judged.",
-    "Known are NVFP4, FP8 and packed integers of compressed-tensors, ModelOpt and FP8-block.",
+    "mquant knows the layout of the quantized modules.",
+    "Neither parts nor numbers of other layouts (MXFP4, GPTQ, INT8) can be judged.",
+    "mquant knows NVFP4, FP8 and packed integers of compressed-tensors, ModelOpt and FP8-block.",
     severity="warning",
 )
 FORMAT_DIFFERS: Final = rule(
     "format-differs",
-    "The declared format is the one the tensors have.",
-    "vLLM goes by the tensors; tools that unpack by the format fail.",
+    "The declared format is the format of the tensors.",
+    "vLLM follows the tensors; tools that unpack by the declared format fail.",
     "Set format in quantization_config to what the tensors are.",
     severity="warning",
     knowing=("layout",),

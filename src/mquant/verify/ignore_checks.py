@@ -39,17 +39,17 @@ IGNORED_BUT_QUANTIZED: Final = rule(
 QUANTIZED_NOT_TARGETED: Final = rule(
     "quantized-not-targeted",
     "A layer that is quantized on disk is a target of some `config_groups` entry.",
-    "vLLM builds layers that no target matches plain, and refuses scales for them. Experts are "
-    'matched under vLLM\'s own names; `targets: ["Linear"]` means them all.',
+    "vLLM builds layers that no target matches plain, and refuses their scales. vLLM matches "
+    'experts by its own names; `targets: ["Linear"]` matches all.',
     'Set `targets` in config.json to ["Linear"].',
     knowing=("family", "list"),
 )
 FUSED_SET_SPLIT: Final = rule(
     "fused-set-split",
-    "Layers that vLLM makes one of are all ignored, or none is.",
-    "vLLM makes one layer of q, k and v, and one of all experts: it refuses to build one that "
-    "`ignore` or `targets` cut in two.",
-    "Name all of them, or none.",
+    "Layers that vLLM fuses are all in `ignore`, or none is.",
+    "vLLM fuses q, k and v into one layer, and all experts into one: vLLM refuses a fused layer"
+    " that `ignore` or `targets` cut in two.",
+    "Name all layers of the fused set, or none.",
     knowing=("family", "list"),
 )
 QUANTIZATION_UNDECLARED: Final = rule(
@@ -60,25 +60,25 @@ QUANTIZATION_UNDECLARED: Final = rule(
 )
 IGNORE_BAD_ENTRY: Final = rule(
     "ignore-bad-entry",
-    "Every entry of `ignore` and `targets` is a string, and after `re:` an expression.",
-    "vLLM compiles every expression, and stops at the first that is none.",
+    "Every entry of `ignore` and `targets` is a string; after `re:` stands a regular expression.",
+    "vLLM compiles every expression, and stops at the first invalid one.",
     "Correct the list in config.json, with exact names; `mquant plan` shows them.",
     knowing=("list",),
 )
 IGNORE_UNCOVERED: Final = rule(
     "ignore-uncovered",
     "Routers, lm_head and embeddings that are kept are named in `ignore`.",
-    "vLLM loads them all the same. Other loaders, and tools that quantize again with the same "
-    "list, may take them for linear layers.",
+    "vLLM loads the checkpoint all the same. Other loaders, and tools that quantize again with "
+    "the same list, may quantize these layers.",
     "Add their exact names to `ignore` in config.json.",
     severity="warning",
     knowing=("list",),
 )
 IGNORE_UNMATCHED: Final = rule(
     "ignore-unmatched",
-    "Every entry of `ignore` matches a name of the hub's or of vLLM's.",
-    "An entry that matches nothing protects nothing: often it is a name from another model, or "
-    "an expression that is anchored at the start and was not meant to be.",
+    "Every entry of `ignore` matches a name of the hub or of vLLM.",
+    "An entry that matches nothing protects nothing: often the name is another model's, or the "
+    "expression is anchored at the start by mistake.",
     "Correct the list in config.json, with exact names; `mquant plan` shows them.",
     severity="warning",
     knowing=("family", "list"),
@@ -86,17 +86,18 @@ IGNORE_UNMATCHED: Final = rule(
 IGNORE_HUB_ONLY: Final = rule(
     "ignore-hub-only",
     "Entries for experts match vLLM's names too.",
-    "vLLM looks experts up as `mlp.experts.0.w1`, whatever the tensors are called: an entry for "
-    "another name or another expert does nothing there.",
+    "vLLM looks experts up as `mlp.experts.0.w1`, whatever the tensors' names: an entry for "
+    "another name or another expert has no effect.",
     "Write the entry for vLLM's name, too.",
     severity="warning",
     knowing=("family", "list"),
 )
 IGNORE_NOT_JUDGED: Final = rule(
     "ignore-not-judged",
-    "The method and the family are ones whose lists can be judged.",
+    "mquant can judge the ignore list of this method and family.",
     "How entries are matched, and which modules matter, differs between methods and families.",
-    "Known are compressed-tensors, ModelOpt and FP8, of the families `mquant families` lists.",
+    "mquant knows compressed-tensors, ModelOpt and FP8, and the families that `mquant families`"
+    " lists.",
     severity="warning",
 )
 IGNORE_RULES: Final = (

@@ -8,10 +8,10 @@ from mquant.findings import Finding, rule
 
 MTP_WITHOUT_TENSORS: Final = rule(
     "mtp-without-tensors",
-    "Where config.json speaks of modules for multi-token prediction, their tensors are there.",
-    "Loaders go without; speculative decoding with them is not possible. The releases of "
-    "MiniMax-M2 lack them, too.",
-    "Nothing to do: loaders go without; multi-token prediction cannot be used.",
+    "If config.json declares multi-token prediction modules, their tensors are there.",
+    "Loaders work without the modules; speculative decoding with them is not possible. The "
+    "releases of MiniMax-M2 lack them, too.",
+    "Nothing to do: loaders work without; multi-token prediction cannot be used.",
     severity="info",
     knowing=("family",),
 )

@@ -14,7 +14,7 @@ _HARMLESS: Final = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale")
 TENSOR_RENAMED: Final = rule(
     "tensor-renamed",
     "Tensors have the names of the original release, not those of a loaded model.",
-    "vLLM knows the original names only; what it does not know it refuses, or drops.",
+    "vLLM knows the original names only, and refuses or drops other names.",
     "Save again with the original names, or quantize with mquant, which keeps them.",
     knowing=("family",),
 )

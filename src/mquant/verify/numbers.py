@@ -51,8 +51,8 @@ _AGAIN: Final = "Quantize again; if it stays so, look at the weight in the paren
 VALUE_NOT_FINITE: Final = rule(
     "value-not-finite",
     "Weights that are not quantized, and FP8 codes, hold neither NaN nor infinity.",
-    "One NaN spreads through the whole model; loaders do not look.",
-    "Take the tensor from the parent, or, if it is like that there, from the original release.",
+    "One NaN spreads through the whole model; loaders do not check.",
+    "Take the tensor from the parent, or from the original release if the parent's is the same.",
     needs="numbers",
 )
 SCALE_NOT_FINITE: Final = rule(
@@ -66,14 +66,14 @@ SCALE_NOT_FINITE: Final = rule(
 SCALE_NEGATIVE: Final = rule(
     "scale-negative",
     "Scales of blocks, channels and tensors are not negative.",
-    "Kernels that take the sign bit for part of the number compute something else.",
+    "Kernels that read the sign bit as part of the number compute wrong values.",
     "Quantize again; if it stays so, look at the weight in the parent.",
     needs="numbers",
     knowing=("layout",),
 )
 SCALE_ZERO: Final = rule(
     "scale-zero",
-    "No scale is zero where the codes under it are not.",
+    "A scale is zero only if all codes under it are zero.",
     "The whole block loads as zero.",
     "Quantize again; if it stays so, look at the weight in the parent.",
     needs="numbers",
@@ -82,23 +82,23 @@ SCALE_ZERO: Final = rule(
 PACKED_SHAPE_DIFFERS: Final = rule(
     "packed-shape-differs",
     "weight_shape of packed integers is the shape that weight_packed unpacks to.",
-    "compressed-tensors unpacks by it: columns are lost, or it stops.",
+    "compressed-tensors unpacks by weight_shape: columns are lost, or unpacking stops.",
     "Quantize again, with a tool that writes the whole module.",
     needs="numbers",
     knowing=("layout",),
 )
 GLOBAL_SCALE_INVALID: Final = rule(
     "global-scale-invalid",
-    "Global scales, and scales of activations, are finite and positive.",
-    "vLLM loads infinity and NaN without an error; the module then computes nothing else.",
+    "Global scales and activation scales are finite and positive.",
+    "vLLM loads infinity and NaN without an error; the module's output is then infinity or NaN.",
     "Quantize again; if it stays so, look at the weight in the parent.",
     needs="numbers",
     knowing=("layout",),
 )
 GLOBAL_SCALE_DIFFERS: Final = rule(
     "global-scale-differs",
-    "The members of a fused set (q, k, v; w1, w3) have the same global scale, bit by bit.",
-    "Loaders apply one of them to all: vLLM only warns, SGLang stops.",
+    "The members of a fused set (q, k, v; w1, w3) have the same global scale, bit for bit.",
+    "Loaders apply one member's scale to all: vLLM only warns, SGLang stops.",
     "Quantize the members together, with a tool that knows the fused set.",
     needs="numbers",
     knowing=("family", "layout"),
@@ -106,8 +106,8 @@ GLOBAL_SCALE_DIFFERS: Final = rule(
 GLOBAL_SCALE_INVERTED: Final = rule(
     "global-scale-inverted",
     "compressed-tensors' weight_global_scale is a divisor, and so hardly ever below 1.",
-    "ModelOpt's weight_scale_2 is the reciprocal; under the other name weights are off by its "
-    "square.",
+    "ModelOpt's weight_scale_2 is the reciprocal; stored under the other name, weights are off "
+    "by its square.",
     "Store 1 / weight_scale_2 as weight_global_scale.",
     severity="warning",
     needs="numbers",
@@ -116,8 +116,9 @@ GLOBAL_SCALE_INVERTED: Final = rule(
 GLOBAL_SCALES_RECIPROCAL: Final = rule(
     "global-scales-reciprocal",
     "Not every weight_global_scale of compressed-tensors is below 1.",
-    "One may be; all are where a tool stored ModelOpt's weight_scale_2 under the other name. "
-    "Loaders take them as they are, and weights are off by the scales' square.",
+    "One scale below 1 is possible; if all are, a tool stored ModelOpt's weight_scale_2 under "
+    "the other name. Loaders use the scales as stored, and weights are off by the scales' "
+    "square.",
     "Store 1 / weight_scale_2 as weight_global_scale.",
     needs="numbers",
     knowing=("layout",),

@@ -23,29 +23,29 @@ from mquant.verify.tally import Tally
 
 PART_UNEXPECTED: Final = rule(
     "part-unexpected",
-    "A quantized module has no tensor that its layout does not know.",
-    "vLLM refuses parameters it has no place for; under experts it drops them.",
+    "A quantized module has only tensors of its layout.",
+    "vLLM refuses parameters that the layer does not have; under experts vLLM drops them.",
     "Remove the tensor, or quantize again.",
     knowing=("layout",),
 )
 PART_DTYPE: Final = rule(
     "part-dtype",
     "Codes and scales have the dtype of their layout.",
-    "vLLM converts the numbers without an error: U8 scales become other scales.",
+    "vLLM converts the numbers by value without an error: U8 scales become other scales.",
     "Quantize again, with a tool that writes the whole module.",
     knowing=("layout",),
 )
 WEIGHT_STORED_TWICE: Final = rule(
     "weight-stored-twice",
     "A module has either a plain weight or a quantized one.",
-    "Which of the two is loaded depends on the loader.",
+    "The loader decides which one is loaded.",
     "Remove the one that config.json does not describe.",
     knowing=("layout",),
 )
 ACTIVATION_SCALES_UNDECLARED: Final = rule(
     "activation-scales-undeclared",
-    "Where there are scales of activations, config.json declares them.",
-    "Loaders of weight-only layouts have no place for the tensors and refuse them.",
+    "If there are activation scales, config.json declares them.",
+    "Loaders of weight-only layouts have no parameter for the scales and refuse them.",
     "Declare input_activations, or remove the tensors.",
     knowing=("layout",),
 )

@@ -22,7 +22,7 @@ from mquant.verify.tally import Tally
 TOTAL_SIZE_WRONG: Final = rule(
     "total-size-wrong",
     "The index's total_size is the bytes of all tensors.",
-    "Tools plan memory by it.",
+    "Tools plan memory by total_size.",
     "Set metadata.total_size in the index to the true number.",
     severity="warning",
 )

@@ -36,8 +36,8 @@ SIZES: Final = (1, 2, 4, 8, 16)
 TENSOR_PARALLEL: Final = rule(
     "tensor-parallel",
     "An NVFP4 checkpoint can be split over 1, 2, 4, 8 and 16 GPUs.",
-    "Heads, groups and the tiles of FP4 Marlin kernels cannot be cut in two: a server stops, "
-    "after it has loaded everything, or computes with the scales of other weights.",
+    "Heads, groups and the tiles of FP4 Marlin kernels cannot be cut in two: a server stops "
+    "after loading everything, or computes with the scales of other weights.",
     "Nothing to do: serve it with one of these tensor-parallel sizes.",
     severity="info",
     knowing=("family",),
@@ -45,7 +45,7 @@ TENSOR_PARALLEL: Final = rule(
 KERNEL_SHAPE: Final = rule(
     "kernel-shape",
     "vLLM's FP4 Marlin kernels can run the quantized weights on some number of GPUs.",
-    "vLLM loads the checkpoint, and stops when it prepares the weights for the kernel.",
+    "vLLM loads the checkpoint, then stops while preparing the weights for the kernel.",
     "Leave the experts of this model unquantized.",
     severity="warning",
     knowing=("family",),

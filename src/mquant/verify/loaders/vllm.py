@@ -51,43 +51,43 @@ _NOT_HERE: Final = (
 VLLM_REFUSES: Final = rule(
     "vllm-refuses",
     "vLLM parses the config, builds the model and takes every tensor.",
-    "Nobody can serve the checkpoint with it.",
-    "Mend what vLLM names; findings of other rules say what that is.",
+    "vLLM cannot serve the checkpoint.",
+    "Mend what vLLM names; findings of other rules say more.",
     needs="loader",
 )
 VLLM_DROPS: Final = rule(
     "vllm-drops",
-    "vLLM puts every tensor somewhere.",
-    "What it drops, without a word, is not in the model: often a name that it does not know.",
+    "vLLM loads every tensor into a parameter.",
+    "A tensor that vLLM drops, without a message, is not in the model: often its name is unknown.",
     "Give the tensors the original release's names, or remove those that do not belong.",
     needs="loader",
 )
 VLLM_LEAVES_UNSET: Final = rule(
     "vllm-leaves-unset",
     "vLLM fills every parameter of the model from the checkpoint.",
-    "The rest is whatever lay in memory: vLLM does not look for it in quantized models.",
+    "Other parameters stay uninitialised: vLLM does not check quantized models.",
     "Quantize again, or add what is missing.",
     needs="loader",
 )
 VLLM_RESHAPES: Final = rule(
     "vllm-reshapes",
-    "vLLM copies every tensor into a place of its own shape.",
-    "It spreads what is too small over the place, without a word.",
+    "vLLM copies every tensor into a parameter of the same shape.",
+    "vLLM broadcasts a tensor that is too small over the parameter, without a message.",
     "Quantize again, with a tool that writes the shapes of the layout.",
     needs="loader",
 )
 VLLM_CONVERTS: Final = rule(
     "vllm-converts",
-    "vLLM keeps what the bytes of codes and scales mean.",
-    "It converts U8 to E4M3 by value, for one: other scales, without a word.",
+    "vLLM keeps the meaning of the bytes of codes and scales.",
+    "For example vLLM converts U8 to E4M3 by value, without a message: the scales change.",
     "Quantize again, with a tool that writes the dtypes of the layout.",
     needs="loader",
 )
 VLLM_NOT_ASKED: Final = rule(
     "vllm-not-asked",
-    "vLLM's CPU build can be asked about the checkpoint.",
-    "Some layouts can only be built where there is a GPU: nobody has looked.",
-    "Try to load it with vLLM on a machine with a GPU.",
+    "vLLM's CPU build can load the checkpoint's layout.",
+    "Some layouts can only be built on a GPU: they were not tried.",
+    "Try to load the checkpoint with vLLM on a machine with a GPU.",
     severity="warning",
     needs="loader",
 )
