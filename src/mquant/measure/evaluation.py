@@ -29,9 +29,10 @@ _TOKENIZER: Final = "tokenizer.json"
 
 ACTIVATIONS_NOT_QUANTIZED: Final = rule(
     "activations-not-quantized",
-    "An evaluation computes with what the engine computes with.",
+    "An evaluation computes as the engine does.",
     "mquant eval keeps activations in float32.",
-    "For the whole of it run the model on an engine that has the kernels.",
+    "To measure the effect of quantized activations, run the model on an engine that has the "
+    "kernels.",
     severity="info",
     needs="run",
 )

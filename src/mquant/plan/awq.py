@@ -13,8 +13,8 @@ from mquant.recipe import Recipe
 
 NOT_SCALABLE: Final = rule(
     "not-scalable",
-    "The family says what feeds what, if the recipe scales weights and what feeds them.",
-    "Weights that are scaled without what feeds them compute something else.",
+    "If the recipe scales weights, the family file says which layers feed which.",
+    "Weights that are scaled without the layers that feed them compute something else.",
     "Take another recipe: mquant recipes lists them.",
     needs="plan",
 )

@@ -21,7 +21,7 @@ BF16: Final = Recipe(
 NOTHING_TO_DEQUANTIZE: Final = rule(
     "nothing-to-dequantize",
     "The checkpoint has quantized weights.",
-    "Without any there is nothing to do.",
+    "A checkpoint without quantized weights needs no dequantization.",
     "Use it as it is.",
     needs="plan",
 )

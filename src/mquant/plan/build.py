@@ -34,8 +34,8 @@ _KEPT_BECAUSE: Final = {
 
 SOURCE_DEQUANTIZED: Final = rule(
     "source-dequantized",
-    "The source's weights are stored as they are computed with.",
-    "A source that is quantized was rounded once before.",
+    "The source's weights are not quantized.",
+    "A quantized source was already rounded once.",
     "",
     severity="info",
     needs="plan",
@@ -43,7 +43,7 @@ SOURCE_DEQUANTIZED: Final = rule(
 NOT_QUANTIZABLE: Final = rule(
     "not-quantizable",
     "A weight that the recipe quantizes has a dtype and a shape that its scheme can store.",
-    "Groups and blocks do not cut a matrix of another shape evenly.",
+    "Groups and blocks do not divide a matrix of another shape evenly.",
     "Leave its role out of the recipe's roles, or list all such modules in ignore.",
     needs="plan",
 )
@@ -71,7 +71,7 @@ NOTHING_TO_QUANTIZE: Final = rule(
 ENTRY_UNMATCHED: Final = rule(
     "entry-unmatched",
     "Every entry of the recipe's ignore and targets matches a module.",
-    "An entry that matches nothing protects nothing: it is a typo, or a name from another model.",
+    "An entry that matches nothing protects nothing: the entry is a typo, or another model's name.",
     "Correct the entry, or remove it. Names are those of the hub or of transformers; `re:` "
     "entries match from the start of a name.",
     needs="plan",

@@ -33,15 +33,15 @@ class Target(StrEnum):
 
 NOTHING_TO_EXPORT: Final = rule(
     "nothing-to-export",
-    "The checkpoint is in the layout that an export is made from.",
-    "Only NVFP4 is written in both layouts.",
+    "The checkpoint is in a layout that can be exported.",
+    "mquant exports NVFP4 only.",
     "Quantize it first: mquant quantize --recipe nvfp4.",
     needs="plan",
 )
 NOT_EXPORTABLE: Final = rule(
     "not-exportable",
-    "Every tensor of the checkpoint has a place in the other layout.",
-    "A tensor that is left out is missing from the export.",
+    "The other layout can store every tensor of the checkpoint.",
+    "A tensor that the layout cannot store would be missing from the export.",
     "Export a checkpoint without a quantized KV cache.",
     needs="plan",
 )

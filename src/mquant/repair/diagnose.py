@@ -46,21 +46,21 @@ _TRIED: Final = 3
 LAYOUT_NOT_REPAIRABLE: Final = rule(
     "layout-not-repairable",
     "The broken checkpoint is NVFP4A16.",
-    "mquant makes missing modules again in that layout only.",
+    "mquant can remake missing modules in NVFP4A16 only.",
     "Quantize it again, with the tool that made it.",
     needs="run",
 )
 PARENT_DIFFERS: Final = rule(
     "parent-differs",
     "The broken checkpoint was made from the given parent.",
-    "What is mended from another model is another model.",
-    "Give the very checkpoint it was quantized from with --from.",
+    "Tensors of another parent would make another model.",
+    "Give the checkpoint's own parent with --from.",
     needs="run",
 )
 RECIPE_NOT_KNOWN: Final = rule(
     "recipe-not-known",
-    "It is known how what must be quantized again was made.",
-    "Modules made in another way have other scales than the rest.",
+    "The recipe of the modules that must be quantized again is known.",
+    "Modules made with another recipe have other scales than the rest.",
     "Quantize the parent again: mquant quantize PARENT --recipe nvfp4.",
     needs="run",
 )

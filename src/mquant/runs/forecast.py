@@ -23,7 +23,7 @@ _LIMITS: Final = ("memory.max", "memory.limit_in_bytes")
 
 DISK_TOO_SMALL: Final = rule(
     "disk-too-small",
-    "What is made fits on the disk.",
+    "The output fits on the disk.",
     "A run that fills the disk stops.",
     "Free space, or give a folder on another disk with -o.",
     severity="warning",
@@ -32,7 +32,7 @@ DISK_TOO_SMALL: Final = rule(
 MEMORY_TOO_SMALL: Final = rule(
     "memory-too-small",
     "A run fits into the free memory.",
-    "The system ends a process that takes more.",
+    "The system kills a process that takes more memory than there is.",
     "Close other programs, or run on a larger machine.",
     severity="warning",
     needs="run",

@@ -26,35 +26,35 @@ _LEAST_LINES: Final = 10
 
 SMOKE_CODING: Final = rule(
     "smoke-coding",
-    "A program that a server is asked for is right.",
+    "The server answers with a correct program.",
     "A wrong checkpoint answers with noise, repetition or another language.",
     "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
     needs="smoke",
 )
 SMOKE_MATHS: Final = rule(
     "smoke-maths",
-    "A calculation that a server is asked for is right.",
+    "The server answers with the correct number.",
     "A wrong checkpoint answers with noise, repetition or another language.",
     "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
     needs="smoke",
 )
 SMOKE_TRANSLATION: Final = rule(
     "smoke-translation",
-    "A translation that a server is asked for is right.",
+    "The server answers with a correct translation.",
     "A wrong checkpoint answers with noise, repetition or another language.",
     "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
     needs="smoke",
 )
 SMOKE_RECALL: Final = rule(
     "smoke-recall",
-    "A line out of a long text that a server is asked for is right.",
+    "The server finds a line in a long text.",
     "A wrong checkpoint answers with noise, repetition or another language.",
     "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
     needs="smoke",
 )
 SMOKE_JSON: Final = rule(
     "smoke-json",
-    "A JSON object that a server is asked for is right.",
+    "The server answers with a correct JSON object.",
     "A wrong checkpoint answers with noise, repetition or another language.",
     "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
     needs="smoke",
