@@ -55,7 +55,7 @@ class Scheme:
         )
 
 
-def _args(**said: Any) -> dict[str, Any]:
+def _args(**keys: Any) -> dict[str, Any]:
     """Quantization arguments with every key that compressed-tensors writes."""
     return {
         "actorder": None,
@@ -70,7 +70,7 @@ def _args(**said: Any) -> dict[str, Any]:
         "symmetric": True,
         "type": "float",
         "zp_dtype": None,
-        **said,
+        **keys,
     }
 
 

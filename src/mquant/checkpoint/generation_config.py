@@ -23,9 +23,9 @@ def read_sampling(source: Source) -> dict[str, float | bool]:
     """What generation_config.json recommends, the most important key first."""
     if GENERATION not in source.files:
         return {}
-    said = read_json(source, GENERATION)
+    recommended = read_json(source, GENERATION)
     return {
-        key: said[key]
+        key: recommended[key]
         for key in _KEYS
-        if isinstance(said.get(key), bool | int | float) and abs(said[key]) < _MOST
+        if isinstance(recommended.get(key), bool | int | float) and abs(recommended[key]) < _MOST
     }

@@ -267,7 +267,7 @@ class HubRepo:
         """A status and the hub's error headers, as a sentence and a fix."""
         status = response.status_code
         code = response.headers.get("X-Error-Code", "")
-        said = response.headers.get("X-Error-Message", "")
+        reason = response.headers.get("X-Error-Message", "")
         repo, host = self.repo_id, self.host
         token = "authorization" in self._headers
         log_in = "use a token that may read it" if token else _LOG_IN
@@ -281,9 +281,9 @@ class HubRepo:
                 f"{repo} is gated: its owner grants access on request.",
                 f"Ask for access at {self._page}, then {log_in}.",
             )
-        if said.startswith("Access to this resource is disabled"):
+        if reason.startswith("Access to this resource is disabled"):
             return SourceError(f"{host} has disabled {repo}.", "Take another copy of the model.")
-        if said.startswith("Invalid credentials"):
+        if reason.startswith("Invalid credentials"):
             return SourceError(
                 f"{host} does not accept your token.",
                 f"It may have expired: {_LOG_IN} anew; public repos need none.",

@@ -181,15 +181,15 @@ class HubWriter:
                 f"{host} does not let your token write to {repo} (HTTP {status}).",
                 "Check the name, and give the token the right to write there, in its settings.",
             ) from None
-        said = self._shown(response.headers.get("X-Error-Message", ""))
+        reason = self._shown(response.headers.get("X-Error-Message", ""))
         raise OutputError(
-            f"{host} refuses the files (HTTP {status}){':' if said else ''}{said}.",
+            f"{host} refuses the files (HTTP {status}){':' if reason else ''}{reason}.",
             "Mend what it names, then run the same command again.",
         ) from None
 
-    def _shown(self, said: str) -> str:
+    def _shown(self, reason: str) -> str:
         """What the hub says, on one line; never the token, should it be repeated."""
-        line = " ".join(said.replace(self._token, "(token)").split())[:300].rstrip(".")
+        line = " ".join(reason.replace(self._token, "(token)").split())[:300].rstrip(".")
         return f" {clean(line)}" if line else ""
 
 

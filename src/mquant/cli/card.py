@@ -81,7 +81,7 @@ def card(
         about = None if about_file is None else read_about(about_file)
         measured = _measured(source.name, eval_file, compare_file)
         with progress(out) as emit:
-            found = gather(
+            card_facts = gather(
                 source,
                 load_families(family),
                 given=given,
@@ -91,14 +91,14 @@ def card(
                 ask_vllm=loader == "vllm",
                 emit=emit,
             )
-        out.put(verdict=found.report.verdict)
-        if found.report.count("error"):
-            out.report(found.report.findings)
+        out.put(verdict=card_facts.report.verdict)
+        if card_facts.report.count("error"):
+            out.report(card_facts.report.findings)
             out.show(Text("It is broken, so no card was written.", "bold red"))
             raise typer.Exit(3)
-        found.report.raise_if_undecided()
-        write_document(path, [render(found).encode()], "Give another file with -o.")
-        _tell(out, found, path)
+        card_facts.report.raise_if_undecided()
+        write_document(path, [render(card_facts).encode()], "Give another file with -o.")
+        _tell(out, card_facts, path)
 
 
 def _path(source: "Source", file: Path | None) -> Path:

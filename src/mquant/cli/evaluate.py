@@ -57,7 +57,7 @@ def evaluate(
         from mquant.measure.evaluation import evaluate as run
 
         with progress(out) as emit:
-            found = run(
+            evaluated = run(
                 source,
                 parent,
                 load_families(family),
@@ -66,39 +66,42 @@ def evaluate(
                 tokens=tokens,
                 emit=emit,
             )
-        out.put(**found.to_json())
-        out.show(render(found))
-        out.report(found.findings)
+        out.put(**evaluated.to_json())
+        out.show(render(evaluated))
+        out.report(evaluated.findings)
 
 
-def render(found: "Evaluation") -> RenderableType:
+def render(evaluated: "Evaluation") -> RenderableType:
     """The evaluation for a person."""
-    rows = [("Text", f"{found.text}: {found.tokens:,} tokens, windows of {found.context}")]
-    rows.append(("Perplexity", f"{found.perplexity:.4f}"))
-    if found.parent is not None:
-        change = found.perplexity / (found.parent_perplexity or 1) - 1
+    rows = [
+        ("Text", f"{evaluated.text}: {evaluated.tokens:,} tokens, windows of {evaluated.context}")
+    ]
+    rows.append(("Perplexity", f"{evaluated.perplexity:.4f}"))
+    if evaluated.parent is not None:
+        change = evaluated.perplexity / (evaluated.parent_perplexity or 1) - 1
         rows[-1] = (
             "Perplexity",
-            f"{found.perplexity:.4f}, {found.parent} {found.parent_perplexity:.4f} ({change:+.2%})",
+            f"{evaluated.perplexity:.4f}, {evaluated.parent} "
+            f"{evaluated.parent_perplexity:.4f} ({change:+.2%})",
         )
-        rows.append(("KL", f"{found.kl:.5f} nats a token"))
-        rows.append(("Same top token", f"{found.agreement:.2%}"))
-    if found.router_agreement is not None:
-        rows.append(("Same experts", f"{found.router_agreement:.2%} of those chosen"))
-    silent = sum(count == 0 for each in found.routing for count in each.usage)
-    if found.routing:
-        total = sum(len(each.usage) for each in found.routing)
+        rows.append(("KL", f"{evaluated.kl:.5f} nats a token"))
+        rows.append(("Same top token", f"{evaluated.agreement:.2%}"))
+    if evaluated.router_agreement is not None:
+        rows.append(("Same experts", f"{evaluated.router_agreement:.2%} of those chosen"))
+    silent = sum(count == 0 for each in evaluated.routing for count in each.usage)
+    if evaluated.routing:
+        total = sum(len(each.usage) for each in evaluated.routing)
         rows.append(("Experts unused", f"{silent:,} of {total:,}"))
-    parts: list[RenderableType] = [Text(clean(found.source), "bold"), "", facts(rows), ""]
-    if found.router_agreement is not None:
-        parts += [_routers(found), ""]
+    parts: list[RenderableType] = [Text(clean(evaluated.source), "bold"), "", facts(rows), ""]
+    if evaluated.router_agreement is not None:
+        parts += [_routers(evaluated), ""]
     return Group(*parts)
 
 
-def _routers(found: "Evaluation") -> RenderableType:
+def _routers(evaluated: "Evaluation") -> RenderableType:
     """The layers whose routers agree least."""
     rows = table(("layer", "right"), ("same experts", "right"), ("busiest expert", "right"))
-    worst = sorted(found.routing, key=lambda each: each.agreement or 0)[:_SHOWN]
+    worst = sorted(evaluated.routing, key=lambda each: each.agreement or 0)[:_SHOWN]
     for each in worst:
         busiest = max(range(len(each.usage)), key=lambda expert: each.usage[expert])
         share = each.usage[busiest] / sum(each.usage)

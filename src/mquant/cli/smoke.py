@@ -71,8 +71,10 @@ def smoke(
         with closing(Server(url, seconds=timeout)) as server:
             name = server.choose(model)
             out.put(server=server.name, model=name, options=options)
-            said = ", ".join(f"{key} {value:g}" for key, value in options.items())
-            out.show(facts([("Server", server.name), ("Model", name), ("Options", said)]), "")
+            shown_options = ", ".join(f"{key} {value:g}" for key, value in options.items())
+            out.show(
+                facts([("Server", server.name), ("Model", name), ("Options", shown_options)]), ""
+            )
             for trial in ask(server, options):
                 trials.append(trial)
                 _show(out, trial)

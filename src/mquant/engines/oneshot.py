@@ -338,12 +338,12 @@ def quiet(emit: Emit) -> Iterator[None]:
 
     transformers' warnings are dropped: they are about generating text.
     """
-    said: set[str] = set()
+    shown: set[str] = set()
 
     def forward(message: Any) -> None:
         text = message.record["message"]
-        if text not in said and message.record["level"].name != "METRIC":
-            said.add(text)
+        if text not in shown and message.record["level"].name != "METRIC":
+            shown.add(text)
             emit(Note("info", text))
 
     handler = logger.add(forward, level="WARNING", format="{message}")

@@ -77,27 +77,27 @@ def shape_of(family: Family | None, config: Mapping[str, Any], context: int) -> 
 
 
 def _frequencies(config: Mapping[str, Any], head_dim: int) -> Floats:
-    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = said.get("rope_type", said.get("type", "default"))
-    base = said.get("rope_theta", config.get("rope_theta", 10000.0))
-    part = said.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     rotated = config.get("rotary_dim") or int(head_dim * part)
     steps = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
     plain_ones: Floats = (1.0 / np.power(np.float32(base), steps)).astype(np.float32)
     if kind == "default":
         return plain_ones
     if kind == "linear":
-        return (plain_ones / np.float32(said["factor"])).astype(np.float32)
+        return (plain_ones / np.float32(rope["factor"])).astype(np.float32)
     if kind != "llama3":
         _refuse(f"RoPE of type {kind} is not known here; default, linear and llama3 are")
     low, high, old = (
-        said[key]
+        rope[key]
         for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     )
     # Wavelengths much longer than the old context are stretched, short ones stay.
     turns = old * plain_ones / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
-    stretched: Floats = (plain_ones * (smooth + (1 - smooth) / said["factor"])).astype(np.float32)
+    stretched: Floats = (plain_ones * (smooth + (1 - smooth) / rope["factor"])).astype(np.float32)
     return stretched
 
 

@@ -222,28 +222,28 @@ def misdeclared(storage: StorageFormat, view: ModuleView) -> str:
 
     Empty if some group fits, or none is there to be judged.
     """
-    said = []
+    faults = []
     for group in groups(view.config):
         args = group.get("weights")
         if args is not None and not isinstance(args, dict):
             return ""  # no loader can parse that
-        said.append("no weights" if args is None else ", ".join(_wrong(storage, args)))
-    return said[0] if said and all(said) else ""
+        faults.append("no weights" if args is None else ", ".join(_wrong(storage, args)))
+    return faults[0] if faults and all(faults) else ""
 
 
 def activations(storage: StorageFormat, view: ModuleView) -> bool | None:
     """Whether static scales of activations are declared; None if some modules may have them."""
-    said = set()
+    static = set()
     for group in _groups_of(storage, view) or groups(view.config):
         args = group.get("input_activations")
         # Dynamic per token needs no tensor; NVFP4's "local" needs the global scale.
-        said.add(isinstance(args, dict) and args.get("dynamic") in (False, "local"))
+        static.add(isinstance(args, dict) and args.get("dynamic") in (False, "local"))
     algorithm = view.config.get("quant_algo")
     if algorithm in ("NVFP4", "FP8"):
-        said.add(True)
+        static.add(True)
     elif isinstance(algorithm, str):
-        said.add(False)
-    return said.pop() if len(said) == 1 else None
+        static.add(False)
+    return static.pop() if len(static) == 1 else None
 
 
 def weight_shape(
@@ -288,8 +288,8 @@ def parts(
 def fp8_block(view: ModuleView) -> tuple[int, int]:
     """The block that shares a scale in FP8 weights with blocks."""
     declared = block_of(view.config.get("weight_block_size"))
-    said = block_of(weight_args(StorageFormat.FP8, view).get("block_structure"))
-    return declared or said or DEFAULT_BLOCK
+    from_groups = block_of(weight_args(StorageFormat.FP8, view).get("block_structure"))
+    return declared or from_groups or DEFAULT_BLOCK
 
 
 def block_of(value: object) -> tuple[int, int] | None:

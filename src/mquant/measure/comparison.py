@@ -38,13 +38,13 @@ class ErrorStats:
     power: float = 0.0
     own: float = 0.0
 
-    def add(self, found: Difference) -> None:
+    def add(self, difference: Difference) -> None:
         """Count one more tensor."""
         self.tensors += 1
-        self.elements += found.elements
-        self.error += found.error
-        self.power += found.power
-        self.own += found.own
+        self.elements += difference.elements
+        self.error += difference.error
+        self.power += difference.power
+        self.own += difference.own
 
     @property
     def relative(self) -> float:
@@ -77,10 +77,10 @@ class ErrorStats:
         }
 
 
-def error_stats(found: Difference) -> ErrorStats:
+def error_stats(difference: Difference) -> ErrorStats:
     """The error of one tensor."""
     one = ErrorStats()
-    one.add(found)
+    one.add(difference)
     return one
 
 
@@ -104,7 +104,7 @@ class Comparison:
     @property
     def changed(self) -> tuple[Difference, ...]:
         """Tensors that differ from the parent's; the largest relative error first."""
-        changed = [found for found in self.tensors if not found.identical]
+        changed = [difference for difference in self.tensors if not difference.identical]
         return tuple(sorted(changed, key=_badness, reverse=True))
 
     @property
@@ -116,8 +116,8 @@ class Comparison:
     def roles(self) -> Mapping[str, tuple[int, ErrorStats]]:
         """Role -> how many tensors are identical, and the error of the others."""
         by: dict[str, list[Difference]] = defaultdict(list)
-        for found in self.tensors:
-            by[found.role].append(found)
+        for difference in self.tensors:
+            by[difference.role].append(difference)
         return {
             role: (sum(f.identical for f in some), _sum(f for f in some if not f.identical))
             for role, some in by.items()
@@ -126,7 +126,7 @@ class Comparison:
     @property
     def layers(self) -> Mapping[int, ErrorStats]:
         """Layer -> the error of the layer's tensors that differ."""
-        return _by(self.changed, lambda found: found.layer)
+        return _by(self.changed, lambda difference: difference.layer)
 
     @property
     def experts(self) -> Mapping[tuple[int, int], ErrorStats]:
@@ -146,7 +146,7 @@ class Comparison:
             "source": self.source,
             "parent": self.parent,
             "family": self.family,
-            "identical": sum(found.identical for found in self.tensors),
+            "identical": sum(difference.identical for difference in self.tensors),
             "changed": self.total.to_json(),
             "roles": [
                 {"role": role, "identical": same, **error.to_json()}
@@ -154,9 +154,9 @@ class Comparison:
             ],
             "layers": [{"layer": at, **e.to_json()} for at, e in self.layers.items()],
             "experts": [[*at, _finite(error.relative)] for at, error in self.experts.items()],
-            "worst": [found.name for found in self.changed[:10]],
+            "worst": [difference.name for difference in self.changed[:10]],
             "columns": list(_COLUMNS),
-            "tensors": [_row(found) for found in self.tensors],
+            "tensors": [_row(difference) for difference in self.tensors],
             "bytes_compared": self.bytes_compared,
             "bytes_read": self.bytes_read,
             "requests": self.requests,
@@ -181,11 +181,13 @@ _COLUMNS: Final = (
 )
 
 
-def _row(found: Difference) -> list[Any]:
-    error = error_stats(found)
-    numbers = (error.relative, error.sqnr, error.cosine) if not found.identical else (0.0, None, 1)
-    row, column, worst = found.worst or (None, None, None)
-    head = list(astuple(found))[:8]
+def _row(difference: Difference) -> list[Any]:
+    error = error_stats(difference)
+    numbers = (
+        (error.relative, error.sqnr, error.cosine) if not difference.identical else (0.0, None, 1)
+    )
+    row, column, worst = difference.worst or (None, None, None)
+    head = list(astuple(difference))[:8]
     return [*head, *map(_finite, numbers), row, column, _finite(worst)]
 
 
@@ -194,16 +196,16 @@ def _finite(value: float | None) -> float | None:
     return float(f"{value:.9g}") if value is not None and math.isfinite(value) else None
 
 
-def _badness(found: Difference) -> tuple[bool, float]:
-    relative = error_stats(found).relative
+def _badness(difference: Difference) -> tuple[bool, float]:
+    relative = error_stats(difference).relative
     return (not math.isfinite(relative), relative if math.isfinite(relative) else 0.0)
 
 
 def _sum(some: Iterable[Difference]) -> ErrorStats:
     total = ErrorStats()
     # Always in the same order: floating point sums depend on it.
-    for found in sorted(some, key=lambda found: found.name):
-        total.add(found)
+    for difference in sorted(some, key=lambda difference: difference.name):
+        total.add(difference)
     return total
 
 
@@ -211,10 +213,10 @@ def _by(
     some: Iterable[Difference], key: Callable[[Difference], _Key | None]
 ) -> dict[_Key, ErrorStats]:
     by: dict[_Key, list[Difference]] = defaultdict(list)
-    for found in some:
-        at = key(found)
+    for difference in some:
+        at = key(difference)
         if at is not None:
-            by[at].append(found)
+            by[at].append(difference)
     return {at: _sum(by[at]) for at in sorted(by)}
 
 
@@ -236,8 +238,8 @@ def compare(
     original = read_modules(open_checkpoint(parent), families)
     tally = Tally()
     hubs = [each for each in (source, parent) if isinstance(each, HubRepo)]
-    with closing(reader_of(source)) as mine, closing(reader_of(parent)) as theirs:
-        all_pairs = pairs(view, original, (mine, theirs), tally)
+    with closing(reader_of(source)) as mine, closing(reader_of(parent)) as reference:
+        all_pairs = pairs(view, original, (mine, reference), tally)
         with ComparisonCache(source, parent, view.family) as partial:
             known = partial.known
             if known:
@@ -251,8 +253,8 @@ def compare(
                 emit=emit,
                 skipped=sum(pair.nbytes for pair in all_pairs if pair.name in known),
             )
-    found = {pair.name: partial.known[pair.name] for pair in all_pairs}
-    for each in found.values():
+    differences = {pair.name: partial.known[pair.name] for pair in all_pairs}
+    for each in differences.values():
         if not each.identical and {each.form, each.parent_form} <= READABLE:
             what = "is not bit-equal to the parent's"
             if each.form != each.parent_form:
@@ -262,7 +264,7 @@ def compare(
         source=source.name,
         parent=parent.name,
         family=view.family.name if view.family else None,
-        tensors=tuple(found.values()),
+        tensors=tuple(differences.values()),
         findings=tally.findings(),
         bytes_compared=sum(pair.nbytes for pair in all_pairs),
         bytes_read=sum(hub.bytes_read for hub in hubs) if hubs else None,

@@ -72,7 +72,7 @@ class Pair:
     """A tensor of the parent and ours, to be compared."""
 
     mine: Matrix
-    theirs: Matrix
+    reference: Matrix
     role: str
     layer: int | None
     expert: int | None
@@ -80,17 +80,17 @@ class Pair:
     @property
     def name(self) -> str:
         """The tensor's name in the parent, or the name a quantized parent's would have."""
-        return self.theirs.name
+        return self.reference.name
 
     @property
     def place(self) -> tuple[str, int]:
         """The shard and offset in the parent's files."""
-        return self.theirs.tensors[0].shard, self.theirs.tensors[0].start
+        return self.reference.tensors[0].shard, self.reference.tensors[0].start
 
     @property
     def nbytes(self) -> int:
         """Bytes to read of both sides."""
-        return sum(info.nbytes for side in (self.mine, self.theirs) for info in side.tensors)
+        return sum(info.nbytes for side in (self.mine, self.reference) for info in side.tensors)
 
 
 def pairs(
@@ -100,15 +100,15 @@ def pairs(
     for name in sorted(view.modules.keys() - parent.modules.keys()):
         tally.add(PARENT_LACKS_TENSOR, name, f"The parent has no {name}")
     found: list[Pair] = []
-    for name, theirs in parent.modules.items():
+    for name, reference in parent.modules.items():
         mine = view.modules.get(name)
         if mine is None:
-            lost = next(iter(theirs.tensors.values())).name
+            lost = next(iter(reference.tensors.values())).name
             tally.add(PARENT_TENSOR_MISSING, lost, f"{lost} of the parent is missing")
         else:
-            found += _of_module(view, parent, mine, theirs, readers, tally)
+            found += _of_module(view, parent, mine, reference, readers, tally)
     return sorted(
-        found, key=lambda pair: (pair.theirs.tensors[0].shard, pair.theirs.tensors[0].start)
+        found, key=lambda pair: (pair.reference.tensors[0].shard, pair.reference.tensors[0].start)
     )
 
 
@@ -116,24 +116,24 @@ def _of_module(
     view: ModuleView,
     parent: ModuleView,
     mine: Module,
-    theirs: Module,
+    reference: Module,
     readers: tuple[AnyReader, AnyReader],
     tally: Tally,
 ) -> Iterator[Pair]:
     sides: list[tuple[str, Matrix | None, Matrix | None]] = []
-    rest = set(theirs.tensors)
-    if mine.quantized or theirs.quantized:
+    rest = set(reference.tensors)
+    if mine.quantized or reference.quantized:
         sides.append(
-            (mine.name, matrix_of(view, mine, readers[0]), matrix_of(parent, theirs, readers[1]))
+            (mine.name, matrix_of(view, mine, readers[0]), matrix_of(parent, reference, readers[1]))
         )
-        rest -= {"weight", *theirs.quantized}
+        rest -= {"weight", *reference.quantized}
     for suffix in sorted(rest):
         info = mine.tensors.get(suffix)
         if info is None:
-            lost = theirs.tensors[suffix].name
+            lost = reference.tensors[suffix].name
             tally.add(PARENT_TENSOR_MISSING, lost, f"{lost} of the parent is missing")
         else:
-            original = theirs.tensors[suffix]
+            original = reference.tensors[suffix]
             sides.append((info.name, plain(info, readers[0]), plain(original, readers[1])))
     for name, ours, other in sides:
         if ours is None or other is None:
@@ -146,11 +146,11 @@ def _of_module(
             yield _pair(parent, ours, other)
 
 
-def _pair(parent: ModuleView, mine: Matrix, theirs: Matrix) -> Pair:
-    meaning = parent.family.classify(theirs.name) if parent.family else None
+def _pair(parent: ModuleView, mine: Matrix, reference: Matrix) -> Pair:
+    meaning = parent.family.classify(reference.name) if parent.family else None
     if meaning is None:
-        return Pair(mine, theirs, "unknown", None, None)
-    return Pair(mine, theirs, meaning.row.role.value, meaning.layer, meaning.expert)
+        return Pair(mine, reference, "unknown", None, None)
+    return Pair(mine, reference, meaning.row.role.value, meaning.layer, meaning.expert)
 
 
 def compare_pairs(
@@ -172,7 +172,7 @@ def compare_pairs(
     def work(number: int) -> Difference:
         for later in todo[number + _AHEAD : number + _AHEAD + 1]:
             later.mine.prefetch()
-            later.theirs.prefetch()
+            later.reference.prefetch()
         return difference(todo[number], pool.scratch, _HUB_TILE if hub else _TILE)
 
     so_far = told = skipped
@@ -187,24 +187,24 @@ def compare_pairs(
 
 def difference(pair: Pair, scratch: Scratch, tile: int = _TILE) -> Difference:
     """One tensor, compared. Raises SourceError."""
-    mine, theirs = pair.mine, pair.theirs
+    mine, reference = pair.mine, pair.reference
     result = partial(
         Difference,
-        name=theirs.name,
+        name=reference.name,
         role=pair.role,
         layer=pair.layer,
         expert=pair.expert,
         form=mine.format,
-        parent_form=theirs.format,
-        elements=theirs.shape[0] * theirs.shape[1],
+        parent_form=reference.format,
+        elements=reference.shape[0] * reference.shape[1],
     )
     plain_both = (
-        isinstance(mine, Plain) and isinstance(theirs, Plain) and mine.format == theirs.format
+        isinstance(mine, Plain) and isinstance(reference, Plain) and mine.format == reference.format
     )
-    if plain_both and _equal(mine, theirs, scratch, tile):
+    if plain_both and _equal(mine, reference, scratch, tile):
         return result(identical=True)
     sums, worst, largest = np.zeros(SUMS), None, 0.0
-    rows, columns = theirs.shape
+    rows, columns = reference.shape
     step = max(1, tile // max(columns, 1))
     for first in range(0, rows, step):
         last = min(first + step, rows)
@@ -215,7 +215,7 @@ def difference(pair: Pair, scratch: Scratch, tile: int = _TILE) -> Difference:
             largest, at = float(blocks[row, block]), block * GROUP
             power = float(np.square(parents(row)[at : at + GROUP], dtype=np.float64).sum())
             worst = (first + row, at, (largest / power) ** 0.5 if power else float("inf"))
-    for side in (mine, theirs):
+    for side in (mine, reference):
         side.check()
     error, power, own = sums.tolist()
     return result(identical=False, error=error, power=power, own=own, worst=worst)
@@ -225,26 +225,26 @@ def _add(
     pair: Pair, first: int, last: int, sums: Array, blocks: Floats, scratch: Scratch
 ) -> Callable[[int], Floats]:
     """Add up rows; returns what gives one of the parent's rows, while `scratch` is untouched."""
-    mine, theirs, shape = pair.mine, pair.theirs, (last - first, pair.theirs.shape[1])
+    mine, reference, shape = pair.mine, pair.reference, (last - first, pair.reference.shape[1])
     with np.errstate(all="ignore"):  # broken scales overflow; the sums then say so
-        if isinstance(mine, Nvfp4) and isinstance(theirs, Plain) and theirs.format == "BF16":
-            words = theirs.raw(first, last, scratch).view("<u2").reshape(shape)
+        if isinstance(mine, Nvfp4) and isinstance(reference, Plain) and reference.format == "BF16":
+            words = reference.raw(first, last, scratch).view("<u2").reshape(shape)
             add_nvfp4_sums(words, mine.stored(first, last, scratch), sums, blocks)
             return lambda row: floats(words[row].tobytes(), "BF16")
-        x, y = scratch.floats("theirs", shape), scratch.floats("mine", shape)
-        theirs.read(first, last, x, scratch)
+        x, y = scratch.floats("reference", shape), scratch.floats("mine", shape)
+        reference.read(first, last, x, scratch)
         mine.read(first, last, y, scratch)
         add_sums(x, y, sums, blocks)
         return lambda row: cast(Floats, x[row])
 
 
-def _equal(mine: Matrix, theirs: Matrix, scratch: Scratch, tile: int) -> bool:
-    (ours,), (original,) = mine.tensors, theirs.tensors
+def _equal(mine: Matrix, reference: Matrix, scratch: Scratch, tile: int) -> bool:
+    (ours,), (original,) = mine.tensors, reference.tensors
     for start in range(0, ours.nbytes, 2 * tile):
         count = min(2 * tile, ours.nbytes - start)
-        a, b = scratch.bytes("mine", count), scratch.bytes("theirs", count)
+        a, b = scratch.bytes("mine", count), scratch.bytes("reference", count)
         mine.reader.read_into(ours.shard, ours.start + start, a.data)
-        theirs.reader.read_into(original.shard, original.start + start, b.data)
+        reference.reader.read_into(original.shard, original.start + start, b.data)
         if not np.array_equal(a, b):
             return False
     return True

@@ -77,8 +77,8 @@ class Evaluation:
     @property
     def router_agreement(self) -> float | None:
         """The mean of all layers; None if there is none."""
-        said = [each.agreement for each in self.routing if each.agreement is not None]
-        return sum(said) / len(said) if said else None
+        agreements = [each.agreement for each in self.routing if each.agreement is not None]
+        return sum(agreements) / len(agreements) if agreements else None
 
     def to_json(self) -> dict[str, Any]:
         """The keys of `mquant.eval/1` besides the envelope's."""

@@ -78,10 +78,10 @@ def examine(
             "Give another folder with -o, or empty this one.",
         )
     made = (record or {}) if ledger is None else {}
-    theirs = made.get("fingerprint") if ledger is None else ledger.fingerprint
+    other_fingerprint = made.get("fingerprint") if ledger is None else ledger.fingerprint
     names = made.get("files", ()) if ledger is None else ledger.files
-    if not restart and theirs != fingerprint:
-        raise other_run(out, theirs, fingerprint)
+    if not restart and other_fingerprint != fingerprint:
+        raise other_run(out, other_fingerprint, fingerprint)
     files = tuple(dict.fromkeys((*_safe_names(out, names), RECORD)))
     if restart:
         return Claim(State.UNFINISHED, files)
@@ -167,15 +167,17 @@ def _is_claim(path: Path) -> bool:
 
 
 def other_run(
-    out: Path, theirs: object, ours: dict[str, Any], fix: str = _ANOTHER_OUT
+    out: Path, other_fingerprint: object, ours: dict[str, Any], fix: str = _ANOTHER_OUT
 ) -> OutputError:
     """The error if OUT is of another run: it names the values that differ."""
-    return OutputError(f"{out} was made from something else: {differences(theirs, ours)}.", fix)
+    return OutputError(
+        f"{out} was made from something else: {differences(other_fingerprint, ours)}.", fix
+    )
 
 
-def differences(theirs: object, ours: Mapping[str, Any]) -> str:
+def differences(other_fingerprint: object, ours: Mapping[str, Any]) -> str:
     """The values in which the fingerprint of another run differs from ours."""
-    theirs = theirs if isinstance(theirs, dict) else {}
-    keys = [key for key in ours if theirs.get(key) != ours[key]] or ["fingerprint"]
-    was = {key: str(theirs.get(key))[:80] for key in keys}
+    other_fingerprint = other_fingerprint if isinstance(other_fingerprint, dict) else {}
+    keys = [key for key in ours if other_fingerprint.get(key) != ours[key]] or ["fingerprint"]
+    was = {key: str(other_fingerprint.get(key))[:80] for key in keys}
     return "; ".join(f"{key} was {was[key]}, is {ours.get(key)}" for key in keys)

@@ -37,18 +37,18 @@ def make_bf16_plan(
 
     Raises Refused if the family is unknown.
     """
-    found = survey(checkpoint, families, READABLE)
-    if found.family is None:
-        raise Refused(found.findings)
-    units = [WorkUnit((_action(member),)) for member in found.members]
+    surveyed = survey(checkpoint, families, READABLE)
+    if surveyed.family is None:
+        raise Refused(surveyed.findings)
+    units = [WorkUnit((_action(member),)) for member in surveyed.members]
     cut = cut_shards(units, lambda unit: unit.output_bytes, max_shard_bytes)
     return Plan(
-        survey=found,
-        family=found.family,
+        survey=surveyed,
+        family=surveyed.family,
         recipe=BF16,
         shards=tuple(ShardPlan(name, tuple(group)) for name, group in cut.items()),
         ignore=(),
-        findings=(*found.findings, *dequantizes(found), *_nothing(found)),
+        findings=(*surveyed.findings, *dequantizes(surveyed), *_nothing(surveyed)),
     )
 
 
@@ -57,13 +57,13 @@ def _action(member: Member) -> Action:
     return Action.kept(member, f"dequantized from {stored.format}" if stored else "as it is")
 
 
-def _nothing(found: Survey) -> list[Finding]:
-    if not found.readable or any(member.stored for member in found.members):
+def _nothing(surveyed: Survey) -> list[Finding]:
+    if not surveyed.readable or any(member.stored for member in surveyed.members):
         return []
     return [
         NOTHING_TO_DEQUANTIZE.finding(
             "config.json",
-            f"{found.checkpoint.source.name} has no quantized weights.",
+            f"{surveyed.checkpoint.source.name} has no quantized weights.",
             "Use it as it is.",
         )
     ]

@@ -93,33 +93,33 @@ def make_plan(
     `allow_unsafe` turns the refusal of quantized routers, embeddings and head into a warning.
     Raises Refused if the family is unknown: then there is no plan to show.
     """
-    found = survey(checkpoint, families, (StorageFormat.FP8_BLOCK,))
-    family = found.family
+    surveyed = survey(checkpoint, families, (StorageFormat.FP8_BLOCK,))
+    family = surveyed.family
     if family is None:
-        raise Refused(found.findings)
-    both = {m.module: (m.module, family.in_memory_name(m.module)) for m in found.members}
+        raise Refused(surveyed.findings)
+    both = {m.module: (m.module, family.in_memory_name(m.module)) for m in surveyed.members}
     choice = recipe.on(name for pair in both.values() for name in pair)
-    layers = family.value(family.config.layers, checkpoint.config) or found.layers
-    actions = [_action(m, both[m.module], choice, family, layers) for m in found.members]
+    layers = family.value(family.config.layers, checkpoint.config) or surveyed.layers
+    actions = [_action(m, both[m.module], choice, family, layers) for m in surveyed.members]
     if recipe.smoothing == "awq":
-        actions = scaled(found.members, actions, family)
-    units = _jobs(found.members, actions)
+        actions = scaled(surveyed.members, actions, family)
+    units = _work_units(surveyed.members, actions)
     findings = [
-        *found.findings,
-        *dequantizes(found),
+        *surveyed.findings,
+        *dequantizes(surveyed),
         *unsafe(actions, family, recipe, allow_unsafe=allow_unsafe),
-        *_unmatched(found, both, choice),
+        *_unmatched(surveyed, both, choice),
     ]
     # If the source's weights cannot be read, no further check applies.
-    if found.readable:
+    if surveyed.readable:
         findings += [
-            *_unquantizable(found.members, actions, family),
+            *_unquantizable(surveyed.members, actions, family),
             *(_split_sets(units) or _unlike_experts(actions)),
             *_nothing(actions, recipe),
             *unscalable(family, recipe),
         ]
     return Plan(
-        survey=found,
+        survey=surveyed,
         family=family,
         recipe=recipe,
         shards=tuple(
@@ -153,19 +153,19 @@ def _action(
     return replace(Action.kept(member, ""), scheme=scheme, outputs=made)
 
 
-def dequantizes(found: Survey) -> list[Finding]:
+def dequantizes(surveyed: Survey) -> list[Finding]:
     """The finding that the source is quantized and can be dequantized, and how."""
-    stored = [member.stored for member in found.members if member.stored]
-    if not stored or not found.readable:
+    stored = [member.stored for member in surveyed.members if member.stored]
+    if not stored or not surveyed.readable:
         return []
     formats = " and ".join(sorted({each.format.value for each in stored}))
-    left_out = len(found.checkpoint.tensors) - len(found.members)
+    left_out = len(surveyed.checkpoint.tensors) - len(surveyed.members)
     return [
         SOURCE_DEQUANTIZED.finding(
             stored[0].codes.name,
-            f"{found.checkpoint.source.name} is quantized ({formats}): {len(stored):,} weights are "
-            f"dequantized to BF16 as they are read; {left_out:,} tensors that only these need, and "
-            "quantization_config, are left out.",
+            f"{surveyed.checkpoint.source.name} is quantized ({formats}): {len(stored):,} weights "
+            f"are dequantized to BF16 as they are read; {left_out:,} tensors that only these need, "
+            "and quantization_config, are left out.",
         )
     ]
 
@@ -212,7 +212,7 @@ def _unquantizable(
     ]
 
 
-def _jobs(members: tuple[Member, ...], actions: list[Action]) -> list[WorkUnit]:
+def _work_units(members: tuple[Member, ...], actions: list[Action]) -> list[WorkUnit]:
     """Actions grouped by fused set; a set stands where its first member lies in the source."""
     groups: dict[FusedSet | str, list[Action]] = {}
     for member, action in zip(members, actions, strict=True):
@@ -309,21 +309,23 @@ def _is_matrix(info: TensorInfo) -> bool:
     return info.name.endswith(".weight") and len(info.shape) == 2
 
 
-def _unmatched(found: Survey, both: Mapping[str, tuple[str, str]], choice: Choice) -> list[Finding]:
+def _unmatched(
+    surveyed: Survey, both: Mapping[str, tuple[str, str]], choice: Choice
+) -> list[Finding]:
     """Entries of the recipe that match no module: a typo in ours, common in llmcompressor's."""
     recipe = choice.recipe
-    modules = {m.module for m in found.members if m.info.name.endswith(".weight")}
+    modules = {m.module for m in surveyed.members if m.info.name.endswith(".weight")}
     known = {name for module in modules for name in both[module]}
     return [
         ENTRY_UNMATCHED.finding(
             entry,
             f"{entry!r} in {key} of recipe {recipe.name} matches no module of "
-            f"{found.checkpoint.source.name}.",
+            f"{surveyed.checkpoint.source.name}.",
             "Correct the entry, or remove it. Names are those of the hub or of transformers; "
             "`re:` entries match from the start of a name.",
             "tolerated" if recipe.foreign else "source",
         )
-        for key, said in (("ignore", choice.ignore), ("targets", choice.targets))
-        for entry, matched in said.by_entry.items()
+        for key, entry_matches in (("ignore", choice.ignore), ("targets", choice.targets))
+        for entry, matched in entry_matches.by_entry.items()
         if matched.isdisjoint(known)
     ]

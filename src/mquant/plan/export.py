@@ -84,13 +84,13 @@ def survey_for(checkpoint: Checkpoint, families: Mapping[str, Family], target: T
 
     Raises Refused if the checkpoint is not whole, or if the other layout cannot hold all of it.
     """
-    found = survey(checkpoint, families, (SOURCE[target],))
-    stored = [member.stored for member in found.members if member.stored]
-    known = {info.name for member in found.members for info in _parts(member)}
+    surveyed = survey(checkpoint, families, (SOURCE[target],))
+    stored = [member.stored for member in surveyed.members if member.stored]
+    known = {info.name for member in surveyed.members for info in _parts(member)}
     homeless = [name for name in checkpoint.tensors if name not in known]
     with_input = [each for each in stored if each.input]
-    findings = [finding for finding in found.findings if finding.severity == "error"]
-    if findings or found.family is None:
+    findings = [finding for finding in surveyed.findings if finding.severity == "error"]
+    if findings or surveyed.family is None:
         raise Refused(findings)
     if not stored:
         findings.append(
@@ -119,52 +119,52 @@ def survey_for(checkpoint: Checkpoint, families: Mapping[str, Family], target: T
         )
     if findings:
         raise Refused(findings)
-    return found
+    return surveyed
 
 
-def scalars(found: Survey) -> Iterator[TensorInfo]:
+def scalars(surveyed: Survey) -> Iterator[TensorInfo]:
     """The tensors whose reciprocals an export holds."""
-    for stored in (member.stored for member in found.members if member.stored):
+    for stored in (member.stored for member in surveyed.members if member.stored):
         yield from filter(None, (stored.second, stored.input))
 
 
 def make_export_plan(
-    found: Survey,
+    surveyed: Survey,
     target: Target,
     values: Mapping[str, bytes],
     declared: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """The plan that stores a surveyed checkpoint in another layout.
+    """The plan that stores a checkpoint in another layout.
 
     `values` maps each scalar to the bytes that replace the scalar. `declared` is the quantization
     config, if it is known.
     """
-    family = found.family
+    family = surveyed.family
     if family is None:
-        raise Refused(found.findings)
-    plain = [member for member in found.members if not member.stored]
+        raise Refused(surveyed.findings)
+    plain = [member for member in surveyed.members if not member.stored]
     kept = ((m.module, m.tensor_role.expert, m.info) for m in plain)
-    ignore = kept_modules(kept, family, found.checkpoint.config)
-    w4a4 = any(member.stored and member.stored.input for member in found.members)
+    ignore = kept_modules(kept, family, surveyed.checkpoint.config)
+    w4a4 = any(member.stored and member.stored.input for member in surveyed.members)
     if declared is None:
         declared = (_to_modelopt if target is Target.MODELOPT else _to_ct)(ignore, w4a4=w4a4)
     actions = {
         action.source.name: action
-        for member in found.members
+        for member in surveyed.members
         for action in _actions(member, target, values)
     }
-    tensors = (actions[name] for name in found.checkpoint.tensors)
+    tensors = (actions[name] for name in surveyed.checkpoint.tensors)
     shards = tuple(
-        ShardPlan(name, tuple(_jobs(group)))
+        ShardPlan(name, tuple(_work_units(group)))
         for name, group in groupby(tensors, key=lambda action: action.source.shard)
     )
     return Plan(
-        survey=found,
+        survey=surveyed,
         family=family,
         recipe=_RECIPES[target],
         shards=shards,
         ignore=ignore,
-        findings=found.findings,
+        findings=surveyed.findings,
         declared=declared,
     )
 
@@ -225,7 +225,7 @@ def _actions(member: Member, target: Target, values: Mapping[str, bytes]) -> Ite
         )
 
 
-def _jobs(actions: Iterable[Action]) -> Iterator[WorkUnit]:
+def _work_units(actions: Iterable[Action]) -> Iterator[WorkUnit]:
     """A work unit for each run of a module's tensors, in the order of the source."""
     for _, run in groupby(actions, key=lambda action: action.module):
         yield WorkUnit(tuple(run))

@@ -197,8 +197,10 @@ def _fp8_block(
         by_shape = {(1,): (rows, columns), (): (rows, columns), (rows, 1): (1, columns)}
         if scale.shape in by_shape:
             return by_shape[scale.shape]
-        said = [group.get("weights") for group in groups(config)]
-        blocks = [block_of(args.get("block_structure")) for args in said if isinstance(args, dict)]
+        weight_args = [group.get("weights") for group in groups(config)]
+        blocks = [
+            block_of(args.get("block_structure")) for args in weight_args if isinstance(args, dict)
+        ]
     else:
         blocks = [block_of(config.get("weight_block_size"))]
     for block in filter(None, blocks):

@@ -91,11 +91,11 @@ def wholeness(family: Family, members: list[Member], config: Mapping[str, Any]) 
         most = len(members) if key == family.config.experts else min(len(members), MOST_LAYERS)
         limit = max(most, 1) if key in counts else 2**53
         if type(value) is not int or not 0 <= value <= limit:
-            said = f"says {key} {json.dumps(value)[:40]}, which cannot be"
+            fault = f"says {key} {json.dumps(value)[:40]}, which cannot be"
             return [
                 CONFIG_KEY_UNUSABLE.finding(
                     "config.json",
-                    f"config.json {said if key in config else f'has no {key}'}.",
+                    f"config.json {fault if key in config else f'has no {key}'}.",
                     "Take config.json from the model's repo.",
                 )
             ]

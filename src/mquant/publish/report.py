@@ -84,14 +84,14 @@ def report(
             emit=emit,
         ).to_json()
     mine = open_checkpoint(source, tolerant=True)
-    theirs = open_checkpoint(parent) if parent else None
+    reference = open_checkpoint(parent) if parent else None
     evidence = Evidence(
         name=source.name,
         parent=parent.name if parent else _parent_of(compared, evaluated),
         verdict=judged.verdict,
         severity=_severity(judged),
         facts=_facts(mine, judged, families),
-        sizes=_sizes(mine, theirs, families),
+        sizes=_sizes(mine, reference, families),
         findings=judged.findings,
         recipe=_text(source, RECIPE_NAME),
         commands=_commands(wanted, str(out)),
@@ -166,13 +166,13 @@ def _facts(
 
 
 def _sizes(
-    mine: Checkpoint, theirs: Checkpoint | None, families: Mapping[str, Family]
+    mine: Checkpoint, reference: Checkpoint | None, families: Mapping[str, Family]
 ) -> list[Size]:
     before: dict[str, int] = defaultdict(int)
-    if theirs is not None:
-        before.update({each.name: each.bytes for each in inspect(theirs, families).roles})
+    if reference is not None:
+        before.update({each.name: each.bytes for each in inspect(reference, families).roles})
     return [
-        Size(each.name, each.tensors, before[each.name] if theirs else None, each.bytes)
+        Size(each.name, each.tensors, before[each.name] if reference else None, each.bytes)
         for each in inspect(mine, families).roles
     ]
 

@@ -274,12 +274,12 @@ def _unlike_parent(view: ModuleView, parent: Checkpoint, wrong: Iterable[str]) -
         != parent.source.read(its.shard, its.start, its.end)
     }
     if looked and len(unlike) == len(looked):
-        mine, theirs = view.checkpoint.source.name, parent.source.name
+        mine, reference = view.checkpoint.source.name, parent.source.name
         raise Refused(
             [
                 PARENT_DIFFERS.finding(
-                    theirs,
-                    f"{mine} was not made from {theirs}: {names(sorted(unlike))} differ.",
+                    reference,
+                    f"{mine} was not made from {reference}: {names(sorted(unlike))} differ.",
                     "Give the very checkpoint it was quantized from with --from.",
                 )
             ]
@@ -323,10 +323,10 @@ def _reproduced(
     with closing(AssemblyReader(assembly)) as reader:
         for unit, there in _intact(mending)[:_TRIED]:
             infos = {name: mending.sound[name] for name in there}
-            theirs = {n: assembly.read(i.shard, i.start, i.end) for n, i in infos.items()}
+            reference = {n: assembly.read(i.shard, i.start, i.end) for n, i in infos.items()}
             for recipe in known:
                 made = stream.make(reader, from_parent(unit), weigher(recipe, importance))
-                if all(made[name] == data for name, data in theirs.items()):
+                if all(made[name] == data for name, data in reference.items()):
                     return recipe
     return None
 

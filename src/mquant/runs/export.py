@@ -39,15 +39,15 @@ def export(
     checkpoint is not in the other layout, or if a scale has no reciprocal; and as `convert`.
     """
     checkpoint = open_checkpoint(source)
-    found = survey_for(checkpoint, families, target)
+    surveyed = survey_for(checkpoint, families, target)
     folder = source.materialize(options.get("emit", silent))
     origin = (
         as_table(known_table(folder).get(_ORIGIN)) if target is Target.COMPRESSED_TENSORS else {}
     )
     known = origin.get("scales")
-    numbers = _numbers(folder, list(scalars(found)))
+    numbers = _numbers(folder, list(scalars(surveyed)))
     values, odd = _reciprocals(numbers, target, known if isinstance(known, dict) else {})
-    plan = make_export_plan(found, target, values, _declared(origin))
+    plan = make_export_plan(surveyed, target, values, _declared(origin))
     files, record = dict[str, bytes](), dict[str, Any]()
     if RECIPE_NAME in folder.files:  # how it was quantized is true of it still
         files[RECIPE_NAME] = folder.read(RECIPE_NAME)
@@ -63,13 +63,13 @@ def export(
 
 def _numbers(folder: Source, tensors: list[TensorInfo]) -> dict[str, np.float32]:
     """The values of scalars in F32, by name."""
-    found: dict[str, np.float32] = {}
+    scales: dict[str, np.float32] = {}
     with closing(reader_of(folder)) as reader:
         for info in tensors:
             raw = bytearray(4)
             reader.read_into(info.shard, info.start, memoryview(raw))
-            found[info.name] = np.frombuffer(raw, "<f4")[0]
-    return found
+            scales[info.name] = np.frombuffer(raw, "<f4")[0]
+    return scales
 
 
 def _reciprocals(

@@ -100,7 +100,7 @@ class Shipper(ShardObserver):
         self._names = run.spec.files
         plan = destination.plan
         self._shards = {shard.name: shard for shard in plan.shards}
-        self._jobs = dict(zip(self._shards, plan.numbers, strict=True))
+        self._unit_numbers = dict(zip(self._shards, plan.numbers, strict=True))
         self.sent = dict(destination.away)
         self._changed = Condition()
         self._waiting: deque[tuple[ShardPlan, str]] = deque()
@@ -188,7 +188,7 @@ class Shipper(ShardObserver):
 
     def _ledger(self) -> bytes:
         lines = [head_line(self._to.fingerprint, self._names)]
-        lines += [shard_line(name, self.sent[name], self._jobs[name]) for name in self.sent]
+        lines += [shard_line(name, self.sent[name], self._unit_numbers[name]) for name in self.sent]
         return b"".join(lines)
 
     def _tell(self) -> None:
@@ -228,7 +228,7 @@ def _read(repo: HubRepo, path: str) -> bytes:
     return repo.read(path)
 
 
-def _refuse_other(repo_id: str, theirs: object, ours: Mapping[str, Any]) -> None:
-    if theirs != ours:
-        differ = differences(theirs, ours)
+def _refuse_other(repo_id: str, other_fingerprint: object, ours: Mapping[str, Any]) -> None:
+    if other_fingerprint != ours:
+        differ = differences(other_fingerprint, ours)
         raise OutputError(f"{repo_id} is made from something else: {differ}.", "Give another repo.")

@@ -150,8 +150,8 @@ def _archive(room: int | None) -> str:
     count = max(_LEAST_LINES, min(count, _MOST_LINES))
     lines = [f"Shelf {n} holds {n * 37 % 89 + 2} files." for n in range(1, count + 1)]
     lines.insert(count * 2 // 5, f"The code of the safe is {_SAFE}.")
-    said = "\n".join(lines)
-    return f"{said}\n\nWhat is the code of the safe? Answer with the code only."
+    joined = "\n".join(lines)
+    return f"{joined}\n\nWhat is the code of the safe? Answer with the code only."
 
 
 def _wrong(prompt: Prompt, answer: Answer) -> str:

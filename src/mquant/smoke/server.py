@@ -82,9 +82,9 @@ class Server:
         """The answer to one message, sampled with `options` (the API's own keys)."""
         message = {"role": "user", "content": prompt}
         body = {"model": self.model, "messages": [message], **options}
-        said = self._request("POST", "/chat/completions", body)
+        reply = self._request("POST", "/chat/completions", body)
         try:
-            choice = said["choices"][0]
+            choice = reply["choices"][0]
             text = choice["message"].get("content") or ""
             whole = choice.get("finish_reason") != "length"
         except (KeyError, IndexError, TypeError, AttributeError):
@@ -135,12 +135,12 @@ class Server:
                 "Look at the server's log.",
             )
         try:
-            said = parse_json(bytes(raw))
+            reply = parse_json(bytes(raw))
         except ValueError:
-            said = None
-        if not isinstance(said, dict):
+            reply = None
+        if not isinstance(reply, dict):
             raise self._nonsense()
-        return said
+        return reply
 
     def _nonsense(self) -> SourceError:
         return SourceError(

@@ -110,7 +110,7 @@ def check_against(
     """
     tally = Tally()
     scaling = Scaling(view, parent) if smoothed else None
-    units = list(_jobs(view, parent, everything, to_nearest, scaling, tally))
+    units = list(_tasks(view, parent, everything, to_nearest, scaling, tally))
     done, total = 0, sum(size for size, _ in units)
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
         try:
@@ -123,11 +123,11 @@ def check_against(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    config, theirs = view.checkpoint.config, parent.checkpoint.config
-    return (*tally.findings(), *check_config(config, theirs), *check_side_files(view, parent))
+    config, reference = view.checkpoint.config, parent.checkpoint.config
+    return (*tally.findings(), *check_config(config, reference), *check_side_files(view, parent))
 
 
-def _jobs(
+def _tasks(
     view: ModuleView,
     parent: ModuleView,
     everything: bool,
@@ -142,26 +142,26 @@ def _jobs(
         m.tensor_role.layer for m in view.modules.values() if m.tensor_role and m.tensor_role.layer
     ]
     last = max(layers, default=0)
-    for name, theirs in parent.modules.items():
+    for name, reference in parent.modules.items():
         mine = view.modules.get(name)
         if mine is None:
-            lost = next(iter(theirs.tensors.values())).name
+            lost = next(iter(reference.tensors.values())).name
             tally.add(PARENT_TENSOR_MISSING, lost, f"{lost} of the parent is missing")
-        elif scaling and theirs in scaling:
+        elif scaling and reference in scaling:
             if not mine.quantized:
-                deque(_kept(view, parent, mine, theirs, False, tally), maxlen=0)  # dtype, shape
-            if (factors := scaling.factors(theirs)) is None:
+                deque(_kept(view, parent, mine, reference, False, tally), maxlen=0)  # dtype, shape
+            if (factors := scaling.factors(reference)) is None:
                 message = f"{name} was scaled by AWQ: not compared"
                 tally.add(SCALED_NOT_COMPARED, name, message)
             elif everything or _in_sample(mine, last, parent):
-                yield from _rounded(view, parent, mine, theirs, everything, to_nearest, factors)
-        elif format_of(view, mine) is None and format_of(parent, theirs) is None:
-            yield from _kept(view, parent, mine, theirs, everything or local, tally)
-        elif foreign := _undecodable(view, mine) or _undecodable(parent, theirs):
+                yield from _rounded(view, parent, mine, reference, everything, to_nearest, factors)
+        elif format_of(view, mine) is None and format_of(parent, reference) is None:
+            yield from _kept(view, parent, mine, reference, everything or local, tally)
+        elif foreign := _undecodable(view, mine) or _undecodable(parent, reference):
             message = f"{name} was not compared: {foreign} cannot be dequantized here"
             tally.add(WEIGHT_NOT_COMPARED, name, message)
         elif everything or _in_sample(mine, last, parent):
-            yield from _rounded(view, parent, mine, theirs, everything, to_nearest)
+            yield from _rounded(view, parent, mine, reference, everything, to_nearest)
 
 
 def _undecodable(view: ModuleView, module: Module) -> str:
@@ -184,9 +184,9 @@ def _in_sample(module: Module, last: int, parent: ModuleView) -> bool:
 
 
 def _kept(
-    view: ModuleView, parent: ModuleView, mine: Module, theirs: Module, whole: bool, tally: Tally
+    view: ModuleView, parent: ModuleView, mine: Module, reference: Module, whole: bool, tally: Tally
 ) -> Iterator[WorkUnit]:
-    for suffix, original in theirs.tensors.items():
+    for suffix, original in reference.tensors.items():
         info = mine.tensors.get(suffix)
         if info is None:
             tally.add(
@@ -203,7 +203,7 @@ def _kept(
             spans = list(_spans(info.nbytes, whole))
             size = sum(end - start for start, end in spans)
             yield size, partial(_equal, view, parent, info, original, spans)
-    for suffix in mine.tensors.keys() - theirs.tensors.keys():
+    for suffix in mine.tensors.keys() - reference.tensors.keys():
         tally.add(
             PARENT_LACKS_TENSOR, f"{mine.name}.{suffix}", f"The parent has no {mine.name}.{suffix}"
         )
@@ -238,12 +238,12 @@ def _rounded(
     view: ModuleView,
     parent: ModuleView,
     mine: Module,
-    theirs: Module,
+    reference: Module,
     everything: bool,
     to_nearest: bool,
     factors: Floats | None = None,
 ) -> Iterator[WorkUnit]:
-    weight, original = weight_of(view, mine), weight_of(parent, theirs)
+    weight, original = weight_of(view, mine), weight_of(parent, reference)
     if weight is None or original is None:
         return
     if factors is not None:
@@ -283,24 +283,24 @@ def _differences(
     kind = storage.short if storage else "scaling"
     for start in range(first, last, step):
         end = min(start + step, last)
-        mine, theirs = weight.rows(start, end), original.rows(start, end).values
-        off = np.abs(mine.values - theirs)
-        allowed = mine.allowed(theirs)
+        mine, reference = weight.rows(start, end), original.rows(start, end).values
+        off = np.abs(mine.values - reference)
+        allowed = mine.allowed(reference)
         # Negated, so that NaN on either side is out of bounds.
         beyond = ~(off <= (allowed if to_nearest else np.float32(np.inf)))
         if beyond.any():
             row, column = np.unravel_index(int(np.argmax(beyond)), beyond.shape)
-            said = f"{mine.values[row, column]:.4g} for the parent's {theirs[row, column]:.4g}"
+            pair = f"{mine.values[row, column]:.4g} for the parent's {reference[row, column]:.4g}"
             where = f"row {start + row:,}, column {column:,}"
             return [
                 (
                     WEIGHT_BEYOND_BOUND,
                     name,
-                    f"{name} is further from the parent than {kind} explains: {said} ({where})",
+                    f"{name} is further from the parent than {kind} explains: {pair} ({where})",
                 )
             ]
         error += float(np.sum(np.square(off, dtype=np.float64)))
-        power += float(np.sum(np.square(theirs, dtype=np.float64)))
+        power += float(np.sum(np.square(reference, dtype=np.float64)))
     relative = (error / power) ** 0.5 if power else 0.0
     if relative > TYPICAL[weight.format]:
         message = f"{name} has a relative error of {relative:.2f}; {kind} stays below "

@@ -79,8 +79,8 @@ def check_config(config: Mapping[str, Any], parent: Mapping[str, Any]) -> Iterat
 
 def check_side_files(view: ModuleView, parent: ModuleView) -> Iterator[Finding]:
     """Files of the parent that are missing or differ."""
-    mine, theirs = view.checkpoint.source, parent.checkpoint.source
-    needed = [path for path in theirs.files if _like(path, _NEEDED)]
+    mine, reference = view.checkpoint.source, parent.checkpoint.source
+    needed = [path for path in reference.files if _like(path, _NEEDED)]
     missing = [path for path in needed if path not in mine.files]
     if has_chat_template(mine):  # newer tools keep it in a file of its own, older ones did not
         missing = [path for path in missing if not path.startswith("chat_template")]
@@ -88,10 +88,10 @@ def check_side_files(view: ModuleView, parent: ModuleView) -> Iterator[Finding]:
         yield SIDE_FILE_MISSING.finding(
             missing[0], f"The parent's {names(missing)} did not come along."
         )
-    changed = [path for path in needed if path in mine.files and not _same(mine, theirs, path)]
+    changed = [path for path in needed if path in mine.files and not _same(mine, reference, path)]
     if changed:
         yield SIDE_FILE_DIFFERS.finding(changed[0], f"Other than in the parent: {names(changed)}.")
-    licence = [path for path in theirs.files if _like(path, _LICENCE)]
+    licence = [path for path in reference.files if _like(path, _LICENCE)]
     if licence and not any(_like(path, _LICENCE) for path in mine.files):
         yield LICENCE_MISSING.finding(
             licence[0], f"The parent's {names(licence)} did not come along."
@@ -102,9 +102,9 @@ def _like(path: str, patterns: tuple[str, ...]) -> bool:
     return "/" not in path and any(fnmatch(path, pattern) for pattern in patterns)
 
 
-def _same(mine: Source, theirs: Source, path: str) -> bool:
+def _same(mine: Source, reference: Source, path: str) -> bool:
     size = mine.files[path]
     spans = ((start, min(start + PIECE, size)) for start in range(0, size, PIECE))
-    return size == theirs.files[path] and all(
-        mine.read(path, *span) == theirs.read(path, *span) for span in spans
+    return size == reference.files[path] and all(
+        mine.read(path, *span) == reference.read(path, *span) for span in spans
     )

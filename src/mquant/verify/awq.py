@@ -40,11 +40,11 @@ class Scaling:
         return self._factors[name]
 
     def _quotient(self, norm: str) -> Floats | None:
-        mine, theirs = (_vector(each, norm) for each in (self._layout, self._parent))
-        if mine is None or theirs is None or mine.shape != theirs.shape:
+        mine, reference = (_vector(each, norm) for each in (self._layout, self._parent))
+        if mine is None or reference is None or mine.shape != reference.shape:
             return None
         with np.errstate(all="ignore"):
-            quotient: Floats = theirs / mine
+            quotient: Floats = reference / mine
         return None if np.isnan(quotient).any() else quotient  # 0 / 0: it may be anything
 
 

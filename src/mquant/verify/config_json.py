@@ -91,12 +91,13 @@ def check_config_json(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
         tally.add(QUANTIZATION_CONFIG_INVALID, "config.json", f"quantization_config {why}")
     if view.method == "compressed-tensors":
         for kind in dict.fromkeys(kinds.values()):
-            if said := misdeclared(kind, view):
+            if stated_formats := misdeclared(kind, view):
                 name = next(name for name in kinds if kinds[name] is kind)
                 tally.add(
                     WEIGHTS_MISDECLARED,
                     "config.json",
-                    f"config_groups of config.json say {said}, but {name} is {kind.short}",
+                    f"config_groups of config.json say {stated_formats}, but {name} is "
+                    f"{kind.short}",
                 )
         formats = {str(group["format"]) for group in groups(view.config) if group.get("format")}
         declared = formats or {str(view.config.get("format"))}
@@ -104,11 +105,11 @@ def check_config_json(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
         wrong = {name: kind for name, kind in kinds.items() if kind.short not in expected}
         if wrong and None not in expected:
             name, kind = next(iter(wrong.items()))
-            said = " and ".join(repr(each) for each in sorted(declared))
+            stated_formats = " and ".join(repr(each) for each in sorted(declared))
             tally.add(
                 FORMAT_DIFFERS,
                 "config.json",
-                f"config.json says format {said}, but {name} is {kind.short}",
+                f"config.json says format {stated_formats}, but {name} is {kind.short}",
             )
 
 

@@ -220,9 +220,9 @@ def _disagreement_finding(broken: Rule, group: list[Judged]) -> Finding:
     modules = [judged.module.name for judged in group]
     first = group[0]
     known_as = "" if first.vllm[0] == first.module.name else f" (to vLLM it is {first.vllm[0]})"
-    said = sentence.format("it" if len(group) == 1 else "them")
+    predicate = sentence.format("it" if len(group) == 1 else "them")
     return broken.finding(
-        modules[0], f"{_are(modules, 'module')} {said}. First: {first.module.name}{known_as}."
+        modules[0], f"{_are(modules, 'module')} {predicate}. First: {first.module.name}{known_as}."
     )
 
 

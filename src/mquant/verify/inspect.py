@@ -112,7 +112,7 @@ def inspect(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Inspectio
     known, unknown = _classify(checkpoint, family)
     config = checkpoint.config
 
-    def said(key: str) -> int | None:
+    def config_number(key: str) -> int | None:
         value = config.get(key) if key else None
         return value if type(value) is int and 0 <= value < 2**53 else None
 
@@ -121,12 +121,12 @@ def inspect(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Inspectio
         family=family.name if family else None,
         model_type=kind if isinstance(kind := config.get("model_type"), str) else None,
         quantization=_quantization(checkpoint),
-        layers=said(family.config.layers) if family else None,
-        experts=said(family.config.experts) if family else None,
+        layers=config_number(family.config.layers) if family else None,
+        experts=config_number(family.config.experts) if family else None,
         unpruned_experts=family.unpruned_experts if family else None,
-        experts_per_token=said(family.config.top_k) if family else None,
-        context=said(family.config.context) if family else None,
-        vocabulary=said(family.config.vocabulary) if family else None,
+        experts_per_token=config_number(family.config.top_k) if family else None,
+        context=config_number(family.config.context) if family else None,
+        vocabulary=config_number(family.config.vocabulary) if family else None,
         parameters=_parameters(checkpoint),
         tensors=len(checkpoint.tensors),
         bytes=checkpoint.nbytes,

@@ -140,22 +140,22 @@ def verify(
     original = read_modules(open_checkpoint(parent), families) if parent else None
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask, source, view.checkpoint.shards) if ask_vllm else None
-        found = [*check_structure(view), *_ignore(view)]
+        all_findings = [*check_structure(view), *_ignore(view)]
         checked, wrong = ["structure"], frozenset[str]()
         if depth is not Depth.STRUCTURE:
             checked.append("numbers")
             numbers = check_numbers(view, emit)
-            found += numbers.findings()
+            all_findings += numbers.findings()
             wrong = frozenset(numbers.places)
         if original is not None:
             checked.append("against")
-            found += _against(view, original, depth, emit)
+            all_findings += _against(view, original, depth, emit)
         loader = asked.result() if asked else None
     if loader is not None:
         checked.append("vllm")
-        found += loader.findings
-    if not any(finding.severity == "error" for finding in found):
-        found += check_parallel(view)
+        all_findings += loader.findings
+    if not any(finding.severity == "error" for finding in all_findings):
+        all_findings += check_parallel(view)
     looked = {"loader" if each == "vllm" else each for each in checked}
     judged_by_loader = loader is not None and loader.verdict != "not asked"
     rules = [each for each in RULES.values() if each.needs in VERIFIED]
@@ -169,12 +169,12 @@ def verify(
         parent=parent.name if parent else None,
         checked=tuple(checked),
         sampled=original is not None and depth is not Depth.FULL,
-        findings=_sorted(found),
+        findings=_sorted(all_findings),
         wrong=wrong,
         bytes_read=sum(hub.bytes_read for hub in hubs) if hubs else None,
         requests=sum(hub.requests for hub in hubs) if hubs else None,
         loader=loader,
-        not_judged=not_judged(view, rules, looked, found),
+        not_judged=not_judged(view, rules, looked, all_findings),
         undecided="" if judged_by_loader else undecided(view),
     )
 
@@ -199,4 +199,6 @@ def _ignore(view: ModuleView) -> list[Finding]:
 
 def _sorted(findings: list[Finding]) -> tuple[Finding, ...]:
     # Several checks may find the same fault; it is reported once.
-    return tuple(sorted(dict.fromkeys(findings), key=lambda found: _ORDER.index(found.severity)))
+    return tuple(
+        sorted(dict.fromkeys(findings), key=lambda finding: _ORDER.index(finding.severity))
+    )

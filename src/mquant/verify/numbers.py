@@ -143,7 +143,7 @@ class _Seen:
 
 def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
     """Read all data once and judge it. Raises SourceError if it cannot be read."""
-    units = list(_jobs(view))
+    units = list(_tasks(view))
     total = sum(size for size, _ in units)
     done = told = 0
     tally = Tally()
@@ -182,7 +182,7 @@ def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
     return tally
 
 
-def _jobs(view: ModuleView) -> Iterator[tuple[int, Callable[[], _Seen]]]:
+def _tasks(view: ModuleView) -> Iterator[tuple[int, Callable[[], _Seen]]]:
     for module in view.modules.values():
         kind = format_of(view, module)
         if kind in (None, StorageFormat.OTHER):

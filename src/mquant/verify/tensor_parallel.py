@@ -90,7 +90,7 @@ def check_parallel(view: ModuleView) -> Iterator[Finding]:
     # ModelOpt's layout, and latent attention, which takes kv_b apart, are other code in SGLang.
     if used == {StorageFormat.NVFP4} and family.config.kv_heads:
         loaders.append(SGLANG)
-    said = []
+    sentences = []
     for loader in loaders:
         reasons = {n: _reason(loader, n, family, config, weights) for n in SIZES}
         works = [n for n, reason in reasons.items() if not reason]
@@ -98,8 +98,8 @@ def check_parallel(view: ModuleView) -> Iterator[Finding]:
             message = f"{VLLM.name} cannot run it on any number of GPUs: {reasons[1]}."
             yield KERNEL_SHAPE.finding("config.json", message)
             return
-        said.append(f"{loader.name} with {_told(works, reasons)}")
-    message = f"With FP4 Marlin kernels, by tensor-parallel size: {'; '.join(said)}."
+        sentences.append(f"{loader.name} with {_told(works, reasons)}")
+    message = f"With FP4 Marlin kernels, by tensor-parallel size: {'; '.join(sentences)}."
     yield TENSOR_PARALLEL.finding("config.json", message)
 
 

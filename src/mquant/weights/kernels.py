@@ -46,13 +46,13 @@ def unpack_e4m3(codes: Array, out: Floats) -> None:
     _lookup(codes, _E4M3, out)
 
 
-def add_sums(theirs: Floats, mine: Floats, sums: Array, blocks: Floats) -> None:
+def add_sums(reference: Floats, mine: Floats, sums: Array, blocks: Floats) -> None:
     """Add to `sums`, float64 [3], and fill `blocks`: squared differences of each 16 in a row.
 
     Both weights are [rows, columns], `blocks` is [rows, ceil(columns / 16)]. Rows are added up one
     after another: the sums do not depend on how many are given at once.
     """
-    _sums(theirs, mine, sums, blocks)
+    _sums(reference, mine, sums, blocks)
 
 
 def add_nvfp4_sums(words: Array, stored: Stored, sums: Array, blocks: Floats) -> None:
@@ -94,12 +94,12 @@ _reordering = partial(compiled, fastmath={"reassoc"})
 
 
 @compiled
-def _sums(theirs: Array, mine: Array, sums: Array, blocks: Array) -> None:
-    rows, columns = theirs.shape
+def _sums(reference: Array, mine: Array, sums: Array, blocks: Array) -> None:
+    rows, columns = reference.shape
     padded = blocks.shape[1] * 16
     squares, halves = np.zeros(padded, np.float32), np.empty(padded // 2, np.float32)
     for row in range(rows):
-        x, y = theirs[row], mine[row]
+        x, y = reference[row], mine[row]
         error, power, own = _row_sums(x, y)
         sums[0] += error
         sums[1] += power

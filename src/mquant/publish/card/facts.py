@@ -131,15 +131,15 @@ def _scheme(view: ModuleView) -> str:
         *FP8S,
     }:
         return ""
-    said = list(groups(view.config))
+    config_groups = list(groups(view.config))
     for name, scheme in SCHEMES.items():
         ours = scheme.config_group
         keys = ("num_bits", "type", "strategy", "group_size", "dynamic")
-        if said and all(
+        if config_groups and all(
             bool(group.get("input_activations")) is bool(ours["input_activations"])
             and isinstance(weights := group.get("weights"), dict)
             and all(weights.get(key) == ours["weights"].get(key) for key in keys)
-            for group in said
+            for group in config_groups
         ):
             return name
     return ""

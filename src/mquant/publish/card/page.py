@@ -73,8 +73,8 @@ def _verified(card: Card) -> str:
     report = card.report
     parts = [f"## Verified\n\n`mquant verify` {__version__}: {text(report.verdict)}\n"]
     if report.loader is not None:
-        said = f"vLLM {text(report.loader.version)}, asked to load the headers: "
-        parts.append(f"{said}{text(report.loader.verdict)}.\n")
+        sentence = f"vLLM {text(report.loader.version)}, asked to load the headers: "
+        parts.append(f"{sentence}{text(report.loader.verdict)}.\n")
     depths = {"vllm": "loader"}
     looked = [depths.get(checked, checked) for checked in report.checked]
     rows = []

@@ -81,15 +81,15 @@ def _read(source: Source) -> Parent:
         return where
     card = source.read(_README).decode("utf-8", "replace").replace("\r\n", "\n")
     front = _FRONT.match(card)
-    said = _metadata(front[1]) if front else {}
+    metadata = _metadata(front[1]) if front else {}
     return replace(
         where,
-        license=_one(said, "license", _WORD.fullmatch),
-        license_name=_one(said, "license_name", _WORD.fullmatch),
-        license_link=_one(said, "license_link", _LINK.fullmatch),
-        languages=_all(said, "language", _LANGUAGE.fullmatch),
-        pipeline_tag=_one(said, "pipeline_tag", _WORD.fullmatch),
-        pruned_from=_one(said, "base_model", _REPO.fullmatch),
+        license=_one(metadata, "license", _WORD.fullmatch),
+        license_name=_one(metadata, "license_name", _WORD.fullmatch),
+        license_link=_one(metadata, "license_link", _LINK.fullmatch),
+        languages=_all(metadata, "language", _LANGUAGE.fullmatch),
+        pipeline_tag=_one(metadata, "pipeline_tag", _WORD.fullmatch),
+        pruned_from=_one(metadata, "base_model", _REPO.fullmatch),
         reap=_sentence(card[front.end() :] if front else card),
     )
 
@@ -102,14 +102,14 @@ def _metadata(text: str) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _all(said: Mapping[str, Any], key: str, fits: Callable[[str], object]) -> tuple[str, ...]:
-    values = said.get(key)
+def _all(metadata: Mapping[str, Any], key: str, fits: Callable[[str], object]) -> tuple[str, ...]:
+    values = metadata.get(key)
     values = values if isinstance(values, list) else [values]
     return tuple(value for value in values if isinstance(value, str) and fits(value))
 
 
-def _one(said: Mapping[str, Any], key: str, fits: Callable[[str], object]) -> str:
-    return next(iter(_all(said, key, fits)), "")
+def _one(metadata: Mapping[str, Any], key: str, fits: Callable[[str], object]) -> str:
+    return next(iter(_all(metadata, key, fits)), "")
 
 
 def _sentence(body: str) -> str:

@@ -23,14 +23,14 @@ def text(value: str) -> Html:
 
 def tag(name: str, /, *children: str, **attributes: str) -> Html:
     """An element. `cls` sets class; underscores become dashes; an empty attribute is left out."""
-    said = "".join(
+    start = "".join(
         f' {"class" if key == "cls" else key.replace("_", "-")}="{text(value)}"'
         for key, value in attributes.items()
         if value
     )
     if name in ("meta", "img", "br"):
-        return Html(f"<{name}{said}>")
-    return Html(f"<{name}{said}>{join(*children)}</{name}>")
+        return Html(f"<{name}{start}>")
+    return Html(f"<{name}{start}>{join(*children)}</{name}>")
 
 
 def join(*children: str) -> Html:

@@ -132,8 +132,8 @@ def _sizes(evidence: Evidence) -> Html:
 def _errors(evidence: Evidence) -> Html:
     found = evidence.comparison
     if found is None:
-        said = "Weights were not compared: give the parent with --against."
-        return _section("Weight error", tag("p", said, cls="note"))
+        sentence = "Weights were not compared: give the parent with --against."
+        return _section("Weight error", tag("p", sentence, cls="note"))
     rows = []
     for each in found["roles"]:
         changed = bool(each["tensors"])
@@ -173,11 +173,11 @@ def _routing(evidence: Evidence) -> Html:
     agreed = [(f"layer {e['layer']}", e["agreement"]) for e in found["routing"]]
     if all(value is not None for _, value in agreed):
         least = min(agreed, key=lambda each: each[1])
-        said = (
+        sentence = (
             f"Share of the chosen experts that the parent's router chose too, by layer; "
             f"least in {least[0]}, {least[1]:.2%}."
         )
-        parts += [tag("p", said, cls="note"), columns(agreed, 0.9, "{:.0%}")]
+        parts += [tag("p", sentence, cls="note"), columns(agreed, 0.9, "{:.0%}")]
     usage = [[count / max(sum(e["usage"]), 1) for count in e["usage"]] for e in found["routing"]]
     parts.append(heatmap(usage, "Tokens that chose each expert", "layers", "experts", "{:.1%}"))
     unused = sum(not count for each in found["routing"] for count in each["usage"])
@@ -189,8 +189,8 @@ def _routing(evidence: Evidence) -> Html:
 def _evaluation(evidence: Evidence) -> Html:
     found = evidence.evaluation
     if found is None:
-        said = "Nothing was evaluated: give a text with --text."
-        return _section("Evaluation", tag("p", said, cls="note"))
+        sentence = "Nothing was evaluated: give a text with --text."
+        return _section("Evaluation", tag("p", sentence, cls="note"))
     text = found["text"]
     rows = [("text", f"{text['name']}, {found['tokens']:,} of {text['tokens'] - 1:,} tokens")]
     rows.append(("windows", f"{found['context']:,} tokens; none sees further back"))

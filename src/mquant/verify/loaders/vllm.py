@@ -127,15 +127,15 @@ def ask(source: Source, shards: tuple[str, ...]) -> Verdict:
         return read_verdict(_read(result), why)
 
 
-def read_verdict(said: Mapping[str, Any], why: str = "") -> Verdict:
+def read_verdict(reported: Mapping[str, Any], why: str = "") -> Verdict:
     """The verdict from the probe's result; `why` says why the probe did not finish, if so."""
-    version, stage = str(said.get("vllm", "?")), str(said.get("stage", "start"))
+    version, stage = str(reported.get("vllm", "?")), str(reported.get("stage", "start"))
     if stage == "done":
-        found = tuple(_silent(said))
+        found = tuple(_silent(reported))
         return Verdict(version, "loads wrong" if found else "loads", "", found)
-    error = str(said.get("error", ""))
+    error = str(reported.get("error", ""))
     words = " ".join(error.split())[:600] or why or "it stopped without a word"
-    kind = said.get("kind", "")
+    kind = reported.get("kind", "")
     quoted = f"{kind}: {words}" if kind else words
     doing = _STAGES.get(stage, stage)
     if stage == "start" or kind == "ImportError" or any(w in words.lower() for w in _NOT_HERE):
@@ -146,23 +146,23 @@ def read_verdict(said: Mapping[str, Any], why: str = "") -> Verdict:
     return Verdict(version, "refuses", quoted, (VLLM_REFUSES.finding("vLLM", _sentence(message)),))
 
 
-def _silent(said: Mapping[str, Any]) -> list[Finding]:
+def _silent(reported: Mapping[str, Any]) -> list[Finding]:
     """Findings about tensors that vLLM mistreats silently, one of each kind."""
-    version = said.get("vllm", "?")
-    counts = said.get("counts", {})
+    version = reported.get("vllm", "?")
+    counts = reported.get("counts", {})
 
     def tell(broken: Rule, key: str, message: str, where: str) -> None:
         more = f" (and {counts[key] - 1:,} more)" if counts.get(key, 1) > 1 else ""
         found.append(broken.finding(where, f"vLLM {version} {message}{more}, without a word."))
 
     found: list[Finding] = []
-    for name in said.get("dropped", [])[:1]:
+    for name in reported.get("dropped", [])[:1]:
         tell(VLLM_DROPS, "dropped", f"drops {name}", name)
-    for name, lacking in said.get("unset", [])[:1]:
+    for name, lacking in reported.get("unset", [])[:1]:
         tell(VLLM_LEAVES_UNSET, "unset", f"leaves {lacking:,} of {name}'s elements unset", name)
-    for name, shape, into in said.get("reshaped", [])[:1]:
+    for name, shape, into in reported.get("reshaped", [])[:1]:
         tell(VLLM_RESHAPES, "reshaped", f"spreads {name}, {shape}, over {into}", name)
-    for name, dtype, into in said.get("converted", [])[:1]:
+    for name, dtype, into in reported.get("converted", [])[:1]:
         plain = (dtype.removeprefix("torch."), into.removeprefix("torch."))
         tell(VLLM_CONVERTS, "converted", f"converts {name} from {plain[0]} to {plain[1]}", name)
     return found

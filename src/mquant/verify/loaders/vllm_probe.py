@@ -249,7 +249,7 @@ def stub() -> None:
     integers.select_wna16_moe_backend = of_integers
 
 
-def load(folder: str, result: dict[str, Any], said: Any, *, closely: bool) -> None:
+def load(folder: str, result: dict[str, Any], report_stage: Any, *, closely: bool) -> None:
     """Do as vLLM does, noting in `result` what was reached, and what became of the tensors."""
     import tempfile
 
@@ -263,12 +263,12 @@ def load(folder: str, result: dict[str, Any], said: Any, *, closely: bool) -> No
 
     result["vllm"] = __version__
     stub()
-    said("config")
+    report_stage("config")
     arguments = EngineArgs(
         model=folder, skip_tokenizer_init=True, enforce_eager=True, max_model_len=64, max_num_seqs=1
     )
     config = arguments.create_engine_config()
-    said("model")
+    report_stage("model")
     with ExitStack() as stack:
         stack.enter_context(set_current_vllm_config(config))
         where = stack.enter_context(tempfile.TemporaryDirectory())
@@ -277,7 +277,7 @@ def load(folder: str, result: dict[str, Any], said: Any, *, closely: bool) -> No
         stack.enter_context(set_default_torch_dtype(config.model_config.dtype))
         with torch.device("meta"):
             model = initialize_model(vllm_config=config)
-        said("weights")
+        report_stage("weights")
         loader = DefaultModelLoader(config.load_config)
         prepared = loader._prepare_weights(folder, None, None, True, None)
         copies = Copies()
@@ -302,7 +302,7 @@ def load(folder: str, result: dict[str, Any], said: Any, *, closely: bool) -> No
     result.update({key: value[:MOST] for key, value in found.items()})
     result["counts"] = {key: len(value) for key, value in found.items()}
     result["tensors"] = count
-    said("done")
+    report_stage("done")
 
 
 def headers(file: str) -> Any:
@@ -321,16 +321,16 @@ def judge(folder: str, path: str, *, closely: bool) -> bool:
     """Load one folder and write what came; whether that is all there is to say."""
     result: dict[str, Any] = {}
 
-    def said(stage: str) -> None:
+    def report_stage(stage: str) -> None:
         result["stage"] = stage
         Path(path).write_text(json.dumps(result))
 
-    said("start")
+    report_stage("start")
     try:
-        load(folder, result, said, closely=closely)
+        load(folder, result, report_stage, closely=closely)
     except Exception as error:  # noqa: BLE001  (whatever it is, it is vLLM's verdict)
         result["error"], result["kind"] = str(error), type(error).__name__
-        said(result["stage"])
+        report_stage(result["stage"])
     return closely or not any(result.get("counts", {}).values())
 
 
