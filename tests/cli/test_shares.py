@@ -127,10 +127,10 @@ def test_calibrated_recipes_are_made_as_a_whole(how: tuple[str, str]) -> None:
     assert not Path("out").exists()
 
 
-def test_data_that_says_nothing_is_refused_in_shares_too() -> None:
+def test_data_without_effect_is_refused_in_shares_too() -> None:
     result = quantize("-o", "out", "--share", "1/2", "--data", "text.txt")
     assert result.exit_code == 2
-    assert "needs no data, so --data says nothing" in result.stderr
+    assert "needs no data, so --data has no effect" in result.stderr
 
 
 def test_without_the_extra_one_sentence_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
