@@ -302,6 +302,6 @@ def test_a_recipe_that_needs_data_is_refused_without(tmp_path: Path) -> None:
     assert told.value.message == ("Recipe nvfp4-w4a4 needs calibration data, which --data names.")
     with pytest.raises(UsageError, match="which the stream engine does not see"):
         quantize(plan, tmp_path / "out", data=TEXT, engine=Engine.STREAM)
-    with pytest.raises(UsageError, match="needs no data, so --data says nothing"):
+    with pytest.raises(UsageError, match="needs no data, so --data has no effect"):
         quantize(plan_of(TRAINED), tmp_path / "out", data=TEXT)
     assert not (tmp_path / "out").exists()
