@@ -54,7 +54,7 @@ def _file(sibling: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _digest(sibling: Mapping[str, Any]) -> tuple[str, str] | None:
-    """A large file's name and sha256, which the hub's storage knows it by; None for others."""
+    """A large file's name and its sha256, the key in the hub's storage; None for small files."""
     lfs = sibling.get("lfs")
     digest = lfs.get("sha256") if isinstance(lfs, dict) else None
     if isinstance(digest, str) and _SHA256.fullmatch(digest):

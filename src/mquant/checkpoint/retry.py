@@ -15,7 +15,7 @@ LONGEST_WAIT: Final = 300.0  # the hub's own window of rate limits
 
 
 class Again(Exception):
-    """A failure that may pass. `wait` is the server's wish in seconds; `tries` is the limit."""
+    """A failure that may pass. `wait`: seconds the server asks to wait; `tries`: the limit."""
 
     def __init__(self, error: MquantError, wait: float | None = None, tries: int = TRIES) -> None:
         super().__init__(error.message)
@@ -33,7 +33,7 @@ def retrying(attempt: Callable[[], T]) -> T:
         except Again as failure:
             failures += 1
             wait = failure.wait
-            if wait is None:  # jitter, lest sixteen readers come back in the same instant
+            if wait is None:  # jitter, so that sixteen readers do not retry at the same instant
                 wait = BACKOFF_SECONDS * 2 ** (failures - 1) * random.uniform(0.75, 1.25)  # noqa: S311
             if failures >= failure.tries or wait > LONGEST_WAIT:
                 raise failure.error from None

@@ -24,7 +24,7 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """The name a person knows it by: the folder's, or `org/model`."""
+        """The checkpoint's name: the folder's, or `org/model`."""
 
     @property
     def files(self) -> Mapping[str, int]:
@@ -42,7 +42,7 @@ class Source(Protocol):
         """Bytes [start, end) of a file. Raises SourceError if fewer come back."""
 
     def identity(self) -> dict[str, str]:
-        """What tells this checkpoint from another: equal if the same files lie elsewhere."""
+        """The checkpoint's identity: equal for the same files in another place."""
 
     def materialize(self, emit: Emit, only: Collection[str] | None = None) -> "Source":
         """The same files on this machine; a hub's are downloaded. `only`: these files suffice."""
@@ -78,7 +78,7 @@ class Folder:
         return self
 
     def path(self, path: str) -> Path:
-        """Where a listed file lies. Raises SourceError for a name that is not listed."""
+        """The path of a listed file. Raises SourceError for a name that is not listed."""
         if path not in self.files:
             raise SourceError(f"{self.name} has no file {path!r}.", "Download it again.")
         return self.root / PurePosixPath(path)
@@ -132,7 +132,7 @@ class Folder:
         # Folders of the checkpoint count (some tokenizers have one); hidden ones (.git, .cache)
         # do not, and a link is followed to a file only: hub caches are made of such links. Pipes
         # and devices are no files, and no checkpoint has a name that cannot be printed. A file that
-        # is gone by now is none: others may be at work in a folder of ours.
+        # was deleted meanwhile is skipped: other processes may work in the folder.
         found: list[tuple[str, Stamp]] = []
         for folder, folders, names in os.walk(self.root):
             folders[:] = sorted(filter(_is_visible, folders))
@@ -190,7 +190,7 @@ class Overlay:
         return self._below.folders
 
     def materialize(self, emit: Emit, only: Collection[str] | None = None) -> "Overlay":
-        """The same files in memory over what the source below becomes."""
+        """The same files in memory, over the materialized source below."""
         return Overlay(self._below.materialize(emit, only), self._over)
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:

@@ -185,17 +185,17 @@ class Spool:
         """Keep the files of an earlier run that are of use, and delete the others."""
         for place in (folder, self._folder):
             if place.is_symlink():
-                place.unlink()  # it would lead away
+                place.unlink()  # a link could lead outside OUT
         self._folder.mkdir(parents=True, exist_ok=True)
         for part in self._parts.values():
             there = self._folder / part.path
             if there.is_file() and there.stat().st_size == self._repo.files[part.path]:
-                _make_whole(part, self._repo)  # some of it is done; it need not come again
+                _make_whole(part, self._repo)  # the pieces on disk are not fetched again
         useful = {self._folder / (p.name + end) for p in self._parts.values() for end in _NAMES}
         for path in (*folder.iterdir(), *self._folder.iterdir()):
             if path.is_dir() and not path.is_symlink():
                 if path != self._folder:
-                    shutil.rmtree(path)  # of another commit
+                    shutil.rmtree(path)  # the files of another commit
             elif path not in useful or path.is_symlink():
                 path.unlink()
         for part in self._parts.values():
@@ -282,7 +282,7 @@ class Spool:
             return self._here + part.nbytes <= self._room
 
     def _wait_for_room(self, part: FilePart) -> bool:
-        """Take the room that a part needs; False if nobody wants it any more."""
+        """Reserve the space that a part needs; False if no work unit needs the part any more."""
         with self._changed:
             self._changed.wait_for(lambda: self._failure or self._here + part.nbytes <= self._room)
             self._here += part.nbytes
@@ -318,7 +318,7 @@ class _Growing:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the file, and leave it."""
+        """Close the file; keep it on disk."""
         self._file.close()
 
     def append(self, data: bytes) -> None:

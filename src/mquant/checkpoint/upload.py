@@ -1,7 +1,7 @@
-"""A hub repo that is written to: made, filled by huggingface_hub's upload of folders, committed.
+"""Write to a hub repo: create the repo, upload files with huggingface_hub, commit.
 
 The token is sent to the hub and appears nowhere else: huggingface_hub's log is silenced, and no
-error's own text is passed on but what the hub says.
+error's text is shown except the hub's message.
 """
 
 import glob
@@ -37,7 +37,7 @@ class HubWriter:
     """A model repo to write to, which need not exist yet.
 
     HF_ENDPOINT and the token are huggingface_hub's, read when the object is made. Raises
-    OutputError without a token; every method raises it where the hub refuses or cannot be reached.
+    OutputError without a token, or, from every method, if the hub refuses or cannot be reached.
     """
 
     def __init__(self, repo_id: str) -> None:
@@ -62,7 +62,7 @@ class HubWriter:
         return f"{split.scheme}://{split.netloc.rpartition('@')[2]}/{self.repo_id}"
 
     def create(self, *, private: bool) -> None:
-        """Make the repo; one that is there stays as it is."""
+        """Create the repo; an existing repo stays unchanged."""
         self._retrying(lambda: self._api.create_repo(self.repo_id, private=private, exist_ok=True))
 
     def upload(self, folder: Path, files: Mapping[str, int], emit: Emit) -> None:
@@ -127,7 +127,7 @@ class HubWriter:
         return retrying(lambda: self._attempt(action))
 
     def _attempt(self, action: Callable[[], T]) -> T:
-        """Do it once. Raises what its failure means; `Again` if it may pass."""
+        """Make one attempt. Raises the error of a failure; `Again` if the failure may pass."""
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
             disable_progress_bars,
             enable_progress_bars,

@@ -27,10 +27,10 @@ def calibrate(
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Measure what each input channel carries: the mean square of what text makes of it.
+    """Measure the importance of each input channel: the mean square of its values on a text.
 
-    The text goes through the model layer by layer, in the memory of one layer; of routed experts
-    each counts its own tokens. `mquant quantize --recipe nvfp4-opt --importance FILE` takes it.
+    The text goes through the model layer by layer, in the memory of one layer; each routed expert
+    counts its own tokens. `mquant quantize --recipe nvfp4-opt --importance FILE` takes it.
 
     Example: mquant calibrate ./MiniMax-M2.7-REAP --data texts.jsonl -o importance.safetensors
     """

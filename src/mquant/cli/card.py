@@ -63,8 +63,8 @@ def card(
 ) -> None:
     """Write a quantized checkpoint's model card, from facts only.
 
-    It is verified first; of a broken one no card is written (exit code 3). What is not known is
-    left out, and what was not measured is called so.
+    The checkpoint is verified first; a broken one gets no card (exit code 3). Unknown facts are
+    left out; measurements that were not made are called so.
 
     Example: mquant card ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP
     """

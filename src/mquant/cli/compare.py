@@ -38,9 +38,9 @@ def compare(
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Measure every weight against the parent's: relative error, SQNR, cosine, worst block.
+    """Compare every weight with the parent's: relative error, SQNR, cosine, worst block.
 
-    Both are read once, whole. Stopped, the same command goes on where it was. The JSON has a row
+    Both are read whole, once. After an interruption the same command continues. The JSON has a row
     for each tensor. Exit code 3: tensors are missing, unknown, or changed without being quantized.
 
     Example: mquant compare ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP

@@ -42,7 +42,7 @@ def dequantize(
 
     Reads FP8 in blocks (original releases), compressed-tensors' NVFP4, NVFP4A16 and FP8, and
     ModelOpt's NVFP4. What is not quantized is copied bit for bit. Running the same command again
-    is safe: an unfinished folder is gone on with.
+    is safe: it continues an unfinished folder.
 
     Example: mquant dequantize ./MiniMax-M2.7-REAP-NVFP4 -o ./MiniMax-M2.7-REAP-BF16
     """

@@ -27,8 +27,8 @@ def export(
 ) -> None:
     """Store an NVFP4 checkpoint in ModelOpt's layout, or bring it back to compressed-tensors'.
 
-    Codes and block scales stay as they are, byte for byte; a global scale becomes its reciprocal.
-    Back again the files are those there were. W4A16 and W4A4.
+    Codes and block scales stay the same, byte for byte; a global scale becomes its reciprocal.
+    Exported back, the files are identical to the original. W4A16 and W4A4.
 
     Example: mquant export ./MiniMax-M2.7-REAP-NVFP4 --to modelopt -o ./MiniMax-M2.7-REAP-ModelOpt
     """

@@ -18,8 +18,8 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder that --shar
 def finish(out_folder: Out, output_format: FormatChoice = Format.HUMAN) -> None:
     """Complete what `mquant quantize --share 1/N` to `--share N/N` have made.
 
-    OUT says what that is: nothing else need be given. If a share is not done, it is named, and
-    nothing changes. The source must be where it was, for its headers and side files.
+    OUT records all options. If a share is not done, mquant names the share and changes nothing. The
+    source must still be at its old path, for its headers and side files.
 
     Example: mquant finish ./MiniMax-M2.7-REAP-NVFP4
     """

@@ -36,8 +36,8 @@ def push(
     """Publish a checkpoint on the hub, if it is verified and its bytes are those that were made.
 
     Every file is compared with its sha256 in mquant.json, and the checkpoint is verified; then it
-    goes up, index and config.json last, and the repo is verified. Interrupted, the same command
-    goes on. Exit code 3: the checkpoint, or the repo, was found wrong.
+    goes up, index and config.json last, and the repo is verified. If interrupted, run the
+    same command again: it continues. Exit code 3: the checkpoint, or the repo, is wrong.
 
     Example: mquant push ./MiniMax-M2.7-REAP-NVFP4 org/MiniMax-M2.7-REAP-NVFP4
     """

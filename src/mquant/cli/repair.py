@@ -57,8 +57,8 @@ def repair(
     """Mend a broken checkpoint with its parent, reading no more of that than it needs.
 
     Tensors that loaders refuse quantized, or that are missing, downcast, renamed or wrong, become
-    what a correct run would have made of them, in the shards where they were. Shards without a
-    change are hard-linked. Of a hub repo, just the files to upload are made.
+    those of a correct run, in their old shards. Unchanged shards are hard-linked. For a hub repo
+    only the files to upload are written.
 
     Example: mquant repair ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP -o ./Repaired
     """

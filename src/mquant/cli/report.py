@@ -57,7 +57,7 @@ def report(
     """Write one self-contained HTML page: sizes, errors, routing, evaluation, findings, recipe.
 
     What is not given is measured: verify, compare (with --against), eval (with --text). The page
-    loads nothing from the network and runs no script. Exit code 3: it shows errors.
+    loads nothing from the network and runs no script. Exit code 3: the page shows errors.
 
     Example: mquant report ./Model-NVFP4 --against ./Model --text wiki.txt -o report.html
     """

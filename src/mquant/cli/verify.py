@@ -44,10 +44,10 @@ def verify(
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Judge a checkpoint: is it whole, are its numbers sane, is it made from its parent.
+    """Judge a checkpoint: whether it is whole, its numbers are sane, and it matches its parent.
 
     docs/verify-rules.md has every rule. Of a hub repo only headers are read, unless --depth says
-    more. Exit code 3: it was read and found wrong.
+    more. Exit code 3: the checkpoint is wrong.
 
     Example: mquant verify ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP
     """
