@@ -40,7 +40,7 @@ def compare(
 ) -> None:
     """Compare every weight with the parent's: relative error, SQNR, cosine, worst block.
 
-    Both are read whole, once. After an interruption the same command continues. The JSON has a row
+    Both are read whole, once. If interrupted, run the same command again. The JSON has a row
     for each tensor. Exit code 3: tensors are missing, unknown, or changed without being quantized.
 
     Example: mquant compare ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP

@@ -91,13 +91,13 @@ Workers = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Fused sets the streaming engine has under way. Default: cores + 1.",
+        help="Fused sets that the streaming engine processes at once. Default: cores + 1.",
     ),
 ]
 Scratch = Annotated[
     str | None,
     typer.Option(
-        metavar="SIZE", help="Of a hub repo, have at most so many bytes here at a time, e.g. 20GB."
+        metavar="SIZE", help="The most bytes of a hub repo on this disk at once, e.g. 20GB."
     ),
 ]
 Public = Annotated[

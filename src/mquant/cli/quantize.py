@@ -101,7 +101,7 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint into a folder that loads.
 
-    mquant refuses a broken result before it reads a weight. The same command again continues.
+    mquant refuses a broken result before it reads a weight. If stopped, run the command again.
 
     Many machines: --share 1/N to --share N/N into an OUT that all machines see, then `mquant finish
     OUT`; or --cluster ray, on the cluster at RAY_ADDRESS, that of this machine, or a new one on it.
