@@ -61,8 +61,8 @@ def test_a_file_that_shrank_is_one_sentence(reader: Reader, file: Path) -> None:
         read(reader, 400, 200)
     assert caught.value.message == "model.safetensors ends at byte 500; 600 were expected."
     assert caught.value.fix == (
-        "The file changed while it was read: let it be whole and at rest, then run the same "
-        "command again."
+        "The file changed while it was read: wait until nothing writes to it, then run "
+        "the same command again."
     )
 
 

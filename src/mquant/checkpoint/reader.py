@@ -10,7 +10,7 @@ from mquant.checkpoint.source import Folder, Source, stamp
 from mquant.errors import SourceError
 
 _PREFETCH_BYTES: Final = 1 << 20  # Linux takes no more from one call than a disk from one request
-_FIX: Final = "Let it be whole and at rest, then run the same command again."
+_FIX: Final = "Wait until nothing writes to it, then run the same command again."
 
 
 class Reader:
@@ -43,7 +43,7 @@ class Reader:
                 raise SourceError(
                     f"{path} ends at byte {os.fstat(file).st_size:,}; "
                     f"{start + len(buffer):,} were expected.",
-                    "The file changed while it was read: let it be whole and at rest, then run "
+                    "The file changed while it was read: wait until nothing writes to it, then run "
                     "the same command again.",
                 )
             done += got

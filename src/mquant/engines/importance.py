@@ -47,7 +47,7 @@ class Importance:
             if stamp(os.fstat(file.fileno())) != self.looked:
                 raise SourceError(
                     f"{self.path.name} changed while it was read.",
-                    "Let it be whole and at rest, then run the same command again.",
+                    "Wait until nothing writes to it, then run the same command again.",
                 )
         return np.frombuffer(bytearray(raw), "<f4")
 

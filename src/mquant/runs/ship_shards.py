@@ -224,7 +224,7 @@ def _holds(repo: HubRepo, name: str, content: bytes) -> bool:
 
 def _read(repo: HubRepo, path: str) -> bytes:
     if repo.files[path] > MOST_BYTES:
-        raise OutputError(f"{path} of {repo.repo_id} is none of ours.", "Give another repo.")
+        raise OutputError(f"{path} of {repo.repo_id} was not made by mquant.", "Give another repo.")
     return repo.read(path)
 
 

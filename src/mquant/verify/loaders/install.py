@@ -66,7 +66,7 @@ def install(log: Path) -> tuple[Path, bool]:
             if done.returncode:
                 raise LoaderError(
                     f"vLLM {VERSION} was not installed: `{' '.join(step[1:])}` failed.",
-                    f"{log} has what it said. vLLM needs Linux, 4 GB of disk and a package index.",
+                    f"{log} has the output. vLLM needs Linux, 4 GB of disk and a package index.",
                 )
     (where / "installed").write_text(VERSION + "\n", encoding="utf-8")
     return python, True
