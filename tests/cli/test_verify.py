@@ -248,6 +248,14 @@ def test_a_wrong_command_line_removes_the_older_junit_file(plain: Path, tmp_path
     assert not file.exists()
 
 
+def test_a_file_of_the_checkpoint_is_no_junit_file(plain: Path) -> None:
+    before = (plain / "config.json").read_bytes()
+    result = verify(plain, "--junit", plain / "config.json")
+    assert result.exit_code == 1
+    assert "config.json exists, and mquant did not write it." in result.stderr
+    assert (plain / "config.json").read_bytes() == before
+
+
 def test_an_interrupted_run_leaves_a_junit_error(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

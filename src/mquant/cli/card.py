@@ -18,7 +18,7 @@ from mquant.cli.options import (
 from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
 from mquant.cli.source import example, open_source
-from mquant.errors import OutputError, UsageError
+from mquant.errors import UsageError
 
 if TYPE_CHECKING:
     from mquant.checkpoint import Source
@@ -73,11 +73,12 @@ def card(
         given = None if parent is None else open_source(parent, None, example(card))
         path = _path(source, file)
         from mquant.family import load_families
-        from mquant.output import write_document
-        from mquant.publish.card import gather, read_about, render
+        from mquant.output import Document
+        from mquant.publish.card import MARK, gather, read_about, render
         from mquant.verify.judge import Depth
 
-        _refuse_foreign(path)
+        document = Document(path, "-o", MARK.encode(), (path.parent,))
+        document.check()
         about = None if about_file is None else read_about(about_file)
         measured = _measured(source.name, eval_file, compare_file)
         with progress(out) as emit:
@@ -97,7 +98,7 @@ def card(
             out.show(Text("It is broken, so no card was written.", "bold red"))
             raise typer.Exit(3)
         card_facts.report.raise_if_undecided()
-        write_document(path, [render(card_facts).encode()], "Give another file with -o.")
+        document.write([render(card_facts).encode()])
         _tell(out, card_facts, path)
 
 
@@ -112,21 +113,6 @@ def _path(source: "Source", file: Path | None) -> Path:
         f"{source.name} is a hub repo: say where its card goes, with -o.",
         f"Example: mquant card {source.name} -o README.md",
     )
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Raise OutputError if the file exists and `mquant card` did not write the file."""
-    from mquant.publish.card import MARK
-
-    try:
-        ours = not path.exists() or MARK in path.read_text("utf-8", "replace")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be read: {error.strerror}.", "Give a file.") from error
-    if not ours:
-        raise OutputError(
-            f"{path} is there, and mquant card did not make it.",
-            "Move it away, or give another file with -o.",
-        )
 
 
 def _measured(name: str, eval_file: Path | None, compare_file: Path | None) -> "Measured":

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mquant.cli.output import INTERRUPTED
-from mquant.errors import MquantError, OutputError, UsageError
+from mquant.errors import MquantError, UsageError
 from mquant.text import clean
 
 if TYPE_CHECKING:
     from mquant.findings import Finding
     from mquant.verify.judge import Report
 
-_FIX: Final = "Give another file with --junit."
+_MARK: Final = b"<testsuite"
 _KINDS: Final = {
     "tests": "testcase",
     "failures": "failure",
@@ -67,39 +67,38 @@ class JUnit:
 
 
 @contextmanager
-def junit(path: Path | None, name: str) -> Iterator[JUnit]:
-    """The report to be filled in; written to `path` whatever way the block is left.
+def junit(path: Path | None, name: str, kept: tuple[Path, ...]) -> Iterator[JUnit]:
+    """Give the report to be filled in, and write the report to `path`, however the block ends.
 
     The file of an earlier run is removed first. After a UsageError there is no file. Raises
-    OutputError if the file cannot be removed or written.
+    OutputError as `Document` does; `kept` are folders with files that must stay.
     """
     report = JUnit(name)
     if path is None:
         yield report
         return
-    from mquant.output.disk import write_document
+    from mquant.output import Document
 
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}.", _FIX) from error
+    document = Document(path, "--junit", _MARK, kept)
+    document.remove()
     try:
         yield report
     except UsageError:
         raise
-    except MquantError as error:
-        report.error(error.message, error.fix)
-        write_document(path, [report.to_xml()], _FIX)
+    except BaseException as error:
+        report.error(*_why(error))
+        document.write([report.to_xml()])
         raise
-    except KeyboardInterrupt:
-        report.error(INTERRUPTED, "")
-        write_document(path, [report.to_xml()], _FIX)
-        raise
-    except Exception as error:
-        report.error(f"{type(error).__name__}: {error}", "Please report this.")
-        write_document(path, [report.to_xml()], _FIX)
-        raise
-    write_document(path, [report.to_xml()], _FIX)
+    document.write([report.to_xml()])
+
+
+def _why(error: BaseException) -> tuple[str, str]:
+    """Why there is no verdict, and what to do."""
+    if isinstance(error, MquantError):
+        return error.message, error.fix
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, ""
+    return f"{type(error).__name__}: {error}", "Please report this."
 
 
 def _text(finding: "Finding") -> str:

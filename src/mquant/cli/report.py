@@ -67,16 +67,19 @@ def report(
         if text is not None and evaluation is not None:
             raise UsageError("--text and --eval exclude each other.", example(report))
         from mquant.family import load_families
-        from mquant.publish.report import Wanted
+        from mquant.output import Document
+        from mquant.publish.report import MARK, Wanted
         from mquant.publish.report import report as write
 
         path = out_file or Path(f"{source.name.rpartition('/')[2]}-report.html")
         wanted = Wanted(src or ".", against, text, comparison, evaluation, context, tokens)
+        kept = (*source.folders, *(parent.folders if parent else ()))
+        document = Document(path, "-o", MARK, kept)
         with progress(out) as emit:
-            made = write(source, parent, load_families(family), wanted, path, emit=emit)
+            made = write(source, parent, load_families(family), wanted, document, emit=emit)
         out.put(
             path=str(path),
-            bytes=path.stat().st_size,
+            bytes=made.bytes,
             verdict=made.verification.verdict,
             compared=made.comparison is not None,
             evaluated=made.evaluation is not None,
@@ -85,7 +88,7 @@ def report(
             facts(
                 [
                     ("Verdict", made.verification.verdict),
-                    ("Report", f"{path} ({size(path.stat().st_size)}; open it in a browser)"),
+                    ("Report", f"{path} ({size(made.bytes)}; open it in a browser)"),
                 ]
             )
         )

@@ -53,7 +53,8 @@ def verify(
     """
     failing = frozenset({"error", fail_on})
     with output("verify", output_format) as out:
-        with junit(junit_file, src or ".") as suite:
+        kept = tuple(Path(name) for name in (src or ".", against) if name)
+        with junit(junit_file, src or ".", kept) as suite:
             source = open_source(src, revision, example(verify))
             parent = None if against is None else open_source(against, None, example(verify))
             from mquant.family import load_families

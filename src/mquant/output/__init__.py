@@ -1,7 +1,8 @@
 """Writing: atomic shards at planned sizes, the claim on OUT, and the order of finishing."""
 
 from mquant.output.apply import WORK, apply, is_staged, stage
-from mquant.output.disk import PARTIAL, is_there, link, write_document
+from mquant.output.disk import PARTIAL, is_there, link
+from mquant.output.document import Document
 from mquant.output.finish import (
     LAST,
     RECIPE_NAME,
@@ -14,10 +15,9 @@ from mquant.output.finish import (
 )
 from mquant.output.folder import Claim, State, discard, examine, is_finished, other_run
 from mquant.output.ledger import LEDGER, SHARES, Ledger, Recorded, ledger_name, read_ledger
-from mquant.output.record import RECORD, Record, as_table, known_table, read_record, read_table
+from mquant.output.record import RECORD, Record, as_table, known_table, read_record
 from mquant.output.shards import ShardObserver, ShardSet, complete_shards, units_still_valid
 from mquant.output.shared_run import (
-    MOST_SHARES,
     SharedRun,
     check_version,
     claim,
@@ -32,13 +32,13 @@ from mquant.output.shared_run import (
 __all__ = [
     "LAST",
     "LEDGER",
-    "MOST_SHARES",
     "PARTIAL",
     "RECIPE_NAME",
     "RECORD",
     "SHARES",
     "WORK",
     "Claim",
+    "Document",
     "Ledger",
     "Record",
     "Recorded",
@@ -71,11 +71,9 @@ __all__ = [
     "read_ledger",
     "read_record",
     "read_shared_run",
-    "read_table",
     "side_files",
     "source_notes",
     "stage",
     "take_share",
     "units_still_valid",
-    "write_document",
 ]

@@ -123,14 +123,6 @@ def _whole(path: Path) -> Iterator[Path]:
     fsync_folder(path.parent)
 
 
-def write_document(path: Path, pieces: Iterable[bytes], fix: str) -> None:
-    """Write a file outside of OUT, whole or not at all. Raises OutputError, with this `fix`."""
-    try:
-        write_whole(path, pieces)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}.", fix) from error
-
-
 def read_own(path: Path, most: int) -> bytes | None:
     """Read a file of ours, which somebody may have replaced by a link, a pipe, a terabyte.
 

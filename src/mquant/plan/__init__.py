@@ -6,10 +6,10 @@ from mquant.plan.export import Target, hf_quant_config, make_export_plan, scalar
 from mquant.plan.members import Member
 from mquant.plan.mend import BAD, PARENT, Mending, from_parent, mend
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit
-from mquant.plan.never_quantized import natural, safe_ignore
+from mquant.plan.never_quantized import natural
 from mquant.plan.share import share, shares
 from mquant.plan.stored import Stored
-from mquant.plan.survey import Survey, survey
+from mquant.plan.survey import survey
 from mquant.plan.wholeness import wholeness
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "Plan",
     "ShardPlan",
     "Stored",
-    "Survey",
     "Target",
     "WorkUnit",
     "cut_shards",
@@ -34,7 +33,6 @@ __all__ = [
     "make_plan",
     "mend",
     "natural",
-    "safe_ignore",
     "scalars",
     "share",
     "shares",

@@ -23,7 +23,7 @@ from mquant.errors import OutputError, SourceError
 from mquant.events import Emit, Note
 from mquant.family import Family
 from mquant.output import LAST, RECORD, Record, read_record
-from mquant.output.disk import read_own, write_document
+from mquant.output.disk import out_of_space, read_own, write_whole
 from mquant.text import names, plural
 from mquant.untrusted import parse_json
 from mquant.verify.judge import Depth, Report, verify
@@ -231,9 +231,9 @@ def _judge(
     _check_bytes(shipment, emit)
     report = verify(shipment.source, families, Depth.NUMBERS, emit=emit)
     if not report.count("error") and not report.undecided:
-        write_document(
-            note, [json.dumps(looked_at).encode()], "Set XDG_CACHE_HOME to another folder."
-        )
+        raw = json.dumps(looked_at).encode()
+        with out_of_space(note, len(raw)):
+            write_whole(note, [raw])
     return report
 
 

@@ -14,7 +14,7 @@ from mquant.events import Emit, silent
 from mquant.family import Family
 from mquant.measure.comparison import compare
 from mquant.measure.evaluation import CONTEXT, TOKENS, evaluate
-from mquant.output.disk import write_document
+from mquant.output.document import Document
 from mquant.output.finish import RECIPE_NAME
 from mquant.output.record import read_table
 from mquant.publish.page import Evidence, render
@@ -23,6 +23,7 @@ from mquant.untrusted import parse_json
 from mquant.verify.inspect import inspect
 from mquant.verify.judge import Report, verify
 
+MARK: Final = b": mquant report</title>"
 _MOST_SHOWN: Final = 20_000  # characters of a recipe: more is no recipe
 
 
@@ -46,9 +47,9 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Made:
-    """The written file, and its content."""
+    """The bytes of the written page, and the page's content."""
 
-    path: Path
+    bytes: int
     verification: Report
     comparison: Mapping[str, Any] | None
     evaluation: Mapping[str, Any] | None
@@ -59,15 +60,16 @@ def report(
     parent: Source | None,
     families: Mapping[str, Family],
     wanted: Wanted,
-    out: Path,
+    document: Document,
     *,
     emit: Emit = silent,
 ) -> Made:
-    """Measure what is not measured yet, and write the page to `out`, whole or not at all.
+    """Measure what is not measured yet, and write the page to `document`.
 
-    Raises SourceError if an input cannot be read, or describes another checkpoint; OutputError if
-    `out` cannot be written.
+    Raises SourceError if an input cannot be read, or describes another checkpoint; OutputError as
+    `Document` does.
     """
+    document.check()
     compared = _given(wanted.comparison, "compare", source)
     evaluated = _given(wanted.evaluation, "eval", source)
     judged = verify(source, families, None, parent, emit)
@@ -94,7 +96,7 @@ def report(
         sizes=_sizes(mine, reference, families),
         findings=judged.findings,
         recipe=_text(source, RECIPE_NAME),
-        commands=_commands(wanted, str(out)),
+        commands=_commands(wanted, str(document.path)),
         made_by=f"mquant {__version__}",
         comparison=compared,
         evaluation=evaluated,
@@ -109,8 +111,9 @@ def report(
             f"{given} is not what this mquant writes: {type(error).__name__} {error}.",
             "Make it again with --format json.",
         ) from error
-    write_document(out, [page.encode()], "Give another file with -o.")
-    return Made(out, judged, compared, evaluated)
+    raw = page.encode()
+    document.write([raw])
+    return Made(len(raw), judged, compared, evaluated)
 
 
 def _severity(judged: Report) -> str:

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from mquant.checkpoint import build_header
-from mquant.errors import MissingExtra, OutputError, Refused
+from mquant.errors import MissingExtra, Refused
 from mquant.events import Emit, Note, silent
 from mquant.numerics.formats import Floats
-from mquant.output import write_document
+from mquant.output import Document
 from mquant.plan import Plan
 from mquant.runs.run import check_plain
 
@@ -39,8 +39,8 @@ def calibrate(plan: Plan, data: str, out: Path, emit: Emit = silent) -> Calibrat
     if plan.refusals:
         raise Refused(plan.refusals)
     check_plain(plan, "Calibration")
-    if out.exists():
-        raise OutputError(f"{out} exists.", "Remove it, or name another file with -o.")
+    document = Document(out, "-o", b"", (out.parent,))
+    document.check()
     source = plan.survey.checkpoint.source.materialize(emit)
     try:
         from mquant.engines.activations import mean_squares
@@ -57,7 +57,7 @@ def calibrate(plan: Plan, data: str, out: Path, emit: Emit = silent) -> Calibrat
         name: np.zeros(widths[name], "<f4") if mean is None else mean.astype("<f4")
         for name, mean in means.items()
     }
-    write_document(out, _file(vectors), "Give another file with -o.")
+    document.write(_file(vectors))
     unseen = tuple(name for name, mean in means.items() if mean is None)
     return Calibrated(out, len(vectors), len(samples), tokens, unseen)
 

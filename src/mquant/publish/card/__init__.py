@@ -1,18 +1,14 @@
 """The model card: the hub's README.md, written from known facts only."""
 
-from mquant.publish.card.about import About, read_about
+from mquant.publish.card.about import read_about
 from mquant.publish.card.facts import Card, gather
 from mquant.publish.card.measured import Measured, read_compare, read_eval
 from mquant.publish.card.page import MARK, render
-from mquant.publish.card.parent import Parent, find_parent
 
 __all__ = [
     "MARK",
-    "About",
     "Card",
     "Measured",
-    "Parent",
-    "find_parent",
     "gather",
     "read_about",
     "read_compare",

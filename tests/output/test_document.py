@@ -1,0 +1,94 @@
+"""A file that the user names: mquant replaces its own, keeps others, and writes to a pipe."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from mquant.errors import OutputError
+from mquant.output import Document
+
+OURS = [b"<mark>", b"new"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    return folder
+
+
+def document(path: Path, *kept: Path) -> Document:
+    return Document(path, "--junit", b"<mark>", kept)
+
+
+def test_a_file_of_an_earlier_run_is_replaced(source: Path) -> None:
+    path = source / "report"
+    document(path, source).write([b"<mark>", b"old"])
+    document(path, source).write(OURS)
+    assert path.read_bytes() == b"<mark>new"
+    assert list(source.iterdir()) == [path]
+
+
+def test_a_file_of_the_source_stays(source: Path) -> None:
+    path = source / "config.json"
+    path.write_bytes(b"{}")
+    for act in (document(path, source).remove, lambda: document(path, source).write(OURS)):
+        with pytest.raises(OutputError, match="exists, and mquant did not write it") as caught:
+            act()
+        assert caught.value.fix == "Give another file with --junit."
+    assert path.read_bytes() == b"{}"
+
+
+def test_a_file_of_the_source_stays_under_another_spelling_of_its_folder(source: Path) -> None:
+    (source / "config.json").write_bytes(b"{}")
+    (source.parent / "link").symlink_to(source)
+    for folder in (source.parent / "link", source / ".." / "source"):
+        with pytest.raises(OutputError, match="exists"):
+            document(folder / "config.json", source).remove()
+    assert (source / "config.json").read_bytes() == b"{}"
+
+
+def test_a_link_is_replaced_and_the_file_it_leads_to_stays(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").write_bytes(b"{}")
+    link = tmp_path / "report"
+    link.symlink_to(source / "config.json")
+    document(link, source).write(OURS)
+    assert link.read_bytes() == b"<mark>new"
+    assert (source / "config.json").read_bytes() == b"{}"
+
+
+def test_a_folder_is_refused(source: Path) -> None:
+    with pytest.raises(OutputError, match="source cannot be written: Is a directory"):
+        document(source).remove()
+    assert source.is_dir()
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    document(pipe, tmp_path).remove()
+    document(pipe, tmp_path).write(OURS)
+    reader.join()
+    assert read == [b"<mark>new"]
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("to_file", [False, True])
+def test_an_open_file_is_written_to(tmp_path: Path, to_file: bool) -> None:
+    code = (
+        "from pathlib import Path; from mquant.output import Document\n"
+        "out = Document(Path('/dev/fd/1'), '--junit', b'<mark>')\n"
+        "print('before', flush=True); out.check(); out.write([b'<mark>', b'new'])"
+    )
+    with (tmp_path / "stdout").open("wb") as file:
+        stdout = file if to_file else subprocess.PIPE
+        done = subprocess.run([sys.executable, "-c", code], stdout=stdout, check=True)
+    written = (tmp_path / "stdout").read_bytes() if to_file else done.stdout
+    assert written == b"before\n<mark>new"
