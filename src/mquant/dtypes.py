@@ -30,6 +30,8 @@ BITS: Final[dict[str, int]] = {
 }
 RANK: Final[dict[str, int]] = {name: rank for rank, name in enumerate(BITS)}
 FLOAT_WEIGHTS: Final = frozenset({"BF16", "F16", "F32"})
+PLAIN_DTYPES: Final = FLOAT_WEIGHTS | {"F64"}
+"""What loaders copy into a plain parameter without a change of meaning."""
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -325,7 +325,6 @@ def test_strings_from_files_are_shown_and_never_obeyed(src: Path, hub: FakeHub) 
     front = FRONT.replace("org/Original\n---", "'../x'\nlicense_name: '<b>'\n---")
     from_hub(src, hub, front.replace("Made of", "![i](http://evil.example/i.png) <img> Made of"))
     edit_json(src / "mquant.json", mquant=HOSTILE, engine={"name": HOSTILE, "versions": {}})
-    edit_json(src / "config.json", architectures=[HOSTILE])
     card = card_of(src)
     assert metadata_errors(card) == []
     assert "<b>" not in card

@@ -3,12 +3,12 @@
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mquant.cli.output import INTERRUPTED
-from mquant.errors import MquantError, UsageError
+from mquant.errors import MquantError, OutputError, UsageError
 from mquant.text import clean
 
 if TYPE_CHECKING:
@@ -66,12 +66,23 @@ class JUnit:
         return ET.SubElement(self._suite, "testcase", classname=f"mquant.{group}", name=name)
 
 
+def forget(path: Path | None) -> Path | None:
+    """Remove an earlier report as soon as the option is read: other options may be wrong."""
+    if path is not None:
+        from mquant.output import Document
+
+        with suppress(OutputError):
+            Document(path, "--junit", _MARK, (path.parent,)).remove()
+    return path
+
+
 @contextmanager
 def junit(path: Path | None, name: str, kept: tuple[Path, ...]) -> Iterator[JUnit]:
     """Give the report to be filled in, and write the report to `path`, however the block ends.
 
-    The file of an earlier run is removed first. After a UsageError there is no file. Raises
-    OutputError as `Document` does; `kept` are folders with files that must stay.
+    A report without a verdict replaces the file of an earlier run first, so that no run that is
+    killed leaves a verdict. After a UsageError there is no file. Raises OutputError as `Document`
+    does; `kept` are files, and folders with files, that must stay.
     """
     report = JUnit(name)
     if path is None:
@@ -80,10 +91,14 @@ def junit(path: Path | None, name: str, kept: tuple[Path, ...]) -> Iterator[JUni
     from mquant.output import Document
 
     document = Document(path, "--junit", _MARK, kept)
-    document.remove()
+    if not document.is_stream:
+        started = JUnit(name)
+        started.error("The run ended before the verdict.", "Run the command again.")
+        document.write([started.to_xml()])
     try:
         yield report
     except UsageError:
+        document.remove()
         raise
     except BaseException as error:
         report.error(*_why(error))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.text import Text
 
-from mquant.cli.junit import junit
+from mquant.cli.junit import forget, junit
 from mquant.cli.options import Against, FamilyFile, FormatChoice, LoaderChoice, Revision, Src
 from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
@@ -26,7 +26,13 @@ DepthChoice = Annotated[
 ]
 JUnitFile = Annotated[
     Path | None,
-    typer.Option("--junit", metavar="FILE", help="Also write the result as JUnit XML, for CI."),
+    typer.Option(
+        "--junit",
+        metavar="FILE",
+        callback=forget,
+        is_eager=True,
+        help="Also write the result as JUnit XML, for CI.",
+    ),
 ]
 FailOn = Annotated[
     Literal["error", "warning"], typer.Option(help="The least severity that exits with 3.")
@@ -53,7 +59,7 @@ def verify(
     """
     failing = frozenset({"error", fail_on})
     with output("verify", output_format) as out:
-        kept = tuple(Path(name) for name in (src or ".", against) if name)
+        kept = tuple(Path(name) for name in (src or ".", against, family) if name)
         with junit(junit_file, src or ".", kept) as suite:
             source = open_source(src, revision, example(verify))
             parent = None if against is None else open_source(against, None, example(verify))

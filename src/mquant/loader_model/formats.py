@@ -21,45 +21,6 @@ DEFAULT_BLOCK: Final = (128, 128)
 _FLOATS: Final = ("F32", "BF16", "F16")
 
 
-# The methods of vLLM 0.32 (QUANTIZATION_METHODS), and transformers' other names.
-METHODS: Final = frozenset(
-    {
-        "auto_awq",
-        "auto_gptq",
-        "awq",
-        "awq_marlin",
-        "bitsandbytes",
-        "compressed-tensors",
-        "deepseek_v4_fp8",
-        "experts_int8",
-        "fbgemm_fp8",
-        "fp8",
-        "fp8_per_block",
-        "fp8_per_channel",
-        "fp8_per_tensor",
-        "fp_quant",
-        "gpt_oss_mxfp4",
-        "gptq",
-        "gptq_marlin",
-        "hqq",
-        "humming",
-        "inc",
-        "int8_per_channel_weight_only",
-        "modelopt",
-        "modelopt_fp4",
-        "modelopt_mixed",
-        "modelopt_mxfp8",
-        "moe_wna16",
-        "mxfp4",
-        "mxfp8",
-        "nvfp4_per_token",
-        "online",
-        "quark",
-        "torchao",
-    }
-)
-
-
 class StorageFormat(StrEnum):
     """How the weight of a quantized module is stored. OTHER: in a way that is not known here.
 

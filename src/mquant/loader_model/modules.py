@@ -118,9 +118,19 @@ def quantized_suffixes(tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
 
 
 def declared_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """config.json's `quantization_config`; None if there is none, or it is no table of keys."""
-    config = checkpoint.config.get("quantization_config")
-    return config if isinstance(config, dict) else None
+    """config.json's quantization config; None if there is none, or it is no table of keys.
+
+    The places are those of vLLM 0.32 (`get_quant_config`), in its order.
+    """
+    config = checkpoint.config
+    nested = config.get("text_config")
+    places = (
+        config.get("quantization_config"),
+        nested.get("quantization_config") if isinstance(nested, dict) else None,
+        config.get("compression_config"),
+    )
+    declared = next((each for each in places if each is not None), None)
+    return declared if isinstance(declared, dict) else None
 
 
 def _method(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]]:

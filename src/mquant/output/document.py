@@ -18,9 +18,9 @@ _OPEN_FILES: Final = ("/dev/std", "/dev/fd/", "/proc/")
 class Document:
     """The path, the option that named the path, and the text that marks a file as mquant's.
 
-    `kept` are folders, such as the source. A file in one of these folders is replaced only if the
-    file has the mark; an empty mark marks no file. A device, a pipe and `/dev/stdout` are written
-    to, and never replaced.
+    `kept` are files and folders, such as the source. A file that is one of these, or in one of
+    these, is replaced only if the file has the mark; an empty mark marks no file. A device, a pipe
+    and `/dev/stdout` are written to, and never replaced.
     """
 
     path: Path
@@ -31,12 +31,12 @@ class Document:
     def check(self) -> None:
         """Raise OutputError if the path is a folder, or a file that must stay."""
         with self._sentence():
-            if self._is_stream() or not self.path.exists():
+            if self.is_stream or not self.path.exists():
                 return
             with self.path.open("rb") as file:
                 head = file.read(_HEAD_BYTES)
-            folder = self.path.parent.resolve()
-            kept = any(folder.is_relative_to(each.resolve()) for each in self.kept)
+            place = self.path.parent.resolve() / self.path.name
+            kept = any(place.is_relative_to(each.resolve()) for each in self.kept)
         if kept and head and not (self.mark and self.mark in head):
             raise OutputError(f"{self.path} exists, and mquant did not write it.", self._fix)
 
@@ -44,14 +44,14 @@ class Document:
         """Remove the file of an earlier run. Raises OutputError, also as `check` does."""
         self.check()
         with self._sentence():
-            if not self._is_stream():
+            if not self.is_stream:
                 self.path.unlink(missing_ok=True)
 
     def write(self, pieces: Iterable[bytes]) -> None:
         """Write the file, whole or not at all. Raises OutputError, also as `check` does."""
         self.check()
         with self._sentence():
-            if self._is_stream():
+            if self.is_stream:
                 with self.path.open("ab") as stream:  # a shell may have sent stdout to a file
                     stream.writelines(pieces)
             else:
@@ -61,7 +61,8 @@ class Document:
     def _fix(self) -> str:
         return f"Give another file with {self.option}."
 
-    def _is_stream(self) -> bool:
+    @property
+    def is_stream(self) -> bool:
         """Whether the path is a device, a pipe, or a name of an open file."""
         opened = str(self.path.absolute()).startswith(_OPEN_FILES)
         return opened or (self.path.exists() and not (self.path.is_file() or self.path.is_dir()))

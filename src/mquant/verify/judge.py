@@ -151,13 +151,12 @@ def verify(
             checked.append("against")
             all_findings += _against(view, original, depth, emit)
         loader = asked.result() if asked else None
-    if loader is not None:
-        checked.append("vllm")
-        all_findings += loader.findings
+    all_findings += loader.findings if loader else ()
+    judged_by_loader = loader is not None and loader.verdict != "not asked"
+    checked += ["vllm"] if judged_by_loader else []
     if not any(finding.severity == "error" for finding in all_findings):
         all_findings += check_parallel(view)
     looked = {"loader" if each == "vllm" else each for each in checked}
-    judged_by_loader = loader is not None and loader.verdict != "not asked"
     rules = [each for each in RULES.values() if each.needs in VERIFIED]
     hubs = [each for each in (source, parent) if isinstance(each, HubRepo)]
     return Report(

@@ -1,7 +1,8 @@
-"""Whether tensors have names that loaders know."""
+"""Whether tensors have names that loaders know, and plain tensors hold floats."""
 
 from typing import Final
 
+from mquant.dtypes import PLAIN_DTYPES
 from mquant.family import Family, Role
 from mquant.findings import rule
 from mquant.loader_model.modules import ModuleView
@@ -18,14 +19,28 @@ TENSOR_RENAMED: Final = rule(
     "Save again with the original names, or quantize with mquant, which keeps them.",
     knowing=("family",),
 )
+DTYPE_NOT_FLOAT: Final = rule(
+    "dtype-not-float",
+    "A tensor that is not quantized has a dtype of floats.",
+    "vLLM converts integers and 8-bit codes to floats by value, without an error.",
+    "Take the tensor from the parent, or quantize again.",
+    knowing=("family",),
+)
 
 
 def check_names(view: ModuleView, family: Family, tally: Tally) -> None:
-    """Judge the name of every tensor."""
+    """Judge the name of every tensor, and the dtype of every tensor that is not quantized."""
     for module in view.modules.values():
         renamed = family.classify_in_memory(f"{module.name}.weight")
         for suffix, info in module.tensors.items():
-            if family.classify(info.name) is not None or suffix in _HARMLESS:
+            if suffix in _HARMLESS:
+                continue
+            if family.classify(info.name) is not None:
+                codes = suffix == "weight" and module.quantized
+                if not codes and info.dtype not in PLAIN_DTYPES:
+                    tally.add(
+                        DTYPE_NOT_FLOAT, info.name, f"{info.name} is {info.dtype}, not floats"
+                    )
                 continue
             part = f".{suffix}" in QUANTIZED_SUFFIXES or suffix == "weight_g_idx"
             if module.tensor_role is not None and part:

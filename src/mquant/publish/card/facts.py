@@ -43,7 +43,7 @@ class Card:
 
     `scheme` is the name of ours that it is in; `active` counts parameters that take part in one
     token; `cache_bytes` are those of the KV cache in 16 bits for one token; `license_file` is the
-    text of it, if it is among the files.
+    text of it, if it is among the files. `tried`: engines were tried with a model of this family.
     """
 
     inspection: Inspection
@@ -55,6 +55,7 @@ class Card:
     parameters: int | None
     active: int | None
     architecture: str
+    tried: bool
     generation: Mapping[str, float | bool]
     cache_bytes: int | None
     cache_scheme: bool
@@ -108,6 +109,7 @@ def gather(
         parameters=parameters,
         active=_active(parameters, roles, inspection),
         architecture=_architecture(checkpoint.config),
+        tried=view.family is not None and not view.family.own,
         generation=read_sampling(source),
         cache_bytes=_cache_bytes(view),
         cache_scheme=bool(view.config.get("kv_cache_scheme")),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mquant.loader_model.formats import METHODS
+from mquant.loader_model.vllm_methods import METHODS
 from mquant.publish.card.engines import ENGINES
 from mquant.publish.card.facts import Card
 
@@ -43,7 +43,8 @@ def _license_link(card: Card) -> str | None:
 
 def _library(card: Card) -> str | None:
     """The first engine that loads the checkpoint: the hub shows how to use that engine."""
-    loads = (engine.name for engine in ENGINES.get(card.scheme, ()) if engine.loads == "yes")
+    engines = ENGINES.get(card.scheme, ()) if card.tried else ()
+    loads = (engine.name for engine in engines if engine.loads == "yes")
     return next((name.lower() for name in loads), None)
 
 

@@ -79,7 +79,8 @@ def _verified(card: Card) -> str:
     looked = [depths.get(checked, checked) for checked in report.checked]
     rows = []
     for depth in looked:
-        ids = sorted(rule.id for rule in RULES.values() if rule.needs == depth)
+        of_depth = {rule.id for rule in RULES.values() if rule.needs == depth}
+        ids = sorted(of_depth - report.not_judged.keys())
         rows.append((depth, f"{len(ids)}", ", ".join(map(code, ids))))
     rules = table(("What was checked", "Rules", "Ids"), rows)
     parts.append(f"<details><summary>The rules</summary>\n\n{rules}\n</details>\n")

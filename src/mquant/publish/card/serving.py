@@ -21,7 +21,7 @@ def serving(card: Card) -> str:
 def _engines(card: Card) -> Iterator[str]:
     has_experts = bool(card.inspection.experts)
     engines = [e for e in ENGINES.get(card.scheme, ()) if has_experts or not e.only_experts]
-    if not engines:
+    if not engines or not card.tried:
         return
     where = card.about.repo or f"./{card.inspection.name}"
     if "/" in card.inspection.name:

@@ -131,7 +131,10 @@ def read_verdict(reported: Mapping[str, Any], why: str = "") -> Verdict:
     """The verdict from the probe's result; `why` says why the probe did not finish, if so."""
     version, stage = str(reported.get("vllm", "?")), str(reported.get("stage", "start"))
     if stage == "done":
-        found = tuple(_silent(reported))
+        try:
+            found = tuple(_silent(reported))
+        except (TypeError, ValueError, AttributeError, LookupError):
+            return read_verdict({"vllm": version}, "its answer cannot be read")
         return Verdict(version, "loads wrong" if found else "loads", "", found)
     error = str(reported.get("error", ""))
     words = " ".join(error.split())[:600] or why or "it stopped without a word"

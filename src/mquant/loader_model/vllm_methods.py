@@ -1,0 +1,64 @@
+"""The quantization configs of which it is known what vLLM builds (`vllm_methods.yaml`)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from mquant.data import read_yaml
+from mquant.loader_model.formats import block_of, format_of
+from mquant.loader_model.modules import ModuleView
+
+_DATA: Final = read_yaml(Path(__file__).with_suffix(".yaml"))
+METHODS: Final = frozenset(_DATA["names"])
+"""The methods that vLLM has."""
+
+
+def unknown_config(view: ModuleView) -> str:
+    """Why it is not known what vLLM builds of the quantization config, as a clause; or empty.
+
+    Empty also if nothing is known of the method.
+    """
+    if view.method not in _DATA["methods"]:
+        return ""
+    configs = _DATA["methods"][view.method]
+    unlike, known = min(
+        ((_unlike(view.config, each["config"]), each) for each in configs),
+        key=lambda pair: len(pair[0]),
+    )
+    if unlike:
+        return f"what vLLM makes of {unlike[0][:40]!r} in the quantization config is not known"
+    declared = {known["stores"]} if "stores" in known else _stored_by_groups(view.config)
+    stored = {str(storage) for each in view.quantized if (storage := format_of(view, each))}
+    lost = view.checkpoint.lost_shards or not stored
+    if not stored <= declared or not (lost or declared <= stored):
+        formats = " and ".join(sorted(stored))
+        return f"what vLLM makes of {formats} under this quantization config is not known"
+    return ""
+
+
+def _stored_by_groups(config: Mapping[str, Any]) -> set[str]:
+    """The storage format of each group of compressed-tensors; empty for a group not known."""
+    groups = config.get("config_groups")
+    return {
+        next((name for name, known in _DATA["groups"].items() if _fits(group, known)), "")
+        for group in (groups.values() if isinstance(groups, dict) else ())
+    }
+
+
+def _unlike(config: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
+    """The keys that are not known, or whose values are not."""
+    keys = (key for key in {**known, **config} if key not in _DATA["harmless"])
+    return [key for key in keys if key not in known or not _fits(config.get(key), known[key])]
+
+
+def _fits(value: object, known: object) -> bool:
+    match known:
+        case "any":
+            return True
+        case "block":
+            return block_of(value) is not None
+        case list():
+            return any(_fits(value, each) for each in known)
+        case dict():
+            return isinstance(value, dict) and not _unlike(value, known)
+    return type(value) is type(known) and value == known
