@@ -1,4 +1,4 @@
-"""Which tensors AWQ scales beside the weights: norms and routers that read the same input."""
+"""Tensors that AWQ scales besides quantized weights: norms before them, routers beside them."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ NOT_SCALABLE: Final = rule(
 
 
 def scaled(members: Iterable[Member], actions: list[Action], family: Family) -> list[Action]:
-    """The actions; norms and routers are scaled if AWQ scales weights of their layer."""
+    """Return the actions; mark norms and routers as scaled if AWQ scales weights of their layer."""
     row_of = {member.info.name: member.tensor_role.row.name for member in members}
     names: set[str] = set()
     for rows in ({row.name for row in group} for group in family.smoothings):
@@ -40,7 +40,7 @@ def scaled(members: Iterable[Member], actions: list[Action], family: Family) -> 
 
 
 def unscalable(family: Family, recipe: Recipe) -> list[Finding]:
-    """An error if the recipe scales weights and the family does not say what feeds what."""
+    """Return an error if the recipe scales weights of a family without a `smoothing` table."""
     if recipe.smoothing == "none" or family.smoothing:
         return []
     return [

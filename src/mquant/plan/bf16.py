@@ -1,4 +1,4 @@
-"""Checkpoint x Family -> the plan of its BF16: every stored weight dequantized, the rest copied."""
+"""Checkpoint x Family -> the plan that dequantizes every quantized weight and copies the rest."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -33,7 +33,7 @@ def make_bf16_plan(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Plan:
-    """Decide what becomes of every tensor; problems are findings, as in `make_plan`.
+    """Decide what happens to every tensor. Problems are `findings` of the plan, as in `make_plan`.
 
     Raises Refused if the family is unknown.
     """

@@ -1,4 +1,4 @@
-"""Recipes that quantize what loaders refuse quantized: the origin of this project."""
+"""Rules against quantized routers, embeddings and heads, which loaders refuse."""
 
 import math
 import re
@@ -48,7 +48,7 @@ QUANTIZED: Final[dict[Role, Rule]] = {
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layer 2 before layer 10."""
+    """Return a sort key that puts layer 2 before layer 10."""
     return [
         (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
     ]
@@ -57,18 +57,18 @@ def natural(name: str) -> list[tuple[int, str]]:
 def unsafe(
     actions: list[Action], family: Family, recipe: Recipe, *, allow_unsafe: bool
 ) -> list[Finding]:
-    """Findings if a recipe quantizes routers, embeddings or the output head."""
+    """Return findings if a recipe quantizes routers, embeddings or the output head."""
     findings = []
     nouns = {Role.ROUTER: "router", Role.EMBEDDING: "embedding", Role.HEAD: "output head"}
     for role, noun in nouns.items():
-        hit = [a.module for a in actions if a.role is role and a.scheme]
-        if not hit:
+        modules = [a.module for a in actions if a.role is role and a.scheme]
+        if not modules:
             continue
         findings.append(
             QUANTIZED[role].finding(
-                hit[0],
-                f"Recipe {recipe.name} would quantize {len(hit)} {noun}"
-                f"{'s' if len(hit) > 1 else ''} ({names(hit, 2)}); "
+                modules[0],
+                f"Recipe {recipe.name} would quantize {len(modules)} {noun}"
+                f"{'s' if len(modules) > 1 else ''} ({names(modules, 2)}); "
                 "vLLM refuses to load that.",
                 f"Use ignore: {safe_ignore(family, recipe)} (or --allow-unsafe to do it anyway).",
                 "tolerated" if allow_unsafe else "source",
@@ -78,7 +78,7 @@ def unsafe(
 
 
 def safe_ignore(family: Family, recipe: Recipe) -> str:
-    """The recipe's ignore list completed for a family, as YAML in one line."""
+    """Return the recipe's ignore list, completed for a family, as YAML in one line."""
     entries = []
     for row in family.tensors:
         module = row.name.rpartition(".")[0]
