@@ -272,7 +272,10 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256 of every decision: equal exactly if two plans make the same of a source."""
+        """The sha256 of every decision.
+
+        Two plans have equal fingerprints exactly if the plans make the same bytes from a source.
+        """
         digest = hashlib.sha256(f"{self.recipe.scales}\n".encode())
         if self.recipe.needs_data:
             measured = self.recipe.model_dump_json(include={"rounding", "smoothing", "calibration"})
