@@ -45,8 +45,8 @@ def mean_squares(
         for name, module in watched.items():
             if not isinstance(module, torch.nn.Linear):
                 raise EngineError(
-                    f"{name} is no linear layer of the model transformers builds.",
-                    "Keep it with the recipe's ignore list, or correct the family's `in_memory`.",
+                    f"{name} is no linear layer of the model that transformers builds.",
+                    "List the module in the recipe's ignore, or correct the family's `in_memory`.",
                 )
         watch = Watch()
         calibrate(model, watch.of(watched), samples, moe_calibrate_all_experts=False)

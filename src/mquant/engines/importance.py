@@ -24,7 +24,7 @@ from mquant.plan import Plan
 from mquant.recipe import Recipe
 from mquant.text import names
 
-_FIX: Final = "Make it from a calibration run of this checkpoint, with this recipe."
+_FIX: Final = "Write the file with mquant calibrate, from this checkpoint and this recipe."
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Importance:
             if stamp(os.fstat(file.fileno())) != self.looked:
                 raise SourceError(
                     f"{self.path.name} changed while it was read.",
-                    "Wait until nothing writes to it, then run the same command again.",
+                    "Wait until no process writes to the file, then run the same command again.",
                 )
         return np.frombuffer(bytearray(raw), "<f4")
 

@@ -173,5 +173,5 @@ def _expect_shape(name: str, built: torch.Tensor | None, info: TensorInfo) -> No
         raise EngineError(
             f"transformers builds {name} as {list(built.shape)}, the checkpoint has "
             f"{list(info.shape)}.",
-            "config.json and shards do not belong together.",
+            "Take config.json and shards from the same checkpoint.",
         )

@@ -90,8 +90,8 @@ def run(
         linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         if missing := sorted(planned.keys() - linears.keys()):
             raise EngineError(
-                f"{planned[missing[0]]} is no linear layer of the model transformers builds.",
-                "Keep it with the recipe's ignore list, or correct the family's `in_memory`.",
+                f"{planned[missing[0]]} is no linear layer of the model that transformers builds.",
+                "List the module in the recipe's ignore, or correct the family's `in_memory`.",
             )
         # One pattern: llmcompressor searches a list for every module, minutes for 29,000 modules.
         spared = "|".join(re.escape(name) for name in sorted(linears.keys() - planned.keys()))
@@ -121,7 +121,7 @@ def run(
         calibrate(model, modifiers, samples)
         session.reset()
         if scaled:  # the output would otherwise have an unscaled copy
-            raise EngineError(f"AWQ did not hand over {min(scaled.values())}.")
+            raise EngineError(f"The engine did not write {min(scaled.values())}, scaled by AWQ.")
 
 
 def _awq(plan: Plan) -> AWQModifier:
@@ -200,7 +200,7 @@ def watch_routing(model: PreTrainedModel, drain: Drain, emit: Emit) -> Callable[
                 Note(
                     "warning",
                     f"No calibration token was routed to {len(idle):,} {noun} ({names(idle)}); "
-                    f"{'it was' if len(idle) == 1 else 'they were'} calibrated with all others'.",
+                    f"{'it was' if len(idle) == 1 else 'they were'} calibrated on other tokens.",
                 )
             )
 

@@ -94,7 +94,7 @@ def _dataset(name: str) -> Iterable[dict[str, Any]]:
         return list(load_dataset(name, split="train"))
     except Exception as error:  # the hub and the dataset's code may raise anything
         raise DataFileError(
-            f"{name} is no file, and no dataset that the hub has ({type(error).__name__}).",
+            f"{name} is no file, and no dataset on the hub ({type(error).__name__}).",
             _FIX,
         ) from error
 
@@ -107,8 +107,8 @@ def _ids(row: object, tokenizer: Any, data: str) -> list[int]:
             text = tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # a template is a program: it may raise anything
             raise DataFileError(
-                f"The chat template cannot take the messages of {data}: {error}.",
-                "Correct the messages; or give rows with `text`.",
+                f"The chat template cannot format the messages of {data}: {error}.",
+                "Correct the messages, or give rows with `text`.",
             ) from error
     if not isinstance(text, str):
         raise DataFileError(f"A row of {data} has neither `text` nor `messages`.", _FIX)

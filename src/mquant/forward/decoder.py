@@ -52,12 +52,12 @@ def shape_of(family: Family | None, config: Mapping[str, Any], context: int) -> 
     """
     if family is None or family.forward is None:
         name = family.title if family else f"model_type {config.get('model_type')}"
-        _refuse(f"{name} cannot be evaluated: mquant does not know how it computes")
+        _refuse(f"{name} cannot be evaluated: mquant does not know its forward pass")
     if config.get("hidden_act", "silu") != "silu":
-        _refuse(f"hidden_act {config['hidden_act']} is not known here; silu is")
+        _refuse(f"mquant does not know hidden_act {config['hidden_act']}, only silu")
     window = config.get("sliding_window")
     if type(window) is int and window < context and config.get("use_sliding_window") is not False:
-        _refuse(f"Attention slides over {window} tokens; windows of {context} are longer")
+        _refuse(f"Attention slides over {window} tokens, fewer than the context of {context}")
 
     def number(key: str, default: int = 0) -> int:
         value = family.value(key, config) if key else None
@@ -95,7 +95,7 @@ def _frequencies(config: Mapping[str, Any], head_dim: int) -> Floats:
     if kind == "linear":
         return (unscaled / np.float32(rope["factor"])).astype(np.float32)
     if kind != "llama3":
-        _refuse(f"RoPE of type {kind} is not known here; default, linear and llama3 are")
+        _refuse(f"mquant does not know RoPE of type {kind}, only default, linear and llama3")
     low, high, old = (
         rope[key]
         for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -108,7 +108,7 @@ def _frequencies(config: Mapping[str, Any], head_dim: int) -> Floats:
 
 
 def _refuse(what: str) -> NoReturn:
-    raise SourceError(f"{what}.", "Evaluate it with its own code, e.g. lm-eval on vLLM.")
+    raise SourceError(f"{what}.", "Evaluate the model with its own code, e.g. lm-eval on vLLM.")
 
 
 class Model:
@@ -143,8 +143,8 @@ class Model:
         """Return a weight on disk. Raises SourceError if the weight is missing or not decodable."""
         if name not in self._matrices:
             raise SourceError(
-                f"{self.view.checkpoint.source.name} has no {name} that can be decoded.",
-                "See what mquant verify says of it.",
+                f"{self.view.checkpoint.source.name} has no {name} that mquant can decode.",
+                "Run mquant verify on the checkpoint.",
             )
         return self._matrices[name]
 

@@ -89,7 +89,7 @@ def read_modules(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Modu
         raise SourceError(
             f"{checkpoint.source.name} has {len(grouped):,} modules; no model has more than "
             f"{MAX_MODULES:,}.",
-            "Take out the tensors that do not belong to it.",
+            "Remove the tensors that do not belong to the model.",
         )
     modules = {
         name: Module(name, tensors, family.classify(f"{name}.weight") if family else None)

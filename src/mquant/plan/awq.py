@@ -14,8 +14,8 @@ from mquant.recipe import Recipe
 NOT_SCALABLE: Final = rule(
     "not-scalable",
     "If the recipe scales weights, the family file says which layers feed which.",
-    "Weights that are scaled without the layers that feed them compute something else.",
-    "Take another recipe: mquant recipes lists them.",
+    "If weights are scaled without the layers that feed them, the model computes something else.",
+    "Take another recipe: mquant recipes lists all.",
     needs="plan",
 )
 
@@ -46,8 +46,8 @@ def unscalable(family: Family, recipe: Recipe) -> list[Finding]:
     return [
         NOT_SCALABLE.finding(
             recipe.name,
-            f"Recipe {recipe.name} scales weights and what feeds them; what feeds what in "
-            f"{family.title} is not known.",
-            "Take another recipe: mquant recipes lists them.",
+            f"Recipe {recipe.name} scales weights and the layers that feed them, but mquant does "
+            f"not know which layers feed which in {family.title}.",
+            "Take another recipe: mquant recipes lists all.",
         )
     ]

@@ -15,14 +15,14 @@ from mquant.plan.survey import Survey, survey
 from mquant.recipe import Recipe
 
 BF16: Final = Recipe(
-    name="bf16", title="BF16 of whatever is quantized, all else as it is", suffix="BF16", roles={}
+    name="bf16", title="BF16 for quantized weights, all else as it is", suffix="BF16", roles={}
 )
 
 NOTHING_TO_DEQUANTIZE: Final = rule(
     "nothing-to-dequantize",
     "The checkpoint has quantized weights.",
     "A checkpoint without quantized weights needs no dequantization.",
-    "Use it as it is.",
+    "Use the checkpoint as it is.",
     needs="plan",
 )
 
@@ -64,6 +64,6 @@ def _nothing(surveyed: Survey) -> list[Finding]:
         NOTHING_TO_DEQUANTIZE.finding(
             "config.json",
             f"{surveyed.checkpoint.source.name} has no quantized weights.",
-            "Use it as it is.",
+            "Use the checkpoint as it is.",
         )
     ]

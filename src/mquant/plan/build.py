@@ -164,8 +164,8 @@ def dequantizes(surveyed: Survey) -> list[Finding]:
         SOURCE_DEQUANTIZED.finding(
             stored[0].codes.name,
             f"{surveyed.checkpoint.source.name} is quantized ({formats}): {len(stored):,} weights "
-            f"are dequantized to BF16 as they are read; {left_out:,} tensors that only these need, "
-            "and quantization_config, are left out.",
+            f"are dequantized to BF16 as they are read; {left_out:,} tensors that only these "
+            "weights need, and quantization_config, are left out.",
         )
     ]
 
@@ -252,7 +252,7 @@ def _unlike_experts(actions: list[Action]) -> list[Finding]:
         EXPERTS_MIXED.finding(
             modules[0],
             f"The recipe keeps {names(modules)} of layer {mixed[0]} and quantizes its other "
-            "experts; vLLM refuses to load that.",
+            "experts; vLLM refuses such a checkpoint.",
             "Quantize all experts of a layer, or list all of them in ignore.",
         )
     ]

@@ -35,7 +35,7 @@ NOTHING_TO_EXPORT: Final = rule(
     "nothing-to-export",
     "The checkpoint is in a layout that can be exported.",
     "mquant exports NVFP4 only.",
-    "Quantize it first: mquant quantize --recipe nvfp4.",
+    "Quantize the checkpoint first: mquant quantize --recipe nvfp4.",
     needs="plan",
 )
 NOT_EXPORTABLE: Final = rule(
@@ -47,7 +47,7 @@ NOT_EXPORTABLE: Final = rule(
 )
 ACTIVATION_SCALES_MISSING: Final = rule(
     "activation-scales-missing",
-    "If config.json declares static activation scales, the tensors are there.",
+    "If config.json declares static activation scales, the shards hold these scales.",
     "vLLM loads without the scales and multiplies by uninitialised memory.",
     "Calibrate again, or declare weights only (input_activations: null).",
     knowing=("layout",),
@@ -98,8 +98,8 @@ def survey_for(checkpoint: Checkpoint, families: Mapping[str, Family], target: T
         findings.append(
             NOTHING_TO_EXPORT.finding(
                 "config.json",
-                f"{checkpoint.source.name} is not {SOURCE[target]}, which {target} is made from.",
-                "Quantize it first: mquant quantize --recipe nvfp4.",
+                f"{checkpoint.source.name} is not {SOURCE[target]}, the source of {target}.",
+                "Quantize the checkpoint first: mquant quantize --recipe nvfp4.",
             )
         )
     if unstorable:
@@ -115,8 +115,8 @@ def survey_for(checkpoint: Checkpoint, families: Mapping[str, Family], target: T
         findings.append(
             ACTIVATION_SCALES_MISSING.finding(
                 lacking,
-                f"{lacking} has no scale of its input, {len(with_input):,} others have one.",
-                "Get the checkpoint again; mquant verify says more.",
+                f"{lacking} has no input scale, but {len(with_input):,} other weights have one.",
+                "Get the checkpoint again; mquant verify lists all faults.",
             )
         )
     if findings:

@@ -18,8 +18,8 @@ ROUTER_QUANTIZED: Final = rule(
     "Loaders build routers plain, whatever config.json says: vLLM stops at the first scale or "
     "packed weight without a parameter. Tools that select layers by name take routers for "
     "linear layers, so `ignore` must name the routers when the checkpoint is made.",
-    "Take them from the parent, which `mquant repair SRC --from PARENT` does; or quantize again, "
-    "with an ignore list that names them.",
+    "Take the routers from the parent: `mquant repair SRC --from PARENT`. Or quantize again, with "
+    "an ignore list that names the routers.",
     if_tolerated="warning",
     knowing=("family",),
 )
@@ -27,16 +27,16 @@ HEAD_QUANTIZED: Final = rule(
     "head-quantized",
     "lm_head has no tensors of a quantized layer.",
     "vLLM builds lm_head plain and refuses scales for it.",
-    "Take them from the parent, which `mquant repair SRC --from PARENT` does; or quantize again, "
-    "with an ignore list that names them.",
+    "Take lm_head from the parent: `mquant repair SRC --from PARENT`. Or quantize again, with "
+    "an ignore list that names lm_head.",
     if_tolerated="warning",
 )
 EMBEDDING_QUANTIZED: Final = rule(
     "embedding-quantized",
     "The embeddings have no tensors of a quantized layer.",
-    "Loaders look embeddings up row by row in a plain matrix: vLLM refuses a quantized one.",
-    "Take them from the parent, which `mquant repair SRC --from PARENT` does; or quantize again, "
-    "with an ignore list that names them.",
+    "Loaders look embeddings up row by row in a plain matrix: vLLM refuses a quantized matrix.",
+    "Take the embeddings from the parent: `mquant repair SRC --from PARENT`. Or quantize again, "
+    "with an ignore list that names the embeddings.",
     if_tolerated="warning",
 )
 QUANTIZED: Final[dict[Role, Rule]] = {
@@ -69,8 +69,8 @@ def unsafe(
                 modules[0],
                 f"Recipe {recipe.name} would quantize {len(modules)} {noun}"
                 f"{'s' if len(modules) > 1 else ''} ({names(modules, 2)}); "
-                "vLLM refuses to load that.",
-                f"Use ignore: {safe_ignore(family, recipe)} (or --allow-unsafe to do it anyway).",
+                "vLLM refuses such a checkpoint.",
+                f"Use ignore: {safe_ignore(family, recipe)} (or --allow-unsafe to do so anyway).",
                 "tolerated" if allow_unsafe else "source",
             )
         )

@@ -35,8 +35,8 @@ READABLE: Final = (*FP8S, *NVFP4S)
 PART_MISSING: Final = rule(
     "part-missing",
     "A quantized module has its codes and all its scales.",
-    "vLLM turns its missing-weight check off for quantized models: what is missing stays "
-    "uninitialised, and the model talks nonsense.",
+    "vLLM turns its missing-weight check off for quantized models: missing weights stay "
+    "uninitialised, and the model generates nonsense.",
     "Quantize again, with a tool that writes the whole module.",
     knowing=("layout",),
 )

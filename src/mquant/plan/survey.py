@@ -22,7 +22,7 @@ from mquant.text import names
 FAMILY_UNKNOWN: Final = rule(
     "family-unknown",
     "mquant knows the family of config.json's model_type.",
-    "Without the family nobody can say which tensors must be there, and their shapes.",
+    "Without the family, mquant does not know which tensors must be there, and their shapes.",
     "Add the family: one YAML file, see docs/adding-a-family.md.",
     severity="warning",
     as_source="error",
@@ -31,14 +31,14 @@ FAMILY_UNKNOWN: Final = rule(
 SOURCE_QUANTIZED: Final = rule(
     "source-quantized",
     "The source is not quantized, or only in a layout that can be dequantized.",
-    "A quantized weight that is quantized again has the errors of both.",
-    "Start from the BF16 checkpoint it was made from.",
+    "A quantized weight that is quantized again has the errors of both quantizations.",
+    "Start from the BF16 checkpoint that the source was made from.",
     needs="plan",
     as_fact="info",
 )
 TENSOR_UNKNOWN: Final = rule(
     "tensor-unknown",
-    "Every tensor is one of the family's, or a part of one that is quantized.",
+    "Every tensor is in the family's file, or is a part of a quantized weight in that file.",
     "Loaders refuse the tensor, or drop it without a message.",
     "Remove the tensor, or, if it belongs to the model, add its name to the family's file.",
     knowing=("family",),
@@ -155,8 +155,8 @@ def _already_quantized(
         SOURCE_QUANTIZED.finding(
             traces[0] if traces else "config.json",
             f"{checkpoint.source.name} is already quantized ({how}).",
-            "Start from the BF16 checkpoint it was made from"
-            + ("." if set(READABLE) <= set(formats) else ", or make one: mquant dequantize."),
+            "Start from the BF16 checkpoint that the source was made from"
+            + ("." if set(READABLE) <= set(formats) else ", or write one: mquant dequantize."),
         )
     ]
 
@@ -166,6 +166,6 @@ def _unknown(unknown: list[str], family: Family) -> Finding:
     return TENSOR_UNKNOWN.finding(
         unknown[0],
         f"{family.title} has no such tensor as {names(unknown)} ({count}).",
-        f"If it belongs to the model, add its name to configs/{family.name}.yaml "
-        "(role `other` copies it); if not, remove it from the checkpoint.",
+        f"If the tensor belongs to the model, add its name to configs/{family.name}.yaml "
+        "(role `other` copies it); if not, remove the tensor from the checkpoint.",
     )

@@ -24,23 +24,23 @@ CONFIG_KEY_UNUSABLE: Final = rule(
 EXPERT_GAP: Final = rule(
     "expert-gap",
     "The experts of a layer are numbered without gaps.",
-    "vLLM turns its missing-weight check off for quantized models: what is missing stays "
-    "uninitialised, and the model talks nonsense.",
+    "vLLM turns its missing-weight check off for quantized models: missing weights stay "
+    "uninitialised, and the model generates nonsense.",
     "Number the experts without gaps, or get the missing shards.",
     knowing=("family",),
 )
 EXPERTS_DISAGREE: Final = rule(
     "experts-disagree",
     "Every layer has as many experts as config.json says.",
-    "vLLM loads more or fewer experts without an error; the router then points at the wrong ones.",
+    "vLLM loads more or fewer experts without an error; the router then selects wrong experts.",
     "Set the number in config.json to what the shards hold, or get the right shards.",
     knowing=("family",),
 )
 TENSOR_MISSING: Final = rule(
     "tensor-missing",
-    "Every tensor of the model is there.",
-    "vLLM turns its missing-weight check off for quantized models: what is missing stays "
-    "uninitialised, and the model talks nonsense.",
+    "The shards hold every tensor of the model.",
+    "vLLM turns its missing-weight check off for quantized models: missing weights stay "
+    "uninitialised, and the model generates nonsense.",
     "Get the checkpoint again.",
     knowing=("family",),
 )
@@ -53,23 +53,23 @@ LAYERS_DISAGREE: Final = rule(
 )
 BLOCK_DISAGREES: Final = rule(
     "block-disagrees",
-    "A layer has a block (attention, dense MLP, experts) if config.json implies it, and only then.",
+    "A layer has a block (attention, dense MLP, experts) if and only if config.json implies it.",
     "Loaders build the layer that config.json describes, and refuse or drop the tensors of "
-    "another.",
+    "another layer.",
     "Take config.json and shards from the same checkpoint.",
     knowing=("family",),
 )
 FUSED_SET_INCOMPLETE: Final = rule(
     "fused-set-incomplete",
     "A fused set has all its members.",
-    "vLLM turns its missing-weight check off for quantized models: what is missing stays "
-    "uninitialised, and the model talks nonsense.",
+    "vLLM turns its missing-weight check off for quantized models: missing weights stay "
+    "uninitialised, and the model generates nonsense.",
     "Get the missing shards.",
     knowing=("family",),
 )
 SHAPE_DISAGREES: Final = rule(
     "shape-disagrees",
-    "Shapes are those that config.json implies; for a quantized weight, the unpacked shape is.",
+    "Tensors, and quantized weights when unpacked, have the shapes that config.json implies.",
     "Loaders refuse the tensor, or copy the part that fits: for experts without an error.",
     "Take config.json and shards from the same checkpoint.",
     knowing=("family",),
@@ -177,7 +177,7 @@ def _missing(
         TENSOR_MISSING.finding(
             absent[0],
             f"The checkpoint lacks {names(absent)} ({count}).",
-            "Download the shards that hold them.",
+            "Download the missing shards.",
         )
     ]
 
@@ -218,8 +218,8 @@ def _block_findings(
     return [
         BLOCK_DISAGREES.finding(
             member.info.name,
-            f"{member.info.name} is there, but config.json implies that it is not: "
-            f"{family.title} has it where `{family.blocks[member.tensor_role.row.block]}`"
+            f"The shards hold {member.info.name}, but config.json implies a layer without it: "
+            f"{family.title} has it only if `{family.blocks[member.tensor_role.row.block]}`"
             f"{_elsewhere(len(wrong) - 1)}.",
             "Take config.json and shards from the same checkpoint.",
         )
@@ -275,9 +275,9 @@ def _fused_findings(
             return [
                 FUSED_SET_INCOMPLETE.finding(
                     absent[0],
-                    f"{member.info.name} is there without {names(absent)}; loaders make one "
-                    "matrix of them, with one scale.",
-                    "Download the shards that hold them.",
+                    f"The shards hold {member.info.name} without {names(absent)}; loaders make one "
+                    "matrix of these tensors, with one scale.",
+                    "Download the missing shards.",
                 )
             ]
     return []
