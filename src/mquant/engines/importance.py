@@ -37,7 +37,7 @@ class Importance:
     path: Path
     sha256: str
     vectors: dict[str, TensorInfo]
-    looked: Stamp
+    file_stamp: Stamp
 
     def of(self, module: str) -> Floats:
         """Read a module's vector, float32 [in]. Any number of threads may call this method.
@@ -47,7 +47,7 @@ class Importance:
         info = self.vectors[module]
         with self.path.open("rb") as file:
             raw = os.pread(file.fileno(), info.nbytes, info.start)
-            if stamp(os.fstat(file.fileno())) != self.looked:
+            if stamp(os.fstat(file.fileno())) != self.file_stamp:
                 raise SourceError(
                     f"{self.path.name} changed while it was read.",
                     "Wait until no process writes to the file, then run the same command again.",
@@ -94,10 +94,10 @@ def open_importance(path: Path, plan: Plan) -> Importance:
     """
     try:
         with path.open("rb") as file:
-            looked = stamp(os.fstat(file.fileno()))
+            file_stamp = stamp(os.fstat(file.fileno()))
             first = file.read(PREFIX_BYTES)
-            raw = file.read(header_length(first, looked[0], path.name))
-            vectors = {info.name: info for info in parse_header(raw, looked[0], path.name)}
+            raw = file.read(header_length(first, file_stamp[0], path.name))
+            vectors = {info.name: info for info in parse_header(raw, file_stamp[0], path.name)}
             _check_names(path.name, vectors, plan)
             digest = hashlib.sha256(first + raw)
             for info in vectors.values():  # in the order of the file, which has no holes
@@ -106,7 +106,7 @@ def open_importance(path: Path, plan: Plan) -> Importance:
                 _check_values(path.name, info, data)
     except OSError as error:
         raise DataFileError(f"{path} cannot be read: {error.strerror}.", _FIX) from error
-    return Importance(path, digest.hexdigest(), vectors, looked)
+    return Importance(path, digest.hexdigest(), vectors, file_stamp)
 
 
 def _check_names(file: str, vectors: dict[str, TensorInfo], plan: Plan) -> None:

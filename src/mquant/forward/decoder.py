@@ -107,8 +107,8 @@ def _frequencies(config: Mapping[str, Any], head_dim: int) -> Floats:
     return stretched
 
 
-def _refuse(what: str) -> NoReturn:
-    raise SourceError(f"{what}.", "Evaluate the model with its own code, e.g. lm-eval on vLLM.")
+def _refuse(reason: str) -> NoReturn:
+    raise SourceError(f"{reason}.", "Evaluate the model with its own code, e.g. lm-eval on vLLM.")
 
 
 class Model:
