@@ -310,16 +310,16 @@ def summary(results: list[list[Row]]) -> str:
 
 HEAD = """# Accuracy
 
-Made by `scripts/accuracy.py`, which trains what it measures; do not edit. Small models, trained for
-minutes on the sources of Python's standard library: they rank methods, they do not predict what a
-large model loses.
+Written by `scripts/accuracy.py`, which also trains the models; do not edit. The models are small,
+trained for minutes on the sources of Python's standard library: these models rank methods, but do
+not predict the loss of a large model.
 
 *weight error* is the mean over all quantized matrices of |decoded - parent| / |parent| (L2). *KL*
-is how far the next-token distribution is from the parent's. Activations are not quantized here:
-recipes that do so are shown by their weights alone. *seconds*: `mquant` as a whole process,
-start-up included; llmcompressor's observers on weights in memory, alone. `nvfp4-gptq` is
-llmcompressor's GPTQ, and `w4a16-awq` its AWQ: the tests hold every tensor of them equal to plain
-`oneshot`'s. What AWQ scaled has no weight error against the parent.
+is the divergence of the next-token distribution from the parent's. Activations are not quantized:
+recipes that quantize activations are measured by their weights alone. *seconds*: `mquant` as a
+whole process, with start-up; llmcompressor's observers alone, on weights in memory. `nvfp4-gptq` is
+llmcompressor's GPTQ, and `w4a16-awq` its AWQ: the tests hold every tensor of these recipes equal to
+plain `oneshot`'s. Weights that AWQ scaled have no weight error against the parent.
 """
 
 

@@ -29,19 +29,19 @@ from corpus import CASES, Case  # noqa: E402  (the tests' folder is no package)
 from run import TRAINED, quantize_nvfp4  # noqa: E402
 
 PAGE, DATA = ROOT / "docs/loaders.md", ROOT / "tests/data/vllm-verdicts.json"
-HEAD = """# What vLLM makes of broken checkpoints, and what `mquant verify` says
+HEAD = """# What vLLM does with broken checkpoints, and what `mquant verify` reports
 
-Made by `scripts/test-loaders.sh`, which breaks the tiny trained checkpoint in {count} ways, has
-`mquant verify` judge each, and vLLM {version} load its headers; do not edit.
+Written by `scripts/test-loaders.sh`, which breaks the tiny trained checkpoint in {count} ways, has
+`mquant verify` judge each result, and has vLLM {version} load its headers; do not edit.
 
-vLLM *refuses*, *loads* what it was given, or *loads wrong*: it drops tensors, leaves parameters
-unset, spreads or converts them, without a word. What is wrong in the numbers alone no load check
-sees: those cases say why they are wrong. Errors of ours are **bold**, warnings are not; what is
-only worth knowing (an info) is left out, but where a case is about it.
+vLLM *refuses* a checkpoint, *loads* the checkpoint, or *loads wrong*: vLLM drops tensors, leaves
+parameters unset, or spreads or converts tensors, without a message. No load check sees a fault in
+the numbers alone: such cases say why they are wrong. mquant's errors are **bold**, its warnings are
+not; an info is listed only if the case is about this info.
 
-vLLM is *not asked* where its CPU build has no kernel that it could build the layer for. Kernels of
-NVFP4, of FP8 in blocks and of packed integers need a GPU too, but the probe answers in their stead:
-whichever computes, the tensors that are loaded are the same. INT8 of experts stays not asked.
+vLLM is *not asked* if its CPU build has no kernel for a layer. The kernels of NVFP4, of FP8 in
+blocks and of packed integers need a GPU too, but the probe stands in for these kernels, because
+every kernel loads the same tensors. Experts in INT8 stay not asked.
 
 | case | mquant verify | vLLM | its words, or what it does |
 | --- | --- | --- | --- |

@@ -21,23 +21,23 @@ from pages import write_or_check
 KINDS = {str: "TEXT", int: "N", Path: "PATH"}
 HEAD = """# Command line reference
 
-Made by `scripts/make_docs.py` from `mquant --help`; do not edit.
+Written by `scripts/make_docs.py` from `mquant --help`; do not edit.
 
-SRC is a folder or a hub repo id. stdout is the result, stderr everything else. Exit codes: 0 done;
-1 failed, refused, or could not be judged; 2 the command line makes no sense; 3 a checkpoint was
-read and found wrong; 130 interrupted, safe to run again.
+SRC is a folder or a hub repo id. stdout has the result, stderr everything else. Exit codes: 0 done;
+1 failed, refused, or could not be judged; 2 the command line is wrong; 3 the checkpoint is wrong;
+130 interrupted, safe to run again.
 """
 RULES_HEAD = """# What `mquant verify` checks
 
-Made by `scripts/make_docs.py` from the rules beside the checks; do not edit.
+Written by `scripts/make_docs.py` from the rules beside the checks; do not edit.
 
 `structure` needs headers and JSON only, `numbers` reads all data, `against` compares with the
 parent (`--against`), `loader` has a real loader load the headers (`--loader vllm`). Errors exit
-with 3; warnings too, with `--fail-on warning`; an info is something worth knowing, and never fails.
+with 3; warnings exit with 3 only with `--fail-on warning`; an info never fails.
 
-A rule that was not applied has not passed: it is listed as not judged, and skipped in JUnit. If
-that decides whether a loader takes a quantized checkpoint, the exit code is 1; `--loader vllm` then
-decides.
+A rule that was not applied has not passed: the rule is listed as not judged, and skipped in JUnit.
+If such a rule decides whether a loader takes a quantized checkpoint, the exit code is 1;
+`--loader vllm` then decides.
 """
 
 

@@ -278,8 +278,8 @@ def documents() -> dict[str, str]:
         "tensors": ", ".join(f"{c.title} has {c.plan.output_tensors:,} tensors" for c in CASES),
         "real": table(["run", "simulated", "measured", ""], REAL),
     }
-    head, each, tail = re.split(r"<!--.*-->\n", TEMPLATE.read_text(encoding="utf-8"))
-    text = fill(head, values) + "".join(section(case, each) for case in CASES) + fill(tail, values)
+    head, body, tail = re.split(r"<!--.*-->\n", TEMPLATE.read_text(encoding="utf-8"))
+    text = fill(head, values) + "".join(section(case, body) for case in CASES) + fill(tail, values)
     # The text before the mark is written by hand; the headings after it are in its last section.
     above, mark, _ = (DOCS / f"{NAME}.md").read_text(encoding="utf-8").partition(MARK)
     below = re.sub(r"^#", "##", text, flags=re.MULTILINE)
