@@ -18,7 +18,7 @@ from mquant.plan import Action, Stored
 
 
 class Source(Protocol):
-    """Where bytes come from."""
+    """The source of bytes."""
 
     def read_into(self, path: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the file's bytes from `start` on."""

@@ -195,8 +195,8 @@ class Model:
     def layer(self, number: int, hidden: Floats, windows: list[slice]) -> Integers | None:
         """Run a decoder layer on `hidden` [n, hidden], in place.
 
-        A token attends only to earlier tokens of its window. Returns the chosen experts [n, top_k],
-        sorted; None if the layer has no experts.
+        A token attends only to itself and to earlier tokens of its window. Returns the chosen
+        experts [n, top_k], sorted; None if the layer has no experts.
         """
         at = f"model.layers.{number}"
         hidden += self._attention(

@@ -1,4 +1,4 @@
-"""Which modules vLLM builds quantized, and which modules vLLM builds plain.
+"""The modules that vLLM builds quantized, and the modules that vLLM builds plain.
 
 vLLM decides from config.json, before vLLM reads a tensor, and under names of its own. The tensors
 on disk must then fit the modules that vLLM has built.

@@ -75,7 +75,7 @@ _SCALAR: Final[dict[Target, tuple[int, ...]]] = {
 # Loaders know the layout by this producer's name, and TensorRT-LLM's AutoDeploy refuses any other
 # name; mquant.json names mquant. The version is a ModelOpt version that writes this layout.
 _LAYOUT: Final = {"name": "modelopt", "version": "0.39.0"}
-# The weights of a config group as ModelOpt writes them
+# 4-bit weights or activations in a config group, as ModelOpt writes them
 # (`modelopt/torch/export/convert_hf_config.py`).
 _FP4: Final = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": GROUP}
 

@@ -17,7 +17,8 @@ def share(plan: Plan, number: int, of: int) -> Plan:
 def shares(plan: Plan, of: int) -> tuple[Plan, ...]:
     """Return all shares of a plan. Together the shares have each shard of the plan once, in order.
 
-    A share is at most one shard larger than its due. No share is empty if there are enough shards.
+    A share is at most one shard larger than its part of the source bytes. No share is empty if
+    there are enough shards.
     """
     parts: list[list[ShardPlan]] = [[] for _ in range(of)]
     shards = plan.shards
