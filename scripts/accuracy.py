@@ -1,15 +1,16 @@
-"""Measure what every recipe costs in accuracy, beside llmcompressor, and write docs/accuracy.md.
+"""Measure the accuracy of every recipe and of llmcompressor, and write docs/accuracy.md.
 
     python scripts/accuracy.py [MODEL ...] [--data FILE] [--text FILE]
 
-MODEL: folders that scripts/train_tiny_moe.py made. Left out: the tests' fixture, and two larger
-ones that are trained into out/accuracy first, for half an hour.
+MODEL: folders that scripts/train_tiny_moe.py wrote. The default is the tests' fixture and two
+larger models, which are first trained into out/accuracy, for half an hour.
 
-Each checkpoint is quantized by `mquant quantize`, one process a recipe, start-up included, and by
-llmcompressor's observers and compressed-tensors' compressor on weights in memory, timed alone. Both
-are made BF16 again, and run by transformers in F32: perplexity, and the mean Kullback-Leibler
-divergence of the parent's next-token distribution from theirs, on text that was not trained on.
-Calibration text (--data) is of the training text.
+`mquant quantize` quantizes each checkpoint, one process a recipe, timed with start-up.
+llmcompressor's observers and compressed-tensors' compressor quantize the same weights in memory,
+timed alone. Every result is dequantized to BF16, and transformers runs the result in F32, on text
+that was not trained on: perplexity, and the mean Kullback-Leibler divergence of the result's
+next-token distribution from the parent's. The default calibration text (--data) is a part of the
+training text.
 """
 
 import argparse
@@ -51,7 +52,7 @@ OBSERVERS = {
 WEIGHED = "nvfp4-opt with --importance"
 WINDOW = 256
 TRAINED = {
-    # The first has no side that 128 does not divide: blocks of 128 x 128 fit.
+    # 128 divides all sides of m8, so blocks of 128 x 128 fit.
     "m8": {"steps": 600, "hidden": 384, "intermediate": 128, "layers": 4, "kv-heads": 4},
     "m13": {"steps": 400, "hidden": 512, "intermediate": 96, "layers": 6},
 }
@@ -59,7 +60,7 @@ TRAINED = {
 
 @dataclass
 class Row:
-    """One way to quantize one model. `note` says why there are no numbers, where there are none."""
+    """The result of one recipe or observer on one model. `note` says why numbers are missing."""
 
     name: str
     seconds: float = 0.0
@@ -71,15 +72,15 @@ class Row:
 
 
 def main() -> None:
-    """Train what is missing, quantize, measure, write."""
+    """Train missing models, quantize, measure, and write the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="*", type=Path)
-    parser.add_argument("--data", type=Path, help="calibration text; left out: of the training's")
+    parser.add_argument("--data", type=Path, help="calibration text; default: training text")
     parser.add_argument("--text", type=Path, default=ROOT / "tests/fixtures/heldout.txt")
-    parser.add_argument("--recipes", help="only these, by name, with commas between")
-    parser.add_argument("--tokens", type=int, default=16 * 1024, help="of the text, at most")
+    parser.add_argument("--recipes", help="names of recipes, separated by commas; default: all")
+    parser.add_argument("--tokens", type=int, default=16 * 1024, help="the most tokens of the text")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/accuracy.md")
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -97,7 +98,7 @@ def main() -> None:
 
 
 def train() -> list[Path]:
-    """Two larger models, trained where they are not there yet."""
+    """Return the folders of two larger models; train a model if its folder is missing."""
     folder = ROOT / "out/accuracy"
     for seed, (name, sizes) in enumerate(TRAINED.items(), start=2):
         if not (folder / name / "training.json").exists():
@@ -111,7 +112,7 @@ def train() -> list[Path]:
 
 
 def calibration(path: Path) -> Path:
-    """Some of the text that the models were trained on, one document a line, as JSON."""
+    """Write a part of the models' training text, one document a line, as JSON; return the path."""
     documents, _ = read_library()
     chosen = documents[:: max(1, len(documents) // 64)]
     path = path.with_suffix(".jsonl")
@@ -120,7 +121,7 @@ def calibration(path: Path) -> Path:
 
 
 class Judge:
-    """The parent's predictions on a text, and how far another model's are from them."""
+    """The parent's predictions on a text, with which other models are compared."""
 
     def __init__(self, parent: Path, text: Path, most: int) -> None:
         from transformers import AutoTokenizer
@@ -134,14 +135,14 @@ class Judge:
         self.perplexity = self.of(parent)[1]
 
     def of(self, folder: Path) -> tuple[float, float]:
-        """Mean KL (nats a token) from the parent, and perplexity, of a BF16 checkpoint."""
+        """Return the mean KL (nats a token) from the parent and the perplexity of a checkpoint."""
         kl = loss = 0.0
-        for window, ours, logs in zip(
+        for window, parent, log_probs in zip(
             torch.split(self.windows, 8), self.parent, self._predict(folder), strict=True
         ):
-            kl += float((ours.exp() * (ours - logs)).sum(dtype=torch.float64))
+            kl += float((parent.exp() * (parent - log_probs)).sum(dtype=torch.float64))
             targets = window[:, 1:].unsqueeze(-1)
-            loss -= float(logs.gather(-1, targets).sum(dtype=torch.float64))
+            loss -= float(log_probs.gather(-1, targets).sum(dtype=torch.float64))
         count = self.windows.shape[0] * WINDOW
         return kl / count, math.exp(loss / count)
 
@@ -156,7 +157,7 @@ class Judge:
 def measure(
     model: Path, recipes: list[str], data: Path, judge: Judge, where: Path
 ) -> Iterator[Row]:
-    """The recipes, then llmcompressor's observers."""
+    """Yield the rows of the recipes, then the rows of llmcompressor's observers."""
     for recipe in map(find_recipe, recipes):
         options = ["--data", str(data)] if recipe.needs_data else []
         yield ours(model, recipe.name, recipe.name, options, judge, where)
@@ -171,41 +172,41 @@ def measure(
 
 
 def ours(model: Path, name: str, recipe: str, options: list[str], judge: Judge, where: Path) -> Row:
-    """`mquant quantize`, timed as a process."""
+    """Return the row of `mquant quantize`, timed as a process."""
     out = where / "out"
     shutil.rmtree(out, ignore_errors=True)
     start = time.perf_counter()
-    done = run("quantize", model, "--recipe", recipe, "-o", out, *options, check=False)
+    process = run("quantize", model, "--recipe", recipe, "-o", out, *options, check=False)
     seconds = time.perf_counter() - start
-    if done.returncode:
-        return Row(name, note=done.stderr.splitlines()[0].partition(" (and")[0])
+    if process.returncode:
+        return Row(name, note=process.stderr.splitlines()[0].partition(" (and")[0])
     return judged(Row(name, seconds), model, out, judge, where)
 
 
 def upstream(model: Path, plan: Plan, observer: str, name: str, judge: Judge, where: Path) -> Row:
-    """Llmcompressor's observer on every fused set; its tensors in place of ours."""
+    """Return the row of an llmcompressor observer, whose tensors replace mquant's in the output."""
     out = where / "out"
     shutil.rmtree(out, ignore_errors=True)
     run("quantize", model, "--recipe", "nvfp4", "-o", out)
     seconds = 0.0
-    made: dict[str, torch.Tensor] = {}
+    new: dict[str, torch.Tensor] = {}
     for unit in (unit for shard in plan.shards for unit in shard.units if unit.scheme):
         weights = [as_tensor(values(plan.survey.checkpoint, a.source.name)) for a in unit.actions]
-        took, found = theirs(unit, weights, observer)
-        seconds += took
-        for action, parts in zip(unit.actions, found, strict=True):
+        set_seconds, members = theirs(unit, weights, observer)
+        seconds += set_seconds
+        for action, parts in zip(unit.actions, members, strict=True):
             named = zip(action.outputs, parts, strict=True)
-            made |= {output.name: torch.from_numpy(np.array(part)) for output, part in named}
+            new |= {output.name: torch.from_numpy(np.array(part)) for output, part in named}
     for shard in out.glob("*.safetensors"):
         tensors = load_file(shard)
-        for key in tensors.keys() & made.keys():
-            tensors[key] = made[key].view(tensors[key].dtype).reshape(tensors[key].shape)
+        for key in tensors.keys() & new.keys():
+            tensors[key] = new[key].view(tensors[key].dtype).reshape(tensors[key].shape)
         save_file(tensors, shard, metadata={"format": "pt"})
     return judged(Row(name, seconds), model, out, judge, where)
 
 
 def judged(row: Row, model: Path, out: Path, judge: Judge, where: Path) -> Row:
-    """The numbers of a quantized checkpoint."""
+    """Fill a row with the size, error, KL and perplexity of a quantized checkpoint."""
     plain = where / "plain"
     shutil.rmtree(plain, ignore_errors=True)
     parent, quantized = open_checkpoint(Folder(model)), open_checkpoint(Folder(out))
@@ -213,7 +214,7 @@ def judged(row: Row, model: Path, out: Path, judge: Judge, where: Path) -> Row:
     if quantized.config["quantization_config"]["format"] == "pack-quantized":
         unpack(out, plain)
         row.kl, row.perplexity = judge.of(plain)
-        return row  # AWQ scales weights: they are no approximation of the parent's
+        return row  # AWQ scales weights, so a weight error against the parent means nothing
     run("dequantize", out, "-o", plain)
     row.kl, row.perplexity = judge.of(plain)
     errors = []
@@ -226,7 +227,7 @@ def judged(row: Row, model: Path, out: Path, judge: Judge, where: Path) -> Row:
 
 
 def unpack(out: Path, plain: Path) -> None:
-    """INT4 in groups to BF16, by compressed-tensors' own reading of it."""
+    """Write grouped INT4 weights as BF16, decoded by compressed-tensors' own code."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     shutil.copytree(out, plain, ignore=shutil.ignore_patterns("*.safetensors*", "mquant.json"))
@@ -247,23 +248,23 @@ def unpack(out: Path, plain: Path) -> None:
 
 
 def weights_of(folder: Path) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
-    """The matrices of linear layers, in F32."""
+    """Return the matrices of linear layers, in F32, by name."""
     checkpoint = open_checkpoint(Folder(folder))
     names = [name for name in checkpoint.tensors if "_proj." in name or ".experts." in name]
     return {name: values(checkpoint, name).astype(np.float32) for name in names}
 
 
 def run(*arguments: object, check: bool = True) -> "subprocess.CompletedProcess[str]":
-    """`mquant`, in a process."""
+    """Run `mquant` in a process. Raises RuntimeError if it fails and `check` is set."""
     command = [sys.executable, "-m", "mquant", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if check and done.returncode:
-        raise RuntimeError(f"{' '.join(command[3:])}: {done.stderr}")
-    return done
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if check and process.returncode:
+        raise RuntimeError(f"{' '.join(command[3:])}: {process.stderr}")
+    return process
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown, the smallest KL last."""
+    """Return the rows as a table in Markdown, in their order."""
     head = "| recipe | size | weight error | KL, nats/token | perplexity | seconds |\n"
     lines = [head + "| --- | --- | --- | --- | --- | --- |"]
     for row in rows:
@@ -279,7 +280,7 @@ def table(rows: list[Row]) -> str:
 
 
 def page(results: list[tuple[Path, Judge, list[Row]]]) -> str:
-    """docs/accuracy.md."""
+    """Return the text of docs/accuracy.md."""
     parts = [HEAD]
     for model, judge, rows in results:
         tokens = judge.windows.shape[0] * WINDOW
@@ -293,7 +294,7 @@ def page(results: list[tuple[Path, Judge, list[Row]]]) -> str:
 
 
 def summary(results: list[list[Row]]) -> str:
-    """KL beside expanded MSE's, over all models."""
+    """Return a table of each KL over the KL of expanded MSE, as the mean over all models."""
     base = OBSERVERS["nvfp4_expanded_mse"]
     ratios: dict[str, list[float]] = {}
     for rows in results:
@@ -309,16 +310,16 @@ def summary(results: list[list[Row]]) -> str:
 
 HEAD = """# Accuracy
 
-Made by `scripts/accuracy.py`, which trains what it measures; do not edit. Small models, trained for
-minutes on the sources of Python's standard library: they rank methods, they do not predict what a
-large model loses.
+Written by `scripts/accuracy.py`, which also trains the models; do not edit. The models are small,
+trained for minutes on the sources of Python's standard library: these models rank methods, but do
+not predict the loss of a large model.
 
 *weight error* is the mean over all quantized matrices of |decoded - parent| / |parent| (L2). *KL*
-is how far the next-token distribution is from the parent's. Activations are not quantized here:
-recipes that do so are shown by their weights alone. *seconds*: `mquant` as a whole process,
-start-up included; llmcompressor's observers on weights in memory, alone. `nvfp4-gptq` is
-llmcompressor's GPTQ, and `w4a16-awq` its AWQ: the tests hold every tensor of them equal to plain
-`oneshot`'s. What AWQ scaled has no weight error against the parent.
+is the divergence of the next-token distribution from the parent's. Activations are not quantized:
+recipes that quantize activations are measured by their weights alone. *seconds*: `mquant` as a
+whole process, with start-up; llmcompressor's observers alone, on weights in memory. `nvfp4-gptq` is
+llmcompressor's GPTQ, and `w4a16-awq` its AWQ: the tests hold every tensor of these recipes equal to
+plain `oneshot`'s. Weights that AWQ scaled have no weight error against the parent.
 """
 
 

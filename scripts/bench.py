@@ -1,16 +1,15 @@
-"""Time mquant against upstream's tools, and against reading and writing alone, on the same files.
+"""Time mquant, upstream's tools, and plain reading and writing on the same files.
 
     python scripts/bench.py                                 4.5 GB, every tool, both cache states
     python scripts/bench.py --size 9 --tools mquant,floor --runs 5 --json bench.json
     python scripts/bench.py --folder /big/disk/bench        keep the checkpoint for the next time
 
 The checkpoint is synthetic and has the real model's shapes (hidden 3072, intermediate 1536, real
-attention, 48 experts a layer). Every tool runs as a process of its own, timed whole, start-up
-included; rounds go through all tools in turn, so that a busy minute hits all of them. Before every
-run the output of the run before is deleted, as much memory as a tool may use is touched and given
-back (a virtual machine is slow to hand it out the first time), and the source's files are either
-read once (`warm`) or dropped from the system's cache (`cold`, which is what a checkpoint larger
-than memory always is).
+attention, 48 experts a layer). Every tool runs as a process of its own, timed with start-up; each
+round runs all tools in turn, so that a busy minute affects all tools. Before every run, the script
+deletes the previous output, touches and frees as much memory as a tool may use (a virtual machine
+is slow to provide memory the first time), and either reads the source's files once (`warm`) or
+drops the files from the system's cache (`cold`; a checkpoint larger than memory is always cold).
 
     mquant          mquant quantize --engine stream
     model_free_1    llmcompressor's model_free_ptq, max_workers 1; model_free_2: 2
@@ -39,7 +38,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# The floors are this script, too: they must not pay for imports.
+# The floors run this script too, and their time must not include imports.
 if TYPE_CHECKING:
     from mquant.checkpoint import Checkpoint
 
@@ -48,12 +47,12 @@ SLOW = ("model_free_1", "model_free_2", "oneshot", "mquant_oneshot")
 IGNORE = ["lm_head", "model.embed_tokens", r"re:.*block_sparse_moe\.gate$", r"re:.*norm$"]
 QUANTIZED = (".weight_packed", ".weight_scale", ".weight_global_scale")
 CHUNK = 8 << 20
-LAYER_BYTES = 1_460_000_000  # of 48 experts and attention, in BF16
+LAYER_BYTES = 1_460_000_000  # a layer of 48 experts and attention, in BF16
 
 
 @dataclass
 class Runs:
-    """What one tool did: seconds of each run, CPU seconds and peak bytes of the worst."""
+    """The runs of one tool: seconds of each run, the most CPU seconds, the most peak bytes."""
 
     tool: str
     command: str
@@ -64,14 +63,14 @@ class Runs:
     failed: str = ""
 
 
-# ------------------------------------------------------------------------- what runs as a process
+# ------------------------------------------------------------------- commands and child processes
 
 
 def command_of(tool: str, src: Path, out: Path, nbytes: int, workers: int | None) -> list[str]:
-    """The command line of a tool. `nbytes`: what a floor writes."""
-    me = [sys.executable, __file__, "--child", tool, str(src), str(out), str(nbytes)]
+    """Return the command line of a tool. `nbytes`: the bytes that a floor writes."""
+    child_command = [sys.executable, __file__, "--child", tool, str(src), str(out), str(nbytes)]
     if not tool.startswith("mquant"):
-        return me
+        return child_command
     engine = "oneshot" if tool == "mquant_oneshot" else "stream"
     extra = ["--workers", str(workers)] if workers and engine == "stream" else []
     options = ["--recipe", "nvfp4", "-o", str(out), "--engine", engine, "--format", "quiet"]
@@ -79,7 +78,7 @@ def command_of(tool: str, src: Path, out: Path, nbytes: int, workers: int | None
 
 
 def child(tool: str, src: Path, out: Path, nbytes: int) -> None:
-    """Be one of the tools that have no command of their own."""
+    """Run one of the tools that have no command of their own."""
     if tool == "touch":
         block = bytearray(nbytes)
         for place in range(0, nbytes, 4096):
@@ -107,7 +106,7 @@ def child(tool: str, src: Path, out: Path, nbytes: int) -> None:
 
 
 def plain_oneshot(src: Path, out: Path) -> None:
-    """As people do it: transformers loads, `oneshot`, `save_pretrained`."""
+    """Quantize as users do: transformers loads, then `oneshot`, then `save_pretrained`."""
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from transformers import AutoModelForCausalLM
@@ -120,7 +119,7 @@ def plain_oneshot(src: Path, out: Path) -> None:
 
 
 def chunks(src: Path) -> list[tuple[str, int]]:
-    """Every piece of every shard: path and position."""
+    """Return the path and the start of every piece of every shard."""
     return [
         (str(path), start)
         for path in sorted(src.glob("*.safetensors"))
@@ -129,7 +128,7 @@ def chunks(src: Path) -> list[tuple[str, int]]:
 
 
 def read(work: Any, lock: Any = None) -> None:
-    """Read pieces, until there are no more, into one buffer."""
+    """Read all pieces into one buffer."""
     buffer = memoryview(bytearray(CHUNK))
     files: dict[str, int] = {}
     lock = lock or threading.Lock()
@@ -144,7 +143,7 @@ def read(work: Any, lock: Any = None) -> None:
 
 
 def write(out: Path, nbytes: int) -> None:
-    """Write so many bytes of noise into a preallocated file, and have them on disk."""
+    """Write `nbytes` of noise into a preallocated file, and fsync the file."""
     out.mkdir()
     noise = memoryview(os.urandom(CHUNK))
     file = os.open(out / "noise", os.O_CREAT | os.O_RDWR)
@@ -159,16 +158,16 @@ def write(out: Path, nbytes: int) -> None:
 
 
 def run(runs: Runs, command: list[str], out: Path) -> None:
-    """Run a tool once, in a process of its own, and note what it took."""
-    with tempfile.TemporaryFile() as said:
+    """Run a tool once, in a process of its own, and add its time and memory to `runs`."""
+    with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
-        # Its own peak: a child starts with its parent's, and this script stays below any tool.
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        # A child's peak starts at its parent's, but this script's peak is below every tool's.
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
-        said.seek(0)
-        lines = said.read().decode(errors="replace").strip().splitlines()
+        log.seek(0)
+        lines = log.read().decode(errors="replace").strip().splitlines()
     if process.returncode or not out.is_dir():
         runs.failed = lines[-1] if lines else f"exit code {process.returncode}"
         return
@@ -178,7 +177,7 @@ def run(runs: Runs, command: list[str], out: Path) -> None:
 
 
 def prepare(src: Path, cache: str, touched: int) -> None:
-    """Bring files and memory into the same state before every run."""
+    """Put files and memory into the same state before every run."""
     touch = [sys.executable, __file__, "--child", "touch", ".", ".", str(touched)]
     subprocess.run(touch, check=True)
     for path in sorted(src.iterdir()):
@@ -195,48 +194,48 @@ def prepare(src: Path, cache: str, touched: int) -> None:
 
 
 def name_here(name: str) -> str:
-    """Our name of a tensor that plain `oneshot` saved."""
-    for theirs, ours in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
-        name = name.replace(f".{theirs}.", f".{ours}.")
+    """Return mquant's name of a tensor that plain `oneshot` saved."""
+    for upstream, own in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
+        name = name.replace(f".{upstream}.", f".{own}.")
     return name.replace(".mlp.", ".block_sparse_moe.")
 
 
 def opened(path: Path) -> "Checkpoint":
-    """A checkpoint folder, headers read."""
+    """Open a checkpoint folder and read its headers."""
     from mquant.checkpoint import Folder, open_checkpoint
 
     return open_checkpoint(Folder(path))
 
 
-def compare(ours: "Checkpoint", theirs: "Checkpoint", *, quantized: bool) -> str:
-    """Compare all quantized tensors of two checkpoints, or all that are not."""
-    names = {name_here(n): n for n in theirs.tensors if n.endswith(QUANTIZED) is quantized}
-    wanted = [n for n in ours.tensors if n.endswith(QUANTIZED) is quantized]
-    if missing := [name for name in wanted if name not in names]:
+def compare(mquant: "Checkpoint", other: "Checkpoint", *, quantized: bool) -> str:
+    """Compare all quantized tensors of two checkpoints, or all other tensors; return the result."""
+    names = {name_here(n): n for n in other.tensors if n.endswith(QUANTIZED) is quantized}
+    expected = [n for n in mquant.tensors if n.endswith(QUANTIZED) is quantized]
+    if missing := [name for name in expected if name not in names]:
         return f"lacks {len(missing):,} tensors, e.g. {missing[0]}"
-    for name in wanted:
-        a, b = ours.tensors[name], theirs.tensors[names[name]]
+    for name in expected:
+        a, b = mquant.tensors[name], other.tensors[names[name]]
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return f"{name}: {a.dtype} {a.shape}, {b.dtype} {b.shape}"
         for offset in range(0, a.nbytes, CHUNK):
             end = min(offset + CHUNK, a.nbytes)
-            mine = ours.source.read(a.shard, a.start + offset, a.start + end)
-            if mine != theirs.source.read(b.shard, b.start + offset, b.start + end):
+            data = mquant.source.read(a.shard, a.start + offset, a.start + end)
+            if data != other.source.read(b.shard, b.start + offset, b.start + end):
                 return f"{name} differs"
-    return f"{len(wanted):,} tensors equal"
+    return f"{len(expected):,} tensors equal"
 
 
 # --------------------------------------------------------------------------------------- the bench
 
 
 def make_source(path: Path, size: float) -> "Checkpoint":
-    """A checkpoint of about `size` GB with the real model's shapes, made unless it is there."""
+    """Open a checkpoint of about `size` GB with the real model's shapes; write it if missing."""
     if not (path / "config.json").exists():
         from mquant.family import load_families
         from mquant.synth import Sizes, synth
 
         family = load_families()["minimax_m2"]
-        # The real dimensions, but for what says how many.
+        # The real dimensions, except for the vocabulary; `sizes` sets the layers and experts.
         real = family.synth.model_copy(update={"tiny": {"vocab_size": 4096}})
         layers = max(1, round(size * 1e9 / LAYER_BYTES))
         synth(
@@ -249,13 +248,13 @@ def make_source(path: Path, size: float) -> "Checkpoint":
 
 
 def bench(args: argparse.Namespace, folder: Path, size: float, cache: str) -> dict[str, Any]:
-    """All tools on a checkpoint of one size and one state of the cache."""
+    """Run all tools on a checkpoint of one size, in one state of the cache."""
     source = make_source(folder / f"source-{size:g}GB", size)
     root, first, out = folder / f"source-{size:g}GB", folder / "first", folder / "out"
     shutil.rmtree(first, ignore_errors=True)
     table = {tool: Runs(tool, "") for tool in args.tools}
     nbytes = 0
-    order = sorted(args.tools, key=lambda tool: tool != "mquant")  # the floors need its size
+    order = sorted(args.tools, key=lambda tool: tool != "mquant")  # floors need its size
     for number in range(args.runs):
         for tool in order:
             runs = table[tool]
@@ -319,7 +318,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What it ran on."""
+    """Return the processor, the kernel and the versions."""
     versions = {}
     for package in ("mquant", "numba", "numpy", "llmcompressor", "compressed-tensors", "torch"):
         try:
@@ -341,7 +340,7 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Parse the command line; run, print, and write JSON."""
+    """Parse the command line, run the tools, print a table, and write JSON."""
     if sys.argv[1:2] == ["--child"]:
         tool, src, out, nbytes = sys.argv[2:]
         child(tool, Path(src), Path(out), int(nbytes))
@@ -349,15 +348,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", default="4.5", help="GB of input; several with commas")
-    parser.add_argument("--tools", default=",".join(TOOLS), help="which, with commas")
-    parser.add_argument("--cache", default="warm,cold", help="warm, cold, or both with a comma")
+    parser.add_argument("--size", default="4.5", help="GB of input; separate several by commas")
+    parser.add_argument("--tools", default=",".join(TOOLS), help="tools, separated by commas")
+    parser.add_argument("--cache", default="warm,cold", help="warm, cold, or warm,cold")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--upstream-runs", type=int, default=1, help="runs of the slow tools")
     parser.add_argument("--workers", type=int, help="mquant's --workers")
     parser.add_argument("--touch", type=int, default=3 << 30, help="bytes of memory to touch")
-    parser.add_argument("--folder", type=Path, help="work here, and keep the checkpoint")
-    parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--folder", type=Path, help="folder for all files; keeps the checkpoint")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
     args = parser.parse_args()
     args.tools = args.tools.split(",")
     document: dict[str, Any] = {"schema": "mquant.bench/1", "machine": machine(), "results": []}

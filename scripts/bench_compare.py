@@ -1,12 +1,12 @@
-"""Time `mquant compare` against reading the same files and doing nothing with them.
+"""Time `mquant compare` against only reading the same files.
 
     python scripts/bench_compare.py PARENT QUANTIZED [--runs 3]
 
 Both are folders, e.g. of `mquant synth x --family minimax_m2 --layers 3 --experts 48 --hidden 3072
 --intermediate 1536 --vocab 20000` and `mquant quantize`. The floor is two threads that read all
-shards of both with `preadv`. Both run by turns, with the files in the system's cache (`warm`) and
-dropped from it (`cold`, which is what a checkpoint larger than memory always is); times are of
-whole processes for mquant, start-up included, and memory is its peak.
+shards of both folders with `preadv`. Floor and mquant run in turn, with the files in the system's
+cache (`warm`) or dropped from the cache (`cold`; a checkpoint larger than memory is always cold).
+mquant's time includes the start of its process, and its memory is the peak.
 """
 
 import argparse
@@ -31,7 +31,7 @@ finally:
 
 
 def floor(folders: list[Path]) -> float:
-    """Seconds to read every shard."""
+    """Return the seconds to read every shard."""
     work, lock = iter([c for folder in folders for c in chunks(folder)]), threading.Lock()
     start = time.perf_counter()
     threads = [threading.Thread(target=read, args=(work, lock)) for _ in range(2)]
@@ -42,16 +42,16 @@ def floor(folders: list[Path]) -> float:
     return time.perf_counter() - start
 
 
-def compare(parent: Path, mine: Path) -> tuple[float, int]:
-    """Seconds of `mquant compare`, and its peak of resident bytes."""
-    command = [sys.executable, "-c", PEAK, "compare", str(mine), "--against", str(parent)]
+def compare(parent: Path, quantized: Path) -> tuple[float, int]:
+    """Return the seconds of `mquant compare`, and its peak of resident bytes."""
+    command = [sys.executable, "-c", PEAK, "compare", str(quantized), "--against", str(parent)]
     start = time.perf_counter()
     run = subprocess.run([*command, "--format", "quiet"], stderr=subprocess.PIPE, check=True)
     return time.perf_counter() - start, int(run.stderr.split()[-1])
 
 
 def drop(folders: list[Path]) -> None:
-    """Have the system forget the files' pages."""
+    """Drop the files' pages from the system's cache."""
     for path in (path for folder in folders for path in folder.glob("*.safetensors")):
         file = os.open(path, os.O_RDONLY)
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -59,7 +59,7 @@ def drop(folders: list[Path]) -> None:
 
 
 def main() -> None:
-    """Run both by turns."""
+    """Run the floor and `mquant compare` in turn."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,11 @@
-"""Time what reads quantized checkpoints, against quantizing BF16 and against reading and writing.
+"""Time the verbs that read quantized checkpoints, quantizing BF16, and plain reading and writing.
 
     python scripts/bench_convert.py                     3 GB of BF16 in the real shapes, and its FP8
     python scripts/bench_convert.py --size 9 --runs 3 --folder /big/disk/bench
 
-Every command is a process of its own, timed whole; the page cache is warm unless `--cache cold`.
-`floor` is one thread that reads what the command reads, then writes what it writes. GB/s are of
-what is read, and of BF16: of the weights' elements, two bytes each.
+Every command is a process of its own, timed with start-up; the page cache is warm unless `--cache
+cold`. `floor` is one thread that reads as many bytes as the command, then writes as many. GB/s are
+of the bytes read, and of BF16: two bytes for each element of the weights.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from bench import LAYER_BYTES, Runs, command_of, opened, prepare, run
 from mquant.family import load_families
 from mquant.synth import Precision, Sizes, synth
 
-# What each command is called, the verb and its options, its source, and whether others read it.
+# Title, verb with options, source folder, and the folder name to keep the output for later steps.
 STEPS = (
     ("quantize BF16", "quantize --recipe nvfp4", "bf16", "nvfp4"),
     ("quantize FP8 in blocks", "quantize --recipe nvfp4", "fp8", ""),
@@ -30,7 +30,7 @@ STEPS = (
 
 
 def make_source(path: Path, size: float, precision: Precision) -> None:
-    """A checkpoint of the real shapes, which takes `size` GB in BF16."""
+    """Write a checkpoint of the real shapes, which takes `size` GB in BF16, if it is missing."""
     if (path / "config.json").exists():
         return
     family = load_families()["minimax_m2"]
@@ -41,14 +41,14 @@ def make_source(path: Path, size: float, precision: Precision) -> None:
 
 
 def main() -> None:
-    """Parse the command line, run, print."""
+    """Parse the command line, run every step, and print its numbers."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", type=float, default=3.0, help="GB of the BF16 source")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--cache", choices=("warm", "cold"), default="warm")
-    parser.add_argument("--folder", type=Path, help="work here, and keep the sources")
+    parser.add_argument("--folder", type=Path, help="folder for all files; keeps the sources")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
@@ -60,13 +60,13 @@ def main() -> None:
             src, out = folder / source, folder / "out"
             words = [verb.split()[0], str(src), *verb.split()[1:]]
             command = [sys.executable, "-m", "mquant", *words, "-o", str(out), "--format", "quiet"]
-            ours, floor = Runs(title, ""), Runs("floor", "")
+            step, floor = Runs(title, ""), Runs("floor", "")
             for _ in range(args.runs):
                 shutil.rmtree(out, ignore_errors=True)
                 prepare(src, args.cache, 1 << 30)
-                run(ours, command, out)
-                if ours.failed:
-                    sys.exit(ours.failed)
+                run(step, command, out)
+                if step.failed:
+                    sys.exit(step.failed)
                 nbytes = opened(out).nbytes
                 if keep:
                     shutil.rmtree(folder / keep, ignore_errors=True)
@@ -74,12 +74,12 @@ def main() -> None:
                 shutil.rmtree(out, ignore_errors=True)
                 prepare(src, args.cache, 1 << 30)
                 run(floor, command_of("floor", src, out, nbytes, None), out)
-            read, best = opened(src).nbytes, min(ours.seconds)
+            read, best = opened(src).nbytes, min(step.seconds)
             print(
                 f"{title}: {read / 1e9:.2f} GB in, {nbytes / 1e9:.2f} GB out; best of {args.runs} "
                 f"{best:.2f} s, floor {min(floor.seconds):.2f} s; {read / best / 1e9:.2f} GB/s, "
-                f"{elements / best / 1e9:.2f} of BF16; {ours.cpu:.1f} s of CPU, "
-                f"{ours.peak / 1e6:,.0f} MB",
+                f"{elements / best / 1e9:.2f} of BF16; {step.cpu:.1f} s of CPU, "
+                f"{step.peak / 1e6:,.0f} MB",
                 flush=True,
             )
 

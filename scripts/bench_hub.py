@@ -1,10 +1,10 @@
-"""Time `mquant verify` on a repo of the real model's size, on a hub 40 ms away.
+"""Time `mquant verify` on a repo of the real model's size, on a hub with a latency of 40 ms.
 
     python scripts/bench_hub.py [--latency 0.04] [--runs 3] [--loader vllm]
 
-The repo is what `mquant quantize --recipe nvfp4` makes of 62 layers of 154 experts: real headers,
-index and config, shards as sparse files (87,051 tensors, 80 GB). The hub is the tests' own; every
-answer comes after the latency.
+The repo is the output of `mquant quantize --recipe nvfp4` for 62 layers of 154 experts: real
+headers, index and config, with shards as sparse files (87,051 tensors, 80 GB). The hub is the fake
+hub of the tests, which delays every answer by the latency.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from run import plan_of
 
 
 def main() -> None:
-    """Make the repo, serve it, verify it."""
+    """Write the repo, serve the repo, and verify the repo."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--latency", type=float, default=0.04, help="seconds before each answer")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--loader", choices=["vllm"], help="have it asked too")
+    parser.add_argument("--loader", choices=["vllm"], help="also ask this loader")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as where:
         repo = make_repo(Path(where))
@@ -52,18 +52,19 @@ def main() -> None:
                     command, env=environment, capture_output=True, text=True, check=False
                 )
                 seconds = time.perf_counter() - start
-                said = json.loads(run.stdout)
+                result = json.loads(run.stdout)
                 print(
-                    f"{seconds:.1f} s, {said['requests']} requests, {said['bytes_read']:,} bytes "
-                    f"({said['bytes_read'] / total:.3%}), {said['tensors']:,} tensors, "
-                    f"exit {run.returncode}; loader: {(said['loader'] or {}).get('verdict')}"
+                    f"{seconds:.1f} s, {result['requests']} requests, "
+                    f"{result['bytes_read']:,} bytes ({result['bytes_read'] / total:.3%}), "
+                    f"{result['tensors']:,} tensors, "
+                    f"exit {run.returncode}; loader: {(result['loader'] or {}).get('verdict')}"
                 )
         finally:
             hub.close()
 
 
 def make_repo(where: Path) -> Path:
-    """The quantized checkpoint's headers, index and config, over sparse files."""
+    """Write the quantized checkpoint's headers, index and config, over sparse files."""
     family = load_families()["minimax_m2"]
     parent = synth(where / "parent", family, sizes=Sizes(62, 154), shapes_only=True).path
     plan = plan_of(parent)

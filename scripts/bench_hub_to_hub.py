@@ -1,12 +1,13 @@
-"""Quantize a synthetic checkpoint from hub to hub, killed again and again, and count what moved.
+"""Quantize a synthetic checkpoint from hub to hub, kill the run repeatedly, and count the bytes.
 
     python scripts/bench_hub_to_hub.py [--layers 3 --experts 48] [--kills 5] [--rate 200]
 
-Real shapes but for a small vocabulary, 4.4 GB by default, on the tests' fake hub, with so many MB/s
-for all that goes in and out. The scratch is a quarter of the checkpoint. The process is killed with
-SIGKILL at random moments; then the repo is compared with what a run makes that keeps all of it.
-Printed are the most that was ever on the disk, the bytes that moved, and the least that could have:
-every shard down once, every shard up once. A run that nobody kills comes first, for the time.
+The checkpoint has the real shapes except for a small vocabulary, 4.4 GB by default. The hub is the
+tests' fake hub; `--rate` limits its MB/s, downloads and uploads together. The scratch is a quarter
+of the checkpoint. The script kills the process with SIGKILL at random moments, and then compares
+the repo with the output of a run without scratch. The script prints the most bytes that were ever
+on the disk, the bytes downloaded and uploaded, and the least possible number of these bytes: every
+shard downloaded once and uploaded once. The first run is not killed, to measure the time.
 """
 
 import argparse
@@ -31,7 +32,7 @@ SOURCE_SHARD, SHARD = "250MB", "50MB"
 
 
 def main() -> None:
-    """Make the checkpoint, run undisturbed, run disturbed, compare."""
+    """Write the checkpoint; quantize without kills, then with kills; compare the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 class Bench:
-    """The hub, a folder to work in, and the environment of all processes."""
+    """The hub, the work folder, and the environment of all processes."""
 
     def __init__(self, hub: FakeHub, where: Path, options: argparse.Namespace) -> None:
         self.hub, self.where, self.options = hub, where, options
@@ -58,7 +59,7 @@ class Bench:
         self.most = 0
 
     def run(self) -> None:
-        """All of it."""
+        """Run the whole benchmark and print its results."""
         src = self.where / "model"
         sizes = ["--layers", str(self.options.layers), "--experts", str(self.options.experts)]
         sizes += [*REAL, "--max-shard-size", SOURCE_SHARD]
@@ -81,7 +82,7 @@ class Bench:
         floor = least / self.hub.bytes_per_second
         for repo, kills in ((PLAIN, 0), (KILLED, self.options.kills)):
             self.hub.forget()
-            self.hub.stored.clear()  # a hub takes no file twice, whatever the repo
+            self.hub.stored.clear()  # else the hub skips files that it already stores
             self.most = 0
             out = self.where / "out"
             command = [*quantize, "--scratch", str(scratch), "--push-to", repo, "-o", str(out)]
@@ -89,8 +90,8 @@ class Bench:
             self.disturbed(command, out, kills, least)
             seconds = time.perf_counter() - start
             moved = self.hub.bytes_served + self.hub.bytes_received
-            there = self.hub.repos[repo]
-            same = digests(there.folders[there.revisions["main"]]) == expected
+            pushed = self.hub.repos[repo]
+            same = digests(pushed.folders[pushed.revisions["main"]]) == expected
             print(
                 f"killed {kills} times: {'the same bytes' if same else 'OTHER BYTES'}; "
                 f"most on disk {self.most / 1e9:.3f} GB, {self.most / scratch:.1%} of the scratch; "
@@ -100,7 +101,7 @@ class Bench:
             )
 
     def disturbed(self, command: list[str], out: Path, kills: int, least: int) -> None:
-        """Run to the end, after as many kills, at random amounts of bytes moved."""
+        """Run a command to the end after `kills` kills, each at a random number of bytes moved."""
         chance = random.Random(self.options.seed)  # noqa: S311 -- not a secret
         moments = sorted(chance.uniform(0, 0.95) * least for _ in range(kills))
         for moment in (*moments, float("inf")):
@@ -115,7 +116,7 @@ class Bench:
             raise RuntimeError(f"exit code {run.returncode}")
 
     def quietly(self, command: list[str]) -> None:
-        """Run to the end."""
+        """Run a command to the end without output."""
         subprocess.run(command, check=True, env=self.environment, stdout=subprocess.DEVNULL)
 
 
@@ -123,29 +124,29 @@ MQUANT = [sys.executable, "-m", "mquant"]
 
 
 def bytes_of(folder: Path) -> int:
-    """Bytes of the shards in a folder."""
+    """Return the bytes of the shards in a folder."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def held(out: Path) -> int:
-    """Bytes that OUT takes on the disk, also those that are only reserved."""
+    """Return the bytes that OUT takes on the disk, including reserved bytes."""
     total = 0
     for folder, _, names in os.walk(out):
         for name in names:
-            with suppress(FileNotFoundError):  # just now gone
+            with suppress(FileNotFoundError):  # the run has just deleted the file
                 stat = Path(folder, name).stat()
                 total += max(stat.st_size, stat.st_blocks * 512)
     return total
 
 
 def digests(folder: Path) -> Mapping[str, str]:
-    """sha256 of every file, but for the hub's own."""
-    found = {}
+    """Return the sha256 of every file except the hub's own .gitattributes."""
+    by_name = {}
     for path in sorted(folder.iterdir()):
         if path.name != ".gitattributes":
             with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+                by_name[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return by_name
 
 
 if __name__ == "__main__":

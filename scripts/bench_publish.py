@@ -1,10 +1,10 @@
-"""Publish a synthetic checkpoint, from its card to the hub, and time each step.
+"""Write the card of a synthetic checkpoint, push the checkpoint to a hub, and time each step.
 
     python scripts/bench_publish.py [--layers 6 --experts 16] [--drops 3]
 
-`mquant quantize`, `card`, `push`, `push` again and `smoke` are run as a person runs them, on a
+The script runs `mquant quantize`, `card`, `push`, `push` again and `smoke` as a user would, on a
 checkpoint of the real shapes (3.2 GB quantized from 5.7 GB, by default). The hub and the server are
-the tests' own; the hub breaks off the first uploads.
+the fakes of the tests; the hub breaks off the first uploads.
 """
 
 import argparse
@@ -27,13 +27,13 @@ REAL = ["--hidden", "3072", "--intermediate", "1536", "--vocab", "200064"]
 
 
 def main() -> None:
-    """Make the checkpoint, publish it, ask the server."""
+    """Write the checkpoint, publish the checkpoint, and ask the server."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--drops", type=int, default=3, help="uploads that break off")
+    parser.add_argument("--drops", type=int, default=3, help="number of uploads that break off")
     options = parser.parse_args()
     hub, server = FakeHub(), FakeServer()
     hub.drops = options.drops
@@ -47,25 +47,25 @@ def main() -> None:
 
 
 def publish(where: Path, hub: FakeHub, server: FakeServer, options: argparse.Namespace) -> None:
-    """Every step, in its order."""
+    """Run every step in order."""
     environment = hub.environment(where)
     src, out = where / "model", where / "model-NVFP4"
     sizes = ["--layers", str(options.layers), "--experts", str(options.experts), *REAL]
     step(environment, "synth", str(src), "--family", "minimax_m2", *sizes)
     step(environment, "quantize", str(src), "--recipe", "nvfp4", "-o", str(out))
     step(environment, "card", str(out), "--from", str(src))
-    said = step(environment, "push", str(out), REPO)
-    print(f"    {said['bytes']:,} bytes in {len(said['files'])} files; {said['verdict']}")
+    result = step(environment, "push", str(out), REPO)
+    print(f"    {result['bytes']:,} bytes in {len(result['files'])} files; {result['verdict']}")
     *first, last = hub.commits
     print(f"    {len(first)} commits, then one of {' and '.join(last.added)}")
-    said = step(environment, "push", str(out), REPO)
-    print(f"    already done: {said['already_done']}")
-    said = step(environment, "smoke", server.url, "--checkpoint", str(out), code=3)
-    print(f"    {said['passed']} of 5 answers of noise pass")
+    result = step(environment, "push", str(out), REPO)
+    print(f"    already done: {result['already_done']}")
+    result = step(environment, "smoke", server.url, "--checkpoint", str(out), code=3)
+    print(f"    {result['passed']} of 5 answers of noise pass")
 
 
 def step(environment: dict[str, str], *arguments: str, code: int = 0) -> dict[str, Any]:
-    """Run a verb, and print how long it took; returns what it said."""
+    """Run a verb, print its time, and return its JSON document."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "mquant", *arguments, "--format", "json"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -74,8 +74,8 @@ def step(environment: dict[str, str], *arguments: str, code: int = 0) -> dict[st
         sys.exit(run.stderr)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"{arguments[0]}: {seconds:.1f} s (peak of all so far: {peak:,.0f} MiB)", flush=True)
-    said: dict[str, Any] = json.loads(run.stdout)
-    return said
+    document: dict[str, Any] = json.loads(run.stdout)
+    return document
 
 
 if __name__ == "__main__":

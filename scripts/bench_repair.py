@@ -1,13 +1,13 @@
-"""Repair a checkpoint of the real model's size whose routers were quantized, and say what it cost.
+"""Repair a checkpoint of the real model's size whose routers are quantized, and time the repair.
 
     python scripts/bench_repair.py [--folder DIR] [--layers 62] [--experts 154] [--in-place]
         [--sparse]
 
 Parent and broken checkpoint have real headers, indexes and configs over sparse files (62 layers,
-154 experts: 278 GB and 80 GB, though they take megabytes), and the parent's routers real bytes; the
-broken one has the origin bug: all routers quantized. Only structure is looked at, as the numbers of
-a sparse file are all zero. The result needs 81 GB in DIR; with `--sparse` zeros are not written,
-all else is as always.
+154 experts: 278 GB and 80 GB, of which megabytes are on the disk). The parent's routers have random
+bytes. All routers of the broken checkpoint are quantized. The repair judges structure only, because
+the numbers of a sparse file are all zero. The result needs 81 GB in DIR; with `--sparse`, zeros are
+not written.
 """
 
 import argparse
@@ -52,11 +52,11 @@ main()
 
 
 def main() -> None:
-    """Make both, repair, report."""
+    """Write parent and broken checkpoint, repair, and print the cost."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", help="where to work; left out: the system's temporary folder")
+    parser.add_argument("--folder", help="work folder; default: the system's temporary folder")
     parser.add_argument("--layers", type=int, default=62)
     parser.add_argument("--experts", type=int, default=154)
     parser.add_argument("--in-place", action="store_true")
@@ -75,21 +75,21 @@ def main() -> None:
         start = time.perf_counter()
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - start
-        said = json.loads(run.stdout)
+        report = json.loads(run.stdout)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-        shards = said["shards"]
+        shards = report["shards"]
         print(
-            f"{seconds:.1f} s, exit {run.returncode}; {len(said['replaced'])} tensors replaced, "
-            f"{size(said['read_of_parent'])} of the parent read; {len(shards['kept'])} shards "
+            f"{seconds:.1f} s, exit {run.returncode}; {len(report['replaced'])} tensors replaced, "
+            f"{size(report['read_of_parent'])} of the parent read; {len(shards['kept'])} shards "
             f"kept, {len(shards['rewritten'])} written ({size(shards['bytes'])}); peak {size(peak)}"
         )
-        print("routers are the parent's:", routers(Path(said["out"])) == routers(parent))
-        judged = [sys.executable, "-m", "mquant", "verify", said["out"], "--depth", "structure"]
+        print("routers are the parent's:", routers(Path(report["out"])) == routers(parent))
+        judged = [sys.executable, "-m", "mquant", "verify", report["out"], "--depth", "structure"]
         subprocess.run(judged, check=False)
 
 
 def fill_routers(folder: Path) -> None:
-    """Random bytes for every router of a sparse checkpoint."""
+    """Write random bytes into every router of a sparse checkpoint."""
     for info in open_checkpoint(Folder(folder)).tensors.values():
         if info.name.endswith(_ROUTER):
             with (folder / info.shard).open("r+b") as file:
@@ -98,7 +98,7 @@ def fill_routers(folder: Path) -> None:
 
 
 def routers(folder: Path) -> dict[str, bytes]:
-    """Every router's bytes."""
+    """Return every router's bytes, by name."""
     source = Folder(folder)
     return {
         info.name: source.read(info.shard, info.start, info.end)
@@ -108,7 +108,7 @@ def routers(folder: Path) -> dict[str, bytes]:
 
 
 def broken(plan: Plan, folder: Path) -> Path:
-    """What the plan makes, as sparse files, but with quantized routers."""
+    """Write the output of the plan as sparse files, but with quantized routers."""
     folder.mkdir()
     wrong = replace(plan, shards=tuple(map(_with_quantized_routers, plan.shards)))
     for shard in wrong.shards:

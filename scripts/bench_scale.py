@@ -1,12 +1,13 @@
-"""Hold the arithmetic of scaling out (scripts/simulate.py) against real runs, small ones.
+"""Compare the simulation of scaling out (scripts/simulate.py) with small real runs.
 
     python scripts/bench_scale.py [--runs 3] [--rate 40]
 
-A synthetic checkpoint of the real shapes (one layer of 48 experts, 1.4 GB in 3 files, output shards
-of 100 MB) is quantized on this machine's cores: whole; in two shares at once, each with half of the
-cores; and, through a scratch folder that two of its files fill, from the tests' hub, which lets
-through `--rate` MB a second. Beside each stands what the simulation says. What a process takes
-without work is measured first, on a checkpoint of 9 MB, and is the only figure of the day in it.
+The script quantizes a synthetic checkpoint of the real shapes (one layer of 48 experts, 1.4 GB in 3
+files, output shards of 100 MB) on this machine's cores in three ways: whole; in two shares at once,
+each with half of the cores; and, from the tests' hub, which sends `--rate` MB a second, through a
+scratch folder that two of the files fill. The script prints the simulated time beside each measured
+time. The start of a process is measured first, on a checkpoint of 9 MB; all other figures of the
+simulation are fixed.
 """
 
 import argparse
@@ -36,7 +37,7 @@ SCRATCH = 1_010_000_000
 
 
 def main() -> None:
-    """Make the checkpoint; run, and print what each took, best of all runs, and should take."""
+    """Write the checkpoint, run, and print measured (best of all runs) and simulated seconds."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -62,35 +63,36 @@ def main() -> None:
         }
         try:
             for name, commands in runs.items():
-                took = best(options.runs, out, commands, HF_ENDPOINT=hub.url, HF_HOME=where)
-                said = started + expected[name]
-                print(f"{name}: {took:.1f} s, simulated {said:.1f} s ({took / said - 1:+.0%})")
+                measured = best(options.runs, out, commands, HF_ENDPOINT=hub.url, HF_HOME=where)
+                simulated = started + expected[name]
+                ratio = measured / simulated - 1
+                print(f"{name}: {measured:.1f} s, simulated {simulated:.1f} s ({ratio:+.0%})")
         finally:
             hub.close()
         print(f"(the start of a process: {started:.1f} s; load {os.getloadavg()[0]:.1f})")
 
 
 def quantize(src: Path | str, out: Path) -> list[str]:
-    """The command line of a run."""
+    """Return the command line of a run."""
     tail = ["--recipe", "nvfp4", "--max-shard-size", str(SHARD), "--format", "quiet"]
     return [sys.executable, "-m", "mquant", "quantize", str(src), "-o", str(out), *tail]
 
 
 def best(runs: int, out: Path, commands: list[list[str]], **environment: str) -> float:
-    """Seconds until commands that begin together have all ended, the fewest of some runs."""
+    """Return the seconds until commands started together have all codes, the least of all runs."""
     seconds = []
     for _ in range(runs):
         shutil.rmtree(out, ignore_errors=True)
         begin = time.perf_counter()
-        under_way = [subprocess.Popen(each, env=os.environ | environment) for each in commands]
-        ended = [process.wait() for process in under_way]
-        assert not any(ended)
+        processes = [subprocess.Popen(line, env=os.environ | environment) for line in commands]
+        codes = [process.wait() for process in processes]
+        assert not any(codes)
         seconds.append(time.perf_counter() - begin)
     return min(seconds)
 
 
 def predict(src: Path, cores: int, rate: float) -> dict[str, float]:
-    """What the simulation says of each run, without the start of its processes."""
+    """Return the simulated seconds of each run, without the start of its processes."""
     plan = plan_of(src)
     halves = [(Phase(work_of(part).read, cores / 2 * CORE),) for part in shares(plan, 2)]
     sizes, rates = plan.survey.checkpoint.source.files, Rates(rate, cores * CORE, digest=DIGEST)
@@ -103,7 +105,7 @@ def predict(src: Path, cores: int, rate: float) -> dict[str, float]:
 
 
 def plan_of(src: Path) -> Plan:
-    """The plan that the runs carry out."""
+    """Return the plan that the runs carry out."""
     checkpoint = open_checkpoint(Folder(src))
     return make_plan(checkpoint, find_recipe("nvfp4"), load_families(), max_shard_bytes=SHARD)
 

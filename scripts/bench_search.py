@@ -5,11 +5,11 @@
 
 `mquant quantize --recipe nvfp4-opt` runs as a process of its own with one worker, timed whole:
 start-up, reading, writing and fsync included. llmcompressor's observers and compressed-tensors'
-compressor run here on weights that are in memory already; only they are timed.
+compressor run in this script, on weights that are in memory already, and are timed alone.
 
-A tensor's error is that of the decoded weight, fp4 * (scale / global scale) in F32, relative to the
-weight (L2). `worst`: the largest quotient of our error and theirs over all tensors; at most 1 means
-that no tensor is worse than theirs.
+A tensor's error is the error of the decoded weight, fp4 * (scale / global scale) in F32, relative
+to the weight (L2). `worst`: the largest quotient of mquant's error and the observer's over all
+tensors; at most 1 means that no tensor of mquant is worse than the observer's.
 """
 
 import argparse
@@ -46,11 +46,11 @@ from mquant.recipe import find_recipe
 OBSERVERS = ("memoryless_minmax", "memoryless_mse", "nvfp4_expanded_mse")
 SUFFIXES = ("weight_packed", "weight_scale", "weight_global_scale")
 Parts = list[Array]
-"""weight_packed, weight_scale and weight_global_scale."""
+"""A weight's weight_packed, weight_scale and weight_global_scale."""
 
 
 def values(checkpoint: Checkpoint, name: str) -> Array:
-    """A tensor; U8 and F8 as bytes."""
+    """Read a tensor; U8 and F8 as bytes."""
     info = checkpoint.tensors[name]
     raw = bytearray(checkpoint.source.read(info.shard, info.start, info.end))
     kind = FLOATS[info.dtype].value if info.dtype in FLOATS else np.dtype(np.uint8)
@@ -58,14 +58,14 @@ def values(checkpoint: Checkpoint, name: str) -> Array:
 
 
 def tensor(weight: Array) -> torch.Tensor:
-    """The same numbers for torch, which knows no BF16 of numpy's."""
+    """Return the same numbers as a torch tensor; torch cannot read numpy's BF16."""
     if weight.dtype == BF16.value:
         return torch.from_numpy(weight.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(weight)
 
 
 def theirs(unit: WorkUnit, weights: list[torch.Tensor], observer: str) -> tuple[float, list[Parts]]:
-    """Quantize a fused set with llmcompressor; returns its seconds and each member's tensors."""
+    """Quantize a fused set with llmcompressor; return the seconds and each member's tensors."""
     scheme = preset_name_to_scheme("NVFP4A16", ["Linear"])
     assert scheme.weights is not None
     scheme.weights.observer = observer
@@ -82,18 +82,18 @@ def theirs(unit: WorkUnit, weights: list[torch.Tensor], observer: str) -> tuple[
     fuse_weight_observers(parent)
     observe(modules, base_name="weight")
     update_qparams(modules, base_name="weight")
-    made = []
+    compressed = []
     for module in modules:
         state = {name: p.detach() for name, p in module._parameters.items() if p is not None}
         with torch.no_grad():
-            made.append(compressor.compress(state, module.quantization_scheme))
+            compressed.append(compressor.compress(state, module.quantization_scheme))
     seconds = time.perf_counter() - start
-    as_bytes = [[out[suffix] for suffix in SUFFIXES] for out in made]
+    as_bytes = [[out[suffix] for suffix in SUFFIXES] for out in compressed]
     return seconds, [[p.numpy(), s.view(torch.uint8).numpy(), g.numpy()] for p, s, g in as_bytes]
 
 
 def error(weight: Array, parts: Parts) -> float:
-    """Relative L2 error of a quantized weight."""
+    """Return the relative L2 error of a quantized weight."""
     weight = weight.astype(np.float32)
     packed, scales, scale = parts
     codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1, 16)
@@ -103,14 +103,14 @@ def error(weight: Array, parts: Parts) -> float:
 
 
 def main() -> None:
-    """Run, print a table, write JSON."""
+    """Run mquant and the observers, print a table, and write JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("src", type=Path)
-    parser.add_argument("--sets", type=int, help="fused sets that llmcompressor does; all")
+    parser.add_argument("--sets", type=int, help="how many fused sets to compare; default: all")
     parser.add_argument("--observers", default=",".join(OBSERVERS))
-    parser.add_argument("--json", type=Path, help="write every tensor's numbers here")
+    parser.add_argument("--json", type=Path, help="file for every tensor's numbers")
     args = parser.parse_args()
     plan = make_plan(open_checkpoint(Folder(args.src)), find_recipe("nvfp4-opt"), load_families())
     units = [unit for shard in plan.shards for unit in shard.units if unit.scheme][: args.sets]
@@ -123,18 +123,18 @@ def main() -> None:
         start = time.perf_counter()
         subprocess.run([*command, "--workers", "1"], check=True)
         whole = time.perf_counter() - start
-        ours = open_checkpoint(Folder(Path(folder, "out")))
+        quantized = open_checkpoint(Folder(Path(folder, "out")))
         for unit in units:
             weights = [values(plan.survey.checkpoint, a.source.name) for a in unit.actions]
-            found: dict[str, list[Parts]] = {}
+            results: dict[str, list[Parts]] = {}
             for observer in observers:
-                took, found[observer] = theirs(unit, list(map(tensor, weights)), observer)
-                seconds[observer] += took
+                set_seconds, results[observer] = theirs(unit, list(map(tensor, weights)), observer)
+                seconds[observer] += set_seconds
             for number, (action, weight) in enumerate(zip(unit.actions, weights, strict=True)):
                 row = {"tensor": action.source.name, "bytes": action.source.nbytes}
-                parts = [values(ours, output.name) for output in action.outputs]
+                parts = [values(quantized, output.name) for output in action.outputs]
                 row["ours"] = error(weight, parts)
-                rows.append(row | {o: error(weight, found[o][number]) for o in observers})
+                rows.append(row | {o: error(weight, results[o][number]) for o in observers})
     nbytes = sum(row["bytes"] for row in rows)
     print(f"{len(rows)} tensors, {nbytes / 1e6:.1f} MB")
     mean = np.mean([row["ours"] for row in rows])

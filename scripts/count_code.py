@@ -2,9 +2,9 @@
 
     python scripts/count_code.py [FOLDER ...]
 
-Prints one row a room (src/ when no folder is given), then whatever is larger than this project
-allows itself: a file over 400 lines, a function over 60, a function with more than 8 parameters
-(Typer commands aside, whose parameters are their options). Exit code 1 where there is any.
+The script prints one row a room (of src/ if no folder is given), then everything that breaks a
+limit: a file over 400 lines, a function over 60 lines, a function with more than 8 parameters
+(except Typer commands, whose parameters are their options). Exit code 1: a limit is broken.
 """
 
 import ast
@@ -35,7 +35,7 @@ _SILENT: Final = frozenset(
 
 
 def code_lines(text: str) -> int:
-    """The number of lines on which a token of code stands."""
+    """Return the number of lines with a token of code."""
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in _SILENT:
@@ -44,7 +44,7 @@ def code_lines(text: str) -> int:
 
 
 def too_large(path: Path, text: str, commands: Collection[str] = ()) -> Iterator[str]:
-    """One sentence for each thing in a file that is larger than this project allows itself.
+    """Yield a sentence for each limit that a file or a function in the file breaks.
 
     `commands` are the functions of the command line, whose parameters are their options.
     """
@@ -77,11 +77,11 @@ def _docstring_lines(tree: ast.Module) -> set[int]:
 def _parameters(node: _Function) -> int:
     arguments = node.args
     every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-    return len([each for each in every if each.arg not in ("self", "cls")])
+    return len([argument for argument in every if argument.arg not in ("self", "cls")])
 
 
 def commands_of(app: Path) -> set[str]:
-    """The functions that `app.py` makes commands of: `app.command("verb")(function)`."""
+    """Return the functions that `app.py` registers as commands: `app.command("verb")(function)`."""
     calls = [n for n in ast.walk(ast.parse(app.read_text("utf-8"))) if isinstance(n, ast.Call)]
     return {
         argument.id
@@ -93,7 +93,7 @@ def commands_of(app: Path) -> set[str]:
 
 
 def main(folders: list[str]) -> int:
-    """Print the table and what is too large."""
+    """Print the table and the broken limits; return the exit code."""
     rooms: Counter[str] = Counter()
     large: list[str] = []
     apps = [app for folder in folders for app in Path(folder).rglob("cli/app.py")]

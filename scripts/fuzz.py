@@ -1,12 +1,12 @@
-"""Feed mquant hostile checkpoints, made from good ones by chance, until the time is up.
+"""Feed mquant hostile checkpoints, random changes of good checkpoints, until the time is up.
 
     python scripts/fuzz.py [--seconds 900] [--seed 0] [--case N]
 
-Of every case `inspect`, `plan`, `verify`, `verify-ignore`, `quantize` and `repair` are run, in this
-process; every fifth case lies on a hub (the tests' own) whose answers are tampered with, too. A
+The script runs `inspect`, `plan`, `verify`, `verify-ignore`, `quantize` and `repair` on every case,
+in this process. Every fifth case is on the tests' fake hub, which also tampers with its answers. A
 failure is: an exit code other than 0 to 3, a traceback, a command that takes more than 10 s or
-500 MB, a file outside OUT that changed, a control character on the terminal. It keeps the case's
-folder and says how to make it again.
+500 MB, a file outside OUT that changed, a control character on the terminal. After a failure, the
+script keeps the case's folder and prints the command that repeats the case.
 """
 
 import argparse
@@ -30,17 +30,17 @@ SECONDS, MOST_MB = 10, 500
 
 
 class TooLong(BaseException):
-    """A command took longer than it may; no `except Exception` of ours catches it."""
+    """A command exceeded its time. `except Exception` does not catch a BaseException."""
 
 
 def main() -> int:
-    """Run cases; returns the exit code."""
+    """Run cases and return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", type=int, help="only this one")
+    parser.add_argument("--case", type=int, help="run only the case of this number")
     options = parser.parse_args()
     signal.signal(signal.SIGALRM, _too_long)
     where = Path(tempfile.mkdtemp(prefix="mquant-fuzz-"))
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 class Fuzzer:
-    """Makes and tries cases in a folder."""
+    """A maker of cases in a folder, which runs mquant on each case."""
 
     def __init__(self, where: Path, seed: int) -> None:
         from fakehub import FakeHub
@@ -76,7 +76,7 @@ class Fuzzer:
         self.codes: dict[str, Counter[int]] = {}
         self.peak = self.slowest = 0.0
         self.hub = FakeHub()
-        # Before huggingface_hub is imported, which reads the environment once.
+        # Set the environment first: huggingface_hub reads the environment once, at its import.
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
             os.environ.pop(name, None)
         home = {"HF_HOME": str(where / "home"), "HF_HUB_DISABLE_XET": "1"}
@@ -93,7 +93,7 @@ class Fuzzer:
         self.hub.close()
 
     def try_case(self, number: int) -> list[str]:
-        """Make case `number` and run commands on it; returns what was wrong."""
+        """Make case `number`, run commands on the case, and return a list of failures."""
         import hostile
 
         chance = random.Random(f"{self.seed}-{number}")  # noqa: S311
@@ -118,7 +118,7 @@ class Fuzzer:
         import hostile
 
         if any(p.is_file() and p.stat().st_size > 10**8 for p in (where / "src").rglob("*")):
-            return str(where / "src")  # 1 TB of zeros takes long to send
+            return str(where / "src")  # sending 1 TB of zeros takes too long
         self.hub.repos.clear()
         self.hub.add("org/model", where / "src")
         self.hub.ranges = chance.choice(("served", "served", "ignored", "shifted", "cut short"))
@@ -133,7 +133,7 @@ class Fuzzer:
     def _run(self, command: list[str]) -> list[str]:
         import hostile
 
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is of this command
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak before this command
         faulthandler.dump_traceback_later(6 * SECONDS, exit=True)
         start = time.monotonic()
         signal.alarm(SECONDS)

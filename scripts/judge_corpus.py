@@ -1,10 +1,11 @@
-"""Have vLLM itself judge every case of the tests' corpus, and compare its verdicts with ours.
+"""Have vLLM judge every case of the tests' corpus, and compare its verdicts with mquant's.
 
 Run it: scripts/test-loaders.sh, or python scripts/judge_corpus.py [--check]
 
-Writes docs/loaders.md and tests/data/vllm-verdicts.json; with `--check` it fails where they are
-not what it would write. It always fails where vLLM refuses a checkpoint, or loads it wrong, that
-`mquant verify` finds no error in, or the other way round.
+The script writes docs/loaders.md and tests/data/vllm-verdicts.json; with `--check`, it fails if one
+of the files differs from what the script would write. The script always fails if `mquant verify`
+finds no error in a checkpoint that vLLM refuses or loads wrong, or that the corpus calls wrong in
+its numbers alone; and if `mquant verify` finds an error in any other checkpoint.
 """
 
 import json
@@ -28,19 +29,19 @@ from corpus import CASES, Case  # noqa: E402  (the tests' folder is no package)
 from run import TRAINED, quantize_nvfp4  # noqa: E402
 
 PAGE, DATA = ROOT / "docs/loaders.md", ROOT / "tests/data/vllm-verdicts.json"
-HEAD = """# What vLLM makes of broken checkpoints, and what `mquant verify` says
+HEAD = """# What vLLM does with broken checkpoints, and what `mquant verify` reports
 
-Made by `scripts/test-loaders.sh`, which breaks the tiny trained checkpoint in {count} ways, has
-`mquant verify` judge each, and vLLM {version} load its headers; do not edit.
+Written by `scripts/test-loaders.sh`, which breaks the tiny trained checkpoint in {count} ways, has
+`mquant verify` judge each result, and has vLLM {version} load its headers; do not edit.
 
-vLLM *refuses*, *loads* what it was given, or *loads wrong*: it drops tensors, leaves parameters
-unset, spreads or converts them, without a word. What is wrong in the numbers alone no load check
-sees: those cases say why they are wrong. Errors of ours are **bold**, warnings are not; what is
-only worth knowing (an info) is left out, but where a case is about it.
+vLLM *refuses* a checkpoint, *loads* the checkpoint, or *loads wrong*: vLLM drops tensors, leaves
+parameters unset, or spreads or converts tensors, without a message. No load check sees a fault in
+the numbers alone: such cases say why they are wrong. mquant's errors are **bold**, its warnings are
+not; an info is listed only if the case is about this info.
 
-vLLM is *not asked* where its CPU build has no kernel that it could build the layer for. Kernels of
-NVFP4, of FP8 in blocks and of packed integers need a GPU too, but the probe answers in their stead:
-whichever computes, the tensors that are loaded are the same. INT8 of experts stays not asked.
+vLLM is *not asked* if its CPU build has no kernel for a layer. The kernels of NVFP4, of FP8 in
+blocks and of packed integers need a GPU too, but the probe stands in for these kernels, because
+every kernel loads the same tensors. Experts in INT8 stay not asked.
 
 | case | mquant verify | vLLM | its words, or what it does |
 | --- | --- | --- | --- |
@@ -48,7 +49,7 @@ whichever computes, the tensors that are loaded are the same. INT8 of experts st
 
 
 def main() -> int:
-    """Judge, compare, write."""
+    """Judge all cases, write or check the files, and return the exit code."""
     with tempfile.TemporaryDirectory() as where:
         rows = judge(Path(where))
     version = rows[0][2].version
@@ -75,31 +76,31 @@ def main() -> int:
 
 
 def judge(folder: Path) -> list[tuple[Case, dict[str, str], Verdict]]:
-    """Each case with our rules and their severity, and vLLM's verdict."""
+    """Return each case with mquant's rules and their severity, and vLLM's verdict."""
     good = quantize_nvfp4(TRAINED, folder / "good", shard_bytes=10**6)
     families = load_families()
-    ours: list[dict[str, str]] = []
+    rules_of: list[dict[str, str]] = []
     pairs: list[tuple[Path, Path]] = []
     for number, case in enumerate(CASES):
         place = folder / str(number)
         place.mkdir()
         bad = case.make(good, place)
         report = verify(Folder(bad), families, Depth.NUMBERS)
-        told = [f for f in report.findings if f.severity != "info" or f.rule in case.rules]
-        ours.append({found.rule: found.severity for found in told})
+        shown = [f for f in report.findings if f.severity != "info" or f.rule in case.rules]
+        rules_of.append({finding.rule: finding.severity for finding in shown})
         pairs.append((bad, place / "vllm.json"))
     cores = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(cores) as pool:
         list(pool.map(ask_vllm, (pairs[i::cores] for i in range(cores))))
-    theirs = [json.loads(path.read_text("utf-8")) for _, path in pairs]
+    answers = [json.loads(path.read_text("utf-8")) for _, path in pairs]
     return [
-        (case, rules, read_verdict(said))
-        for case, rules, said in zip(CASES, ours, theirs, strict=True)
+        (case, rules, read_verdict(answer))
+        for case, rules, answer in zip(CASES, rules_of, answers, strict=True)
     ]
 
 
 def ask_vllm(pairs: list[tuple[Path, Path]]) -> None:
-    """Have one process judge folders, each into its file."""
+    """Have one vLLM process judge folders and write each verdict to the folder's file."""
     paths = [str(path) for pair in pairs for path in pair]
     subprocess.run(
         [str(find_python()), "-P", str(PROBE), *paths],
@@ -110,19 +111,19 @@ def ask_vllm(pairs: list[tuple[Path, Path]]) -> None:
 
 
 def words(verdict: Verdict) -> str:
-    """The words of vLLM, short and without what changes from run to run."""
-    told = verdict.words or " ".join(finding.message for finding in verdict.findings)
-    told = told.partition(" For further information")[0]
+    """Return vLLM's words, shortened and without paths, which change from run to run."""
+    text = verdict.words or " ".join(finding.message for finding in verdict.findings)
+    text = text.partition(" For further information")[0]
     return " ".join(
-        "PATH" if part.startswith(("/", "'/", "{'/")) else part for part in told.split()
+        "PATH" if part.startswith(("/", "'/", "{'/")) else part for part in text.split()
     )[:160]
 
 
 def line(case: Case, rules: dict[str, str], verdict: Verdict) -> str:
-    """A row of the table."""
-    ours = ", ".join(f"**{r}**" if s == "error" else r for r, s in rules.items()) or "clean"
-    theirs = words(verdict) or (f"({case.silent})" if case.silent else "")
-    cells = (case.name, ours, verdict.verdict, theirs)
+    """Return a row of the table."""
+    findings = ", ".join(f"**{r}**" if s == "error" else r for r, s in rules.items()) or "clean"
+    vllm = words(verdict) or (f"({case.silent})" if case.silent else "")
+    cells = (case.name, findings, verdict.verdict, vllm)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 

@@ -1,9 +1,10 @@
-"""Quantize with every recipe that ships and have vLLM load the result's headers.
+"""Quantize with every shipped recipe, and have vLLM load the result's headers.
 
 Run it: scripts/test-loaders.sh, or python scripts/judge_recipes.py
 
-Takes the tests' trained checkpoint, and a synthetic one for recipes whose blocks its shapes do not
-fill. Fails where `mquant verify` is not clean, or vLLM does anything but load.
+The source is the tests' trained checkpoint, or a synthetic checkpoint for recipes whose blocks do
+not divide the trained checkpoint's shapes. The script fails if `mquant verify` is not clean, or if
+vLLM does anything but load.
 """
 
 import sys
@@ -25,7 +26,7 @@ TEXT = str(FIXTURES / "heldout.txt")
 
 
 def main() -> int:
-    """Try each recipe; the number of those that fail, as exit code."""
+    """Try each recipe, and return the number of recipes that fail as exit code."""
     failed = 0
     with tempfile.TemporaryDirectory() as where:
         divisible = wide(Path(where) / "wide")
@@ -38,13 +39,13 @@ def main() -> int:
 
 
 def planned(src: Path, recipe: Recipe) -> Plan:
-    """What a recipe makes of a checkpoint."""
+    """Return the plan of a recipe for a checkpoint, with little calibration data."""
     few = recipe.model_copy(update={"calibration": Calibration(samples=4, length=64)})
     return make_plan(open_checkpoint(Folder(src)), few, load_families())
 
 
 def loads(plan: Plan, out: Path) -> bool:
-    """Carry a plan out; whether what it makes is clean, and vLLM loads it. Says so."""
+    """Carry out a plan, print the verdicts, and return whether both are good."""
     quantize(plan, out, data=TEXT if plan.recipe.needs_data else None)
     parent = plan.survey.checkpoint.source
     report = verify(Folder(out), load_families(), Depth.FULL, parent=parent, ask_vllm=True)

@@ -1,9 +1,9 @@
-"""Write docs/cli.md from the command line's own help, docs/verify-rules.md from the rules.
+"""Write docs/cli.md from the command line's help, and docs/verify-rules.md from the rules.
 
 Run it: python scripts/make_docs.py [--check]
 
-`--check` writes nothing and fails where a page is not what the program says; the tests' command
-runs it, so the reference cannot fall behind.
+`--check` writes no page and fails if a page differs from what the program says. scripts/test.sh
+runs `--check`, so that the pages stay up to date.
 """
 
 import sys
@@ -21,58 +21,58 @@ from pages import write_or_check
 KINDS = {str: "TEXT", int: "N", Path: "PATH"}
 HEAD = """# Command line reference
 
-Made by `scripts/make_docs.py` from `mquant --help`; do not edit.
+Written by `scripts/make_docs.py` from `mquant --help`; do not edit.
 
-SRC is a folder or a hub repo id. stdout is the result, stderr everything else. Exit codes: 0 done;
-1 failed, refused, or could not be judged; 2 the command line makes no sense; 3 a checkpoint was
-read and found wrong; 130 interrupted, safe to run again.
+SRC is a folder or a hub repo id. stdout has the result, stderr everything else. Exit codes: 0 done;
+1 failed, refused, or could not be judged; 2 the command line is wrong; 3 the checkpoint is wrong;
+130 interrupted, safe to run again.
 """
 RULES_HEAD = """# What `mquant verify` checks
 
-Made by `scripts/make_docs.py` from the rules beside the checks; do not edit.
+Written by `scripts/make_docs.py` from the rules beside the checks; do not edit.
 
 `structure` needs headers and JSON only, `numbers` reads all data, `against` compares with the
 parent (`--against`), `loader` has a real loader load the headers (`--loader vllm`). Errors exit
-with 3; warnings too, with `--fail-on warning`; an info is something worth knowing, and never fails.
+with 3; warnings exit with 3 only with `--fail-on warning`; an info never fails.
 
-A rule that was not applied has not passed: it is listed as not judged, and skipped in JUnit. If
-that decides whether a loader takes a quantized checkpoint, the exit code is 1; `--loader vllm` then
-decides.
+A rule that was not applied has not passed: the rule is listed as not judged, and skipped in JUnit.
+If such a rule decides whether a loader takes a quantized checkpoint, the exit code is 1;
+`--loader vllm` then decides.
 """
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the page of the command line."""
     root: Any = typer.main.get_command(app)
     return HEAD + "".join(section(path, command) for path, command in verbs("mquant", root))
 
 
 def rules_page() -> str:
-    """The page of rules, by what they need."""
+    """Return the page of rules, by what the rules need."""
     text = RULES_HEAD
     for depth in VERIFIED:
-        found = sorted((r for r in RULES.values() if r.needs == depth), key=lambda rule: rule.id)
+        rules = sorted((r for r in RULES.values() if r.needs == depth), key=lambda rule: rule.id)
         text += f"\n## {depth}\n\n| rule | severity | what must hold | why | fix |\n"
-        text += "| --- | --- | --- | --- | --- |\n" + "".join(map(rule_row, found))
+        text += "| --- | --- | --- | --- | --- |\n" + "".join(map(rule_row, rules))
     return text
 
 
 def rule_row(rule: Rule) -> str:
-    """One rule."""
+    """Return one rule as a row of a table."""
     cells = (f"`{rule.id}`", rule.severity, rule.what, rule.why, rule.fix)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
 def verbs(path: str, command: Any) -> list[tuple[str, Any]]:
-    """Every command and its full name, in the order of the help."""
-    found = [] if path == "mquant" else [(path, command)]
+    """Return every command with its full name, in the order of the help."""
+    commands = [] if path == "mquant" else [(path, command)]
     for name, child in getattr(command, "commands", {}).items():
-        found += verbs(f"{path} {name}", child)
-    return found
+        commands += verbs(f"{path} {name}", child)
+    return commands
 
 
 def section(path: str, command: Any) -> str:
-    """One command: its help, its example, its arguments and options."""
+    """Return the section of a command: its help, its example, its arguments and options."""
     text, _, example = (command.help or "").partition("Example: ")
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     usage = " ".join([path, *(f"[{p.metavar}]" for p in arguments), "[OPTIONS]"])
@@ -84,7 +84,7 @@ def section(path: str, command: Any) -> str:
 
 
 def row(param: Any) -> str:
-    """One argument or option."""
+    """Return one argument or option as a row of a table."""
     kind = param.type_descriptor.annotation
     if param.param_type_name == "argument":
         title = param.metavar
@@ -101,7 +101,7 @@ def row(param: Any) -> str:
 
 
 def main() -> int:
-    """Write the pages, or check them."""
+    """Write or check the pages, and return the exit code."""
     pages = {"cli.md": page(), "verify-rules.md": rules_page()}
     return write_or_check(pages, "is not what the program says: run python scripts/make_docs.py")
 

@@ -1,4 +1,4 @@
-"""Writing generated pages into docs/, or checking that they are what is there."""
+"""Write generated pages into docs/, or check that the pages in docs/ are up to date."""
 
 import sys
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ DOCS: Final = Path(__file__).parent.parent / "docs"
 
 
 def write_or_check(pages: Mapping[str, str], complaint: str) -> int:
-    """Write pages by name; with `--check` print a `complaint` of each that differs, and give 1."""
+    """Write pages by name; with `--check`, print `complaint` for each outdated page, return 1."""
     behind = 0
     for name, text in pages.items():
         path = DOCS / name

@@ -2,11 +2,11 @@
 
     python scripts/perplexity.py CHECKPOINT [CHECKPOINT ...] --text tests/fixtures/heldout.txt
 
-A checkpoint is a folder with config.json, a tokenizer and *.safetensors. Unquantized ones are
-loaded as they are. NVFP4 ones in compressed-tensors format are first dequantized into a temporary
-folder, because transformers 5 loads such experts without an error but ignores their global scales.
-The arithmetic of that step is compressed-tensors' own, so that our quantizer is judged by code that
-we did not write. Code that lies in a checkpoint is never run.
+A checkpoint is a folder with config.json, a tokenizer and *.safetensors. Unquantized checkpoints
+are loaded as they are. NVFP4 checkpoints in compressed-tensors format are first dequantized into a
+temporary folder, because transformers 5 loads such experts without an error but ignores their
+global scales. compressed-tensors' own code dequantizes, so that another project's code judges
+mquant's quantizer. Code from a checkpoint is never run.
 
 Needs torch, transformers, safetensors and, for quantized checkpoints, compressed-tensors.
 """
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-WINDOW = 256  # tokens that are scored together: no token sees further back than this
+WINDOW = 256  # tokens scored together: no token attends further back than its window
 BATCH = 16  # windows per forward pass
 PACKED = "weight_packed"
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -56,7 +56,7 @@ def dequantize(src: Path, dst: Path) -> None:
     weight_map: dict[str, str] = {}
     total_size = 0
     with ExitStack() as stack:
-        # A weight and its scales may lie in different shards, hence all of them are open at once.
+        # A weight and its scales may be in different shards, so all shards are open at once.
         shards = {
             path.name: stack.enter_context(safe_open(path, framework="pt"))
             for path in sorted(src.glob("*.safetensors"))
@@ -87,7 +87,7 @@ def dequantize(src: Path, dst: Path) -> None:
 
 
 def load_model(folder: Path) -> Any:
-    """The unquantized checkpoint in `folder`, in F32, with the RoPE that its config asks for."""
+    """Load the unquantized checkpoint in `folder`, in F32, with the RoPE of its config."""
     import torch
     import transformers
 
@@ -95,7 +95,7 @@ def load_model(folder: Path) -> Any:
     hf.utils.logging.disable_progress_bar()
     config = hf.AutoConfig.from_pretrained(folder)
     if hasattr(config, "rotary_dim"):
-        # transformers 5 does not look at rotary_dim and would rotate the whole head.
+        # transformers 5 ignores rotary_dim and would rotate the whole head.
         config.rope_parameters["partial_rotary_factor"] = config.rotary_dim / config.head_dim
     model, report = hf.AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=torch.float32, output_loading_info=True
@@ -106,7 +106,7 @@ def load_model(folder: Path) -> Any:
 
 
 def mean_loss(model: Any, tokens: torch.Tensor, window: int = WINDOW) -> float:
-    """Mean negative log-likelihood (in nats) of `tokens`, cut into windows of `window` + 1 tokens.
+    """Return the mean negative log-likelihood (nats) of `tokens` in windows of `window` + 1 tokens.
 
     Neighbouring windows share one token, so that all tokens but the very first are predicted once.
     """
@@ -127,12 +127,12 @@ def mean_loss(model: Any, tokens: torch.Tensor, window: int = WINDOW) -> float:
 
 
 def perplexity(folder: Path, text: str) -> float:
-    """Perplexity of the checkpoint in `folder`, quantized or not, on `text`."""
+    """Return the perplexity of the checkpoint in `folder`, quantized or not, on `text`."""
     import torch
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # of generating text, which nobody does here
+    logging.set_verbosity_error()  # no warnings about generating text
     config = json.loads((folder / CONFIG).read_text())
     method = config.get("quantization_config", {}).get("quant_method")
     if method not in (None, "compressed-tensors"):
@@ -148,7 +148,7 @@ def perplexity(folder: Path, text: str) -> float:
 
 
 def main() -> None:
-    """Score each checkpoint."""
+    """Print the perplexity of each checkpoint."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

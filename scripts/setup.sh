@@ -1,5 +1,6 @@
-# Sourced by quickstart.sh and test.sh: a venv in .venv with mquant and everything it can use.
-# Running it again is cheap: pip is asked only when a file that decides what is installed changed.
+# Install mquant and everything that mquant can use into a venv in .venv. quickstart.sh, test.sh and
+# test-loaders.sh source this file. A second run is fast: pip runs only if pyproject.toml or
+# constraints.txt has changed.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 venv=${MQUANT_VENV:-$root/.venv}
@@ -23,7 +24,7 @@ fi
 
 if [ "$(cat "$venv/.mquant-installed" 2>/dev/null)" != "$stamp" ]; then
     echo "Installing into $venv (about 2 minutes the first time) ..."
-    # torch by its own line first: the plain CPU build is taken where constraints.txt pins one.
+    # Install torch first, alone: pip then takes the CPU build if constraints.txt pins that build.
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt \
         -e '.[oneshot,ray,dev]'

@@ -1,10 +1,10 @@
-"""Write the arithmetic in docs/scale-out.md and its pictures: how long it takes, and why.
+"""Write the simulation in docs/scale-out.md and its pictures: how long a run takes, and why.
 
     python scripts/simulate.py [--check]
 
-`--check` writes nothing and fails where a file is not what this makes. It takes about a minute:
-plans of 10 TB are made and shared out. The laws are in simulation.py, the figures in
-simulation_cases.py, the words in simulate.md.
+`--check` writes no file and fails if a file differs from what the script would write. The script
+takes about a minute, because it makes and shares out plans of 10 TB. The formulas are in
+simulation.py, the figures in simulation_cases.py, the text in simulate.md.
 """
 
 import re
@@ -42,9 +42,9 @@ NAME: Final = "scale-out"
 MARK: Final = "<!-- From here on made by scripts/simulate.py: do not edit. -->\n"
 SHARDS: Final = (SHARD, 2_000_000_000, 1_000_000_000, 500_000_000)
 NEAR: Final = 1.1
-"""A time that is within this of the best is as good."""
+"""A time of at most this factor times the best time counts as equally good."""
 WORTH: Final = 0.5
-"""The least efficiency that is worth paying for."""
+"""The lowest efficiency that is worth its price."""
 
 REAL: Final = (
     ("4.39 GB, whole, a quiet hour", "3.0 s", "2.59 s", "-14 %"),
@@ -56,43 +56,43 @@ REAL: Final = (
     ("two shares", "3.6 s", "5.8 s", "+62 %"),
     ("`--scratch`", "40.6 s", "41.3 s", "+2 %"),
 )
-"""By hand, from `scripts/bench_scale.py` and docs/lab-log.md."""
+"""Copied by hand from the output of `scripts/bench_scale.py` and from docs/lab-log.md."""
 
 
-def where_it_stops(found: list[Outcome]) -> tuple[Outcome, str]:
-    """The fewest machines with about the best time, and what keeps more from helping."""
-    best = min(outcome.seconds for outcome in found)
-    stop = next(outcome for outcome in found if outcome.seconds <= NEAR * best)
+def where_it_stops(outcomes: list[Outcome]) -> tuple[Outcome, str]:
+    """Return the outcome of the fewest machines with about the best time, and its limit."""
+    best = min(outcome.seconds for outcome in outcomes)
+    stop = next(outcome for outcome in outcomes if outcome.seconds <= NEAR * best)
     if stop.storage > 0.8 * (stop.seconds - stop.begin - stop.finish):
         return stop, "shared storage"
-    single = min(outcome.largest for outcome in found)
+    single = min(outcome.largest for outcome in outcomes)
     return stop, "the largest shard" if stop.largest < 1.3 * single else "start and finish"
 
 
 def grid(case: Case) -> str:
-    """Time, cost and efficiency for machines and bandwidths."""
+    """Return a table of time, cost and efficiency for machines and bandwidths."""
     rows = []
     for machines in MACHINES:
-        found = [in_jobs(case, machines, network * GBIT, 100e9) for network in NETWORKS]
-        cells = [f"{span(o.seconds)}, {hours(o.hours)}, {o.efficiency:.0%}" for o in found]
+        outcomes = [in_jobs(case, machines, network * GBIT, 100e9) for network in NETWORKS]
+        cells = [f"{span(o.seconds)}, {hours(o.hours)}, {o.efficiency:.0%}" for o in outcomes]
         rows.append([f"{machines:,}", *cells])
     return table(["machines", *(f"{n} Gbit/s" for n in NETWORKS)], rows)
 
 
 def stops(case: Case) -> str:
-    """Where it stops, for all bandwidths, and what is worth paying for."""
+    """Return a table of the useful numbers of machines for all bandwidths, and of limits."""
     rows = []
     for storage in STORAGES:
         for network in NETWORKS:
-            found = [in_jobs(case, n, network * GBIT, storage * 1e9) for n in MACHINES]
-            stop, why = where_it_stops(found)
-            worth = [o for o in found if o.efficiency >= WORTH]
+            outcomes = [in_jobs(case, n, network * GBIT, storage * 1e9) for n in MACHINES]
+            stop, limit = where_it_stops(outcomes)
+            worth = [o for o in outcomes if o.efficiency >= WORTH]
             rows.append(
                 [
                     f"{network} Gbit/s, {storage} GB/s",
                     f"{stop.machines:,}",
                     span(stop.seconds),
-                    why,
+                    limit,
                     span(stop.begin + stop.finish),
                     f"{worth[-1].machines:,}: {span(worth[-1].seconds)}" if worth else "none",
                 ]
@@ -103,21 +103,21 @@ def stops(case: Case) -> str:
 
 
 def smaller(case: Case) -> str:
-    """What --max-shard-size does about it."""
+    """Return a table of times for smaller output shards (--max-shard-size)."""
     rows = []
     for nbytes in SHARDS:
         works = single(case, nbytes)
         cells = [size(nbytes), f"{len(works):,}", size(max(work.written for work in works))]
         for network in (1, 25):
-            found = [in_jobs(case, n, network * GBIT, 100e9, nbytes) for n in MACHINES]
-            stop, _ = where_it_stops(found)
+            outcomes = [in_jobs(case, n, network * GBIT, 100e9, nbytes) for n in MACHINES]
+            stop, _ = where_it_stops(outcomes)
             cells.append(f"{span(stop.seconds)} on {stop.machines:,}")
         rows.append(cells)
     return table(["shards of", "shards", "the largest", "1 Gbit/s", "25 Gbit/s"], rows)
 
 
 def ray(case: Case) -> str:
-    """Ray beside shares that are fixed beforehand."""
+    """Return a table of times on Ray and with fixed shares."""
     counts = [n for n in MACHINES if n <= 256]
     net = 25 * GBIT
     return table(
@@ -130,7 +130,7 @@ def ray(case: Case) -> str:
 
 
 def alone(case: Case) -> str:
-    """One machine whose source is on a hub."""
+    """Return a table of times of one machine whose source is on a hub."""
 
     def cell(run: Alone) -> str:
         return f"{span(run.seconds)}: {run.bound}"
@@ -152,19 +152,19 @@ def alone(case: Case) -> str:
 
 
 def again(case: Case) -> str:
-    """What shares of a hub repo would fetch more than once."""
-    found = {n: fetched_again(shares(case.plan, n), case.files) for n in (2, 8, 32, 128)}
+    """Return a sentence on the bytes that shares of a hub repo would download more than once."""
+    repeated = {n: fetched_again(shares(case.plan, n), case.files) for n in (2, 8, 32, 128)}
     total = sum(case.files.values())
-    each = ", ".join(f"{n}: {size(b)} ({b / total:.1%})" for n, b in found.items())
+    parts = ", ".join(f"{n}: {size(b)} ({b / total:.1%})" for n, b in repeated.items())
     return (
         "Shares of a hub repo (`--share` with a repo id) download the files they need whole, and "
-        f"neighbours share those at their edges. Fetched again, by number of shares: {each}."
+        f"neighbours share those at their edges. Fetched again, by number of shares: {parts}."
     )
 
 
 def curves(case: Case) -> str:
-    """The picture."""
-    found = [
+    """Return the picture of a checkpoint as SVG: time against machines."""
+    lines = [
         Curve(
             f"{network} Gbit/s, {storage} GB/s",
             group,
@@ -176,7 +176,7 @@ def curves(case: Case) -> str:
     ]
     shards = len(case.plan.shards)
     title = f"{case.title}: time against machines, by network and shared storage"
-    return picture(title, found, shards, f"{shards:,} output shards")
+    return picture(title, lines, shards, f"{shards:,} output shards")
 
 
 WHAT: Final = {
@@ -197,7 +197,7 @@ NOTES: Final = {
 
 
 def recommended(case: Case) -> dict[str, str]:
-    """What to rent, and what that takes and costs."""
+    """Return the recommended machines, with their time and cost, by template name."""
     fast, slow = 10 * GBIT, GBIT
     one, hub = in_jobs(case, 1, fast, 100e9), through_scratch(case, fast, push=True)
     large, small = (
@@ -223,7 +223,7 @@ def recommended(case: Case) -> dict[str, str]:
 
 
 def section(case: Case, template: str) -> str:
-    """All of one checkpoint."""
+    """Return the section of one checkpoint."""
     plan, work = case.plan, work_of(case.plan)
     what = (
         f"{WHAT[case.name]}: {len(plan.survey.checkpoint.tensors):,} tensors, {size(work.read)} "
@@ -248,21 +248,21 @@ def section(case: Case, template: str) -> str:
 
 
 def short(case: Case) -> str:
-    """One checkpoint in a sentence."""
+    """Return the summary of one checkpoint, as an item of a list."""
     hub = through_scratch(case, 10 * GBIT, push=True)
-    found = [in_jobs(case, n, 10 * GBIT, 100e9) for n in MACHINES]
-    worth = [outcome for outcome in found if outcome.efficiency >= WORTH][-1]
-    stop, why = where_it_stops(found)
+    outcomes = [in_jobs(case, n, 10 * GBIT, 100e9) for n in MACHINES]
+    worth = [outcome for outcome in outcomes if outcome.efficiency >= WORTH][-1]
+    stop, limit = where_it_stops(outcomes)
     return (
         f"- **{case.title}**: one machine takes {span(hub.seconds)} from hub to hub, with 20 GB of "
         f"disk. From shared storage of 100 GB/s, {worth.machines} machines take "
         f"{span(worth.seconds)} and are used at {worth.efficiency:.0%}; beyond {stop.machines} and "
-        f"{span(stop.seconds)} more do not help ({why})."
+        f"{span(stop.seconds)} more do not help ({limit})."
     )
 
 
 def documents() -> dict[str, str]:
-    """Every file of docs/ that this makes, by name."""
+    """Return every file of docs/ that this script writes, by name."""
     fixed = "; ".join(
         f"{span((o := in_jobs(c, 1, GBIT, 1e11)).begin + o.finish)} at {c.title}" for c in CASES
     )
@@ -278,9 +278,9 @@ def documents() -> dict[str, str]:
         "tensors": ", ".join(f"{c.title} has {c.plan.output_tensors:,} tensors" for c in CASES),
         "real": table(["run", "simulated", "measured", ""], REAL),
     }
-    head, each, tail = re.split(r"<!--.*-->\n", TEMPLATE.read_text(encoding="utf-8"))
-    text = fill(head, values) + "".join(section(case, each) for case in CASES) + fill(tail, values)
-    # By hand is what comes before the mark; the headings below it are of its last section.
+    head, body, tail = re.split(r"<!--.*-->\n", TEMPLATE.read_text(encoding="utf-8"))
+    text = fill(head, values) + "".join(section(case, body) for case in CASES) + fill(tail, values)
+    # The text before the mark is written by hand; the headings after it are in its last section.
     above, mark, _ = (DOCS / f"{NAME}.md").read_text(encoding="utf-8").partition(MARK)
     below = re.sub(r"^#", "##", text, flags=re.MULTILINE)
     pictures = {f"{NAME}-{case.name}.svg": curves(case) for case in CASES}
@@ -288,7 +288,7 @@ def documents() -> dict[str, str]:
 
 
 def main() -> int:
-    """Write the files, or check them."""
+    """Write or check the files, and return the exit code."""
     complaint = "is not what the figures give: run python scripts/simulate.py"
     return write_or_check(documents(), complaint)
 

@@ -1,10 +1,10 @@
-"""What a run takes, computed from a plan's real jobs and files: the laws behind simulate.py.
+"""The time of a run, computed from a plan's real work units and files: the formulas of simulate.py.
 
-Two models. `makespan` is of many machines over shared storage: tasks go through phases, each at the
-rate that its own limits and the capacities it shares with others leave it, from one event to the
-next. `pipeline` is of one machine whose source comes from a hub: files, jobs and shards follow one
-another as the spool, the engine and the shipper have them. Rates are in bytes a second, times
-in seconds. Nothing here reads or writes, or knows where a number comes from.
+There are two models. `makespan` models many machines with shared storage: tasks go through phases;
+from one event to the next, each phase has the rate that its own limit and the shared capacities
+allow. `pipeline` models one machine whose source comes from a hub: files, work units and shards
+follow one another as in the spool, the engine and the shipper. Rates are in bytes a second, times
+in seconds. The functions are pure, and the figures are their arguments.
 """
 
 from collections import deque
@@ -32,10 +32,10 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a task: `size` units, at most `cap` of them a second.
+    """A part of a task: `size` units, at most `cap` units a second.
 
-    A unit takes 1 of the machine's bandwidth where it is `on_network`, and `load` of the resource
-    with the number `shared`.
+    A unit takes `load` of the resource with the number `shared`. If the phase is `on_network`, a
+    unit also takes 1 of the machine's bandwidth.
     """
 
     size: float
@@ -56,11 +56,11 @@ def makespan(
     shared: Sequence[float] = (),
     first: Task = (),
 ) -> float:
-    """Seconds until all tasks are done.
+    """Return the seconds until all tasks are done.
 
-    Each of `slots`, which lie on `machines` in turn, takes the next task when it has done one; the
-    first time it goes through `first` before. `shared` are the capacities of the resources
-    1, 2, ...; `network` is that of each machine.
+    The slots are assigned to `machines` in turn. A slot takes the next task when its task is done,
+    and goes through the phases of `first` before its first task. `shared` are the capacities of the
+    resources 1, 2, ...; `network` is the bandwidth of each machine.
     """
     slots = min(slots, len(tasks))
     waiting = deque(tasks)
@@ -71,8 +71,8 @@ def makespan(
     busy = np.ones(slots, bool)
     time = 0.0
 
-    def folder_lock(slot: int) -> None:
-        """Have a slot begin its next phase that takes any time, or none."""
+    def next_phase(slot: int) -> None:
+        """Start the next phase of a slot that takes time; mark the slot idle if none is left."""
         while True:
             if not queues[slot] and waiting:
                 queues[slot].extend(waiting.popleft())
@@ -88,7 +88,7 @@ def makespan(
         left[slot], cap[slot] = phase.size, phase.cap
 
     for slot in range(slots):
-        folder_lock(slot)
+        next_phase(slot)
     while busy.any():
         rate = share_out(np.where(busy, cap, 0.0), uses, loads, capacity)
         needed = np.divide(left, rate, out=np.full(slots, np.inf), where=busy)
@@ -96,37 +96,37 @@ def makespan(
         time += step
         left -= rate * step
         for ended in np.flatnonzero(busy & (needed <= step * (1 + _EPSILON))):
-            folder_lock(int(ended))
+            next_phase(int(ended))
     return time
 
 
 def share_out(cap: Floats, uses: Integers, loads: Floats, capacity: Floats) -> Floats:
-    """The rate of each: as much of its `cap` as everybody who wants the same resource gets of his.
+    """Return the rate of each of n slots: all slots at a short resource get the same part of `cap`.
 
-    Each of n uses two resources, `uses` [n, 2], with `loads` [n, 2] for a unit. Whoever is held up
-    by a resource leaves the others to the rest.
+    A slot uses two resources, `uses` [n, 2], with `loads` [n, 2] for a unit. If a resource is
+    short, the rate of its slots is fixed, and the remaining slots get the rest of the others.
     """
     rate, left = cap.copy(), capacity.copy()
-    open_, wanted = cap > 0, loads * cap[:, None]
+    open_, demanded = cap > 0, loads * cap[:, None]
     while open_.any():
-        demand = _by_resource(uses, wanted * open_[:, None], len(capacity))
+        demand = _by_resource(uses, demanded * open_[:, None], len(capacity))
         part = np.divide(left, demand, out=np.full(len(left), np.inf), where=demand > 0)
         least = float(part.min())
         if least >= 1:
             break
         short = part <= least * (1 + _EPSILON)
-        stuck = open_ & (short[uses] & (wanted > 0)).any(axis=1)
+        stuck = open_ & (short[uses] & (demanded > 0)).any(axis=1)
         rate[stuck] = cap[stuck] * least
-        taken = wanted * (stuck * least)[:, None]
+        taken = demanded * (stuck * least)[:, None]
         left = np.maximum(left - _by_resource(uses, taken, len(capacity)), 0.0)
         open_ &= ~stuck
     return rate
 
 
 def _by_resource(uses: Integers, amounts: Floats, count: int) -> Floats:
-    found = np.zeros(count)
-    np.add.at(found, uses, amounts)
-    return found
+    totals = np.zeros(count)
+    np.add.at(totals, uses, amounts)
+    return totals
 
 
 # ------------------------------------------------------------------- the work that a plan holds
@@ -134,7 +134,7 @@ def _by_resource(uses: Integers, amounts: Floats, count: int) -> Floats:
 
 @dataclass(frozen=True)
 class Share:
-    """Bytes that are read and written for a share of a plan, and those of its largest shard."""
+    """The bytes read and written for a share of a plan, and the bytes of its largest shard."""
 
     read: int
     written: int
@@ -142,7 +142,7 @@ class Share:
 
 
 def work_of(plan: Plan) -> Share:
-    """What a plan, or a share of one, holds."""
+    """Return the work of a plan or of a share."""
     units = [unit for shard in plan.shards for unit in shard.units]
     return Share(
         read=sum(unit.source_bytes for unit in units),
@@ -152,13 +152,13 @@ def work_of(plan: Plan) -> Share:
 
 
 def fetched_again(parts: Sequence[Plan], sizes: Mapping[str, int]) -> int:
-    """Bytes of the files that more than one share needs, counted once less than they are needed."""
+    """Return the bytes that shares download again: a file that n shares need counts n - 1 times."""
     needed = [
         {path for shard in part.shards for unit in shard.units for path in unit.files}
         for part in parts
     ]
-    each = sum(sizes[path] for paths in needed for path in paths)
-    return each - sum(sizes[path] for path in set().union(*needed))
+    total = sum(sizes[path] for paths in needed for path in paths)
+    return total - sum(sizes[path] for path in set().union(*needed))
 
 
 # ---------------------------------------------------------------------- one machine and a hub
@@ -166,10 +166,10 @@ def fetched_again(parts: Sequence[Plan], sizes: Mapping[str, int]) -> int:
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one machine: source bytes fetched and quantized, shard bytes sent; 0: nothing is sent.
+    """The rates of one machine: source bytes fetched and quantized, shard bytes sent (0: none).
 
-    `commit` is what each commit of shards takes besides, `digest` the rate at which a shard's
-    sha256 is taken: one thread's.
+    `commit` is the seconds of a commit besides the bytes. `digest` is the rate of a shard's sha256,
+    which one thread computes.
     """
 
     fetch: float
@@ -181,7 +181,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Passage:
-    """How a run went: seconds in all, those in which each part was at work, and commits."""
+    """The result of a run: its seconds, the seconds in which each part worked, and the commits."""
 
     seconds: float
     fetching: float
@@ -192,7 +192,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Piece:
-    """A job: bytes that are read and written, the files it needs, and its shard's number."""
+    """A work unit: the bytes read and written, the files needed, and the shard's number."""
 
     read: int
     written: int
@@ -201,7 +201,7 @@ class Piece:
 
 
 def pieces_of(plan: Plan) -> list[Piece]:
-    """The jobs of a plan, in its order."""
+    """Return the work units of a plan, in the plan's order."""
     return [
         Piece(unit.source_bytes, unit.output_bytes, tuple(sorted(unit.files)), number)
         for number, shard in enumerate(plan.shards)
@@ -216,10 +216,12 @@ def pipeline(
     room: float = np.inf,
     shard_room: float = np.inf,
 ) -> Passage:
-    """Files in the order of need, jobs as their files are here, shards as they are whole.
+    """Simulate a run from a hub, and return its times.
 
-    At most `room` bytes of files and `shard_room` of shards lie on the disk: a file goes with its
-    last job, a shard when it was sent, and what needs their room waits.
+    Files arrive in the order of need. A work unit starts when its files are on the disk, and a
+    shard is sent when all its work units are done. At most `room` bytes of files and `shard_room`
+    bytes of shards are on the disk: a file is deleted after its last work unit, a shard after it
+    was sent, and a download or a new shard waits for this room.
     """
     last = {path: number for number, piece in enumerate(pieces) for path in piece.files}
     shards: dict[int, int] = {}
@@ -227,33 +229,33 @@ def pipeline(
         shards[piece.shard] = shards.get(piece.shard, 0) + piece.written
     ends = {a.shard for a, b in pairwise(pieces) if a.shard != b.shard} | {pieces[-1].shard}
     assert len(ends) == len(shards), "shards follow one another"
-    here: dict[str, float] = {}
-    going: list[tuple[float, int]] = []  # when a file goes, and its size
+    arrival: dict[str, float] = {}
+    deletions: list[tuple[float, int]] = []  # when a file is deleted, and its size
     taken, fetched, clock = 0.0, 0.0, 0.0
     shipper = _Shipper(rates, shard_room)
     for number, piece in enumerate(pieces):
         for path in piece.files:
-            if path in here:
+            if path in arrival:
                 continue
             while taken + sizes[path] > room:
-                gone, nbytes = heappop(going)
-                fetched, taken = max(fetched, gone), taken - nbytes
+                deleted, nbytes = heappop(deletions)
+                fetched, taken = max(fetched, deleted), taken - nbytes
             taken += sizes[path]
             fetched += sizes[path] / rates.fetch
-            here[path] = fetched
+            arrival[path] = fetched
         if number == 0 or piece.shard != pieces[number - 1].shard:
             opened = clock = shipper.open(clock, shards[piece.shard])
-        clock = max([clock, *(here[path] for path in piece.files)]) + piece.read / rates.quantize
+        clock = max([clock, *(arrival[path] for path in piece.files)]) + piece.read / rates.quantize
         for path in piece.files:
             if last[path] == number:
-                heappush(going, (clock, sizes[path]))
+                heappush(deletions, (clock, sizes[path]))
         if number + 1 == len(pieces) or pieces[number + 1].shard != piece.shard:
             whole = max(clock, opened + shards[piece.shard] / rates.digest)
             shipper.take(whole, shards[piece.shard])
     end = shipper.rest()
     return Passage(
         seconds=max(end, clock),
-        fetching=sum(sizes[path] for path in here) / rates.fetch,
+        fetching=sum(sizes[path] for path in arrival) / rates.fetch,
         quantizing=sum(piece.read for piece in pieces) / rates.quantize,
         sending=shipper.at_work,
         commits=shipper.commits,
@@ -261,7 +263,7 @@ def pipeline(
 
 
 class _Shipper:
-    """Sends what waits, all of it in one commit, and then what waits by then."""
+    """The sender of shards: each commit has all shards that wait when the last commit ends."""
 
     def __init__(self, rates: Rates, room: float) -> None:
         self._rates, self._room = rates, room
@@ -270,14 +272,14 @@ class _Shipper:
         self.at_work, self.commits, self._end = 0.0, 0, 0.0
 
     def open(self, now: float, nbytes: int) -> float:
-        """When a shard of so many bytes can be begun; the room for it is taken."""
+        """Reserve room for a shard of `nbytes`, and return when the shard can start."""
         while self._taken and self._taken + nbytes > self._room:
             now = max(now, self._send())
         self._taken += nbytes
         return now
 
     def take(self, now: float, nbytes: int) -> None:
-        """A shard is whole."""
+        """Queue a shard that is whole at `now`."""
         self._end = max(self._end, now)
         if not self._rates.send:
             self._taken -= nbytes
@@ -287,13 +289,13 @@ class _Shipper:
         self._waiting.append((now, nbytes))
 
     def rest(self) -> float:
-        """When all is sent."""
+        """Send all queued shards, and return when the last shard is sent."""
         while self._waiting:
             self._send()
         return max(self._end, self._free_at)
 
     def _send(self) -> float:
-        """Send what waits when the last commit is done; returns when that is away."""
+        """Send the shards that wait when the last commit ends; return when this commit ends."""
         start = max(self._waiting[0][0], self._free_at)
         nbytes = 0
         while self._waiting and self._waiting[0][0] <= start:

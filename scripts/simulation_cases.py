@@ -1,7 +1,7 @@
-"""Which runs are simulated, with which figures: every one is measured, or says that it is assumed.
+"""The simulated runs and their figures: every figure is measured, or marked as assumed.
 
-Real headers (sparse files of `mquant synth --shapes-only`) become real plans. What a run takes is a
-function of a checkpoint, machines and bandwidths; docs/scale-out.md shows the results.
+Real headers (sparse files of `mquant synth --shapes-only`) become real plans. The time of a run is
+a function of a checkpoint, machines and bandwidths; docs/scale-out.md shows the results.
 """
 
 import tempfile
@@ -30,13 +30,13 @@ from simulation import (
 # ------------------------------------------------- measured; docs/lab-log.md, 2026-11-24, says how
 
 CORE: Final = 1.0e9
-"""Bytes of BF16 a core quantizes in a second ("the streaming engine", "the same once more")."""
+"""Bytes of BF16 a second that a core quantizes ("the streaming engine", "the same once more")."""
 DIGEST: Final = 1.57e9
-"""sha256 of one thread ("the streaming engine": 0.81 s for 1.27 GB)."""
+"""Bytes a second of sha256 in one thread ("the streaming engine": 0.81 s for 1.27 GB)."""
 FETCH: Final = 1.15e9
-"""What one process takes from a hub through --scratch ("the arithmetic of scaling out")."""
+"""Bytes a second from a hub through --scratch, in one process ("the arithmetic of scaling out")."""
 DISK: Final = 1.5e9
-"""Of a local disk, each way ("the streaming engine": 1 to 1.7 GB/s)."""
+"""Bytes a second of a local disk, each way ("the streaming engine": 1 to 1.7 GB/s)."""
 
 # -------------------------------------------------------------------------------------- assumed
 
@@ -44,13 +44,13 @@ CORES: Final = 16
 LAUNCH: Final = 10.0
 """Seconds until a Slurm task, with its Python, runs."""
 WORKER: Final = 3.0
-"""Seconds until a worker of a Ray cluster that is up runs."""
+"""Seconds until a worker of a running Ray cluster runs."""
 SAMPLE: Final = 0.001
-"""Seconds of opening a file on shared storage and reading 4 KiB of it."""
+"""Seconds to open a file on shared storage and to read 4 KiB of the file."""
 SAMPLES: Final = 200_000.0
-"""How many of these shared storage does in a second, for all."""
+"""Samples a second that shared storage serves, for all processes together."""
 COMMIT: Final = 3.0
-"""Seconds of a commit on the hub, besides the bytes."""
+"""Seconds of a commit on the hub, besides sending the bytes."""
 SCRATCH: Final = 20_000_000_000
 SHARD: Final = DEFAULT_SHARD_BYTES
 
@@ -66,10 +66,10 @@ SAMPLING, STORAGE = 1, 2
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint: how it is made, and what was measured of it.
+    """A checkpoint: how the checkpoint is made, and its measured times.
 
     `start`: seconds from the start of a process to the first byte of a weight, without sampling the
-    source; `verify`: seconds of index and verdict. Processor seconds, on a busy machine.
+    source; `verify`: seconds of index and verdict. Both are processor seconds, on a busy machine.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Case:
 
     @cached_property
     def plan(self) -> Plan:
-        """Its plan with recipe nvfp4, from real headers."""
+        """The checkpoint's plan with recipe nvfp4, from real headers."""
         families = load_families()
         with tempfile.TemporaryDirectory() as folder:
             src = Path(folder) / "src"
@@ -97,7 +97,7 @@ class Case:
 
     @property
     def samples(self) -> int:
-        """Reads with which a process recognises the source: 64 of every file."""
+        """The reads with which a process recognises the source: 64 in every file."""
         return 64 * len(self.files)
 
 
@@ -138,10 +138,11 @@ CASES: Final = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run on so many machines: seconds in all, and what it would take if that were all.
+    """A run on so many machines: seconds in all, and the seconds of each part alone.
 
-    `begin`: until the last process reads weights. `finish`: after the last share.
-    `storage`: shared storage at its full rate. `largest`: the largest share on its own machine.
+    `begin`: until the last process reads weights. `finish`: after the last share. `storage`: shared
+    storage at its full rate. `largest`: the largest share on its own machine. `ideal`: the
+    streaming of one machine alone.
     """
 
     machines: int
@@ -154,18 +155,18 @@ class Outcome:
 
     @property
     def hours(self) -> float:
-        """Machine-hours that are paid for."""
+        """The machine-hours that are paid for."""
         return self.machines * self.seconds / 3600
 
     @property
     def efficiency(self) -> float:
-        """What one machine's streaming alone would have cost, of what is paid for."""
+        """The part of the paid time that one machine's streaming alone would have cost."""
         return self.ideal / (self.machines * self.seconds)
 
 
 @cache
 def cut(case: Case, shard_bytes: int) -> Plan:
-    """The plan with shards of another size."""
+    """Return the plan with shards of another size."""
     units = [unit for shard in case.plan.shards for unit in shard.units]
     groups = cut_shards(units, lambda unit: unit.output_bytes, shard_bytes)
     return replace(case.plan, shards=tuple(ShardPlan(name, tuple(g)) for name, g in groups.items()))
@@ -173,14 +174,14 @@ def cut(case: Case, shard_bytes: int) -> Plan:
 
 @cache
 def single(case: Case, shard_bytes: int) -> tuple[Share, ...]:
-    """Every shard as a share of its own, as Ray's tasks are."""
+    """Return every shard as a share of its own, like Ray's tasks."""
     plan = cut(case, shard_bytes)
     return tuple(work_of(replace(plan, shards=(shard,))) for shard in plan.shards)
 
 
 @cache
 def parts(case: Case, shard_bytes: int, of: int) -> tuple[Share, ...]:
-    """The shares as `mquant quantize --share i/N` takes them."""
+    """Return the shares of `mquant quantize --share i/N`."""
     works = iter(single(case, shard_bytes))
     cuts = [len(part.shards) for part in shares(cut(case, shard_bytes), of)]
     return tuple(_together([next(works) for _ in range(count)]) for count in cuts)
@@ -195,10 +196,10 @@ def _together(works: list[Share]) -> Share:
 
 
 def streaming(work: Share, network: float, cores: int = CORES) -> Task:
-    """What a process does once it has a plan; nothing where it has no shard to make."""
+    """Return the work of a process that has a plan; empty if its share has no shard."""
     if not work.read:
         return ()
-    # A shard's digest is one thread's work, however many cores there are.
+    # One thread computes a shard's digest, however many cores there are.
     cap = min(cores * CORE, network, work.read * DIGEST / work.largest)
     return (Phase(work.read, cap, STORAGE, 1 + work.written / work.read, on_network=True),)
 
@@ -207,7 +208,7 @@ def streaming(work: Share, network: float, cores: int = CORES) -> Task:
 def in_jobs(
     case: Case, machines: int, network: float, storage: float, shard_bytes: int = SHARD
 ) -> Outcome:
-    """`mquant quantize --share i/N` on each of N machines, then `mquant finish`."""
+    """Simulate `mquant quantize --share i/N` on each of N machines, then `mquant finish`."""
     begin: Task = (
         Phase(LAUNCH + case.start, 1.0),
         Phase(case.samples, 1 / SAMPLE, SAMPLING, 1.0),
@@ -230,9 +231,10 @@ def in_jobs(
 def on_ray(
     case: Case, machines: int, network: float, storage: float, shard_bytes: int = SHARD
 ) -> float:
-    """Seconds of `mquant quantize --cluster ray`: a task for each shard, of as many CPUs as fit.
+    """Return the seconds of `mquant quantize --cluster ray`: a task for each shard.
 
-    A worker process makes the plan once, for all tasks that it gets. The driver begins alone.
+    If there are more CPUs than shards, a task gets several CPUs, at most those of one machine.
+    A worker process makes the plan once, for all its tasks. The driver starts before the workers.
     """
     works = single(case, shard_bytes)
     cpus = max(1, min(CORES * machines // len(works), CORES))
@@ -249,7 +251,7 @@ def on_ray(
 
 @dataclass(frozen=True)
 class Alone:
-    """A run on one machine whose source is on a hub: seconds, what holds it up, and its commits."""
+    """A run on one machine whose source is on a hub: its seconds, its limit, and its commits."""
 
     seconds: float
     bound: str
@@ -257,7 +259,7 @@ class Alone:
 
 
 def downloaded(case: Case, network: float) -> Alone:
-    """`mquant quantize REPO -o OUT`: all of it comes first, then it is quantized from the disk."""
+    """Simulate `mquant quantize REPO -o OUT`: a full download, then quantizing from the disk."""
     plan = case.plan
     fetch = sum(case.files.values()) / min(network, DISK)
     work = plan.source_bytes / min(CORES * CORE, DISK)
@@ -266,24 +268,24 @@ def downloaded(case: Case, network: float) -> Alone:
 
 
 def through_scratch(case: Case, network: float, *, push: bool) -> Alone:
-    """`mquant quantize REPO --scratch 20GB`, to a local disk or, with `--push-to`, to a hub."""
+    """Simulate `mquant quantize REPO --scratch 20GB`, to a local disk or (`push`) to a hub."""
     plan = case.plan
     fetch, send = min(network, FETCH), min(network, DISK)
-    # What is sent is hashed first, by one thread.
+    # One thread hashes each shard before the upload.
     rates = Rates(fetch, CORES * CORE, 1 / (1 / send + 1 / DIGEST) if push else 0, COMMIT, DIGEST)
     largest = max(sum(unit.output_bytes for unit in shard.units) for shard in plan.shards)
     shard_room = max(2 * largest, SCRATCH // 4) if push else float("inf")
     room = SCRATCH - (shard_room if push else 0)
-    went = pipeline(pieces_of(plan), case.files, rates, room, shard_room)
-    return Alone(case.start + went.seconds + case.verify, _bound(went, network), went.commits)
+    run = pipeline(pieces_of(plan), case.files, rates, room, shard_room)
+    return Alone(case.start + run.seconds + case.verify, _bound(run, network), run.commits)
 
 
-def _bound(went: Passage, network: float) -> str:
-    """What is at work for nearly all of the time."""
+def _bound(passage: Passage, network: float) -> str:
+    """Return the part that works for nearly all of the time, or the scratch's size."""
     busy = {
-        "network" if network <= FETCH else "one process's downloads": went.fetching,
-        "cores": went.quantizing,
-        "sending": went.sending,
+        "network" if network <= FETCH else "one process's downloads": passage.fetching,
+        "cores": passage.quantizing,
+        "sending": passage.sending,
     }
     most = max(busy, key=lambda part: busy[part])
-    return most if busy[most] > 0.85 * went.seconds else "the scratch's size"
+    return most if busy[most] > 0.85 * passage.seconds else "the scratch's size"

@@ -1,4 +1,4 @@
-"""How the arithmetic of scaling out is written down: tables, sentences, and pictures as SVG."""
+"""The output of the simulation of scaling out: tables, numbers as text, and pictures as SVG."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +9,7 @@ Point = tuple[float, float]
 
 _WIDTH, _HEIGHT = 720, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 176, 34, 44
-# Told apart by colour-blind readers, and dark and light enough for either page.
+# Colour-blind readers can tell these colours apart, on a dark and on a light page.
 _COLOURS: Final = ("#d55e00", "#0a8f6b", "#3b82d6", "#b8599b")
 _TIMES: Final = (
     (10, "10 s"),
@@ -29,7 +29,7 @@ path{fill:none;stroke-width:2}
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a picture: (machines, seconds); those of one `group` have one colour."""
+    """A line of a picture: (machines, seconds). The curves of one `group` have one colour."""
 
     label: str
     group: int
@@ -38,7 +38,7 @@ class Curve:
 
 
 def picture(title: str, curves: Sequence[Curve], mark: int, marked: str) -> str:
-    """An SVG of seconds against machines, both logarithmic, with a line at `mark` machines."""
+    """Return an SVG of seconds over machines, both logarithmic, with a line at `mark` machines."""
     across = [x for curve in curves for x, _ in curve.points]
     up = [y for curve in curves for _, y in curve.points]
     low, high = min(up) / 1.5, max(up) * 1.3
@@ -85,14 +85,14 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown; its first column is to the left."""
+    """Return a table in Markdown, with the first column aligned to the left."""
     names = [*head]
     lines = [names, ["---", *["---:"] * (len(names) - 1)], *map(list, rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def span(seconds: float) -> str:
-    """A time as a person says it: `48 s`, `3.7 min`, `2.3 h`."""
+    """Return a time as people write it: `48 s`, `3.7 min`, `2.3 h`."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     if seconds < 5970:
@@ -101,12 +101,12 @@ def span(seconds: float) -> str:
 
 
 def hours(value: float) -> str:
-    """Machine-hours, in two digits."""
+    """Return machine-hours: two decimals below 9.95 h, none above."""
     return f"{value:.2f} h" if value < 9.95 else f"{value:,.0f} h"
 
 
 def fill(text: str, values: Mapping[str, str]) -> str:
-    """A page with what stands for `{{name}}`. Raises KeyError for a name without a value."""
+    """Return a page with `{{name}}` replaced by its value. Raises KeyError for a missing value."""
     pieces = text.split("{{")
     return pieces[0] + "".join(
         values[name] + rest for name, _, rest in (piece.partition("}}") for piece in pieces[1:])

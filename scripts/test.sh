@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Install into a venv, then run every check: lint, types, generated docs, tests.
-# Run it: scripts/test.sh [--fast] [--cov] [pytest arguments], from any folder, as often as you like.
+# Run: scripts/test.sh [--fast] [--cov] [pytest arguments], from any folder, as often as you like.
 #   --fast  some tests of each room (tests/fast_lane.py), in under a minute
-#   --cov   also say which lines no test in pytest's own processes reaches
+#   --cov   also print the lines that no test in pytest's own processes reaches
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 

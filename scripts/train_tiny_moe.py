@@ -1,9 +1,9 @@
 """Train the small MiniMax-M2 checkpoint that the tests quantize, and write it with hub names.
 
     python scripts/train_tiny_moe.py [--out tests/fixtures/tiny-minimax-m2] [--steps 1400]
-        [--hidden 256 --intermediate 64 --layers 3 --kv-heads 2]    larger: scripts/accuracy.py
+        [--hidden 256 --intermediate 64 --layers 3 --kv-heads 2]
 
-The steps, in the order of this file:
+scripts/accuracy.py trains larger models. The steps, in the order of this file:
 
     1. text        the sources of Python's standard library; a few modules are held out
     2. tokenizer   byte-level BPE, trained on that text
@@ -45,13 +45,13 @@ BOS, EOS, ROLE = "]~!b[", "[e~[", "]~b]"  # the hub model's names for these thre
 VOCABULARY, EXPERTS, KEPT, LAYERS = 2048, 16, 10, 3
 WINDOW, BATCH = 256, 4  # tokens in a window, windows in a batch
 MUON_RATE, BIAS_RATE = 0.02, 0.01
-# What Muon does not train. Larger rates for the embedding lower the loss sooner, but then it drowns
-# the experts' output, and damage to the experts would hardly show.
+# Parameters that AdamW trains, not Muon. Larger rates for the embedding lower the loss sooner, but
+# the embedding then outweighs the experts' output, and damage to the experts would hardly show.
 ADAM_RATES = {"embed_tokens": 0.01, "lm_head": 0.02, "gate": 0.01, "norm": 0.01}
-CALIBRATION = 64  # windows of training text that REAP looks at
+CALIBRATION = 64  # windows of training text that REAP measures
 
-# The first tensor of each shard but the first. The cuts lie between q and k of layer 1, between w1
-# and w3 of one of its experts, and between k and v of layer 2: engines fuse all of these.
+# The first tensor of each shard except the first shard. The cuts are between q and k of layer 1,
+# between w1 and w3 of an expert of layer 1, and between k and v of layer 2: they split fused sets.
 SHARD_STARTS = (
     "model.layers.1.self_attn.k_proj.weight",
     "model.layers.1.block_sparse_moe.experts.4.w2.weight",
@@ -113,7 +113,7 @@ Agreement: https://docs.python.org/3/license.html
 
 
 def read_library() -> tuple[list[str], str]:
-    """The ASCII sources of the standard library: those to train on, and the held-out text."""
+    """Return the ASCII sources of the standard library: training texts and the held-out text."""
     root = Path(sysconfig.get_paths()["stdlib"])
     sources: dict[str, str] = {}
     for path in root.rglob("*.py"):
@@ -127,7 +127,7 @@ def read_library() -> tuple[list[str], str]:
 
 
 def train_tokenizer(documents: list[str]) -> Tokenizer:
-    """Byte-level BPE as GPT-2 has it."""
+    """Train a byte-level BPE tokenizer, like GPT-2's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -142,7 +142,7 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
-    """All documents in one row of token ids, each ended by EOS."""
+    """Return all documents as one row of token ids; EOS ends each document."""
     rows = (row.ids for row in tokenizer.encode_batch([text + EOS for text in documents]))
     return torch.tensor([token for row in rows for token in row])
 
@@ -151,22 +151,22 @@ def encode(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
 
 
 def build_model(experts: int) -> Any:
-    """A model of transformers' own class with random weights."""
-    ends = {"bos_token_id": 0, "eos_token_id": 1}  # else the class's own, beyond our vocabulary
+    """Return a model of transformers' own class with random weights."""
+    ends = {"bos_token_id": 0, "eos_token_id": 1}  # the class's defaults are beyond our vocabulary
     config = hf.MiniMaxM2Config(**CONFIG | ends | {"num_local_experts": experts})
-    # transformers 5 does not look at rotary_dim and would rotate the whole head.
+    # transformers 5 ignores rotary_dim and would rotate the whole head.
     config.rope_parameters["partial_rotary_factor"] = CONFIG["rotary_dim"] / CONFIG["head_dim"]
     return hf.MiniMaxM2ForCausalLM(config)
 
 
 def moe_blocks(model: Any) -> list[Any]:
-    """Router, experts and routing bias of each layer."""
+    """Return the block with router, experts and routing bias of each layer."""
     return [layer.mlp for layer in model.model.layers]
 
 
 @torch.no_grad()
 def muon_step(matrices: list[Tensor], momenta: list[Tensor], rate: float) -> None:
-    """What torch.optim.Muon does, but for stacks of matrices too: orthogonalized momentum."""
+    """Update parameters like torch.optim.Muon (orthogonalized momentum), stacks of matrices too."""
     for p, momentum in zip(matrices, momenta, strict=True):
         gradient: Any = p.grad
         momentum.lerp_(gradient, 0.05)
@@ -184,7 +184,7 @@ def muon_step(matrices: list[Tensor], momenta: list[Tensor], rate: float) -> Non
 
 
 def train(model: Any, tokens: Tensor, steps: int) -> Iterator[tuple[int, float]]:
-    """Train in place; yields (step, mean loss since the last yield) 20 times."""
+    """Train in place; yield (step, mean loss since the last yield) 20 times."""
     load: dict[int, Tensor] = {}  # layer -> how many tokens each expert got in this step
 
     def count(layer: int, chosen: Tensor) -> None:
@@ -216,7 +216,7 @@ def train(model: Any, tokens: Tensor, steps: int) -> Iterator[tuple[int, float]]
             group["lr"] = group["rate"] * factor
         adam.step()
         model.zero_grad()
-        for layer, moe in enumerate(moe_blocks(model)):  # favour the idle, curb the busy
+        for layer, moe in enumerate(moe_blocks(model)):  # favour idle experts, curb busy experts
             direction = torch.sign(load[layer].mean() - load[layer])
             moe.e_score_correction_bias += BIAS_RATE * factor * direction
         losses.append(loss.item())
@@ -231,7 +231,7 @@ def train(model: Any, tokens: Tensor, steps: int) -> Iterator[tuple[int, float]]
 
 @torch.no_grad()
 def measure_experts(model: Any, windows: Tensor) -> tuple[Tensor, Tensor]:
-    """[layer, expert]: REAP's saliency, and the number of tokens that went to the expert."""
+    """Return [layer, expert]: REAP's saliency, and the number of tokens routed to the expert."""
     saliency, routed = torch.zeros(2, CONFIG["num_hidden_layers"], EXPERTS)
 
     def observe(layer: int, experts: Any, hidden: Tensor, chosen: Tensor, gates: Tensor) -> None:
@@ -255,7 +255,7 @@ def measure_experts(model: Any, windows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def prune(model: Any, kept: list[list[int]]) -> Any:
-    """A copy of the model that has only the `kept` experts of each layer, in their old order."""
+    """Return a copy of the model with only the `kept` experts of each layer, in their old order."""
     state = dict(model.state_dict())
     cut = ("gate.weight", "e_score_correction_bias", "experts.gate_up_proj", "experts.down_proj")
     for layer, experts in enumerate(kept):
@@ -271,7 +271,7 @@ def prune(model: Any, kept: list[list[int]]) -> Any:
 
 
 def hub_tensors(model: Any) -> dict[str, Tensor]:
-    """The weights under the hub's names, layer after layer: BF16, but for the router."""
+    """Return the weights by hub name, layer after layer, in BF16; router and bias stay in F32."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         name = name.replace(".mlp.", ".block_sparse_moe.")
@@ -291,7 +291,7 @@ def hub_tensors(model: Any) -> dict[str, Tensor]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Indented, and with a line end, as the files of a hub repository are."""
+    """Write indented JSON with a line end, like the files of a hub repository."""
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -322,7 +322,7 @@ def write_checkpoint(out: Path, tensors: dict[str, Tensor], tokenizer: Tokenizer
 
 @torch.no_grad()
 def load_and_compare(out: Path, pruned: Any, sample: Tensor) -> Any:
-    """Load what was written with transformers, and compare it with the model in memory."""
+    """Load the written checkpoint with transformers, and compare it with the model in memory."""
     for name, p in pruned.named_parameters():
         if not name.endswith("gate.weight"):
             p.copy_(p.to(torch.bfloat16))
@@ -332,7 +332,7 @@ def load_and_compare(out: Path, pruned: Any, sample: Tensor) -> Any:
 
 
 def main() -> None:
-    """All steps, and the record of them."""
+    """Run all steps and write their record, training.json."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     fixtures = Path("tests/fixtures")
@@ -352,9 +352,9 @@ def main() -> None:
         num_key_value_heads=args.kv_heads,
         attn_type_list=[1] * args.layers,
     )
-    torch.set_num_threads(1)  # the order of every sum is then the same each time
+    torch.set_num_threads(1)  # fixes the order of every sum
     torch.use_deterministic_algorithms(True)
-    # Only costs time here:
+    # Filling fresh memory would only cost time:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(args.seed)
 

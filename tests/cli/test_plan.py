@@ -28,7 +28,7 @@ quant_stage:
 """
 ROUTER_MESSAGE = (
     "Recipe reap would quantize 2 routers (model.layers.0.block_sparse_moe.gate, "
-    "model.layers.1.block_sparse_moe.gate); vLLM refuses to load that."
+    "model.layers.1.block_sparse_moe.gate); vLLM refuses such a checkpoint."
 )
 
 
@@ -174,7 +174,7 @@ def test_a_recipe_that_would_quantize_the_routers_is_refused(model: Path, reap: 
     assert result.exit_code == 1
     fix = (
         "Use ignore: [lm_head, model.embed_tokens, "
-        r"'re:model\.layers\.\d+\.block_sparse_moe\.gate$'] (or --allow-unsafe to do it anyway)."
+        r"'re:model\.layers\.\d+\.block_sparse_moe\.gate$'] (or --allow-unsafe to do so anyway)."
     )
     assert result.stderr == f"Refused: {ROUTER_MESSAGE}\n{fix}\n"
     assert f"✗ {ROUTER_MESSAGE}\n  {fix}\n" in result.stdout

@@ -229,7 +229,7 @@ def test_a_dataset_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.Monkey
     with pytest.raises(DataFileError) as told:
         load_samples("someone/texts", TRAINED, FEW)
     assert told.value.message == (
-        "someone/texts is no file, and no dataset that the hub has (ConnectionError)."
+        "someone/texts is no file, and no dataset on the hub (ConnectionError)."
     )
 
 

@@ -195,10 +195,10 @@ def test_awq_is_refused_where_the_family_does_not_say_what_feeds_what(
     plan = plan_of(make(tmp_path / "src", name), "w4a16-awq")
     (told,) = [finding for finding in plan.refusals if finding.rule == "not-scalable"]
     assert told.message == (
-        "Recipe w4a16-awq scales weights and what feeds them; what feeds what in "
-        f"{FAMILIES[name].title} is not known."
+        "Recipe w4a16-awq scales weights and the layers that feed them, but mquant does not know "
+        f"which layers feed which in {FAMILIES[name].title}."
     )
-    assert told.fix == "Take another recipe: mquant recipes lists them."
+    assert told.fix == "Take another recipe: mquant recipes lists all."
 
 
 @pytest.mark.parametrize("case", ["llama, tied", "qwen3, tied"])

@@ -73,7 +73,7 @@ def swapped(name: str, dtype: str, shape: tuple[int, ...]) -> Edit:
 # --- the origin of this project: a recipe that quantizes what loaders refuse
 
 SAFE = r"[lm_head, model.embed_tokens, 're:model\.layers\.\d+\.block_sparse_moe\.gate$']"
-UNSAFE_FIX = f"Use ignore: {SAFE} (or --allow-unsafe to do it anyway)."
+UNSAFE_FIX = f"Use ignore: {SAFE} (or --allow-unsafe to do so anyway)."
 
 
 def test_ignoring_lm_head_alone_would_quantize_every_router(make: Make, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_ignoring_lm_head_alone_would_quantize_every_router(make: Make, tmp_path
         "error",
         "model.layers.0.block_sparse_moe.gate",
         "Recipe card would quantize 62 routers (model.layers.0.block_sparse_moe.gate, "
-        "model.layers.1.block_sparse_moe.gate and 60 more); vLLM refuses to load that.",
+        "model.layers.1.block_sparse_moe.gate and 60 more); vLLM refuses such a checkpoint.",
         UNSAFE_FIX,
     )
 
@@ -92,7 +92,7 @@ def test_the_ignore_list_of_the_fix_is_yaml_that_makes_a_sound_plan(
 ) -> None:
     src = make()
     fix = refusal(src, card(tmp_path, "[lm_head]")).fix
-    ignore = fix.removeprefix("Use ignore: ").removesuffix(" (or --allow-unsafe to do it anyway).")
+    ignore = fix.removeprefix("Use ignore: ").removesuffix(" (or --allow-unsafe to do so anyway).")
 
     plan = planned(src, card(tmp_path, ignore))
 
@@ -137,7 +137,7 @@ def test_a_recipe_that_ignores_nothing_would_quantize_lm_head_too(
         "head-quantized",
         "error",
         "lm_head",
-        "Recipe card would quantize 1 output head (lm_head); vLLM refuses to load that.",
+        "Recipe card would quantize 1 output head (lm_head); vLLM refuses such a checkpoint.",
         UNSAFE_FIX,
     )
 
@@ -147,7 +147,8 @@ def test_the_embeddings_are_not_quantized(make: Make) -> None:
         "embedding-quantized",
         "error",
         "model.embed_tokens",
-        "Recipe mine would quantize 1 embedding (model.embed_tokens); vLLM refuses to load that.",
+        "Recipe mine would quantize 1 embedding (model.embed_tokens); vLLM refuses such a "
+        "checkpoint.",
         UNSAFE_FIX,
     )
 
@@ -185,8 +186,8 @@ def test_unknown_tensors_are_named_and_counted(make: Make) -> None:
         strangers[0],
         f"MiniMax-M2 has no such tensor as {strangers[0]}, {strangers[1]}, {strangers[2]} and "
         "1 more (4 tensors).",
-        "If it belongs to the model, add its name to configs/minimax_m2.yaml (role `other` copies "
-        "it); if not, remove it from the checkpoint.",
+        "If the tensor belongs to the model, add its name to configs/minimax_m2.yaml (role `other` "
+        "copies it); if not, remove the tensor from the checkpoint.",
     )
 
 
@@ -204,8 +205,9 @@ def test_a_fused_set_with_a_missing_member_is_refused(make: Make, gone: str, the
         "fused-set-incomplete",
         "error",
         gone,
-        f"{there} is there without {gone}; loaders make one matrix of them, with one scale.",
-        "Download the shards that hold them.",
+        f"The shards hold {there} without {gone}; loaders make one matrix of these tensors, with "
+        "one scale.",
+        "Download the missing shards.",
     )
 
 
@@ -215,7 +217,7 @@ def test_a_missing_tensor_is_named(make: Make) -> None:
         "error",
         "model.norm.weight",
         "The checkpoint lacks model.norm.weight (1 tensor).",
-        "Download the shards that hold them.",
+        "Download the missing shards.",
     )
 
 
@@ -478,7 +480,7 @@ def test_one_plain_expert_among_quantized_ones_is_refused(make: Make) -> None:
         "error",
         f"{MOE}.experts.2.w1",
         f"The recipe keeps {MOE}.experts.2.w1, {MOE}.experts.2.w2, {MOE}.experts.2.w3 of layer 1 "
-        "and quantizes its other experts; vLLM refuses to load that.",
+        "and quantizes its other experts; vLLM refuses such a checkpoint.",
         "Quantize all experts of a layer, or list all of them in ignore.",
     )
 
@@ -502,7 +504,9 @@ def test_a_recipe_that_quantizes_nothing_is_refused(make: Make, recipe: Recipe) 
 
 # --- a source that is already quantized
 
-DEQUANTIZE = "Start from the BF16 checkpoint it was made from, or make one: mquant dequantize."
+DEQUANTIZE = (
+    "Start from the BF16 checkpoint that the source was made from, or write one: mquant dequantize."
+)
 
 
 def test_fp8_that_is_not_in_blocks_is_refused_by_its_config(make: Make) -> None:

@@ -290,7 +290,7 @@ def test_the_plan_says_what_is_dequantized_and_left_out(original: Path) -> None:
     assert (found.rule, found.severity) == ("source-dequantized", "info")
     assert found.message == (
         "original is quantized (FP8 in blocks): 26 weights are dequantized to BF16 as they are "
-        "read; 26 tensors that only these need, and quantization_config, are left out."
+        "read; 26 tensors that only these weights need, and quantization_config, are left out."
     )
 
 
@@ -332,7 +332,7 @@ def test_integers_stay_refused(nvfp4: Path, tmp_path: Path) -> None:
     src = stored_as(nvfp4, tmp_path, INT4, int4)
     assert refused(src) == 'bad is already quantized (config.json says "compressed-tensors").'
     (only,) = bf16_plan(src).refusals
-    assert only.fix == "Start from the BF16 checkpoint it was made from."
+    assert only.fix == "Start from the BF16 checkpoint that the source was made from."
 
 
 def test_nothing_quantized_is_nothing_to_do() -> None:

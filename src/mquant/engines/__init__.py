@@ -1,4 +1,4 @@
-"""The engines do the arithmetic. Only this room imports torch and llmcompressor.
+"""The engines quantize and dequantize weights. Only this room imports torch and llmcompressor.
 
 (The probe in `verify/loaders` imports torch too, but vLLM's own Python runs the probe.)
 """

@@ -1,7 +1,7 @@
-"""The mean square of every input channel of each module, while text goes through the model.
+"""The mean square of every input channel of each module, measured on calibration text.
 
-Text goes layer by layer, as in the oneshot engine. Nothing is quantized, and an expert sees the
-tokens that are routed to that expert.
+The text goes through the model layer by layer, as in the oneshot engine. No weight is quantized,
+and an expert sees only the tokens that are routed to that expert.
 """
 
 import tempfile
@@ -28,9 +28,9 @@ from mquant.plan import Plan
 def mean_squares(
     plan: Plan, source: Source, samples: list[list[int]], emit: Emit = silent
 ) -> dict[str, Floats | None]:
-    """float32 [in] for every module that is quantized, by hub name; None if no token came.
+    """Measure float32 [in] of every module to quantize, by hub name; None if no token reached it.
 
-    Raises EngineError if the model as transformers builds it is not the one that was planned.
+    Raises EngineError if transformers builds another model than the planned one.
     """
     checkpoint, in_memory = plan.survey.checkpoint, plan.family.in_memory_name
     tensors = {in_memory(info.name): info for info in checkpoint.tensors.values()}
@@ -45,8 +45,8 @@ def mean_squares(
         for name, module in watched.items():
             if not isinstance(module, torch.nn.Linear):
                 raise EngineError(
-                    f"{name} is no linear layer of the model transformers builds.",
-                    "Keep it with the recipe's ignore list, or correct the family's `in_memory`.",
+                    f"{name} is no linear layer of the model that transformers builds.",
+                    "List the module in the recipe's ignore, or correct the family's `in_memory`.",
                 )
         watch = Watch()
         calibrate(model, watch.of(watched), samples, moe_calibrate_all_experts=False)
@@ -64,21 +64,21 @@ class Watch(Modifier):  # type: ignore[misc]  # untyped base
     _means: dict[str, Floats] = PrivateAttr(default_factory=dict)
 
     def of(self, watched: dict[str, Any]) -> "Watch":
-        """Watch these modules, by the names that their means will have."""
+        """Watch these modules, given by the names that their means will have."""
         self._watched = watched
         return self
 
     @property
     def means(self) -> dict[str, Floats]:
-        """float32 [in] of every module that was given anything."""
+        """The means, float32 [in], of every module that a token reached."""
         return self._means
 
     def on_initialize(self, state: Any, **options: Any) -> bool:
-        """Nothing to prepare."""
+        """Do nothing: the modifier needs no preparation."""
         return True
 
     def on_calibration_start(self, state: Any, event: Any, **options: Any) -> None:
-        """Begin to look at the inputs of modules."""
+        """Register a hook on every watched module that adds up the squares of its inputs."""
         for name, module in self._watched.items():
             self.register_hook(module, partial(self._add, name), "forward_pre")
 
@@ -89,7 +89,7 @@ class Watch(Modifier):  # type: ignore[misc]  # untyped base
         self._tokens[name] = self._tokens.get(name, 0) + len(rows)
 
     def on_sequential_epoch_end(self, state: Any, event: Any, **options: Any) -> None:
-        """Keep the means of a layer that is done."""
+        """Store the means of the layer that has ended, and clear its sums."""
         for name, sums in self._sums.items():
             if tokens := self._tokens[name]:
                 self._means[name] = (sums / tokens).numpy().astype(np.float32)
@@ -97,5 +97,5 @@ class Watch(Modifier):  # type: ignore[misc]  # untyped base
         self._tokens.clear()
 
     def on_calibration_end(self, state: Any, event: Any, **options: Any) -> None:
-        """Stop looking."""
+        """Remove the hooks."""
         self.remove_hooks()

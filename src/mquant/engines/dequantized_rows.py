@@ -1,8 +1,8 @@
-"""Rows of weights that lie quantized in the source, as BF16.
+"""Rows, in BF16, of weights that the source stores quantized.
 
 The scales of FP8 and the global scale of NVFP4 are read when a work unit begins. Codes, and the
-block scales of NVFP4, are read with their rows. `numerics.dequantize` makes the numbers, never the
-judge's `weights.decode`.
+block scales of NVFP4, are read with their rows. `numerics.dequantize` decodes the rows, never
+`weights.decode`, with which `verify` judges the result.
 """
 
 from typing import Protocol
@@ -18,7 +18,7 @@ from mquant.plan import Action, Stored
 
 
 class Source(Protocol):
-    """Where bytes come from."""
+    """The source of bytes."""
 
     def read_into(self, path: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the file's bytes from `start` on."""
@@ -32,7 +32,9 @@ class Rows(Protocol):
 
 
 def open_rows(source: Source, action: Action, scratch: Bytes) -> Rows:
-    """The weight that `action.stored` describes. `scratch` holds the codes of any rows asked for.
+    """Open the weight that `action.stored` describes.
+
+    `scratch` must be large enough for the codes (and NVFP4 block scales) of the rows of one read.
 
     Raises SourceError, as reading rows does, if the source cannot be read.
     """
@@ -85,7 +87,7 @@ class _NVFP4:
 
 
 def _read(source: Source, info: TensorInfo) -> Array:
-    """A small tensor, in its own dtype."""
+    """Read a small tensor in its own dtype."""
     raw = bytearray(info.nbytes)
     source.read_into(info.shard, info.start, memoryview(raw))
     float_format = FLOATS[info.dtype]

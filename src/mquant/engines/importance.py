@@ -3,8 +3,8 @@
 The file is a safetensors file with one F32 vector [in] for every module that is quantized, under
 the module's hub name without `.weight`: `model.layers.0.self_attn.q_proj`, or, for a routed expert,
 `model.layers.0.block_sparse_moe.experts.3.w1`. A vector holds the mean square of the module's input
-over the tokens that reach the module. A factor common to a fused set changes nothing. Under a
-vector of zeros all channels count alike.
+over the tokens that reach the module. Multiplying all vectors of a fused set by one factor does not
+change the result. If a vector is all zeros, all channels count alike.
 """
 
 import hashlib
@@ -24,38 +24,41 @@ from mquant.plan import Plan
 from mquant.recipe import Recipe
 from mquant.text import names
 
-_FIX: Final = "Make it from a calibration run of this checkpoint, with this recipe."
+_FIX: Final = "Write the file with mquant calibrate, from this checkpoint and this recipe."
 
 
 @dataclass(frozen=True)
 class Importance:
     """An importance file, checked against a plan.
 
-    A vector is read when it is asked for: the vectors of a large model are 300 MB.
+    `of` reads one vector at a time: the vectors of a large model are 300 MB.
     """
 
     path: Path
     sha256: str
     vectors: dict[str, TensorInfo]
-    looked: Stamp
+    file_stamp: Stamp
 
     def of(self, module: str) -> Floats:
-        """A module's vector, float32 [in]. Any number of threads may ask."""
+        """Read a module's vector, float32 [in]. Any number of threads may call this method.
+
+        Raises SourceError if the file has changed since it was checked.
+        """
         info = self.vectors[module]
         with self.path.open("rb") as file:
             raw = os.pread(file.fileno(), info.nbytes, info.start)
-            if stamp(os.fstat(file.fileno())) != self.looked:
+            if stamp(os.fstat(file.fileno())) != self.file_stamp:
                 raise SourceError(
                     f"{self.path.name} changed while it was read.",
-                    "Wait until nothing writes to it, then run the same command again.",
+                    "Wait until no process writes to the file, then run the same command again.",
                 )
         return np.frombuffer(bytearray(raw), "<f4")
 
 
 def read_importance(path: Path | None, plan: Plan) -> Importance | None:
-    """The importance file that a person gave, or None.
+    """Open the importance file that the user gave, or return None.
 
-    Raises UsageError if the recipe has no use for the file, and as `open_importance`.
+    Raises UsageError if the recipe does not search scales, and DataFileError as `open_importance`.
     """
     if path is None:
         return None
@@ -68,14 +71,14 @@ def read_importance(path: Path | None, plan: Plan) -> Importance | None:
 
 
 def importance_fingerprint(recipe: Recipe, importance: Importance | None) -> dict[str, str]:
-    """What a run's fingerprint says of the importance file; empty if no scales are searched."""
+    """Return the fingerprint entry of the importance file; empty if no scales are searched."""
     if recipe.scales != "search":
         return {}
     return {"importance": importance.sha256 if importance else "none"}
 
 
 def weigher(recipe: Recipe, importance: Importance | None) -> Callable[[str], Floats] | None:
-    """A function from a module's name to its importance; None if scales are not searched."""
+    """Return a function from a module's name to its importance; None if no scales are searched."""
     if recipe.scales != "search":
         return None
     from mquant.engines.stream import alike  # numba
@@ -84,40 +87,40 @@ def weigher(recipe: Recipe, importance: Importance | None) -> Callable[[str], Fl
 
 
 def open_importance(path: Path, plan: Plan) -> Importance:
-    """Read the whole file once, and check it.
+    """Read the whole file once, and check its names, dtypes, shapes and values.
 
     Raises DataFileError if the file cannot be read, has other modules than `plan` quantizes, or
     holds NaN, infinity or a number below zero.
     """
     try:
         with path.open("rb") as file:
-            looked = stamp(os.fstat(file.fileno()))
+            file_stamp = stamp(os.fstat(file.fileno()))
             first = file.read(PREFIX_BYTES)
-            raw = file.read(header_length(first, looked[0], path.name))
-            found = {info.name: info for info in parse_header(raw, looked[0], path.name)}
-            _check_names(path.name, found, plan)
+            raw = file.read(header_length(first, file_stamp[0], path.name))
+            vectors = {info.name: info for info in parse_header(raw, file_stamp[0], path.name)}
+            _check_names(path.name, vectors, plan)
             digest = hashlib.sha256(first + raw)
-            for info in found.values():  # in the order of the file, which has no holes
+            for info in vectors.values():  # in the order of the file, which has no holes
                 data = file.read(info.nbytes)
                 digest.update(data)
                 _check_values(path.name, info, data)
     except OSError as error:
         raise DataFileError(f"{path} cannot be read: {error.strerror}.", _FIX) from error
-    return Importance(path, digest.hexdigest(), found, looked)
+    return Importance(path, digest.hexdigest(), vectors, file_stamp)
 
 
-def _check_names(file: str, found: dict[str, TensorInfo], plan: Plan) -> None:
+def _check_names(file: str, vectors: dict[str, TensorInfo], plan: Plan) -> None:
     widths = {a.module: a.source.shape[1] for a in plan.actions if a.scheme}
-    if unknown := [name for name in found if name not in widths]:
+    if unknown := [name for name in vectors if name not in widths]:
         raise DataFileError(f"{file} has {names(unknown)}, which the plan does not quantize.", _FIX)
-    for name, info in found.items():
+    for name, info in vectors.items():
         if info.dtype != "F32" or info.shape != (widths[name],):
             raise DataFileError(
                 f"{name} in {file} is {info.dtype} {list(info.shape)}; its module needs "
                 f"F32 [{widths[name]}].",
                 _FIX,
             )
-    if missing := [name for name in widths if name not in found]:
+    if missing := [name for name in widths if name not in vectors]:
         raise DataFileError(
             f"{file} lacks {len(missing):,} of {len(widths):,} modules, the first is {missing[0]}.",
             _FIX,

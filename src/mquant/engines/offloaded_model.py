@@ -1,8 +1,8 @@
 """The parent as a transformers model whose weights stay in its shards.
 
 The model is built on torch's meta device and stays there. `ParentCache`, an offload cache of
-compressed-tensors, reads a weight when code asks for the weight. So memory holds what is in use,
-whatever the model's size. This module cannot write to the parent.
+compressed-tensors, reads a weight when code accesses the weight. So memory holds only the weights
+in use, whatever the model's size. This module cannot write to the parent.
 """
 
 import json
@@ -28,11 +28,11 @@ Read = Callable[[], torch.Tensor]
 
 
 class ParentCache(offload_cache.OffloadCache):  # type: ignore[misc]  # untyped base
-    """A module's tensors: the parent's are read on every access, new ones are kept.
+    """A module's tensors: the parent's tensors are read on every access, new tensors are kept.
 
     `offloaded_values` holds meta tensors only. `reads` says where the parent's tensors come from;
-    `own` holds the values of new tensors. While the onload device is meta (until a pipeline names
-    another), nothing is read and nothing is allocated.
+    `own` holds the values of new tensors, and `blank` the new tensors without a value. While the
+    onload device is meta (until a pipeline sets another device), no tensor is read or allocated.
     """
 
     offload_device = torch.device("cpu")
@@ -50,7 +50,7 @@ class ParentCache(offload_cache.OffloadCache):  # type: ignore[misc]  # untyped 
         self.blank: set[torch.Tensor] = set()
 
     def onload(self, offloaded: torch.Tensor | None) -> torch.Tensor | None:
-        """The tensor on the onload device; the meta tensor if the parent has no such tensor."""
+        """Return the tensor on the onload device; the meta tensor if no value is known."""
         if offloaded is None or torch.device(self.onload_device).type == "meta":
             return offloaded
         if offloaded in self.own:
@@ -63,7 +63,7 @@ class ParentCache(offload_cache.OffloadCache):  # type: ignore[misc]  # untyped 
         return offloaded
 
     def offload(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        """A meta tensor for a new tensor. The new value is kept unless it is meta."""
+        """Return a meta tensor for a new tensor, and keep the new value unless it is meta."""
         if tensor is None or tensor.is_meta:
             return tensor
         offloaded = torch.nn.Parameter(tensor.to("meta"), requires_grad=False)
@@ -79,11 +79,11 @@ class ParentCache(offload_cache.OffloadCache):  # type: ignore[misc]  # untyped 
             self.keep_onloaded_values[offloaded] = self.own[offloaded].to(self.onload_device)
 
     def forget(self) -> None:
-        """Drop every value that is not the parent's."""
+        """Drop every value that does not come from the parent."""
         self.own.clear()
 
     def __setitem__(self, key: Hashable, value: torch.Tensor | None) -> None:
-        """Take a tensor. A new tensor without a value, such as a scale, may be written to."""
+        """Add or replace a tensor. A new meta tensor, such as a scale, gets memory on access."""
         new = key not in self
         super().__setitem__(key, value)
         if new and value is not None and value.is_meta:
@@ -95,12 +95,12 @@ class ParentCache(offload_cache.OffloadCache):  # type: ignore[misc]  # untyped 
 
 
 def build_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
-    """The architecture, with experts as one Linear per matrix and every tensor on meta.
+    """Build the architecture, with one Linear per expert matrix and every tensor on meta.
 
-    `folder` becomes the model's name_or_path: oneshot reads config.json there once more.
+    `folder` becomes the model's name_or_path: oneshot reads config.json in `folder` again.
     Raises EngineError if transformers does not know the architecture or refuses the config.
     """
-    # Without auto_map only transformers' own code runs, and no prompt asks for trust.
+    # Without auto_map, only transformers' own code runs, and no prompt asks for trust.
     plain = {key: value for key, value in config.items() if key != "auto_map"}
     (folder / "config.json").write_text(json.dumps(plain), encoding="utf-8")
     try:
@@ -124,9 +124,9 @@ def build_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
 
 
 def _rotate(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
-    """Give the model the RoPE that config.json asks for, in numbers instead of on meta.
+    """Give the model the RoPE that config.json describes, with values instead of meta tensors.
 
-    transformers 5 does not look at `rotary_dim`, and would rotate the whole head.
+    transformers 5 ignores `rotary_dim`, and would rotate the whole head.
     """
     parsed: Any = model.config
     if "rotary_dim" in config and config.get("head_dim"):
@@ -138,10 +138,10 @@ def _rotate(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
 
 
 def attach(model: PreTrainedModel, source: Source, tensors: Mapping[str, TensorInfo]) -> None:
-    """Let every parameter and buffer come from the parent, in the parent's dtype.
+    """Make every parameter and buffer read from the parent, in the parent's dtype.
 
-    `tensors` is keyed by names in memory. A tensor that `tensors` lacks stays on meta: using it is
-    an error.
+    `tensors` maps names in memory to the parent's tensors. A model tensor that `tensors` lacks
+    stays on meta, and using such a tensor is an error. Raises EngineError if shapes differ.
     """
     reads: dict[torch.Tensor, Read] = {}
     for prefix, module in model.named_modules():
@@ -163,7 +163,7 @@ def attach(model: PreTrainedModel, source: Source, tensors: Mapping[str, TensorI
 
 
 def read_tensor(source: Source, info: TensorInfo) -> torch.Tensor:
-    """One tensor. It is read and not mapped, so that its memory can be given back."""
+    """Read one tensor. The file is not memory-mapped, so that the memory can be freed."""
     data = bytearray(source.read(info.shard, info.start, info.end))
     return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(info.shape)
 
@@ -173,5 +173,5 @@ def _expect_shape(name: str, built: torch.Tensor | None, info: TensorInfo) -> No
         raise EngineError(
             f"transformers builds {name} as {list(built.shape)}, the checkpoint has "
             f"{list(info.shape)}.",
-            "config.json and shards do not belong together.",
+            "Take config.json and shards from the same checkpoint.",
         )

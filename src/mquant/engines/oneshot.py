@@ -1,8 +1,8 @@
-"""The oneshot engine: llmcompressor's own `oneshot`, drained module by module.
+"""The oneshot engine: llmcompressor's own `oneshot`, whose results are written module by module.
 
-llmcompressor's modifier calibrates one group of siblings after another; each module's tensors go
-to the output before the next group is read. llmcompressor saves nothing, so neither its names nor
-its dtypes reach the checkpoint: only the bytes of quantized weights do.
+llmcompressor's modifier calibrates one group of siblings after another; each module's tensors are
+written to the output before the next group is read. llmcompressor writes no checkpoint, so only the
+bytes of its quantized weights reach the output, not its names or dtypes.
 """
 
 import logging
@@ -18,8 +18,8 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Final
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # oneshot sets it too, with a warning
-os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")  # or importing it writes to stdout
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # oneshot sets it with a warning
+os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")  # else its import writes to stdout
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
@@ -57,10 +57,10 @@ _PER_TENSOR: Final = frozenset({"weight_global_scale", "input_global_scale"})
 Tensors = dict[str, torch.Tensor]
 Write = Callable[[str, memoryview], None]
 
-logger.remove()  # loguru's own stderr handler; `quiet` adds ours while a run lasts
+logger.remove()  # loguru's own stderr handler; `quiet` adds a handler of ours during a run
 logger.enable("llmcompressor")
-with suppress(ValueError):  # it is there, where llmcompressor was imported before
-    logger.level("METRIC", no=38)  # llmcompressor's, which it uses without its log, too
+with suppress(ValueError):  # the level exists if llmcompressor was imported before
+    logger.level("METRIC", no=38)  # llmcompressor uses this level even if its log is disabled
 
 
 def run(
@@ -70,17 +70,17 @@ def run(
     emit: Emit = silent,
     samples: list[list[int]] | None = None,
 ) -> None:
-    """Quantize every module the plan quantizes, and hand each tensor to `write`, by hub name.
+    """Quantize every module that the plan quantizes, and pass each tensor to `write` by hub name.
 
     `source` holds the parent's weights. `samples` are token ids to calibrate with, if the recipe
-    needs any: the samples go through one layer after another, and every expert sees all of them.
-    Modules come in the model's order. Raises EngineError if the model as transformers builds it is
-    not the one that was planned.
+    needs data: the samples go through one layer after another, and every expert sees all samples.
+    Modules are written in the model's order. Raises EngineError if transformers builds another
+    model than the planned one, or AWQ does not scale a module that the plan scales.
     """
     checkpoint = plan.survey.checkpoint
     in_memory = plan.family.in_memory_name
     tensors = {in_memory(info.name): info for info in checkpoint.tensors.values()}
-    wanted = {in_memory(a.module): a.module for a in plan.actions if a.scheme}
+    planned = {in_memory(a.module): a.module for a in plan.actions if a.scheme}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mquant-")))
         stack.enter_context(quiet(emit))
@@ -88,14 +88,14 @@ def run(
         model = build_model(folder, checkpoint.config)
         attach(model, source, tensors)
         linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-        if missing := sorted(wanted.keys() - linears.keys()):
+        if missing := sorted(planned.keys() - linears.keys()):
             raise EngineError(
-                f"{wanted[missing[0]]} is no linear layer of the model transformers builds.",
-                "Keep it with the recipe's ignore list, or correct the family's `in_memory`.",
+                f"{planned[missing[0]]} is no linear layer of the model that transformers builds.",
+                "List the module in the recipe's ignore, or correct the family's `in_memory`.",
             )
-        # One pattern: a list is searched for every module, which at 29,000 of them takes minutes.
-        spared = "|".join(re.escape(name) for name in sorted(linears.keys() - wanted.keys()))
-        hub_names: dict[torch.nn.Module, str] = {linears[name]: hub for name, hub in wanted.items()}
+        # One pattern: llmcompressor searches a list for every module, minutes for 29,000 modules.
+        spared = "|".join(re.escape(name) for name in sorted(linears.keys() - planned.keys()))
+        hub_names: dict[torch.nn.Module, str] = {linears[n]: hub for n, hub in planned.items()}
         scaled = {
             model.get_submodule(in_memory(a.module)): a.module for a in plan.actions if a.scaled
         }
@@ -120,12 +120,12 @@ def run(
         stack.callback(watch_routing(model, drain, emit) if samples else lambda: None)
         calibrate(model, modifiers, samples)
         session.reset()
-        if scaled:  # what is left would be copied, which it must not be
-            raise EngineError(f"AWQ did not hand over {min(scaled.values())}.")
+        if scaled:  # the output would otherwise have an unscaled copy
+            raise EngineError(f"The engine did not write {min(scaled.values())}, scaled by AWQ.")
 
 
 def _awq(plan: Plan) -> AWQModifier:
-    """AWQ with the family's table: AWQ's own has no MiniMax-M2 and leaves routers uncorrected."""
+    """Return AWQ with the family's table: AWQ's own has no MiniMax-M2 and skips routers."""
     table = [AWQMapping(*entry) for entry in plan.family.smoothing_patterns]
     return AWQModifier(mappings=table)
 
@@ -133,7 +133,7 @@ def _awq(plan: Plan) -> AWQModifier:
 def calibrate(
     model: PreTrainedModel, modifiers: Any, samples: list[list[int]] | None, **options: Any
 ) -> None:
-    """Llmcompressor's oneshot with modifiers: without data, or layer by layer with samples."""
+    """Run llmcompressor's oneshot with modifiers: without data, or layer by layer with samples."""
     if samples is not None:
         batches = [
             {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
@@ -148,10 +148,10 @@ def calibrate(
 
 @dataclass
 class Drain:
-    """Where finished modules go: the modules in `names` go to `write`, under their names there.
+    """The writer of calibrated modules: `names` maps quantized modules to the names for `write`.
 
-    Modules in `scaled` are not quantized: they go to `write` when the modules that they feed are
-    done.
+    `scaled` maps modules that AWQ scales, but that are not quantized, to their names. `give` writes
+    such a module's weight and removes the module from `scaled`.
     """
 
     names: dict[torch.nn.Module, str]
@@ -160,7 +160,7 @@ class Drain:
     pool: Executor
 
     def give(self, module: torch.nn.Module) -> None:
-        """Hand over a calibrated module's tensors."""
+        """Write a calibrated module's tensors."""
         if module in self.scaled:
             weight: Any = module.weight
             self.write(f"{self.scaled.pop(module)}.weight", as_bytes(weight))
@@ -170,10 +170,10 @@ class Drain:
 
 
 def watch_routing(model: PreTrainedModel, drain: Drain, emit: Emit) -> Callable[[], None]:
-    """Count the tokens that routers send to experts; returns a function that names idle experts.
+    """Count the tokens that routers send to experts; return a function that reports idle experts.
 
     All experts see all tokens during calibration. An expert that no token was routed to is
-    calibrated by other experts' tokens.
+    calibrated on the tokens of other experts.
     """
     counts: dict[str, torch.Tensor] = {}
 
@@ -186,7 +186,7 @@ def watch_routing(model: PreTrainedModel, drain: Drain, emit: Emit) -> Callable[
             module.register_forward_pre_hook(partial(count, prefix))
     hub = {module: name.rpartition(".")[0] for module, name in drain.names.items()}
 
-    def tell() -> None:
+    def report() -> None:
         idle = [
             hub[linear]
             for prefix, tokens in counts.items()
@@ -200,11 +200,11 @@ def watch_routing(model: PreTrainedModel, drain: Drain, emit: Emit) -> Callable[
                 Note(
                     "warning",
                     f"No calibration token was routed to {len(idle):,} {noun} ({names(idle)}); "
-                    f"{'it was' if len(idle) == 1 else 'they were'} calibrated with all others'.",
+                    f"{'it was' if len(idle) == 1 else 'they were'} calibrated on other tokens.",
                 )
             )
 
-    return tell
+    return report
 
 
 class Drained(QuantizationModifier):  # type: ignore[misc]  # untyped base
@@ -215,7 +215,7 @@ class Drained(QuantizationModifier):  # type: ignore[misc]  # untyped base
     def on_sequential_epoch_end(
         self, state: Any, event: Any, modules: list[torch.nn.Module], **kwargs: Any
     ) -> None:
-        """Calibrate and hand over siblings together: the members of a fused set are siblings."""
+        """Calibrate and write siblings together: the members of a fused set are siblings."""
         quantized = [module for module in modules if is_module_quantized(module)]
         for _, group in groupby(quantized, lambda m: self.drain.names[m].rpartition(".")[0]):
             siblings = list(group)
@@ -229,9 +229,9 @@ class Drained(QuantizationModifier):  # type: ignore[misc]  # untyped base
 
 
 class _DrainedByLayer:
-    """A modifier that keeps a layer's new weights until the next layer is done.
+    """A modifier that keeps a layer's new weights until the next layer ends.
 
-    The data goes through these weights on its way to the next layer.
+    The calibration data goes through these weights on its way to the next layer.
     """
 
     drain: Any
@@ -240,28 +240,28 @@ class _DrainedByLayer:
     def on_sequential_epoch_end(
         self, state: Any, event: Any, modules: list[torch.nn.Module], **kwargs: Any
     ) -> None:
-        """Quantize a layer, and hand it over."""
+        """Quantize a layer and write its modules; drop the new weights of the layer before."""
         for module in self._kept:
             cache: Any = module._parameters
             cache.forget()
         modifier: Any = super()
         with torch.no_grad(), ParentCache.disable_offloading():
             modifier.on_sequential_epoch_end(state, event, modules, **kwargs)
-            ours = self.drain.names.keys() | self.drain.scaled.keys()
-            self._kept = [module for module in modules if module in ours]
+            planned = self.drain.names.keys() | self.drain.scaled.keys()
+            self._kept = [module for module in modules if module in planned]
             for module in self._kept:
                 self.drain.give(module)
 
 
 class DrainedGPTQ(_DrainedByLayer, GPTQModifier):  # type: ignore[misc]  # untyped base
-    """llmcompressor's GPTQModifier, a layer at a time."""
+    """llmcompressor's GPTQModifier, one layer at a time."""
 
     drain: Any = None
     _kept: list[torch.nn.Module] = PrivateAttr(default_factory=list)
 
 
 class DrainedAfterAWQ(_DrainedByLayer, QuantizationModifier):  # type: ignore[misc]  # untyped base
-    """llmcompressor's QuantizationModifier, a layer at a time: AWQ has scaled it before."""
+    """llmcompressor's QuantizationModifier, one layer at a time, after AWQ has scaled the layer."""
 
     drain: Any = None
     _kept: list[torch.nn.Module] = PrivateAttr(default_factory=list)
@@ -269,7 +269,7 @@ class DrainedAfterAWQ(_DrainedByLayer, QuantizationModifier):  # type: ignore[mi
 
 @contextmanager
 def _nothing_pinned() -> Iterator[None]:
-    """Let AWQ run without an accelerator, for which AWQ pins the memory of its inputs."""
+    """Let AWQ run without an accelerator: do not pin the memory of AWQ's inputs then."""
     if torch.accelerator.is_available():
         yield
         return
@@ -278,9 +278,9 @@ def _nothing_pinned() -> Iterator[None]:
 
 
 def compress(module: torch.nn.Module, pool: Executor) -> Tensors:
-    """The tensors that compressed-tensors would save for a calibrated Linear, on the CPU.
+    """Return the tensors that compressed-tensors would save for a calibrated Linear, on the CPU.
 
-    If all scales but the global ones are per row, rows go through the compressor a few at a time,
+    If all scales but the global scales are per row, a few rows at a time go through the compressor,
     in the threads of `pool`: the bytes are the same, and memory stays small.
     """
     scheme: Any = module.quantization_scheme
@@ -292,13 +292,13 @@ def compress(module: torch.nn.Module, pool: Executor) -> Tensors:
     by_row = state.keys() - _PER_TENSOR
     divisible = all(state[name].shape[:1] == (rows,) for name in by_row)
     step = rows
-    whole = stored_as is CompressionFormat.pack_quantized  # it writes the shape of what it is given
+    whole = stored_as is CompressionFormat.pack_quantized  # it saves its input's shape
     if divisible and not whole and state["weight"].device.type == "cpu":
         step = max(1, _AT_ONCE // columns)
 
     def block(start: int) -> Tensors:
         part = {n: t[start : start + step] if n in by_row else t for n, t in state.items()}
-        with torch.no_grad():  # a setting of each thread
+        with torch.no_grad():  # the setting is per thread
             return {n: t.cpu() for n, t in compressor.compress(part, scheme).items()}
 
     first, *rest = pool.map(block, range(0, rows, step))
@@ -311,17 +311,17 @@ def compress(module: torch.nn.Module, pool: Executor) -> Tensors:
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """A CPU tensor's bytes, in order."""
+    """Return the bytes of a CPU tensor, in row-major order."""
     flat: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
     return memoryview(flat)
 
 
 @contextmanager
 def _threads() -> Iterator[Executor]:
-    """A pool with a thread for each core; torch's own threads are off meanwhile.
+    """Open a pool of as many threads as torch has; torch's own threads are off meanwhile.
 
-    torch's threads meet at a barrier after every small operation. That costs a factor of ten as
-    soon as another process wants a core.
+    torch's threads meet at a barrier after every small operation. The barrier costs a factor of ten
+    as soon as another process uses a core.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -336,7 +336,7 @@ def _threads() -> Iterator[Executor]:
 def quiet(emit: Emit) -> Iterator[None]:
     """Pass on each warning of llmcompressor once; drop its other lines and progress bars.
 
-    transformers' warnings are dropped: they are about generating text.
+    transformers' warnings are dropped, because these warnings are about generating text.
     """
     shown: set[str] = set()
 
@@ -351,7 +351,7 @@ def quiet(emit: Emit) -> Iterator[None]:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        with (  # progress bars, which cannot be turned off
+        with (  # no option turns these progress bars off
             replaced(apply_module, "tqdm", lambda items, **_options: items),
             replaced(sequential, "tqdm", lambda items, **_options: items),
             replaced(intermediates, "tqdm", lambda items, **_options: items),

@@ -1,4 +1,4 @@
-"""An attribute of upstream's code, replaced for a while."""
+"""Temporary replacement of an attribute of upstream's code."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +7,10 @@ from typing import Any
 
 @contextmanager
 def replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
-    """Let `owner.name` be `stand_in` within the block.
+    """Replace `owner.name` by `stand_in` within the block.
 
-    Upstream offers no argument for what the engines need here; each use says what is replaced and
-    why. `owner` is a module or a class, and no other thread runs upstream's code meanwhile.
+    Upstream offers no argument for what the engines need; each use says what is replaced and why.
+    `owner` is a module or a class. No other thread may run upstream's code within the block.
     """
     original = vars(owner)[name]
     setattr(owner, name, stand_in)

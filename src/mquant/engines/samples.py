@@ -1,4 +1,4 @@
-"""Calibration data: texts and conversations, as the tokens that go through the model."""
+"""Calibration data: texts and conversations, as token ids."""
 
 import random
 from collections.abc import Iterable, Iterator
@@ -18,18 +18,18 @@ _FIX: Final = (
 )
 
 
-def load_samples(data: str, folder: Path, wanted: Calibration) -> list[list[int]]:
-    """Token ids of as many samples as are wanted, each of at most so many tokens.
+def load_samples(data: str, folder: Path, spec: Calibration) -> list[list[int]]:
+    """Return the token ids of at most `spec.samples` samples, each at most `spec.length` tokens.
 
     Rows are drawn in an order that the seed decides. `messages` go through the chat template of
-    the tokenizer in `folder`; a .txt file is one text, cut into samples. Raises DataFileError
-    if there is no such data, or too little of it.
+    the tokenizer in `folder`; a .txt file is one text, cut into samples. Raises DataFileError if
+    the data cannot be read or tokenized, or holds no text.
     """
     before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # of texts longer than the model's context
+    transformers_logging.set_verbosity_error()  # no warnings of texts longer than the context
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        samples = [*_samples(data, tokenizer, wanted)]
+        samples = [*_samples(data, tokenizer, spec)]
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0][:200]
         raise DataFileError(f"{data} cannot be tokenized: {reason}", _FIX) from error
@@ -40,19 +40,19 @@ def load_samples(data: str, folder: Path, wanted: Calibration) -> list[list[int]
     return samples
 
 
-def _samples(data: str, tokenizer: Any, wanted: Calibration) -> Iterator[list[int]]:
+def _samples(data: str, tokenizer: Any, spec: Calibration) -> Iterator[list[int]]:
     rows = list(_rows(data))
     if data.endswith(".txt"):
         ids = _ids(rows[0], tokenizer, data)
-        pieces = [ids[start : start + wanted.length] for start in range(0, len(ids), wanted.length)]
+        pieces = [ids[start : start + spec.length] for start in range(0, len(ids), spec.length)]
     else:
         pieces = []
     order = list(range(len(pieces) or len(rows)))
-    random.Random(wanted.seed).shuffle(order)  # noqa: S311 -- no secret
+    random.Random(spec.seed).shuffle(order)  # noqa: S311 -- no secret
     taken = 0
     for number in order:
-        piece = pieces[number] if pieces else _ids(rows[number], tokenizer, data)[: wanted.length]
-        if piece and taken < wanted.samples:
+        piece = pieces[number] if pieces else _ids(rows[number], tokenizer, data)[: spec.length]
+        if piece and taken < spec.samples:
             taken += 1
             yield piece
 
@@ -71,7 +71,7 @@ def _rows(data: str) -> Iterable[dict[str, Any]]:
         return [{"text": text}] if path.suffix == ".txt" else _parsed(text, data)
     except OSError as error:
         raise DataFileError(f"{data} cannot be read: {error.strerror or error}.", _FIX) from error
-    except ValueError as error:  # what is no UTF-8, or no parquet
+    except ValueError as error:  # the file is not UTF-8, or not parquet
         raise DataFileError(f"{data} is damaged: {error}.", _FIX) from error
 
 
@@ -92,9 +92,9 @@ def _dataset(name: str) -> Iterable[dict[str, Any]]:
 
     try:
         return list(load_dataset(name, split="train"))
-    except Exception as error:  # whatever it is, the dataset is not to be had
+    except Exception as error:  # the hub and the dataset's code may raise anything
         raise DataFileError(
-            f"{name} is no file, and no dataset that the hub has ({type(error).__name__}).",
+            f"{name} is no file, and no dataset on the hub ({type(error).__name__}).",
             _FIX,
         ) from error
 
@@ -107,8 +107,8 @@ def _ids(row: object, tokenizer: Any, data: str) -> list[int]:
             text = tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # a template is a program: it may raise anything
             raise DataFileError(
-                f"The chat template cannot take the messages of {data}: {error}.",
-                "Correct the messages; or give rows with `text`.",
+                f"The chat template cannot format the messages of {data}: {error}.",
+                "Correct the messages, or give rows with `text`.",
             ) from error
     if not isinstance(text, str):
         raise DataFileError(f"A row of {data} has neither `text` nor `messages`.", _FIX)

@@ -1,13 +1,14 @@
-"""The stream engine: no model, no torch; arithmetic on blocks of 16 at the speed of the disk.
+"""The stream engine: quantizes blocks of 16 weights at the speed of the disk, without torch.
 
 A worker takes the next fused set in the order of the output. The worker reads the set into its own
-buffer and takes the largest magnitudes on the way; then it quantizes a piece of the buffer at a
-time and hands the piece to the output. So one worker reads while another computes or writes, every
-byte of the source is read once, and memory holds a fused set per worker, however large the model
-is. If the recipe searches scales, the search comes between reading and quantizing.
+buffer and computes the largest magnitude of each block while reading; then the worker quantizes a
+piece of the buffer at a time and writes the piece to the output. So one worker reads while another
+computes or writes, every byte of the source is read once, and memory holds a fused set per worker,
+however large the model is. If the recipe searches scales, a worker searches between reading and
+quantizing.
 
-A weight that lies quantized in the source is dequantized to BF16 on its way into the buffer. If
-such a weight is kept, it goes to the output a piece at a time.
+A weight that the source stores quantized is dequantized to BF16 on its way into the buffer. If the
+plan keeps such a weight, the worker writes the weight in BF16 to the output, a piece at a time.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,9 +32,9 @@ from mquant.numerics.thresholds import Magnitudes, thresholds
 from mquant.plan import Action, WorkUnit
 
 PIECE: Final = 2 << 20
-"""Bytes per call: few enough for a cache, enough to hide the cost of calls."""
+"""Bytes of a weight per kernel call: few enough for a cache, enough to hide the cost of calls."""
 _AHEAD: Final = 64 << 20
-"""Bytes of a work unit to prefetch; the system then reads ahead by itself."""
+"""Bytes of each source tensor to prefetch; the system then reads ahead by itself."""
 _COMMIT_SECONDS: Final = 0.3
 
 Importance = Callable[[str], Floats]
@@ -41,38 +42,38 @@ Importance = Callable[[str], Floats]
 
 
 def alike(_module: str) -> Floats:
-    """The importance of every module if no importance is known."""
+    """Return the importance of a module without a known importance: all columns count alike."""
     return ALIKE
 
 
 class Reader(Protocol):
-    """Where bytes come from: `mquant.checkpoint.Reader`, or an assembly's. Any thread may call."""
+    """The source of bytes: `mquant.checkpoint.Reader`, or an assembly's. Any thread may call it."""
 
     def read_into(self, path: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the file's bytes from `start` on."""
 
     def prefetch(self, path: str, start: int, end: int) -> None:
-        """Have bytes [start, end) fetched meanwhile."""
+        """Fetch bytes [start, end) in the background."""
 
     def check(self, path: str) -> None:
-        """Raise SourceError if the file has changed since it was planned with."""
+        """Raise SourceError if the file has changed since the plan was made."""
 
 
 class TensorSink(Protocol):
-    """Where tensors go: `mquant.output.ShardSet`."""
+    """The destination of tensors: `mquant.output.ShardSet`."""
 
     @property
     def pending(self) -> list[WorkUnit]:
         """The work units to do."""
 
     def write(self, name: str, data: memoryview) -> None:
-        """Take the next bytes of a tensor."""
+        """Write the next bytes of a tensor."""
 
     def commit(self) -> None:
-        """Make what was written count. Raises what an observer of the output raises."""
+        """Record the complete work units. Raises what an observer of the output raises."""
 
     def stop(self) -> None:
-        """Let nobody wait for room or for files any longer."""
+        """End every wait for room or for files."""
 
 
 def run(
@@ -81,8 +82,8 @@ def run(
     """Do all pending work units of `output`; if an `importance` is given, search the scales.
 
     Raises SourceError if the source cannot be read, changes, or holds NaN or infinity in a weight
-    that is quantized. Work units that were complete count, however the run ends. If the run ends
-    early, it stops `output`, so that no worker goes on waiting.
+    that is quantized. Complete work units are committed, however the run ends. If the run ends
+    early, it stops `output`, so that no worker waits forever.
     """
     units = output.pending
     _prepare(units, importance)
@@ -102,31 +103,31 @@ def run(
             while busy:
                 done, busy = wait(busy, _COMMIT_SECONDS, return_when=FIRST_EXCEPTION)
                 output.commit()
-                for each in done:
-                    each.result()
+                for future in done:
+                    future.result()
         except BaseException:
             stop.set()
             output.stop()
             wait(busy)
-            with suppress(OutputError):  # what stopped the run says more
+            with suppress(OutputError):  # the error that stopped the run says more
                 output.commit()
             raise
 
 
 def make(reader: Reader, unit: WorkUnit, importance: Importance | None = None) -> dict[str, bytes]:
-    """The tensors of one work unit, by name, in memory. Raises as `run`."""
+    """Return the tensors of one work unit, by name, in memory. Raises SourceError as `run`."""
     _prepare([unit], importance)
-    made: dict[str, bytearray] = {output.name: bytearray() for output in unit.outputs}
-    Worker(reader, lambda name, data: made[name].extend(data), [unit], importance).do(unit)
-    return {name: bytes(data) for name, data in made.items()}
+    tensors: dict[str, bytearray] = {output.name: bytearray() for output in unit.outputs}
+    Worker(reader, lambda name, data: tensors[name].extend(data), [unit], importance).do(unit)
+    return {name: bytes(data) for name, data in tensors.items()}
 
 
 def _prepare(units: list[WorkUnit], importance: Importance | None) -> None:
-    """Have the kernels compiled before the workers start."""
-    wanted = {
+    """Compile the kernels that the work units need, before the workers start."""
+    kernels = {
         (_is_fp8(unit), a.source.dtype) for unit in units if unit.scheme for a in unit.actions
     }
-    for fp8, dtype in sorted(wanted):
+    for fp8, dtype in sorted(kernels):
         if fp8:
             prepare_fp8(FLOATS[dtype])
             continue
@@ -142,7 +143,7 @@ def _is_fp8(unit: WorkUnit) -> bool:
 
 
 class _Queue(Iterator[WorkUnit]):
-    """Work units for threads to take. Taking one prefetches the bytes of a later one."""
+    """Work units for threads to take. Taking a work unit prefetches a later one."""
 
     def __init__(self, units: list[WorkUnit], reader: Reader, ahead: int) -> None:
         self._units, self._reader, self._ahead = units, reader, ahead
@@ -163,7 +164,7 @@ class _Queue(Iterator[WorkUnit]):
 
 
 class Worker:
-    """Does work units, one at a time, in buffers that the worker keeps."""
+    """A worker that carries out work units, one at a time, in its own buffers."""
 
     def __init__(
         self,
@@ -172,21 +173,21 @@ class Worker:
         units: list[WorkUnit],
         importance: Importance | None,
     ) -> None:
-        """Make buffers that hold the largest fused set among `units`."""
+        """Allocate buffers that hold the largest fused set among `units`."""
         self._reader = reader
         self._write = write
         self._importance = importance
         sets = [unit for unit in units if unit.scheme and not _is_fp8(unit)]
         rows = [a.source.shape[1] for unit in units for a in unit.actions if a.stored]
         stripes = [_stripe(action)[0] for unit in units if _is_fp8(unit) for action in unit.actions]
-        # In elements of 16 bits, of which there are the most in as many bytes.
+        # Counted in elements of 16 bits: a buffer of the same bytes holds fewer F32 elements.
         widest = max([PIECE // 2, *rows, *(stripe // 2 for stripe in stripes)])
         self._weights = np.empty(max([2 * widest, *(unit.weight_bytes for unit in sets)]), np.uint8)
         self._codes = np.empty(widest if rows or stripes else 0, np.uint8)
         self._maxima = np.empty(max([0, *map(_blocks, sets)]), np.uint32)
-        self._packed = np.empty(PIECE // 4, np.uint8)  # of a 16-bit source; F32 fills half
+        self._packed = np.empty(PIECE // 4, np.uint8)  # for a 16-bit source; F32 fills half
         self._scales = np.empty(PIECE // 2 // GROUP, np.uint8)
-        self._found = np.empty((2, len(self._maxima) if importance else 0), np.uint8)
+        self._searched = np.empty((2, len(self._maxima) if importance else 0), np.uint8)
 
     def do(self, unit: WorkUnit) -> None:
         """Quantize or keep the tensors of a work unit."""
@@ -216,7 +217,7 @@ class Worker:
             self._write(output.name, part)
 
     def _encode(self, action: Action) -> None:
-        """Quantize a weight to FP8, a few rows of blocks at a time: nothing else is shared."""
+        """Quantize a weight to FP8, a few rows of blocks at a time: blocks share no other value."""
         source, float_format = action.source, FLOATS[action.source.dtype]
         codes_name, scale_name = (output.name for output in action.outputs)
         height, block = _stripe(action)
@@ -233,12 +234,12 @@ class Worker:
             else:
                 start = source.start + first * columns * float_format.word.itemsize
                 self._reader.read_into(source.shard, start, part.data)
-            # The source codes are used up, so the new codes reuse the buffer.
+            # The source codes are decoded already, so the new codes reuse their buffer.
             words, codes = part.view(float_format.word).reshape(-1, columns), self._codes[:count]
-            made, bad = encode_into(words, float_format, block, codes.reshape(-1, columns))
+            part_scales, bad = encode_into(words, float_format, block, codes.reshape(-1, columns))
             _refuse(action, bad)
             self._write(codes_name, codes.data)
-            scales.append(made.view(float_format.word))
+            scales.append(part_scales.view(float_format.word))
         self._write(scale_name, np.concatenate(scales).data.cast("B"))
 
     def _quantize(self, unit: WorkUnit) -> None:
@@ -255,16 +256,16 @@ class Worker:
         ]
         amaxes = [self._read(*member) for member in members]
         if self._importance is None:
-            scale, found = global_scale_of(amaxes), None
+            scale, searched = global_scale_of(amaxes), None
         else:
-            scale, found = self._search(members, self._importance)
+            scale, searched = self._search(members, self._importance)
         for member, (_, first), (_, last) in zip(members, sizes, sizes[1:], strict=False):
-            self._pack(*member, scale, None if found is None else found[first:last])
+            self._pack(*member, scale, None if searched is None else searched[first:last])
 
     def _search(
         self, members: list[tuple[Action, Bytes, Magnitudes]], importance: Importance
     ) -> tuple[np.float32, Bytes]:
-        """The best global scale of a fused set, and the best codes of all its blocks."""
+        """Return the best global scale of a fused set, and the best scale code of each block."""
         weights = []
         for action, weight, maxima in members:
             float_format = FLOATS[action.source.dtype]
@@ -273,31 +274,31 @@ class Worker:
                     weight.view(float_format.word), float_format, maxima, importance(action.module)
                 )
             )
-        return search(weights, self._found)
+        return search(weights, self._searched)
 
     def _read(self, action: Action, weight: Bytes, maxima: Magnitudes) -> Array:
-        """Read a weight; returns its absolute maximum, a scalar in its own dtype."""
+        """Read a weight into its buffers; return its absolute maximum, a scalar in its dtype."""
         source, float_format = action.source, FLOATS[action.source.dtype]
         largest = bad = first = 0
         for part in self._decoded(action, weight) if action.stored else self._plain(source, weight):
             words = part.view(float_format.word)
             last = first + len(words) // GROUP
-            magnitude, odd = block_maxima(words, float_format, maxima[first:last])
-            largest, bad, first = max(largest, magnitude), bad + odd, last
+            magnitude, nonfinite = block_maxima(words, float_format, maxima[first:last])
+            largest, bad, first = max(largest, magnitude), bad + nonfinite, last
         _refuse(action, bad)
         return float_format.values(np.array(largest, float_format.word))
 
     def _plain(self, source: TensorInfo, weight: Bytes) -> Iterator[Bytes]:
-        """A weight piece by piece, each filled from the source when it is asked for."""
+        """Yield a weight piece by piece; read each piece from the source just before."""
         for start in range(0, len(weight), PIECE):
             part = weight[start : start + PIECE]
             self._reader.read_into(source.shard, source.start + start, part.data)
             yield part
 
     def _decoded(self, action: Action, weight: Bytes, *, again: bool = False) -> Iterator[Bytes]:
-        """A weight that lies quantized, in BF16 and whole rows, a piece at a time.
+        """Yield a weight that is stored quantized, in BF16, in pieces of whole rows.
 
-        `again`: every piece lies at the front of `weight`, over the piece before.
+        `again`: every piece is written to the front of `weight`, over the previous piece.
         """
         rows, columns = action.source.shape
         stored, width = open_rows(self._reader, action, self._codes), columns * BF16.word.itemsize
@@ -315,20 +316,20 @@ class Worker:
         weight: Bytes,
         maxima: Magnitudes,
         scale: np.float32,
-        found: Bytes | None,
+        searched: Bytes | None,
     ) -> None:
         packed_name, scale_name, global_name = (output.name for output in action.outputs)
         steps = thresholds(action.source.dtype, float(scale))
         words = weight.view(steps.float_format.word)
         blocks = PIECE // steps.float_format.word.itemsize // GROUP
         for first in range(0, len(maxima), blocks):
-            some = maxima[first : first + blocks]
-            packed, scales = self._packed[: len(some) * GROUP // 2], self._scales[: len(some)]
+            amaxes = maxima[first : first + blocks]
+            packed, scales = self._packed[: len(amaxes) * GROUP // 2], self._scales[: len(amaxes)]
             piece = words[first * GROUP : (first + blocks) * GROUP]
-            if found is None:
-                quantize_into(piece, some, steps, packed, scales)
+            if searched is None:
+                quantize_into(piece, amaxes, steps, packed, scales)
             else:
-                scales = found[first : first + blocks]
+                scales = searched[first : first + blocks]
                 pack_into(piece, steps, scales, packed)
             self._write(packed_name, packed.data)
             self._write(scale_name, scales.data)
@@ -336,7 +337,7 @@ class Worker:
 
 
 def _stripe(action: Action) -> tuple[int, tuple[int, int]]:
-    """Bytes of the rows of an FP8 weight that blocks lie across, and a block's height and width."""
+    """Return the bytes of a row of blocks of an FP8 weight, and a block's height and width."""
     source = action.source
     shape = action.scheme.config_group["weights"]["block_structure"] if action.scheme else None
     high, wide = shape or (1, source.shape[1])

@@ -1,4 +1,4 @@
-"""Run a decoder as its config.json describes it: layer by layer, in float32, weights from disk.
+"""Run a decoder that config.json describes, layer by layer, in float32, with weights from disk.
 
 No code of a checkpoint runs, and no model is built. Weights are found by transformers' names in
 memory (the family maps hub names to those names), decoded when a layer needs them, and dropped.
@@ -22,7 +22,7 @@ from mquant.weights.matrix import AnyReader, Matrix, Workers, matrix_of, plain
 
 Integers = npt.NDArray[np.int64]
 
-_TOKENS_AT_ONCE: Final = 1024  # in a feed-forward block: bounds what lies between its two products
+_TOKENS_AT_ONCE: Final = 1024  # in a feed-forward block: bounds its intermediate memory
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,26 @@ class Shape:
     experts: int
     top_k: int
     frequencies: Floats
-    """Of the rotated pairs of a head, in radians a token; fewer than half the head's size where
-    the rest of it is not rotated."""
+    """RoPE frequencies of the rotated pairs of a head, in radians a token.
+
+    The frequencies are fewer than half the head's size if only a part of the head is rotated.
+    """
 
 
 def shape_of(family: Family | None, config: Mapping[str, Any], context: int) -> Shape:
-    """The decoder's numbers in config.json. Raises SourceError for an unknown architecture."""
+    """Return the decoder's numbers in config.json.
+
+    Raises SourceError if config.json describes a model that mquant cannot evaluate with `context`
+    tokens, or lacks a number.
+    """
     if family is None or family.forward is None:
         name = family.title if family else f"model_type {config.get('model_type')}"
-        _refuse(f"{name} cannot be evaluated: mquant does not know how it computes")
+        _refuse(f"{name} cannot be evaluated: mquant does not know its forward pass")
     if config.get("hidden_act", "silu") != "silu":
-        _refuse(f"hidden_act {config['hidden_act']} is not known here; silu is")
+        _refuse(f"mquant does not know hidden_act {config['hidden_act']}, only silu")
     window = config.get("sliding_window")
     if type(window) is int and window < context and config.get("use_sliding_window") is not False:
-        _refuse(f"Attention slides over {window} tokens; windows of {context} are longer")
+        _refuse(f"Attention slides over {window} tokens, fewer than the context of {context}")
 
     def number(key: str, default: int = 0) -> int:
         value = family.value(key, config) if key else None
@@ -83,114 +89,114 @@ def _frequencies(config: Mapping[str, Any], head_dim: int) -> Floats:
     part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     rotated = config.get("rotary_dim") or int(head_dim * part)
     steps = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
-    plain_ones: Floats = (1.0 / np.power(np.float32(base), steps)).astype(np.float32)
+    unscaled: Floats = (1.0 / np.power(np.float32(base), steps)).astype(np.float32)
     if kind == "default":
-        return plain_ones
+        return unscaled
     if kind == "linear":
-        return (plain_ones / np.float32(rope["factor"])).astype(np.float32)
+        return (unscaled / np.float32(rope["factor"])).astype(np.float32)
     if kind != "llama3":
-        _refuse(f"RoPE of type {kind} is not known here; default, linear and llama3 are")
+        _refuse(f"mquant does not know RoPE of type {kind}, only default, linear and llama3")
     low, high, old = (
         rope[key]
         for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     )
-    # Wavelengths much longer than the old context are stretched, short ones stay.
-    turns = old * plain_ones / (2 * math.pi)
+    # llama3 stretches wavelengths much longer than the old context; short wavelengths stay.
+    turns = old * unscaled / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
-    stretched: Floats = (plain_ones * (smooth + (1 - smooth) / rope["factor"])).astype(np.float32)
+    stretched: Floats = (unscaled * (smooth + (1 - smooth) / rope["factor"])).astype(np.float32)
     return stretched
 
 
-def _refuse(what: str) -> NoReturn:
-    raise SourceError(f"{what}.", "Evaluate it with its own code, e.g. lm-eval on vLLM.")
+def _refuse(reason: str) -> NoReturn:
+    raise SourceError(f"{reason}.", "Evaluate the model with its own code, e.g. lm-eval on vLLM.")
 
 
 class Model:
     """A checkpoint that can be run layer by layer."""
 
     def __init__(self, view: ModuleView, reader: AnyReader, context: int, workers: Workers) -> None:
-        """Find the weights; read none. Raises SourceError as `shape_of` does."""
+        """Find the weights without reading a weight. Raises SourceError as `shape_of` does."""
         self.view = view
         self.shape = shape_of(view.family, view.checkpoint.config, context)
         family = view.family
-        assert family is not None  # noqa: S101 -- or shape_of had refused
+        assert family is not None  # noqa: S101 -- shape_of refuses None
         self._forward: Forward = family.forward or Forward()
         self._config = view.checkpoint.config
-        self._found: dict[str, Matrix] = {}
+        self._matrices: dict[str, Matrix] = {}
         for module in view.modules.values():
             for suffix, info in module.tensors.items():
-                whole = f"{module.name}.{suffix}"
-                side = plain(info, reader) if not module.quantized else None
-                if side is not None:
-                    self._found[family.in_memory_name(whole)] = side
+                hub_name = f"{module.name}.{suffix}"
+                unquantized = plain(info, reader) if not module.quantized else None
+                if unquantized is not None:
+                    self._matrices[family.in_memory_name(hub_name)] = unquantized
             if module.quantized:
                 weight = matrix_of(view, module, reader)
                 if weight is not None:
-                    self._found[family.in_memory_name(weight.name)] = weight
+                    self._matrices[family.in_memory_name(weight.name)] = weight
         self._workers = workers
 
     def has(self, name: str) -> bool:
-        """Whether the checkpoint has a tensor of this name in transformers' memory."""
-        return name in self._found
+        """Return whether the checkpoint has a tensor of this name, which is transformers' name."""
+        return name in self._matrices
 
     def matrix(self, name: str) -> Matrix:
-        """A weight on disk. Raises SourceError if the weight is missing or cannot be decoded."""
-        if name not in self._found:
+        """Return a weight on disk. Raises SourceError if the weight is missing or not decodable."""
+        if name not in self._matrices:
             raise SourceError(
-                f"{self.view.checkpoint.source.name} has no {name} that can be decoded.",
-                "See what mquant verify says of it.",
+                f"{self.view.checkpoint.source.name} has no {name} that mquant can decode.",
+                "Run mquant verify on the checkpoint.",
             )
-        return self._found[name]
+        return self._matrices[name]
 
     def rows(self, name: str, first: int, last: int, use: str) -> Floats:
-        """Rows [first, last) of a weight, in this thread's buffer for `use`."""
-        found = self.matrix(name)
+        """Read rows [first, last) of a weight into this thread's buffer for `use`."""
+        matrix = self.matrix(name)
         scratch = self._workers.scratch
-        out = scratch.floats(use, (last - first, found.shape[1]))
-        found.read(first, last, out, scratch)
+        out = scratch.floats(use, (last - first, matrix.shape[1]))
+        matrix.read(first, last, out, scratch)
         return out
 
     def weight(self, name: str, use: str) -> Floats:
-        """A whole weight [rows, columns], in this thread's buffer for `use`."""
+        """Read a whole weight [rows, columns] into this thread's buffer for `use`."""
         return self.rows(name, 0, self.matrix(name).shape[0], use)
 
     def vector(self, name: str) -> Floats:
-        """A whole vector."""
+        """Read a whole vector."""
         vector: Floats = self.weight(name, "vector")[0].copy()
         return vector
 
     def nbytes(self, prefix: str) -> int:
-        """Bytes of all tensors whose names start with `prefix`."""
+        """Return the bytes of all tensors whose hub names start with `prefix`."""
         tensors = self.view.checkpoint.tensors
         return sum(info.nbytes for name, info in tensors.items() if name.startswith(prefix))
 
     def head(self) -> str:
-        """The name of the weight that gives logits: lm_head, or the embeddings if they are tied."""
+        """Return the name of the weight that gives logits: lm_head, or the embeddings if tied."""
         name = "lm_head.weight"
         return name if self.has(name) else "model.embed_tokens.weight"
 
     def embed(self, tokens: Integers) -> Floats:
-        """Embeddings [n, hidden] of token ids [n], in one pass over the table."""
+        """Return the embeddings [n, hidden] of token ids [n], in one pass over the table."""
         name = "model.embed_tokens.weight"
         rows, hidden = self.matrix(name).shape
         out = np.empty((len(tokens), hidden), np.float32)
         step = max(1, (16 << 20) // (4 * hidden))
         for first in range(0, rows, step):
-            here = np.flatnonzero((tokens >= first) & (tokens < first + step))
-            if len(here):
+            positions = np.flatnonzero((tokens >= first) & (tokens < first + step))
+            if len(positions):
                 table = self.rows(name, first, min(first + step, rows), "table")
-                out[here] = table[tokens[here] - first]
+                out[positions] = table[tokens[positions] - first]
         return out
 
     def norm(self, values: Floats, name: str) -> Floats:
-        """RMS norm over the last axis."""
+        """Return the RMS norm over the last axis."""
         return _rms(values, self.vector(name), self.shape.eps)
 
     def layer(self, number: int, hidden: Floats, windows: list[slice]) -> Integers | None:
         """Run a decoder layer on `hidden` [n, hidden], in place.
 
-        A token attends only to earlier tokens of its window. Returns the chosen experts [n, top_k],
-        sorted; None if the layer has no experts.
+        A token attends only to itself and to earlier tokens of its window. Returns the chosen
+        experts [n, top_k], sorted; None if the layer has no experts.
         """
         at = f"model.layers.{number}"
         hidden += self._attention(
@@ -223,7 +229,7 @@ class Model:
         return self._linear(out, f"{at}.o_proj")
 
     def _linear(self, values: Floats, name: str) -> Floats:
-        """`values` [n, in] times a weight [out, in], plus the bias if there is one."""
+        """Return `values` [n, in] times a weight [out, in], plus the bias if the layer has one."""
         weight = self.weight(f"{name}.weight", "linear")
         out = np.empty((len(values), len(weight)), np.float32)
 
@@ -246,7 +252,7 @@ class Model:
         return out
 
     def _route(self, at: str, inner: Floats) -> tuple[Integers, Floats]:
-        """The chosen experts [n, top_k] and their weights."""
+        """Return the chosen experts [n, top_k] and their routing weights [n, top_k]."""
         scores: Floats = inner @ self.weight(f"{at}.gate.weight", "linear").T
         if self._forward.scores == "sigmoid":
             scores = (1 / (1 + np.exp(-scores))).astype(np.float32)
@@ -265,35 +271,35 @@ class Model:
     def _experts(
         self, at: str, inner: Floats, chosen: Integers, weights: Floats, out: Floats
     ) -> None:
-        """Add the experts' outputs to `out` in the order of experts, whichever finishes first."""
+        """Add the experts' outputs to `out` in the order of experts, in whatever order they end."""
 
         def work(expert: int) -> tuple[Any, Floats]:
             tokens, places = np.nonzero(chosen == expert)
-            some = inner[tokens]
-            gate = some @ self.weight(f"{at}.{expert}.gate_proj.weight", "gate").T
-            up: Floats = some @ self.weight(f"{at}.{expert}.up_proj.weight", "up").T
+            routed = inner[tokens]
+            gate = routed @ self.weight(f"{at}.{expert}.gate_proj.weight", "gate").T
+            up: Floats = routed @ self.weight(f"{at}.{expert}.up_proj.weight", "up").T
             up *= _silu(gate)
-            made: Floats = up @ self.weight(f"{at}.{expert}.down_proj.weight", "down").T
-            np.multiply(made, weights[tokens, places, None], out=made)
-            return tokens, made
+            result: Floats = up @ self.weight(f"{at}.{expert}.down_proj.weight", "down").T
+            np.multiply(result, weights[tokens, places, None], out=result)
+            return tokens, result
 
         busy = sorted(set(chosen.ravel().tolist()))
         for group in _groups(busy, 2 * self._workers.count):
             for later in busy[busy.index(group[-1]) + 1 :][: len(group)]:
                 for part in ("gate", "up", "down"):
                     self.matrix(f"{at}.{later}.{part}_proj.weight").prefetch()
-            for tokens, made in self._workers.map(work, group):
-                out[tokens] += made
+            for tokens, result in self._workers.map(work, group):
+                out[tokens] += result
 
 
 def _attend(q: Floats, k: Floats, v: Floats, shape: Shape) -> Floats:
-    """Causal attention of one window; q is [n, heads * head_dim]."""
+    """Return the causal attention of one window; q is [n, heads * head_dim]."""
     n, size = len(q), shape.head_dim
     angles = np.arange(n, dtype=np.float32)[:, None] * shape.frequencies
     cos, sin = np.cos(angles), np.sin(angles)
     out = np.empty((n, shape.heads, size), np.float32)
     share = shape.heads // shape.kv_heads
-    hidden = np.triu(np.full((n, n), -np.inf, np.float32), 1)
+    mask = np.triu(np.full((n, n), -np.inf, np.float32), 1)
     for group in range(shape.kv_heads):
         key = _rotated(k[:, group * size : (group + 1) * size], cos, sin)
         value = v[:, group * size : (group + 1) * size]
@@ -301,7 +307,7 @@ def _attend(q: Floats, k: Floats, v: Floats, shape: Shape) -> Floats:
             query = _rotated(q[:, head * size : (head + 1) * size], cos, sin)
             scores = query @ key.T
             scores *= np.float32(size**-0.5)
-            scores += hidden
+            scores += mask
             scores -= scores.max(axis=1, keepdims=True)
             np.exp(scores, out=scores)
             out[:, head] = (scores @ value) / scores.sum(axis=1, keepdims=True)
@@ -309,7 +315,7 @@ def _attend(q: Floats, k: Floats, v: Floats, shape: Shape) -> Floats:
 
 
 def _rotated(values: Floats, cos: Floats, sin: Floats) -> Floats:
-    """A head [n, head_dim] whose first elements are rotated as pairs (i, i + half)."""
+    """Return a head [n, head_dim] with its first elements rotated as pairs (i, i + half)."""
     half = cos.shape[1]
     out = values.copy()
     first, second = values[:, :half], values[:, half : 2 * half]
@@ -325,7 +331,7 @@ def _rms(values: Floats, weight: Floats, eps: float) -> Floats:
 
 
 def _silu(values: Floats) -> Floats:
-    with np.errstate(over="ignore"):  # exp(-x) of a large negative x: x / infinity is right
+    with np.errstate(over="ignore"):  # exp(-x) overflows for a large negative x: x / inf is right
         out: Floats = values / (1 + np.exp(-values))
     return out
 

@@ -1,1 +1,1 @@
-"""What loaders make of headers and config.json: modules, formats, what is quantized."""
+"""A model of how loaders read headers and config.json: modules, formats, what is quantized."""

@@ -1,7 +1,7 @@
-"""How quantized modules lie on disk: the parts each layout has, and their dtypes and shapes.
+"""How quantized modules are stored: the tensors of each layout, with their dtypes and shapes.
 
-A layout is recognised by the tensors that are there, since that is what a loader meets; what
-config.json declares decides only what the tensors leave open.
+The tensors on disk decide which layout a module has, because a loader reads these tensors;
+config.json decides only what the tensors leave open.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,10 +22,10 @@ _FLOATS: Final = ("F32", "BF16", "F16")
 
 
 class StorageFormat(StrEnum):
-    """How the weight of a quantized module is stored. OTHER: in a way that is not known here.
+    """How the weight of a quantized module is stored. OTHER: in a format that mquant does not know.
 
     The value is the name that plans state and digest. FP8_BLOCK has its scales under
-    `weight_scale_inv`; those of FP8 are under `weight_scale`, of blocks or not.
+    `weight_scale_inv`. FP8 has its scales, of blocks or not, under `weight_scale`.
     """
 
     FP8_BLOCK = "FP8 in blocks"
@@ -37,7 +37,7 @@ class StorageFormat(StrEnum):
 
     @property
     def short(self) -> str:
-        """The name by which a module is judged and compared: one for both kinds of FP8."""
+        """The name for reports and comparisons: FP8 for both kinds of FP8."""
         return "FP8" if self in FP8S else self.value.removeprefix("compressed-tensors ")
 
 
@@ -46,9 +46,9 @@ NVFP4S: Final = frozenset({StorageFormat.NVFP4, StorageFormat.MODELOPT_NVFP4})
 
 
 class Suffixes(NamedTuple):
-    """The names of a module's tensors: codes, scales, the scale of the whole weight, its input's.
+    """The suffixes of a module's tensors: codes, scales, scale of the whole weight, input scale.
 
-    Empty for a tensor that the format does not have.
+    The suffix is empty for a tensor that the format does not have.
     """
 
     codes: str
@@ -68,16 +68,16 @@ SUFFIXES: Final[dict[StorageFormat, Suffixes]] = {
     ),
     StorageFormat.INT: Suffixes("weight_packed", "weight_scale"),
 }
-SCALES: Final = frozenset(each.scale for each in SUFFIXES.values())
-SECOND_SCALES: Final = frozenset(each.second for each in SUFFIXES.values() if each.second)
-INPUT_SCALES: Final = frozenset(each.input for each in SUFFIXES.values() if each.input)
+SCALES: Final = frozenset(names.scale for names in SUFFIXES.values())
+SECOND_SCALES: Final = frozenset(names.second for names in SUFFIXES.values() if names.second)
+INPUT_SCALES: Final = frozenset(names.input for names in SUFFIXES.values() if names.input)
 
 _DECLARED: Final[dict[StorageFormat, dict[str, object]]] = {
     StorageFormat.NVFP4: {"type": "float", "num_bits": 4, "group_size": GROUP},
-    **{each: {"type": "float", "num_bits": 8} for each in FP8S},
+    **{fp8: {"type": "float", "num_bits": 8} for fp8 in FP8S},
     StorageFormat.INT: {"type": "int"},
 }
-"""Required values of the keys that `weights` of a config group holds."""
+"""The values that keys in `weights` of a config group must have, for each format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +90,11 @@ class ExpectedTensor:
 
 
 def recognize(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> StorageFormat | None:
-    """The format that a module's tensors, by suffix, are in; None for a plain module.
+    """Return the format of a module's `tensors`, keyed by suffix; None for a plain module.
 
-    The only place that decides it. `config` is the quantization config; it is asked for what the
-    tensors leave open. Nothing is refused: `plan` takes only modules whose every part it knows,
-    and `format_of` leaves out what a judge has no measure for.
+    Only this function decides the format. `config` is the quantization config; it decides what the
+    tensors leave open. No module is refused: `plan` itself takes only modules with known parts, and
+    `format_of` itself returns OTHER for formats that `verify` has no expected tensors for.
     """
     if not quantized_suffixes(tensors):
         return None
@@ -117,9 +117,9 @@ def recognize(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> S
 
 
 def format_of(view: ModuleView, module: Module) -> StorageFormat | None:
-    """The format of a module as it is judged, or None for a plain one.
+    """Return the format by which `verify` judges a module; None for a plain module.
 
-    OTHER also if config.json names a format whose parts have no measure here.
+    The result is OTHER also if config.json names a format that `parts` does not know.
     """
     storage = recognize(module.tensors, view.config)
     if storage in (None, StorageFormat.INT):
@@ -131,7 +131,7 @@ def format_of(view: ModuleView, module: Module) -> StorageFormat | None:
 
 
 def groups(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The well-formed `config_groups` of a quantization config."""
+    """Yield the well-formed `config_groups` of a quantization config."""
     table = config.get("config_groups")
     for group in table.values() if isinstance(table, dict) else ():
         if isinstance(group, dict):
@@ -139,30 +139,30 @@ def groups(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def declared_formats(config: Mapping[str, Any]) -> set[str]:
-    """Every `format` that a quantization config of compressed-tensors names."""
-    return {str(each.get("format")) for each in (config, *groups(config))}
+    """Return every `format` that a quantization config of compressed-tensors names."""
+    return {str(table.get("format")) for table in (config, *groups(config))}
 
 
 def says_nvfp4(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> bool:
-    """Whether the global scale or config.json says that codes are compressed-tensors' NVFP4."""
+    """Return whether the global scale or config.json marks codes as compressed-tensors NVFP4."""
     scale = SUFFIXES[StorageFormat.NVFP4].second
     return scale in tensors or "nvfp4-pack-quantized" in declared_formats(config)
 
 
 def weight_args(storage: StorageFormat, view: ModuleView) -> Mapping[str, Any]:
-    """What config.json says of weights in a layout; nothing if several groups may be meant."""
-    found = [group["weights"] for group in _groups_of(storage, view)]
-    return found[0] if found and all(args == found[0] for args in found) else {}
+    """Return what config.json says of weights in a layout; empty if the groups disagree."""
+    candidates = [group["weights"] for group in _groups_of(storage, view)]
+    return candidates[0] if candidates and all(args == candidates[0] for args in candidates) else {}
 
 
 def integer_bits(view: ModuleView) -> int | None:
-    """How many bits config.json says packed integers have; None if that cannot be."""
+    """Return the bits of packed integers in config.json; None if the number is unusable."""
     bits = weight_args(StorageFormat.INT, view).get("num_bits")
     return bits if type(bits) is int and bits in (2, 4, 8) else None
 
 
 def _groups_of(storage: StorageFormat, view: ModuleView) -> list[Mapping[str, Any]]:
-    """The groups that can be of a layout: all but those that say otherwise."""
+    """Return the groups that can describe a layout: all but the groups that contradict it."""
     return [
         group
         for group in groups(view.config)
@@ -179,21 +179,21 @@ def _wrong(storage: StorageFormat, args: Mapping[str, Any]) -> list[str]:
 
 
 def misdeclared(storage: StorageFormat, view: ModuleView) -> str:
-    """What no config group of compressed-tensors should say of a layout, but the first one does.
+    """Return what the first config group says that contradicts a layout.
 
-    Empty if some group fits, or none is there to be judged.
+    The result is empty if some group fits the layout, a group is malformed, or there is no group.
     """
     faults = []
     for group in groups(view.config):
         args = group.get("weights")
         if args is not None and not isinstance(args, dict):
-            return ""  # no loader can parse that
+            return ""  # no loader can parse such a group
         faults.append("no weights" if args is None else ", ".join(_wrong(storage, args)))
     return faults[0] if faults and all(faults) else ""
 
 
 def activations(storage: StorageFormat, view: ModuleView) -> bool | None:
-    """Whether static scales of activations are declared; None if some modules may have them."""
+    """Return whether config.json declares static activation scales; None if groups disagree."""
     static = set()
     for group in _groups_of(storage, view) or groups(view.config):
         args = group.get("input_activations")
@@ -210,7 +210,7 @@ def activations(storage: StorageFormat, view: ModuleView) -> bool | None:
 def weight_shape(
     storage: StorageFormat, module: Module, view: ModuleView
 ) -> tuple[int, int] | None:
-    """[out, in] of the weight that a quantized module holds; None if its codes are missing."""
+    """Return [out, in] of a quantized module's weight; None if codes or bits are unusable."""
     codes = module.tensors.get(SUFFIXES[storage].codes) if storage in SUFFIXES else None
     if codes is None or len(codes.shape) != 2:
         return None
@@ -224,9 +224,10 @@ def weight_shape(
 def parts(
     storage: StorageFormat, shape: tuple[int, int], view: ModuleView
 ) -> dict[str, ExpectedTensor]:
-    """What a module with a weight of [out, in] is made of, by suffix: all that loaders take.
+    """Return the tensors of a module with a weight of [out, in], by suffix, as loaders accept them.
 
-    That is more than `plan` reads (E5M2 codes, scales in F16): upstream has no bytes for these.
+    Loaders accept more than `plan` reads (E5M2 codes, scales in F16): upstream has no reference
+    bytes for such tensors.
     """
     rows, columns = shape
     suffixes = SUFFIXES.get(storage)
@@ -247,14 +248,14 @@ def parts(
 
 
 def fp8_block(view: ModuleView) -> tuple[int, int]:
-    """The block that shares a scale in FP8 weights with blocks."""
+    """Return the rows and columns that share a scale in FP8 weights with blocks."""
     declared = block_of(view.config.get("weight_block_size"))
     from_groups = block_of(weight_args(StorageFormat.FP8, view).get("block_structure"))
     return declared or from_groups or DEFAULT_BLOCK
 
 
 def block_of(value: object) -> tuple[int, int] | None:
-    """The rows and columns of a block as config.json gives them; None for anything else."""
+    """Return the rows and columns of a block in config.json; None if `value` is no block."""
     match value:
         case [int(high), int(wide)] if high > 0 and wide > 0:
             return high, wide

@@ -1,7 +1,7 @@
-"""Which modules vLLM builds quantized, and which plain.
+"""The modules that vLLM builds quantized, and the modules that vLLM builds plain.
 
-vLLM decides from config.json, before it sees a tensor, and under names of its own. The tensors on
-disk must then be what vLLM decided.
+vLLM decides from config.json, before vLLM reads a tensor, and under names of its own. The tensors
+on disk must then fit the modules that vLLM has built.
 """
 
 from collections import defaultdict
@@ -21,7 +21,7 @@ COVER_STYLES: Final = {
     "modelopt": Style.GLOBS,
     "fp8": Style.PARTS,
 }
-"""The matching style of each method's list. Lists of other methods are not judged."""
+"""The matching style of each method's ignore list. Lists of other methods are not judged."""
 
 # Modules that can be recognized by name if the family is unknown.
 _USUAL: Final = {
@@ -39,7 +39,7 @@ class Judged:
     """A linear module, or the embeddings.
 
     `misnamed`: the family knows the module by transformers' name only. `vllm` are the names under
-    which vLLM looks the module up. Modules of one `group` are one layer to vLLM.
+    which vLLM looks the module up. vLLM builds the modules of one `group` as one layer.
     """
 
     module: Module
@@ -51,7 +51,10 @@ class Judged:
 
 @dataclass(frozen=True)
 class Group:
-    """Modules that are one layer to vLLM. `ignored` is None if only some of them are ignored."""
+    """Modules that vLLM builds as one layer.
+
+    `ignored` is None if only some of the modules are ignored; `targeted` likewise.
+    """
 
     members: tuple[Judged, ...]
     ignored: bool | None
@@ -59,7 +62,7 @@ class Group:
 
     @property
     def quantized(self) -> bool | None:
-        """Whether vLLM builds it quantized; None if it refuses to decide."""
+        """Whether vLLM builds the group quantized; None if vLLM refuses the group."""
         if self.ignored is True or self.targeted is False:
             return False
         return None if None in (self.ignored, self.targeted) else True
@@ -67,7 +70,7 @@ class Group:
 
 @dataclass(frozen=True)
 class VllmView:
-    """The linear modules of a checkpoint, and what the quantization config says of them."""
+    """The linear modules of a checkpoint, and what the quantization config says of modules."""
 
     view: ModuleView
     method: str
@@ -75,7 +78,7 @@ class VllmView:
 
     @property
     def style(self) -> Style | None:
-        """How the ignore list is matched; None if that is not known."""
+        """How the ignore list is matched; None if the method is not known."""
         return COVER_STYLES.get(self.method)
 
     @cached_property
@@ -86,7 +89,7 @@ class VllmView:
 
     @cached_property
     def hub(self) -> frozenset[str]:
-        """Every name on disk that an entry may mean: modules, and parameters that are none."""
+        """Every name on disk that an entry may mean: modules, and parameters other than weights."""
         bare = (
             info.name
             for module in self.view.modules.values()
@@ -103,29 +106,29 @@ class VllmView:
 
     @cached_property
     def ignore(self) -> Matches:
-        """The ignore list, as it is meant, on all names."""
+        """The ignore list, matched against all names by the rules of its method."""
         names = self.hub | self.vllm | frozenset(self.in_memory.values())
         return match(self.view.ignore, names, self.style or Style.EXACT)
 
     @cached_property
     def ignored_by_vllm(self) -> frozenset[str]:
-        """What the list matches in vLLM, which takes entries of FP8 for exact names."""
+        """The names that vLLM ignores: for FP8, vLLM takes entries as exact names."""
         if self.style is not Style.PARTS:
             return self.ignore.names
         return match(self.view.ignore, self.vllm, Style.EXACT).names
 
     @cached_property
     def targets(self) -> Matches:
-        """The targets of compressed-tensors, on vLLM's names."""
+        """The targets of compressed-tensors, matched against vLLM's names."""
         return match(_targets(self.view.config), self.vllm, Style.NAMES)
 
     def covered(self, judged: Judged) -> bool:
-        """Whether the ignore list speaks of a module, by the hub's name or vLLM's."""
+        """Return whether the ignore list matches a module, by the hub's name or vLLM's."""
         return not {judged.module.name, *judged.vllm}.isdisjoint(self.ignore.names)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """What vLLM decides about every layer that it may build quantized."""
+        """The layers that vLLM may build quantized, with what vLLM decides about each layer."""
         if self.style is None:
             return ()
         members: dict[FusedSet, list[Judged]] = defaultdict(list)
@@ -135,7 +138,10 @@ class VllmView:
         return tuple(self._group(tuple(group)) for group in members.values())
 
     def _asks(self, role: Role) -> bool:
-        """Whether vLLM looks a module of a role up; router and embeddings get no quant_config."""
+        """Return whether vLLM looks up modules of a role.
+
+        Routers and embeddings get no quant_config from vLLM.
+        """
         if role is Role.HEAD:
             return self.method == "modelopt"
         return role.linear and not role.refused_by_loaders
@@ -143,7 +149,7 @@ class VllmView:
     def _group(self, members: tuple[Judged, ...]) -> Group:
         ignored = {not self.ignored_by_vllm.isdisjoint(judged.vllm) for judged in members}
         if members[0].role is Role.EXPERT and self.style is not Style.NAMES:
-            # A layer's experts are looked up together: an entry for any expert suffices.
+            # vLLM looks a layer's experts up together: an entry for any expert suffices.
             ignored = {any(ignored)}
         targeted = {self._targeted(judged) for judged in members}
         return Group(members, _one(ignored), _one(targeted))
@@ -155,12 +161,12 @@ class VllmView:
 
     @cached_property
     def _targets_linear(self) -> bool:
-        # A target without `re:` is also looked for in the class's name: ColumnParallelLinear.
+        # vLLM also looks for a target without `re:` in the class's name: ColumnParallelLinear.
         return any(target.lower() in "linear" for target in _targets(self.view.config) if target)
 
 
 def vllm_view_of(view: ModuleView) -> VllmView:
-    """How vLLM sees a checkpoint's modules."""
+    """Return how vLLM sees a checkpoint's modules."""
     method = "modelopt" if view.method.startswith("modelopt") else view.method
     family = view.family
     judged = _known(view, family, method) if family else _usual(view)
@@ -168,7 +174,7 @@ def vllm_view_of(view: ModuleView) -> VllmView:
 
 
 def _known(view: ModuleView, family: Family, method: str) -> Iterator[Judged]:
-    shared: dict[Any, Any] = {}  # of equals one is kept: experts are many
+    shared: dict[Any, Any] = {}  # one object for equal values: experts are many
     # vLLM builds a head even if the head is tied to the embeddings.
     tied = family.tied_heads(view.checkpoint.config)
     absent = [n for n in tied if n not in view.modules]
@@ -209,7 +215,7 @@ def _usual(view: ModuleView) -> Iterator[Judged]:
 
 def _targets(config: Mapping[str, Any]) -> list[str]:
     lists = [group.get("targets") for group in groups(config)]
-    entries = [entry for found in lists if isinstance(found, list) for entry in found]
+    entries = [entry for targets in lists if isinstance(targets, list) for entry in targets]
     return [entry for entry in entries if isinstance(entry, str)]
 
 

@@ -1,6 +1,6 @@
 """A checkpoint as modules: which are quantized, in which layout, with which tensors.
 
-The tensors on disk decide first, because a loader meets them; config.json decides second.
+The tensors on disk decide first, because a loader reads these tensors; config.json decides second.
 """
 
 from collections import defaultdict
@@ -15,11 +15,11 @@ from mquant.family import Family, Role, TensorRole, family_of
 from mquant.schemes import QUANTIZED_SUFFIXES
 
 MAX_MODULES: Final = 150_000
-"""Twice those of the largest known model: 61 layers of 384 experts."""
+"""Twice as many modules as the largest known model has: 61 layers of 384 experts."""
 MODELOPT_NAME: Final = "hf_quant_config.json"
 FP8_DTYPES: Final = ("F8_E4M3", "F8_E5M2")
 _CODE_DTYPES: Final = ("U8", "I8", *FP8_DTYPES)
-"""Dtypes of a `weight` that holds codes: ModelOpt and FP8 layouts keep that name."""
+"""Dtypes of a `weight` that holds codes: ModelOpt and FP8 layouts keep the name `weight`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Module:
     """The tensors of one module, by suffix (`weight`, `weight_packed`, ...).
 
     `tensor_role` is what the family says of the module's weight; None if the family does not know
-    it.
+    the weight.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Module:
 
     @property
     def quantized(self) -> tuple[str, ...]:
-        """The suffixes on disk that only a quantized module has; empty for a plain one."""
+        """The suffixes on disk that only a quantized module has; empty for a plain module."""
         return quantized_suffixes(self.tensors)
 
 
@@ -65,12 +65,12 @@ class ModuleView:
         return tuple(module for module in self.modules.values() if module.quantized)
 
     def of(self, *roles: Role) -> tuple[Module, ...]:
-        """Modules of some roles."""
+        """Return the modules of some roles."""
         return tuple(module for module in self.modules.values() if module.role in roles)
 
     @property
     def ignore(self) -> tuple[str, ...]:
-        """The entries that keep modules from being quantized, whatever the method calls them."""
+        """The entries that keep modules from being quantized, under any of the methods' keys."""
         for key in ("ignore", "exclude_modules", "modules_to_not_convert"):
             entries = self.config.get(key)
             if isinstance(entries, list):
@@ -89,7 +89,7 @@ def read_modules(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Modu
         raise SourceError(
             f"{checkpoint.source.name} has {len(grouped):,} modules; no model has more than "
             f"{MAX_MODULES:,}.",
-            "Take out the tensors that do not belong to it.",
+            "Remove the tensors that do not belong to the model.",
         )
     modules = {
         name: Module(name, tensors, family.classify(f"{name}.weight") if family else None)
@@ -100,7 +100,7 @@ def read_modules(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Modu
 
 
 def by_module(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
-    """The tensors of a checkpoint by the name of their module and by suffix."""
+    """Return the tensors of a checkpoint by the name of their module and by suffix."""
     grouped: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for info in checkpoint.tensors.values():
         module, _, suffix = info.name.rpartition(".")
@@ -109,7 +109,7 @@ def by_module(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
 
 
 def quantized_suffixes(tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
-    """Of one module's tensors, those that only a quantized module has, by suffix and sorted."""
+    """Return the sorted suffixes of one module's tensors that only a quantized module has."""
     suffixes = [suffix for suffix in tensors if f".{suffix}" in QUANTIZED_SUFFIXES]
     weight = tensors.get("weight")
     if weight is not None and weight.dtype in _CODE_DTYPES:
@@ -118,7 +118,7 @@ def quantized_suffixes(tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
 
 
 def declared_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """config.json's quantization config; None if there is none, or it is no table of keys.
+    """Return config.json's quantization config; None if it is missing, or no table of keys.
 
     The places are those of vLLM 0.32 (`get_quant_config`), in its order.
     """

@@ -1,4 +1,4 @@
-"""Which tensors AWQ scales beside the weights: norms and routers that read the same input."""
+"""Tensors that AWQ scales besides quantized weights: norms before them, routers beside them."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -14,14 +14,14 @@ from mquant.recipe import Recipe
 NOT_SCALABLE: Final = rule(
     "not-scalable",
     "If the recipe scales weights, the family file says which layers feed which.",
-    "Weights that are scaled without the layers that feed them compute something else.",
-    "Take another recipe: mquant recipes lists them.",
+    "If weights are scaled without the layers that feed them, the model computes something else.",
+    "Take another recipe: mquant recipes lists all.",
     needs="plan",
 )
 
 
 def scaled(members: Iterable[Member], actions: list[Action], family: Family) -> list[Action]:
-    """The actions; norms and routers are scaled if AWQ scales weights of their layer."""
+    """Return the actions; mark norms and routers as scaled if AWQ scales weights of their layer."""
     row_of = {member.info.name: member.tensor_role.row.name for member in members}
     names: set[str] = set()
     for rows in ({row.name for row in group} for group in family.smoothings):
@@ -40,14 +40,14 @@ def scaled(members: Iterable[Member], actions: list[Action], family: Family) -> 
 
 
 def unscalable(family: Family, recipe: Recipe) -> list[Finding]:
-    """An error if the recipe scales weights and the family does not say what feeds what."""
+    """Return an error if the recipe scales weights of a family without a `smoothing` table."""
     if recipe.smoothing == "none" or family.smoothing:
         return []
     return [
         NOT_SCALABLE.finding(
             recipe.name,
-            f"Recipe {recipe.name} scales weights and what feeds them; what feeds what in "
-            f"{family.title} is not known.",
-            "Take another recipe: mquant recipes lists them.",
+            f"Recipe {recipe.name} scales weights and the layers that feed them, but mquant does "
+            f"not know which layers feed which in {family.title}.",
+            "Take another recipe: mquant recipes lists all.",
         )
     ]

@@ -1,4 +1,4 @@
-"""Checkpoint x Family -> the plan of its BF16: every stored weight dequantized, the rest copied."""
+"""Checkpoint x Family -> the plan that dequantizes every quantized weight and copies the rest."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -15,14 +15,14 @@ from mquant.plan.survey import Survey, survey
 from mquant.recipe import Recipe
 
 BF16: Final = Recipe(
-    name="bf16", title="BF16 of whatever is quantized, all else as it is", suffix="BF16", roles={}
+    name="bf16", title="BF16 for quantized weights, all else as it is", suffix="BF16", roles={}
 )
 
 NOTHING_TO_DEQUANTIZE: Final = rule(
     "nothing-to-dequantize",
     "The checkpoint has quantized weights.",
     "A checkpoint without quantized weights needs no dequantization.",
-    "Use it as it is.",
+    "Use the checkpoint as it is.",
     needs="plan",
 )
 
@@ -33,7 +33,7 @@ def make_bf16_plan(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Plan:
-    """Decide what becomes of every tensor; problems are findings, as in `make_plan`.
+    """Decide what happens to every tensor. Problems are `findings` of the plan, as in `make_plan`.
 
     Raises Refused if the family is unknown.
     """
@@ -64,6 +64,6 @@ def _nothing(surveyed: Survey) -> list[Finding]:
         NOTHING_TO_DEQUANTIZE.finding(
             "config.json",
             f"{surveyed.checkpoint.source.name} has no quantized weights.",
-            "Use it as it is.",
+            "Use the checkpoint as it is.",
         )
     ]

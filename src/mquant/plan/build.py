@@ -97,10 +97,10 @@ def make_plan(
     family = surveyed.family
     if family is None:
         raise Refused(surveyed.findings)
-    both = {m.module: (m.module, family.in_memory_name(m.module)) for m in surveyed.members}
-    choice = recipe.on(name for pair in both.values() for name in pair)
+    pairs = {m.module: (m.module, family.in_memory_name(m.module)) for m in surveyed.members}
+    choice = recipe.on(name for pair in pairs.values() for name in pair)
     layers = family.value(family.config.layers, checkpoint.config) or surveyed.layers
-    actions = [_action(m, both[m.module], choice, family, layers) for m in surveyed.members]
+    actions = [_action(m, pairs[m.module], choice, family, layers) for m in surveyed.members]
     if recipe.smoothing == "awq":
         actions = scaled(surveyed.members, actions, family)
     units = _work_units(surveyed.members, actions)
@@ -108,7 +108,7 @@ def make_plan(
         *surveyed.findings,
         *dequantizes(surveyed),
         *unsafe(actions, family, recipe, allow_unsafe=allow_unsafe),
-        *_unmatched(surveyed, both, choice),
+        *_unmatched(surveyed, pairs, choice),
     ]
     # If the source's weights cannot be read, no further check applies.
     if surveyed.readable:
@@ -138,10 +138,10 @@ def make_plan(
 
 
 def _action(
-    member: Member, both: tuple[str, str], choice: Choice, family: Family, layers: int
+    member: Member, module_names: tuple[str, str], choice: Choice, family: Family, layers: int
 ) -> Action:
     info, layer, recipe = member.info, member.tensor_role.layer, choice.recipe
-    scheme = choice.scheme(member.role, both)
+    scheme = choice.scheme(member.role, module_names)
     reason = _KEPT_BECAUSE.get(member.role, f"{recipe.name} keeps it")
     if scheme and recipe.keeps_layer(layer, layers):
         scheme, reason = None, f"{recipe.name} keeps the layers at the ends"
@@ -149,29 +149,29 @@ def _action(
         return Action.kept(member, reason)
     fits = not _obstacle(member, scheme, family)
     outputs = scheme.outputs(member.module, info.shape, info.dtype) if fits else ()
-    made = tuple(OutputTensor(*output) for output in outputs)
-    return replace(Action.kept(member, ""), scheme=scheme, outputs=made)
+    tensors = tuple(OutputTensor(*output) for output in outputs)
+    return replace(Action.kept(member, ""), scheme=scheme, outputs=tensors)
 
 
 def dequantizes(surveyed: Survey) -> list[Finding]:
-    """The finding that the source is quantized and can be dequantized, and how."""
+    """Return a finding that names the formats to dequantize, if the source is quantized."""
     stored = [member.stored for member in surveyed.members if member.stored]
     if not stored or not surveyed.readable:
         return []
-    formats = " and ".join(sorted({each.format.value for each in stored}))
+    formats = " and ".join(sorted({weight.format.value for weight in stored}))
     left_out = len(surveyed.checkpoint.tensors) - len(surveyed.members)
     return [
         SOURCE_DEQUANTIZED.finding(
             stored[0].codes.name,
             f"{surveyed.checkpoint.source.name} is quantized ({formats}): {len(stored):,} weights "
-            f"are dequantized to BF16 as they are read; {left_out:,} tensors that only these need, "
-            "and quantization_config, are left out.",
+            f"are dequantized to BF16 as they are read; {left_out:,} tensors that only these "
+            "weights need, and quantization_config, are left out.",
         )
     ]
 
 
 def _obstacle(member: Member, scheme: Scheme, family: Family) -> str:
-    """Why a tensor cannot be stored in a scheme, as the end of a sentence; empty if it can."""
+    """Return why a scheme cannot store a tensor, as the end of a sentence; empty if it can."""
     info, row = member.info, member.tensor_role.row
     if info.dtype not in FLOAT_WEIGHTS:
         return f"is {info.dtype}; {scheme.name} is made from BF16, F16 or F32"
@@ -194,26 +194,26 @@ def _obstacle(member: Member, scheme: Scheme, family: Family) -> str:
 def _unquantizable(
     members: tuple[Member, ...], actions: list[Action], family: Family
 ) -> list[Finding]:
-    bad = [
-        (action, why)
+    unfit = [
+        (action, obstacle)
         for member, action in zip(members, actions, strict=True)
-        if action.scheme and (why := _obstacle(member, action.scheme, family))
+        if action.scheme and (obstacle := _obstacle(member, action.scheme, family))
     ]
-    if not bad:
+    if not unfit:
         return []
-    action, why = bad[0]
-    more = f" (and {len(bad) - 1:,} more like it)" if len(bad) > 1 else ""
+    action, obstacle = unfit[0]
+    more = f" (and {len(unfit) - 1:,} more like it)" if len(unfit) > 1 else ""
     return [
         NOT_QUANTIZABLE.finding(
             action.source.name,
-            f"{action.source.name} {why}{more}.",
+            f"{action.source.name} {obstacle}{more}.",
             f"Leave {action.role} out of the recipe's roles, or list all such modules in ignore.",
         )
     ]
 
 
 def _work_units(members: tuple[Member, ...], actions: list[Action]) -> list[WorkUnit]:
-    """Actions grouped by fused set; a set stands where its first member lies in the source."""
+    """Group the actions by fused set; a set takes the place of its first member in the source."""
     groups: dict[FusedSet | str, list[Action]] = {}
     for member, action in zip(members, actions, strict=True):
         groups.setdefault(member.tensor_role.fused_set or member.info.name, []).append(action)
@@ -238,7 +238,7 @@ def _split_sets(units: list[WorkUnit]) -> list[Finding]:
 
 
 def _unlike_experts(actions: list[Action]) -> list[Finding]:
-    """Loaders hold a layer's routed experts as one: all are quantized, or none."""
+    """Return an error if a layer has both quantized and plain experts, which loaders refuse."""
     kept: dict[int | None, list[Action]] = {}
     for action in actions:
         if action.role is Role.EXPERT and action.scheme is None:
@@ -252,7 +252,7 @@ def _unlike_experts(actions: list[Action]) -> list[Finding]:
         EXPERTS_MIXED.finding(
             modules[0],
             f"The recipe keeps {names(modules)} of layer {mixed[0]} and quantizes its other "
-            "experts; vLLM refuses to load that.",
+            "experts; vLLM refuses such a checkpoint.",
             "Quantize all experts of a layer, or list all of them in ignore.",
         )
     ]
@@ -271,7 +271,7 @@ def _nothing(actions: list[Action], recipe: Recipe) -> list[Finding]:
 
 
 def cut_shards(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> dict[str, list[T]]:
-    """Final shard name -> its items, in their order, each shard as full as `limit` bytes allow.
+    """Cut items into shards as full as `limit` bytes allow: final shard name -> items, in order.
 
     An item larger than the limit gets a shard of its own.
     """
@@ -292,13 +292,13 @@ def cut_shards(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> di
 def kept_modules(
     kept: Iterable[tuple[str, int | None, TensorInfo]], family: Family, config: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """The modules with a matrix among (module, expert, tensor) that stay, in natural order.
+    """Return the modules with a matrix among the `kept` (module, expert, tensor), in natural order.
 
-    `targets: ["Linear"]` would otherwise claim these modules, and a head that is tied to the
-    embeddings. The names are exact, because every loader reads exact names alike: the hub's name,
-    and vLLM's own if vLLM's differs.
+    The result also has a head that is tied to the embeddings. Without these names,
+    `targets: ["Linear"]` would claim the modules. The names are exact, because every loader reads
+    exact names alike: the hub's name, and vLLM's own name if the two differ.
     """
-    matrices = [each for each in kept if _is_matrix(each[2])]
+    matrices = [entry for entry in kept if _is_matrix(entry[2])]
     hub = {module for module, _, _ in matrices} | {*family.tied_heads(config)}
     # vLLM looks up only the first expert of a layer.
     vllm = {family.in_vllm_name(module) for module, expert, _ in matrices if not expert}
@@ -310,12 +310,12 @@ def _is_matrix(info: TensorInfo) -> bool:
 
 
 def _unmatched(
-    surveyed: Survey, both: Mapping[str, tuple[str, str]], choice: Choice
+    surveyed: Survey, pairs: Mapping[str, tuple[str, str]], choice: Choice
 ) -> list[Finding]:
-    """Entries of the recipe that match no module: a typo in ours, common in llmcompressor's."""
+    """Return findings for entries that match no module: typos, or usual in foreign recipes."""
     recipe = choice.recipe
     modules = {m.module for m in surveyed.members if m.info.name.endswith(".weight")}
-    known = {name for module in modules for name in both[module]}
+    known = {name for module in modules for name in pairs[module]}
     return [
         ENTRY_UNMATCHED.finding(
             entry,

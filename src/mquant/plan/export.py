@@ -1,7 +1,7 @@
 """The plan of an export: NVFP4 under another layout's names. Pure: scales are read elsewhere.
 
-Shards stay, and the order of tensors in them. So a checkpoint that is exported and brought back has
-the same files.
+The export has the source's shards, with the same order of tensors. So a checkpoint that is exported
+and then exported back has the same files.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,7 +35,7 @@ NOTHING_TO_EXPORT: Final = rule(
     "nothing-to-export",
     "The checkpoint is in a layout that can be exported.",
     "mquant exports NVFP4 only.",
-    "Quantize it first: mquant quantize --recipe nvfp4.",
+    "Quantize the checkpoint first: mquant quantize --recipe nvfp4.",
     needs="plan",
 )
 NOT_EXPORTABLE: Final = rule(
@@ -47,7 +47,7 @@ NOT_EXPORTABLE: Final = rule(
 )
 ACTIVATION_SCALES_MISSING: Final = rule(
     "activation-scales-missing",
-    "If config.json declares static activation scales, the tensors are there.",
+    "If config.json declares static activation scales, the shards hold these scales.",
     "vLLM loads without the scales and multiplies by uninitialised memory.",
     "Calibrate again, or declare weights only (input_activations: null).",
     knowing=("layout",),
@@ -58,7 +58,7 @@ SOURCE: Final = {
     Target.MODELOPT: StorageFormat.NVFP4,
     Target.COMPRESSED_TENSORS: StorageFormat.MODELOPT_NVFP4,
 }
-"""The source tensor of each output tensor."""
+"""The format that a source must have, for each target."""
 _RECIPES: Final = {
     Target.MODELOPT: Recipe(name="export", suffix="ModelOpt", roles={}),
     Target.COMPRESSED_TENSORS: Recipe(name="export", suffix="CT", roles={}),
@@ -72,23 +72,25 @@ _SCALAR: Final[dict[Target, tuple[int, ...]]] = {
     Target.MODELOPT: (),
     Target.COMPRESSED_TENSORS: (1,),
 }
-# Loaders know the layout by this name, and TensorRT-LLM's AutoDeploy refuses any other: ours is in
-# mquant.json. The version is one that writes this layout.
+# Loaders know the layout by this producer's name, and TensorRT-LLM's AutoDeploy refuses any other
+# name; mquant.json names mquant. The version is a ModelOpt version that writes this layout.
 _LAYOUT: Final = {"name": "modelopt", "version": "0.39.0"}
-# As ModelOpt writes it (`modelopt/torch/export/convert_hf_config.py`).
+# 4-bit weights or activations in a config group, as ModelOpt writes them
+# (`modelopt/torch/export/convert_hf_config.py`).
 _FP4: Final = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": GROUP}
 
 
 def survey_for(checkpoint: Checkpoint, families: Mapping[str, Family], target: Target) -> Survey:
-    """The survey of a checkpoint that is to be exported.
+    """Survey a checkpoint that is to be exported.
 
-    Raises Refused if the checkpoint is not whole, or if the other layout cannot hold all of it.
+    Raises Refused if the checkpoint is not whole, has no weight in the format that `target` is made
+    from, or has a tensor that the other layout cannot store.
     """
     surveyed = survey(checkpoint, families, (SOURCE[target],))
     stored = [member.stored for member in surveyed.members if member.stored]
     known = {info.name for member in surveyed.members for info in _parts(member)}
-    homeless = [name for name in checkpoint.tensors if name not in known]
-    with_input = [each for each in stored if each.input]
+    unstorable = [name for name in checkpoint.tensors if name not in known]
+    with_input = [weight for weight in stored if weight.input]
     findings = [finding for finding in surveyed.findings if finding.severity == "error"]
     if findings or surveyed.family is None:
         raise Refused(findings)
@@ -96,25 +98,25 @@ def survey_for(checkpoint: Checkpoint, families: Mapping[str, Family], target: T
         findings.append(
             NOTHING_TO_EXPORT.finding(
                 "config.json",
-                f"{checkpoint.source.name} is not {SOURCE[target]}, which {target} is made from.",
-                "Quantize it first: mquant quantize --recipe nvfp4.",
+                f"{checkpoint.source.name} is not {SOURCE[target]}, the source of {target}.",
+                "Quantize the checkpoint first: mquant quantize --recipe nvfp4.",
             )
         )
-    if homeless:
+    if unstorable:
         findings.append(
             NOT_EXPORTABLE.finding(
-                homeless[0],
-                f"mquant does not export {names(homeless)}.",
+                unstorable[0],
+                f"mquant does not export {names(unstorable)}.",
                 "Export a checkpoint without a quantized KV cache.",
             )
         )
     if with_input and len(with_input) < len(stored):
-        lacking = next(each for each in stored if not each.input).codes.name
+        lacking = next(weight for weight in stored if not weight.input).codes.name
         findings.append(
             ACTIVATION_SCALES_MISSING.finding(
                 lacking,
-                f"{lacking} has no scale of its input, {len(with_input):,} others have one.",
-                "Get the checkpoint again; mquant verify says more.",
+                f"{lacking} has no input scale, but {len(with_input):,} other weights have one.",
+                "Get the checkpoint again; mquant verify lists all faults.",
             )
         )
     if findings:
@@ -123,7 +125,7 @@ def survey_for(checkpoint: Checkpoint, families: Mapping[str, Family], target: T
 
 
 def scalars(surveyed: Survey) -> Iterator[TensorInfo]:
-    """The tensors whose reciprocals an export holds."""
+    """Yield the tensors whose reciprocals an export holds."""
     for stored in (member.stored for member in surveyed.members if member.stored):
         yield from filter(None, (stored.second, stored.input))
 
@@ -134,10 +136,10 @@ def make_export_plan(
     values: Mapping[str, bytes],
     declared: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """The plan that stores a checkpoint in another layout.
+    """Return the plan that stores a checkpoint in another layout.
 
     `values` maps each scalar to the bytes that replace the scalar. `declared` is the quantization
-    config, if it is known.
+    config, if the config is known.
     """
     family = surveyed.family
     if family is None:
@@ -170,7 +172,7 @@ def make_export_plan(
 
 
 def hf_quant_config(plan: Plan) -> dict[str, Any]:
-    """ModelOpt's own file, which says what its `quantization_config` says."""
+    """Return the content of ModelOpt's own file: what its `quantization_config` says, regrouped."""
     declared = plan.quantization_config
     return {
         "producer": declared["producer"],
@@ -201,7 +203,7 @@ def _to_ct(ignore: tuple[str, ...], *, w4a4: bool) -> dict[str, Any]:
 
 
 def _parts(member: Member) -> Iterator[TensorInfo]:
-    """All tensors of the source that a member is made of."""
+    """Yield all tensors of the source that a member is made of."""
     if member.stored is None:
         yield member.info
         return
@@ -211,7 +213,7 @@ def _parts(member: Member) -> Iterator[TensorInfo]:
 
 def _actions(member: Member, target: Target, values: Mapping[str, bytes]) -> Iterator[Action]:
     suffixes: Iterable[str] = SUFFIXES[_MADE[target]] if member.stored else ("",)
-    # Without an input scale the last suffix is unused.
+    # If the weight has no input scale, the last suffix is unused.
     for info, suffix in zip(_parts(member), suffixes, strict=False):
         value = values.get(info.name)
         shape = info.shape if value is None else _SCALAR[target]
@@ -226,6 +228,6 @@ def _actions(member: Member, target: Target, values: Mapping[str, bytes]) -> Ite
 
 
 def _work_units(actions: Iterable[Action]) -> Iterator[WorkUnit]:
-    """A work unit for each run of a module's tensors, in the order of the source."""
+    """Yield a work unit for each run of a module's tensors, in the order of the source."""
     for _, run in groupby(actions, key=lambda action: action.module):
         yield WorkUnit(tuple(run))

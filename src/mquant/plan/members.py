@@ -1,4 +1,4 @@
-"""A tensor of a checkpoint, and what its name means."""
+"""A tensor of a checkpoint, with the role that the family gives the tensor's name."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from mquant.plan.stored import Stored
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A source tensor and what its name means.
+    """A source tensor, with the role that the family gives the tensor's name.
 
     A weight that is stored quantized is one member: `info` is the weight in BF16, at the place of
-    its codes, and `stored` says how it lies there.
+    its codes, and `stored` says how the weight is stored.
     """
 
     info: TensorInfo

@@ -1,9 +1,9 @@
-"""What a broken checkpoint becomes: what stays, what the parent gives, and in which shard. Pure.
+"""The plan of a repair: which tensors stay, which come from the parent, in which shard. Pure.
 
-`right` is the plan of the parent. If the broken checkpoint holds a tensor of `right` as planned,
-under its name or a loaded model's, and nothing says that the tensor is wrong, the tensor is copied.
-Otherwise its whole work unit is made again from the parent. Tensors that `right` does not have are
-left out.
+`right` is the plan of the parent. A tensor of `right` is copied from the broken checkpoint if the
+checkpoint holds the tensor as planned, under its hub name or its name in a loaded model, and if the
+tensor is not known to be wrong. Otherwise the tensor's whole work unit is made again from the
+parent. Tensors that `right` does not have are left out.
 """
 
 from collections import Counter, defaultdict
@@ -23,13 +23,13 @@ PARENT: Final = "parent/"
 
 @dataclass(frozen=True)
 class Mending:
-    """What a broken checkpoint becomes.
+    """The plan of a repair, and what the repair does to the broken checkpoint.
 
     `right` is the plan of the parent. `plan` makes the same tensors in the broken checkpoint's
     shards, from files under `bad/` and `parent/`. `kept` are the shards of the broken checkpoint
-    that stay as they are. `sound` are its good tensors by their right names, copied or made again
-    with their fused set. `renamed` maps its names to the right names; `dropped` are its tensors
-    that do not belong.
+    that stay as they are. `sound` maps right names to the broken checkpoint's good tensors, which
+    are copied, or made again with their fused set. `renamed` maps wrong names of good tensors to
+    the right names. `dropped` are the broken checkpoint's tensors that `right` does not have.
     """
 
     right: Plan
@@ -41,7 +41,7 @@ class Mending:
 
     @cached_property
     def rewritten(self) -> Plan:
-        """The plan with only the shards that must be written."""
+        """`plan` with only the shards that must be written."""
         shards = tuple(shard for shard in self.plan.shards if shard.name not in self.kept)
         return replace(self.plan, shards=shards)
 
@@ -53,12 +53,12 @@ class Mending:
 
     @property
     def replaced_by_role(self) -> dict[str, int]:
-        """How many tensors come from the parent, by role."""
+        """The number of source tensors that come from the parent, by role."""
         return dict(Counter(action.role.value for action in self.replaced))
 
     @property
     def parent_bytes(self) -> int:
-        """Bytes that are read of the parent's tensors."""
+        """The bytes of the parent's tensors that are read."""
         return sum(action.source_bytes for action in self.replaced)
 
 
@@ -67,7 +67,7 @@ def mend(right: Plan, bad: Checkpoint, wrong: Collection[str]) -> Mending:
 
     `wrong` are tensors of `bad` that must not be trusted, whatever their headers say.
     """
-    found = _Found(right.family, bad, wrong)
+    broken = _Broken(right.family, bad, wrong)
     shards: dict[str, list[WorkUnit]] = defaultdict(list)
     renamed: dict[str, str] = {}
     sound: dict[str, TensorInfo] = {}
@@ -75,29 +75,29 @@ def mend(right: Plan, bad: Checkpoint, wrong: Collection[str]) -> Mending:
     home = min(filter(is_shard, bad.shards), default="model-00001-of-00001.safetensors")
     for unit in right.units:
         outputs.update(output.name for output in unit.outputs)
-        there = {o.name: info for o in unit.outputs if (info := found.sound(o)) is not None}
-        sound.update(there)
-        if all(output.name in there for output in unit.outputs):
-            for shard, kept in found.copies(unit):
+        good = {o.name: info for o in unit.outputs if (info := broken.sound(o)) is not None}
+        sound.update(good)
+        if all(output.name in good for output in unit.outputs):
+            for shard, kept in broken.copies(unit):
                 shards[shard].append(kept)
                 home = shard
-            renamed.update(found.renamed(unit))
+            renamed.update(broken.renamed(unit))
         else:
-            home = found.home(unit) or home
+            home = broken.home(unit) or home
             shards[home].append(from_parent(unit))
     plan = replace(right, shards=tuple(ShardPlan(n, tuple(shards[n])) for n in sorted(shards)))
     return Mending(
         right=right,
         plan=plan,
-        kept=frozenset(shard.name for shard in plan.shards if found.holds_just(shard)),
+        kept=frozenset(shard.name for shard in plan.shards if broken.holds_just(shard)),
         sound=sound,
         renamed=renamed,
-        dropped=tuple(n for n in bad.tensors if found.hub_name[n] not in outputs),
+        dropped=tuple(n for n in bad.tensors if broken.hub_name[n] not in outputs),
     )
 
 
-class _Found:
-    """What lies in a broken checkpoint, by the names it should have."""
+class _Broken:
+    """The tensors of a broken checkpoint, by the hub names that they should have."""
 
     def __init__(self, family: Family, bad: Checkpoint, wrong: Collection[str]) -> None:
         self.hub_name = {name: _hub_name(family, name) for name in bad.tensors}
@@ -120,7 +120,7 @@ class _Found:
             self._headers[info.shard].append((info.name, info.dtype, info.shape))
 
     def sound(self, output: OutputTensor) -> TensorInfo | None:
-        """A tensor that is there as planned, and not known to be wrong."""
+        """Return the tensor that is stored as planned and not known to be wrong, or None."""
         info = self._tensors.get(output.name)
         if info is None or info.name in self._wrong:
             return None
@@ -128,7 +128,7 @@ class _Found:
         return _under(BAD, info) if alike else None
 
     def copies(self, unit: WorkUnit) -> Iterator[tuple[str, WorkUnit]]:
-        """Work units that copy what is there, each with its shard."""
+        """Yield work units that copy the tensors of a sound work unit, each with its shard."""
         shards: dict[str, list[Action]] = defaultdict(list)
         for action in unit.actions:
             for output in action.outputs:
@@ -146,18 +146,18 @@ class _Found:
         return ((shard, WorkUnit(tuple(actions))) for shard, actions in shards.items())
 
     def renamed(self, unit: WorkUnit) -> dict[str, str]:
-        """The wrong names of a sound work unit's tensors, and the right ones."""
+        """Return the wrong names of a sound work unit's tensors, with the right names."""
         pairs = ((self._tensors[output.name].name, output.name) for output in unit.outputs)
         return {old: new for old, new in pairs if old != new}
 
     def home(self, unit: WorkUnit) -> str | None:
-        """The shard where a work unit's tensors, or others of its modules, lie or should lie."""
+        """Return the shard that holds, or should hold, tensors of a work unit or of its modules."""
         places = [self._places.get(output.name) for output in unit.outputs]
         places += [self._modules.get(action.module) for action in unit.actions]
         return next((place for place in places if place), None)
 
     def holds_just(self, shard: ShardPlan) -> bool:
-        """Whether a planned shard is the file of that name as it is."""
+        """Return whether the file of a planned shard's name holds exactly the planned tensors."""
         actions = [action for unit in shard.units for action in unit.actions]
         if any(action.source.shard != BAD + shard.name for action in actions):
             return False
@@ -166,7 +166,7 @@ class _Found:
 
 
 def _hub_name(family: Family, name: str) -> str:
-    """The hub's name of a tensor that may be named as in a loaded model, or a mix of both."""
+    """Return the hub name of a tensor named as on the hub, as in memory, or as a mix of the two."""
     module, _, suffix = name.rpartition(".")
     if family.classify(name) or family.classify(f"{module}.weight"):
         return name
@@ -178,7 +178,7 @@ def _hub_name(family: Family, name: str) -> str:
 
 
 def from_parent(unit: WorkUnit) -> WorkUnit:
-    """A work unit of the right plan, made again from the parent."""
+    """Return the work unit of the right plan with its sources under `parent/`."""
     return WorkUnit(
         tuple(
             replace(

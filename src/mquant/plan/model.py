@@ -1,4 +1,4 @@
-"""The Plan: a frozen value that says what happens to every tensor, before any weight is read."""
+"""The Plan: a frozen value, made before any weight is read, that says what happens to tensors."""
 
 import hashlib
 import json
@@ -31,20 +31,20 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data."""
+        """Bytes of the tensor's data."""
         return nbytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What happens to one source tensor, and which tensors come of it.
+    """What happens to one source tensor, and which output tensors the source tensor becomes.
 
     | kind | `source` | `outputs` |
     | --- | --- | --- |
     | copy | any tensor | the same name, dtype, shape and bytes; or, with `value`, these bytes |
     | quantize | a weight in BF16, F16 or F32 | the tensors of `scheme` |
-    | dequantize | a weight in BF16 that lies quantized as `stored` says | the weight in BF16 |
-    | scale | a norm or router that AWQ scales | the same name, dtype and shape, of the engine |
+    | dequantize | a weight in BF16 that is stored quantized, see `stored` | the weight in BF16 |
+    | scale | a norm or router that AWQ scales | the same name, dtype and shape; new bytes |
 
     `source` of a `stored` weight is the weight in BF16 at the place of its codes; such a weight may
     also be quantized. `scheme` is None if the tensor is kept; `reason` says why.
@@ -64,7 +64,7 @@ class Action:
 
     @classmethod
     def kept(cls, member: Member, reason: str) -> Self:
-        """The action of a tensor that keeps its name, dtype and shape."""
+        """Return the action of a tensor that keeps its name, dtype and shape."""
         info, tensor_role = member.info, member.tensor_role
         return cls(
             source=info,
@@ -80,7 +80,7 @@ class Action:
 
     @property
     def kind(self) -> ActionKind:
-        """What is done."""
+        """The kind of the action, as in the table of `Action`."""
         if self.scheme:
             return "quantize"
         if self.scaled:
@@ -121,9 +121,9 @@ class WorkUnit:
 
     @property
     def scheme(self) -> Scheme | None:
-        """The scheme its tensors are quantized with; None if they are copied.
+        """The scheme that quantizes the unit's tensors; None if no tensor is quantized.
 
-        The members of a fused set are treated alike, or the plan is refused.
+        A plan is refused if the members of a fused set have different schemes.
         """
         return self.actions[0].scheme
 
@@ -134,12 +134,12 @@ class WorkUnit:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of its source tensors in memory."""
+        """Bytes of the source tensors in memory."""
         return sum(action.weight_bytes for action in self.actions)
 
     @property
     def files(self) -> frozenset[str]:
-        """The files that hold these tensors."""
+        """The files that hold the tensors that are read."""
         return frozenset(info.shard for action in self.actions for info in action.read)
 
     @property
@@ -159,9 +159,9 @@ class ShardPlan:
     def layout(self) -> tuple[bytes, dict[str, int]]:
         """The file's first bytes (its header), and the offset of each tensor's data.
 
-        Tensors lie in the order of the work units, so that a shard is written and hashed from front
-        to back. If this order put a tensor at an address that its dtype does not divide, tensors
-        lie in safetensors' own order: by dtype.
+        Tensors are stored in the order of the work units, so that a shard is written and hashed
+        from front to back. If this order misaligns a tensor (its offset is no multiple of its
+        element size), all tensors are stored in safetensors' own order, which is by dtype.
         """
         outputs = [(o.name, o.dtype, o.shape) for unit in self.units for o in unit.outputs]
         first, places = build_header(outputs, keep_order=True)
@@ -176,7 +176,7 @@ class ShardPlan:
 
     @property
     def tensors(self) -> int:
-        """How many tensors it holds."""
+        """The number of tensors that the shard holds."""
         return sum(len(action.outputs) for unit in self.units for action in unit.actions)
 
 
@@ -184,9 +184,9 @@ class ShardPlan:
 class Plan:
     """Checkpoint x Family x Recipe. Engines obey the plan, `verify` checks against the plan.
 
-    `ignore` is config.json's list as it will be written. `declared` is the quantization config if
-    the schemes in use do not decide it. A plan with a finding of severity `error` must not be
-    carried out.
+    `ignore` is the ignore list that config.json will have. `declared` is the quantization config if
+    the schemes in use do not decide the config. A plan with a finding of severity `error` must not
+    be carried out.
     """
 
     survey: Survey
@@ -199,7 +199,7 @@ class Plan:
 
     @property
     def units(self) -> Iterator[WorkUnit]:
-        """All work units in the order of the output: a ledger numbers them so, from 0."""
+        """All work units in the order of the output, in which a ledger numbers them from 0."""
         return (unit for shard in self.shards for unit in shard.units)
 
     @cached_property
@@ -224,14 +224,15 @@ class Plan:
     @property
     def schemes(self) -> tuple[Scheme, ...]:
         """The schemes in use, by name."""
-        found = {a.scheme.name: a.scheme for a in self.actions if a.scheme}
-        return tuple(found[name] for name in sorted(found))
+        by_name = {a.scheme.name: a.scheme for a in self.actions if a.scheme}
+        return tuple(by_name[name] for name in sorted(by_name))
 
     def targets(self, scheme: Scheme, *names: Callable[[str], str]) -> list[str]:
-        """The targets of a scheme's group in `config_groups`; `ignore` excludes the kept modules.
+        """Return the targets of a scheme's config group. `ignore` excludes the kept modules.
 
-        If there are several schemes, each names its modules under the hub's name and what `names`
-        make of it. A role has one scheme, so the targets are whole rows of the family.
+        A plan's only scheme has the target "Linear". If the plan has several schemes, the targets
+        of each are patterns of module names, under every name that a function of `names` makes of
+        a hub name. A role has one scheme, so the targets are whole rows of the family.
         """
         if len(self.schemes) == 1:
             return ["Linear"]
@@ -246,7 +247,7 @@ class Plan:
 
     @property
     def output_tensors(self) -> int:
-        """How many tensors the output holds."""
+        """The number of tensors in the output."""
         return sum(shard.tensors for shard in self.shards)
 
     @cached_property
@@ -256,7 +257,7 @@ class Plan:
 
     @cached_property
     def file_bytes(self) -> int:
-        """Bytes of all output shards, headers included: the disk they need."""
+        """Bytes of all output shards, headers included: the disk space that the shards need."""
         return sum(shard.file_bytes for shard in self.shards)
 
     @property
@@ -271,7 +272,10 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of every decision: equal exactly if the same bytes are to be made."""
+        """The sha256 of every decision.
+
+        Two plans have equal fingerprints exactly if the plans make the same bytes from a source.
+        """
         digest = hashlib.sha256(f"{self.recipe.scales}\n".encode())
         if self.recipe.needs_data:
             measured = self.recipe.model_dump_json(include={"rounding", "smoothing", "calibration"})
@@ -296,9 +300,9 @@ class Plan:
 
     @property
     def quantization_config(self) -> dict[str, Any]:
-        """config.json's `quantization_config`, in the shape compressed-tensors writes it.
+        """config.json's `quantization_config`: `declared`, or what compressed-tensors would write.
 
-        Empty if nothing is quantized.
+        Empty if the plan quantizes no tensor and declares no config.
         """
         if self.declared is not None:
             return dict(self.declared)
@@ -314,7 +318,7 @@ class Plan:
 def declaration(
     groups: Sequence[Mapping[str, Any]], storage_format: str, ignore: Sequence[str]
 ) -> dict[str, Any]:
-    """A quantization config of compressed-tensors."""
+    """Return a quantization config of compressed-tensors."""
     return {
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "format": storage_format,

@@ -1,4 +1,4 @@
-"""Recipes that quantize what loaders refuse quantized: the origin of this project."""
+"""Rules against quantized routers, embeddings and heads, which loaders refuse."""
 
 import math
 import re
@@ -18,8 +18,8 @@ ROUTER_QUANTIZED: Final = rule(
     "Loaders build routers plain, whatever config.json says: vLLM stops at the first scale or "
     "packed weight without a parameter. Tools that select layers by name take routers for "
     "linear layers, so `ignore` must name the routers when the checkpoint is made.",
-    "Take them from the parent, which `mquant repair SRC --from PARENT` does; or quantize again, "
-    "with an ignore list that names them.",
+    "Take the routers from the parent: `mquant repair SRC --from PARENT`. Or quantize again, with "
+    "an ignore list that names the routers.",
     if_tolerated="warning",
     knowing=("family",),
 )
@@ -27,16 +27,16 @@ HEAD_QUANTIZED: Final = rule(
     "head-quantized",
     "lm_head has no tensors of a quantized layer.",
     "vLLM builds lm_head plain and refuses scales for it.",
-    "Take them from the parent, which `mquant repair SRC --from PARENT` does; or quantize again, "
-    "with an ignore list that names them.",
+    "Take lm_head from the parent: `mquant repair SRC --from PARENT`. Or quantize again, with "
+    "an ignore list that names lm_head.",
     if_tolerated="warning",
 )
 EMBEDDING_QUANTIZED: Final = rule(
     "embedding-quantized",
     "The embeddings have no tensors of a quantized layer.",
-    "Loaders look embeddings up row by row in a plain matrix: vLLM refuses a quantized one.",
-    "Take them from the parent, which `mquant repair SRC --from PARENT` does; or quantize again, "
-    "with an ignore list that names them.",
+    "Loaders look embeddings up row by row in a plain matrix: vLLM refuses a quantized matrix.",
+    "Take the embeddings from the parent: `mquant repair SRC --from PARENT`. Or quantize again, "
+    "with an ignore list that names the embeddings.",
     if_tolerated="warning",
 )
 QUANTIZED: Final[dict[Role, Rule]] = {
@@ -48,7 +48,7 @@ QUANTIZED: Final[dict[Role, Rule]] = {
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layer 2 before layer 10."""
+    """Return a sort key that puts layer 2 before layer 10."""
     return [
         (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
     ]
@@ -57,20 +57,20 @@ def natural(name: str) -> list[tuple[int, str]]:
 def unsafe(
     actions: list[Action], family: Family, recipe: Recipe, *, allow_unsafe: bool
 ) -> list[Finding]:
-    """Findings if a recipe quantizes routers, embeddings or the output head."""
+    """Return findings if a recipe quantizes routers, embeddings or the output head."""
     findings = []
     nouns = {Role.ROUTER: "router", Role.EMBEDDING: "embedding", Role.HEAD: "output head"}
     for role, noun in nouns.items():
-        hit = [a.module for a in actions if a.role is role and a.scheme]
-        if not hit:
+        modules = [a.module for a in actions if a.role is role and a.scheme]
+        if not modules:
             continue
         findings.append(
             QUANTIZED[role].finding(
-                hit[0],
-                f"Recipe {recipe.name} would quantize {len(hit)} {noun}"
-                f"{'s' if len(hit) > 1 else ''} ({names(hit, 2)}); "
-                "vLLM refuses to load that.",
-                f"Use ignore: {safe_ignore(family, recipe)} (or --allow-unsafe to do it anyway).",
+                modules[0],
+                f"Recipe {recipe.name} would quantize {len(modules)} {noun}"
+                f"{'s' if len(modules) > 1 else ''} ({names(modules, 2)}); "
+                "vLLM refuses such a checkpoint.",
+                f"Use ignore: {safe_ignore(family, recipe)} (or --allow-unsafe to do so anyway).",
                 "tolerated" if allow_unsafe else "source",
             )
         )
@@ -78,7 +78,7 @@ def unsafe(
 
 
 def safe_ignore(family: Family, recipe: Recipe) -> str:
-    """The recipe's ignore list completed for a family, as YAML in one line."""
+    """Return the recipe's ignore list, completed for a family, as YAML in one line."""
     entries = []
     for row in family.tensors:
         module = row.name.rpartition(".")[0]

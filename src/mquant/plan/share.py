@@ -1,7 +1,7 @@
 """A plan in shares for many processes: a share is a run of neighbouring output shards.
 
-Every file has one writer. Neighbouring shards come of the same source files and stay together. The
-plan and the number of shares alone decide which process has which shards.
+Every file has one writer. Neighbouring shards are made from the same source files and stay
+together. The plan and the number of shares alone decide which process writes which shards.
 """
 
 from dataclasses import replace
@@ -10,14 +10,15 @@ from mquant.plan.model import Plan, ShardPlan
 
 
 def share(plan: Plan, number: int, of: int) -> Plan:
-    """Share `number` (1 to `of`) of a plan: the same plan with fewer shards, perhaps none."""
+    """Return share `number` (1 to `of`) of a plan: the plan with fewer shards, perhaps no shard."""
     return shares(plan, of)[number - 1]
 
 
 def shares(plan: Plan, of: int) -> tuple[Plan, ...]:
-    """All shares of a plan. Together they have the plan's shards, each once and in order.
+    """Return all shares of a plan. Together the shares have each shard of the plan once, in order.
 
-    A share is at most one shard larger than its due. No share is empty if there are enough shards.
+    A share is at most one shard larger than its part of the source bytes. No share is empty if
+    there are enough shards.
     """
     parts: list[list[ShardPlan]] = [[] for _ in range(of)]
     shards = plan.shards
@@ -26,7 +27,7 @@ def shares(plan: Plan, of: int) -> tuple[Plan, ...]:
     before, owner = 0, -1
     for place, (shard, size) in enumerate(zip(shards, sizes, strict=True)):
         due = (2 * before + size) * filled // max(2 * sum(sizes), 1)
-        # Leave no share empty, neither here nor at the end.
+        # No share may stay empty: skip no share, and keep one shard for each of the last shares.
         owner = max(owner, min(due, owner + 1), filled - len(shards) + place)
         parts[owner].append(shard)
         before += size

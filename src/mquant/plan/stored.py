@@ -1,6 +1,7 @@
-"""Weights that lie quantized in a source: what each is made of, and the weight that it holds.
+"""Weights that a source stores quantized: the tensors of each weight, and its shape in BF16.
 
-`loader_model.formats` recognizes the format; here a weight is taken only if every part of it fits.
+`loader_model.formats` recognizes the format. This module takes a weight only if its tensors fit
+each other.
 """
 
 from collections.abc import Collection, Mapping
@@ -30,12 +31,12 @@ _SCALES: Final = ("F32", "BF16")
 _OF_CACHE: Final = (".k_scale", ".v_scale", ".q_scale", ".output_scale")
 
 READABLE: Final = (*FP8S, *NVFP4S)
-"""The formats that can be read."""
+"""The formats that mquant can dequantize."""
 PART_MISSING: Final = rule(
     "part-missing",
     "A quantized module has its codes and all its scales.",
-    "vLLM turns its missing-weight check off for quantized models: what is missing stays "
-    "uninitialised, and the model talks nonsense.",
+    "vLLM turns its missing-weight check off for quantized models: missing weights stay "
+    "uninitialised, and the model generates nonsense.",
     "Quantize again, with a tool that writes the whole module.",
     knowing=("layout",),
 )
@@ -50,10 +51,10 @@ PART_SHAPE: Final = rule(
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """How one weight lies in the source.
+    """How the source stores one quantized weight.
 
     `block` are the rows and columns that share an element of `scale`. `second` is the scale of the
-    whole weight, if there is one; `input` is the scale of the activations.
+    whole weight, or None; `input` is the scale of the activations, or None.
     """
 
     format: StorageFormat
@@ -65,11 +66,11 @@ class Stored:
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
-        """What is read besides the codes."""
+        """The tensors that are read besides the codes: the scales of the weight."""
         return (self.scale, self.second) if self.second else (self.scale,)
 
     def under(self, prefix: str) -> "Stored":
-        """The same, with another name of the files."""
+        """Return the same weight, with `prefix` before the names of its files."""
 
         def moved(info: TensorInfo) -> TensorInfo:
             return replace(info, shard=prefix + info.shard)
@@ -88,8 +89,8 @@ class StoredWeights:
     """All stored weights of a checkpoint.
 
     `weights` maps the name of the codes to the weight that the codes hold (in BF16, at the place of
-    the codes) and to how it lies. `others` are all other tensors that only a quantized checkpoint
-    has.
+    the codes) and to how the weight is stored. `others` are the names of all other tensors that
+    only a quantized checkpoint has.
     """
 
     weights: Mapping[str, tuple[TensorInfo, Stored]]
@@ -98,7 +99,7 @@ class StoredWeights:
 
 
 def find_stored(checkpoint: Checkpoint, formats: Collection[StorageFormat]) -> StoredWeights | None:
-    """The weights that lie in one of `formats`; None if anything is quantized in another way."""
+    """Return the weights stored in `formats`; None if there are none, or one in another format."""
     config = declared_config(checkpoint) or {}
     weights: dict[str, tuple[TensorInfo, Stored]] = {}
     others: set[str] = set()
@@ -125,7 +126,7 @@ def find_stored(checkpoint: Checkpoint, formats: Collection[StorageFormat]) -> S
 
 
 def _first(broken: list[Finding]) -> tuple[Finding, ...]:
-    """The first of many findings of one kind, and how many there are."""
+    """Return the first of many findings; its message then counts the others."""
     if len(broken) < 2:
         return tuple(broken)
     more = f" (and {len(broken) - 1:,} more modules like it)."
@@ -135,10 +136,11 @@ def _first(broken: list[Finding]) -> tuple[Finding, ...]:
 def _readable(
     storage: StorageFormat, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
 ) -> bool:
-    """Whether a module's weight can be told for certain.
+    """Return whether tensors and config.json define a module's weight for certain.
 
-    Stricter than a judge, who must find words for anything: config.json has to say what the tensors
-    leave open, and what is left (zero points, an order of the columns) changes what codes mean.
+    This check is stricter than `verify`, which must report on any module: config.json has to
+    declare what the tensors leave open, and a module with other quantized tensors (zero points, an
+    order of the columns) is not readable, because these tensors change what codes mean.
     """
     match storage:
         case StorageFormat.FP8_BLOCK:
@@ -160,36 +162,36 @@ def _stored(
     tensors: Mapping[str, TensorInfo],
     config: Mapping[str, Any],
 ) -> Stored | Finding:
-    """How a module's weight lies, or what is wrong with its parts."""
+    """Return how a module's weight is stored, or a finding if its parts do not fit each other."""
     suffix, scale_suffix, second_suffix, input_suffix = SUFFIXES[storage]
     dtype = "U8" if storage in NVFP4S else "F8_E4M3"
     for needed in filter(None, (suffix, scale_suffix, second_suffix)):
         if needed not in tensors:
-            there = ", ".join(sorted(tensors))
-            return _broken(module, PART_MISSING, f"{module} has no {needed} beside {there}")
+            present = ", ".join(sorted(tensors))
+            return _broken(module, PART_MISSING, f"{module} has no {needed} beside {present}")
     codes, scale, second = tensors[suffix], tensors[scale_suffix], tensors.get(second_suffix)
     if codes.dtype != dtype or len(codes.shape) != 2 or 0 in codes.shape:
-        return _odd(codes, f"{dtype} with two dimensions")
+        return _misfit(codes, f"{dtype} with two dimensions")
     if storage in NVFP4S:
         expected = (codes.shape[0], codes.shape[1] * 2 // GROUP)
         if codes.shape[1] * 2 % GROUP or (scale.dtype, scale.shape) != ("F8_E4M3", expected):
-            return _odd(scale, f"F8_E4M3 {list(expected)} for codes {list(codes.shape)}")
+            return _misfit(scale, f"F8_E4M3 {list(expected)} for codes {list(codes.shape)}")
         for scalar in filter(None, (second, tensors.get(input_suffix))):
             if scalar.dtype != "F32" or scalar.shape not in SCALAR:
-                return _odd(scalar, "F32 [1]")
+                return _misfit(scalar, "F32 [1]")
         block = (1, GROUP)
     else:
-        found = _fp8_block(storage, codes, scale, config)
-        if found is None:
-            return _odd(scale, f"F32 or BF16, one for each block of {list(codes.shape)}")
-        block = found
+        fp8 = _fp8_block(storage, codes, scale, config)
+        if fp8 is None:
+            return _misfit(scale, f"F32 or BF16, one for each block of {list(codes.shape)}")
+        block = fp8
     return Stored(storage, codes, scale, block, second, tensors.get(input_suffix))
 
 
 def _fp8_block(
     storage: StorageFormat, codes: TensorInfo, scale: TensorInfo, config: Mapping[str, Any]
 ) -> tuple[int, int] | None:
-    """The block of FP8 codes that shares a scale; None if the scales' shape fits none."""
+    """Return the block of FP8 codes that shares a scale; None if no block fits the scales."""
     rows, columns = codes.shape
     if scale.dtype not in _SCALES:
         return None
@@ -209,9 +211,9 @@ def _fp8_block(
     return None
 
 
-def _odd(info: TensorInfo, meant: str) -> Finding:
+def _misfit(info: TensorInfo, expected: str) -> Finding:
     module = info.name.rpartition(".")[0]
-    sentence = f"{info.name} is {info.dtype} {list(info.shape)}, but must be {meant}"
+    sentence = f"{info.name} is {info.dtype} {list(info.shape)}, but must be {expected}"
     return _broken(module, PART_SHAPE, sentence)
 
 

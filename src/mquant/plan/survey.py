@@ -1,7 +1,7 @@
-"""Checkpoint x Family: what every tensor is, and in what the checkpoint is not whole.
+"""Checkpoint x Family: the role of every tensor, and findings if the checkpoint is not whole.
 
-The survey reads headers and config.json alone. All findings are about the *source*: quantizing a
-checkpoint that is not what it claims to be only hides that.
+The survey reads headers and config.json alone. All findings are about the *source*: quantization
+would only hide that a checkpoint is not what config.json describes.
 """
 
 import json
@@ -22,7 +22,7 @@ from mquant.text import names
 FAMILY_UNKNOWN: Final = rule(
     "family-unknown",
     "mquant knows the family of config.json's model_type.",
-    "Without the family nobody can say which tensors must be there, and their shapes.",
+    "Without the family, mquant does not know which tensors must be there, and their shapes.",
     "Add the family: one YAML file, see docs/adding-a-family.md.",
     severity="warning",
     as_source="error",
@@ -31,14 +31,14 @@ FAMILY_UNKNOWN: Final = rule(
 SOURCE_QUANTIZED: Final = rule(
     "source-quantized",
     "The source is not quantized, or only in a layout that can be dequantized.",
-    "A quantized weight that is quantized again has the errors of both.",
-    "Start from the BF16 checkpoint it was made from.",
+    "A quantized weight that is quantized again has the errors of both quantizations.",
+    "Start from the BF16 checkpoint that the source was made from.",
     needs="plan",
     as_fact="info",
 )
 TENSOR_UNKNOWN: Final = rule(
     "tensor-unknown",
-    "Every tensor is one of the family's, or a part of one that is quantized.",
+    "Every tensor is in the family's file, or is a part of a quantized weight in that file.",
     "Loaders refuse the tensor, or drop it without a message.",
     "Remove the tensor, or, if it belongs to the model, add its name to the family's file.",
     knowing=("family",),
@@ -47,9 +47,10 @@ TENSOR_UNKNOWN: Final = rule(
 
 @dataclass(frozen=True)
 class Survey:
-    """Every tensor of a checkpoint, classified, and in what the checkpoint is not whole.
+    """Every tensor of a checkpoint, classified, with findings if the checkpoint is not whole.
 
-    If weights lie quantized in a way that cannot be read, `findings` say only that.
+    If the weights are quantized in a format that cannot be read, `readable` is False, and
+    `findings` say nothing of unknown tensors and wholeness.
     """
 
     checkpoint: Checkpoint
@@ -61,7 +62,7 @@ class Survey:
     readable: bool = True
 
     def of(self, *roles: Role) -> list[Member]:
-        """The members of some roles."""
+        """Return the members of some roles."""
         return [member for member in self.members if member.role in roles]
 
 
@@ -70,12 +71,12 @@ def survey(
 ) -> Survey:
     """Classify every tensor of a checkpoint and check that the checkpoint is whole.
 
-    A quantized checkpoint is a finding, unless all of it lies in one of `formats`: then the survey
-    has the weights that the codes hold.
+    If every quantized weight is stored in one of `formats`, the members are the weights that the
+    codes hold. Any other quantized checkpoint is a finding.
     """
-    shelf = find_stored(checkpoint, formats) if formats else None
-    weights = shelf.weights if shelf else {}
-    unreadable = shelf.findings if shelf else _already_quantized(checkpoint, formats)
+    quantized = find_stored(checkpoint, formats) if formats else None
+    weights = quantized.weights if quantized else {}
+    unreadable = quantized.findings if quantized else _already_quantized(checkpoint, formats)
     findings = [*checkpoint.findings, *unreadable]
     family = family_of(checkpoint.config, families)
     if family is None:
@@ -98,7 +99,7 @@ def survey(
         tensor_role = family.classify(info.name)
         if tensor_role is not None:
             members.append(Member(info, tensor_role, stored))
-        elif not shelf or tensor.name not in shelf.others:
+        elif not quantized or tensor.name not in quantized.others:
             unknown.append(info.name)
     if unknown and not unreadable:
         findings.append(_unknown(unknown, family))
@@ -113,9 +114,9 @@ def survey(
 
 
 def _mtp_kept(family: Family, members: list[Member], config: Mapping[str, Any]) -> list[Member]:
-    """The members; those in layers of multi-token prediction get the role `other`: they are copied.
+    """Return the members; give members in multi-token prediction layers the role `other`, a copy.
 
-    transformers builds no such layers, so upstream's arithmetic cannot run on them.
+    transformers builds no such layers, so upstream's arithmetic cannot run on these layers.
     """
     layers = family.value(family.config.layers, config)
     if layers is None or not family.mtp_layers(config):
@@ -154,8 +155,8 @@ def _already_quantized(
         SOURCE_QUANTIZED.finding(
             traces[0] if traces else "config.json",
             f"{checkpoint.source.name} is already quantized ({how}).",
-            "Start from the BF16 checkpoint it was made from"
-            + ("." if set(READABLE) <= set(formats) else ", or make one: mquant dequantize."),
+            "Start from the BF16 checkpoint that the source was made from"
+            + ("." if set(READABLE) <= set(formats) else ", or write one: mquant dequantize."),
         )
     ]
 
@@ -165,6 +166,6 @@ def _unknown(unknown: list[str], family: Family) -> Finding:
     return TENSOR_UNKNOWN.finding(
         unknown[0],
         f"{family.title} has no such tensor as {names(unknown)} ({count}).",
-        f"If it belongs to the model, add its name to configs/{family.name}.yaml "
-        "(role `other` copies it); if not, remove it from the checkpoint.",
+        f"If the tensor belongs to the model, add its name to configs/{family.name}.yaml "
+        "(role `other` copies it); if not, remove the tensor from the checkpoint.",
     )

@@ -1,4 +1,4 @@
-"""Whether tensors are all of a model, and of the model that config.json describes.
+"""Whether the tensors are all tensors of the model that config.json describes, and no others.
 
 Headers and config.json alone decide about completeness, counts and shapes.
 """
@@ -24,23 +24,23 @@ CONFIG_KEY_UNUSABLE: Final = rule(
 EXPERT_GAP: Final = rule(
     "expert-gap",
     "The experts of a layer are numbered without gaps.",
-    "vLLM turns its missing-weight check off for quantized models: what is missing stays "
-    "uninitialised, and the model talks nonsense.",
+    "vLLM turns its missing-weight check off for quantized models: missing weights stay "
+    "uninitialised, and the model generates nonsense.",
     "Number the experts without gaps, or get the missing shards.",
     knowing=("family",),
 )
 EXPERTS_DISAGREE: Final = rule(
     "experts-disagree",
     "Every layer has as many experts as config.json says.",
-    "vLLM loads more or fewer experts without an error; the router then points at the wrong ones.",
+    "vLLM loads more or fewer experts without an error; the router then selects wrong experts.",
     "Set the number in config.json to what the shards hold, or get the right shards.",
     knowing=("family",),
 )
 TENSOR_MISSING: Final = rule(
     "tensor-missing",
-    "Every tensor of the model is there.",
-    "vLLM turns its missing-weight check off for quantized models: what is missing stays "
-    "uninitialised, and the model talks nonsense.",
+    "The shards hold every tensor of the model.",
+    "vLLM turns its missing-weight check off for quantized models: missing weights stay "
+    "uninitialised, and the model generates nonsense.",
     "Get the checkpoint again.",
     knowing=("family",),
 )
@@ -53,23 +53,23 @@ LAYERS_DISAGREE: Final = rule(
 )
 BLOCK_DISAGREES: Final = rule(
     "block-disagrees",
-    "A layer has a block (attention, dense MLP, experts) if config.json implies it, and only then.",
+    "A layer has a block (attention, dense MLP, experts) if and only if config.json implies it.",
     "Loaders build the layer that config.json describes, and refuse or drop the tensors of "
-    "another.",
+    "another layer.",
     "Take config.json and shards from the same checkpoint.",
     knowing=("family",),
 )
 FUSED_SET_INCOMPLETE: Final = rule(
     "fused-set-incomplete",
     "A fused set has all its members.",
-    "vLLM turns its missing-weight check off for quantized models: what is missing stays "
-    "uninitialised, and the model talks nonsense.",
+    "vLLM turns its missing-weight check off for quantized models: missing weights stay "
+    "uninitialised, and the model generates nonsense.",
     "Get the missing shards.",
     knowing=("family",),
 )
 SHAPE_DISAGREES: Final = rule(
     "shape-disagrees",
-    "Shapes are those that config.json implies; for a quantized weight, the unpacked shape is.",
+    "Tensors, and quantized weights when unpacked, have the shapes that config.json implies.",
     "Loaders refuse the tensor, or copy the part that fits: for experts without an error.",
     "Take config.json and shards from the same checkpoint.",
     knowing=("family",),
@@ -77,17 +77,18 @@ SHAPE_DISAGREES: Final = rule(
 
 
 def wholeness(family: Family, members: list[Member], config: Mapping[str, Any]) -> list[Finding]:
-    """In what tensors are not all of a model, or not of the model that config.json describes.
+    """Return findings if `members` are not exactly the tensors that config.json describes.
 
-    `members` may stand for tensors in another storage format: a verifier gives each quantized
-    module as the weight that the module holds.
+    `members` may stand for tensors in another storage format: `verify` passes the weight that a
+    quantized module holds as the module's member.
     """
     counts = [key for key in (family.config.layers, family.config.experts) if key]
     if family.mtp_layers(config):
         counts.append(family.config.mtp)
     for key in (*counts, *family.needed_keys(config)):
         value = config.get(key)
-        # No checkpoint has more layers or experts than tensors; a lie must not cost a long loop.
+        # No checkpoint has more layers or experts than tensors; a false number must not cost a long
+        # loop.
         most = len(members) if key == family.config.experts else min(len(members), MOST_LAYERS)
         limit = max(most, 1) if key in counts else 2**53
         if type(value) is not int or not 0 <= value <= limit:
@@ -111,17 +112,17 @@ def wholeness(family: Family, members: list[Member], config: Mapping[str, Any]) 
 
 
 def _expert_findings(family: Family, members: list[Member], configured: int) -> list[Finding]:
-    found: dict[int, set[int]] = defaultdict(set)
+    numbers: dict[int, set[int]] = defaultdict(set)
     for member in members:
         if member.tensor_role.expert is not None and member.tensor_role.layer is not None:
-            found[member.tensor_role.layer].add(member.tensor_role.expert)
-    gaps = [layer for layer, experts in sorted(found.items()) if max(experts) + 1 != len(experts)]
+            numbers[member.tensor_role.layer].add(member.tensor_role.expert)
+    gaps = [layer for layer, experts in sorted(numbers.items()) if max(experts) + 1 != len(experts)]
     if gaps:
         layer = gaps[0]
-        last = max(found[layer])
-        # A file can claim an expert 999,999,999; a lie must not cost a long list.
-        first = next(number for number in range(last) if number not in found[layer])
-        missing = last + 1 - len(found[layer])
+        last = max(numbers[layer])
+        # A file can name an expert 999,999,999; a false number must not cost a long list.
+        first = next(number for number in range(last) if number not in numbers[layer])
+        missing = last + 1 - len(numbers[layer])
         more = f" and {missing - 1:,} more" if missing > 1 else ""
         return [
             EXPERT_GAP.finding(
@@ -131,13 +132,13 @@ def _expert_findings(family: Family, members: list[Member], configured: int) -> 
                 "Number the experts without gaps, as pruning tools do, or get the missing shards.",
             )
         ]
-    wrong = [layer for layer, experts in sorted(found.items()) if len(experts) != configured]
+    wrong = [layer for layer, experts in sorted(numbers.items()) if len(experts) != configured]
     if wrong:
         layer = wrong[0]
         return [
             EXPERTS_DISAGREE.finding(
                 f"layer {layer}",
-                f"Layer {layer} has {len(found[layer])} experts, but config.json says "
+                f"Layer {layer} has {len(numbers[layer])} experts, but config.json says "
                 f"{family.config.experts} {configured}{_elsewhere(len(wrong) - 1)}.",
                 f"Set {family.config.experts} to what the shards hold, or get the right shards.",
             )
@@ -158,9 +159,9 @@ def _missing(
         experts[member.tensor_role.row.block, member.tensor_role.layer].add(
             member.tensor_role.expert
         )
-    # Releases have layers of multi-token prediction, but most copies of them do not.
-    started = {layer for _, layer in experts if layer is not None and layer >= layers}
-    mtp = sorted(layer for layer in started if layer < layers + family.mtp_layers(config))
+    # Releases have layers of multi-token prediction, but most copies of releases do not.
+    beyond = {layer for _, layer in experts if layer is not None and layer >= layers}
+    mtp = sorted(layer for layer in beyond if layer < layers + family.mtp_layers(config))
     absent = [
         name
         for row in family.tensors
@@ -176,7 +177,7 @@ def _missing(
         TENSOR_MISSING.finding(
             absent[0],
             f"The checkpoint lacks {names(absent)} ({count}).",
-            "Download the shards that hold them.",
+            "Download the missing shards.",
         )
     ]
 
@@ -187,15 +188,15 @@ def _expected(
     has_block: bool | None,
     experts: Mapping[tuple[str, int | None], set[int | None]],
 ) -> Iterator[str]:
-    """Names that a row must have in one layer of a whole checkpoint.
+    """Yield the names that a row must have in one layer of a whole checkpoint.
 
-    If nothing says whether the layer has the row's block, the layer has the block if any tensor of
-    the block is there. A row with {expert} is expected for every expert of the layer; other rules
-    find gaps.
+    `has_block` None means that the layer has the row's block if the checkpoint has any tensor of
+    the block. A row with {expert} is expected for every expert that the layer has; other rules find
+    gaps between experts.
     """
-    found = experts.get((row.block, layer), set())
-    if has_block or (has_block is None and found):
-        numbers = sorted(number for number in found if number is not None) or [0]
+    present = experts.get((row.block, layer), set())
+    if has_block or (has_block is None and present):
+        numbers = sorted(number for number in present if number is not None) or [0]
         for expert in numbers if "{expert}" in row.name else (None,):
             yield row.format(layer, expert)
 
@@ -217,8 +218,8 @@ def _block_findings(
     return [
         BLOCK_DISAGREES.finding(
             member.info.name,
-            f"{member.info.name} is there, but config.json implies that it is not: "
-            f"{family.title} has it where `{family.blocks[member.tensor_role.row.block]}`"
+            f"The shards hold {member.info.name}, but config.json implies a layer without it: "
+            f"{family.title} has it only if `{family.blocks[member.tensor_role.row.block]}`"
             f"{_elsewhere(len(wrong) - 1)}.",
             "Take config.json and shards from the same checkpoint.",
         )
@@ -242,7 +243,7 @@ def _layers_findings(family: Family, members: list[Member], layers: int, end: in
 
 
 def _siblings(family: Family, tensor_role: TensorRole, config: Mapping[str, Any]) -> list[str]:
-    """The names of a tensor's fused set, without members that the layer cannot have."""
+    """Return the names of a tensor's fused set, without members that the layer cannot have."""
     own, layer = tensor_role.row.block, tensor_role.layer
     return [
         row.format(layer, tensor_role.expert)
@@ -274,9 +275,9 @@ def _fused_findings(
             return [
                 FUSED_SET_INCOMPLETE.finding(
                     absent[0],
-                    f"{member.info.name} is there without {names(absent)}; loaders make one "
-                    "matrix of them, with one scale.",
-                    "Download the shards that hold them.",
+                    f"The shards hold {member.info.name} without {names(absent)}; loaders make one "
+                    "matrix of these tensors, with one scale.",
+                    "Download the missing shards.",
                 )
             ]
     return []
