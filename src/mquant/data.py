@@ -19,14 +19,14 @@ class _Loader(yaml.SafeLoader):
 
 
 def folder(kind: Literal["configs", "recipes"]) -> Path:
-    """The path of a shipped folder: inside the package in a wheel, at the root of a checkout."""
+    """Return a shipped folder's path: inside the package in a wheel, at the root of a checkout."""
     package = Path(__file__).parent
     shipped = package / kind
     return shipped if shipped.is_dir() else package.parent.parent / kind
 
 
 def cache() -> Path:
-    """The folder in the user's cache for files that mquant can write again."""
+    """Return the folder in the user's cache for files that mquant can write again."""
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(home) / "mquant"
 

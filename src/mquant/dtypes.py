@@ -1,4 +1,4 @@
-"""safetensors dtype names and their sizes; the only table of them."""
+"""The only table of safetensors dtype names and of the dtypes' sizes in bits."""
 
 from typing import Final
 
@@ -33,9 +33,9 @@ FLOAT_WEIGHTS: Final = frozenset({"BF16", "F16", "F32"})
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of safetensors `dtype` and `shape`.
+    """Return the bytes of a tensor of safetensors `dtype` and `shape`.
 
-    Raises ValueError when sub-byte elements do not fill whole bytes.
+    Raises ValueError if sub-byte elements do not fill whole bytes.
     """
     bits = BITS[dtype]
     for size in shape:

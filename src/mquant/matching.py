@@ -84,7 +84,7 @@ def _is_plain(entry: str, style: Style) -> bool:
     return style is Style.EXACT or (style is Style.NAMES and not entry.startswith("re:"))
 
 
-# One line for each entry: the indexes of the matched names, or the entry's fault.
+# The program prints a line for each entry: the indexes of the matched names, or the fault.
 _PROGRAM: Final = r"""
 import fnmatch, json, re, resource, sys
 
@@ -121,17 +121,17 @@ def _ask(entries: Sequence[str], names: Sequence[str], style: Style) -> list[lis
     # -I and -S: Python runs no code of the environment or this folder, and starts fast.
     command = [sys.executable, "-I", "-S", "-c", _PROGRAM]
     try:
-        run = subprocess.run(  # noqa: S603 -- our own program; what is hostile goes in by stdin
+        run = subprocess.run(  # noqa: S603 -- our own program; untrusted input goes to stdin
             command, input=task.encode(), capture_output=True, timeout=TIME_LIMIT, check=True
         )
-    except subprocess.TimeoutExpired as late:
-        entry = entries[min((late.stdout or b"").count(b"\n"), len(entries) - 1)]
+    except subprocess.TimeoutExpired as timeout:
+        entry = entries[min((timeout.stdout or b"").count(b"\n"), len(entries) - 1)]
         raise SourceError(
             f"The ignore list cannot be judged: after {TIME_LIMIT:g} s it was still at {entry!r}.",
             "Write it simpler, without repeats inside repeats; vLLM would take as long.",
         ) from None
-    except subprocess.CalledProcessError as stopped:
-        many = b"too many matches" in stopped.stderr
+    except subprocess.CalledProcessError as failure:
+        many = b"too many matches" in failure.stderr
         what = f"its entries match more than {MAX_MATCHES:,} names" if many else "its process died"
         raise SourceError(
             f"The ignore list cannot be judged: {what}.",
