@@ -58,10 +58,10 @@ class Rule:
     `needs` says what the check reads: headers and JSON (`structure`), all data (`numbers`), the
     parent (`against`), a real loader (`loader`); or which verb checks the rule. `what` says what
     must hold, `why` says why a loader or a person cares, `fix` is the fix of a finding without a
-    fix of its own. `as_source`, `as_fact` and `if_tolerated` are the severities in those contexts, if they
-    differ from `severity`. `knowing` lists what must be known of a checkpoint to judge the rule:
-    its model `family`, how its method matches the ignore `list`, the `layout` of its quantized
-    modules.
+    fix of its own. `as_source`, `as_fact` and `if_tolerated` are the severities in those contexts,
+    if they differ from `severity`. `knowing` lists what must be known of a checkpoint to judge the
+    rule: its model `family`, how its method matches the ignore `list`, the `layout` of its
+    quantized modules.
     """
 
     id: str
