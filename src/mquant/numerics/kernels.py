@@ -102,7 +102,7 @@ def _check(words: Words, float_format: FloatFormat) -> None:
 
 @compiled
 def _block_maxima(words: Array, maxima: Array) -> Any:
-    # Separate arrays: the compiler sees that they do not alias, and reloads none.
+    # Separate arrays: the compiler sees that the arrays do not alias, and reloads no value.
     wide = np.empty(_AT_ONCE * 8, np.uint32)
     narrow = np.empty(_AT_ONCE * 8, np.uint32)
     largest = np.uint32(0)

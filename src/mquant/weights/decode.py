@@ -66,7 +66,7 @@ def e4m3(codes: Bytes) -> Floats:
 
 
 def e2m1(packed: Bytes) -> Floats:
-    """Return the values of FP4 E2M1, two codes a byte: the even element in the low nibble."""
+    """Return FP4 E2M1 values, two per byte along the last axis: the even one in the low nibble."""
     codes = np.stack([packed & 15, packed >> 4], axis=-1)
     return _E2M1_SIGNED[codes].reshape(*packed.shape[:-1], -1)
 
