@@ -35,7 +35,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds one table. Raises DataFileError for anything else."""
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
-            raise DataFileError(f"{path} is too large for a recipe.", "Give a recipe file.")
+            raise DataFileError(f"{path} is too large.", "Give a recipe or family file.")
         value = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 -- it is a SafeLoader
     except OSError as error:
         raise DataFileError(f"{path} cannot be read: {error.strerror}.") from error

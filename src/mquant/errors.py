@@ -57,8 +57,7 @@ class Refused(MquantError):
 
     def __init__(self, findings: Sequence[Finding]) -> None:
         first = findings[0]
-        more = len(findings) - 1
-        tail = f" There {'are' if more > 1 else 'is'} {more} more." if more else ""
+        tail = f" There are {len(findings)} findings." if len(findings) > 1 else ""
         super().__init__(f"Refused: {first.message}{tail}", first.fix)
         self.findings = tuple(findings)
 

@@ -38,7 +38,7 @@ FusedSet = tuple[str, int | None, int | None]
 
 
 class Role(StrEnum):
-    """What a tensor is used for. Recipes refer to roles, never to names."""
+    """The use of a tensor. Recipes refer to roles, never to names."""
 
     EXPERT = "expert"
     SHARED_EXPERT = "shared_expert"
@@ -74,7 +74,7 @@ def _in_order(defaults: Mapping[str, str]) -> Mapping[str, str]:
     for key, default in defaults.items():
         later = size_keys(default) & (defaults.keys() - known)
         if later:
-            raise ValueError(f"{key} is made of {min(later)}, which must stand above it")
+            raise ValueError(f"{key} refers to {min(later)}, which must stand above {key}")
         known.add(key)
     return defaults
 
@@ -150,7 +150,7 @@ class Forward(_Data):
     """The facts about the forward pass of a family that names and shapes do not show."""
 
     qk_norm: Literal["none", "all heads", "each head"] = "none"
-    """What the norm of q and k spans: the whole projection, or each head."""
+    """The span of the norm of q and k: the whole projection, or each head."""
     scores: Literal["softmax", "sigmoid"] = "softmax"
     """The function from router logits to routing weights. A routing bias only selects experts."""
     normalised: str = ""
@@ -222,7 +222,7 @@ class Family(_Data):
         keys = info.data.get("config")
         for key in (keys.layers, keys.vocabulary, keys.experts, keys.top_k) if keys else ():
             if key and type(config.get(key)) is not int:
-                raise ValueError(f"config has no number {key}")
+                raise ValueError(f"config has no integer {key}")
         return synth
 
     @field_validator("smoothing")
@@ -309,7 +309,7 @@ class Family(_Data):
         return tuple(r.name.removesuffix(".weight") for r in heads if config.get(r.unless) is True)
 
     def mtp_layers(self, config: Mapping[str, Any]) -> int:
-        """Return the number of multi-token prediction layers, which follow the last layer."""
+        """Return the number of multi-token prediction layers, which may follow the last layer."""
         return (self.value(self.config.mtp, config) or 0) if _MTP in self.blocks else 0
 
     def classify(self, name: str) -> TensorRole | None:

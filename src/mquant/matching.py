@@ -60,7 +60,7 @@ def match(entries: Sequence[str], names: Iterable[str], style: Style) -> Matches
         raise SourceError(
             f"The ignore list cannot be judged: it has more than {MAX_ENTRIES:,} entries, or one "
             f"of more than {MAX_LENGTH:,} characters.",
-            "Write `re:` patterns instead of many names, and shorter ones.",
+            "Write fewer and shorter entries, such as `re:` patterns.",
         )
     known = sorted(set(names))
     present = frozenset(known)
@@ -127,8 +127,8 @@ def _ask(entries: Sequence[str], names: Sequence[str], style: Style) -> list[lis
     except subprocess.TimeoutExpired as timeout:
         entry = entries[min((timeout.stdout or b"").count(b"\n"), len(entries) - 1)]
         raise SourceError(
-            f"The ignore list cannot be judged: after {TIME_LIMIT:g} s it was still at {entry!r}.",
-            "Write it simpler, without repeats inside repeats; vLLM would take as long.",
+            f"The ignore list cannot be judged: matching reached {entry!r} in {TIME_LIMIT:g} s.",
+            "Write a simpler entry, without repeats inside repeats; vLLM would take as long.",
         ) from None
     except subprocess.CalledProcessError as failure:
         many = b"too many matches" in failure.stderr
@@ -139,7 +139,7 @@ def _ask(entries: Sequence[str], names: Sequence[str], style: Style) -> list[lis
         ) from None
     except OSError as error:
         raise SourceError(
-            f"The ignore list cannot be judged: {type(error).__name__} in matching it.",
+            f"The ignore list cannot be judged: its process failed ({type(error).__name__}).",
             "Check that this machine has memory and processes left.",
         ) from error
     return [json.loads(line) for line in run.stdout.splitlines()]

@@ -23,13 +23,13 @@ from mquant.text import names
 
 def _known_scheme(name: str) -> str:
     if name not in SCHEMES:
-        raise ValueError(f"unknown scheme {name!r}; there is {', '.join(SCHEMES)}")
+        raise ValueError(f"unknown scheme {name!r}; the schemes are {', '.join(SCHEMES)}")
     return name
 
 
 def _compiles(entry: str) -> str:
     if len(entry) > MAX_LENGTH:
-        raise ValueError(f"an entry of more than {MAX_LENGTH:,} characters")
+        raise ValueError(f"the entry has more than {MAX_LENGTH:,} characters")
     if entry.startswith("re:"):
         try:
             re.compile(entry[3:])
@@ -43,7 +43,7 @@ Pattern = Annotated[str, AfterValidator(_compiles)]
 
 
 class KeptLayers(BaseModel):
-    """How many layers at each end keep the parent's bytes, whatever their role."""
+    """The numbers of layers at each end that keep the parent's bytes, whatever their role."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -202,7 +202,7 @@ def _from_llmcompressor(body: Mapping[str, Any], path: Path) -> dict[str, Any]:
     unknown = sorted(str(key) for key, value in body.items() if value and key not in known)
     if unknown:
         raise DataFileError(
-            f"{path.name}: mquant cannot do what {names(unknown)} asks of a QuantizationModifier.",
+            f"{path.name}: mquant does not support {names(unknown)} in a QuantizationModifier.",
             "Remove the key, or run the recipe with llmcompressor.",
         )
     scheme, targets = _scheme_and_targets(body, path.name)
@@ -249,8 +249,8 @@ def _scheme_of_group(group: Mapping[str, Any], name: str) -> str:
         ):
             return scheme.name
     raise DataFileError(
-        f"{name}: its config group is no scheme mquant knows ({', '.join(SCHEMES)}).",
-        "Use one of these, or run the recipe with llmcompressor.",
+        f"{name}: its config group is none of mquant's schemes ({', '.join(SCHEMES)}).",
+        "Use one of these schemes, or run the recipe with llmcompressor.",
     )
 
 

@@ -66,7 +66,7 @@ class Assembly:
 
     def _part(self, path: str) -> tuple[Source, str]:
         if path not in self.parts:
-            raise SourceError(f"{self.name} has no file {path!r}.", "Download it again.")
+            raise SourceError(f"{self.name} has no file {path!r}.", "Download all files again.")
         return self.parts[path]
 
 

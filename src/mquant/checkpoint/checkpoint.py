@@ -21,7 +21,7 @@ MAX_CONFIG_BYTES: Final = 8_000_000
 # Header bytes of all shards: 290,000 tensors, plus half as much for long names.
 MAX_HEADER_BYTES_IN_ALL: Final = 64_000_000
 MAX_SHARDS: Final = 10_000
-# One request usually brings prefix and header together; locally it is a single page read.
+# Prefix and header usually come together, in one request to a hub or one local read.
 FIRST_READ: Final = 64 * 1024
 
 T = TypeVar("T")
@@ -30,12 +30,12 @@ R = TypeVar("R")
 SHARD_DAMAGED: Final = rule(
     "shard-damaged",
     "Every shard's header is valid and describes the file as it is, to its last byte.",
-    "A truncated or damaged shard does not load, or loads other numbers.",
+    "A truncated or damaged shard does not load, or loads wrong numbers.",
     "Download the shard again.",
 )
 SHARD_MISSING: Final = rule(
     "shard-missing",
-    "Every shard that the index names is there.",
+    "Every shard that the index names exists.",
     "Loaders stop, or leave the shard's tensors uninitialised.",
     "Download the missing shards.",
 )
@@ -171,8 +171,8 @@ def open_checkpoint(source: Source, *, tolerant: bool = False) -> Checkpoint:
             tensors[tensor.name] = tensor
     if index is not None:
         damaged = {finding.where for finding in unreadable}
-        whole = {name: shard for name, shard in index.items() if shard not in damaged}
-        findings += _index_findings(whole, tensors, source.files)
+        readable = {name: shard for name, shard in index.items() if shard not in damaged}
+        findings += _index_findings(readable, tensors, source.files)
     elif len(shards) > 1:
         findings.append(
             INDEX_MISSING.finding(
@@ -222,7 +222,7 @@ def read_first(source: Source, shard: str, allowed: "_Allowance | None" = None) 
 def read_json(source: Source, path: str) -> dict[str, Any]:
     """Read a JSON object of the checkpoint. Raises SourceError if the file holds something else."""
     most = MAX_JSON_BYTES if path == INDEX_NAME else MAX_CONFIG_BYTES
-    too_large = SourceError(f"{path} is too large to be what it says.", "Get the file again.")
+    too_large = SourceError(f"{path} is too large to be valid.", "Get the file again.")
     if source.files.get(path, 0) > most:
         raise too_large
     try:
@@ -275,7 +275,7 @@ class _Allowance:
                 raise SourceError(
                     f"The headers of {self._name} hold more than any checkpoint's: more than "
                     f"{MAX_TENSORS:,} tensors, or {MAX_HEADER_BYTES_IN_ALL:,} bytes.",
-                    "Take out the shards that do not belong to it.",
+                    "Remove the shards that do not belong to the checkpoint.",
                 )
 
 
@@ -337,7 +337,7 @@ def _index_findings(
         findings.append(
             SHARD_MISSING.finding(
                 missing[0],
-                f"{INDEX_NAME} names shards that are not there: {names(missing)}.",
+                f"{INDEX_NAME} names shards that do not exist: {names(missing)}.",
                 "Download the missing shards.",
             )
         )

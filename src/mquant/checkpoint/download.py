@@ -55,7 +55,7 @@ class Downloadable(Protocol):
 
 
 def download(repo: Downloadable, emit: Emit, only: Collection[str] | None = None) -> Path:
-    """Download the repo's commit into the Hugging Face cache, and return its folder there.
+    """Download the repo's commit into the Hugging Face cache, and return the folder.
 
     `only` names the files to download; None: all files but weights in other formats than
     safetensors, and weights in subfolders. Files in the cache are not downloaded again. Raises
@@ -67,8 +67,8 @@ def download(repo: Downloadable, emit: Emit, only: Collection[str] | None = None
     for path, size in sizes.items():
         if not (folder / path).is_file() or (folder / path).stat().st_size != size:
             raise SourceError(
-                f"{path} of {repo.repo_id} is not whole in the cache.",
-                f"Delete {folder}, then run this again.",
+                f"{path} of {repo.repo_id} is incomplete in the cache.",
+                f"Delete {folder}, then run the same command again.",
             )
     total = sum(sizes.values())
     emit(Progress("download", total, total))

@@ -66,7 +66,7 @@ class HubRepo:
             validate_repo_id(repo_id)
         except HFValidationError:
             raise SourceError(
-                f"{repo_id[:96]!r} is neither a folder here nor a hub repo id.",
+                f"{repo_id[:96]!r} is neither an existing folder nor a hub repo id.",
                 "Give an existing folder, or a repo id such as org/model.",
             ) from None
         self.repo_id = repo_id
@@ -270,7 +270,7 @@ class HubRepo:
         reason = response.headers.get("X-Error-Message", "")
         repo, host = self.repo_id, self.host
         token = "authorization" in self._headers
-        log_in = "use a token that may read it" if token else _LOG_IN
+        log_in = "use a token that may read the repo" if token else _LOG_IN
         if code == "RevisionNotFound":
             return SourceError(
                 f"{repo} has no revision {(self.revision or self.commit)!r}.",
@@ -286,7 +286,7 @@ class HubRepo:
         if reason.startswith("Invalid credentials"):
             return SourceError(
                 f"{host} does not accept your token.",
-                f"It may have expired: {_LOG_IN} anew; public repos need none.",
+                f"The token may have expired: {_LOG_IN} again; public repos need no token.",
             )
         if code == "EntryNotFound" or (path and status == 404 and code != "RepoNotFound"):
             return SourceError(
@@ -304,14 +304,14 @@ class HubRepo:
             )
         if status == 429:
             return SourceError(
-                f"{host} limits how often you may ask (HTTP 429).",
+                f"{host} limits the number of requests (HTTP 429).",
                 "Try again in a few minutes"
-                + ("." if token else "; limits are higher when you are logged in."),
+                + ("." if token else "; the limit is higher if you log in."),
             )
         if status >= 500:
-            return SourceError(f"{host} is in trouble (HTTP {status}).", "Try again later.")
+            return SourceError(f"{host} reports an error (HTTP {status}).", "Try again later.")
         return SourceError(
-            f"{host} answers HTTP {status} where a file of {repo} was expected.",
+            f"{host} answers HTTP {status} to a request for {repo}.",
             "Check HF_ENDPOINT, or try again later.",
         )
 
@@ -335,7 +335,7 @@ class HubRepo:
         """Return the error for a huggingface_hub that may not use the network."""
         return SourceError(
             f"HF_HUB_OFFLINE is set, so {self.repo_id} cannot be read from {self.host}.",
-            "Unset it, or give the folder of a local copy.",
+            "Unset HF_HUB_OFFLINE, or give the folder of a local copy.",
         )
 
 

@@ -10,7 +10,7 @@ from mquant.checkpoint.source import Folder, Source, stamp
 from mquant.errors import SourceError
 
 _PREFETCH_BYTES: Final = 1 << 20  # Linux reads no more for one call than one request of the disk
-_FIX: Final = "Wait until nothing writes to it, then run the same command again."
+_FIX: Final = "Wait until nothing writes to the file, then run the same command again."
 
 
 class Reader:

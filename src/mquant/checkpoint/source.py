@@ -80,7 +80,7 @@ class Folder:
     def path(self, path: str) -> Path:
         """Return the path of a listed file. Raises SourceError for a name that is not listed."""
         if path not in self.files:
-            raise SourceError(f"{self.name} has no file {path!r}.", "Download it again.")
+            raise SourceError(f"{self.name} has no file {path!r}.", "Download all files again.")
         return self.root / PurePosixPath(path)
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:

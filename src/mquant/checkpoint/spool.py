@@ -30,7 +30,7 @@ _WINDOW: Final = 10  # pieces; more than connections, so that a slow piece does 
 _READ_BYTES: Final = 1 << 20
 _PARTIAL: Final = ".partial"
 _NAMES: Final = ("", _PARTIAL)
-_AGAIN: Final = "Run the same command again: it goes on from there."
+_AGAIN: Final = "Run the same command again to resume."
 
 Work = Mapping[int, Iterable[TensorInfo]]
 """The reads of each work unit, by its number, in the order of the work units."""
@@ -273,7 +273,7 @@ class Spool:
             raise SourceError(
                 f"{part.path} of {self._repo.repo_id} does not have the sha256 that "
                 f"{self._repo.host} lists.",
-                "Run the same command again: it gets the file anew.",
+                "Run the same command again to download the file again.",
             )
         with self._changed:
             part.ready = True

@@ -30,7 +30,7 @@ _TRANSIENT: Final = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
 _METADATA: Final = "Invalid metadata in README.md"
 _LOG_IN: Final = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
 _BATCH_BYTES: Final = 4_000_000_000  # most shards are larger, so each shard gets a commit
-_AGAIN: Final = "Run the same command again: it goes on from there."
+_AGAIN: Final = "Run the same command again to resume."
 
 
 class HubWriter:
@@ -47,7 +47,7 @@ class HubWriter:
         self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         token = get_token()
         if not token:
-            raise OutputError(f"There is no token, so {self.host} takes no files.", _LOG_IN)
+            raise OutputError(f"There is no token, so {self.host} accepts no files.", _LOG_IN)
         self._token = token
 
     @property
@@ -154,9 +154,9 @@ class HubWriter:
                 self._refuse_answer(cause.response)
             if isinstance(cause, ValueError) and str(cause).startswith(_METADATA):
                 raise OutputError(
-                    f"{self.host} does not take the metadata of README.md:"
+                    f"{self.host} does not accept the metadata of README.md:"
                     f"{self._shown(str(cause).removeprefix(_METADATA + '.'))}.",
-                    "Make the card again with mquant card.",
+                    "Write the card again with mquant card.",
                 ) from None
             if isinstance(cause, OSError) and cause.errno is not None and cause.filename:
                 raise OutputError(
@@ -167,24 +167,24 @@ class HubWriter:
         if any(isinstance(cause, network) for cause in chain):
             raise Again(OutputError(f"The connection to {self.host} broke.", _AGAIN)) from None
         kind = type(error).__name__
-        raise OutputError(f"{self.host} answers what is not understood ({kind}).", _AGAIN) from None
+        raise OutputError(f"{self.host} gave an unknown answer ({kind}).", _AGAIN) from None
 
     def _refuse_answer(self, response: "httpx.Response") -> NoReturn:
         status, host, repo = response.status_code, self.host, self.repo_id
         if status in _TRANSIENT:
-            busy = OutputError(f"{host} is busy or in trouble (HTTP {status}).", _AGAIN)
+            busy = OutputError(f"{host} is busy or reports an error (HTTP {status}).", _AGAIN)
             raise Again(busy, asked_to_wait(response.headers)) from None
         if status == 401:
             raise OutputError(f"{host} does not accept your token.", _LOG_IN) from None
         if status in (402, 403, 404):
             raise OutputError(
                 f"{host} does not let your token write to {repo} (HTTP {status}).",
-                "Check the name, and give the token the right to write there, in its settings.",
+                "Check the name, and allow the token to write to the repo, in its settings.",
             ) from None
         reason = self._shown(response.headers.get("X-Error-Message", ""))
         raise OutputError(
             f"{host} refuses the files (HTTP {status}){':' if reason else ''}{reason}.",
-            "Mend what it names, then run the same command again.",
+            "Correct what {host} names, then run the same command again.",
         ) from None
 
     def _shown(self, reason: str) -> str:
