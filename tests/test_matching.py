@@ -88,7 +88,7 @@ def test_odd_expressions_are_only_odd(entry: str) -> None:
 def test_expressions_that_take_forever_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "TIME_LIMIT", 0.5)
     forever = "re:(l|m|_|[a-z_]+)*$!"
-    with pytest.raises(SourceError, match="still at 're:") as caught:
+    with pytest.raises(SourceError, match="reached 're:") as caught:
         match(["re:lm", forever], ["l" * 60], Style.NAMES)
     assert forever in caught.value.message
     assert caught.value.fix

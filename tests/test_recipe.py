@@ -139,7 +139,7 @@ def test_targets_narrow_a_recipe_and_ignore_wins(tmp_path: Path) -> None:
         ("1: 9", "mine.yaml: 1: Keys should be strings."),
         (
             "roles: {expert: NVFP3}",
-            f"mine.yaml: roles.expert: unknown scheme 'NVFP3'; there is {SCHEMES}.",
+            f"mine.yaml: roles.expert: unknown scheme 'NVFP3'; the schemes are {SCHEMES}.",
         ),
         (
             "ignore: ['re:[']",
@@ -212,7 +212,7 @@ def test_a_model_given_as_a_recipe_is_not_read_whole(tmp_path: Path) -> None:
 
     with pytest.raises(DataFileError) as caught:
         load_recipe(path)
-    assert caught.value.message == f"{path} is too large for a recipe."
+    assert caught.value.message == f"{path} is too large."
 
 
 # --- llmcompressor's
@@ -294,7 +294,7 @@ def test_targets_other_than_linear_are_kept(tmp_path: Path) -> None:
     assert recipe.targets == ("re:.*experts.*",)
 
 
-ONE_GROUP = f"mine.yaml: its config group is no scheme mquant knows ({SCHEMES})."
+ONE_GROUP = f"mine.yaml: its config group is none of mquant's schemes ({SCHEMES})."
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ ONE_GROUP = f"mine.yaml: its config group is no scheme mquant knows ({SCHEMES}).
     [
         (
             "{scheme: W8A16}",
-            f"mine.yaml: roles.expert: unknown scheme 'W8A16'; there is {SCHEMES}.",
+            f"mine.yaml: roles.expert: unknown scheme 'W8A16'; the schemes are {SCHEMES}.",
         ),
         ("{targets: [Linear]}", "mine.yaml: mquant needs one scheme or one config group."),
         (
@@ -323,11 +323,11 @@ ONE_GROUP = f"mine.yaml: its config group is no scheme mquant knows ({SCHEMES}).
         ("{config_groups: {g: {}}}", ONE_GROUP),
         (
             "{scheme: NVFP4A16, weight_observer: mse}",
-            "mine.yaml: mquant cannot do what weight_observer asks of a QuantizationModifier.",
+            "mine.yaml: mquant does not support weight_observer in a QuantizationModifier.",
         ),
         (
             "{scheme: NVFP4A16, kv_cache_scheme: {num_bits: 8}, actorder: static, 5: x}",
-            "mine.yaml: mquant cannot do what 5, actorder, kv_cache_scheme asks of a "
+            "mine.yaml: mquant does not support 5, actorder, kv_cache_scheme in a "
             "QuantizationModifier.",
         ),
         (

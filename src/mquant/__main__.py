@@ -1,4 +1,4 @@
-"""`python -m mquant` is `mquant`."""
+"""Run `mquant` as `python -m mquant`."""
 
 from mquant.cli import main
 

@@ -9,9 +9,12 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def compiled(function: _F, **options: Any) -> _F:
-    """The function, compiled at its first call for a type. Division by zero gives infinity."""
+    """Return the function, which numba compiles at its first call for each type of arguments.
+
+    Division by zero follows IEEE 754 and raises nothing.
+    """
     options = {"nogil": True, "error_model": "numpy", **options}
     try:
         return cast(_F, numba.njit(cache=True, **options)(function))
-    except RuntimeError:  # no folder to keep compiled code in: each run compiles, for seconds
+    except RuntimeError:  # no folder for the cache: each run compiles, for seconds
         return cast(_F, numba.njit(**options)(function))

@@ -19,14 +19,14 @@ class _Loader(yaml.SafeLoader):
 
 
 def folder(kind: Literal["configs", "recipes"]) -> Path:
-    """The path of a shipped folder: inside the package in a wheel, at the root of a checkout."""
+    """Return a shipped folder's path: inside the package in a wheel, at the root of a checkout."""
     package = Path(__file__).parent
     shipped = package / kind
     return shipped if shipped.is_dir() else package.parent.parent / kind
 
 
 def cache() -> Path:
-    """The folder in the user's cache for files that mquant can write again."""
+    """Return the folder in the user's cache for files that mquant can write again."""
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(home) / "mquant"
 
@@ -35,7 +35,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds one table. Raises DataFileError for anything else."""
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
-            raise DataFileError(f"{path} is too large for a recipe.", "Give a recipe file.")
+            raise DataFileError(f"{path} is too large.", "Give a recipe or family file.")
         value = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 -- it is a SafeLoader
     except OSError as error:
         raise DataFileError(f"{path} cannot be read: {error.strerror}.") from error

@@ -1,4 +1,4 @@
-"""safetensors dtype names and their sizes; the only table of them."""
+"""The only table of safetensors dtype names and of the dtypes' sizes in bits."""
 
 from typing import Final
 
@@ -35,9 +35,9 @@ PLAIN_DTYPES: Final = FLOAT_WEIGHTS | {"F64"}
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of safetensors `dtype` and `shape`.
+    """Return the bytes of a tensor of safetensors `dtype` and `shape`.
 
-    Raises ValueError when sub-byte elements do not fill whole bytes.
+    Raises ValueError if sub-byte elements do not fill whole bytes.
     """
     bits = BITS[dtype]
     for size in shape:

@@ -1,21 +1,21 @@
-"""Every way mquant can fail, as one tree.
+"""The tree of all errors that mquant raises.
 
-    MquantError                 one sentence: what, where; and its fix
-    ├── UsageError              the command line makes no sense            (exit 2)
+    MquantError                 one sentence (what, where) and a fix
+    ├── UsageError              the command line is wrong                  (exit 2)
     ├── SourceError             a checkpoint is missing or unreadable      (exit 1)
-    │   └── HeaderError         a safetensors header is not to be trusted  (exit 1)
+    │   └── HeaderError         a safetensors header is invalid            (exit 1)
     ├── DataFileError           a recipe or family file is wrong           (exit 1)
     ├── Refused                 the plan must not be carried out           (exit 1)
-    ├── NotJudged               what decides could not be judged          (exit 1)
-    ├── OutputError             OUT is not ours, full, or went away        (exit 1)
-    │   └── InUse               another process is at work in it           (exit 1)
-    ├── EngineError             an engine failed or disobeyed the plan     (exit 1)
-    ├── LoaderError             a loader to be asked is not there          (exit 1)
+    ├── NotJudged               a deciding check could not be made         (exit 1)
+    ├── OutputError             OUT is foreign, full, or disappeared       (exit 1)
+    │   └── InUse               another process works in OUT               (exit 1)
+    ├── EngineError             an engine failed or left the plan          (exit 1)
+    ├── LoaderError             a loader is not installed                  (exit 1)
     └── MissingExtra            an optional dependency is not installed    (exit 1)
 
-The command line prints `message`, then `fix`, and leaves with `exit_code`; nothing else in the
-program prints or exits. Findings (`mquant.findings`) are what was found *in* a checkpoint; errors
-are why the program stops.
+The command line prints `message`, then `fix`, and exits with `exit_code`; nothing else in the
+program prints or exits. A finding (`mquant.findings`) describes a checkpoint; an error says why the
+program stops.
 """
 
 from collections.abc import Sequence
@@ -35,21 +35,21 @@ class MquantError(Exception):
 
 
 class UsageError(MquantError):
-    """The command line makes no sense."""
+    """A wrong command line."""
 
     exit_code = 2
 
 
 class SourceError(MquantError):
-    """A checkpoint is missing, gated or unreadable."""
+    """A missing, gated or unreadable checkpoint."""
 
 
 class HeaderError(SourceError):
-    """A safetensors header is malformed, or lies about its file."""
+    """A safetensors header that is malformed, or does not match its file."""
 
 
 class DataFileError(MquantError):
-    """A recipe or a family file is wrong."""
+    """A wrong recipe or family file."""
 
 
 class Refused(MquantError):
@@ -57,34 +57,33 @@ class Refused(MquantError):
 
     def __init__(self, findings: Sequence[Finding]) -> None:
         first = findings[0]
-        more = len(findings) - 1
-        tail = f" There {'are' if more > 1 else 'is'} {more} more." if more else ""
+        tail = f" There are {len(findings)} findings." if len(findings) > 1 else ""
         super().__init__(f"Refused: {first.message}{tail}", first.fix)
         self.findings = tuple(findings)
 
 
 class NotJudged(MquantError):
-    """Something that decides whether a loader takes a checkpoint could not be judged."""
+    """A check that could not be made, but decides whether a loader accepts a checkpoint."""
 
 
 class OutputError(MquantError):
-    """The output folder is not ours, is full, or went away."""
+    """An output folder that another program wrote, that is full, or that disappeared."""
 
 
 class InUse(OutputError):
-    """Another process works in the output folder. The user can wait and try again."""
+    """An output folder in which another process works. The user can wait and try again."""
 
 
 class EngineError(MquantError):
-    """An engine failed, or wrote something other than the plan says."""
+    """A failure of an engine, or an output of an engine that differs from the plan."""
 
 
 class LoaderError(MquantError):
-    """A loader is not installed, or cannot be installed."""
+    """A loader that is not installed, or cannot be installed."""
 
 
 class MissingExtra(MquantError):
-    """An optional dependency is not installed."""
+    """An optional dependency that is not installed."""
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(

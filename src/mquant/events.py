@@ -7,9 +7,10 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` bytes of `stage` are finished. `total` is known before the first byte.
+    """The progress of `stage`: `done` of `total` bytes are finished.
 
-    `workers` counts the other processes that do the work; 0 if this process does the work.
+    `total` is known before the first byte. `workers` counts the other processes that do the
+    work; 0 if this process does the work.
     """
 
     stage: str
@@ -31,4 +32,4 @@ Emit = Callable[[Event], None]
 
 
 def silent(_event: Event) -> None:
-    """An `Emit` that ignores events."""
+    """Ignore an event: an `Emit` that shows nothing."""

@@ -38,7 +38,7 @@ FusedSet = tuple[str, int | None, int | None]
 
 
 class Role(StrEnum):
-    """What a tensor is used for. Recipes refer to roles, never to names."""
+    """The use of a tensor. Recipes refer to roles, never to names."""
 
     EXPERT = "expert"
     SHARED_EXPERT = "shared_expert"
@@ -63,9 +63,9 @@ class Role(StrEnum):
 
 
 def _distinct(rows: "tuple[TensorRow, ...]") -> "tuple[TensorRow, ...]":
-    twice = [key for key, count in Counter(row.key for row in rows).items() if count > 1]
-    if twice:
-        raise ValueError(f"{twice[0]} has two rows")
+    repeated = [key for key, count in Counter(row.key for row in rows).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{repeated[0]} has two rows")
     return rows
 
 
@@ -74,7 +74,7 @@ def _in_order(defaults: Mapping[str, str]) -> Mapping[str, str]:
     for key, default in defaults.items():
         later = size_keys(default) & (defaults.keys() - known)
         if later:
-            raise ValueError(f"{key} is made of {min(later)}, which must stand above it")
+            raise ValueError(f"{key} refers to {min(later)}, which must stand above {key}")
         known.add(key)
     return defaults
 
@@ -96,12 +96,12 @@ class TensorRow(_Data):
     dtype: str = "BF16"
     fused: str = ""
     block: str = _EVERY_LAYER
-    """Rows of one block stand or fall together: a layer has all of them or none. The family's
-    `blocks` says which layers; a block it does not name may be in any."""
+    """The block of the row: a layer has all rows of a block or no row of the block. The family's
+    `blocks` says which layers have a block; any layer may have a block that `blocks` lacks."""
     optional: bool = False
-    """A complete checkpoint may leave the tensor out."""
+    """Whether a complete checkpoint may leave the tensor out."""
     unless: str = ""
-    """A whole checkpoint may leave the tensor out if this key of config.json is true."""
+    """A key of config.json; if the key is true, a complete checkpoint may leave the tensor out."""
 
     @cached_property
     def key(self) -> str:
@@ -114,16 +114,16 @@ class TensorRow(_Data):
         return self.name.removesuffix(".weight").rpartition(".")[2]
 
     def format(self, layer: int | None, expert: int | None) -> str:
-        """The tensor's name in a given layer, for a given expert."""
+        """Return the tensor's name in a layer, for an expert."""
         return self.name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
     def patterns(self, *names: Callable[[str], str]) -> Iterator[str]:
-        """Entries for `ignore` or `targets` that match the row's module in every layer.
+        """Yield entries for `ignore` or `targets` that match the row's module in every layer.
 
-        `names` map the hub's name to other names; each name that differs gives one more entry.
+        Each of `names` maps the hub's name to a name; each distinct result gives one entry.
         """
         module = self.name.removesuffix(".weight")
-        for name in dict.fromkeys(each(module) for each in names):
+        for name in dict.fromkeys(rename(module) for rename in names):
             if "{" in name:
                 escaped = name.replace(".", r"\.")
                 yield "re:" + re.sub(r"\{(layer|expert)\}", r"\\d+", escaped) + "$"
@@ -147,18 +147,19 @@ class ConfigKeys(_Data):
 
 
 class Forward(_Data):
-    """How a model of the family computes, if names and shapes do not say."""
+    """The facts about the forward pass of a family that names and shapes do not show."""
 
     qk_norm: Literal["none", "all heads", "each head"] = "none"
-    """What the norm of q and k spans: the whole projection, or each head."""
+    """The span of the norm of q and k: the whole projection, or each head."""
     scores: Literal["softmax", "sigmoid"] = "softmax"
     """The function from router logits to routing weights. A routing bias only selects experts."""
     normalised: str = ""
-    """The key of config.json that has the chosen weights add up to 1; empty: they always do."""
+    """A key of config.json; if the key is true, or this field is empty, the chosen experts' weights
+    are scaled to add up to 1."""
 
 
 class SynthData(_Data):
-    """What `mquant synth` writes: a config.json of the real size, and changes for a tiny one."""
+    """The config.json of `mquant synth`: the real model's, and the changes for a tiny model."""
 
     config: dict[str, Any]
     tiny: dict[str, Any]
@@ -180,7 +181,7 @@ class TensorRole:
 
     @property
     def loaded_with(self) -> FusedSet:
-        """What loaders load as one layer: a layer's experts, a fused set, or the tensor alone."""
+        """The unit that loaders load: a layer's experts, a fused set, or the tensor alone."""
         if self.row.role is Role.EXPERT:
             return ("experts", self.layer, None)
         return self.fused_set or (self.row.name, self.layer, self.expert)
@@ -198,19 +199,19 @@ class Family(_Data):
     in_vllm: tuple[tuple[str, str], ...] = ()
     unpruned_experts: int | None = None
     tp_within_experts: bool = False
-    """vLLM and SGLang refuse to split the model over more ranks than it has experts."""
+    """Whether vLLM and SGLang refuse to split the model over more ranks than it has experts."""
     required_config: tuple[str, ...] = ()
     defaults: Annotated[Mapping[str, Size], AfterValidator(_in_order)] = Field(default_factory=dict)
-    """Sizes that config.json leaves out, or sets to null."""
+    """The sizes for keys that config.json leaves out, or sets to null."""
     blocks: Mapping[str, Condition] = Field(default_factory=dict)
-    """Block -> the layers that have the block. `mtp` counts the layers after the last one."""
+    """Block -> the layers that have the block. The block `mtp` adds layers after the last layer."""
     smoothing: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
-    """Last part of a module's name -> those of the linear modules that read its output, and
-    nothing else does: it may be divided by what their columns are multiplied with."""
+    """Last part of a module's name -> the last parts of all modules that read its output, all
+    linear: smoothing may divide the output by factors and multiply the readers' columns by them."""
     forward: Forward | None = None
     synth: SynthData
     own: bool = Field(default=False, exclude=True)
-    """Whether the user gave the file: then its content is part of a plan's fingerprint."""
+    """Whether the user gave the file. The file's content is then part of a plan's fingerprint."""
 
     @field_validator("synth")
     @classmethod
@@ -221,7 +222,7 @@ class Family(_Data):
         keys = info.data.get("config")
         for key in (keys.layers, keys.vocabulary, keys.experts, keys.top_k) if keys else ():
             if key and type(config.get(key)) is not int:
-                raise ValueError(f"config has no number {key}")
+                raise ValueError(f"config has no integer {key}")
         return synth
 
     @field_validator("smoothing")
@@ -230,7 +231,7 @@ class Family(_Data):
         cls, smoothing: Mapping[str, tuple[str, ...]], info: ValidationInfo
     ) -> Mapping[str, tuple[str, ...]]:
         known = {row.short for row in info.data.get("tensors", ())}
-        for name in (name for key, fed in smoothing.items() for name in (key, *fed)):
+        for name in (name for key, readers in smoothing.items() for name in (key, *readers)):
             if name not in known:
                 raise ValueError(f"there is no module {name}")
         return smoothing
@@ -254,20 +255,20 @@ class Family(_Data):
 
     @cached_property
     def smoothings(self) -> tuple[tuple[TensorRow, ...], ...]:
-        """The rows of each entry of `smoothing`: the row to divide, then the rows it feeds."""
+        """The rows of each entry of `smoothing`: the row to divide, then its readers' rows."""
         rows = {row.short: row for row in self.tensors}
-        names = ((name, *fed) for name, fed in self.smoothing.items())
+        names = ((name, *readers) for name, readers in self.smoothing.items())
         return tuple(tuple(rows[name] for name in group) for group in names)
 
     @property
     def smoothing_patterns(self) -> Iterator[tuple[str, list[str]]]:
         """The entries of `smoothing` as patterns of transformers' names."""
         for group in self.smoothings:
-            first, *fed = (entry for row in group for entry in row.patterns(self.in_memory_name))
-            yield first, fed
+            entries = [entry for row in group for entry in row.patterns(self.in_memory_name)]
+            yield entries[0], entries[1:]
 
     def needed_keys(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """The keys of config.json that decide which tensors exist, and their shapes."""
+        """Return the keys of config.json that decide which tensors exist, and the shapes."""
         sizes = {
             size
             for row in self.tensors
@@ -277,20 +278,20 @@ class Family(_Data):
         keys = {key for size in sizes for key in size_keys(size)}
         for condition in self.blocks.values():
             keys |= condition_keys(condition)
-        for key in list(self.defaults)[::-1]:  # a default is made of those above it
+        for key in list(self.defaults)[::-1]:  # a default refers to earlier ones only
             if key in keys and config.get(key) is None:
                 keys = (keys - {key}) | size_keys(self.defaults[key])
         return tuple(sorted(keys))
 
     def value(self, key: str, config: Mapping[str, Any]) -> int | None:
-        """A number of config.json, or its default; None if there is neither."""
+        """Return a key's number in config.json, or the key's default; None without a number."""
         value = config.get(key)
         if value is None and key in self.defaults:
             return evaluate(self.defaults[key], lambda inner: self.value(inner, config))
         return value if type(value) is int else None
 
     def has_block(self, block: str, layer: int | None, config: Mapping[str, Any]) -> bool | None:
-        """Whether a layer has a block; if `layer` is None, whether any layer has. None: unknown."""
+        """Return whether a layer, or any layer if `layer` is None, has a block; None if unknown."""
         if block == _EVERY_LAYER:
             return True
         if block not in self.blocks:
@@ -299,41 +300,41 @@ class Family(_Data):
         return holds(self.blocks[block], layer, config, lookup)
 
     def may_lack(self, row: TensorRow, config: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint with this config.json may leave the row out."""
+        """Return whether a checkpoint with this config.json may leave the row out."""
         return row.optional or (bool(row.unless) and config.get(row.unless) is True)
 
     def tied_heads(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """The heads that share the embeddings' weight: a checkpoint holds no tensor of them."""
+        """Return the heads that share the embeddings' weight, and have no tensor of their own."""
         heads = (row for row in self.tensors if row.role is Role.HEAD and row.unless)
         return tuple(r.name.removesuffix(".weight") for r in heads if config.get(r.unless) is True)
 
     def mtp_layers(self, config: Mapping[str, Any]) -> int:
-        """The number of multi-token prediction layers that may be numbered after the last layer."""
+        """Return the number of multi-token prediction layers, which may follow the last layer."""
         return (self.value(self.config.mtp, config) or 0) if _MTP in self.blocks else 0
 
     def classify(self, name: str) -> TensorRole | None:
-        """The meaning of a tensor's name; None if the family does not know the name."""
+        """Return the meaning of a tensor's name; None if the family does not know the name."""
         return _meaning(self._rows.get(_NUMBER.sub("#", name)), name)
 
     def classify_in_memory(self, name: str) -> TensorRole | None:
-        """The meaning of a tensor's name in transformers' memory, or of a mix with the hub's name.
+        """Return the meaning of a name in transformers' memory, or of a mix with the hub's name.
 
-        A tool that saves a loaded model without mapping all names back writes such mixes. A hub
-        name is known here too, so ask `classify` first.
+        A tool that saves a loaded model without mapping all names back writes such mixes. This
+        method knows hub names too, so call `classify` first.
         """
         key = self.in_memory_name(_NUMBER.sub("#", name))
         return _meaning(self._rows_in_memory.get(key), name)
 
     def in_memory_name(self, name: str) -> str:
-        """The name of the same tensor, or module, in a model that transformers loaded."""
+        """Return the name of the same tensor, or module, in a model that transformers loaded."""
         return _replaced(name, self.in_memory)
 
     def in_vllm_name(self, name: str) -> str:
-        """The name of the same tensor, or module, that vLLM looks up in `ignore` and `targets`."""
+        """Return the name by which vLLM looks a tensor or module up in `ignore` and `targets`."""
         return _replaced(name, self.in_vllm)
 
     def shape(self, row: TensorRow, config: Mapping[str, Any]) -> tuple[int, ...] | None:
-        """The shape that config.json implies for a row; None if config.json does not say."""
+        """Return the shape that config.json implies for a row; None if no shape is known."""
         sizes: list[int] = []
         for text in row.shape:
             size = evaluate(text, partial(self.value, config=config))
@@ -353,7 +354,7 @@ def _meaning(row: TensorRow | None, name: str) -> TensorRole | None:
 
 
 def _replaced(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    # The end of a module's name is the end of a part, too.
+    # Add a dot, so that a pattern that ends in a dot matches the name's last part, too.
     probe = f"{name}."
     for old, new in pairs:
         probe = probe.replace(old, new)
@@ -361,7 +362,7 @@ def _replaced(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
 
 
 def load_families(own: Path | None = None) -> dict[str, Family]:
-    """The shipped families by name, sorted, after the family of the file `own`, by its path."""
+    """Return the shipped families by name, sorted; first the family of the file `own`, by path."""
     shipped = {path.stem: load_family(path) for path in sorted(folder("configs").glob("*.yaml"))}
     first = {} if own is None else {str(own): load_family(own).model_copy(update={"own": True})}
     return {**first, **shipped}
@@ -381,7 +382,7 @@ def load_family(path: Path) -> Family:
 
 
 def _row_at(content: Mapping[str, Any], where: tuple[int | str, ...]) -> str:
-    """The name, in brackets, of the row of `tensors` that holds an error; empty if no row does."""
+    """Return the name, in brackets, of the wrong row of `tensors`; empty without such a row."""
     if where[0] != "tensors" or len(where) == 1 or not isinstance(where[1], int):
         return ""
     row = content["tensors"][where[1]]
@@ -389,6 +390,6 @@ def _row_at(content: Mapping[str, Any], where: tuple[int | str, ...]) -> str:
 
 
 def family_of(config: Mapping[str, Any], families: Mapping[str, Family]) -> Family | None:
-    """The family whose `model_types` holds the config's model_type."""
+    """Return the family whose `model_types` holds the config's model_type, or None."""
     kind = config.get("model_type")
     return next((f for f in families.values() if kind in f.model_types), None)

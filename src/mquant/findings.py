@@ -1,4 +1,4 @@
-"""Rules, and what is found by them: the one type of a plan's refusals and a verifier's report.
+"""Rules and findings: a plan's refusals and a verifier's report consist of findings only.
 
 A rule is declared once, as a constant beside the check that uses it:
 
@@ -6,7 +6,7 @@ A rule is declared once, as a constant beside the check that uses it:
     ...
     yield SCALE_ZERO.finding(name, f"{name} holds scales that are zero.")
 
-No finding can be made without one. docs/verify-rules.md, JUnit and JSON derive from `RULES`.
+No finding exists without a rule. docs/verify-rules.md, JUnit and JSON derive from `RULES`.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -14,10 +14,11 @@ from typing import Any, Final, Literal
 
 Severity = Literal["error", "warning", "info"]
 Context = Literal["judged", "source", "fact", "tolerated"]
-"""Why a checkpoint is looked at.
+"""The reason to inspect a checkpoint.
 
-`judged`: to say whether it is right. `source`: to make another one from it. `fact`: to describe it.
-`tolerated`: as `source`, but the user allowed it, or the recipe is another tool's.
+`judged`: to say whether the checkpoint is right. `source`: to write another checkpoint from this
+checkpoint. `fact`: to describe the checkpoint. `tolerated`: as `source`, but the user allowed the
+finding, or the recipe is another tool's.
 """
 Needs = Literal["structure", "numbers", "against", "loader", "plan", "inspect", "run", "smoke"]
 Knowledge = Literal["family", "list", "layout"]
@@ -27,9 +28,9 @@ VERIFIED: Final[tuple[Needs, ...]] = ("structure", "numbers", "against", "loader
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong, odd or worth knowing, made by `Rule.finding`.
+    """One fact that is wrong, unusual or worth knowing; `Rule.finding` creates findings.
 
-    `rule` is the rule's id; `where` names the tensor, file or key (the first of them, if there are
+    `rule` is the rule's id; `where` names the tensor, file or key (the first, if there are
     many); `message` is one sentence; `fix` says what to do. Raises ValueError for a rule that is
     not registered, and for a severity that the rule does not declare.
     """
@@ -41,25 +42,26 @@ class Finding:
     fix: str = ""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a rule that is not registered, or a severity it does not declare."""
+        """Raise ValueError for an unregistered rule, or a severity that the rule lacks."""
         if self.rule not in RULES or self.severity not in RULES[self.rule].severities:
             raise ValueError(f"no rule declares {self.rule} with severity {self.severity}")
 
     def to_json(self) -> dict[str, str]:
-        """The finding as a JSON envelope holds it."""
+        """Return the finding as the JSON object of an envelope."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One thing that is checked.
+    """One condition that mquant checks.
 
-    `needs` says what is read: headers and JSON (`structure`), all data (`numbers`), the parent
-    (`against`), a real loader (`loader`); or which verb checks it. `what` must hold, `why` a loader
-    or a person cares, `fix` is the fix of findings that have no better one. `as_source`, `as_fact`
-    and `if_tolerated` are the severities in those contexts, if they differ. `knowing` is what must
-    be known of a checkpoint, or the rule is not judged: its model family, how its method matches
-    the ignore `list`, the `layout` of its quantized modules.
+    `needs` says what the check reads: headers and JSON (`structure`), all data (`numbers`), the
+    parent (`against`), a real loader (`loader`); or which verb checks the rule. `what` says what
+    must hold, `why` says why a loader or a person cares, `fix` is the fix of a finding without a
+    fix of its own. `as_source`, `as_fact` and `if_tolerated` are the severities in those contexts,
+    if they differ from `severity`. `knowing` lists what must be known of a checkpoint to judge the
+    rule: its model `family`, how its method matches the ignore `list`, the `layout` of its
+    quantized modules.
     """
 
     id: str
@@ -74,7 +76,7 @@ class Rule:
     knowing: tuple[Knowledge, ...] = ()
 
     def severity_in(self, context: Context) -> Severity:
-        """The severity of a finding in a context."""
+        """Return the severity of a finding in a context."""
         source = self.as_source or self.severity
         return {
             "judged": self.severity,
@@ -92,7 +94,7 @@ class Rule:
     def finding(
         self, where: str, message: str, fix: str = "", context: Context = "judged"
     ) -> Finding:
-        """A finding of this rule. `message` is one sentence."""
+        """Return a finding of this rule. `message` is one sentence."""
         return Finding(self.id, self.severity_in(context), where, message, fix or self.fix)
 
 
@@ -109,5 +111,5 @@ def rule(name: str, what: str, why: str, fix: str, **more: Any) -> Rule:
 
 
 def in_context(finding: Finding, context: Context) -> Finding:
-    """The same finding, with the severity that its rule declares for a context."""
+    """Return the same finding with the severity that its rule declares for a context."""
     return replace(finding, severity=RULES[finding.rule].severity_in(context))

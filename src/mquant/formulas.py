@@ -37,19 +37,19 @@ def check_condition(text: str) -> str:
 
 
 def size_keys(text: str) -> set[str]:
-    """The config keys that a size refers to."""
+    """Return the config keys that a size refers to."""
     return {word for word in re.findall(_FACTOR, text) if not word.isdigit()}
 
 
 def condition_keys(text: str) -> set[str]:
-    """The config keys that must hold numbers before a condition can be evaluated."""
+    """Return the config keys that must hold numbers before a condition can be evaluated."""
     clauses = [clause for clause in map(_CLAUSE.fullmatch, text.split(" and ")) if clause]
     compared = [clause["right"] for clause in clauses if clause["operator"] in ("<", ">=")]
     return {key for key in compared if not key.isdigit()}
 
 
 def evaluate(text: str, lookup: Lookup) -> int | None:
-    """The value of a size; None if a key has no value, or a quotient is not whole."""
+    """Return the value of a size; None if a key has no value, or a quotient is not whole."""
     total = 0
     for term in text.split(" + "):
         value: int | None = 1
@@ -75,7 +75,10 @@ def _apply(left: int | None, operator: str, right: int | None) -> int | None:
 
 
 def holds(text: str, layer: int | None, config: Mapping[str, Any], lookup: Lookup) -> bool:
-    """Whether a condition is true of a layer; of any layer if the layer is None."""
+    """Return whether a condition is true of a layer.
+
+    If `layer` is None, every clause on layers counts as true.
+    """
     return all(_clause(clause, layer, config, lookup) for clause in text.split(" and "))
 
 

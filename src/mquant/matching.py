@@ -60,7 +60,7 @@ def match(entries: Sequence[str], names: Iterable[str], style: Style) -> Matches
         raise SourceError(
             f"The ignore list cannot be judged: it has more than {MAX_ENTRIES:,} entries, or one "
             f"of more than {MAX_LENGTH:,} characters.",
-            "Write `re:` patterns instead of many names, and shorter ones.",
+            "Write fewer and shorter entries, such as `re:` patterns.",
         )
     known = sorted(set(names))
     present = frozenset(known)
@@ -84,7 +84,7 @@ def _is_plain(entry: str, style: Style) -> bool:
     return style is Style.EXACT or (style is Style.NAMES and not entry.startswith("re:"))
 
 
-# One line for each entry: the indexes of the matched names, or the entry's fault.
+# The program prints a line for each entry: the indexes of the matched names, or the fault.
 _PROGRAM: Final = r"""
 import fnmatch, json, re, resource, sys
 
@@ -121,17 +121,17 @@ def _ask(entries: Sequence[str], names: Sequence[str], style: Style) -> list[lis
     # -I and -S: Python runs no code of the environment or this folder, and starts fast.
     command = [sys.executable, "-I", "-S", "-c", _PROGRAM]
     try:
-        run = subprocess.run(  # noqa: S603 -- our own program; what is hostile goes in by stdin
+        run = subprocess.run(  # noqa: S603 -- our own program; untrusted input goes to stdin
             command, input=task.encode(), capture_output=True, timeout=TIME_LIMIT, check=True
         )
-    except subprocess.TimeoutExpired as late:
-        entry = entries[min((late.stdout or b"").count(b"\n"), len(entries) - 1)]
+    except subprocess.TimeoutExpired as timeout:
+        entry = entries[min((timeout.stdout or b"").count(b"\n"), len(entries) - 1)]
         raise SourceError(
-            f"The ignore list cannot be judged: after {TIME_LIMIT:g} s it was still at {entry!r}.",
-            "Write it simpler, without repeats inside repeats; vLLM would take as long.",
+            f"The ignore list cannot be judged: matching reached {entry!r} in {TIME_LIMIT:g} s.",
+            "Write a simpler entry, without repeats inside repeats; vLLM would take as long.",
         ) from None
-    except subprocess.CalledProcessError as stopped:
-        many = b"too many matches" in stopped.stderr
+    except subprocess.CalledProcessError as failure:
+        many = b"too many matches" in failure.stderr
         what = f"its entries match more than {MAX_MATCHES:,} names" if many else "its process died"
         raise SourceError(
             f"The ignore list cannot be judged: {what}.",
@@ -139,7 +139,7 @@ def _ask(entries: Sequence[str], names: Sequence[str], style: Style) -> list[lis
         ) from None
     except OSError as error:
         raise SourceError(
-            f"The ignore list cannot be judged: {type(error).__name__} in matching it.",
+            f"The ignore list cannot be judged: its process failed ({type(error).__name__}).",
             "Check that this machine has memory and processes left.",
         ) from error
     return [json.loads(line) for line in run.stdout.splitlines()]

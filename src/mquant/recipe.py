@@ -1,8 +1,8 @@
 """Recipes: the precision of each role. A recipe says *what* is wanted, never paths or speed.
 
 A recipe is an mquant file (`recipes/*.yaml`: role -> scheme) or an llmcompressor recipe with a
-QuantizationModifier (targets, scheme, ignore). The second is converted to the first, so all other
-modules know one kind.
+QuantizationModifier (targets, scheme, ignore). mquant converts the second kind to the first, so all
+other modules know one kind only.
 """
 
 import re
@@ -23,13 +23,13 @@ from mquant.text import names
 
 def _known_scheme(name: str) -> str:
     if name not in SCHEMES:
-        raise ValueError(f"unknown scheme {name!r}; there is {', '.join(SCHEMES)}")
+        raise ValueError(f"unknown scheme {name!r}; the schemes are {', '.join(SCHEMES)}")
     return name
 
 
 def _compiles(entry: str) -> str:
     if len(entry) > MAX_LENGTH:
-        raise ValueError(f"an entry of more than {MAX_LENGTH:,} characters")
+        raise ValueError(f"the entry has more than {MAX_LENGTH:,} characters")
     if entry.startswith("re:"):
         try:
             re.compile(entry[3:])
@@ -43,7 +43,7 @@ Pattern = Annotated[str, AfterValidator(_compiles)]
 
 
 class KeptLayers(BaseModel):
-    """How many layers at each end keep the parent's bytes, whatever their role."""
+    """The numbers of layers at each end that keep the parent's bytes, whatever their role."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -52,7 +52,7 @@ class KeptLayers(BaseModel):
 
 
 class Calibration(BaseModel):
-    """The text that goes through the model: the number of samples, and most tokens of each."""
+    """The calibration text: the number of samples, the most tokens of a sample, and the seed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -62,7 +62,7 @@ class Calibration(BaseModel):
 
 
 class Recipe(BaseModel):
-    """Role -> scheme. A role that is not named keeps the parent's bytes.
+    """A table of role -> scheme. A role that is not named keeps the parent's bytes.
 
     `targets` and `ignore` narrow the recipe by module name: an exact name, or `re:` and a regular
     expression that is matched from the start of the name, as in compressed-tensors and vLLM. Either
@@ -77,23 +77,23 @@ class Recipe(BaseModel):
     suffix: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     roles: Mapping[Role, SchemeName]
     scales: Literal["minmax", "search"] = "minmax"
-    """`minmax`: llmcompressor's default, bit for bit. `search`: those of the smallest error."""
+    """`minmax`: llmcompressor's scales, bit for bit. `search`: the scales of the smallest error."""
     rounding: Literal["nearest", "gptq"] = "nearest"
-    """`gptq`: each column's error is made up for in those that follow, as the data weighs them."""
+    """`gptq`: later columns compensate each column's error, weighted by the calibration data."""
     smoothing: Literal["none", "awq"] = "none"
-    """`awq`: weights' columns are scaled so that those which matter to the data lose least, and
-    what feeds them (norms, other weights) the other way."""
+    """`awq`: factors multiply the columns of weights, so that the columns that matter most to the
+    calibration data lose least, and divide the norms and weights that feed these columns."""
     calibration: Calibration = Calibration()
     keep_layers: KeptLayers = KeptLayers()
     targets: tuple[Pattern, ...] = ()
     ignore: tuple[Pattern, ...] = ()
     foreign: bool = Field(default=False, exclude=True)
-    """Read from llmcompressor's format, where an entry that matches nothing is common."""
+    """Whether the file is llmcompressor's, in which an entry that matches nothing is common."""
 
     def on(self, names: Iterable[str]) -> "Choice":
-        """The recipe applied to a model whose modules have these names.
+        """Return the recipe applied to a model whose modules have these names.
 
-        Raises SourceError if its entries cannot be matched in reasonable time.
+        Raises SourceError if the entries cannot be matched in reasonable time.
         """
         known = frozenset(names)
         return Choice(
@@ -107,7 +107,7 @@ class Recipe(BaseModel):
         return measured or self.rounding == "gptq" or self.smoothing == "awq"
 
     def keeps_layer(self, layer: int | None, layers: int) -> bool:
-        """Whether a layer, one of so many, stays as it is."""
+        """Return whether the layer, one of `layers`, keeps the parent's bytes."""
         first, last = self.keep_layers.first, self.keep_layers.last
         if layer is None:
             return False
@@ -123,7 +123,7 @@ class Choice:
     ignore: Matches
 
     def scheme(self, role: Role, module_names: tuple[str, ...]) -> Scheme | None:
-        """What a module of this role and these names is stored as; None: as it is."""
+        """Return the scheme for a module of this role and these names; None to keep its bytes."""
         scheme = self.recipe.roles.get(role)
         if scheme is None or not self.ignore.names.isdisjoint(module_names):
             return None
@@ -133,15 +133,15 @@ class Choice:
 
 
 def load_recipes() -> dict[str, Recipe]:
-    """The shipped recipes by name, sorted."""
+    """Return the shipped recipes by name, sorted."""
     paths = sorted(folder("recipes").glob("*.yaml"), key=lambda path: path.stem)
     return {path.stem: load_recipe(path) for path in paths}
 
 
 def find_recipe(name: str) -> Recipe:
-    """A shipped recipe by its name, or a recipe file.
+    """Return a shipped recipe by its name, or the recipe in a file.
 
-    Raises UsageError if there is neither, DataFileError if the file is wrong.
+    Raises UsageError if there is no such recipe or file, DataFileError if the file is wrong.
     """
     shipped = folder("recipes") / f"{name}.yaml"
     if re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) and shipped.is_file():
@@ -156,7 +156,7 @@ def find_recipe(name: str) -> Recipe:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """A recipe file, ours or llmcompressor's. Raises DataFileError naming what is wrong."""
+    """Read a recipe file, mquant's or llmcompressor's. Raises DataFileError for a wrong file."""
     data = read_yaml(path)
     modifier = _quantization_modifier(data, path.name)
     if modifier is not None:
@@ -172,7 +172,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _quantization_modifier(data: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """The QuantizationModifier of an llmcompressor recipe; None for an mquant recipe."""
+    """Return the QuantizationModifier of an llmcompressor recipe; None for an mquant recipe."""
     stages = [value for key, value in data.items() if str(key).endswith("_stage")]
     groups = [
         value
@@ -198,11 +198,11 @@ def _quantization_modifier(data: Mapping[str, Any], name: str) -> Mapping[str, A
 
 def _from_llmcompressor(body: Mapping[str, Any], path: Path) -> dict[str, Any]:
     known = {"targets", "scheme", "ignore", "config_groups"}
-    # llmcompressor writes every default out; what is null or false asks for nothing.
+    # llmcompressor writes every default: a key that is null or false asks for nothing.
     unknown = sorted(str(key) for key, value in body.items() if value and key not in known)
     if unknown:
         raise DataFileError(
-            f"{path.name}: mquant cannot do what {names(unknown)} asks of a QuantizationModifier.",
+            f"{path.name}: mquant does not support {names(unknown)} in a QuantizationModifier.",
             "Remove the key, or run the recipe with llmcompressor.",
         )
     scheme, targets = _scheme_and_targets(body, path.name)
@@ -239,32 +239,32 @@ def _scheme_and_targets(body: Mapping[str, Any], name: str) -> tuple[str, list[A
 def _scheme_of_group(group: Mapping[str, Any], name: str) -> str:
     weights = group.get("weights")
     for scheme in SCHEMES.values():
-        wanted = scheme.config_group["weights"]
+        expected = scheme.config_group["weights"]
         if (
             isinstance(weights, Mapping)
-            and _alike(weights, wanted)
+            and _alike(weights, expected)
             and _alike(group.get("input_activations"), scheme.config_group["input_activations"])
             and not group.get("output_activations")
             and weights.get("observer") in (None, "minmax", "memoryless_minmax")
         ):
             return scheme.name
     raise DataFileError(
-        f"{name}: its config group is no scheme mquant knows ({', '.join(SCHEMES)}).",
-        "Use one of these, or run the recipe with llmcompressor.",
+        f"{name}: its config group is none of mquant's schemes ({', '.join(SCHEMES)}).",
+        "Use one of these schemes, or run the recipe with llmcompressor.",
     )
 
 
-def _alike(args: object, wanted: Mapping[str, Any] | None) -> bool:
-    """Whether quantization arguments mean the same as a scheme's, observers aside."""
-    if not isinstance(args, Mapping) or wanted is None:
-        return not args and wanted is None
+def _alike(args: object, expected: Mapping[str, Any] | None) -> bool:
+    """Return whether quantization arguments mean the same as a scheme's, observers aside."""
+    if not isinstance(args, Mapping) or expected is None:
+        return not args and expected is None
     keys = ("num_bits", "type", "strategy", "group_size", "block_structure", "dynamic", "actorder")
-    same = all((args.get(key) or None) == (wanted[key] or None) for key in keys)
+    same = all((args.get(key) or None) == (expected[key] or None) for key in keys)
     return same and args.get("symmetric", True) is True
 
 
 def _list(value: object) -> list[Any]:
-    """One entry or a list, both of which llmcompressor accepts; Recipe validates the entries."""
+    """Return one entry or a list as a list: llmcompressor accepts both. Recipe validates it."""
     if value is None:
         return []
     return value if isinstance(value, list) else [value]

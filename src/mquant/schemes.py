@@ -14,7 +14,7 @@ Shape = tuple[int, ...]
 class SchemeTensor:
     """A tensor of a quantized module: its dtype (empty: the weight's own) and its shape.
 
-    `shape` makes it from the weight's [out, in].
+    `shape` computes the shape from the weight's [out, in].
     """
 
     suffix: str
@@ -28,9 +28,9 @@ class Scheme:
 
     `config_group` is the entry of compressed-tensors' `config_groups` without its targets. `in`
     must be a multiple of `columns`. `out` must be a multiple of `rows` if loaders stack another
-    matrix of the fused set below, so that no block spans two matrices. `needs_data`: some values
-    are measured while text goes through the model. `streamed`: mquant's own kernels can write the
-    scheme; otherwise only llmcompressor can.
+    matrix of the fused set below this matrix, so that no block spans two matrices. `needs_data`:
+    some values are measured while text goes through the model. `streamed`: mquant's own kernels can
+    write the scheme; otherwise only llmcompressor can.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Scheme:
         return str(self.config_group["format"])
 
     def outputs(self, module: str, shape: Shape, dtype: str) -> tuple[tuple[str, str, Shape], ...]:
-        """(name, dtype, shape) of the tensors that replace `module`.weight of [out, in]."""
+        """Return (name, dtype, shape) of the tensors that replace `module`.weight of [out, in]."""
         rows, columns = shape
         return tuple(
             (f"{module}.{part.suffix}", part.dtype or dtype, part.shape(rows, columns))
@@ -56,7 +56,7 @@ class Scheme:
 
 
 def _args(**keys: Any) -> dict[str, Any]:
-    """Quantization arguments with every key that compressed-tensors writes."""
+    """Return quantization arguments with every key that compressed-tensors writes."""
     return {
         "actorder": None,
         "block_structure": None,
@@ -103,7 +103,7 @@ _FP8_WEIGHT: Final = SchemeTensor("weight", "F8_E4M3", lambda rows, columns: (ro
 NVFP4A16: Final = Scheme(
     "NVFP4A16", _NVFP4_PARTS, _group("nvfp4-pack-quantized", _args(**_E2M1), None), columns=16
 )
-# Activations in 4 bits too, under a divisor that modules with the same input share.
+# As NVFP4A16, with activations in 4 bits too; modules with the same input share their divisor.
 NVFP4: Final = Scheme(
     "NVFP4",
     (*_NVFP4_PARTS, SchemeTensor("input_global_scale", "F32", lambda _rows, _columns: (1,))),
@@ -121,7 +121,7 @@ FP8_DYNAMIC: Final = Scheme(
     (_FP8_WEIGHT, SchemeTensor("weight_scale", "", lambda rows, _columns: (rows, 1))),
     _group("float-quantized", _args(strategy="channel"), _args(strategy="token", dynamic=True)),
 )
-# E4M3 codes with a scale for every 128 x 128 of them; activations in groups of 128.
+# E4M3 codes with one scale per 128 x 128 codes; activations in groups of 128.
 FP8_BLOCK: Final = Scheme(
     "FP8_BLOCK",
     (
@@ -138,7 +138,7 @@ FP8_BLOCK: Final = Scheme(
     rows=128,
 )
 
-# Eight codes of -8 to 7 in an int32, plus 8 and lowest first, and a scale for 128 of them.
+# Eight codes (-8 to 7, stored plus 8) per int32, lowest first; one scale per 128 codes.
 W4A16: Final = Scheme(
     "W4A16",
     (

@@ -31,9 +31,9 @@ from mquant.output.staging import publish, staging
 from mquant.plan import DEFAULT_SHARD_BYTES, cut_shards
 
 FP8_BLOCK: Final = 128
-_CHUNK: Final = 1 << 20  # elements made at once: a few MB, whatever the tensor's size
+_CHUNK: Final = 1 << 20  # elements computed at once: a few MB for a tensor of any size
 _STD: Final = 0.02
-# E4M3 ends at 448; this puts the largest of our normals, 4.33 deviations out, near there.
+# The largest number, 4.33 deviations out, is then near 448, the largest E4M3 number.
 _FP8_STD: Final = 100.0
 
 
@@ -86,7 +86,7 @@ class SynthTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data."""
+        """Bytes of the tensor's data."""
         return nbytes(self.dtype, self.shape)
 
 
@@ -115,9 +115,9 @@ def synth(
     """Write a synthetic checkpoint of `family` into `out`, which must be empty or not exist.
 
     The dimensions are the family's tiny ones, or with `shapes_only` its real ones, changed by
-    `sizes`. The same arguments give the same bytes. Files appear in `out` when all are complete,
-    config.json last. A failure leaves `out` unchanged. Raises UsageError for dimensions that the
-    family lacks, OutputError if `out` cannot be written.
+    `sizes`. The same arguments give the same bytes. Files appear in `out` when all files are
+    complete, config.json last. A failure leaves `out` unchanged. Raises UsageError for dimensions
+    that the family lacks, OutputError if `out` cannot be written.
     """
     config = make_config(family, sizes or Sizes(), precision, tiny=not shapes_only)
     tensors = list(make_tensors(family, config, precision))
@@ -143,7 +143,7 @@ def synth(
 def make_config(
     family: Family, sizes: Sizes, precision: Precision, *, tiny: bool
 ) -> dict[str, Any]:
-    """config.json of a synthetic checkpoint. Raises UsageError for sizes the family lacks."""
+    """Return the config.json of `synth`. Raises UsageError for sizes that the family lacks."""
     config = {**family.synth.config, **(family.synth.tiny if tiny else {})}
     for option, key, value in (
         ("--layers", family.config.layers, sizes.layers),
@@ -181,17 +181,17 @@ def make_config(
 def make_tensors(
     family: Family, config: Mapping[str, Any], precision: Precision
 ) -> Iterator[SynthTensor]:
-    """Every tensor of a synthetic checkpoint, in the order of real releases."""
+    """Yield every tensor of a synthetic checkpoint, in the order of real releases."""
     layers = config[family.config.layers] + family.mtp_layers(config)
     experts = config[family.config.experts] if family.config.experts else 0
     for per_layer, rows in groupby(family.tensors, key=lambda row: "{layer}" in row.name):
         group = [row for row in rows if not family.may_lack(row, config)]
         for layer in range(layers) if per_layer else (None,):
-            here = [r for r in group if family.has_block(r.block, layer, config) is not False]
-            for per_expert, inner in groupby(here, key=lambda row: "{expert}" in row.name):
-                same = list(inner)
+            present = [r for r in group if family.has_block(r.block, layer, config) is not False]
+            for per_expert, inner in groupby(present, key=lambda row: "{expert}" in row.name):
+                members = list(inner)
                 for expert in range(experts) if per_expert else (None,):
-                    for row in same:
+                    for row in members:
                         name = row.format(layer, expert)
                         yield from _tensor(family, row, name, config, precision)
 
@@ -219,7 +219,7 @@ def _tensor(
 
 
 def _not_converted(family: Family) -> list[str]:
-    """The modules that FP8 releases keep, named as in those releases: by the last part."""
+    """Return the modules that FP8 releases keep, named as in those releases: by the last part."""
     kept = (Role.ROUTER, Role.ROUTING_BIAS, Role.HEAD)
     names = (row.name.removesuffix(".weight") for row in family.tensors if row.role in kept)
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
@@ -228,7 +228,7 @@ def _not_converted(family: Family) -> list[str]:
 def _write_shard(
     path: Path, tensors: list[SynthTensor], seed: int, *, shapes_only: bool
 ) -> Iterator[int]:
-    """Write one shard; yields the bytes written so far."""
+    """Write one shard; yield the number of bytes of each write."""
     header, offsets = build_header([(t.name, t.dtype, t.shape) for t in tensors])
     size = sum(tensor.nbytes for tensor in tensors)
     with out_of_space(path, len(header) + size), path.open("wb") as file:
@@ -245,7 +245,7 @@ def _write_shard(
 
 
 def _values(tensor: SynthTensor, seed: int) -> Iterator[memoryview]:
-    """A tensor's data, in chunks. A chunk is valid until the next one is requested.
+    """Yield a tensor's data in chunks. A chunk is valid until the next one is requested.
 
     The data depend only on the seed and the tensor's name. 16 random bits choose one of 65,536
     quantiles: several times faster than exact normals, and no coarser than 16-bit floats.
@@ -258,23 +258,23 @@ def _values(tensor: SynthTensor, seed: int) -> Iterator[memoryview]:
     while left:
         values = values[:left]
         words = random.integers(0, 2**64, -(-len(values) // 4), dtype=np.uint64)
-        chosen = words.astype("<u8", copy=False).view("<u2")[: len(values)]
+        indexes = words.astype("<u8", copy=False).view("<u2")[: len(values)]
         # No index is out of bounds; "clip" only spares `take` a copy.
-        np.take(table, chosen, out=values, mode="clip")
+        np.take(table, indexes, out=values, mode="clip")
         yield values.data.cast("B")
         left -= len(values)
 
 
 @cache
 def _quantiles(dtype: str, mean: float, std: float) -> "np.ndarray[Any, np.dtype[Any]]":
-    """65,536 quantiles of a normal distribution, as the bits of `dtype`."""
+    """Return 65,536 quantiles of a normal distribution, as the bits of `dtype`."""
     normal = NormalDist(mean, std)
     values = np.array([normal.inv_cdf((i + 0.5) / 65536) for i in range(65536)], np.float32)
     return values.astype(_NUMPY[dtype]).view(f"u{nbytes(dtype, (1,))}")
 
 
 def _side_files(vocabulary: int) -> dict[str, dict[str, Any]]:
-    """The files beside the weights on the hub, as far as they can be generated."""
+    """Return the files beside the weights on the hub that mquant can generate."""
     files: dict[str, dict[str, Any]] = {
         "generation_config.json": {
             "do_sample": True,
@@ -290,8 +290,8 @@ def _side_files(vocabulary: int) -> dict[str, dict[str, Any]]:
 
 
 def _byte_tokenizer() -> dict[str, Any]:
-    """A tokenizer without merges: every byte of the text is a token, its id the byte."""
-    # GPT-2's alphabet: printable bytes stand for themselves, the others for what follows 255.
+    """Return a tokenizer without merges: every byte of the text is a token, its id the byte."""
+    # GPT-2's alphabet: printable bytes are themselves, other bytes the characters from 256 on.
     plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     vocabulary = {chr(byte if byte in plain else next(others)): byte for byte in range(256)}

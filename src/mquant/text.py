@@ -11,7 +11,7 @@ Numbers = tuple[int, ...]
 
 
 def clean(text: str) -> str:
-    """The text on one line, with every character that a terminal could obey escaped.
+    """Return the text on one line, with every character escaped that a terminal could obey.
 
     Names, config values and paths are untrusted: an escape sequence could hide or fake a line of
     the output. `isprintable` is false for controls, line ends, bidi marks and surrogates.
@@ -22,13 +22,13 @@ def clean(text: str) -> str:
 
 
 def names(items: list[str] | tuple[str, ...], shown: int = 3) -> str:
-    """`a, b, c and 59 more`: a list of names, short enough for a sentence."""
+    """Return `a, b, c and 59 more`: a list of names, short enough for a sentence."""
     head = ", ".join(items[:shown])
     return head if len(items) <= shown else f"{head} and {len(items) - shown:,} more"
 
 
 def size(count: int) -> str:
-    """Bytes in decimal units: `80.14 GB`."""
+    """Return bytes in decimal units: `80.14 GB`."""
     if count < 1000:
         return f"{count} B"
     units = iter(("kB", "MB", "GB", "TB", "PB"))
@@ -40,7 +40,7 @@ def size(count: int) -> str:
 
 
 def binary_size(count: int) -> str:
-    """Bytes in the binary units that memory is sold in: `74.64 GiB`."""
+    """Return bytes in binary units, the units of memory: `74.64 GiB`."""
     value, unit = count / 1024, "KiB"
     for bigger in ("MiB", "GiB", "TiB"):
         if value < 1000:
@@ -50,17 +50,17 @@ def binary_size(count: int) -> str:
 
 
 def both_sizes(count: int) -> str:
-    """`80.14 GB (74.64 GiB)`."""
+    """Return bytes in both units: `80.14 GB (74.64 GiB)`."""
     return f"{size(count)} ({binary_size(count)})"
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 shard`, `56 shards`."""
+    """Return a count and its noun: `1 shard`, `56 shards`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def compress(names: Iterable[str]) -> list[tuple[str, int]]:
-    """Names that differ only in numbers as (pattern, count): `layers.{0..61}.gate`, 62."""
+    """Return names that differ only in numbers as (pattern, count): `layers.{0..61}.gate`, 62."""
     families: dict[str, list[Numbers]] = {}
     for name in names:
         key = _DIGITS.sub("#", name.replace("#", "##"))

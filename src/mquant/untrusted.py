@@ -25,7 +25,7 @@ RECORD: Final = {"{": MAX_TENSORS, "[": MAX_TENSORS, ":": 3 * MAX_TENSORS, ",": 
 
 
 class TooMuch(ValueError):
-    """A JSON text holds more than any document of its kind."""
+    """A JSON text that holds more than any document of its kind."""
 
 
 def parse_json(
@@ -35,11 +35,11 @@ def parse_json(
     parse_int: Callable[[str], Any] | None = None,
     object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
 ) -> Any:
-    """The value of a JSON text in UTF-8.
+    """Return the value of a JSON text in UTF-8.
 
-    Raises TooMuch if it is larger, or has more of some character, than `most` allows, and
-    ValueError if it is no JSON, is nested deeper than MAX_DEPTH, or holds half of a surrogate
-    pair, which no UTF-8 can say again.
+    Raises TooMuch if the text takes more than MAX_TEXT_BYTES, or has more of some character than
+    `most` allows, and ValueError if the text is no JSON, is nested deeper than MAX_DEPTH, or holds
+    half of a surrogate pair, which UTF-8 cannot encode.
     """
     text = raw.decode("utf-8")
     if sys.getsizeof(text) > MAX_TEXT_BYTES or any(text.count(c) > most[c] for c in most):
@@ -50,7 +50,7 @@ def parse_json(
         raise ValueError("nested too deeply") from None
     level = [value]
     for _ in range(MAX_DEPTH):
-        level = [item for each in level for item in _items(each) if isinstance(item, dict | list)]
+        level = [item for node in level for item in _items(node) if isinstance(item, dict | list)]
         if not level:
             break
     else:

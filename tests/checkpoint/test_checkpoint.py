@@ -252,7 +252,7 @@ def test_a_missing_shard_is_named(src: Path) -> None:
     found = finding(src)
 
     assert (found.rule, found.where) == ("shard-missing", SECOND)
-    assert found.message == f"{INDEX_NAME} names shards that are not there: {SECOND}."
+    assert found.message == f"{INDEX_NAME} names shards that do not exist: {SECOND}."
     assert found.fix == "Download the missing shards."
 
 
@@ -263,7 +263,7 @@ def test_a_path_in_the_index_is_never_followed(src: Path, tmp_path: Path) -> Non
     }
     write_index(src, outside)
 
-    assert finding(src).message == (f"{INDEX_NAME} names shards that are not there: ../{SECOND}.")
+    assert finding(src).message == (f"{INDEX_NAME} names shards that do not exist: ../{SECOND}.")
 
 
 def test_an_indexed_tensor_that_no_shard_holds_is_named(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_no_such_repo_with_a_token(hub: FakeHub, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HF_TOKEN", POOR_TOKEN)
     error = refusal("org/nothing")
     assert error.message == "There is no repo org/nothing on 127.0.0.1, or it is private."
-    assert "use a token that may read it" in error.fix
+    assert "use a token that may read the repo" in error.fix
 
 
 def test_a_private_repo(hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_gated(hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch, toke
     error = refusal()
     assert error.message == "org/tiny is gated: its owner grants access on request."
     assert f"Ask for access at {hub.url}/org/tiny" in error.fix
-    assert ("use a token that may read it" if token else "hf auth login") in error.fix
+    assert ("use a token that may read the repo" if token else "hf auth login") in error.fix
     monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
     assert open_checkpoint(HubRepo(REPO)).tensors
 
@@ -218,7 +218,7 @@ def test_offline(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("repo_id", ["", "a/b/c", "a b/c", "../x", "org/x..y", "org/" + "x" * 99])
 def test_no_repo_id(hub: FakeHub, repo_id: str) -> None:
-    assert "neither a folder here nor a hub repo id" in refusal(repo_id).message
+    assert "neither an existing folder nor a hub repo id" in refusal(repo_id).message
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
@@ -233,7 +233,7 @@ def test_failures_that_pass_are_tried_again(hub: FakeHub, folder: Path, status: 
 
 @pytest.mark.parametrize(
     ("status", "sentence"),
-    [(503, "is in trouble (HTTP 503)"), (429, "limits how often you may ask (HTTP 429)")],
+    [(503, "reports an error (HTTP 503)"), (429, "limits the number of requests (HTTP 429)")],
 )
 def test_failures_that_stay_end_after_five_tries(hub: FakeHub, status: int, sentence: str) -> None:
     hub.fail(status, times=100)

@@ -222,7 +222,7 @@ def test_a_hub_that_fails_is_one_sentence_to_everyone_who_waits(
     work = work_of(open_checkpoint(repo))
     spool = spool_of(repo, tmp_path / "s", work)
     hub.fail(500, times=500)
-    with spool, pytest.raises(SourceError, match="in trouble"):
+    with spool, pytest.raises(SourceError, match="reports an error"):
         read(spool, work[0][0])
 
 

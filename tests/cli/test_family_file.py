@@ -182,7 +182,7 @@ def no_such_size(data: dict[str, Any]) -> None:
     ("edit", "sentence"),
     [
         (bad_role, "b: tensors.0.role (model.embed_tokens.weight): Input should be 'expert', "),
-        (no_experts, "b: synth: config has no number num_local_experts."),
+        (no_experts, "b: synth: config has no integer num_local_experts."),
         (other_type, "b: synth: config.model_type is none of model_types."),
         (not_tiny, "mine: the checkpoint of synth.tiny has more than 1.00 GB, or more than "),
         (no_such_size, "mine.yaml: synth.config does not give the shape of model.embed_tokens"),

@@ -82,7 +82,7 @@ def test_a_refusal_names_every_reason_on_stderr() -> None:
     result = run(failing(Refused([BAD, WORSE])))
     assert result.exit_code == 1
     assert result.stderr == (
-        "Refused: The tensor x is odd. There is 1 more.\n"
+        "Refused: The tensor x is odd. There are 2 findings.\n"
         "Remove it.\n"
         "✗ The tensor y is gone.\n"
         "  Get it.\n"

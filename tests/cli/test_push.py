@@ -240,7 +240,7 @@ def test_a_hub_that_goes_away_is_a_sentence_and_the_same_command_goes_on(
     hub.drop_after = 2
     result = run(src, REPO, code=1)
     assert "The connection to 127.0.0.1 broke." in result.stderr
-    assert "Run the same command again: it goes on from there." in result.stderr
+    assert "Run the same command again to resume." in result.stderr
     assert len(hub.stored) == 2
     in_no_commit_is_half_of_it_whole(hub, set(shards))
     sent = {path for path in uploads(hub) if path.rpartition("/")[2] in hub.stored}
@@ -285,7 +285,7 @@ def test_without_a_token_it_says_so(
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
     result = run(src, REPO, code=1)
-    assert "There is no token, so 127.0.0.1 takes no files." in result.stderr
+    assert "There is no token, so 127.0.0.1 accepts no files." in result.stderr
     assert not hub.requests
 
 
@@ -315,8 +315,8 @@ def test_the_token_goes_to_the_hub_alone_and_into_no_file(
 def test_a_card_that_the_hub_does_not_take_is_a_sentence(src: Path, hub: FakeHub) -> None:
     (src / "README.md").write_text("---\nlicense: mine\n---\n", encoding="utf-8")
     result = run(src, REPO, code=1)
-    assert "127.0.0.1 does not take the metadata of README.md:" in result.stderr
-    assert "Make the card again with mquant card." in result.stderr
+    assert "127.0.0.1 does not accept the metadata of README.md:" in result.stderr
+    assert "Write the card again with mquant card." in result.stderr
 
 
 def test_what_the_hub_lost_is_noticed_and_sent_anew(src: Path, hub: FakeHub) -> None:

@@ -459,7 +459,7 @@ def test_what_is_no_condition(tmp_path: Path, text: str) -> None:
 def test_a_default_stands_below_what_it_is_made_of(tmp_path: Path) -> None:
     message = complaint(tmp_path, "defaults", {"a": "b * 2", "b": "hidden_size"})
 
-    assert message == "mine.yaml: defaults: a is made of b, which must stand above it."
+    assert message == "mine.yaml: defaults: a refers to b, which must stand above a."
 
 
 def test_smoothing_speaks_of_modules_that_are_there(tmp_path: Path) -> None:

@@ -605,7 +605,7 @@ def test_a_refusal_in_one_sentence_names_the_first_and_counts_the_others(make: M
 
     assert refused.message == (
         "Refused: Layer 0 has 4 experts, but config.json says num_local_experts 6 "
-        "(and 1 more layer like it). There are 2 more."
+        "(and 1 more layer like it). There are 3 findings."
     )
     assert refused.fix == "Set num_local_experts to what the shards hold, or get the right shards."
     assert refused.exit_code == 1

@@ -1,4 +1,4 @@
-"""Reading checkpoints: headers as hostile input, folders and hub repos, one view of them."""
+"""Read checkpoints: headers as hostile input, folders and hub repos, and one view of all."""
 
 from mquant.checkpoint.assembly import Assembly, AssemblyReader
 from mquant.checkpoint.checkpoint import (

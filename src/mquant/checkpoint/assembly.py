@@ -10,7 +10,7 @@ from mquant.errors import SourceError
 from mquant.events import Emit
 
 Parts = Mapping[str, tuple[Source, str]]
-"""A file's path in the assembly -> the source that has it, and its path there."""
+"""A file's path in the assembly -> the source that has the file, and its path in the source."""
 
 
 class Assembly:
@@ -35,25 +35,25 @@ class Assembly:
         return tuple(folder for source in self._sources for folder in source.folders)
 
     def materialize(self, emit: Emit, only: Collection[str] | None = None) -> "Assembly":
-        """The assembly with the files of `only` on this machine; other files stay where they are.
+        """Return the assembly with the files of `only` on this machine; other files do not move.
 
-        Each source is downloaded once, and only its files that are needed.
+        Each source downloads the needed files only, in one download.
         """
         parts = dict(self.parts)
-        wanted = parts if only is None else {path: parts[path] for path in only}
-        for source in dict.fromkeys(source for source, _ in wanted.values()):
-            inner = {path: name for path, (each, name) in wanted.items() if each is source}
+        needed = parts if only is None else {path: parts[path] for path in only}
+        for source in dict.fromkeys(source for source, _ in needed.values()):
+            inner = {path: name for path, (owner, name) in needed.items() if owner is source}
             local = source.materialize(emit, sorted(inner.values()))
             parts |= {path: (local, name) for path, name in inner.items()}
         return Assembly(self.name, parts)
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes [start, end) of a file."""
+        """Return bytes [start, end) of a file."""
         source, inner = self._part(path)
         return source.read(inner, start, end)
 
     def identity(self) -> dict[str, str]:
-        """The identities of all sources, numbered in the order of their first file."""
+        """Return the identities of all sources, numbered in the order of their first file."""
         return {
             f"{key} {number}": value
             for number, source in enumerate(self._sources, start=1)
@@ -66,7 +66,7 @@ class Assembly:
 
     def _part(self, path: str) -> tuple[Source, str]:
         if path not in self.parts:
-            raise SourceError(f"{self.name} has no file {path!r}.", "Download it again.")
+            raise SourceError(f"{self.name} has no file {path!r}.", "Download all files again.")
         return self.parts[path]
 
 
@@ -79,7 +79,7 @@ class AssemblyReader:
     def __init__(self, assembly: Assembly) -> None:
         self._assembly = assembly
         sources = {source for source, _ in assembly.parts.values()}
-        self._readers = {each: reader_of(each) for each in sources}
+        self._readers = {source: reader_of(source) for source in sources}
         self._lock = Lock()
         self.bytes_read: dict[Source, int] = dict.fromkeys(sources, 0)
 
@@ -91,7 +91,7 @@ class AssemblyReader:
             self.bytes_read[source] += len(buffer)
 
     def prefetch(self, path: str, start: int, end: int) -> None:
-        """Ask the system to fetch bytes [start, end) of a local file meanwhile."""
+        """Ask the system to fetch bytes [start, end) of a local file in the background."""
         source, inner = self._assembly.parts[path]
         self._readers[source].prefetch(inner, start, end)
 

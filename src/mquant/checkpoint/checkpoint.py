@@ -1,4 +1,4 @@
-"""A checkpoint as its headers, index and config describe it. No weight is read here."""
+"""A checkpoint as its headers, index and config describe it; no weight is read."""
 
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ MAX_CONFIG_BYTES: Final = 8_000_000
 # Header bytes of all shards: 290,000 tensors, plus half as much for long names.
 MAX_HEADER_BYTES_IN_ALL: Final = 64_000_000
 MAX_SHARDS: Final = 10_000
-# One request usually brings prefix and header together; locally it is a single page read.
+# Prefix and header usually come together, in one request to a hub or one local read.
 FIRST_READ: Final = 64 * 1024
 
 T = TypeVar("T")
@@ -30,12 +30,12 @@ R = TypeVar("R")
 SHARD_DAMAGED: Final = rule(
     "shard-damaged",
     "Every shard's header is valid and describes the file as it is, to its last byte.",
-    "A truncated or damaged shard does not load, or loads other numbers.",
+    "A truncated or damaged shard does not load, or loads wrong numbers.",
     "Download the shard again.",
 )
 SHARD_MISSING: Final = rule(
     "shard-missing",
-    "Every shard that the index names is there.",
+    "Every shard that the index names exists.",
     "Loaders stop, or leave the shard's tensors uninitialised.",
     "Download the missing shards.",
 )
@@ -118,7 +118,7 @@ class Checkpoint:
 
     @property
     def lost_shards(self) -> bool:
-        """Whether shards are missing or damaged; what they held is then not known to be lacking."""
+        """Whether shards are missing or damaged; a lost shard may have held any missing tensor."""
         lost = {SHARD_DAMAGED.id, SHARD_MISSING.id}
         return any(finding.rule in lost for finding in self.findings)
 
@@ -135,9 +135,10 @@ class Checkpoint:
 def open_checkpoint(source: Source, *, tolerant: bool = False) -> Checkpoint:
     """Read config.json, the index and every header of a checkpoint.
 
-    Raises SourceError if one of these is missing or unreadable, HeaderError if a header lies.
-    Disagreements of index and headers, and tensors stored twice, are findings. With `tolerant`,
-    which is for judging, a lying header and a missing shard are findings too.
+    Raises SourceError if config.json is missing, no shard exists, or a file is unreadable, and
+    HeaderError if a header is invalid. Missing shards, disagreements of index and headers, and
+    tensors stored twice are findings. With `tolerant`, which is for judging, an invalid header is a
+    finding too, and all the shards that an index names may be missing.
     """
     if CONFIG_NAME not in source.files:
         raise SourceError(
@@ -170,8 +171,8 @@ def open_checkpoint(source: Source, *, tolerant: bool = False) -> Checkpoint:
             tensors[tensor.name] = tensor
     if index is not None:
         damaged = {finding.where for finding in unreadable}
-        whole = {name: shard for name, shard in index.items() if shard not in damaged}
-        findings += _index_findings(whole, tensors, source.files)
+        readable = {name: shard for name, shard in index.items() if shard not in damaged}
+        findings += _index_findings(readable, tensors, source.files)
     elif len(shards) > 1:
         findings.append(
             INDEX_MISSING.finding(
@@ -187,13 +188,13 @@ def open_checkpoint(source: Source, *, tolerant: bool = False) -> Checkpoint:
 
 
 def is_weights(path: str) -> bool:
-    """Whether a file's name is that of weights, in any format, or of their index."""
+    """Return whether a file's name is that of weights, in any format, or of their index."""
     endings = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".h5")
     return path.endswith(endings)
 
 
 def has_chat_template(source: Source) -> bool:
-    """Whether tokenizer_config.json holds a chat template, as older tools wrote it."""
+    """Return whether tokenizer_config.json holds a chat template, as older tools wrote it."""
     name = "tokenizer_config.json"
     if not 0 < source.files.get(name, 0) <= MAX_JSON_BYTES:
         return False
@@ -201,14 +202,14 @@ def has_chat_template(source: Source) -> bool:
 
 
 def read_header(source: Source, shard: str) -> tuple[TensorInfo, ...]:
-    """The tensors of one shard."""
+    """Read the tensors of one shard."""
     return parse_header(read_first(source, shard)[PREFIX_BYTES:], source.files[shard], shard)
 
 
 def read_first(source: Source, shard: str, allowed: "_Allowance | None" = None) -> bytes:
-    """A shard's bytes before its data, from one read, or from two if the header is long.
+    """Return a shard's bytes before its data, from one read, or from two if the header is long.
 
-    Raises HeaderError if the header's length cannot be true, SourceError if it is not `allowed`.
+    Raises HeaderError if the header's length cannot be true, SourceError if `allowed` is less.
     """
     size = source.files[shard]
     first = source.read(shard, 0, min(FIRST_READ, size))
@@ -219,9 +220,9 @@ def read_first(source: Source, shard: str, allowed: "_Allowance | None" = None) 
 
 
 def read_json(source: Source, path: str) -> dict[str, Any]:
-    """A JSON object of the checkpoint. Raises SourceError if the file holds something else."""
+    """Read a JSON object of the checkpoint. Raises SourceError if the file holds something else."""
     most = MAX_JSON_BYTES if path == INDEX_NAME else MAX_CONFIG_BYTES
-    too_large = SourceError(f"{path} is too large to be what it says.", "Get the file again.")
+    too_large = SourceError(f"{path} is too large to be valid.", "Get the file again.")
     if source.files.get(path, 0) > most:
         raise too_large
     try:
@@ -238,7 +239,7 @@ def read_json(source: Source, path: str) -> dict[str, Any]:
 def _read_headers(
     source: Source, shards: tuple[str, ...], *, tolerant: bool
 ) -> tuple[list[tuple[TensorInfo, ...]], list[Finding]]:
-    # A network or disk error still raises: such an error says nothing of the shard.
+    # A network or disk error still raises: such an error says nothing about the shard.
     findings: list[Finding] = []
     allowed = _Allowance(source.name)
 
@@ -259,7 +260,7 @@ def _read_headers(
 
 
 class _Allowance:
-    """How much all headers of a checkpoint may hold together. Threads share the allowance."""
+    """The limit on all headers of a checkpoint together. Threads share the limit."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -274,7 +275,7 @@ class _Allowance:
                 raise SourceError(
                     f"The headers of {self._name} hold more than any checkpoint's: more than "
                     f"{MAX_TENSORS:,} tensors, or {MAX_HEADER_BYTES_IN_ALL:,} bytes.",
-                    "Take out the shards that do not belong to it.",
+                    "Remove the shards that do not belong to the checkpoint.",
                 )
 
 
@@ -294,20 +295,20 @@ def _read_index(source: Source) -> tuple[dict[str, str] | None, int | None]:
 def _named(
     shards: tuple[str, ...], index: dict[str, str] | None
 ) -> tuple[tuple[str, ...], list[Finding]]:
-    """The shards that loaders read: all, or those that the index names."""
+    """Return the shards that loaders read (all, or those that the index names), and findings."""
     indexed = set((index or {}).values())
     named = tuple(shard for shard in shards if shard in indexed)
-    spare = [shard for shard in shards if shard not in named]
-    if not named or not spare:
+    unnamed = [shard for shard in shards if shard not in named]
+    if not named or not unnamed:
         return shards, []
-    what = f"{names(spare)}, which {'is' if len(spare) == 1 else 'are'} not read"
+    what = f"{names(unnamed)}, which {'is' if len(unnamed) == 1 else 'are'} not read"
     message = f"{INDEX_NAME} does not name {what}."
     fix = "Remove the file, or get the index again, from one revision."
-    return named, [SHARD_NOT_IN_INDEX.finding(spare[0], message, fix)]
+    return named, [SHARD_NOT_IN_INDEX.finding(unnamed[0], message, fix)]
 
 
 def is_shard(path: str) -> bool:
-    """Whether a file of a checkpoint holds its weights."""
+    """Return whether a file of a checkpoint holds weights of the checkpoint."""
     # Weights in subfolders (an "original/" copy, adapters) belong to something else.
     return path.endswith(".safetensors") and len(PurePosixPath(path).parts) == 1
 
@@ -331,26 +332,26 @@ def _index_findings(
             what = f"{len(bad):,} tensor{'s' if len(bad) > 1 else ''} ({names(bad)})"
             findings.append(rule.finding(bad[0], sentence.format(what), fix, "source"))
 
-    lost = sorted({shard for shard in index.values() if shard not in present})
-    if lost:
+    missing = sorted({shard for shard in index.values() if shard not in present})
+    if missing:
         findings.append(
             SHARD_MISSING.finding(
-                lost[0],
-                f"{INDEX_NAME} names shards that are not there: {names(lost)}.",
+                missing[0],
+                f"{INDEX_NAME} names shards that do not exist: {names(missing)}.",
                 "Download the missing shards.",
             )
         )
     absent = [n for n, shard in index.items() if shard in present and n not in tensors]
-    moved = [n for n, shard in index.items() if n in tensors and tensors[n].shard != shard]
+    misplaced = [n for n, shard in index.items() if n in tensors and tensors[n].shard != shard]
     extra = [n for n in tensors if n not in index]
-    again = f"Get the shards and {INDEX_NAME} again, from one revision."
-    report(INDEX_WITHOUT_TENSOR, absent, INDEX_NAME + " lists {}, which no shard holds.", again)
-    report(INDEX_WRONG_SHARD, moved, INDEX_NAME + " names the wrong shard for {}.", again)
-    report(TENSOR_NOT_IN_INDEX, extra, "The shards hold {} that " + INDEX_NAME + " lacks.", again)
+    fix = f"Get the shards and {INDEX_NAME} again, from one revision."
+    report(INDEX_WITHOUT_TENSOR, absent, INDEX_NAME + " lists {}, which no shard holds.", fix)
+    report(INDEX_WRONG_SHARD, misplaced, INDEX_NAME + " names the wrong shard for {}.", fix)
+    report(TENSOR_NOT_IN_INDEX, extra, "The shards hold {} that " + INDEX_NAME + " lacks.", fix)
     return findings
 
 
 def _map(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    # Headers are small and many: on a hub each costs a round trip.
+    # Headers are small and many: on a hub each header costs a round trip.
     with ThreadPoolExecutor(max_workers=16) as pool:
         return list(pool.map(function, items))

@@ -1,4 +1,4 @@
-"""A hub repo, downloaded whole into the Hugging Face cache."""
+"""Download a hub repo into the Hugging Face cache."""
 
 import contextlib
 import glob
@@ -34,7 +34,7 @@ _OTHER_WEIGHTS: Final = (
 
 
 class Downloadable(Protocol):
-    """What `download` needs of a repo. A `HubRepo` has it."""
+    """The attributes and methods of a repo that `download` needs; `HubRepo` has all of them."""
 
     repo_id: str
     commit: str
@@ -45,37 +45,37 @@ class Downloadable(Protocol):
         """Raise SourceError for an answer of the hub."""
 
     def unreachable(self) -> SourceError:
-        """The error if nobody answers."""
+        """Return the error for a hub that does not answer."""
 
     def offline(self) -> SourceError:
-        """The error if huggingface_hub may not use the network."""
+        """Return the error for a huggingface_hub that may not use the network."""
 
     def nonsense(self, what: str) -> SourceError:
-        """The error if the hub's answer makes no sense."""
+        """Return the error for an answer of the hub that makes no sense."""
 
 
 def download(repo: Downloadable, emit: Emit, only: Collection[str] | None = None) -> Path:
-    """Download the repo's commit into the Hugging Face cache, and return its folder there.
+    """Download the repo's commit into the Hugging Face cache, and return the folder.
 
     `only` names the files to download; None: all files but weights in other formats than
-    safetensors, and weights in subfolders. Files in the cache are not fetched again. Raises
+    safetensors, and weights in subfolders. Files in the cache are not downloaded again. Raises
     SourceError if the download fails.
     """
-    chosen = [path for path in repo.files if (_matters(path) if only is None else path in only)]
-    wanted = {path: repo.files[path] for path in chosen}
-    folder = retrying(lambda: _snapshot(repo, wanted, emit))
-    for path, size in wanted.items():
+    paths = [path for path in repo.files if (_matters(path) if only is None else path in only)]
+    sizes = {path: repo.files[path] for path in paths}
+    folder = retrying(lambda: _snapshot(repo, sizes, emit))
+    for path, size in sizes.items():
         if not (folder / path).is_file() or (folder / path).stat().st_size != size:
             raise SourceError(
-                f"{path} of {repo.repo_id} is not whole in the cache.",
-                f"Delete {folder}, then run this again.",
+                f"{path} of {repo.repo_id} is incomplete in the cache.",
+                f"Delete {folder}, then run the same command again.",
             )
-    total = sum(wanted.values())
+    total = sum(sizes.values())
     emit(Progress("download", total, total))
     return folder
 
 
-def _snapshot(repo: Downloadable, wanted: Mapping[str, int], emit: Emit) -> Path:
+def _snapshot(repo: Downloadable, sizes: Mapping[str, int], emit: Emit) -> Path:
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, XetDownloadError
@@ -88,8 +88,8 @@ def _snapshot(repo: Downloadable, wanted: Mapping[str, int], emit: Emit) -> Path
                 endpoint=repo.endpoint,
                 library_name="mquant",
                 library_version=__version__,
-                allow_patterns=[glob.escape(path) for path in wanted],
-                tqdm_class=_bar(sum(wanted.values()), emit),
+                allow_patterns=[glob.escape(path) for path in sizes],
+                tqdm_class=_bar(sum(sizes.values()), emit),
             )
     except OfflineModeIsEnabled:
         raise repo.offline() from None
@@ -100,7 +100,7 @@ def _snapshot(repo: Downloadable, wanted: Mapping[str, int], emit: Emit) -> Path
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
         raise repo.nonsense("lists the repo in a way huggingface_hub does not understand") from None
     except OSError as error:
-        # huggingface_hub's own errors (a file that could not be had) are OSErrors without a number.
+        # huggingface_hub's own errors (a download failed) are OSErrors without a number.
         if error.errno is None:
             raise Again(repo.unreachable()) from None
         raise SourceError(
@@ -124,11 +124,11 @@ def quiet() -> Iterator[None]:
 
 
 def _bar(total: int, emit: Emit) -> Any:
-    """A bar class for huggingface_hub that draws nothing and emits Progress."""
+    """Return a progress bar class for huggingface_hub that draws nothing and emits Progress."""
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
     lock = threading.Lock()
-    done = told = 0
+    done = reported = 0
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -137,12 +137,12 @@ def _bar(total: int, emit: Emit) -> Any:
             super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> None:
-            nonlocal done, told
+            nonlocal done, reported
             if self._counts and n:
                 with lock:
                     done = min(done + int(n), total)
-                    if done - told >= PROGRESS_BYTES:
-                        told = done
+                    if done - reported >= PROGRESS_BYTES:
+                        reported = done
                         emit(Progress("download", done, total))
 
     return Bar

@@ -20,7 +20,7 @@ _MOST: Final = 1e9
 
 
 def read_sampling(source: Source) -> dict[str, float | bool]:
-    """What generation_config.json recommends, the most important key first."""
+    """Return the sampling settings of generation_config.json, the most important first."""
     if GENERATION not in source.files:
         return {}
     recommended = read_json(source, GENERATION)

@@ -11,7 +11,7 @@ _PIECE: Final = 16_000_000
 
 
 def sha256_of(source: Source, sizes: Mapping[str, int], emit: Emit) -> Iterator[tuple[str, str]]:
-    """The name and sha256 of each file; each file is read lazily.
+    """Yield the name and sha256 of each file; each file is read lazily.
 
     `sizes` has the bytes of each file. Raises what reading the source raises.
     """

@@ -47,7 +47,7 @@ class TensorInfo:
 
 
 def header_length(prefix: bytes, file_size: int, shard: str) -> int:
-    """Length of the JSON header, from the file's first 8 bytes.
+    """Return the length of the JSON header, from the file's first 8 bytes.
 
     Raises HeaderError if the file is too short or the length cannot be true.
     """
@@ -72,7 +72,7 @@ def header_length(prefix: bytes, file_size: int, shard: str) -> int:
 
 
 def parse_header(raw: bytes, file_size: int, shard: str) -> tuple[TensorInfo, ...]:
-    """The tensors of a shard in file order, from its JSON header.
+    """Return the tensors of a shard in file order, from the JSON header.
 
     Raises HeaderError on invalid JSON, duplicate or absurd names, unknown dtypes, shapes that
     disagree with offsets, holes, overlaps, and data that ends before or after the file does.
@@ -92,11 +92,11 @@ def parse_header(raw: bytes, file_size: int, shard: str) -> tuple[TensorInfo, ..
 def build_header(
     tensors: Sequence[tuple[str, str, tuple[int, ...]]], *, keep_order: bool = False
 ) -> tuple[bytes, dict[str, int]]:
-    """A shard's first bytes, and each tensor's position in the file, from names, dtypes, shapes.
+    """Return a shard's first bytes, and each tensor's position in the file.
 
-    The bytes are those safetensors' own writer makes for the same tensors with
-    `{"format": "pt"}`: tensors by descending dtype, then by name, padded with spaces to 8 bytes.
-    With `keep_order` the tensors lie in the order given.
+    `tensors` has names, dtypes and shapes. safetensors' own writer writes the same bytes for the
+    same tensors with `{"format": "pt"}`: tensors by descending dtype, then by name, padded with
+    spaces to 8 bytes. With `keep_order` the tensors are stored in the order given.
     """
     ordered = tensors if keep_order else sorted(tensors, key=lambda t: (-RANK[t[1]], t[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -160,7 +160,7 @@ def _tensor(name: str, entry: object, base: int, shard: str) -> TensorInfo:
 
 
 def _naturals(value: object) -> bool:
-    # 2**53: what every JSON reader agrees on; also keeps sizes within 64 bits.
+    # 2**53: every JSON reader reads smaller integers exactly; also keeps sizes within 64 bits.
     return isinstance(value, list) and all(
         type(item) is int and 0 <= item < 2**53 for item in value
     )

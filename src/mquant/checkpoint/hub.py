@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MAX_LISTING_BYTES: Final = 16_000_000
 # The most bytes to skip if a server ignores ranges.
 MAX_SKIPPED_BYTES: Final = 16_000_000
-TRIES_TO_CONNECT: Final = 3  # a hub that is not there will not be there in ten seconds
+TRIES_TO_CONNECT: Final = 3  # a hub that does not answer will not answer in ten seconds
 TIMEOUT_SECONDS: Final = 30.0
 MAX_REDIRECTS: Final = 5
 
@@ -42,17 +42,17 @@ _LOG_IN: Final = "log in with `hf auth login` or set HF_TOKEN"
 
 
 class NoSuchRepo(SourceError):
-    """The repo does not exist, or the token may not know of the repo."""
+    """A repo that does not exist, or that the token may not see."""
 
 
 class HubRepo:
     """A model repo on the hub, at one commit.
 
-    The commit is fixed when the object is made: later reads are of that commit, whatever is pushed
-    meanwhile. `sha256` has the hub's digests of large files, `blobs` git's names of small files.
-    Any thread may read. HF_ENDPOINT and the token are huggingface_hub's, read when the object is
-    made; the token goes to that host only. `requests` and `bytes_read` count requests and bytes,
-    retries included.
+    The object's creation fixes the commit: later reads read that commit, even if somebody pushes
+    another commit. `sha256` has the hub's digests of large files, `blobs` git's ids of small files.
+    Any thread may read. HF_ENDPOINT and the token are huggingface_hub's, read at the object's
+    creation; the token is sent to that host only. `requests` and `bytes_read` count requests and
+    bytes, retries included.
 
     Raises SourceError if the repo cannot be listed.
     """
@@ -66,7 +66,7 @@ class HubRepo:
             validate_repo_id(repo_id)
         except HFValidationError:
             raise SourceError(
-                f"{repo_id[:96]!r} is neither a folder here nor a hub repo id.",
+                f"{repo_id[:96]!r} is neither an existing folder nor a hub repo id.",
                 "Give an existing folder, or a repo id such as org/model.",
             ) from None
         self.repo_id = repo_id
@@ -74,11 +74,11 @@ class HubRepo:
         self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         self.requests = 0
         self.bytes_read = 0
-        self._moved: dict[str, str] = {}  # an address -> where it was redirected to
+        self._moved: dict[str, str] = {}  # an address -> the address of its redirect
         self._count = threading.Lock()
         self._headers: dict[str, str] = {
             **build_hf_headers(library_name="mquant", library_version=__version__),
-            # A range of compressed bytes would be a range of something else.
+            # A range of a compressed file would be a range of other bytes.
             "Accept-Encoding": "identity",
         }
         listing = self._list()
@@ -92,7 +92,7 @@ class HubRepo:
 
     @property
     def stamps(self) -> Mapping[str, Stamp]:
-        """The size of each file, and 0: the commit fixes what is in a file."""
+        """The size of each file, and the time 0: the commit fixes the content."""
         return {path: (size, 0) for path, size in self.files.items()}
 
     @property
@@ -101,7 +101,7 @@ class HubRepo:
         return ()
 
     def materialize(self, emit: Emit, only: Collection[str] | None = None) -> Folder:
-        """The repo's commit in the Hugging Face cache; `only` names the files to bring."""
+        """Download the commit, or its files that `only` names, into the Hugging Face cache."""
         emit(Note("info", f"Downloading {self.repo_id}."))
         return Folder(download(self, emit, only))
 
@@ -111,7 +111,7 @@ class HubRepo:
         return host_of(self.endpoint)
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes [start, end) of a file, in one request if nothing fails."""
+        """Return bytes [start, end) of a file, from one request if no request fails."""
         size = self.files.get(path)
         if size is None:
             raise SourceError(
@@ -129,14 +129,14 @@ class HubRepo:
         return retrying(lambda: self._range(url, path, start, end))
 
     def lists(self, path: str, content: bytes) -> bool:
-        """Whether these bytes are a file of the repo, by the digest in the hub's list."""
+        """Return whether `content` has the digest that the hub lists for the file."""
         if path in self.sha256:
             return hashlib.sha256(content).hexdigest() == self.sha256[path]
         blob = b"blob %d\0" % len(content) + content
-        return hashlib.sha1(blob).hexdigest() == self.blobs.get(path)  # noqa: S324 -- git's name
+        return hashlib.sha1(blob).hexdigest() == self.blobs.get(path)  # noqa: S324 -- git's id
 
     def identity(self) -> dict[str, str]:
-        """The repo and the commit."""
+        """Return the repo id and the commit."""
         return {"kind": "hub", "repo": self.repo_id, "commit": self.commit}
 
     def _list(self) -> Listing:
@@ -165,7 +165,7 @@ class HubRepo:
             if response.status_code == 206 and part:
                 self._check_range(response, path, start, end)
             elif response.status_code == 200:
-                skip = start  # the whole file is coming: read what is before, and hang up after
+                skip = start  # the server sends the whole file: skip the bytes before
             else:
                 self.refuse(response, path)
             if response.headers.get("Content-Encoding", "identity") != "identity":
@@ -195,7 +195,7 @@ class HubRepo:
             raise self.nonsense(f"answers with another part of {path} than asked for")
 
     def _body(self, response: "httpx.Response", skip: int, limit: int) -> bytes:
-        """`limit` bytes of a body after the first `skip`; later bytes are never read."""
+        """Return `limit` bytes of a body after the first `skip`; later bytes are never read."""
         data = bytearray()
         for chunk in response.iter_raw():
             with self._count:
@@ -209,37 +209,37 @@ class HubRepo:
 
     @contextlib.contextmanager
     def _get(self, url: str, headers: dict[str, str]) -> "Iterator[httpx.Response]":
-        """One GET. Redirects are followed by hand: the token must not go to other hosts.
+        """Send a GET and yield the response. Follow redirects here: no other host gets the token.
 
-        If a file was redirected, later requests go to the new address until that fails: the hub
-        limits how often it is asked, its storage does not.
+        After a redirect, later requests for a file go to the new address until the new address
+        fails: the hub limits the number of requests, its storage does not.
         """
         import httpx
         from huggingface_hub.errors import OfflineModeIsEnabled
         from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
-        first = url
+        original = url
         try:
-            home = _origin(self.endpoint)
-            known = url = self._moved.get(first, first)
+            hub = _origin(self.endpoint)
+            stored = url = self._moved.get(original, original)
             for _ in range(MAX_REDIRECTS + 1):
-                sent = {**self._headers, **headers}
-                if _origin(url) != home:
-                    sent = {k: v for k, v in sent.items() if k.lower() != "authorization"}
+                request = {**self._headers, **headers}
+                if _origin(url) != hub:
+                    request = {k: v for k, v in request.items() if k.lower() != "authorization"}
                 with self._count:
                     self.requests += 1
                 with get_session().stream(
-                    "GET", url, headers=sent, follow_redirects=False, timeout=TIMEOUT_SECONDS
+                    "GET", url, headers=request, follow_redirects=False, timeout=TIMEOUT_SECONDS
                 ) as response:
                     status = response.status_code
-                    if status not in _REDIRECTS and not (known != first and status >= 400):
-                        self._moved[first] = url
+                    if status not in _REDIRECTS and not (stored != original and status >= 400):
+                        self._moved[original] = url
                         yield response
                         return
-                    target = response.headers.get("Location", "") if status < 400 else first
-                    known, url = first, urljoin(url, target)
+                    target = response.headers.get("Location", "") if status < 400 else original
+                    stored, url = original, urljoin(url, target)
                 scheme = urlsplit(url).scheme
-                if scheme not in ("https", home[0]):
+                if scheme not in ("https", hub[0]):
                     raise self.nonsense(f"redirects to an address that begins with {scheme!r}")
             raise self.nonsense("redirects without end")
         except OfflineModeIsEnabled:
@@ -251,26 +251,26 @@ class HubRepo:
                 "HF_ENDPOINT must be like https://huggingface.co; a token is letters and digits.",
             ) from None
         except httpx.TransportError as error:
-            self._moved.pop(first, None)
+            self._moved.pop(original, None)
             if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
                 raise Again(self.unreachable(), tries=TRIES_TO_CONNECT) from None
             raise Again(self.unreachable()) from None
 
     def refuse(self, response: "httpx.Response", path: str = "") -> NoReturn:
-        """Raise the error of an answer that is no success; `Again` if the failure may pass."""
+        """Raise the error of an answer that reports a failure; `Again` if the failure may pass."""
         error = self._explain(response, path)
         if response.status_code in _TRANSIENT:
             raise Again(error, asked_to_wait(response.headers))
         raise error
 
     def _explain(self, response: "httpx.Response", path: str = "") -> SourceError:
-        """A status and the hub's error headers, as a sentence and a fix."""
+        """Return the error for a status and the hub's error headers."""
         status = response.status_code
         code = response.headers.get("X-Error-Code", "")
         reason = response.headers.get("X-Error-Message", "")
         repo, host = self.repo_id, self.host
         token = "authorization" in self._headers
-        log_in = "use a token that may read it" if token else _LOG_IN
+        log_in = "use a token that may read the repo" if token else _LOG_IN
         if code == "RevisionNotFound":
             return SourceError(
                 f"{repo} has no revision {(self.revision or self.commit)!r}.",
@@ -286,7 +286,7 @@ class HubRepo:
         if reason.startswith("Invalid credentials"):
             return SourceError(
                 f"{host} does not accept your token.",
-                f"It may have expired: {_LOG_IN} anew; public repos need none.",
+                f"The token may have expired: {_LOG_IN} again; public repos need no token.",
             )
         if code == "EntryNotFound" or (path and status == 404 and code != "RepoNotFound"):
             return SourceError(
@@ -304,14 +304,14 @@ class HubRepo:
             )
         if status == 429:
             return SourceError(
-                f"{host} limits how often you may ask (HTTP 429).",
+                f"{host} limits the number of requests (HTTP 429).",
                 "Try again in a few minutes"
-                + ("." if token else "; limits are higher when you are logged in."),
+                + ("." if token else "; the limit is higher if you log in."),
             )
         if status >= 500:
-            return SourceError(f"{host} is in trouble (HTTP {status}).", "Try again later.")
+            return SourceError(f"{host} reports an error (HTTP {status}).", "Try again later.")
         return SourceError(
-            f"{host} answers HTTP {status} where a file of {repo} was expected.",
+            f"{host} answers HTTP {status} to a request for {repo}.",
             "Check HF_ENDPOINT, or try again later.",
         )
 
@@ -321,26 +321,26 @@ class HubRepo:
         return f"{split.scheme}://{split.netloc.rpartition('@')[2]}/{self.repo_id}"
 
     def nonsense(self, what: str) -> SourceError:
-        """The error if a hub's answer makes no sense."""
+        """Return the error for an answer of the hub that makes no sense."""
         return SourceError(f"{self.host} {what}.", "Check HF_ENDPOINT, or try again later.")
 
     def unreachable(self) -> SourceError:
-        """The error if the hub does not answer."""
+        """Return the error for a hub that does not answer."""
         return SourceError(
             f"{self.host} cannot be reached.",
             "Check the network, proxy and HF_ENDPOINT, or give the folder of a local copy.",
         )
 
     def offline(self) -> SourceError:
-        """The error if huggingface_hub may not use the network."""
+        """Return the error for a huggingface_hub that may not use the network."""
         return SourceError(
             f"HF_HUB_OFFLINE is set, so {self.repo_id} cannot be read from {self.host}.",
-            "Unset it, or give the folder of a local copy.",
+            "Unset HF_HUB_OFFLINE, or give the folder of a local copy.",
         )
 
 
 def host_of(endpoint: str) -> str:
-    """A hub's host name."""
+    """Return a hub's host name."""
     with contextlib.suppress(ValueError):
         return urlsplit(endpoint).hostname or "the hub"
     return "the hub"
@@ -352,15 +352,15 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def asked_to_wait(headers: Mapping[str, str]) -> float | None:
-    """Seconds the server asks to wait: Retry-After in either form, or the hub's rate limit."""
+    """Return the seconds to wait: Retry-After in either form, or the hub's rate limit."""
     from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
-    after = headers.get("Retry-After", "").strip()
-    if after.isascii() and after.isdigit():
-        return min(float(after), 1e9)
-    if after:
+    retry_after = headers.get("Retry-After", "").strip()
+    if retry_after.isascii() and retry_after.isdigit():
+        return min(float(retry_after), 1e9)
+    if retry_after:
         with contextlib.suppress(ValueError):
-            when = email.utils.parsedate_to_datetime(after)
+            when = email.utils.parsedate_to_datetime(retry_after)
             when = when if when.tzinfo else when.replace(tzinfo=UTC)
             return max(0.0, (when - datetime.now(UTC)).total_seconds())
     limit = parse_ratelimit_headers(headers)

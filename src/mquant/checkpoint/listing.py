@@ -24,7 +24,7 @@ class Listing:
 
 
 def parse_listing(raw: bytes) -> Listing:
-    """The list in a hub's answer. Raises ValueError, saying what is wrong with the answer."""
+    """Return the list in a hub's answer. Raises ValueError, which says what is wrong."""
     try:
         listing = parse_json(raw)
         commit, siblings = listing["sha"], listing["siblings"]
@@ -36,12 +36,12 @@ def parse_listing(raw: bytes) -> Listing:
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
         raise ValueError("names no commit")
     # Hidden files (.gitattributes) are no part of a checkpoint, as in a folder.
-    shown = {path: size for path, size in files.items() if "/." not in f"/{path}"}
-    return Listing(commit, listing.get("private") is True, shown, digests, blobs)
+    visible = {path: size for path, size in files.items() if "/." not in f"/{path}"}
+    return Listing(commit, listing.get("private") is True, visible, digests, blobs)
 
 
 def _file(sibling: Mapping[str, Any]) -> tuple[str, int]:
-    """A file's name and size. Raises TypeError, KeyError or ValueError if it is neither."""
+    """Return a file's name and size. Raises TypeError, KeyError or ValueError for a bad entry."""
     path = sibling["rfilename"]
     size = (sibling.get("lfs") or sibling)["size"]
     if type(path) is not str or type(size) is not int or not 0 <= size < 2**53:
@@ -54,7 +54,7 @@ def _file(sibling: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _digest(sibling: Mapping[str, Any]) -> tuple[str, str] | None:
-    """A large file's name and its sha256, the key in the hub's storage; None for small files."""
+    """Return a large file's name and sha256, its key in the hub's storage; None for small files."""
     lfs = sibling.get("lfs")
     digest = lfs.get("sha256") if isinstance(lfs, dict) else None
     if isinstance(digest, str) and _SHA256.fullmatch(digest):
@@ -63,7 +63,7 @@ def _digest(sibling: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _blob(sibling: Mapping[str, Any]) -> tuple[str, str] | None:
-    """A small file's name and git's name of its content; None for large ones."""
+    """Return a small file's name and git's id of its content; None for large files."""
     blob = sibling.get("blobId")
     if not sibling.get("lfs") and isinstance(blob, str) and _COMMIT.fullmatch(blob):
         return sibling["rfilename"], blob

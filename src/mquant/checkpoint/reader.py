@@ -9,8 +9,8 @@ from typing import Final
 from mquant.checkpoint.source import Folder, Source, stamp
 from mquant.errors import SourceError
 
-_PREFETCH_BYTES: Final = 1 << 20  # Linux takes no more from one call than a disk from one request
-_FIX: Final = "Wait until nothing writes to it, then run the same command again."
+_PREFETCH_BYTES: Final = 1 << 20  # Linux reads no more for one call than one request of the disk
+_FIX: Final = "Wait until nothing writes to the file, then run the same command again."
 
 
 class Reader:
@@ -33,23 +33,23 @@ class Reader:
         file, done = self._open(path), 0
         while done < len(buffer):  # preadv stops at 2 GiB
             try:
-                got = os.preadv(file, [buffer[done:]], start + done)
+                count = os.preadv(file, [buffer[done:]], start + done)
             except OSError as error:
                 raise SourceError(
                     f"{path} cannot be read at byte {start + done:,}: {error.strerror}.",
                     "Check the disk, or get the file again; then run the same command again.",
                 ) from error
-            if not got:
+            if not count:
                 raise SourceError(
                     f"{path} ends at byte {os.fstat(file).st_size:,}; "
                     f"{start + len(buffer):,} were expected.",
                     "The file changed while it was read: wait until nothing writes to it, then run "
                     "the same command again.",
                 )
-            done += got
+            done += count
 
     def prefetch(self, path: str, start: int, end: int) -> None:
-        """Ask the system to fetch bytes [start, end) from the disk meanwhile. Never fails."""
+        """Ask the system to fetch bytes [start, end) in the background. Ignore errors."""
         with suppress(OSError, SourceError):
             file = self._open(path)
             for at in range(start, end, _PREFETCH_BYTES):
@@ -83,7 +83,7 @@ class Reader:
 
 
 class RangeReader:
-    """Reads any source by one `read` for each call; for a hub, whose commit fixes its files."""
+    """A reader of any source, with one `read` per call; for a hub, whose commit fixes its files."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -103,5 +103,5 @@ class RangeReader:
 
 
 def reader_of(source: Source) -> Reader | RangeReader:
-    """The reader of a source's files."""
+    """Return the reader of a source's files."""
     return Reader(source) if isinstance(source, Folder) else RangeReader(source)

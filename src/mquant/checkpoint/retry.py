@@ -15,7 +15,7 @@ LONGEST_WAIT: Final = 300.0  # the hub's own window of rate limits
 
 
 class Again(Exception):
-    """A failure that may pass. `wait`: seconds the server asks to wait; `tries`: the limit."""
+    """A failure that may pass. `wait`: the seconds that the server asks for; `tries`: the limit."""
 
     def __init__(self, error: MquantError, wait: float | None = None, tries: int = TRIES) -> None:
         super().__init__(error.message)
@@ -25,7 +25,11 @@ class Again(Exception):
 
 
 def retrying(attempt: Callable[[], T]) -> T:
-    """Try again after failures that may pass, waiting longer each time or as long as asked to."""
+    """Return the result of `attempt`, tried again after failures that may pass.
+
+    Each wait is longer than the last, or as long as the server asks. Raises the last failure's
+    error if there were too many attempts, or the server asks for too long a wait.
+    """
     failures = 0
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Where a checkpoint's bytes come from: the protocol, and a folder. `hub` has a hub repo."""
+"""The sources of a checkpoint's bytes: the protocol, a folder, an overlay. `hub` has a hub repo."""
 
 import hashlib
 import os
@@ -11,11 +11,11 @@ from mquant.errors import SourceError
 from mquant.events import Emit
 
 Stamp = tuple[int, int]
-"""A file's size and modification time in ns: both change if the content does."""
+"""A file's size and modification time in ns: a write to the file changes the stamp."""
 
 
 def stamp(stat: os.stat_result) -> Stamp:
-    """The stamp in a file's status."""
+    """Return the stamp in a file's status."""
     return stat.st_size, stat.st_mtime_ns
 
 
@@ -36,16 +36,16 @@ class Source(Protocol):
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """The folders of this machine that hold the files: nothing writes to these folders."""
+        """The folders of this machine that hold the files. mquant never writes to these folders."""
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes [start, end) of a file. Raises SourceError if fewer come back."""
+        """Return bytes [start, end) of a file. Raises SourceError if the file is shorter."""
 
     def identity(self) -> dict[str, str]:
-        """The checkpoint's identity: equal for the same files in another place."""
+        """Return the checkpoint's identity: equal for the same files in another place."""
 
     def materialize(self, emit: Emit, only: Collection[str] | None = None) -> "Source":
-        """The same files on this machine; a hub's are downloaded. `only`: these files suffice."""
+        """Return the files on this machine; a hub's are downloaded. `only`: the needed files."""
 
 
 class Folder:
@@ -74,24 +74,24 @@ class Folder:
         return (self.root,)
 
     def materialize(self, _emit: Emit, _only: Collection[str] | None = None) -> "Folder":
-        """The folder itself: its files are on this machine already."""
+        """Return the folder itself: its files are on this machine already."""
         return self
 
     def path(self, path: str) -> Path:
-        """The path of a listed file. Raises SourceError for a name that is not listed."""
+        """Return the path of a listed file. Raises SourceError for a name that is not listed."""
         if path not in self.files:
-            raise SourceError(f"{self.name} has no file {path!r}.", "Download it again.")
+            raise SourceError(f"{self.name} has no file {path!r}.", "Download all files again.")
         return self.root / PurePosixPath(path)
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes [start, end) of a file."""
+        """Return bytes [start, end) of a file."""
         end = self.files.get(path, 0) if end is None else end
         with self._opened(path) as file:
             return _part(file, path, start, end)
 
     @contextmanager
     def _opened(self, path: str) -> Iterator[int]:
-        """A listed file, open. Raises SourceError if it cannot be read, then or within."""
+        """Open a listed file. Raises SourceError if the file cannot be opened or read."""
         try:
             with self.path(path).open("rb") as file:
                 yield file.fileno()
@@ -101,9 +101,9 @@ class Folder:
             ) from error
 
     def leads_out(self, path: str) -> bool:
-        """Whether a listed file is a link to somewhere else than this folder.
+        """Return whether a listed file is a link out of this folder.
 
-        The hub cache's folders consist of links to `../../blobs`: those are inside.
+        The hub cache's folders consist of links to `../../blobs`: such links count as inside.
         """
         root = self.root.resolve()
         cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
@@ -111,11 +111,11 @@ class Folder:
         return not (real.is_relative_to(root) or real.is_relative_to(cache))
 
     def identity(self) -> dict[str, str]:
-        """`content`: sha256 over names, sizes, small files whole and samples of the shards.
+        """Return `content`: the sha256 of names, sizes, small files and samples of large files.
 
-        A large file is sampled in 64 evenly spread pieces of 4 KiB, the shard's header included:
-        reading all of a 278 GB checkpoint to recognise it would cost as much as quantizing it. The
-        model card does not count: no output depends on it.
+        The samples are some 64 evenly spread pieces of 4 KiB, the file's first bytes included:
+        reading a whole checkpoint of 278 GB would cost as much as quantizing the checkpoint. The
+        model card does not count: no output depends on the card.
         """
         digest = hashlib.sha256()
         for path, size in self.files.items():
@@ -129,23 +129,23 @@ class Folder:
         return {"kind": "folder", "content": digest.hexdigest()}
 
     def _walk(self) -> list[tuple[str, Stamp]]:
-        # Folders of the checkpoint count (some tokenizers have one); hidden ones (.git, .cache)
-        # do not, and a link is followed to a file only: hub caches are made of such links. Pipes
-        # and devices are no files, and no checkpoint has a name that cannot be printed. A file that
-        # was deleted meanwhile is skipped: other processes may work in the folder.
-        found: list[tuple[str, Stamp]] = []
+        # Subfolders count (some tokenizers have one), except hidden folders (.git, .cache). A link
+        # to a file counts, because hub caches consist of such links; a link to a folder does not.
+        # Pipes and devices are no files, and no checkpoint has a name that cannot be printed. A
+        # file that was deleted meanwhile is skipped: other processes may work in the folder.
+        stamps: list[tuple[str, Stamp]] = []
         for folder, folders, names in os.walk(self.root):
             folders[:] = sorted(filter(_is_visible, folders))
             for name in names:
                 path = Path(folder, name)
                 with suppress(FileNotFoundError):
                     if _is_visible(name) and path.is_file():
-                        found.append((path.relative_to(self.root).as_posix(), stamp(path.stat())))
-        return found
+                        stamps.append((path.relative_to(self.root).as_posix(), stamp(path.stat())))
+        return stamps
 
 
 def _part(file: int, path: str, start: int, end: int) -> bytes:
-    """Bytes [start, end) of an open file. Raises SourceError if it is shorter."""
+    """Return bytes [start, end) of an open file. Raises SourceError if the file is shorter."""
     data = os.pread(file, end - start, start)
     while len(data) < end - start:  # pread stops at 2 GiB
         more = os.pread(file, end - start - len(data), start + len(data))
@@ -165,7 +165,7 @@ def _is_visible(name: str) -> bool:
 class Overlay:
     """A source with some files in memory, instead of its own files or beside them.
 
-    So a checkpoint can be judged before the files that make it a checkpoint are written.
+    mquant can then judge a checkpoint before it writes the checkpoint's last files.
     """
 
     def __init__(self, below: Source, files: Mapping[str, bytes]) -> None:
@@ -190,15 +190,15 @@ class Overlay:
         return self._below.folders
 
     def materialize(self, emit: Emit, only: Collection[str] | None = None) -> "Overlay":
-        """The same files in memory, over the materialized source below."""
+        """Return the same files in memory, over the materialized source below."""
         return Overlay(self._below.materialize(emit, only), self._over)
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes [start, end) of a file."""
+        """Return bytes [start, end) of a file."""
         if path in self._over:
             return self._over[path][start:end]
         return self._below.read(path, start, end)
 
     def identity(self) -> dict[str, str]:
-        """The identity of the source below."""
+        """Return the identity of the source below."""
         return self._below.identity()

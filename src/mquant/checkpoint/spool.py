@@ -1,8 +1,9 @@
-"""A hub repo's files on their way through a folder of bounded size.
+"""Download a hub repo's files through a folder of bounded size.
 
-Files come in the order in which the work needs them, and are deleted when no work needs them any
-more. A file comes whole if all its tensors are needed; then its sha256 must be the hub's before the
-file is used. A later run goes on with the files in the folder.
+The spool downloads files in the order in which the work units need them, and deletes a file when no
+work unit needs the file any more. If the work units need all tensors of a file, the spool downloads
+the whole file, and compares the file's sha256 with the hub's before a work unit reads the file. A
+later run resumes with the files in the folder.
 """
 
 import hashlib
@@ -24,12 +25,12 @@ from mquant.events import Emit, Progress
 
 CONNECTIONS: Final = 8
 PIECE: Final = 2 << 20
-"""Bytes of one request. Several run at once; a killed run requests the unfinished ones again."""
-_WINDOW: Final = 10  # pieces; more than connections, so that a slow one does not stop the others
+"""Bytes of one request. Several requests run at once; a killed run repeats the unfinished ones."""
+_WINDOW: Final = 10  # pieces; more than connections, so that a slow piece does not stop the others
 _READ_BYTES: Final = 1 << 20
 _PARTIAL: Final = ".partial"
 _NAMES: Final = ("", _PARTIAL)
-_AGAIN: Final = "Run the same command again: it goes on from there."
+_AGAIN: Final = "Run the same command again to resume."
 
 Work = Mapping[int, Iterable[TensorInfo]]
 """The reads of each work unit, by its number, in the order of the work units."""
@@ -37,10 +38,11 @@ Work = Mapping[int, Iterable[TensorInfo]]
 
 @dataclass(eq=False)
 class FilePart:
-    """Bytes [start, end) of a file, which one or more pieces of work need.
+    """Bytes [start, end) of a file, which one or more work units need.
 
-    `digest` is the sha256 of the whole file, if the whole file is fetched and the hub lists a
-    digest.
+    `digest` is the sha256 of the whole file, if the whole file is downloaded and the hub lists a
+    digest. `first` and `last` are the places of the first and the last work unit that needs the
+    part; `users` is the number of work units that still need the part.
     """
 
     path: str
@@ -54,17 +56,17 @@ class FilePart:
 
     @property
     def nbytes(self) -> int:
-        """How much room it takes."""
+        """The part's bytes on disk."""
         return self.end - self.start
 
     @property
     def name(self) -> str:
-        """What it is called in the folder."""
+        """The part's file name in the folder."""
         return self.path if self.digest else f"{self.path}.{self.start}-{self.end}"
 
 
 def parts_of(repo: HubRepo, tensors: Iterable[TensorInfo], work: Work) -> list[FilePart]:
-    """The parts to fetch, in order. `tensors` are all tensors of the repo.
+    """Return the parts to download, in order. `tensors` are all tensors of the repo.
 
     A part goes from the first needed byte of a file to the last. If the work needs all tensors of
     the file, the part is the whole file, header included.
@@ -92,21 +94,21 @@ def _make_whole(part: FilePart, repo: HubRepo) -> None:
 
 
 def least_room(parts: Iterable[FilePart]) -> int:
-    """The least bytes with which the work can be done: of all files needed at one time."""
+    """Return the least room in bytes: the peak that the files needed at one time take."""
     changes = [change for p in parts for change in ((p.first, p.nbytes), (p.last + 1, -p.nbytes))]
-    most = now = 0
+    peak = current = 0
     for _, change in sorted(changes):
-        now += change
-        most = max(most, now)
-    return most
+        current += change
+        peak = max(peak, current)
+    return peak
 
 
 class Spool:
     """A reader of a hub repo's files: a read waits until its file is on this machine.
 
-    At most `room` bytes lie in `folder`; `room` must be at least `least_room`. Files are fetched
-    while the spool is used as a context manager. `done` says which work needs its files no longer.
-    A read raises SourceError if a file cannot be fetched, or is not the file that the hub lists.
+    `folder` holds at most `room` bytes; `room` must be at least `least_room`. The spool downloads
+    files while it is used as a context manager. `done` says which work units are finished. A read
+    raises SourceError if the download fails, or gives another file than the hub lists.
     """
 
     def __init__(
@@ -121,19 +123,19 @@ class Spool:
         self._open: dict[str, int] = {}
         self._changed = Condition()
         self._failure: BaseException | None = None
-        self._here = 0  # bytes of room that are taken
+        self._taken = 0  # bytes of room
         self._fetched = 0
         self._prepare(folder)
         self._total = sum(part.nbytes for part in parts)
         self._thread = Thread(target=self._run, name="spool")
 
     def __enter__(self) -> "Spool":
-        """Begin to fetch."""
+        """Start the download."""
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Fetch no more. Files stay, for the next run."""
+        """Stop the download. The files stay for the next run."""
         self.stop()
         self._thread.join()
         for file in self._open.values():
@@ -141,27 +143,27 @@ class Spool:
         self._open.clear()
 
     def clear(self) -> None:
-        """Remove the folder, when all work is done."""
+        """Remove the empty folder after all work is done."""
         self._folder.rmdir()
         self._folder.parent.rmdir()
 
     def read_into(self, path: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the file's bytes from `start` on, when the file is there."""
+        """Fill `buffer` with the file's bytes from `start` on, once the part is downloaded."""
         file, part, done = self._file(path), self._parts[path], 0
         while done < len(buffer):
-            got = os.preadv(file, [buffer[done:]], start - part.start + done)
-            if not got:
+            count = os.preadv(file, [buffer[done:]], start - part.start + done)
+            if not count:
                 raise SourceError(f"{path} ends before byte {start + len(buffer):,}.", _AGAIN)
-            done += got
+            done += count
 
     def prefetch(self, path: str, start: int, end: int) -> None:
-        """Do nothing: all files are on their way."""
+        """Do nothing: the spool downloads all files in advance."""
 
     def check(self, path: str) -> None:
-        """Do nothing: nobody else writes these files."""
+        """Do nothing: no other process writes these files."""
 
     def done(self, numbers: Iterable[int]) -> None:
-        """Note that work is done for good; files that no other work needs are deleted."""
+        """Note that work units are finished, and delete the files that no other work unit needs."""
         with self._changed:
             for path in (path for number in numbers for path in self._needs.pop(number, ())):
                 part = self._parts[path]
@@ -171,7 +173,7 @@ class Spool:
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Let nobody wait any longer: whoever waits raises SourceError."""
+        """Stop the download; reads that wait raise SourceError."""
         self._fail(SourceError("Stopped.", _AGAIN))
 
     def _fail(self, error: BaseException) -> None:
@@ -179,18 +181,18 @@ class Spool:
             self._failure = self._failure or error
             self._changed.notify_all()
 
-    # -------------------------------------------------------------------- what lies in the folder
+    # -------------------------------------------------------------------------- files in the folder
 
     def _prepare(self, folder: Path) -> None:
-        """Keep the files of an earlier run that are of use, and delete the others."""
+        """Keep the useful files of an earlier run, and delete the others."""
         for place in (folder, self._folder):
             if place.is_symlink():
                 place.unlink()  # a link could lead outside OUT
         self._folder.mkdir(parents=True, exist_ok=True)
         for part in self._parts.values():
-            there = self._folder / part.path
-            if there.is_file() and there.stat().st_size == self._repo.files[part.path]:
-                _make_whole(part, self._repo)  # the pieces on disk are not fetched again
+            whole = self._folder / part.path
+            if whole.is_file() and whole.stat().st_size == self._repo.files[part.path]:
+                _make_whole(part, self._repo)  # so that the file on disk is not downloaded again
         useful = {self._folder / (p.name + end) for p in self._parts.values() for end in _NAMES}
         for path in (*folder.iterdir(), *self._folder.iterdir()):
             if path.is_dir() and not path.is_symlink():
@@ -202,14 +204,14 @@ class Spool:
             whole = self._folder / part.name
             if whole.is_file() and whole.stat().st_size == part.nbytes:
                 part.ready = True
-                self._here += part.nbytes
+                self._taken += part.nbytes
                 self._fetched += part.nbytes
 
     def _remove(self, part: FilePart) -> None:
         if part.path in self._open:
             os.close(self._open.pop(part.path))
         (self._folder / part.name).unlink(missing_ok=True)
-        self._here -= part.nbytes
+        self._taken -= part.nbytes
 
     def _file(self, path: str) -> int:
         with self._changed:
@@ -217,30 +219,30 @@ class Spool:
             if not self._parts[path].ready and self._failure:
                 raise self._failure
             if path not in self._open:
-                where = self._folder / self._parts[path].name
-                self._open[path] = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                stored = self._folder / self._parts[path].name
+                self._open[path] = os.open(stored, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             return self._open[path]
 
-    # ------------------------------------------------------------------------------------- fetching
+    # ------------------------------------------------------------------------------------- download
 
     def _run(self) -> None:
         with ThreadPoolExecutor(CONNECTIONS) as pool, ExitStack() as files:
             try:
                 self._fetch(pool, files)
-            except BaseException as error:  # noqa: BLE001 -- raised where the files are awaited
+            except BaseException as error:  # noqa: BLE001 -- the reads that wait raise the error
                 self._fail(error)
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _fetch(self, pool: ThreadPoolExecutor, files: ExitStack) -> None:
-        """Fetch pieces side by side, and store them one after another."""
-        under_way: deque[tuple[_Growing, Future[bytes]]] = deque()
+        """Download pieces in parallel, and store the pieces one after another."""
+        pending: deque[tuple[_Growing, Future[bytes]]] = deque()
 
         def store() -> None:
-            growing, piece = under_way.popleft()
+            growing, piece = pending.popleft()
             self._store(growing, piece.result())
 
         for part in [part for part in self._parts.values() if not part.ready]:
-            while under_way and not self._has_room(part):
+            while pending and not self._has_room(part):
                 store()
             if not self._wait_for_room(part):
                 return
@@ -248,15 +250,15 @@ class Spool:
             self._tell(growing.nbytes)
             for start in range(part.start + growing.nbytes, part.end, PIECE):
                 end = min(start + PIECE, part.end)
-                while len(under_way) >= _WINDOW:
+                while len(pending) >= _WINDOW:
                     store()
                 if self._failure:
                     return
                 piece = pool.submit(self._repo.read, part.path, start, end)
-                under_way.append((growing, piece))
-            if growing.nbytes == part.nbytes:  # an earlier run had fetched all of it
+                pending.append((growing, piece))
+            if growing.nbytes == part.nbytes:  # an earlier run downloaded all of the part
                 self._finish(growing)
-        while under_way:
+        while pending:
             store()
 
     def _store(self, growing: "_Growing", data: bytes) -> None:
@@ -271,7 +273,7 @@ class Spool:
             raise SourceError(
                 f"{part.path} of {self._repo.repo_id} does not have the sha256 that "
                 f"{self._repo.host} lists.",
-                "Run the same command again: it gets the file anew.",
+                "Run the same command again to download the file again.",
             )
         with self._changed:
             part.ready = True
@@ -279,13 +281,13 @@ class Spool:
 
     def _has_room(self, part: FilePart) -> bool:
         with self._changed:
-            return self._here + part.nbytes <= self._room
+            return self._taken + part.nbytes <= self._room
 
     def _wait_for_room(self, part: FilePart) -> bool:
-        """Reserve the space that a part needs; False if no work unit needs the part any more."""
+        """Wait for a part's room, and reserve the room; return False after a failure or `stop`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._failure or self._here + part.nbytes <= self._room)
-            self._here += part.nbytes
+            self._changed.wait_for(lambda: self._failure or self._taken + part.nbytes <= self._room)
+            self._taken += part.nbytes
             return self._failure is None
 
     def _tell(self, nbytes: int) -> None:
@@ -294,10 +296,10 @@ class Spool:
 
 
 class _Growing:
-    """A part that is being fetched, from its first byte to its last, in a partial file."""
+    """A part during its download, from the first byte to the last, in a partial file."""
 
     def __init__(self, part: FilePart, folder: Path) -> None:
-        """Go on with an earlier run's partial file, if a digest can tell that it is right."""
+        """Resume an earlier run's partial file, if a digest can verify the whole file."""
         self.part = part
         self._final = folder / part.name
         self._partial = folder / (part.name + _PARTIAL)
@@ -314,15 +316,15 @@ class _Growing:
                 self._file.truncate(0)
 
     def __enter__(self) -> "_Growing":
-        """Nothing."""
+        """Return the part: its file is open already."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the file; keep it on disk."""
+        """Close the file, which stays on disk."""
         self._file.close()
 
     def append(self, data: bytes) -> None:
-        """Take the next bytes."""
+        """Append the next bytes to the file."""
         self._digest.update(data)
         self.nbytes += len(data)
         with _stored(self._partial):
@@ -331,21 +333,21 @@ class _Growing:
                 rest = rest[self._file.write(rest) :]
 
     def finish(self) -> bool:
-        """Rename the file when it is on disk; if the digest differs, delete it and return False."""
+        """Sync and rename the file; if its digest is wrong, delete the file and return False."""
         with _stored(self._partial):
             os.fdatasync(self._file.fileno())
             self._file.close()
-            right = self.part.digest in (None, self._digest.hexdigest())
-            if right:
+            valid = self.part.digest in (None, self._digest.hexdigest())
+            if valid:
                 self._partial.rename(self._final)
             else:
                 self._partial.unlink()
-        return right
+        return valid
 
 
 @contextmanager
 def _stored(path: Path) -> Iterator[None]:
-    """Turn OSErrors of the folder into one sentence."""
+    """Turn an OSError of the folder into an OutputError."""
     try:
         yield
     except OSError as error:

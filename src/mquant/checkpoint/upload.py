@@ -29,14 +29,14 @@ T = TypeVar("T")
 _TRANSIENT: Final = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
 _METADATA: Final = "Invalid metadata in README.md"
 _LOG_IN: Final = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
-_BATCH_BYTES: Final = 4_000_000_000  # most shards are larger: a commit for each
-_AGAIN: Final = "Run the same command again: it goes on from there."
+_BATCH_BYTES: Final = 4_000_000_000  # most shards are larger, so each shard gets a commit
+_AGAIN: Final = "Run the same command again to resume."
 
 
 class HubWriter:
     """A model repo to write to, which need not exist yet.
 
-    HF_ENDPOINT and the token are huggingface_hub's, read when the object is made. Raises
+    HF_ENDPOINT and the token are huggingface_hub's, read at the object's creation. Raises
     OutputError without a token, or, from every method, if the hub refuses or cannot be reached.
     """
 
@@ -47,7 +47,7 @@ class HubWriter:
         self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         token = get_token()
         if not token:
-            raise OutputError(f"There is no token, so {self.host} takes no files.", _LOG_IN)
+            raise OutputError(f"There is no token, so {self.host} accepts no files.", _LOG_IN)
         self._token = token
 
     @property
@@ -66,17 +66,17 @@ class HubWriter:
         self._retrying(lambda: self._api.create_repo(self.repo_id, private=private, exist_ok=True))
 
     def upload(self, folder: Path, files: Mapping[str, int], emit: Emit) -> None:
-        """Upload and commit files of a folder, given with their bytes, some gigabytes at a time.
+        """Upload and commit files of a folder, some gigabytes at a time.
 
-        huggingface_hub asks the hub what it has: nothing is sent twice, and nothing is written
-        beside the files.
+        `files` has the bytes of each file. huggingface_hub asks the hub which files it has, so no
+        file is sent twice; the upload writes no file into the folder.
         """
-        total, before = sum(files.values()), 0
+        total, done = sum(files.values()), 0
         emit(Progress("upload", 0, total))
         for batch in _batches(files):
             self._upload(folder, batch)
-            before += sum(files[name] for name in batch)
-            emit(Progress("upload", before, total))
+            done += sum(files[name] for name in batch)
+            emit(Progress("upload", done, total))
 
     def _upload(self, folder: Path, batch: list[str]) -> None:
         self._retrying(
@@ -91,7 +91,7 @@ class HubWriter:
     def commit(
         self, message: str, add: Mapping[str, Path | bytes], delete: Iterable[str] = ()
     ) -> str:
-        """Make one commit of few files, in their order; returns its id."""
+        """Commit a few files, in their order, and return the commit's id."""
         from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
         def attempt() -> str:
@@ -100,8 +100,8 @@ class HubWriter:
                 *(CommitOperationAdd(name, path) for name, path in add.items()),
                 *(CommitOperationDelete(name, is_folder=False) for name in delete),
             ]
-            done = self._api.create_commit(self.repo_id, operations, commit_message=message)
-            return str(done.oid)
+            result = self._api.create_commit(self.repo_id, operations, commit_message=message)
+            return str(result.oid)
 
         return self._retrying(attempt)
 
@@ -113,8 +113,8 @@ class HubWriter:
         class Api(HfApi):
             def preupload_lfs_files(self, repo_id: str, additions: Any, **options: Any) -> None:
                 # Without hf_xet, parallel uploads use threads that outlive Ctrl-C.
-                for each in list(additions):
-                    super().preupload_lfs_files(repo_id, [each], **options)
+                for addition in list(additions):
+                    super().preupload_lfs_files(repo_id, [addition], **options)
 
         return Api(
             endpoint=self.endpoint,
@@ -127,7 +127,7 @@ class HubWriter:
         return retrying(lambda: self._attempt(action))
 
     def _attempt(self, action: Callable[[], T]) -> T:
-        """Make one attempt. Raises the error of a failure; `Again` if the failure may pass."""
+        """Call `action` once. Raises the error of a failure; `Again` if the failure may pass."""
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
             disable_progress_bars,
             enable_progress_bars,
@@ -149,59 +149,59 @@ class HubWriter:
         from huggingface_hub.errors import HfHubHTTPError, XetDownloadError
 
         chain = list(_causes(error))
-        for each in chain:
-            if isinstance(each, HfHubHTTPError):
-                self._refuse_answer(each.response)
-            if isinstance(each, ValueError) and str(each).startswith(_METADATA):
+        for cause in chain:
+            if isinstance(cause, HfHubHTTPError):
+                self._refuse_answer(cause.response)
+            if isinstance(cause, ValueError) and str(cause).startswith(_METADATA):
                 raise OutputError(
-                    f"{self.host} does not take the metadata of README.md:"
-                    f"{self._shown(str(each).removeprefix(_METADATA + '.'))}.",
-                    "Make the card again with mquant card.",
+                    f"{self.host} does not accept the metadata of README.md:"
+                    f"{self._shown(str(cause).removeprefix(_METADATA + '.'))}.",
+                    "Write the card again with mquant card.",
                 ) from None
-            if isinstance(each, OSError) and each.errno is not None and each.filename:
+            if isinstance(cause, OSError) and cause.errno is not None and cause.filename:
                 raise OutputError(
-                    f"{each.filename} cannot be read or written: {each.strerror}.",
+                    f"{cause.filename} cannot be read or written: {cause.strerror}.",
                     f"Check the disk. {_AGAIN}",
                 ) from None
         network = (httpx.HTTPError, XetDownloadError, RuntimeError, OSError)
-        if any(isinstance(each, network) for each in chain):
+        if any(isinstance(cause, network) for cause in chain):
             raise Again(OutputError(f"The connection to {self.host} broke.", _AGAIN)) from None
         kind = type(error).__name__
-        raise OutputError(f"{self.host} answers what is not understood ({kind}).", _AGAIN) from None
+        raise OutputError(f"{self.host} gave an unknown answer ({kind}).", _AGAIN) from None
 
     def _refuse_answer(self, response: "httpx.Response") -> NoReturn:
         status, host, repo = response.status_code, self.host, self.repo_id
         if status in _TRANSIENT:
-            busy = OutputError(f"{host} is busy or in trouble (HTTP {status}).", _AGAIN)
+            busy = OutputError(f"{host} is busy or reports an error (HTTP {status}).", _AGAIN)
             raise Again(busy, asked_to_wait(response.headers)) from None
         if status == 401:
             raise OutputError(f"{host} does not accept your token.", _LOG_IN) from None
         if status in (402, 403, 404):
             raise OutputError(
                 f"{host} does not let your token write to {repo} (HTTP {status}).",
-                "Check the name, and give the token the right to write there, in its settings.",
+                "Check the name, and allow the token to write to the repo, in its settings.",
             ) from None
         reason = self._shown(response.headers.get("X-Error-Message", ""))
         raise OutputError(
             f"{host} refuses the files (HTTP {status}){':' if reason else ''}{reason}.",
-            "Mend what it names, then run the same command again.",
+            "Correct what {host} names, then run the same command again.",
         ) from None
 
     def _shown(self, reason: str) -> str:
-        """What the hub says, on one line; never the token, should it be repeated."""
+        """Return the hub's text on one line, without the token."""
         line = " ".join(reason.replace(self._token, "(token)").split())[:300].rstrip(".")
         return f" {clean(line)}" if line else ""
 
 
 def _causes(error: BaseException | None) -> Iterable[BaseException]:
-    """An error and what was behind it: huggingface_hub's workers wrap theirs."""
+    """Yield an error and its causes: huggingface_hub's workers wrap their errors."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _batches(files: Mapping[str, int]) -> Iterable[list[str]]:
-    """The files, in their order, in lists of some gigabytes: as many commits will be made."""
+    """Yield the files, in their order, in lists of some gigabytes: each list is one commit."""
     batch: list[str] = []
     size = 0
     for name, count in files.items():

@@ -1,4 +1,4 @@
-"""From codes and scales back to BF16, bit for bit as upstream's dequantizers compute it.
+"""Decode codes and scales to BF16, bit for bit as upstream's dequantizers do.
 
 | layout | a weight is |
 | --- | --- |
@@ -6,18 +6,18 @@
 | compressed-tensors NVFP4 | code * (block scale / global scale) |
 | ModelOpt NVFP4 | code * (block scale * second scale) |
 
-Each operation is one of F32, and the result is rounded to BF16, to nearest even. That is
+Each operation is done in F32, and the result is rounded to BF16, to nearest even, as in
 compressed-tensors' `FP8BlockDequantizer`, the `decompress` of its compressors, and ModelOpt's
-`NVFP4QTensor.dequantize`. (Of FP8 with scales in BF16 upstream takes the product in BF16: that is
-the same, as F32 holds it exactly.)
+`NVFP4QTensor.dequantize`. (For FP8 with scales in BF16 upstream multiplies in BF16: the result is
+the same, because F32 holds the product exactly.)
 
-This is the accused's decoder: engines quantize, and dequantize, what it makes. The judge's, which
-knows nothing of this one, is `weights.decode`.
+Engines quantize, and dequantize to, the numbers of this decoder. `verify` has another decoder,
+`weights.decode`, which uses nothing of this decoder.
 
-Under one global scale an FP4 code and a block scale can only become one number, so those are looked
-up in a table that numpy makes. FP8's scales are too many for that: there the kernel multiplies,
-once, which IEEE 754 defines to the bit, and rounds with integers. NaN, of which FP8 has two codes,
-comes out as NaN.
+Under one global scale, an FP4 code and a block scale always become the same number, so the kernel
+looks the number up in a table that numpy computes. FP8 has too many scales for a table: the kernel
+multiplies by the scale, which IEEE 754 defines to the bit, and rounds with integers. The two NaN
+codes of FP8 become NaN.
 """
 
 from functools import lru_cache
@@ -39,16 +39,16 @@ _E2M1_SIGNED: Final[Floats] = np.concatenate([E2M1, -E2M1])
 
 
 def prepare_decoding() -> None:
-    """Compile the kernels, or take them from numba's cache. Raises as `kernels.prepare`."""
+    """Compile the kernels, or take them from numba's cache. Raises what `compiling` raises."""
     codes, words = np.zeros(GROUP, np.uint8), np.empty(GROUP, np.uint16)
     with compiling():
         decode_fp8(codes[None], np.ones((1, 1), np.float32), (1, GROUP), 0, words)
         decode_nvfp4(codes[: GROUP // 2], codes[:1], nvfp4_table(1.0, divide=True), words)
 
 
-@lru_cache(maxsize=256)  # 8 KiB each; fused sets share a scale, and many sets do
+@lru_cache(maxsize=256)  # 8 KiB each; a fused set shares a scale, and many sets have the same
 def nvfp4_table(second: float, *, divide: bool) -> Words:
-    """What every FP4 code stands for under every FP8 block scale: BF16 [256, 16].
+    """Return the number of every FP4 code under every FP8 block scale: BF16 words [256, 16].
 
     `second` is the scale of the whole weight, a float32 number: a divisor or a factor.
     """
@@ -63,10 +63,10 @@ def nvfp4_table(second: float, *, divide: bool) -> Words:
 def decode_fp8(
     codes: Bytes, scales: Floats, block: tuple[int, int], first: int, words: Words
 ) -> None:
-    """FP8 codes [rows, columns] as BF16 into `words`, uint16 [rows * columns].
+    """Decode FP8 codes [rows, columns] to BF16 into `words`, uint16 [rows * columns].
 
-    `scales`, float32, are of the blocks, of `block` rows and columns, that these rows lie in;
-    `first` is the number of the first row in the first of them.
+    `scales`, float32, are the scales of the blocks, of `block` rows and columns, that contain these
+    rows; `first` is the number of the first row within its block.
     """
     rows, columns = codes.shape
     high, wide = block
@@ -78,7 +78,7 @@ def decode_fp8(
 
 
 def decode_nvfp4(packed: Bytes, scales: Bytes, table: Words, words: Words) -> None:
-    """FP4 codes, uint8 [n / 2], as BF16 into `words`, uint16 [n]; `scales` are uint8 [n / 16]."""
+    """Decode FP4 codes, uint8 [n / 2], into `words`, BF16 [n]; `scales` are uint8 [n / 16]."""
     if not len(packed) * 2 == len(scales) * GROUP == len(words):
         raise ValueError(f"{packed.shape} bytes, {scales.shape} scales into {words.shape}")
     _decode_nvfp4(packed, scales, table, words)
@@ -101,9 +101,10 @@ def _decode_fp8(
 
 @compiled
 def _fp8_bits(codes: Array, bits: Array) -> None:
-    """FP8 codes as F32 that lacks a factor of 2**120: sign, exponent and mantissa, moved.
+    """Write FP8 codes as F32 bits without a factor of 2**120: move sign, exponent and mantissa.
 
-    The difference of the exponents' biases; so subnormal numbers need no care.
+    The factor is the difference of the exponents' biases; a multiplication by the factor is right
+    for subnormal numbers too.
     """
     for i in range(codes.size):
         code = np.uint32(codes[i])
@@ -121,11 +122,11 @@ def _multiply(values: Array, scale: Any) -> None:
 
 @compiled
 def _round(bits: Array, words: Array) -> None:
-    """F32 to BF16, to nearest even; every NaN to the same."""
+    """Round F32 to BF16, to nearest even; every NaN becomes the same NaN."""
     for i in range(bits.size):
         word = bits[i]
-        odd = np.uint32((word >> np.uint32(16)) & np.uint32(1))
-        upper = np.uint32((word + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+        parity = np.uint32((word >> np.uint32(16)) & np.uint32(1))
+        upper = np.uint32((word + np.uint32(0x7FFF) + parity) >> np.uint32(16))
         number = (word & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000)
         words[i] = np.uint16(upper if number else np.uint32(0x7FC0))
 

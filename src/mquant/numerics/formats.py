@@ -15,11 +15,11 @@ Words = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True)
 class FloatFormat:
-    """A format that weights come in.
+    """A number format of weights.
 
     Without its sign bit, the bit pattern of a value is its magnitude: an integer that grows with
     the absolute value, so that values can be compared without decoding them. `infinity` is the
-    magnitude of infinity; NaNs lie above it, finite values below.
+    magnitude of infinity; NaNs are above infinity, finite values below.
     """
 
     name: str
@@ -29,15 +29,15 @@ class FloatFormat:
 
     @property
     def sign(self) -> int:
-        """The sign bit; magnitudes lie below it."""
+        """The sign bit; every magnitude is below the sign bit."""
         return 1 << (8 * self.word.itemsize - 1)
 
     def words(self, raw: bytes | bytearray | memoryview) -> Words:
-        """The bit patterns of raw little-endian bytes, flat; a view, read-only if `raw` is."""
+        """Return the bit patterns of little-endian bytes, flat; a view, read-only if `raw` is."""
         return np.frombuffer(raw, self.word)
 
     def values(self, words: Array) -> Array:
-        """Bit patterns, of any shape, as numbers; a view."""
+        """Return bit patterns, of any shape, as numbers; a view if they have the dtype `word`."""
         return words.astype(self.word, copy=False).view(self.value)
 
 
@@ -49,9 +49,9 @@ FLOATS: Final = {float_format.name: float_format for float_format in (BF16, F16,
 
 
 def _magnitudes(mantissa_bits: int, bias: int, count: int) -> Floats:
-    """The first `count` non-negative values of a small float format, by code.
+    """Return the first `count` non-negative values of a small float format, by code.
 
-    IEEE 754's scheme: subnormals where the exponent field is 0, an implied leading 1 elsewhere.
+    IEEE 754's scheme: a subnormal if the exponent field is 0, otherwise an implied leading 1.
     """
     codes = np.arange(count)
     exponent, mantissa = codes >> mantissa_bits, codes & ((1 << mantissa_bits) - 1)
@@ -62,9 +62,9 @@ def _magnitudes(mantissa_bits: int, bias: int, count: int) -> Floats:
 
 
 def _edges(values: Floats) -> Floats:
-    """For each value but the first, the smallest float32 that rounds to it or beyond.
+    """Return, for each value but the first, the smallest float32 that rounds to it or beyond.
 
-    To nearest; a number half way between two values goes to the one with the even code.
+    To nearest; a number half way between two values rounds to the value with the even code.
     """
     middle = (values[:-1] + values[1:]) / np.float32(2)  # exact: few bits of mantissa
     even = np.arange(1, len(values)) % 2 == 0
@@ -82,10 +82,10 @@ E4M3_EDGES: Final = _edges(E4M3)
 
 
 def e2m1_codes(absolute: Array) -> Bytes:
-    """Codes 0 to 7 of non-negative float32 numbers, above 6 saturating."""
+    """Return codes 0 to 7 of non-negative float32 numbers; numbers above 6 saturate."""
     return np.searchsorted(E2M1_EDGES, absolute, side="right").astype(np.uint8)
 
 
 def e4m3_codes(absolute: Array) -> Bytes:
-    """Codes 0 to 126 of non-negative float32 numbers, above 448 saturating."""
+    """Return codes 0 to 126 of non-negative float32 numbers; numbers above 448 saturate."""
     return np.searchsorted(E4M3_EDGES, absolute, side="right").astype(np.uint8)

@@ -1,19 +1,19 @@
 """FP8 weights (E4M3 codes under a scale for every block): the reference, and its kernel.
 
-Bit for bit what llmcompressor's `memoryless_minmax` observer and compressed-tensors'
-`float-quantized` compressor compute on a CPU. "Own dtype" is the weight's: BF16, F16 or F32. Every
-operation rounds to nearest even in the dtype it is done in.
+The results are bit for bit those of llmcompressor's `memoryless_minmax` observer and
+compressed-tensors' `float-quantized` compressor on a CPU. "Own dtype" is the weight's: BF16, F16 or
+F32. Every operation rounds to nearest even in the dtype of the operation.
 
 | step | dtype |
 | --- | --- |
-| amax of a block, / 448; where that is 0, the dtype's epsilon | own |
-| element / that, at most 448 | own |
-| code, with the element's sign, of -0.0 too | E4M3 |
+| scale: amax of a block / 448; the dtype's epsilon if the quotient is 0 | own |
+| element / scale, at most 448 | own |
+| code of the quotient, with the element's sign, of -0.0 too | E4M3 |
 
 A block is a row (FP8_DYNAMIC) or 128 x 128 elements, fewer at the edges (FP8_BLOCK). Weights must
 be finite.
 
-The kernel divides, which IEEE 754 leaves no choice in, and rounds by adding to bit patterns.
+The kernel divides, which IEEE 754 defines to the bit, and rounds by adding to bit patterns.
 """
 
 from typing import Any, Final
@@ -29,8 +29,9 @@ _LARGEST: Final = E4M3[-1]
 _EPSILON: Final = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23}
 _ONES: Final = np.float32(1.5 * 2**23)
 """Adding and subtracting _ONES rounds a number to the nearest integer, half to even."""
-# What makes a float32 of a magnitude, and what rounds one to the format: the mantissa's bits that
-# go, half of the least that stays less one, 1 where a tie is to be broken, and what stays.
+# _AS_FLOAT turns a magnitude into a float32: a shift and a factor. _ROUNDED rounds a float32 to the
+# format: the number of mantissa bits to drop, half of the last kept bit less one, 1 if ties occur,
+# and the mask of the kept bits.
 _AS_FLOAT: Final = {
     "BF16": (np.uint32(16), np.float32(1)),
     "F16": (np.uint32(13), np.float32(2.0**112)),
@@ -44,7 +45,7 @@ _ROUNDED: Final = {
 
 
 def quantize(weight: Array, block: tuple[int, int]) -> tuple[Bytes, Array]:
-    """Codes uint8 [out, in] of a weight [out, in], and its blocks' scales, in its own dtype."""
+    """Return codes, uint8 [out, in], and block scales, in the own dtype, of a weight [out, in]."""
     high, wide = block
     rows, columns = weight.shape
     down, across = -(-rows // high), -(-columns // wide)
@@ -60,10 +61,10 @@ def quantize(weight: Array, block: tuple[int, int]) -> tuple[Bytes, Array]:
 
 
 def scales_of(amax: Array) -> Array:
-    """Blocks' scales from their largest absolute values, of any shape, in the own dtype."""
+    """Return the scales of blocks from their amax, of any shape, in the own dtype."""
     with np.errstate(under="ignore"):
         scales: Array = amax / amax.dtype.type(_LARGEST)
-    float_format = next(each for each in FLOATS.values() if each.value == amax.dtype)
+    float_format = next(known for known in FLOATS.values() if known.value == amax.dtype)
     scales[scales == 0] = _EPSILON[float_format.name]
     return scales
 
@@ -79,10 +80,10 @@ def prepare_fp8(float_format: FloatFormat) -> None:
 def encode_into(
     words: Array, float_format: FloatFormat, block: tuple[int, int], codes: Bytes
 ) -> tuple[Array, int]:
-    """Quantize bit patterns [out, in]; fills `codes`, uint8 [out, in].
+    """Quantize bit patterns [out, in] into `codes`, uint8 [out, in].
 
-    Returns the blocks' scales, in the format's dtype, and how many numbers are NaN or infinite;
-    where there are any, codes and scales mean nothing.
+    Returns the blocks' scales, in the format's dtype, and the count of numbers that are NaN or
+    infinite; if the count is not 0, codes and scales mean nothing.
     """
     rows, columns = words.shape
     if words.dtype != float_format.word or codes.shape != words.shape:
@@ -105,12 +106,12 @@ def _block_maxima(words: Array, high: int, wide: int, magnitudes: Magnitudes) ->
     for row in range(words.shape[0]):
         line = words[row]
         for block in range(magnitudes.shape[1]):
-            some = line[block * wide : (block + 1) * wide]
+            part = line[block * wide : (block + 1) * wide]
             largest = words.dtype.type(0)
-            for i in range(some.size):
-                largest = max(largest, words.dtype.type(some[i] & mask))
-            place = magnitudes[row // high]
-            place[block] = max(place[block], np.uint32(largest))
+            for i in range(part.size):
+                largest = max(largest, words.dtype.type(part[i] & mask))
+            maxima = magnitudes[row // high]
+            maxima[block] = max(maxima[block], np.uint32(largest))
 
 
 @compiled
@@ -138,7 +139,7 @@ def _encode_some(words: Array, scale: Any, as_float: Any, rounded: Any, codes: A
         word = np.uint32(words[i])
         x = np.uint32((word & mask) << shift).view(np.float32) * unit
         bits = np.float32(x / scale).view(np.uint32)
-        # In F16 not so below its normal numbers; these are far below half of E4M3's smallest.
+        # Wrong for F16's subnormal numbers, which are far below half of E4M3's smallest number.
         bits = np.uint32((bits + half + ((bits >> gone) & tie)) & kept)
         quotient = min(np.uint32(bits).view(np.float32), np.float32(448))
         bits = np.float32(quotient).view(np.uint32)

@@ -1,12 +1,12 @@
 """Compiled kernels: the reference's bytes at the speed of memory, with the GIL released.
 
-They compare integers and compute nothing that rounds; `thresholds` holds all the arithmetic.
-Loops are short and without branches so that LLVM makes SIMD code of them: what a branch depends on
-here is random, and a wrong guess costs more than a block. Blocks are handled a few hundred at a
-time, so that what goes from one loop to the next stays in the first-level cache.
+The kernels compare integers, and no kernel rounds; `thresholds` holds all the arithmetic. Loops are
+short and without branches, so that LLVM vectorizes them: the condition of a branch would be random,
+and a wrong prediction costs more than a block. A loop handles a few hundred blocks at a time, so
+that its results stay in the first-level cache for the next loop.
 
 The first call for a dtype compiles for seconds; numba keeps the result on disk. Arrays must be
-C-contiguous; a read-only one is a type of its own to numba, and compiled for anew.
+C-contiguous; a read-only array is another type to numba, which compiles again.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ _NONE: Final = np.empty(0, np.uint32)
 def prepare(float_format: FloatFormat) -> None:
     """Compile the kernels for a format, or take them from numba's cache.
 
-    Raises EngineError if they can be compiled but not kept.
+    Raises EngineError if the compiled code cannot be stored.
     """
     words, maxima = np.zeros(GROUP, float_format.word), np.zeros(1, np.uint32)
     packed, scales = np.empty(GROUP // 2, np.uint8), np.empty(1, np.uint8)
@@ -40,7 +40,7 @@ def prepare(float_format: FloatFormat) -> None:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Around first calls. Raises EngineError if compiled code cannot be kept."""
+    """Wrap first calls. Raises EngineError if the compiled code cannot be stored."""
     try:
         yield
     except OSError as error:
@@ -51,11 +51,11 @@ def compiling() -> Iterator[None]:
 
 
 def block_maxima(words: Words, float_format: FloatFormat, maxima: Magnitudes) -> tuple[int, int]:
-    """The largest magnitude among bit patterns [n], and how many are NaN or infinite.
+    """Return the largest magnitude of bit patterns [n], and the count of NaN and infinity.
 
     Fills `maxima`, uint32 [n / 16], with the largest magnitude of each block of 16.
-    `float_format.values(np.array([magnitude]))` is the absolute maximum. It is not if any words
-    are not finite; the caller must stop, for `quantize_into` takes them for large numbers.
+    `float_format.values(np.array([magnitude]))` is the absolute maximum if the count is 0. If the
+    count is not 0, the caller must stop: `quantize_into` takes NaN and infinity for large numbers.
     """
     _check(words, float_format)
     if maxima.shape != (len(words) // GROUP,) or len(words) % GROUP:
@@ -74,8 +74,8 @@ def quantize_into(
     """Quantize bit patterns [n] of finite numbers, n a multiple of 16, in blocks of 16.
 
     `maxima`, uint32 [n / 16], are the blocks' largest magnitudes. Fills `packed`, uint8 [n / 2],
-    and `scales`, uint8 [n / 16]. As rows are whole blocks, that is a weight [out, in], or any rows
-    of it, laid flat.
+    and `scales`, uint8 [n / 16]. A row consists of whole blocks, so `words` can be a flat weight
+    [out, in], or any of its rows.
     """
     _check(words, steps.float_format)
     size = len(words)
@@ -85,7 +85,7 @@ def quantize_into(
 
 
 def pack_into(words: Words, steps: Thresholds, scales: Bytes, packed: Bytes) -> None:
-    """Quantize as `quantize_into` does, under block scales that are given: `scales` is read."""
+    """Quantize as `quantize_into` does, but read the block scales from `scales`."""
     _check(words, steps.float_format)
     size = len(words)
     if size % GROUP or not len(packed) * 2 == len(scales) * GROUP == size:
@@ -102,14 +102,14 @@ def _check(words: Words, float_format: FloatFormat) -> None:
 
 @compiled
 def _block_maxima(words: Array, maxima: Array) -> Any:
-    # Separate arrays: the compiler sees that they do not alias, and reloads none.
+    # Separate arrays: the compiler sees that the arrays do not alias, and reloads no value.
     wide = np.empty(_AT_ONCE * 8, np.uint32)
     narrow = np.empty(_AT_ONCE * 8, np.uint32)
     largest = np.uint32(0)
     for first in range(0, maxima.size, _AT_ONCE):
         blocks = min(_AT_ONCE, maxima.size - first)
-        some = words[first * 16 : (first + blocks) * 16]
-        _block_max(some, wide[: blocks * 8], narrow[: blocks * 8])
+        part = words[first * 16 : (first + blocks) * 16]
+        _block_max(part, wide[: blocks * 8], narrow[: blocks * 8])
         for i in range(blocks):
             maxima[first + i] = narrow[i]
             largest = max(largest, narrow[i])
@@ -126,24 +126,24 @@ def _quantize(
     packed: Array,
     scales: Array,
 ) -> None:
-    """If there are no `maxima`, `scales` is not filled but obeyed."""
+    """Quantize blocks; if `maxima` is empty, read `scales` instead of filling `scales`."""
     codes = np.empty((_AT_ONCE, 16), np.uint16)
     pairs = codes.view(np.uint32).reshape(-1)
     for first in range(0, scales.size, _AT_ONCE):
         last = min(first + _AT_ONCE, scales.size)
         blocks = last - first
-        some, some_scales = words[first * 16 : last * 16], scales[first:last]
+        part, part_scales = words[first * 16 : last * 16], scales[first:last]
         for line in range(last * 16, (last + blocks) * 16, 64 // words.itemsize):
             prefetch(words, line)
         if maxima.size:
-            _block_scales(maxima[first:last], start, steps, words.itemsize == 4, some_scales)
-        _codes(some.reshape(blocks, 16), some_scales, table, codes)
+            _block_scales(maxima[first:last], start, steps, words.itemsize == 4, part_scales)
+        _codes(part.reshape(blocks, 16), part_scales, table, codes)
         _pack(pairs[: blocks * 8], packed[first * 8 : last * 8])
 
 
 @compiled
 def _block_max(words: Array, wide: Array, narrow: Array) -> None:
-    """The largest magnitude of each block into the front of `narrow`, by halving four times."""
+    """Write each block's largest magnitude to the front of `narrow`, by halving four times."""
     eighth = wide.size // 8
     if words.itemsize == 2:
         _halve_u16(words.view(np.uint32), wide)
@@ -172,10 +172,10 @@ def _halve_u32(pairs: Array, out: Array) -> None:
 
 @compiled
 def _block_scales(amax: Array, start: Array, steps: Array, wide: bool, out: Array) -> None:
-    """Block scales' codes from magnitudes: the rank of the bucket, and on from there.
+    """Write the codes of block scales for magnitudes, counting up from the rank of the bucket.
 
-    Where buckets hold one magnitude that is all. In F32 they hold one step at most, but for
-    subnormal numbers.
+    In a 16-bit format a bucket holds one magnitude, so the bucket's rank is the code. In F32 a
+    bucket contains one step at most, except for subnormal numbers.
     """
     if not wide:
         for i in range(out.size):
@@ -191,7 +191,7 @@ def _block_scales(amax: Array, start: Array, steps: Array, wide: bool, out: Arra
 
 @compiled
 def _codes(words: Array, scales: Array, table: Array, codes: Array) -> None:
-    """E2M1 codes with their sign, a uint16 each; `words` and `codes` are [blocks, 16]."""
+    """Write E2M1 codes with their sign, a uint16 each; `words` and `codes` are [blocks, 16]."""
     mask = np.uint32(0x7FFF if words.itemsize == 2 else 0x7FFFFFFF)
     for block in range(scales.size):
         row = scales[block]
@@ -212,6 +212,6 @@ def _codes(words: Array, scales: Array, table: Array, codes: Array) -> None:
 
 @compiled
 def _pack(pairs: Array, packed: Array) -> None:
-    """Two codes, seen as one uint32, into a byte each: the first in the low nibble."""
+    """Pack each two codes, read as one uint32, into a byte: the first in the low nibble."""
     for i in range(packed.size):
         packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint32(12)))

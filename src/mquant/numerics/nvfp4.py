@@ -1,23 +1,24 @@
 """NVFP4 weights with min-max scales: the reference, in plain numpy.
 
-Bit for bit what llmcompressor's `memoryless_minmax` observer (`observers/base.py`) and
-compressed-tensors' `nvfp4-pack-quantized` compressor (`quantization/utils/helpers.py`,
-`quantization/lifecycle/forward_helpers.py`, `compressors/nvfp4`) compute on a CPU. "Own dtype" is
-the weight's: BF16, F16 or F32. Every operation rounds to nearest even in the dtype it is done in.
+The results are bit for bit those of llmcompressor's `memoryless_minmax` observer
+(`observers/base.py`) and compressed-tensors' `nvfp4-pack-quantized` compressor
+(`quantization/utils/helpers.py`, `quantization/lifecycle/forward_helpers.py`, `compressors/nvfp4`)
+on a CPU. "Own dtype" is the weight's: BF16, F16 or F32. Every operation rounds to nearest even in
+the dtype of the operation.
 
 | step | dtype |
 | --- | --- |
 | amax of the tensors of a fused set, at least the smallest normal number | own |
 | 1 / amax, rounded, times 2688 (448 * 6), rounded; infinity becomes 1 | own |
-| global scale | that number, as F32 |
-| amax of a block, / 6 | own |
-| times the global scale, at most 448 | F32 |
-| block scale; where that rounds to 0 it is 0.125 | E4M3 |
-| block scale / global scale | F32 |
-| element / that, at most 6 | F32 |
-| code, with the sign of the quotient, where zero is positive | E2M1 |
+| global scale: the number above | F32 |
+| amax of a block / 6 | own |
+| the quotient times the global scale, at most 448 | F32 |
+| block scale: the product rounded; 0.125 if the product rounds to 0 | E4M3 |
+| divisor: block scale / global scale | F32 |
+| element / divisor, at most 6 | F32 |
+| code, with the sign of the quotient; zero is positive | E2M1 |
 
-Weights must be finite: what upstream makes of NaN and infinity is not reproduced.
+Weights must be finite: upstream's results for NaN and infinity are not reproduced.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,14 +35,14 @@ SCALE_OF_ZERO: Final = 0x20
 
 
 def global_scale(weights: Sequence[Array]) -> np.float32:
-    """The scale shared by the weights (of any shapes) of a fused set."""
+    """Return the global scale that the weights (of any shapes) of a fused set share."""
     return global_scale_of(np.abs(weight).max() for weight in weights)
 
 
 def global_scale_of(amaxes: Iterable[Array]) -> np.float32:
-    """The same from the largest absolute value of each weight, a scalar in the weight's dtype.
+    """Return the global scale from each weight's amax, a scalar in the weight's dtype.
 
-    Different dtypes meet in F32, which holds them all.
+    Scalars of different dtypes become F32, which holds all of them exactly.
     """
     scalars = [np.asarray(amax) for amax in amaxes]
     dtypes = {scalar.dtype for scalar in scalars}
@@ -55,7 +56,7 @@ def global_scale_of(amaxes: Iterable[Array]) -> np.float32:
 
 
 def quantize(weight: Array, scale: np.float32) -> tuple[Bytes, Bytes]:
-    """Quantize a weight [out, in], in a multiple of 16, with its global scale.
+    """Quantize a weight [out, in], `in` a multiple of 16, with its global scale.
 
     Returns `weight_packed` uint8 [out, in / 2], the even element in the low nibble, and the bytes
     of `weight_scale` uint8 [out, in / 16].
@@ -69,7 +70,7 @@ def quantize(weight: Array, scale: np.float32) -> tuple[Bytes, Bytes]:
 
 
 def rounded_scales(amax: Array, scale: np.float32) -> Bytes:
-    """The E4M3 codes that blocks' scales round to, which may be 0.
+    """Return the E4M3 codes that the scales of blocks round to, which may be 0.
 
     `amax` holds the blocks' largest absolute values, in the own dtype.
     """
@@ -79,20 +80,20 @@ def rounded_scales(amax: Array, scale: np.float32) -> Bytes:
 
 
 def block_scales(amax: Array, scale: np.float32) -> Bytes:
-    """The E4M3 codes of blocks' scales, as they are stored."""
+    """Return the E4M3 codes of the scales of blocks, as stored."""
     codes = rounded_scales(amax, scale)
     return np.where(codes == 0, np.uint8(SCALE_OF_ZERO), codes)
 
 
 def quotients(elements: Array, scales: Bytes, scale: np.float32) -> Floats:
-    """Elements in units of E2M1. Shapes broadcast; `scales` are E4M3 codes, none of them 0."""
+    """Return elements in units of E2M1. Shapes broadcast; `scales` are E4M3 codes other than 0."""
     with np.errstate(over="ignore", under="ignore"):
         divisor: Floats = E4M3[scales] / scale
         return elements.astype(np.float32) / divisor
 
 
 def element_codes(quotient: Floats) -> Bytes:
-    """E2M1 codes with their sign in bit 3: that of a zero is lost, of a tiny number is kept."""
+    """Return E2M1 codes with the sign in bit 3: tiny numbers keep their sign, zeros lose it."""
     negative = (quotient < 0).astype(np.uint8)
     codes: Bytes = e2m1_codes(np.abs(quotient)) | negative << np.uint8(3)
     return codes

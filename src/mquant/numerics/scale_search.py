@@ -1,32 +1,33 @@
 """NVFP4 scales found by search: the smallest squared error instead of the largest weight.
 
-For a block x of 16 weights, and w, how much the inputs make of each (1 where that is not known):
+For a block x of 16 weights, and w, the importance of each weight by its inputs (1 if unknown):
 
     error(c, G) = sum over i of w[i] * (|x[i]| - q[i] * d)**2,    d = E4M3[c] / G
 
-where q[i] is the E2M1 value next to |x[i]| / d, and q[i] * d what compressed-tensors' decompress
-(and vLLM) makes of it, in F32. Every block takes the code c of the smallest error under the global
-scale G of its fused set, and the set the G of the smallest sum.
+where q[i] is the E2M1 value nearest to |x[i]| / d, and q[i] * d is the F32 number that
+compressed-tensors' decompress (and vLLM) computes. Every block takes the code c of the smallest
+error under the global scale G of its fused set, and the set takes the G of the smallest sum.
 
-**Which codes.** With a the largest |x[i]|, `around` tries those 12 next to a / 6 and itself. All
-others lose:
+**Which codes.** With a the largest |x[i]|, the search tries the code of a / 6 and the 12 codes next
+to that code. All other codes lose:
 
-- d > a / 3.5: then no q is above 3, and d / 2 has every point that d has up to there. Half of
-  code c is c - 8, but for odd codes below 16, of which all are tried where a block is that small.
-- 6 * d < 0.65 * a: cutting off a costs more than (0.35 * a)**2 = 4.41 * (a / 6)**2. Whatever the
-  other 15 weights are, some code costs at most 4.3 * (a / 6)**2: for every position of a / 6
-  between two codes there is a mixture of the codes tried under which no 15 weights cost more on
-  average (a game, solved in tests/numerics/test_scale_search.py). With `w` such a code could win,
-  and is not wanted: a channel that calibration did not see would lose a third of its largest
-  weight.
+- If d > a / 3.5, no q is above 3, and d / 2 has every point that d has up to 3 * d. Half of code c
+  is code c - 8, except for odd codes below 16; a block that small tries all these codes.
+- If 6 * d < 0.65 * a, clipping a costs more than (0.35 * a)**2 = 4.41 * (a / 6)**2. For any other
+  15 weights, some code costs at most 4.3 * (a / 6)**2: for every position of a / 6 between two
+  codes there is a mixture of the tried codes under which no 15 weights cost more on average (a
+  game, solved in tests/numerics/test_scale_search.py). With `w` such a code could win, but the
+  search refuses it: a channel without calibration data would lose a third of its largest weight.
 
-**Which global scales.** Halving G moves every code by 8 and changes nothing but what falls off
-E4M3's ends, so one octave holds all grids there are. The min-max G leaves the largest block no
-code above a / 6; so `RATIOS` below it, an octave in 16 steps, begin where it has all of them. The
-best of these on a sample of blocks is compared with the min-max one on all blocks: so min-max's
-never does better. All are BF16 numbers, in which 1 / G can be taken and undone.
+**Which global scales.** Halving G moves every code by 8 and changes only the codes at E4M3's ends,
+so one octave holds all distinct grids. The min-max G leaves the largest block no code above a / 6.
+So the search divides the min-max G by `RATIOS`, an octave in 16 steps, which begins at the first
+step that leaves the largest block all of its codes. The best of these scales on a sample of blocks
+is compared with the min-max G on all blocks, so the result is never worse than min-max. All scales
+are BF16 numbers, whose reciprocals can be inverted exactly.
 
-Deterministic: sums are taken in one order, whatever the vectors' width or the number of threads.
+The result is deterministic: the order of additions depends neither on the vectors' width nor on the
+number of threads.
 """
 
 from collections.abc import Sequence
@@ -44,13 +45,13 @@ RATIOS: Final = tuple(1.75 * (1 + sixteenth / 16) for sixteenth in range(16))
 """Ratios of tried global scales to the min-max scale; 1.75 is the first sixteenth above 6 / 3.5."""
 ALIKE: Final = np.empty(0, np.float32)
 """The importance if all columns count the same."""
-_SAMPLED: Final = 8192  # blocks of a fused set that all global scales are tried on
+_SAMPLED: Final = 8192  # blocks of a fused set on which all global scales are tried
 
-_TILE: Final = 128  # blocks at once: what they need stays in the first-level cache
+_TILE: Final = 128  # blocks at once: their data stays in the first-level cache
 _LAST: Final = len(E4M3) - 1
-_ABOVE, _BELOW = 7, 5  # codes tried beside a / 6's own
-_SMALL: Final = 8  # blocks whose code is lower need codes up to 15
-_KEPT: Final = np.float32(0.65)  # of a, by the codes that are tried
+_ABOVE, _BELOW = 7, 5  # codes tried above and below the code of a / 6
+_SMALL: Final = 8  # blocks with a lower code try 15 codes above
+_KEPT: Final = np.float32(0.65)  # the part of a that a tried code must keep
 _PADDED: Final = np.clip(np.arange(-_BELOW, _LAST + 16), 1, _LAST)
 """The codes around a code, at index code + _BELOW; the ends repeat."""
 _UNIT: Final = {"BF16": np.float32(1), "F16": np.float32(2.0**112), "F32": np.float32(1)}
@@ -61,10 +62,10 @@ _HALVES: Final = _ONES / 2
 
 
 class SearchedWeight(NamedTuple):
-    """A weight [out, in] of finite numbers, to be searched: bit patterns, flat.
+    """A weight [out, in] of finite numbers for the search: bit patterns, flat.
 
-    `maxima`, uint32 [blocks], has each block's largest magnitude, `importance`, float32 [in], how
-    much an error in each column counts, or `ALIKE`.
+    `maxima`, uint32 [blocks], has each block's largest magnitude; `importance`, float32 [in],
+    says how much an error in each column counts, or is `ALIKE`.
     """
 
     words: Words
@@ -74,39 +75,39 @@ class SearchedWeight(NamedTuple):
 
 
 def prepare_search(float_format: FloatFormat) -> None:
-    """Compile the search for a format, as `kernels.prepare` does what comes before and after."""
+    """Compile the search for a format, as `kernels.prepare` compiles the other kernels."""
     words, maxima = np.zeros(GROUP, float_format.word), np.zeros(1, np.uint32)
     with compiling():
         search([SearchedWeight(words, float_format, maxima, ALIKE)], np.empty((2, 1), np.uint8))
 
 
 def search(weights: Sequence[SearchedWeight], scratch: Bytes) -> tuple[np.float32, Bytes]:
-    """The global scale of a fused set, and the E4M3 codes of all its blocks, one after another.
+    """Return the global scale of a fused set, and the E4M3 codes of its blocks in order.
 
-    `scratch`, uint8 [2, blocks], holds them until it is used again.
+    The codes are a view of `scratch`, uint8 [2, blocks], which the next search overwrites.
     """
-    first = _base(weights)
-    below = (BF16.value.type(first / np.float32(ratio)) for ratio in RATIOS)
-    scales = np.array(list(below), np.float32)
+    minmax = _base(weights)
+    lower = (BF16.value.type(minmax / np.float32(ratio)) for ratio in RATIOS)
+    scales = np.array(list(lower), np.float32)
     weights = _relative(weights)
-    power = np.ldexp(np.float32(1), np.frexp(first)[1] - 1)
+    power = np.ldexp(np.float32(1), np.frexp(minmax)[1] - 1)
     blocks = sum(len(weight.maxima) for weight in weights)
     sampled = _search_under(scales, weights, power, max(1, blocks // _SAMPLED), scratch[:1])
-    scales = np.array([first, scales[np.argmin(sampled)]])
+    scales = np.array([minmax, scales[np.argmin(sampled)]])
     best = np.argmin(_search_under(scales, weights, power, 1, scratch))
     return scales[best], scratch[best, :blocks]
 
 
 def _base(weights: Sequence[SearchedWeight]) -> np.float32:
-    """The min-max global scale, as a BF16 number whatever the weights are."""
+    """Return the min-max global scale as a BF16 number, for weights of any dtype."""
     amaxes = [w.float_format.values(w.maxima.max()).astype(np.float32) for w in weights]
-    # Cut, not rounded: the largest float32 would be infinite.
+    # Truncate: rounding would turn the largest float32 into infinity.
     largest = (np.max(amaxes).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
     return global_scale_of([largest.view(BF16.value)])
 
 
 def _relative(weights: Sequence[SearchedWeight]) -> list[SearchedWeight]:
-    """Importance of the set's largest: sums of squares stay numbers. All zero says nothing."""
+    """Divide importance by the set's largest, so that sums stay finite; all 0 becomes `ALIKE`."""
     largest = max(float(w.importance.max(initial=0)) for w in weights)
     return [
         w._replace(importance=w.importance / np.float32(largest) if largest else ALIKE)
@@ -117,9 +118,9 @@ def _relative(weights: Sequence[SearchedWeight]) -> list[SearchedWeight]:
 def _search_under(
     scales: Floats, weights: Sequence[SearchedWeight], power: np.float32, every: int, codes: Bytes
 ) -> Array:
-    """Search every so many tiles under each of the global scales; returns the sums of errors.
+    """Search every `every`th tile under each of the global scales; return the sums of errors.
 
-    If `codes` has a row for each scale, it has the codes of all blocks afterwards.
+    If `codes` has a row for each scale, the search fills each row with the codes of its scale.
     """
     with np.errstate(over="ignore", under="ignore"):
         divisors = E4M3[_PADDED] / scales[:, None] * power
@@ -171,7 +172,7 @@ def _choose(
     best: Array,
     codes: Array,
 ) -> None:
-    """The codes of blocks, a column of `x` and `w` each, and what their errors are."""
+    """Write the best `codes` of blocks, a column of `x` and `w` each, and their errors (`best`)."""
     errors, d = np.empty(best.size, np.float32), np.empty(best.size, np.float32)
     over_d, center = np.empty(best.size, np.float32), np.empty(best.size, np.int32)
     above = _centers(largest, ratio, center, codes)
@@ -186,14 +187,14 @@ def _choose(
 
 @compiled
 def _value(magnitude: Any, as_float: Any) -> Any:
-    """The absolute value of a magnitude, in units in which the set's largest is some 2688."""
+    """Return the value of a magnitude, in units in which the set's largest is 1344 to 2688."""
     shift, unit, power = as_float
     return np.uint32(np.uint32(magnitude) << shift).view(np.float32) * unit * power
 
 
 @compiled
 def _load(words: Array, as_float: Any, x: Array) -> None:
-    """Absolute values of blocks, a block a column."""
+    """Write the absolute values of blocks to `x`, a block per column."""
     mask = words.dtype.type(0x7FFF if words.itemsize == 2 else 0x7FFFFFFF)
     for i in range(GROUP):
         row = x[i]
@@ -203,7 +204,7 @@ def _load(words: Array, as_float: Any, x: Array) -> None:
 
 @compiled
 def _spread(importance: Array, first: int, n: int, w: Array) -> None:
-    """The importance of every element of `n` blocks, a block a column."""
+    """Write the importance of every element of `n` blocks to `w`, a block per column."""
     for b in range(n):
         column = (first + b) * GROUP % importance.size
         for i in range(GROUP):
@@ -212,7 +213,7 @@ def _spread(importance: Array, first: int, n: int, w: Array) -> None:
 
 @compiled
 def _centers(largest: Array, ratio: Any, center: Array, codes: Array) -> int:
-    """The codes next to a / 6, as they are and as they are stored; returns how many go above."""
+    """Write the codes of a / 6 to `center`, and as stored to `codes`; return the steps above."""
     above = _ABOVE
     for b in range(largest.size):
         scale = np.float32(largest[b] / np.float32(6) * ratio)
@@ -233,7 +234,7 @@ def _centers(largest: Array, ratio: Any, center: Array, codes: Array) -> int:
 def _look_up(
     codes: Array, divisors: Array, inverse: Array, step: int, d: Array, over_d: Array
 ) -> None:
-    """The scales `step` codes on, and one over them."""
+    """Write the scales of the codes plus `step`, and the reciprocals of the scales."""
     for b in range(d.size):
         code = np.int64(codes[b]) + (step + _BELOW)
         d[b], over_d[b] = divisors[code], inverse[code]
@@ -243,7 +244,7 @@ def _look_up(
 def _keep(
     errors: Array, d: Array, largest: Array, center: Array, step: int, best: Array, codes: Array
 ) -> None:
-    """Take the codes that make smaller errors, if they keep enough of the largest weight."""
+    """Take the codes with smaller errors, if the codes keep enough of the largest weight."""
     for b in range(codes.size):
         better = (errors[b] < best[b]) & (np.float32(6) * d[b] >= _KEPT * largest[b])
         best[b] = errors[b] if better else best[b]
@@ -252,13 +253,13 @@ def _keep(
 
 @compiled
 def _errors(x: Array, w: Array, d: Array, over_d: Array, errors: Array) -> None:
-    """Squared errors of blocks, a column of `x` and `w` each, under their scales `d`.
+    """Write the squared errors of blocks, a column of `x` and `w` each, under their scales `d`.
 
-    The sum over a block is taken from its first element to its last; blocks go side by side.
+    A block's elements are added from the first to the last; blocks are computed side by side.
     """
     for b in range(errors.size):
         errors[b] = 0
-    for i in range(0, GROUP, 4):  # four, so that sums are not stored after each
+    for i in range(0, GROUP, 4):  # four at once, so that sums are stored less often
         x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
         w0, w1, w2, w3 = w[i], w[i + 1], w[i + 2], w[i + 3]
         for b in range(errors.size):
@@ -271,13 +272,13 @@ def _errors(x: Array, w: Array, d: Array, over_d: Array, errors: Array) -> None:
 
 @compiled
 def _error(x: Any, w: Any, d: Any, over_d: Any) -> Any:
-    """The squared error of one element.
+    """Return the squared error of one element.
 
-    E2M1's steps are half the power of two below a number, and 0.5 below 1. A number far larger
-    than a step loses, when it is added, what is less than the step: to nearest, half to even.
+    E2M1's step is half the power of two below a number, and 0.5 for numbers below 1. Adding and
+    subtracting a far larger number rounds to multiples of the step: to nearest, half to even.
     """
     quotient = min(np.float32(x * over_d), np.float32(6))
     binade = np.float32(max(quotient, np.float32(1))).view(np.uint32) & np.uint32(0x7F800000)
     shift = np.uint32(binade).view(np.float32) * _HALVES
-    off = x - ((quotient + shift) - shift) * d
-    return w * (off * off)
+    error = x - ((quotient + shift) - shift) * d
+    return w * (error * error)

@@ -1,1 +1,1 @@
-"""Stored weights as float32 rows: the judge's decoder, without the quantizers' code."""
+"""Decode stored weights to float32 rows for `verify`, without the quantizers' code."""

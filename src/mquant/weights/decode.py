@@ -1,11 +1,11 @@
-"""From bytes back to numbers: the judge's own decoder, written from the formats' definitions.
+"""Decode bytes to numbers for `verify`, as the formats' definitions say.
 
-NVFP4 and FP8 are decoded twice on purpose. This decoder, and the compiled loops of `kernels` whose
-tables it makes, serve `verify`, compare and eval. `numerics.dequantize` is the accused's: engines
-make BF16 with it as upstream does. A judge that shared the decoder would repeat its mistakes, so
-this knows neither the engines, nor `numerics`, nor ml_dtypes; tests hold it against
-compressed-tensors and ml_dtypes. Shared are the headers, and the names, shapes and format of a
-module's tensors (`loader_model`).
+mquant has two decoders of NVFP4 and FP8 on purpose. This decoder, and the compiled loops of
+`kernels`, which use its tables, serve `verify`, `compare` and `eval`. With the other decoder,
+`numerics.dequantize`, engines write BF16 as upstream does. A verifier that shared the engines'
+decoder would repeat its mistakes. So this module imports neither the engines, nor `numerics`, nor
+ml_dtypes; tests compare this decoder with compressed-tensors and ml_dtypes. The two decoders share
+the headers, and the names, shapes and format of a module's tensors (`loader_model`).
 """
 
 from typing import Any, Final
@@ -20,7 +20,10 @@ E2M1: Final[Floats] = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
 def _e4m3(code: int) -> float:
-    """Sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, NaN where all bits are set."""
+    """Return a code's value: sign, 4 bits of exponent (bias 7), 3 of mantissa.
+
+    There is no infinity; a code is NaN if all bits of exponent and mantissa are set.
+    """
     exponent, mantissa = (code >> 3) & 15, code & 7
     if exponent == 15 and mantissa == 7:
         return float("nan")
@@ -48,7 +51,7 @@ READABLE: Final = frozenset(_DTYPES)
 
 
 def floats(raw: bytes, dtype: str) -> Floats:
-    """The values of a flat tensor, as float32. `dtype` is one of READABLE."""
+    """Return the values of a flat tensor as float32. `dtype` is one of READABLE."""
     values = np.frombuffer(raw, _DTYPES[dtype])
     if dtype == "BF16":  # the upper half of a float32
         return (values.astype(np.uint32) << 16).view(np.float32)
@@ -58,20 +61,20 @@ def floats(raw: bytes, dtype: str) -> Floats:
 
 
 def e4m3(codes: Bytes) -> Floats:
-    """FP8 E4M3 (the `fn` variant, without infinities)."""
+    """Return the values of FP8 E4M3 codes (the `fn` variant, without infinities)."""
     return _E4M3[codes]
 
 
 def e2m1(packed: Bytes) -> Floats:
-    """FP4 E2M1, two codes a byte along the last axis: the even element in the low nibble."""
+    """Return FP4 E2M1 values, two per byte along the last axis: the even one in the low nibble."""
     codes = np.stack([packed & 15, packed >> 4], axis=-1)
     return _E2M1_SIGNED[codes].reshape(*packed.shape[:-1], -1)
 
 
 def integers(packed: npt.NDArray[np.int32], bits: int) -> Floats:
-    """compressed-tensors' `pack-quantized`: codes of 4 or 8 bits in an int32, lowest first.
+    """Return the codes of compressed-tensors' `pack-quantized`: 4 or 8 bits each, lowest first.
 
-    They are stored plus half their range.
+    An int32 holds several codes; a code is stored plus half of the codes' range.
     """
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     codes = (packed.view(np.uint32)[..., None] >> shifts) & np.uint32(2**bits - 1)
@@ -79,7 +82,7 @@ def integers(packed: npt.NDArray[np.int32], bits: int) -> Floats:
 
 
 def scaled(values: Floats, scales: Floats, block: tuple[int, int]) -> Floats:
-    """Values [rows, columns] times a scale for every `block` of them."""
+    """Return values [rows, columns] times the scale of each block of `block` rows and columns."""
     rows, columns = values.shape
     wide = np.repeat(np.repeat(scales, block[0], axis=0), block[1], axis=1)
     return values * wide[:rows, :columns]

@@ -1,6 +1,6 @@
-"""Compiled loops of `measure`: stored weights to float32, and the sums that tell them apart.
+"""Compiled loops: decode stored weights to float32, and sum the differences of two weights.
 
-Not a third decoder: the loops look codes up in tables that `decode`, the judge's decoder, makes.
+The loops look codes up in the tables of `decode`; this module has no decoder of its own.
 The first call compiles for seconds; numba keeps the result on disk. Arrays are C-contiguous.
 """
 
@@ -30,35 +30,35 @@ Stored = tuple[Array, Array, float]
 
 
 def unpack_bf16(words: Array, out: Floats) -> None:
-    """BF16, as uint16 [n], into float32 [n]."""
+    """Decode BF16, uint16 [n], into float32 [n]."""
     _bf16(words, out.view(np.uint32))
 
 
 def unpack_nvfp4(packed: Array, scales: Array, factor: float, out: Floats) -> None:
-    """E2M1 codes [n / 2] under E4M3 codes [n / 16], times `factor`, into float32 [n]."""
+    """Decode E2M1 codes [n / 2] under E4M3 codes [n / 16], times `factor`, into float32 [n]."""
     if not len(packed) * 2 == len(scales) * GROUP == len(out):
         raise ValueError(f"{len(packed)} bytes and {len(scales)} scales into {len(out)}")
     _nvfp4(packed, scales, np.float32(factor), _PAIRS, _E4M3, out.view(np.uint64), out)
 
 
 def unpack_e4m3(codes: Array, out: Floats) -> None:
-    """E4M3 codes [n] into float32 [n], unscaled."""
+    """Decode E4M3 codes [n] into float32 [n], without a scale."""
     _lookup(codes, _E4M3, out)
 
 
-def add_sums(reference: Floats, mine: Floats, sums: Array, blocks: Floats) -> None:
-    """Add to `sums`, float64 [3], and fill `blocks`: squared differences of each 16 in a row.
+def add_sums(reference: Floats, weight: Floats, sums: Array, blocks: Floats) -> None:
+    """Add to `sums`, float64 [3]; fill `blocks` with squared differences of each 16 columns.
 
-    Both weights are [rows, columns], `blocks` is [rows, ceil(columns / 16)]. Rows are added up one
-    after another: the sums do not depend on how many are given at once.
+    The weights are [rows, columns], `blocks` is [rows, ceil(columns / 16)]. Rows are added in
+    order: the sums do not depend on the number of rows of a call.
     """
-    _sums(reference, mine, sums, blocks)
+    _sums(reference, weight, sums, blocks)
 
 
 def add_nvfp4_sums(words: Array, stored: Stored, sums: Array, blocks: Floats) -> None:
-    """`unpack_bf16`, `unpack_nvfp4` and `add_sums` in one pass, a row at a time.
+    """Do `unpack_bf16`, `unpack_nvfp4` and `add_sums` in one pass, a row at a time.
 
-    A row of float32 stays in the first-level cache. `words` is uint16 [rows, columns].
+    A row of float32 then stays in the first-level cache. `words` is uint16 [rows, columns].
     """
     packed, scales, factor = stored
     _nvfp4_sums(words, packed, scales, np.float32(factor), _PAIRS, _E4M3, sums, blocks)
@@ -94,19 +94,19 @@ _reordering = partial(compiled, fastmath={"reassoc"})
 
 
 @compiled
-def _sums(reference: Array, mine: Array, sums: Array, blocks: Array) -> None:
+def _sums(reference: Array, weight: Array, sums: Array, blocks: Array) -> None:
     rows, columns = reference.shape
     padded = blocks.shape[1] * 16
     squares, halves = np.zeros(padded, np.float32), np.empty(padded // 2, np.float32)
     for row in range(rows):
-        x, y = reference[row], mine[row]
+        x, y = reference[row], weight[row]
         error, power, own = _row_sums(x, y)
         sums[0] += error
         sums[1] += power
         sums[2] += own
         for i in range(columns):
-            narrow = x[i] - y[i]
-            squares[i] = narrow * narrow
+            difference = x[i] - y[i]
+            squares[i] = difference * difference
         squares[columns:] = 0
         _halve(squares, halves)
         _halve(halves, squares[: padded // 4])

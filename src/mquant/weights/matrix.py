@@ -1,7 +1,7 @@
-"""Weights as float32 rows, read into one's own buffers and decoded at the speed of the disk.
+"""Read weights as float32 rows into the caller's buffers, decoded at the speed of the disk.
 
-`loader_model` says which formats there are, `stored_weight` whether a module's parts fit; it also
-decodes the rarer formats. The arithmetic is the judge's own (see `decode`): none of `numerics`.
+`loader_model` defines the formats; `stored_weight` checks whether a module's parts fit, and decodes
+the rarer formats. The arithmetic is that of `decode`, without any of `numerics`.
 """
 
 from abc import ABC, abstractmethod
@@ -43,10 +43,10 @@ class Matrix(ABC):
 
     @abstractmethod
     def read(self, first: int, last: int, out: Floats, scratch: "Scratch") -> None:
-        """Rows [first, last) into `out`, [last - first, columns]. Raises SourceError."""
+        """Read rows [first, last) into `out`, [last - first, columns]. Raises SourceError."""
 
     def prefetch(self) -> None:
-        """Ask the system to read the bytes ahead, at most the first few megabytes of many."""
+        """Ask the system to read ahead, at most the first 64 MiB of each tensor."""
         for info in self.tensors:
             self.reader.prefetch(info.shard, info.start, min(info.end, info.start + _AHEAD))
 
@@ -57,20 +57,20 @@ class Matrix(ABC):
 
 
 class Scratch:
-    """A thread's reusable buffer for raw bytes: fresh memory is slower than the disk."""
+    """A thread's reusable buffers: fresh memory is slower than the disk."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Bytes] = {}
 
     def bytes(self, use: str, count: int) -> Bytes:
-        """A buffer of `count` bytes; the same memory again for the same `use`."""
-        held = self._buffers.get(use)
-        if held is None or len(held) < count:
-            held = self._buffers[use] = np.empty(count, np.uint8)
-        return held[:count]
+        """Return a buffer of `count` bytes; the same `use` gets the same memory."""
+        buffer = self._buffers.get(use)
+        if buffer is None or len(buffer) < count:
+            buffer = self._buffers[use] = np.empty(count, np.uint8)
+        return buffer[:count]
 
     def floats(self, use: str, shape: tuple[int, ...]) -> Floats:
-        """A float32 buffer of a shape; the same memory again for the same `use`."""
+        """Return a float32 buffer of a shape; the same `use` gets the same memory."""
         count = int(np.prod(shape, dtype=np.int64)) * 4
         flat: Floats = self.bytes(use, count).view(np.float32)
         return flat.reshape(shape)
@@ -80,11 +80,11 @@ class Plain(Matrix):
     """A tensor of plain numbers. A vector is one row."""
 
     def raw(self, first: int, last: int, scratch: Scratch) -> Bytes:
-        """The bytes of rows [first, last), in `scratch`."""
+        """Return the bytes of rows [first, last), read into `scratch`."""
         return _rows(self.reader, self.tensors[0], self.shape[0], first, last, scratch)
 
     def read(self, first: int, last: int, out: Floats, scratch: Scratch) -> None:
-        """Rows as they are."""
+        """Read rows as float32."""
         raw = self.raw(first, last, scratch)
         if self.format == "BF16":
             unpack_bf16(raw.view("<u2"), out.reshape(-1))
@@ -109,7 +109,7 @@ class Workers:
         return scratch
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """Results in the order of `items`, all of which are under way at once."""
+        """Return the results in the order of `items`; all items are submitted at once."""
         return self._pool.map(function, items)
 
     def __enter__(self) -> Self:
@@ -141,16 +141,16 @@ class _Stored(Matrix):
 
 
 class Nvfp4(_Stored):
-    """E2M1 under E4M3 under one number: compressed-tensors' divisor, or ModelOpt's factor."""
+    """E2M1 codes, E4M3 scales, one number: compressed-tensors' divisor, or ModelOpt's factor."""
 
     def stored(self, first: int, last: int, scratch: Scratch) -> Stored:
-        """Rows [first, last) as they are on disk, in `scratch`."""
+        """Return the stored rows [first, last), read into `scratch`."""
         packed = self._part(self._suffixes.codes, first, last, scratch).reshape(last - first, -1)
         scales = self._part(self._suffixes.scale, first, last, scratch).reshape(last - first, -1)
         return packed, scales, self._factor
 
     def read(self, first: int, last: int, out: Floats, scratch: Scratch) -> None:
-        """Rows, decoded."""
+        """Read and decode rows."""
         packed, scales, factor = self.stored(first, last, scratch)
         unpack_nvfp4(packed.reshape(-1), scales.reshape(-1), factor, out.reshape(-1))
 
@@ -159,15 +159,15 @@ class Nvfp4(_Stored):
         second = self._values(self._suffixes.second)[0]
         if self.weight.format is StorageFormat.MODELOPT_NVFP4:
             return float(second)
-        with np.errstate(all="ignore"):  # of zero, infinity: which is what it is
+        with np.errstate(all="ignore"):  # a scale of zero gives infinity
             return float(np.float64(1) / np.float64(second))
 
 
 class _Fp8(_Stored):
-    """E4M3 under one scale for the tensor, for each row, or for each block."""
+    """E4M3 codes with one scale for the tensor, for each row, or for each block."""
 
     def read(self, first: int, last: int, out: Floats, scratch: Scratch) -> None:
-        """Rows, decoded."""
+        """Read and decode rows."""
         unpack_e4m3(self._part("weight", first, last, scratch), out.reshape(-1))
         scales, (high, wide) = self._scales
         start = first
@@ -179,7 +179,7 @@ class _Fp8(_Stored):
 
     @cached_property
     def _scales(self) -> tuple[Floats, tuple[int, int]]:
-        """The scales, and how many rows and columns share one."""
+        """The scales, and how many rows and columns share one scale."""
         rows, columns = self.shape
         tensors = self.weight.module.tensors
         suffix = self._suffixes.scale
@@ -195,12 +195,12 @@ class _Other(_Stored):
     """Every other layout that `stored_weight` can decode."""
 
     def read(self, first: int, last: int, out: Floats, scratch: Scratch) -> None:
-        """Rows, decoded."""
+        """Read and decode rows."""
         out[:] = self.weight.rows(first, last).values
 
 
 def plain(info: TensorInfo, reader: AnyReader) -> Plain | None:
-    """A tensor as stored; None if its dtype holds no numbers."""
+    """Return a tensor as stored; None if its dtype cannot be read."""
     if info.dtype not in READABLE:
         return None
     columns = info.shape[-1] if info.shape else 1
@@ -209,7 +209,7 @@ def plain(info: TensorInfo, reader: AnyReader) -> Plain | None:
 
 
 def matrix_of(view: ModuleView, module: Module, reader: AnyReader) -> Matrix | None:
-    """A module's `weight`; None if the module has none that can be decoded."""
+    """Return a module's `weight`; None if there is no weight that can be decoded."""
     if not module.quantized:
         info = module.tensors.get("weight")
         return plain(info, reader) if info else None
@@ -228,7 +228,7 @@ def matrix_of(view: ModuleView, module: Module, reader: AnyReader) -> Matrix | N
 def _rows(
     reader: AnyReader, info: TensorInfo, rows: int, first: int, last: int, scratch: Scratch
 ) -> Bytes:
-    """The bytes of rows [first, last) of a tensor that has `rows` rows."""
+    """Return the bytes of rows [first, last) of a tensor that has `rows` rows."""
     row = info.nbytes // rows if rows else 0
     raw = scratch.bytes(info.dtype, (last - first) * row)
     reader.read_into(info.shard, info.start + first * row, raw.data)

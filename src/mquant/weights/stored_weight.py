@@ -1,15 +1,16 @@
-"""Rows of a module's weight as numbers, however it is stored; and how far rounding may move them.
+"""Read rows of a module's weight as numbers, and bound how far rounding may move the numbers.
 
-The bounds. Round to nearest in NVFP4 moves an element by half a step at most: s in the widest
-gap of E2M1 (4 to 6), where s, the block's scale, is amax / 6 rounded to E4M3 (1/16 at most, either
-way): amax / 6 * 17/16. Tools that search for better scales go up to 2 s (half a step is then
-amax / 3) and down to 0.65 s (what is cut off is 0.35 amax: recipe nvfp4-opt's limit, beyond which
-no scale has a block's smallest squared error). So an element further off than amax / 3 * 17/16 was
-not made from this parent by any choice of scale. Blocks far below the tensor's amax fall under the
-smallest E4M3 scale, 2**-9, or below its half and become zero: that adds 6 * 2**-9 / global scale.
+The bounds. Rounding to nearest in NVFP4 moves an element by half a step at most: by the block's
+scale s in the widest gap of E2M1 (4 to 6). s is amax / 6 rounded to E4M3, by 1/16 at most: the
+bound is amax / 6 * 17/16. Tools that search for better scales go up to 2 s (half a step is then
+amax / 3) and down to 0.65 s (which clips 0.35 amax: recipe nvfp4-opt's limit, beyond which no scale
+has a block's smallest squared error). So no choice of scale moves an element further than
+amax / 3 * 17/16 from the parent's. The scales of blocks far below the tensor's amax are below the
+smallest E4M3 scale, 2**-9, or below half of it and become zero: this adds 6 * 2**-9 / global scale.
 
-FP8 moves an element by 1/16 of itself (3 bits of mantissa), or half of its smallest step, 2**-9 of
-the scale; integers of b bits by amax / (2**b - 1). Both are doubled, for searched scales.
+FP8 moves an element by 1/16 of itself (3 bits of mantissa), or by half of the smallest step, 2**-9
+of the scale; integers of b bits by amax / (2**b - 1). The bounds are twice as large, for searched
+scales, and FP8's bound has 2**-8 of the scale in addition.
 """
 
 from collections.abc import Callable
@@ -42,16 +43,16 @@ TYPICAL: Final[dict[StorageFormat | None, float]] = {
     StorageFormat.FP8: 0.08,
     None: 0.01,
 }
-"""Relative L2 error that no rounding of a whole weight reaches; NVFP4's own is about 0.1."""
+"""The relative L2 error that no rounding of a whole weight reaches; NVFP4's error is about 0.1."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Values [rows, columns] of a weight, and the most each may differ from its parent's value."""
+    """Values [rows, columns] of a weight, and the bound on their distance to the parent's."""
 
     values: Floats
     allowed: Callable[[Floats], Floats]
-    """Maps the parent's values of the same rows to the bound."""
+    """The function from the parent's values of the same rows to the bound."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class StoredWeight:
     shape: tuple[int, int]
 
     def rows(self, first: int, last: int) -> Rows:
-        """Rows [first, last)."""
+        """Read rows [first, last)."""
         read_rows = {
             StorageFormat.NVFP4: self._nvfp4,
             StorageFormat.MODELOPT_NVFP4: self._nvfp4,
@@ -74,7 +75,7 @@ class StoredWeight:
         }
         if self.format is None:
             values = self._part("weight", first, last)
-            # Only if the parent is quantized: tensors plain in both are compared bit by bit.
+            # Only for a quantized parent: tensors that are plain in both are compared bit by bit.
             return Rows(values, lambda parent: np.abs(parent) * np.float32(1 / 128))
         return read_rows[self.format](first, last)
 
@@ -120,7 +121,7 @@ class StoredWeight:
             return self._part(suffix, first, last)
         high, wide = fp8_block(self.view)
         table = self._part(suffix, first // high, -(-last // high))
-        # config.json gives the block size; the result has the size of the rows.
+        # The block size is config.json's; the lookup gives a result of the size of the rows.
         rows = np.arange(first, last) // high - first // high
         columns = np.arange(self.shape[1]) // wide
         return table[rows[:, None], columns]
@@ -136,10 +137,10 @@ class StoredWeight:
 
 
 def weight_of(view: ModuleView, module: Module) -> StoredWeight | None:
-    """The weight of a module; None if the weight cannot be read by rows.
+    """Return the weight of a module; None if the weight cannot be read by rows.
 
-    That is so for vectors, layouts that are not `decodable`, and parts whose shapes contradict each
-    other, which structure rules report.
+    Vectors, layouts that are not `decodable`, and parts whose shapes contradict each other cannot
+    be read; structure rules report such parts.
     """
     kind = format_of(view, module)
     if kind is None:
@@ -162,7 +163,7 @@ def weight_of(view: ModuleView, module: Module) -> StoredWeight | None:
 
 
 def decodable(kind: StorageFormat | None, module: Module, view: ModuleView) -> bool:
-    """Whether the module's layout and parts can be decoded."""
+    """Return whether the module's layout and parts can be decoded."""
     if kind is StorageFormat.INT:
         plain = not {"weight_zero_point", "weight_g_idx"} & module.tensors.keys()
         return plain and integer_bits(view) in (4, 8)
@@ -172,7 +173,7 @@ def decodable(kind: StorageFormat | None, module: Module, view: ModuleView) -> b
 
 
 def _amax(values: Floats, group: int) -> Floats:
-    """For every element, the largest magnitude of its group along the row."""
+    """Return, for every element, the largest magnitude of its group along the row."""
     rows, columns = values.shape
     padded = np.zeros((rows, -(-columns // group) * group), np.float32)
     padded[:, :columns] = np.abs(values)
@@ -181,6 +182,6 @@ def _amax(values: Floats, group: int) -> Floats:
 
 
 def read(view: ModuleView, info: TensorInfo, start: int = 0, end: int | None = None) -> bytes:
-    """Bytes [start, end) of a tensor's data."""
+    """Read bytes [start, end) of a tensor's data."""
     end = info.nbytes if end is None else end
     return view.checkpoint.source.read(info.shard, info.start + start, info.start + end)
