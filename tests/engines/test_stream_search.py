@@ -131,7 +131,7 @@ def test_other_dtypes_are_searched_too(tmp_path: Path, dtype: str) -> None:
 
 
 def test_the_recipe_for_llmcompressor_says_that_its_numbers_are_others(trained: Path) -> None:
-    assert "# Scales were searched" in (trained / "recipe.yaml").read_text()
+    assert "# mquant searched the scales;" in (trained / "recipe.yaml").read_text()
 
 
 @pytest.mark.parametrize("workers", [2, 5])

@@ -82,7 +82,7 @@ def test_a_finished_run_with_a_changed_file_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     finished(out, RUN)
     (out / "a.safetensors").write_bytes(b"cut")
-    with pytest.raises(OutputError, match="changed since mquant made it: it was 7 bytes, is 3"):
+    with pytest.raises(OutputError, match="since mquant wrote it: its size was 7 bytes and is 3"):
         examine(out, [], RUN, restart=False)
     assert examine(out, [], RUN, restart=True).state is State.UNFINISHED
 

@@ -458,7 +458,7 @@ def test_a_strange_journal_is_refused(bad: Path, text: str) -> None:
     (bad / WORK).mkdir()
     (bad / WORK / "apply.json").write_text(text)
     before = hashes(bad)
-    with pytest.raises(OutputError, match="holds nothing that mquant understands"):
+    with pytest.raises(OutputError, match="is not a journal of mquant"):
         finish_in_place(bad)
     assert hashes(bad) == before
 

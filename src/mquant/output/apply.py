@@ -94,7 +94,7 @@ def _read(path: Path) -> dict[str, Any]:
         table = None
     if not isinstance(table, dict) or table.get("schema") != _SCHEMA:
         raise OutputError(
-            f"{path} holds nothing that mquant understands.",
-            "If mquant did not write it, delete its folder; then run the same command again.",
+            f"{path} is not a journal of mquant.",
+            f"If mquant did not write it, delete {path.parent}; then run the same command again.",
         )
     return table

@@ -24,7 +24,7 @@ def is_there(out: Path) -> bool:
         return out.exists()
     except OSError as error:
         raise OutputError(
-            f"{str(out)[:200]} cannot be looked at: {error.strerror}.",
+            f"{str(out)[:200]} cannot be accessed: {error.strerror}.",
             "Give another folder with -o.",
         ) from error
 

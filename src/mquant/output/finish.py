@@ -83,9 +83,9 @@ def linked_files(source: Source) -> list[str]:
     """
     if not isinstance(source, Folder):
         return []
-    away = [path for path in source.files if source.leads_out(path) and not is_weights(path)]
-    what = "a link" if len(away) == 1 else "links"
-    return [f"Not copied, being {what} out of the source folder: {names(away)}."] if away else []
+    links = [path for path in source.files if source.leads_out(path) and not is_weights(path)]
+    sentence = "mquant does not copy links that lead out of the source folder"
+    return [f"{sentence}: {names(links)}."] if links else []
 
 
 def file_names(plan: Plan, sides: Iterable[str]) -> tuple[str, ...]:
@@ -174,7 +174,7 @@ def recipe_yaml(plan: Plan) -> str:
     recipe = {"quant_stage": {"quant_modifiers": modifiers}}
     head = f"# What mquant did (recipe {plan.recipe.name}), as a recipe for llmcompressor.\n"
     if plan.recipe.scales == "search":
-        head += "# Scales were searched: it keeps and quantizes the same, with other numbers.\n"
+        head += "# mquant searched the scales; llmcompressor computes others for these modules.\n"
     return head + yaml.safe_dump(recipe, sort_keys=False)
 
 
@@ -227,7 +227,7 @@ def write_file(out: Path, name: str, pieces: Iterable[bytes]) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not is_inside(out, name):
             raise OutputError(
-                f"{path.parent} is a link; mquant writes into OUT and nowhere else.",
-                "Remove it, or give another folder with -o.",
+                f"{path.parent} is a link; mquant writes only into OUT.",
+                "Remove the link, or give another folder with -o.",
             )
         return write_whole(path, pieces)

@@ -67,7 +67,7 @@ def examine(
     if os.path.lexists(out / SHARES):
         raise OutputError(
             f"{out} is being made in shares.",
-            f"When all are done, run: mquant finish {out}; or give another folder with -o.",
+            f"When all shares are done, run: mquant finish {out}; or give another folder with -o.",
         )
     ledger, record = read_ledger(out), own_table(out)
     if ledger is not None and not ledger.files:
@@ -128,9 +128,9 @@ def _is_whole(out: Path, record: dict[str, Any], elsewhere: frozenset[str]) -> b
         actual = (out / name).stat().st_size
         if actual != recorded:
             raise OutputError(
-                f"{name} in {out} was changed since mquant made it: it was {str(recorded)[:20]} "
-                f"bytes, is {actual}.",
-                "Give another folder with -o, or --restart to make everything there again.",
+                f"{name} in {out} has changed since mquant wrote it: its size was "
+                f"{str(recorded)[:20]} bytes and is {actual}.",
+                "Give another folder with -o, or --restart to write all files of the folder again.",
             )
     return "config.json" in present and len(present) == len(files)
 
@@ -153,8 +153,8 @@ def is_inside(out: Path, name: str) -> bool:
 def _refuse_overlap(out: Path, source: Path) -> None:
     if out == source or source in out.parents or out in source.parents:
         raise OutputError(
-            f"{out} and the source folder {source} overlap; the source is never written to.",
-            "Give a folder outside of it with -o.",
+            f"{out} and the source folder {source} overlap; mquant never writes into the source.",
+            "Give a folder outside of the source with -o.",
         )
 
 

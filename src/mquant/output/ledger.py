@@ -123,13 +123,13 @@ class Ledger:
                 os.close(file)
                 if error.errno not in _TAKEN:
                     raise OutputError(
-                        f"Nothing in {self._out} can be locked: {error.strerror}.",
-                        "Mount its file system with locks (Lustre: -o flock), or give another -o.",
+                        f"{self._out} cannot be locked: {error.strerror}.",
+                        "Mount the file system with locks (Lustre: -o flock), or give another -o.",
                     ) from error
                 if time.monotonic() > deadline:
                     raise InUse(
                         f"Another mquant is writing into {self._out}.",
-                        "Wait for it, or give another -o.",
+                        "Wait for the other mquant, or give another -o.",
                     ) from None
                 time.sleep(_PAUSE_SECONDS)
                 continue
@@ -191,7 +191,7 @@ class Ledger:
             if not self._is_at(self._file):
                 raise OutputError(
                     f"{self._out} was deleted or replaced during the run.",
-                    "Run the same command again; what was made there is lost.",
+                    "Run the same command again; the earlier work is lost.",
                 )
             while line:
                 line = line[os.write(self._file, line) :]

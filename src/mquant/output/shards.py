@@ -148,7 +148,7 @@ class ShardSet:
         task = self._tasks[tensor.task]
         nbytes = memoryview(data).nbytes
         if tensor.task in self._done or tensor.written + nbytes > tensor.nbytes:
-            raise EngineError(f"{name} came out larger than {tensor.nbytes:,} bytes, or twice.")
+            raise EngineError(f"The engine made {name} twice, or over {tensor.nbytes:,} bytes.")
         writer = self._writer(task.shard)
         writer.write(data, tensor.place + tensor.written)
         tensor.written += nbytes

@@ -69,7 +69,7 @@ def read_shared_run(out: Path) -> SharedRun | None:
         pass
     if not os.path.lexists(out / SHARES):
         return None  # the run was finished just then
-    raise OutputError(f"{out / SHARES} is not as mquant writes it.", _AWAY)
+    raise OutputError(f"{out / SHARES} is not a file that mquant wrote.", _AWAY)
 
 
 def look(out: Path, sources: Sequence[Path], shared: SharedRun) -> State:
@@ -89,7 +89,7 @@ def look(out: Path, sources: Sequence[Path], shared: SharedRun) -> State:
         if state is State.UNFINISHED:
             raise OutputError(
                 f"{out} is being made as a whole, not in shares.",
-                "Run that command again, without --share and --cluster; or give another -o.",
+                "Run the same command without --share and --cluster, or give another -o.",
             )
         return state
     check_version(out, existing)
@@ -109,7 +109,7 @@ def check_version(out: Path, shared: SharedRun) -> None:
         version = shared.mquant[:40]
         raise OutputError(
             f"{out} was begun by mquant {version}, this is mquant {__version__}.",
-            f"Use mquant {version} here too; or begin anew in another folder.",
+            f"Use mquant {version}, or give another folder with -o.",
         )
 
 
@@ -145,7 +145,7 @@ def take_share(
     except InUse:
         raise InUse(
             f"Another mquant is making share {number:,} of {shared.of:,} in {out}.",
-            "Wait for it, or take another share.",
+            "Wait for the other mquant, or take another share.",
         ) from None
     try:
         state = claim(out, sources, shared)

@@ -103,7 +103,7 @@ class ShardWriter:
                     part = buffer[: min(len(buffer), end - self._hashed)]
                     count = os.preadv(self._file, [part], self._hashed)
                     if not count:
-                        raise EngineError(f"{self._partial.name} was cut short during the run.")
+                        raise EngineError(f"{self._partial.name} was truncated during the run.")
                     self._hash.update(part[:count])
                     self._hashed += count
 
