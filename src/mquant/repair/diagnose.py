@@ -40,7 +40,7 @@ from mquant.text import names
 from mquant.verify.judge import Depth, Report, verify
 
 _QUANTIZE: Final = "Quantize the parent again: mquant quantize PARENT --recipe nvfp4."
-_IMPORTANCE: Final = "If it was made with an importance file, give that with --importance. "
+_IMPORTANCE: Final = "If the scales need an importance file, give the file with --importance. "
 _TRIED: Final = 3
 """The number of fused sets to requantize, and of norms to compare, as evidence."""
 
@@ -48,7 +48,7 @@ LAYOUT_NOT_REPAIRABLE: Final = rule(
     "layout-not-repairable",
     "The broken checkpoint is NVFP4A16.",
     "mquant can remake missing modules in NVFP4A16 only.",
-    "Quantize it again, with the tool that made it.",
+    "Quantize the checkpoint again, with the tool that made it.",
     needs="run",
 )
 PARENT_DIFFERS: Final = rule(
@@ -252,7 +252,7 @@ def _refuse_other_layouts(view: ModuleView) -> None:
                 view.checkpoint.source.name,
                 f"{view.checkpoint.source.name} is quantized as {what}; mquant repairs "
                 f"{NVFP4A16.name}.",
-                "Quantize it again, with the tool that made it.",
+                "Quantize the checkpoint again, with the tool that made it.",
             )
         ]
     )
@@ -281,7 +281,7 @@ def _unlike_parent(view: ModuleView, parent: Checkpoint, wrong: Iterable[str]) -
                 PARENT_DIFFERS.finding(
                     reference,
                     f"{name} was not made from {reference}: {names(sorted(unlike))} differ.",
-                    "Give the very checkpoint it was quantized from with --from.",
+                    f"Give the checkpoint that {name} was quantized from with --from.",
                 )
             ]
         )
@@ -346,8 +346,8 @@ def _made_by(mending: Mending, reproduced: Recipe) -> Mending:
 def _nothing_known(bad: Source) -> Finding:
     return RECIPE_NOT_KNOWN.finding(
         bad.name,
-        f"{bad.name} has no mquant.json and no quantized module under a name that is known: how it "
-        "was made cannot be told.",
+        f"{bad.name} has no mquant.json and no quantized module with a known name: mquant cannot "
+        "tell how the checkpoint was made.",
         _QUANTIZE,
     )
 
@@ -370,9 +370,9 @@ def _unknown(mending: Mending, stated: Recipe | None) -> Finding:
         else "any recipe that needs no data"
     )
     what = (
-        f"what is intact was not made from this parent with {how}"
+        f"the intact parts were not made from this parent with {how}"
         if _intact(mending)
-        else "no intact part says how it was made"
+        else "no intact part shows the recipe"
     )
     return RECIPE_NOT_KNOWN.finding(
         lost[0],
