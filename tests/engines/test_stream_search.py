@@ -254,7 +254,7 @@ def test_what_cannot_search_says_so(src: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         quantize(plan_of(src, "nvfp4-opt"), tmp_path / "out", engine=Engine.ONESHOT)
     assert caught.value.message == (
-        "Recipe nvfp4-opt has its scales searched, which only the stream engine does."
+        "Recipe nvfp4-opt searches scales, which only the stream engine does."
     )
     file = written(tmp_path / "i.safetensors", vectors(src))
     with pytest.raises(UsageError) as caught:

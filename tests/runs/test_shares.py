@@ -203,7 +203,7 @@ def test_a_missing_share_is_named_and_nothing_changes(
     )
     assert error.fix == (
         "Run the same mquant quantize with --share 1/3 and so on, or with --cluster ray; "
-        "then this again."
+        "then run mquant finish again."
     )
     assert hashes(out) == before
 

@@ -91,7 +91,7 @@ def _share_out(
     except BaseException:
         _stop(list(pending))
         done = watch.done_bytes()
-        emit(Note("info", f"{size(done)} of {size(total)} are done; the same command goes on."))
+        emit(Note("info", f"{size(done)} of {size(total)} are done; the same command resumes."))
         raise
     emit(Progress("quantize", watch.done_bytes(), total))
 
@@ -108,13 +108,13 @@ def _take(reference: "ray.ObjectRef[Any]", number: int, of: int) -> None:
         cause = getattr(error, "cause", error)
         raise EngineError(
             f"The worker at {what} failed unexpectedly: {type(cause).__name__}: {cause}.",
-            "Please report this, with what you ran.",
+            "Please report this error, with the command that you ran.",
         ) from None
     except RayError as error:
         raise EngineError(
             f"The worker at {what} was lost {_RETRIES + 1} times ({type(error).__name__}).",
-            "Ray's logs say why; where it is memory, a larger --workers lets fewer run at once. "
-            "The same command goes on.",
+            "Ray's logs say why; if memory ran out, a larger --workers lets fewer tasks run at a "
+            "time. The same command resumes.",
         ) from None
     if sentences is not None:
         raise MquantError(*sentences)
@@ -257,7 +257,7 @@ def _connect(emit: Emit) -> None:
     except (RuntimeError, ValueError, OSError) as error:
         raise EngineError(
             f"There is no Ray cluster at {requested or 'hand'}: {error}.",
-            "Start one with `ray start --head`, or correct RAY_ADDRESS; see docs/scale-out.md.",
+            "Start a cluster: `ray start --head`, or correct RAY_ADDRESS; see docs/scale-out.md.",
         ) from error
 
 
@@ -270,14 +270,14 @@ def _address(requested: str | None, emit: Emit) -> str | None:
     from ray._private.services import canonicalize_bootstrap_address
 
     if requested and "://" in requested:
-        raise ConnectionError("that is for clients, and the driver runs on the cluster itself")
+        raise ConnectionError("this address is for clients, but the driver runs in the cluster")
     address = canonicalize_bootstrap_address(None)  # type: ignore[arg-type]  # it takes None
     if address is None or _answers(address):
         return None
     if requested:
-        raise ConnectionError("it does not answer")
+        raise ConnectionError("the cluster does not answer")
     # A crashed cluster leaves its address file behind.
-    emit(Note("info", f"The Ray cluster at {address} does not answer; one is started here."))
+    emit(Note("info", f"The Ray cluster at {address} does not answer; mquant starts one here."))
     return "local"
 
 

@@ -261,7 +261,7 @@ class Run:
             engine(output)
             output.finish()
         except BaseException:
-            self._tell(output, "are done; the same command goes on from there")
+            self._tell(output, "are done; the same command resumes from there")
             raise
         finally:
             output.abandon()
@@ -310,8 +310,8 @@ class Run:
             known = finding.rule in ignoring or finding.rule == CONFIG_KEY_MISSING.id
             if finding.severity == "error" and not known:
                 raise EngineError(
-                    f"What was made is wrong ({finding.rule}): {finding.message}",
-                    "Please report this; OUT has no config.json, so nothing will load it.",
+                    f"The result is wrong ({finding.rule}): {finding.message}",
+                    "Please report this error; OUT has no config.json, so no loader will load OUT.",
                 )
             fact = finding.severity == "info"
             self.emit(Note("info" if fact else "warning", finding.message))
@@ -337,8 +337,8 @@ def check_headers_as_planned(made: Source, plan: Plan) -> None:
         if written != planned:
             tensor = min(name for name, _, _ in written ^ planned)
             raise EngineError(
-                f"{shard.name} in {made.name} is not what was planned ({tensor}).",
-                "Please report this; it has no config.json, so nothing will load it.",
+                f"{shard.name} in {made.name} differs from the plan ({tensor}).",
+                "Please report this error; no loader will load a folder without config.json.",
             )
 
 
@@ -346,7 +346,7 @@ def check_plain(plan: Plan, reader: str) -> None:
     """Raise UsageError if `reader`, which runs the model, cannot read the source's weights."""
     if any(action.stored for action in plan.actions):
         raise UsageError(
-            f"{reader} reads BF16, F16 and F32; the source's weights lie in FP8.",
+            f"{reader} reads BF16, F16 and F32; the source's weights are stored in FP8.",
             "Make a BF16 checkpoint first: mquant dequantize.",
         )
 

@@ -25,7 +25,7 @@ def _hub_of(source: Source) -> "HubRepo":
 
     if not isinstance(source, HubRepo):
         raise UsageError(
-            f"{source.name} is a folder, which needs no scratch: it is read where it lies.",
+            f"{source.name} is a folder, which mquant reads directly and without a scratch.",
             "Leave --scratch out.",
         )
     return source
@@ -37,7 +37,7 @@ def check_scratch(scratch: int, least: int) -> None:
         raise OutputError(
             f"--scratch {size(scratch)} is not enough: files of {size(least)} are needed at the "
             "same time.",
-            f"Give {size(2 * least)}, so that some come while others are worked on.",
+            f"Give {size(2 * least)}, so that some are downloaded while others are read.",
         )
 
 
@@ -96,7 +96,7 @@ def check_side_files(run: Run) -> None:
         if not repo.lists(path, (run.out / path).read_bytes()):
             raise SourceError(
                 f"{path} of {repo.repo_id} is not the file that {repo.host} lists.",
-                "Run the same command again: it gets the file anew.",
+                "Run the same command again: the run downloads the file again.",
             )
 
 

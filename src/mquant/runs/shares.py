@@ -13,6 +13,7 @@ from mquant.errors import OutputError, UsageError
 from mquant.events import Emit, Note, silent
 from mquant.output import (
     LEDGER,
+    SHARES,
     Claim,
     Ledger,
     Recorded,
@@ -206,12 +207,12 @@ def reopen(out: Path) -> Shares | None:
         job_spec = JobSpec.read(shared.job_spec)
     except ValueError as error:
         raise OutputError(
-            f"What {out} is being made from is not as mquant writes it ({error}).",
+            f"The job spec in {out / SHARES} is invalid ({error}).",
             "Give another folder with -o, or delete this one.",
         ) from None
     run = in_shares(job_spec.plan(), job_spec, out, shared.of)
     if run.shared.fingerprint != shared.fingerprint:
-        fix = "Bring the source back as it was; or delete OUT, and begin anew."
+        fix = "Restore the source as it was; or delete OUT, and run again."
         raise other_run(out, shared.fingerprint, run.shared.fingerprint, fix)
     return run
 
@@ -227,7 +228,7 @@ def finish_shares(out: Path, emit: Emit = silent) -> Result | None:
         if not is_finished(out):
             raise OutputError(
                 f"{out} holds no shares to finish.",
-                "Make them first: mquant quantize ... --share i/N. A run that is not in shares is "
+                "Make shares first: mquant quantize ... --share i/N. A run without shares is "
                 "finished by its own command.",
             )
         if (out / LEDGER).exists():
@@ -256,7 +257,7 @@ def _gather(run: Shares) -> dict[str, str]:
         f"Share{'' if one else 's'} {_and(pending)} of {of:,} {'is' if one else 'are'} not done: "
         f"{size(left)} of {size(total)} are still to be read.",
         f"Run the same mquant quantize with --share {pending[0]}/{of}"
-        f"{'' if one else ' and so on'}, or with --cluster ray; then this again.",
+        f"{'' if one else ' and so on'}, or with --cluster ray; then run mquant finish again.",
     )
 
 

@@ -24,7 +24,7 @@ from mquant.plan import Plan, ShardPlan
 from mquant.runs.run import Run
 from mquant.text import names
 
-_AGAIN: Final = "Run the same command again: it goes on from there."
+_AGAIN: Final = "Run the same command again: the run resumes."
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def open_destination(
     if not there.private and not public:
         raise OutputError(
             f"{repo_id} is public: what is pushed there is published.",
-            "Give --public if that is meant, or another repo.",
+            "Give --public to publish the checkpoint, or give another repo.",
         )
     if LEDGER in there.files:
         recorded = parse_ledger(_read(there, LEDGER))
@@ -135,7 +135,7 @@ class Shipper(ShardObserver):
     def stop(self) -> None:
         """Wake every thread that waits for room: the run ends early."""
         with self._changed:
-            self._failure = self._failure or OutputError("Stopped.", _AGAIN)
+            self._failure = self._failure or OutputError("The upload was stopped.", _AGAIN)
             self._changed.notify_all()
 
     def opening(self, shard: ShardPlan) -> None:
@@ -215,7 +215,7 @@ def send_others(to: Destination, run: Run, others: list[str]) -> HubRepo:
 def seal(to: Destination, run: Run) -> None:
     """Upload index and config.json, which complete the checkpoint, and delete the ledger."""
     last: dict[str, Path | bytes] = {name: run.out / name for name in LAST}
-    to.writer.commit("Add index and config.json: now it is whole", last, [LEDGER])
+    to.writer.commit("Add index and config.json: the checkpoint is complete", last, [LEDGER])
 
 
 def _holds(repo: HubRepo, name: str, content: bytes) -> bool:

@@ -57,7 +57,7 @@ def choose_engine(requested: Engine, recipe: Recipe) -> Engine:
         return Engine.ONESHOT
     if requested is Engine.ONESHOT and recipe.scales == "search":
         raise UsageError(
-            f"Recipe {recipe.name} has its scales searched, which only the stream engine does.",
+            f"Recipe {recipe.name} searches scales, which only the stream engine does.",
             "Leave out --engine, or take recipe nvfp4.",
         )
     return Engine.STREAM if requested is Engine.AUTO else requested
@@ -121,7 +121,7 @@ def check_engine(engine: Engine, option: str) -> None:
     """Raise UsageError if an option of the stream engine is given and another engine runs."""
     if engine is not Engine.STREAM:
         raise UsageError(
-            f"{option} is of the stream engine; this recipe or --engine takes {engine.value}.",
+            f"{option} needs the stream engine; this recipe or --engine takes {engine.value}.",
             f"Leave {option} out.",
         )
 
