@@ -55,7 +55,7 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("out", ["src", "src/inside", "."])
 def test_out_and_source_never_overlap(tmp_path: Path, out: str) -> None:
     (tmp_path / "src").mkdir()
-    with pytest.raises(OutputError, match="the source is never written to"):
+    with pytest.raises(OutputError, match="mquant never writes into the source"):
         examine(tmp_path / out, [tmp_path / "src"], RUN, restart=True)
 
 
