@@ -64,7 +64,7 @@ class _Tensor:
 class ShardSet:
     """All output shards of a plan.
 
-    Engines hand in tensors in any order, each tensor from its first byte to its last. A shard is
+    Engines write tensors in any order, each tensor from its first byte to its last. A shard is
     complete when its last tensor is. The ledger counts the work units that are on disk, and every
     observer hears of them.
     """

@@ -269,9 +269,9 @@ def _unlike_parent(view: ModuleView, parent: Checkpoint, wrong: Iterable[str]) -
     alike = (p for p in pairs if (p[0].dtype, p[0].shape) == (p[1].dtype, p[1].shape))
     compared = list(islice(alike, _TRIED))
     unlike = {
-        ours.name
-        for ours, original in compared
-        if view.checkpoint.source.read(ours.shard, ours.start, ours.end)
+        norm.name
+        for norm, original in compared
+        if view.checkpoint.source.read(norm.shard, norm.start, norm.end)
         != parent.source.read(original.shard, original.start, original.end)
     }
     if compared and len(unlike) == len(compared):

@@ -29,21 +29,21 @@ def repair(diagnosis: Diagnosis, out: Path, **options: Unpack[RunOptions]) -> Re
     links. For a hub repo, `out` gets only the files that have to be uploaded. Raises as
     `mquant.runs.convert.convert`.
     """
-    mend = _Repair(diagnosis, whole=bool(diagnosis.bad.source.folders))
-    with Run.claim(out, mend.spec, fetch=mend.fetch(options), **options) as run:
-        return mend.carry_out(run)
+    job = _Repair(diagnosis, whole=bool(diagnosis.bad.source.folders))
+    with Run.claim(out, job.spec, fetch=job.fetch(options), **options) as run:
+        return job.carry_out(run)
 
 
 def repair_in_place(diagnosis: Diagnosis, **options: Unpack[RunOptions]) -> Result:
-    """Repair a folder itself; if the process is killed, a second call finishes the repair.
+    """Repair a folder itself. After a kill, `finish_in_place` or a second call finishes the repair.
 
     The new files are written and judged in a hidden folder inside. Until then the checkpoint does
     not change; afterwards, while the files are moved, the checkpoint has no config.json.
     """
     (root,) = diagnosis.bad.source.folders
-    mend = _Repair(diagnosis, whole=False)
-    with Run.claim(root / WORK, mend.spec, fetch=mend.fetch(options), **options) as run:
-        result = mend.carry_out(run)
+    job = _Repair(diagnosis, whole=False)
+    with Run.claim(root / WORK, job.spec, fetch=job.fetch(options), **options) as run:
+        result = job.carry_out(run)
     stage(root, diagnosis.obsolete)
     apply(root)
     return replace(result, out=root)

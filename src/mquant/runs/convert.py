@@ -24,8 +24,9 @@ def convert(
     """Write the checkpoint that `plan` describes into `out`, or resume an earlier run.
 
     `stage` names the progress. `files` are written besides the source's side files; `record` goes
-    into mquant.json. Raises Refused for a plan with errors, OutputError for an OUT that is
-    not ours, in use or too small, SourceError for a source that cannot be read or changes.
+    into mquant.json. Raises Refused for a plan with errors, OutputError for an OUT that
+    mquant did not make, that is in use or is too small, SourceError for a source that cannot be
+    read or that changes.
     """
     if plan.refusals:
         raise Refused(plan.refusals)

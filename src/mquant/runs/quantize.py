@@ -33,7 +33,7 @@ def quantize(
     (see `engines.importance`). `data` is the calibration data of a recipe that needs data (see
     `engines.samples`). Raises Refused for a plan with errors, UsageError and DataFileError for
     options that do not go with the plan, MissingExtra without the engine's packages, OutputError
-    for an OUT that is not ours, is in use or too small, and what the engine raises.
+    for an OUT that mquant did not make, that is in use or is too small, and what the engine raises.
     """
     spec, scratch = prepare(plan, engine, importance, data), options.get("scratch")
     if scratch is not None:

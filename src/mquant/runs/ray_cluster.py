@@ -54,8 +54,9 @@ def quantize_on_ray(
     Complete shares are not made again. Raises as `quantize`, and MissingExtra without Ray.
     """
     workers, emit = options.get("workers"), options.get("emit", silent)
-    begun = read_shared_run(out)
-    run = in_shares(plan, job_spec, out.absolute(), begun.of if begun else max(len(plan.shards), 1))
+    shared = read_shared_run(out)
+    of = shared.of if shared else max(len(plan.shards), 1)
+    run = in_shares(plan, job_spec, out.absolute(), of)
     if run.look() is State.DONE:
         return Result(out, plan, Engine.STREAM.value, fresh=False)
     run.check_disk()

@@ -214,7 +214,7 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether an earlier run finished this very checkpoint."""
+        """Whether an earlier run finished the checkpoint of this run."""
         return self.found.state is State.DONE
 
     @property

@@ -31,7 +31,7 @@ _AGAIN: Final = "Run the same command again: the run resumes."
 class Destination:
     """A hub repo that a run fills: without a checkpoint, with a part of this run, or complete.
 
-    `there` is the repo, or None if the repo does not exist. `away` maps the names of the shards in
+    `repo` is the repo, or None if the repo does not exist. `away` maps the names of the shards in
     the repo to their sha256.
     """
 
@@ -39,13 +39,13 @@ class Destination:
     plan: Plan
     fingerprint: Mapping[str, Any]
     public: bool
-    there: HubRepo | None
+    repo: HubRepo | None
     away: Mapping[str, str] = field(default_factory=dict)
     done: bool = False
 
     def open(self) -> None:
         """Create the repo, if there is none."""
-        if self.there is None:
+        if self.repo is None:
             self.writer.create(private=not self.public)
 
 
@@ -59,32 +59,32 @@ def open_destination(
     """
     writer = HubWriter(repo_id)
     try:
-        there = HubRepo(repo_id)
+        repo = HubRepo(repo_id)
     except NoSuchRepo:
         return Destination(writer, plan, fingerprint, public, None)
-    if not there.private and not public:
+    if not repo.private and not public:
         raise OutputError(
             f"{repo_id} is public: what is pushed there is published.",
             "Give --public to publish the checkpoint, or give another repo.",
         )
-    if LEDGER in there.files:
-        recorded = parse_ledger(_read(there, LEDGER))
+    if LEDGER in repo.files:
+        recorded = parse_ledger(_read(repo, LEDGER))
         _refuse_other(repo_id, recorded.fingerprint, fingerprint)
         away = {
             shard.name: digest
             for shard in plan.shards
             if (digest := recorded.shards.get(shard.name))
-            and digest == there.sha256.get(shard.name)
-            and there.files.get(shard.name) == shard.file_bytes
+            and digest == repo.sha256.get(shard.name)
+            and repo.files.get(shard.name) == shard.file_bytes
         }
-        return Destination(writer, plan, fingerprint, public, there, away)
-    if CONFIG_NAME in there.files and (table := known_table(there)):
+        return Destination(writer, plan, fingerprint, public, repo, away)
+    if CONFIG_NAME in repo.files and (table := known_table(repo)):
         _refuse_other(repo_id, table.get("fingerprint"), fingerprint)
-        return Destination(writer, plan, fingerprint, public, there, done=True)
-    foreign = [name for name in there.files if is_shard(name) or name in (*LAST, RECORD)]
+        return Destination(writer, plan, fingerprint, public, repo, done=True)
+    foreign = [name for name in repo.files if is_shard(name) or name in (*LAST, RECORD)]
     if foreign:
         raise OutputError(f"{repo_id} holds {names(foreign)} already.", "Give another repo.")
-    return Destination(writer, plan, fingerprint, public, there)
+    return Destination(writer, plan, fingerprint, public, repo)
 
 
 class Shipper(ShardObserver):
@@ -228,7 +228,7 @@ def _read(repo: HubRepo, path: str) -> bytes:
     return repo.read(path)
 
 
-def _refuse_other(repo_id: str, other_fingerprint: object, ours: Mapping[str, Any]) -> None:
-    if other_fingerprint != ours:
-        differ = differences(other_fingerprint, ours)
-        raise OutputError(f"{repo_id} is made from something else: {differ}.", "Give another repo.")
+def _refuse_other(repo_id: str, other_fingerprint: object, fingerprint: Mapping[str, Any]) -> None:
+    if other_fingerprint != fingerprint:
+        values = differences(other_fingerprint, fingerprint)
+        raise OutputError(f"{repo_id} is made from something else: {values}.", "Give another repo.")
