@@ -68,8 +68,8 @@ def test_a_ledger_that_is_a_link_is_not_written_through(tmp_path: Path, victim: 
 def test_a_name_that_no_folder_can_have_is_refused(src: Path, tmp_path: Path) -> None:
     out = tmp_path / ("x" * 300)
 
-    assert sentence(free_disk, out).endswith("cannot be looked at: File name too long.")
-    assert sentence(quantize_nvfp4, src, out).endswith("cannot be looked at: File name too long.")
+    assert sentence(free_disk, out).endswith("cannot be accessed: File name too long.")
+    assert sentence(quantize_nvfp4, src, out).endswith("cannot be accessed: File name too long.")
 
 
 def test_a_ledger_that_is_a_pipe_is_no_ledger(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_other_dtypes_are_searched_too(tmp_path: Path, dtype: str) -> None:
 
 
 def test_the_recipe_for_llmcompressor_says_that_its_numbers_are_others(trained: Path) -> None:
-    assert "# Scales were searched" in (trained / "recipe.yaml").read_text()
+    assert "# mquant searched the scales;" in (trained / "recipe.yaml").read_text()
 
 
 @pytest.mark.parametrize("workers", [2, 5])
@@ -254,7 +254,7 @@ def test_what_cannot_search_says_so(src: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         quantize(plan_of(src, "nvfp4-opt"), tmp_path / "out", engine=Engine.ONESHOT)
     assert caught.value.message == (
-        "Recipe nvfp4-opt has its scales searched, which only the stream engine does."
+        "Recipe nvfp4-opt searches scales, which only the stream engine does."
     )
     file = written(tmp_path / "i.safetensors", vectors(src))
     with pytest.raises(UsageError) as caught:

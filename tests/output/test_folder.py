@@ -55,7 +55,7 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("out", ["src", "src/inside", "."])
 def test_out_and_source_never_overlap(tmp_path: Path, out: str) -> None:
     (tmp_path / "src").mkdir()
-    with pytest.raises(OutputError, match="the source is never written to"):
+    with pytest.raises(OutputError, match="mquant never writes into the source"):
         examine(tmp_path / out, [tmp_path / "src"], RUN, restart=True)
 
 
@@ -82,7 +82,7 @@ def test_a_finished_run_with_a_changed_file_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     finished(out, RUN)
     (out / "a.safetensors").write_bytes(b"cut")
-    with pytest.raises(OutputError, match="changed since mquant made it: it was 7 bytes, is 3"):
+    with pytest.raises(OutputError, match="since mquant wrote it: its size was 7 bytes and is 3"):
         examine(out, [], RUN, restart=False)
     assert examine(out, [], RUN, restart=True).state is State.UNFINISHED
 

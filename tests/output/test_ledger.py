@@ -86,7 +86,7 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
     ledger = begun(tmp_path)
     with pytest.raises(OutputError, match="Another mquant is writing into") as caught:
         Ledger(tmp_path)
-    assert caught.value.fix == "Wait for it, or give another -o."
+    assert caught.value.fix == "Wait for the other mquant, or give another -o."
     ledger.release()
     Ledger(tmp_path).release()
 

@@ -164,7 +164,7 @@ def test_without_the_importance_file_it_says_so(tmp_path: Path, importance: Path
     good = quantize(plan, tmp_path / "good", importance=importance).out
     told = refusal(mutated(good, tmp_path, edit=without(EXPERT)))
     assert told.fix.startswith(
-        "If it was made with an importance file, give that with --importance. "
+        "If the scales need an importance file, give the file with --importance. "
     )
 
 
@@ -305,8 +305,8 @@ def test_to_quantize_again_is_refused_where_intact_tensors_were_made_otherwise(
         "recipe nvfp4, which mquant.json names" if keep_record else "any recipe that needs no data"
     )
     assert told.message == (
-        f"{EXPERT}w1, {EXPERT}w3, {EXPERT}w2 must be quantized again, but what is intact was not "
-        f"made from this parent with {how}."
+        f"{EXPERT}w1, {EXPERT}w3, {EXPERT}w2 must be quantized again, but the intact parts were "
+        f"not made from this parent with {how}."
     )
 
 
@@ -356,8 +356,8 @@ def test_without_a_known_name_or_mquant_json_it_is_refused(right: Path, tmp_path
     bad = case_of(UNKNOWN).make(right, tmp_path)
     (bad / RECORD).unlink()
     assert refusal(bad).message == (
-        "bad has no mquant.json and no quantized module under a name that is known: how it was "
-        "made cannot be told."
+        "bad has no mquant.json and no quantized module with a known name: mquant cannot tell how "
+        "the checkpoint was made."
     )
 
 
@@ -458,7 +458,7 @@ def test_a_strange_journal_is_refused(bad: Path, text: str) -> None:
     (bad / WORK).mkdir()
     (bad / WORK / "apply.json").write_text(text)
     before = hashes(bad)
-    with pytest.raises(OutputError, match="holds nothing that mquant understands"):
+    with pytest.raises(OutputError, match="is not a journal of mquant"):
         finish_in_place(bad)
     assert hashes(bad) == before
 

@@ -295,12 +295,12 @@ def test_the_plan_says_what_is_dequantized_and_left_out(original: Path) -> None:
 
 
 def test_the_oneshot_engine_does_not_read_fp8(original: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="the source's weights lie in FP8"):
+    with pytest.raises(UsageError, match="the source's weights are stored in FP8"):
         quantize(plan_of(original), tmp_path / "out", engine=Engine.ONESHOT)
 
 
 def test_text_goes_through_no_fp8(original: Path, tmp_path: Path) -> None:
-    told = "Calibration reads BF16, F16 and F32; the source's weights lie in FP8."
+    told = "Calibration reads BF16, F16 and F32; the source's weights are stored in FP8."
     with pytest.raises(UsageError, match=told) as caught:
         calibrate(plan_of(original, "nvfp4-opt"), "text.txt", tmp_path / "out")
     assert caught.value.fix == "Make a BF16 checkpoint first: mquant dequantize."

@@ -252,12 +252,12 @@ def test_what_cannot_be_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     out = ("-o", str(tmp_path / "out"))
     assert "'x' is no hub repo id" in invoke("--push-to", "x", *out).stderr
     oneshot = invoke("--push-to", REPO, "--engine", "oneshot", *out)
-    assert (oneshot.exit_code, "--push-to is of the stream engine" in oneshot.stderr) == (2, True)
+    assert (oneshot.exit_code, "--push-to needs the stream engine" in oneshot.stderr) == (2, True)
     data = CliRunner().invoke(
         app,
         ["quantize", PARENT, "--recipe", "nvfp4-w4a4", "--data", "x.txt", "--push-to", REPO, *out],
     )
-    assert (data.exit_code, "--push-to is of the stream engine" in data.stderr) == (2, True)
+    assert (data.exit_code, "--push-to needs the stream engine" in data.stderr) == (2, True)
     assert "needs no data" in invoke("--push-to", REPO, "--data", "x.txt", *out).stderr
     small = invoke("--push-to", REPO, "--scratch", "3MB", *out)
     assert "--scratch 3.00 MB is not enough: files of" in small.stderr

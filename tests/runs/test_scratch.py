@@ -132,10 +132,10 @@ def test_the_command_says_what_scratch_is_for(src: Path, tmp_path: Path) -> None
         app, ["quantize", str(src), "--recipe", "nvfp4", "--scratch", "1GB", *out]
     )
     assert folder.exit_code == 2
-    assert "src is a folder, which needs no scratch: it is read where it lies." in folder.stderr
+    assert "src is a folder, which mquant reads directly and without a scratch." in folder.stderr
     oneshot = CliRunner().invoke(
         app,
         ["quantize", REPO, "--recipe", "nvfp4", "--engine", "oneshot", "--scratch", "1GB", *out],
     )
     assert oneshot.exit_code == 2
-    assert "--scratch is of the stream engine" in oneshot.stderr
+    assert "--scratch needs the stream engine" in oneshot.stderr

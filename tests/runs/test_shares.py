@@ -203,7 +203,7 @@ def test_a_missing_share_is_named_and_nothing_changes(
     )
     assert error.fix == (
         "Run the same mquant quantize with --share 1/3 and so on, or with --cluster ray; "
-        "then this again."
+        "then run mquant finish again."
     )
     assert hashes(out) == before
 
@@ -375,7 +375,7 @@ def test_a_record_of_shares_is_a_file(src: Path, made: Path, tmp_path: Path, kin
     else:
         (out / SHARES).mkdir()
     error = refused(OutputError, finish_shares, out)
-    assert error.message == f"{out / SHARES} is not as mquant writes it."
+    assert error.message == f"{out / SHARES} is not a file that mquant wrote."
     refused(OutputError, shares_of(src, out, 3, SMALL).make, 1)
     refused(OutputError, quantize_nvfp4, src, out)
 
@@ -423,4 +423,4 @@ def test_a_disk_without_locks_is_one_sentence(
 
     monkeypatch.setattr("fcntl.flock", flock)
     error = refused(OutputError, shares_of(src, tmp_path / "out", 2, SMALL).make, 1)
-    assert error.message.endswith("can be locked: Function not implemented.")
+    assert error.message.endswith("cannot be locked: Function not implemented.")

@@ -1,4 +1,4 @@
-"""Writing: atomic shards at planned sizes, the claim on OUT, and the order of finishing."""
+"""The output folder OUT: the claim on OUT, the ledger, the shards, and the files around them."""
 
 from mquant.output.apply import WORK, apply, is_staged, stage
 from mquant.output.disk import PARTIAL, is_there, link

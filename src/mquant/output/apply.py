@@ -1,6 +1,6 @@
-"""Replace files of a folder that is a checkpoint, so that the folder is a checkpoint again or none.
+"""Replace files of a checkpoint folder: a loader sees the old checkpoint, the new one, or none.
 
-The new files wait, whole, in a hidden folder inside. `stage` writes a journal of the changes.
+A hidden folder inside holds the complete new files. `stage` writes a journal of the changes.
 `apply` then carries out the journal: it deletes config.json, moves one file after another into
 place, deletes obsolete files, and moves index and config.json last. If `apply` is killed, the next
 call does the rest.
@@ -33,16 +33,17 @@ def stage(root: Path, obsolete: Iterable[str]) -> None:
 
 
 def is_staged(root: Path) -> bool:
-    """Whether only `apply` is left to do: a journal is there, or an empty hidden folder."""
+    """Return whether only `apply` is left to do: a journal exists, or an empty hidden folder."""
     work = root / WORK
     staged = (work / _STAGED).is_file()
     return staged or (work.is_dir() and not any(path.is_file() for path in work.rglob("*")))
 
 
 def apply(root: Path) -> None:
-    """Carry out the journal, or the rest of it. Raises OutputError if the folder cannot be written.
+    """Carry out the journal, or the rest of it.
 
-    `apply` refuses a file that would leave `root` through a link before it moves anything.
+    Raises OutputError if the folder cannot be written, if the journal is not mquant's, or if a name
+    in the journal leads out of `root`. `apply` checks all names before it moves a file.
     """
     work = root / WORK
     table = _read(work / _STAGED) if (work / _STAGED).exists() else {}
@@ -93,7 +94,7 @@ def _read(path: Path) -> dict[str, Any]:
         table = None
     if not isinstance(table, dict) or table.get("schema") != _SCHEMA:
         raise OutputError(
-            f"{path} holds nothing that mquant understands.",
-            "If mquant did not write it, delete its folder; then run the same command again.",
+            f"{path} is not a journal of mquant.",
+            f"If mquant did not write it, delete {path.parent}; then run the same command again.",
         )
     return table

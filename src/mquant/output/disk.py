@@ -1,4 +1,4 @@
-"""What every writer of files needs: room, durability, and one sentence if the disk refuses."""
+"""Helpers for writing files: reserve room, write durably, turn OSErrors into one sentence."""
 
 import errno
 import hashlib
@@ -19,18 +19,18 @@ _LONGEST_NAME: Final = 255 - len(PARTIAL)
 
 
 def is_there(out: Path) -> bool:
-    """Whether OUT exists. Raises OutputError for a name that no folder can have."""
+    """Return whether OUT exists. Raises OutputError if the system refuses the path."""
     try:
         return out.exists()
     except OSError as error:
         raise OutputError(
-            f"{str(out)[:200]} cannot be looked at: {error.strerror}.",
+            f"{str(out)[:200]} cannot be accessed: {error.strerror}.",
             "Give another folder with -o.",
         ) from error
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name can be that of a file in a folder: relative, without `..`, not too long."""
+    """Return whether a name can name a file in a folder: printable, relative, no `..`, short."""
     path = PurePosixPath(name)
     if not name.isprintable() or not path.parts or path.is_absolute() or ".." in path.parts:
         return False
@@ -38,7 +38,7 @@ def is_plain(name: str) -> bool:
 
 
 def preallocate(file: int, size: int) -> None:
-    """Reserve `size` bytes, so that a full disk shows before the work is done."""
+    """Reserve `size` bytes, so that a full disk raises an error before any work is done."""
     try:
         os.posix_fallocate(file, 0, size)
     except OSError as error:
@@ -48,14 +48,14 @@ def preallocate(file: int, size: int) -> None:
 
 
 class out_of_space:  # noqa: N801  (a context manager reads as a phrase)
-    """Turn OSErrors of the output folder into one sentence."""
+    """A context manager that raises OutputError, with one sentence, in place of an OSError."""
 
     def __init__(self, path: Path, needed: int) -> None:
         self._path = path
         self._needed = needed
 
     def __enter__(self) -> None:
-        """Begin."""
+        """Do nothing: only the end of the block matters."""
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Raise OutputError in place of an OSError."""
@@ -74,10 +74,10 @@ class out_of_space:  # noqa: N801  (a context manager reads as a phrase)
 
 
 def link(source: Path, target: Path) -> None:
-    """Give a file a second name; on another file system, copy the file.
+    """Make `target` a hard link to `source`, or a copy if the file system allows no hard link.
 
-    If `source` is a link, the second name is of the file that the link leads to. The name must be
-    free.
+    If `source` is a symbolic link, `target` is a link to the file that `source` leads to. `target`
+    must not exist.
     """
     with out_of_space(target, source.stat().st_size), _whole(target) as partial:
         try:
@@ -91,9 +91,9 @@ def link(source: Path, target: Path) -> None:
 
 
 def write_whole(path: Path, pieces: Iterable[bytes]) -> str:
-    """Write a file, whole or not at all; returns its sha256.
+    """Write a file, whole or not at all, and return its sha256.
 
-    A link under the name is replaced, and the file that the link leads to stays. Raises OSError.
+    If `path` is a link, the file replaces the link, and the link's target stays. Raises OSError.
     """
     digest = hashlib.sha256()
     with _whole(path) as partial, partial.open("xb") as file:
@@ -107,13 +107,13 @@ def write_whole(path: Path, pieces: Iterable[bytes]) -> str:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to make a file under, which is then renamed to `path`, durably.
+    """Yield a partial path beside `path`; after the block, rename its file to `path`, durably.
 
-    If the block fails, what stood under `path` stays, and nothing beside it.
+    If the block fails, the file at `path` does not change, and the partial file is deleted.
     """
     partial = path.with_name(path.name + PARTIAL)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.unlink(missing_ok=True)  # a link, perhaps
+    partial.unlink(missing_ok=True)  # perhaps a link to another file
     try:
         yield partial
         partial.replace(path)
@@ -124,9 +124,9 @@ def _whole(path: Path) -> Iterator[Path]:
 
 
 def read_own(path: Path, most: int) -> bytes | None:
-    """Read a file of ours, which somebody may have replaced by a link, a pipe, a terabyte.
+    """Read a file that mquant wrote, and that may be a link, a pipe or a huge file by now.
 
-    Returns None if there is no plain file of at most `most` bytes that can be read.
+    Returns None if `path` is no regular file of at most `most` bytes, or cannot be read.
     """
     try:
         # Opening a pipe without a writer would block.
@@ -148,7 +148,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def pwrite(file: int, data: bytes | memoryview, offset: int) -> int:
-    """Write all of `data` at `offset`; returns how many bytes that were."""
+    """Write all of `data` at byte `offset`, and return the number of bytes."""
     view = memoryview(data).cast("B")
     done = 0
     while done < len(view):  # pwrite stops at 2 GiB

@@ -1,4 +1,4 @@
-"""Everything around the shards: side files, recipe.yaml, mquant.json, index, and last config.json.
+"""The files around the shards: side files, recipe.yaml, mquant.json, index, and config.json last.
 
 No loader takes a folder without config.json for a checkpoint. So config.json is written when all
 other files are on disk, and the index just before config.json.
@@ -47,7 +47,7 @@ _EXPECTED: Final = {
 
 
 def side_files(checkpoint: Checkpoint, *, cards: bool = False) -> tuple[str, ...]:
-    """Files of the parent that are copied byte for byte.
+    """Return the paths of the files of the parent that are copied byte for byte.
 
     The model card and its pictures describe another checkpoint: they are left out unless `cards`.
     """
@@ -68,7 +68,7 @@ def _of_card(path: str) -> bool:
 
 
 def source_notes(checkpoint: Checkpoint, source: Source) -> Iterator[Note]:
-    """What a person should know of the files that do not go along; `source` has the files."""
+    """Yield notes on side files that are not copied or do not exist; `source` has the files."""
     for sentence in linked_files(source):
         yield Note("warning", sentence)
     for sentence in absent_files(checkpoint, source):
@@ -76,19 +76,20 @@ def source_notes(checkpoint: Checkpoint, source: Source) -> Iterator[Note]:
 
 
 def linked_files(source: Source) -> list[str]:
-    """One sentence about files of the source that are links to other folders, and are not copied.
+    """Return one sentence about the links that lead out of the source folder, if there are any.
 
-    Whoever packed the checkpoint may have meant such a link to lead to what only its user can read.
+    Links out of the folder are not copied: a hostile checkpoint could use a link to publish a file
+    that only the user can read.
     """
     if not isinstance(source, Folder):
         return []
-    away = [path for path in source.files if source.leads_out(path) and not is_weights(path)]
-    what = "a link" if len(away) == 1 else "links"
-    return [f"Not copied, being {what} out of the source folder: {names(away)}."] if away else []
+    links = [path for path in source.files if source.leads_out(path) and not is_weights(path)]
+    sentence = "mquant does not copy links that lead out of the source folder"
+    return [f"{sentence}: {names(links)}."] if links else []
 
 
 def file_names(plan: Plan, sides: Iterable[str]) -> tuple[str, ...]:
-    """Every file the finished output will hold."""
+    """Return the names of all files of the finished checkpoint."""
     shards = tuple(shard.name for shard in plan.shards)
     recipe = (RECIPE_NAME,) if plan.schemes else ()
     return (*shards, *sides, *recipe, RECORD, INDEX_NAME, CONFIG_NAME)
@@ -103,13 +104,13 @@ def finish(
     provenance: Mapping[str, Any],
     judge: Callable[[Source], None],
 ) -> None:
-    """Complete OUT, whose shards are all there. config.json appears last.
+    """Write all files but the shards, which OUT must hold already; write config.json last.
 
-    `plan` decides what config.json and recipe.yaml say; `index` is the index. `shards` has `bytes`
-    and `sha256` of every file of the checkpoint that `finish` does not write. `sides` maps each
-    side file to the source that holds it. `provenance` goes into mquant.json: equal runs must have
-    equal provenance. `judge` sees the checkpoint before index and config.json are on disk; if
-    `judge` raises, `finish` does not write these two.
+    `plan` decides what config.json and recipe.yaml say; `index` is the content of the index.
+    `shards` has `bytes` and `sha256` of every file of the checkpoint that `finish` does not write.
+    `sides` maps each side file to the source that holds it. `provenance` goes into mquant.json:
+    equal runs must have equal provenance. `judge` sees the checkpoint before index and config.json
+    are on disk; if `judge` raises, `finish` does not write these two.
     """
     files = dict(shards)
     table, config = _json(index), _json(config_json(plan))
@@ -133,7 +134,7 @@ def _described(content: bytes) -> dict[str, Any]:
 
 
 def index_json(plan: Plan) -> dict[str, Any]:
-    """The index: sorted names, and the true number of bytes of all tensors."""
+    """Return the index: the shard of each tensor, sorted by name, and the bytes of all tensors."""
     table = {o.name: s.name for s in plan.shards for unit in s.units for o in unit.outputs}
     return {
         "metadata": {"total_size": plan.output_bytes},
@@ -142,17 +143,17 @@ def index_json(plan: Plan) -> dict[str, Any]:
 
 
 def config_json(plan: Plan) -> dict[str, Any]:
-    """The parent's raw config.json, every key of it, and how the result is quantized, if it is."""
-    how = "quantization_config"
-    kept = {k: value for k, value in plan.survey.checkpoint.config.items() if k != how}
-    return {**kept, how: plan.quantization_config} if plan.quantization_config else kept
+    """Return all keys of the parent's config.json, with the plan's quantization config, if any."""
+    key = "quantization_config"
+    kept = {k: value for k, value in plan.survey.checkpoint.config.items() if k != key}
+    return {**kept, key: plan.quantization_config} if plan.quantization_config else kept
 
 
 def recipe_yaml(plan: Plan) -> str:
-    """A recipe with which llmcompressor makes the same decisions.
+    """Return a recipe with which llmcompressor makes the same decisions.
 
-    The recipe's `ignore` has the hub's names and, if these differ, the names in memory. If a whole
-    row of the family is kept, the entry is a pattern.
+    The recipe's `ignore` has the hub's names and, if these differ, the names in memory. If the plan
+    quantizes no module of a row of the family, patterns stand for all modules of the row.
     """
     ignore = [*_ignore_patterns(plan)]
     modifier: dict[str, Any]
@@ -173,20 +174,20 @@ def recipe_yaml(plan: Plan) -> str:
     recipe = {"quant_stage": {"quant_modifiers": modifiers}}
     head = f"# What mquant did (recipe {plan.recipe.name}), as a recipe for llmcompressor.\n"
     if plan.recipe.scales == "search":
-        head += "# Scales were searched: it keeps and quantizes the same, with other numbers.\n"
+        head += "# mquant searched the scales; llmcompressor computes others for these modules.\n"
     return head + yaml.safe_dump(recipe, sort_keys=False)
 
 
 def absent_files(checkpoint: Checkpoint, source: Source) -> list[str]:
-    """One sentence for each thing people expect beside weights that is not there."""
+    """Return one sentence for each kind of expected side file that the source lacks."""
     present = set(checkpoint.side_files)
     absent = [
         f"The source has no {what} ({' or '.join(options[:2])}); none was written."
         for what, options in _EXPECTED.items()
         if not present & set(options)
     ]
-    own = any("chat_template" in path for path in present)
-    if not own and not has_chat_template(source):
+    has_own = any("chat_template" in path for path in present)
+    if not has_own and not has_chat_template(source):
         absent.append("The source has no chat template; none was written.")
     return absent
 
@@ -220,13 +221,13 @@ def _copy(source: Source, path: str, out: Path) -> dict[str, Any]:
 
 
 def write_file(out: Path, name: str, pieces: Iterable[bytes]) -> str:
-    """Write a file of OUT, whole or not at all; returns its sha256. Raises OutputError."""
+    """Write a file of OUT, whole or not at all, and return its sha256. Raises OutputError."""
     path = out / name
     with out_of_space(path, 0):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not is_inside(out, name):
             raise OutputError(
-                f"{path.parent} is a link; mquant writes into OUT and nowhere else.",
-                "Remove it, or give another folder with -o.",
+                f"{path.parent} is a link; mquant writes only into OUT.",
+                "Remove the link, or give another folder with -o.",
             )
         return write_whole(path, pieces)

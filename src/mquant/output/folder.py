@@ -1,9 +1,10 @@
-"""The output folder: whose it is, and whether a run goes on, starts over, or is already done.
+"""The state of the output folder: free, unfinished, finished, or not made by mquant.
 
-While a run is under way, OUT holds the run's ledger, which names every file that the run will make.
-The run writes the ledger first and deletes it when config.json is there. So a folder with a ledger
-is ours and unfinished; a folder with mquant.json and no ledger is ours and finished; an empty
-folder is free; every other folder is refused. `shared_run` decides about a run in shares.
+While a run is under way, OUT holds the run's ledger, which names every file that the run will
+write. The run writes the ledger first and deletes it after config.json is written. So a folder with
+a ledger is mquant's and unfinished; a folder with mquant.json and no ledger is mquant's and
+finished; an empty folder is free; every other folder is refused. `shared_run` decides about a run
+in shares.
 """
 
 import os
@@ -22,7 +23,7 @@ _ANOTHER_OUT: Final = "Give another folder with -o, or --restart to delete what 
 
 
 class State(Enum):
-    """What was found in OUT."""
+    """The state of OUT for a run."""
 
     FREE = "free"
     UNFINISHED = "unfinished"
@@ -31,9 +32,9 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Claim:
-    """What OUT holds of this very run, and the names of the files that are known.
+    """The state of OUT for a run, and the names of the files that mquant may have written there.
 
-    `recorded` is what the ledger of an unfinished run says, if the run may go on from there.
+    `recorded` is the content of the ledger of an unfinished run, if this run can resume that run.
     """
 
     state: State
@@ -49,12 +50,13 @@ def examine(
     restart: bool,
     elsewhere: Iterable[str] = (),
 ) -> Claim:
-    """Say what OUT holds; write nothing.
+    """Return the state of OUT; write nothing.
 
     `fingerprint` is a table of strings that tells one run from another. `elsewhere` are files of
-    the finished checkpoint that OUT does not hold. Raises OutputError if OUT is not ours, or if OUT
-    is, is in, or holds one of the source folders; and, unless `restart`, if another run made or
-    makes OUT, or if a file was changed since.
+    the finished checkpoint that OUT does not hold. Raises OutputError if OUT is a file, if mquant
+    did not make OUT, if a run in shares fills OUT, or if OUT is, is in, or holds one of the source
+    folders. Unless `restart`, also raises OutputError if OUT belongs to another run, or if the size
+    of a file has changed since a run finished OUT.
     """
     if is_there(out) and not out.is_dir():
         raise OutputError(f"{out} is a file.", "Give a folder with -o.")
@@ -65,11 +67,11 @@ def examine(
     if os.path.lexists(out / SHARES):
         raise OutputError(
             f"{out} is being made in shares.",
-            f"When all are done, run: mquant finish {out}; or give another folder with -o.",
+            f"When all shares are done, run: mquant finish {out}; or give another folder with -o.",
         )
     ledger, record = read_ledger(out), own_table(out)
     if ledger is not None and not ledger.files:
-        ledger = None  # of a run that was stopped while it claimed OUT, or that claims it now
+        ledger = None  # a run is claiming OUT, or was stopped while it claimed OUT
     if ledger is None and all(_is_claim(path) for path in out.iterdir()):
         return Claim(State.FREE)
     if ledger is None and record is None:
@@ -77,9 +79,9 @@ def examine(
             f"{out} is not empty, and mquant did not make it.",
             "Give another folder with -o, or empty this one.",
         )
-    made = (record or {}) if ledger is None else {}
-    other_fingerprint = made.get("fingerprint") if ledger is None else ledger.fingerprint
-    names = made.get("files", ()) if ledger is None else ledger.files
+    table = (record or {}) if ledger is None else {}
+    other_fingerprint = table.get("fingerprint") if ledger is None else ledger.fingerprint
+    names = table.get("files", ()) if ledger is None else ledger.files
     if not restart and other_fingerprint != fingerprint:
         raise other_run(out, other_fingerprint, fingerprint)
     files = tuple(dict.fromkeys((*_safe_names(out, names), RECORD)))
@@ -87,12 +89,12 @@ def examine(
         return Claim(State.UNFINISHED, files)
     if ledger is not None:
         return Claim(State.UNFINISHED, files, ledger)
-    done = _is_whole(out, made, frozenset(elsewhere))
+    done = _is_whole(out, table, frozenset(elsewhere))
     return Claim(State.DONE if done else State.UNFINISHED, files)
 
 
 def discard(out: Path, files: Iterable[str]) -> None:
-    """Delete recorded files, config.json first: what remains must not look like a checkpoint."""
+    """Delete `files`, config.json first: the remaining files must not look like a checkpoint."""
     for name in sorted(files, key=lambda name: name != "config.json"):
         for path in (out / name, out / (name + PARTIAL)):
             if path.is_file() or path.is_symlink():
@@ -103,44 +105,44 @@ def discard(out: Path, files: Iterable[str]) -> None:
 
 
 def is_finished(out: Path, fingerprint: dict[str, Any] | None = None) -> bool:
-    """Whether OUT holds all files of a finished run; with a `fingerprint`, of that run.
+    """Return whether OUT holds all files of a finished run; with a `fingerprint`, of that run.
 
-    Raises OutputError if a file was changed since.
+    Raises OutputError if the size of a file has changed since.
     """
     record = own_table(out) or {}
-    this = fingerprint is None or record.get("fingerprint") == fingerprint
-    return this and _is_whole(out, record, frozenset())
+    matches = fingerprint is None or record.get("fingerprint") == fingerprint
+    return matches and _is_whole(out, record, frozenset())
 
 
 def _is_whole(out: Path, record: dict[str, Any], elsewhere: frozenset[str]) -> bool:
-    """Whether all files of a finished run are in OUT, but for the files that are elsewhere.
+    """Return whether all files of a finished run are in OUT, except the files in `elsewhere`.
 
-    Raises OutputError for a file of another size: the file may be somebody's work.
+    Raises OutputError for a file of another size: the user may have edited the file.
     """
     files = record.get("files")
     files = files if isinstance(files, dict) else {}
     files = {name: value for name, value in files.items() if name not in elsewhere}
-    there = [name for name in _safe_names(out, files) if (out / name).is_file()]
-    for name in there:
-        meant = files[name].get("bytes") if isinstance(files[name], dict) else None
-        found = (out / name).stat().st_size
-        if found != meant:
+    present = [name for name in _safe_names(out, files) if (out / name).is_file()]
+    for name in present:
+        recorded = files[name].get("bytes") if isinstance(files[name], dict) else None
+        actual = (out / name).stat().st_size
+        if actual != recorded:
             raise OutputError(
-                f"{name} in {out} was changed since mquant made it: it was {str(meant)[:20]} "
-                f"bytes, is {found}.",
-                "Give another folder with -o, or --restart to make everything there again.",
+                f"{name} in {out} has changed since mquant wrote it: its size was "
+                f"{str(recorded)[:20]} bytes and is {actual}.",
+                "Give another folder with -o, or --restart to write all files of the folder again.",
             )
-    return "config.json" in there and len(there) == len(files)
+    return "config.json" in present and len(present) == len(files)
 
 
 def _safe_names(out: Path, value: object) -> tuple[str, ...]:
-    """Names that a record may ask to delete: plain relative paths inside OUT, through no link."""
+    """Return the names that are safe to delete: plain relative paths inside OUT, not via links."""
     names = list(value) if isinstance(value, dict | list | tuple) else []
     return tuple(name for name in names if isinstance(name, str) and is_inside(out, name))
 
 
 def is_inside(out: Path, name: str) -> bool:
-    """Whether a name stands for a file in OUT, and no link on the way leads elsewhere."""
+    """Return whether `name` is a plain path inside OUT, and no folder on the way is a link."""
     if not is_plain(name):
         return False
     path = PurePosixPath(name)
@@ -151,33 +153,33 @@ def is_inside(out: Path, name: str) -> bool:
 def _refuse_overlap(out: Path, source: Path) -> None:
     if out == source or source in out.parents or out in source.parents:
         raise OutputError(
-            f"{out} and the source folder {source} overlap; the source is never written to.",
-            "Give a folder outside of it with -o.",
+            f"{out} and the source folder {source} overlap; mquant never writes into the source.",
+            "Give a folder outside of the source with -o.",
         )
 
 
 def _is_claim(path: Path) -> bool:
-    """Whether a file is there only because a process claims OUT, or was stopped while it did."""
+    """Return whether a file is only the trace of a process that is, or was, claiming OUT."""
     if not os.path.lexists(path):
-        return True  # they have let go of it by now
+        return True  # the process has released OUT by now
     if path.name == SHARES + PARTIAL:
         return path.is_file() and not path.is_symlink()
-    found = read_ledger(path.parent, path.name) if is_ledger(path.name) else None
-    return found is not None and not found.files
+    recorded = read_ledger(path.parent, path.name) if is_ledger(path.name) else None
+    return recorded is not None and not recorded.files
 
 
 def other_run(
-    out: Path, other_fingerprint: object, ours: dict[str, Any], fix: str = _ANOTHER_OUT
+    out: Path, other_fingerprint: object, fingerprint: dict[str, Any], fix: str = _ANOTHER_OUT
 ) -> OutputError:
-    """The error if OUT is of another run: it names the values that differ."""
+    """Return the error for an OUT of another run; the message names the values that differ."""
     return OutputError(
-        f"{out} was made from something else: {differences(other_fingerprint, ours)}.", fix
+        f"{out} was made from something else: {differences(other_fingerprint, fingerprint)}.", fix
     )
 
 
-def differences(other_fingerprint: object, ours: Mapping[str, Any]) -> str:
-    """The values in which the fingerprint of another run differs from ours."""
-    other_fingerprint = other_fingerprint if isinstance(other_fingerprint, dict) else {}
-    keys = [key for key in ours if other_fingerprint.get(key) != ours[key]] or ["fingerprint"]
-    was = {key: str(other_fingerprint.get(key))[:80] for key in keys}
-    return "; ".join(f"{key} was {was[key]}, is {ours.get(key)}" for key in keys)
+def differences(other_fingerprint: object, fingerprint: Mapping[str, Any]) -> str:
+    """Return the values in which the fingerprint of another run differs from this run's."""
+    other = other_fingerprint if isinstance(other_fingerprint, dict) else {}
+    keys = [k for k in fingerprint if other.get(k) != fingerprint[k]] or ["fingerprint"]
+    values = {key: str(other.get(key))[:80] for key in keys}
+    return "; ".join(f"{key} was {values[key]}, is {fingerprint.get(key)}" for key in keys)

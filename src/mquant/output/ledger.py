@@ -1,15 +1,15 @@
-"""The ledger of a run: which files OUT will hold, and which work units are on disk for good.
+"""The ledger of a run: which files OUT will hold, and which work units are durably on disk.
 
-The ledger is an append-only file of JSON lines. While a run is at work, the run holds the ledger
-locked; when the run is complete, the ledger is deleted. A line is written after the bytes that it
-counts are on disk; a last line without its end counts nothing. In a run in shares (see
-`shared_run`) each share has its own ledger, which numbers the work units of the share. The key
-`jobs` means work units.
+The ledger is an append-only file of JSON lines. A run locks the ledger while the run is under way,
+and deletes the ledger when the run is complete. A line is written after the bytes of its work units
+are on disk; a last line without a line feed is ignored. In a run in shares (see `shared_run`) each
+share has its own ledger, which numbers the work units of the share. The key `jobs` means work
+units.
 
     {"schema": "mquant.run/2", "fingerprint": {...}, "files": ["config.json", ...]}
     {"sources": {"model-00001-of-00002.safetensors": [size, mtime_ns], ...}}     at each start
     {"jobs": [[0, 41], [44, 44]]}      first to last, as numbered in the plan
-    {"shard": "model-00001-of-00003.safetensors", "sha256": "...", "jobs": [[0, 99]]}      whole
+    {"shard": "model-00001-of-00003.safetensors", "sha256": "...", "jobs": [[0, 99]]}      complete
 """
 
 import errno
@@ -43,20 +43,20 @@ _PAUSE_SECONDS: Final = 0.05
 
 
 def ledger_name(number: int, of: int) -> str:
-    """The name of the ledger of one share."""
+    """Return the name of the ledger of one share."""
     return f"mquant-run.{number}-of-{of}.jsonl"
 
 
 def is_ledger(name: str) -> bool:
-    """Whether a file has the name of a ledger, of a share or of a whole run."""
+    """Return whether a file has the name of a ledger, of a share or of a whole run."""
     return name == LEDGER or _SHARED.fullmatch(name) is not None
 
 
 @dataclass(slots=True)
 class Recorded:
-    """What a ledger says.
+    """The content of a ledger.
 
-    `units` maps the number of a work unit to the stamps of the files it was made from; `shards`
+    `units` maps the number of a work unit to the stamps of the source files at that time; `shards`
     maps the name of a complete shard to its sha256.
     """
 
@@ -67,19 +67,20 @@ class Recorded:
 
 
 def read_ledger(out: Path, name: str = LEDGER) -> Recorded | None:
-    """What a ledger in `out` says; None if there is no ledger, empty if it has no first line.
+    """Return the content of a ledger in `out`; None if there is no readable ledger.
 
-    A line that makes no sense counts nothing: its work units are made again.
+    A ledger without a valid first line has no `files`. An invalid line is ignored: a run makes the
+    work units of the line again.
     """
     raw = read_own(out / name, MOST_BYTES)
     return None if raw is None else parse_ledger(raw)
 
 
 def parse_ledger(raw: bytes) -> Recorded:
-    """What the lines of a ledger say."""
+    """Return the content of a ledger, from the bytes of its lines."""
     recorded = Recorded()
     sources: dict[str, Stamp] = {}
-    left = _MOST_JOBS
+    allowed = _MOST_JOBS
     for line in raw.splitlines(keepends=True):
         entry = _parse(line)
         match entry:
@@ -88,9 +89,9 @@ def parse_ledger(raw: bytes) -> Recorded:
             case {"sources": dict(table)}:
                 sources = {path: _stamp(value) for path, value in table.items()}
             case {"jobs": list(spans)}:
-                for number in islice(chain.from_iterable(map(_span, spans)), left):
+                for number in islice(chain.from_iterable(map(_span, spans)), allowed):
                     recorded.units[number] = sources
-                    left -= 1
+                    allowed -= 1
                 if "shard" in entry:
                     recorded.shards[str(entry["shard"])] = str(entry.get("sha256"))
     return recorded
@@ -100,10 +101,10 @@ class Ledger:
     """The claim on OUT, or on a share, during a run. Any thread may call the methods."""
 
     def __init__(self, out: Path, name: str = LEDGER, patience: float = 0.0) -> None:
-        """Lock OUT; make the folder if there is none.
+        """Lock OUT, or a share of a run, and create the folder if it does not exist.
 
-        Raises InUse if another process is still at work in OUT after `patience` seconds,
-        OutputError if OUT cannot be locked at all.
+        Raises InUse if another process still holds the lock after `patience` seconds, OutputError
+        if OUT cannot be written, or if its file system has no locks.
         """
         self._out = out
         self._path = out / name
@@ -122,25 +123,25 @@ class Ledger:
                 os.close(file)
                 if error.errno not in _TAKEN:
                     raise OutputError(
-                        f"Nothing in {self._out} can be locked: {error.strerror}.",
-                        "Mount its file system with locks (Lustre: -o flock), or give another -o.",
+                        f"{self._out} cannot be locked: {error.strerror}.",
+                        "Mount the file system with locks (Lustre: -o flock), or give another -o.",
                     ) from error
                 if time.monotonic() > deadline:
                     raise InUse(
                         f"Another mquant is writing into {self._out}.",
-                        "Wait for it, or give another -o.",
+                        "Wait for the other mquant, or give another -o.",
                     ) from None
                 time.sleep(_PAUSE_SECONDS)
                 continue
             if self._is_at(file):
                 return file
-            os.close(file)  # another run was complete just then, and deleted it
+            os.close(file)  # another run was completed just then, and deleted the file
 
     def begin(self, fingerprint: dict[str, Any], files: Iterable[str], *, afresh: bool) -> None:
-        """Write down what this run will make, before it makes anything.
+        """Record the fingerprint and the files of this run, before the run writes any of the files.
 
-        With `afresh` the ledger forgets what an earlier run made; otherwise this run goes on from
-        there.
+        With `afresh`, delete all lines first; otherwise keep the lines of the earlier run, which
+        this run resumes.
         """
         if afresh:
             with out_of_space(self._path, 0):
@@ -152,7 +153,7 @@ class Ledger:
             fsync_folder(self._out)
 
     def read_from(self, sources: Mapping[str, Stamp]) -> None:
-        """Write down the stamps of the source files that later work units are made from."""
+        """Record the stamps of the source files that later work units are made from."""
         self._append(_line({"sources": dict(sources)}))
 
     def count(self, units: Iterable[int]) -> None:
@@ -167,19 +168,19 @@ class Ledger:
             self._append(_line({"jobs": spans}))
 
     def complete_shard(self, name: str, sha256: str, units: range) -> None:
-        """Count a shard, and all its work units: it is on disk under its final name."""
+        """Count a shard that is on disk under its final name, and all its work units."""
         self._append(shard_line(name, sha256, units))
 
     def complete(self) -> None:
-        """Delete the ledger: the run is whole."""
+        """Delete the ledger: the run is complete."""
         with out_of_space(self._path, 0):
             self._path.unlink()
             fsync_folder(self._out)
 
     def release(self) -> None:
-        """Let go of OUT. The ledger stays, so that the next run knows that the folder is ours.
+        """Release the lock. The ledger stays, so that the next run knows that mquant made OUT.
 
-        An empty ledger is deleted: nothing was claimed.
+        An empty ledger is deleted: the run did not claim OUT.
         """
         if self._is_at(self._file) and not os.fstat(self._file).st_size:
             self._path.unlink()
@@ -190,7 +191,7 @@ class Ledger:
             if not self._is_at(self._file):
                 raise OutputError(
                     f"{self._out} was deleted or replaced during the run.",
-                    "Run the same command again; what was made there is lost.",
+                    "Run the same command again; the earlier work is lost.",
                 )
             while line:
                 line = line[os.write(self._file, line) :]
@@ -208,13 +209,13 @@ class Ledger:
 
 
 def head_line(fingerprint: Mapping[str, Any], files: Iterable[str]) -> bytes:
-    """The first line: which run it is, and every file that the run will make."""
+    """Return the first line of a ledger: the run's fingerprint, and every file of the run."""
     head = {"schema": _SCHEMA, "fingerprint": dict(fingerprint), "files": sorted(files)}
     return _line(head)
 
 
 def shard_line(name: str, sha256: str, units: range) -> bytes:
-    """The line of a complete shard and all its work units."""
+    """Return the line of a complete shard and all its work units."""
     return _line({"shard": name, "sha256": sha256, "jobs": [[units.start, units.stop - 1]]})
 
 
@@ -226,7 +227,7 @@ def _stamp(value: object) -> Stamp:
     match value:
         case [int(size), int(time)]:
             return size, time
-    return -1, -1  # no file's
+    return -1, -1  # no file has this stamp
 
 
 def _span(value: object) -> range:

@@ -1,7 +1,7 @@
-"""mquant.json: what a finished checkpoint says of how it was made, read in one place.
+"""Read mquant.json, in which a finished checkpoint says how it was made.
 
-The file may be somebody else's, so a size and a depth bound it. A checkpoint that mquant did not
-make has none.
+The file is untrusted, so its size and depth are limited. A checkpoint that mquant did not make has
+no such file.
 """
 
 import re
@@ -24,12 +24,12 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Record:
-    """What mquant.json says. Strings are empty, and tables too, if mquant.json does not say.
+    """The content of mquant.json. A string or a table that mquant.json lacks is empty.
 
-    `source` is the identity of the parent. `files` have bytes and sha256 by path, but for the card,
-    which is written anew when there is more to say. `inputs` are what else the checkpoint was made
-    with (`data`, `importance`): the sha256 of each file, or a dataset's id. `repairs` are as
-    `mquant repair` wrote them, oldest first.
+    `source` is the identity of the parent. `files` maps each path to its bytes and sha256, but for
+    the card, which may be written again later. `inputs` maps the other inputs (`data`,
+    `importance`) to the sha256 of the file, or to a dataset's id. `repairs` are the entries that
+    `mquant repair` wrote, oldest first.
     """
 
     mquant: str
@@ -43,16 +43,16 @@ class Record:
 
 
 def read_table(source: Source) -> dict[str, Any]:
-    """mquant.json of a checkpoint; empty if there is none. Raises SourceError for a useless one."""
+    """Return mquant.json of a checkpoint; {} if absent. Raises SourceError for an invalid file."""
     if RECORD not in source.files:
         return {}
     if source.files[RECORD] > _MOST_BYTES:
-        raise _useless("is too large to be what it says")
+        raise _invalid("is too large to be what it says")
     return _parse(source.read(RECORD))
 
 
 def known_table(source: Source) -> dict[str, Any]:
-    """mquant.json of a checkpoint; empty if there is none, or if it is useless."""
+    """Return mquant.json of a checkpoint; {} if the file is absent or invalid."""
     try:
         return read_table(source)
     except SourceError:
@@ -60,7 +60,7 @@ def known_table(source: Source) -> dict[str, Any]:
 
 
 def own_table(out: Path) -> dict[str, Any] | None:
-    """mquant.json in OUT; None if there is none, empty if it is cut off."""
+    """Return mquant.json in OUT; None if there is no readable file, {} if the file is invalid."""
     raw = read_own(out / RECORD, _MOST_BYTES)
     try:
         return None if raw is None else _parse(raw)
@@ -69,7 +69,7 @@ def own_table(out: Path) -> dict[str, Any] | None:
 
 
 def read_record(source: Source) -> Record | None:
-    """The record of a checkpoint; None if there is none. Raises SourceError for a useless one."""
+    """Return the record of a checkpoint, or None. Raises SourceError for an invalid mquant.json."""
     value = read_table(source)
     if not value and RECORD not in source.files:
         return None
@@ -89,7 +89,7 @@ def read_record(source: Source) -> Record | None:
 
 
 def as_table(value: object) -> dict[str, Any]:
-    """The value if it is a table, else an empty one."""
+    """Return `value` if it is a table, else an empty table."""
     return value if isinstance(value, dict) else {}
 
 
@@ -97,15 +97,15 @@ def _parse(raw: bytes) -> dict[str, Any]:
     try:
         value = parse_json(raw)
     except TooMuch:
-        raise _useless("is too large to be what it says") from None
+        raise _invalid("is too large to be what it says") from None
     except ValueError:
-        raise _useless("is not valid JSON") from None
+        raise _invalid("is not valid JSON") from None
     if not isinstance(value, dict):
-        raise _useless("is not a JSON object")
+        raise _invalid("is not a JSON object")
     return value
 
 
-def _useless(what: str) -> SourceError:
+def _invalid(what: str) -> SourceError:
     return SourceError(f"{RECORD} {what}.", "Get the file again.")
 
 

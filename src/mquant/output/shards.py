@@ -1,4 +1,4 @@
-"""All output shards of a plan: which bytes each awaits, and which are on disk for good."""
+"""The output shards of a plan: which bytes are still to write, and which are durably on disk."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -17,25 +17,25 @@ from mquant.plan import Plan, ShardPlan, WorkUnit
 
 
 class ShardObserver:
-    """Follows the shards of a run while they are made. Any thread calls the methods.
+    """A listener to the shards of a run while they are written. Any thread calls the methods.
 
     An error that a method raises stops the run.
     """
 
     def opening(self, shard: ShardPlan) -> None:
-        """A shard is about to take its room on the disk. The observer may wait for room."""
+        """Hear that a shard is about to take its room on the disk. May wait for room."""
 
     def settled(self, units: Iterable[int]) -> None:
-        """The work units with these numbers are on disk for good; no run does them again."""
+        """Hear that the work units with these numbers are on disk; no run makes them again."""
 
     def completed(self, shard: ShardPlan, sha256: str) -> None:
-        """A shard is on disk under its final name, or was when the observer came."""
+        """Hear that a shard is on disk under its final name, now or since an earlier run."""
 
     def poll(self) -> None:
-        """Raise what went wrong since the last call. The engine calls it a few times a second."""
+        """Raise the observer's error, if any. The engine calls `poll` a few times a second."""
 
     def stop(self) -> None:
-        """Let nobody wait any longer: the run ends before its time."""
+        """Wake all threads that wait for the observer: the run ends early."""
 
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -64,9 +64,9 @@ class _Tensor:
 class ShardSet:
     """All output shards of a plan.
 
-    Engines hand in tensors in any order, each tensor from its first byte to its last. A shard is
-    finished as soon as its last tensor is. The ledger counts what is on disk, and every observer is
-    told.
+    Engines write tensors in any order, each tensor from its first byte to its last. A shard is
+    complete when its last tensor is. The ledger counts the work units that are on disk, and every
+    observer hears of them.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class ShardSet:
         stage: str = "quantize",
         away: Mapping[str, str] | None = None,
     ) -> None:
-        """Go on with what an earlier run `recorded`, if the `sources` are unchanged since.
+        """Resume what an earlier run `recorded`, if the `sources` are unchanged since.
 
-        `away` maps the names of shards that are whole elsewhere to their sha256: these are not
-        made.
+        `away` maps the names of shards that are complete elsewhere to their sha256: the run does
+        not write these shards.
         """
         self._observers: list[ShardObserver] = []
         self._away = dict(away or {})
@@ -91,8 +91,8 @@ class ShardSet:
         self._stage = stage
         self._tasks = [
             _Task(shard, number, unit, unit.output_bytes)
-            for shard, each in enumerate(plan.shards)
-            for number, unit in enumerate(each.units)
+            for shard, shard_plan in enumerate(plan.shards)
+            for number, unit in enumerate(shard_plan.units)
         ]
         self._tensors: dict[str, _Tensor] = {}
         for index, task in enumerate(self._tasks):
@@ -105,18 +105,18 @@ class ShardSet:
         self.digests: dict[str, str] = {}
         self._done: set[int] = set()
         if recorded is not None:
-            self._take_up(recorded, sources or {})
-        for shard, each in enumerate(plan.shards):
-            if each.name in self._away:
-                self.digests[each.name] = self._away[each.name]
-                self._done.update(plan.numbers[shard])
+            self._resume(recorded, sources or {})
+        for shard, units in zip(plan.shards, plan.numbers, strict=True):
+            if shard.name in self._away:
+                self.digests[shard.name] = self._away[shard.name]
+                self._done.update(units)
         self._left = [len(shard.units) for shard in plan.shards]
         for index in self._done:
             self._left[self._tasks[index].shard] -= 1
         self._bytes = sum(self._tasks[index].unit.source_bytes for index in self._done)
 
     def observe(self, observer: ShardObserver) -> None:
-        """Add an observer; tell the observer of shards that an earlier run left whole in OUT."""
+        """Add an observer; tell the observer of shards that an earlier run completed in OUT."""
         self._observers.append(observer)
         for shard in self._plan.shards:
             if shard.name in self.digests and shard.name not in self._away:
@@ -134,13 +134,13 @@ class ShardSet:
 
     @property
     def numbered(self) -> dict[int, WorkUnit]:
-        """The pending work units by number, as observers are told."""
+        """The pending work units, by the number that observers get."""
         return {i: task.unit for i, task in enumerate(self._tasks) if i not in self._done}
 
     def write(self, name: str, data: bytes | memoryview) -> None:
-        """Take the next bytes of a tensor, by its name in the output.
+        """Write the next bytes of a tensor, which `name` names in the output.
 
-        Raises EngineError for a tensor that is not awaited, or larger than planned.
+        Raises EngineError if the tensor is not in the plan, is complete, or is larger than planned.
         """
         tensor = self._tensors.get(name)
         if tensor is None:
@@ -148,7 +148,7 @@ class ShardSet:
         task = self._tasks[tensor.task]
         nbytes = memoryview(data).nbytes
         if tensor.task in self._done or tensor.written + nbytes > tensor.nbytes:
-            raise EngineError(f"{name} came out larger than {tensor.nbytes:,} bytes, or twice.")
+            raise EngineError(f"The engine made {name} twice, or over {tensor.nbytes:,} bytes.")
         writer = self._writer(task.shard)
         writer.write(data, tensor.place + tensor.written)
         tensor.written += nbytes
@@ -157,7 +157,7 @@ class ShardSet:
             self._complete(tensor.task)
 
     def commit(self) -> None:
-        """Put on disk what is written, and count the work units that are complete."""
+        """Sync the written bytes to disk, and count the complete work units."""
         for observer in self._observers:
             observer.poll()
         with self._lock:
@@ -172,7 +172,7 @@ class ShardSet:
                 self._written -= units
 
     def finish(self) -> None:
-        """Rename shards that lack only their name. Raises EngineError for a tensor not made."""
+        """Rename shards that lack only the final name. Raises EngineError for a missing tensor."""
         for index, task in enumerate(self._tasks):
             if index not in self._done:
                 names = (o.name for o in task.unit.outputs)
@@ -180,15 +180,15 @@ class ShardSet:
                 raise EngineError(f"The engine did not make {name} as planned.")
         for shard, left in enumerate(self._left):
             if not left and self._plan.shards[shard].name not in self.digests:
-                self._close(shard)  # all was done, but for the name
+                self._close(shard)  # an earlier run wrote this shard but did not rename the file
 
     def stop(self) -> None:
-        """Let no observer, and nobody who waits for an observer, wait any longer."""
+        """Stop every observer, so that no thread waits for an observer any longer."""
         for observer in self._observers:
             observer.stop()
 
     def abandon(self) -> None:
-        """Close what is open. The partial files stay for the next run."""
+        """Close the open shards. Their partial files stay for the next run."""
         for writer in self._open.values():
             writer.abandon()
         self._open.clear()
@@ -236,27 +236,27 @@ class ShardSet:
             observer.settled(units)
             observer.completed(self._plan.shards[shard], digest)
 
-    def _take_up(self, recorded: Recorded, sources: Mapping[str, Stamp]) -> None:
-        """Find the recorded work units that count: sources unchanged, and the file there."""
-        counting = units_still_valid(self._plan, recorded, sources)
-        for shard, each in enumerate(self._plan.shards):
-            final, partial = self._out / each.name, self._out / (each.name + PARTIAL)
-            units = set(self._plan.numbers[shard]) & counting
-            with out_of_space(partial, each.file_bytes):
+    def _resume(self, recorded: Recorded, sources: Mapping[str, Stamp]) -> None:
+        """Count recorded work units whose sources are unchanged and whose shard is in OUT."""
+        valid = units_still_valid(self._plan, recorded, sources)
+        for shard, numbers in zip(self._plan.shards, self._plan.numbers, strict=True):
+            final, partial = self._out / shard.name, self._out / (shard.name + PARTIAL)
+            units = set(numbers) & valid
+            with out_of_space(partial, shard.file_bytes):
                 if final.is_symlink():
-                    final.unlink()  # made by nobody here
-                whole = each.name in recorded.shards and len(units) == len(each.units)
-                if whole and _is_of(final, each.file_bytes):
-                    self.digests[each.name] = recorded.shards[each.name]
+                    final.unlink()  # mquant writes no links
+                whole = shard.name in recorded.shards and len(units) == len(shard.units)
+                if whole and _is_of(final, shard.file_bytes):
+                    self.digests[shard.name] = recorded.shards[shard.name]
                 elif final.is_file():
                     final.rename(partial)
-                if each.name not in self.digests and not _is_of(partial, each.file_bytes):
+                if shard.name not in self.digests and not _is_of(partial, shard.file_bytes):
                     units.clear()
             self._done |= units
 
 
 def units_still_valid(plan: Plan, recorded: Recorded, sources: Mapping[str, Stamp]) -> set[int]:
-    """The numbers of recorded work units whose source files are unchanged."""
+    """Return the numbers of the recorded work units whose source files are unchanged."""
     return {
         number
         for number, unit in enumerate(plan.units)
@@ -267,23 +267,21 @@ def units_still_valid(plan: Plan, recorded: Recorded, sources: Mapping[str, Stam
 def complete_shards(
     out: Path, plan: Plan, recorded: Recorded, sources: Mapping[str, Stamp]
 ) -> dict[str, str]:
-    """The sha256 of the shards that are whole in OUT, by name. Nothing is written."""
-    made = units_still_valid(plan, recorded, sources)
-    found: dict[str, str] = {}
+    """Return the sha256 of the shards that are complete in OUT, by name; write nothing."""
+    valid = units_still_valid(plan, recorded, sources)
+    digests: dict[str, str] = {}
     for shard, units in zip(plan.shards, plan.numbers, strict=True):
         digest, path = recorded.shards.get(shard.name, ""), out / shard.name
-        there = not path.is_symlink() and _is_of(path, shard.file_bytes)
-        if there and made.issuperset(units) and _SHA256.fullmatch(digest):
-            found[shard.name] = digest
-    return found
+        present = not path.is_symlink() and _is_of(path, shard.file_bytes)
+        if present and valid.issuperset(units) and _SHA256.fullmatch(digest):
+            digests[shard.name] = digest
+    return digests
 
 
-def _unchanged(
-    unit: WorkUnit, made_from: Mapping[str, Stamp], sources: Mapping[str, Stamp]
-) -> bool:
-    return all(file in sources and made_from.get(file) == sources[file] for file in unit.files)
+def _unchanged(unit: WorkUnit, recorded: Mapping[str, Stamp], sources: Mapping[str, Stamp]) -> bool:
+    return all(file in sources and recorded.get(file) == sources[file] for file in unit.files)
 
 
 def _is_of(path: Path, nbytes: int) -> bool:
-    """Whether there is a file of exactly so many bytes."""
+    """Return whether `path` is a file of exactly `nbytes` bytes."""
     return path.is_file() and path.stat().st_size == nbytes

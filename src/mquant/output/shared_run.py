@@ -5,10 +5,10 @@ process writes the file, and the process that finishes the run deletes it last:
 
     {"schema": "mquant.shares/1", "mquant": "0.1.0", "of": 16, "fingerprint": {...}, "order": {...}}
 
-Each share has its own ledger, which the share's process holds locked while it is at work. A process
-that begins a share holds the lock of OUT for a moment; a process that finishes the run holds the
-lock until the run is finished. So no process begins a share of a run that is being finished, or
-finishes a run with a share under way, or makes OUT as a whole meanwhile.
+Each share has its own ledger, which the share's process locks while the share is under way. A
+process that begins a share holds the lock of OUT for a moment; a process that finishes the run
+holds the lock until the run is finished. So no process can begin a share while the run is being
+finished, finish the run while a share is under way, or fill OUT as a whole in the meantime.
 """
 
 import json
@@ -37,7 +37,7 @@ _AWAY: Final = "Give another folder with -o, or delete this one."
 
 @dataclass(frozen=True)
 class SharedRun:
-    """What a run in shares makes, and in how many shares.
+    """The content of mquant-shares.json: what a run in shares makes, and in how many shares.
 
     `job_spec` is the job spec in JSON, for processes that make the plan again. `mquant` is the
     version that began the run. All processes must have this version: another version could compute
@@ -51,7 +51,7 @@ class SharedRun:
 
 
 def read_shared_run(out: Path) -> SharedRun | None:
-    """The run in shares that fills OUT; None if there is none. Raises OutputError for nonsense."""
+    """Return the run in shares that fills OUT, or None. Raises OutputError for an invalid file."""
     if not os.path.lexists(out / SHARES):
         return None
     raw = read_own(out / SHARES, _MOST_BYTES)
@@ -69,52 +69,52 @@ def read_shared_run(out: Path) -> SharedRun | None:
         pass
     if not os.path.lexists(out / SHARES):
         return None  # the run was finished just then
-    raise OutputError(f"{out / SHARES} is not as mquant writes it.", _AWAY)
+    raise OutputError(f"{out / SHARES} is not a file that mquant wrote.", _AWAY)
 
 
 def look(out: Path, sources: Sequence[Path], shared: SharedRun) -> State:
-    """Say what OUT holds of this very run in shares; write nothing.
+    """Return the state of OUT for this run in shares; write nothing.
 
-    Raises OutputError if OUT is not ours, or is of another run, of another number of shares, or of
-    a run that makes OUT as a whole.
+    Raises OutputError if mquant did not make OUT, or if OUT belongs to another run, another number
+    of shares, another version of mquant, or a run that makes OUT as a whole.
     """
-    found = read_shared_run(out)
-    if found is None:
+    existing = read_shared_run(out)
+    if existing is None:
         try:
             state = examine(out, sources, shared.fingerprint, restart=False).state
         except OutputError:
-            if os.path.lexists(out / SHARES):  # somebody claimed OUT just then
+            if os.path.lexists(out / SHARES):  # another process claimed OUT just then
                 return look(out, sources, shared)
             raise
         if state is State.UNFINISHED:
             raise OutputError(
                 f"{out} is being made as a whole, not in shares.",
-                "Run that command again, without --share and --cluster; or give another -o.",
+                "Run the same command without --share and --cluster, or give another -o.",
             )
         return state
-    check_version(out, found)
-    if found.fingerprint != shared.fingerprint:
-        raise other_run(out, found.fingerprint, shared.fingerprint, _AWAY)
-    if found.of != shared.of:
+    check_version(out, existing)
+    if existing.fingerprint != shared.fingerprint:
+        raise other_run(out, existing.fingerprint, shared.fingerprint, _AWAY)
+    if existing.of != shared.of:
         raise OutputError(
-            f"{out} is being made in {found.of:,} shares, not in {shared.of:,}.",
-            f"Take shares of {found.of}, as in --share 1/{found.of}; or give another -o.",
+            f"{out} is being made in {existing.of:,} shares, not in {shared.of:,}.",
+            f"Take shares of {existing.of}, as in --share 1/{existing.of}; or give another -o.",
         )
     return State.UNFINISHED
 
 
 def check_version(out: Path, shared: SharedRun) -> None:
-    """Raise OutputError if another mquant began a run."""
+    """Raise OutputError if another version of mquant began the run."""
     if shared.mquant != __version__:
-        began = shared.mquant[:40]
+        version = shared.mquant[:40]
         raise OutputError(
-            f"{out} was begun by mquant {began}, this is mquant {__version__}.",
-            f"Use mquant {began} here too; or begin anew in another folder.",
+            f"{out} was begun by mquant {version}, this is mquant {__version__}.",
+            f"Use mquant {version}, or give another folder with -o.",
         )
 
 
 def claim(out: Path, sources: Sequence[Path], shared: SharedRun) -> State:
-    """Claim OUT for this run in shares if OUT is free. Raises as `look`; holds the lock of OUT."""
+    """Claim OUT for this run in shares if OUT is free, under the lock of OUT. Raises as `look`."""
     with folder_lock(out):
         state = look(out, sources, shared)
         if state is State.FREE:
@@ -133,7 +133,7 @@ def claim(out: Path, sources: Sequence[Path], shared: SharedRun) -> State:
 def take_share(
     out: Path, sources: Sequence[Path], shared: SharedRun, number: int, patience: float = 0.0
 ) -> Ledger | None:
-    """Claim a share; if another process holds it, wait `patience` seconds.
+    """Claim a share; if another process holds the share, wait up to `patience` seconds.
 
     Returns None if the run is finished. Raises InUse if another process still holds the share,
     OutputError as `look`.
@@ -145,7 +145,7 @@ def take_share(
     except InUse:
         raise InUse(
             f"Another mquant is making share {number:,} of {shared.of:,} in {out}.",
-            "Wait for it, or take another share.",
+            "Wait for the other mquant, or take another share.",
         ) from None
     try:
         state = claim(out, sources, shared)
@@ -159,7 +159,7 @@ def take_share(
 
 
 def is_taken(out: Path, number: int, of: int) -> bool:
-    """Whether a process is at work on a share. The caller holds the lock of OUT."""
+    """Return whether a process holds a share. The caller must hold the lock of OUT."""
     name = ledger_name(number, of)
     if not (out / name).exists():
         return False
@@ -172,7 +172,7 @@ def is_taken(out: Path, number: int, of: int) -> bool:
 
 @contextmanager
 def folder_lock(out: Path) -> Iterator[Ledger]:
-    """Hold the lock of OUT. Waits for other shares, but not for a run that makes OUT as a whole."""
+    """Hold the lock of OUT. Waits for another process up to a minute, then raises InUse."""
     ledger = Ledger(out, patience=_TURN_SECONDS)
     try:
         yield ledger

@@ -1,4 +1,4 @@
-"""A folder that is filled aside: files come to their place when all files are complete."""
+"""A hidden folder for new files, which move to their place when all files are complete."""
 
 import shutil
 from collections.abc import Iterator
@@ -16,7 +16,10 @@ _STAGING: Final = ".mquant-synth"
 
 @contextmanager
 def staging(out: Path, needed: int) -> Iterator[Path]:
-    """A hidden folder inside `out` to write into. Its rest is deleted in the end."""
+    """Yield a hidden folder inside `out` to write into, and delete the folder in the end.
+
+    Raises OutputError if `out` is a file, is not empty, or has less than `needed` bytes free.
+    """
     with out_of_space(out / CONFIG_NAME, needed):
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out} is a file.", "Give a folder that does not exist yet.")
@@ -41,7 +44,7 @@ def staging(out: Path, needed: int) -> Iterator[Path]:
 
 
 def publish(folder: Path, out: Path, names: tuple[str, ...]) -> None:
-    """Move complete files to their place in this order; config.json is last."""
+    """Move complete files from `folder` to `out` in the order of `names`: config.json last."""
     with out_of_space(out / CONFIG_NAME, 0):
         for name in names:
             (folder / name).rename(out / name)

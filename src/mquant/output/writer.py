@@ -1,8 +1,8 @@
-"""One output shard: its size and places are known before; it is whole under its final name.
+"""The writer of one output shard, whose size and tensor offsets are known from the plan.
 
 The shard is written as `NAME.partial`: first the header, then every tensor at its planned offset,
 then fsync and rename. A crash leaves the partial file, and the ledger says how much of the partial
-file counts. The sha256 is taken from the file while the shard is written.
+file counts. The sha256 is computed from the file while the shard is written.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ _HASH_BYTES: Final = 1024 * 1024
 
 
 class ShardWriter:
-    """One output shard that is being written. Any thread may call `write`."""
+    """An output shard that is being written. Any thread may call `write`."""
 
     def __init__(self, out: Path, shard: ShardPlan, done: Collection[int] = ()) -> None:
-        """Begin a partial file, or go on with one if work units of the shard are `done`."""
+        """Create the partial file, or resume the partial file if work units are `done`."""
         self.shard = shard
         self._final = out / shard.name
         self._partial = out / (shard.name + PARTIAL)
@@ -41,7 +41,7 @@ class ShardWriter:
         self._closing = Lock()
         self._file = -1
         with out_of_space(self._partial, shard.file_bytes):
-            flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW  # a link leads away
+            flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW  # a link leads out of OUT
             flags |= 0 if done else os.O_TRUNC
             self._file = os.open(self._partial, flags, 0o644)
             try:
@@ -52,16 +52,16 @@ class ShardWriter:
                 raise
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
-        """Write bytes at a place in the file."""
+        """Write `data` at byte `offset` of the file."""
         with out_of_space(self._partial, self.shard.file_bytes):
             pwrite(self._file, data, offset)
 
     def done(self, unit: int) -> None:
-        """Note that a work unit, by its number in the shard, is written."""
+        """Mark a work unit, by its number in the shard, as written."""
         self._done.add(unit)
 
     def hash(self) -> None:
-        """Hash what is whole from the front on, unless another thread does."""
+        """Hash the complete bytes at the front of the file, unless another thread is hashing."""
         if self._hashing.acquire(blocking=False):
             try:
                 self._hash_front()
@@ -69,13 +69,13 @@ class ShardWriter:
                 self._hashing.release()
 
     def sync(self) -> None:
-        """Put on disk what was written so far."""
+        """Sync the bytes that are written so far to disk."""
         with self._closing, out_of_space(self._partial, self.shard.file_bytes):
             if self._file >= 0:
                 os.fdatasync(self._file)
 
     def close(self) -> str:
-        """Put the whole shard on disk under its final name; returns its sha256."""
+        """Sync the complete shard, rename it to its final name, and return its sha256."""
         with self._hashing:
             self._hash_front()
         with self._closing, out_of_space(self._partial, self.shard.file_bytes):
@@ -86,7 +86,7 @@ class ShardWriter:
         return self._hash.hexdigest()
 
     def abandon(self) -> None:
-        """Close the file and leave the partial."""
+        """Close the file; the partial file stays."""
         with self._closing:
             self._close_file()
 
@@ -101,14 +101,14 @@ class ShardWriter:
             while (end := self._front()) > self._hashed:
                 while self._hashed < end:
                     part = buffer[: min(len(buffer), end - self._hashed)]
-                    got = os.preadv(self._file, [part], self._hashed)
-                    if not got:
-                        raise EngineError(f"{self._partial.name} was cut short during the run.")
-                    self._hash.update(part[:got])
-                    self._hashed += got
+                    count = os.preadv(self._file, [part], self._hashed)
+                    if not count:
+                        raise EngineError(f"{self._partial.name} was truncated during the run.")
+                    self._hash.update(part[:count])
+                    self._hashed += count
 
     def _front(self) -> int:
-        """The offset of the first byte that may not be written yet."""
+        """Return the offset of the first byte that may not be written yet."""
         order = self._order
         while self._next < len(order) and order[self._next][1] in self._done:
             self._next += 1

@@ -1,1 +1,1 @@
-"""What is wrong with a checkpoint, given its parent; and mending it."""
+"""The diagnosis of a broken checkpoint, given its parent, and its repair."""

@@ -1,8 +1,9 @@
-"""What is wrong with a checkpoint, given its parent, and how its good tensors were made.
+"""Diagnose a broken checkpoint, given its parent, and find the recipe of its good tensors.
 
 The findings are those of `verify`. The recipe comes from mquant.json, or from the checkpoint
-itself: the tensors say which modules are quantized, and one intact fused set, made again, says how
-scales were chosen. This reads the parent's headers, a few norms, and that fused set.
+itself: the tensors say which modules are quantized, and an intact fused set, quantized again, says
+how scales were chosen. `diagnose` reads the parent's headers, a few norms, and up to three fused
+sets.
 """
 
 from collections import Counter, defaultdict
@@ -39,7 +40,7 @@ from mquant.text import names
 from mquant.verify.judge import Depth, Report, verify
 
 _QUANTIZE: Final = "Quantize the parent again: mquant quantize PARENT --recipe nvfp4."
-_IMPORTANCE: Final = "If it was made with an importance file, give that with --importance. "
+_IMPORTANCE: Final = "If the scales need an importance file, give the file with --importance. "
 _TRIED: Final = 3
 """The number of fused sets to requantize, and of norms to compare, as evidence."""
 
@@ -47,7 +48,7 @@ LAYOUT_NOT_REPAIRABLE: Final = rule(
     "layout-not-repairable",
     "The broken checkpoint is NVFP4A16.",
     "mquant can remake missing modules in NVFP4A16 only.",
-    "Quantize it again, with the tool that made it.",
+    "Quantize the checkpoint again, with the tool that made it.",
     needs="run",
 )
 PARENT_DIFFERS: Final = rule(
@@ -68,12 +69,12 @@ RECIPE_NOT_KNOWN: Final = rule(
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A broken checkpoint, what `verify` says of it, and how to mend it.
+    """A broken checkpoint, the report of `verify` on the checkpoint, and the plan of its repair.
 
-    `made_by` says how the recipe is known: `mquant.json`, `reproduced`, or empty if nothing must be
-    quantized again. `importance` is the file that scales were searched with. `config_differs` says
-    whether config.json differs from the right one. `missing` are side files of the parent that the
-    checkpoint lacks.
+    `made_by` says how the recipe is known: `mquant.json`, `reproduced`, or empty if no tensor must
+    be quantized again. `importance` is the file that scales were searched with. `config_differs`
+    says whether config.json differs from the correct config.json. `missing` are side files of the
+    parent that the checkpoint lacks.
     """
 
     bad: Checkpoint
@@ -87,21 +88,21 @@ class Diagnosis:
 
     @property
     def needed(self) -> bool:
-        """Whether there is anything to mend."""
+        """Whether the checkpoint needs a repair."""
         mending = self.mending
-        told = any(finding.severity != "info" for finding in self.report.findings)
+        faulty = any(finding.severity != "info" for finding in self.report.findings)
         whole = len(mending.kept) == len(mending.plan.shards)
-        return told or not whole or self.config_differs or bool(self.missing)
+        return faulty or not whole or self.config_differs or bool(self.missing)
 
     @property
     def obsolete(self) -> list[str]:
-        """Shards of the broken checkpoint that the mended one has not."""
+        """The shards of the broken checkpoint that the repaired checkpoint does not have."""
         shards = {shard.name for shard in self.mending.plan.shards}
         return [path for path in self.bad.source.files if is_shard(path) and path not in shards]
 
 
 def assemble(bad: Source, parent: Source) -> Assembly:
-    """The files of both checkpoints, as a mending's plan calls them."""
+    """Return the files of both checkpoints, under the names that the plan of a repair uses."""
     parts = {BAD + path: (bad, path) for path in bad.files}
     parts |= {PARENT + path: (parent, path) for path in parent.files}
     return Assembly(bad.name, parts)
@@ -116,20 +117,20 @@ def diagnose(
     *,
     importance: Path | None = None,
 ) -> Diagnosis:
-    """Find out what is wrong with `bad`, and how `parent` mends it.
+    """Return what is wrong with `bad`, and how tensors of `parent` repair `bad`.
 
     `importance` is the file that scales were searched with, if there was one. Raises Refused if
-    `bad` cannot be mended: if `parent` is not whole or is another model, if the layout is not one
-    that mquant writes, or if tensors must be quantized again and the recipe is unknown.
+    `bad` cannot be repaired: if `parent` is incomplete or is another model, if the layout is not
+    NVFP4A16, or if tensors must be quantized again and the recipe is unknown or needs data.
     """
     report = verify(bad, families, depth, emit=emit)
     checkpoint, original = open_checkpoint(bad, tolerant=True), open_checkpoint(parent)
-    # This config.json may be broken; the parent's describes the same model.
+    # config.json of `bad` may be broken; config.json of the parent describes the same model.
     config = {**original.config, **_quantization(checkpoint.config)}
     view = read_modules(replace(checkpoint, config=config), families)
     _refuse_other_layouts(view)
     stated = _stated_recipe(checkpoint)
-    recipe = stated or _read_off(view, original)
+    recipe = stated or _recipe_of(view, original)
     if view.family and not recipe.roles:
         raise Refused([_nothing_known(bad)])
     right = make_plan(original, recipe, families)
@@ -142,14 +143,14 @@ def diagnose(
     weights = read_importance(importance, right)
     if any(action.scheme for action in mending.replaced):
         made_by = "mquant.json" if stated else "reproduced"
-        known = [recipe] if stated else _known(recipe)
+        candidates = [recipe] if stated else _candidates(recipe)
         if recipe.needs_data:
             raise Refused([_needs_data(mending, recipe)])
-        how = _reproduced(mending, assemble(bad, parent), known, weights)
-        if how is None and not (stated and not _intact(mending)):
+        reproduced = _reproduced(mending, assemble(bad, parent), candidates, weights)
+        if reproduced is None and not (stated and not _intact(mending)):
             raise Refused([_unknown(mending, stated)])
-        if how is not None:
-            mending = _made_by(mending, how)
+        if reproduced is not None:
+            mending = _made_by(mending, reproduced)
     plain = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     return Diagnosis(
         bad=checkpoint,
@@ -168,7 +169,7 @@ def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stated_recipe(checkpoint: Checkpoint) -> Recipe | None:
-    """The recipe in mquant.json, without what loaders refuse; None if there is none."""
+    """Return the recipe in mquant.json without the roles that loaders refuse, or None."""
     try:
         recipe = Recipe.model_validate(known_table(checkpoint.source).get("recipe"))
     except ValidationError:
@@ -177,15 +178,15 @@ def _stated_recipe(checkpoint: Checkpoint) -> Recipe | None:
     return recipe.model_copy(update={"roles": roles, "foreign": True})
 
 
-def _read_off(view: ModuleView, parent: Checkpoint) -> Recipe:
-    """The recipe that the checkpoint's own tensors tell: which modules are quantized.
+def _recipe_of(view: ModuleView, parent: Checkpoint) -> Recipe:
+    """Return a recipe from the checkpoint's own tensors: which modules are quantized.
 
-    The majority decides about what loaders treat as one (a layer's experts, a fused set). What is
-    not there counts as most modules of its role.
+    The majority decides for modules that loaders treat as one (a layer's experts, a fused set). A
+    missing module counts as most modules of its role.
     """
     family = view.family
     if family is None:
-        return _recipe({}, [])  # make_plan says which are known
+        return _recipe({}, [])  # make_plan names the known families
     units: dict[FusedSet, Counter[bool]] = defaultdict(Counter)
     members: dict[FusedSet, list[str]] = defaultdict(list)
     roles: dict[Role, Counter[bool]] = defaultdict(Counter)
@@ -202,8 +203,8 @@ def _read_off(view: ModuleView, parent: Checkpoint) -> Recipe:
         if votes[False] > votes[True] and of[unit] in quantized
         for name in members[unit]
     ]
-    there = {name.removesuffix(".weight") for name in parent.tensors}
-    return _recipe(dict.fromkeys(quantized, NVFP4A16.name), [n for n in kept if n in there])
+    present = {name.removesuffix(".weight") for name in parent.tensors}
+    return _recipe(dict.fromkeys(quantized, NVFP4A16.name), [n for n in kept if n in present])
 
 
 def _recipe(roles: Mapping[Role, str], ignore: list[str]) -> Recipe:
@@ -217,7 +218,7 @@ def _recipe(roles: Mapping[Role, str], ignore: list[str]) -> Recipe:
 
 
 def _linear(view: ModuleView, family: Family) -> Iterator[tuple[Module, str, Role, FusedSet]]:
-    """Linear modules that may be quantized: with the hub's name, role, and what they belong to."""
+    """Yield each linear module that may be quantized: module, hub name, role and fused set."""
     for module in view.modules.values():
         tensor_role = module.tensor_role or family.classify_in_memory(f"{module.name}.weight")
         if (
@@ -232,7 +233,7 @@ def _linear(view: ModuleView, family: Family) -> Iterator[tuple[Module, str, Rol
 
 
 def _refuse_other_layouts(view: ModuleView) -> None:
-    """Raise Refused if most of what is quantized, or of a role of it, is not NVFP4A16."""
+    """Raise Refused if most quantized modules of a role are not NVFP4A16."""
     kinds: dict[Role | None, Counter[StorageFormat]] = defaultdict(Counter)
     for module in view.quantized:
         role = module.tensor_role.row.role if module.tensor_role else None
@@ -251,36 +252,36 @@ def _refuse_other_layouts(view: ModuleView) -> None:
                 view.checkpoint.source.name,
                 f"{view.checkpoint.source.name} is quantized as {what}; mquant repairs "
                 f"{NVFP4A16.name}.",
-                "Quantize it again, with the tool that made it.",
+                "Quantize the checkpoint again, with the tool that made it.",
             )
         ]
     )
 
 
 def _unlike_parent(view: ModuleView, parent: Checkpoint, wrong: Iterable[str]) -> set[str]:
-    """Norms that are not the parent's. Raises Refused if all that are looked at are not."""
-    there = view.checkpoint.tensors
+    """Return which of a few norms differ from the parent's. Raises Refused if all differ."""
+    tensors = view.checkpoint.tensors
     pairs = (
-        (there[info.name], info)
+        (tensors[info.name], info)
         for info in parent.tensors.values()
-        if len(info.shape) == 1 and info.name in there and info.name not in wrong
+        if len(info.shape) == 1 and info.name in tensors and info.name not in wrong
     )
     alike = (p for p in pairs if (p[0].dtype, p[0].shape) == (p[1].dtype, p[1].shape))
-    looked = list(islice(alike, _TRIED))
+    compared = list(islice(alike, _TRIED))
     unlike = {
-        ours.name
-        for ours, its in looked
-        if view.checkpoint.source.read(ours.shard, ours.start, ours.end)
-        != parent.source.read(its.shard, its.start, its.end)
+        norm.name
+        for norm, original in compared
+        if view.checkpoint.source.read(norm.shard, norm.start, norm.end)
+        != parent.source.read(original.shard, original.start, original.end)
     }
-    if looked and len(unlike) == len(looked):
-        mine, reference = view.checkpoint.source.name, parent.source.name
+    if compared and len(unlike) == len(compared):
+        name, reference = view.checkpoint.source.name, parent.source.name
         raise Refused(
             [
                 PARENT_DIFFERS.finding(
                     reference,
-                    f"{mine} was not made from {reference}: {names(sorted(unlike))} differ.",
-                    "Give the very checkpoint it was quantized from with --from.",
+                    f"{name} was not made from {reference}: {names(sorted(unlike))} differ.",
+                    f"Give the checkpoint that {name} was quantized from with --from.",
                 )
             ]
         )
@@ -288,26 +289,26 @@ def _unlike_parent(view: ModuleView, parent: Checkpoint, wrong: Iterable[str]) -
 
 
 def _intact(mending: Mending) -> list[tuple[WorkUnit, set[str]]]:
-    """Work units that quantize and whose codes are all there, with the tensors to compare.
+    """Return the work units that quantize and have all their codes, with the tensors to compare.
 
-    The smallest come first. Codes depend on every scale, so codes show how scales were chosen.
+    The smallest units come first. Codes depend on every scale, so they show how scales were chosen.
     """
     units = []
     for unit in (unit for unit in mending.right.units if unit.scheme):
-        there = {output.name for output in unit.outputs} & mending.sound.keys()
-        if all(action.outputs[0].name in there for action in unit.actions):
-            units.append((unit, there))
+        present = {output.name for output in unit.outputs} & mending.sound.keys()
+        if all(action.outputs[0].name in present for action in unit.actions):
+            units.append((unit, present))
     return sorted(units, key=lambda pair: pair[0].source_bytes)
 
 
-def _known(recipe: Recipe) -> list[Recipe]:
-    """The shipped recipes with the schemes of `recipe`, one for each way to choose scales.
+def _candidates(recipe: Recipe) -> list[Recipe]:
+    """Return the shipped recipes with the schemes of `recipe`, one for each way to choose scales.
 
-    Recipes that need data are left out: without the data nothing can be made again.
+    Recipes that need data are left out: tensors cannot be reproduced without the data.
     """
-    shipped = [each for each in load_recipes().values() if not each.needs_data]
-    alike = [each for each in shipped if _schemes(each) == _schemes(recipe)]
-    return list({each.scales: each for each in alike}.values())
+    shipped = [other for other in load_recipes().values() if not other.needs_data]
+    alike = [other for other in shipped if _schemes(other) == _schemes(recipe)]
+    return list({other.scales: other for other in alike}.values())
 
 
 def _schemes(recipe: Recipe) -> set[str]:
@@ -315,26 +316,26 @@ def _schemes(recipe: Recipe) -> set[str]:
 
 
 def _reproduced(
-    mending: Mending, assembly: Assembly, known: Iterable[Recipe], importance: Importance | None
+    mending: Mending, assembly: Assembly, recipes: Iterable[Recipe], importance: Importance | None
 ) -> Recipe | None:
-    """The recipe that makes one of the intact fused sets again, byte for byte."""
+    """Return the recipe that reproduces an intact fused set byte for byte, or None."""
     from mquant.engines import stream  # numba
 
     with closing(AssemblyReader(assembly)) as reader:
-        for unit, there in _intact(mending)[:_TRIED]:
-            infos = {name: mending.sound[name] for name in there}
+        for unit, present in _intact(mending)[:_TRIED]:
+            infos = {name: mending.sound[name] for name in present}
             reference = {n: assembly.read(i.shard, i.start, i.end) for n, i in infos.items()}
-            for recipe in known:
-                made = stream.make(reader, from_parent(unit), weigher(recipe, importance))
-                if all(made[name] == data for name, data in reference.items()):
+            for recipe in recipes:
+                tensors = stream.make(reader, from_parent(unit), weigher(recipe, importance))
+                if all(tensors[name] == data for name, data in reference.items()):
                     return recipe
     return None
 
 
-def _made_by(mending: Mending, how: Recipe) -> Mending:
-    """The same, with the name of the recipe that it was found to be made by."""
-    named = {"name": how.name, "title": how.title, "suffix": how.suffix, "scales": how.scales}
-    recipe = mending.right.recipe.model_copy(update=named)
+def _made_by(mending: Mending, reproduced: Recipe) -> Mending:
+    """Return `mending` with the name and the scales of the recipe that was reproduced."""
+    values = {key: getattr(reproduced, key) for key in ("name", "title", "suffix", "scales")}
+    recipe = mending.right.recipe.model_copy(update=values)
     return replace(
         mending,
         right=replace(mending.right, recipe=recipe),
@@ -345,8 +346,8 @@ def _made_by(mending: Mending, how: Recipe) -> Mending:
 def _nothing_known(bad: Source) -> Finding:
     return RECIPE_NOT_KNOWN.finding(
         bad.name,
-        f"{bad.name} has no mquant.json and no quantized module under a name that is known: how it "
-        "was made cannot be told.",
+        f"{bad.name} has no mquant.json and no quantized module with a known name: mquant cannot "
+        "tell how the checkpoint was made.",
         _QUANTIZE,
     )
 
@@ -369,9 +370,9 @@ def _unknown(mending: Mending, stated: Recipe | None) -> Finding:
         else "any recipe that needs no data"
     )
     what = (
-        f"what is intact was not made from this parent with {how}"
+        f"the intact parts were not made from this parent with {how}"
         if _intact(mending)
-        else "no intact part says how it was made"
+        else "no intact part shows the recipe"
     )
     return RECIPE_NOT_KNOWN.finding(
         lost[0],

@@ -1,4 +1,4 @@
-"""Mend a checkpoint with its parent: into a new folder, in place, or as files for its hub repo."""
+"""Repair a checkpoint with its parent: into a new folder, in place, or for its hub repo."""
 
 import hashlib
 from collections.abc import Callable
@@ -19,37 +19,38 @@ from mquant.repair.diagnose import Diagnosis, assemble
 from mquant.runs.run import Result, Run, RunOptions, RunSpec
 
 _NAMED: Final = 1000
-"""Modules that a repair's record names, at most: all routers of any model, not all experts."""
+"""The most modules that a repair's record names: all routers of any model, not all experts."""
 
 
 def repair(diagnosis: Diagnosis, out: Path, **options: Unpack[RunOptions]) -> Result:
-    """Write what `diagnosis` says into `out`, or go on with what is there of it.
+    """Write the repair of `diagnosis` into `out`, or resume an earlier run.
 
-    Of a local checkpoint that is all of it: shards without a change are hard links. Of a hub repo
-    it is the files that have to be uploaded. Raises as `mquant.runs.convert.convert`.
+    For a local checkpoint, `out` becomes the whole repaired checkpoint: unchanged shards are hard
+    links. For a hub repo, `out` gets only the files that have to be uploaded. Raises as
+    `mquant.runs.convert.convert`.
     """
-    mend = _Repair(diagnosis, whole=bool(diagnosis.bad.source.folders))
-    with Run.claim(out, mend.spec, fetch=mend.fetch(options), **options) as run:
-        return mend.carry_out(run)
+    job = _Repair(diagnosis, whole=bool(diagnosis.bad.source.folders))
+    with Run.claim(out, job.spec, fetch=job.fetch(options), **options) as run:
+        return job.carry_out(run)
 
 
 def repair_in_place(diagnosis: Diagnosis, **options: Unpack[RunOptions]) -> Result:
-    """Mend a folder itself, through a hidden one inside it. Killed anywhere, a rerun finishes it.
+    """Repair a folder itself. After a kill, `finish_in_place` or a second call finishes the repair.
 
-    Until all that is new is whole and judged the checkpoint is as it was; then, for as long as
-    renames take, it has no config.json.
+    The new files are written and judged in a hidden folder inside. Until then the checkpoint does
+    not change; afterwards, while the files are moved, the checkpoint has no config.json.
     """
     (root,) = diagnosis.bad.source.folders
-    mend = _Repair(diagnosis, whole=False)
-    with Run.claim(root / WORK, mend.spec, fetch=mend.fetch(options), **options) as run:
-        made = mend.carry_out(run)
+    job = _Repair(diagnosis, whole=False)
+    with Run.claim(root / WORK, job.spec, fetch=job.fetch(options), **options) as run:
+        result = job.carry_out(run)
     stage(root, diagnosis.obsolete)
     apply(root)
-    return replace(made, out=root)
+    return replace(result, out=root)
 
 
 def finish_in_place(root: Path) -> bool:
-    """Finish an in-place repair that was stopped while files were moved; whether there was one."""
+    """Finish an in-place repair that was stopped while files were moved; return whether one was."""
     staged = is_staged(root)
     if staged:
         apply(root)
@@ -58,7 +59,7 @@ def finish_in_place(root: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Repair:
-    """The repair of a `whole` checkpoint into OUT, or of what changes in the checkpoint."""
+    """A repair into OUT: if `whole`, of all files, else of the files that change."""
 
     diagnosis: Diagnosis
     whole: bool
@@ -102,13 +103,13 @@ class _Repair:
             run.write_shards(lambda output: stream.run(reader, output, run.threads, weigh))
             parent_bytes = reader.bytes_read.get(self.diagnosis.parent.source, 0)
         self._link(run)
-        made = run.finish(partial(self._judge, run), self._kept_files(run.emit))
-        return replace(made, parent_bytes=parent_bytes)
+        result = run.finish(partial(self._judge, run), self._kept_files(run.emit))
+        return replace(result, parent_bytes=parent_bytes)
 
     def fetch(self, options: RunOptions) -> Callable[[], Source]:
-        """What brings the files here that are read: of a broken repo the shards that are needed.
+        """Return a function that downloads the shards of a broken hub repo that the repair reads.
 
-        A parent on the hub is read by ranges.
+        A parent on the hub is read by ranges and not downloaded.
         """
         shards = {action.source.shard for action in self.spec.shards.actions}
         needed = sorted(shard for shard in shards if shard.startswith(BAD))
@@ -130,7 +131,7 @@ class _Repair:
         }
 
     def _kept_files(self, emit: Emit) -> dict[str, dict[str, Any]]:
-        """`bytes` and `sha256` of what belongs to the result and is not written."""
+        """Return `bytes` and `sha256` of the files of the result that the run does not write."""
         source = self.bad.source
         names = list(self.kept)
         if not self.whole:
@@ -146,15 +147,15 @@ class _Repair:
                 link(folder / name, run.out / name)
 
     def _record(self) -> dict[str, Any]:
-        """What mquant.json says of the repairs, this one included."""
+        """Return the entry `repairs` of mquant.json: the earlier repairs, and this repair."""
         mending, repairs = self.diagnosis.mending, known_table(self.bad.source).get("repairs", [])
         modules = list(dict.fromkeys(action.module for action in mending.replaced))
-        this = {
+        entry = {
             "mquant": __version__,
             "checkpoint": self.bad.source.identity(),
             "findings": [
-                {"rule": found.rule, "message": found.message}
-                for found in self.diagnosis.report.findings
+                {"rule": finding.rule, "message": finding.message}
+                for finding in self.diagnosis.report.findings
             ],
             "replaced": mending.replaced_by_role,
             "modules": modules[:_NAMED],
@@ -162,10 +163,10 @@ class _Repair:
             "dropped": list(mending.dropped[:_NAMED]),
             "parent_bytes": mending.parent_bytes,
         }
-        return {"repairs": [*(repairs if isinstance(repairs, list) else []), this]}
+        return {"repairs": [*(repairs if isinstance(repairs, list) else []), entry]}
 
     def _judge(self, run: Run, made: Source) -> None:
-        """Judge the structure of what was made, the files that stay elsewhere included."""
+        """Judge the structure of the whole repaired checkpoint, also of shards outside of OUT."""
         parts = {path: (made, path) for path in made.files}
         parts |= {name: (self.bad.source, name) for name in self.kept if name not in parts}
         run.judge(Assembly(made.name, parts))

@@ -1,1 +1,1 @@
-"""A run that writes OUT, and the verbs that are runs."""
+"""Runs that write a checkpoint into OUT, and the verbs that are such runs."""

@@ -1,4 +1,4 @@
-"""Make an importance file (see `engines.importance`) from text that goes through the model."""
+"""Write an importance file (see `engines.importance`) from text that the model processes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from mquant.runs.run import check_plain
 
 @dataclass(frozen=True)
 class Calibrated:
-    """An importance file: how many modules it has, and which of them saw no token.
+    """A written importance file: how many modules the file has, and which of them saw no token.
 
-    A module that saw no token has zeros: then all its channels count alike.
+    The vector of a module that saw no token is zero: then all channels of the module count alike.
     """
 
     out: Path
@@ -32,9 +32,9 @@ class Calibrated:
 def calibrate(plan: Plan, data: str, out: Path, emit: Emit = silent) -> Calibrated:
     """Send `data` through the model that `plan` quantizes, and write the importance file.
 
-    Raises Refused for a plan with errors, UsageError for weights that lie quantized, OutputError if
-    `out` exists or cannot be written, DataFileError for data that cannot be read, MissingExtra
-    without the packages of `oneshot`.
+    Raises Refused for a plan with errors, UsageError for weights that are stored quantized,
+    OutputError if `out` exists or cannot be written, DataFileError for data that cannot be read,
+    MissingExtra without the packages of `oneshot`.
     """
     if plan.refusals:
         raise Refused(plan.refusals)

@@ -1,4 +1,4 @@
-"""Carry out a plan that stores the same weights otherwise: dequantize, export."""
+"""Carry out a plan that stores the same weights in another format: dequantize, export."""
 
 from collections.abc import Mapping
 from contextlib import closing
@@ -21,11 +21,12 @@ def convert(
     record: Mapping[str, Any] | None = None,
     **options: Unpack[RunOptions],
 ) -> Result:
-    """Write the checkpoint that `plan` describes into `out`, or go on with what is there of it.
+    """Write the checkpoint that `plan` describes into `out`, or resume an earlier run.
 
-    `stage` is the name of the progress; `files` are written besides the source's side files, and
-    `record` into mquant.json. Raises Refused for a plan with errors, OutputError for an OUT that is
-    not ours, in use or too small, SourceError for a source that cannot be read or changes.
+    `stage` names the progress. `files` are written besides the source's side files; `record` goes
+    into mquant.json. Raises Refused for a plan with errors, OutputError for an OUT that
+    mquant did not make, that is in use or is too small, SourceError for a source that cannot be
+    read or that changes.
     """
     if plan.refusals:
         raise Refused(plan.refusals)

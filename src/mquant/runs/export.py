@@ -1,4 +1,4 @@
-"""NVFP4 in ModelOpt's layout, for TensorRT-LLM, and back in compressed-tensors'."""
+"""Export NVFP4 to ModelOpt's layout, for TensorRT-LLM, and back to compressed-tensors' layout."""
 
 import json
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from mquant.runs.run import Result, RunOptions
 from mquant.verify.numbers import GLOBAL_SCALE_INVALID
 
 _ORIGIN: Final = "compressed_tensors"
-"""The key of mquant.json that says what an export to ModelOpt was made from."""
+"""The key of mquant.json that holds the quantization config and scales from before an export."""
 
 
 def export(
@@ -33,7 +33,7 @@ def export(
     out: Path,
     **options: Unpack[RunOptions],
 ) -> Result:
-    """Write a checkpoint in the layout of `target` into `out`, or go on with what is there.
+    """Write a checkpoint in the layout of `target` into `out`, or resume an earlier run.
 
     Codes and block scales are copied; global scales become their reciprocals. Raises Refused if the
     checkpoint is not in the other layout, or if a scale has no reciprocal; and as `convert`.
@@ -46,23 +46,23 @@ def export(
     )
     known = origin.get("scales")
     numbers = _numbers(folder, list(scalars(surveyed)))
-    values, odd = _reciprocals(numbers, target, known if isinstance(known, dict) else {})
+    values, irreversible = _reciprocals(numbers, target, known if isinstance(known, dict) else {})
     plan = make_export_plan(surveyed, target, values, _declared(origin))
     files, record = dict[str, bytes](), dict[str, Any]()
-    if RECIPE_NAME in folder.files:  # how it was quantized is true of it still
+    if RECIPE_NAME in folder.files:  # the recipe still describes the same codes
         files[RECIPE_NAME] = folder.read(RECIPE_NAME)
     if target is Target.MODELOPT:
         text = json.dumps(hf_quant_config(plan), indent=2, ensure_ascii=False) + "\n"
         files[MODELOPT_NAME] = text.encode()
         record[_ORIGIN] = {
             "quantization_config": checkpoint.config.get("quantization_config"),
-            "scales": odd,
+            "scales": irreversible,
         }
     return convert(plan, out, "export", files=files, record=record, **options)
 
 
 def _numbers(folder: Source, tensors: list[TensorInfo]) -> dict[str, np.float32]:
-    """The values of scalars in F32, by name."""
+    """Return the values of F32 scalars, by name."""
     scales: dict[str, np.float32] = {}
     with closing(reader_of(folder)) as reader:
         for info in tensors:
@@ -75,26 +75,27 @@ def _numbers(folder: Source, tensors: list[TensorInfo]) -> dict[str, np.float32]
 def _reciprocals(
     numbers: Mapping[str, np.float32], target: Target, known: Mapping[str, Any]
 ) -> tuple[dict[str, bytes], dict[str, float]]:
-    """The bytes of every reciprocal, and the numbers that a reciprocal does not give back, by name.
+    """Return the bytes of every reciprocal, and the numbers that no reciprocal gives back, by name.
 
-    `known` are such numbers of an earlier export, by the names they get.
+    `known` has such numbers of an earlier export, by their names in compressed-tensors. Raises
+    Refused for a number without a finite, positive reciprocal.
     """
     values: dict[str, bytes] = {}
-    odd: dict[str, float] = {}
+    irreversible: dict[str, float] = {}
     for name, number in numbers.items():
-        made = reciprocal(number)
-        if not (number > 0 and np.isfinite(made) and made > 0):
+        inverse = reciprocal(number)
+        if not (number > 0 and np.isfinite(inverse) and inverse > 0):
             raise Refused([_invalid(name, number)])
         if target is Target.COMPRESSED_TENSORS:
-            made = _known(name, number, known)
-        elif recovered(made) != number:
-            odd[name] = float(number)
-        values[name] = np.array(made, "<f4").tobytes()
-    return values, odd
+            inverse = _known(name, number, known)
+        elif recovered(inverse) != number:
+            irreversible[name] = float(number)
+        values[name] = np.array(inverse, "<f4").tobytes()
+    return values, irreversible
 
 
 def _known(name: str, factor: np.float32, known: Mapping[str, Any]) -> np.float32:
-    """The number that was exported as `factor`: from mquant.json, else the likely one."""
+    """Return the number that was exported as `factor`: from mquant.json, else the likeliest."""
     module, _, suffix = name.rpartition(".")
     as_modelopt = SUFFIXES[StorageFormat.MODELOPT_NVFP4]
     exported = SUFFIXES[StorageFormat.NVFP4][as_modelopt.index(suffix)]

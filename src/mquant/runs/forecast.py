@@ -1,4 +1,4 @@
-"""A plan as a document: what is printed before a run, and the plan in JSON."""
+"""The disk and memory that a run needs, and the plan in JSON."""
 
 import os
 from collections import defaultdict
@@ -14,7 +14,7 @@ from mquant.plan import Action, Plan
 from mquant.runs.run import default_workers, free_disk
 from mquant.text import size
 
-# Python, numpy, numba and the plan of 62 layers of 154 experts, imported and made: 0.27 GB.
+# Python, numpy, numba and the plan of 62 layers of 154 experts take 0.27 GB.
 _BASE_MEMORY: Final = 350_000_000
 # A worker holds a fused set, its blocks' largest magnitudes (an eighth of that), and small buffers.
 _PER_WORKER: Final = 1.2
@@ -49,7 +49,7 @@ OUT_NOT_FREE: Final = rule(
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a run into `out` needs, and what is there, in bytes."""
+    """The bytes of disk and memory that a run into `out` needs, and that are available."""
 
     out: Path
     disk_needed: int
@@ -59,14 +59,14 @@ class Resources:
 
 
 def forecast(plan: Plan, out: Path) -> Resources:
-    """What a run needs, and what the disk of `out` and this machine's memory have."""
+    """Return what a run needs, and what is free on the disk of `out` and in memory."""
     return Resources(out, plan.file_bytes, free_disk(out), memory_needed(plan), memory_available())
 
 
 def memory_needed(plan: Plan) -> int:
-    """Bytes of memory that the stream engine takes, whatever the size of the model.
+    """Return the bytes of memory that the stream engine needs; the size of the model has no effect.
 
-    Tensors that are copied pass through a small buffer.
+    Only the widest fused set that is quantized counts: copied tensors go through a small buffer.
     """
     units = (unit for unit in plan.units if unit.scheme)
     widest = max((unit.weight_bytes for unit in units), default=0)
@@ -74,7 +74,7 @@ def memory_needed(plan: Plan) -> int:
 
 
 def memory_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process may still take: the machine's, or its control group's if less."""
+    """Return the bytes that are available in memory, or the limit of the control group if lower."""
     limits = [_machine_memory(proc)]
     try:
         entries = (proc / "self/cgroup").read_text().splitlines()
@@ -95,7 +95,7 @@ def memory_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
 
 
 def resource_findings(plan: Plan, resources: Resources) -> tuple[Finding, ...]:
-    """What would stop a run on this machine; warnings, because another machine may do."""
+    """Return a warning for each thing that would stop a run here; another machine may suffice."""
     findings, out = [], resources.out
     if resources.disk_available < resources.disk_needed:
         findings.append(
@@ -125,7 +125,7 @@ def resource_findings(plan: Plan, resources: Resources) -> tuple[Finding, ...]:
 
 
 def plan_report(plan: Plan, resources: Resources) -> dict[str, Any]:
-    """The plan in JSON: the keys of `mquant.plan/1` besides the envelope's."""
+    """Return the plan in JSON: the keys of `mquant.plan/1` besides the envelope's."""
     checkpoint = plan.survey.checkpoint
     return {
         "source": checkpoint.source.name,
@@ -153,11 +153,11 @@ def plan_report(plan: Plan, resources: Resources) -> dict[str, Any]:
 
 
 def _roles(plan: Plan) -> list[dict[str, Any]]:
-    """A row for each role and treatment: a recipe may treat one role in two ways."""
+    """Return a row for each role and treatment: a recipe may treat one role in two ways."""
     groups: dict[tuple[Role, str, str], list[Action]] = defaultdict(list)
     for action in plan.actions:
         # A weight that a scheme cannot hold has no outputs; a finding names the tensor.
-        reason = action.reason if action.outputs else "its shape or dtype does not allow it"
+        reason = action.reason if action.outputs else "the scheme cannot hold its shape or dtype"
         groups[action.role, action.scheme.name if action.scheme else "", reason].append(action)
     order = list(Role)
     return [

@@ -1,4 +1,4 @@
-"""Quantize into a hub repo: each shard goes there when it is made, and never all lie here."""
+"""Quantize into a hub repo: each complete shard is uploaded, and its local file deleted."""
 
 from functools import partial
 from pathlib import Path
@@ -28,11 +28,11 @@ def quantize_to_hub(
     importance: Path | None = None,
     **options: Unpack[RunOptions],
 ) -> Result:
-    """Make the checkpoint that `plan` describes in a hub repo, or go on with what is there of it.
+    """Write the checkpoint that `plan` describes into a hub repo, or resume an earlier run.
 
-    `out` is a folder for what is on its way, gone in the end. At most `scratch` bytes lie in `out`:
-    source files, if the source is a hub repo, and shards; None: no limit. The rest is as for
-    `mquant.runs.quantize.quantize`. Until it returns there is no config.json in the repo.
+    `out` is a temporary folder, which is deleted in the end. At most `scratch` bytes are in `out`
+    at a time: source files, if the source is a hub repo, and shards; None: no limit. The rest is as
+    for `mquant.runs.quantize.quantize`. The last commit brings index and config.json to the repo.
     """
     check_engine(choose_engine(engine, plan.recipe), "--push-to")
     spec, scratch = prepare(plan, engine, importance), options.get("scratch")
@@ -58,11 +58,11 @@ def quantize_to_hub(
 
 
 def _share_out(plan: Plan, scratch: int | None) -> tuple[int | None, float]:
-    """What source files and what shards may take of the scratch; None if the source is here.
+    """Return the bytes of the scratch for source files (None for a local source), and for shards.
 
-    Shards get two of the largest, so that one is made while another is sent, or a quarter, if that
-    is more: about that is what NVFP4 makes of BF16. If source files need more than is left, they
-    do with one.
+    The shards get room for two of the largest shards, so that one is written while another is
+    uploaded, or a quarter of the scratch if a quarter is more: NVFP4 is about a quarter of BF16. If
+    the source files need more than the rest, the shards get room for one shard only.
     """
     if scratch is None:
         return None, float("inf")
@@ -81,7 +81,7 @@ def _share_out(plan: Plan, scratch: int | None) -> tuple[int | None, float]:
 
 
 def _judge(run: Run, spec: QuantizeSpec, to: Destination, local: Source) -> None:
-    """Send all but index and config.json, and judge the repo as it will be with these."""
+    """Upload all but index and config.json; judge the repo with these two files added."""
     others = [name for name in spec.files if name not in LAST and name not in run.digests]
     repo = send_others(to, run, others)
     check_headers_as_planned(repo, spec.plan)

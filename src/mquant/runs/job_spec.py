@@ -1,6 +1,6 @@
-"""What `mquant quantize` was asked for, in JSON: any process makes the same plan from it.
+"""The job spec: the arguments of `mquant quantize` in JSON, for processes that make the same plan.
 
-The job spec lies in OUT, where somebody else may have put it: it is read as hostile input.
+The job spec is stored in OUT and may be somebody else's, so it is read as hostile input.
 """
 
 from pathlib import Path
@@ -18,14 +18,14 @@ AbsolutePath = Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=4096)]
 
 
 class FolderAt(BaseModel):
-    """A folder that all machines see, by its absolute path."""
+    """A source folder that all machines see, by its absolute path."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     folder: AbsolutePath
 
     def open(self) -> Source:
-        """The folder as it is now. Raises SourceError if there is none."""
+        """Return the folder as it is now. Raises SourceError if the folder cannot be read."""
         try:
             return Folder(Path(self.folder))
         except OSError as error:
@@ -35,7 +35,7 @@ class FolderAt(BaseModel):
 
 
 class RepoAt(BaseModel):
-    """A hub repo at a commit."""
+    """A source that is a hub repo at a commit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,14 +43,14 @@ class RepoAt(BaseModel):
     commit: str = Field(pattern=r"^[0-9a-f]{40}$")
 
     def open(self) -> Source:
-        """The repo. Raises SourceError if it cannot be listed."""
+        """Return the repo. Raises SourceError if the hub cannot list the repo."""
         from mquant.checkpoint.hub import HubRepo  # slow to import
 
         return HubRepo(self.repo, self.commit)
 
 
 class JobSpec(BaseModel):
-    """A plan's source, its recipe, and the options that decide about bytes."""
+    """The source and the recipe of a plan, and the options that change the bytes of the output."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -68,15 +68,15 @@ class JobSpec(BaseModel):
     def of(
         cls, plan: Plan, max_shard_bytes: int, *, allow_unsafe: bool, importance: Path | None
     ) -> Self:
-        """The job spec of a plan that was made with these options."""
+        """Return the job spec of a plan that was made with these options."""
         source = plan.survey.checkpoint.source
         if source.folders:
-            where: FolderAt | RepoAt = FolderAt(folder=str(source.folders[0].absolute()))
+            place: FolderAt | RepoAt = FolderAt(folder=str(source.folders[0].absolute()))
         else:
             identity = source.identity()
-            where = RepoAt(repo=identity["repo"], commit=identity["commit"])
+            place = RepoAt(repo=identity["repo"], commit=identity["commit"])
         return cls(
-            source=where,
+            source=place,
             recipe=plan.recipe,
             foreign=plan.recipe.foreign,
             max_shard_bytes=max_shard_bytes,
@@ -87,18 +87,18 @@ class JobSpec(BaseModel):
 
     @classmethod
     def read(cls, value: dict[str, Any]) -> Self:
-        """The job spec that lies in OUT. Raises ValueError, naming the key that is wrong."""
+        """Return the job spec that OUT holds. Raises ValueError with the name of an invalid key."""
         try:
             return cls.model_validate(value)
         except ValidationError as error:
             raise ValueError(".".join(map(str, error.errors()[0]["loc"]))[:80]) from None
 
     def to_json(self) -> dict[str, Any]:
-        """What `read` takes; the key `family` is left out if the family ships."""
+        """Return the JSON that `read` takes; the key `family` is left out for a shipped family."""
         return self.model_dump(mode="json", exclude=None if self.family else {"family"})
 
     def plan(self) -> Plan:
-        """Make the plan again, from the source's headers."""
+        """Make the plan again from the headers of the source."""
         return make_plan(
             open_checkpoint(self.source.open()),
             self.recipe.model_copy(update={"foreign": self.foreign}),
@@ -114,5 +114,5 @@ class JobSpec(BaseModel):
 
     @property
     def importance_file(self) -> Path | None:
-        """The importance file, if there is one."""
+        """The path of the importance file, or None."""
         return None if self.importance is None else Path(self.importance)

@@ -1,4 +1,4 @@
-"""Carry out a plan: check what can be checked, claim OUT, run the engine, finish."""
+"""Carry out a plan: check the options, claim OUT, run the engine, complete the checkpoint."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -27,13 +27,13 @@ def quantize(
     data: str | None = None,
     **options: Unpack[RunOptions],
 ) -> Result:
-    """Write the checkpoint that `plan` describes into `out`, or go on with what is there of it.
+    """Write the checkpoint that `plan` describes into `out`, or resume an earlier run.
 
-    `importance`: a file that says how much an error in each input channel counts if scales are
-    searched (see `engines.importance`). `data`: what recipes that need data are calibrated with
-    (see `engines.samples`). Raises Refused for a plan with errors, UsageError and DataFileError for
+    `importance` is a file with the weight of an error in each input channel, for a search of scales
+    (see `engines.importance`). `data` is the calibration data of a recipe that needs data (see
+    `engines.samples`). Raises Refused for a plan with errors, UsageError and DataFileError for
     options that do not go with the plan, MissingExtra without the engine's packages, OutputError
-    for an OUT that is not ours, is in use or too small, and what the engine raises.
+    for an OUT that mquant did not make, that is in use or is too small, and what the engine raises.
     """
     spec, scratch = prepare(plan, engine, importance, data), options.get("scratch")
     if scratch is not None:
@@ -56,9 +56,9 @@ def run_engine(
     away: Mapping[str, str] | None = None,
     files: tuple[str, ...] | None = None,
 ) -> None:
-    """Make all shards of a claimed run.
+    """Write all shards of a claimed run.
 
-    `scratch`: at most so many bytes of a hub's files lie in OUT at a time. `observer` follows the
+    `scratch` is the most bytes of a hub's files that are in OUT at a time. `observer` follows the
     shards; `away` and `files` are as for `Run.write_shards`.
     """
 
@@ -81,11 +81,12 @@ def run_engine(
 
 
 def judge(run: Run, spec: QuantizeSpec, made: Source) -> None:
-    """Judge what was made as `mquant verify OUT --against SRC` does.
+    """Judge the checkpoint `made` as `mquant verify OUT --against SRC` does.
 
-    Of what the stream engine made the structure only: reading the numbers back would take longer
-    than making them. What the plan says of the source, or was asked for (--allow-unsafe), does not
-    count. Raises SourceError for a side file that is not the hub's, EngineError for an error.
+    If the stream engine ran, judge the structure only: reading the numbers back would take longer
+    than the quantization. Errors of rules that the plan's findings name already, such as those that
+    --allow-unsafe allows, do not count. Raises SourceError for a side file that is not the hub's,
+    EngineError for any other error.
     """
     check_side_files(run)
     rules = {finding.rule for finding in spec.plan.findings}
@@ -94,7 +95,7 @@ def judge(run: Run, spec: QuantizeSpec, made: Source) -> None:
 
 @contextmanager
 def _reading(run: Run, output: ShardSet, scratch: int | None) -> "Iterator[Reader]":
-    """What the stream engine reads with."""
+    """Yield the reader of the stream engine."""
     if scratch is None:
         with closing(reader_of(run.source)) as reader:
             yield reader

@@ -1,8 +1,8 @@
-"""A run in shares on a Ray cluster: a task for each share. The only importer of Ray.
+"""A run in shares on a Ray cluster, with a task for each share. No other module imports Ray.
 
-The driver decides what is made, and claims OUT, before it sends a task. A task knows OUT and the
-number of its share; it reads the rest in OUT, as `mquant finish` does. Work units that a lost
-worker had counted stay counted, so that Ray's retry of the task goes on from there.
+The driver makes the plan and claims OUT before the driver sends a task. A task gets OUT and the
+number of its share, and reads the rest in OUT, as `mquant finish` does. Work units that a lost
+worker had counted stay counted, so that Ray's retry of the task resumes after them.
 """
 
 import logging
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import ray
 
 Sentences = tuple[str, str]
-"""An error's message and fix, which a node without this mquant version can still show."""
+"""The message and fix of an error: plain strings, which any node can return."""
 
 _RETRIES: Final = 5
 _LOOK_SECONDS: Final = 1.0
@@ -51,11 +51,12 @@ def quantize_on_ray(
 
     The cluster is the one at RAY_ADDRESS, else one that runs on this machine, else one that is
     started for this run. `workers` are threads in each task; None: as many as the CPUs allow.
-    Shares that are done are not made again. Raises as `quantize`, and MissingExtra without Ray.
+    Complete shares are not made again. Raises as `quantize`, and MissingExtra without Ray.
     """
     workers, emit = options.get("workers"), options.get("emit", silent)
-    begun = read_shared_run(out)
-    run = in_shares(plan, job_spec, out.absolute(), begun.of if begun else max(len(plan.shards), 1))
+    shared = read_shared_run(out)
+    of = shared.of if shared else max(len(plan.shards), 1)
+    run = in_shares(plan, job_spec, out.absolute(), of)
     if run.look() is State.DONE:
         return Result(out, plan, Engine.STREAM.value, fresh=False)
     run.check_disk()
@@ -64,8 +65,8 @@ def quantize_on_ray(
         with _connected(emit):
             if run.claim() is not State.DONE:
                 _share_out(run, job_spec, todo, workers, emit)
-    made = run.finish(emit)
-    return Result(out, plan, Engine.STREAM.value, fresh=made is not None)
+    result = run.finish(emit)
+    return Result(out, plan, Engine.STREAM.value, fresh=result is not None)
 
 
 def _share_out(
@@ -86,65 +87,66 @@ def _share_out(
         while pending:
             emit(Progress("quantize", watch.done_bytes(), total, watch.at_work()))
             ready, _ = ray.wait(list(pending), timeout=_LOOK_SECONDS)
-            for each in ready:
-                _take(each, pending.pop(each), run.shared.of)
+            for reference in ready:
+                _take(reference, pending.pop(reference), run.shared.of)
     except BaseException:
         _stop(list(pending))
         done = watch.done_bytes()
-        emit(Note("info", f"{size(done)} of {size(total)} are done; the same command goes on."))
+        emit(Note("info", f"{size(done)} of {size(total)} are done; the same command resumes."))
         raise
     emit(Progress("quantize", watch.done_bytes(), total))
 
 
 def _take(reference: "ray.ObjectRef[Any]", number: int, of: int) -> None:
-    """Take the result of a task. Raises the error that the task ended with."""
+    """Get the result of a task. Raises the error that the task ended with."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
     what = f"share {number:,} of {of:,}"
     try:
-        told: Sentences | None = ray.get(reference)
+        sentences: Sentences | None = ray.get(reference)
     except RayTaskError as error:
         cause = getattr(error, "cause", error)
         raise EngineError(
             f"The worker at {what} failed unexpectedly: {type(cause).__name__}: {cause}.",
-            "Please report this, with what you ran.",
+            "Please report this error, with the command that you ran.",
         ) from None
     except RayError as error:
         raise EngineError(
             f"The worker at {what} was lost {_RETRIES + 1} times ({type(error).__name__}).",
-            "Ray's logs say why; where it is memory, a larger --workers lets fewer run at once. "
-            "The same command goes on.",
+            "Ray's logs say why; if memory ran out, a larger --workers lets fewer tasks run at a "
+            "time. The same command resumes.",
         ) from None
-    if told is not None:
-        raise MquantError(*told)
+    if sentences is not None:
+        raise MquantError(*sentences)
 
 
 def _stop(pending: list[Any]) -> None:
-    """Cancel tasks as Ctrl-C does: complete work units count."""
+    """Cancel tasks as Ctrl-C does, so that their complete work units are counted."""
     import ray
     from ray.exceptions import RayError
 
-    with suppress(RayError):  # what stopped the run says more
-        for each in pending:
-            ray.cancel(each)
+    with suppress(RayError):  # the error that stopped the run says more
+        for reference in pending:
+            ray.cancel(reference)
         if pending:
             ray.wait(pending, num_returns=len(pending), timeout=_STOP_SECONDS)
 
 
 def _fit(tasks: int, workers: int | None, emit: Emit) -> tuple[int, int]:
-    """CPUs and threads of a task: an equal part of the CPUs, at least 1, at most those of a node.
+    """Return the CPUs and the threads of a task, for so many `tasks`.
 
-    There is a thread for each CPU, and one more to keep the disk busy.
+    A task gets an equal part of all CPUs, or `workers` - 1 CPUs: at least 1, at most 16 or the CPUs
+    of the smallest node. A task has a thread for each CPU, and one more to keep the disk busy.
     """
     import ray
 
-    known: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # ray's own
-    alive = (int(node["Resources"].get("CPU", 0)) for node in known if node["Alive"])
-    nodes = [cpus for cpus in alive if cpus]  # a head node often lends none
+    listed: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # ray's own
+    alive = (int(node["Resources"].get("CPU", 0)) for node in listed if node["Alive"])
+    nodes = [cpus for cpus in alive if cpus]  # a head node often has no CPUs for tasks
     most = min([MOST_CORES, *nodes])
-    wanted = sum(nodes) // max(tasks, 1) if workers is None else workers - 1
-    cpus = max(1, min(wanted, most))
+    share = sum(nodes) // max(tasks, 1) if workers is None else workers - 1
+    cpus = max(1, min(share, most))
     emit(
         Note(
             "info",
@@ -161,7 +163,7 @@ def _paths(job_spec: JobSpec) -> list[str]:
 
 
 def _task() -> Callable[[int, str, list[str], int, str], Sentences | None]:
-    """The function that a worker runs. It is sent along: a node may have another mquant."""
+    """Return the function of a worker. Ray sends its code, as a node may have another mquant."""
 
     def share(
         number: int, out: str, seen: list[str], threads: int, version: str
@@ -169,12 +171,12 @@ def _task() -> Callable[[int, str, list[str], int, str], Sentences | None]:
         from platform import node
 
         try:
-            from mquant import __version__ as mine
+            from mquant import __version__ as installed
         except ImportError:
-            mine = "none"
-        if mine != version:
+            installed = "none"
+        if installed != version:
             return (
-                f"The driver's mquant is {version}, that of node {node()} is {mine}.",
+                f"The driver's mquant is {version}, that of node {node()} is {installed}.",
                 f"Install mquant {version} on all nodes.",
             )
         from mquant.runs.ray_cluster import work
@@ -185,7 +187,7 @@ def _task() -> Callable[[int, str, list[str], int, str], Sentences | None]:
 
 
 def work(number: int, out: str, seen: list[str], threads: int) -> Sentences | None:
-    """Make a share in a worker; returns the sentences of an error, or None."""
+    """Make a share in a worker, and return the sentences of an error, or None."""
     for path in seen:
         if not os.path.lexists(path):
             return f"Node {platform.node()} does not see {path}.", _SAME_PATH
@@ -201,13 +203,13 @@ def work(number: int, out: str, seen: list[str], threads: int) -> Sentences | No
 
 @lru_cache(maxsize=1)
 def _reopened(out: str, _stamp: Stamp) -> Shares | None:
-    """The run in shares, kept: a worker makes many shares, and the plan takes seconds."""
+    """Return the run in shares, cached: a worker makes many shares, and a plan takes seconds."""
     return reopen(Path(out))
 
 
 @contextmanager
 def _connected(emit: Emit) -> Iterator[None]:
-    """Be connected to a Ray cluster, with Ray's own messages turned off."""
+    """Connect to a Ray cluster, with Ray's own messages turned off, and disconnect in the end."""
     try:
         import ray
     except ImportError:
@@ -228,59 +230,60 @@ def _connected(emit: Emit) -> Iterator[None]:
 
 @contextmanager
 def _keeping_sigterm() -> Iterator[None]:
-    """Give SIGTERM back to its handler, and raise KeyboardInterrupt for Ray's SystemExit.
+    """Restore the handler of SIGTERM, and raise KeyboardInterrupt in place of Ray's SystemExit.
 
-    Ray's `init` puts its own handler there, and `shutdown` puts none.
+    Ray's `init` installs a handler of its own, and `shutdown` removes the handler.
     """
-    before = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
     except SystemExit:
         raise KeyboardInterrupt from None
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _connect(emit: Emit) -> None:
     import ray
 
-    named = os.environ.get("RAY_ADDRESS")
+    requested = os.environ.get("RAY_ADDRESS")
     try:
         ray.init(
-            _where(named, emit),
+            _address(requested, emit),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.CRITICAL,
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise EngineError(
-            f"There is no Ray cluster at {named or 'hand'}: {error}.",
-            "Start one with `ray start --head`, or correct RAY_ADDRESS; see docs/scale-out.md.",
+            f"There is no Ray cluster at {requested or 'hand'}: {error}.",
+            "Start a cluster: `ray start --head`, or correct RAY_ADDRESS; see docs/scale-out.md.",
         ) from error
 
 
-def _where(named: str | None, emit: Emit) -> str | None:
-    """The address to ask Ray for; None: RAY_ADDRESS, or the cluster of this machine.
+def _address(requested: str | None, emit: Emit) -> str | None:
+    """Return the address for `ray.init`: None for Ray's own choice, "local" for a new cluster.
 
-    Raises ConnectionError if a cluster that was named does not answer.
+    Ray chooses RAY_ADDRESS (`requested`), else a running cluster of this machine, else a new one.
+    Raises ConnectionError if the cluster at `requested` does not answer.
     """
     from ray._private.services import canonicalize_bootstrap_address
 
-    if named and "://" in named:
-        raise ConnectionError("that is for clients, and the driver runs on the cluster itself")
+    if requested and "://" in requested:
+        raise ConnectionError("this address is for clients, but the driver runs in the cluster")
     address = canonicalize_bootstrap_address(None)  # type: ignore[arg-type]  # it takes None
     if address is None or _answers(address):
         return None
-    if named:
-        raise ConnectionError("it does not answer")
+    if requested:
+        raise ConnectionError("the cluster does not answer")
     # A crashed cluster leaves its address file behind.
-    emit(Note("info", f"The Ray cluster at {address} does not answer; one is started here."))
+    emit(Note("info", f"The Ray cluster at {address} does not answer; mquant starts one here."))
     return "local"
 
 
 def _answers(address: str) -> bool:
-    """Whether anybody listens at `host:port`; Ray itself would try for minutes."""
+    """Return whether a process listens at `host:port`; Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()

@@ -1,4 +1,4 @@
-"""A run that writes OUT: one object from the claim on OUT to the finished checkpoint.
+"""A run that writes OUT, from the claim on OUT to the finished checkpoint.
 
     with Run.claim(out, spec, **options) as run:
         if run.done:
@@ -7,8 +7,8 @@
             run.write_shards(engine)
         return run.finish(run.judge)
 
-Every verb that writes a checkpoint is such a run. Until `finish` returns, OUT has no config.json,
-so nothing in OUT looks like a checkpoint.
+Every verb that writes a checkpoint is such a run. `finish` writes config.json last, so that an
+unfinished OUT does not look like a checkpoint.
 """
 
 import os
@@ -44,18 +44,19 @@ from mquant.verify.config_json import CONFIG_KEY_MISSING
 from mquant.verify.judge import Depth, verify
 
 MOST_CORES: Final = 16
-"""More workers do not help: the disk is the limit."""
+"""The most cores that count for workers: more do not help, because the disk is the limit."""
 
 Kept = Mapping[str, Mapping[str, Any]]
 """`bytes` and `sha256` of each file of the result that the run does not write, by path."""
 
 
 class RunOptions(TypedDict, total=False):
-    """How a run is carried out. The plan and the recipe say what is made.
+    """The options of a run that do not change its output.
 
-    `workers`: fused sets that the stream engine has under way; None: cores + 1. `scratch`: bytes
-    of a hub repo's files that may lie in OUT at a time; None: the files are downloaded first.
-    `restart`: delete what an earlier run made in OUT. `emit`: hears of progress.
+    `workers` is the number of fused sets that the stream engine processes at a time; None: cores
+    + 1. `scratch` is the most bytes of a hub repo's files that are in OUT at a time; None: the
+    files are downloaded first. If `restart`, the run deletes what an earlier run made in OUT.
+    `emit` receives progress.
     """
 
     workers: int | None
@@ -66,15 +67,16 @@ class RunOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """What a run is to make, and what tells the run from another run.
+    """The specification of what a run makes, and the fingerprint that tells the run from others.
 
     `plan` decides what config.json, recipe.yaml and mquant.json say. `source` holds the tensors of
     the work units, `parent` is the identity of the parent. `fingerprint` is equal exactly for runs
-    that make the same bytes. `side_files` are written beside the shards, each from its source.
-    `written` is the plan of the shards to write, and `indexed` of all shards in the index, if these
-    are not the shards of `plan`. `beside` are files of the result that the run puts into OUT by
-    another way, `elsewhere` files of the result that never come into OUT. `protected` are folders
-    that OUT must not overlap. `engine` and `extra_record` go into mquant.json.
+    that make the same bytes. `side_files` maps each side file to the source that holds it.
+    `written` is the plan of the shards to write, and `indexed` the plan of all shards in the index,
+    if these are not the shards of `plan`. `beside` are files of the result that the run links into
+    OUT instead of writing them, `elsewhere` are files of the result that OUT never holds.
+    `protected` are folders that OUT must not overlap. `engine` and `extra_record` go into
+    mquant.json.
     """
 
     plan: Plan
@@ -91,7 +93,7 @@ class RunSpec:
     elsewhere: tuple[str, ...] = ()
     extra_record: Mapping[str, Any] = field(default_factory=dict)
     resumes: bool = True
-    """Whether the engine can resume after the work units in the ledger."""
+    """Whether the engine can resume from the work units in the ledger."""
 
     @property
     def shards(self) -> Plan:
@@ -100,14 +102,14 @@ class RunSpec:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Every file that OUT holds in the end."""
+        """The names of all files that OUT holds in the end."""
         return (*self.beside, *file_names(self.shards, self.side_files))
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the shards and side files that the run writes."""
-        beside = sum(source.files[path] for path, source in self.side_files.items())
-        return self.shards.file_bytes + beside
+        """The bytes of the shards and side files that the run writes."""
+        side_bytes = sum(source.files[path] for path, source in self.side_files.items())
+        return self.shards.file_bytes + side_bytes
 
     @cached_property
     def stamps(self) -> Mapping[str, Stamp]:
@@ -117,7 +119,7 @@ class RunSpec:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What mquant.json says besides the files: equal for equal runs, wherever they ran."""
+        """The content of mquant.json without the files: equal for equal runs on any machine."""
         plan = self.plan
         return {
             "mquant": __version__,
@@ -136,10 +138,11 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished checkpoint. `fresh` is False if an earlier run had made it already.
+    """A finished checkpoint. `fresh` is False if an earlier run had finished the checkpoint.
 
-    `engine` is the name of what did the arithmetic, `page` the address of the hub repo that holds
-    the checkpoint instead of `out`, `parent_bytes` what a repair read of the parent's shards.
+    `engine` is the name of the engine that did the arithmetic. `page` is the address of the hub
+    repo, if a repo holds the checkpoint instead of `out`. `parent_bytes` is the number of bytes
+    that a repair read of the parent's shards.
     """
 
     out: Path
@@ -154,8 +157,9 @@ class Result:
 class Run:
     """A claimed OUT, and the run that fills OUT.
 
-    `source` is where the tensors are read, on this machine if the run downloaded them. `plan` has
-    the shards to write: all of the spec's, or a share.
+    `source` is where the tensors are read: the local copy if the run downloaded the files. `found`
+    is the state of OUT at the claim. `plan` has the shards to write: all shards of the spec, or a
+    share of them.
     """
 
     out: Path
@@ -179,11 +183,11 @@ class Run:
         fetch: Callable[[], Source] | None = None,
         **options: Unpack[RunOptions],
     ) -> Iterator[Self]:
-        """Claim OUT for a run, and let go of OUT in the end.
+        """Claim OUT for a run, and release OUT in the end.
 
-        `room`: bytes that OUT needs; None: the spec's. `fetch` brings the source here before OUT is
-        locked; None: a hub's files are downloaded. Raises OutputError for an OUT that is not ours,
-        is in use or too small.
+        `room` is the number of bytes that OUT needs; None: the spec's. `fetch` returns the source
+        to read, before OUT is locked; None: all files of a hub repo are downloaded. Raises
+        OutputError for an OUT that mquant did not make, that is in use or is too small.
         """
         emit, restart = options.get("emit", silent), options.get("restart", False)
         look = partial(
@@ -203,30 +207,30 @@ class Run:
         source = fetch() if fetch else spec.source.materialize(emit)
         ledger = Ledger(out)
         try:
-            claim = look()  # again: now nobody else can change it
+            claim = look()  # again: no other process can change OUT now
             yield make(source, ledger, claim)
         finally:
             ledger.release()
 
     @property
     def done(self) -> bool:
-        """Whether an earlier run finished this very checkpoint."""
+        """Whether an earlier run finished the checkpoint of this run."""
         return self.found.state is State.DONE
 
     @property
     def claimed(self) -> Ledger:
-        """The ledger, which stands for the lock on OUT."""
+        """The ledger, which holds the lock on OUT. Raises TypeError if the run was already done."""
         if self.ledger is None:
             raise TypeError(f"{self.out} is not claimed")
         return self.ledger
 
     @property
     def threads(self) -> int:
-        """How many work units are under way at once."""
+        """The number of work units that are under way at once."""
         return self.workers or default_workers()
 
     def result(self, *, fresh: bool, page: str = "", parent_bytes: int = 0) -> Result:
-        """What the run made."""
+        """Return the result of the run."""
         name = str(self.spec.engine["name"])
         return Result(self.out, self.spec.plan, name, fresh, page, parent_bytes)
 
@@ -236,10 +240,11 @@ class Run:
         away: Mapping[str, str] | None = None,
         files: tuple[str, ...] | None = None,
     ) -> None:
-        """Let `engine` make all shards that an earlier run did not make.
+        """Write the shards with `engine`, except the shards that an earlier run completed.
 
-        `away`: shards do not stay in OUT; the named ones, with their sha256, are whole elsewhere.
-        `files`: what the ledger names as ours; None: the spec's files.
+        If `away` is given, shards do not stay in OUT: `away` maps the shards that are complete
+        elsewhere to their sha256. `files` are the names in the ledger, which a later run may
+        delete; None: the spec's files. Raises EngineError if a written header is not as planned.
         """
         spec, plan, ledger = self.spec, self.plan, self.claimed
         recorded = self.found.recorded if spec.resumes else None
@@ -256,7 +261,7 @@ class Run:
             engine(output)
             output.finish()
         except BaseException:
-            self._tell(output, "are done; the same command goes on from there")
+            self._tell(output, "are done; the same command resumes from there")
             raise
         finally:
             output.abandon()
@@ -265,16 +270,16 @@ class Run:
         self.digests = output.digests
 
     def finish(self, judge: Callable[[Source], None], kept: Kept | None = None) -> Result:
-        """Complete the checkpoint as `assemble` does, and end the run: the ledger goes."""
+        """Complete the checkpoint as `assemble` does, and delete the ledger."""
         self.assemble(judge, kept)
         self.claimed.complete()
         return self.result(fresh=True)
 
     def assemble(self, judge: Callable[[Source], None], kept: Kept | None = None) -> None:
-        """Write all but the shards, config.json last. `judge` sees the checkpoint before that.
+        """Write all files but the shards. `judge` sees the checkpoint before config.json exists.
 
-        `kept` are the files that the run does not write. What `judge` raises leaves OUT without
-        index and config.json.
+        `kept` are the files of the result that the run does not write. If `judge` raises, OUT has
+        no index and no config.json.
         """
         spec = self.spec
         shards = dict(kept or {})
@@ -290,11 +295,12 @@ class Run:
     def judge(
         self, made: Source, *, ignoring: Collection[str] = (), parent: Source | None = None
     ) -> None:
-        """Judge what was made as `mquant verify` does, and tell what is worth knowing.
+        """Judge the checkpoint `made` as `mquant verify` does, and emit the findings.
 
-        From headers and JSON, or with `parent` all numbers too. Errors of the rules in `ignoring`
-        are told and do not count; nor does a key of config.json that the parent lacks: the result
-        has the parent's config.json, key by key. Raises EngineError for any other error.
+        The judgement reads headers and JSON; with `parent`, also all numbers. Errors of the rules
+        in `ignoring` are emitted but do not count. A key that config.json lacks does not count
+        either: the result has the parent's config.json, key by key. Raises NotJudged if what
+        decides cannot be judged, EngineError for any other error.
         """
         families = {self.spec.plan.family.name: self.spec.plan.family}
         depth = Depth.NUMBERS if parent else Depth.STRUCTURE
@@ -304,14 +310,14 @@ class Run:
             known = finding.rule in ignoring or finding.rule == CONFIG_KEY_MISSING.id
             if finding.severity == "error" and not known:
                 raise EngineError(
-                    f"What was made is wrong ({finding.rule}): {finding.message}",
-                    "Please report this; OUT has no config.json, so nothing will load it.",
+                    f"The result is wrong ({finding.rule}): {finding.message}",
+                    "Please report this error; OUT has no config.json, so no loader will load OUT.",
                 )
             fact = finding.severity == "info"
             self.emit(Note("info" if fact else "warning", finding.message))
 
     def _now(self, source: Source) -> Source:
-        """Where the files of a source are read: if the run downloaded them, from this machine."""
+        """Return where to read the files of `source`: the local copy if the run downloaded one."""
         return self.source if source is self.spec.source else source
 
     def _tell(self, output: ShardSet, what: str) -> None:
@@ -321,18 +327,18 @@ class Run:
 
 
 def check_headers_as_planned(made: Source, plan: Plan) -> None:
-    """Read the shards' headers back: tensors, dtypes and shapes as planned, and no other.
+    """Raise EngineError if a shard's tensors, dtypes or shapes are not those of the plan.
 
-    Raises EngineError if they differ.
+    The headers are read back from `made`.
     """
     for shard in plan.shards:
         written = {(t.name, t.dtype, t.shape) for t in read_header(made, shard.name)}
         planned = {(o.name, o.dtype, o.shape) for unit in shard.units for o in unit.outputs}
         if written != planned:
-            odd = min(name for name, _, _ in written ^ planned)
+            tensor = min(name for name, _, _ in written ^ planned)
             raise EngineError(
-                f"{shard.name} in {made.name} is not what was planned ({odd}).",
-                "Please report this; it has no config.json, so nothing will load it.",
+                f"{shard.name} in {made.name} differs from the plan ({tensor}).",
+                "Please report this error; no loader will load a folder without config.json.",
             )
 
 
@@ -340,25 +346,25 @@ def check_plain(plan: Plan, reader: str) -> None:
     """Raise UsageError if `reader`, which runs the model, cannot read the source's weights."""
     if any(action.stored for action in plan.actions):
         raise UsageError(
-            f"{reader} reads BF16, F16 and F32; the source's weights lie in FP8.",
+            f"{reader} reads BF16, F16 and F32; the source's weights are stored in FP8.",
             "Make a BF16 checkpoint first: mquant dequantize.",
         )
 
 
 def default_workers() -> int:
-    """One for each core this process may use, and one more to keep the disk busy meanwhile."""
+    """Return a worker for each core of this process, at most 16, and one more for the disk."""
     return min(len(os.sched_getaffinity(0)), MOST_CORES) + 1
 
 
 def free_disk(out: Path) -> int:
-    """Bytes free where `out` is, or will be."""
+    """Return the bytes that are free on the disk of `out`, which need not exist yet."""
     existing = next(path for path in (out, *out.absolute().parents) if is_there(path))
     return shutil.disk_usage(existing).free
 
 
-def check_disk(out: Path, ours: Collection[str], needed: int) -> None:
-    """Raise OutputError if `needed` bytes do not fit, what we hold there already counted."""
-    held = (out / (name + end) for name in ours for end in ("", PARTIAL))
+def check_disk(out: Path, files: Collection[str], needed: int) -> None:
+    """Raise OutputError if `needed` bytes do not fit; existing `files` of OUT count as free."""
+    held = (out / (name + end) for name in files for end in ("", PARTIAL))
     free = free_disk(out) + sum(map(_disk_of, held))
     if free < needed:
         raise OutputError(
@@ -368,7 +374,7 @@ def check_disk(out: Path, ours: Collection[str], needed: int) -> None:
 
 
 def _disk_of(path: Path) -> int:
-    """Bytes on disk of a file; 0 for no file, and for one that another process just renames."""
+    """Return the bytes of a file on disk; 0 if there is no file, or another process renames it."""
     try:
         return path.stat().st_blocks * 512 if path.is_file() else 0
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Quantize a hub repo through a folder inside OUT that never holds all of the repo's files."""
+"""Quantize a hub repo through a scratch folder in OUT that never holds all files of the repo."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from mquant.checkpoint.spool import Spool
 
 _SCRATCH: Final = ".mquant-scratch"
-"""The folder in OUT that source files pass through."""
+"""The folder in OUT that source files are downloaded to."""
 
 
 def _hub_of(source: Source) -> "HubRepo":
-    """The source as a hub repo. Raises UsageError if the source is a folder."""
+    """Return the source as a hub repo. Raises UsageError if the source is a folder."""
     from mquant.checkpoint.hub import HubRepo
 
     if not isinstance(source, HubRepo):
         raise UsageError(
-            f"{source.name} is a folder, which needs no scratch: it is read where it lies.",
+            f"{source.name} is a folder, which mquant reads directly and without a scratch.",
             "Leave --scratch out.",
         )
     return source
@@ -37,12 +37,15 @@ def check_scratch(scratch: int, least: int) -> None:
         raise OutputError(
             f"--scratch {size(scratch)} is not enough: files of {size(least)} are needed at the "
             "same time.",
-            f"Give {size(2 * least)}, so that some come while others are worked on.",
+            f"Give {size(2 * least)}, so that some are downloaded while others are read.",
         )
 
 
 def least_scratch(plan: Plan) -> int:
-    """Bytes of the source's files that are needed at one time, if the source is a hub repo."""
+    """Return the bytes of the files of a hub repo that are needed at one time.
+
+    Raises UsageError if the source is a folder.
+    """
     from mquant.checkpoint.spool import least_room, parts_of
 
     units = dict(enumerate(plan.units))
@@ -51,26 +54,26 @@ def least_scratch(plan: Plan) -> int:
 
 
 class _Frees(ShardObserver):
-    """Deletes source files that no work unit needs any more."""
+    """An observer that deletes source files that no work unit needs any more."""
 
     def __init__(self, spool: "Spool") -> None:
         self._spool = spool
 
     def settled(self, units: Iterable[int]) -> None:
-        """Free the files of work units that no run does again."""
+        """Free the source files of work units that are on disk."""
         self._spool.done(units)
 
     def stop(self) -> None:
-        """Let no reader wait for a file any longer."""
+        """Wake every reader that waits for a file: the run ends early."""
         self._spool.stop()
 
 
 @contextmanager
 def spooled(run: Run, output: ShardSet, room: int) -> Iterator["Spool"]:
-    """A reader of the source's files; at most `room` bytes of them lie in OUT at a time.
+    """Yield a reader of the source's files, of which OUT holds at most `room` bytes at a time.
 
-    A file is deleted when the work units that read the file count. If the run stops, the files stay
-    for the next run.
+    A file is deleted when the work units that read the file are counted. If the run stops, the
+    files stay for the next run.
     """
     from mquant.checkpoint.spool import Spool, parts_of
 
@@ -93,7 +96,7 @@ def check_side_files(run: Run) -> None:
         if not repo.lists(path, (run.out / path).read_bytes()):
             raise SourceError(
                 f"{path} of {repo.repo_id} is not the file that {repo.host} lists.",
-                "Run the same command again: it gets the file anew.",
+                "Run the same command again: the run downloads the file again.",
             )
 
 

@@ -1,7 +1,7 @@
-"""A run in shares: many processes make the shards of one plan, and one completes the checkpoint.
+"""A run in shares: processes write the shards of one plan, and one process completes OUT.
 
 The processes need not know each other, run at the same time, or run on one machine: the ledgers in
-OUT say what is done. A share that was stopped goes on when it is run again.
+OUT say what is done. A process that takes a stopped share again resumes the share.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from mquant.errors import OutputError, UsageError
 from mquant.events import Emit, Note, silent
 from mquant.output import (
     LEDGER,
+    SHARES,
     Claim,
     Ledger,
     Recorded,
@@ -43,7 +44,7 @@ from mquant.text import size
 
 @dataclass(frozen=True)
 class Shares:
-    """A plan in shares, which processes make into `out`. Shares are numbered from 1."""
+    """A plan in shares, which processes write into `out`. Shares are numbered from 1."""
 
     spec: QuantizeSpec
     shared: SharedRun
@@ -60,7 +61,7 @@ class Shares:
         return range(1, self.shared.of + 1)
 
     def look(self) -> State:
-        """Say what OUT holds of this run. Raises as `claim`; writes nothing."""
+        """Return the state of OUT for this run; write nothing. Raises as `claim`."""
         return look(self.out, self.spec.protected, self.shared)
 
     def check_disk(self) -> None:
@@ -68,19 +69,20 @@ class Shares:
         check_disk(self.out, self.spec.files, self.spec.file_bytes)
 
     def claim(self) -> State:
-        """Claim OUT for this run if OUT is free. DONE: the run was finished before.
+        """Claim OUT for this run if OUT is free; return DONE if the run was finished before.
 
-        Raises OutputError if OUT is not ours, or is of another run or another number of shares.
+        Raises OutputError if mquant did not make OUT, or if OUT belongs to another run or another
+        number of shares.
         """
         return claim(self.out, self.spec.protected, self.shared)
 
     def make(
         self, number: int, *, workers: int | None = None, patience: float = 0.0, emit: Emit = silent
     ) -> bool:
-        """Make a share, or go on with it; False if the share was done before.
+        """Make or resume a share; return False if the share was done before.
 
-        If another process holds the share, wait `patience` seconds. Raises as `quantize`, and
-        InUse.
+        If another process holds the share, wait up to `patience` seconds, then raise InUse. Raises
+        as `quantize`.
         """
         part = self.parts[number - 1]
         if self.look() is State.DONE or self.is_done(number):
@@ -97,19 +99,19 @@ class Shares:
             return False
         try:
             names = tuple(shard.name for shard in part.shards)
-            known = Claim(State.UNFINISHED, names, self.recorded(number))
-            run = Run(self.out, self.spec, source, ledger, known, part, emit, workers)
+            claim = Claim(State.UNFINISHED, names, self.recorded(number))
+            run = Run(self.out, self.spec, source, ledger, claim, part, emit, workers)
             run_engine(run, self.spec, files=names)
         finally:
             ledger.release()
         return True
 
     def finish(self, emit: Emit = silent) -> Result | None:
-        """Complete the checkpoint; None if another process did before.
+        """Complete the checkpoint; return None if the checkpoint was complete before.
 
         Raises OutputError if a share is not done, or is being made.
         """
-        made = None
+        result = None
         with folder_lock(self.out) as ledger:
             if read_shared_run(self.out) is not None:
                 if not is_finished(self.out, self.spec.fingerprint):
@@ -117,53 +119,53 @@ class Shares:
                     run = Run(self.out, spec, spec.source, ledger, claim, spec.plan, emit)
                     run.digests = _gather(self)
                     run.assemble(partial(judge, run, spec))
-                    made = run.result(fresh=True)
+                    result = run.result(fresh=True)
                 delete_share_files(self.out)
-        return made
+        return result
 
     def recorded(self, number: int) -> Recorded | None:
-        """What a share's ledger says; None if it says nothing of this run."""
-        found = read_ledger(self.out, ledger_name(number, self.shared.of))
-        this = found is not None and found.fingerprint == self.spec.fingerprint
-        return found if this else None
+        """Return the content of a share's ledger, or None if there is no ledger of this run."""
+        recorded = read_ledger(self.out, ledger_name(number, self.shared.of))
+        matches = recorded is not None and recorded.fingerprint == self.spec.fingerprint
+        return recorded if matches else None
 
     def digests(self, number: int) -> dict[str, str]:
-        """The sha256 of those shards of a share that are whole, by name."""
-        part, known = self.parts[number - 1], self.recorded(number)
-        return complete_shards(self.out, part, known, self.spec.stamps) if known else {}
+        """Return the sha256 of the complete shards of a share, by name."""
+        part, recorded = self.parts[number - 1], self.recorded(number)
+        return complete_shards(self.out, part, recorded, self.spec.stamps) if recorded else {}
 
     def is_done(self, number: int) -> bool:
-        """Whether a share that has shards has all of them."""
+        """Return whether all shards of a share are complete; False for a share without shards."""
         part = self.parts[number - 1]
         return bool(part.shards) and len(self.digests(number)) == len(part.shards)
 
     def done_bytes(self, number: int) -> int:
-        """Bytes of the source that the share need not read any more."""
-        part, known = self.parts[number - 1], self.recorded(number)
-        done = units_still_valid(part, known, self.spec.stamps) if known else set()
+        """Return the bytes of the source that the share need not read any more."""
+        part, recorded = self.parts[number - 1], self.recorded(number)
+        done = units_still_valid(part, recorded, self.spec.stamps) if recorded else set()
         return sum(unit.source_bytes for index, unit in enumerate(part.units) if index in done)
 
 
 class Watch:
-    """Follows the work of all processes in the ledgers. Reads a ledger only if it changed."""
+    """The progress of all processes, from the ledgers. A ledger is read only if it changed."""
 
     def __init__(self, run: Shares) -> None:
         self._run = run
-        self._seen: dict[int, tuple[Stamp | None, int]] = {}
+        self._ledgers: dict[int, tuple[Stamp | None, int]] = {}  # stamp, done bytes
 
     def done_bytes(self) -> int:
-        """Bytes of the source that no process need read any more."""
+        """Return the bytes of the source that no process need read any more."""
         for number, part in enumerate(self._run.parts, 1):
             if part.shards:
                 self._look_at(number)
-        return sum(done for _, done in self._seen.values())
+        return sum(done for _, done in self._ledgers.values())
 
     def at_work(self) -> int:
-        """How many shares are begun and not done."""
+        """Return how many shares are begun and not done, as of the last `done_bytes`."""
         parts = self._run.parts
         return sum(
-            seen is not None and done < parts[number - 1].source_bytes
-            for number, (seen, done) in self._seen.items()
+            last_stamp is not None and done < parts[number - 1].source_bytes
+            for number, (last_stamp, done) in self._ledgers.items()
         )
 
     def _look_at(self, number: int) -> None:
@@ -172,12 +174,15 @@ class Watch:
             now = stamp(path.stat())
         except OSError:
             now = None
-        if number not in self._seen or self._seen[number][0] != now:
-            self._seen[number] = now, self._run.done_bytes(number)
+        if number not in self._ledgers or self._ledgers[number][0] != now:
+            self._ledgers[number] = now, self._run.done_bytes(number)
 
 
 def in_shares(plan: Plan, job_spec: JobSpec, out: Path, of: int) -> Shares:
-    """The run of a plan in so many shares. Raises as `prepare`, and UsageError with data."""
+    """Return the run of a plan in `of` shares.
+
+    Raises as `prepare`, and UsageError for a recipe that needs data.
+    """
     if plan.recipe.needs_data:
         raise UsageError(
             f"Recipe {plan.recipe.name} sends data through the whole model, so there are no shares "
@@ -189,10 +194,10 @@ def in_shares(plan: Plan, job_spec: JobSpec, out: Path, of: int) -> Shares:
 
 
 def reopen(out: Path) -> Shares | None:
-    """The run in shares that is under way in OUT; None if there is none.
+    """Return the run in shares that is under way in OUT, or None.
 
-    Raises OutputError for nonsense and for a source that changed, SourceError for a source that is
-    gone, and as `prepare`.
+    Raises OutputError for an invalid mquant-shares.json, another version of mquant or a source that
+    has changed, SourceError for a source that is gone, and as `prepare`.
     """
     shared = read_shared_run(out)
     if shared is None:
@@ -202,20 +207,20 @@ def reopen(out: Path) -> Shares | None:
         job_spec = JobSpec.read(shared.job_spec)
     except ValueError as error:
         raise OutputError(
-            f"What {out} is being made from is not as mquant writes it ({error}).",
+            f"The job spec in {out / SHARES} is invalid ({error}).",
             "Give another folder with -o, or delete this one.",
         ) from None
     run = in_shares(job_spec.plan(), job_spec, out, shared.of)
     if run.shared.fingerprint != shared.fingerprint:
-        fix = "Bring the source back as it was; or delete OUT, and begin anew."
+        fix = "Restore the source as it was; or delete OUT, and run again."
         raise other_run(out, shared.fingerprint, run.shared.fingerprint, fix)
     return run
 
 
 def finish_shares(out: Path, emit: Emit = silent) -> Result | None:
-    """Complete the checkpoint in OUT, if all shares are done. None: it was complete before.
+    """Complete the checkpoint in OUT; return None if the checkpoint was complete before.
 
-    Raises OutputError if there are no shares or if some are not done, and as `quantize`.
+    Raises OutputError if OUT has no shares or if a share is not done, and as `quantize`.
     """
     run = reopen(out)
     result = run.finish(emit) if run else None
@@ -223,41 +228,41 @@ def finish_shares(out: Path, emit: Emit = silent) -> Result | None:
         if not is_finished(out):
             raise OutputError(
                 f"{out} holds no shares to finish.",
-                "Make them first: mquant quantize ... --share i/N. A run that is not in shares is "
+                "Make shares first: mquant quantize ... --share i/N. A run without shares is "
                 "finished by its own command.",
             )
         if (out / LEDGER).exists():
-            Ledger(out).release()  # who finished it was killed with this in hand
+            Ledger(out).release()  # the process that finished OUT was killed before its release
     return result
 
 
 def _gather(run: Shares) -> dict[str, str]:
-    """The sha256 of all shards. Raises OutputError if a share is not done, or is being made."""
+    """Return the sha256 of all shards. Raises OutputError if a share is not done or is in use."""
     out, of = run.out, run.shared.of
     digests: dict[str, str] = {}
-    lacking: list[int] = []
+    pending: list[int] = []
     for number, part in enumerate(run.parts, 1):
         if not part.shards:
             continue
         digests |= run.digests(number)
         whole = all(shard.name in digests for shard in part.shards)
         if not whole or is_taken(out, number, of):
-            lacking.append(number)
-    if not lacking:
+            pending.append(number)
+    if not pending:
         return digests
-    left = sum(run.parts[n - 1].source_bytes - run.done_bytes(n) for n in lacking)
+    left = sum(run.parts[n - 1].source_bytes - run.done_bytes(n) for n in pending)
     total = run.spec.plan.source_bytes
-    one = len(lacking) == 1
+    one = len(pending) == 1
     raise OutputError(
-        f"Share{'' if one else 's'} {_and(lacking)} of {of:,} {'is' if one else 'are'} not done: "
+        f"Share{'' if one else 's'} {_and(pending)} of {of:,} {'is' if one else 'are'} not done: "
         f"{size(left)} of {size(total)} are still to be read.",
-        f"Run the same mquant quantize with --share {lacking[0]}/{of}"
-        f"{'' if one else ' and so on'}, or with --cluster ray; then this again.",
+        f"Run the same mquant quantize with --share {pending[0]}/{of}"
+        f"{'' if one else ' and so on'}, or with --cluster ray; then run mquant finish again.",
     )
 
 
 def _and(numbers: list[int], shown: int = 12) -> str:
-    """`2, 5 and 9`; if there are many numbers, the first of them and how many more."""
+    """Return `2, 5 and 9`; for many numbers, the first ones and how many more there are."""
     head = [f"{number:,}" for number in numbers[:shown]]
     if len(numbers) > shown:
         return f"{', '.join(head)} and {len(numbers) - shown:,} more"

@@ -1,8 +1,8 @@
-"""Shards that go to a hub repo as soon as they are whole, and then leave the disk.
+"""Upload of shards to a hub repo: a shard is uploaded when complete, and its local file deleted.
 
-The repo holds a ledger while the run is under way: its first line says which run it is, and every
-commit that brings shards brings their lines. So any machine can go on from the repo alone.
-config.json comes when all other files are in the repo and verified.
+The repo holds a ledger while the run is under way: the first line has the run's fingerprint, and
+every commit of shards adds the lines of these shards. So any machine can resume from the repo
+alone. config.json is uploaded after all other files are in the repo and verified.
 """
 
 from collections import deque
@@ -24,75 +24,75 @@ from mquant.plan import Plan, ShardPlan
 from mquant.runs.run import Run
 from mquant.text import names
 
-_AGAIN: Final = "Run the same command again: it goes on from there."
+_AGAIN: Final = "Run the same command again: the run resumes."
 
 
 @dataclass(frozen=True)
 class Destination:
-    """A repo that a run fills, as it was found: empty, with a part of this run, or with all of it.
+    """A hub repo that a run fills: without a checkpoint, with a part of this run, or complete.
 
-    `away` maps the names of the shards in the repo to their sha256.
+    `repo` is the repo, or None if the repo does not exist. `away` maps the names of the shards in
+    the repo to their sha256.
     """
 
     writer: HubWriter
     plan: Plan
     fingerprint: Mapping[str, Any]
     public: bool
-    there: HubRepo | None
+    repo: HubRepo | None
     away: Mapping[str, str] = field(default_factory=dict)
     done: bool = False
 
     def open(self) -> None:
-        """Make the repo, if there is none."""
-        if self.there is None:
+        """Create the repo, if there is none."""
+        if self.repo is None:
             self.writer.create(private=not self.public)
 
 
 def open_destination(
     repo_id: str, plan: Plan, fingerprint: Mapping[str, Any], *, public: bool
 ) -> Destination:
-    """Look at a repo.
+    """Return the state of a repo for this run.
 
-    Raises OutputError if the repo holds another run or anything else, if there is no token, and for
-    a public repo unless `public`.
+    Raises OutputError if the repo holds another run or another checkpoint, if there is no token,
+    and for a public repo unless `public`.
     """
     writer = HubWriter(repo_id)
     try:
-        there = HubRepo(repo_id)
+        repo = HubRepo(repo_id)
     except NoSuchRepo:
         return Destination(writer, plan, fingerprint, public, None)
-    if not there.private and not public:
+    if not repo.private and not public:
         raise OutputError(
             f"{repo_id} is public: what is pushed there is published.",
-            "Give --public if that is meant, or another repo.",
+            "Give --public to publish the checkpoint, or give another repo.",
         )
-    found = Destination(writer, plan, fingerprint, public, there)
-    if LEDGER in there.files:
-        recorded = parse_ledger(_read(there, LEDGER))
+    if LEDGER in repo.files:
+        recorded = parse_ledger(_read(repo, LEDGER))
         _refuse_other(repo_id, recorded.fingerprint, fingerprint)
         away = {
             shard.name: digest
             for shard in plan.shards
             if (digest := recorded.shards.get(shard.name))
-            and digest == there.sha256.get(shard.name)
-            and there.files.get(shard.name) == shard.file_bytes
+            and digest == repo.sha256.get(shard.name)
+            and repo.files.get(shard.name) == shard.file_bytes
         }
-        return Destination(writer, plan, fingerprint, public, there, away)
-    if CONFIG_NAME in there.files and (made := known_table(there)):
-        _refuse_other(repo_id, made.get("fingerprint"), fingerprint)
-        return Destination(writer, plan, fingerprint, public, there, done=True)
-    strange = [name for name in there.files if is_shard(name) or name in (*LAST, RECORD)]
-    if strange:
-        raise OutputError(f"{repo_id} holds {names(strange)} already.", "Give another repo.")
-    return found
+        return Destination(writer, plan, fingerprint, public, repo, away)
+    if CONFIG_NAME in repo.files and (table := known_table(repo)):
+        _refuse_other(repo_id, table.get("fingerprint"), fingerprint)
+        return Destination(writer, plan, fingerprint, public, repo, done=True)
+    foreign = [name for name in repo.files if is_shard(name) or name in (*LAST, RECORD)]
+    if foreign:
+        raise OutputError(f"{repo_id} holds {names(foreign)} already.", "Give another repo.")
+    return Destination(writer, plan, fingerprint, public, repo)
 
 
 class Shipper(ShardObserver):
-    """Sends the shards of a run to a destination, one commit after another, in a thread.
+    """An observer that uploads the shards of a run in a thread, one commit after another.
 
-    At most `room` bytes of shards lie in OUT: a new shard waits for room. Use the shipper as a
-    context manager: at its end all shards are sent. Raises OutputError, also in methods that wait,
-    if the hub refuses or cannot be reached.
+    At most `room` bytes of shards are in OUT: a new shard waits for room. Use the shipper as a
+    context manager: at its end all shards are uploaded. `poll`, `opening` and the end raise
+    OutputError if the hub refuses an upload or cannot be reached.
     """
 
     def __init__(self, destination: Destination, run: Run, room: float) -> None:
@@ -104,21 +104,21 @@ class Shipper(ShardObserver):
         self.sent = dict(destination.away)
         self._changed = Condition()
         self._waiting: deque[tuple[ShardPlan, str]] = deque()
-        self._here: set[str] = set()
+        self._local: set[str] = set()
         self._failure: BaseException | None = None
         self._complete = False
         self._thread = Thread(target=self._run, name="shipper", daemon=True)
 
     def __enter__(self) -> "Shipper":
-        """Begin to send."""
+        """Start the thread, and delete local shards that are in the repo already."""
         for name in self.sent:
-            (self._out / name).unlink(missing_ok=True)  # sent, and then stopped
+            (self._out / name).unlink(missing_ok=True)  # a killed run left this file
         self._tell()
         self._thread.start()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Wait until all shards are sent; after an error, only for the shards under way."""
+        """Wait for all uploads; after an error, for the current upload; after Ctrl-C, for none."""
         with self._changed:
             self._complete = True
             self._changed.notify_all()
@@ -128,14 +128,14 @@ class Shipper(ShardObserver):
             self.poll()
 
     def poll(self) -> None:
-        """Raise what made sending fail, if anything did."""
+        """Raise the error that stopped the uploads, if there is one."""
         if self._failure:
             raise self._failure
 
     def stop(self) -> None:
-        """Let nobody wait for room any longer."""
+        """Wake every thread that waits for room: the run ends early."""
         with self._changed:
-            self._failure = self._failure or OutputError("Stopped.", _AGAIN)
+            self._failure = self._failure or OutputError("The upload was stopped.", _AGAIN)
             self._changed.notify_all()
 
     def opening(self, shard: ShardPlan) -> None:
@@ -143,18 +143,18 @@ class Shipper(ShardObserver):
         with self._changed:
             self._changed.wait_for(lambda: self._failure or self._fits(shard))
             self.poll()
-            self._here.add(shard.name)
+            self._local.add(shard.name)
 
     def _fits(self, shard: ShardPlan) -> bool:
-        taken = sum(self._shards[name].file_bytes for name in self._here)
+        taken = sum(self._shards[name].file_bytes for name in self._local)
         return taken + shard.file_bytes <= self._room
 
     def completed(self, shard: ShardPlan, sha256: str) -> None:
-        """Send the shard, unless it is sent already."""
+        """Upload the shard, unless the shard is in the repo already."""
         if shard.name in self.sent:
             return
         with self._changed:
-            self._here.add(shard.name)
+            self._local.add(shard.name)
             self._waiting.append((shard, sha256))
             self._changed.notify_all()
 
@@ -162,13 +162,13 @@ class Shipper(ShardObserver):
         try:
             while batch := self._next():
                 self._send(batch)
-        except BaseException as error:  # noqa: BLE001 -- raised where the shards come from
+        except BaseException as error:  # noqa: BLE001 -- `poll` raises the error in another thread
             with self._changed:
                 self._failure = self._failure or error
                 self._changed.notify_all()
 
     def _next(self) -> list[tuple[ShardPlan, str]]:
-        """The shards that wait; none when no more will come."""
+        """Wait for complete shards and return them; [] after the last shard, or after an error."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._complete or self._failure)
             batch = [] if self._failure else [*self._waiting]
@@ -182,7 +182,7 @@ class Shipper(ShardObserver):
         for path in files.values():
             path.unlink()
         with self._changed:
-            self._here -= files.keys()
+            self._local -= files.keys()
             self._changed.notify_all()
         self._tell()
 
@@ -197,10 +197,10 @@ class Shipper(ShardObserver):
 
 
 def send_others(to: Destination, run: Run, others: list[str]) -> HubRepo:
-    """Send the files but index and config.json; returns the repo as it is then.
+    """Upload the files other than index and config.json, and return the repo after the upload.
 
-    Raises OutputError if it does not hold them, and the shards with the run's digests, and no
-    other.
+    Raises OutputError if a file or a shard in the repo is missing or differs from the run's, or if
+    the repo holds another shard.
     """
     to.writer.commit("Add all but index and config.json", {name: run.out / name for name in others})
     repo = HubRepo(to.writer.repo_id)
@@ -213,9 +213,9 @@ def send_others(to: Destination, run: Run, others: list[str]) -> HubRepo:
 
 
 def seal(to: Destination, run: Run) -> None:
-    """Send index and config.json: now it is whole."""
+    """Upload index and config.json, which complete the checkpoint, and delete the ledger."""
     last: dict[str, Path | bytes] = {name: run.out / name for name in LAST}
-    to.writer.commit("Add index and config.json: now it is whole", last, [LEDGER])
+    to.writer.commit("Add index and config.json: the checkpoint is complete", last, [LEDGER])
 
 
 def _holds(repo: HubRepo, name: str, content: bytes) -> bool:
@@ -228,7 +228,7 @@ def _read(repo: HubRepo, path: str) -> bytes:
     return repo.read(path)
 
 
-def _refuse_other(repo_id: str, other_fingerprint: object, ours: Mapping[str, Any]) -> None:
-    if other_fingerprint != ours:
-        differ = differences(other_fingerprint, ours)
-        raise OutputError(f"{repo_id} is made from something else: {differ}.", "Give another repo.")
+def _refuse_other(repo_id: str, other_fingerprint: object, fingerprint: Mapping[str, Any]) -> None:
+    if other_fingerprint != fingerprint:
+        values = differences(other_fingerprint, fingerprint)
+        raise OutputError(f"{repo_id} is made from something else: {values}.", "Give another repo.")

@@ -1,4 +1,4 @@
-"""What `mquant quantize` is to make: all that is decided before OUT is looked at."""
+"""The specification of a `mquant quantize` run: the decisions that do not depend on OUT."""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,27 +19,28 @@ if TYPE_CHECKING:
 
 
 class Engine(StrEnum):
-    """What does the arithmetic."""
+    """The code that does the arithmetic."""
 
     AUTO = "auto"
     STREAM = "stream"
     ONESHOT = "oneshot"
 
 
-# Packages whose versions can change the bytes an engine makes.
+# Packages whose versions can change the bytes that an engine writes.
 _DECISIVE: Final[dict[Engine, tuple[str, ...]]] = {
     Engine.STREAM: (),
     Engine.ONESHOT: ("llmcompressor", "compressed-tensors", "torch", "transformers"),
 }
 
 
-def choose_engine(wanted: Engine, recipe: Recipe) -> Engine:
-    """The engine that will run. `auto` takes stream, or oneshot if the recipe needs data.
+def choose_engine(requested: Engine, recipe: Recipe) -> Engine:
+    """Return the engine that will run. `auto` means stream if the stream engine can do the recipe.
 
-    Raises UsageError for an engine that cannot do what the recipe asks for.
+    The oneshot engine runs recipes that need data, or store a scheme that the stream engine does
+    not make. Raises UsageError for an engine that cannot do the recipe.
     """
     if recipe.needs_data:
-        if wanted is Engine.STREAM:
+        if requested is Engine.STREAM:
             raise UsageError(
                 f"Recipe {recipe.name} needs the model's own activations, which the stream engine "
                 "does not see.",
@@ -48,25 +49,26 @@ def choose_engine(wanted: Engine, recipe: Recipe) -> Engine:
         return Engine.ONESHOT
     foreign = [name for name in recipe.roles.values() if not SCHEMES[name].streamed]
     if foreign:
-        if wanted is Engine.STREAM:
+        if requested is Engine.STREAM:
             raise UsageError(
                 f"Recipe {recipe.name} stores {foreign[0]}, which the stream engine does not make.",
                 "Leave out --engine, or take recipe nvfp4.",
             )
         return Engine.ONESHOT
-    if wanted is Engine.ONESHOT and recipe.scales == "search":
+    if requested is Engine.ONESHOT and recipe.scales == "search":
         raise UsageError(
-            f"Recipe {recipe.name} has its scales searched, which only the stream engine does.",
+            f"Recipe {recipe.name} searches scales, which only the stream engine does.",
             "Leave out --engine, or take recipe nvfp4.",
         )
-    return Engine.STREAM if wanted is Engine.AUTO else wanted
+    return Engine.STREAM if requested is Engine.AUTO else requested
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeSpec(RunSpec):
-    """What `mquant quantize` is to make.
+    """The specification of a `mquant quantize` run.
 
-    `importance` weighs errors if scales are searched; `data` is what the recipe is calibrated with.
+    `kind` is the engine that runs. `importance` weighs errors in a search of scales. `data` is the
+    calibration data of the recipe.
     """
 
     kind: Engine
@@ -80,9 +82,9 @@ def prepare(
     importance: Path | None = None,
     data: str | None = None,
 ) -> QuantizeSpec:
-    """Check what can be checked of a run before OUT is looked at.
+    """Check the options, and return the specification of the run, without a look at OUT.
 
-    Raises as `quantize`, but for what is about OUT.
+    Raises as `quantize`, except the errors about OUT.
     """
     from mquant.engines.importance import importance_fingerprint, read_importance  # numpy
 
@@ -119,13 +121,13 @@ def check_engine(engine: Engine, option: str) -> None:
     """Raise UsageError if an option of the stream engine is given and another engine runs."""
     if engine is not Engine.STREAM:
         raise UsageError(
-            f"{option} is of the stream engine; this recipe or --engine takes {engine.value}.",
+            f"{option} needs the stream engine; this recipe or --engine takes {engine.value}.",
             f"Leave {option} out.",
         )
 
 
 def check_data(recipe: Recipe, data: str | None) -> None:
-    """Raise UsageError if the recipe needs data and there is none, or the other way round."""
+    """Raise UsageError if the recipe needs data and `data` is None, or the other way round."""
     if recipe.needs_data and data is None:
         raise UsageError(
             f"Recipe {recipe.name} needs calibration data, which --data names.",
@@ -138,7 +140,7 @@ def check_data(recipe: Recipe, data: str | None) -> None:
 
 
 def _identity_of(data: str) -> str:
-    """sha256 of a file; the id of a dataset. Raises DataFileError for a file that is not there."""
+    """Return the sha256 of a file, or the id of a dataset. Raises DataFileError if unreadable."""
     path = Path(data)
     if not path.suffix:
         return data
