@@ -70,7 +70,7 @@ def card(
     """
     with output("card", output_format) as out:
         source = open_source(src, revision, example(card))
-        given = None if parent is None else open_source(parent, None, example(card))
+        original = None if parent is None else open_source(parent, None, example(card))
         path = _path(source, file)
         from mquant.family import load_families
         from mquant.output import write_document
@@ -84,7 +84,7 @@ def card(
             card_facts = gather(
                 source,
                 load_families(family),
-                given=given,
+                given=original,
                 measured=measured,
                 about=about,
                 depth=None if depth is None else Depth(depth),
@@ -119,10 +119,10 @@ def _refuse_foreign(path: Path) -> None:
     from mquant.publish.card import MARK
 
     try:
-        ours = not path.exists() or MARK in path.read_text("utf-8", "replace")
+        replaceable = not path.exists() or MARK in path.read_text("utf-8", "replace")
     except OSError as error:
         raise OutputError(f"{path} cannot be read: {error.strerror}.", "Give a file.") from error
-    if not ours:
+    if not replaceable:
         raise OutputError(
             f"{path} is there, and mquant card did not make it.",
             "Move it away, or give another file with -o.",

@@ -1,4 +1,4 @@
-"""`mquant export`: the same NVFP4 in another layout."""
+"""`mquant export`: write an NVFP4 checkpoint in another layout."""
 
 from typing import Annotated
 
@@ -39,18 +39,18 @@ def export(
         from mquant.family import load_families
         from mquant.runs.export import export as carry_out
 
-        where = out_folder or default_out(source, _SUFFIX[to])
+        path = out_folder or default_out(source, _SUFFIX[to])
         with progress(out) as emit:
-            done = carry_out(
+            result = carry_out(
                 source,
                 load_families(family),
                 to,
-                where,
+                path,
                 workers=workers,
                 restart=restart,
                 emit=emit,
             )
-        tell_converted(out, done, "Exported")
+        tell_converted(out, result, "Exported")
 
 
 _SUFFIX = {Target.MODELOPT: "ModelOpt", Target.COMPRESSED_TENSORS: "CT"}

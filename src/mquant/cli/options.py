@@ -9,7 +9,7 @@ from mquant.cli.output import Format
 
 
 def shipped(kind: Literal["configs", "recipes"], incomplete: str) -> list[str]:
-    """Names for the shell's completion."""
+    """Return the names of shipped files, for the shell's completion."""
     from mquant.data import folder
 
     names = sorted(path.stem for path in folder(kind).glob("*.yaml"))
@@ -17,7 +17,7 @@ def shipped(kind: Literal["configs", "recipes"], incomplete: str) -> list[str]:
 
 
 def recipe_names(incomplete: str) -> list[str]:
-    """Recipes that ship with mquant, for the shell's completion."""
+    """Return the recipes that ship with mquant, for the shell's completion."""
     return shipped("recipes", incomplete)
 
 

@@ -62,9 +62,9 @@ def make(
     *,
     allow_unsafe: bool,
 ) -> "Plan":
-    """The plan for the arguments typed after `verb`. The plan may hold refusals.
+    """Return the plan for the arguments typed after `verb`. The plan may hold refusals.
 
-    Raises UsageError, before SRC is read, if the arguments make no sense.
+    Raises UsageError, before SRC is read, if an argument is missing or wrong.
     """
     if recipe is None:
         raise UsageError("--recipe is missing.", f"{example(verb)}  (mquant recipes lists them)")
@@ -74,10 +74,10 @@ def make(
     from mquant.plan import DEFAULT_SHARD_BYTES, make_plan
     from mquant.recipe import find_recipe
 
-    wanted = find_recipe(recipe)
+    parsed = find_recipe(recipe)
     return make_plan(
         open_checkpoint(open_source(src, revision, example(verb))),
-        wanted,
+        parsed,
         load_families(family),
         max_shard_bytes=DEFAULT_SHARD_BYTES if limit is None else limit,
         allow_unsafe=allow_unsafe,
@@ -85,17 +85,17 @@ def make(
 
 
 def show_plan(out: Output, made: "Plan", out_folder: Path | None) -> None:
-    """Show a plan, its findings and its forecast in the wanted format.
+    """Show a plan, its findings and its forecast in the chosen format.
 
-    Raises Refused, after everything is shown, if the plan must not be carried out.
+    Raises Refused, after everything is shown, if the plan has refusals.
     """
     from mquant.runs.forecast import forecast, plan_report, resource_findings
 
-    where = out_folder or default_out(made.survey.checkpoint.source, made.recipe.suffix)
-    resources = forecast(made, where)
+    folder = out_folder or default_out(made.survey.checkpoint.source, made.recipe.suffix)
+    resources = forecast(made, folder)
     report = plan_report(made, resources)
     out.put(**report)
-    out.show(render_plan(report, where))
+    out.show(render_plan(report, folder))
     out.report(made.findings)
     out.report(resource_findings(made, resources))
     if made.refusals:
@@ -103,9 +103,9 @@ def show_plan(out: Output, made: "Plan", out_folder: Path | None) -> None:
 
 
 def render_plan(report: Mapping[str, Any], out_folder: Path) -> RenderableType:
-    """A plan's report for a person, without the findings."""
+    """Render a plan's report for a person, without the findings."""
     before, after = report["totals"]["source"], report["totals"]["output"]
-    needs = report["resources"]
+    resources = report["resources"]
     ratio = f", {after['bytes'] / before['bytes']:.1%}" if before["bytes"] else ""
     title = Text.assemble(
         (clean(report["source"]), "bold"),
@@ -129,13 +129,13 @@ def render_plan(report: Mapping[str, Any], out_folder: Path) -> RenderableType:
                 *_data(report["calibration"]),
                 (
                     "Disk",
-                    f"{both_sizes(needs['disk_needed'])} needed, {size(needs['disk_available'])} "
-                    f"free for {out_folder}",
+                    f"{both_sizes(resources['disk_needed'])} needed, "
+                    f"{size(resources['disk_available'])} free for {out_folder}",
                 ),
                 (
                     "Memory",
-                    f"{both_sizes(needs['memory_needed'])} needed, "
-                    f"{size(needs['memory_available'])} free",
+                    f"{both_sizes(resources['memory_needed'])} needed, "
+                    f"{size(resources['memory_available'])} free",
                 ),
             ]
         ),

@@ -61,10 +61,10 @@ def push(
             _list(out, shipment)
             return
         with progress(out) as emit:
-            done = publish(
+            pushed = publish(
                 shipment, repo, load_families(family), emit, public=public, replace=replace
             )
-        _tell(out, repo, done)
+        _tell(out, repo, pushed)
 
 
 def _list(out: Output, shipment: "Shipment") -> None:
@@ -76,25 +76,24 @@ def _list(out: Output, shipment: "Shipment") -> None:
     out.show(f"{' and '.join(shipment.last)} would go up last, in one commit.")
 
 
-def _tell(out: Output, repo: str, done: "Pushed") -> None:
-    remote = done.remote
+def _tell(out: Output, repo: str, pushed: "Pushed") -> None:
+    remote = pushed.remote
     if remote is None:
-        if done.local is not None:
-            out.report(done.local.findings)
+        if pushed.local is not None:
+            out.report(pushed.local.findings)
         out.show(Text("It is broken, so nothing was sent.", "bold red"))
         raise typer.Exit(3)
     out.put(
-        url=done.page,
-        private=done.private,
-        sent=list(done.sent),
-        already_done=not done.sent,
+        url=pushed.page,
+        private=pushed.private,
+        sent=list(pushed.sent),
+        already_done=not pushed.sent,
         verdict=remote.verdict,
     )
-    who = "private" if done.private else "public"
-    verb = "Pushed" if done.sent else "Already there:"
-    out.show(
-        Text.assemble((verb, "bold green"), f" {done.page} ({who})"), f"The repo: {remote.verdict}"
-    )
+    visibility = "private" if pushed.private else "public"
+    verb = "Pushed" if pushed.sent else "Already there:"
+    title = Text.assemble((verb, "bold green"), f" {pushed.page} ({visibility})")
+    out.show(title, f"The repo: {remote.verdict}")
     out.report(remote.findings)
     if remote.count("error"):
         raise typer.Exit(3)

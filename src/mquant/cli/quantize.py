@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 CarryOut = Callable[..., "Result"]
-"""Carries out a plan, given the options of a run."""
+"""A function that carries out a plan, given the options of a run."""
 
 
 class Cluster(StrEnum):
@@ -109,8 +109,8 @@ def quantize(
     Example: mquant quantize ./MiniMax-M2.7-REAP --recipe nvfp4 -o ./MiniMax-M2.7-REAP-NVFP4
     """
     with output("quantize", output_format) as out:
-        part = None if share is None else parse_share(share)
-        _check_options(part, cluster, engine, push_to, scratch, restart=restart)
+        parsed_share = None if share is None else parse_share(share)
+        _check_options(parsed_share, cluster, engine, push_to, scratch, restart=restart)
         limit = None if scratch is None else parse_size(scratch)
         plan = make(
             quantize, src, recipe, revision, max_shard_size, family, allow_unsafe=allow_unsafe
@@ -120,42 +120,42 @@ def quantize(
             check_data(plan.recipe, data)
             return
         out.report(plan.findings)
-        where = out_folder or default_out(plan.survey.checkpoint.source, plan.recipe.suffix)
+        folder = out_folder or default_out(plan.survey.checkpoint.source, plan.recipe.suffix)
         job_spec = _job_spec(plan, max_shard_size, importance, allow_unsafe=allow_unsafe)
-        # A recipe that runs the whole model is refused below, with or without data.
+        # A recipe that needs data is checked below: some modes refuse it, with or without --data.
         if not plan.recipe.needs_data:
             check_data(plan.recipe, data)
-        if part is not None:
-            _make_share(out, plan, job_spec, where, part, workers)
+        if parsed_share is not None:
+            _make_share(out, plan, job_spec, folder, parsed_share, workers)
             return
-        how = {"engine": engine, "importance": importance}
+        choices = {"engine": engine, "importance": importance}
         if push_to is not None:
-            carry_out = _into_repo(plan, where, push_to, public=public, **how)
+            carry_out = _into_repo(plan, folder, push_to, public=public, **choices)
         elif cluster is not None:
-            carry_out = _on_cluster(plan, job_spec, where)
+            carry_out = _on_cluster(plan, job_spec, folder)
         else:
-            carry_out = _into_folder(plan, where, data=data, **how)
+            carry_out = _into_folder(plan, folder, data=data, **choices)
         with progress(out) as emit:
             result = carry_out(workers=workers, scratch=limit, restart=restart, emit=emit)
         tell_result(out, result)
 
 
-def _into_folder(plan: "Plan", where: Path, **how: Any) -> CarryOut:
+def _into_folder(plan: "Plan", folder: Path, **options: Any) -> CarryOut:
     from mquant.runs.quantize import quantize as into_folder
 
-    return partial(into_folder, plan, where, **how)
+    return partial(into_folder, plan, folder, **options)
 
 
-def _into_repo(plan: "Plan", where: Path, repo: str, **how: Any) -> CarryOut:
+def _into_repo(plan: "Plan", folder: Path, repo: str, **options: Any) -> CarryOut:
     from mquant.runs.hub_to_hub import quantize_to_hub
 
-    return partial(quantize_to_hub, plan, where, repo, **how)
+    return partial(quantize_to_hub, plan, folder, repo, **options)
 
 
-def _on_cluster(plan: "Plan", job_spec: "JobSpec", where: Path) -> CarryOut:
+def _on_cluster(plan: "Plan", job_spec: "JobSpec", folder: Path) -> CarryOut:
     from mquant.runs.ray_cluster import quantize_on_ray
 
-    return partial(quantize_on_ray, plan, job_spec, where)
+    return partial(quantize_on_ray, plan, job_spec, folder)
 
 
 def _check_options(
@@ -208,14 +208,14 @@ def _make_share(
     out: Output,
     plan: "Plan",
     job_spec: "JobSpec",
-    where: Path,
+    folder: Path,
     share: tuple[int, int],
     workers: int | None,
 ) -> None:
     from mquant.runs.shares import in_shares
 
     number, of = share
-    run = in_shares(plan, job_spec, where, of)
+    run = in_shares(plan, job_spec, folder, of)
     with progress(out) as emit:
         fresh = run.make(number, workers=workers, emit=emit)
     tell_share(out, run, number, fresh=fresh)

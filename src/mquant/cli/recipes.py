@@ -27,14 +27,14 @@ def recipes(context: typer.Context, output_format: FormatChoice = Format.HUMAN) 
     with output("recipes", output_format) as out:
         from mquant.recipe import load_recipes
 
-        found = load_recipes()
+        known = load_recipes()
         out.put(
             recipes=[
                 {"name": name, "title": recipe.title, "description": recipe.description}
-                for name, recipe in found.items()
+                for name, recipe in known.items()
             ]
         )
-        for name, recipe in found.items():
+        for name, recipe in known.items():
             title = Text.assemble((clean(name), "bold"), f"  {clean(recipe.title)}")
             out.show(title, Padding(Text(clean(recipe.description)), (0, 0, 0, 2)))
 

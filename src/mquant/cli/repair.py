@@ -67,9 +67,8 @@ def repair(
         from mquant.checkpoint import Folder
         from mquant.family import load_families
         from mquant.repair.diagnose import diagnose
-        from mquant.repair.repair import finish_in_place
-        from mquant.repair.repair import repair as mend
-        from mquant.repair.repair import repair_in_place as mend_in_place
+        from mquant.repair.repair import finish_in_place, repair_in_place
+        from mquant.repair.repair import repair as repair_into
         from mquant.verify.judge import Depth
 
         if in_place and isinstance(source, Folder) and not dry_run and finish_in_place(source.root):
@@ -78,22 +77,22 @@ def repair(
             return
         original = open_source(parent, None, example(repair))
         with progress(out) as emit:
-            wanted = None if depth is None else Depth(depth)
+            chosen = None if depth is None else Depth(depth)
             diagnosis = diagnose(
-                source, original, load_families(family), wanted, emit, importance=importance
+                source, original, load_families(family), chosen, emit, importance=importance
             )
-        # Findings that the repair mends do not fail this run.
+        # Findings that the repair corrects do not fail this run.
         out.report(diagnosis.report.findings, failing=frozenset())
         _tell(out, diagnosis)
         if dry_run or not diagnosis.needed:
             return
         with progress(out) as emit:
             if in_place:
-                done = mend_in_place(diagnosis, workers=workers, restart=restart, emit=emit)
+                result = repair_in_place(diagnosis, workers=workers, restart=restart, emit=emit)
             else:
-                where = out_folder or default_out(source, "repaired")
-                done = mend(diagnosis, where, workers=workers, restart=restart, emit=emit)
-        _tell_done(out, diagnosis, done, in_place=in_place)
+                folder = out_folder or default_out(source, "repaired")
+                result = repair_into(diagnosis, folder, workers=workers, restart=restart, emit=emit)
+        _tell_done(out, diagnosis, result, in_place=in_place)
 
 
 def _source(
@@ -148,7 +147,7 @@ def _tell(out: Output, diagnosis: "Diagnosis") -> None:
 def _facts(diagnosis: "Diagnosis") -> Iterator[tuple[str, str]]:
     mending = diagnosis.mending
     for role, count in mending.replaced_by_role.items():
-        tensors = [a.source_bytes for a in mending.replaced if a.role.value == role]
+        tensors = [action.source_bytes for action in mending.replaced if action.role.value == role]
         yield f"From the parent: {role}", f"{plural(count, 'tensor')}, {size(sum(tensors))}"
     if mending.renamed:
         old, new = next(iter(mending.renamed.items()))
@@ -164,15 +163,15 @@ def _facts(diagnosis: "Diagnosis") -> Iterator[tuple[str, str]]:
     yield "Shards", f"{count} stay, {len(rewritten.shards)} written ({bytes_})"
 
 
-def _tell_done(out: Output, diagnosis: "Diagnosis", done: "Result", *, in_place: bool) -> None:
+def _tell_done(out: Output, diagnosis: "Diagnosis", result: "Result", *, in_place: bool) -> None:
     from mquant.checkpoint import Folder
 
-    out.put(out=str(done.out), already_done=not done.fresh, read_of_parent=done.parent_bytes)
-    verb = "Repaired" if done.fresh else "Already done:"
-    out.show(Text.assemble((verb, "bold green"), f" {done.out}"))
+    out.put(out=str(result.out), already_done=not result.fresh, read_of_parent=result.parent_bytes)
+    verb = "Repaired" if result.fresh else "Already done:"
+    out.show(Text.assemble((verb, "bold green"), f" {result.out}"))
     if isinstance(diagnosis.bad.source, Folder):
         return
-    commands = list(_upload(diagnosis, done.out))
+    commands = list(_upload(diagnosis, result.out))
     out.put(commands=commands)
     out.show("These are the files that change. Upload them in one commit, then judge the repo:")
     out.show(*(Text(f"  {command}") for command in commands))

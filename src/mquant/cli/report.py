@@ -71,24 +71,24 @@ def report(
         from mquant.publish.report import report as write
 
         path = out_file or Path(f"{source.name.rpartition('/')[2]}-report.html")
-        wanted = Wanted(src or ".", against, text, comparison, evaluation, context, tokens)
+        inputs = Wanted(src or ".", against, text, comparison, evaluation, context, tokens)
         with progress(out) as emit:
-            made = write(source, parent, load_families(family), wanted, path, emit=emit)
+            written = write(source, parent, load_families(family), inputs, path, emit=emit)
         out.put(
             path=str(path),
             bytes=path.stat().st_size,
-            verdict=made.verification.verdict,
-            compared=made.comparison is not None,
-            evaluated=made.evaluation is not None,
+            verdict=written.verification.verdict,
+            compared=written.comparison is not None,
+            evaluated=written.evaluation is not None,
         )
         out.show(
             facts(
                 [
-                    ("Verdict", made.verification.verdict),
+                    ("Verdict", written.verification.verdict),
                     ("Report", f"{path} ({size(path.stat().st_size)}; open it in a browser)"),
                 ]
             )
         )
-        out.report(made.verification.findings)
-        if made.verification.count("error"):
+        out.report(written.verification.findings)
+        if written.verification.count("error"):
             raise typer.Exit(3)

@@ -61,14 +61,14 @@ def verify(
             from mquant.verify.judge import verify as judge
 
             with progress(out) as emit:
-                wanted = None if depth is None else Depth(depth)
-                asks = loader == "vllm"
-                report = judge(source, load_families(family), wanted, parent, emit, ask_vllm=asks)
+                chosen = None if depth is None else Depth(depth)
+                ask = loader == "vllm"
+                report = judge(source, load_families(family), chosen, parent, emit, ask_vllm=ask)
             out.put(verdict=report.verdict, **report.to_json())
             _show(out, report)
             out.report(report.findings, failing=failing)
             suite.add(report, failing)
-            failed = any(found.severity in failing for found in report.findings)
+            failed = any(finding.severity in failing for finding in report.findings)
             if not failed:
                 report.raise_if_undecided()
         if failed:
@@ -76,7 +76,7 @@ def verify(
 
 
 def _show(out: Output, report: "Report") -> None:
-    """The verification for a person, without the findings."""
+    """Show the verification to a person, without the findings."""
     from mquant.verify.not_judged import in_words
 
     good = not report.count("error") and not report.undecided
@@ -84,7 +84,7 @@ def _show(out: Output, report: "Report") -> None:
     if report.loader is not None:
         out.show(clean(f"vLLM {report.loader.version}: {report.loader.verdict}."))
     if report.bytes_read is not None:
-        read = size(report.bytes_read)
-        out.show(f"Read {read} in {plural(report.requests or 0, 'request')} from the hub.")
+        amount = size(report.bytes_read)
+        out.show(f"Read {amount} in {plural(report.requests or 0, 'request')} from the hub.")
     if words := in_words(report.not_judged):
         out.show(clean(words))
