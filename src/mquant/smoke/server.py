@@ -61,7 +61,7 @@ class Server:
         self.context: int | None = None
 
     def choose(self, model: str | None = None) -> str:
-        """Ask for the served models, and choose the named one or the first; returns its name."""
+        """Choose the served model named `model`, or the first; return the name of the choice."""
         served = self._models()
         chosen = served[0] if model is None else next((m for m in served if m["id"] == model), None)
         if chosen is None:
@@ -79,7 +79,7 @@ class Server:
         self._client.close()
 
     def ask(self, prompt: str, options: Mapping[str, float]) -> Answer:
-        """The answer to one message, sampled with `options` (the API's own keys)."""
+        """Return the answer to one message, sampled with `options` (the API's own keys)."""
         message = {"role": "user", "content": prompt}
         body = {"model": self.model, "messages": [message], **options}
         reply = self._request("POST", "/chat/completions", body)
@@ -94,11 +94,11 @@ class Server:
         return Answer(_THOUGHT.sub("", text).strip(), whole)
 
     def _models(self) -> list[dict[str, Any]]:
-        found = self._request("GET", "/models").get("data")
+        entries = self._request("GET", "/models").get("data")
         models = [
-            each
-            for each in (found if isinstance(found, list) else [])
-            if isinstance(each, dict) and isinstance(each.get("id"), str)
+            entry
+            for entry in (entries if isinstance(entries, list) else [])
+            if isinstance(entry, dict) and isinstance(entry.get("id"), str)
         ]
         if not models:
             raise self._nonsense()
