@@ -89,7 +89,7 @@ class Comparison:
     """All differences of a checkpoint from its parent, in the order of the parent's files.
 
     `identical` tensors equal the parent's bit for bit; all others have an error. `bytes_read` and
-    `requests` count what came from a hub; None if no hub was asked.
+    `requests` count the reads from hub repos; None if no source is a hub repo.
     """
 
     source: str
@@ -243,7 +243,7 @@ def compare(
         with ComparisonCache(source, parent, view.family) as cache:
             known = cache.known
             if known:
-                emit(Note("info", f"{len(known):,} tensors were compared before: going on."))
+                emit(Note("info", f"{len(known):,} tensors were compared before: resuming."))
             todo = [pair for pair in all_pairs if pair.name not in known]
             compare_pairs(
                 todo,

@@ -94,6 +94,6 @@ def _key(family: Family | None, *sources: Source) -> str:
 
 def _cannot(error: OSError) -> OutputError:
     return OutputError(
-        f"What was compared cannot be kept in the cache folder: {error.strerror}.",
-        "Free space there, or set XDG_CACHE_HOME to another folder.",
+        f"The comparison cannot be kept in the cache folder: {error.strerror}.",
+        "Free space in the folder, or set XDG_CACHE_HOME to another folder.",
     )

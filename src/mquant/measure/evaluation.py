@@ -129,7 +129,7 @@ def evaluate(
         if len({model.matrix(model.head()).shape[0] for model in models}) != 1:
             raise SourceError(
                 f"{source.name} and {sources[-1].name} have vocabularies of different sizes.",
-                "Give the parent it was made from.",
+                "Give the parent that the checkpoint was made from.",
             )
         ids = _tokenize(sources, raw)
         _check_ids(ids, models[0])
@@ -183,8 +183,8 @@ def _routing(layer: int, chosen: list[Integers], experts: int) -> Routing:
     usage = [tuple(np.bincount(ids.ravel(), minlength=experts).tolist()) for ids in chosen]
     if len(chosen) == 1:
         return Routing(layer, usage[0], None, None)
-    ours, parents = chosen
-    agree = (ours[:, :, None] == parents[:, None, :]).any(axis=2)
+    checkpoint, parent = chosen
+    agree = (checkpoint[:, :, None] == parent[:, None, :]).any(axis=2)
     return Routing(layer, usage[0], usage[1], float(agree.mean()))
 
 
@@ -210,12 +210,12 @@ def _tokenize(sources: list[Source], raw: bytes) -> Integers:
     if holder is None:
         raise SourceError(
             f"{sources[0].name} has no {_TOKENIZER}.",
-            "Copy the parent's; transformers writes one with AutoTokenizer(...).save_pretrained.",
+            "Copy the parent's file, or write it with AutoTokenizer(...).save_pretrained.",
         )
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
-        raise SourceError("The text is not UTF-8.", "Convert it, e.g. with iconv.") from None
+        raise SourceError("The text is not UTF-8.", "Convert the text, e.g. with iconv.") from None
     try:
         tokenizer = Tokenizer.from_str(holder.read(_TOKENIZER).decode("utf-8"))
     except Exception as error:  # tokenizers raises bare Exception
@@ -232,14 +232,14 @@ def _check_ids(ids: Integers, model: Model) -> None:
     rows = model.matrix("model.embed_tokens.weight").shape[0]
     if ids.max() >= rows:
         raise SourceError(
-            f"The tokenizer makes token {ids.max():,}; the model has {rows:,}.",
-            "Take the tokenizer that belongs to the model.",
+            f"The tokenizer produces token {ids.max():,}; the model has {rows:,} tokens.",
+            "Use the tokenizer of the model.",
         )
 
 
-def _plan(count: int, of: int, context: int, models: list[Model]) -> str:
+def _plan(count: int, total: int, context: int, models: list[Model]) -> str:
     memory = count * models[0].shape.hidden * 4 * len(models)
-    whole = "" if count == of else f" of {of:,}"
+    whole = "" if count == total else f" of {total:,}"
     return (
         f"{count:,}{whole} tokens in windows of {context}; hidden states take {size(memory)} "
         "of memory, beside one layer's weights."
@@ -252,9 +252,9 @@ def _activations(view: ModuleView) -> Iterator[Finding]:
     if static or any(group.get("input_activations") for group in groups(view.config)):
         yield ACTIVATIONS_NOT_QUANTIZED.finding(
             "config.json",
-            "This checkpoint may have activations quantized as well; here they are float32, so the "
-            "result is of its weights alone.",
-            "For the whole of it run the model on an engine that has the kernels.",
+            "Engines may quantize activations of this checkpoint; mquant eval keeps activations in "
+            "float32, so the result is that of the weights alone.",
+            "To measure quantized activations, run the model on an engine that has the kernels.",
         )
 
 

@@ -80,9 +80,9 @@ def score(models: list[Model], hidden: list[Floats], targets: Integers, workers:
     losses = tuple(sums.normaliser - sums.target for sums in running)
     if len(models) == 1:
         return Scores(losses, None, None)
-    ours, parents = running
-    divergence = cross / parents.sum - parents.normaliser + ours.normaliser
-    return Scores(losses, divergence, ours.best == parents.best)
+    checkpoint, parent = running
+    divergence = cross / parent.sum - parent.normaliser + checkpoint.normaliser
+    return Scores(losses, divergence, checkpoint.best == parent.best)
 
 
 def _add(sums: Running, logits: Doubles, batch: slice, targets: Integers, first: int) -> Doubles:
