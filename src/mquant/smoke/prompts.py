@@ -1,6 +1,6 @@
 """Five prompts to a running server, each with a mechanical check of the answer.
 
-The prompts detect what a wrong checkpoint causes: noise, repetition, lost context, forgotten
+The prompts detect the effects of a wrong checkpoint: noise, repetition, lost context, forgotten
 languages. The prompts do not detect a loss of a percent of accuracy; `mquant eval` and
 lm-evaluation-harness do.
 """
@@ -28,35 +28,35 @@ SMOKE_CODING: Final = rule(
     "smoke-coding",
     "The server answers with a correct program.",
     "A wrong checkpoint answers with noise, repetition or another language.",
-    "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+    "Read the answer, ask the parent the same question, and run mquant verify on the checkpoint.",
     needs="smoke",
 )
 SMOKE_MATHS: Final = rule(
     "smoke-maths",
     "The server answers with the correct number.",
     "A wrong checkpoint answers with noise, repetition or another language.",
-    "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+    "Read the answer, ask the parent the same question, and run mquant verify on the checkpoint.",
     needs="smoke",
 )
 SMOKE_TRANSLATION: Final = rule(
     "smoke-translation",
     "The server answers with a correct translation.",
     "A wrong checkpoint answers with noise, repetition or another language.",
-    "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+    "Read the answer, ask the parent the same question, and run mquant verify on the checkpoint.",
     needs="smoke",
 )
 SMOKE_RECALL: Final = rule(
     "smoke-recall",
     "The server finds a line in a long text.",
     "A wrong checkpoint answers with noise, repetition or another language.",
-    "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+    "Read the answer, ask the parent the same question, and run mquant verify on the checkpoint.",
     needs="smoke",
 )
 SMOKE_JSON: Final = rule(
     "smoke-json",
     "The server answers with a correct JSON object.",
     "A wrong checkpoint answers with noise, repetition or another language.",
-    "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+    "Read the answer, ask the parent the same question, and run mquant verify on the checkpoint.",
     needs="smoke",
 )
 
@@ -159,18 +159,18 @@ def _archive(room: int | None) -> str:
 
 def _wrong(prompt: Prompt, answer: Answer) -> str:
     if not answer.text:
-        return "there is no answer" + ("" if answer.whole else ", it was cut off while thinking")
+        return "there is no answer" if answer.whole else "the answer was cut off while thinking"
     return _noise(answer.text) or prompt.check(answer.text)
 
 
 def _noise(text: str) -> str:
     """Return how the answer looks like broken weights, e.g. by repetition; empty if not."""
     if re.search(r"(\S)\1{39}", text):
-        return "one sign is repeated over and over"
+        return "one character is repeated over and over"
     words = text.split()
     if len(words) >= 20 and Counter(words).most_common(1)[0][1] > len(words) / 2:
         return "one word is repeated over and over"
-    return "it has signs that are no text" if "\ufffd" in text else ""
+    return "the answer has characters that are no text" if "\ufffd" in text else ""
 
 
 def _is_function(text: str) -> str:
@@ -189,7 +189,7 @@ def _is_function(text: str) -> str:
 def _is_number(text: str) -> str:
     numbers = _NUMBER.findall(text)
     last = numbers[-1].replace(",", "") if numbers else "no number"
-    return "" if last == "421" else f"it ends with {last[:20]}, not 421"
+    return "" if last == "421" else f"the answer ends with {last[:20]}, not 421"
 
 
 def _is_german(text: str) -> str:
@@ -198,7 +198,7 @@ def _is_german(text: str) -> str:
 
 
 def _is_code(text: str) -> str:
-    return "" if _SAFE in text else f"it does not say {_SAFE}, which it was told"
+    return "" if _SAFE in text else f"the answer lacks {_SAFE}, the code in the prompt"
 
 
 def _is_json(text: str) -> str:

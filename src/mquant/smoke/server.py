@@ -67,7 +67,7 @@ class Server:
         if chosen is None:
             raise SourceError(
                 f"{self.name} does not serve {model}, but {', '.join(m['id'] for m in served)}.",
-                "Give one of these with --model, or leave it out.",
+                "Give a served model with --model, or leave --model out.",
             )
         self.model = chosen["id"]
         context = chosen.get("max_model_len")
@@ -119,7 +119,7 @@ class Server:
         except httpx.TimeoutException:
             raise SourceError(
                 f"{self.name} did not answer within {self._seconds:,.0f} s.",
-                "Look at the server's log, or give it longer with --timeout.",
+                "Look at the server's log, or give a longer --timeout.",
             ) from None
         except (httpx.HTTPError, httpx.InvalidURL, ValueError):
             raise SourceError(
@@ -127,7 +127,7 @@ class Server:
             ) from None
         if response.status_code in (401, 403):
             raise SourceError(
-                f"{self.name} wants a key (HTTP {response.status_code}).", "Set OPENAI_API_KEY."
+                f"{self.name} requires a key (HTTP {response.status_code}).", "Set OPENAI_API_KEY."
             )
         if response.status_code != 200:
             raise SourceError(
@@ -145,5 +145,5 @@ class Server:
     def _nonsense(self) -> SourceError:
         return SourceError(
             f"{self.name} does not answer as an OpenAI-compatible server does.",
-            "Give the address of one, such as http://localhost:8000.",
+            "Give the address of such a server, e.g. http://localhost:8000.",
         )
