@@ -356,7 +356,7 @@ def test_it_is_the_same_each_time_and_nothing_else_is_written(src: Path) -> None
 
 def test_a_readme_that_it_did_not_make_stays(src: Path, tmp_path: Path) -> None:
     (src / "README.md").write_text("mine", encoding="utf-8")
-    assert "README.md is there, and mquant card did not make it." in run(src, code=1).stderr
+    assert "README.md exists, and mquant card did not write it." in run(src, code=1).stderr
     run(src, "-o", tmp_path / "CARD.md")
     assert (src / "README.md").read_text(encoding="utf-8") == "mine"
     assert (tmp_path / "CARD.md").is_file()

@@ -84,7 +84,7 @@ _group("recipes", recipes.recipes, recipes.show)
 _group("families", families.families, families.show).command("check")(check)
 app.command("synth")(synth)
 _loader = typer.Typer(
-    rich_markup_mode="rich", no_args_is_help=True, help="Real loaders, to be asked by verify."
+    rich_markup_mode="rich", no_args_is_help=True, help="Install the real loaders that verify runs."
 )
 _loader.command("install")(loader.install)
 _loader.callback()(lambda: None)

@@ -30,7 +30,7 @@ def calibrate(
     """Measure the importance of each input channel: the mean square of its values on a text.
 
     The text goes through the model layer by layer, in the memory of one layer; each routed expert
-    counts its own tokens. `mquant quantize --recipe nvfp4-opt --importance FILE` takes it.
+    counts its own tokens. `mquant quantize --recipe nvfp4-opt --importance FILE` reads FILE.
 
     Example: mquant calibrate ./MiniMax-M2.7-REAP --data texts.jsonl -o importance.safetensors
     """

@@ -34,7 +34,7 @@ AboutFile = Annotated[
     typer.Option(
         "--about",
         metavar="FILE",
-        help="YAML with what only you know: repo, base_model, companions (repo, what), citation.",
+        help="YAML with facts from you: repo, base_model, companions (repo, what), citation.",
     ),
 ]
 CardFile = Annotated[
@@ -43,7 +43,7 @@ CardFile = Annotated[
         "--output",
         "-o",
         metavar="FILE",
-        help="The file to write. Left out: README.md in SRC's folder.",
+        help="The file to write. Default: README.md in SRC's folder.",
     ),
 ]
 
@@ -63,8 +63,8 @@ def card(
 ) -> None:
     """Write a quantized checkpoint's model card, from facts only.
 
-    The checkpoint is verified first; a broken one gets no card (exit code 3). Unknown facts are
-    left out; measurements that were not made are called so.
+    The checkpoint is verified first; a broken one gets no card (exit code 3). The card leaves
+    out unknown facts, and says so if nothing was measured.
 
     Example: mquant card ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP
     """
@@ -94,7 +94,7 @@ def card(
         out.put(verdict=card_facts.report.verdict)
         if card_facts.report.count("error"):
             out.report(card_facts.report.findings)
-            out.show(Text("It is broken, so no card was written.", "bold red"))
+            out.show(Text("The checkpoint is broken, so no card was written.", "bold red"))
             raise typer.Exit(3)
         card_facts.report.raise_if_undecided()
         write_document(path, [render(card_facts).encode()], "Give another file with -o.")
@@ -124,8 +124,8 @@ def _refuse_foreign(path: Path) -> None:
         raise OutputError(f"{path} cannot be read: {error.strerror}.", "Give a file.") from error
     if not replaceable:
         raise OutputError(
-            f"{path} is there, and mquant card did not make it.",
-            "Move it away, or give another file with -o.",
+            f"{path} exists, and mquant card did not write it.",
+            "Move the file away, or give another file with -o.",
         )
 
 

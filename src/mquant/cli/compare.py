@@ -25,7 +25,7 @@ Threads = Annotated[
         "--workers",
         min=1,
         metavar="N",
-        help="Tensors compared at once. Default: cores + 1; 6 where one is a hub repo.",
+        help="Tensors compared at once. Default: cores + 1; 6 if SRC or PARENT is a hub repo.",
     ),
 ]
 
@@ -40,8 +40,9 @@ def compare(
 ) -> None:
     """Compare every weight with the parent's: relative error, SQNR, cosine, worst block.
 
-    Both are read whole, once. If interrupted, run the same command again. The JSON has a row
-    for each tensor. Exit code 3: tensors are missing, unknown, or changed without being quantized.
+    Both checkpoints are read whole, once. If interrupted, run the same command again: it resumes.
+    The JSON has a row for each tensor. Exit code 3: tensors are missing, unknown, or
+    changed without being quantized.
 
     Example: mquant compare ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP
     """

@@ -38,11 +38,11 @@ def dequantize(
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Make a BF16 checkpoint of a quantized one, for tools that read nothing else.
+    """Write a BF16 checkpoint from a quantized checkpoint, for tools that read only BF16.
 
     Reads FP8 in blocks (original releases), compressed-tensors' NVFP4, NVFP4A16 and FP8, and
-    ModelOpt's NVFP4. What is not quantized is copied bit for bit. Running the same command again
-    is safe: it continues an unfinished folder.
+    ModelOpt's NVFP4. Tensors that are not quantized are copied bit for bit. If interrupted, run
+    the same command again: it resumes.
 
     Example: mquant dequantize ./MiniMax-M2.7-REAP-NVFP4 -o ./MiniMax-M2.7-REAP-BF16
     """

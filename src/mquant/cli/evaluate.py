@@ -24,10 +24,10 @@ TextFile = Annotated[
     Path | None, typer.Option("--text", metavar="FILE", help="The text, in UTF-8.")
 ]
 Context = Annotated[
-    int, typer.Option(min=2, metavar="N", help="Tokens of a window: none sees further back.")
+    int, typer.Option(min=2, metavar="N", help="Tokens in a window: a token sees only its window.")
 ]
 Tokens = Annotated[
-    int, typer.Option(min=1, metavar="N", help="How many tokens of the text are predicted at most.")
+    int, typer.Option(min=1, metavar="N", help="The most tokens of the text that are predicted.")
 ]
 
 
@@ -41,10 +41,10 @@ def evaluate(
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Perplexity of a checkpoint and its parent on your text, their KL, and whether routers agree.
+    """Measure perplexity, KL divergence from the parent, and router agreement on your text.
 
-    Both are run in float32 on the CPU, a layer at a time, with weights from disk: a model of any
-    size goes through in the memory of one layer. Activations are not quantized.
+    Both models run in float32 on the CPU, a layer at a time, with weights from disk: a model of any
+    size needs the memory of one layer. Activations are not quantized.
 
     Example: mquant eval ./Model-NVFP4 --against ./Model --text wiki.txt
     """

@@ -12,7 +12,7 @@ from mquant.cli.source import default_out, example, open_source
 from mquant.errors import UsageError
 from mquant.plan import Target
 
-To = Annotated[Target | None, typer.Option("--to", help="The layout: TensorRT-LLM reads modelopt.")]
+To = Annotated[Target | None, typer.Option("--to", help="The layout; TensorRT-LLM reads modelopt.")]
 
 
 def export(
@@ -25,10 +25,11 @@ def export(
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Store an NVFP4 checkpoint in ModelOpt's layout, or bring it back to compressed-tensors'.
+    """Write an NVFP4 checkpoint in ModelOpt's layout, or back in compressed-tensors' layout.
 
     Codes and block scales stay the same, byte for byte; a global scale becomes its reciprocal.
-    Exported back, the files are identical to the original. W4A16 and W4A4.
+    A checkpoint exported there and back has its original files, except mquant.json. W4A16 and W4A4
+    are supported.
 
     Example: mquant export ./MiniMax-M2.7-REAP-NVFP4 --to modelopt -o ./MiniMax-M2.7-REAP-ModelOpt
     """

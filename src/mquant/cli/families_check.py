@@ -30,9 +30,9 @@ Refusals = dict[str, tuple["Finding", ...]]
 
 
 def check(file: File, output_format: FormatChoice = Format.HUMAN) -> None:
-    """Check a family file: its keys and rows, and what recipes make of a tiny checkpoint of it.
+    """Check a family file: its keys and rows, and whether recipes accept its tiny checkpoint.
 
-    The checkpoint is what `mquant synth --family FILE` writes. Recipes that need data are left out.
+    `mquant synth --family FILE` writes the same checkpoint. Recipes that need data are left out.
     Exit code 1: the file is wrong, or nvfp4 refuses the checkpoint.
 
     Example: mquant families check ./my_model.yaml
@@ -126,9 +126,9 @@ def _listed(title: str, rows: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _recipes(checkpoint: "Checkpoint", refusals: Refusals) -> RenderableType:
-    rows = table(("recipe", "left"), ("its plan", "left"))
+    rows = table(("recipe", "left"), ("plan", "left"))
     for name, why in refusals.items():
         cell = Text("refused: " + clean(why[0].message), "red") if why else Text("made", "green")
         rows.add_row(clean(name), cell)
     amount = f"{plural(len(checkpoint.tensors), 'tensor')}, {size(checkpoint.nbytes)}"
-    return Group("", f"Of a tiny checkpoint ({amount}):", "", rows)
+    return Group("", f"Plans of a tiny checkpoint ({amount}):", "", rows)

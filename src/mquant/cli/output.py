@@ -104,8 +104,7 @@ class Output:
         self.fail(
             MquantError(
                 f"mquant failed unexpectedly: {type(error).__name__}: {error}.",
-                "Please report this, with what you ran; run it with MQUANT_TRACEBACK=1 for the "
-                "traceback.",
+                "Please report this error and the command; MQUANT_TRACEBACK=1 adds the traceback.",
             )
         )
 

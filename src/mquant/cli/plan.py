@@ -41,15 +41,17 @@ def plan(
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Show what a recipe would do to every tensor of a checkpoint, and what that takes.
+    """Show what a recipe would do to every tensor, and the disk and memory that the run needs.
 
     No weight is read and nothing is written. Exit code 1: `quantize` would refuse.
 
     Example: mquant plan MiniMaxAI/MiniMax-M2 --recipe nvfp4
     """
     with output("plan", output_format) as out:
-        made = make(plan, src, recipe, revision, max_shard_size, family, allow_unsafe=allow_unsafe)
-        show_plan(out, made, out_folder)
+        planned = make(
+            plan, src, recipe, revision, max_shard_size, family, allow_unsafe=allow_unsafe
+        )
+        show_plan(out, planned, out_folder)
 
 
 def make(
@@ -74,32 +76,32 @@ def make(
     from mquant.plan import DEFAULT_SHARD_BYTES, make_plan
     from mquant.recipe import find_recipe
 
-    parsed = find_recipe(recipe)
+    parsed_recipe = find_recipe(recipe)
     return make_plan(
         open_checkpoint(open_source(src, revision, example(verb))),
-        parsed,
+        parsed_recipe,
         load_families(family),
         max_shard_bytes=DEFAULT_SHARD_BYTES if limit is None else limit,
         allow_unsafe=allow_unsafe,
     )
 
 
-def show_plan(out: Output, made: "Plan", out_folder: Path | None) -> None:
+def show_plan(out: Output, plan: "Plan", out_folder: Path | None) -> None:
     """Show a plan, its findings and its forecast in the chosen format.
 
     Raises Refused, after everything is shown, if the plan has refusals.
     """
     from mquant.runs.forecast import forecast, plan_report, resource_findings
 
-    folder = out_folder or default_out(made.survey.checkpoint.source, made.recipe.suffix)
-    resources = forecast(made, folder)
-    report = plan_report(made, resources)
+    folder = out_folder or default_out(plan.survey.checkpoint.source, plan.recipe.suffix)
+    resources = forecast(plan, folder)
+    report = plan_report(plan, resources)
     out.put(**report)
     out.show(render_plan(report, folder))
-    out.report(made.findings)
-    out.report(resource_findings(made, resources))
-    if made.refusals:
-        raise Refused(made.refusals)
+    out.report(plan.findings)
+    out.report(resource_findings(plan, resources))
+    if plan.refusals:
+        raise Refused(plan.refusals)
 
 
 def render_plan(report: Mapping[str, Any], out_folder: Path) -> RenderableType:

@@ -54,14 +54,14 @@ class Cluster(StrEnum):
 EngineChoice = Annotated[
     Engine,
     typer.Option(
-        help="What does the arithmetic; `auto`: stream, or oneshot where the recipe needs data."
+        help="The engine that quantizes; `auto`: stream, or oneshot if the recipe needs data."
     ),
 ]
 PushTo = Annotated[
     str | None,
     typer.Option(
         metavar="REPO",
-        help="Make it in a hub repo: shards go there when they are made, and from here.",
+        help="Write into a hub repo: finished shards are uploaded, then deleted on this disk.",
     ),
 ]
 Share = Annotated[
@@ -70,11 +70,11 @@ Share = Annotated[
         "--share",
         "--job",
         metavar="I/N",
-        help="Make share I of N, and leave the rest to other processes; then: mquant finish OUT.",
+        help="Quantize share I of N only; other processes do the rest; then: mquant finish OUT.",
     ),
 ]
 OnCluster = Annotated[
-    Cluster | None, typer.Option(help="Share the work out over this cluster, and finish it.")
+    Cluster | None, typer.Option(help="Distribute the work over this cluster, and finish OUT.")
 ]
 
 
@@ -101,10 +101,10 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint into a folder that loads.
 
-    mquant refuses a broken result before it reads a weight. If stopped, run the command again.
+    mquant refuses a broken result before it reads a weight. If interrupted, run the command again.
 
     Many machines: --share 1/N to --share N/N into an OUT that all machines see, then `mquant finish
-    OUT`; or --cluster ray, on the cluster at RAY_ADDRESS, that of this machine, or a new one on it.
+    OUT`; or --cluster ray: the cluster at RAY_ADDRESS, else one on this machine, else a new one.
 
     Example: mquant quantize ./MiniMax-M2.7-REAP --recipe nvfp4 -o ./MiniMax-M2.7-REAP-NVFP4
     """
@@ -175,21 +175,21 @@ def _check_options(
         return
     if share is not None and cluster is not None:
         raise UsageError(
-            "--share is one part of the work, --cluster all of it.", "Leave one of them out."
+            "--share is one part of the work, --cluster all of it.", "Leave out one option."
         )
     if push_to is not None or scratch is not None:
         raise UsageError(
-            "--scratch and --push-to are of a run on one machine.",
-            "Leave them out: with --share and --cluster each machine gets the files of its shares.",
+            "--scratch and --push-to are for a run on one machine.",
+            "Leave out both: with --share or --cluster each machine gets the files of its shares.",
         )
     if engine is Engine.ONESHOT:
         raise UsageError(
-            "The oneshot engine takes a model as a whole: there are no shares of it.",
+            "The oneshot engine quantizes the model as a whole, not in shares.",
             "Leave out --engine oneshot, or --share and --cluster.",
         )
     if restart:
         raise UsageError(
-            "--restart would delete what other processes have made.",
+            "--restart would delete the files of other processes.",
             "Delete OUT yourself, or give another folder with -o.",
         )
 
@@ -214,8 +214,8 @@ def _make_share(
 ) -> None:
     from mquant.runs.shares import in_shares
 
-    number, of = share
-    run = in_shares(plan, job_spec, folder, of)
+    number, count = share
+    run = in_shares(plan, job_spec, folder, count)
     with progress(out) as emit:
         fresh = run.make(number, workers=workers, emit=emit)
     tell_share(out, run, number, fresh=fresh)

@@ -40,7 +40,7 @@ def recipes(context: typer.Context, output_format: FormatChoice = Format.HUMAN) 
 
 
 def show(name: Name = None, output_format: FormatChoice = Format.HUMAN) -> None:
-    """Print a recipe's file; the start of one of your own.
+    """Print a recipe's file, e.g. as the start of your own recipe.
 
     Example: mquant recipes show nvfp4
     """

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 InPlace = Annotated[
     bool,
-    typer.Option("--in-place", help="Mend the folder itself. Killed anywhere, a rerun finishes."),
+    typer.Option("--in-place", help="Repair SRC itself. If interrupted, run the command again."),
 ]
 
 
@@ -54,11 +54,11 @@ def repair(
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Mend a broken checkpoint with its parent, reading no more of that than it needs.
+    """Repair a broken checkpoint with its parent; only the needed tensors of the parent are read.
 
-    Tensors that loaders refuse quantized, or that are missing, downcast, renamed or wrong, become
-    those of a correct run, in their old shards. Unchanged shards are hard-linked. For a hub repo
-    only the files to upload are written.
+    Tensors that loaders refuse quantized, or that are missing, downcast, renamed or wrong, are
+    replaced by the tensors of a correct run, in their old shards. Unchanged shards are hard-linked.
+    For a hub repo only the files to upload are written.
 
     Example: mquant repair ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP -o ./Repaired
     """
@@ -104,16 +104,16 @@ def _source(
     in_place: bool,
 ) -> "Source":
     if parent is None:
-        raise UsageError("--from is missing: the checkpoint it was made from.", example(repair))
+        raise UsageError("--from is missing: the checkpoint SRC was made from.", example(repair))
     if in_place and out_folder is not None:
-        raise UsageError("-o and --in-place exclude each other.", "Leave one of them out.")
+        raise UsageError("-o and --in-place exclude each other.", "Leave out -o or --in-place.")
     source = open_source(src, revision, example(repair))
     from mquant.checkpoint import Folder
 
     if in_place and not isinstance(source, Folder):
         raise UsageError(
             f"--in-place is for folders; {source.name} is a hub repo.",
-            "Leave it out: what has to be uploaded is made in a folder.",
+            "Leave out --in-place: the files to upload are written into a folder.",
         )
     return source
 
@@ -139,7 +139,7 @@ def _tell(out: Output, diagnosis: "Diagnosis") -> None:
         },
     )
     if not diagnosis.needed:
-        out.show(Text("Nothing to repair: it is what a correct run makes.", "bold green"))
+        out.show(Text("Nothing to repair: SRC is what a correct run writes.", "bold green"))
         return
     out.show(facts(list(_facts(diagnosis))))
 
@@ -173,7 +173,7 @@ def _tell_done(out: Output, diagnosis: "Diagnosis", result: "Result", *, in_plac
         return
     commands = list(_upload(diagnosis, result.out))
     out.put(commands=commands)
-    out.show("These are the files that change. Upload them in one commit, then judge the repo:")
+    out.show("Upload the changed files in one commit, then verify the repo:")
     out.show(*(Text(f"  {command}") for command in commands))
 
 

@@ -19,7 +19,7 @@ Comparison = Annotated[
     typer.Option(
         "--compare",
         metavar="FILE",
-        help="What mquant compare --format json wrote, instead of comparing now.",
+        help="JSON of mquant compare, instead of comparing now.",
     ),
 ]
 Evaluation = Annotated[
@@ -27,7 +27,7 @@ Evaluation = Annotated[
     typer.Option(
         "--eval",
         metavar="FILE",
-        help="What mquant eval --format json wrote, instead of evaluating now.",
+        help="JSON of mquant eval, instead of evaluating now.",
     ),
 ]
 OutFile = Annotated[
@@ -36,7 +36,7 @@ OutFile = Annotated[
         "--output",
         "-o",
         metavar="FILE",
-        help="The page. Left out: SRC's name and -report.html, here.",
+        help="The page to write. Default: SRC's name and -report.html, in the current folder.",
     ),
 ]
 
@@ -56,8 +56,8 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: sizes, errors, routing, evaluation, findings, recipe.
 
-    What is not given is measured: verify, compare (with --against), eval (with --text). The page
-    loads nothing from the network and runs no script. Exit code 3: the page shows errors.
+    Measurements that no file gives run now: verify, compare (with --against), eval (with --text).
+    The page loads nothing from the network and runs no script. Exit code 3: the page shows errors.
 
     Example: mquant report ./Model-NVFP4 --against ./Model --text wiki.txt -o report.html
     """

@@ -64,7 +64,7 @@ def tell_share(out: Output, run: "Shares", number: int, *, fresh: bool) -> None:
             "file_bytes": part.file_bytes,
         },
     )
-    verb = "Made" if fresh else "Already done:"
+    verb = "Wrote" if fresh else "Already done:"
     folder, next_step = clean(str(run.out)), []
     if (run.out / SHARES).exists():
         next_step = [("Then", f"mquant finish {folder}, when all shares are done")]

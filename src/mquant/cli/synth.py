@@ -41,7 +41,7 @@ Intermediate = Annotated[int | None, typer.Option(help="Intermediate size of an 
 Vocab = Annotated[int | None, typer.Option(help="Size of the vocabulary.")]
 Dtype = Annotated[
     Literal["bf16", "fp16", "fp32", "fp8-block"],
-    typer.Option(help="What weights are stored as; fp8-block: with a scale per 128 x 128."),
+    typer.Option(help="The dtype of weights; fp8-block: with a scale for each 128 x 128 block."),
 ]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same bytes.")]
 ShapesOnly = Annotated[
@@ -66,7 +66,7 @@ def synth(
     shapes_only: ShapesOnly = False,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Write a checkpoint with made-up weights: a tiny one, or the real one's shapes.
+    """Write a checkpoint with made-up weights, in tiny shapes or in the real model's shapes.
 
     Example: mquant synth OUT --family minimax_m2 --layers 62 --experts 154 --shapes-only
     """

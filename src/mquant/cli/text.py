@@ -19,7 +19,7 @@ def parse_size(text: str) -> int:
         if 0 < count < 2**53 and not (binary and not prefix):
             return count
     raise UsageError(
-        f"{clean(text[:40])!r} is no size.", "Write it like 5GB, 500MB, 1GiB or 5000000000."
+        f"{clean(text[:40])!r} is no size.", "Write a size like 5GB, 500MB, 1GiB or 5000000000."
     )
 
 
@@ -29,5 +29,5 @@ def parse_share(text: str) -> tuple[int, int]:
     if slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) <= 10_000:
         return int(number), int(of)
     raise UsageError(
-        f"{clean(text[:40])!r} is no share.", "Write it like 3/16: the third of 16, the first is 1."
+        f"{clean(text[:40])!r} is no share.", "Write a share like 1/16, the first of 16."
     )

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 DepthChoice = Annotated[
     Literal["structure", "numbers", "full"] | None,
     typer.Option(
-        help="What is read: headers and JSON; all data too; with --against, all of the parent "
-        "too, instead of a sample. Left out: numbers for a folder, structure for a hub repo."
+        help="structure: read headers and JSON; numbers: all data too; full: with --against, the "
+        "whole parent too, not a sample. Default: numbers for a folder, structure for a hub repo."
     ),
 ]
 JUnitFile = Annotated[
@@ -29,7 +29,7 @@ JUnitFile = Annotated[
     typer.Option("--junit", metavar="FILE", help="Also write the result as JUnit XML, for CI."),
 ]
 FailOn = Annotated[
-    Literal["error", "warning"], typer.Option(help="The least severity that exits with 3.")
+    Literal["error", "warning"], typer.Option(help="The lowest severity that exits with 3.")
 ]
 
 
@@ -46,8 +46,8 @@ def verify(
 ) -> None:
     """Judge a checkpoint: whether it is whole, its numbers are sane, and it matches its parent.
 
-    docs/verify-rules.md has every rule. Of a hub repo only headers are read, unless --depth says
-    more. Exit code 3: the checkpoint is wrong.
+    docs/verify-rules.md has every rule. For a hub repo only headers are read, unless --depth asks
+    for more. Exit code 3: the checkpoint is wrong.
 
     Example: mquant verify ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP
     """

@@ -28,7 +28,7 @@ def verify_ignore(
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Say whether routers, lm_head and embeddings were kept, and whether ignore says so.
+    """Say whether routers, lm_head and embeddings were kept, and whether ignore names them.
 
     Only headers and config.json are read. Exit code 3: a loader will refuse the checkpoint, or
     load it wrongly. An unquantized checkpoint is fine.
