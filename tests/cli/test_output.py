@@ -101,7 +101,7 @@ def test_a_bug_is_one_sentence_without_a_traceback(monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 1
     assert result.stderr == (
         "Error: mquant failed unexpectedly: ZeroDivisionError: by zero.\n"
-        "Please report this, with what you ran; run it with MQUANT_TRACEBACK=1 for the traceback.\n"
+        "Please report this error and the command; MQUANT_TRACEBACK=1 adds the traceback.\n"
     )
 
 

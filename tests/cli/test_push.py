@@ -143,7 +143,7 @@ def test_a_dry_run_lists_files_and_bytes_and_asks_nobody(
     assert found["last_commit"] == ["model.safetensors.index.json", "config.json"]
     assert not hub.requests
     shown = run(src, REPO, "--dry-run").stdout
-    assert "model.safetensors.index.json and config.json would go up last, in one commit." in shown
+    assert "model.safetensors.index.json and config.json are uploaded last, in one commit." in shown
 
 
 def test_other_bytes_than_were_made_are_refused(src: Path, hub: FakeHub) -> None:

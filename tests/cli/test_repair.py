@@ -74,7 +74,7 @@ def test_a_dry_run_says_it_and_writes_nothing(right: Path, tmp_path: Path) -> No
 def test_nothing_to_repair_is_said_and_nothing_written(right: Path, tmp_path: Path) -> None:
     result = run(right, "--from", TRAINED, "-o", tmp_path / "out")
     assert result.exit_code == 0
-    assert "Nothing to repair: it is what a correct run makes." in said(result)
+    assert "Nothing to repair: SRC is what a correct run writes." in said(result)
     assert not (tmp_path / "out").exists()
 
 
@@ -94,7 +94,7 @@ def test_what_cannot_be_repaired_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "--from is missing: the checkpoint it was made from."),
+        ([], "--from is missing: the checkpoint SRC was made from."),
         (["--from", "x", "-o", "y", "--in-place"], "-o and --in-place exclude each other."),
     ],
 )

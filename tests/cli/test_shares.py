@@ -45,7 +45,7 @@ def test_shares_and_finish_give_what_one_command_gives() -> None:
     for number in (1, 2, 3):
         made = quantize("-o", "out", "--share", f"{number}/3")
         assert made.exit_code == 0, made.output
-        assert f"Made share {number} of 3 in out\n" in made.stdout
+        assert f"Wrote share {number} of 3 in out\n" in made.stdout
         assert "mquant finish out, when all shares are done" in made.stdout
     finished = mquant("finish", "out")
     assert finished.exit_code == 0, finished.output
@@ -98,7 +98,7 @@ def test_finish_of_a_folder_without_shares_is_one_sentence() -> None:
 def test_what_is_no_share_is_a_usage_error(share: str) -> None:
     result = quantize("-o", "out", "--share", share)
     assert result.exit_code == 2
-    assert result.stderr.endswith("Write it like 3/16: the third of 16, the first is 1.\n")
+    assert result.stderr.endswith("Write a share like 1/16, the first of 16.\n")
 
 
 @pytest.mark.parametrize(

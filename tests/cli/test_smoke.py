@@ -94,15 +94,15 @@ def test_without_a_checkpoint_the_servers_own_sampling_holds(server: FakeServer)
         ("coding", "def is_prime(n): return (", "Coding: the code is not Python."),
         ("coding", "def prime(n):\n    return n", "Coding: there is no function is_prime."),
         ("coding", "def is_prime(n):\n    pass", "Coding: is_prime returns nothing."),
-        ("maths", "It is 420.", "Maths: it ends with 420, not 421."),
-        ("maths", "Many.", "Maths: it ends with no number, not 421."),
+        ("maths", "It is 420.", "Maths: the answer ends with 420, not 421."),
+        ("maths", "Many.", "Maths: the answer ends with no number, not 421."),
         ("translation", "Die Katze schläft.", "Translation: the translation has no Tisch."),
-        ("recall", "740-139", "Recall: it does not say 740-193, which it was told."),
+        ("recall", "740-139", "Recall: the answer lacks 740-193, the code in the prompt."),
         ("json", "Paris, 3.14", "JSON: the answer is not JSON."),
         ("json", '{"capital": "Lyon"}', "JSON: the JSON is not what was asked for."),
-        ("maths", "!" * 200 + " 421", "Maths: one sign is repeated over and over."),
+        ("maths", "!" * 200 + " 421", "Maths: one character is repeated over and over."),
         ("maths", "the " * 30 + "421", "Maths: one word is repeated over and over."),
-        ("maths", "\ufffd 421", "Maths: it has signs that are no text."),
+        ("maths", "\ufffd 421", "Maths: the answer has characters that are no text."),
         ("maths", "", "Maths: there is no answer."),
         ("maths", None, "Maths: there is no answer."),
     ],
@@ -121,7 +121,7 @@ def test_what_a_model_thought_first_does_not_count(server: FakeServer) -> None:
 
 def test_an_answer_that_was_cut_off_while_thinking_says_so(server: FakeServer) -> None:
     server.finish = "length"
-    assert wrong(server, "maths", None).endswith("it was cut off while thinking.")
+    assert wrong(server, "maths", None).endswith("the answer was cut off while thinking.")
 
 
 def test_code_is_read_and_never_run(server: FakeServer, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_key_is_sent_and_never_told(server: FakeServer, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("status", "raw", "sentence"),
     [
-        (401, None, "wants a key (HTTP 401)."),
+        (401, None, "requires a key (HTTP 401)."),
         (500, None, "answers HTTP 500 to /models."),
         (200, b"<html>", "does not answer as an OpenAI-compatible server does."),
         (200, b'{"data": []}', "does not answer as an OpenAI-compatible server does."),

@@ -222,7 +222,7 @@ def test_texts_and_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"tokenizer\.json cannot be understood"):
         run(folder)
     (folder / "tokenizer.json").write_bytes((TRAINED / "tokenizer.json").read_bytes())
-    with pytest.raises(SourceError, match=r"The tokenizer makes token [0-9,]+; the model has 64"):
+    with pytest.raises(SourceError, match=r"tokenizer produces token [0-9,]+; the model has 64"):
         run(folder)
     (tmp_path / "latin").write_bytes(b"\xe4\xf6")
     with pytest.raises(SourceError, match="not UTF-8"):

@@ -9,10 +9,10 @@ from types import FrameType
 def main() -> None:
     """Run mquant and exit with its exit code."""
     signal.signal(signal.SIGTERM, _stop)
-    # numpy's linear algebra keeps a thread spinning on every core; `eval` shares out work itself.
+    # numpy's linear algebra keeps a thread spinning on every core; `eval` starts its own threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for stream in (sys.stdout, sys.stderr):
-        # Under an ASCII locale a mark becomes an escape instead of a failure.
+        # An ASCII locale has no ✗: write an escape sequence instead of failing.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    """Handle SIGTERM and SIGHUP like Ctrl-C: print one sentence and exit with code 130."""
+    """Handle SIGTERM like Ctrl-C: print one sentence and exit with code 130."""
     raise KeyboardInterrupt
 
 

@@ -29,14 +29,14 @@ app = typer.Typer(
     name="mquant",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    # `output` turns every failure into a sentence; nothing is left for a pretty traceback.
+    # `output` turns every exception into one sentence: typer never prints a traceback.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(show: bool) -> None:
+    if show:
         from mquant import __version__
 
         typer.echo(f"mquant {__version__}")
@@ -56,7 +56,7 @@ def _mquant(
 
 
 def _group(name: str, listing: Callable[..., None], show: Callable[..., None]) -> typer.Typer:
-    """A noun that lists what there is, and shows one of it."""
+    """Add a group of verbs: its name alone lists the files, and `show NAME` prints one file."""
     group = typer.Typer(rich_markup_mode="rich")
     group.callback(invoke_without_command=True)(listing)
     group.command("show")(show)
@@ -84,7 +84,7 @@ _group("recipes", recipes.recipes, recipes.show)
 _group("families", families.families, families.show).command("check")(check)
 app.command("synth")(synth)
 _loader = typer.Typer(
-    rich_markup_mode="rich", no_args_is_help=True, help="Real loaders, to be asked by verify."
+    rich_markup_mode="rich", no_args_is_help=True, help="Install the real loaders that verify runs."
 )
 _loader.command("install")(loader.install)
 _loader.callback()(lambda: None)

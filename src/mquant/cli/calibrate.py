@@ -30,7 +30,7 @@ def calibrate(
     """Measure the importance of each input channel: the mean square of its values on a text.
 
     The text goes through the model layer by layer, in the memory of one layer; each routed expert
-    counts its own tokens. `mquant quantize --recipe nvfp4-opt --importance FILE` takes it.
+    counts its own tokens. `mquant quantize --recipe nvfp4-opt --importance FILE` reads FILE.
 
     Example: mquant calibrate ./MiniMax-M2.7-REAP --data texts.jsonl -o importance.safetensors
     """
@@ -42,18 +42,18 @@ def calibrate(
         from mquant.runs.calibrate import calibrate as measure
 
         with progress(out) as emit:
-            made = measure(plan, data, out_file, emit)
+            result = measure(plan, data, out_file, emit)
         out.put(
-            out=str(made.out),
-            modules=made.modules,
-            samples=made.samples,
-            tokens=made.tokens,
-            unseen=list(made.unseen),
+            out=str(result.out),
+            modules=result.modules,
+            samples=result.samples,
+            tokens=result.tokens,
+            unseen=list(result.unseen),
         )
         rows = [
-            ("Data", f"{plural(made.samples, 'sample')}, {plural(made.tokens, 'token')}"),
-            ("Modules", f"{made.modules:,}"),
+            ("Data", f"{plural(result.samples, 'sample')}, {plural(result.tokens, 'token')}"),
+            ("Modules", f"{result.modules:,}"),
         ]
-        if made.unseen:
-            rows.append(("Unseen", f"{len(made.unseen):,} saw no token: {names(made.unseen)}"))
-        out.show(Text.assemble(("Measured", "bold green"), f" {made.out}"), facts(rows))
+        if result.unseen:
+            rows.append(("Unseen", f"{len(result.unseen):,} saw no token: {names(result.unseen)}"))
+        out.show(Text.assemble(("Measured", "bold green"), f" {result.out}"), facts(rows))

@@ -34,7 +34,7 @@ AboutFile = Annotated[
     typer.Option(
         "--about",
         metavar="FILE",
-        help="YAML with what only you know: repo, base_model, companions (repo, what), citation.",
+        help="YAML with facts from you: repo, base_model, companions (repo, what), citation.",
     ),
 ]
 CardFile = Annotated[
@@ -43,7 +43,7 @@ CardFile = Annotated[
         "--output",
         "-o",
         metavar="FILE",
-        help="The file to write. Left out: README.md in SRC's folder.",
+        help="The file to write. Default: README.md in SRC's folder.",
     ),
 ]
 
@@ -63,14 +63,14 @@ def card(
 ) -> None:
     """Write a quantized checkpoint's model card, from facts only.
 
-    The checkpoint is verified first; a broken one gets no card (exit code 3). Unknown facts are
-    left out; measurements that were not made are called so.
+    The checkpoint is verified first; a broken one gets no card (exit code 3). The card leaves
+    out unknown facts, and says so if nothing was measured.
 
     Example: mquant card ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP
     """
     with output("card", output_format) as out:
         source = open_source(src, revision, example(card))
-        given = None if parent is None else open_source(parent, None, example(card))
+        original = None if parent is None else open_source(parent, None, example(card))
         path = _path(source, file)
         from mquant.family import load_families
         from mquant.output import Document
@@ -85,7 +85,7 @@ def card(
             card_facts = gather(
                 source,
                 load_families(family),
-                given=given,
+                given=original,
                 measured=measured,
                 about=about,
                 depth=None if depth is None else Depth(depth),
@@ -95,7 +95,7 @@ def card(
         out.put(verdict=card_facts.report.verdict)
         if card_facts.report.count("error"):
             out.report(card_facts.report.findings)
-            out.show(Text("It is broken, so no card was written.", "bold red"))
+            out.show(Text("The checkpoint is broken, so no card was written.", "bold red"))
             raise typer.Exit(3)
         card_facts.report.raise_if_undecided()
         document.write([render(card_facts).encode()])

@@ -25,7 +25,7 @@ Threads = Annotated[
         "--workers",
         min=1,
         metavar="N",
-        help="Tensors compared at once. Default: cores + 1; 6 where one is a hub repo.",
+        help="Tensors compared at once. Default: cores + 1; 6 if SRC or PARENT is a hub repo.",
     ),
 ]
 
@@ -40,8 +40,9 @@ def compare(
 ) -> None:
     """Compare every weight with the parent's: relative error, SQNR, cosine, worst block.
 
-    Both are read whole, once. If interrupted, run the same command again. The JSON has a row
-    for each tensor. Exit code 3: tensors are missing, unknown, or changed without being quantized.
+    Both checkpoints are read whole, once. If interrupted, run the same command again: it resumes.
+    The JSON has a row for each tensor. Exit code 3: tensors are missing, unknown, or
+    changed without being quantized.
 
     Example: mquant compare ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP
     """
@@ -54,29 +55,29 @@ def compare(
         from mquant.measure.comparison import compare as measure
 
         with progress(out) as emit:
-            found = measure(source, parent, load_families(family), workers=workers, emit=emit)
-        out.put(verdict=verdict(found), **found.to_json())
-        out.show(render(found))
-        if found.bytes_read is not None:
-            requests = plural(found.requests or 0, "request")
-            out.show(f"Read {size(found.bytes_read)} in {requests} from the hub.")
-        out.report(found.findings)
-        if any(finding.severity == "error" for finding in found.findings):
+            comparison = measure(source, parent, load_families(family), workers=workers, emit=emit)
+        out.put(verdict=verdict(comparison), **comparison.to_json())
+        out.show(render(comparison))
+        if comparison.bytes_read is not None:
+            requests = plural(comparison.requests or 0, "request")
+            out.show(f"Read {size(comparison.bytes_read)} in {requests} from the hub.")
+        out.report(comparison.findings)
+        if any(finding.severity == "error" for finding in comparison.findings):
             raise typer.Exit(3)
 
 
-def verdict(found: "Comparison") -> str:
-    """The comparison in one sentence."""
-    changed = len(found.changed)
-    same = len(found.tensors) - changed
-    text = f"{plural(same, 'tensor')} identical to {found.parent}"
+def verdict(comparison: "Comparison") -> str:
+    """Return the comparison in one sentence."""
+    changed = len(comparison.changed)
+    total = comparison.total
+    text = f"{plural(len(comparison.tensors) - changed, 'tensor')} identical to {comparison.parent}"
     if not changed:
         return f"{text}, and none changed."
-    return f"{text}, {changed:,} changed by {_percent(found.total)} ({_decibel(found.total)})."
+    return f"{text}, {changed:,} changed by {_percent(total)} ({_decibel(total)})."
 
 
-def render(found: "Comparison") -> RenderableType:
-    """The comparison for a person, without the findings."""
+def render(comparison: "Comparison") -> RenderableType:
+    """Render the comparison for a person, without the findings."""
     roles = table(
         ("role", "left"),
         ("identical", "right"),
@@ -85,28 +86,28 @@ def render(found: "Comparison") -> RenderableType:
         ("SQNR", "right"),
         ("cosine", "right"),
     )
-    for role, (same, error) in found.roles.items():
+    for role, (same, error) in comparison.roles.items():
         numbers = (_percent(error), _decibel(error), f"{error.cosine:.6f}")
         cells = numbers if error.tensors else ("", "", "")
         roles.add_row(clean(role), f"{same:,}", f"{error.tensors:,}", *cells)
-    parts: list[RenderableType] = [Text(clean(verdict(found)), "bold"), "", roles, ""]
-    if found.changed:
-        parts += [_worst(found), ""]
+    parts: list[RenderableType] = [Text(clean(verdict(comparison)), "bold"), "", roles, ""]
+    if comparison.changed:
+        parts += [_worst(comparison), ""]
     return Group(*parts)
 
 
-def _worst(found: "Comparison") -> RenderableType:
+def _worst(comparison: "Comparison") -> RenderableType:
     from mquant.measure.comparison import error_stats
 
     rows = table(
         ("rel. error", "right"), ("SQNR", "right"), ("worst block", "right"), ("worst", "left")
     )
-    for each in found.changed[:_SHOWN]:
-        error, block = error_stats(each), ""
-        if each.worst is not None:
-            row, column, relative = each.worst
+    for difference in comparison.changed[:_SHOWN]:
+        error, block = error_stats(difference), ""
+        if difference.worst is not None:
+            row, column, relative = difference.worst
             block = f"{relative:.1%} at [{row}, {column}]"
-        rows.add_row(_percent(error), _decibel(error), block, clean(each.name))
+        rows.add_row(_percent(error), _decibel(error), block, clean(difference.name))
     return rows
 
 

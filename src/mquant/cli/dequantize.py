@@ -1,4 +1,4 @@
-"""`mquant dequantize`: make a BF16 checkpoint of a quantized one."""
+"""`mquant dequantize`: write a BF16 checkpoint from a quantized checkpoint."""
 
 from typing import TYPE_CHECKING
 
@@ -38,11 +38,11 @@ def dequantize(
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Make a BF16 checkpoint of a quantized one, for tools that read nothing else.
+    """Write a BF16 checkpoint from a quantized checkpoint, for tools that read only BF16.
 
     Reads FP8 in blocks (original releases), compressed-tensors' NVFP4, NVFP4A16 and FP8, and
-    ModelOpt's NVFP4. What is not quantized is copied bit for bit. Running the same command again
-    is safe: it continues an unfinished folder.
+    ModelOpt's NVFP4. Tensors that are not quantized are copied bit for bit. If interrupted, run
+    the same command again: it resumes.
 
     Example: mquant dequantize ./MiniMax-M2.7-REAP-NVFP4 -o ./MiniMax-M2.7-REAP-BF16
     """
@@ -64,18 +64,18 @@ def dequantize(
         out.report(plan.findings)
         from mquant.runs.convert import convert
 
-        where = out_folder or default_out(source, plan.recipe.suffix)
+        path = out_folder or default_out(source, plan.recipe.suffix)
         with progress(out) as emit:
-            done = convert(plan, where, "dequantize", workers=workers, restart=restart, emit=emit)
-        tell_converted(out, done, "Dequantized")
+            result = convert(plan, path, "dequantize", workers=workers, restart=restart, emit=emit)
+        tell_converted(out, result, "Dequantized")
 
 
-def tell_converted(out: Output, done: "Result", verb: str) -> None:
-    """Show what a conversion wrote. `verb` is the past participle, e.g. `dequantized`."""
-    plan = done.plan
+def tell_converted(out: Output, result: "Result", verb: str) -> None:
+    """Show what a conversion wrote. `verb` is the past participle, e.g. `Dequantized`."""
+    plan = result.plan
     out.put(
-        out=str(done.out),
-        already_done=not done.fresh,
+        out=str(result.out),
+        already_done=not result.fresh,
         fingerprint=plan.fingerprint,
         totals={
             "source": {
@@ -87,7 +87,7 @@ def tell_converted(out: Output, done: "Result", verb: str) -> None:
     )
     tensors, shards = plan.output_tensors, len(plan.shards)
     out.show(
-        Text.assemble((verb if done.fresh else "Already done:", "bold green"), f" {done.out}"),
+        Text.assemble((verb if result.fresh else "Already done:", "bold green"), f" {result.out}"),
         facts(
             [
                 ("Source", both_sizes(plan.survey.checkpoint.nbytes)),

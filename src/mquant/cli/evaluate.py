@@ -24,10 +24,10 @@ TextFile = Annotated[
     Path | None, typer.Option("--text", metavar="FILE", help="The text, in UTF-8.")
 ]
 Context = Annotated[
-    int, typer.Option(min=2, metavar="N", help="Tokens of a window: none sees further back.")
+    int, typer.Option(min=2, metavar="N", help="Tokens in a window: a token sees only its window.")
 ]
 Tokens = Annotated[
-    int, typer.Option(min=1, metavar="N", help="How many tokens of the text are predicted at most.")
+    int, typer.Option(min=1, metavar="N", help="The most tokens of the text that are predicted.")
 ]
 
 
@@ -41,10 +41,10 @@ def evaluate(
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Perplexity of a checkpoint and its parent on your text, their KL, and whether routers agree.
+    """Measure perplexity, KL divergence from the parent, and router agreement on your text.
 
-    Both are run in float32 on the CPU, a layer at a time, with weights from disk: a model of any
-    size goes through in the memory of one layer. Activations are not quantized.
+    Both models run in float32 on the CPU, a layer at a time, with weights from disk: a model of any
+    size needs the memory of one layer. Activations are not quantized.
 
     Example: mquant eval ./Model-NVFP4 --against ./Model --text wiki.txt
     """
@@ -72,7 +72,7 @@ def evaluate(
 
 
 def render(evaluated: "Evaluation") -> RenderableType:
-    """The evaluation for a person."""
+    """Render the evaluation for a person."""
     rows = [
         ("Text", f"{evaluated.text}: {evaluated.tokens:,} tokens, windows of {evaluated.context}")
     ]
@@ -88,10 +88,10 @@ def render(evaluated: "Evaluation") -> RenderableType:
         rows.append(("Same top token", f"{evaluated.agreement:.2%}"))
     if evaluated.router_agreement is not None:
         rows.append(("Same experts", f"{evaluated.router_agreement:.2%} of those chosen"))
-    silent = sum(count == 0 for each in evaluated.routing for count in each.usage)
+    unused = sum(count == 0 for layer in evaluated.routing for count in layer.usage)
     if evaluated.routing:
-        total = sum(len(each.usage) for each in evaluated.routing)
-        rows.append(("Experts unused", f"{silent:,} of {total:,}"))
+        total = sum(len(layer.usage) for layer in evaluated.routing)
+        rows.append(("Experts unused", f"{unused:,} of {total:,}"))
     parts: list[RenderableType] = [Text(clean(evaluated.source), "bold"), "", facts(rows), ""]
     if evaluated.router_agreement is not None:
         parts += [_routers(evaluated), ""]
@@ -99,11 +99,11 @@ def render(evaluated: "Evaluation") -> RenderableType:
 
 
 def _routers(evaluated: "Evaluation") -> RenderableType:
-    """The layers whose routers agree least."""
+    """Render the layers whose routers agree least."""
     rows = table(("layer", "right"), ("same experts", "right"), ("busiest expert", "right"))
-    worst = sorted(evaluated.routing, key=lambda each: each.agreement or 0)[:_SHOWN]
-    for each in worst:
-        busiest = max(range(len(each.usage)), key=lambda expert: each.usage[expert])
-        share = each.usage[busiest] / sum(each.usage)
-        rows.add_row(str(each.layer), f"{each.agreement:.2%}", f"{busiest} ({share:.1%})")
+    worst = sorted(evaluated.routing, key=lambda layer: layer.agreement or 0)[:_SHOWN]
+    for layer in worst:
+        busiest = max(range(len(layer.usage)), key=lambda expert: layer.usage[expert])
+        share = layer.usage[busiest] / sum(layer.usage)
+        rows.add_row(str(layer.layer), f"{layer.agreement:.2%}", f"{busiest} ({share:.1%})")
     return rows

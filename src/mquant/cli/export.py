@@ -1,4 +1,4 @@
-"""`mquant export`: the same NVFP4 in another layout."""
+"""`mquant export`: write an NVFP4 checkpoint in another layout."""
 
 from typing import Annotated
 
@@ -12,7 +12,7 @@ from mquant.cli.source import default_out, example, open_source
 from mquant.errors import UsageError
 from mquant.plan import Target
 
-To = Annotated[Target | None, typer.Option("--to", help="The layout: TensorRT-LLM reads modelopt.")]
+To = Annotated[Target | None, typer.Option("--to", help="The layout; TensorRT-LLM reads modelopt.")]
 
 
 def export(
@@ -25,10 +25,11 @@ def export(
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Store an NVFP4 checkpoint in ModelOpt's layout, or bring it back to compressed-tensors'.
+    """Write an NVFP4 checkpoint in ModelOpt's layout, or back in compressed-tensors' layout.
 
     Codes and block scales stay the same, byte for byte; a global scale becomes its reciprocal.
-    Exported back, the files are identical to the original. W4A16 and W4A4.
+    A checkpoint exported there and back has its original files, except mquant.json. W4A16 and W4A4
+    are supported.
 
     Example: mquant export ./MiniMax-M2.7-REAP-NVFP4 --to modelopt -o ./MiniMax-M2.7-REAP-ModelOpt
     """
@@ -39,18 +40,18 @@ def export(
         from mquant.family import load_families
         from mquant.runs.export import export as carry_out
 
-        where = out_folder or default_out(source, _SUFFIX[to])
+        path = out_folder or default_out(source, _SUFFIX[to])
         with progress(out) as emit:
-            done = carry_out(
+            result = carry_out(
                 source,
                 load_families(family),
                 to,
-                where,
+                path,
                 workers=workers,
                 restart=restart,
                 emit=emit,
             )
-        tell_converted(out, done, "Exported")
+        tell_converted(out, result, "Exported")
 
 
 _SUFFIX = {Target.MODELOPT: "ModelOpt", Target.COMPRESSED_TENSORS: "CT"}

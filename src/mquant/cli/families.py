@@ -30,14 +30,14 @@ def families(context: typer.Context, output_format: FormatChoice = Format.HUMAN)
     with output("families", output_format) as out:
         from mquant.family import load_families
 
-        found = load_families()
+        known = load_families()
         out.put(
             families=[
                 {"name": name, "title": family.title, "model_types": list(family.model_types)}
-                for name, family in found.items()
+                for name, family in known.items()
             ]
         )
-        for name, family in found.items():
+        for name, family in known.items():
             types = ", ".join(family.model_types)
             out.show(
                 Text.assemble(

@@ -30,9 +30,9 @@ Refusals = dict[str, tuple["Finding", ...]]
 
 
 def check(file: File, output_format: FormatChoice = Format.HUMAN) -> None:
-    """Check a family file: its keys and rows, and what recipes make of a tiny checkpoint of it.
+    """Check a family file: its keys and rows, and whether recipes accept its tiny checkpoint.
 
-    The checkpoint is what `mquant synth --family FILE` writes. Recipes that need data are left out.
+    `mquant synth --family FILE` writes the same checkpoint. Recipes that need data are left out.
     Exit code 1: the file is wrong, or nvfp4 refuses the checkpoint.
 
     Example: mquant families check ./my_model.yaml
@@ -49,8 +49,8 @@ def check(file: File, output_format: FormatChoice = Format.HUMAN) -> None:
         out.put(
             checkpoint={"tensors": len(checkpoint.tensors), "bytes": checkpoint.nbytes},
             recipes=[
-                {"name": name, "plans": not some, "findings": [each.to_json() for each in some]}
-                for name, some in refusals.items()
+                {"name": name, "plans": not findings, "findings": [f.to_json() for f in findings]}
+                for name, findings in refusals.items()
             ],
         )
         out.show(_recipes(checkpoint, refusals))
@@ -73,7 +73,7 @@ def _described(family: "Family") -> dict[str, Any]:
 
 
 def _tiny(family: "Family", folder: Path) -> "Checkpoint":
-    """The family's tiny checkpoint, on disk. Raises DataFileError if the checkpoint is not tiny."""
+    """Write the family's tiny checkpoint. Raises DataFileError if the checkpoint is not tiny."""
     from mquant.checkpoint import Folder, open_checkpoint
     from mquant.synth import Precision, Sizes, make_config, make_tensors, synth
 
@@ -91,11 +91,11 @@ def _tiny(family: "Family", folder: Path) -> "Checkpoint":
 
 
 def _refusals(checkpoint: "Checkpoint", family: "Family") -> Refusals:
-    """Why each recipe that needs no data refuses the checkpoint; empty if none refuses."""
+    """Return the refusals of each recipe that needs no data; empty for a recipe that accepts."""
     from mquant.plan import make_plan
     from mquant.recipe import load_recipes
 
-    recipes = {name: each for name, each in load_recipes().items() if not each.needs_data}
+    recipes = {name: recipe for name, recipe in load_recipes().items() if not recipe.needs_data}
     return {
         name: make_plan(checkpoint, recipe, {family.name: family}).refusals
         for name, recipe in recipes.items()
@@ -126,9 +126,9 @@ def _listed(title: str, rows: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _recipes(checkpoint: "Checkpoint", refusals: Refusals) -> RenderableType:
-    rows = table(("recipe", "left"), ("its plan", "left"))
-    for name, some in refusals.items():
-        told = Text("refused: " + clean(some[0].message), "red") if some else Text("made", "green")
-        rows.add_row(clean(name), told)
-    made = f"{plural(len(checkpoint.tensors), 'tensor')}, {size(checkpoint.nbytes)}"
-    return Group("", f"Of a tiny checkpoint ({made}):", "", rows)
+    rows = table(("recipe", "left"), ("plan", "left"))
+    for name, why in refusals.items():
+        cell = Text("refused: " + clean(why[0].message), "red") if why else Text("made", "green")
+        rows.add_row(clean(name), cell)
+    amount = f"{plural(len(checkpoint.tensors), 'tensor')}, {size(checkpoint.nbytes)}"
+    return Group("", f"Plans of a tiny checkpoint ({amount}):", "", rows)

@@ -16,7 +16,7 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder that --shar
 
 
 def finish(out_folder: Out, output_format: FormatChoice = Format.HUMAN) -> None:
-    """Complete what `mquant quantize --share 1/N` to `--share N/N` have made.
+    """Complete a checkpoint whose shares `mquant quantize --share 1/N` to N/N have written.
 
     OUT records all options. If a share is not done, mquant names the share and changes nothing. The
     source must still be at its old path, for its headers and side files.

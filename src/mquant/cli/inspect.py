@@ -38,15 +38,15 @@ def inspect(
 
 
 def render(inspection: "Inspection") -> RenderableType:
-    """The inspection for a person, without the findings."""
+    """Render the inspection for a person, without the findings."""
     return Group(
         Text(clean(inspection.name), "bold"),
         "",
         facts(_facts(inspection)),
         "",
-        _shares("role", inspection.roles),
+        _portions("role", inspection.roles),
         "",
-        _shares("dtype", inspection.dtypes),
+        _portions("dtype", inspection.dtypes),
         "",
     )
 
@@ -80,8 +80,8 @@ def _count(value: int | None, unit: str = "") -> str:
     return "not known" if value is None else f"{value:,}{unit}"
 
 
-def _shares(title: str, shares: "tuple[Portion, ...]") -> RenderableType:
+def _portions(title: str, portions: "tuple[Portion, ...]") -> RenderableType:
     rows = table((title, "left"), ("tensors", "right"), ("bytes", "right"))
-    for share in shares:
-        rows.add_row(clean(share.name), f"{share.tensors:,}", size(share.bytes))
+    for portion in portions:
+        rows.add_row(clean(portion.name), f"{portion.tensors:,}", size(portion.bytes))
     return rows

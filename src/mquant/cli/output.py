@@ -3,9 +3,9 @@
     with output("plan", output_format) as out:
         out.put(totals=...)          # keys of the JSON envelope
         out.show(table)              # what a person sees, at once
-        out.report(findings)         # both
+        out.report(findings)         # for a person and in the envelope
 
-Whatever way the block is left, `output` says why, prints the envelope, and sets the exit code.
+However the block ends, `output` prints the error if any, and the envelope, and sets the exit code.
 """
 
 import io
@@ -61,9 +61,9 @@ class Output:
         self._keys.update(keys)
 
     def report(self, findings: Iterable[Finding], *, failing: frozenset[str] = _ERRORS) -> None:
-        """Add findings to the result. `quiet` still tells those that fail the verb, on stderr.
+        """Add findings to the result. `quiet` prints only findings that fail the verb, on stderr.
 
-        `failing` are their severities.
+        `failing` are the severities that fail the verb.
         """
         for finding in findings:
             if finding in self._findings:
@@ -98,19 +98,18 @@ class Output:
             _tell(finding, stderr=True)
 
     def crash(self, error: Exception) -> None:
-        """Print an error that nobody foresaw: a bug in mquant."""
+        """Print an unexpected exception as an error: a bug in mquant."""
         if os.environ.get("MQUANT_TRACEBACK"):
             write("".join(traceback.format_exception(error)), stderr=True)
         self.fail(
             MquantError(
                 f"mquant failed unexpectedly: {type(error).__name__}: {error}.",
-                "Please report this, with what you ran; run it with MQUANT_TRACEBACK=1 for the "
-                "traceback.",
+                "Please report this error and the command; MQUANT_TRACEBACK=1 adds the traceback.",
             )
         )
 
     def interrupted(self) -> None:
-        """Print that a person, or the system, stopped the run."""
+        """Print that the run was interrupted, and add that sentence to the envelope."""
         self._error = {"message": INTERRUPTED, "fix": ""}
         _say(INTERRUPTED)
 
@@ -131,7 +130,7 @@ class Output:
 
 @contextmanager
 def output(verb: str, output_format: Format) -> Iterator[Output]:
-    """The output of one run of a verb. Turns every error into its sentence and its exit code."""
+    """Yield the output of one run of a verb. Turn every error into a sentence and an exit code."""
     out = Output(verb, output_format)
     code = 0
     try:
@@ -161,19 +160,19 @@ def output(verb: str, output_format: Format) -> Iterator[Output]:
 
 
 def _by_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C caused the error: libraries wrap the interrupt in errors of their own."""
+    """Return whether Ctrl-C caused the error: libraries wrap the interrupt in their own errors."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def plain_console(file: TextIO) -> Console:
-    """A console that prints strings as they are: no markup, no emoji, no highlighting."""
+    """Return a console that prints strings unchanged: no markup, no emoji, no highlighting."""
     return Console(file=file, markup=False, emoji=False, highlight=False)
 
 
 def write(text: str, *, stderr: bool = False) -> None:
-    """Write and flush. A reader who closes the pipe early (`| head`) is no error.
+    """Write `text` and flush. A reader who closes the pipe early (`| head`) is no error.
 
     Raises OutputError if stdout cannot take the result, e.g. on a full disk.
     """
@@ -193,9 +192,9 @@ def write(text: str, *, stderr: bool = False) -> None:
 
 def _abandon(stream: TextIO) -> None:
     # Drop the buffer, so that the interpreter's flush at exit does not fail again.
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, stream.fileno())
+    os.close(devnull)
 
 
 def _say(message: str, style: str = "") -> None:

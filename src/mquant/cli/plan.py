@@ -41,15 +41,17 @@ def plan(
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Show what a recipe would do to every tensor of a checkpoint, and what that takes.
+    """Show what a recipe would do to every tensor, and the disk and memory that the run needs.
 
     No weight is read and nothing is written. Exit code 1: `quantize` would refuse.
 
     Example: mquant plan MiniMaxAI/MiniMax-M2 --recipe nvfp4
     """
     with output("plan", output_format) as out:
-        made = make(plan, src, recipe, revision, max_shard_size, family, allow_unsafe=allow_unsafe)
-        show_plan(out, made, out_folder)
+        planned = make(
+            plan, src, recipe, revision, max_shard_size, family, allow_unsafe=allow_unsafe
+        )
+        show_plan(out, planned, out_folder)
 
 
 def make(
@@ -62,9 +64,9 @@ def make(
     *,
     allow_unsafe: bool,
 ) -> "Plan":
-    """The plan for the arguments typed after `verb`. The plan may hold refusals.
+    """Return the plan for the arguments typed after `verb`. The plan may hold refusals.
 
-    Raises UsageError, before SRC is read, if the arguments make no sense.
+    Raises UsageError, before SRC is read, if an argument is missing or wrong.
     """
     if recipe is None:
         raise UsageError("--recipe is missing.", f"{example(verb)}  (mquant recipes lists them)")
@@ -74,38 +76,38 @@ def make(
     from mquant.plan import DEFAULT_SHARD_BYTES, make_plan
     from mquant.recipe import find_recipe
 
-    wanted = find_recipe(recipe)
+    parsed_recipe = find_recipe(recipe)
     return make_plan(
         open_checkpoint(open_source(src, revision, example(verb))),
-        wanted,
+        parsed_recipe,
         load_families(family),
         max_shard_bytes=DEFAULT_SHARD_BYTES if limit is None else limit,
         allow_unsafe=allow_unsafe,
     )
 
 
-def show_plan(out: Output, made: "Plan", out_folder: Path | None) -> None:
-    """Show a plan, its findings and its forecast in the wanted format.
+def show_plan(out: Output, plan: "Plan", out_folder: Path | None) -> None:
+    """Show a plan, its findings and its forecast in the chosen format.
 
-    Raises Refused, after everything is shown, if the plan must not be carried out.
+    Raises Refused, after everything is shown, if the plan has refusals.
     """
     from mquant.runs.forecast import forecast, plan_report, resource_findings
 
-    where = out_folder or default_out(made.survey.checkpoint.source, made.recipe.suffix)
-    resources = forecast(made, where)
-    report = plan_report(made, resources)
+    folder = out_folder or default_out(plan.survey.checkpoint.source, plan.recipe.suffix)
+    resources = forecast(plan, folder)
+    report = plan_report(plan, resources)
     out.put(**report)
-    out.show(render_plan(report, where))
-    out.report(made.findings)
-    out.report(resource_findings(made, resources))
-    if made.refusals:
-        raise Refused(made.refusals)
+    out.show(render_plan(report, folder))
+    out.report(plan.findings)
+    out.report(resource_findings(plan, resources))
+    if plan.refusals:
+        raise Refused(plan.refusals)
 
 
 def render_plan(report: Mapping[str, Any], out_folder: Path) -> RenderableType:
-    """A plan's report for a person, without the findings."""
+    """Render a plan's report for a person, without the findings."""
     before, after = report["totals"]["source"], report["totals"]["output"]
-    needs = report["resources"]
+    resources = report["resources"]
     ratio = f", {after['bytes'] / before['bytes']:.1%}" if before["bytes"] else ""
     title = Text.assemble(
         (clean(report["source"]), "bold"),
@@ -129,13 +131,13 @@ def render_plan(report: Mapping[str, Any], out_folder: Path) -> RenderableType:
                 *_data(report["calibration"]),
                 (
                     "Disk",
-                    f"{both_sizes(needs['disk_needed'])} needed, {size(needs['disk_available'])} "
-                    f"free for {out_folder}",
+                    f"{both_sizes(resources['disk_needed'])} needed, "
+                    f"{size(resources['disk_available'])} free for {out_folder}",
                 ),
                 (
                     "Memory",
-                    f"{both_sizes(needs['memory_needed'])} needed, "
-                    f"{size(needs['memory_available'])} free",
+                    f"{both_sizes(resources['memory_needed'])} needed, "
+                    f"{size(resources['memory_available'])} free",
                 ),
             ]
         ),

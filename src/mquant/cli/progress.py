@@ -11,7 +11,7 @@ from mquant.text import clean, plural
 
 @contextmanager
 def progress(out: Output) -> Iterator[Emit]:
-    """An `Emit` that shows progress (bytes, rate, time left) while the block runs.
+    """Yield an `Emit` that shows progress (bytes, rate, time left) while the block runs.
 
     Bars are drawn only on a terminal. Notes are printed as lines on stderr, but not if `quiet` is
     set. Any thread may call the Emit.
@@ -58,17 +58,17 @@ def _bars(out: Output) -> Iterator[Emit]:
                     tasks[event.stage] = bars.add_task(
                         clean(event.stage),
                         total=event.total,
-                        completed=event.done,  # what an earlier run did says nothing of the rate
+                        completed=event.done,  # bytes of an earlier run must not count in the rate
                     )
-                who = f", {plural(event.workers, 'worker')}" if event.workers else ""
+                suffix = f", {plural(event.workers, 'worker')}" if event.workers else ""
                 bars.update(
                     tasks[event.stage],
                     completed=event.done,
                     total=event.total,
-                    description=clean(event.stage) + who,
+                    description=clean(event.stage) + suffix,
                 )
             else:
-                # While bars are live, rich lifts what goes through stderr above them.
+                # rich prints lines from stderr above the live bars.
                 _note(out, event)
 
         yield emit

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mquant.publish.push import Pushed, Shipment
 
 
-Src = Annotated[str | None, typer.Argument(metavar="SRC", help="The folder that mquant made.")]
+Src = Annotated[str | None, typer.Argument(metavar="SRC", help="The folder that mquant wrote.")]
 Repo = Annotated[str | None, typer.Argument(metavar="REPO", help="The hub repo, as org/name.")]
 Replace = Annotated[
     bool, typer.Option("--replace", help="Replace another checkpoint that the repo holds.")
@@ -33,11 +33,11 @@ def push(
     family: FamilyFile = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Publish a checkpoint on the hub, if it is verified and its bytes are those that were made.
+    """Publish a verified checkpoint on the hub, if its bytes are those that mquant wrote.
 
-    Every file is compared with its sha256 in mquant.json, and the checkpoint is verified; then it
-    goes up, index and config.json last, and the repo is verified. If interrupted, run the
-    same command again: it continues. Exit code 3: the checkpoint, or the repo, is wrong.
+    mquant compares every file with its sha256 in mquant.json, verifies the checkpoint, uploads the
+    files (index and config.json last), and verifies the repo. If interrupted, run the same command
+    again: it resumes. Exit code 3: the checkpoint, or the repo, is wrong.
 
     Example: mquant push ./MiniMax-M2.7-REAP-NVFP4 org/MiniMax-M2.7-REAP-NVFP4
     """
@@ -61,10 +61,10 @@ def push(
             _list(out, shipment)
             return
         with progress(out) as emit:
-            done = publish(
+            pushed = publish(
                 shipment, repo, load_families(family), emit, public=public, replace=replace
             )
-        _tell(out, repo, done)
+        _tell(out, repo, pushed)
 
 
 def _list(out: Output, shipment: "Shipment") -> None:
@@ -73,28 +73,27 @@ def _list(out: Output, shipment: "Shipment") -> None:
         rows.add_row(f"{shipment.files[name]:,}", Text(clean(name)))
     total = sum(shipment.files.values())
     out.show(rows, "", f"{plural(len(shipment.files), 'file')}, {both_sizes(total)}")
-    out.show(f"{' and '.join(shipment.last)} would go up last, in one commit.")
+    out.show(f"{' and '.join(shipment.last)} are uploaded last, in one commit.")
 
 
-def _tell(out: Output, repo: str, done: "Pushed") -> None:
-    remote = done.remote
+def _tell(out: Output, repo: str, pushed: "Pushed") -> None:
+    remote = pushed.remote
     if remote is None:
-        if done.local is not None:
-            out.report(done.local.findings)
-        out.show(Text("It is broken, so nothing was sent.", "bold red"))
+        if pushed.local is not None:
+            out.report(pushed.local.findings)
+        out.show(Text("The checkpoint is broken, so nothing was uploaded.", "bold red"))
         raise typer.Exit(3)
     out.put(
-        url=done.page,
-        private=done.private,
-        sent=list(done.sent),
-        already_done=not done.sent,
+        url=pushed.page,
+        private=pushed.private,
+        sent=list(pushed.sent),
+        already_done=not pushed.sent,
         verdict=remote.verdict,
     )
-    who = "private" if done.private else "public"
-    verb = "Pushed" if done.sent else "Already there:"
-    out.show(
-        Text.assemble((verb, "bold green"), f" {done.page} ({who})"), f"The repo: {remote.verdict}"
-    )
+    visibility = "private" if pushed.private else "public"
+    verb = "Pushed" if pushed.sent else "Already there:"
+    title = Text.assemble((verb, "bold green"), f" {pushed.page} ({visibility})")
+    out.show(title, f"The repo: {remote.verdict}")
     out.report(remote.findings)
     if remote.count("error"):
         raise typer.Exit(3)

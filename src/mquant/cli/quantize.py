@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 CarryOut = Callable[..., "Result"]
-"""Carries out a plan, given the options of a run."""
+"""A function that carries out a plan, given the options of a run."""
 
 
 class Cluster(StrEnum):
@@ -54,14 +54,14 @@ class Cluster(StrEnum):
 EngineChoice = Annotated[
     Engine,
     typer.Option(
-        help="What does the arithmetic; `auto`: stream, or oneshot where the recipe needs data."
+        help="The engine that quantizes; `auto`: stream, or oneshot if the recipe needs data."
     ),
 ]
 PushTo = Annotated[
     str | None,
     typer.Option(
         metavar="REPO",
-        help="Make it in a hub repo: shards go there when they are made, and from here.",
+        help="Write into a hub repo: finished shards are uploaded, then deleted on this disk.",
     ),
 ]
 Share = Annotated[
@@ -70,11 +70,11 @@ Share = Annotated[
         "--share",
         "--job",
         metavar="I/N",
-        help="Make share I of N, and leave the rest to other processes; then: mquant finish OUT.",
+        help="Quantize share I of N only; other processes do the rest; then: mquant finish OUT.",
     ),
 ]
 OnCluster = Annotated[
-    Cluster | None, typer.Option(help="Share the work out over this cluster, and finish it.")
+    Cluster | None, typer.Option(help="Distribute the work over this cluster, and finish OUT.")
 ]
 
 
@@ -101,16 +101,16 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint into a folder that loads.
 
-    mquant refuses a broken result before it reads a weight. If stopped, run the command again.
+    mquant refuses a broken result before it reads a weight. If interrupted, run the command again.
 
     Many machines: --share 1/N to --share N/N into an OUT that all machines see, then `mquant finish
-    OUT`; or --cluster ray, on the cluster at RAY_ADDRESS, that of this machine, or a new one on it.
+    OUT`; or --cluster ray: the cluster at RAY_ADDRESS, else one on this machine, else a new one.
 
     Example: mquant quantize ./MiniMax-M2.7-REAP --recipe nvfp4 -o ./MiniMax-M2.7-REAP-NVFP4
     """
     with output("quantize", output_format) as out:
-        part = None if share is None else parse_share(share)
-        _check_options(part, cluster, engine, push_to, scratch, restart=restart)
+        parsed_share = None if share is None else parse_share(share)
+        _check_options(parsed_share, cluster, engine, push_to, scratch, restart=restart)
         limit = None if scratch is None else parse_size(scratch)
         plan = make(
             quantize, src, recipe, revision, max_shard_size, family, allow_unsafe=allow_unsafe
@@ -120,42 +120,42 @@ def quantize(
             check_data(plan.recipe, data)
             return
         out.report(plan.findings)
-        where = out_folder or default_out(plan.survey.checkpoint.source, plan.recipe.suffix)
+        folder = out_folder or default_out(plan.survey.checkpoint.source, plan.recipe.suffix)
         job_spec = _job_spec(plan, max_shard_size, importance, allow_unsafe=allow_unsafe)
-        # A recipe that runs the whole model is refused below, with or without data.
+        # A recipe that needs data is checked below: some modes refuse it, with or without --data.
         if not plan.recipe.needs_data:
             check_data(plan.recipe, data)
-        if part is not None:
-            _make_share(out, plan, job_spec, where, part, workers)
+        if parsed_share is not None:
+            _make_share(out, plan, job_spec, folder, parsed_share, workers)
             return
-        how = {"engine": engine, "importance": importance}
+        choices = {"engine": engine, "importance": importance}
         if push_to is not None:
-            carry_out = _into_repo(plan, where, push_to, public=public, **how)
+            carry_out = _into_repo(plan, folder, push_to, public=public, **choices)
         elif cluster is not None:
-            carry_out = _on_cluster(plan, job_spec, where)
+            carry_out = _on_cluster(plan, job_spec, folder)
         else:
-            carry_out = _into_folder(plan, where, data=data, **how)
+            carry_out = _into_folder(plan, folder, data=data, **choices)
         with progress(out) as emit:
             result = carry_out(workers=workers, scratch=limit, restart=restart, emit=emit)
         tell_result(out, result)
 
 
-def _into_folder(plan: "Plan", where: Path, **how: Any) -> CarryOut:
+def _into_folder(plan: "Plan", folder: Path, **options: Any) -> CarryOut:
     from mquant.runs.quantize import quantize as into_folder
 
-    return partial(into_folder, plan, where, **how)
+    return partial(into_folder, plan, folder, **options)
 
 
-def _into_repo(plan: "Plan", where: Path, repo: str, **how: Any) -> CarryOut:
+def _into_repo(plan: "Plan", folder: Path, repo: str, **options: Any) -> CarryOut:
     from mquant.runs.hub_to_hub import quantize_to_hub
 
-    return partial(quantize_to_hub, plan, where, repo, **how)
+    return partial(quantize_to_hub, plan, folder, repo, **options)
 
 
-def _on_cluster(plan: "Plan", job_spec: "JobSpec", where: Path) -> CarryOut:
+def _on_cluster(plan: "Plan", job_spec: "JobSpec", folder: Path) -> CarryOut:
     from mquant.runs.ray_cluster import quantize_on_ray
 
-    return partial(quantize_on_ray, plan, job_spec, where)
+    return partial(quantize_on_ray, plan, job_spec, folder)
 
 
 def _check_options(
@@ -175,21 +175,21 @@ def _check_options(
         return
     if share is not None and cluster is not None:
         raise UsageError(
-            "--share is one part of the work, --cluster all of it.", "Leave one of them out."
+            "--share is one part of the work, --cluster all of it.", "Leave out one option."
         )
     if push_to is not None or scratch is not None:
         raise UsageError(
-            "--scratch and --push-to are of a run on one machine.",
-            "Leave them out: with --share and --cluster each machine gets the files of its shares.",
+            "--scratch and --push-to are for a run on one machine.",
+            "Leave out both: with --share or --cluster each machine gets the files of its shares.",
         )
     if engine is Engine.ONESHOT:
         raise UsageError(
-            "The oneshot engine takes a model as a whole: there are no shares of it.",
+            "The oneshot engine quantizes the model as a whole, not in shares.",
             "Leave out --engine oneshot, or --share and --cluster.",
         )
     if restart:
         raise UsageError(
-            "--restart would delete what other processes have made.",
+            "--restart would delete the files of other processes.",
             "Delete OUT yourself, or give another folder with -o.",
         )
 
@@ -208,14 +208,14 @@ def _make_share(
     out: Output,
     plan: "Plan",
     job_spec: "JobSpec",
-    where: Path,
+    folder: Path,
     share: tuple[int, int],
     workers: int | None,
 ) -> None:
     from mquant.runs.shares import in_shares
 
-    number, of = share
-    run = in_shares(plan, job_spec, where, of)
+    number, count = share
+    run = in_shares(plan, job_spec, folder, count)
     with progress(out) as emit:
         fresh = run.make(number, workers=workers, emit=emit)
     tell_share(out, run, number, fresh=fresh)

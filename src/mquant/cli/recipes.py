@@ -27,20 +27,20 @@ def recipes(context: typer.Context, output_format: FormatChoice = Format.HUMAN) 
     with output("recipes", output_format) as out:
         from mquant.recipe import load_recipes
 
-        found = load_recipes()
+        known = load_recipes()
         out.put(
             recipes=[
                 {"name": name, "title": recipe.title, "description": recipe.description}
-                for name, recipe in found.items()
+                for name, recipe in known.items()
             ]
         )
-        for name, recipe in found.items():
+        for name, recipe in known.items():
             title = Text.assemble((clean(name), "bold"), f"  {clean(recipe.title)}")
             out.show(title, Padding(Text(clean(recipe.description)), (0, 0, 0, 2)))
 
 
 def show(name: Name = None, output_format: FormatChoice = Format.HUMAN) -> None:
-    """Print a recipe's file; the start of one of your own.
+    """Print a recipe's file, e.g. as the start of your own recipe.
 
     Example: mquant recipes show nvfp4
     """

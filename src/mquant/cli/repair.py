@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 InPlace = Annotated[
     bool,
-    typer.Option("--in-place", help="Mend the folder itself. Killed anywhere, a rerun finishes."),
+    typer.Option("--in-place", help="Repair SRC itself. If interrupted, run the command again."),
 ]
 
 
@@ -54,11 +54,11 @@ def repair(
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Mend a broken checkpoint with its parent, reading no more of that than it needs.
+    """Repair a broken checkpoint with its parent; only the needed tensors of the parent are read.
 
-    Tensors that loaders refuse quantized, or that are missing, downcast, renamed or wrong, become
-    those of a correct run, in their old shards. Unchanged shards are hard-linked. For a hub repo
-    only the files to upload are written.
+    Tensors that loaders refuse quantized, or that are missing, downcast, renamed or wrong, are
+    replaced by the tensors of a correct run, in their old shards. Unchanged shards are hard-linked.
+    For a hub repo only the files to upload are written.
 
     Example: mquant repair ./MiniMax-M2.7-REAP-NVFP4 --from ./MiniMax-M2.7-REAP -o ./Repaired
     """
@@ -67,9 +67,8 @@ def repair(
         from mquant.checkpoint import Folder
         from mquant.family import load_families
         from mquant.repair.diagnose import diagnose
-        from mquant.repair.repair import finish_in_place
-        from mquant.repair.repair import repair as mend
-        from mquant.repair.repair import repair_in_place as mend_in_place
+        from mquant.repair.repair import finish_in_place, repair_in_place
+        from mquant.repair.repair import repair as repair_into
         from mquant.verify.judge import Depth
 
         if in_place and isinstance(source, Folder) and not dry_run and finish_in_place(source.root):
@@ -78,22 +77,22 @@ def repair(
             return
         original = open_source(parent, None, example(repair))
         with progress(out) as emit:
-            wanted = None if depth is None else Depth(depth)
+            chosen = None if depth is None else Depth(depth)
             diagnosis = diagnose(
-                source, original, load_families(family), wanted, emit, importance=importance
+                source, original, load_families(family), chosen, emit, importance=importance
             )
-        # Findings that the repair mends do not fail this run.
+        # Findings that the repair corrects do not fail this run.
         out.report(diagnosis.report.findings, failing=frozenset())
         _tell(out, diagnosis)
         if dry_run or not diagnosis.needed:
             return
         with progress(out) as emit:
             if in_place:
-                done = mend_in_place(diagnosis, workers=workers, restart=restart, emit=emit)
+                result = repair_in_place(diagnosis, workers=workers, restart=restart, emit=emit)
             else:
-                where = out_folder or default_out(source, "repaired")
-                done = mend(diagnosis, where, workers=workers, restart=restart, emit=emit)
-        _tell_done(out, diagnosis, done, in_place=in_place)
+                folder = out_folder or default_out(source, "repaired")
+                result = repair_into(diagnosis, folder, workers=workers, restart=restart, emit=emit)
+        _tell_done(out, diagnosis, result, in_place=in_place)
 
 
 def _source(
@@ -105,16 +104,16 @@ def _source(
     in_place: bool,
 ) -> "Source":
     if parent is None:
-        raise UsageError("--from is missing: the checkpoint it was made from.", example(repair))
+        raise UsageError("--from is missing: the checkpoint SRC was made from.", example(repair))
     if in_place and out_folder is not None:
-        raise UsageError("-o and --in-place exclude each other.", "Leave one of them out.")
+        raise UsageError("-o and --in-place exclude each other.", "Leave out -o or --in-place.")
     source = open_source(src, revision, example(repair))
     from mquant.checkpoint import Folder
 
     if in_place and not isinstance(source, Folder):
         raise UsageError(
             f"--in-place is for folders; {source.name} is a hub repo.",
-            "Leave it out: what has to be uploaded is made in a folder.",
+            "Leave out --in-place: the files to upload are written into a folder.",
         )
     return source
 
@@ -140,7 +139,7 @@ def _tell(out: Output, diagnosis: "Diagnosis") -> None:
         },
     )
     if not diagnosis.needed:
-        out.show(Text("Nothing to repair: it is what a correct run makes.", "bold green"))
+        out.show(Text("Nothing to repair: SRC is what a correct run writes.", "bold green"))
         return
     out.show(facts(list(_facts(diagnosis))))
 
@@ -148,7 +147,7 @@ def _tell(out: Output, diagnosis: "Diagnosis") -> None:
 def _facts(diagnosis: "Diagnosis") -> Iterator[tuple[str, str]]:
     mending = diagnosis.mending
     for role, count in mending.replaced_by_role.items():
-        tensors = [a.source_bytes for a in mending.replaced if a.role.value == role]
+        tensors = [action.source_bytes for action in mending.replaced if action.role.value == role]
         yield f"From the parent: {role}", f"{plural(count, 'tensor')}, {size(sum(tensors))}"
     if mending.renamed:
         old, new = next(iter(mending.renamed.items()))
@@ -164,17 +163,17 @@ def _facts(diagnosis: "Diagnosis") -> Iterator[tuple[str, str]]:
     yield "Shards", f"{count} stay, {len(rewritten.shards)} written ({bytes_})"
 
 
-def _tell_done(out: Output, diagnosis: "Diagnosis", done: "Result", *, in_place: bool) -> None:
+def _tell_done(out: Output, diagnosis: "Diagnosis", result: "Result", *, in_place: bool) -> None:
     from mquant.checkpoint import Folder
 
-    out.put(out=str(done.out), already_done=not done.fresh, read_of_parent=done.parent_bytes)
-    verb = "Repaired" if done.fresh else "Already done:"
-    out.show(Text.assemble((verb, "bold green"), f" {done.out}"))
+    out.put(out=str(result.out), already_done=not result.fresh, read_of_parent=result.parent_bytes)
+    verb = "Repaired" if result.fresh else "Already done:"
+    out.show(Text.assemble((verb, "bold green"), f" {result.out}"))
     if isinstance(diagnosis.bad.source, Folder):
         return
-    commands = list(_upload(diagnosis, done.out))
+    commands = list(_upload(diagnosis, result.out))
     out.put(commands=commands)
-    out.show("These are the files that change. Upload them in one commit, then judge the repo:")
+    out.show("Upload the changed files in one commit, then verify the repo:")
     out.show(*(Text(f"  {command}") for command in commands))
 
 

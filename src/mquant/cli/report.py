@@ -19,7 +19,7 @@ Comparison = Annotated[
     typer.Option(
         "--compare",
         metavar="FILE",
-        help="What mquant compare --format json wrote, instead of comparing now.",
+        help="JSON of mquant compare, instead of comparing now.",
     ),
 ]
 Evaluation = Annotated[
@@ -27,7 +27,7 @@ Evaluation = Annotated[
     typer.Option(
         "--eval",
         metavar="FILE",
-        help="What mquant eval --format json wrote, instead of evaluating now.",
+        help="JSON of mquant eval, instead of evaluating now.",
     ),
 ]
 OutFile = Annotated[
@@ -36,7 +36,7 @@ OutFile = Annotated[
         "--output",
         "-o",
         metavar="FILE",
-        help="The page. Left out: SRC's name and -report.html, here.",
+        help="The page to write. Default: SRC's name and -report.html, in the current folder.",
     ),
 ]
 
@@ -56,8 +56,8 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: sizes, errors, routing, evaluation, findings, recipe.
 
-    What is not given is measured: verify, compare (with --against), eval (with --text). The page
-    loads nothing from the network and runs no script. Exit code 3: the page shows errors.
+    Measurements that no file gives run now: verify, compare (with --against), eval (with --text).
+    The page loads nothing from the network and runs no script. Exit code 3: the page shows errors.
 
     Example: mquant report ./Model-NVFP4 --against ./Model --text wiki.txt -o report.html
     """
@@ -72,26 +72,27 @@ def report(
         from mquant.publish.report import report as write
 
         path = out_file or Path(f"{source.name.rpartition('/')[2]}-report.html")
-        wanted = Wanted(src or ".", against, text, comparison, evaluation, context, tokens)
-        kept = (*source.folders, *(parent.folders if parent else ()))
+        inputs = Wanted(src or ".", against, text, comparison, evaluation, context, tokens)
+        files = (file for file in (text, comparison, evaluation, family) if file is not None)
+        kept = (*files, *source.folders, *(parent.folders if parent else ()))
         document = Document(path, "-o", MARK, kept)
         with progress(out) as emit:
-            made = write(source, parent, load_families(family), wanted, document, emit=emit)
+            written = write(source, parent, load_families(family), inputs, document, emit=emit)
         out.put(
             path=str(path),
-            bytes=made.bytes,
-            verdict=made.verification.verdict,
-            compared=made.comparison is not None,
-            evaluated=made.evaluation is not None,
+            bytes=written.bytes,
+            verdict=written.verification.verdict,
+            compared=written.comparison is not None,
+            evaluated=written.evaluation is not None,
         )
         out.show(
             facts(
                 [
-                    ("Verdict", made.verification.verdict),
-                    ("Report", f"{path} ({size(made.bytes)}; open it in a browser)"),
+                    ("Verdict", written.verification.verdict),
+                    ("Report", f"{path} ({size(written.bytes)}; open it in a browser)"),
                 ]
             )
         )
-        out.report(made.verification.findings)
-        if made.verification.count("error"):
+        out.report(written.verification.findings)
+        if written.verification.count("error"):
             raise typer.Exit(3)

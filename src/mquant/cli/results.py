@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def tell_result(out: Output, result: "Result") -> None:
-    """Show what was quantized."""
+    """Show the checkpoint that a run wrote."""
     plan = result.plan
     if result.page:
         _tell_pushed(out, result)
@@ -64,35 +64,35 @@ def tell_share(out: Output, run: "Shares", number: int, *, fresh: bool) -> None:
             "file_bytes": part.file_bytes,
         },
     )
-    verb = "Made" if fresh else "Already done:"
-    where, then = clean(str(run.out)), []
+    verb = "Wrote" if fresh else "Already done:"
+    folder, next_step = clean(str(run.out)), []
     if (run.out / SHARES).exists():
-        then = [("Then", f"mquant finish {where}, when all shares are done")]
+        next_step = [("Then", f"mquant finish {folder}, when all shares are done")]
     out.show(
-        Text.assemble((verb, "bold green"), f" share {number:,} of {of:,} in {where}"),
+        Text.assemble((verb, "bold green"), f" share {number:,} of {of:,} in {folder}"),
         facts(
             [
                 ("Source", f"{size(part.source_bytes)} of {size(run.spec.plan.source_bytes)}"),
                 ("Shards", f"{len(part.shards):,} of {len(run.spec.plan.shards):,}"),
-                *then,
+                *next_step,
             ]
         ),
     )
 
 
-def _tell_pushed(out: Output, done: "Result") -> None:
-    """Show what a hub repo holds now."""
-    plan = done.plan
+def _tell_pushed(out: Output, result: "Result") -> None:
+    """Show the hub repo that a run wrote the checkpoint into."""
+    plan = result.plan
     out.put(
-        url=done.page,
-        already_done=not done.fresh,
+        url=result.page,
+        already_done=not result.fresh,
         recipe=plan.recipe.name,
         fingerprint=plan.fingerprint,
         ignore=list(plan.ignore),
     )
-    verb = "Quantized into" if done.fresh else "Already there:"
+    verb = "Quantized into" if result.fresh else "Already there:"
     out.show(
-        Text.assemble((verb, "bold green"), f" {done.page}"),
+        Text.assemble((verb, "bold green"), f" {result.page}"),
         facts(
             [("Source", both_sizes(plan.source_bytes)), ("Output", both_sizes(plan.output_bytes))]
         ),

@@ -26,16 +26,17 @@ CheckpointOption = Annotated[
     typer.Option(
         "--checkpoint",
         metavar="SRC",
-        help="The folder or hub repo that is served: it is asked with the sampling of its "
-        "generation_config.json. Left out: with the server's own.",
+        help="The folder or hub repo that is served; prompts use the sampling of its "
+        "generation_config.json. Default: the server's own sampling.",
     ),
 ]
 ModelName = Annotated[
-    str | None, typer.Option("--model", metavar="NAME", help="Left out: the first that it serves.")
+    str | None,
+    typer.Option("--model", metavar="NAME", help="The served model. Default: the first."),
 ]
 MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")]
 Timeout = Annotated[
-    float, typer.Option(min=1, metavar="SECONDS", help="How long it may take over one answer.")
+    float, typer.Option(min=1, metavar="SECONDS", help="The longest wait for one answer.")
 ]
 
 

@@ -10,24 +10,24 @@ from mquant.errors import SourceError, UsageError
 if TYPE_CHECKING:
     from mquant.checkpoint import Source
 
-# As the hub has it: `org/name`, 96 characters at most.
+# The hub's form: `org/name`, 96 characters at most.
 _REPO_ID: Final = re.compile(r"(?=.{3,96}$)\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def is_repo_id(text: str) -> bool:
-    """Whether a string has the form of a hub repo id: `org/name`."""
+    """Return whether a string has the form of a hub repo id: `org/name`."""
     return bool(_REPO_ID.fullmatch(text))
 
 
 def example(verb: Callable[..., None]) -> str:
-    """The last line of a verb's help: `Example: mquant ...`."""
+    """Return the last line of a verb's help: `Example: mquant ...`."""
     return (verb.__doc__ or "").rstrip().rpartition("\n")[2].strip()
 
 
 def open_source(
     src: str | None, revision: str | None, fix: str = "Give a folder or a hub repo id."
 ) -> "Source":
-    """The checkpoint that SRC names: a folder, a hub repo id, or, if left out, the current folder.
+    """Return the checkpoint that SRC names: a folder or a hub repo; None: the current folder.
 
     An existing folder is preferred. A name that starts with `.`, `/` or `~` is always a folder.
     Raises UsageError if SRC is left out and the current folder holds no checkpoint (`fix` says what
@@ -44,8 +44,8 @@ def open_source(
                 )
             src = "."
         path = Path(src).expanduser()
-        here = path.exists()
-        if not here and not src.startswith((".", "/", "~")) and is_repo_id(src):
+        exists = path.exists()
+        if not exists and not src.startswith((".", "/", "~")) and is_repo_id(src):
             from mquant.checkpoint.hub import HubRepo  # slow to import
 
             return HubRepo(src, revision)
@@ -61,9 +61,10 @@ def open_source(
 
 
 def default_out(source: "Source", suffix: str) -> Path:
-    """The output folder if `-o` is left out: `<name of SRC>-<suffix>` in the current folder.
+    """Return the output folder if `-o` is left out: `<name of SRC>-<suffix>` in the current folder.
 
-    `suffix` is the recipe's. If SRC is the current folder, OUT lies beside SRC.
+    `suffix` says what OUT holds, e.g. `NVFP4`, `ModelOpt` or `repaired`. If SRC is the
+    current folder, OUT is beside SRC.
     """
     from mquant.checkpoint import Folder
 

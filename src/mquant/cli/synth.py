@@ -41,7 +41,7 @@ Intermediate = Annotated[int | None, typer.Option(help="Intermediate size of an 
 Vocab = Annotated[int | None, typer.Option(help="Size of the vocabulary.")]
 Dtype = Annotated[
     Literal["bf16", "fp16", "fp32", "fp8-block"],
-    typer.Option(help="What weights are stored as; fp8-block: with a scale per 128 x 128."),
+    typer.Option(help="The dtype of weights; fp8-block: with a scale for each 128 x 128 block."),
 ]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same bytes.")]
 ShapesOnly = Annotated[
@@ -66,7 +66,7 @@ def synth(
     shapes_only: ShapesOnly = False,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Write a checkpoint with made-up weights: a tiny one, or the real one's shapes.
+    """Write a checkpoint with made-up weights, in tiny shapes or in the real model's shapes.
 
     Example: mquant synth OUT --family minimax_m2 --layers 62 --experts 154 --shapes-only
     """
@@ -74,7 +74,7 @@ def synth(
         if out_folder is None:
             raise UsageError("OUT is missing.", example(synth))
         limit = None if max_shard_size is None else parse_size(max_shard_size)
-        # numpy is slow to import, and --help does without it.
+        # numpy is slow to import, and --help needs no numpy.
         from mquant.family import load_families
         from mquant.plan import DEFAULT_SHARD_BYTES
         from mquant.synth import Precision, Sizes
@@ -82,7 +82,7 @@ def synth(
 
         chosen = _choose(family, load_families().values())
         with progress(out) as emit:
-            made = write(
+            written = write(
                 out_folder,
                 chosen,
                 sizes=Sizes(layers, experts, hidden, intermediate, vocab),
@@ -93,19 +93,19 @@ def synth(
                 emit=emit,
             )
         out.put(
-            path=str(made.path),
-            tensors=made.tensors,
-            bytes=made.nbytes,
-            parameters=made.parameters,
-            shards=made.shards,
+            path=str(written.path),
+            tensors=written.tensors,
+            bytes=written.nbytes,
+            parameters=written.parameters,
+            shards=written.shards,
         )
         out.show(
             facts(
                 [
-                    ("Written", str(made.path)),
-                    ("Tensors", f"{made.tensors:,}, {both_sizes(made.nbytes)}"),
-                    ("Parameters", f"{made.parameters:,}"),
-                    ("Shards", plural(made.shards, "shard")),
+                    ("Written", str(written.path)),
+                    ("Tensors", f"{written.tensors:,}, {both_sizes(written.nbytes)}"),
+                    ("Parameters", f"{written.parameters:,}"),
+                    ("Shards", plural(written.shards, "shard")),
                     *([("Weights", "holes: every byte reads as zero")] if shapes_only else []),
                 ]
             )

@@ -15,7 +15,10 @@ _GAP: Final = 2  # between columns
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> Table:
-    """A table of names and values, perhaps from files. Long values wrap beside their name."""
+    """Return a table of names and values. Long values wrap beside their name.
+
+    Values may come from files, so `clean` escapes them.
+    """
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="cyan", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -25,7 +28,7 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
 
 
 class _Numbers(Table):
-    """A table that is never narrower than its numbers: the terminal folds lines, rich cuts none."""
+    """A table that is never narrower than its numbers: rich cuts no number, the terminal folds."""
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
         super().add_row(*cells, **options)
@@ -35,14 +38,14 @@ class _Numbers(Table):
                 column.min_width = max(column.min_width or 0, *map(cell_len, parts), 0)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        least = sum((column.min_width or 0) + _GAP for column in self.columns)
+        min_width = sum((column.min_width or 0) + _GAP for column in self.columns)
         yield from super().__rich_console__(
-            console, options.update(width=max(options.max_width, least))
+            console, options.update(width=max(options.max_width, min_width))
         )
 
 
 def table(*columns: tuple[str, Literal["left", "right"]]) -> Table:
-    """A table of numbers. Only a last column that is text may wrap."""
+    """Return a table of numbers. Only a last column that is text may wrap."""
     rows = _Numbers(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="cyan")
     for title, justify in columns:
         wraps = (title, justify) == columns[-1] and justify == "left"

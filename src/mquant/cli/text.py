@@ -11,7 +11,7 @@ _POWER: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def parse_size(text: str) -> int:
-    """The bytes in `5GB`, `500MB`, `1GiB` or `5000000000`. Raises UsageError otherwise."""
+    """Return the bytes in `5GB`, `500MB`, `1GiB` or `5000000000`. Raises UsageError otherwise."""
     match = _SIZE.fullmatch(text.strip())
     if match:
         number, prefix, binary = match[1], (match[2] or "").lower(), match[3]
@@ -19,15 +19,15 @@ def parse_size(text: str) -> int:
         if 0 < count < 2**53 and not (binary and not prefix):
             return count
     raise UsageError(
-        f"{clean(text[:40])!r} is no size.", "Write it like 5GB, 500MB, 1GiB or 5000000000."
+        f"{clean(text[:40])!r} is no size.", "Write a size like 5GB, 500MB, 1GiB or 5000000000."
     )
 
 
 def parse_share(text: str) -> tuple[int, int]:
-    """The number and the count in `3/16`. Raises UsageError otherwise."""
+    """Return the number and the count in `3/16`. Raises UsageError otherwise."""
     number, slash, of = text.partition("/")
     if slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) <= 10_000:
         return int(number), int(of)
     raise UsageError(
-        f"{clean(text[:40])!r} is no share.", "Write it like 3/16: the third of 16, the first is 1."
+        f"{clean(text[:40])!r} is no share.", "Write a share like 1/16, the first of 16."
     )

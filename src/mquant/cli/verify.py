@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 DepthChoice = Annotated[
     Literal["structure", "numbers", "full"] | None,
     typer.Option(
-        help="What is read: headers and JSON; all data too; with --against, all of the parent "
-        "too, instead of a sample. Left out: numbers for a folder, structure for a hub repo."
+        help="structure: read headers and JSON; numbers: all data too; full: with --against, the "
+        "whole parent too, not a sample. Default: numbers for a folder, structure for a hub repo."
     ),
 ]
 JUnitFile = Annotated[
@@ -35,7 +35,7 @@ JUnitFile = Annotated[
     ),
 ]
 FailOn = Annotated[
-    Literal["error", "warning"], typer.Option(help="The least severity that exits with 3.")
+    Literal["error", "warning"], typer.Option(help="The lowest severity that exits with 3.")
 ]
 
 
@@ -52,8 +52,8 @@ def verify(
 ) -> None:
     """Judge a checkpoint: whether it is whole, its numbers are sane, and it matches its parent.
 
-    docs/verify-rules.md has every rule. Of a hub repo only headers are read, unless --depth says
-    more. Exit code 3: the checkpoint is wrong.
+    docs/verify-rules.md has every rule. For a hub repo only headers are read, unless --depth asks
+    for more. Exit code 3: the checkpoint is wrong.
 
     Example: mquant verify ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP
     """
@@ -68,14 +68,14 @@ def verify(
             from mquant.verify.judge import verify as judge
 
             with progress(out) as emit:
-                wanted = None if depth is None else Depth(depth)
-                asks = loader == "vllm"
-                report = judge(source, load_families(family), wanted, parent, emit, ask_vllm=asks)
+                chosen = None if depth is None else Depth(depth)
+                ask = loader == "vllm"
+                report = judge(source, load_families(family), chosen, parent, emit, ask_vllm=ask)
             out.put(verdict=report.verdict, **report.to_json())
             _show(out, report)
             out.report(report.findings, failing=failing)
             suite.add(report, failing)
-            failed = any(found.severity in failing for found in report.findings)
+            failed = any(finding.severity in failing for finding in report.findings)
             if not failed:
                 report.raise_if_undecided()
         if failed:
@@ -83,7 +83,7 @@ def verify(
 
 
 def _show(out: Output, report: "Report") -> None:
-    """The verification for a person, without the findings."""
+    """Show the verification to a person, without the findings."""
     from mquant.verify.not_judged import in_words
 
     good = not report.count("error") and not report.undecided
@@ -91,7 +91,7 @@ def _show(out: Output, report: "Report") -> None:
     if report.loader is not None:
         out.show(clean(f"vLLM {report.loader.version}: {report.loader.verdict}."))
     if report.bytes_read is not None:
-        read = size(report.bytes_read)
-        out.show(f"Read {read} in {plural(report.requests or 0, 'request')} from the hub.")
+        amount = size(report.bytes_read)
+        out.show(f"Read {amount} in {plural(report.requests or 0, 'request')} from the hub.")
     if words := in_words(report.not_judged):
         out.show(clean(words))

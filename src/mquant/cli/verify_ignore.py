@@ -28,7 +28,7 @@ def verify_ignore(
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Say whether routers, lm_head and embeddings were kept, and whether ignore says so.
+    """Say whether routers, lm_head and embeddings were kept, and whether ignore names them.
 
     Only headers and config.json are read. Exit code 3: a loader will refuse the checkpoint, or
     load it wrongly. An unquantized checkpoint is fine.
@@ -53,19 +53,19 @@ def verify_ignore(
         )
         out.show(render(report))
         if hub:
-            read = f"{size(hub.bytes_read)} in {plural(hub.requests, 'request')}"
-            out.show(f"Read {read} from the hub.", "")
+            amount = f"{size(hub.bytes_read)} in {plural(hub.requests, 'request')}"
+            out.show(f"Read {amount} from the hub.", "")
         if words := in_words(report.not_judged):
             out.show(clean(words), "")
         bad = frozenset({"error", "warning"} if strict else {"error"})
         out.report(report.findings, failing=bad)
-        if any(found.severity in bad for found in report.findings):
+        if any(finding.severity in bad for finding in report.findings):
             raise typer.Exit(3)
         report.raise_if_undecided()
 
 
 def render(report: "IgnoreReport") -> RenderableType:
-    """The report for a person, without the findings."""
+    """Render the report for a person, without the findings."""
     parts: list[RenderableType] = [Text(clean(report.verdict), "bold"), "", _kinds(report), ""]
     if report.entries:
         parts += [_entries(report), ""]

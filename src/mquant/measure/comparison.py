@@ -20,7 +20,7 @@ from mquant.verify.against import KEPT_TENSOR_DIFFERS
 from mquant.verify.tally import Tally
 from mquant.weights.decode import READABLE
 
-_HUB_WORKERS: Final = 6  # what a hub sends at once; each holds an expert's weight, twice
+_HUB_WORKERS: Final = 6  # tensors at once from a hub; each worker holds an expert's weight twice
 _Key = TypeVar("_Key", int, tuple[int, int])
 
 
@@ -29,7 +29,7 @@ class ErrorStats:
     """Sums over some weights, and the errors that follow.
 
     `error`, `power` and `own` are sums of squares: of the differences, of the parent's weights, of
-    ours.
+    the checkpoint's weights.
     """
 
     tensors: int = 0
@@ -67,7 +67,7 @@ class ErrorStats:
         return (self.power + self.own - self.error) / 2 / length if length else math.nan
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers; null if one is not finite."""
+        """Return the numbers; a number that is not finite is null."""
         return {
             "tensors": self.tensors,
             "elements": self.elements,
@@ -78,10 +78,10 @@ class ErrorStats:
 
 
 def error_stats(difference: Difference) -> ErrorStats:
-    """The error of one tensor."""
-    one = ErrorStats()
-    one.add(difference)
-    return one
+    """Return the error of one tensor."""
+    stats = ErrorStats()
+    stats.add(difference)
+    return stats
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Comparison:
     """All differences of a checkpoint from its parent, in the order of the parent's files.
 
     `identical` tensors equal the parent's bit for bit; all others have an error. `bytes_read` and
-    `requests` count what came from a hub; None if no hub was asked.
+    `requests` count the reads from hub repos; None if no source is a hub repo.
     """
 
     source: str
@@ -115,12 +115,12 @@ class Comparison:
     @property
     def roles(self) -> Mapping[str, tuple[int, ErrorStats]]:
         """Role -> how many tensors are identical, and the error of the others."""
-        by: dict[str, list[Difference]] = defaultdict(list)
+        by_role: dict[str, list[Difference]] = defaultdict(list)
         for difference in self.tensors:
-            by[difference.role].append(difference)
+            by_role[difference.role].append(difference)
         return {
-            role: (sum(f.identical for f in some), _sum(f for f in some if not f.identical))
-            for role, some in by.items()
+            role: (sum(f.identical for f in group), _sum(f for f in group if not f.identical))
+            for role, group in by_role.items()
         }
 
     @property
@@ -130,17 +130,17 @@ class Comparison:
 
     @property
     def experts(self) -> Mapping[tuple[int, int], ErrorStats]:
-        """(layer, expert) -> the error of its weights together."""
+        """(layer, expert) -> the error of all weights of the expert that differ."""
         return _by(
             self.changed,
             lambda f: None if f.layer is None or f.expert is None else (f.layer, f.expert),
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The keys of `mquant.compare/1` besides the envelope's.
+        """Return the keys of `mquant.compare/1` besides the envelope's.
 
-        `tensors` are rows under `columns`, since there are tens of thousands. `experts` are rows
-        [layer, expert, relative error].
+        `tensors` are rows under `columns`, since a checkpoint has tens of thousands of tensors.
+        `experts` are rows [layer, expert, relative error].
         """
         return {
             "source": self.source,
@@ -192,7 +192,7 @@ def _row(difference: Difference) -> list[Any]:
 
 
 def _finite(value: float | None) -> float | None:
-    """Nine digits: more depend on the processor. None for infinity and NaN, which JSON lacks."""
+    """Round to nine digits: more depend on the processor. None for infinity and NaN: not JSON."""
     return float(f"{value:.9g}") if value is not None and math.isfinite(value) else None
 
 
@@ -201,23 +201,23 @@ def _badness(difference: Difference) -> tuple[bool, float]:
     return (not math.isfinite(relative), relative if math.isfinite(relative) else 0.0)
 
 
-def _sum(some: Iterable[Difference]) -> ErrorStats:
+def _sum(differences: Iterable[Difference]) -> ErrorStats:
     total = ErrorStats()
-    # Always in the same order: floating point sums depend on it.
-    for difference in sorted(some, key=lambda difference: difference.name):
+    # Floating point sums depend on the order, so the order is always the same.
+    for difference in sorted(differences, key=lambda difference: difference.name):
         total.add(difference)
     return total
 
 
 def _by(
-    some: Iterable[Difference], key: Callable[[Difference], _Key | None]
+    differences: Iterable[Difference], key: Callable[[Difference], _Key | None]
 ) -> dict[_Key, ErrorStats]:
-    by: dict[_Key, list[Difference]] = defaultdict(list)
-    for difference in some:
-        at = key(difference)
-        if at is not None:
-            by[at].append(difference)
-    return {at: _sum(by[at]) for at in sorted(by)}
+    groups: dict[_Key, list[Difference]] = defaultdict(list)
+    for difference in differences:
+        place = key(difference)
+        if place is not None:
+            groups[place].append(difference)
+    return {place: _sum(groups[place]) for place in sorted(groups)}
 
 
 def compare(
@@ -230,36 +230,36 @@ def compare(
 ) -> Comparison:
     """Compare all weights of a checkpoint with its parent's.
 
-    `workers` None: cores + 1; for a hub 6. Tensors that a stopped comparison of the same files
-    compared are not compared again. Raises SourceError if there is no checkpoint, or if it cannot
-    be read.
+    `workers` None: cores + 1; 6 if a source is a hub repo. A rerun after an interruption resumes:
+    tensors of the same files that were compared are not compared again. Raises SourceError if a
+    checkpoint is missing or cannot be read, OutputError if the cache cannot be written.
     """
     view = read_modules(open_checkpoint(source, tolerant=True), families)
     original = read_modules(open_checkpoint(parent), families)
     tally = Tally()
-    hubs = [each for each in (source, parent) if isinstance(each, HubRepo)]
-    with closing(reader_of(source)) as mine, closing(reader_of(parent)) as reference:
-        all_pairs = pairs(view, original, (mine, reference), tally)
-        with ComparisonCache(source, parent, view.family) as partial:
-            known = partial.known
+    hubs = [repo for repo in (source, parent) if isinstance(repo, HubRepo)]
+    with closing(reader_of(source)) as reader, closing(reader_of(parent)) as parent_reader:
+        all_pairs = pairs(view, original, (reader, parent_reader), tally)
+        with ComparisonCache(source, parent, view.family) as cache:
+            known = cache.known
             if known:
-                emit(Note("info", f"{len(known):,} tensors were compared before: going on."))
+                emit(Note("info", f"{len(known):,} tensors were compared before: resuming."))
             todo = [pair for pair in all_pairs if pair.name not in known]
             compare_pairs(
                 todo,
                 hub=bool(hubs),
                 workers=workers or (_HUB_WORKERS if hubs else (os.cpu_count() or 1) + 1),
-                done=partial.add,
+                done=cache.add,
                 emit=emit,
                 skipped=sum(pair.nbytes for pair in all_pairs if pair.name in known),
             )
-    differences = {pair.name: partial.known[pair.name] for pair in all_pairs}
-    for each in differences.values():
-        if not each.identical and {each.form, each.parent_form} <= READABLE:
-            what = "is not bit-equal to the parent's"
-            if each.form != each.parent_form:
-                what = f"is {each.form}; the parent's is {each.parent_form}"
-            tally.add(KEPT_TENSOR_DIFFERS, each.name, f"{each.name} {what}")
+    differences = {pair.name: cache.known[pair.name] for pair in all_pairs}
+    for tensor in differences.values():
+        if not tensor.identical and {tensor.form, tensor.parent_form} <= READABLE:
+            fault = "is not bit-equal to the parent's"
+            if tensor.form != tensor.parent_form:
+                fault = f"is {tensor.form}; the parent's is {tensor.parent_form}"
+            tally.add(KEPT_TENSOR_DIFFERS, tensor.name, f"{tensor.name} {fault}")
     return Comparison(
         source=source.name,
         parent=parent.name,

@@ -39,8 +39,8 @@ _TILE: Final = 1 << 18
 """Elements per call: few enough for a cache, enough to hide the cost of calls."""
 _HUB_TILE: Final = 5 << 20
 """Elements per call on a hub, where requests are slow: one expert's weight of MiniMax-M2."""
-_AHEAD: Final = 6  # tensors that are asked for before their turn
-_TOLD: Final = 64_000_000  # bytes between two events of progress
+_AHEAD: Final = 6  # how many tensors ahead a worker prefetches
+_EVENT_BYTES: Final = 64_000_000  # bytes between two events of progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,8 @@ class Difference:
 
     `form` and `parent_form` are the storage formats. `identical`: equal bit for bit; otherwise
     `error`, `power` and `own` are sums of squares: of the differences, of the parent's weight, of
-    ours. `worst` is the block of 16 in a row with the largest squared error: its row, first column,
-    and relative error.
+    the checkpoint's weight. `worst` is the block of 16 in a row with the largest squared error: its
+    row, first column, and relative error.
     """
 
     name: str
@@ -69,9 +69,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Pair:
-    """A tensor of the parent and ours, to be compared."""
+    """A tensor of the checkpoint, `weight`, and the same tensor of the parent, `reference`."""
 
-    mine: Matrix
+    weight: Matrix
     reference: Matrix
     role: str
     layer: int | None
@@ -89,68 +89,70 @@ class Pair:
 
     @property
     def nbytes(self) -> int:
-        """Bytes to read of both sides."""
-        return sum(info.nbytes for side in (self.mine, self.reference) for info in side.tensors)
+        """The bytes to read of both tensors."""
+        return sum(info.nbytes for side in (self.weight, self.reference) for info in side.tensors)
 
 
 def pairs(
     view: ModuleView, parent: ModuleView, readers: tuple[AnyReader, AnyReader], tally: Tally
 ) -> list[Pair]:
-    """The pairs to compare, in the order of the parent's files; `tally` gets what has no pair."""
+    """Return the pairs to compare, in the order of the parent's files.
+
+    `tally` gets a finding for each tensor without a pair.
+    """
     for name in sorted(view.modules.keys() - parent.modules.keys()):
         tally.add(PARENT_LACKS_TENSOR, name, f"The parent has no {name}")
-    found: list[Pair] = []
+    matched: list[Pair] = []
     for name, reference in parent.modules.items():
-        mine = view.modules.get(name)
-        if mine is None:
-            lost = next(iter(reference.tensors.values())).name
-            tally.add(PARENT_TENSOR_MISSING, lost, f"{lost} of the parent is missing")
+        module = view.modules.get(name)
+        if module is None:
+            missing = next(iter(reference.tensors.values())).name
+            tally.add(PARENT_TENSOR_MISSING, missing, f"{missing} of the parent is missing")
         else:
-            found += _of_module(view, parent, mine, reference, readers, tally)
+            matched += _of_module(view, parent, module, reference, readers, tally)
     return sorted(
-        found, key=lambda pair: (pair.reference.tensors[0].shard, pair.reference.tensors[0].start)
+        matched, key=lambda pair: (pair.reference.tensors[0].shard, pair.reference.tensors[0].start)
     )
 
 
 def _of_module(
     view: ModuleView,
     parent: ModuleView,
-    mine: Module,
+    module: Module,
     reference: Module,
     readers: tuple[AnyReader, AnyReader],
     tally: Tally,
 ) -> Iterator[Pair]:
     sides: list[tuple[str, Matrix | None, Matrix | None]] = []
     rest = set(reference.tensors)
-    if mine.quantized or reference.quantized:
-        sides.append(
-            (mine.name, matrix_of(view, mine, readers[0]), matrix_of(parent, reference, readers[1]))
-        )
+    if module.quantized or reference.quantized:
+        weight = matrix_of(view, module, readers[0])
+        sides.append((module.name, weight, matrix_of(parent, reference, readers[1])))
         rest -= {"weight", *reference.quantized}
     for suffix in sorted(rest):
-        info = mine.tensors.get(suffix)
+        info = module.tensors.get(suffix)
         if info is None:
-            lost = reference.tensors[suffix].name
-            tally.add(PARENT_TENSOR_MISSING, lost, f"{lost} of the parent is missing")
+            missing = reference.tensors[suffix].name
+            tally.add(PARENT_TENSOR_MISSING, missing, f"{missing} of the parent is missing")
         else:
-            original = reference.tensors[suffix]
-            sides.append((info.name, plain(info, readers[0]), plain(original, readers[1])))
-    for name, ours, other in sides:
-        if ours is None or other is None:
-            what = "its layout cannot be dequantized here"
-            tally.add(WEIGHT_NOT_COMPARED, name, f"{name} was not compared: {what}")
-        elif ours.shape != other.shape:
-            message = f"{name} is {list(ours.shape)}; the parent's is {list(other.shape)}"
+            parent_info = reference.tensors[suffix]
+            sides.append((info.name, plain(info, readers[0]), plain(parent_info, readers[1])))
+    for name, weight, original in sides:
+        if weight is None or original is None:
+            why = "its layout cannot be dequantized here"
+            tally.add(WEIGHT_NOT_COMPARED, name, f"{name} was not compared: {why}")
+        elif weight.shape != original.shape:
+            message = f"{name} is {list(weight.shape)}; the parent's is {list(original.shape)}"
             tally.add(KEPT_TENSOR_DIFFERS, name, message)
         else:
-            yield _pair(parent, ours, other)
+            yield _pair(parent, weight, original)
 
 
-def _pair(parent: ModuleView, mine: Matrix, reference: Matrix) -> Pair:
+def _pair(parent: ModuleView, weight: Matrix, reference: Matrix) -> Pair:
     meaning = parent.family.classify(reference.name) if parent.family else None
     if meaning is None:
-        return Pair(mine, reference, "unknown", None, None)
-    return Pair(mine, reference, meaning.row.role.value, meaning.layer, meaning.expert)
+        return Pair(weight, reference, "unknown", None, None)
+    return Pair(weight, reference, meaning.row.role.value, meaning.layer, meaning.expert)
 
 
 def compare_pairs(
@@ -162,60 +164,60 @@ def compare_pairs(
     emit: Emit = silent,
     skipped: int = 0,
 ) -> None:
-    """Compare, and give every result to `done`, in order, from this thread.
+    """Compare pairs, and pass every result to `done`, in order, in the calling thread.
 
-    `hub`: reads are requests, so they are larger. `skipped` bytes count as done. Raises SourceError
-    if data cannot be read, or a file changes meanwhile.
+    `hub`: reads are requests, so reads are larger. `skipped` bytes count as done. Raises
+    SourceError if data cannot be read, or if a file changes meanwhile.
     """
     total = skipped + sum(pair.nbytes for pair in todo)
 
     def work(number: int) -> Difference:
         for later in todo[number + _AHEAD : number + _AHEAD + 1]:
-            later.mine.prefetch()
+            later.weight.prefetch()
             later.reference.prefetch()
         return difference(todo[number], pool.scratch, _HUB_TILE if hub else _TILE)
 
-    so_far = told = skipped
+    bytes_done = bytes_shown = skipped
     with Workers(workers) as pool:
-        for pair, found in zip(todo, pool.map(work, range(len(todo))), strict=True):
-            done(found)
-            so_far += pair.nbytes
-            if so_far - told >= _TOLD or so_far == total:
-                told = so_far
-                emit(Progress("compare", so_far, total))
+        for pair, result in zip(todo, pool.map(work, range(len(todo))), strict=True):
+            done(result)
+            bytes_done += pair.nbytes
+            if bytes_done - bytes_shown >= _EVENT_BYTES or bytes_done == total:
+                bytes_shown = bytes_done
+                emit(Progress("compare", bytes_done, total))
 
 
 def difference(pair: Pair, scratch: Scratch, tile: int = _TILE) -> Difference:
-    """One tensor, compared. Raises SourceError."""
-    mine, reference = pair.mine, pair.reference
+    """Return the difference of one pair. Raises SourceError as `compare_pairs`."""
+    weight, parent = pair.weight, pair.reference
     result = partial(
         Difference,
-        name=reference.name,
+        name=parent.name,
         role=pair.role,
         layer=pair.layer,
         expert=pair.expert,
-        form=mine.format,
-        parent_form=reference.format,
-        elements=reference.shape[0] * reference.shape[1],
+        form=weight.format,
+        parent_form=parent.format,
+        elements=parent.shape[0] * parent.shape[1],
     )
     plain_both = (
-        isinstance(mine, Plain) and isinstance(reference, Plain) and mine.format == reference.format
+        isinstance(weight, Plain) and isinstance(parent, Plain) and weight.format == parent.format
     )
-    if plain_both and _equal(mine, reference, scratch, tile):
+    if plain_both and _equal(weight, parent, scratch, tile):
         return result(identical=True)
     sums, worst, largest = np.zeros(SUMS), None, 0.0
-    rows, columns = reference.shape
+    rows, columns = parent.shape
     step = max(1, tile // max(columns, 1))
     for first in range(0, rows, step):
         last = min(first + step, rows)
         blocks = scratch.floats("blocks", (last - first, -(-columns // GROUP)))
         parents = _add(pair, first, last, sums, blocks, scratch)
-        row, block = divmod(int(blocks.argmax()), blocks.shape[1])  # of NaN, the first
+        row, block = divmod(int(blocks.argmax()), blocks.shape[1])  # argmax takes the first NaN
         if not blocks[row, block] <= largest:
             largest, at = float(blocks[row, block]), block * GROUP
             power = float(np.square(parents(row)[at : at + GROUP], dtype=np.float64).sum())
             worst = (first + row, at, (largest / power) ** 0.5 if power else float("inf"))
-    for side in (mine, reference):
+    for side in (weight, parent):
         side.check()
     error, power, own = sums.tolist()
     return result(identical=False, error=error, power=power, own=own, worst=worst)
@@ -224,27 +226,30 @@ def difference(pair: Pair, scratch: Scratch, tile: int = _TILE) -> Difference:
 def _add(
     pair: Pair, first: int, last: int, sums: Array, blocks: Floats, scratch: Scratch
 ) -> Callable[[int], Floats]:
-    """Add up rows; returns what gives one of the parent's rows, while `scratch` is untouched."""
-    mine, reference, shape = pair.mine, pair.reference, (last - first, pair.reference.shape[1])
-    with np.errstate(all="ignore"):  # broken scales overflow; the sums then say so
-        if isinstance(mine, Nvfp4) and isinstance(reference, Plain) and reference.format == "BF16":
-            words = reference.raw(first, last, scratch).view("<u2").reshape(shape)
-            add_nvfp4_sums(words, mine.stored(first, last, scratch), sums, blocks)
+    """Add the sums of some rows; return a function that gives a row of the parent.
+
+    The function is valid until the next use of `scratch`.
+    """
+    weight, parent, shape = pair.weight, pair.reference, (last - first, pair.reference.shape[1])
+    with np.errstate(all="ignore"):  # broken scales overflow, and the sums become infinite or NaN
+        if isinstance(weight, Nvfp4) and isinstance(parent, Plain) and parent.format == "BF16":
+            words = parent.raw(first, last, scratch).view("<u2").reshape(shape)
+            add_nvfp4_sums(words, weight.stored(first, last, scratch), sums, blocks)
             return lambda row: floats(words[row].tobytes(), "BF16")
         x, y = scratch.floats("reference", shape), scratch.floats("mine", shape)
-        reference.read(first, last, x, scratch)
-        mine.read(first, last, y, scratch)
+        parent.read(first, last, x, scratch)
+        weight.read(first, last, y, scratch)
         add_sums(x, y, sums, blocks)
         return lambda row: cast(Floats, x[row])
 
 
-def _equal(mine: Matrix, reference: Matrix, scratch: Scratch, tile: int) -> bool:
-    (ours,), (original,) = mine.tensors, reference.tensors
-    for start in range(0, ours.nbytes, 2 * tile):
-        count = min(2 * tile, ours.nbytes - start)
-        a, b = scratch.bytes("mine", count), scratch.bytes("reference", count)
-        mine.reader.read_into(ours.shard, ours.start + start, a.data)
-        reference.reader.read_into(original.shard, original.start + start, b.data)
-        if not np.array_equal(a, b):
+def _equal(weight: Matrix, reference: Matrix, scratch: Scratch, tile: int) -> bool:
+    (info,), (original,) = weight.tensors, reference.tensors
+    for start in range(0, info.nbytes, 2 * tile):
+        count = min(2 * tile, info.nbytes - start)
+        buffer, parent_buffer = scratch.bytes("mine", count), scratch.bytes("reference", count)
+        weight.reader.read_into(info.shard, info.start + start, buffer.data)
+        reference.reader.read_into(original.shard, original.start + start, parent_buffer.data)
+        if not np.array_equal(buffer, parent_buffer):
             return False
     return True

@@ -40,7 +40,7 @@ ACTIVATIONS_NOT_QUANTIZED: Final = rule(
 
 @dataclass(frozen=True)
 class Routing:
-    """The work of a layer's router: how many tokens chose each expert, here and in the parent.
+    """The work of a layer's router: how many tokens chose each expert, also in the parent.
 
     `agreement` is the share of chosen experts that both models chose; None without a parent.
     """
@@ -56,8 +56,8 @@ class Evaluation:
     """The evaluation of a checkpoint, and of its parent, on a text.
 
     `tokens` were predicted in windows of `context`; `text_tokens` is the length of the text. `kl`
-    is in nats a token, from the parent. `agreement` is the share of tokens for which both models
-    expect the same token.
+    is the KL divergence from the parent, in nats a token. `agreement` is the share of tokens for
+    which both models expect the same token.
     """
 
     source: str
@@ -76,12 +76,12 @@ class Evaluation:
 
     @property
     def router_agreement(self) -> float | None:
-        """The mean of all layers; None if there is none."""
-        agreements = [each.agreement for each in self.routing if each.agreement is not None]
+        """The mean agreement of all layers; None if no layer has an agreement."""
+        agreements = [layer.agreement for layer in self.routing if layer.agreement is not None]
         return sum(agreements) / len(agreements) if agreements else None
 
     def to_json(self) -> dict[str, Any]:
-        """The keys of `mquant.eval/1` besides the envelope's."""
+        """Return the keys of `mquant.eval/1` besides the envelope's."""
         return {
             "source": self.source,
             "parent": self.parent,
@@ -95,12 +95,12 @@ class Evaluation:
             "router_agreement": self.router_agreement,
             "routing": [
                 {
-                    "layer": each.layer,
-                    "agreement": each.agreement,
-                    "usage": list(each.usage),
-                    "parent_usage": list(each.parent_usage) if each.parent_usage else None,
+                    "layer": layer.layer,
+                    "agreement": layer.agreement,
+                    "usage": list(layer.usage),
+                    "parent_usage": list(layer.parent_usage) if layer.parent_usage else None,
                 }
-                for each in self.routing
+                for layer in self.routing
             ],
         }
 
@@ -115,19 +115,21 @@ def evaluate(
     tokens: int = TOKENS,
     emit: Emit = silent,
 ) -> Evaluation:
-    """Perplexity of a checkpoint on a text; with a parent also the parent's, KL, and routing.
+    """Measure the perplexity of a checkpoint on a text, and its routing.
 
-    Raises SourceError if text, tokenizer or checkpoint cannot be read, or if the architecture is
-    unknown.
+    With a parent, also measure the parent's perplexity and routing, and the KL divergence.
+
+    Raises SourceError if text, tokenizer or checkpoint cannot be read, if the architecture is
+    unknown, or if both vocabularies differ in size.
     """
     raw = _read(text)
     sources = [source] if parent is None else [source, parent]
     with Workers(os.cpu_count() or 1) as workers:
-        models = [_model(each, families, context, workers) for each in sources]
+        models = [_model(source, families, context, workers) for source in sources]
         if len({model.matrix(model.head()).shape[0] for model in models}) != 1:
             raise SourceError(
                 f"{source.name} and {sources[-1].name} have vocabularies of different sizes.",
-                "Give the parent it was made from.",
+                "Give the parent that the checkpoint was made from.",
             )
         ids = _tokenize(sources, raw)
         _check_ids(ids, models[0])
@@ -170,20 +172,20 @@ def _run(
             model.layer(number, states, windows)
             for model, states in zip(models, hidden, strict=True)
         ]
-        found = [each for each in chosen if each is not None]
-        if found:
-            routing.append(_routing(number, found, models[0].shape.experts))
+        routed = [experts for experts in chosen if experts is not None]
+        if routed:
+            routing.append(_routing(number, routed, models[0].shape.experts))
         emit(Progress("evaluate", sum(sizes[: number + 1]), sum(sizes)))
     return tuple(routing)
 
 
 def _routing(layer: int, chosen: list[Integers], experts: int) -> Routing:
-    usage = [tuple(np.bincount(each.ravel(), minlength=experts).tolist()) for each in chosen]
+    usage = [tuple(np.bincount(ids.ravel(), minlength=experts).tolist()) for ids in chosen]
     if len(chosen) == 1:
         return Routing(layer, usage[0], None, None)
-    ours, parents = chosen
-    same = (ours[:, :, None] == parents[:, None, :]).any(axis=2)
-    return Routing(layer, usage[0], usage[1], float(same.mean()))
+    checkpoint, parent = chosen
+    agree = (checkpoint[:, :, None] == parent[:, None, :]).any(axis=2)
+    return Routing(layer, usage[0], usage[1], float(agree.mean()))
 
 
 def _read(text: Path) -> bytes:
@@ -201,19 +203,19 @@ def _model(source: Source, families: Mapping[str, Family], context: int, workers
 
 
 def _tokenize(sources: list[Source], raw: bytes) -> Integers:
-    # Only tokenizer.json is read, which is data: no tokenizer code runs.
+    # Only tokenizer.json, which is data, is read: no tokenizer code of the checkpoint runs.
     from tokenizers import Tokenizer
 
-    holder = next((each for each in sources if _TOKENIZER in each.files), None)
+    holder = next((source for source in sources if _TOKENIZER in source.files), None)
     if holder is None:
         raise SourceError(
             f"{sources[0].name} has no {_TOKENIZER}.",
-            "Copy the parent's; transformers writes one with AutoTokenizer(...).save_pretrained.",
+            "Copy the parent's file, or write it with AutoTokenizer(...).save_pretrained.",
         )
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
-        raise SourceError("The text is not UTF-8.", "Convert it, e.g. with iconv.") from None
+        raise SourceError("The text is not UTF-8.", "Convert the text, e.g. with iconv.") from None
     try:
         tokenizer = Tokenizer.from_str(holder.read(_TOKENIZER).decode("utf-8"))
     except Exception as error:  # tokenizers raises bare Exception
@@ -230,14 +232,14 @@ def _check_ids(ids: Integers, model: Model) -> None:
     rows = model.matrix("model.embed_tokens.weight").shape[0]
     if ids.max() >= rows:
         raise SourceError(
-            f"The tokenizer makes token {ids.max():,}; the model has {rows:,}.",
-            "Take the tokenizer that belongs to the model.",
+            f"The tokenizer produces token {ids.max():,}; the model has {rows:,} tokens.",
+            "Use the tokenizer of the model.",
         )
 
 
-def _plan(count: int, of: int, context: int, models: list[Model]) -> str:
+def _plan(count: int, total: int, context: int, models: list[Model]) -> str:
     memory = count * models[0].shape.hidden * 4 * len(models)
-    whole = "" if count == of else f" of {of:,}"
+    whole = "" if count == total else f" of {total:,}"
     return (
         f"{count:,}{whole} tokens in windows of {context}; hidden states take {size(memory)} "
         "of memory, beside one layer's weights."
@@ -250,9 +252,9 @@ def _activations(view: ModuleView) -> Iterator[Finding]:
     if static or any(group.get("input_activations") for group in groups(view.config)):
         yield ACTIVATIONS_NOT_QUANTIZED.finding(
             "config.json",
-            "This checkpoint may have activations quantized as well; here they are float32, so the "
-            "result is of its weights alone.",
-            "For the whole of it run the model on an engine that has the kernels.",
+            "Engines may quantize activations of this checkpoint; mquant eval keeps activations in "
+            "float32, so the result is that of the weights alone.",
+            "To measure quantized activations, run the model on an engine that has the kernels.",
         )
 
 

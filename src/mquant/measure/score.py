@@ -1,6 +1,6 @@
-"""From final hidden states to losses and to the divergence of two models.
+"""Compute losses, and the divergence of two models, from final hidden states.
 
-Logits are made for a piece of the vocabulary at a time, for all tokens, and are not kept: each
+Logits are computed for a piece of the vocabulary at a time, for all tokens, and are not kept: each
 token keeps running sums in float64.
 """
 
@@ -22,7 +22,7 @@ _TOKENS: Final = 256
 
 
 class Running:
-    """What one model's logits have come to, for each token: all arrays are [n]."""
+    """The running sums over one model's logits, for each of n tokens: all arrays are [n]."""
 
     def __init__(self, count: int) -> None:
         self.largest: Doubles = np.full(count, -np.inf)
@@ -40,7 +40,11 @@ class Running:
 
 @dataclass(frozen=True)
 class Scores:
-    """The losses of n tokens in nats, ours first; the KL of each token; and where top 1 agrees."""
+    """The scores of n tokens; all arrays are [n].
+
+    `losses` are in nats, the checkpoint's first. `divergence` is the KL divergence in nats, and
+    `agree` whether both models have the same top token; None for one model.
+    """
 
     losses: tuple[Doubles, ...]
     divergence: Doubles | None
@@ -50,48 +54,48 @@ class Scores:
 def score(models: list[Model], hidden: list[Floats], targets: Integers, workers: Workers) -> Scores:
     """Score normed hidden states [n, hidden] of one model, or of two, the parent second.
 
-    KL is of ours from the parent: the mean of log(parent / ours) under the parent, in nats.
+    The KL divergence of a token is the mean of log(parent / checkpoint) under the parent, in nats.
     """
     vocabulary = models[0].matrix(models[0].head()).shape[0]
     running = [Running(len(targets)) for _ in models]
-    cross: Doubles = np.zeros(len(targets))  # of exp(parent - largest) * (parent - ours)
+    cross: Doubles = np.zeros(len(targets))  # of exp(parent - largest) * (parent - checkpoint)
     batches = [slice(at, at + _TOKENS) for at in range(0, len(targets), _TOKENS)]
     for first in range(0, vocabulary, _ROWS):
         last = min(first + _ROWS, vocabulary)
         heads = [model.rows(model.head(), first, last, "head") for model in models]
 
-        def work(some: slice, first: int = first, heads: list[Floats] = heads) -> None:
+        def work(batch: slice, first: int = first, heads: list[Floats] = heads) -> None:
             logits = [
-                (states[some] @ head.T).astype(np.float64)
+                (states[batch] @ head.T).astype(np.float64)
                 for states, head in zip(hidden, heads, strict=True)
             ]
-            for each, values in zip(running, logits, strict=True):
-                grown = _add(each, values, some, targets, first)
-            if len(models) == 2:  # `grown` is the parent's
-                weight = np.exp(logits[1] - running[1].largest[some, None])
-                cross[some] *= grown
-                cross[some] += (weight * (logits[1] - logits[0])).sum(axis=1)
+            for sums, values in zip(running, logits, strict=True):
+                shrink = _add(sums, values, batch, targets, first)
+            if len(models) == 2:  # `shrink` is the parent's
+                weight = np.exp(logits[1] - running[1].largest[batch, None])
+                cross[batch] *= shrink
+                cross[batch] += (weight * (logits[1] - logits[0])).sum(axis=1)
 
         list(workers.map(work, batches))
-    losses = tuple(each.normaliser - each.target for each in running)
+    losses = tuple(sums.normaliser - sums.target for sums in running)
     if len(models) == 1:
         return Scores(losses, None, None)
-    ours, parents = running
-    divergence = cross / parents.sum - parents.normaliser + ours.normaliser
-    return Scores(losses, divergence, ours.best == parents.best)
+    checkpoint, parent = running
+    divergence = cross / parent.sum - parent.normaliser + checkpoint.normaliser
+    return Scores(losses, divergence, checkpoint.best == parent.best)
 
 
-def _add(each: Running, logits: Doubles, some: slice, targets: Integers, first: int) -> Doubles:
-    """Count logits [tokens, rows] of the vocabulary from `first` on; returns exp(old - new)."""
+def _add(sums: Running, logits: Doubles, batch: slice, targets: Integers, first: int) -> Doubles:
+    """Add logits [tokens, rows], for vocabulary rows from `first` on; return exp(old - new)."""
     best = logits.argmax(axis=1)
     top = np.take_along_axis(logits, best[:, None], axis=1)[:, 0]
-    old = each.largest[some].copy()
-    each.best[some] = np.where(top > old, best + first, each.best[some])
+    old = sums.largest[batch].copy()
+    sums.best[batch] = np.where(top > old, best + first, sums.best[batch])
     new = np.maximum(old, top)
     shrink: Doubles = np.exp(old - new)
-    each.largest[some] = new
-    each.sum[some] = each.sum[some] * shrink + np.exp(logits - new[:, None]).sum(axis=1)
-    place = targets[some] - first
-    here = np.flatnonzero((place >= 0) & (place < logits.shape[1]))
-    each.target[some][here] = logits[here, place[here]]
+    sums.largest[batch] = new
+    sums.sum[batch] = sums.sum[batch] * shrink + np.exp(logits - new[:, None]).sum(axis=1)
+    row = targets[batch] - first
+    hits = np.flatnonzero((row >= 0) & (row < logits.shape[1]))
+    sums.target[batch][hits] = logits[hits, row[hits]]
     return shrink

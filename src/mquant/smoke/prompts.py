@@ -1,6 +1,6 @@
 """Five prompts to a running server, each with a mechanical check of the answer.
 
-The prompts detect what a wrong checkpoint causes: noise, repetition, lost context, forgotten
+The prompts detect the effects of a wrong checkpoint: noise, repetition, lost context, forgotten
 languages. The prompts do not detect a loss of a percent of accuracy; `mquant eval` and
 lm-evaluation-harness do.
 """
@@ -20,7 +20,7 @@ from mquant.untrusted import parse_json
 _CODE: Final = re.compile(r"```[a-zA-Z]*\n(.*?)```", re.DOTALL)
 _NUMBER: Final = re.compile(r"\d+(?:,\d{3})*")
 _SAFE: Final = "740-193"
-_LINE_TOKENS: Final = 20  # at most, of a line of the archive, in any tokenizer
+_LINE_TOKENS: Final = 20  # the most tokens of a line of the archive, in any tokenizer
 _MOST_LINES: Final = 400
 _LEAST_LINES: Final = 10
 
@@ -28,35 +28,35 @@ SMOKE_CODING: Final = rule(
     "smoke-coding",
     "The server answers with a correct program.",
     "A wrong checkpoint answers with noise, repetition or another language.",
-    "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+    "Read the answer, ask the parent the same question, and run mquant verify on the checkpoint.",
     needs="smoke",
 )
 SMOKE_MATHS: Final = rule(
     "smoke-maths",
     "The server answers with the correct number.",
     "A wrong checkpoint answers with noise, repetition or another language.",
-    "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+    "Read the answer, ask the parent the same question, and run mquant verify on the checkpoint.",
     needs="smoke",
 )
 SMOKE_TRANSLATION: Final = rule(
     "smoke-translation",
     "The server answers with a correct translation.",
     "A wrong checkpoint answers with noise, repetition or another language.",
-    "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+    "Read the answer, ask the parent the same question, and run mquant verify on the checkpoint.",
     needs="smoke",
 )
 SMOKE_RECALL: Final = rule(
     "smoke-recall",
     "The server finds a line in a long text.",
     "A wrong checkpoint answers with noise, repetition or another language.",
-    "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+    "Read the answer, ask the parent the same question, and run mquant verify on the checkpoint.",
     needs="smoke",
 )
 SMOKE_JSON: Final = rule(
     "smoke-json",
     "The server answers with a correct JSON object.",
     "A wrong checkpoint answers with noise, repetition or another language.",
-    "Read the answer, ask the parent the same, and run mquant verify on the checkpoint.",
+    "Read the answer, ask the parent the same question, and run mquant verify on the checkpoint.",
     needs="smoke",
 )
 
@@ -81,15 +81,15 @@ class Trial:
     wrong: str
 
     def finding(self, model: str) -> Finding:
-        """The fault as a finding. Only for a failed trial."""
+        """Return the fault as a finding. Only for a failed trial."""
         return self.prompt.rule.finding(model, f"{self.prompt.what}: {self.wrong}.")
 
 
 def options_of(sampling: Mapping[str, float | bool], max_tokens: int) -> dict[str, float]:
-    """The API's options for the sampling that generation_config.json recommends.
+    """Return the API's options for the sampling that generation_config.json recommends.
 
-    The seed is fixed, so that a server which honours the seed repeats its answers. Without a
-    recommendation the server's own defaults hold.
+    The seed is fixed, so that a server which honours the seed repeats its answers. The server's
+    own defaults hold if generation_config.json recommends no sampling.
     """
     options: dict[str, float] = {"max_tokens": max_tokens, "seed": 0}
     if sampling.get("do_sample") is False:
@@ -98,7 +98,7 @@ def options_of(sampling: Mapping[str, float | bool], max_tokens: int) -> dict[st
 
 
 def smoke(server: Server, options: Mapping[str, float]) -> Iterator[Trial]:
-    """Ask the five prompts, one after another."""
+    """Ask the five prompts, one after another, and yield a trial for each prompt."""
     room = server.context and server.context - int(options["max_tokens"])
     for prompt in prompts(room or None):
         answer = server.ask(prompt.text, options)
@@ -106,7 +106,10 @@ def smoke(server: Server, options: Mapping[str, float]) -> Iterator[Trial]:
 
 
 def prompts(room: int | None = None) -> tuple[Prompt, ...]:
-    """The five prompts. The longest fits into `room` tokens, if `room` is known."""
+    """Return the five prompts.
+
+    The longest prompt, which has at least 10 lines, fits into `room` tokens if `room` is known.
+    """
     return (
         Prompt(
             "coding",
@@ -145,35 +148,35 @@ def prompts(room: int | None = None) -> tuple[Prompt, ...]:
 
 
 def _archive(room: int | None) -> str:
-    """Many similar lines, one of which the model must remember."""
+    """Return a text of many similar lines and one line with a code, and ask for the code."""
     count = _MOST_LINES if room is None else room // _LINE_TOKENS
     count = max(_LEAST_LINES, min(count, _MOST_LINES))
     lines = [f"Shelf {n} holds {n * 37 % 89 + 2} files." for n in range(1, count + 1)]
     lines.insert(count * 2 // 5, f"The code of the safe is {_SAFE}.")
-    joined = "\n".join(lines)
-    return f"{joined}\n\nWhat is the code of the safe? Answer with the code only."
+    archive = "\n".join(lines)
+    return f"{archive}\n\nWhat is the code of the safe? Answer with the code only."
 
 
 def _wrong(prompt: Prompt, answer: Answer) -> str:
     if not answer.text:
-        return "there is no answer" + ("" if answer.whole else ", it was cut off while thinking")
+        return "there is no answer" if answer.whole else "the answer was cut off while thinking"
     return _noise(answer.text) or prompt.check(answer.text)
 
 
 def _noise(text: str) -> str:
-    """Whether the answer looks like broken weights: one character, or one word, over and over."""
+    """Return how the answer looks like broken weights, e.g. by repetition; empty if not."""
     if re.search(r"(\S)\1{39}", text):
-        return "one sign is repeated over and over"
+        return "one character is repeated over and over"
     words = text.split()
     if len(words) >= 20 and Counter(words).most_common(1)[0][1] > len(words) / 2:
         return "one word is repeated over and over"
-    return "it has signs that are no text" if "\ufffd" in text else ""
+    return "the answer has characters that are no text" if "\ufffd" in text else ""
 
 
 def _is_function(text: str) -> str:
-    found = _CODE.search(text)
+    block = _CODE.search(text)
     try:
-        tree = ast.parse(found[1] if found else text)  # read, never run
+        tree = ast.parse(block[1] if block else text)  # parsed, never run
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return "the code is not Python"
     for node in ast.walk(tree):
@@ -186,23 +189,23 @@ def _is_function(text: str) -> str:
 def _is_number(text: str) -> str:
     numbers = _NUMBER.findall(text)
     last = numbers[-1].replace(",", "") if numbers else "no number"
-    return "" if last == "421" else f"it ends with {last[:20]}, not 421"
+    return "" if last == "421" else f"the answer ends with {last[:20]}, not 421"
 
 
 def _is_german(text: str) -> str:
-    lost = [word for word in ("Katze", "Tisch") if word.lower() not in text.lower()]
-    return f"the translation has no {' and no '.join(lost)}" if lost else ""
+    missing = [word for word in ("Katze", "Tisch") if word.lower() not in text.lower()]
+    return f"the translation has no {' and no '.join(missing)}" if missing else ""
 
 
 def _is_code(text: str) -> str:
-    return "" if _SAFE in text else f"it does not say {_SAFE}, which it was told"
+    return "" if _SAFE in text else f"the answer lacks {_SAFE}, the code in the prompt"
 
 
 def _is_json(text: str) -> str:
-    found = _CODE.search(text)
+    block = _CODE.search(text)
     try:
-        value = parse_json((found[1] if found else text).encode())
+        value = parse_json((block[1] if block else text).encode())
     except ValueError:
         return "the answer is not JSON"
-    meant = {"capital": "Paris", "digits": [3, 1, 4]}
-    return "" if value == meant else "the JSON is not what was asked for"
+    expected = {"capital": "Paris", "digits": [3, 1, 4]}
+    return "" if value == expected else "the JSON is not what was asked for"

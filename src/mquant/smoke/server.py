@@ -61,13 +61,13 @@ class Server:
         self.context: int | None = None
 
     def choose(self, model: str | None = None) -> str:
-        """Ask for the served models, and choose the named one or the first; returns its name."""
+        """Choose the served model named `model`, or the first; return the name of the choice."""
         served = self._models()
         chosen = served[0] if model is None else next((m for m in served if m["id"] == model), None)
         if chosen is None:
             raise SourceError(
                 f"{self.name} does not serve {model}, but {', '.join(m['id'] for m in served)}.",
-                "Give one of these with --model, or leave it out.",
+                "Give a served model with --model, or leave --model out.",
             )
         self.model = chosen["id"]
         context = chosen.get("max_model_len")
@@ -79,7 +79,7 @@ class Server:
         self._client.close()
 
     def ask(self, prompt: str, options: Mapping[str, float]) -> Answer:
-        """The answer to one message, sampled with `options` (the API's own keys)."""
+        """Return the answer to one message, sampled with `options` (the API's own keys)."""
         message = {"role": "user", "content": prompt}
         body = {"model": self.model, "messages": [message], **options}
         reply = self._request("POST", "/chat/completions", body)
@@ -94,11 +94,11 @@ class Server:
         return Answer(_THOUGHT.sub("", text).strip(), whole)
 
     def _models(self) -> list[dict[str, Any]]:
-        found = self._request("GET", "/models").get("data")
+        entries = self._request("GET", "/models").get("data")
         models = [
-            each
-            for each in (found if isinstance(found, list) else [])
-            if isinstance(each, dict) and isinstance(each.get("id"), str)
+            entry
+            for entry in (entries if isinstance(entries, list) else [])
+            if isinstance(entry, dict) and isinstance(entry.get("id"), str)
         ]
         if not models:
             raise self._nonsense()
@@ -119,7 +119,7 @@ class Server:
         except httpx.TimeoutException:
             raise SourceError(
                 f"{self.name} did not answer within {self._seconds:,.0f} s.",
-                "Look at the server's log, or give it longer with --timeout.",
+                "Look at the server's log, or give a longer --timeout.",
             ) from None
         except (httpx.HTTPError, httpx.InvalidURL, ValueError):
             raise SourceError(
@@ -127,7 +127,7 @@ class Server:
             ) from None
         if response.status_code in (401, 403):
             raise SourceError(
-                f"{self.name} wants a key (HTTP {response.status_code}).", "Set OPENAI_API_KEY."
+                f"{self.name} requires a key (HTTP {response.status_code}).", "Set OPENAI_API_KEY."
             )
         if response.status_code != 200:
             raise SourceError(
@@ -145,5 +145,5 @@ class Server:
     def _nonsense(self) -> SourceError:
         return SourceError(
             f"{self.name} does not answer as an OpenAI-compatible server does.",
-            "Give the address of one, such as http://localhost:8000.",
+            "Give the address of such a server, e.g. http://localhost:8000.",
         )
