@@ -18,14 +18,14 @@ class _Data(BaseModel):
 
 
 class Companion(_Data):
-    """Another repo that belongs to this one, and its purpose."""
+    """A repo that belongs to the checkpoint's repo, and its purpose."""
 
     repo: RepoId
     what: str = ""
 
 
 class About(_Data):
-    """`repo`: the checkpoint's future hub repo; `base_model`: the parent's hub repo."""
+    """The publisher's facts. `repo`: the future hub repo; `base_model`: the parent's hub repo."""
 
     repo: RepoId | None = None
     base_model: RepoId | None = None

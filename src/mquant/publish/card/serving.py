@@ -13,7 +13,7 @@ from mquant.verify.tensor_parallel import TENSOR_PARALLEL
 
 
 def serving(card: Card) -> str:
-    """The section; empty if the scheme is unknown and no sampling is recommended."""
+    """Return the section; empty if the scheme is unknown and no sampling is recommended."""
     parts = [*_engines(card), *_hardware(card), *_sampling(card)]
     return "\n".join(["## Use it\n", *parts]) if parts else ""
 
@@ -23,12 +23,12 @@ def _engines(card: Card) -> Iterator[str]:
     engines = [e for e in ENGINES.get(card.scheme, ()) if has_experts or not e.only_experts]
     if not engines:
         return
-    where = card.about.repo or f"./{card.inspection.name}"
+    model = card.about.repo or f"./{card.inspection.name}"
     if "/" in card.inspection.name:
-        where = card.repo
+        model = card.repo
     first = next(engine for engine in engines if engine.loads == "yes")
     yield f"With {first.name} {first.version}:\n"
-    yield block([shlex.join(["vllm", "serve", where])], "sh")
+    yield block([shlex.join(["vllm", "serve", model])], "sh")
     rows = [
         (f"{engine.name} {engine.version}".strip(), engine.loads, text(engine.what), engine.seen)
         for engine in engines
