@@ -1,4 +1,4 @@
-"""Whether config.json has what loaders need, and says what the tensors are."""
+"""Judge whether config.json has the keys that loaders need, and describes the tensors."""
 
 from collections.abc import Iterator
 from typing import Any, Final
@@ -68,7 +68,7 @@ FORMAT_DIFFERS: Final = rule(
 
 
 def check_config_json(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
-    """Judge config.json alone, and config.json against the tensors that are there."""
+    """Judge config.json alone, and compare config.json with the tensors."""
     config = view.checkpoint.config
     for key in ("architectures", *(view.family.required_config if view.family else ())):
         if key not in config:
@@ -101,11 +101,11 @@ def check_config_json(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
                 )
         formats = {str(group["format"]) for group in groups(view.config) if group.get("format")}
         declared = formats or {str(view.config.get("format"))}
-        expected = {_FORMATS.get(each) for each in declared}
+        expected = {_FORMATS.get(stated) for stated in declared}
         wrong = {name: kind for name, kind in kinds.items() if kind.short not in expected}
         if wrong and None not in expected:
             name, kind = next(iter(wrong.items()))
-            stated_formats = " and ".join(repr(each) for each in sorted(declared))
+            stated_formats = " and ".join(repr(stated) for stated in sorted(declared))
             tally.add(
                 FORMAT_DIFFERS,
                 "config.json",
@@ -114,7 +114,7 @@ def check_config_json(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
 
 
 def _invalid(view: ModuleView) -> Iterator[str]:
-    """Why no loader could parse the quantization config, as ends of sentences."""
+    """Yield why no loader could parse the quantization config, as ends of sentences."""
     stated = view.checkpoint.config.get("quantization_config")
     if stated is not None and not isinstance(stated, dict):
         yield "is no table of keys"

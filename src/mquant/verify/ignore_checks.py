@@ -1,4 +1,4 @@
-"""The checks of `verify-ignore`: one finding for each rule, however many modules break it."""
+"""The checks of `verify-ignore`: one finding for each rule, even if many modules break the rule."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator
@@ -102,7 +102,7 @@ IGNORE_NOT_JUDGED: Final = rule(
 )
 IGNORE_RULES: Final = (
     *QUANTIZED.values(),
-    *(each for each in tuple(globals().values()) if isinstance(each, Rule)),
+    *(value for value in tuple(globals().values()) if isinstance(value, Rule)),
 )
 """The rules of this module's checks."""
 
@@ -110,10 +110,10 @@ IGNORE_RULES: Final = (
 def findings_of(
     vllm_view: VllmView, quantized: list[Judged], uncovered: list[str]
 ) -> list[Finding]:
-    """All findings about a quantized checkpoint; none if nothing is quantized.
+    """Return all findings about a quantized checkpoint; an empty list for a plain checkpoint.
 
-    `quantized` are modules that loaders refuse quantized. `uncovered` are names of modules that are
-    plain and that the ignore list does not name.
+    `quantized` are quantized modules that loaders refuse. `uncovered` are names of plain modules
+    that the ignore list does not name.
     """
     view = vllm_view.view
     if not view.method and not view.quantized:
@@ -182,7 +182,7 @@ def _bad_entries(vllm_view: VllmView) -> Iterator[Finding]:
 
 
 def _disagreements(vllm_view: VllmView) -> Iterator[Finding]:
-    """Findings about layers that vLLM builds in one way and that lie on disk in another."""
+    """Yield findings about layers that vLLM builds otherwise than the layers are stored."""
     split = [group.members[0].module.name for group in vllm_view.groups if group.quantized is None]
     if split:
         yield FUSED_SET_SPLIT.finding(
@@ -239,7 +239,7 @@ def _unmatched(vllm_view: VllmView) -> Iterator[Finding]:
     if vllm_view.style is None or vllm_view.view.family is None:
         return
     known = vllm_view.hub | vllm_view.vllm
-    idle = [entry for entry, found in vllm_view.ignore.by_entry.items() if not found & known]
+    idle = [entry for entry, matches in vllm_view.ignore.by_entry.items() if not matches & known]
     if idle:
         in_memory = any(vllm_view.ignore.by_entry[entry] for entry in idle)
         yield IGNORE_UNMATCHED.finding(
@@ -254,17 +254,17 @@ def _hub_only(vllm_view: VllmView) -> Iterator[Finding]:
         return
     experts = {j.module.name: set(j.vllm) for j in vllm_view.judged if j.role is Role.EXPERT}
     in_vllm: set[str] = set().union(*experts.values())
-    vain = []
-    for entry, found in vllm_view.ignore.by_entry.items():
-        means = found & experts.keys()
-        # Lists of exact names have one for every expert: vLLM looks only the first one up.
-        if means and any(experts[name].isdisjoint(vllm_view.ignored_by_vllm) for name in means):
-            vain.append(entry)
-    if vain:
+    idle = []
+    for entry, matches in vllm_view.ignore.by_entry.items():
+        meant = matches & experts.keys()
+        # A list of exact names has every expert's name: vLLM looks up only the first expert's.
+        if meant and any(experts[name].isdisjoint(vllm_view.ignored_by_vllm) for name in meant):
+            idle.append(entry)
+    if idle:
         yield IGNORE_HUB_ONLY.finding(
-            vain[0],
-            f"{_entries_match(vain)} experts by the hub's names alone, and vLLM's are like "
-            f"{min(in_vllm)} ({names(vain)}).",
+            idle[0],
+            f"{_entries_match(idle)} experts by the hub's names alone, and vLLM's are like "
+            f"{min(in_vllm)} ({names(idle)}).",
         )
 
 
