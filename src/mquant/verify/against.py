@@ -28,7 +28,7 @@ _SAMPLED_BYTES: Final = 64 * 1024
 
 PARENT_TENSOR_MISSING: Final = rule(
     "parent-tensor-missing",
-    "Every tensor of the parent is there, plain or quantized.",
+    "The checkpoint has every tensor of the parent, plain or quantized.",
     "A missing tensor stays uninitialised: vLLM does not check quantized models.",
     "Quantize again, or copy the tensors from the parent.",
     needs="against",
@@ -42,7 +42,7 @@ PARENT_LACKS_TENSOR: Final = rule(
 )
 KEPT_TENSOR_DIFFERS: Final = rule(
     "kept-tensor-differs",
-    "What is not quantized is bit-identical to the parent, dtype included.",
+    "Every unquantized tensor is bit-identical to the parent's, dtype included.",
     "A router cast from F32 to BF16 sends tokens to other experts.",
     "Copy the tensor from the parent.",
     needs="against",
@@ -52,8 +52,8 @@ WEIGHT_BEYOND_BOUND: Final = rule(
     "Dequantized weights are as close to the parent's as rounding allows: in NVFP4, within "
     "amax/3 * 17/16 of each block.",
     "Swapped nibbles, rows, experts or scales load without an error.",
-    "Quantize again. Weights that other tools change on purpose (AWQ, SmoothQuant) have no "
-    "parent to be compared with.",
+    "Quantize again. Weights that other tools change on purpose (AWQ, SmoothQuant) "
+    "cannot be compared with the parent's.",
     needs="against",
     knowing=("layout",),
 )
@@ -79,8 +79,8 @@ SCALED_NOT_COMPARED: Final = rule(
     "scaled-not-compared",
     "Weights that AWQ scaled by factors which no norm shows (norms, w3 and w2) have the "
     "parent's shape.",
-    "AWQ divides a norm by the factors of all weights that read the norm, routers too: there "
-    "both are compared. Other factors are unknown.",
+    "AWQ divides a norm by the factors of all weights that read the norm, routers too: the norm "
+    "shows these factors, and the weights are compared. Other factors are unknown.",
     "Nothing to do: `mquant eval --against` measures the effect on a text.",
     severity="info",
     needs="against",

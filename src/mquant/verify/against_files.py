@@ -28,7 +28,7 @@ _LICENCE: Final = ("LICENSE*", "LICENCE*", "NOTICE*")
 CONFIG_KEY_LOST: Final = rule(
     "config-key-lost",
     "config.json has every key of the parent's.",
-    "Loaders use a default, and compute another model: rope_theta, rotary_dim.",
+    "Loaders use a default, and compute another model, without rope_theta or rotary_dim.",
     "Copy the keys from the parent's config.json.",
     needs="against",
 )
@@ -41,7 +41,7 @@ CONFIG_KEY_DIFFERS: Final = rule(
 )
 SIDE_FILE_MISSING: Final = rule(
     "side-file-missing",
-    "Tokenizer, chat template, generation config and model code of the parent are there.",
+    "The checkpoint has the parent's tokenizer, chat template, generation config and model code.",
     "Without these files engines do not serve the model, or use other prompts and sampling.",
     "Copy the files from the parent.",
     needs="against",
@@ -56,7 +56,7 @@ SIDE_FILE_DIFFERS: Final = rule(
 )
 LICENCE_MISSING: Final = rule(
     "licence-missing",
-    "The parent's licence is there.",
+    "The checkpoint has the parent's licence.",
     "Most licences must be in every copy.",
     "Copy the file from the parent.",
     severity="warning",

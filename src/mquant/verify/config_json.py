@@ -33,7 +33,7 @@ CONFIG_KEY_MISSING: Final = rule(
 QUANTIZATION_UNUSED: Final = rule(
     "quantization-unused",
     "If config.json declares a quantization, some tensors are quantized.",
-    "Loaders expect scales that are not there.",
+    "Loaders expect scales that are missing.",
     "Remove quantization_config from config.json, or get the quantized shards.",
     severity="warning",
 )

@@ -15,7 +15,7 @@ _LISTS: Final = ("ignore", "exclude_modules", "modules_to_not_convert")
 
 EXPERT_NAMES: Final = rule(
     "expert-names",
-    "Experts have the hub's names, not those that transformers gives them in memory.",
+    "Experts have the hub's names, not transformers' names of a loaded model.",
     "Saving a loaded MiniMax-M2 writes gate_proj, up_proj and down_proj for w1, w3 and w2. vLLM "
     "skips such names without an error, and every expert is left uninitialised.",
     "Rename the tensors, which `mquant repair SRC --from PARENT` does.",
@@ -24,16 +24,16 @@ EXPERT_NAMES: Final = rule(
 KEPT_BUT_NOT_IGNORED: Final = rule(
     "kept-but-not-ignored",
     "A linear layer that is plain on disk is in `ignore`, under the name vLLM has for it.",
-    "vLLM builds every layer that is targeted and not ignored quantized. It then refuses the "
+    "vLLM builds a quantized layer for every target that is not ignored. vLLM then refuses the "
     "plain weight, or leaves the layer uninitialised.",
-    "Add their names to `ignore` in config.json, experts' as vLLM has them.",
+    "Add the layers' names to `ignore` in config.json; for experts, add vLLM's names.",
     knowing=("family", "list"),
 )
 IGNORED_BUT_QUANTIZED: Final = rule(
     "ignored-but-quantized",
     "A layer that is quantized on disk is not in `ignore`.",
     "vLLM builds ignored layers plain, and refuses scales and packed weights for them.",
-    "Take their names out of `ignore` in config.json.",
+    "Remove the layers' names from `ignore` in config.json.",
     knowing=("family", "list"),
 )
 QUANTIZED_NOT_TARGETED: Final = rule(
@@ -46,21 +46,21 @@ QUANTIZED_NOT_TARGETED: Final = rule(
 )
 FUSED_SET_SPLIT: Final = rule(
     "fused-set-split",
-    "Layers that vLLM fuses are all in `ignore`, or none is.",
+    "Layers that vLLM fuses are all in `ignore`, or all outside of `ignore`.",
     "vLLM fuses q, k and v into one layer, and all experts into one: vLLM refuses a fused layer"
     " that `ignore` or `targets` cut in two.",
-    "Name all layers of the fused set, or none.",
+    "Name all layers of the fused set, or no layer of the set.",
     knowing=("family", "list"),
 )
 QUANTIZATION_UNDECLARED: Final = rule(
     "quantization-undeclared",
-    "A checkpoint with quantized tensors says so in config.json.",
+    "If tensors are quantized, config.json declares the quantization.",
     "Without `quantization_config` a loader builds every layer plain, and refuses the scales.",
     "Write the `quantization_config` that the tensors were made with.",
 )
 IGNORE_BAD_ENTRY: Final = rule(
     "ignore-bad-entry",
-    "Every entry of `ignore` and `targets` is a string; after `re:` stands a regular expression.",
+    "Every entry of `ignore` and `targets` is a string; `re:` precedes a regular expression.",
     "vLLM compiles every expression, and stops at the first invalid one.",
     "Correct the list in config.json, with exact names; `mquant plan` shows them.",
     knowing=("list",),
@@ -68,9 +68,9 @@ IGNORE_BAD_ENTRY: Final = rule(
 IGNORE_UNCOVERED: Final = rule(
     "ignore-uncovered",
     "Routers, lm_head and embeddings that are kept are named in `ignore`.",
-    "vLLM loads the checkpoint all the same. Other loaders, and tools that quantize again with "
+    "vLLM still loads the checkpoint. Other loaders, and tools that quantize again with "
     "the same list, may quantize these layers.",
-    "Add their exact names to `ignore` in config.json.",
+    "Add the layers' exact names to `ignore` in config.json.",
     severity="warning",
     knowing=("list",),
 )

@@ -30,13 +30,13 @@ DTYPE_DIFFERS: Final = rule(
     "dtype-differs",
     "All tensors of a plain checkpoint have one dtype.",
     "A router in F32 beside BF16 weights must stay in F32.",
-    "Nothing to do: what is not quantized keeps its dtype.",
+    "Nothing to do: unquantized tensors keep their dtype.",
     severity="info",
     needs="inspect",
 )
 FUSED_SET_CUT: Final = rule(
     "fused-set-cut",
-    "Each fused set lies in one shard.",
+    "Each fused set is stored in one shard.",
     "Tools that read a shard at a time give the members different scales.",
     "Nothing to do: mquant reads each set whole, and writes it into one shard.",
     severity="info",
@@ -44,9 +44,9 @@ FUSED_SET_CUT: Final = rule(
 )
 TOKENIZER_MISSING: Final = rule(
     "tokenizer-missing",
-    "The tokenizer's files are there.",
+    "The checkpoint has the tokenizer's files.",
     "Loaders need them beside the weights.",
-    "Get them from the model's repo: loaders need them beside the weights.",
+    "Copy the tokenizer's files from the model's repo.",
     severity="warning",
     needs="inspect",
 )
@@ -238,7 +238,7 @@ def _dtypes(inspection: Inspection, known: list[Known]) -> Iterable[Finding]:
             group[0][0].name,
             f"{len(group):,} tensor{'s' if len(group) > 1 else ''} of {' and '.join(roles)} "
             f"in {dtype} beside {main} weights.",
-            "Nothing to do: what is not quantized keeps its dtype.",
+            "Nothing to do: unquantized tensors keep their dtype.",
         )
 
 
@@ -264,5 +264,5 @@ def _tokenizer(checkpoint: Checkpoint) -> Iterable[Finding]:
         yield TOKENIZER_MISSING.finding(
             "tokenizer.json",
             "There are no tokenizer files.",
-            "Get them from the model's repo: loaders need them beside the weights.",
+            "Copy the tokenizer's files from the model's repo.",
         )

@@ -8,10 +8,10 @@ from mquant.findings import Finding, rule
 
 MTP_WITHOUT_TENSORS: Final = rule(
     "mtp-without-tensors",
-    "If config.json declares multi-token prediction modules, their tensors are there.",
+    "If config.json declares multi-token prediction modules, the checkpoint has their tensors.",
     "Loaders work without the modules; speculative decoding with them is not possible. The "
     "releases of MiniMax-M2 lack them, too.",
-    "Nothing to do: loaders work without; multi-token prediction cannot be used.",
+    "Nothing to do: loaders work without the modules; multi-token prediction cannot be used.",
     severity="info",
     knowing=("family",),
 )

@@ -15,7 +15,7 @@ TENSOR_RENAMED: Final = rule(
     "tensor-renamed",
     "Tensors have the names of the original release, not those of a loaded model.",
     "vLLM knows the original names only, and refuses or drops other names.",
-    "Save again with the original names, or quantize with mquant, which keeps them.",
+    "Save again with the original names, or quantize with mquant, which keeps the original names.",
     knowing=("family",),
 )
 

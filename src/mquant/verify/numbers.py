@@ -46,7 +46,7 @@ _NOT_FINITE: Final = {
     "F8_E5M2": ("u1", 0x7C),
     "F8_E4M3": ("u1", 0x7F),  # the only code, with either sign, that is NaN
 }
-_AGAIN: Final = "Quantize again; if it stays so, look at the weight in the parent."
+_AGAIN: Final = "Quantize again; if the finding stays, check the weight in the parent."
 
 VALUE_NOT_FINITE: Final = rule(
     "value-not-finite",
@@ -59,7 +59,7 @@ SCALE_NOT_FINITE: Final = rule(
     "scale-not-finite",
     "Scales of blocks, channels and tensors are finite numbers (in E4M3: not 7f or ff).",
     "One such scale makes NaN of a whole block, and then of the model's output.",
-    "Quantize again; if it stays so, look at the weight in the parent.",
+    "Quantize again; if the finding stays, check the weight in the parent.",
     needs="numbers",
     knowing=("layout",),
 )
@@ -67,7 +67,7 @@ SCALE_NEGATIVE: Final = rule(
     "scale-negative",
     "Scales of blocks, channels and tensors are not negative.",
     "Kernels that read the sign bit as part of the number compute wrong values.",
-    "Quantize again; if it stays so, look at the weight in the parent.",
+    "Quantize again; if the finding stays, check the weight in the parent.",
     needs="numbers",
     knowing=("layout",),
 )
@@ -75,7 +75,7 @@ SCALE_ZERO: Final = rule(
     "scale-zero",
     "A scale is zero only if all codes under it are zero.",
     "The whole block loads as zero.",
-    "Quantize again; if it stays so, look at the weight in the parent.",
+    "Quantize again; if the finding stays, check the weight in the parent.",
     needs="numbers",
     knowing=("layout",),
 )
@@ -91,7 +91,7 @@ GLOBAL_SCALE_INVALID: Final = rule(
     "global-scale-invalid",
     "Global scales and activation scales are finite and positive.",
     "vLLM loads infinity and NaN without an error; the module's output is then infinity or NaN.",
-    "Quantize again; if it stays so, look at the weight in the parent.",
+    "Quantize again; if the finding stays, check the weight in the parent.",
     needs="numbers",
     knowing=("layout",),
 )
@@ -106,8 +106,8 @@ GLOBAL_SCALE_DIFFERS: Final = rule(
 GLOBAL_SCALE_INVERTED: Final = rule(
     "global-scale-inverted",
     "compressed-tensors' weight_global_scale is a divisor, and so hardly ever below 1.",
-    "ModelOpt's weight_scale_2 is the reciprocal; stored under the other name, weights are off "
-    "by its square.",
+    "ModelOpt's weight_scale_2 is the reciprocal; if a tool stores weight_scale_2 under the other "
+    "name, weights are off by the scale's square.",
     "Store 1 / weight_scale_2 as weight_global_scale.",
     severity="warning",
     needs="numbers",

@@ -38,8 +38,8 @@ PART_DTYPE: Final = rule(
 WEIGHT_STORED_TWICE: Final = rule(
     "weight-stored-twice",
     "A module has either a plain weight or a quantized one.",
-    "The loader decides which one is loaded.",
-    "Remove the one that config.json does not describe.",
+    "The loader decides which weight is loaded.",
+    "Remove the weight that config.json does not describe.",
     knowing=("layout",),
 )
 ACTIVATION_SCALES_UNDECLARED: Final = rule(

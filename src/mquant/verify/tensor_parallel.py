@@ -39,7 +39,7 @@ TENSOR_PARALLEL: Final = rule(
     "An NVFP4 checkpoint can be split over 1, 2, 4, 8 and 16 GPUs.",
     "Heads, groups and the tiles of FP4 Marlin kernels cannot be cut in two: a server stops "
     "after loading everything, or computes with the scales of other weights.",
-    "Nothing to do: serve it with one of these tensor-parallel sizes.",
+    "Nothing to do: serve the checkpoint with one of these tensor-parallel sizes.",
     severity="info",
     knowing=("family",),
 )

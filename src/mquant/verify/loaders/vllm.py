@@ -52,7 +52,7 @@ VLLM_REFUSES: Final = rule(
     "vllm-refuses",
     "vLLM parses the config, builds the model and takes every tensor.",
     "vLLM cannot serve the checkpoint.",
-    "Mend what vLLM names; findings of other rules say more.",
+    "Repair what vLLM names; findings of other rules say more.",
     needs="loader",
 )
 VLLM_DROPS: Final = rule(
@@ -66,7 +66,7 @@ VLLM_LEAVES_UNSET: Final = rule(
     "vllm-leaves-unset",
     "vLLM fills every parameter of the model from the checkpoint.",
     "Other parameters stay uninitialised: vLLM does not check quantized models.",
-    "Quantize again, or add what is missing.",
+    "Quantize again, or add the missing tensors.",
     needs="loader",
 )
 VLLM_RESHAPES: Final = rule(
