@@ -159,7 +159,7 @@ def _tasks(
         elif format_of(view, module) is None and format_of(parent, origin) is None:
             yield from _kept(view, parent, module, origin, everything or local, tally)
         elif foreign := _undecodable(view, module) or _undecodable(parent, origin):
-            message = f"{name} was not compared: {foreign} cannot be dequantized here"
+            message = f"{name} was not compared: mquant cannot dequantize {foreign}"
             tally.add(WEIGHT_NOT_COMPARED, name, message)
         elif everything or _in_sample(module, last, parent):
             yield from _rounded(view, parent, module, origin, everything, to_nearest)

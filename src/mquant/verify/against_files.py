@@ -86,15 +86,17 @@ def check_side_files(view: ModuleView, parent: ModuleView) -> Iterator[Finding]:
         missing = [path for path in missing if not path.startswith("chat_template")]
     if missing:
         yield SIDE_FILE_MISSING.finding(
-            missing[0], f"The parent's {names(missing)} did not come along."
+            missing[0], f"The checkpoint lacks the parent's {names(missing)}."
         )
     changed = [path for path in needed if path in source.files and not _same(source, origin, path)]
     if changed:
-        yield SIDE_FILE_DIFFERS.finding(changed[0], f"Other than in the parent: {names(changed)}.")
+        yield SIDE_FILE_DIFFERS.finding(
+            changed[0], f"Files differ from the parent's: {names(changed)}."
+        )
     licence = [path for path in origin.files if _like(path, _LICENCE)]
     if licence and not any(_like(path, _LICENCE) for path in source.files):
         yield LICENCE_MISSING.finding(
-            licence[0], f"The parent's {names(licence)} did not come along."
+            licence[0], f"The checkpoint lacks the parent's {names(licence)}."
         )
 
 

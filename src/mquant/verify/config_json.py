@@ -84,8 +84,8 @@ def check_config_json(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
         tally.add(
             LAYOUT_NOT_JUDGED,
             other[0],
-            f"How {names(other)} {'is' if len(other) == 1 else 'are'} quantized is not known here: "
-            "neither parts nor numbers were judged",
+            f"mquant does not know the layout of {names(other)}: neither parts nor numbers were "
+            "judged",
         )
     for why in _invalid(view):
         tally.add(QUANTIZATION_CONFIG_INVALID, "config.json", f"quantization_config {why}")

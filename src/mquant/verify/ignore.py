@@ -167,14 +167,14 @@ def _verdict(vllm_view: VllmView, kinds: tuple[RoleCount, ...], findings: list[F
     refused = [kind for kind in kinds if kind.role in QUANTIZED and kind.quantized]
     if refused:
         are = _are([_part(kind, kind.quantized) for kind in refused])
-        return f"{are} quantized: vLLM will refuse to load this."
+        return f"{are} quantized: vLLM will refuse to load this checkpoint."
     if EXPERT_NAMES.id in rules:
         return (
-            "The experts have names that vLLM does not know: it will load this without an error "
-            "and leave them uninitialised."
+            "The experts have names that vLLM does not know: vLLM will load this checkpoint "
+            "without an error and leave the experts uninitialised."
         )
     if rules:
-        return "vLLM will not load this as it is: its config.json and its tensors disagree."
+        return "vLLM will not load this checkpoint: its config.json and its tensors disagree."
     parts = [_part(kind, kind.found) for kind in kinds if kind.role in QUANTIZED]
     kept = f"{_are(parts)} kept" if parts else "No router, lm_head or embeddings were found"
     if not vllm_view.view.method:
@@ -183,7 +183,7 @@ def _verdict(vllm_view: VllmView, kinds: tuple[RoleCount, ...], findings: list[F
         return f"{kept}; routers of an unknown family cannot be judged."
     if vllm_view.style is None:
         return f"{kept}; what the ignore list means was not judged."
-    return f"{kept}: nothing in ignore stops vLLM from loading this."
+    return f"{kept}: nothing in ignore stops vLLM from loading this checkpoint."
 
 
 def _part(kind: RoleCount, count: int) -> tuple[str, bool]:

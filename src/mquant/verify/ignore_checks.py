@@ -140,7 +140,7 @@ def _refused(quantized: list[Judged]) -> Iterator[Finding]:
             yield refused.finding(
                 modules[0],
                 f"{_are(modules, f'{role.value} module')} quantized ({names(modules)}), with "
-                f"{names(suffixes, 6)} on disk; vLLM refuses to load that.",
+                f"{names(suffixes, 6)} on disk; vLLM refuses to load the checkpoint.",
             )
 
 
@@ -150,7 +150,7 @@ def _misnamed(vllm_view: VllmView) -> Iterator[Finding]:
         yield EXPERT_NAMES.finding(
             group[0],
             f"{_are(group, 'expert module')} named as in a loaded model ({names(group)}); vLLM "
-            "loads this without an error and leaves these experts uninitialised.",
+            "loads the checkpoint without an error and leaves these experts uninitialised.",
         )
 
 
@@ -172,7 +172,7 @@ def _bad_entries(vllm_view: VllmView) -> Iterator[Finding]:
             more = f" (and {len(bad) - 1:,} more like it)" if len(bad) > 1 else ""
             yield IGNORE_BAD_ENTRY.finding(
                 entry,
-                f"{entry!r} in {key} is no regular expression ({reason}){more}; vLLM stops there.",
+                f"{entry!r} in {key} is no regular expression ({reason}){more}; vLLM stops.",
             )
     for key in _LISTS:
         value = vllm_view.view.config.get(key)
@@ -187,8 +187,8 @@ def _disagreements(vllm_view: VllmView) -> Iterator[Finding]:
     if split:
         yield FUSED_SET_SPLIT.finding(
             split[0],
-            f"ignore or targets match some of the modules that vLLM makes one layer of, but not "
-            f"all, {_many(split, 'time')} (first: the layer of {split[0]}).",
+            f"ignore or targets match some, but not all, modules of a layer that vLLM fuses, "
+            f"{_many(split, 'time')} (first: the layer of {split[0]}).",
         )
     wrong: dict[Rule, list[Judged]] = defaultdict(list)
     for group in vllm_view.groups:
@@ -219,7 +219,7 @@ def _disagreement_finding(broken: Rule, group: list[Judged]) -> Finding:
     }[broken]
     modules = [judged.module.name for judged in group]
     first = group[0]
-    known_as = "" if first.vllm[0] == first.module.name else f" (to vLLM it is {first.vllm[0]})"
+    known_as = "" if first.vllm[0] == first.module.name else f" (vLLM's name is {first.vllm[0]})"
     predicate = sentence.format("it" if len(group) == 1 else "them")
     return broken.finding(
         modules[0], f"{_are(modules, 'module')} {predicate}. First: {first.module.name}{known_as}."

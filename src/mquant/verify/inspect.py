@@ -206,8 +206,8 @@ def _unusual(
     if inspection.pruned:
         yield EXPERT_PRUNED.finding(
             family.config.experts,
-            f"It has {inspection.experts} of the family's {inspection.unpruned_experts} experts: "
-            "looks expert-pruned.",
+            f"The checkpoint has {inspection.experts} of the family's "
+            f"{inspection.unpruned_experts} experts: it looks expert-pruned.",
         )
     tensors = [*((info.name, m) for info, m in known), *((info.name, None) for info in unknown)]
     yield from check_mtp(family, checkpoint.config, tensors)
@@ -216,7 +216,7 @@ def _unusual(
     if missing:
         yield CONFIG_KEY_MISSING.finding(
             "config.json",
-            f"config.json lacks {names(missing)}, without which vLLM and SGLang do not load it.",
+            f"config.json lacks {names(missing)}, which vLLM and SGLang need to load the model.",
             "Take the keys from the config.json of the model's first release.",
             "fact",
         )

@@ -11,7 +11,7 @@ MTP_WITHOUT_TENSORS: Final = rule(
     "If config.json declares multi-token prediction modules, the checkpoint has their tensors.",
     "Loaders work without the modules; speculative decoding with them is not possible. The "
     "releases of MiniMax-M2 lack them, too.",
-    "Nothing to do: loaders work without the modules; multi-token prediction cannot be used.",
+    "Nothing to do: only multi-token prediction cannot be used.",
     severity="info",
     knowing=("family",),
 )

@@ -286,7 +286,7 @@ def _dead_blocks(view: ModuleView, module: Module, result: _Result) -> None:
         if (nonzero & zero).any():
             block = start // per_block + int(np.argmax(nonzero & zero))
             row = block // scale.shape[1]
-            result.add(SCALE_ZERO, scale, f"is zero over a block that is not (row {row:,})")
+            result.add(SCALE_ZERO, scale, f"is zero over a block that is not zero (row {row:,})")
             return
 
 
@@ -298,7 +298,7 @@ def _fused(sets: Iterable[list[tuple[str, bytes]]], tally: Tally) -> None:
             tally.add(
                 GLOBAL_SCALE_DIFFERS,
                 other,
-                f"{first} and {other} differ, but loaders make one matrix of them",
+                f"{first} and {other} differ, but loaders fuse their modules into one matrix",
             )
 
 

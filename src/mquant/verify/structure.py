@@ -100,6 +100,6 @@ def _unknown_family(view: ModuleView) -> Finding:
     kind = str(view.checkpoint.config.get("model_type"))[:60]
     return FAMILY_UNKNOWN.finding(
         "config.json",
-        f"config.json says model_type {kind!r}, a family mquant does not know: only what holds "
-        "for every model was checked.",
+        f"config.json says model_type {kind!r}, a family mquant does not know: only rules "
+        "that hold for every model were checked.",
     )

@@ -96,7 +96,7 @@ def check_parallel(view: ModuleView) -> Iterator[Finding]:
         reasons = {n: _reason(loader, n, family, config, weights) for n in SIZES}
         works = [n for n, reason in reasons.items() if not reason]
         if loader is VLLM and not works:
-            message = f"{VLLM.name} cannot run it on any number of GPUs: {reasons[1]}."
+            message = f"{VLLM.name} cannot run the checkpoint on any number of GPUs: {reasons[1]}."
             yield KERNEL_SHAPE.finding("config.json", message)
             return
         sentences.append(f"{loader.name} with {_in_words(works, reasons)}")

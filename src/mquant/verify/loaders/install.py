@@ -29,13 +29,13 @@ def find_python() -> Path:
     if stated and not Path(stated).is_file():
         raise LoaderError(
             f"MQUANT_VLLM_PYTHON names {stated}, which is no file.",
-            "Name the Python of an environment that has vLLM; or unset it.",
+            "Name the Python of an environment that has vLLM, or unset the variable.",
         )
     if not stated and not installed():
         raise LoaderError(
-            "vLLM is not installed where mquant could ask it.",
+            "vLLM is not installed in an environment that mquant knows.",
             "Run: mquant loader install vllm (4 GB, a few minutes); or set MQUANT_VLLM_PYTHON to "
-            "the Python of an environment that has it.",
+            "the Python of an environment that has vLLM.",
         )
     return Path(stated) if stated else environment() / "bin" / "python"
 

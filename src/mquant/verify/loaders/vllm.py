@@ -139,10 +139,10 @@ def read_verdict(reported: Mapping[str, Any], why: str = "") -> Verdict:
     quoted = f"{kind}: {words}" if kind else words
     doing = _STAGES.get(stage, stage)
     if stage == "start" or kind == "ImportError" or any(w in words.lower() for w in _NOT_HERE):
-        message = f"vLLM {version} could not be asked; it stopped while {doing}: {quoted}"
+        message = f"vLLM {version} could not be asked: vLLM stopped while {doing}: {quoted}"
         findings = (VLLM_NOT_ASKED.finding("vLLM", _sentence(message)),)
         return Verdict(version, "not asked", quoted, findings)
-    message = f"vLLM {version} refuses it while {doing}: {quoted}"
+    message = f"vLLM {version} refuses the checkpoint while {doing}: {quoted}"
     return Verdict(version, "refuses", quoted, (VLLM_REFUSES.finding("vLLM", _sentence(message)),))
 
 
@@ -194,7 +194,7 @@ def _materialise(source: Source, shards: tuple[str, ...], folder: Path) -> None:
                 file.truncate(size)
         except OSError as error:  # such as a size or a name that no file can have
             raise LoaderError(
-                f"vLLM cannot be given {name[:60]} ({error.strerror}).",
+                f"mquant cannot write {name[:60]} for vLLM ({error.strerror}).",
                 "Leave --loader out, or set TMPDIR to a folder on another disk.",
             ) from error
 
