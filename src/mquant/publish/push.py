@@ -85,15 +85,15 @@ def load(source: Folder) -> Shipment:
     record = read_record(source)
     if record is None:
         raise SourceError(
-            f"{source.name} has no {RECORD}, so nothing says which bytes are its own.",
-            "Make it with mquant quantize, or mend it with mquant repair.",
+            f"{source.name} has no {RECORD}, which lists the checkpoint's files and their sha256.",
+            "Write a checkpoint with mquant quantize, or repair this one with mquant repair.",
         )
     sizes = {name: size for name, (size, _) in record.files.items()}
     missing = [name for name in sizes if name not in source.files]
     if missing or CONFIG_NAME not in sizes:
         raise SourceError(
             f"{source.name} lacks {names(missing or [CONFIG_NAME])}, which its {RECORD} names.",
-            "Push the whole checkpoint: run what made it again.",
+            "Run the command that wrote the checkpoint again, then push the whole checkpoint.",
         )
     changed = [name for name, size in sizes.items() if source.files[name] != size]
     if changed:
@@ -102,8 +102,8 @@ def load(source: Folder) -> Shipment:
     if unlisted:
         raise SourceError(
             f"{names(unlisted)} in {source.name} {'are' if len(unlisted) > 1 else 'is'} not in its "
-            f"{RECORD}: mquant did not make that.",
-            "Move it away: a loader may read it.",
+            f"{RECORD}.",
+            "Move what mquant did not write to another folder: a loader may read such files.",
         )
     return Shipment(source, record)
 
@@ -128,8 +128,8 @@ def push(
     private = hub.private if hub else not public
     if not private and not public:
         raise OutputError(
-            f"{repo} is public: what is pushed there is published.",
-            "Give --public if that is meant, or another repo.",
+            f"{repo} is public: a push publishes the checkpoint.",
+            "Give --public to publish the checkpoint, or give another repo.",
         )
     note = cache() / "push" / f"{shipment.key}.json"
     missing = _missing(shipment, hub)
@@ -138,7 +138,7 @@ def push(
     if replacing and not replace:
         raise OutputError(
             f"{repo} holds another checkpoint.",
-            "Give another repo, or --replace: until all files are there it has no config.json.",
+            "Give another repo, or --replace: the repo lacks config.json until the upload ends.",
         )
     local = _judge(shipment, families, note, emit)
     if local is not None and local.count("error"):
@@ -148,19 +148,18 @@ def push(
     if hub is None:
         writer.create(private=private)
     elif public and private:
-        emit(Note("warning", f"{repo} is private, and stays so: change that in its settings."))
+        emit(Note("warning", f"{repo} stays private: change its visibility in its settings."))
     if replacing and hub is not None:
         removed = [name for name in reversed(LAST) if name in hub.files]
         if removed:
-            writer.commit("Take config.json away until all files are there", {}, removed)
+            writer.commit("Remove config.json until all files are uploaded", {}, removed)
     _send(shipment, writer, missing, extra, emit)
     updated = HubRepo(repo)
     unsent = _missing(shipment, updated)
     if unsent:
         raise OutputError(
-            f"{repo} does not have {names(unsent)} as "
-            f"{'it is' if len(unsent) == 1 else 'they are'} here.",
-            "Run the same command again: it sends that anew.",
+            f"{repo} does not have the local content of {names(unsent)}.",
+            "Run the same command again to upload the missing files.",
         )
     remote = verify(updated, families, Depth.STRUCTURE, emit=emit)
     note.unlink(missing_ok=True)
@@ -175,7 +174,7 @@ def _send(
         writer.upload(shipment.source.root, first, emit)
     last = {name: shipment.source.path(name) for name in shipment.last if name in missing}
     if last or extra:
-        writer.commit("Add index and config.json: now it is whole", last, extra)
+        writer.commit("Add index and config.json: the checkpoint is complete", last, extra)
 
 
 def _find(repo: str) -> HubRepo | None:
@@ -255,8 +254,8 @@ def _check_bytes(shipment: Shipment, emit: Emit) -> None:
 
 def _changed(source: Folder, name: str) -> SourceError:
     return SourceError(
-        f"{name} in {source.name} is not the file that {RECORD} says: it was changed since.",
-        "Make the checkpoint again, or get the file again; mquant verify says what is wrong.",
+        f"{name} in {source.name} is not the file that {RECORD} says: the file was changed.",
+        "Write the checkpoint again, or copy the file again; mquant verify says what is wrong.",
     )
 
 

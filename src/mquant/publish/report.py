@@ -107,8 +107,8 @@ def report(
             raise
         paths = " or ".join(str(path) for path in (inputs.comparison, inputs.evaluation) if path)
         raise SourceError(
-            f"{paths} is not what this mquant writes: {type(error).__name__} {error}.",
-            "Make it again with --format json.",
+            f"{paths} is not a result of this version of mquant: {type(error).__name__} {error}.",
+            "Write the file again with --format json.",
         ) from error
     write_document(out, [page.encode()], "Give another file with -o.")
     return Made(out, verification, comparison, evaluation)
@@ -131,11 +131,11 @@ def _read_result(path: Path | None, verb: Literal["compare", "eval"], source: So
     if not isinstance(document, dict) or document.get("schema") != f"mquant.{verb}/1":
         raise SourceError(
             f"{path} is not the JSON of mquant {verb}.",
-            f"Make it with: mquant {verb} --format json",
+            f"Write the file with: mquant {verb} --format json",
         )
     if "error" in document or document.get("source") != source.name:
-        subject = f"of {document['source']}" if document.get("source") else "of a run that failed"
-        raise SourceError(f"{path} is {subject}, not of {source.name}.", "Make it again.")
+        subject = document.get("source") or "a run that failed"
+        raise SourceError(f"{path} describes {subject}, not {source.name}.", "Measure again.")
     return document
 
 

@@ -39,8 +39,8 @@ def read_about(path: Path) -> About:
         return About.model_validate(read_yaml(path) or {})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "it"
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise DataFileError(
             f"{path.name}: {where}: {first['msg']}.",
-            "It may hold repo, base_model, companions (repo, what) and citation.",
+            "The file may have the keys repo, base_model, companions (repo, what) and citation.",
         ) from None

@@ -89,8 +89,8 @@ def gather(
     view = read_modules(checkpoint, families)
     if not view.quantized:
         raise SourceError(
-            f"{source.name} is not quantized: a card says how it was.",
-            "Give the checkpoint that mquant quantize made.",
+            f"{source.name} is not quantized: a card describes a quantization.",
+            "Give the checkpoint that mquant quantize wrote.",
         )
     record = read_record(source)
     parent = find_parent(record, given, emit)

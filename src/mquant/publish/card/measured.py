@@ -82,11 +82,11 @@ def _document(path: Path, schema: str, name: str) -> dict[str, Any]:
     except ValueError:
         value = None
     verb = schema.partition("/")[0].removeprefix("mquant.")
-    fix = f"Make it with: mquant {verb} ... --format json > {path.name}"
+    fix = f"Write the file with: mquant {verb} ... --format json > {path.name}"
     if not isinstance(value, dict) or value.get("schema") != schema:
         raise SourceError(f"{path} is no result of mquant {verb} ({schema}).", fix)
     if value.get("ok") is not True:
-        raise SourceError(f"{path} is of a run of mquant {verb} that failed.", fix)
+        raise SourceError(f"{path} describes a run of mquant {verb} that failed.", fix)
     source = value.get("source")
     if not isinstance(source, str) or _last(source) != _last(name):
         raise SourceError(f"{path} is about {str(source)[:96]}, not about {name}.", fix)

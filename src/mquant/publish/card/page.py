@@ -84,7 +84,7 @@ def _verified(card: Card) -> str:
     parts.append(f"<details><summary>The rules</summary>\n\n{rules}\n</details>\n")
     if report.findings:
         findings = [_finding(finding) for finding in report.findings]
-        parts.append(table(("Found", "Severity", "What"), findings))
+        parts.append(table(("Rule", "Severity", "Finding"), findings))
     else:
         parts.append("No rule found anything.\n")
     return "\n".join(parts)
@@ -100,7 +100,7 @@ def _accuracy(card: Card) -> str:
         return "## Accuracy\n\nNot measured.\n"
     rows = []
     if measured.perplexity is not None:
-        rows.append(("Perplexity of this", f"{measured.perplexity:.4f}"))
+        rows.append(("Perplexity of the checkpoint", f"{measured.perplexity:.4f}"))
     if measured.parent is not None:
         rows.append(("Perplexity of the parent", f"{measured.parent:.4f}"))
     if measured.kl is not None:

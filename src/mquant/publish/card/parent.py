@@ -56,10 +56,10 @@ def find_parent(record: Record | None, given: Source | None, emit: Emit) -> Pare
         identity = given.identity()
         if recorded.get("kind") == identity["kind"] and dict(recorded) != identity:
             raise SourceError(
-                f"{given.name} is not what it was made from: mquant.json says "
+                f"{given.name} is not the parent that mquant.json names: "
                 f"{recorded.get('repo') or 'a folder with other files'}"
                 f"{' at ' + recorded['commit'] if 'commit' in recorded else ''}.",
-                "Give the very parent with --from, or leave it out.",
+                "Give the parent of mquant.json with --from, or leave --from out.",
             )
         return _read(given)
     repo, commit = recorded.get("repo", ""), recorded.get("commit", "")
@@ -68,7 +68,7 @@ def find_parent(record: Record | None, given: Source | None, emit: Emit) -> Pare
     try:
         return _read(HubRepo(repo, commit))
     except SourceError as error:
-        emit(Note("warning", f"{error.message} What its card says is left out."))
+        emit(Note("warning", f"{error.message} The facts of the parent's card are left out."))
         return Parent(repo=repo, commit=commit)
 
 

@@ -67,7 +67,7 @@ def render(evidence: Evidence) -> str:
         _evaluation(evidence),
         _findings(evidence),
         _recipe(evidence),
-        tag("footer", f"Made by {evidence.made_by}. Every number on this page was measured."),
+        tag("footer", f"Written by {evidence.made_by}. Every number on this page was measured."),
     ]
     body = tag("body", tag("main", *sections))
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
@@ -79,7 +79,7 @@ def _section(title: str, *children: str) -> Html:
 
 def _header(evidence: Evidence) -> Html:
     cls = {"error": "error", "warning": "warning"}.get(evidence.severity, "good")
-    origin = f"Quantized from {evidence.parent}" if evidence.parent else "Its parent was not given"
+    origin = f"Quantized from {evidence.parent}" if evidence.parent else "No parent was given"
     return tag(
         "header",
         tag("h1", evidence.name),
@@ -110,7 +110,7 @@ def _figures(evidence: Evidence) -> Iterator[tuple[str, str]]:
         yield f"{own:.3f}", change or "perplexity"
         if evaluation["kl_nats"] is not None:
             yield f"{evaluation['kl_nats']:.4f}", "nats a token: KL from the parent"
-            yield f"{evaluation['top1_agreement']:.1%}", "of tokens: same first choice"
+            yield f"{evaluation['top1_agreement']:.1%}", "of tokens: same most likely token"
         if evaluation["router_agreement"] is not None:
             yield f"{evaluation['router_agreement']:.1%}", "of routed experts: same choice"
 
@@ -125,7 +125,7 @@ def _sizes(evidence: Evidence) -> Html:
         ratio = f"{part.after / part.before:.1%}" if part.before else ""
         before = "" if part.before is None else size(part.before)
         rows.append((part.role, f"{part.tensors:,}", before, size(part.after), ratio, join(*bars)))
-    heads = ("role", "tensors", "before", "after", "", "after, and before below it")
+    heads = ("role", "tensors", "before", "after", "", "after (upper bar), before (lower bar)")
     return _section("Sizes", table(heads, rows, frozenset({1, 2, 3, 4})))
 
 
@@ -189,16 +189,16 @@ def _routing(evidence: Evidence) -> Html:
 def _evaluation(evidence: Evidence) -> Html:
     result = evidence.evaluation
     if result is None:
-        sentence = "Nothing was evaluated: give a text with --text."
+        sentence = "The checkpoint was not evaluated: give a text with --text."
         return _section("Evaluation", tag("p", sentence, cls="note"))
     text = result["text"]
     rows = [("text", f"{text['name']}, {result['tokens']:,} of {text['tokens'] - 1:,} tokens")]
-    rows.append(("windows", f"{result['context']:,} tokens; none sees further back"))
+    rows.append(("windows", f"{result['context']:,} tokens; no token sees an earlier window"))
     rows.append(("perplexity", f"{result['perplexity']:.4f}"))
     if result["parent"] is not None:
         rows.append((f"perplexity of {result['parent']}", f"{result['parent_perplexity']:.4f}"))
         rows.append(("KL from the parent", f"{result['kl_nats']:.5f} nats a token"))
-        rows.append(("same first choice", f"{result['top1_agreement']:.2%} of tokens"))
+        rows.append(("same most likely token", f"{result['top1_agreement']:.2%} of tokens"))
     rows.append(("sha256 of the text", tag("code", text["sha256"])))
     how = "Float32 on the CPU, from the weights as they are stored; activations are not quantized."
     return _section("Evaluation", facts(rows), tag("p"), tag("p", how, cls="note"))
@@ -206,7 +206,7 @@ def _evaluation(evidence: Evidence) -> Html:
 
 def _findings(evidence: Evidence) -> Html:
     if not evidence.findings:
-        return _section("Findings", tag("p", "None: mquant verify has nothing to say.", cls="good"))
+        return _section("Findings", tag("p", "mquant verify has no findings.", cls="good"))
     items = [
         tag(
             "li",
