@@ -195,5 +195,5 @@ def test_a_size_that_no_file_has_is_a_sentence(src: Path, tmp_path: Path) -> Non
     shard = open_checkpoint(Folder(src)).shards[0]
     source.files = {**source.files, shard: 2**63 - 1}
 
-    with pytest.raises(LoaderError, match="vLLM cannot be given model-00001"):
+    with pytest.raises(LoaderError, match="mquant cannot write model-00001"):
         vllm._materialise(source, (shard,), tmp_path / "given")

@@ -233,7 +233,7 @@ def test_another_parent_than_mquant_json_says_is_refused(src: Path, tmp_path: Pa
     other = Path(shutil.copytree(TRAINED, tmp_path / "other"))
     edit_json(other / "config.json", rms_norm_eps=1e-5)
     result = run(src, "--from", other, code=1)
-    assert "other is not what it was made from" in result.stderr
+    assert "other is not the parent that mquant.json names" in result.stderr
     assert not (src / "README.md").exists()
 
 
@@ -249,7 +249,9 @@ def test_accuracy_is_not_measured_or_measured(src: Path, tmp_path: Path) -> None
     assert "## Accuracy\n\nNot measured.\n" in card_of(src)
     evaluated, compared = written(tmp_path / "e", EVALUATED), written(tmp_path / "c", COMPARED)
     card = card_of(src, "--eval", evaluated, "--compare", compared)
-    assert "| Perplexity of this | 12.5000 |\n| Perplexity of the parent | 12.3457 |" in card
+    assert (
+        "| Perplexity of the checkpoint | 12.5000 |\n| Perplexity of the parent | 12.3457 |" in card
+    )
     assert "| KL divergence from the parent | 0.00430 nats per token |" in card
     assert "| The parent's most likely token | 97.50% of positions |" in card
     assert "By `mquant eval` on `heldout.txt`, 8,192 tokens, windows of 512." in card
@@ -262,7 +264,7 @@ def test_accuracy_is_not_measured_or_measured(src: Path, tmp_path: Path) -> None
     ("change", "sentence"),
     [
         ({"schema": "mquant.plan/1"}, "is no result of mquant eval (mquant.eval/1)."),
-        ({"ok": False}, "is of a run of mquant eval that failed."),
+        ({"ok": False}, "describes a run of mquant eval that failed."),
         ({"source": "Other"}, "is about Other, not about Tiny-NVFP4."),
     ],
 )
@@ -312,7 +314,7 @@ HEADINGS = (
     "What it is",
     "Verified",
     "Accuracy",
-    "Use it",
+    "How to serve the checkpoint",
     "What is quantized, and what stays",
     "How it was made",
     "Checksums",
@@ -373,7 +375,7 @@ def test_of_a_broken_checkpoint_there_is_no_card(src: Path, tmp_path: Path) -> N
 
 def test_of_an_unquantized_checkpoint_there_is_none(tmp_path: Path) -> None:
     result = run(TRAINED, "-o", tmp_path / "x", code=1)
-    assert "tiny-minimax-m2 is not quantized: a card says how it was." in result.stderr
+    assert "tiny-minimax-m2 is not quantized: a card describes a quantization." in result.stderr
 
 
 def test_a_hub_repo_has_one_too(src: Path, tmp_path: Path, hub: FakeHub) -> None:

@@ -91,7 +91,7 @@ def test_a_person_sees_the_same(model: Path) -> None:
 
 def test_pruned_experts(model: Path) -> None:
     assert messages(model)["expert-pruned"] == (
-        "It has 4 of the family's 256 experts: looks expert-pruned."
+        "The checkpoint has 4 of the family's 256 experts: it looks expert-pruned."
     )
 
 
@@ -127,7 +127,7 @@ def test_fused_sets_cut_by_shard_borders(model: Path) -> None:
 def test_config_keys_that_loaders_need(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", config={"rotary_dim": ...})
     assert messages(model)["config-key-missing"] == (
-        "config.json lacks rotary_dim, without which vLLM and SGLang do not load it."
+        "config.json lacks rotary_dim, which vLLM and SGLang need to load the model."
     )
 
 

@@ -96,7 +96,7 @@ def test_the_repo_is_private_unless_public_is_asked_for(src: Path, hub: FakeHub)
 def test_into_a_public_repo_nothing_goes_by_accident(src: Path, hub: FakeHub) -> None:
     hub.add(REPO, src)
     result = run(src, REPO, code=1)
-    assert f"{REPO} is public: what is pushed there is published." in result.stderr
+    assert f"{REPO} is public: a push publishes the checkpoint." in result.stderr
     assert not hub.commits
 
 
@@ -176,9 +176,12 @@ def test_a_checkpoint_that_is_found_wrong_is_refused(
 @pytest.mark.parametrize(
     ("edit", "sentence"),
     [
-        ("mquant.json", "Q has no mquant.json, so nothing says which bytes are its own."),
+        (
+            "mquant.json",
+            "Q has no mquant.json, which lists the checkpoint's files and their sha256.",
+        ),
         ("tokenizer.json", "Q lacks tokenizer.json, which its mquant.json names."),
-        ("+evil.py", "evil.py in Q is not in its mquant.json: mquant did not make that."),
+        ("+evil.py", "evil.py in Q is not in its mquant.json."),
     ],
 )
 def test_what_is_not_the_checkpoint_that_was_made_is_refused(
@@ -322,7 +325,7 @@ def test_a_card_that_the_hub_does_not_take_is_a_sentence(src: Path, hub: FakeHub
 def test_what_the_hub_lost_is_noticed_and_sent_anew(src: Path, hub: FakeHub) -> None:
     hub.loses = "tokenizer.json"
     result = run(src, REPO, code=1)
-    assert f"{REPO} does not have tokenizer.json as it is here." in result.stderr
+    assert f"{REPO} does not have the local content of tokenizer.json." in result.stderr
     hub.loses = None
     run(src, REPO)
     assert on_the_hub(hub) == hashes(src)

@@ -144,10 +144,10 @@ def test_results_of_something_else_are_refused(trained: Path, tmp_path: Path) ->
 
     assert "is not the JSON of mquant compare." in said("[]")
     assert "is not the JSON of mquant compare." in said('{"schema": "mquant.eval/1"}')
-    assert "is of other, not of Tiny-NVFP4" in said(
+    assert "describes other, not Tiny-NVFP4" in said(
         '{"schema": "mquant.compare/1", "source": "other"}'
     )
-    assert "is not what this mquant writes" in said(
+    assert "is not a result of this version of mquant" in said(
         '{"schema": "mquant.compare/1", "source": "Tiny-NVFP4"}'
     )
 

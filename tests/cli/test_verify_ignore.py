@@ -21,7 +21,7 @@ GATES = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(3)]
 PACKED = ["weight_global_scale", "weight_packed", "weight_scale"]
 GOOD = (
     "All 3 routers, lm_head and the embeddings are kept: nothing in ignore stops vLLM from "
-    "loading this."
+    "loading this checkpoint."
 )
 
 
@@ -106,7 +106,7 @@ def test_model_free_ptq_that_ignores_lm_head_only(
 ) -> None:
     found = here_and_there(hub, model_free_ptq(one, tmp_path / "out", ["lm_head"]), code=3)
     assert found["verdict"] == (
-        "3 of 3 routers and the embeddings are quantized: vLLM will refuse to load this."
+        "3 of 3 routers and the embeddings are quantized: vLLM will refuse to load this checkpoint."
     )
     assert found_rules(found) == {"router-quantized": "error", "embedding-quantized": "error"}
     assert {entry["module"]: entry["suffixes"] for entry in found["quantized"]} == dict.fromkeys(
@@ -122,7 +122,10 @@ def test_model_free_ptq_that_forgets_the_routers(
 ) -> None:
     out = model_free_ptq(one, tmp_path / "out", ["lm_head", "model.embed_tokens"])
     found = here_and_there(hub, out, code=3)
-    assert found["verdict"] == "3 of 3 routers are quantized: vLLM will refuse to load this."
+    assert (
+        found["verdict"]
+        == "3 of 3 routers are quantized: vLLM will refuse to load this checkpoint."
+    )
     assert found_rules(found) == {"router-quantized": "error"}
 
 

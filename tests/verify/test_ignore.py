@@ -67,7 +67,7 @@ def judge(tmp_path: Path) -> Callable[..., IgnoreReport]:
 Judge = Callable[..., IgnoreReport]
 GOOD = (
     "All 2 routers, lm_head and the embeddings are kept: nothing in ignore stops vLLM from "
-    "loading this."
+    "loading this checkpoint."
 )
 
 
@@ -150,11 +150,13 @@ def test_nothing_is_quantized(judge: Judge) -> None:
 )
 def test_quantized_routers(judge: Judge, suffixes: Suffixes, config: Any) -> None:
     report = judge(quantized(suffixes, ".gate"), config)
-    assert report.verdict == "2 of 2 routers are quantized: vLLM will refuse to load this."
+    assert (
+        report.verdict == "2 of 2 routers are quantized: vLLM will refuse to load this checkpoint."
+    )
     assert rules(report) == {"router-quantized": "error"}
     assert message(report, "router-quantized") == (
         f"2 router modules are quantized ({', '.join(GATES)}), with "
-        f"{', '.join(sorted(suffixes))} on disk; vLLM refuses to load that."
+        f"{', '.join(sorted(suffixes))} on disk; vLLM refuses to load the checkpoint."
     )
     assert [(name, found) for name, _, found in report.quantized] == [
         (gate, tuple(sorted(suffixes))) for gate in GATES
@@ -164,14 +166,15 @@ def test_quantized_routers(judge: Judge, suffixes: Suffixes, config: Any) -> Non
 def test_everything_is_quantized(judge: Judge) -> None:
     report = judge(quantized(NVFP4A16, ".gate", "lm_head", "embed_tokens"), compressed([]))
     assert report.verdict == (
-        "2 of 2 routers, lm_head and the embeddings are quantized: vLLM will refuse to load this."
+        "2 of 2 routers, lm_head and the embeddings are quantized: vLLM will refuse to load this "
+        "checkpoint."
     )
     assert set(rules(report)) == {"router-quantized", "embedding-quantized", "head-quantized"}
 
 
 def test_one_head_is_one(judge: Judge) -> None:
     report = judge(quantized(NVFP4A16, "lm_head"), compressed(KEPT[1:]))
-    assert report.verdict == "lm_head is quantized: vLLM will refuse to load this."
+    assert report.verdict == "lm_head is quantized: vLLM will refuse to load this checkpoint."
     assert rules(report) == {"head-quantized": "error"}
 
 
@@ -181,7 +184,9 @@ def test_a_lone_scale_beside_a_plain_router_is_refused(judge: Judge) -> None:
         return [*made, make_row(f"{GATES[1]}.weight_scale", "F8_E4M3", (4,))]
 
     report = judge(edit, compressed(KEPT))
-    assert report.verdict == "1 of 2 routers are quantized: vLLM will refuse to load this."
+    assert (
+        report.verdict == "1 of 2 routers are quantized: vLLM will refuse to load this checkpoint."
+    )
     assert report.quantized[0][2] == ("weight_scale",)
 
 
@@ -201,7 +206,7 @@ def test_experts_under_transformers_names(judge: Judge, whole: bool) -> None:
     report = judge(edit, compressed(["lm_head", "model.embed_tokens", r"re:.*\.gate$"]))
     assert rules(report) == {"expert-names": "error"}
     assert "24 expert modules are named as in a loaded model" in message(report, "expert-names")
-    assert "leave them uninitialised" in report.verdict
+    assert "leave the experts uninitialised" in report.verdict
 
 
 def test_nothing_says_that_it_is_quantized(judge: Judge) -> None:
@@ -226,7 +231,7 @@ def test_plain_experts_that_are_ignored_by_the_hub_s_names_alone(judge: Judge) -
     edit = quantized(NVFP4A16, but=("experts",))
     report = judge(edit, compressed([*KEPT, r"re:.*block_sparse_moe\.experts.*"]))
     assert rules(report) == {"kept-but-not-ignored": "error", "ignore-hub-only": "warning"}
-    assert "(to vLLM it is model.layers.0.mlp.experts.0.w1)" in message(
+    assert "(vLLM's name is model.layers.0.mlp.experts.0.w1)" in message(
         report, "kept-but-not-ignored"
     )
     assert judge(edit, compressed([*KEPT, r"re:.*mlp\.experts\..*"])).findings == ()
@@ -377,7 +382,7 @@ def test_an_unknown_family_is_judged_by_usual_names(judge: Judge) -> None:
         "lm_head and the embeddings are kept; routers of an unknown family cannot be judged."
     )
     bad = judge(quantized(NVFP4A16, "lm_head"), compressed(["lm_head"]), model_type="odd")
-    assert bad.verdict == "lm_head is quantized: vLLM will refuse to load this."
+    assert bad.verdict == "lm_head is quantized: vLLM will refuse to load this checkpoint."
 
 
 def test_an_unknown_method_is_judged_by_its_tensors(judge: Judge) -> None:

@@ -70,7 +70,7 @@ def test_its_verdict_joins_the_report(asked: Path) -> None:
     assert document["loader"]["words"] == "ValueError: No such."
     (found,) = (f for f in document["findings"] if f["rule"] == "vllm-refuses")
     assert found["message"] == (
-        "vLLM 0.32.0 refuses it while loading the weights: ValueError: No such."
+        "vLLM 0.32.0 refuses the checkpoint while loading the weights: ValueError: No such."
     )
 
 

@@ -50,7 +50,7 @@ def _first(raw: "np.ndarray[tuple[int], np.dtype[np.uint8]]"):  # type: ignore[n
         (changed(SCALE, data=setting(3, 0x7F)), "scale-not-finite", f"{SCALE} holds NaN"),
         (changed(SCALE, data=setting(3, 0xFF)), "scale-not-finite", f"{SCALE} holds NaN"),
         (changed(SCALE, data=setting(3, 0xB8)), "scale-negative", f"{SCALE} holds negative"),
-        (changed(SCALE, data=setting(3, 0x00)), "scale-zero", "over a block that is not (row 1)"),
+        (changed(SCALE, data=setting(3, 0x00)), "scale-zero", "a block that is not zero (row 1)"),
         (changed(SCALE, data=setting(3, 0x80)), "scale-zero", f"{SCALE} is zero"),
         (changed(GLOBAL, data=scalar(0)), "global-scale-invalid", f"{GLOBAL} is 0"),
         (changed(GLOBAL, data=scalar(-5)), "global-scale-invalid", "is -5"),

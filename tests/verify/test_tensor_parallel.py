@@ -114,8 +114,8 @@ def test_what_releases_of_a_family_work_with(tmp_path: Path, family: str, sizes:
 def test_a_hidden_size_no_kernel_takes_is_a_warning(tmp_path: Path) -> None:
     out = made(tmp_path, hidden=32)
     assert judged(out) == {
-        "kernel-shape": "vLLM 0.32 cannot run it on any number of GPUs: experts write 32 channels "
-        f"({W2}), no multiple of 64."
+        "kernel-shape": "vLLM 0.32 cannot run the checkpoint on any number of GPUs: experts write "
+        f"32 channels ({W2}), no multiple of 64."
     }
     assert "tensor-parallel" not in facts(out)
 

@@ -1,1 +1,1 @@
-"""Publish a checkpoint: the report, the model card, and the push to the hub."""
+"""Publish a checkpoint: write the report and the model card, and push to the hub."""

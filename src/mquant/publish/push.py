@@ -1,8 +1,8 @@
-"""Publish a checkpoint: only verified bytes, and so that no half-uploaded repo looks complete.
+"""Publish a checkpoint: push verified bytes only; no half-uploaded repo looks complete.
 
 All files but the index and config.json are uploaded first; the index and config.json follow in one
 commit, in this order. Then the repo itself is verified. Files that the repo already has are not
-sent, so a second run continues the first.
+uploaded again, so a second run resumes the first.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ _TITLES: Final = ("LICENSE", "LICENCE", "NOTICE")
 
 @dataclass(frozen=True)
 class Shipment:
-    """The files of a checkpoint that will be published, and its record."""
+    """The folder of the checkpoint to publish, and the record in mquant.json."""
 
     source: Folder
     record: Record
@@ -58,7 +58,7 @@ class Shipment:
 
     @cached_property
     def key(self) -> str:
-        """The sha256 of mquant.json, which holds the sha256 of all other files."""
+        """The sha256 of mquant.json, which lists the sha256 of the files that mquant wrote."""
         return hashlib.sha256(self.source.read(RECORD)).hexdigest()
 
 
@@ -66,7 +66,7 @@ class Shipment:
 class Pushed:
     """The result of a push: the verdicts on the local files and on the repo.
 
-    `remote` is None if the local files are broken: then nothing was sent. `local` is None if an
+    `remote` is None if the local files are broken: then nothing was uploaded. `local` is None if an
     earlier run verified the local files. `sent` lists the files that the repo did not have.
     """
 
@@ -78,32 +78,32 @@ class Pushed:
 
 
 def load(source: Folder) -> Shipment:
-    """The files to publish. Raises SourceError if the files differ from mquant.json.
+    """Return the files to publish. Raises SourceError if the files differ from mquant.json.
 
     Only names and sizes are compared here; `push` compares the content.
     """
     record = read_record(source)
     if record is None:
         raise SourceError(
-            f"{source.name} has no {RECORD}, so nothing says which bytes are its own.",
-            "Make it with mquant quantize, or mend it with mquant repair.",
+            f"{source.name} has no {RECORD}, which lists the checkpoint's files and their sha256.",
+            "Write a checkpoint with mquant quantize, or repair this one with mquant repair.",
         )
     sizes = {name: size for name, (size, _) in record.files.items()}
-    lost = [name for name in sizes if name not in source.files]
-    if lost or CONFIG_NAME not in sizes:
+    missing = [name for name in sizes if name not in source.files]
+    if missing or CONFIG_NAME not in sizes:
         raise SourceError(
-            f"{source.name} lacks {names(lost or [CONFIG_NAME])}, which its {RECORD} names.",
-            "Push the whole checkpoint: run what made it again.",
+            f"{source.name} lacks {names(missing or [CONFIG_NAME])}, which its {RECORD} names.",
+            "Run the command that wrote the checkpoint again, then push the whole checkpoint.",
         )
     changed = [name for name, size in sizes.items() if source.files[name] != size]
     if changed:
         raise _changed(source, changed[0])
-    strange = [name for name in source.files if name not in sizes and not _is_paper(name)]
-    if strange:
+    unlisted = [name for name in source.files if name not in sizes and not _is_paper(name)]
+    if unlisted:
         raise SourceError(
-            f"{names(strange)} in {source.name} {'are' if len(strange) > 1 else 'is'} not in its "
-            f"{RECORD}: mquant did not make that.",
-            "Move it away: a loader may read it.",
+            f"{names(unlisted)} in {source.name} {'are' if len(unlisted) > 1 else 'is'} not in its "
+            f"{RECORD}.",
+            "Move what mquant did not write to another folder: a loader may read such files.",
         )
     return Shipment(source, record)
 
@@ -124,85 +124,84 @@ def push(
     the files differ from mquant.json.
     """
     writer = HubWriter(repo)
-    there = _look(repo)
-    private = there.private if there else not public
+    hub = _find(repo)
+    private = hub.private if hub else not public
     if not private and not public:
         raise OutputError(
-            f"{repo} is public: what is pushed there is published.",
-            "Give --public if that is meant, or another repo.",
+            f"{repo} is public: a push publishes the checkpoint.",
+            "Give --public to publish the checkpoint, or give another repo.",
         )
     note = cache() / "push" / f"{shipment.key}.json"
-    missing = _missing(shipment, there)
-    spare = _spare(shipment, there)
-    replacing = _is_other(there, missing, spare)
+    missing = _missing(shipment, hub)
+    extra = _extra(shipment, hub)
+    replacing = _is_other(hub, missing, extra)
     if replacing and not replace:
         raise OutputError(
             f"{repo} holds another checkpoint.",
-            "Give another repo, or --replace: until all files are there it has no config.json.",
+            "Give another repo, or --replace: the repo lacks config.json until the upload ends.",
         )
     local = _judge(shipment, families, note, emit)
     if local is not None and local.count("error"):
         return Pushed(local, None, writer.page, private, ())
     if local is not None:
         local.raise_if_undecided()
-    if there is None:
+    if hub is None:
         writer.create(private=private)
     elif public and private:
-        emit(Note("warning", f"{repo} is private, and stays so: change that in its settings."))
-    if replacing and there is not None:
-        gone = [name for name in reversed(LAST) if name in there.files]
-        if gone:
-            writer.commit("Take config.json away until all files are there", {}, gone)
-    _send(shipment, writer, missing, spare, emit)
-    done = HubRepo(repo)
-    still = _missing(shipment, done)
-    if still:
+        emit(Note("warning", f"{repo} stays private: change its visibility in its settings."))
+    if replacing and hub is not None:
+        removed = [name for name in reversed(LAST) if name in hub.files]
+        if removed:
+            writer.commit("Remove config.json until all files are uploaded", {}, removed)
+    _send(shipment, writer, missing, extra, emit)
+    updated = HubRepo(repo)
+    unsent = _missing(shipment, updated)
+    if unsent:
         raise OutputError(
-            f"{repo} does not have {names(still)} as {'it is' if len(still) == 1 else 'they are'} "
-            "here.",
-            "Run the same command again: it sends that anew.",
+            f"{repo} does not have the local content of {names(unsent)}.",
+            "Run the same command again to upload the missing files.",
         )
-    remote = verify(done, families, Depth.STRUCTURE, emit=emit)
+    remote = verify(updated, families, Depth.STRUCTURE, emit=emit)
     note.unlink(missing_ok=True)
-    return Pushed(local, remote, writer.page, done.private, tuple(missing))
+    return Pushed(local, remote, writer.page, updated.private, tuple(missing))
 
 
 def _send(
-    shipment: Shipment, writer: HubWriter, missing: list[str], spare: list[str], emit: Emit
+    shipment: Shipment, writer: HubWriter, missing: list[str], extra: list[str], emit: Emit
 ) -> None:
     first = {name: shipment.files[name] for name in missing if name not in LAST}
     if first:
         writer.upload(shipment.source.root, first, emit)
     last = {name: shipment.source.path(name) for name in shipment.last if name in missing}
-    if last or spare:
-        writer.commit("Add index and config.json: now it is whole", last, spare)
+    if last or extra:
+        writer.commit("Add index and config.json: the checkpoint is complete", last, extra)
 
 
-def _look(repo: str) -> HubRepo | None:
+def _find(repo: str) -> HubRepo | None:
     try:
         return HubRepo(repo)
     except NoSuchRepo:
         return None
 
 
-def _missing(shipment: Shipment, there: HubRepo | None) -> list[str]:
-    """The files that the repo lacks, or holds with other content."""
-    return [name for name in shipment.files if there is None or not _same(shipment, there, name)]
+def _missing(shipment: Shipment, hub: HubRepo | None) -> list[str]:
+    """Return the files that the repo lacks, or has with other content."""
+    return [name for name in shipment.files if hub is None or not _same(shipment, hub, name)]
 
 
-def _same(shipment: Shipment, there: HubRepo, name: str) -> bool:
+def _same(shipment: Shipment, hub: HubRepo, name: str) -> bool:
     size = shipment.files[name]
-    if there.files.get(name) != size:
+    if hub.files.get(name) != size:
         return False
     recorded = shipment.record.files.get(name)
-    if recorded and name in there.sha256:
-        return there.sha256[name] == recorded[1]
-    return there.lists(name, shipment.source.read(name))
+    if recorded and name in hub.sha256:
+        return hub.sha256[name] == recorded[1]
+    return hub.lists(name, shipment.source.read(name))
 
 
-def _spare(shipment: Shipment, there: HubRepo | None) -> list[str]:
-    """The repo's shards and indexes that this checkpoint lacks: loaders would read them."""
-    files = there.files if there else {}
+def _extra(shipment: Shipment, hub: HubRepo | None) -> list[str]:
+    """Return the repo's shards and index that the checkpoint lacks: loaders would read them."""
+    files = hub.files if hub else {}
     return [
         name
         for name in files
@@ -210,10 +209,10 @@ def _spare(shipment: Shipment, there: HubRepo | None) -> list[str]:
     ]
 
 
-def _is_other(there: HubRepo | None, missing: list[str], spare: list[str]) -> bool:
-    """Whether the repo holds another checkpoint: more than the card and side files differ."""
+def _is_other(hub: HubRepo | None, missing: list[str], extra: list[str]) -> bool:
+    """Return whether the repo holds another checkpoint: not only the card and side files differ."""
     differs = any(is_shard(name) or name in LAST for name in missing)
-    return bool(spare) or (there is not None and CONFIG_NAME in there.files and differs)
+    return bool(extra) or (hub is not None and CONFIG_NAME in hub.files and differs)
 
 
 def _judge(
@@ -221,24 +220,24 @@ def _judge(
 ) -> Report | None:
     """Compare all bytes with mquant.json and verify the files; None if an earlier run did so.
 
-    `note` records the verdict with the files' sizes and times, for the same release of mquant.
+    A run that finds no error writes `note`: the release of mquant, and the files' sizes and times.
     """
     stamps = {name: list(stamp) for name, stamp in shipment.source.stamps.items()}
-    looked_at = {"mquant": __version__, "stamps": stamps}
-    if _read_note(note) == looked_at:
+    state = {"mquant": __version__, "stamps": stamps}
+    if _read_note(note) == state:
         emit(Note("info", "These bytes were verified before."))
         return None
     _check_bytes(shipment, emit)
     report = verify(shipment.source, families, Depth.NUMBERS, emit=emit)
     if not report.count("error") and not report.undecided:
-        raw = json.dumps(looked_at).encode()
+        raw = json.dumps(state).encode()
         with out_of_space(note, len(raw)):
             write_whole(note, [raw])
     return report
 
 
 def _read_note(note: Path) -> object:
-    """The verdict that an earlier run recorded; None if there is none, or the note is torn."""
+    """Return what an earlier run wrote to `note`; None if there is no note, or no valid JSON."""
     raw = read_own(note, _MOST_NOTE_BYTES)
     try:
         return None if raw is None else parse_json(raw)
@@ -257,8 +256,8 @@ def _check_bytes(shipment: Shipment, emit: Emit) -> None:
 
 def _changed(source: Folder, name: str) -> SourceError:
     return SourceError(
-        f"{name} in {source.name} is not the file that {RECORD} says: it was changed since.",
-        "Make the checkpoint again, or get the file again; mquant verify says what is wrong.",
+        f"{name} in {source.name} is not the file that {RECORD} says: the file was changed.",
+        "Write the checkpoint again, or copy the file again; mquant verify says what is wrong.",
     )
 
 

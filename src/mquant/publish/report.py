@@ -1,4 +1,4 @@
-"""Every measurement of a checkpoint, made now or before, as one HTML file."""
+"""The report of a checkpoint: all measurements, new or read from files, in one HTML file."""
 
 import shlex
 from collections import defaultdict
@@ -24,7 +24,7 @@ from mquant.verify.inspect import inspect
 from mquant.verify.judge import Report, verify
 
 MARK: Final = b": mquant report</title>"
-_MOST_SHOWN: Final = 20_000  # characters of a recipe: more is no recipe
+_MOST_SHOWN: Final = 20_000  # bytes: a larger file is no recipe
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Wanted:
     """The inputs of a report.
 
     `comparison` and `evaluation` are files that `mquant compare` and `mquant eval` wrote with
-    `--format json`. Without the files both are measured, if there is a parent, and a text. `src`
-    and `against` are the names that the user typed.
+    `--format json`. Without `comparison`, the weights are compared if a parent is given; without
+    `evaluation`, the checkpoint is evaluated if `text` is given. `src` and `against` are the names
+    that the user typed.
     """
 
     src: str
@@ -47,7 +48,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Made:
-    """The bytes of the written page, and the page's content."""
+    """The bytes of the written report, and the results in the report."""
 
     bytes: int
     verification: Report
@@ -59,124 +60,124 @@ def report(
     source: Source,
     parent: Source | None,
     families: Mapping[str, Family],
-    wanted: Wanted,
+    inputs: Wanted,
     document: Document,
     *,
     emit: Emit = silent,
 ) -> Made:
-    """Measure what is not measured yet, and write the page to `document`.
+    """Measure what no given file holds, and write the HTML page to `document`.
 
     Raises SourceError if an input cannot be read, or describes another checkpoint; OutputError as
     `Document` does.
     """
     document.check()
-    compared = _given(wanted.comparison, "compare", source)
-    evaluated = _given(wanted.evaluation, "eval", source)
-    judged = verify(source, families, None, parent, emit)
-    if compared is None and parent is not None:
-        compared = compare(source, parent, families, emit=emit).to_json()
-    if evaluated is None and wanted.text is not None:
-        evaluated = evaluate(
+    comparison = _read_result(inputs.comparison, "compare", source)
+    evaluation = _read_result(inputs.evaluation, "eval", source)
+    verification = verify(source, families, None, parent, emit)
+    if comparison is None and parent is not None:
+        comparison = compare(source, parent, families, emit=emit).to_json()
+    if evaluation is None and inputs.text is not None:
+        evaluation = evaluate(
             source,
             parent,
             families,
-            wanted.text,
-            context=wanted.context,
-            tokens=wanted.tokens,
+            inputs.text,
+            context=inputs.context,
+            tokens=inputs.tokens,
             emit=emit,
         ).to_json()
-    mine = open_checkpoint(source, tolerant=True)
-    reference = open_checkpoint(parent) if parent else None
+    checkpoint = open_checkpoint(source, tolerant=True)
+    parent_checkpoint = open_checkpoint(parent) if parent else None
     evidence = Evidence(
         name=source.name,
-        parent=parent.name if parent else _parent_of(compared, evaluated),
-        verdict=judged.verdict,
-        severity=_severity(judged),
-        facts=_facts(mine, judged, families),
-        sizes=_sizes(mine, reference, families),
-        findings=judged.findings,
+        parent=parent.name if parent else _parent_name(comparison, evaluation),
+        verdict=verification.verdict,
+        severity=_severity(verification),
+        facts=_facts(checkpoint, verification, families),
+        sizes=_sizes(checkpoint, parent_checkpoint, families),
+        findings=verification.findings,
         recipe=_text(source, RECIPE_NAME),
-        commands=_commands(wanted, str(document.path)),
+        commands=_commands(inputs, str(document.path)),
         made_by=f"mquant {__version__}",
-        comparison=compared,
-        evaluation=evaluated,
+        comparison=comparison,
+        evaluation=evaluation,
     )
     try:
         page = render(evidence)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        if wanted.comparison is None and wanted.evaluation is None:
+        if inputs.comparison is None and inputs.evaluation is None:
             raise
-        given = " or ".join(str(each) for each in (wanted.comparison, wanted.evaluation) if each)
+        paths = " or ".join(str(path) for path in (inputs.comparison, inputs.evaluation) if path)
         raise SourceError(
-            f"{given} is not what this mquant writes: {type(error).__name__} {error}.",
-            "Make it again with --format json.",
+            f"{paths} is not a result of this version of mquant: {type(error).__name__} {error}.",
+            "Write the file again with --format json.",
         ) from error
     raw = page.encode()
     document.write([raw])
-    return Made(len(raw), judged, compared, evaluated)
+    return Made(len(raw), verification, comparison, evaluation)
 
 
-def _severity(judged: Report) -> str:
-    worst = judged.findings[0].severity if judged.findings else "info"
-    return "warning" if judged.undecided and worst == "info" else worst
+def _severity(verification: Report) -> str:
+    worst = verification.findings[0].severity if verification.findings else "info"
+    return "warning" if verification.undecided and worst == "info" else worst
 
 
-def _given(path: Path | None, verb: Literal["compare", "eval"], source: Source) -> Any:
+def _read_result(path: Path | None, verb: Literal["compare", "eval"], source: Source) -> Any:
     if path is None:
         return None
     try:
-        found = parse_json(path.read_bytes())
+        document = parse_json(path.read_bytes())
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError:
-        found = None
-    if not isinstance(found, dict) or found.get("schema") != f"mquant.{verb}/1":
+        document = None
+    if not isinstance(document, dict) or document.get("schema") != f"mquant.{verb}/1":
         raise SourceError(
             f"{path} is not the JSON of mquant {verb}.",
-            f"Make it with: mquant {verb} --format json",
+            f"Write the file with: mquant {verb} --format json",
         )
-    if "error" in found or found.get("source") != source.name:
-        whose = f"of {found['source']}" if found.get("source") else "of a run that failed"
-        raise SourceError(f"{path} is {whose}, not of {source.name}.", "Make it again.")
-    return found
+    if "error" in document or document.get("source") != source.name:
+        subject = document.get("source") or "a run that failed"
+        raise SourceError(f"{path} describes {subject}, not {source.name}.", "Measure again.")
+    return document
 
 
-def _parent_of(*documents: Mapping[str, Any] | None) -> str | None:
+def _parent_name(*documents: Mapping[str, Any] | None) -> str | None:
     names = (document.get("parent") for document in documents if document)
     return next((name for name in names if isinstance(name, str)), None)
 
 
 def _facts(
-    checkpoint: Checkpoint, judged: Report, families: Mapping[str, Family]
+    checkpoint: Checkpoint, verification: Report, families: Mapping[str, Family]
 ) -> list[tuple[str, str]]:
-    found = inspect(checkpoint, families)
+    inspection = inspect(checkpoint, families)
     rows = [
-        ("family", found.family or f"unknown ({found.model_type})"),
-        ("quantization", found.quantization or "none"),
-        ("quantized modules", f"{judged.quantized:,}"),
-        ("tensors", f"{found.tensors:,} in {found.shards:,} shards"),
-        ("layers", "" if found.layers is None else f"{found.layers:,}"),
-        ("experts", "" if found.experts is None else f"{found.experts:,}"),
+        ("family", inspection.family or f"unknown ({inspection.model_type})"),
+        ("quantization", inspection.quantization or "none"),
+        ("quantized modules", f"{verification.quantized:,}"),
+        ("tensors", f"{inspection.tensors:,} in {inspection.shards:,} shards"),
+        ("layers", "" if inspection.layers is None else f"{inspection.layers:,}"),
+        ("experts", "" if inspection.experts is None else f"{inspection.experts:,}"),
     ]
-    made = read_table(checkpoint.source)
+    record = read_table(checkpoint.source)
     try:
-        rows.append(("recipe", str(made["recipe"]["title"])))
-        rows.append(("engine", f"{made['engine']['name']}, mquant {made['mquant']}"))
-        rows.append(("made from", ", ".join(f"{k} {v}" for k, v in made["source"].items())))
+        rows.append(("recipe", str(record["recipe"]["title"])))
+        rows.append(("engine", f"{record['engine']['name']}, mquant {record['mquant']}"))
+        rows.append(("made from", ", ".join(f"{k} {v}" for k, v in record["source"].items())))
     except (KeyError, TypeError, AttributeError):
-        pass  # another tool made it
+        pass  # another tool wrote the checkpoint
     return [(name, value) for name, value in rows if value]
 
 
 def _sizes(
-    mine: Checkpoint, reference: Checkpoint | None, families: Mapping[str, Family]
+    checkpoint: Checkpoint, parent: Checkpoint | None, families: Mapping[str, Family]
 ) -> list[Size]:
     before: dict[str, int] = defaultdict(int)
-    if reference is not None:
-        before.update({each.name: each.bytes for each in inspect(reference, families).roles})
+    if parent is not None:
+        before.update({portion.name: portion.bytes for portion in inspect(parent, families).roles})
     return [
-        Size(each.name, each.tensors, before[each.name] if reference else None, each.bytes)
-        for each in inspect(mine, families).roles
+        Size(portion.name, portion.tensors, before[portion.name] if parent else None, portion.bytes)
+        for portion in inspect(checkpoint, families).roles
     ]
 
 
@@ -186,16 +187,16 @@ def _text(source: Source, path: str, most: int = _MOST_SHOWN) -> str:
     return source.read(path).decode("utf-8", "replace")
 
 
-def _commands(wanted: Wanted, page: str) -> list[str]:
-    against = ["--against", wanted.against] if wanted.against else []
+def _commands(inputs: Wanted, page: str) -> list[str]:
+    against = ["--against", inputs.against] if inputs.against else []
     commands = [["pip", "install", f"mquant=={__version__}"]]
-    commands.append(["mquant", "verify", wanted.src, *against])
+    commands.append(["mquant", "verify", inputs.src, *against])
     if against:
-        commands.append(["mquant", "compare", wanted.src, *against])
+        commands.append(["mquant", "compare", inputs.src, *against])
     text: list[str] = []
-    if wanted.text is not None:
-        text = ["--text", str(wanted.text), "--context", str(wanted.context)]
-        text += ["--tokens", str(wanted.tokens)]
-        commands.append(["mquant", "eval", wanted.src, *against, *text])
-    commands.append(["mquant", "report", wanted.src, *against, *text, "-o", page])
+    if inputs.text is not None:
+        text = ["--text", str(inputs.text), "--context", str(inputs.context)]
+        text += ["--tokens", str(inputs.tokens)]
+        commands.append(["mquant", "eval", inputs.src, *against, *text])
+    commands.append(["mquant", "report", inputs.src, *against, *text, "-o", page])
     return [shlex.join(command) for command in commands]

@@ -1,1 +1,1 @@
-"""The judge. It shares no code with the engines and kernels that make checkpoints."""
+"""The judge of checkpoints, which shares no code with the engines and kernels."""

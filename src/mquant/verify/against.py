@@ -1,4 +1,4 @@
-"""Compare with the parent: only quantized weights may differ, within what rounding explains."""
+"""Compare a checkpoint with its parent: only rounding may change weights."""
 
 import zlib
 from collections import deque
@@ -28,7 +28,7 @@ _SAMPLED_BYTES: Final = 64 * 1024
 
 PARENT_TENSOR_MISSING: Final = rule(
     "parent-tensor-missing",
-    "Every tensor of the parent is there, plain or quantized.",
+    "The checkpoint has every tensor of the parent, plain or quantized.",
     "A missing tensor stays uninitialised: vLLM does not check quantized models.",
     "Quantize again, or copy the tensors from the parent.",
     needs="against",
@@ -42,7 +42,7 @@ PARENT_LACKS_TENSOR: Final = rule(
 )
 KEPT_TENSOR_DIFFERS: Final = rule(
     "kept-tensor-differs",
-    "What is not quantized is bit-identical to the parent, dtype included.",
+    "Every unquantized tensor is bit-identical to the parent's, dtype included.",
     "A router cast from F32 to BF16 sends tokens to other experts.",
     "Copy the tensor from the parent.",
     needs="against",
@@ -52,8 +52,8 @@ WEIGHT_BEYOND_BOUND: Final = rule(
     "Dequantized weights are as close to the parent's as rounding allows: in NVFP4, within "
     "amax/3 * 17/16 of each block.",
     "Swapped nibbles, rows, experts or scales load without an error.",
-    "Quantize again. Weights that other tools change on purpose (AWQ, SmoothQuant) have no "
-    "parent to be compared with.",
+    "Quantize again. Weights that other tools change on purpose (AWQ, SmoothQuant) "
+    "cannot be compared with the parent's.",
     needs="against",
     knowing=("layout",),
 )
@@ -79,8 +79,8 @@ SCALED_NOT_COMPARED: Final = rule(
     "scaled-not-compared",
     "Weights that AWQ scaled by factors which no norm shows (norms, w3 and w2) have the "
     "parent's shape.",
-    "AWQ divides a norm by the factors of all weights that read the norm, routers too: there "
-    "both are compared. Other factors are unknown.",
+    "AWQ divides a norm by the factors of all weights that read the norm, routers too: the norm "
+    "shows these factors, and the weights are compared. Other factors are unknown.",
     "Nothing to do: `mquant eval --against` measures the effect on a text.",
     severity="info",
     needs="against",
@@ -101,12 +101,13 @@ def check_against(
 ) -> tuple[Finding, ...]:
     """Compare a checkpoint with its parent.
 
-    Unless `everything` is wanted, quantized weights are sampled: all modules but experts in the
-    first and last layer, one expert in each layer, and 64 rows of each; the sample is the same
-    every time. Other tensors are compared whole; in hub repos large tensors are sampled too. If
-    weights were not rounded `to_nearest` (GPTQ corrects each column's error in the next), a weight
-    is compared as a whole and not number by number. If AWQ `smoothed` a weight, it is compared if a
-    norm tells how its columns were scaled. Raises SourceError if data cannot be read.
+    Without `everything`, quantized weights are sampled: modules outside of layers, modules except
+    experts in the first and last layer, and one expert in each layer, with 64 rows of each module;
+    the sample is the same in every run. Other tensors are compared whole; in hub repos large
+    tensors are sampled too. If weights were not rounded `to_nearest` (GPTQ corrects each column's
+    error in the next), a weight's error is judged as a whole and not number by number. If AWQ
+    `smoothed` weights, a scaled weight is compared only if a norm shows the factors of its columns.
+    Raises SourceError if data cannot be read.
     """
     tally = Tally()
     scaling = Scaling(view, parent) if smoothed else None
@@ -116,8 +117,8 @@ def check_against(
         try:
             results = in_order(pool, [unit for _, unit in units])
             for (size, _), breaks in zip(units, results, strict=True):
-                for found in breaks:
-                    tally.add(*found)
+                for broken in breaks:
+                    tally.add(*broken)
                 done += size
                 emit(Progress("compare", done, total))
         except BaseException:
@@ -135,33 +136,33 @@ def _tasks(
     scaling: Scaling | None,
     tally: Tally,
 ) -> Iterator[WorkUnit]:
-    local = not any(isinstance(each.checkpoint.source, HubRepo) for each in (view, parent))
+    local = not any(isinstance(side.checkpoint.source, HubRepo) for side in (view, parent))
     for name in sorted(view.modules.keys() - parent.modules.keys()):
         tally.add(PARENT_LACKS_TENSOR, name, f"The parent has no {name}")
     layers = [
         m.tensor_role.layer for m in view.modules.values() if m.tensor_role and m.tensor_role.layer
     ]
     last = max(layers, default=0)
-    for name, reference in parent.modules.items():
-        mine = view.modules.get(name)
-        if mine is None:
-            lost = next(iter(reference.tensors.values())).name
-            tally.add(PARENT_TENSOR_MISSING, lost, f"{lost} of the parent is missing")
-        elif scaling and reference in scaling:
-            if not mine.quantized:
-                deque(_kept(view, parent, mine, reference, False, tally), maxlen=0)  # dtype, shape
-            if (factors := scaling.factors(reference)) is None:
+    for name, origin in parent.modules.items():
+        module = view.modules.get(name)
+        if module is None:
+            missing = next(iter(origin.tensors.values())).name
+            tally.add(PARENT_TENSOR_MISSING, missing, f"{missing} of the parent is missing")
+        elif scaling and origin in scaling:
+            if not module.quantized:
+                deque(_kept(view, parent, module, origin, False, tally), maxlen=0)  # dtype, shape
+            if (factors := scaling.factors(origin)) is None:
                 message = f"{name} was scaled by AWQ: not compared"
                 tally.add(SCALED_NOT_COMPARED, name, message)
-            elif everything or _in_sample(mine, last, parent):
-                yield from _rounded(view, parent, mine, reference, everything, to_nearest, factors)
-        elif format_of(view, mine) is None and format_of(parent, reference) is None:
-            yield from _kept(view, parent, mine, reference, everything or local, tally)
-        elif foreign := _undecodable(view, mine) or _undecodable(parent, reference):
-            message = f"{name} was not compared: {foreign} cannot be dequantized here"
+            elif everything or _in_sample(module, last, parent):
+                yield from _rounded(view, parent, module, origin, everything, to_nearest, factors)
+        elif format_of(view, module) is None and format_of(parent, origin) is None:
+            yield from _kept(view, parent, module, origin, everything or local, tally)
+        elif foreign := _undecodable(view, module) or _undecodable(parent, origin):
+            message = f"{name} was not compared: mquant cannot dequantize {foreign}"
             tally.add(WEIGHT_NOT_COMPARED, name, message)
-        elif everything or _in_sample(mine, last, parent):
-            yield from _rounded(view, parent, mine, reference, everything, to_nearest)
+        elif everything or _in_sample(module, last, parent):
+            yield from _rounded(view, parent, module, origin, everything, to_nearest)
 
 
 def _undecodable(view: ModuleView, module: Module) -> str:
@@ -184,10 +185,10 @@ def _in_sample(module: Module, last: int, parent: ModuleView) -> bool:
 
 
 def _kept(
-    view: ModuleView, parent: ModuleView, mine: Module, reference: Module, whole: bool, tally: Tally
+    view: ModuleView, parent: ModuleView, module: Module, origin: Module, whole: bool, tally: Tally
 ) -> Iterator[WorkUnit]:
-    for suffix, original in reference.tensors.items():
-        info = mine.tensors.get(suffix)
+    for suffix, original in origin.tensors.items():
+        info = module.tensors.get(suffix)
         if info is None:
             tally.add(
                 PARENT_TENSOR_MISSING, original.name, f"{original.name} of the parent is missing"
@@ -203,10 +204,9 @@ def _kept(
             spans = list(_spans(info.nbytes, whole))
             size = sum(end - start for start, end in spans)
             yield size, partial(_equal, view, parent, info, original, spans)
-    for suffix in mine.tensors.keys() - reference.tensors.keys():
-        tally.add(
-            PARENT_LACKS_TENSOR, f"{mine.name}.{suffix}", f"The parent has no {mine.name}.{suffix}"
-        )
+    for suffix in module.tensors.keys() - origin.tensors.keys():
+        name = f"{module.name}.{suffix}"
+        tally.add(PARENT_LACKS_TENSOR, name, f"The parent has no {name}")
 
 
 def _spans(size: int, whole: bool) -> Iterator[tuple[int, int]]:
@@ -237,30 +237,30 @@ def _equal(
 def _rounded(
     view: ModuleView,
     parent: ModuleView,
-    mine: Module,
-    reference: Module,
+    module: Module,
+    origin: Module,
     everything: bool,
     to_nearest: bool,
     factors: Floats | None = None,
 ) -> Iterator[WorkUnit]:
-    weight, original = weight_of(view, mine), weight_of(parent, reference)
+    weight, original = weight_of(view, module), weight_of(parent, origin)
     if weight is None or original is None:
         return
     if factors is not None:
         original = scaled(original, factors)
     if weight.shape != original.shape:
-        message = f"{mine.name} is {list(weight.shape)}; the parent's is {list(original.shape)}"
-        yield 0, lambda: [(WEIGHT_BEYOND_BOUND, mine.name, message)]
+        message = f"{module.name} is {list(weight.shape)}; the parent's is {list(original.shape)}"
+        yield 0, lambda: [(WEIGHT_BEYOND_BOUND, module.name, message)]
         return
     rows, columns = weight.shape
-    if columns > PIECE:  # no model has such a row, and it could not be held
-        message = f"{mine.name} was not compared: its rows have {columns:,} elements"
-        yield 0, lambda: [(WEIGHT_NOT_COMPARED, mine.name, message)]
+    if columns > PIECE:  # no model has such a row, and memory could not hold the row
+        message = f"{module.name} was not compared: its rows have {columns:,} elements"
+        yield 0, lambda: [(WEIGHT_NOT_COMPARED, module.name, message)]
         return
     first, last = 0, rows
     if not everything and rows > SAMPLED_ROWS:
         # Adjacent rows cost one read; the tensor's name seeds the position.
-        first = zlib.crc32(mine.name.encode()) % (rows - SAMPLED_ROWS + 1)
+        first = zlib.crc32(module.name.encode()) % (rows - SAMPLED_ROWS + 1)
         last = first + SAMPLED_ROWS
     yield (last - first) * columns, partial(_compare, weight, original, first, last, to_nearest)
 
@@ -268,7 +268,7 @@ def _rounded(
 def _compare(
     weight: StoredWeight, original: StoredWeight, first: int, last: int, to_nearest: bool
 ) -> list[Break]:
-    with np.errstate(all="ignore"):  # broken scales overflow, and are out of bounds then
+    with np.errstate(all="ignore"):  # broken scales overflow: then the weights are out of bounds
         return _differences(weight, original, first, last, to_nearest)
 
 
@@ -283,14 +283,14 @@ def _differences(
     kind = storage.short if storage else "scaling"
     for start in range(first, last, step):
         end = min(start + step, last)
-        mine, reference = weight.rows(start, end), original.rows(start, end).values
-        off = np.abs(mine.values - reference)
-        allowed = mine.allowed(reference)
+        rows, reference = weight.rows(start, end), original.rows(start, end).values
+        distance = np.abs(rows.values - reference)
+        allowed = rows.allowed(reference)
         # Negated, so that NaN on either side is out of bounds.
-        beyond = ~(off <= (allowed if to_nearest else np.float32(np.inf)))
+        beyond = ~(distance <= (allowed if to_nearest else np.float32(np.inf)))
         if beyond.any():
             row, column = np.unravel_index(int(np.argmax(beyond)), beyond.shape)
-            pair = f"{mine.values[row, column]:.4g} for the parent's {reference[row, column]:.4g}"
+            pair = f"{rows.values[row, column]:.4g} for the parent's {reference[row, column]:.4g}"
             where = f"row {start + row:,}, column {column:,}"
             return [
                 (
@@ -299,7 +299,7 @@ def _differences(
                     f"{name} is further from the parent than {kind} explains: {pair} ({where})",
                 )
             ]
-        error += float(np.sum(np.square(off, dtype=np.float64)))
+        error += float(np.sum(np.square(distance, dtype=np.float64)))
         power += float(np.sum(np.square(reference, dtype=np.float64)))
     relative = (error / power) ** 0.5 if power else 0.0
     if relative > TYPICAL[weight.format]:

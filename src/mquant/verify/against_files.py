@@ -10,7 +10,7 @@ from mquant.loader_model.modules import ModuleView
 from mquant.text import names
 from mquant.verify.numbers import PIECE
 
-# Keys that writers stamp or rename; no loader depends on them.
+# Keys that writers stamp or rename, and on which no loader depends.
 _STAMPS: Final = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 _NEEDED: Final = (
     "tokenizer.json",
@@ -28,7 +28,7 @@ _LICENCE: Final = ("LICENSE*", "LICENCE*", "NOTICE*")
 CONFIG_KEY_LOST: Final = rule(
     "config-key-lost",
     "config.json has every key of the parent's.",
-    "Loaders use a default, and compute another model: rope_theta, rotary_dim.",
+    "Loaders use a default, and compute another model, without rope_theta or rotary_dim.",
     "Copy the keys from the parent's config.json.",
     needs="against",
 )
@@ -41,7 +41,7 @@ CONFIG_KEY_DIFFERS: Final = rule(
 )
 SIDE_FILE_MISSING: Final = rule(
     "side-file-missing",
-    "Tokenizer, chat template, generation config and model code of the parent are there.",
+    "The checkpoint has the parent's tokenizer, chat template, generation config and model code.",
     "Without these files engines do not serve the model, or use other prompts and sampling.",
     "Copy the files from the parent.",
     needs="against",
@@ -56,7 +56,7 @@ SIDE_FILE_DIFFERS: Final = rule(
 )
 LICENCE_MISSING: Final = rule(
     "licence-missing",
-    "The parent's licence is there.",
+    "The checkpoint has the parent's licence.",
     "Most licences must be in every copy.",
     "Copy the file from the parent.",
     severity="warning",
@@ -65,7 +65,7 @@ LICENCE_MISSING: Final = rule(
 
 
 def check_config(config: Mapping[str, Any], parent: Mapping[str, Any]) -> Iterator[Finding]:
-    """Keys that config.json lost, and keys with another value than the parent's."""
+    """Yield findings about keys that config.json lost, and keys whose values differ."""
     keys = [key for key in parent if key not in (*_STAMPS, "quantization_config")]
     lost = [key for key in keys if key not in config]
     changed = [key for key in keys if key in config and config[key] != parent[key]]
@@ -78,23 +78,25 @@ def check_config(config: Mapping[str, Any], parent: Mapping[str, Any]) -> Iterat
 
 
 def check_side_files(view: ModuleView, parent: ModuleView) -> Iterator[Finding]:
-    """Files of the parent that are missing or differ."""
-    mine, reference = view.checkpoint.source, parent.checkpoint.source
-    needed = [path for path in reference.files if _like(path, _NEEDED)]
-    missing = [path for path in needed if path not in mine.files]
-    if has_chat_template(mine):  # newer tools keep it in a file of its own, older ones did not
+    """Yield findings about side files of the parent that are missing or differ."""
+    source, origin = view.checkpoint.source, parent.checkpoint.source
+    needed = [path for path in origin.files if _like(path, _NEEDED)]
+    missing = [path for path in needed if path not in source.files]
+    if has_chat_template(source):  # new tools write the template to a file, old tools do not
         missing = [path for path in missing if not path.startswith("chat_template")]
     if missing:
         yield SIDE_FILE_MISSING.finding(
-            missing[0], f"The parent's {names(missing)} did not come along."
+            missing[0], f"The checkpoint lacks the parent's {names(missing)}."
         )
-    changed = [path for path in needed if path in mine.files and not _same(mine, reference, path)]
+    changed = [path for path in needed if path in source.files and not _same(source, origin, path)]
     if changed:
-        yield SIDE_FILE_DIFFERS.finding(changed[0], f"Other than in the parent: {names(changed)}.")
-    licence = [path for path in reference.files if _like(path, _LICENCE)]
-    if licence and not any(_like(path, _LICENCE) for path in mine.files):
+        yield SIDE_FILE_DIFFERS.finding(
+            changed[0], f"Files differ from the parent's: {names(changed)}."
+        )
+    licence = [path for path in origin.files if _like(path, _LICENCE)]
+    if licence and not any(_like(path, _LICENCE) for path in source.files):
         yield LICENCE_MISSING.finding(
-            licence[0], f"The parent's {names(licence)} did not come along."
+            licence[0], f"The checkpoint lacks the parent's {names(licence)}."
         )
 
 
@@ -102,9 +104,9 @@ def _like(path: str, patterns: tuple[str, ...]) -> bool:
     return "/" not in path and any(fnmatch(path, pattern) for pattern in patterns)
 
 
-def _same(mine: Source, reference: Source, path: str) -> bool:
-    size = mine.files[path]
+def _same(source: Source, origin: Source, path: str) -> bool:
+    size = source.files[path]
     spans = ((start, min(start + PIECE, size)) for start in range(0, size, PIECE))
-    return size == reference.files[path] and all(
-        mine.read(path, *span) == reference.read(path, *span) for span in spans
+    return size == origin.files[path] and all(
+        source.read(path, *span) == origin.read(path, *span) for span in spans
     )

@@ -1,4 +1,4 @@
-"""Whether config.json has what loaders need, and says what the tensors are."""
+"""Judge whether config.json has the keys that loaders need, and describes the tensors."""
 
 from collections.abc import Iterator
 from typing import Any, Final
@@ -34,7 +34,7 @@ CONFIG_KEY_MISSING: Final = rule(
 QUANTIZATION_UNUSED: Final = rule(
     "quantization-unused",
     "If config.json declares a quantization, some tensors are quantized.",
-    "Loaders expect scales that are not there.",
+    "Loaders expect scales that are missing.",
     "Remove quantization_config from config.json, or get the quantized shards.",
     severity="warning",
 )
@@ -69,7 +69,7 @@ FORMAT_DIFFERS: Final = rule(
 
 
 def check_config_json(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
-    """Judge config.json alone, and config.json against the tensors that are there."""
+    """Judge config.json alone, and compare config.json with the tensors."""
     config = view.checkpoint.config
     for key in ("architectures", *(view.family.required_config if view.family else ())):
         if key not in config:
@@ -85,8 +85,8 @@ def check_config_json(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
         tally.add(
             LAYOUT_NOT_JUDGED,
             other[0],
-            f"How {names(other)} {'is' if len(other) == 1 else 'are'} quantized is not known here: "
-            "neither parts nor numbers were judged",
+            f"mquant does not know the layout of {names(other)}: neither parts nor numbers were "
+            "judged",
         )
     for why in _invalid(view):
         tally.add(QUANTIZATION_CONFIG_INVALID, "config.json", f"quantization_config {why}")
@@ -102,11 +102,11 @@ def check_config_json(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
                 )
         formats = {str(group["format"]) for group in groups(view.config) if group.get("format")}
         declared = formats or {str(view.config.get("format"))}
-        expected = {_FORMATS.get(each) for each in declared}
+        expected = {_FORMATS.get(stated) for stated in declared}
         wrong = {name: kind for name, kind in kinds.items() if kind.short not in expected}
         if wrong and None not in expected:
             name, kind = next(iter(wrong.items()))
-            stated_formats = " and ".join(repr(each) for each in sorted(declared))
+            stated_formats = " and ".join(repr(stated) for stated in sorted(declared))
             tally.add(
                 FORMAT_DIFFERS,
                 "config.json",
@@ -115,7 +115,7 @@ def check_config_json(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
 
 
 def _invalid(view: ModuleView) -> Iterator[str]:
-    """Why no loader could parse the quantization config, as ends of sentences."""
+    """Yield why no loader could parse the quantization config, as ends of sentences."""
     stated = view.checkpoint.config.get("quantization_config")
     if stated is not None and not isinstance(stated, dict):
         yield "is no table of keys"

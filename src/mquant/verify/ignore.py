@@ -1,4 +1,4 @@
-"""Judge the ignore list: what is quantized that loaders refuse, and what is ignored in vain."""
+"""Judge the ignore list: quantized modules that loaders refuse, and entries without effect."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ _PLURAL: Final = {Role.ROUTER: "routers", Role.EMBEDDING: "embeddings", Role.HEA
 
 @dataclass(frozen=True, slots=True)
 class RoleCount:
-    """The modules of one role: how many there are, are plain, are quantized, are in `ignore`."""
+    """The numbers of one role's modules: all, plain, quantized, and covered by `ignore`."""
 
     role: Role
     found: int
@@ -42,8 +42,8 @@ class Entry:
 class IgnoreReport:
     """The result of `verify-ignore`.
 
-    `verdict` is one sentence. `quantized` are modules that loaders refuse quantized, with their
-    suffixes on disk. `uncovered` are modules that are plain and that the list does not name.
+    `verdict` is one sentence. `quantized` are quantized modules that loaders refuse, with their
+    suffixes on disk. `uncovered` are plain modules that the list does not name.
     """
 
     verdict: str
@@ -64,7 +64,7 @@ class IgnoreReport:
             raise NotJudged(self.undecided, ASK_VLLM)
 
     def to_json(self) -> dict[str, Any]:
-        """The keys of `mquant.verify-ignore/1` besides the envelope's; `findings` are there."""
+        """Return `mquant.verify-ignore/1` without the envelope's keys and `findings`."""
         return {
             "verdict": self.verdict,
             "source": self.source,
@@ -142,15 +142,15 @@ def _entries(vllm_view: VllmView) -> tuple[Entry, ...]:
     in_memory = frozenset(vllm_view.in_memory.values())
     return tuple(
         Entry(
-            entry, len(found & vllm_view.hub), len(found & vllm_view.vllm), len(found & in_memory)
+            entry, len(names & vllm_view.hub), len(names & vllm_view.vllm), len(names & in_memory)
         )
-        for entry, found in vllm_view.ignore.by_entry.items()
+        for entry, names in vllm_view.ignore.by_entry.items()
     )
 
 
 def _uncovered(vllm_view: VllmView) -> list[str]:
-    # Only tools that go by tensor names take embeddings for linear layers, and they write
-    # compressed-tensors.
+    # Only tools that select modules by tensor names quantize embeddings as linear layers, and
+    # these tools write compressed-tensors.
     roles = set(QUANTIZED) - (
         {Role.EMBEDDING} if vllm_view.method != "compressed-tensors" else set()
     )
@@ -163,18 +163,18 @@ def _uncovered(vllm_view: VllmView) -> list[str]:
 
 
 def _verdict(vllm_view: VllmView, kinds: tuple[RoleCount, ...], findings: list[Finding]) -> str:
-    rules = {found.rule for found in findings if found.severity == "error"}
+    rules = {finding.rule for finding in findings if finding.severity == "error"}
     refused = [kind for kind in kinds if kind.role in QUANTIZED and kind.quantized]
     if refused:
         are = _are([_part(kind, kind.quantized) for kind in refused])
-        return f"{are} quantized: vLLM will refuse to load this."
+        return f"{are} quantized: vLLM will refuse to load this checkpoint."
     if EXPERT_NAMES.id in rules:
         return (
-            "The experts have names that vLLM does not know: it will load this without an error "
-            "and leave them uninitialised."
+            "The experts have names that vLLM does not know: vLLM will load this checkpoint "
+            "without an error and leave the experts uninitialised."
         )
     if rules:
-        return "vLLM will not load this as it is: its config.json and its tensors disagree."
+        return "vLLM will not load this checkpoint: its config.json and its tensors disagree."
     parts = [_part(kind, kind.found) for kind in kinds if kind.role in QUANTIZED]
     kept = f"{_are(parts)} kept" if parts else "No router, lm_head or embeddings were found"
     if not vllm_view.view.method:
@@ -183,14 +183,14 @@ def _verdict(vllm_view: VllmView, kinds: tuple[RoleCount, ...], findings: list[F
         return f"{kept}; routers of an unknown family cannot be judged."
     if vllm_view.style is None:
         return f"{kept}; what the ignore list means was not judged."
-    return f"{kept}: nothing in ignore stops vLLM from loading this."
+    return f"{kept}: nothing in ignore stops vLLM from loading this checkpoint."
 
 
 def _part(kind: RoleCount, count: int) -> tuple[str, bool]:
-    """Modules of a kind as words, and whether they are many."""
+    """Return the modules of one role in words, and whether the words are plural."""
     if kind.found == 1:
-        one = {Role.HEAD: "lm_head", Role.EMBEDDING: "the embeddings"}
-        return one.get(kind.role, "the only router"), kind.role is Role.EMBEDDING
+        singular = {Role.HEAD: "lm_head", Role.EMBEDDING: "the embeddings"}
+        return singular.get(kind.role, "the only router"), kind.role is Role.EMBEDDING
     if kind.quantized:
         return f"{count:,} of {kind.found:,} {_PLURAL[kind.role]}", True
     return f"all {count:,} {_PLURAL[kind.role]}", True
@@ -199,6 +199,6 @@ def _part(kind: RoleCount, count: int) -> tuple[str, bool]:
 def _are(parts: list[tuple[str, bool]]) -> str:
     *first, last = [text for text, _ in parts]
     text = f"{', '.join(first)} and {last}" if first else last
-    if not text.startswith("lm_head"):  # a name, spelled as it is
+    if not text.startswith("lm_head"):  # a name keeps its spelling
         text = text[0].upper() + text[1:]
     return f"{text} {'are' if first or parts[0][1] else 'is'}"

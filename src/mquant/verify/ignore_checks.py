@@ -1,4 +1,4 @@
-"""The checks of `verify-ignore`: one finding for each rule, however many modules break it."""
+"""The checks of `verify-ignore`: one finding for each rule, even if many modules break the rule."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator
@@ -15,7 +15,7 @@ _LISTS: Final = ("ignore", "exclude_modules", "modules_to_not_convert")
 
 EXPERT_NAMES: Final = rule(
     "expert-names",
-    "Experts have the hub's names, not those that transformers gives them in memory.",
+    "Experts have the hub's names, not transformers' names of a loaded model.",
     "Saving a loaded MiniMax-M2 writes gate_proj, up_proj and down_proj for w1, w3 and w2. vLLM "
     "skips such names without an error, and every expert is left uninitialised.",
     "Rename the tensors, which `mquant repair SRC --from PARENT` does.",
@@ -24,16 +24,16 @@ EXPERT_NAMES: Final = rule(
 KEPT_BUT_NOT_IGNORED: Final = rule(
     "kept-but-not-ignored",
     "A linear layer that is plain on disk is in `ignore`, under the name vLLM has for it.",
-    "vLLM builds every layer that is targeted and not ignored quantized. It then refuses the "
+    "vLLM builds a quantized layer for every target that is not ignored. vLLM then refuses the "
     "plain weight, or leaves the layer uninitialised.",
-    "Add their names to `ignore` in config.json, experts' as vLLM has them.",
+    "Add the layers' names to `ignore` in config.json; for experts, add vLLM's names.",
     knowing=("family", "list"),
 )
 IGNORED_BUT_QUANTIZED: Final = rule(
     "ignored-but-quantized",
     "A layer that is quantized on disk is not in `ignore`.",
     "vLLM builds ignored layers plain, and refuses scales and packed weights for them.",
-    "Take their names out of `ignore` in config.json.",
+    "Remove the layers' names from `ignore` in config.json.",
     knowing=("family", "list"),
 )
 QUANTIZED_NOT_TARGETED: Final = rule(
@@ -46,21 +46,21 @@ QUANTIZED_NOT_TARGETED: Final = rule(
 )
 FUSED_SET_SPLIT: Final = rule(
     "fused-set-split",
-    "Layers that vLLM fuses are all in `ignore`, or none is.",
+    "Layers that vLLM fuses are all in `ignore`, or all outside of `ignore`.",
     "vLLM fuses q, k and v into one layer, and all experts into one: vLLM refuses a fused layer"
     " that `ignore` or `targets` cut in two.",
-    "Name all layers of the fused set, or none.",
+    "Name all layers of the fused set, or no layer of the set.",
     knowing=("family", "list"),
 )
 QUANTIZATION_UNDECLARED: Final = rule(
     "quantization-undeclared",
-    "A checkpoint with quantized tensors says so in config.json.",
+    "If tensors are quantized, config.json declares the quantization.",
     "Without `quantization_config` a loader builds every layer plain, and refuses the scales.",
     "Write the `quantization_config` that the tensors were made with.",
 )
 IGNORE_BAD_ENTRY: Final = rule(
     "ignore-bad-entry",
-    "Every entry of `ignore` and `targets` is a string; after `re:` stands a regular expression.",
+    "Every entry of `ignore` and `targets` is a string; `re:` precedes a regular expression.",
     "vLLM compiles every expression, and stops at the first invalid one.",
     "Correct the list in config.json, with exact names; `mquant plan` shows them.",
     knowing=("list",),
@@ -68,9 +68,9 @@ IGNORE_BAD_ENTRY: Final = rule(
 IGNORE_UNCOVERED: Final = rule(
     "ignore-uncovered",
     "Routers, lm_head and embeddings that are kept are named in `ignore`.",
-    "vLLM loads the checkpoint all the same. Other loaders, and tools that quantize again with "
+    "vLLM still loads the checkpoint. Other loaders, and tools that quantize again with "
     "the same list, may quantize these layers.",
-    "Add their exact names to `ignore` in config.json.",
+    "Add the layers' exact names to `ignore` in config.json.",
     severity="warning",
     knowing=("list",),
 )
@@ -102,7 +102,7 @@ IGNORE_NOT_JUDGED: Final = rule(
 )
 IGNORE_RULES: Final = (
     *QUANTIZED.values(),
-    *(each for each in tuple(globals().values()) if isinstance(each, Rule)),
+    *(value for value in tuple(globals().values()) if isinstance(value, Rule)),
 )
 """The rules of this module's checks."""
 
@@ -110,10 +110,10 @@ IGNORE_RULES: Final = (
 def findings_of(
     vllm_view: VllmView, quantized: list[Judged], uncovered: list[str]
 ) -> list[Finding]:
-    """All findings about a quantized checkpoint; none if nothing is quantized.
+    """Return all findings about a quantized checkpoint; an empty list for a plain checkpoint.
 
-    `quantized` are modules that loaders refuse quantized. `uncovered` are names of modules that are
-    plain and that the ignore list does not name.
+    `quantized` are quantized modules that loaders refuse. `uncovered` are names of plain modules
+    that the ignore list does not name.
     """
     view = vllm_view.view
     if not view.method and not view.quantized:
@@ -140,7 +140,7 @@ def _refused(quantized: list[Judged]) -> Iterator[Finding]:
             yield refused.finding(
                 modules[0],
                 f"{_are(modules, f'{role.value} module')} quantized ({names(modules)}), with "
-                f"{names(suffixes, 6)} on disk; vLLM refuses to load that.",
+                f"{names(suffixes, 6)} on disk; vLLM refuses to load the checkpoint.",
             )
 
 
@@ -150,7 +150,7 @@ def _misnamed(vllm_view: VllmView) -> Iterator[Finding]:
         yield EXPERT_NAMES.finding(
             group[0],
             f"{_are(group, 'expert module')} named as in a loaded model ({names(group)}); vLLM "
-            "loads this without an error and leaves these experts uninitialised.",
+            "loads the checkpoint without an error and leaves these experts uninitialised.",
         )
 
 
@@ -172,7 +172,7 @@ def _bad_entries(vllm_view: VllmView) -> Iterator[Finding]:
             more = f" (and {len(bad) - 1:,} more like it)" if len(bad) > 1 else ""
             yield IGNORE_BAD_ENTRY.finding(
                 entry,
-                f"{entry!r} in {key} is no regular expression ({reason}){more}; vLLM stops there.",
+                f"{entry!r} in {key} is no regular expression ({reason}){more}; vLLM stops.",
             )
     for key in _LISTS:
         value = vllm_view.view.config.get(key)
@@ -182,13 +182,13 @@ def _bad_entries(vllm_view: VllmView) -> Iterator[Finding]:
 
 
 def _disagreements(vllm_view: VllmView) -> Iterator[Finding]:
-    """Findings about layers that vLLM builds in one way and that lie on disk in another."""
+    """Yield findings about layers that vLLM builds otherwise than the layers are stored."""
     split = [group.members[0].module.name for group in vllm_view.groups if group.quantized is None]
     if split:
         yield FUSED_SET_SPLIT.finding(
             split[0],
-            f"ignore or targets match some of the modules that vLLM makes one layer of, but not "
-            f"all, {_many(split, 'time')} (first: the layer of {split[0]}).",
+            f"ignore or targets match some, but not all, modules of a layer that vLLM fuses, "
+            f"{_many(split, 'time')} (first: the layer of {split[0]}).",
         )
     wrong: dict[Rule, list[Judged]] = defaultdict(list)
     for group in vllm_view.groups:
@@ -219,7 +219,7 @@ def _disagreement_finding(broken: Rule, group: list[Judged]) -> Finding:
     }[broken]
     modules = [judged.module.name for judged in group]
     first = group[0]
-    known_as = "" if first.vllm[0] == first.module.name else f" (to vLLM it is {first.vllm[0]})"
+    known_as = "" if first.vllm[0] == first.module.name else f" (vLLM's name is {first.vllm[0]})"
     predicate = sentence.format("it" if len(group) == 1 else "them")
     return broken.finding(
         modules[0], f"{_are(modules, 'module')} {predicate}. First: {first.module.name}{known_as}."
@@ -239,7 +239,7 @@ def _unmatched(vllm_view: VllmView) -> Iterator[Finding]:
     if vllm_view.style is None or vllm_view.view.family is None:
         return
     known = vllm_view.hub | vllm_view.vllm
-    idle = [entry for entry, found in vllm_view.ignore.by_entry.items() if not found & known]
+    idle = [entry for entry, matches in vllm_view.ignore.by_entry.items() if not matches & known]
     if idle:
         in_memory = any(vllm_view.ignore.by_entry[entry] for entry in idle)
         yield IGNORE_UNMATCHED.finding(
@@ -254,17 +254,17 @@ def _hub_only(vllm_view: VllmView) -> Iterator[Finding]:
         return
     experts = {j.module.name: set(j.vllm) for j in vllm_view.judged if j.role is Role.EXPERT}
     in_vllm: set[str] = set().union(*experts.values())
-    vain = []
-    for entry, found in vllm_view.ignore.by_entry.items():
-        means = found & experts.keys()
-        # Lists of exact names have one for every expert: vLLM looks only the first one up.
-        if means and any(experts[name].isdisjoint(vllm_view.ignored_by_vllm) for name in means):
-            vain.append(entry)
-    if vain:
+    idle = []
+    for entry, matches in vllm_view.ignore.by_entry.items():
+        meant = matches & experts.keys()
+        # A list of exact names has every expert's name: vLLM looks up only the first expert's.
+        if meant and any(experts[name].isdisjoint(vllm_view.ignored_by_vllm) for name in meant):
+            idle.append(entry)
+    if idle:
         yield IGNORE_HUB_ONLY.finding(
-            vain[0],
-            f"{_entries_match(vain)} experts by the hub's names alone, and vLLM's are like "
-            f"{min(in_vllm)} ({names(vain)}).",
+            idle[0],
+            f"{_entries_match(idle)} experts by the hub's names alone, and vLLM's are like "
+            f"{min(in_vllm)} ({names(idle)}).",
         )
 
 

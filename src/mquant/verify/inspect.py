@@ -1,4 +1,4 @@
-"""What a checkpoint is, and what is unusual about it, from headers and config.json alone."""
+"""Describe a checkpoint, and what is unusual about it, from headers and config.json alone."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -30,13 +30,13 @@ DTYPE_DIFFERS: Final = rule(
     "dtype-differs",
     "All tensors of a plain checkpoint have one dtype.",
     "A router in F32 beside BF16 weights must stay in F32.",
-    "Nothing to do: what is not quantized keeps its dtype.",
+    "Nothing to do: unquantized tensors keep their dtype.",
     severity="info",
     needs="inspect",
 )
 FUSED_SET_CUT: Final = rule(
     "fused-set-cut",
-    "Each fused set lies in one shard.",
+    "Each fused set is stored in one shard.",
     "Tools that read a shard at a time give the members different scales.",
     "Nothing to do: mquant reads each set whole, and writes it into one shard.",
     severity="info",
@@ -44,9 +44,9 @@ FUSED_SET_CUT: Final = rule(
 )
 TOKENIZER_MISSING: Final = rule(
     "tokenizer-missing",
-    "The tokenizer's files are there.",
+    "The checkpoint has the tokenizer's files.",
     "Loaders need them beside the weights.",
-    "Get them from the model's repo: loaders need them beside the weights.",
+    "Copy the tokenizer's files from the model's repo.",
     severity="warning",
     needs="inspect",
 )
@@ -57,7 +57,7 @@ Known = tuple[TensorInfo, TensorRole]
 
 @dataclass(frozen=True, slots=True)
 class Portion:
-    """The part of a checkpoint that one dtype, or one role, takes."""
+    """The tensors of a checkpoint with one dtype, or of one role."""
 
     name: str
     tensors: int
@@ -66,7 +66,7 @@ class Portion:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint at a glance. None means that config.json or the family does not say.
+    """The description of a checkpoint. None means that config.json or the family does not say.
 
     `unpruned_experts` is the number in the family's releases. `bytes` counts tensors, `file_bytes`
     whole shards. `parameters` is None if weights are packed.
@@ -99,16 +99,16 @@ class Inspection:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The keys of `mquant.inspect/1` besides the envelope's; `findings` are there."""
+        """Return `mquant.inspect/1` without the envelope's keys and `findings`."""
         keys = asdict(self)
         del keys["findings"]
         return {**keys, "pruned": self.pruned}
 
 
 def inspect(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Inspection:
-    """Inspect a checkpoint: whole or not, quantized or not, of a known family or not."""
-    found = survey(checkpoint, families)
-    family = found.family
+    """Inspect a checkpoint: complete or not, quantized or not, of a known family or not."""
+    result = survey(checkpoint, families)
+    family = result.family
     known, unknown = _classify(checkpoint, family)
     config = checkpoint.config
 
@@ -139,7 +139,7 @@ def inspect(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Inspectio
     return replace(
         inspection,
         findings=(
-            *(in_context(f, "fact") for f in found.findings),
+            *(in_context(f, "fact") for f in result.findings),
             *(_unusual(inspection, checkpoint, family, known, unknown) if family else ()),
             *_tokenizer(checkpoint),
         ),
@@ -149,7 +149,7 @@ def inspect(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Inspectio
 def _classify(
     checkpoint: Checkpoint, family: Family | None
 ) -> tuple[list[Known], list[TensorInfo]]:
-    """Tensors the family knows, also as parts of a quantized weight; and the others."""
+    """Return tensors that the family knows, also as parts of a quantized weight; and the others."""
     known: list[Known] = []
     unknown: list[TensorInfo] = []
     for info in checkpoint.tensors.values():
@@ -206,17 +206,17 @@ def _unusual(
     if inspection.pruned:
         yield EXPERT_PRUNED.finding(
             family.config.experts,
-            f"It has {inspection.experts} of the family's {inspection.unpruned_experts} experts: "
-            "looks expert-pruned.",
+            f"The checkpoint has {inspection.experts} of the family's "
+            f"{inspection.unpruned_experts} experts: it looks expert-pruned.",
         )
-    found = [*((info.name, m) for info, m in known), *((info.name, None) for info in unknown)]
-    yield from check_mtp(family, checkpoint.config, found)
+    tensors = [*((info.name, m) for info, m in known), *((info.name, None) for info in unknown)]
+    yield from check_mtp(family, checkpoint.config, tensors)
     yield from _dtypes(inspection, known)
     missing = [key for key in family.required_config if key not in checkpoint.config]
     if missing:
         yield CONFIG_KEY_MISSING.finding(
             "config.json",
-            f"config.json lacks {names(missing)}, without which vLLM and SGLang do not load it.",
+            f"config.json lacks {names(missing)}, which vLLM and SGLang need to load the model.",
             "Take the keys from the config.json of the model's first release.",
             "fact",
         )
@@ -224,21 +224,21 @@ def _unusual(
 
 
 def _dtypes(inspection: Inspection, known: list[Known]) -> Iterable[Finding]:
-    """Findings about tensors of another dtype than most bytes have, such as a router in F32."""
+    """Yield findings about tensors of another dtype than most bytes, such as a router in F32."""
     if inspection.quantization is not None or len(inspection.dtypes) < 2:
         return
     main = inspection.dtypes[0].name
-    odd: dict[str, list[Known]] = defaultdict(list)
+    others: dict[str, list[Known]] = defaultdict(list)
     for info, tensor_role in known:
         if info.dtype != main:
-            odd[info.dtype].append((info, tensor_role))
-    for dtype, group in odd.items():
+            others[info.dtype].append((info, tensor_role))
+    for dtype, group in others.items():
         roles = sorted({tensor_role.row.role.value for _, tensor_role in group})
         yield DTYPE_DIFFERS.finding(
             group[0][0].name,
             f"{len(group):,} tensor{'s' if len(group) > 1 else ''} of {' and '.join(roles)} "
             f"in {dtype} beside {main} weights.",
-            "Nothing to do: what is not quantized keeps its dtype.",
+            "Nothing to do: unquantized tensors keep their dtype.",
         )
 
 
@@ -247,7 +247,7 @@ def _cut_sets(known: list[Known]) -> Iterable[Finding]:
     for info, tensor_role in known:
         if fused_set := tensor_role.fused_set:
             shards[fused_set].add(info.shard)
-    cut = [key for key, where in shards.items() if len(where) > 1]
+    cut = [key for key, files in shards.items() if len(files) > 1]
     if cut:
         fused, layer, expert = cut[0]
         place = f"{fused} of layer {layer}" + ("" if expert is None else f", expert {expert}")
@@ -264,5 +264,5 @@ def _tokenizer(checkpoint: Checkpoint) -> Iterable[Finding]:
         yield TOKENIZER_MISSING.finding(
             "tokenizer.json",
             "There are no tokenizer files.",
-            "Get them from the model's repo: loaders need them beside the weights.",
+            "Copy the tokenizer's files from the model's repo.",
         )

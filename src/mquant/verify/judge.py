@@ -29,7 +29,7 @@ _ORDER: Final[tuple[Severity, ...]] = ("error", "warning", "info")
 
 
 class Depth(StrEnum):
-    """How much is read: headers and JSON; also all data; also every row of the parent."""
+    """The amount of data to read: headers and JSON; also all data; also every row of the parent."""
 
     STRUCTURE = "structure"
     NUMBERS = "numbers"
@@ -41,10 +41,11 @@ class Report:
     """The result of a verification.
 
     `findings` are sorted, errors first; `wrong` are all tensors with wrong numbers. `checked` names
-    what was judged: structure, numbers, and the parent (`sampled` or not). `bytes_read` and
-    `requests` count what both checkpoints took from a hub; None if no hub was asked. `loader` is a
-    real loader's verdict. `not_judged` says why rules were not applied. `undecided` is a sentence
-    if that decides whether a loader takes the checkpoint, and no loader was asked.
+    what was judged: `structure`, `numbers`, `against` (the parent, `sampled` or not) and `vllm`.
+    `bytes_read` and `requests` count the downloads of both checkpoints; None if no checkpoint is a
+    hub repo. `loader` is a real loader's verdict. `not_judged` says why rules were not applied.
+    `undecided` is a sentence if an unknown fact decides whether a loader takes the checkpoint, and
+    no loader judged the checkpoint.
     """
 
     source: str
@@ -64,18 +65,18 @@ class Report:
     undecided: str = ""
 
     def count(self, severity: Severity) -> int:
-        """How many findings there are of a severity."""
+        """Return the number of findings of a severity."""
         return Counter(finding.severity for finding in self.findings)[severity]
 
     @property
     def verdict(self) -> str:
         """The report in one sentence."""
-        looked = ["structure"]
-        looked += ["numbers"] if "numbers" in self.checked else []
-        what = " and ".join(looked)
+        depths = ["structure"]
+        depths += ["numbers"] if "numbers" in self.checked else []
+        extent = " and ".join(depths)
         if self.parent is not None:
             how = "a sample of its weights" if self.sampled else "all of its weights"
-            what += f", compared with {self.parent} ({how})"
+            extent += f", compared with {self.parent} ({how})"
         counts = f"{plural(self.tensors, 'tensor')}, {plural(self.quantized, 'quantized module')}"
         errors, warnings = self.count("error"), self.count("warning")
         wrong = [
@@ -84,13 +85,13 @@ class Report:
             if count
         ]
         if errors:
-            return f"Broken: {', '.join(wrong)} in {counts}; checked {what}."
+            return f"Broken: {', '.join(wrong)} in {counts}; checked {extent}."
         if self.undecided:
-            told = f", {wrong[0]}" if wrong else ""
-            return f"Not judged: {counts}{told}, checked {what}. {self.undecided}"
+            warned = f", {wrong[0]}" if wrong else ""
+            return f"Not judged: {counts}{warned}, checked {extent}. {self.undecided}"
         if warnings:
-            return f"Sound, with {wrong[0]}: {counts}, checked {what}."
-        return f"Clean: {counts}, checked {what}."
+            return f"Sound, with {wrong[0]}: {counts}, checked {extent}."
+        return f"Clean: {counts}, checked {extent}."
 
     def raise_if_undecided(self) -> None:
         """Raise NotJudged if what was not judged decides whether a loader takes the checkpoint."""
@@ -98,7 +99,7 @@ class Report:
             raise NotJudged(self.undecided, ASK_VLLM)
 
     def to_json(self) -> dict[str, Any]:
-        """The keys of `mquant.verify/1` besides the envelope's; `findings` are there."""
+        """Return `mquant.verify/1` without the envelope's keys and `findings`."""
         return {
             "source": self.source,
             "family": self.family,
@@ -133,13 +134,13 @@ def verify(
     there is no vLLM.
     """
     if ask_vllm:
-        find_python()  # before anything is read
+        find_python()  # so that a missing vLLM is reported before data is read
     if depth is None:
         depth = Depth.STRUCTURE if isinstance(source, HubRepo) else Depth.NUMBERS
     view = read_modules(open_checkpoint(source, tolerant=True), families)
     original = read_modules(open_checkpoint(parent), families) if parent else None
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask, source, view.checkpoint.shards) if ask_vllm else None
+        answer = pool.submit(ask, source, view.checkpoint.shards) if ask_vllm else None
         all_findings = [*check_structure(view), *_ignore(view)]
         checked, wrong = ["structure"], frozenset[str]()
         if depth is not Depth.STRUCTURE:
@@ -150,15 +151,15 @@ def verify(
         if original is not None:
             checked.append("against")
             all_findings += _against(view, original, depth, emit)
-        loader = asked.result() if asked else None
+        loader = answer.result() if answer else None
     all_findings += loader.findings if loader else ()
     judged_by_loader = loader is not None and loader.verdict != "not asked"
     checked += ["vllm"] if judged_by_loader else []
     if not any(finding.severity == "error" for finding in all_findings):
         all_findings += check_parallel(view)
-    looked = {"loader" if each == "vllm" else each for each in checked}
-    rules = [each for each in RULES.values() if each.needs in VERIFIED]
-    hubs = [each for each in (source, parent) if isinstance(each, HubRepo)]
+    needs = {"loader" if name == "vllm" else name for name in checked}
+    rules = [rule for rule in RULES.values() if rule.needs in VERIFIED]
+    hubs = [side for side in (source, parent) if isinstance(side, HubRepo)]
     return Report(
         source=source.name,
         family=view.family.name if view.family else None,
@@ -173,19 +174,19 @@ def verify(
         bytes_read=sum(hub.bytes_read for hub in hubs) if hubs else None,
         requests=sum(hub.requests for hub in hubs) if hubs else None,
         loader=loader,
-        not_judged=not_judged(view, rules, looked, all_findings),
+        not_judged=not_judged(view, rules, needs, all_findings),
         undecided="" if judged_by_loader else undecided(view),
     )
 
 
 def _against(view: ModuleView, parent: ModuleView, depth: Depth, emit: Emit) -> tuple[Finding, ...]:
-    made = as_table(known_table(view.checkpoint.source).get("recipe"))
+    recipe = as_table(known_table(view.checkpoint.source).get("recipe"))
     return check_against(
         view,
         parent,
         everything=depth is Depth.FULL,
-        to_nearest=made.get("rounding") != "gptq",
-        smoothed=made.get("smoothing") == "awq",
+        to_nearest=recipe.get("rounding") != "gptq",
+        smoothed=recipe.get("smoothing") == "awq",
         emit=emit,
     )
 

@@ -1,4 +1,4 @@
-"""Whether modules for multi-token prediction are there: no fault, but worth knowing."""
+"""Report whether the checkpoint lacks modules for multi-token prediction, which is no error."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
@@ -8,21 +8,21 @@ from mquant.findings import Finding, rule
 
 MTP_WITHOUT_TENSORS: Final = rule(
     "mtp-without-tensors",
-    "If config.json declares multi-token prediction modules, their tensors are there.",
+    "If config.json declares multi-token prediction modules, the checkpoint has their tensors.",
     "Loaders work without the modules; speculative decoding with them is not possible. The "
     "releases of MiniMax-M2 lack them, too.",
-    "Nothing to do: loaders work without; multi-token prediction cannot be used.",
+    "Nothing to do: only multi-token prediction cannot be used.",
     severity="info",
     knowing=("family",),
 )
 
 
 def check_mtp(
-    family: Family, config: Mapping[str, Any], found: Iterable[tuple[str, TensorRole | None]]
+    family: Family, config: Mapping[str, Any], named_roles: Iterable[tuple[str, TensorRole | None]]
 ) -> Iterator[Finding]:
-    """The finding that config.json promises modules for multi-token prediction that are missing.
+    """Yield a finding if config.json declares multi-token prediction modules that are missing.
 
-    `found` are names of tensors or modules, and what the family makes of each name.
+    `named_roles` are names of tensors or modules, and the role that the family gives each name.
     """
     key = family.config.mtp
     count = config.get(key) if key else None
@@ -30,7 +30,7 @@ def check_mtp(
         return
     layers = family.value(family.config.layers, config) or 0
     # MTP modules are numbered after the last layer, or have their own prefix.
-    for name, tensor_role in found:
+    for name, tensor_role in named_roles:
         if "mtp" in name if tensor_role is None else (tensor_role.layer or -1) >= layers:
             return
     yield MTP_WITHOUT_TENSORS.finding(

@@ -1,4 +1,4 @@
-"""Whether tensors have names that loaders know, and plain tensors hold floats."""
+"""Judge whether tensors have names that loaders know, and plain tensors hold floats."""
 
 from typing import Final
 
@@ -10,13 +10,13 @@ from mquant.plan.survey import TENSOR_UNKNOWN
 from mquant.schemes import QUANTIZED_SUFFIXES
 from mquant.verify.tally import Tally
 
-# KV cache scales: loaders accept them beside any attention, and need none.
+# Loaders accept KV cache scales beside any attention, and work without such scales.
 _HARMLESS: Final = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale")
 TENSOR_RENAMED: Final = rule(
     "tensor-renamed",
     "Tensors have the names of the original release, not those of a loaded model.",
     "vLLM knows the original names only, and refuses or drops other names.",
-    "Save again with the original names, or quantize with mquant, which keeps them.",
+    "Save again with the original names, or quantize with mquant, which keeps the original names.",
     knowing=("family",),
 )
 DTYPE_NOT_FLOAT: Final = rule(
@@ -47,7 +47,7 @@ def check_names(view: ModuleView, family: Family, tally: Tally) -> None:
                 continue
             if renamed is not None and (part or suffix == "weight"):
                 if renamed.row.role is Role.EXPERT:
-                    continue  # told by `check_ignore`, with all that vLLM makes of it
+                    continue  # `check_ignore` reports experts, with vLLM's names
                 hub = renamed.row.format(renamed.layer, renamed.expert).removesuffix(".weight")
                 tally.add(
                     TENSOR_RENAMED,

@@ -1,4 +1,4 @@
-"""What was not judged, and whether that decides if a loader takes the checkpoint.
+"""The rules that were not judged, and whether these rules decide if a loader takes a checkpoint.
 
 A rule that was not applied has not passed.
 """
@@ -25,7 +25,7 @@ _UNREAD: Final[Mapping[Needs, str]] = {
 
 
 def unknown(view: ModuleView) -> dict[Knowledge, str]:
-    """What mquant does not know of a checkpoint, each as a clause."""
+    """Return what mquant does not know about a checkpoint: a clause for each kind of knowledge."""
     clauses: dict[Knowledge, str] = {}
     config = view.checkpoint.config
     declared = config.get("architectures", "none")  # `config-key-missing`, if there are none
@@ -37,19 +37,19 @@ def unknown(view: ModuleView) -> dict[Knowledge, str]:
     method = "modelopt" if view.method.startswith("modelopt") else view.method
     if method and method not in COVER_STYLES:
         clauses["list"] = f"how {method[:60]!r} matches its ignore list is not known"
-    other = [each.name for each in view.modules.values() if _unknown_layout(view, each)]
+    other = [m.name for m in view.modules.values() if _unknown_layout(view, m)]
     if other:
-        are = plural(len(other), "module")
-        clauses["layout"] = f"the layout of {are} is not known (first: {other[0]})"
+        modules = plural(len(other), "module")
+        clauses["layout"] = f"the layout of {modules} is not known (first: {other[0]})"
     elif why := unknown_config(view):
         clauses["layout"] = why
     return clauses
 
 
 def _unknown_layout(view: ModuleView, module: Module) -> bool:
-    """Whether a module is stored as no layout that is known stores a module.
+    """Return whether a module is stored in a layout that mquant does not know.
 
-    In an unknown family that is every module with a tensor that is not of floats.
+    In an unknown family a module may be, if one of its tensors does not hold floats.
     """
     if module.quantized:
         return format_of(view, module) is StorageFormat.OTHER
@@ -60,27 +60,27 @@ def _unknown_layout(view: ModuleView, module: Module) -> bool:
 
 
 def not_judged(
-    view: ModuleView, rules: Iterable[Rule], looked: Iterable[str], findings: Iterable[Finding]
+    view: ModuleView, rules: Iterable[Rule], needs: Iterable[str], findings: Iterable[Finding]
 ) -> dict[str, str]:
-    """Why rules were not applied, by id.
+    """Return rule id -> why the rule was not applied.
 
-    `looked` is what was read, as `Rule.needs` names it. A rule with a finding was applied.
+    `needs` are the values of `Rule.needs` that the run met. A rule with a finding was applied.
     """
-    clauses, looked = unknown(view), set(looked)
+    clauses, needs = unknown(view), set(needs)
     applied = {finding.rule for finding in findings}
-    whys: dict[str, str] = {}
-    for each in rules:
-        why = "" if each.needs in looked else _UNREAD.get(each.needs, "")
-        why = why or next((clauses[key] for key in each.knowing if key in clauses), "")
-        if why and each.id not in applied:
-            whys[each.id] = why
-    return whys
+    reasons: dict[str, str] = {}
+    for rule in rules:
+        why = "" if rule.needs in needs else _UNREAD.get(rule.needs, "")
+        why = why or next((clauses[key] for key in rule.knowing if key in clauses), "")
+        if why and rule.id not in applied:
+            reasons[rule.id] = why
+    return reasons
 
 
 def undecided(view: ModuleView) -> str:
-    """One sentence if what is not known decides whether a loader takes the checkpoint.
+    """Return one sentence if an unknown fact decides whether a loader takes the checkpoint.
 
-    Empty if every module is plain and config.json does not say that one is quantized.
+    Empty if no fact is unknown, or if neither tensors nor config.json show a quantization.
     """
     clauses = unknown(view)
     if not clauses or not (view.method or view.quantized or "layout" in clauses):
@@ -89,13 +89,13 @@ def undecided(view: ModuleView) -> str:
     return f"Whether vLLM takes {view.checkpoint.source.name} could not be judged: {why}."
 
 
-def to_json(whys: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The key `not_judged` of JSON documents."""
-    return [{"rule": rule, "why": why} for rule, why in sorted(whys.items())]
+def to_json(reasons: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the value of the key `not_judged` in JSON documents."""
+    return [{"rule": rule, "why": why} for rule, why in sorted(reasons.items())]
 
 
-def in_words(whys: Mapping[str, str]) -> str:
-    """How many rules were not judged, and why, in one sentence; empty if all were."""
-    counts = Counter(whys.values())
+def in_words(reasons: Mapping[str, str]) -> str:
+    """Return one sentence: how many rules were not judged, and why; empty if all rules were."""
+    counts = Counter(reasons.values())
     parts = ", ".join(f"{plural(count, 'rule')} ({why})" for why, count in counts.items())
     return f"Not judged: {parts}." if parts else ""

@@ -1,6 +1,6 @@
-"""What the data tell: scales must be usable, and numbers must be finite.
+"""Judge the data: scales must be usable, and numbers must be finite.
 
-All data is read once, in pieces: memory stays at a few times PIECE, whatever the checkpoint.
+Data is read in pieces: memory stays at a few times PIECE for every checkpoint.
 """
 
 from collections import defaultdict, deque
@@ -44,9 +44,9 @@ _NOT_FINITE: Final = {
     "F32": ("<u4", 0x7F80_0000),
     "F64": ("<u8", 0x7FF0_0000_0000_0000),
     "F8_E5M2": ("u1", 0x7C),
-    "F8_E4M3": ("u1", 0x7F),  # the one code, with either sign, that is no number
+    "F8_E4M3": ("u1", 0x7F),  # the only code, with either sign, that is NaN
 }
-_AGAIN: Final = "Quantize again; if it stays so, look at the weight in the parent."
+_AGAIN: Final = "Quantize again; if the finding stays, check the weight in the parent."
 
 VALUE_NOT_FINITE: Final = rule(
     "value-not-finite",
@@ -59,7 +59,7 @@ SCALE_NOT_FINITE: Final = rule(
     "scale-not-finite",
     "Scales of blocks, channels and tensors are finite numbers (in E4M3: not 7f or ff).",
     "One such scale makes NaN of a whole block, and then of the model's output.",
-    "Quantize again; if it stays so, look at the weight in the parent.",
+    "Quantize again; if the finding stays, check the weight in the parent.",
     needs="numbers",
     knowing=("layout",),
 )
@@ -67,7 +67,7 @@ SCALE_NEGATIVE: Final = rule(
     "scale-negative",
     "Scales of blocks, channels and tensors are not negative.",
     "Kernels that read the sign bit as part of the number compute wrong values.",
-    "Quantize again; if it stays so, look at the weight in the parent.",
+    "Quantize again; if the finding stays, check the weight in the parent.",
     needs="numbers",
     knowing=("layout",),
 )
@@ -75,7 +75,7 @@ SCALE_ZERO: Final = rule(
     "scale-zero",
     "A scale is zero only if all codes under it are zero.",
     "The whole block loads as zero.",
-    "Quantize again; if it stays so, look at the weight in the parent.",
+    "Quantize again; if the finding stays, check the weight in the parent.",
     needs="numbers",
     knowing=("layout",),
 )
@@ -91,7 +91,7 @@ GLOBAL_SCALE_INVALID: Final = rule(
     "global-scale-invalid",
     "Global scales and activation scales are finite and positive.",
     "vLLM loads infinity and NaN without an error; the module's output is then infinity or NaN.",
-    "Quantize again; if it stays so, look at the weight in the parent.",
+    "Quantize again; if the finding stays, check the weight in the parent.",
     needs="numbers",
     knowing=("layout",),
 )
@@ -106,8 +106,8 @@ GLOBAL_SCALE_DIFFERS: Final = rule(
 GLOBAL_SCALE_INVERTED: Final = rule(
     "global-scale-inverted",
     "compressed-tensors' weight_global_scale is a divisor, and so hardly ever below 1.",
-    "ModelOpt's weight_scale_2 is the reciprocal; stored under the other name, weights are off "
-    "by its square.",
+    "ModelOpt's weight_scale_2 is the reciprocal; if a tool stores weight_scale_2 under the other "
+    "name, weights are off by the scale's square.",
     "Store 1 / weight_scale_2 as weight_global_scale.",
     severity="warning",
     needs="numbers",
@@ -126,10 +126,10 @@ GLOBAL_SCALES_RECIPROCAL: Final = rule(
 
 
 @dataclass
-class _Seen:
-    """What one task found: broken rules, and the global scale of its module.
+class _Result:
+    """The result of one task: broken rules, and the name and bytes of the module's global scale.
 
-    `divisor` is the name and value of that scale, if it is compressed-tensors' own.
+    `divisor` is the name and value of the module's weight_global_scale, if there is one.
     """
 
     module: Module | None = None
@@ -142,29 +142,29 @@ class _Seen:
 
 
 def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
-    """Read all data once and judge it. Raises SourceError if it cannot be read."""
+    """Read the data and judge scales and numbers. Raises SourceError if data cannot be read."""
     units = list(_tasks(view))
     total = sum(size for size, _ in units)
-    done = told = 0
+    done = reported = 0
     tally = Tally()
     scales: dict[FusedSet, list[tuple[str, bytes]]] = defaultdict(list)
     divisors: dict[str, float] = {}
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
         try:
-            for (size, _), seen in zip(
+            for (size, _), result in zip(
                 units, in_order(pool, [unit for _, unit in units]), strict=True
             ):
-                for found in seen.breaks:
-                    tally.add(*found)
-                if seen.divisor is not None:
-                    divisors[seen.divisor[0]] = seen.divisor[1]
-                tensor_role = seen.module.tensor_role if seen.module else None
+                for broken in result.breaks:
+                    tally.add(*broken)
+                if result.divisor is not None:
+                    divisors[result.divisor[0]] = result.divisor[1]
+                tensor_role = result.module.tensor_role if result.module else None
                 fused_set = tensor_role.fused_set if tensor_role else None
-                if fused_set and seen.global_scale:
-                    scales[fused_set].append(seen.global_scale)
+                if fused_set and result.global_scale:
+                    scales[fused_set].append(result.global_scale)
                 done += size
-                if done - told >= PIECE or done == total:
-                    told = done
+                if done - reported >= PIECE or done == total:
+                    reported = done
                     emit(Progress("verify", done, total))
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -182,7 +182,7 @@ def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
     return tally
 
 
-def _tasks(view: ModuleView) -> Iterator[tuple[int, Callable[[], _Seen]]]:
+def _tasks(view: ModuleView) -> Iterator[tuple[int, Callable[[], _Result]]]:
     for module in view.modules.values():
         kind = format_of(view, module)
         if kind in (None, StorageFormat.OTHER):
@@ -193,37 +193,37 @@ def _tasks(view: ModuleView) -> Iterator[tuple[int, Callable[[], _Seen]]]:
             yield size, partial(_quantized, view, module, kind)
 
 
-def _plain(view: ModuleView, info: TensorInfo, seen: _Seen | None = None) -> _Seen:
-    seen = seen or _Seen()
+def _plain(view: ModuleView, info: TensorInfo, result: _Result | None = None) -> _Result:
+    result = result or _Result()
     if info.dtype not in _NOT_FINITE:
-        return seen
+        return result
     kind, exponent = _NOT_FINITE[info.dtype]
     for raw in pieces(view, info):
         bits = np.frombuffer(raw, kind)
         bad = int(np.count_nonzero((bits & bits.dtype.type(exponent)) == exponent))
         if bad:
-            seen.add(VALUE_NOT_FINITE, info, "holds NaN or infinity")
+            result.add(VALUE_NOT_FINITE, info, "holds NaN or infinity")
             break
-    return seen
+    return result
 
 
-def _quantized(view: ModuleView, module: Module, kind: StorageFormat | None) -> _Seen:
-    seen = _Seen(module)
+def _quantized(view: ModuleView, module: Module, kind: StorageFormat | None) -> _Result:
+    result = _Result(module)
     for suffix, info in module.tensors.items():
         if suffix in SECOND_SCALES | INPUT_SCALES:
-            _scalar(view, info, suffix, seen)
+            _scalar(view, info, suffix, result)
         elif suffix in SCALES:
-            _scales(view, info, seen)
+            _scales(view, info, result)
         elif info.dtype in FP8_DTYPES or suffix not in ("weight", "weight_packed"):
-            _plain(view, info, seen)
+            _plain(view, info, result)
     if kind in NVFP4S:
-        _dead_blocks(view, module, seen)
+        _dead_blocks(view, module, result)
     if kind is StorageFormat.INT:
-        _stated_shape(view, module, seen)
-    return seen
+        _stated_shape(view, module, result)
+    return result
 
 
-def _stated_shape(view: ModuleView, module: Module, seen: _Seen) -> None:
+def _stated_shape(view: ModuleView, module: Module, result: _Result) -> None:
     codes, info = module.tensors.get("weight_packed"), module.tensors.get("weight_shape")
     bits = integer_bits(view)
     kinds = {"I64": "<i8", "I32": "<i4"}
@@ -233,39 +233,39 @@ def _stated_shape(view: ModuleView, module: Module, seen: _Seen) -> None:
         rows, columns = np.frombuffer(read(view, info), kinds[info.dtype]).tolist()
         if (rows, -(-columns * bits // 32)) != codes.shape:
             packed = list(codes.shape)
-            seen.add(PACKED_SHAPE_DIFFERS, info, f"is {[rows, columns]}; the codes are {packed}")
+            result.add(PACKED_SHAPE_DIFFERS, info, f"is {[rows, columns]}; the codes are {packed}")
 
 
-def _scalar(view: ModuleView, info: TensorInfo, suffix: str, seen: _Seen) -> None:
+def _scalar(view: ModuleView, info: TensorInfo, suffix: str, result: _Result) -> None:
     if info.dtype not in ("F32", "BF16", "F16") or info.elements != 1:
-        return  # a matter of structure
+        return  # the rules of structure judge dtypes and shapes
     raw = read(view, info)
     value = float(floats(raw, info.dtype)[0])
     if not np.isfinite(value) or value <= 0:
-        seen.add(GLOBAL_SCALE_INVALID, info, f"is {value:g}")
+        result.add(GLOBAL_SCALE_INVALID, info, f"is {value:g}")
     elif suffix == "weight_global_scale" and value < 1:
-        seen.add(GLOBAL_SCALE_INVERTED, info, f"is {value:.3g}, which looks like a reciprocal")
+        result.add(GLOBAL_SCALE_INVERTED, info, f"is {value:.3g}, which looks like a reciprocal")
     if suffix == "weight_global_scale":
-        seen.divisor = (info.name, value)
+        result.divisor = (info.name, value)
     if suffix in SECOND_SCALES:
-        seen.global_scale = (info.name, raw)
+        result.global_scale = (info.name, raw)
 
 
-def _scales(view: ModuleView, info: TensorInfo, seen: _Seen) -> None:
+def _scales(view: ModuleView, info: TensorInfo, result: _Result) -> None:
     if info.dtype not in ("F8_E4M3", "F32", "BF16", "F16"):
         return
     for raw in pieces(view, info):
         values: Floats = floats(raw, info.dtype)
         if not np.isfinite(values).all():
-            seen.add(SCALE_NOT_FINITE, info, "holds NaN or infinity")
+            result.add(SCALE_NOT_FINITE, info, "holds NaN or infinity")
         if (values < 0).any():
-            seen.add(SCALE_NEGATIVE, info, "holds negative scales")
+            result.add(SCALE_NEGATIVE, info, "holds negative scales")
         if info.dtype != "F8_E4M3" and (values == 0).any():
             # Tools write a tiny scale, never zero, for a channel of zeros.
-            seen.add(SCALE_ZERO, info, "holds scales that are zero")
+            result.add(SCALE_ZERO, info, "holds scales that are zero")
 
 
-def _dead_blocks(view: ModuleView, module: Module, seen: _Seen) -> None:
+def _dead_blocks(view: ModuleView, module: Module, result: _Result) -> None:
     codes = module.tensors.get("weight_packed") or module.tensors.get("weight")
     scale = module.tensors.get("weight_scale")
     if codes is None or scale is None or scale.dtype != "F8_E4M3" or codes.dtype != "U8":
@@ -278,15 +278,15 @@ def _dead_blocks(view: ModuleView, module: Module, seen: _Seen) -> None:
     step = PIECE // per_block * per_block
     for start in range(0, codes.nbytes, step):
         end = min(start + step, codes.nbytes)
-        # 8 bytes are one block: read as one integer without signs, and compared with zero.
+        # 8 bytes are one block: an integer that, without the sign bits, is compared with zero.
         blocks: npt.NDArray[np.uint64] = np.frombuffer(read(view, codes, start, end), "<u8")
-        some = (blocks & np.uint64(0x7777_7777_7777_7777)) != 0
+        nonzero = (blocks & np.uint64(0x7777_7777_7777_7777)) != 0
         raw = read(view, scale, start // per_block, end // per_block)
-        dead = (np.frombuffer(raw, np.uint8) & 0x7F) == 0
-        if (some & dead).any():
-            block = start // per_block + int(np.argmax(some & dead))
+        zero = (np.frombuffer(raw, np.uint8) & 0x7F) == 0
+        if (nonzero & zero).any():
+            block = start // per_block + int(np.argmax(nonzero & zero))
             row = block // scale.shape[1]
-            seen.add(SCALE_ZERO, scale, f"is zero over a block that is not (row {row:,})")
+            result.add(SCALE_ZERO, scale, f"is zero over a block that is not zero (row {row:,})")
             return
 
 
@@ -298,12 +298,12 @@ def _fused(sets: Iterable[list[tuple[str, bytes]]], tally: Tally) -> None:
             tally.add(
                 GLOBAL_SCALE_DIFFERS,
                 other,
-                f"{first} and {other} differ, but loaders make one matrix of them",
+                f"{first} and {other} differ, but loaders fuse their modules into one matrix",
             )
 
 
 def in_order(pool: ThreadPoolExecutor, units: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """The results of tasks that a pool does, a few ahead: `pool.map` holds all of them at once."""
+    """Yield the results of tasks in order, a few tasks ahead: `pool.map` would hold all results."""
     waiting: deque[Future[T]] = deque()
     for unit in units:
         waiting.append(pool.submit(unit))
@@ -314,6 +314,6 @@ def in_order(pool: ThreadPoolExecutor, units: Iterable[Callable[[], T]]) -> Iter
 
 
 def pieces(view: ModuleView, info: TensorInfo) -> Iterator[bytes]:
-    """A tensor's data in pieces of whole elements."""
+    """Yield a tensor's data in pieces of whole elements."""
     for start in range(0, info.nbytes, PIECE):
         yield read(view, info, start, min(start + PIECE, info.nbytes))

@@ -1,4 +1,4 @@
-"""Whether quantized modules have all their parts, and fused sets and experts are alike."""
+"""Judge the parts of quantized modules, and whether fused sets and experts are alike."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -38,8 +38,8 @@ PART_DTYPE: Final = rule(
 WEIGHT_STORED_TWICE: Final = rule(
     "weight-stored-twice",
     "A module has either a plain weight or a quantized one.",
-    "The loader decides which one is loaded.",
-    "Remove the one that config.json does not describe.",
+    "The loader decides which weight is loaded.",
+    "Remove the weight that config.json does not describe.",
     knowing=("layout",),
 )
 ACTIVATION_SCALES_UNDECLARED: Final = rule(
@@ -50,7 +50,7 @@ ACTIVATION_SCALES_UNDECLARED: Final = rule(
     knowing=("layout",),
 )
 Kinds = Mapping[str, StorageFormat]
-"""Quantized modules by name."""
+"""Module name -> storage format, for every quantized module."""
 
 
 def check_modules(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
@@ -82,16 +82,16 @@ def _parts(view: ModuleView, module: Module, kind: StorageFormat, tally: Tally) 
                     f"{module.name} is quantized ({kind.short}: {present}), but has no {suffix}",
                 )
         elif info.dtype not in part.dtypes:
-            wanted = " or ".join(part.dtypes)
+            dtypes = " or ".join(part.dtypes)
             tally.add(
-                PART_DTYPE, info.name, f"{info.name} is {info.dtype}; {kind.short} has {wanted}"
+                PART_DTYPE, info.name, f"{info.name} is {info.dtype}; {kind.short} has {dtypes}"
             )
         elif shape and part.shapes and info.shape not in part.shapes:
-            wanted = " or ".join(str(list(each)) for each in part.shapes)
+            shapes = " or ".join(str(list(shape)) for shape in part.shapes)
             tally.add(
                 PART_SHAPE,
                 info.name,
-                f"{info.name} is {list(info.shape)}; a weight of {list(shape)} needs {wanted}",
+                f"{info.name} is {list(info.shape)}; a weight of {list(shape)} needs {shapes}",
             )
     known = {*expected, *INPUT_SCALES, "weight"}
     for suffix, info in module.tensors.items():
@@ -103,14 +103,14 @@ def _parts(view: ModuleView, module: Module, kind: StorageFormat, tally: Tally) 
 
 def _inputs(module: Module, kind: StorageFormat, declared: bool | None, tally: Tally) -> None:
     name = SUFFIXES[kind].input
-    there = any(suffix in module.tensors for suffix in INPUT_SCALES)
+    has_scales = any(suffix in module.tensors for suffix in INPUT_SCALES)
     if declared and name and name not in module.tensors:
         tally.add(
             ACTIVATION_SCALES_MISSING,
             f"{module.name}.{name}",
             f"config.json declares quantized activations, but {module.name} has no {name}",
         )
-    elif declared is False and there:
+    elif declared is False and has_scales:
         tally.add(
             ACTIVATION_SCALES_UNDECLARED,
             module.name,
@@ -143,15 +143,15 @@ def _alike(broken: Rule, group: list[Module], kinds: Kinds, tally: Tally) -> Non
 
     states = [state(module) for module in group]
     common = max(set(states), key=states.count)
-    # Name the module that differs; of two, the plain one.
-    if odd := next((m for m in group if state(m) != common), None):
+    # Name the module that differs; of two modules, the plain one.
+    if outlier := next((m for m in group if state(m) != common), None):
         other = next(m for m in group if state(m) == common)
-        if states.count(common) == states.count(state(odd)) and odd.name in kinds:
-            odd, other = other, odd
+        if states.count(common) == states.count(state(outlier)) and outlier.name in kinds:
+            outlier, other = other, outlier
         tally.add(
             broken,
-            odd.name,
-            f"{odd.name} is {_say(state(odd))}, but {other.name} is {_say(state(other))}",
+            outlier.name,
+            f"{outlier.name} is {_say(state(outlier))}, but {other.name} is {_say(state(other))}",
         )
 
 

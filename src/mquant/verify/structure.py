@@ -1,4 +1,4 @@
-"""Judge headers and JSON: whether the whole model is there, and every part as it must be."""
+"""Judge headers and JSON: whether the model is complete, and every part has its dtype and shape."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -35,12 +35,13 @@ def check_structure(view: ModuleView) -> tuple[Finding, ...]:
     tally = Tally()
     check_modules(view, kinds, tally)
     check_config_json(view, kinds, tally)
-    # Quantize refuses these; a loader can still read them, so here they are warnings.
-    found = [in_context(f, "judged") for f in view.checkpoint.findings]
-    found += _total_size(view)
+    # `quantize` refuses a checkpoint with these findings, but a loader can still load the
+    # checkpoint, so the severity is that of a judged checkpoint.
+    findings = [in_context(f, "judged") for f in view.checkpoint.findings]
+    findings += _total_size(view)
     if view.family is None:
-        found.append(_unknown_family(view))
-        return (*found, *tally.findings())
+        findings.append(_unknown_family(view))
+        return (*findings, *tally.findings())
     check_names(view, view.family, tally)
     check_alike(view, kinds, tally)
     whole = [*wholeness(view.family, _members(view, kinds), view.checkpoint.config)]
@@ -48,18 +49,18 @@ def check_structure(view: ModuleView) -> tuple[Finding, ...]:
         # Tensors of a lost shard are not reported one by one.
         whole = [f for f in whole if f.rule == SHAPE_DISAGREES.id]
         rest = [f for f in tally.findings() if f.rule not in (PART_MISSING.id, FUSED_SET_MIXED.id)]
-        return (*found, *whole, *rest)
-    found += [*whole, *tally.findings()]
+        return (*findings, *whole, *rest)
+    findings += [*whole, *tally.findings()]
     named = ((name, module.tensor_role) for name, module in view.modules.items())
-    found += check_mtp(view.family, view.checkpoint.config, named)
-    return tuple(found)
+    findings += check_mtp(view.family, view.checkpoint.config, named)
+    return tuple(findings)
 
 
 def _members(view: ModuleView, kinds: Kinds) -> list[Member]:
-    """Every known tensor as if nothing were quantized: a quantized module counts as its weight.
+    """Return every known tensor as if no module were quantized, with one weight for each module.
 
-    A tensor with a loaded model's name counts as the tensor that it is; another rule judges the
-    name.
+    A tensor with a loaded model's name counts under the name that the family gives the tensor on
+    disk; another rule judges the name.
     """
     members: list[Member] = []
     family, config = view.family, view.checkpoint.config
@@ -68,11 +69,11 @@ def _members(view: ModuleView, kinds: Kinds) -> list[Member]:
     for module in view.modules.values():
         kind = kinds.get(module.name)
         for suffix, info in module.tensors.items():
-            tensor_role = _meant(family, info.name)
+            tensor_role = _classify(family, info.name)
             if tensor_role is not None and not (kind and suffix == "weight"):
                 name = tensor_role.row.format(tensor_role.layer, tensor_role.expert)
                 members.append(Member(replace(info, name=name), tensor_role))
-        tensor_role = _meant(family, f"{module.name}.weight")
+        tensor_role = _classify(family, f"{module.name}.weight")
         if kind is not None and tensor_role is not None:
             shape = weight_shape(kind, module, view) or family.shape(tensor_role.row, config)
             name = tensor_role.row.format(tensor_role.layer, tensor_role.expert)
@@ -81,7 +82,7 @@ def _members(view: ModuleView, kinds: Kinds) -> list[Member]:
     return members
 
 
-def _meant(family: Family, name: str) -> TensorRole | None:
+def _classify(family: Family, name: str) -> TensorRole | None:
     return family.classify(name) or family.classify_in_memory(name)
 
 
@@ -99,6 +100,6 @@ def _unknown_family(view: ModuleView) -> Finding:
     kind = str(view.checkpoint.config.get("model_type"))[:60]
     return FAMILY_UNKNOWN.finding(
         "config.json",
-        f"config.json says model_type {kind!r}, a family mquant does not know: only what holds "
-        "for every model was checked.",
+        f"config.json says model_type {kind!r}, a family mquant does not know: only rules "
+        "that hold for every model were checked.",
     )

@@ -1,25 +1,26 @@
-"""Over how many GPUs vLLM and SGLang can split an NVFP4 checkpoint, from its weights' shapes.
+"""Find over how many GPUs vLLM and SGLang can split an NVFP4 checkpoint, from its weights' shapes.
 
-Both run NVFP4 weights with FP4 Marlin kernels where activations stay in 16 bits, or the GPU has no
-FP4, and split a model over the ranks of a tensor-parallel group alike: q, k, v, gate and up by
-their outputs, o and down by their inputs. What that asks of the shapes was read in vLLM 0.32.0 and
-SGLang 0.5.23:
+Both loaders run NVFP4 weights with FP4 Marlin kernels if activations stay in 16 bits, or if the GPU
+has no FP4 units. Both loaders split a model over the ranks of a tensor-parallel group alike: q, k,
+v, gate and up by their outputs, o and down by their inputs. The conditions for the shapes were read
+in the code of vLLM 0.32.0 and SGLang 0.5.23:
 
 - Attention heads are shared out evenly. vLLM: config/model.py, `verify_with_parallel_config`; both:
   `QKVParallelLinear`. Key and value heads are shared out evenly, or each goes to as many ranks.
-- So are the inputs of o and down, in whole groups of 16, as a rank takes the scales of its own
-  groups: `RowParallelLinear`, and `create_weights` of the NVFP4 schemes of compressed-tensors.
-  If a group is cut in two, `load_row_parallel_weight` takes scales of other weights.
+- The inputs of o and down are shared out evenly, in whole groups of 16, because a rank takes the
+  scales of its own groups: `RowParallelLinear`, and `create_weights` of the NVFP4 schemes of
+  compressed-tensors. If a group is cut in two, `load_row_parallel_weight` takes scales of other
+  weights.
 - Linear layers are padded to the kernel's tiles, (64, 128) or (128, 64), whatever their shape.
   vLLM: marlin_utils.py, `marlin_padded_nk`; SGLang: marlin_utils_fp4.py,
   `prepare_nvfp4_layer_for_marlin`.
-- Experts are padded by vLLM along their inner dimension only: the hidden size must be a multiple
-  of 64 (marlin_utils_fp4.py, `prepare_nvfp4_moe_layer_for_marlin`). SGLang does not pad them: 128,
-  and 64 for a rank's share of the inner dimension (compressed_tensors_w4a16_nvfp4_moe.py,
-  `process_weights_after_loading`).
-- The vocabulary is padded to a multiple of 64, so any number of ranks here can share it
-  (vocab_parallel_embedding.py, `pad_vocab_size`).
-- Some models want no more ranks than experts: `tp_within_experts` of the family.
+- vLLM pads experts along their inner dimension only: the hidden size must be a multiple of 64
+  (marlin_utils_fp4.py, `prepare_nvfp4_moe_layer_for_marlin`). SGLang does not pad experts: the
+  hidden size must be a multiple of 128, and a rank's share of the inner dimension a multiple of 64
+  (compressed_tensors_w4a16_nvfp4_moe.py, `process_weights_after_loading`).
+- The vocabulary is padded to a multiple of 64, so every number of ranks in `SIZES` can share the
+  vocabulary (vocab_parallel_embedding.py, `pad_vocab_size`).
+- Some models need at least as many experts as ranks: `tp_within_experts` of the family.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,7 +39,7 @@ TENSOR_PARALLEL: Final = rule(
     "An NVFP4 checkpoint can be split over 1, 2, 4, 8 and 16 GPUs.",
     "Heads, groups and the tiles of FP4 Marlin kernels cannot be cut in two: a server stops "
     "after loading everything, or computes with the scales of other weights.",
-    "Nothing to do: serve it with one of these tensor-parallel sizes.",
+    "Nothing to do: serve the checkpoint with one of these tensor-parallel sizes.",
     severity="info",
     knowing=("family",),
 )
@@ -67,7 +68,7 @@ SGLANG: Final = KernelLimits("SGLang 0.5.23", hidden=128, inner=64)
 
 @dataclass(frozen=True, slots=True)
 class SplitWeight:
-    """A linear layer's weight, [out, in]: the first of its row that the checkpoint has."""
+    """A linear layer's weight, [out, in]: the first weight of a row of the family."""
 
     module: str
     row: TensorRow
@@ -76,9 +77,9 @@ class SplitWeight:
 
 
 def check_parallel(view: ModuleView) -> Iterator[Finding]:
-    """The tensor-parallel sizes that work; nothing if the checkpoint has other layouts than NVFP4.
+    """Yield the finding on the tensor-parallel sizes that work; none for other layouts than NVFP4.
 
-    The checkpoint must have no errors: otherwise shapes may be what is wrong.
+    The checkpoint must have no errors: otherwise the shapes may be wrong.
     """
     family, config = view.family, view.checkpoint.config
     kinds = {m.name: kind for m in view.modules.values() if (kind := format_of(view, m))}
@@ -87,7 +88,7 @@ def check_parallel(view: ModuleView) -> Iterator[Finding]:
         return
     weights = _weights(view, kinds)
     loaders = [VLLM]
-    # ModelOpt's layout, and latent attention, which takes kv_b apart, are other code in SGLang.
+    # SGLang has other code for ModelOpt's layout, and for latent attention, which splits kv_b.
     if used == {StorageFormat.NVFP4} and family.config.kv_heads:
         loaders.append(SGLANG)
     sentences = []
@@ -95,10 +96,10 @@ def check_parallel(view: ModuleView) -> Iterator[Finding]:
         reasons = {n: _reason(loader, n, family, config, weights) for n in SIZES}
         works = [n for n, reason in reasons.items() if not reason]
         if loader is VLLM and not works:
-            message = f"{VLLM.name} cannot run it on any number of GPUs: {reasons[1]}."
+            message = f"{VLLM.name} cannot run the checkpoint on any number of GPUs: {reasons[1]}."
             yield KERNEL_SHAPE.finding("config.json", message)
             return
-        sentences.append(f"{loader.name} with {_told(works, reasons)}")
+        sentences.append(f"{loader.name} with {_in_words(works, reasons)}")
     message = f"With FP4 Marlin kernels, by tensor-parallel size: {'; '.join(sentences)}."
     yield TENSOR_PARALLEL.finding("config.json", message)
 
@@ -132,7 +133,7 @@ def _reason(
     config: Mapping[str, Any],
     weights: list[SplitWeight],
 ) -> str:
-    """Why a loader cannot run the model on so many GPUs, as the end of a sentence; or empty."""
+    """Return why a loader cannot run the model on `ranks` GPUs, as a sentence's end; else empty."""
     keys = family.config
     heads = family.value(keys.heads, config) or 0
     if heads % ranks:
@@ -148,23 +149,23 @@ def _reason(
 
 
 def _cut(loader: KernelLimits, ranks: int, family: Family, weight: SplitWeight) -> str:
-    """Why the inputs of one weight (o, down) cannot be split; empty if they can."""
+    """Return why the inputs of one weight (o, down) cannot be split; empty if the inputs can."""
     if weight.row.shape[:1] != (family.config.hidden,):
-        return ""  # heads, and the inputs of down, are what the others' outputs are
-    out, wide = weight.shape
+        return ""  # the weight's outputs are heads, or the inputs of down
+    rows, columns = weight.shape
     expert = weight.quantized and weight.row.role is Role.EXPERT
-    if expert and out % loader.hidden:
-        return f"experts write {out} channels ({weight.module}), no multiple of {loader.hidden}"
-    share = f"{weight.module} reads {wide}"
-    if wide % ranks:
+    if expert and rows % loader.hidden:
+        return f"experts write {rows} channels ({weight.module}), no multiple of {loader.hidden}"
+    share = f"{weight.module} reads {columns}"
+    if columns % ranks:
         return f"{share}, which does not divide by {ranks}"
     unit = loader.inner if expert else GROUP
-    if weight.quantized and wide // ranks % unit:
-        return f"{share}, {wide // ranks} a rank, no multiple of {unit}"
+    if weight.quantized and columns // ranks % unit:
+        return f"{share}, {columns // ranks} a rank, no multiple of {unit}"
     return ""
 
 
-def _told(works: list[int], reasons: Mapping[int, str]) -> str:
+def _in_words(works: list[int], reasons: Mapping[int, str]) -> str:
     if len(works) == len(SIZES):
         return ", ".join(map(str, works))
     number, reason = next((n, reason) for n, reason in reasons.items() if reason)

@@ -18,14 +18,14 @@ class _Data(BaseModel):
 
 
 class Companion(_Data):
-    """Another repo that belongs to this one, and its purpose."""
+    """A repo that belongs to the checkpoint's repo, and its purpose."""
 
     repo: RepoId
     what: str = ""
 
 
 class About(_Data):
-    """`repo`: the checkpoint's future hub repo; `base_model`: the parent's hub repo."""
+    """The publisher's facts. `repo`: the future hub repo; `base_model`: the parent's hub repo."""
 
     repo: RepoId | None = None
     base_model: RepoId | None = None
@@ -39,8 +39,8 @@ def read_about(path: Path) -> About:
         return About.model_validate(read_yaml(path) or {})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "it"
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise DataFileError(
             f"{path.name}: {where}: {first['msg']}.",
-            "It may hold repo, base_model, companions (repo, what) and citation.",
+            "The file may have the keys repo, base_model, companions (repo, what) and citation.",
         ) from None

@@ -41,16 +41,16 @@ NVFP4A16: Final = (
         "TensorRT-LLM",
         "",
         "no",
-        "It reads ModelOpt's layout, and takes compressed-tensors' NVFP4 for one with 4-bit "
-        "activations.",
+        "TensorRT-LLM reads ModelOpt's layout, and takes compressed-tensors' NVFP4 for NVFP4 with "
+        "4-bit activations.",
         "its parser of quantization_config read",
     ),
     Engine(
         "transformers",
         "5.17",
         "wrongly",
-        "It loads the experts without an error and without their weight_global_scale: the "
-        "weights come out wrong.",
+        "transformers loads the experts without an error and without weight_global_scale: the "
+        "weights are wrong.",
         "run on a small model",
         only_experts=True,
     ),
@@ -58,7 +58,7 @@ NVFP4A16: Final = (
         "llama.cpp",
         "",
         "no",
-        "It reads GGUF; its quantizations are made from the unquantized parent.",
+        "llama.cpp reads GGUF; GGUF files are made from the unquantized parent.",
         "its converter read",
     ),
 )
@@ -90,6 +90,6 @@ ENGINES: Final[dict[str, tuple[Engine, ...]]] = {
 }
 
 HARDWARE: Final[dict[str, str]] = {
-    "NVFP4A16": "Only weights are in 4 bits: they are turned into 16 bits inside the kernel, and "
-    "nothing needs a GPU with FP4 units. What it saves is memory and its bandwidth."
+    "NVFP4A16": "Only weights are in 4 bits: the kernel turns weights into 16 bits, and needs no "
+    "GPU with FP4 units. The scheme saves memory and memory bandwidth."
 }

@@ -39,11 +39,12 @@ class RoleFacts:
 
 @dataclass(frozen=True)
 class Card:
-    """The facts of one card. None, and empty: not known.
+    """The facts of one card. None or an empty value means: not known.
 
-    `scheme` is the name of ours that it is in; `active` counts parameters that take part in one
-    token; `cache_bytes` are those of the KV cache in 16 bits for one token; `license_file` is the
-    text of it, if it is among the files. `tried`: engines were tried with a model of this family.
+    `scheme` is mquant's name of the scheme of all quantized modules; `active` counts parameters
+    that take part in one token; `cache_bytes` is the size of the KV cache in 16 bits for one token;
+    `license_file` is the name of the licence file. `tried`: engines were tried with models of the
+    family.
     """
 
     inspection: Inspection
@@ -90,8 +91,8 @@ def gather(
     view = read_modules(checkpoint, families)
     if not view.quantized:
         raise SourceError(
-            f"{source.name} is not quantized: a card says how it was.",
-            "Give the checkpoint that mquant quantize made.",
+            f"{source.name} is not quantized: a card describes a quantization.",
+            "Give the checkpoint that mquant quantize wrote.",
         )
     record = read_record(source)
     parent = find_parent(record, given, emit)
@@ -122,9 +123,9 @@ def gather(
 
 
 def _scheme(view: ModuleView) -> str:
-    """The scheme of all quantized modules; empty if the scheme is unknown, or there are several.
+    """Return the scheme of all quantized modules; empty if the scheme is unknown or not unique.
 
-    Only what decides the arithmetic is compared, because tools differ in the other keys they write.
+    Only keys that decide the arithmetic are compared: tools differ in the other keys they write.
     """
     kinds = {format_of(view, module) for module in view.quantized}
     if len({kind.short for kind in kinds if kind}) != 1 or not kinds <= {
@@ -135,12 +136,12 @@ def _scheme(view: ModuleView) -> str:
         return ""
     config_groups = list(groups(view.config))
     for name, scheme in SCHEMES.items():
-        ours = scheme.config_group
+        config_group = scheme.config_group
         keys = ("num_bits", "type", "strategy", "group_size", "dynamic")
         if config_groups and all(
-            bool(group.get("input_activations")) is bool(ours["input_activations"])
+            bool(group.get("input_activations")) is bool(config_group["input_activations"])
             and isinstance(weights := group.get("weights"), dict)
-            and all(weights.get(key) == ours["weights"].get(key) for key in keys)
+            and all(weights.get(key) == config_group["weights"].get(key) for key in keys)
             for group in config_groups
         ):
             return name
@@ -148,7 +149,7 @@ def _scheme(view: ModuleView) -> str:
 
 
 def _roles(view: ModuleView) -> tuple[RoleFacts, ...]:
-    """Facts by role, in the order of `Role`; empty if the shape of some weight is unknown."""
+    """Return the facts by role, in the order of `Role`; empty if a weight's shape is unknown."""
     kept: Counter[str] = Counter()
     quantized: Counter[str] = Counter()
     parameters: Counter[str] = Counter()
@@ -181,7 +182,7 @@ def _name(role: Role | None) -> str:
 def _active(
     parameters: int | None, roles: tuple[RoleFacts, ...], inspection: Inspection
 ) -> int | None:
-    """The number of parameters, without those of experts that a token is not routed to."""
+    """Return the number of parameters, without those of experts that a token is not routed to."""
     experts = sum(role.parameters for role in roles if role.role == Role.EXPERT.value)
     count, chosen = inspection.experts, inspection.experts_per_token
     if parameters is None or not experts or not count or not chosen or chosen > count:

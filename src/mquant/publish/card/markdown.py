@@ -1,6 +1,6 @@
-"""Markdown of untrusted strings: strings are shown, never obeyed.
+"""Markdown from untrusted strings, with every special character escaped.
 
-A name could be an image that reports its readers to a host, end a table, or fake a section.
+A name could load an image that reports the readers to a host, end a table, or fake a section.
 """
 
 import re
@@ -16,7 +16,7 @@ _PLAIN_CODE: Final = re.compile(r"[^`|]*[^`|\s\\]")
 
 
 def text(value: str) -> str:
-    """A string in a sentence or a cell, on one line, with all Markdown escaped."""
+    """Return a string for a sentence or a cell, on one line, with all Markdown escaped."""
     escaped = _SPECIAL.sub(r"\\\1", clean(value)).translate(_HTML)
     # The hub links addresses, and notifies the user of @name.
     for sign, entity in (("://", "&#58;//"), ("@", "&#64;"), ("www.", "www&#46;")):
@@ -25,7 +25,7 @@ def text(value: str) -> str:
 
 
 def code(value: str) -> str:
-    """A string as code, in a sentence or a cell."""
+    """Return a string as code, for a sentence or a cell."""
     line = clean(value)
     if _PLAIN_CODE.fullmatch(line) and not line[0].isspace():
         return f"`{line}`"
@@ -33,7 +33,7 @@ def code(value: str) -> str:
 
 
 def block(lines: Iterable[str], language: str = "") -> str:
-    """Lines as a code block, whatever fences the lines hold."""
+    """Return lines as a code block, with a fence longer than any run of backticks in the lines."""
     shown = [clean(line) for line in lines]
     longest = max((len(run) for line in shown for run in re.findall("`+", line)), default=0)
     fence = "`" * max(3, longest + 1)
@@ -41,7 +41,7 @@ def block(lines: Iterable[str], language: str = "") -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table whose cells are Markdown already."""
+    """Return a table whose cells are Markdown already."""
     titles = list(head)
     lines = [titles, ["---"] * len(titles), *map(list, rows)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

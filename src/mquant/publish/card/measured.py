@@ -1,8 +1,8 @@
-"""What `mquant eval` and `mquant compare` measured, from their JSON.
+"""The results of `mquant eval` and `mquant compare`, read from their JSON.
 
-Of `mquant.eval/1`: `source`, `text.name`, `tokens`, `context`, `perplexity`, `parent_perplexity`,
-`kl_nats`, `top1_agreement`. Of `mquant.compare/1`: `source`, and `roles`, rows with `role` and
-`relative_error`. What a document leaves out, or calls null, the card leaves out too.
+Keys of `mquant.eval/1`: `source`, `text.name`, `tokens`, `context`, `perplexity`,
+`parent_perplexity`, `kl_nats`, `top1_agreement`. Keys of `mquant.compare/1`: `source`, and `roles`,
+rows with `role` and `relative_error`. The card leaves out a value that is missing or null.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ _MOST: Final = 1e12
 
 @dataclass(frozen=True)
 class Measured:
-    """Accuracy as far as measured; None, or empty, if not measured.
+    """The measured accuracy. None or an empty value means: not measured.
 
     `kl` is the mean divergence in nats per token, `agreement` the part of positions with the
     parent's most likely token, `errors` relative L2 errors of the weights by role.
@@ -41,7 +41,7 @@ class Measured:
 
 
 def read_eval(path: Path, name: str) -> dict[str, Any]:
-    """The figures of an evaluation of the checkpoint `name`, as keywords of `Measured`.
+    """Return the figures of an evaluation of the checkpoint `name`, as keywords of `Measured`.
 
     Raises SourceError for another document.
     """
@@ -60,7 +60,10 @@ def read_eval(path: Path, name: str) -> dict[str, Any]:
 
 
 def read_compare(path: Path, name: str) -> dict[str, Any]:
-    """The figures of a comparison, in the same way."""
+    """Return the figures of a comparison of the checkpoint `name`, as keywords of `Measured`.
+
+    Raises SourceError for another document.
+    """
     roles = _document(path, "mquant.compare/1", name).get("roles")
     errors = {
         row["role"]: _number(row.get("relative_error"))
@@ -79,26 +82,26 @@ def _document(path: Path, schema: str, name: str) -> dict[str, Any]:
     except ValueError:
         value = None
     verb = schema.partition("/")[0].removeprefix("mquant.")
-    again = f"Make it with: mquant {verb} ... --format json > {path.name}"
+    fix = f"Write the file with: mquant {verb} ... --format json > {path.name}"
     if not isinstance(value, dict) or value.get("schema") != schema:
-        raise SourceError(f"{path} is no result of mquant {verb} ({schema}).", again)
+        raise SourceError(f"{path} is no result of mquant {verb} ({schema}).", fix)
     if value.get("ok") is not True:
-        raise SourceError(f"{path} is of a run of mquant {verb} that failed.", again)
-    measured = value.get("source")
-    if not isinstance(measured, str) or _last(measured) != _last(name):
-        raise SourceError(f"{path} is about {str(measured)[:96]}, not about {name}.", again)
+        raise SourceError(f"{path} describes a run of mquant {verb} that failed.", fix)
+    source = value.get("source")
+    if not isinstance(source, str) or _last(source) != _last(name):
+        raise SourceError(f"{path} is about {str(source)[:96]}, not about {name}.", fix)
     return value
 
 
 def _last(name: str) -> str:
-    """A folder's name, or a repo's without its owner, so that both compare equal."""
+    """Return a folder's name, or a repo's without its owner, so that both names compare equal."""
     return name.rpartition("/")[2]
 
 
 def _number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if abs(value) < _MOST else None  # NaN and infinity are not, either
+    return float(value) if abs(value) < _MOST else None  # NaN and infinity give None
 
 
 def _count(value: object) -> int | None:

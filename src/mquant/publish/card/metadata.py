@@ -8,12 +8,12 @@ from mquant.publish.card.facts import Card
 
 
 def metadata(card: Card) -> str:
-    """The YAML between the card's first two `---`, as huggingface_hub writes it."""
+    """Return the YAML between the card's first two `---`, as huggingface_hub writes YAML."""
     from huggingface_hub import ModelCardData
 
     parent = card.parent
     base = card.about.base_model or parent.repo or None
-    given = {
+    fields = {
         "license": parent.license or ("other" if card.license_file else None),
         "license_name": parent.license_name or None,
         "license_link": _license_link(card),
@@ -24,16 +24,19 @@ def metadata(card: Card) -> str:
         "pipeline_tag": _task(card),
         "tags": _tags(card),
     }
-    data = ModelCardData(**_kept(given))
+    data = ModelCardData(**_kept(fields))
     return data.to_yaml(line_break="\n") + "\n"
 
 
-def _kept(given: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in given.items() if value is not None}
+def _kept(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def _license_link(card: Card) -> str | None:
-    """The parent's link if it leads somewhere from here; otherwise this repo's licence file."""
+    """Return the parent's link if the link is a URL; otherwise the licence file.
+
+    The parent's licence id, such as `mit`, needs no link to the file.
+    """
     link = card.parent.license_link
     if link.startswith("https://"):
         return link
@@ -42,7 +45,7 @@ def _license_link(card: Card) -> str | None:
 
 
 def _library(card: Card) -> str | None:
-    """The first engine that loads the checkpoint: the hub shows how to use that engine."""
+    """Return the first engine that loads the checkpoint: the hub shows how to use that engine."""
     engines = ENGINES.get(card.scheme, ()) if card.tried else ()
     loads = (engine.name for engine in engines if engine.loads == "yes")
     return next((name.lower() for name in loads), None)

@@ -14,7 +14,7 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
 def made(card: Card) -> str:
-    """How the checkpoint was made, and each later repair; empty if no record says so."""
+    """Return the section on how the checkpoint was made and repaired; empty without a record."""
     record = card.record
     if record is None:
         return ""
@@ -27,13 +27,13 @@ def made(card: Card) -> str:
             "The same command gives the same bytes for every tensor; `--max-shard-size` decides "
             "where shards end.\n"
         )
-        for key, said in record.inputs.items():
-            what = "has the sha256" if _SHA256.fullmatch(said) else "is the dataset"
-            parts.append(f"{code(key.upper())} {what} {code(said)}.\n")
+        for key, value in record.inputs.items():
+            verb = "has the sha256" if _SHA256.fullmatch(value) else "is the dataset"
+            parts.append(f"{code(key.upper())} {verb} {code(value)}.\n")
     if content := record.source.get("content"):
         parts.append(f"The parent's files, sampled, have the sha256 {code(content)}.\n")
     if record.repairs:
-        rows = [_repair(number, each) for number, each in enumerate(record.repairs, start=1)]
+        rows = [_repair(number, repair) for number, repair in enumerate(record.repairs, start=1)]
         parts.append("### Changes since\n")
         parts.append(table(("", "By", "What was found", "What was done"), rows))
     return "\n".join(parts)
@@ -53,11 +53,11 @@ def _command(card: Card, record: Record) -> str:
 
 
 def _repair(number: int, repair: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    found = repair.get("findings")
+    findings = repair.get("findings")
     rules = [
-        each["rule"]
-        for each in (found if isinstance(found, list) else [])
-        if isinstance(each, dict) and isinstance(each.get("rule"), str)
+        finding["rule"]
+        for finding in (findings if isinstance(findings, list) else [])
+        if isinstance(finding, dict) and isinstance(finding.get("rule"), str)
     ]
     by = repair.get("mquant")
     return (
@@ -83,15 +83,15 @@ def _done(repair: Mapping[str, Any]) -> Iterator[str]:
 
 
 def sources(card: Card) -> str:
-    """Companions, citation and licence, as far as there are any."""
+    """Return the sections on companions, citation and licence, as far as these are known."""
     return "\n".join([*_companions(card), *_citation(card), *_licence(card)])
 
 
 def _companions(card: Card) -> Iterator[str]:
     if card.about.companions:
         rows = (
-            (f"[{text(each.repo)}](https://huggingface.co/{each.repo})", text(each.what))
-            for each in card.about.companions
+            (f"[{text(entry.repo)}](https://huggingface.co/{entry.repo})", text(entry.what))
+            for entry in card.about.companions
         )
         yield "## Related\n\n" + table(("Repo", ""), rows)
 
@@ -103,8 +103,8 @@ def _citation(card: Card) -> Iterator[str]:
 
 def _licence(card: Card) -> Iterator[str]:
     parent = card.parent
-    said = parent.license_name or parent.license
-    if said:
-        yield f"## Licence\n\n{code(said)}, the same as {text(parent.repo) or 'the parent'}.\n"
+    licence = parent.license_name or parent.license
+    if licence:
+        yield f"## Licence\n\n{code(licence)}, the same as {text(parent.repo) or 'the parent'}.\n"
     elif card.license_file:
         yield f"## Licence\n\nSee {code(card.license_file)} among the files.\n"

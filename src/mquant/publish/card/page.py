@@ -17,7 +17,7 @@ MARK: Final = "<!-- Made by mquant card"
 
 
 def render(card: Card) -> str:
-    """README.md: YAML metadata, then one section for each kind of fact."""
+    """Return README.md: YAML metadata, then one section for each kind of fact."""
     sections = (
         _model(card),
         _verified(card),
@@ -38,31 +38,31 @@ def _model(card: Card) -> str:
 
 
 def _model_rows(card: Card) -> Iterator[tuple[str, str]]:
-    seen = card.inspection
+    inspection = card.inspection
     base = card.about.base_model or card.parent.repo
     if base:
         yield "Base model", f"[{text(base)}](https://huggingface.co/{base})"
     if card.architecture:
-        family = f" ({text(seen.family)})" if seen.family else ""
+        family = f" ({text(inspection.family)})" if inspection.family else ""
         yield "Architecture", code(card.architecture) + family
     scheme = f"{text(card.scheme)}, " if card.scheme else ""
     yield "Quantization", f"{scheme}{code(card.report.method)}, {code(card.format)}"
-    if seen.layers is not None:
-        yield "Layers", f"{seen.layers:,}"
-    if seen.experts is not None:
-        pruned = f", pruned from {seen.unpruned_experts:,}" if seen.pruned else ""
-        yield "Experts", f"{seen.experts:,}{pruned}"
-    if seen.experts_per_token is not None:
-        yield "Experts per token", f"{seen.experts_per_token:,}"
+    if inspection.layers is not None:
+        yield "Layers", f"{inspection.layers:,}"
+    if inspection.experts is not None:
+        pruned = f", pruned from {inspection.unpruned_experts:,}" if inspection.pruned else ""
+        yield "Experts", f"{inspection.experts:,}{pruned}"
+    if inspection.experts_per_token is not None:
+        yield "Experts per token", f"{inspection.experts_per_token:,}"
     if card.parameters is not None:
         yield "Parameters", _count(card.parameters)
     if card.active is not None:
         yield "Active per token", f"{_count(card.active)}, embeddings and lm\\_head included"
-    if seen.context is not None:
-        yield "Context", f"{seen.context:,} tokens"
-    if seen.vocabulary is not None:
-        yield "Vocabulary", f"{seen.vocabulary:,} tokens"
-    yield "Size", f"{both_sizes(seen.file_bytes)} in {plural(seen.shards, 'shard')}"
+    if inspection.context is not None:
+        yield "Context", f"{inspection.context:,} tokens"
+    if inspection.vocabulary is not None:
+        yield "Vocabulary", f"{inspection.vocabulary:,} tokens"
+    yield "Size", f"{both_sizes(inspection.file_bytes)} in {plural(inspection.shards, 'shard')}"
     if card.parent.reap:
         yield "Pruning", f"The parent's card: “{text(card.parent.reap)}”"
         if card.parent.pruned_from:
@@ -75,18 +75,17 @@ def _verified(card: Card) -> str:
     if report.loader is not None:
         sentence = f"vLLM {text(report.loader.version)}, asked to load the headers: "
         parts.append(f"{sentence}{text(report.loader.verdict)}.\n")
-    depths = {"vllm": "loader"}
-    looked = [depths.get(checked, checked) for checked in report.checked]
+    depths = ["loader" if checked == "vllm" else checked for checked in report.checked]
     rows = []
-    for depth in looked:
+    for depth in depths:
         of_depth = {rule.id for rule in RULES.values() if rule.needs == depth}
         ids = sorted(of_depth - report.not_judged.keys())
         rows.append((depth, f"{len(ids)}", ", ".join(map(code, ids))))
     rules = table(("What was checked", "Rules", "Ids"), rows)
     parts.append(f"<details><summary>The rules</summary>\n\n{rules}\n</details>\n")
     if report.findings:
-        found = [_finding(finding) for finding in report.findings]
-        parts.append(table(("Found", "Severity", "What"), found))
+        findings = [_finding(finding) for finding in report.findings]
+        parts.append(table(("Rule", "Severity", "Finding"), findings))
     else:
         parts.append("No rule found anything.\n")
     return "\n".join(parts)
@@ -102,7 +101,7 @@ def _accuracy(card: Card) -> str:
         return "## Accuracy\n\nNot measured.\n"
     rows = []
     if measured.perplexity is not None:
-        rows.append(("Perplexity of this", f"{measured.perplexity:.4f}"))
+        rows.append(("Perplexity of the checkpoint", f"{measured.perplexity:.4f}"))
     if measured.parent is not None:
         rows.append(("Perplexity of the parent", f"{measured.parent:.4f}"))
     if measured.kl is not None:
@@ -148,11 +147,11 @@ def _files(card: Card) -> str:
         for name, (count, digest) in card.record.files.items()
     ]
     lines = [f"{digest}  {name}" for name, (_, digest) in card.record.files.items()]
-    told = (
+    intro = (
         f"## Checksums\n\nsha256 of {plural(len(rows), 'file')}, as `mquant.json` has them, in the "
         "format of `sha256sum --check`:\n"
     )
-    return f"{told}\n<details>\n\n{block(lines)}\n</details>\n"
+    return f"{intro}\n<details>\n\n{block(lines)}\n</details>\n"
 
 
 def _count(parameters: int) -> str:

@@ -27,7 +27,7 @@ _LINK: Final = re.compile(r"https://[A-Za-z0-9./_~%-]{3,200}|[A-Za-z0-9][A-Za-z0
 
 @dataclass(frozen=True)
 class Parent:
-    """The parent as far as it is known: a folder's `name`, or a `repo` at a `commit`; and its card.
+    """The known facts of the parent: a folder's `name`, or a `repo` at a `commit`; and its card's.
 
     `pruned_from` is the parent's base model; `reap` is the sentence of the parent's card about
     REAP.
@@ -46,44 +46,44 @@ class Parent:
 
 
 def find_parent(record: Record | None, given: Source | None, emit: Emit) -> Parent:
-    """The given parent, or otherwise the hub repo that mquant.json names.
+    """Return the facts of the given parent, or otherwise of the hub repo that mquant.json names.
 
     Raises SourceError if the given parent differs from the one in mquant.json. If the repo cannot
     be read, a note says so, and the facts of the parent's card are left out.
     """
-    named = record.source if record else {}
+    recorded = record.source if record else {}
     if given is not None:
         identity = given.identity()
-        if named.get("kind") == identity["kind"] and dict(named) != identity:
+        if recorded.get("kind") == identity["kind"] and dict(recorded) != identity:
             raise SourceError(
-                f"{given.name} is not what it was made from: mquant.json says "
-                f"{named.get('repo') or 'a folder with other files'}"
-                f"{' at ' + named['commit'] if 'commit' in named else ''}.",
-                "Give the very parent with --from, or leave it out.",
+                f"{given.name} is not the parent that mquant.json names: "
+                f"{recorded.get('repo') or 'a folder with other files'}"
+                f"{' at ' + recorded['commit'] if 'commit' in recorded else ''}.",
+                "Give the parent of mquant.json with --from, or leave --from out.",
             )
         return _read(given)
-    repo, commit = named.get("repo", ""), named.get("commit", "")
-    if named.get("kind") != "hub" or not _REPO.fullmatch(repo):
+    repo, commit = recorded.get("repo", ""), recorded.get("commit", "")
+    if recorded.get("kind") != "hub" or not _REPO.fullmatch(repo):
         return Parent()
     try:
         return _read(HubRepo(repo, commit))
     except SourceError as error:
-        emit(Note("warning", f"{error.message} What its card says is left out."))
+        emit(Note("warning", f"{error.message} The facts of the parent's card are left out."))
         return Parent(repo=repo, commit=commit)
 
 
 def _read(source: Source) -> Parent:
     if isinstance(source, HubRepo):
-        where = Parent(repo=source.repo_id, commit=source.commit)
+        parent = Parent(repo=source.repo_id, commit=source.commit)
     else:
-        where = Parent(name=source.name)
+        parent = Parent(name=source.name)
     if not 0 < source.files.get(_README, 0) <= _MOST_BYTES:
-        return where
+        return parent
     card = source.read(_README).decode("utf-8", "replace").replace("\r\n", "\n")
     front = _FRONT.match(card)
     metadata = _metadata(front[1]) if front else {}
     return replace(
-        where,
+        parent,
         license=_one(metadata, "license", _WORD.fullmatch),
         license_name=_one(metadata, "license_name", _WORD.fullmatch),
         license_link=_one(metadata, "license_link", _LINK.fullmatch),
@@ -113,7 +113,7 @@ def _one(metadata: Mapping[str, Any], key: str, fits: Callable[[str], object]) -
 
 
 def _sentence(body: str) -> str:
-    """The first line of prose that explains REAP, or otherwise the first that names REAP."""
+    """Return the first line of prose that explains REAP, or else the first that names REAP."""
     lines = [line.strip() for line in body.splitlines()]
     prose = [line for line in lines if line and line[0] not in "#|<`![" and _REAP.search(line)]
     line = next(filter(_PRUNING.search, prose), next(iter(prose), ""))

@@ -13,9 +13,9 @@ from mquant.verify.tensor_parallel import TENSOR_PARALLEL
 
 
 def serving(card: Card) -> str:
-    """The section; empty if the scheme is unknown and no sampling is recommended."""
+    """Return the section; empty if the scheme is unknown and no sampling is recommended."""
     parts = [*_engines(card), *_hardware(card), *_sampling(card)]
-    return "\n".join(["## Use it\n", *parts]) if parts else ""
+    return "\n".join(["## How to serve the checkpoint\n", *parts]) if parts else ""
 
 
 def _engines(card: Card) -> Iterator[str]:
@@ -23,17 +23,17 @@ def _engines(card: Card) -> Iterator[str]:
     engines = [e for e in ENGINES.get(card.scheme, ()) if has_experts or not e.only_experts]
     if not engines or not card.tried:
         return
-    where = card.about.repo or f"./{card.inspection.name}"
+    model = card.about.repo or f"./{card.inspection.name}"
     if "/" in card.inspection.name:
-        where = card.repo
+        model = card.repo
     first = next(engine for engine in engines if engine.loads == "yes")
     yield f"With {first.name} {first.version}:\n"
-    yield block([shlex.join(["vllm", "serve", where])], "sh")
+    yield block([shlex.join(["vllm", "serve", model])], "sh")
     rows = [
         (f"{engine.name} {engine.version}".strip(), engine.loads, text(engine.what), engine.seen)
         for engine in engines
     ]
-    yield table(("Engine", "Loads it", "What it does", "How that is known"), rows)
+    yield table(("Engine", "Loads the checkpoint", "Support", "Evidence"), rows)
 
 
 def _hardware(card: Card) -> Iterator[str]:
@@ -55,14 +55,14 @@ def _hardware(card: Card) -> Iterator[str]:
         "The checkpoint brings scales for a cache in fewer bits."
         if card.cache_scheme
         else "The checkpoint has no scales for a cache in fewer bits: leave `--kv-cache-dtype` at "
-        "`auto`; what `fp8` costs in accuracy was not measured."
+        "`auto`; the accuracy with `fp8` was not measured."
     )
     yield f"{cache}. {scales}\n"
 
 
 def _sampling(card: Card) -> Iterator[str]:
     if card.generation:
-        yield f"Recommended sampling, from `{GENERATION}`, which vLLM takes by itself:\n"
+        yield f"Recommended sampling, from `{GENERATION}`, which vLLM reads by default:\n"
         yield table(
             ("Parameter", "Value"),
             ((code(key), code(json.dumps(value))) for key, value in card.generation.items()),

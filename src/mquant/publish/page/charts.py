@@ -9,15 +9,16 @@ from typing import Final
 from mquant.publish.page.html import Html, join, tag
 
 _STOPS: Final = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-"""Viridis: it grows evenly lighter, for colour-blind readers and on paper, too."""
+"""The Viridis colours: lightness grows evenly, for colour-blind readers and prints too."""
 
 Cells = Sequence[Sequence[float | None]]
 
 
 def heatmap(cells: Cells, title: str, rows: str, columns: str, unit: str) -> Html:
-    """A heat map with its scale: one pixel for each number of `rows`; None leaves a pixel empty.
+    """Return a heat map with its scale: one pixel for each value of `cells`, transparent for None.
 
-    `rows` and `columns` name the axes; `unit` formats a number, as in `{:.1%}`.
+    `rows` and `columns` name the axes; `unit` formats a number, as in `{:.1%}`. Empty if `cells`
+    has no number.
     """
     known = [value for row in cells for value in row if value is not None]
     if not known:
@@ -44,7 +45,7 @@ def heatmap(cells: Cells, title: str, rows: str, columns: str, unit: str) -> Htm
 
 
 def columns(values: Sequence[tuple[str, float]], low: float, unit: str) -> Html:
-    """One bar for each (label, value), from `low`, or a smaller minimum, up to 1."""
+    """Return one bar for each (label, value), from `low`, or a smaller minimum, up to 1."""
     floor = min([low, *(value for _, value in values)])
     span = (1 - floor) or 1.0
     bars = [
@@ -64,7 +65,7 @@ def columns(values: Sequence[tuple[str, float]], low: float, unit: str) -> Html:
 
 
 def meter(share: float, cls: str) -> Html:
-    """A bar whose length is a share of its cell."""
+    """Return a bar that fills `share` (0 to 1) of its cell."""
     return tag("span", tag("i", style=f"width:{100 * share:.2f}%"), cls=f"meter {cls}")
 
 
@@ -78,7 +79,7 @@ def _colour(at: float) -> tuple[int, int, int]:
 
 
 def _png(pixels: Sequence[Sequence[tuple[int, int, int, int]]]) -> str:
-    """An RGBA picture as a data URL. Short rows are padded with transparent pixels."""
+    """Return an RGBA picture as a data URL. Short rows are padded with transparent pixels."""
     width = max(map(len, pixels))
     lines = [b"\0" + b"".join(map(bytes, row)) + b"\0\0\0\0" * (width - len(row)) for row in pixels]
 

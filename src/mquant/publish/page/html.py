@@ -5,13 +5,13 @@ from html import escape
 
 
 class Html(str):
-    """Markup. Only `tag` makes it."""
+    """Markup that is not escaped again."""
 
     __slots__ = ()
 
 
 def text(value: str) -> Html:
-    """A string as markup; control and bidi characters are written as escapes."""
+    """Return a string as markup; control and bidi characters are written as escapes."""
     shown = "".join(
         c
         if c.isprintable() or c == "\n"
@@ -22,7 +22,7 @@ def text(value: str) -> Html:
 
 
 def tag(name: str, /, *children: str, **attributes: str) -> Html:
-    """An element. `cls` sets class; underscores become dashes; an empty attribute is left out."""
+    """Return an element. `cls` sets class; `_` becomes `-`; an empty attribute is left out."""
     start = "".join(
         f' {"class" if key == "cls" else key.replace("_", "-")}="{text(value)}"'
         for key, value in attributes.items()
@@ -34,22 +34,22 @@ def tag(name: str, /, *children: str, **attributes: str) -> Html:
 
 
 def join(*children: str) -> Html:
-    """Elements and text, one after another."""
+    """Return elements and texts, joined in their order."""
     return Html("".join(c if isinstance(c, Html) else text(c) for c in children))
 
 
 def table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], numbers: frozenset[int]) -> Html:
-    """A table that scrolls if it is too wide. `numbers`: the columns that are right-aligned."""
+    """Return a table that scrolls if the table is too wide. `numbers`: right-aligned columns."""
 
     def row(kind: str, cells: tuple[str, ...]) -> Html:
-        made = (tag(kind, c, cls="n" if i in numbers else "") for i, c in enumerate(cells))
-        return tag("tr", *made)
+        tags = (tag(kind, c, cls="n" if i in numbers else "") for i, c in enumerate(cells))
+        return tag("tr", *tags)
 
     body = tag("tbody", *(row("td", cells) for cells in rows))
     return tag("div", tag("table", tag("thead", row("th", heads)), body), cls="scroll")
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> Html:
-    """Names and values. Long values wrap."""
-    made = (tag("tr", tag("td", name), tag("td", value)) for name, value in rows)
-    return tag("table", tag("tbody", *made), cls="facts")
+    """Return a table of names and values. Long values wrap."""
+    body = (tag("tr", tag("td", name), tag("td", value)) for name, value in rows)
+    return tag("table", tag("tbody", *body), cls="facts")

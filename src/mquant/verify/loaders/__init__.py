@@ -1,1 +1,1 @@
-"""Loaders themselves as judges, each in an environment and a process of its own."""
+"""Real loaders as judges, each in its own environment and process."""

@@ -1,4 +1,4 @@
-"""vLLM's own verdict, without a GPU and without a weight.
+"""vLLM's verdict on a checkpoint, without a GPU and from the headers alone.
 
 vLLM parses the config, builds the model and loads the headers in a Python of its own
 (`vllm_probe.py`). A refusal is an error in vLLM's words. Tensors that vLLM silently drops, leaves
@@ -52,7 +52,7 @@ VLLM_REFUSES: Final = rule(
     "vllm-refuses",
     "vLLM parses the config, builds the model and takes every tensor.",
     "vLLM cannot serve the checkpoint.",
-    "Mend what vLLM names; findings of other rules say more.",
+    "Repair what vLLM names; findings of other rules say more.",
     needs="loader",
 )
 VLLM_DROPS: Final = rule(
@@ -66,7 +66,7 @@ VLLM_LEAVES_UNSET: Final = rule(
     "vllm-leaves-unset",
     "vLLM fills every parameter of the model from the checkpoint.",
     "Other parameters stay uninitialised: vLLM does not check quantized models.",
-    "Quantize again, or add what is missing.",
+    "Quantize again, or add the missing tensors.",
     needs="loader",
 )
 VLLM_RESHAPES: Final = rule(
@@ -97,7 +97,7 @@ VLLM_NOT_ASKED: Final = rule(
 class Verdict:
     """vLLM's verdict: `loads`, `refuses`, `loads wrong` or `not asked`.
 
-    `words` are vLLM's own, if vLLM stopped.
+    `words` is vLLM's message, if vLLM stopped.
     """
 
     version: str
@@ -106,7 +106,7 @@ class Verdict:
     findings: tuple[Finding, ...]
 
     def to_json(self) -> dict[str, str]:
-        """The key `loader` of `mquant.verify/1`."""
+        """Return the value of the key `loader` of `mquant.verify/1`."""
         return {
             "name": "vllm",
             "version": self.version,
@@ -118,57 +118,57 @@ class Verdict:
 def ask(source: Source, shards: tuple[str, ...]) -> Verdict:
     """Ask vLLM about a checkpoint, by its headers and JSON alone.
 
-    Raises LoaderError without a vLLM, and what reading the source raises.
+    Raises LoaderError if there is no vLLM, and the errors of reading the source.
     """
     python = find_python()
-    with tempfile.TemporaryDirectory(prefix="mquant-vllm-") as where:
-        folder, result = Path(where, "checkpoint"), Path(where, "result.json")
+    with tempfile.TemporaryDirectory(prefix="mquant-vllm-") as scratch:
+        folder, result = Path(scratch, "checkpoint"), Path(scratch, "result.json")
         why = _run(python, folder, result, lambda: _materialise(source, shards, folder))
         return read_verdict(_read(result), why)
 
 
 def read_verdict(reported: Mapping[str, Any], why: str = "") -> Verdict:
-    """The verdict from the probe's result; `why` says why the probe did not finish, if so."""
+    """Return the verdict from the probe's result; `why` says why the probe did not finish."""
     version, stage = str(reported.get("vllm", "?")), str(reported.get("stage", "start"))
     if stage == "done":
         try:
-            found = tuple(_silent(reported))
+            findings = tuple(_silent(reported))
         except (TypeError, ValueError, AttributeError, LookupError):
             return read_verdict({"vllm": version}, "its answer cannot be read")
-        return Verdict(version, "loads wrong" if found else "loads", "", found)
+        return Verdict(version, "loads wrong" if findings else "loads", "", findings)
     error = str(reported.get("error", ""))
     words = " ".join(error.split())[:600] or why or "it stopped without a word"
     kind = reported.get("kind", "")
     quoted = f"{kind}: {words}" if kind else words
     doing = _STAGES.get(stage, stage)
     if stage == "start" or kind == "ImportError" or any(w in words.lower() for w in _NOT_HERE):
-        message = f"vLLM {version} could not be asked; it stopped while {doing}: {quoted}"
-        found = (VLLM_NOT_ASKED.finding("vLLM", _sentence(message)),)
-        return Verdict(version, "not asked", quoted, found)
-    message = f"vLLM {version} refuses it while {doing}: {quoted}"
+        message = f"vLLM {version} could not be asked: vLLM stopped while {doing}: {quoted}"
+        findings = (VLLM_NOT_ASKED.finding("vLLM", _sentence(message)),)
+        return Verdict(version, "not asked", quoted, findings)
+    message = f"vLLM {version} refuses the checkpoint while {doing}: {quoted}"
     return Verdict(version, "refuses", quoted, (VLLM_REFUSES.finding("vLLM", _sentence(message)),))
 
 
 def _silent(reported: Mapping[str, Any]) -> list[Finding]:
-    """Findings about tensors that vLLM mistreats silently, one of each kind."""
+    """Return findings about tensors that vLLM loads wrong without an error, one for each rule."""
     version = reported.get("vllm", "?")
     counts = reported.get("counts", {})
 
-    def tell(broken: Rule, key: str, message: str, where: str) -> None:
+    def add(broken: Rule, key: str, message: str, where: str) -> None:
         more = f" (and {counts[key] - 1:,} more)" if counts.get(key, 1) > 1 else ""
-        found.append(broken.finding(where, f"vLLM {version} {message}{more}, without a word."))
+        findings.append(broken.finding(where, f"vLLM {version} {message}{more}, without a word."))
 
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for name in reported.get("dropped", [])[:1]:
-        tell(VLLM_DROPS, "dropped", f"drops {name}", name)
+        add(VLLM_DROPS, "dropped", f"drops {name}", name)
     for name, lacking in reported.get("unset", [])[:1]:
-        tell(VLLM_LEAVES_UNSET, "unset", f"leaves {lacking:,} of {name}'s elements unset", name)
+        add(VLLM_LEAVES_UNSET, "unset", f"leaves {lacking:,} of {name}'s elements unset", name)
     for name, shape, into in reported.get("reshaped", [])[:1]:
-        tell(VLLM_RESHAPES, "reshaped", f"spreads {name}, {shape}, over {into}", name)
+        add(VLLM_RESHAPES, "reshaped", f"spreads {name}, {shape}, over {into}", name)
     for name, dtype, into in reported.get("converted", [])[:1]:
         plain = (dtype.removeprefix("torch."), into.removeprefix("torch."))
-        tell(VLLM_CONVERTS, "converted", f"converts {name} from {plain[0]} to {plain[1]}", name)
-    return found
+        add(VLLM_CONVERTS, "converted", f"converts {name} from {plain[0]} to {plain[1]}", name)
+    return findings
 
 
 def _sentence(text: str) -> str:
@@ -189,15 +189,15 @@ def _materialise(source: Source, shards: tuple[str, ...], folder: Path) -> None:
         size = source.files[name]
         try:
             first = read_first(source, name)
-        except HeaderError:  # vLLM shall say it in its own words
+        except HeaderError:  # vLLM then reports the broken header
             first = source.read(name, 0, min(FIRST_READ, size))
         try:
             with (folder / name).open("wb") as file:
                 file.write(first)
                 file.truncate(size)
-        except OSError as error:  # of a size, or a name, that no file has
+        except OSError as error:  # such as a size or a name that no file can have
             raise LoaderError(
-                f"vLLM cannot be given {name[:60]} ({error.strerror}).",
+                f"mquant cannot write {name[:60]} for vLLM ({error.strerror}).",
                 "Leave --loader out, or set TMPDIR to a folder on another disk.",
             ) from error
 
@@ -206,14 +206,14 @@ def _materialise(source: Source, shards: tuple[str, ...], folder: Path) -> None:
 
 
 def _run(python: Path, folder: Path, result: Path, materialise: Callable[[], None]) -> str:
-    """Run the probe; returns why the probe did not finish, or an empty string.
+    """Run the probe; return why the probe did not finish, or an empty string.
 
     The probe imports vLLM for seconds while `materialise` fills the folder; then the probe waits
     for the folder.
     """
-    # No tokens, no proxies, no settings of this process; vLLM gets its own home to write to.
+    # No tokens, no proxies, no settings of this process; vLLM writes to a home of its own.
     keep = {"PATH": os.environ.get("PATH", ""), "HOME": str(result.parent), "LC_ALL": "C.UTF-8"}
-    # -P: or `import vllm` would find this file, which lies beside the probe.
+    # -P: without this flag, `import vllm` would import this file, which is beside the probe.
     command = [str(python), "-P", str(PROBE), str(folder), str(result)]
     null = subprocess.DEVNULL
     try:
@@ -235,7 +235,7 @@ def _run(python: Path, folder: Path, result: Path, materialise: Callable[[], Non
         except subprocess.TimeoutExpired:
             return f"it took more than {_SECONDS} seconds"
         finally:
-            if probe.poll() is None:  # vLLM works in a child of the probe: both must go
+            if probe.poll() is None:  # vLLM runs in a child of the probe: kill both
                 os.killpg(probe.pid, signal.SIGKILL)
     return ""
 

@@ -1,25 +1,26 @@
-"""Run by vLLM's own Python, never imported by mquant: load a checkpoint's headers, say what came.
+"""Load a checkpoint's headers with vLLM and report the result. mquant never imports this file.
 
     python vllm_probe.py FOLDER RESULT [FOLDER RESULT ...]
 
-FOLDER holds a checkpoint whose shards need no data (sparse files do); it need not be there before
-standard input ends. vLLM parses its config, builds the model on torch's meta device and loads
-tensors that have a dtype and a shape only. Every copy that vLLM's loaders make is watched, and so
-what they drop, leave out, bend into another shape or convert is known, whatever the model or the
-layout: at a glance first, and, where that does not account for everything, once more with every
-operation followed, which takes three times as long. RESULT becomes a JSON object, each made in
-processes of its own:
+vLLM's own Python runs this file. FOLDER holds a checkpoint whose shards need no data (sparse files
+suffice); FOLDER may be written until standard input ends. vLLM parses the config, builds the model
+on torch's meta device and loads tensors that have only a dtype and a shape. The probe watches every
+copy that vLLM's loaders make, so it knows, for every model and layout, what the loaders drop, leave
+unset, reshape or convert. The first load watches copies only. If that load leaves anything dropped,
+unset, reshaped or converted, a second load follows every operation, which takes three times as
+long. RESULT becomes a JSON object; each load runs in a process of its own:
 
     vllm            version
-    stage           what was reached: start, config, model, weights, done
-    error, kind     vLLM's own words and the exception's class, where it stopped
-    dropped         names of tensors that went nowhere
-    unset           [parameter, elements it lacks] of those not, or not wholly, loaded
-    reshaped        [tensor, its shape, the shape it was copied into]
-    converted       [tensor, its dtype, the dtype it was copied into], where that loses its meaning
-    tensors         how many were offered
+    stage           the last stage that was reached: start, config, model, weights, done
+    error, kind     vLLM's message and the exception's class, if vLLM stopped
+    dropped         names of tensors that were not, or not wholly, copied
+    unset           [parameter, missing elements] of parameters not, or not wholly, loaded
+    reshaped        [tensor, its shape, the shape of the target]
+    converted       [tensor, its dtype, the dtype of the target], if the bytes lose their meaning
+    counts          the true lengths of the four lists, which are cut off
+    tensors         the number of tensors that were offered
 
-The process may die; then RESULT has the last stage it reached.
+If the process dies, RESULT has the last stage that was reached.
 """
 
 import json
@@ -48,12 +49,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MEMORY = 16 << 30
-"""Bytes vLLM may take: a config.json that asks for a billion layers gets no more."""
-MOST = 200  # of each list; `counts` has the true numbers
+"""The bytes that vLLM may allocate, because a config.json can ask for a billion layers."""
+MOST = 200  # entries of each list; `counts` has the true numbers
 
 
 class Copies:
-    """Which offered tensors were copied where, known by their storage."""
+    """A record of which offered tensors were copied where; storages identify tensors."""
 
     def __init__(self) -> None:
         self._origin: dict[int, str] = {}
@@ -68,22 +69,22 @@ class Copies:
         self.converted: dict[str, tuple[str, str, str]] = {}
 
     def offer(self, name: str, tensor: torch.Tensor) -> None:
-        """A tensor of the checkpoint, about to be loaded."""
+        """Record a tensor of the checkpoint before vLLM loads the tensor."""
         self.mark(tensor, name)
         self._sizes[name] = tensor.numel()
         self._dtypes[name] = tensor.dtype
 
     def mark(self, tensor: torch.Tensor, name: str) -> None:
-        """What lies in a tensor's storage comes from the offered one of that name."""
+        """Record that a tensor's storage comes from the offered tensor `name`."""
         self._origin[_storage(tensor)] = name
         self._kept.append(tensor.untyped_storage())
 
     def of(self, tensor: torch.Tensor) -> str | None:
-        """The offered tensor that one comes from."""
+        """Return the name of the offered tensor that `tensor` comes from, or None."""
         return self._origin.get(_storage(tensor))
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """A copy is about to be made. Raises as the real one would."""
+        """Record a copy before torch makes the copy. Raises as the real copy would."""
         name = self.of(source)
         if name is None:
             return  # not from the checkpoint: a default, or one buffer into another
@@ -103,25 +104,25 @@ class Copies:
             self._kept.append(target.untyped_storage())
 
     def dropped(self) -> list[str]:
-        """Tensors of which nothing, or not all, was copied anywhere."""
+        """Return the names of tensors that were not, or not wholly, copied."""
         return [name for name, size in self._sizes.items() if self._used[name] < size]
 
     def unset(self, model: torch.nn.Module) -> list[tuple[str, int]]:
-        """Parameters, and how many of their elements came from nowhere."""
+        """Return parameters that are not wholly loaded, and the number of missing elements."""
         rows = []
         for name, parameter in model.named_parameters():
             places = self._written.get(_storage(parameter), set())
-            came = min(parameter.numel(), _area(places))
-            if came < parameter.numel() and not _needless(model, name):
-                rows.append((name, parameter.numel() - came))
+            loaded = min(parameter.numel(), _area(places))
+            if loaded < parameter.numel() and not _needless(model, name):
+                rows.append((name, parameter.numel() - loaded))
         return rows
 
 
 @contextmanager
 def glance(copies: Copies) -> Iterator[None]:
-    """Note the copies that loaders make of offered tensors and of views of them.
+    """Record the copies that loaders make of offered tensors and of views of offered tensors.
 
-    What they make of conversions is not seen: it counts as dropped.
+    Copies of converted tensors are not seen: the offered tensors count as dropped.
     """
 
     def copy_(self: torch.Tensor, source: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
@@ -133,8 +134,8 @@ def glance(copies: Copies) -> Iterator[None]:
             copies.copy(self[key], value)
         _SETITEM(self, key, value)
 
-    # The two methods that loaders copy with. torch has a hook for copies too, `Watch` below: slow.
-    # torch.Tensor inherits both, so to delete the stand-ins is to put them back.
+    # Loaders copy with these two methods. torch's hook for copies, in `Watch` below, is slow.
+    # torch.Tensor inherits both methods, so `del` restores the inherited methods.
     torch.Tensor.copy_ = copy_  # type: ignore[method-assign, assignment]
     torch.Tensor.__setitem__ = setitem  # type: ignore[method-assign, assignment]
     try:
@@ -147,7 +148,7 @@ _COPY, _SETITEM = torch.Tensor.copy_, torch.Tensor.__setitem__
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows offered tensors through every operation, conversions included."""
+    """A dispatch mode that follows offered tensors through every operation, also conversions."""
 
     def __init__(self, copies: Copies) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -155,7 +156,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing compiles here; the guard takes as long as all else
+        return False  # nothing compiles here; the guard would double the time
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -165,12 +166,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0]
         if name in ("_local_scalar_dense", "item"):
             raise RuntimeError("the value of a tensor was asked for; only headers are here")
-        made = func(*args, **(kwargs or {}))
-        if not func.is_view and isinstance(made, torch.Tensor) and of(made) is None:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and isinstance(result, torch.Tensor) and of(result) is None:
             origin = next((of(a) for a in args if isinstance(a, torch.Tensor) and of(a)), None)
-            if origin:  # converted, or made contiguous; a view has its storage
-                self._copies.mark(made, origin)
-        return made
+            if origin:  # a converted or contiguous copy; a view has the same storage
+                self._copies.mark(result, origin)
+        return result
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -178,18 +179,18 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _area(places: set[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> int:
-    """Elements covered. Loaders write rows or columns of a matrix; the same place counts once."""
+    """Return the number of covered elements. Loaders write rows or columns; a place counts once."""
     return sum(math.prod(shape) for _, shape, _ in places)
 
 
 def _loses(source: torch.dtype, target: torch.dtype) -> bool:
-    """Whether a copy changes what the bytes mean. Between float types of 16 bits and more: no."""
+    """Return whether a copy changes the bytes' meaning: no between floats of 16 bits and more."""
     usual = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
     return source != target and not {source, target} <= usual
 
 
 def _needless(model: torch.nn.Module, name: str) -> bool:
-    """Parameters that no checkpoint has to fill: weight-only layers never read input scales."""
+    """Return whether no checkpoint must fill a parameter: some layers never read input scales."""
     from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
     module, _, last = name.rpartition(".")
@@ -202,11 +203,11 @@ def _needless(model: torch.nn.Module, name: str) -> bool:
 
 
 def stub() -> None:
-    """What is no question of loading: which kernel would compute needs a GPU to answer.
+    """Replace vLLM's choice of kernels, which needs a GPU, and its inspection of the model's class.
 
-    vLLM asks while it builds a layer. Whichever it is, the layer's parameters are the same. And
-    vLLM looks at the model's class in a process of its own, so as not to touch a GPU in this one;
-    that takes as long as all of the loading.
+    vLLM chooses the kernel while vLLM builds a layer; the layer's parameters are the same for every
+    kernel. vLLM inspects the model's class in a subprocess, so as not to touch a GPU in the main
+    process; the subprocess takes as long as the whole load.
     """
     from vllm.model_executor.layers.fused_moe.oracle import fp8 as fp8_moe
     from vllm.model_executor.layers.fused_moe.oracle import int_wna16, nvfp4
@@ -228,13 +229,13 @@ def stub() -> None:
     )
     from vllm.model_executor.models import registry
 
-    registry._run_in_subprocess = lambda look: look()
+    registry._run_in_subprocess = lambda action: action()
 
     def kernel(**_: Any) -> Any:
         return SimpleNamespace(input_quant_key=lambda: None)
 
     def of_integers(quant_config: Any, **_: Any) -> Any:
-        # Only Marlin takes scales per channel; only others take every shape with groups.
+        # Only Marlin takes scales per channel; only the other kernels take all shapes with groups.
         grouped = quant_config.strategy == "group"
         kernels = int_wna16.WNA16MoEBackend
         return kernels.TRITON if grouped else kernels.MARLIN, None
@@ -250,7 +251,7 @@ def stub() -> None:
 
 
 def load(folder: str, result: dict[str, Any], report_stage: Any, *, closely: bool) -> None:
-    """Do as vLLM does, noting in `result` what was reached, and what became of the tensors."""
+    """Load the headers as vLLM does; put the version and the lists of tensors into `result`."""
     import tempfile
 
     from vllm import __version__
@@ -271,8 +272,8 @@ def load(folder: str, result: dict[str, Any], report_stage: Any, *, closely: boo
     report_stage("model")
     with ExitStack() as stack:
         stack.enter_context(set_current_vllm_config(config))
-        where = stack.enter_context(tempfile.TemporaryDirectory())
-        init_distributed_environment(1, 0, f"file://{where}/rendezvous", 0, "gloo")
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        init_distributed_environment(1, 0, f"file://{scratch}/rendezvous", 0, "gloo")
         initialize_model_parallel(1, 1)
         stack.enter_context(set_default_torch_dtype(config.model_config.dtype))
         with torch.device("meta"):
@@ -293,20 +294,20 @@ def load(folder: str, result: dict[str, Any], report_stage: Any, *, closely: boo
 
         with Watch(copies) if closely else glance(copies):
             model.load_weights(offered())
-    found: dict[str, list[Any]] = {
+    lists: dict[str, list[Any]] = {
         "dropped": copies.dropped(),
         "unset": copies.unset(model),
         "reshaped": list(copies.reshaped.values()),
         "converted": list(copies.converted.values()),
     }
-    result.update({key: value[:MOST] for key, value in found.items()})
-    result["counts"] = {key: len(value) for key, value in found.items()}
+    result.update({key: value[:MOST] for key, value in lists.items()})
+    result["counts"] = {key: len(value) for key, value in lists.items()}
     result["tensors"] = count
     report_stage("done")
 
 
 def headers(file: str) -> Any:
-    """Every tensor of a shard, without data, as safetensors' own reader describes it."""
+    """Yield every tensor of a shard, without data, as safetensors' reader describes the tensor."""
     from safetensors import safe_open
     from safetensors.torch import _TYPES
 
@@ -318,7 +319,7 @@ def headers(file: str) -> Any:
 
 
 def judge(folder: str, path: str, *, closely: bool) -> bool:
-    """Load one folder and write what came; whether that is all there is to say."""
+    """Load one folder and write the result; return whether no closer load is needed."""
     result: dict[str, Any] = {}
 
     def report_stage(stage: str) -> None:
@@ -328,26 +329,26 @@ def judge(folder: str, path: str, *, closely: bool) -> bool:
     report_stage("start")
     try:
         load(folder, result, report_stage, closely=closely)
-    except Exception as error:  # noqa: BLE001  (whatever it is, it is vLLM's verdict)
+    except Exception as error:  # noqa: BLE001  (every exception is vLLM's verdict)
         result["error"], result["kind"] = str(error), type(error).__name__
         report_stage(result["stage"])
     return closely or not any(result.get("counts", {}).values())
 
 
 def in_child(folder: str, path: str, *, closely: bool) -> bool:
-    """The same in a process of its own, which may die."""
+    """Run `judge` in a child process, which may die; return whether no closer load is needed."""
     child = os.fork()
     if not child:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-        told = judge(folder, path, closely=closely)
-        os._exit(0 if told else 1)  # vLLM leaves threads behind
+        complete = judge(folder, path, closely=closely)
+        os._exit(0 if complete else 1)  # vLLM leaves threads behind
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 1
 
 
 def main() -> None:
-    """See above."""
+    """Wait for the end of standard input, then load each FOLDER and write its RESULT."""
     import vllm.engine.arg_utils
-    import vllm.model_executor.model_loader  # noqa: F401  (seconds, once for all)
+    import vllm.model_executor.model_loader  # noqa: F401  (takes seconds, so once for all folders)
 
     sys.stdin.read()
     for folder, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
