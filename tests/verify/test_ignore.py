@@ -377,7 +377,8 @@ def test_config_groups_that_are_none(judge: Judge, groups: Any) -> None:
 
 def test_an_unknown_family_is_judged_by_usual_names(judge: Judge) -> None:
     report = judge(quantized(NVFP4A16), compressed(["lm_head"]), model_type="odd")
-    assert rules(report) == {"ignore-uncovered": "warning", "ignore-not-judged": "warning"}
+    assert rules(report) == {"ignore-uncovered": "warning"}
+    assert "model_type 'odd' is of no family that mquant knows" in report.undecided
     assert report.verdict == (
         "lm_head and the embeddings are kept; routers of an unknown family cannot be judged."
     )
@@ -388,6 +389,7 @@ def test_an_unknown_family_is_judged_by_usual_names(judge: Judge) -> None:
 def test_an_unknown_method_is_judged_by_its_tensors(judge: Judge) -> None:
     suffixes = {"qweight": "I8", "qzeros": "I8", "scales": "F16"}
     report = judge(quantized(suffixes), {"quant_method": "awq"})
-    assert rules(report) == {"ignore-not-judged": "warning"}
+    assert rules(report) == {}
+    assert "how 'awq' matches its ignore list is not known" in report.undecided
     assert "was not judged" in report.verdict
     assert "router-quantized" in rules(judge(quantized(suffixes, ".gate"), {"quant_method": "awq"}))

@@ -24,40 +24,25 @@ _LINE_TOKENS: Final = 20  # the most tokens of a line of the archive, in any tok
 _MOST_LINES: Final = 400
 _LEAST_LINES: Final = 10
 
+_WHY: Final = "A wrong checkpoint answers with noise, repetition or another language."
+_FIX: Final = (
+    "Read the answer, ask the parent the same question, and run mquant verify on the checkpoint."
+)
+
 SMOKE_CODING: Final = rule(
-    "smoke-coding",
-    "The server answers with a correct program.",
-    "A wrong checkpoint answers with noise, repetition or another language.",
-    "Read the answer, ask the parent the same question, and run mquant verify on the checkpoint.",
-    needs="smoke",
+    "smoke-coding", "The server answers with a correct program.", _WHY, _FIX, needs="smoke"
 )
 SMOKE_MATHS: Final = rule(
-    "smoke-maths",
-    "The server answers with the correct number.",
-    "A wrong checkpoint answers with noise, repetition or another language.",
-    "Read the answer, ask the parent the same question, and run mquant verify on the checkpoint.",
-    needs="smoke",
+    "smoke-maths", "The server answers with the correct number.", _WHY, _FIX, needs="smoke"
 )
 SMOKE_TRANSLATION: Final = rule(
-    "smoke-translation",
-    "The server answers with a correct translation.",
-    "A wrong checkpoint answers with noise, repetition or another language.",
-    "Read the answer, ask the parent the same question, and run mquant verify on the checkpoint.",
-    needs="smoke",
+    "smoke-translation", "The server answers with a correct translation.", _WHY, _FIX, needs="smoke"
 )
 SMOKE_RECALL: Final = rule(
-    "smoke-recall",
-    "The server finds a line in a long text.",
-    "A wrong checkpoint answers with noise, repetition or another language.",
-    "Read the answer, ask the parent the same question, and run mquant verify on the checkpoint.",
-    needs="smoke",
+    "smoke-recall", "The server finds a line in a long text.", _WHY, _FIX, needs="smoke"
 )
 SMOKE_JSON: Final = rule(
-    "smoke-json",
-    "The server answers with a correct JSON object.",
-    "A wrong checkpoint answers with noise, repetition or another language.",
-    "Read the answer, ask the parent the same question, and run mquant verify on the checkpoint.",
-    needs="smoke",
+    "smoke-json", "The server answers with a correct JSON object.", _WHY, _FIX, needs="smoke"
 )
 
 

@@ -92,14 +92,6 @@ IGNORE_HUB_ONLY: Final = rule(
     severity="warning",
     knowing=("family", "list"),
 )
-IGNORE_NOT_JUDGED: Final = rule(
-    "ignore-not-judged",
-    "mquant can judge the ignore list of this method and family.",
-    "How entries are matched, and which modules matter, differs between methods and families.",
-    "mquant knows compressed-tensors, ModelOpt and FP8, and the families that `mquant families`"
-    " lists.",
-    severity="warning",
-)
 IGNORE_RULES: Final = (
     *QUANTIZED.values(),
     *(value for value in tuple(globals().values()) if isinstance(value, Rule)),
@@ -127,7 +119,6 @@ def findings_of(
         *_uncovered(uncovered),
         *_unmatched(vllm_view),
         *_hub_only(vllm_view),
-        *_not_judged(vllm_view),
     ]
 
 
@@ -156,7 +147,7 @@ def _misnamed(vllm_view: VllmView) -> Iterator[Finding]:
 
 def _undeclared(view: ModuleView) -> Iterator[Finding]:
     modules = [module.name for module in view.quantized]
-    if modules and not view.method:
+    if modules and not view.method and "quantization_config" not in view.checkpoint.config:
         yield QUANTIZATION_UNDECLARED.finding(
             "config.json",
             f"{_are(modules, 'module')} quantized ({names(modules)}), but config.json has no "
@@ -265,22 +256,6 @@ def _hub_only(vllm_view: VllmView) -> Iterator[Finding]:
             idle[0],
             f"{_entries_match(idle)} experts by the hub's names alone, and vLLM's are like "
             f"{min(in_vllm)} ({names(idle)}).",
-        )
-
-
-def _not_judged(vllm_view: VllmView) -> Iterator[Finding]:
-    view = vllm_view.view
-    if view.family is None:
-        kind = str(view.checkpoint.config.get("model_type"))[:60]
-        yield IGNORE_NOT_JUDGED.finding(
-            "config.json",
-            f"The family of model_type {kind} is not known: only lm_head and embeddings under "
-            "their usual names were judged.",
-        )
-    if view.method and vllm_view.style is None:
-        yield IGNORE_NOT_JUDGED.finding(
-            "config.json",
-            f"How {view.method[:60]} matches its list is not known: only the tensors were judged.",
         )
 
 
