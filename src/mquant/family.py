@@ -14,15 +14,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationInfo as Info
 
 from mquant.data import folder, read_yaml
 from mquant.errors import DataFileError
@@ -31,6 +24,8 @@ from mquant.formulas import check_condition, check_size, condition_keys, evaluat
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")
 _EVERY_LAYER = "layer"
 _MTP = "mtp"
+_ROW_NAME = r"^[\w.-]+(\{layer\}[\w.-]+(\{expert\}[\w.-]+)?)?$"
+_MOST_LAYERS, _MOST_SIZE, _LONGEST_NAME = 1_000, 10_000_000, 1_000
 
 
 FusedSet = tuple[str, int | None, int | None]
@@ -79,8 +74,10 @@ def _in_order(defaults: Mapping[str, str]) -> Mapping[str, str]:
     return defaults
 
 
-Size = Annotated[str, AfterValidator(check_size)]
+Size = Annotated[str, Field(max_length=200), AfterValidator(check_size)]
 Condition = Annotated[str, AfterValidator(check_condition)]
+Key = Annotated[str, Field(min_length=1)]
+RowName = Annotated[str, Field(max_length=200, pattern=_ROW_NAME)]
 
 
 class _Data(BaseModel):
@@ -90,10 +87,10 @@ class _Data(BaseModel):
 class TensorRow(_Data):
     """One row of a family's `tensors`: a name, with {layer} and {expert} for numbers."""
 
-    name: str
+    name: RowName
     role: Role
     shape: tuple[Size, ...] = ()
-    dtype: str = "BF16"
+    dtype: Literal["BF16", "F16", "F32"] = "BF16"
     fused: str = ""
     block: str = _EVERY_LAYER
     """The block of the row: a layer has all rows of a block or no row of the block. The family's
@@ -134,12 +131,12 @@ class TensorRow(_Data):
 class ConfigKeys(_Data):
     """The keys of config.json by meaning; a key is empty if the family has no such thing."""
 
-    layers: str
-    context: str
-    vocabulary: str
-    hidden: str
-    heads: str
-    intermediate: str
+    layers: Key
+    context: Key
+    vocabulary: Key
+    hidden: Key
+    heads: Key
+    intermediate: Key
     kv_heads: str = ""
     experts: str = ""
     top_k: str = ""
@@ -215,20 +212,25 @@ class Family(_Data):
 
     @field_validator("synth")
     @classmethod
-    def _of_the_family(cls, synth: SynthData, info: ValidationInfo) -> SynthData:
+    def _of_the_family(cls, synth: SynthData, info: Info) -> SynthData:
         config = {**synth.config, **synth.tiny}
         if config.get("model_type") not in info.data.get("model_types", ()):
             raise ValueError("config.model_type is none of model_types")
-        keys = info.data.get("config")
-        for key in (keys.layers, keys.vocabulary, keys.experts, keys.top_k) if keys else ():
-            if key and type(config.get(key)) is not int:
-                raise ValueError(f"config has no integer {key}")
+        keys: ConfigKeys | None = info.data.get("config")
+        if keys is None:
+            return synth
+        for key in (keys.layers, keys.vocabulary, keys.experts, keys.top_k):
+            most = _MOST_LAYERS if key == keys.layers else _MOST_SIZE
+            if key and not (type(config.get(key)) is int and 0 < config[key] <= most):
+                raise ValueError(f"config has no integer {key} from 1 to {most:,}")
+            if key in synth.per_layer:
+                raise ValueError(f"per_layer holds the size {key}")
         return synth
 
     @field_validator("smoothing")
     @classmethod
     def _of_modules(
-        cls, smoothing: Mapping[str, tuple[str, ...]], info: ValidationInfo
+        cls, smoothing: Mapping[str, tuple[str, ...]], info: Info
     ) -> Mapping[str, tuple[str, ...]]:
         known = {row.short for row in info.data.get("tensors", ())}
         for name in (name for key, readers in smoothing.items() for name in (key, *readers)):
@@ -357,7 +359,9 @@ def _replaced(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
     # Add a dot, so that a pattern that ends in a dot matches the name's last part, too.
     probe = f"{name}."
     for old, new in pairs:
-        probe = probe.replace(old, new)
+        grown = len(probe) + probe.count(old) * (len(new) - len(old))
+        if old and grown <= max(len(probe), _LONGEST_NAME):  # anybody may write the pairs
+            probe = probe.replace(old, new)
     return probe[:-1]
 
 
