@@ -200,7 +200,7 @@ def _tensor(
     family: Family, row: TensorRow, name: str, config: Mapping[str, Any], precision: Precision
 ) -> Iterator[SynthTensor]:
     shape = family.shape(row, config)
-    if shape is None:
+    if shape is None or min(shape) < 1:
         raise DataFileError(
             f"{family.name}.yaml: synth.config does not give the shape of {row.name}.",
             f"Add {' and '.join(row.shape) or 'a shape'} to the family file.",

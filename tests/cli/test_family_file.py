@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def no_such_size(data: dict[str, Any]) -> None:
     ("edit", "sentence"),
     [
         (bad_role, "b: tensors.0.role (model.embed_tokens.weight): Input should be 'expert', "),
-        (no_experts, "b: synth: config has no integer num_local_experts."),
+        (no_experts, "b: synth: config has no integer num_local_experts from 1 to "),
         (other_type, "b: synth: config.model_type is none of model_types."),
         (not_tiny, "mine: the checkpoint of synth.tiny has more than 1.00 GB, or more than "),
         (no_such_size, "mine.yaml: synth.config does not give the shape of model.embed_tokens"),
@@ -192,6 +193,71 @@ def test_check_says_what_is_wrong(edit: Edit, sentence: str) -> None:
     result = mquant("families", "check", family_file("b", edit))
     assert result.exit_code == 1
     assert result.stderr.startswith(f"Error: {sentence}")
+
+
+def setting(*keys: str | int, value: Any) -> Edit:
+    """An edit that sets one value of the file."""
+
+    def edit(data: Any) -> None:
+        *path, last = keys
+        for key in path:
+            data = data[key]
+        data[last] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (setting("config", "layers", value=""), "config.layers: String should have at least 1"),
+        (setting("tensors", 0, "dtype", value="F99"), "tensors.0.dtype"),
+        (setting("tensors", 0, "name", value="model.{x}.weight"), "tensors.0.name"),
+        (setting("tensors", 0, "name", value="a.{layer}.b.{layer}.weight"), "tensors.0.name"),
+        (setting("tensors", 0, "shape", value=["9" * 6000]), "tensors.0.shape.0"),
+        (
+            setting("synth", "tiny", "num_hidden_layers", value=10**12),
+            "num_hidden_layers from 1 to",
+        ),
+        (setting("synth", "tiny", "hidden_size", value=-5), "does not give the shape"),
+        (setting("synth", "per_layer", value={"num_hidden_layers": 1}), "per_layer holds the size"),
+        (setting("synth", "config", "x", value=date(2001, 1, 1)), "holds a value that is no text"),
+        (setting("synth", "config", "x", value=b"x"), "holds a value that is no text"),
+        (setting("synth", "config", "x", value={"x"}), "holds a value that is no text"),
+        (setting("synth", "config", "x", value=10**30), "holds an integer of more than 64 bits"),
+    ],
+)
+def test_check_says_what_a_hostile_file_holds(edit: Edit, words: str) -> None:
+    result = mquant("families", "check", family_file("b", edit))
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert "unexpectedly" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+            f"{chr(98 + n)}: &{chr(98 + n)} [{','.join([f'*{chr(97 + n)}'] * 9)}]\n"
+            for n in range(9)
+        ), "aliases"),
+        ("self: &s {a: *s}", "aliases"),
+        ('name: "\\ud800"', "a character that UTF-8 does not have"),
+    ],
+)  # fmt: skip
+def test_yaml_that_json_cannot_hold_is_one_sentence(text: str, words: str) -> None:
+    Path("b").write_text(text)
+    result = mquant("families", "check", "b")
+    assert result.exit_code == 1
+    assert words in result.stderr
+
+
+@pytest.mark.parametrize("key", ["in_memory", "in_vllm"])
+@pytest.mark.parametrize("pair", [[".", ".."], ["", "aa"]])
+def test_names_do_not_grow_without_end(key: str, pair: list[str]) -> None:
+    file = family_file("b", setting(key, value=[pair] * 40))
+    result = mquant("plan", "model", "--recipe", "nvfp4", "--family", file)
+    assert "unexpectedly" not in result.stderr
 
 
 def test_check_fails_where_nvfp4_refuses() -> None:
