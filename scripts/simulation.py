@@ -104,7 +104,7 @@ def share_out(cap: Floats, uses: Integers, loads: Floats, capacity: Floats) -> F
     """Return the rate of each of n slots: all slots at a short resource get the same part of `cap`.
 
     A slot uses two resources, `uses` [n, 2], with `loads` [n, 2] for a unit. If a resource is
-    short, the rate of its slots is fixed, and the remaining slots get the rest of the others.
+    short, the rates of its slots are final, and the remaining slots share the remaining capacity.
     """
     rate, left = cap.copy(), capacity.copy()
     open_, demanded = cap > 0, loads * cap[:, None]
