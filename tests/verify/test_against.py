@@ -161,7 +161,7 @@ def test_side_files(trained: Path, tmp_path: Path) -> None:
         file.write(" ")
     assert judged(bad) == {}  # nothing to miss without a parent
     found = judged(bad, TRAINED)
-    assert "modeling_minimax_m2.py, tokenizer.json did not" in found["side-file-missing"]
+    assert "parent's modeling_minimax_m2.py, tokenizer.json." in found["side-file-missing"]
     assert "generation_config.json" in found["side-file-differs"]
     assert "LICENSE" in found["licence-missing"]
 

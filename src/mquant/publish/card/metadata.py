@@ -35,7 +35,7 @@ def _kept(fields: dict[str, Any]) -> dict[str, Any]:
 def _license_link(card: Card) -> str | None:
     """Return the parent's link if the link is a URL; otherwise the licence file.
 
-    The parent's licence id, such as `mit`, needs no link to the file.
+    None if the checkpoint has no licence file, or if the licence has an id, such as `mit`.
     """
     link = card.parent.license_link
     if link.startswith("https://"):
