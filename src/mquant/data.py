@@ -37,6 +37,8 @@ def cache() -> Path:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds one table. Raises DataFileError for anything else."""
     try:
+        if path.exists() and not path.is_file():  # to open a pipe may take for ever
+            raise DataFileError(f"{path} is not a regular file.", "Give a YAML file.")
         if path.stat().st_size > MAX_YAML_BYTES:
             raise DataFileError(f"{path} is too large.", "Give a recipe or family file.")
         value = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 -- it is a SafeLoader

@@ -103,6 +103,7 @@ def test_hostile_names_are_text() -> None:
         facts=[(HOSTILE, HOSTILE)],
         sizes=[Size(HOSTILE, 1, 2, 3)],
         findings=[Finding("tensor-unknown", "error", HOSTILE, HOSTILE, HOSTILE)],
+        not_judged=HOSTILE,
         recipe=HOSTILE,
         commands=[HOSTILE],
         made_by="mquant",
@@ -192,7 +193,8 @@ def test_a_browser_runs_nothing_of_a_hostile_name(tmp_path: Path) -> None:
     page = tmp_path / "r.html"
     rows = [(name, name)]
     page.write_text(
-        render(Evidence(name, None, name, "error", rows, [], [], name, [name], "mquant")), "utf-8"
+        render(Evidence(name, None, name, "error", rows, [], [], name, name, [name], "mquant")),
+        "utf-8",
     )
     seen = laid_out(page, tmp_path, 390, dark=False)
     assert seen["scripts"] == "0"

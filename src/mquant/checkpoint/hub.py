@@ -273,7 +273,7 @@ class HubRepo:
         log_in = "use a token that may read the repo" if token else _LOG_IN
         if code == "RevisionNotFound":
             return SourceError(
-                f"{repo} has no revision {(self.revision or self.commit)!r}.",
+                f"{repo} has no revision {self.revision or 'main'!r}.",
                 f"Take a branch, tag or commit that {host} lists, or leave --revision out.",
             )
         if code == "GatedRepo":

@@ -7,7 +7,9 @@ import typer
 from rich.text import Text
 
 from mquant.cli.options import (
+    CompareFile,
     DepthChoice,
+    EvalFile,
     FamilyFile,
     FormatChoice,
     From,
@@ -25,10 +27,6 @@ if TYPE_CHECKING:
     from mquant.publish.card import Card, Measured
 
 
-Eval = Annotated[Path | None, typer.Option("--eval", metavar="FILE", help="JSON of mquant eval.")]
-Compare = Annotated[
-    Path | None, typer.Option("--compare", metavar="FILE", help="JSON of mquant compare.")
-]
 AboutFile = Annotated[
     Path | None,
     typer.Option(
@@ -51,8 +49,8 @@ CardFile = Annotated[
 def card(
     src: Src = None,
     parent: From = None,
-    eval_file: Eval = None,
-    compare_file: Compare = None,
+    eval_file: EvalFile = None,
+    compare_file: CompareFile = None,
     about_file: AboutFile = None,
     depth: DepthChoice = None,
     loader: LoaderChoice = None,

@@ -123,6 +123,12 @@ FamilyFile = Annotated[
         "(see: mquant families check).",
     ),
 ]
+EvalFile = Annotated[
+    Path | None, typer.Option("--eval", metavar="FILE", help="JSON of mquant eval.")
+]
+CompareFile = Annotated[
+    Path | None, typer.Option("--compare", metavar="FILE", help="JSON of mquant compare.")
+]
 FormatChoice = Annotated[
     Format, typer.Option("--format", help="How the result is written to stdout.")
 ]

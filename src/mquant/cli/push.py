@@ -57,13 +57,12 @@ def push(
         shipment = load(source)
         out.put(repo=repo, files=dict(shipment.files), bytes=sum(shipment.files.values()))
         out.put(last_commit=list(shipment.last))
+        families = load_families(family)
         if dry_run:
             _list(out, shipment)
             return
         with progress(out) as emit:
-            pushed = publish(
-                shipment, repo, load_families(family), emit, public=public, replace=replace
-            )
+            pushed = publish(shipment, repo, families, emit, public=public, replace=replace)
         _tell(out, repo, pushed)
 
 
@@ -74,6 +73,7 @@ def _list(out: Output, shipment: "Shipment") -> None:
     total = sum(shipment.files.values())
     out.show(rows, "", f"{plural(len(shipment.files), 'file')}, {both_sizes(total)}")
     out.show(f"{' and '.join(shipment.last)} are uploaded last, in one commit.")
+    out.show("Nothing was verified: the push itself verifies the checkpoint first.")
 
 
 def _tell(out: Output, repo: str, pushed: "Pushed") -> None:

@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 
 from mquant.cli.evaluate import Context, TextFile, Tokens
-from mquant.cli.options import Against, FamilyFile, FormatChoice, Revision, Src
+from mquant.cli.options import (
+    Against,
+    CompareFile,
+    EvalFile,
+    FamilyFile,
+    FormatChoice,
+    Revision,
+    Src,
+)
 from mquant.cli.output import Format, output
 from mquant.cli.progress import progress
 from mquant.cli.source import example, open_source
@@ -14,22 +22,6 @@ from mquant.cli.tables import facts
 from mquant.errors import UsageError
 from mquant.text import size
 
-Comparison = Annotated[
-    Path | None,
-    typer.Option(
-        "--compare",
-        metavar="FILE",
-        help="JSON of mquant compare, instead of comparing now.",
-    ),
-]
-Evaluation = Annotated[
-    Path | None,
-    typer.Option(
-        "--eval",
-        metavar="FILE",
-        help="JSON of mquant eval, instead of evaluating now.",
-    ),
-]
 OutFile = Annotated[
     Path | None,
     typer.Option(
@@ -46,8 +38,8 @@ def report(
     against: Against = None,
     text: TextFile = None,
     out_file: OutFile = None,
-    comparison: Comparison = None,
-    evaluation: Evaluation = None,
+    comparison: CompareFile = None,
+    evaluation: EvalFile = None,
     context: Context = 512,
     tokens: Tokens = 16_384,
     family: FamilyFile = None,
@@ -58,6 +50,7 @@ def report(
 
     Measurements that no file gives run now: verify, compare (with --against), eval (with --text).
     The page loads nothing from the network and runs no script. Exit code 3: the page shows errors.
+    Exit code 1: what could not be judged decides whether a loader takes the checkpoint.
 
     Example: mquant report ./Model-NVFP4 --against ./Model --text wiki.txt -o report.html
     """
@@ -96,3 +89,4 @@ def report(
         out.report(written.verification.findings)
         if written.verification.count("error"):
             raise typer.Exit(3)
+        written.verification.raise_if_undecided()

@@ -11,6 +11,10 @@ from mquant.loader_model.modules import ModuleView
 _DATA: Final = read_yaml(Path(__file__).with_suffix(".yaml"))
 METHODS: Final = frozenset(_DATA["names"])
 """The methods that vLLM has."""
+FORMATS: Final[Mapping[str, str | None]] = _DATA["formats"]
+"""The formats that compressed-tensors has, and the short name of the storage format of each."""
+STRATEGIES: Final = _DATA["strategies"]
+"""The strategies that compressed-tensors has."""
 
 
 def unknown_config(view: ModuleView) -> str:

@@ -38,7 +38,7 @@ class Document:
             place = self.path.parent.resolve() / self.path.name
             kept = any(place.is_relative_to(each.resolve()) for each in self.kept)
         if kept and head and not (self.mark and self.mark in head):
-            raise OutputError(f"{self.path} exists, and mquant did not write it.", self._fix)
+            raise self._error("exists, and mquant did not write it")
 
     def remove(self) -> None:
         """Remove the file of an earlier run. Raises OutputError, also as `check` does."""
@@ -58,10 +58,6 @@ class Document:
                 write_whole(self.path, pieces)
 
     @property
-    def _fix(self) -> str:
-        return f"Give another file with {self.option}."
-
-    @property
     def is_stream(self) -> bool:
         """Whether the path is a device, a pipe, or a name of an open file."""
         opened = str(self.path.absolute()).startswith(_OPEN_FILES)
@@ -72,5 +68,7 @@ class Document:
         try:
             yield
         except OSError as error:
-            message = f"{self.path} cannot be written: {error.strerror}."
-            raise OutputError(message, self._fix) from error
+            raise self._error(f"cannot be written: {error.strerror}") from error
+
+    def _error(self, what: str) -> OutputError:
+        return OutputError(f"{self.path} {what}.", f"Give another file with {self.option}.")

@@ -22,6 +22,7 @@ from mquant.publish.page.sections import Size
 from mquant.untrusted import parse_json
 from mquant.verify.inspect import inspect
 from mquant.verify.judge import Report, verify
+from mquant.verify.not_judged import in_words
 
 MARK: Final = b": mquant report</title>"
 _MOST_SHOWN: Final = 20_000  # bytes: a larger file is no recipe
@@ -96,6 +97,7 @@ def report(
         facts=_facts(checkpoint, verification, families),
         sizes=_sizes(checkpoint, parent_checkpoint, families),
         findings=verification.findings,
+        not_judged=in_words(verification.not_judged),
         recipe=_text(source, RECIPE_NAME),
         commands=_commands(inputs, str(document.path)),
         made_by=f"mquant {__version__}",

@@ -6,24 +6,11 @@ from typing import Any, Final
 from mquant.findings import rule
 from mquant.loader_model.formats import StorageFormat, groups, misdeclared
 from mquant.loader_model.modules import ModuleView
-from mquant.loader_model.vllm_methods import METHODS
+from mquant.loader_model.vllm_methods import FORMATS, METHODS, STRATEGIES
 from mquant.text import names
 from mquant.verify.parts import Kinds
 from mquant.verify.tally import Tally
 
-_STRATEGIES: Final = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
-_FORMATS: Final[dict[str, str | None]] = {
-    "nvfp4-pack-quantized": StorageFormat.NVFP4.short,
-    "pack-quantized": StorageFormat.INT.short,
-    "float-quantized": StorageFormat.FP8.short,
-    "naive-quantized": None,
-    "int-quantized": None,
-    "mixed-precision": None,
-    "mxfp4-pack-quantized": None,
-    "mxfp8-quantized": None,
-    "marlin-24": None,
-    "dense": None,
-}
 CONFIG_KEY_MISSING: Final = rule(
     "config-key-missing",
     "config.json has the keys without which engines do not build the model.",
@@ -102,7 +89,7 @@ def check_config_json(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
                 )
         formats = {str(group["format"]) for group in groups(view.config) if group.get("format")}
         declared = formats or {str(view.config.get("format"))}
-        expected = {_FORMATS.get(stated) for stated in declared}
+        expected = {FORMATS.get(stated) for stated in declared}
         wrong = {name: kind for name, kind in kinds.items() if kind.short not in expected}
         if wrong and None not in expected:
             name, kind = next(iter(wrong.items()))
@@ -141,12 +128,12 @@ def _invalid_group(group: Any) -> str:
     targets, args, named = group.get("targets"), group.get("weights"), group.get("format")
     if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
         return "has no list of targets"
-    if named is not None and (not isinstance(named, str) or named not in _FORMATS):
+    if named is not None and (not isinstance(named, str) or named not in FORMATS):
         return f"has the unknown format {str(named)[:40]!r}"
     if args is None:
         return ""
     if not isinstance(args, dict) or type(args.get("num_bits")) is not int:
         return "does not say how many bits weights have"
-    if args.get("strategy") not in (None, *_STRATEGIES):
+    if args.get("strategy") not in (None, *STRATEGIES):
         return f"has the unknown strategy {str(args['strategy'])[:40]!r}"
     return ""

@@ -59,7 +59,7 @@ SCALE_NOT_FINITE: Final = rule(
     "scale-not-finite",
     "Scales of blocks, channels and tensors are finite numbers (in E4M3: not 7f or ff).",
     "One such scale makes NaN of a whole block, and then of the model's output.",
-    "Quantize again; if the finding stays, check the weight in the parent.",
+    _AGAIN,
     needs="numbers",
     knowing=("layout",),
 )
@@ -67,7 +67,7 @@ SCALE_NEGATIVE: Final = rule(
     "scale-negative",
     "Scales of blocks, channels and tensors are not negative.",
     "Kernels that read the sign bit as part of the number compute wrong values.",
-    "Quantize again; if the finding stays, check the weight in the parent.",
+    _AGAIN,
     needs="numbers",
     knowing=("layout",),
 )
@@ -75,7 +75,7 @@ SCALE_ZERO: Final = rule(
     "scale-zero",
     "A scale is zero only if all codes under it are zero.",
     "The whole block loads as zero.",
-    "Quantize again; if the finding stays, check the weight in the parent.",
+    _AGAIN,
     needs="numbers",
     knowing=("layout",),
 )
@@ -91,7 +91,7 @@ GLOBAL_SCALE_INVALID: Final = rule(
     "global-scale-invalid",
     "Global scales and activation scales are finite and positive.",
     "vLLM loads infinity and NaN without an error; the module's output is then infinity or NaN.",
-    "Quantize again; if the finding stays, check the weight in the parent.",
+    _AGAIN,
     needs="numbers",
     knowing=("layout",),
 )

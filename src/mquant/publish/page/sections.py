@@ -40,6 +40,7 @@ class Evidence:
     facts: Sequence[tuple[str, str]]
     sizes: Sequence[Size]
     findings: Sequence[Finding]
+    not_judged: str
     recipe: str
     commands: Sequence[str]
     made_by: str
@@ -205,8 +206,10 @@ def _evaluation(evidence: Evidence) -> Html:
 
 
 def _findings(evidence: Evidence) -> Html:
+    not_judged = tag("p", evidence.not_judged)
     if not evidence.findings:
-        return _section("Findings", tag("p", "mquant verify has no findings.", cls="good"))
+        none = tag("p", "mquant verify has no findings.", cls="good")
+        return _section("Findings", none, not_judged)
     items = [
         tag(
             "li",
@@ -219,7 +222,7 @@ def _findings(evidence: Evidence) -> Html:
         )
         for finding in evidence.findings
     ]
-    return _section("Findings", tag("ul", *items, cls="found"))
+    return _section("Findings", tag("ul", *items, cls="found"), not_judged)
 
 
 def _recipe(evidence: Evidence) -> Html:
