@@ -209,7 +209,7 @@ def test_a_shape_that_16_does_not_divide_is_shown_as_such(tmp_path: Path) -> Non
     assert result.exit_code == 1
     odd = [role for role in document(result)["roles"] if role["bits_per_weight"] is None]
     assert [(role["role"], role["tensors"], role["reason"]) for role in odd] == [
-        ("expert", 8, "the scheme cannot hold its shape or dtype")
+        ("expert", 8, "its shape or dtype does not fit")
     ]
     assert "NVFP4A16: its shape or dtype" in plan(model).stdout
 

@@ -157,7 +157,7 @@ def _roles(plan: Plan) -> list[dict[str, Any]]:
     groups: dict[tuple[Role, str, str], list[Action]] = defaultdict(list)
     for action in plan.actions:
         # A weight that a scheme cannot hold has no outputs; a finding names the tensor.
-        reason = action.reason if action.outputs else "the scheme cannot hold its shape or dtype"
+        reason = action.reason if action.outputs else "its shape or dtype does not fit"
         groups[action.role, action.scheme.name if action.scheme else "", reason].append(action)
     order = list(Role)
     return [

@@ -58,7 +58,7 @@ def quantize_to_hub(
 
 
 def _share_out(plan: Plan, scratch: int | None) -> tuple[int | None, float]:
-    """Return the bytes of the scratch for source files (None for a local source), and for shards.
+    """Return the bytes of scratch for source files (None: no limit, or local), and for shards.
 
     The shards get room for two of the largest shards, so that one is written while another is
     uploaded, or a quarter of the scratch if a quarter is more: NVFP4 is about a quarter of BF16. If
