@@ -39,7 +39,7 @@ from llmcompressor.observers.helpers import fuse_weight_observers
 
 from mquant.checkpoint import Checkpoint, Folder, open_checkpoint
 from mquant.family import load_families
-from mquant.numerics.formats import BF16, E2M1, E4M3, FLOATS, Array
+from mquant.numerics.floats import BF16, E2M1, E4M3, FLOATS, Array
 from mquant.plan import WorkUnit, make_plan
 from mquant.recipe import find_recipe
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from mquant.checkpoint import Folder
 from mquant.family import load_families
 from mquant.verify.judge import Depth, verify
+from mquant.verify.loaders.ask_vllm import PROBE, Verdict, read_verdict
 from mquant.verify.loaders.install import find_python
-from mquant.verify.loaders.vllm import PROBE, Verdict, read_verdict
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))

@@ -26,7 +26,7 @@ ELSEWHERE = [
     "test_family.py",
     "test_fast_lane.py",
     "test_layers.py",
-    "test_matching.py",
+    "test_name_patterns.py",
     "test_recipe.py",
 ]
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from make import make_config, make_names, minimax_m2
-from mquant.data import folder
+from mquant.data_files import folder
 from mquant.errors import DataFileError
 from mquant.family import Role, family_of, load_families, load_family
 

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 
 import hostile
 from make import Row, make_checkpoint, write_json
-from mquant import matching
+from mquant import name_patterns
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Folder, checkpoint, open_checkpoint
-from mquant.data import read_yaml
+from mquant.data_files import read_yaml
 from mquant.errors import DataFileError, MquantError
 from mquant.events import Event, Note
 from mquant.family import load_families
 from mquant.loader_model import modules
-from mquant.matching import Style, match
+from mquant.name_patterns import Style, match
 from mquant.recipe import find_recipe
 from mquant.untrusted import TooMuch, parse_json
 from mquant.verify.judge import Depth, verify
@@ -244,7 +244,7 @@ def test_blocks_larger_than_the_weight_cost_nothing(
 def test_a_row_that_could_not_be_held_is_not_compared(
     bases: hostile.Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mquant.verify.against.PIECE", 31)
+    monkeypatch.setattr("mquant.verify.against_parent.PIECE", 31)
     said = judged(bases.folder / "nvfp4", bases.folder / "bf16")
 
     assert "its rows have 32 elements" in said["weight-not-compared"]
@@ -263,7 +263,7 @@ def test_many_bad_entries_are_one_finding(bases: hostile.Bases, tmp_path: Path) 
 
 
 def test_what_entries_match_together_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matching, "MAX_MATCHES", 10)
+    monkeypatch.setattr(name_patterns, "MAX_MATCHES", 10)
 
     said = sentence(match, ["re:.*", "re:.*x?"], [str(n) for n in range(6)], Style.NAMES)
     assert said == "The ignore list cannot be judged: its entries match more than 10 names."
@@ -272,7 +272,7 @@ def test_what_entries_match_together_is_limited(monkeypatch: pytest.MonkeyPatch)
 def test_a_recipe_that_matches_forever_is_stopped(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matching, "TIME_LIMIT", 0.5)
+    monkeypatch.setattr(name_patterns, "TIME_LIMIT", 0.5)
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
         "{name: a, suffix: A, roles: {expert: NVFP4A16}, ignore: ['re:([a-z]+|_|[a-z0-9_.]+)*!']}"

@@ -19,7 +19,7 @@ from mquant.output import LEDGER, RECORD, Claim, Ledger, State, discard, examine
 from mquant.output import ledger as ledger_module
 from mquant.output.ledger import read_ledger
 from mquant.runs.run import free_disk
-from mquant.verify.loaders import vllm
+from mquant.verify.loaders import ask_vllm
 from run import quantize_nvfp4
 
 __all__ = ["hub"]
@@ -176,9 +176,9 @@ def test_a_probe_that_takes_too_long_goes_with_its_children(
     stand_in = tmp_path / "python"
     stand_in.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {tmp_path}/child\nwait\n")
     stand_in.chmod(0o755)
-    monkeypatch.setattr(vllm, "_SECONDS", 0.5)
+    monkeypatch.setattr(ask_vllm, "_SECONDS", 0.5)
 
-    why = vllm._run(stand_in, tmp_path, tmp_path / "result.json", lambda: None)
+    why = ask_vllm._run(stand_in, tmp_path, tmp_path / "result.json", lambda: None)
 
     assert why == "it took more than 0.5 seconds"
     child = Path("/proc", (tmp_path / "child").read_text().strip(), "cmdline")
@@ -196,4 +196,4 @@ def test_a_size_that_no_file_has_is_a_sentence(src: Path, tmp_path: Path) -> Non
     source.files = {**source.files, shard: 2**63 - 1}
 
     with pytest.raises(LoaderError, match="mquant cannot write model-00001"):
-        vllm._materialise(source, (shard,), tmp_path / "given")
+        ask_vllm._materialise(source, (shard,), tmp_path / "given")

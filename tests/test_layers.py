@@ -37,7 +37,7 @@ NEVER = {  # though they lie lower
 }
 HEAVY = {"torch", "llmcompressor", "transformers", "compressed_tensors", "accelerate"}
 # Run by vLLM's own Python; not a part of the program, but of its data.
-PROBE = ROOT / "verify/loaders/vllm_probe.py"
+PROBE = ROOT / "verify/loaders/inside_vllm.py"
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != PROBE)
 MODULES = [path for path in FILES if path.parent != ROOT or not path.stem.startswith("__")]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mquant.loader_model.formats import StorageFormat
+from mquant.loader_model.storage import StorageFormat
 
 
 @pytest.mark.parametrize(

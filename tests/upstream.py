@@ -18,7 +18,7 @@ from llmcompressor.modifiers.quantization.calibration import (
 )
 from llmcompressor.observers.helpers import fuse_weight_observers
 
-from mquant.numerics.formats import FLOATS, Array, Bytes
+from mquant.numerics.floats import FLOATS, Array, Bytes
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 SIGNED = {2: torch.int16, 4: torch.int32}

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic import ValidationInfo as Info
 
-from mquant.data import folder, read_yaml
+from mquant.data_files import folder, read_yaml
 from mquant.errors import DataFileError
 from mquant.formulas import check_condition, check_size, condition_keys, evaluate, holds, size_keys
 

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from mquant.data import folder, read_yaml
+from mquant.data_files import folder, read_yaml
 from mquant.errors import DataFileError, UsageError
 from mquant.family import Role
-from mquant.matching import MAX_LENGTH, Matches, Style, match
+from mquant.name_patterns import MAX_LENGTH, Matches, Style, match
 from mquant.schemes import SCHEMES, Scheme
 from mquant.text import names
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from judges import hashes
 from make import make_checkpoint
 from mquant.cli.app import app
-from mquant.data import folder
+from mquant.data_files import folder
 from mquant.output import SHARES
 
 Edit = Callable[[dict[str, Any]], None]

@@ -7,7 +7,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from mquant.cli.app import app
-from mquant.data import folder
+from mquant.data_files import folder
 
 
 def mquant(*arguments: str) -> Result:

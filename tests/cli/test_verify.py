@@ -325,7 +325,7 @@ def test_what_is_found_wrong_goes_before_what_was_not_judged(strange: Path) -> N
 def test_the_loader_decides_what_was_not_judged(
     strange: Path, monkeypatch: pytest.MonkeyPatch, answer: str, code: int
 ) -> None:
-    import mquant.verify.loaders.vllm as loader
+    import mquant.verify.loaders.ask_vllm as loader
 
     broken = {"refuses": loader.VLLM_REFUSES, "not asked": loader.VLLM_NOT_ASKED}
     findings = tuple(

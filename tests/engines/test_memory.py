@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from judges import read_json
-from mquant.numerics.formats import FLOATS
+from mquant.numerics.floats import FLOATS
 from mquant.numerics.kernels import prepare
 from run import MEASURED
 

@@ -15,7 +15,7 @@ from mquant.errors import DataFileError, OutputError, SourceError, UsageError
 from mquant.events import Emit, Event, Progress, silent
 from mquant.family import load_families
 from mquant.loader_model.modules import read_modules
-from mquant.numerics.formats import BF16, FLOATS, Array, Floats
+from mquant.numerics.floats import BF16, FLOATS, Array, Floats
 from mquant.runs.quantize import quantize
 from mquant.runs.spec import Engine
 from mquant.verify.judge import Depth, verify

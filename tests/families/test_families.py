@@ -17,7 +17,7 @@ import yaml
 from family_cases import FAMILY_CASES
 from judges import data, differences, model_free_ptq, one_shard, opened, quantized_names, read_json
 from mquant.checkpoint import Folder
-from mquant.data import folder
+from mquant.data_files import folder
 from mquant.errors import DataFileError
 from mquant.family import Family, FusedSet, Role, load_families, load_family
 from mquant.plan import Plan, Target

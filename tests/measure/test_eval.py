@@ -18,7 +18,7 @@ from mquant.forward.decoder import Model, shape_of
 from mquant.loader_model.modules import read_modules
 from mquant.measure import score as scoring
 from mquant.measure.evaluation import Evaluation, evaluate
-from mquant.measure.score import score
+from mquant.measure.perplexity import score
 from mquant.synth import Precision, Sizes, synth
 from mquant.weights.matrix import Workers
 from run import FIXTURES, TRAINED

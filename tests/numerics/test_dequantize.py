@@ -9,7 +9,7 @@ from compressed_tensors.entrypoints.convert import FP8BlockDequantizer
 from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
 
 from mquant.numerics.dequantize import decode_fp8, decode_nvfp4, nvfp4_table
-from mquant.numerics.formats import E2M1
+from mquant.numerics.floats import E2M1
 
 pytestmark = pytest.mark.upstream
 

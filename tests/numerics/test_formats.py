@@ -4,7 +4,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mquant.numerics.formats import E2M1, E4M3, FLOATS, FloatFormat, Floats, e2m1_codes, e4m3_codes
+from mquant.numerics.floats import (
+    E2M1,
+    E4M3,
+    FLOATS,
+    FloatFormat,
+    Floats,
+    e2m1_codes,
+    e4m3_codes,
+)
 
 
 def decoded(dtype: type, count: int) -> Floats:

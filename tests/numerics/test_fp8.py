@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import upstream
 from mquant.numerics import fp8
-from mquant.numerics.formats import FLOATS, Array, FloatFormat
+from mquant.numerics.floats import FLOATS, Array, FloatFormat
 
 DTYPES = pytest.mark.parametrize("dtype", FLOATS)
 SCHEMES: Final = {"FP8_DYNAMIC": None, "FP8_BLOCK": (128, 128)}

@@ -14,7 +14,7 @@ import upstream
 from mquant.compiled import compiled
 from mquant.errors import EngineError
 from mquant.numerics import kernels, nvfp4
-from mquant.numerics.formats import F32, FLOATS, Array, FloatFormat
+from mquant.numerics.floats import F32, FLOATS, Array, FloatFormat
 from mquant.numerics.thresholds import thresholds
 
 DTYPES = pytest.mark.parametrize("dtype", FLOATS)

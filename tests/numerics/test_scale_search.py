@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 import upstream
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.numerics import kernels, nvfp4
-from mquant.numerics.formats import BF16, E2M1, E4M3, FLOATS, Array, Bytes, FloatFormat, Floats
+from mquant.numerics.floats import (
+    BF16,
+    E2M1,
+    E4M3,
+    FLOATS,
+    Array,
+    Bytes,
+    FloatFormat,
+    Floats,
+)
 from mquant.numerics.scale_search import ALIKE, RATIOS, SearchedWeight, search
 from mquant.numerics.thresholds import thresholds
 from numerics.test_nvfp4 import BLOCKS, QKV, block, normal

@@ -8,7 +8,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 
 import upstream
 from mquant.numerics import nvfp4
-from mquant.numerics.formats import FLOATS, Array, Bytes, FloatFormat
+from mquant.numerics.floats import FLOATS, Array, Bytes, FloatFormat
 from mquant.numerics.thresholds import Thresholds, thresholds
 
 # An exact power of two makes exact ties; the others are the extremes, and one of a usual size.

@@ -1,4 +1,4 @@
-"""Mending: a broken checkpoint becomes what a correct run makes of its parent, byte for byte."""
+"""RepairPlan: a broken checkpoint becomes what a correct run makes of its parent, byte for byte."""
 
 import errno
 import json
@@ -82,7 +82,7 @@ def test_a_case_comes_out_as_a_correct_run_makes_it(
         assert tensors(bad) == tensors(right)
         return
     done = repair(diagnosis, tmp_path / "out")
-    assert done.parent_bytes == sum(a.source.nbytes for a in diagnosis.mending.replaced)
+    assert done.parent_bytes == sum(a.source.nbytes for a in diagnosis.repair_plan.replaced)
     assert tensors(done.out) == tensors(right)
     assert read_json(done.out / "config.json") == read_json(right / "config.json")
     assert not loud(done.out)
@@ -110,7 +110,7 @@ def test_what_model_free_ptq_writes_with_the_origins_ignore_comes_out_right(
     one = one_shard(TRAINED, tmp_path / "one")
     bad = model_free_ptq(one, tmp_path / "bad", ignore=["lm_head"])
     diagnosis = found(bad)
-    assert {a.role.value for a in diagnosis.mending.replaced} == {"router", "embedding"}
+    assert {a.role.value for a in diagnosis.repair_plan.replaced} == {"router", "embedding"}
     assert tensors(repair(diagnosis, tmp_path / "out").out) == tensors(right)
 
 
@@ -155,7 +155,10 @@ def test_how_scales_were_searched_is_found_out(tmp_path: Path) -> None:
     bad = mutated(good, tmp_path, edit=without(EXPERT))
     (bad / RECORD).unlink()
     diagnosis = found(bad)
-    assert (diagnosis.made_by, diagnosis.mending.right.recipe.name) == ("reproduced", "nvfp4-opt")
+    assert (diagnosis.made_by, diagnosis.repair_plan.right.recipe.name) == (
+        "reproduced",
+        "nvfp4-opt",
+    )
     assert tensors(repair(diagnosis, tmp_path / "out").out) == tensors(good)
 
 
@@ -188,10 +191,10 @@ def test_of_the_parent_just_what_is_replaced_is_read(
     right: Path, tmp_path: Path, name: str, roles: dict[str, int]
 ) -> None:
     diagnosis = found(case_of(name).make(right, tmp_path))
-    assert diagnosis.mending.replaced_by_role == roles
-    sizes = [action.source.nbytes for action in diagnosis.mending.replaced]
+    assert diagnosis.repair_plan.replaced_by_role == roles
+    sizes = [action.source.nbytes for action in diagnosis.repair_plan.replaced]
     done = repair(diagnosis, tmp_path / "out")
-    assert done.parent_bytes == diagnosis.mending.parent_bytes == sum(sizes)
+    assert done.parent_bytes == diagnosis.repair_plan.parent_bytes == sum(sizes)
 
 
 def test_tensors_stay_in_their_shards(right: Path, tmp_path: Path) -> None:
@@ -209,7 +212,7 @@ def test_shards_without_a_change_are_hard_links(right: Path, tmp_path: Path) -> 
     bad = case_of("an expert missing").make(right, tmp_path)
     diagnosis = found(bad)
     out = repair(diagnosis, tmp_path / "out").out
-    kept = diagnosis.mending.kept
+    kept = diagnosis.repair_plan.kept
     assert len(kept) == len(opened(out).shards) - 1 > 0
     for shard in opened(out).shards:
         assert (out / shard).samefile(bad / shard) == (shard in kept)
@@ -321,7 +324,7 @@ def test_what_min_max_made_is_known_as_nvfp4(right: Path, tmp_path: Path) -> Non
     bad = mutated(right, tmp_path, edit=without(EXPERT))
     (bad / RECORD).unlink()
     diagnosis = found(bad)
-    assert (diagnosis.made_by, diagnosis.mending.right.recipe.name) == ("reproduced", "nvfp4")
+    assert (diagnosis.made_by, diagnosis.repair_plan.right.recipe.name) == ("reproduced", "nvfp4")
 
 
 def _calibrated(right: Path, tmp_path: Path) -> Path:
@@ -478,7 +481,7 @@ def test_a_journal_cannot_name_what_lies_outside(bad: Path, tmp_path: Path) -> N
 def test_a_changed_norm_is_taken_from_the_parent(right: Path, tmp_path: Path) -> None:
     name = "model.layers.0.input_layernorm.weight"
     bad = mutated(right, tmp_path, edit=changed(name, data=lambda raw: np.flip(raw).copy()))
-    assert [action.source.name for action in found(bad).mending.replaced] == [name]
+    assert [action.source.name for action in found(bad).repair_plan.replaced] == [name]
 
 
 def test_a_parent_that_shrinks_is_one_sentence(right: Path, tmp_path: Path) -> None:
@@ -497,4 +500,6 @@ def test_a_scale_that_is_wrong_in_one_place_costs_its_fused_set(
 ) -> None:
     edit = changed(EXPERT + "w2.weight_global_scale", data=scalar(float("nan")))
     diagnosis = found(mutated(right, tmp_path, edit=edit))
-    assert [action.source.name for action in diagnosis.mending.replaced] == [EXPERT + "w2.weight"]
+    assert [action.source.name for action in diagnosis.repair_plan.replaced] == [
+        EXPERT + "w2.weight"
+    ]

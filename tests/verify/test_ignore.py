@@ -11,7 +11,7 @@ from mquant.checkpoint import Folder, open_checkpoint
 from mquant.errors import SourceError
 from mquant.family import load_families
 from mquant.loader_model.modules import MODELOPT_NAME, read_modules
-from mquant.verify.ignore import IgnoreReport, check_ignore
+from mquant.verify.ignore_report import IgnoreReport, check_ignore
 
 Suffixes = dict[str, str]
 """What a quantized weight becomes: suffix -> dtype."""

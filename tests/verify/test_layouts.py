@@ -13,7 +13,7 @@ from mquant.checkpoint import CONFIG_NAME
 from mquant.family import load_families
 from mquant.loader_model.modules import MODELOPT_NAME, read_modules
 from mquant.synth import Precision, Sizes, synth
-from mquant.verify.ignore import IgnoreReport, check_ignore
+from mquant.verify.ignore_report import IgnoreReport, check_ignore
 from mquant.verify.judge import Depth
 from mutate import changed, judged, mutated, scalar, setting
 from run import quantize_nvfp4

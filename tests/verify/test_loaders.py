@@ -13,8 +13,8 @@ from mquant.cli.app import app
 from mquant.errors import LoaderError
 from mquant.family import load_families
 from mquant.verify.judge import verify
+from mquant.verify.loaders.ask_vllm import read_verdict
 from mquant.verify.loaders.install import environment, find_python, install
-from mquant.verify.loaders.vllm import read_verdict
 
 DONE = {"vllm": "0.32.0", "stage": "done", "counts": {}}
 

@@ -8,7 +8,7 @@ import pytest
 from judges import opened, read_json
 from make import make_checkpoint, make_row, without, write_index, write_json, write_shard
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME
-from mquant.data import folder
+from mquant.data_files import folder
 from mquant.family import load_families
 from mquant.output.finish import config_json, index_json
 from mquant.runs.quantize import quantize

@@ -10,7 +10,7 @@ from mquant.cli.output import Format
 
 def shipped(kind: Literal["configs", "recipes"], incomplete: str) -> list[str]:
     """Return the names of shipped files, for the shell's completion."""
-    from mquant.data import folder
+    from mquant.data_files import folder
 
     names = sorted(path.stem for path in folder(kind).glob("*.yaml"))
     return [name for name in names if name.startswith(incomplete)]

@@ -54,7 +54,7 @@ def show_file(
     out: Output, verb: Literal["recipes", "families"], name: str | None, known: Iterable[str]
 ) -> None:
     """Print a shipped file, or its content as JSON. Raises UsageError for an unknown name."""
-    from mquant.data import folder, read_yaml
+    from mquant.data_files import folder, read_yaml
 
     names = list(known)
     if name not in names:

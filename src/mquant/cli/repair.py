@@ -119,21 +119,21 @@ def _source(
 
 
 def _tell(out: Output, diagnosis: "Diagnosis") -> None:
-    mending = diagnosis.mending
-    rewritten = mending.rewritten
+    plan = diagnosis.repair_plan
+    rewritten = plan.rewritten
     out.put(
         source=diagnosis.bad.source.name,
         parent=diagnosis.parent.source.name,
         needed=diagnosis.needed,
         made_by=diagnosis.made_by or None,
-        replaced=[action.source.name for action in mending.replaced],
-        renamed=dict(mending.renamed),
-        dropped=list(mending.dropped),
+        replaced=[action.source.name for action in plan.replaced],
+        renamed=dict(plan.renamed),
+        dropped=list(plan.dropped),
         config_differs=diagnosis.config_differs,
         side_files=list(diagnosis.missing),
-        parent_bytes=mending.parent_bytes,
+        parent_bytes=plan.parent_bytes,
         shards={
-            "kept": sorted(mending.kept),
+            "kept": sorted(plan.kept),
             "rewritten": [shard.name for shard in rewritten.shards],
             "bytes": rewritten.file_bytes,
         },
@@ -145,20 +145,20 @@ def _tell(out: Output, diagnosis: "Diagnosis") -> None:
 
 
 def _facts(diagnosis: "Diagnosis") -> Iterator[tuple[str, str]]:
-    mending = diagnosis.mending
-    for role, count in mending.replaced_by_role.items():
-        tensors = [action.source_bytes for action in mending.replaced if action.role.value == role]
+    plan = diagnosis.repair_plan
+    for role, count in plan.replaced_by_role.items():
+        tensors = [action.source_bytes for action in plan.replaced if action.role.value == role]
         yield f"From the parent: {role}", f"{plural(count, 'tensor')}, {size(sum(tensors))}"
-    if mending.renamed:
-        old, new = next(iter(mending.renamed.items()))
-        yield "Renamed", f"{plural(len(mending.renamed), 'tensor')} ({old} is {new})"
-    if mending.dropped:
-        first = mending.dropped[0]
-        yield "Left out", f"{plural(len(mending.dropped), 'tensor')} that do not belong ({first})"
+    if plan.renamed:
+        old, new = next(iter(plan.renamed.items()))
+        yield "Renamed", f"{plural(len(plan.renamed), 'tensor')} ({old} is {new})"
+    if plan.dropped:
+        first = plan.dropped[0]
+        yield "Left out", f"{plural(len(plan.dropped), 'tensor')} that do not belong ({first})"
     if diagnosis.missing:
         yield "Side files", ", ".join(diagnosis.missing)
     yield "config.json", "the parent's, and quantization_config as quantize writes it"
-    count, rewritten = len(mending.kept), mending.rewritten
+    count, rewritten = len(plan.kept), plan.rewritten
     bytes_ = size(rewritten.file_bytes)
     yield "Shards", f"{count} stay, {len(rewritten.shards)} written ({bytes_})"
 

@@ -14,7 +14,7 @@ from mquant.cli.tables import table
 from mquant.text import clean, plural, size
 
 if TYPE_CHECKING:
-    from mquant.verify.ignore import IgnoreReport
+    from mquant.verify.ignore_report import IgnoreReport
 
 _ENTRIES_SHOWN = 20
 
@@ -41,7 +41,7 @@ def verify_ignore(
         from mquant.checkpoint.hub import HubRepo
         from mquant.family import load_families
         from mquant.loader_model.modules import read_modules
-        from mquant.verify.ignore import check_ignore
+        from mquant.verify.ignore_report import check_ignore
         from mquant.verify.not_judged import in_words
 
         report = check_ignore(read_modules(open_checkpoint(source), load_families(family)))

@@ -21,7 +21,7 @@ from mquant.engines.offloaded_model import attach, build_model
 from mquant.engines.oneshot import calibrate, quiet
 from mquant.errors import EngineError
 from mquant.events import Emit, silent
-from mquant.numerics.formats import Floats
+from mquant.numerics.floats import Floats
 from mquant.plan import Plan
 
 

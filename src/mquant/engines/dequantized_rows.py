@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 
 from mquant.checkpoint import TensorInfo
-from mquant.loader_model.formats import NVFP4S, StorageFormat
+from mquant.loader_model.storage import NVFP4S, StorageFormat
 from mquant.numerics.dequantize import decode_fp8, decode_nvfp4, nvfp4_table
-from mquant.numerics.formats import FLOATS, Array, Bytes, Words
+from mquant.numerics.floats import FLOATS, Array, Bytes, Words
 from mquant.numerics.nvfp4 import GROUP
 from mquant.plan import Action, Stored
 

@@ -19,7 +19,7 @@ import numpy as np
 from mquant.checkpoint import Stamp, TensorInfo, header_length, parse_header, stamp
 from mquant.checkpoint.headers import PREFIX_BYTES
 from mquant.errors import DataFileError, SourceError, UsageError
-from mquant.numerics.formats import Floats
+from mquant.numerics.floats import Floats
 from mquant.plan import Plan
 from mquant.recipe import Recipe
 from mquant.text import names

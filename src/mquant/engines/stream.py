@@ -23,7 +23,7 @@ from mquant.checkpoint import TensorInfo
 from mquant.engines.dequantized_rows import open_rows
 from mquant.errors import OutputError, SourceError
 from mquant.numerics.dequantize import prepare_decoding
-from mquant.numerics.formats import BF16, FLOATS, Array, Bytes, Floats
+from mquant.numerics.floats import BF16, FLOATS, Array, Bytes, Floats
 from mquant.numerics.fp8 import encode_into, prepare_fp8
 from mquant.numerics.kernels import block_maxima, pack_into, prepare, quantize_into
 from mquant.numerics.nvfp4 import GROUP, global_scale_of

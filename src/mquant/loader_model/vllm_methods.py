@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from mquant.data import read_yaml
-from mquant.loader_model.formats import block_of, format_of
+from mquant.data_files import read_yaml
 from mquant.loader_model.modules import ModuleView
+from mquant.loader_model.storage import block_of, format_of
 
 _DATA: Final = read_yaml(Path(__file__).with_suffix(".yaml"))
 METHODS: Final = frozenset(_DATA["names"])

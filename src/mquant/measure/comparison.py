@@ -16,7 +16,7 @@ from mquant.findings import Finding
 from mquant.loader_model.modules import read_modules
 from mquant.measure.comparison_cache import ComparisonCache
 from mquant.measure.difference import Difference, compare_pairs, pairs
-from mquant.verify.against import KEPT_TENSOR_DIFFERS
+from mquant.verify.against_parent import KEPT_TENSOR_DIFFERS
 from mquant.verify.tally import Tally
 from mquant.weights.decode import READABLE
 

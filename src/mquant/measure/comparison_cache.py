@@ -14,7 +14,7 @@ from typing import Final, Self
 
 from mquant import __version__
 from mquant.checkpoint import Source
-from mquant.data import cache
+from mquant.data_files import cache
 from mquant.errors import OutputError
 from mquant.family import Family
 from mquant.measure.difference import Difference

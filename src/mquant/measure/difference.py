@@ -13,9 +13,9 @@ from typing import Final, cast
 import numpy as np
 
 from mquant.events import Emit, Progress, silent
-from mquant.loader_model.formats import GROUP
 from mquant.loader_model.modules import Module, ModuleView
-from mquant.verify.against import (
+from mquant.loader_model.storage import GROUP
+from mquant.verify.against_parent import (
     KEPT_TENSOR_DIFFERS,
     PARENT_LACKS_TENSOR,
     PARENT_TENSOR_MISSING,

@@ -16,9 +16,9 @@ from mquant.events import Emit, Note, Progress, silent
 from mquant.family import Family
 from mquant.findings import Finding, rule
 from mquant.forward.decoder import Integers, Model
-from mquant.loader_model.formats import activations, format_of, groups
 from mquant.loader_model.modules import ModuleView, read_modules
-from mquant.measure.score import score
+from mquant.loader_model.storage import activations, format_of, groups
+from mquant.measure.perplexity import score
 from mquant.text import size
 from mquant.weights.decode import Floats
 from mquant.weights.matrix import Workers

@@ -26,7 +26,7 @@ from typing import Any, Final
 import numpy as np
 
 from mquant.compiled import compiled
-from mquant.numerics.formats import BF16, E2M1, E4M3, Array, Bytes, Floats, Words
+from mquant.numerics.floats import BF16, E2M1, E4M3, Array, Bytes, Floats, Words
 from mquant.numerics.kernels import compiling
 from mquant.numerics.nvfp4 import GROUP
 

@@ -21,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from mquant.compiled import compiled
-from mquant.numerics.formats import E4M3, FLOATS, Array, Bytes, FloatFormat, Floats, e4m3_codes
+from mquant.numerics.floats import E4M3, FLOATS, Array, Bytes, FloatFormat, Floats, e4m3_codes
 from mquant.numerics.kernels import compiling
 from mquant.numerics.thresholds import Magnitudes
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from mquant.compiled import compiled
 from mquant.errors import EngineError
-from mquant.numerics.formats import Array, Bytes, FloatFormat, Words
+from mquant.numerics.floats import Array, Bytes, FloatFormat, Words
 from mquant.numerics.nvfp4 import GROUP, SCALE_OF_ZERO
 from mquant.numerics.prefetch import prefetch
 from mquant.numerics.thresholds import Magnitudes, Thresholds, thresholds

@@ -26,7 +26,7 @@ from typing import Final
 
 import numpy as np
 
-from mquant.numerics.formats import E2M1, E4M3, Array, Bytes, Floats, e2m1_codes, e4m3_codes
+from mquant.numerics.floats import E2M1, E4M3, Array, Bytes, Floats, e2m1_codes, e4m3_codes
 
 GROUP: Final = 16
 """Elements along a row that share a block scale."""

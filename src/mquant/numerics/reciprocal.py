@@ -7,7 +7,7 @@ share a reciprocal, so the scales of BF16 weights can be recovered exactly.
 
 import numpy as np
 
-from mquant.numerics.formats import BF16
+from mquant.numerics.floats import BF16
 
 
 def reciprocal(scale: np.float32) -> np.float32:

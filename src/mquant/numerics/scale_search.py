@@ -36,7 +36,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from mquant.compiled import compiled
-from mquant.numerics.formats import BF16, E4M3, Array, Bytes, FloatFormat, Floats, Words
+from mquant.numerics.floats import BF16, E4M3, Array, Bytes, FloatFormat, Floats, Words
 from mquant.numerics.kernels import compiling
 from mquant.numerics.nvfp4 import GROUP, SCALE_OF_ZERO, global_scale_of
 from mquant.numerics.thresholds import Magnitudes

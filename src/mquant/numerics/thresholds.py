@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from mquant.numerics.formats import E2M1_EDGES, E4M3, FLOATS, Array, Bytes, FloatFormat, Words
+from mquant.numerics.floats import E2M1_EDGES, E4M3, FLOATS, Array, Bytes, FloatFormat, Words
 from mquant.numerics.nvfp4 import quotients, rounded_scales
 
 Magnitudes = npt.NDArray[np.uint32]

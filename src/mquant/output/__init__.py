@@ -1,6 +1,5 @@
 """The output folder OUT: the claim on OUT, the ledger, the shards, and the files around them."""
 
-from mquant.output.apply import WORK, apply, is_staged, stage
 from mquant.output.disk import PARTIAL, is_there, link
 from mquant.output.document import Document
 from mquant.output.finish import (
@@ -14,6 +13,7 @@ from mquant.output.finish import (
     source_notes,
 )
 from mquant.output.folder import Claim, State, discard, examine, is_finished, other_run
+from mquant.output.in_place import WORK, apply, is_staged, stage
 from mquant.output.ledger import LEDGER, SHARES, Ledger, Recorded, ledger_name, read_ledger
 from mquant.output.record import RECORD, Record, as_table, known_table, read_record
 from mquant.output.shards import ShardObserver, ShardSet, complete_shards, units_still_valid

@@ -9,7 +9,7 @@ from mquant.dtypes import FLOAT_WEIGHTS
 from mquant.errors import Refused
 from mquant.family import Family, FusedSet, Role
 from mquant.findings import Finding, rule
-from mquant.loader_model.formats import StorageFormat
+from mquant.loader_model.storage import StorageFormat
 from mquant.plan.awq import scaled, unscalable
 from mquant.plan.members import Member
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit

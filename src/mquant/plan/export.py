@@ -14,7 +14,7 @@ from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.errors import Refused
 from mquant.family import Family
 from mquant.findings import rule
-from mquant.loader_model.formats import GROUP, SUFFIXES, StorageFormat
+from mquant.loader_model.storage import GROUP, SUFFIXES, StorageFormat
 from mquant.plan.build import kept_modules
 from mquant.plan.members import Member
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit, declaration

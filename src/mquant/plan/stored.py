@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.findings import Finding, Rule, rule
-from mquant.loader_model.formats import (
+from mquant.loader_model.modules import FP8_DTYPES, by_module, declared_config, quantized_suffixes
+from mquant.loader_model.storage import (
     FP8S,
     GROUP,
     NVFP4S,
@@ -22,7 +23,6 @@ from mquant.loader_model.formats import (
     recognize,
     says_nvfp4,
 )
-from mquant.loader_model.modules import FP8_DTYPES, by_module, declared_config, quantized_suffixes
 from mquant.schemes import QUANTIZED_SUFFIXES
 
 # Upstream multiplies F16 scales in F16; no known tool writes F16 scales.

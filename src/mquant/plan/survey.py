@@ -12,10 +12,10 @@ from typing import Any, Final
 from mquant.checkpoint import Checkpoint
 from mquant.family import Family, Role, TensorRow, family_of
 from mquant.findings import Finding, rule
-from mquant.loader_model.formats import StorageFormat
+from mquant.loader_model.storage import StorageFormat
+from mquant.plan.completeness import completeness
 from mquant.plan.members import Member
 from mquant.plan.stored import READABLE, find_stored
-from mquant.plan.wholeness import wholeness
 from mquant.schemes import QUANTIZED_SUFFIXES
 from mquant.text import names
 
@@ -50,7 +50,7 @@ class Survey:
     """Every tensor of a checkpoint, classified, with findings if the checkpoint is not whole.
 
     If the weights are quantized in a format that cannot be read, `readable` is False, and
-    `findings` say nothing of unknown tensors and wholeness.
+    `findings` say nothing of unknown tensors and of completeness.
     """
 
     checkpoint: Checkpoint
@@ -106,7 +106,7 @@ def survey(
     layers = _count(member.tensor_role.layer for member in members)
     experts = _count(member.tensor_role.expert for member in members)
     if not unreadable:
-        findings += wholeness(family, members, checkpoint.config)
+        findings += completeness(family, members, checkpoint.config)
     members = _mtp_kept(family, members, checkpoint.config)
     return Survey(
         checkpoint, family, tuple(members), layers, experts, tuple(findings), not unreadable

@@ -18,7 +18,7 @@ from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Folder, is_shard
 from mquant.checkpoint.hashing import sha256_of
 from mquant.checkpoint.hub import HubRepo, NoSuchRepo
 from mquant.checkpoint.upload import HubWriter
-from mquant.data import cache
+from mquant.data_files import cache
 from mquant.errors import OutputError, SourceError
 from mquant.events import Emit, Note
 from mquant.family import Family
@@ -230,9 +230,8 @@ def _judge(
     _check_bytes(shipment, emit)
     report = verify(shipment.source, families, Depth.NUMBERS, emit=emit)
     if not report.count("error") and not report.undecided:
-        raw = json.dumps(state).encode()
-        with out_of_space(note, len(raw)):
-            write_whole(note, [raw])
+        with out_of_space(note, 0):
+            write_whole(note, [json.dumps(state).encode()])
     return report
 
 

@@ -30,10 +30,10 @@ from mquant.errors import Refused
 from mquant.events import Emit, silent
 from mquant.family import Family, FusedSet, Role
 from mquant.findings import Finding, rule
-from mquant.loader_model.formats import SUFFIXES, StorageFormat, activations, format_of
 from mquant.loader_model.modules import Module, ModuleView, read_modules
+from mquant.loader_model.storage import SUFFIXES, StorageFormat, activations, format_of
 from mquant.output import config_json, known_table, side_files
-from mquant.plan import BAD, PARENT, Mending, WorkUnit, from_parent, make_plan, mend
+from mquant.plan import BAD, PARENT, RepairPlan, WorkUnit, from_parent, make_plan, make_repair_plan
 from mquant.recipe import Recipe, load_recipes
 from mquant.schemes import NVFP4A16
 from mquant.text import names
@@ -80,7 +80,7 @@ class Diagnosis:
     bad: Checkpoint
     parent: Checkpoint
     report: Report
-    mending: Mending
+    repair_plan: RepairPlan
     made_by: str
     config_differs: bool
     importance: Importance | None
@@ -89,15 +89,15 @@ class Diagnosis:
     @property
     def needed(self) -> bool:
         """Whether the checkpoint needs a repair."""
-        mending = self.mending
+        repair_plan = self.repair_plan
         faulty = any(finding.severity != "info" for finding in self.report.findings)
-        whole = len(mending.kept) == len(mending.plan.shards)
+        whole = len(repair_plan.kept) == len(repair_plan.plan.shards)
         return faulty or not whole or self.config_differs or bool(self.missing)
 
     @property
     def obsolete(self) -> list[str]:
         """The shards of the broken checkpoint that the repaired checkpoint does not have."""
-        shards = {shard.name for shard in self.mending.plan.shards}
+        shards = {shard.name for shard in self.repair_plan.plan.shards}
         return [path for path in self.bad.source.files if is_shard(path) and path not in shards]
 
 
@@ -138,25 +138,25 @@ def diagnose(
         raise Refused(right.refusals)
     wrong = report.wrong | {f.where for f in report.findings if f.rule == TENSOR_STORED_TWICE.id}
     wrong |= _unlike_parent(view, original, wrong)
-    mending = mend(right, checkpoint, wrong)
+    repair_plan = make_repair_plan(right, checkpoint, wrong)
     made_by = ""
     weights = read_importance(importance, right)
-    if any(action.scheme for action in mending.replaced):
+    if any(action.scheme for action in repair_plan.replaced):
         made_by = "mquant.json" if stated else "reproduced"
         candidates = [recipe] if stated else _candidates(recipe)
         if recipe.needs_data:
-            raise Refused([_needs_data(mending, recipe)])
-        reproduced = _reproduced(mending, assemble(bad, parent), candidates, weights)
-        if reproduced is None and not (stated and not _intact(mending)):
-            raise Refused([_unknown(mending, stated)])
+            raise Refused([_needs_data(repair_plan, recipe)])
+        reproduced = _reproduced(repair_plan, assemble(bad, parent), candidates, weights)
+        if reproduced is None and not (stated and not _intact(repair_plan)):
+            raise Refused([_unknown(repair_plan, stated)])
         if reproduced is not None:
-            mending = _made_by(mending, reproduced)
+            repair_plan = _made_by(repair_plan, reproduced)
     plain = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     return Diagnosis(
         bad=checkpoint,
         parent=original,
         report=report,
-        mending=mending,
+        repair_plan=repair_plan,
         made_by=made_by,
         config_differs={**plain, **_quantization(config_json(right))} != config_json(right),
         importance=weights,
@@ -288,14 +288,14 @@ def _unlike_parent(view: ModuleView, parent: Checkpoint, wrong: Iterable[str]) -
     return unlike
 
 
-def _intact(mending: Mending) -> list[tuple[WorkUnit, set[str]]]:
+def _intact(repair_plan: RepairPlan) -> list[tuple[WorkUnit, set[str]]]:
     """Return the work units that quantize and have all their codes, with the tensors to compare.
 
     The smallest units come first. Codes depend on every scale, so they show how scales were chosen.
     """
     units = []
-    for unit in (unit for unit in mending.right.units if unit.scheme):
-        present = {output.name for output in unit.outputs} & mending.sound.keys()
+    for unit in (unit for unit in repair_plan.right.units if unit.scheme):
+        present = {output.name for output in unit.outputs} & repair_plan.sound.keys()
         if all(action.outputs[0].name in present for action in unit.actions):
             units.append((unit, present))
     return sorted(units, key=lambda pair: pair[0].source_bytes)
@@ -316,14 +316,14 @@ def _schemes(recipe: Recipe) -> set[str]:
 
 
 def _reproduced(
-    mending: Mending, assembly: Assembly, recipes: Iterable[Recipe], importance: Importance | None
+    plan: RepairPlan, assembly: Assembly, recipes: Iterable[Recipe], importance: Importance | None
 ) -> Recipe | None:
     """Return the recipe that reproduces an intact fused set byte for byte, or None."""
     from mquant.engines import stream  # numba
 
     with closing(AssemblyReader(assembly)) as reader:
-        for unit, present in _intact(mending)[:_TRIED]:
-            infos = {name: mending.sound[name] for name in present}
+        for unit, present in _intact(plan)[:_TRIED]:
+            infos = {name: plan.sound[name] for name in present}
             reference = {n: assembly.read(i.shard, i.start, i.end) for n, i in infos.items()}
             for recipe in recipes:
                 tensors = stream.make(reader, from_parent(unit), weigher(recipe, importance))
@@ -332,14 +332,14 @@ def _reproduced(
     return None
 
 
-def _made_by(mending: Mending, reproduced: Recipe) -> Mending:
-    """Return `mending` with the name and the scales of the recipe that was reproduced."""
+def _made_by(repair_plan: RepairPlan, reproduced: Recipe) -> RepairPlan:
+    """Return `repair_plan` with the name and the scales of the recipe that was reproduced."""
     values = {key: getattr(reproduced, key) for key in ("name", "title", "suffix", "scales")}
-    recipe = mending.right.recipe.model_copy(update=values)
+    recipe = repair_plan.right.recipe.model_copy(update=values)
     return replace(
-        mending,
-        right=replace(mending.right, recipe=recipe),
-        plan=replace(mending.plan, recipe=recipe),
+        repair_plan,
+        right=replace(repair_plan.right, recipe=recipe),
+        plan=replace(repair_plan.plan, recipe=recipe),
     )
 
 
@@ -352,8 +352,8 @@ def _nothing_known(bad: Source) -> Finding:
     )
 
 
-def _needs_data(mending: Mending, stated: Recipe) -> Finding:
-    lost = [action.module for action in mending.replaced if action.scheme]
+def _needs_data(repair_plan: RepairPlan, stated: Recipe) -> Finding:
+    lost = [action.module for action in repair_plan.replaced if action.scheme]
     return RECIPE_NOT_KNOWN.finding(
         lost[0],
         f"{names(lost)} must be quantized again, but recipe {stated.name}, which mquant.json "
@@ -362,8 +362,8 @@ def _needs_data(mending: Mending, stated: Recipe) -> Finding:
     )
 
 
-def _unknown(mending: Mending, stated: Recipe | None) -> Finding:
-    lost = [action.module for action in mending.replaced if action.scheme]
+def _unknown(repair_plan: RepairPlan, stated: Recipe | None) -> Finding:
+    lost = [action.module for action in repair_plan.replaced if action.scheme]
     how = (
         f"recipe {stated.name}, which mquant.json names"
         if stated
@@ -371,7 +371,7 @@ def _unknown(mending: Mending, stated: Recipe | None) -> Finding:
     )
     what = (
         f"the intact parts were not made from this parent with {how}"
-        if _intact(mending)
+        if _intact(repair_plan)
         else "no intact part shows the recipe"
     )
     return RECIPE_NOT_KNOWN.finding(

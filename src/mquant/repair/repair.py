@@ -70,17 +70,17 @@ class _Repair:
 
     @property
     def kept(self) -> list[str]:
-        return sorted(self.diagnosis.mending.kept)
+        return sorted(self.diagnosis.repair_plan.kept)
 
     @cached_property
     def spec(self) -> RunSpec:
-        mending, parent = self.diagnosis.mending, self.diagnosis.parent.source
+        repair_plan, parent = self.diagnosis.repair_plan, self.diagnosis.parent.source
         own = side_files(self.bad, cards=True)
         sides = dict.fromkeys(own if self.whole else (), self.bad.source)
         return RunSpec(
-            plan=mending.right,
-            written=mending.rewritten,
-            indexed=mending.plan,
+            plan=repair_plan.right,
+            written=repair_plan.rewritten,
+            indexed=repair_plan.plan,
             source=assemble(self.bad.source, parent),
             parent=parent.identity(),
             fingerprint=self._fingerprint(),
@@ -117,16 +117,16 @@ class _Repair:
 
     def _fingerprint(self) -> dict[str, str]:
         origin = hashlib.sha256()
-        for action in self.diagnosis.mending.plan.actions:
+        for action in self.diagnosis.repair_plan.plan.actions:
             origin.update(f"{action.source.shard}\0{action.outputs[0].name}\n".encode())
         return {
             **{f"repaired {k}": v for k, v in self.bad.source.identity().items()},
             **self.diagnosis.parent.source.identity(),
-            "plan": self.diagnosis.mending.plan.fingerprint,
+            "plan": self.diagnosis.repair_plan.plan.fingerprint,
             "origin": origin.hexdigest(),
             "engine": "stream",
             **importance_fingerprint(
-                self.diagnosis.mending.right.recipe, self.diagnosis.importance
+                self.diagnosis.repair_plan.right.recipe, self.diagnosis.importance
             ),
         }
 
@@ -148,8 +148,9 @@ class _Repair:
 
     def _record(self) -> dict[str, Any]:
         """Return the entry `repairs` of mquant.json: the earlier repairs, and this repair."""
-        mending, repairs = self.diagnosis.mending, known_table(self.bad.source).get("repairs", [])
-        modules = list(dict.fromkeys(action.module for action in mending.replaced))
+        plan = self.diagnosis.repair_plan
+        repairs = known_table(self.bad.source).get("repairs", [])
+        modules = list(dict.fromkeys(action.module for action in plan.replaced))
         entry = {
             "mquant": __version__,
             "checkpoint": self.bad.source.identity(),
@@ -157,11 +158,11 @@ class _Repair:
                 {"rule": finding.rule, "message": finding.message}
                 for finding in self.diagnosis.report.findings
             ],
-            "replaced": mending.replaced_by_role,
+            "replaced": plan.replaced_by_role,
             "modules": modules[:_NAMED],
-            "renamed": len(mending.renamed),
-            "dropped": list(mending.dropped[:_NAMED]),
-            "parent_bytes": mending.parent_bytes,
+            "renamed": len(plan.renamed),
+            "dropped": list(plan.dropped[:_NAMED]),
+            "parent_bytes": plan.parent_bytes,
         }
         return {"repairs": [*(repairs if isinstance(repairs, list) else []), entry]}
 

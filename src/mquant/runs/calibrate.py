@@ -9,7 +9,7 @@ import numpy as np
 from mquant.checkpoint import build_header
 from mquant.errors import MissingExtra, Refused
 from mquant.events import Emit, Note, silent
-from mquant.numerics.formats import Floats
+from mquant.numerics.floats import Floats
 from mquant.output import Document
 from mquant.plan import Plan
 from mquant.runs.run import check_plain

@@ -13,8 +13,8 @@ from mquant.errors import Refused
 from mquant.events import silent
 from mquant.family import Family
 from mquant.findings import Finding
-from mquant.loader_model.formats import SUFFIXES, StorageFormat
 from mquant.loader_model.modules import MODELOPT_NAME
+from mquant.loader_model.storage import SUFFIXES, StorageFormat
 from mquant.numerics.reciprocal import reciprocal, recovered
 from mquant.output import RECIPE_NAME, as_table, known_table
 from mquant.plan import Target, hf_quant_config, make_export_plan, scalars, survey_for

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from mquant.findings import rule
-from mquant.loader_model.formats import StorageFormat, groups, misdeclared
 from mquant.loader_model.modules import ModuleView
+from mquant.loader_model.storage import StorageFormat, groups, misdeclared
 from mquant.loader_model.vllm_methods import FORMATS, METHODS, STRATEGIES
 from mquant.text import names
 from mquant.verify.parts import Kinds

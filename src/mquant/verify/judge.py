@@ -16,10 +16,10 @@ from mquant.findings import RULES, VERIFIED, Finding, Severity
 from mquant.loader_model.modules import ModuleView, read_modules
 from mquant.output import as_table, known_table
 from mquant.text import plural
-from mquant.verify.against import check_against
-from mquant.verify.ignore import check_ignore
+from mquant.verify.against_parent import check_against
+from mquant.verify.ignore_report import check_ignore
+from mquant.verify.loaders.ask_vllm import Verdict, ask
 from mquant.verify.loaders.install import find_python
-from mquant.verify.loaders.vllm import Verdict, ask
 from mquant.verify.not_judged import ASK_VLLM, not_judged, to_json, undecided
 from mquant.verify.numbers import check_numbers
 from mquant.verify.structure import check_structure

@@ -10,10 +10,10 @@ from typing import Any, Final
 from mquant.dtypes import PLAIN_DTYPES
 from mquant.family import Role
 from mquant.findings import Finding, Knowledge, Needs, Rule
-from mquant.loader_model.formats import StorageFormat, format_of
-from mquant.loader_model.in_vllm import COVER_STYLES
 from mquant.loader_model.modules import Module, ModuleView
+from mquant.loader_model.storage import StorageFormat, format_of
 from mquant.loader_model.vllm_methods import unknown_config
+from mquant.loader_model.vllm_view import COVER_STYLES
 from mquant.text import plural
 
 ASK_VLLM: Final = "Ask vLLM itself: mquant verify SRC --loader vllm"

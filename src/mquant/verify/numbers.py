@@ -17,7 +17,8 @@ from mquant.checkpoint import TensorInfo
 from mquant.events import Emit, Progress, silent
 from mquant.family import FusedSet
 from mquant.findings import Rule, rule
-from mquant.loader_model.formats import (
+from mquant.loader_model.modules import FP8_DTYPES, Module, ModuleView
+from mquant.loader_model.storage import (
     GROUP,
     INPUT_SCALES,
     NVFP4S,
@@ -27,7 +28,6 @@ from mquant.loader_model.formats import (
     format_of,
     integer_bits,
 )
-from mquant.loader_model.modules import FP8_DTYPES, Module, ModuleView
 from mquant.verify.tally import Tally
 from mquant.weights.decode import Floats, floats
 from mquant.weights.stored_weight import read

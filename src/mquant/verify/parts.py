@@ -6,7 +6,8 @@ from typing import Final
 
 from mquant.family import FusedSet, Role
 from mquant.findings import Rule, rule
-from mquant.loader_model.formats import (
+from mquant.loader_model.modules import Module, ModuleView
+from mquant.loader_model.storage import (
     INPUT_SCALES,
     SUFFIXES,
     StorageFormat,
@@ -14,7 +15,6 @@ from mquant.loader_model.formats import (
     parts,
     weight_shape,
 )
-from mquant.loader_model.modules import Module, ModuleView
 from mquant.plan.build import EXPERTS_MIXED, FUSED_SET_MIXED
 from mquant.plan.export import ACTIVATION_SCALES_MISSING
 from mquant.plan.stored import PART_MISSING, PART_SHAPE

@@ -6,13 +6,13 @@ from typing import Final
 
 from mquant.family import Family, TensorRole
 from mquant.findings import Finding, in_context, rule
-from mquant.loader_model.formats import format_of, weight_shape
 from mquant.loader_model.modules import ModuleView
-from mquant.plan import Member, wholeness
+from mquant.loader_model.storage import format_of, weight_shape
+from mquant.plan import Member, completeness
 from mquant.plan.build import FUSED_SET_MIXED
+from mquant.plan.completeness import SHAPE_DISAGREES
 from mquant.plan.stored import PART_MISSING
 from mquant.plan.survey import FAMILY_UNKNOWN
-from mquant.plan.wholeness import SHAPE_DISAGREES
 from mquant.verify.config_json import check_config_json
 from mquant.verify.mtp import check_mtp
 from mquant.verify.names import check_names
@@ -44,7 +44,7 @@ def check_structure(view: ModuleView) -> tuple[Finding, ...]:
         return (*findings, *tally.findings())
     check_names(view, view.family, tally)
     check_alike(view, kinds, tally)
-    whole = [*wholeness(view.family, _members(view, kinds), view.checkpoint.config)]
+    whole = [*completeness(view.family, _members(view, kinds), view.checkpoint.config)]
     if view.checkpoint.lost_shards:
         # Tensors of a lost shard are not reported one by one.
         whole = [f for f in whole if f.rule == SHAPE_DISAGREES.id]

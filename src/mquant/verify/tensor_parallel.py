@@ -29,8 +29,8 @@ from typing import Any, Final
 
 from mquant.family import Family, Role, TensorRow
 from mquant.findings import Finding, rule
-from mquant.loader_model.formats import GROUP, NVFP4S, StorageFormat, format_of, weight_shape
 from mquant.loader_model.modules import Module, ModuleView
+from mquant.loader_model.storage import GROUP, NVFP4S, StorageFormat, format_of, weight_shape
 
 SIZES: Final = (1, 2, 4, 8, 16)
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mquant.compiled import compiled
-from mquant.loader_model.formats import GROUP
+from mquant.loader_model.storage import GROUP
 from mquant.weights.decode import Floats, e2m1, e4m3
 
 Array = npt.NDArray[Any]

@@ -15,8 +15,8 @@ from typing import Any, Final, Self, TypeVar, cast
 import numpy as np
 
 from mquant.checkpoint import RangeReader, Reader, TensorInfo
-from mquant.loader_model.formats import FP8S, NVFP4S, SUFFIXES, StorageFormat, Suffixes, fp8_block
 from mquant.loader_model.modules import Module, ModuleView
+from mquant.loader_model.storage import FP8S, NVFP4S, SUFFIXES, StorageFormat, Suffixes, fp8_block
 from mquant.weights.decode import READABLE, Bytes, Floats, floats
 from mquant.weights.kernels import Stored, unpack_bf16, unpack_e4m3, unpack_nvfp4
 from mquant.weights.stored_weight import StoredWeight, weight_of

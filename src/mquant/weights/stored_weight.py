@@ -20,7 +20,8 @@ from typing import Final
 import numpy as np
 
 from mquant.checkpoint import TensorInfo
-from mquant.loader_model.formats import (
+from mquant.loader_model.modules import Module, ModuleView
+from mquant.loader_model.storage import (
     FP8S,
     GROUP,
     SUFFIXES,
@@ -31,7 +32,6 @@ from mquant.loader_model.formats import (
     parts,
     weight_shape,
 )
-from mquant.loader_model.modules import Module, ModuleView
 from mquant.weights.decode import READABLE, Floats, e2m1, e4m3, floats, integers, scaled
 
 SEARCHED: Final = 17 / 16 / 3

@@ -5,7 +5,7 @@ from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from mquant.data import read_yaml
+from mquant.data_files import read_yaml
 from mquant.errors import DataFileError
 
 _PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+$"

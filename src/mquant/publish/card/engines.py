@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from mquant.data import read_yaml
+from mquant.data_files import read_yaml
 
 
 @dataclass(frozen=True, slots=True)

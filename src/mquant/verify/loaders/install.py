@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from mquant.data import cache
+from mquant.data_files import cache
 from mquant.errors import LoaderError
 
 VERSION: Final = "0.32.0"

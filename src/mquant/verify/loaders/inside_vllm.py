@@ -1,6 +1,6 @@
 """Load a checkpoint's headers with vLLM and report the result. mquant never imports this file.
 
-    python vllm_probe.py FOLDER RESULT [FOLDER RESULT ...]
+    python inside_vllm.py FOLDER RESULT [FOLDER RESULT ...]
 
 vLLM's own Python runs this file. FOLDER holds a checkpoint whose shards need no data (sparse files
 suffice); FOLDER may be written until standard input ends. vLLM parses the config, builds the model

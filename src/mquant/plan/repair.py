@@ -22,7 +22,7 @@ PARENT: Final = "parent/"
 
 
 @dataclass(frozen=True)
-class Mending:
+class RepairPlan:
     """The plan of a repair, and what the repair does to the broken checkpoint.
 
     `right` is the plan of the parent. `plan` makes the same tensors in the broken checkpoint's
@@ -62,7 +62,7 @@ class Mending:
         return sum(action.source_bytes for action in self.replaced)
 
 
-def mend(right: Plan, bad: Checkpoint, wrong: Collection[str]) -> Mending:
+def make_repair_plan(right: Plan, bad: Checkpoint, wrong: Collection[str]) -> RepairPlan:
     """Decide for every tensor of `right` where the tensor comes from.
 
     `wrong` are tensors of `bad` that must not be trusted, whatever their headers say.
@@ -86,7 +86,7 @@ def mend(right: Plan, bad: Checkpoint, wrong: Collection[str]) -> Mending:
             home = broken.home(unit) or home
             shards[home].append(from_parent(unit))
     plan = replace(right, shards=tuple(ShardPlan(n, tuple(shards[n])) for n in sorted(shards)))
-    return Mending(
+    return RepairPlan(
         right=right,
         plan=plan,
         kept=frozenset(shard.name for shard in plan.shards if broken.holds_just(shard)),

@@ -12,9 +12,9 @@ from itertools import chain
 from typing import Any, Final
 
 from mquant.family import Family, FusedSet, Role, TensorRole
-from mquant.loader_model.formats import groups
 from mquant.loader_model.modules import Module, ModuleView
-from mquant.matching import Matches, Style, match
+from mquant.loader_model.storage import groups
+from mquant.name_patterns import Matches, Style, match
 
 COVER_STYLES: Final = {
     "compressed-tensors": Style.NAMES,

@@ -76,7 +76,7 @@ SHAPE_DISAGREES: Final = rule(
 )
 
 
-def wholeness(family: Family, members: list[Member], config: Mapping[str, Any]) -> list[Finding]:
+def completeness(family: Family, members: list[Member], config: Mapping[str, Any]) -> list[Finding]:
     """Return findings if `members` are not exactly the tensors that config.json describes.
 
     `members` may stand for tensors in another storage format: `verify` passes the weight that a

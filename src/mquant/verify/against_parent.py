@@ -14,9 +14,9 @@ from mquant.checkpoint.hub import HubRepo
 from mquant.events import Emit, Progress, silent
 from mquant.family import Role
 from mquant.findings import Finding, Rule, rule
-from mquant.loader_model.formats import format_of
 from mquant.loader_model.modules import Module, ModuleView
-from mquant.verify.against_files import check_config, check_side_files
+from mquant.loader_model.storage import format_of
+from mquant.verify.against_parent_files import check_config, check_side_files
 from mquant.verify.awq import Scaling, scaled
 from mquant.verify.numbers import PIECE, THREADS, in_order
 from mquant.verify.tally import Tally

@@ -8,8 +8,8 @@ from typing import Any, Final
 from mquant.errors import NotJudged
 from mquant.family import Role
 from mquant.findings import Finding
-from mquant.loader_model.in_vllm import Judged, VllmView, vllm_view_of
 from mquant.loader_model.modules import ModuleView
+from mquant.loader_model.vllm_view import Judged, VllmView, vllm_view_of
 from mquant.plan.never_quantized import QUANTIZED
 from mquant.verify.ignore_checks import EXPERT_NAMES, IGNORE_RULES, findings_of
 from mquant.verify.not_judged import ASK_VLLM, not_judged, to_json, undecided

@@ -3,10 +3,10 @@
 import pytest
 
 from make import minimax_m2
-from mquant import matching
+from mquant import name_patterns
 from mquant.errors import SourceError
 from mquant.family import Role
-from mquant.matching import Style, match
+from mquant.name_patterns import Style, match
 
 GATE = "model.layers.0.block_sparse_moe.gate"
 W1 = "model.layers.0.mlp.experts.0.w1"
@@ -86,7 +86,7 @@ def test_odd_expressions_are_only_odd(entry: str) -> None:
 
 
 def test_expressions_that_take_forever_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matching, "TIME_LIMIT", 0.5)
+    monkeypatch.setattr(name_patterns, "TIME_LIMIT", 0.5)
     forever = "re:(l|m|_|[a-z_]+)*$!"
     with pytest.raises(SourceError, match="reached 're:") as caught:
         match(["re:lm", forever], ["l" * 60], Style.NAMES)

@@ -1,7 +1,7 @@
 """vLLM's verdict on a checkpoint, without a GPU and from the headers alone.
 
 vLLM parses the config, builds the model and loads the headers in a Python of its own
-(`vllm_probe.py`). A refusal is an error in vLLM's words. Tensors that vLLM silently drops, leaves
+(`inside_vllm.py`). A refusal is an error in vLLM's words. Tensors that vLLM silently drops, leaves
 unset, reshapes or converts are errors too.
 """
 
@@ -23,7 +23,7 @@ from mquant.loader_model.modules import MODELOPT_NAME
 from mquant.untrusted import parse_json
 from mquant.verify.loaders.install import find_python
 
-PROBE: Final = Path(__file__).with_name("vllm_probe.py")
+PROBE: Final = Path(__file__).with_name("inside_vllm.py")
 _JSON: Final = (CONFIG_NAME, INDEX_NAME, GENERATION, MODELOPT_NAME)
 _MOST_JSON: Final = 50_000_000
 _SECONDS: Final = 300
