@@ -11,8 +11,8 @@ from typer.testing import CliRunner, Result
 from make import without
 from mquant.cli.app import app
 from mquant.findings import Finding
-from mquant.publish.page import Evidence, render
-from mquant.publish.page.sections import Size
+from mquant.publish.html_report import Evidence, render
+from mquant.publish.html_report.sections import Size
 from mutate import mutated
 from page import laid_out, needs_chromium
 from run import FIXTURES, TRAINED, quantize_nvfp4

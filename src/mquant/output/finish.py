@@ -28,7 +28,7 @@ from mquant.loader_model.modules import MODELOPT_NAME
 from mquant.output.disk import PARTIAL, out_of_space, write_whole
 from mquant.output.folder import is_inside
 from mquant.output.ledger import SHARES, is_ledger
-from mquant.output.record import RECORD
+from mquant.output.mquant_json import RECORD
 from mquant.plan import Action, Plan
 from mquant.text import names
 

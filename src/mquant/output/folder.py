@@ -17,7 +17,7 @@ from typing import Any, Final
 from mquant.errors import OutputError
 from mquant.output.disk import PARTIAL, is_plain, is_there
 from mquant.output.ledger import SHARES, Recorded, is_ledger, read_ledger
-from mquant.output.record import RECORD, own_table
+from mquant.output.mquant_json import RECORD, own_table
 
 _ANOTHER_OUT: Final = "Give another folder with -o, or --restart to delete what mquant made there."
 

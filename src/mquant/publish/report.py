@@ -16,9 +16,9 @@ from mquant.measure.comparison import compare
 from mquant.measure.evaluation import CONTEXT, TOKENS, evaluate
 from mquant.output.document import Document
 from mquant.output.finish import RECIPE_NAME
-from mquant.output.record import read_table
-from mquant.publish.page import Evidence, render
-from mquant.publish.page.sections import Size
+from mquant.output.mquant_json import read_table
+from mquant.publish.html_report import Evidence, render
+from mquant.publish.html_report.sections import Size
 from mquant.untrusted import parse_json
 from mquant.verify.inspect import inspect
 from mquant.verify.judge import Report, verify

@@ -3,8 +3,8 @@
 from typing import Any
 
 from mquant.loader_model.vllm_methods import METHODS
-from mquant.publish.card.engines import ENGINES
 from mquant.publish.card.facts import Card
+from mquant.publish.card.inference_engines import ENGINES
 
 
 def metadata(card: Card) -> str:

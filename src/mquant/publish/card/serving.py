@@ -5,8 +5,8 @@ import shlex
 from collections.abc import Iterator
 
 from mquant.checkpoint.generation_config import GENERATION
-from mquant.publish.card.engines import ENGINES, HARDWARE
 from mquant.publish.card.facts import Card
+from mquant.publish.card.inference_engines import ENGINES, HARDWARE
 from mquant.publish.card.markdown import block, code, table, text
 from mquant.text import binary_size
 from mquant.verify.tensor_parallel import TENSOR_PARALLEL

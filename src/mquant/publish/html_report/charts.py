@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Final
 
-from mquant.publish.page.html import Html, join, tag
+from mquant.publish.html_report.html import Html, join, tag
 
 _STOPS: Final = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 """The Viridis colours: lightness grows evenly, for colour-blind readers and prints too."""

@@ -6,8 +6,8 @@ from importlib.resources import files
 from typing import Any, Final
 
 from mquant.findings import Finding
-from mquant.publish.page.charts import columns, heatmap, meter
-from mquant.publish.page.html import Html, facts, join, table, tag
+from mquant.publish.html_report.charts import columns, heatmap, meter
+from mquant.publish.html_report.html import Html, facts, join, table, tag
 from mquant.text import size
 
 _POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -50,7 +50,7 @@ class Evidence:
 
 def render(evidence: Evidence) -> str:
     """Return the whole page."""
-    style = files("mquant.publish.page").joinpath("page.css").read_text("utf-8")
+    style = files("mquant.publish.html_report").joinpath("page.css").read_text("utf-8")
     head = tag(
         "head",
         tag("meta", charset="utf-8"),

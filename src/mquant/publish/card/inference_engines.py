@@ -1,4 +1,4 @@
-"""Inference engines that load mquant's schemes, and their hardware (`engines.yaml`)."""
+"""Inference engines that load mquant's schemes, and their hardware (`inference_engines.yaml`)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from mquant.data_files import read_yaml
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A row of `engines.yaml`, which says what each key means."""
+    """A row of `inference_engines.yaml`, which says what each key means."""
 
     name: str
     version: str
