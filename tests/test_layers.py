@@ -23,7 +23,7 @@ LAYERS = (
     {"loader_model"},
     {"recipe"},
     {"family"},
-    {"checkpoint", "schemes", "data", "formulas", "matching"},
+    {"checkpoint", "schemes", "data_files", "formulas", "name_patterns"},
     {"dtypes", "events", "untrusted", "text", "compiled"},
     {"errors"},
     {"findings"},
