@@ -75,6 +75,15 @@ def test_its_verdict_joins_the_report(asked: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [{"dropped": 5}, {"unset": [[1]]}, {"counts": 5, "dropped": ["a"]}, {"converted": [1]}],
+)
+def test_an_answer_that_cannot_be_read_is_no_verdict(answer: dict[str, Any]) -> None:
+    verdict = read_verdict({"vllm": "0.32.0", "stage": "done", **answer})
+    assert (verdict.verdict, verdict.words) == ("not asked", "its answer cannot be read")
+
+
+@pytest.mark.parametrize(
     ("answer", "rule", "words"),
     [
         ({"dropped": ["a"], "counts": {"dropped": 3}}, "vllm-drops", "drops a (and 2 more), "),
