@@ -6,11 +6,13 @@ from types import EllipsisType
 from typing import Any
 
 import pytest
+from compressed_tensors.quantization import preset_name_to_scheme
 
 from judges import read_json
 from make import Edit, Row, make_checkpoint
 from mquant.checkpoint import Folder
 from mquant.family import load_families
+from mquant.loader_model.vllm_methods import _stored_by_groups
 from mquant.verify.judge import Depth, Report, verify
 from mutate import mutated
 
@@ -89,6 +91,18 @@ def test_a_group_with_an_unknown_value_is_not_judged(
     report = report_of(mutated(good, tmp_path, config={"quantization_config": config}))
     assert report.undecided or report.count("error")
     assert not report.verdict.startswith(("Clean", "Sound"))
+
+
+@pytest.mark.parametrize("name", ["NVFP4A16", "NVFP4", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "W4A16"])
+def test_the_config_of_every_scheme_is_known(name: str) -> None:
+    scheme = preset_name_to_scheme(name, ["Linear"])
+    group = {**scheme.model_dump(mode="json"), "format": None}
+    stored = {
+        "N": "compressed-tensors NVFP4",
+        "F": "compressed-tensors FP8",
+        "W": "packed integers",
+    }
+    assert _stored_by_groups({"config_groups": {"group_0": group}}) == {stored[name[0]]}
 
 
 def test_a_group_that_nothing_on_disk_is_of_is_not_judged(good: Path, tmp_path: Path) -> None:

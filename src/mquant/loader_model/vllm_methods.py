@@ -57,9 +57,9 @@ def _unlike(config: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
 
 def _fits(value: object, known: object) -> bool:
     match known:
-        case "any":
+        case "anything":
             return True
-        case "block":
+        case "a block":
             return block_of(value) is not None
         case list():
             return any(_fits(value, each) for each in known)
