@@ -16,7 +16,7 @@ from mquant.errors import SourceError
 from mquant.family import load_families
 from mquant.forward.decoder import Model, shape_of
 from mquant.loader_model.modules import read_modules
-from mquant.measure import score as scoring
+from mquant.measure import perplexity as scoring
 from mquant.measure.evaluation import Evaluation, evaluate
 from mquant.measure.perplexity import score
 from mquant.synth import Precision, Sizes, synth

@@ -13,10 +13,10 @@ from typing import Any, Final
 
 from mquant.checkpoint import CONFIG_NAME
 from mquant.errors import OutputError
-from mquant.output.disk import fsync_folder, out_of_space, write_whole
+from mquant.output.disk import fsync_folder, out_of_space, read_own, write_whole
 from mquant.output.finish import LAST
 from mquant.output.folder import is_inside
-from mquant.untrusted import parse_json
+from mquant.untrusted import MAX_TEXT_BYTES, parse_json
 
 WORK: Final = ".mquant-repair"
 _STAGED: Final = "apply.json"
@@ -89,8 +89,8 @@ def _names(root: Path, table: dict[str, Any], key: str) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        table = parse_json(path.read_bytes())
-    except (OSError, ValueError):
+        table = parse_json(read_own(path, MAX_TEXT_BYTES) or b"")
+    except ValueError:
         table = None
     if not isinstance(table, dict) or table.get("schema") != _SCHEMA:
         raise OutputError(
