@@ -1,8 +1,9 @@
-"""Hostile checkpoints by chance: a good one, and a few things done to it that no good tool does.
+"""Random hostile checkpoints: copies of a good checkpoint with changes that no good tool makes.
 
-Everything is drawn from one `random.Random`, so a seed makes the same folder again. `try_case`
-then asks mquant's own commands about it, and says what went wrong: a crash, another exit code than
-0 to 3, a byte changed outside OUT, a control character on the terminal.
+One `random.Random` decides every change, so that a seed writes the same folder again.
+`run_command` runs one of mquant's own commands on the folder and returns the faults: a crash, an
+exit code other than 0 to 3, a control character on the terminal. Two calls of `snapshot` show
+whether the command changed a file outside OUT.
 """
 
 import json
@@ -24,7 +25,7 @@ from mquant.cli.app import app
 from run import quantize_nvfp4
 
 DEEP: Final = "@deep@"
-"""Stands for lists within lists, which `json.dumps` could not write."""
+"""A string in place of deeply nested lists, which `json.dumps` could not write."""
 VALUES: Final[tuple[Any, ...]] = (
     None, True, False, 0, -1, 1, 2, 7, 0.5, 4.0, 2**31, 2**53, 2**62, 2**64, 10**18, 10**4200,
     float("nan"), float("inf"), "", "a" * 5000, "\ud800", "\x1b[31mred", "[red]x[/red]", "a\nb",
@@ -61,13 +62,13 @@ Change = Callable[[Path, Random], None]
 
 @dataclass(frozen=True)
 class Bases:
-    """The good checkpoints that cases are copies of, in `folder`; and what links may lead to."""
+    """The good checkpoints to copy for cases, in `folder`, and a folder to which links may lead."""
 
     folder: Path
 
     @classmethod
     def make(cls, folder: Path) -> "Bases":
-        """Make them: BF16, and the same in NVFP4."""
+        """Write a BF16 checkpoint, and the same checkpoint in NVFP4."""
         make_checkpoint(folder / "bf16", layers=1, experts=2, hidden=32, intermediate=16, vocab=32)
         quantize_nvfp4(folder / "bf16", folder / "nvfp4", shard_bytes=8_000)
         for name in ("bf16", "nvfp4"):
@@ -82,16 +83,16 @@ class Bases:
         return self.folder / "elsewhere"
 
 
-# --- one thing that is done to a folder
+# --- changes of a folder
 
 
 def _file(folder: Path, random: Random, suffix: str) -> Path:
-    found = sorted(path for path in folder.glob(f"*{suffix}") if path.is_file())
-    return random.choice(found) if found else folder / f"new{suffix}"
+    files = sorted(path for path in folder.glob(f"*{suffix}") if path.is_file())
+    return random.choice(files) if files else folder / f"new{suffix}"
 
 
 def _header(folder: Path, random: Random) -> None:
-    """A shard's header, as JSON."""
+    """Change a shard's header as JSON."""
     path = _file(folder, random, ".safetensors")
     raw, data = _split(path)
     table = _loaded(raw)
@@ -102,7 +103,7 @@ def _header(folder: Path, random: Random) -> None:
 
 
 def _layout(folder: Path, random: Random) -> None:
-    """A shard with other dtypes, shapes and names, and offsets that fit them."""
+    """Write a shard with other dtypes and shapes, and offsets that fit them."""
     path = _file(folder, random, ".safetensors")
     try:
         table = _loaded(_split(path)[0])
@@ -142,13 +143,13 @@ def _resized(folder: Path, random: Random) -> None:
 
 
 def _scribbled(folder: Path, random: Random) -> None:
-    """Bytes of a file changed, put in or taken out."""
+    """Change, insert or remove bytes of a file."""
     path = _file(folder, random, random.choice((".safetensors", ".json", INDEX_NAME)))
     data = bytearray(_bytes(path))
     for _ in range(random.randint(1, 8)):
-        place = random.randint(0, min(len(data), random.choice((16, 2000, 10**9))))
+        position = random.randint(0, min(len(data), random.choice((16, 2000, 10**9))))
         token = random.choice((b"\xff", b"\0", b'"', b"{", b"]", b",", b"-", b"9" * 30, b"1e400"))
-        data[place : place + random.choice((0, 0, 1, 9))] = token
+        data[position : position + random.choice((0, 0, 1, 9))] = token
     _put(path, bytes(data))
 
 
@@ -175,12 +176,12 @@ def _quantization(folder: Path, random: Random) -> None:
 
 
 def _index_paths(folder: Path, random: Random) -> None:
-    where = random.choice(("../x.safetensors", "/etc/passwd", "a/../../b", "", "\x1b]0;x\x07"))
-    _put(folder / INDEX_NAME, json.dumps({"weight_map": {"lm_head.weight": where}}).encode())
+    shard = random.choice(("../x.safetensors", "/etc/passwd", "a/../../b", "", "\x1b]0;x\x07"))
+    _put(folder / INDEX_NAME, json.dumps({"weight_map": {"lm_head.weight": shard}}).encode())
 
 
 def _links(folder: Path, random: Random) -> None:
-    """Links, pipes, folders and odd names in place of files."""
+    """Replace a file with a link, a pipe or a folder, or add a file with an unprintable name."""
     name = random.choice(
         ("tokenizer.json", CONFIG_NAME, INDEX_NAME, "LICENSE", "sub/x.json", "x.safetensors")
     )
@@ -195,7 +196,7 @@ def _links(folder: Path, random: Random) -> None:
         case 0:
             path.symlink_to(elsewhere / "secret.json")
         case 1:
-            path.symlink_to(name)  # to itself
+            path.symlink_to(name)  # a link to itself
         case 2:
             path.symlink_to("/dev/zero")
         case 3:
@@ -205,8 +206,8 @@ def _links(folder: Path, random: Random) -> None:
         case 5:
             path.mkdir()
         case _:
-            odd = os.fsdecode(random.choice((b"\xff\xfe", b"\x1b[2Jx", "\u202ex".encode())))
-            (folder / f"{odd}.json").write_bytes(b"{}")
+            stem = os.fsdecode(random.choice((b"\xff\xfe", b"\x1b[2Jx", "\u202ex".encode())))
+            (folder / f"{stem}.json").write_bytes(b"{}")
 
 
 CHANGES: Final[tuple[Change, ...]] = (
@@ -225,11 +226,11 @@ CHANGES: Final[tuple[Change, ...]] = (
 )
 
 
-# --- OUT, as somebody else may have left it
+# --- a hostile OUT
 
 
 def _spoil_out(out: Path, random: Random) -> None:
-    """Records and partial files that would have mquant write or delete elsewhere."""
+    """Write an OUT whose records and links lead to files outside of OUT."""
     elsewhere = out.parent / "elsewhere"
     out.mkdir()
     names = ["../elsewhere/secret.json", str(elsewhere / "secret.json"), "sub/secret.json", "a\0b"]
@@ -259,18 +260,18 @@ def _spoil_out(out: Path, random: Random) -> None:
 
 
 def twisted(value: Any, random: Random) -> Any:
-    """A JSON value with one thing in it changed."""
+    """Return a JSON value with one random change."""
     if not isinstance(value, dict | list) or not value or random.random() < 0.15:
         return random.choice(VALUES)
     if isinstance(value, list):
-        place = random.randrange(len(value))
+        position = random.randrange(len(value))
         match random.randrange(4):
             case 0:
-                return value[:place] + value[place + 1 :]
+                return value[:position] + value[position + 1 :]
             case 1:
                 return [*value, random.choice(VALUES)]
             case _:
-                return [*value[:place], twisted(value[place], random), *value[place + 1 :]]
+                return [*value[:position], twisted(value[position], random), *value[position + 1 :]]
     key = random.choice(list(value))
     match random.randrange(6):
         case 0:
@@ -285,7 +286,7 @@ def twisted(value: Any, random: Random) -> Any:
 
 
 def dumped(value: Any, random: Random) -> bytes:
-    """JSON's bytes; sometimes with a key twice, or a number beyond all floats."""
+    """Return JSON bytes, sometimes with a duplicate key and a number beyond all floats."""
     text = json.dumps(value)
     levels = random.choice((50, 300, 900, 990, 100_000))
     text = text.replace(f'"{DEEP}"', "[" * levels + "]" * levels)
@@ -295,7 +296,7 @@ def dumped(value: Any, random: Random) -> bytes:
 
 
 def _loaded(raw: bytes) -> Any:
-    """JSON's value; an empty table where there is none, or it could not be dumped again."""
+    """Return the value of JSON bytes, or an empty table if loading or dumping the value fails."""
     try:
         value = json.loads(raw)
         json.dumps(value)
@@ -305,7 +306,7 @@ def _loaded(raw: bytes) -> Any:
 
 
 def _put(path: Path, data: bytes) -> None:
-    """Write a file, unless there is something else: a pipe would have us wait for a reader."""
+    """Write a file, unless the path is no file: writing to a pipe would wait for a reader."""
     if path.is_file() or not (path.exists() or path.is_symlink()):
         path.write_bytes(data)
 
@@ -317,7 +318,7 @@ def _split(path: Path) -> tuple[bytes, bytes]:
 
 
 def _bytes(path: Path) -> bytes:
-    """A file's bytes, as far as a test should hold them."""
+    """Return a file's bytes; no bytes if the path is no file or the file is over 10 MB."""
     if not path.is_file() or path.stat().st_size > 10_000_000:
         return b""
     with path.open("rb") as file:
@@ -328,7 +329,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def make_case(bases: Bases, where: Path, random: Random) -> Path:
-    """A hostile checkpoint in `where`/src, with its parent and `elsewhere` beside it."""
+    """Write a hostile checkpoint to `where`/src, beside good ones and `elsewhere`; return src."""
     where.mkdir()
     for name in ("bf16", "nvfp4", "elsewhere"):
         shutil.copytree(bases.folder / name, where / name)
@@ -344,7 +345,7 @@ def make_case(bases: Bases, where: Path, random: Random) -> Path:
 
 
 def commands(src: str, where: Path, random: Random) -> Iterator[list[str]]:
-    """Command lines to try; `src` may be a repo."""
+    """Yield the command lines to run on `src`, which may be a repo."""
     recipe = random.choice(("nvfp4", str(where / "mine.yaml")))
     out = ["-o", str(where / "out"), "--workers", "2"]
     form = random.choice((["--format", "json"], []))
@@ -352,41 +353,41 @@ def commands(src: str, where: Path, random: Random) -> Iterator[list[str]]:
     yield ["plan", src, "--recipe", recipe, *form]
     depth = ["--depth", random.choice(("structure", "numbers", "full"))]
     if any(path.is_file() and path.stat().st_size > 2**30 for path in (where / "src").iterdir()):
-        depth = ["--depth", "structure"]  # to read a terabyte of zeros takes as long as it takes
+        depth = ["--depth", "structure"]  # reading a terabyte of zeros takes too long
     against = random.choice(([], [], ["--against", str(where / "bf16")]))
     yield ["verify", src, *depth, *against, *form, "--junit", str(where / "out.xml")]
     yield ["verify-ignore", src, *form]
     restart = random.choice(([], ["--restart"]))
     for _ in range(random.choice((1, 1, 2))):
         yield ["quantize", src, "--recipe", recipe, *out, *restart, *form]
-    looked = ["--depth", "structure"] if depth[1] == "structure" else []
-    mended = ["-o", str(where / "out-mended"), *looked, *restart, *form]
-    # The hostile one is what is mended, or what it is mended with.
+    shallow = ["--depth", "structure"] if depth[1] == "structure" else []
+    options = ["-o", str(where / "out-mended"), *shallow, *restart, *form]
+    # The hostile checkpoint is the damaged checkpoint or the parent.
     pair = random.choice(
         ((src, str(where / "bf16")), (src, str(where / "bf16")), (str(where / "nvfp4"), src))
     )
-    yield ["repair", pair[0], "--from", pair[1], *mended]
+    yield ["repair", pair[0], "--from", pair[1], *options]
 
 
 def run_command(command: list[str]) -> tuple[int, list[str]]:
-    """The exit code of a command, and what was wrong with how it behaved."""
+    """Run a command; return its exit code and the faults of its behaviour."""
     result = CliRunner().invoke(app, command)
-    said = result.stdout + result.stderr
-    wrong = []
+    printed = result.stdout + result.stderr
+    faults = []
     if result.exit_code not in (0, 1, 2, 3):
-        wrong.append(f"exit code {result.exit_code}")
+        faults.append(f"exit code {result.exit_code}")
     if result.exception and not isinstance(result.exception, SystemExit):
-        wrong.append(f"raised {result.exception!r}")
-    if "failed unexpectedly" in said or "Traceback" in said:
-        wrong.append(said[-600:])
-    if any(ord(char) < 32 and char != "\n" for char in said):
-        wrong.append("printed a control character")
-    return result.exit_code, wrong
+        faults.append(f"raised {result.exception!r}")
+    if "failed unexpectedly" in printed or "Traceback" in printed:
+        faults.append(printed[-600:])
+    if any(ord(char) < 32 and char != "\n" for char in printed):
+        faults.append("printed a control character")
+    return result.exit_code, faults
 
 
 def snapshot(where: Path) -> dict[str, tuple[int, int, int]]:
-    """What every file but those of OUT is: its kind, size and time of change."""
-    found = {}
+    """Return path -> mode, size and time of change of every file in `where` outside OUT."""
+    states = {}
     for folder, folders, names in os.walk(where):
         if Path(folder) == where:
             folders[:] = [name for name in folders if name not in ("out", "out-mended")]
@@ -395,8 +396,8 @@ def snapshot(where: Path) -> dict[str, tuple[int, int, int]]:
             path = Path(folder, name)
             stat = path.lstat()
             size = stat.st_size if name in names else 0
-            found[str(path.relative_to(where))] = (stat.st_mode, size, stat.st_mtime_ns)
-    return found
+            states[str(path.relative_to(where))] = (stat.st_mode, size, stat.st_mtime_ns)
+    return states
 
 
 __all__ = ["Bases", "commands", "dumped", "make_case", "run_command", "snapshot", "twisted"]
