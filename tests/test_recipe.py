@@ -1,4 +1,4 @@
-"""Recipes: ours, and llmcompressor's read into ours; what is not understood is refused."""
+"""mquant reads its own recipes and llmcompressor's, and refuses a key that it does not know."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def loaded(tmp_path: Path, text: str) -> Recipe:
 
 
 def foreign(tmp_path: Path, modifier: str) -> Recipe:
-    """A recipe of llmcompressor's with this body, a YAML flow mapping."""
+    """Load a recipe of llmcompressor with the modifier `modifier`, a YAML flow mapping."""
     return loaded(
         tmp_path, f"quant_stage: {{quant_modifiers: {{QuantizationModifier: {modifier}}}}}"
     )
@@ -51,7 +51,7 @@ def planned(tmp_path: Path, recipe: Recipe) -> Plan:
 
 
 def findings(tmp_path: Path, recipe: Recipe, rule: str) -> list[Finding]:
-    return [found for found in planned(tmp_path, recipe).findings if found.rule == rule]
+    return [finding for finding in planned(tmp_path, recipe).findings if finding.rule == rule]
 
 
 # --- where a recipe comes from
@@ -85,11 +85,11 @@ def test_every_shipped_recipe_is_named_as_its_file() -> None:
     assert all(recipe.name == stem for stem, recipe in recipes.items())
 
 
-def test_a_file_is_a_recipe_by_its_path(tmp_path: Path) -> None:
+def test_a_path_names_the_recipe_of_a_file(tmp_path: Path) -> None:
     assert find_recipe(str(written(tmp_path, OURS))).name == "mine"
 
 
-def test_a_name_that_is_no_recipe_and_no_file_lists_those_there_are() -> None:
+def test_a_name_that_is_no_recipe_and_no_file_is_refused_with_the_list_of_recipes() -> None:
     with pytest.raises(UsageError) as caught:
         find_recipe("nvfp5")
 
@@ -162,7 +162,7 @@ def test_targets_narrow_a_recipe_and_ignore_wins(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_wrong_in_a_recipe_is_named(tmp_path: Path, change: str, sentence: str) -> None:
+def test_a_wrong_key_of_a_recipe_is_named(tmp_path: Path, change: str, sentence: str) -> None:
     key = change.split(":")[0]
     kept = "".join(f"{line}\n" for line in OURS.splitlines() if not line.startswith(key))
 
@@ -174,7 +174,7 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
 
 
 def test_a_recipe_of_ours_cannot_claim_to_be_foreign(tmp_path: Path) -> None:
-    # It would turn a typo in `ignore` from an error into a warning.
+    # A foreign recipe would turn a typo in `ignore` from an error into a warning.
     assert not loaded(tmp_path, OURS + "foreign: true\n").foreign
 
 
@@ -277,7 +277,7 @@ def test_every_way_to_write_nvfp4a16_on_linear_is_one_recipe(tmp_path: Path, mod
         ),
     ],
 )
-def test_other_schemes_are_known_by_name_and_by_what_they_say(
+def test_other_schemes_are_known_by_name_and_by_config_group(
     tmp_path: Path, modifier: str, scheme: str
 ) -> None:
     assert set(foreign(tmp_path, modifier).roles.values()) == {scheme}
@@ -342,7 +342,7 @@ ONE_GROUP = f"mine.yaml: its config group is none of mquant's schemes ({SCHEMES}
         ("[]", "mine.yaml: QuantizationModifier holds no keys."),
     ],
 )
-def test_what_we_would_do_otherwise_is_refused(
+def test_a_modifier_that_mquant_would_not_follow_is_refused(
     tmp_path: Path, modifier: str, sentence: str
 ) -> None:
     with pytest.raises(DataFileError) as caught:
@@ -359,7 +359,7 @@ def test_what_we_would_do_otherwise_is_refused(
         ("{GPTQModifier: {scheme: NVFP4A16}}", "GPTQModifier"),
     ],
 )  # fmt: skip
-def test_modifiers_we_do_not_run_are_named(tmp_path: Path, modifiers: str, kinds: str) -> None:
+def test_unsupported_modifiers_are_named(tmp_path: Path, modifiers: str, kinds: str) -> None:
     assert complaint(tmp_path, f"s_stage: {{s_modifiers: {modifiers}}}") == (
         f"mine.yaml asks for {kinds}; mquant reads recipes with one QuantizationModifier.",
         "Leave only the QuantizationModifier, or run the recipe with llmcompressor.",
@@ -403,10 +403,10 @@ UNMATCHED = (
 def test_an_entry_that_matches_nothing_is_an_error_in_a_recipe_of_ours(tmp_path: Path) -> None:
     recipe = loaded(tmp_path, OURS + "ignore: [model.layers.0.typo]\n")
 
-    (found,) = findings(tmp_path, recipe, "entry-unmatched")
+    (finding,) = findings(tmp_path, recipe, "entry-unmatched")
 
-    assert (found.severity, found.where) == ("error", "model.layers.0.typo")
-    assert (found.message, found.fix) == UNMATCHED
+    assert (finding.severity, finding.where) == ("error", "model.layers.0.typo")
+    assert (finding.message, finding.fix) == UNMATCHED
 
 
 def test_an_entry_that_matches_nothing_is_a_warning_in_a_recipe_of_llmcompressors(
@@ -414,25 +414,25 @@ def test_an_entry_that_matches_nothing_is_a_warning_in_a_recipe_of_llmcompressor
 ) -> None:
     recipe = foreign(tmp_path, "{scheme: NVFP4A16, ignore: [lm_head, model.layers.0.typo]}")
 
-    (found,) = findings(tmp_path, recipe, "entry-unmatched")
+    (finding,) = findings(tmp_path, recipe, "entry-unmatched")
 
-    assert found.severity == "warning"
-    assert (found.message, found.fix) == UNMATCHED
+    assert finding.severity == "warning"
+    assert (finding.message, finding.fix) == UNMATCHED
 
 
-def test_a_target_that_matches_nothing_is_found_too(tmp_path: Path) -> None:
+def test_a_target_that_matches_nothing_is_reported(tmp_path: Path) -> None:
     recipe = loaded(tmp_path, OURS + "targets: ['re:.*experts.*', 're:experts']\n")
 
-    (found,) = findings(tmp_path, recipe, "entry-unmatched")
+    (finding,) = findings(tmp_path, recipe, "entry-unmatched")
 
-    assert found.message == "'re:experts' in targets of recipe mine matches no module of src."
+    assert finding.message == "'re:experts' in targets of recipe mine matches no module of src."
 
 
 @pytest.mark.upstream
 def test_a_recipe_that_llmcompressor_wrote_is_read(tmp_path: Path) -> None:
     from compressed_tensors.quantization import preset_name_to_scheme
     from llmcompressor.modifiers.quantization import QuantizationModifier
-    from llmcompressor.recipe import Recipe as Theirs
+    from llmcompressor.recipe import Recipe as UpstreamRecipe
 
     group = preset_name_to_scheme("NVFP4A16", ["Linear"])
     ignore = ["lm_head", "re:.*mlp.gate$"]
@@ -443,7 +443,7 @@ def test_a_recipe_that_llmcompressor_wrote_is_read(tmp_path: Path) -> None:
             QuantizationModifier(config_groups={"group_0": group}, ignore=ignore),
         )
     ):
-        text = Theirs.from_modifiers(modifier).yaml()
+        text = UpstreamRecipe.from_modifiers(modifier).yaml()
 
         recipe = load_recipe(written(tmp_path, text, f"recipe-{number}.yaml"))
 
