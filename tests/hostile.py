@@ -361,7 +361,7 @@ def commands(src: str, where: Path, random: Random) -> Iterator[list[str]]:
     for _ in range(random.choice((1, 1, 2))):
         yield ["quantize", src, "--recipe", recipe, *out, *restart, *form]
     shallow = ["--depth", "structure"] if depth[1] == "structure" else []
-    options = ["-o", str(where / "out-mended"), *shallow, *restart, *form]
+    options = ["-o", str(where / "out-repaired"), *shallow, *restart, *form]
     # The hostile checkpoint is the damaged checkpoint or the parent.
     pair = random.choice(
         ((src, str(where / "bf16")), (src, str(where / "bf16")), (str(where / "nvfp4"), src))
@@ -390,7 +390,7 @@ def snapshot(where: Path) -> dict[str, tuple[int, int, int]]:
     states = {}
     for folder, folders, names in os.walk(where):
         if Path(folder) == where:
-            folders[:] = [name for name in folders if name not in ("out", "out-mended")]
+            folders[:] = [name for name in folders if name not in ("out", "out-repaired")]
             names = [name for name in names if name != "out.xml"]
         for name in (*folders, *names):
             path = Path(folder, name)

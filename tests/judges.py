@@ -103,9 +103,9 @@ def largest(folder: Path) -> int:
     return max(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def differences(ours: Path, theirs: Path, names: set[str]) -> list[str]:
+def differences(left: Path, right: Path, names: set[str]) -> list[str]:
     """Return those of `names` whose dtype, shape or bytes differ between two folders."""
-    a, b = opened(ours), opened(theirs)
+    a, b = opened(left), opened(right)
     return [
         name
         for name in sorted(names)

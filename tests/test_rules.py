@@ -114,6 +114,6 @@ def test_a_rule_declares_how_bad_it_is_in_each_context() -> None:
 
 @pytest.mark.parametrize("id_", sorted(RULES))
 def test_a_rule_says_what_must_hold_and_why(id_: str) -> None:
-    declared_rule = RULES[id_]
-    assert declared_rule.what.endswith(".")
-    assert declared_rule.why.rstrip(")").endswith(".")
+    each = RULES[id_]
+    assert each.what.endswith(".")
+    assert each.why.rstrip(")").endswith(".")

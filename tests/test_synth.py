@@ -345,8 +345,8 @@ def peak():
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 before = peak()
-made = synth(Path(sys.argv[1]), load_families()["minimax_m2"], sizes=Sizes(layers=1, vocab=10**6))
-print(made.nbytes, peak() - before)
+result = synth(Path(sys.argv[1]), load_families()["minimax_m2"], sizes=Sizes(layers=1, vocab=10**6))
+print(result.nbytes, peak() - before)
 """
     command = [sys.executable, "-c", code, str(tmp_path / "out")]
     process = subprocess.run(command, capture_output=True, text=True, check=True)
