@@ -25,8 +25,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -37,10 +35,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 import uploads
-
-GOOD_TOKEN = "hf_goodgoodgoodgoodgoodgoodgoodgood"  # noqa: S105
-POOR_TOKEN = "hf_poorpoorpoorpoorpoorpoorpoorpoor"  # noqa: S105
-"""A valid token without access to gated or private repos."""
+from hub_repos import GOOD_TOKEN, PIECE, POOR_TOKEN, Commit, Repo, Request, etag, is_lfs, listing
 
 Ranges = Literal["served", "ignored", "shifted", "cut short"]
 
@@ -49,40 +44,6 @@ _API = re.compile(
     r"/api/models/(?P<repo>[^/]+/[^/]+?)"
     r"(?:/(?P<kind>revision|tree)/(?P<revision>[^/]+))?"
 )
-_PIECE = 64 * 1024
-_WHOLE = 64_000_000
-
-
-@dataclass
-class Repo:
-    """A repo: the folder of each commit, the commit of each branch, and the access to the repo."""
-
-    access: Literal["public", "gated", "private"] = "public"
-    folders: dict[str, Path] = field(default_factory=dict)
-    """Commit -> folder."""
-    revisions: dict[str, str] = field(default_factory=dict)
-    """Branch -> commit."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A request that the hub received."""
-
-    host: str
-    method: str
-    path: str
-    range: str | None
-    authorization: str | None
-
-
-@dataclass(frozen=True)
-class Commit:
-    """A commit: the files that the commit added, in the order of the commit, and deleted."""
-
-    repo: str
-    message: str
-    added: tuple[str, ...]
-    deleted: tuple[str, ...]
 
 
 class FakeHub:
@@ -151,7 +112,7 @@ class FakeHub:
     ) -> str:
         """Serve a folder as a repo, or as another branch of the repo; return the commit."""
         digest = hashlib.sha1(repo_id.encode())  # noqa: S324
-        for path, size in _listing(folder):
+        for path, size in listing(folder):
             digest.update(f"{path}\0{size}\0{etag(folder / path)}".encode(errors="surrogateescape"))
         commit = digest.hexdigest()
         repo = self.repos.setdefault(repo_id, Repo())
@@ -257,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         repo, commit, folder = revision
         entries = []
-        for path, size in _listing(folder):
+        for path, size in listing(folder):
             entry: dict[str, Any] = {"size": size, "oid": etag(folder / path)}
             if is_lfs(path):
                 entry["lfs"] = {"oid": etag(folder / path), "size": size, "pointerSize": 134}
@@ -289,7 +250,7 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         _, commit, folder = revision
         name = unquote(match["path"])
-        if name not in dict(_listing(folder)):
+        if name not in dict(listing(folder)):
             return self.error(404, "EntryNotFound", "Entry not found")
         path = folder / name
         size = path.stat().st_size
@@ -324,7 +285,7 @@ class _Handler(BaseHTTPRequestHandler):
         with path.open("rb") as file:
             file.seek(start)
             while start < end:
-                piece = file.read(min(_PIECE, end - start))
+                piece = file.read(min(PIECE, end - start))
                 # The bytes are counted first: the client may read the count at once.
                 self.hub.served(len(piece))
                 self.wfile.write(piece)
@@ -381,38 +342,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-def _listing(folder: Path) -> list[tuple[str, int]]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in files)
-
-
-def is_lfs(path: str) -> bool:
-    return path.endswith((".safetensors", ".bin"))
-
-
-def etag(path: Path) -> str:
-    """Return the sha256 of a large file, or git's sha1 of another file.
-
-    Of a sparse large file, return the sha256 of the first 1,000,000 bytes.
-    """
-    stat = path.stat()
-    whole = stat.st_size <= _WHOLE or stat.st_blocks * 512 >= stat.st_size
-    return _etag(path, stat.st_ino, stat.st_mtime_ns, stat.st_size if whole else 1_000_000)
-
-
-@cache
-def _etag(path: Path, _inode: int, _time: int, count: int) -> str:
-    if not is_lfs(path.name):
-        blob = b"blob %d\0" % count + path.read_bytes()
-        return hashlib.sha1(blob).hexdigest()  # noqa: S324
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while count and (piece := file.read(min(count, _PIECE))):
-            digest.update(piece)
-            count -= len(piece)
-    return digest.hexdigest()
-
-
 @pytest.fixture
 def hub(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
@@ -458,4 +387,4 @@ def writable(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> F
     return hub
 
 
-__all__ = ["GOOD_TOKEN", "POOR_TOKEN", "Commit", "FakeHub", "Request", "hub", "writable"]
+__all__ = ["GOOD_TOKEN", "POOR_TOKEN", "FakeHub", "hub", "writable"]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from hub_repos import GOOD_TOKEN, Commit, etag, is_lfs
+
 if TYPE_CHECKING:
     from fakehub import _Handler
 
@@ -24,8 +26,6 @@ _FRONT = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
 
 def answer(handler: "_Handler", path: str) -> None:
     """Answer a POST or PUT."""
-    from fakehub import GOOD_TOKEN
-
     if match := _OBJECT.fullmatch(path):
         return _store(handler, match["oid"])
     body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
@@ -140,8 +140,6 @@ def _batch(handler: "_Handler", request: dict[str, Any]) -> None:
 
 
 def _modes(handler: "_Handler", repo_id: str, request: dict[str, Any]) -> None:
-    from fakehub import etag, is_lfs
-
     repo = handler.hub.repos[repo_id]
     folder = repo.folders[repo.revisions["main"]]
     files = []
@@ -159,8 +157,6 @@ def _modes(handler: "_Handler", repo_id: str, request: dict[str, Any]) -> None:
 
 
 def _commit(handler: "_Handler", repo_id: str, branch: str, body: bytes) -> None:
-    from fakehub import Commit
-
     hub = handler.hub
     repo = hub.repos[repo_id]
     old = repo.folders[repo.revisions[branch]]
