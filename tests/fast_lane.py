@@ -28,6 +28,8 @@ ELSEWHERE = [
     "test_layers.py",
     "test_name_patterns.py",
     "test_recipe.py",
+    "test_recipe_llmcompressor.py",
+    "test_recipe_names.py",
 ]
 
 if __name__ == "__main__":
