@@ -127,7 +127,7 @@ def _reciprocal(raw: bytes) -> bytes:
 
 
 def _quant(**keys: Any) -> Callable[[dict[str, Any]], None]:
-    """Change keys of quantization_config; `...` removes one."""
+    """Change keys of quantization_config; `...` removes a key."""
 
     def change(config: dict[str, Any]) -> None:
         table = config["quantization_config"]

@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class FamilyCase:
-    """The facts about one family, from loaders' code and the release, not from its own file."""
+    """The facts about one family, from loaders' code and the release, not from the family file."""
 
     fused_sets: dict[str, list[str]]
     """Fused set -> the modules whose weights loaders join into one matrix."""

@@ -169,7 +169,7 @@ def test_a_family_is_found_by_model_type() -> None:
 
 
 def family_file(tmp_path: Path, edit: str, value: object) -> Path:
-    """The shipped family file with one key, given as a dotted path, changed."""
+    """Write the shipped family file with another value of one key, a dotted path."""
     data = yaml.safe_load((folder("configs") / "minimax_m2.yaml").read_text())
     *tables, last = edit.split(".")
     table = data
