@@ -1,4 +1,4 @@
-"""For all tests, before any of them imports numpy; and what many of them read."""
+"""Settings of all tests, set before a test imports numpy, and a fixture that many tests share."""
 
 import os
 from collections.abc import Iterator
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-# As the command line does: else every product of matrices waits for threads that spin.
+# The command line sets the same number: more threads spin and delay every matrix product.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The small trained model in NVFP4. Tests copy it to change it."""
+    """Yield the folder of the small trained model in NVFP4. Tests change copies only."""
     from judges import hashes
     from run import TRAINED, quantize_nvfp4
 

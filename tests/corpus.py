@@ -1,8 +1,8 @@
-"""Ways to break, or harmlessly vary, a good checkpoint, and what is to be found in each.
+"""Cases that break or harmlessly vary a good checkpoint, and the rules that `verify` must report.
 
-`rules`: what `verify` must report, warnings too. `silent`: it loads without an error and computes
-something else, in a way that headers do not show, or vLLM's CPU build cannot be asked; the reason
-why it is wrong all the same.
+`rules` holds errors and warnings. `silent` is the reason why a checkpoint is wrong that vLLM does
+not refuse: the checkpoint loads without an error and computes other values, which headers do not
+show, or vLLM's CPU build cannot be asked.
 """
 
 import shutil
@@ -29,7 +29,7 @@ GLOBAL: Final = "weight_global_scale"
 
 @dataclass(frozen=True)
 class Case:
-    """One checkpoint: how it differs from the good one."""
+    """One checkpoint: its differences from the good checkpoint."""
 
     name: str
     rules: frozenset[str] = frozenset()
@@ -41,11 +41,11 @@ class Case:
     silent: str = ""
 
     def is_wrong(self, verdict: str) -> bool:
-        """Whether `verify` must find an error, where this is what vLLM makes of it."""
+        """Return whether `verify` must find an error if `verdict` is vLLM's verdict."""
         return verdict not in ("loads", "not asked") or bool(self.silent)
 
     def make(self, good: Path, folder: Path) -> Path:
-        """Make it in `folder`."""
+        """Write the checkpoint into `folder`, and return its path."""
         config = self.config
         if callable(config):
             before = read_json(good / "config.json")
@@ -66,12 +66,12 @@ class Case:
 
 
 def _without(*ends: str) -> Edit:
-    """No tensor whose name ends so."""
+    """Return an edit that drops the tensors whose names end with one of `ends`."""
     return lambda rows: [r for r in rows if not any(r[0].endswith(e) for e in ends)]
 
 
 def _renamed(*pairs: tuple[str, str]) -> Edit:
-    return lambda rows: reduce(lambda made, pair: renamed(made, *pair), pairs, rows)
+    return lambda rows: reduce(lambda old, pair: renamed(old, *pair), pairs, rows)
 
 
 def _plus(*rows: Row) -> Edit:
@@ -84,28 +84,28 @@ def _row(name: str, dtype: str, shape: tuple[int, ...], value: int = 0) -> Row:
 
 
 def _quantized(*modules: str) -> Edit:
-    """Plain modules get the tensors of quantized ones, as the origin bug had it."""
+    """Return an edit that gives plain modules the tensors of quantized ones (the origin bug)."""
 
     def edit(rows: list[Row]) -> list[Row]:
-        made: list[Row] = []
+        result: list[Row] = []
         for name, dtype, shape, raw in rows:
             module = name.removesuffix(".weight")
             if not any(module.endswith(end) for end in modules):
-                made.append((name, dtype, shape, raw))
+                result.append((name, dtype, shape, raw))
                 continue
             out, wide = shape
-            made += [
+            result += [
                 _row(f"{module}.weight_packed", "U8", (out, wide // 2), 0x22),
                 _row(f"{module}.weight_scale", "F8_E4M3", (out, wide // 16), 0x38),
                 (f"{module}.{GLOBAL}", "F32", (1,), np.float32(2688).tobytes()),
             ]
-        return made
+        return result
 
     return edit
 
 
 def _then(*edits: Edit) -> Edit:
-    return lambda rows: reduce(lambda made, edit: edit(made) or made, edits, rows)
+    return lambda rows: reduce(lambda old, edit: edit(old) or old, edits, rows)
 
 
 def _copied(part: str, new: str) -> Edit:
@@ -115,7 +115,7 @@ def _copied(part: str, new: str) -> Edit:
     return edit
 
 
-def _each(end: str, change: Callable[[bytes], bytes]) -> Edit:
+def _mapped(end: str, change: Callable[[bytes], bytes]) -> Edit:
     def edit(rows: list[Row]) -> list[Row]:
         return [(n, d, s, change(raw) if n.endswith(end) else raw) for n, d, s, raw in rows]
 
@@ -127,7 +127,7 @@ def _reciprocal(raw: bytes) -> bytes:
 
 
 def _quant(**keys: Any) -> Callable[[dict[str, Any]], None]:
-    """Change keys of quantization_config; `...` removes one."""
+    """Change keys of quantization_config; `...` removes a key."""
 
     def change(config: dict[str, Any]) -> None:
         table = config["quantization_config"]
@@ -173,45 +173,45 @@ def _plus_one(key: str, more: int = 1) -> Callable[[dict[str, Any]], None]:
 
 
 def _cast(name: str) -> Edit:
-    """A BF16 tensor stored as F32, or the other way round."""
+    """Return an edit that stores a BF16 tensor as F32, or an F32 tensor as BF16."""
 
     def edit(rows: list[Row]) -> list[Row]:
-        made: list[Row] = []
+        result: list[Row] = []
         for n, dtype, shape, raw in rows:
             if n != name:
-                made.append((n, dtype, shape, raw))
+                result.append((n, dtype, shape, raw))
             elif dtype == "BF16":
                 wide = np.frombuffer(raw, "<u2").astype("<u4") << 16
-                made.append((n, "F32", shape, wide.tobytes()))
+                result.append((n, "F32", shape, wide.tobytes()))
             else:
                 top = (np.frombuffer(raw, "<u4") >> 16).astype("<u2")
-                made.append((n, "BF16", shape, top.tobytes()))
-        return made
+                result.append((n, "BF16", shape, top.tobytes()))
+        return result
 
     return edit
 
 
-def _resized(name: str, rows_or: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Edit:
-    """A tensor of another shape, its bytes cut or repeated."""
+def _resized(name: str, resize: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Edit:
+    """Return an edit that gives a tensor another shape, and cuts or repeats its bytes."""
 
     def edit(rows: list[Row]) -> list[Row]:
-        made = []
+        result = []
         for n, dtype, shape, raw in rows:
             if n == name:
-                fresh = rows_or(shape)
+                fresh = resize(shape)
                 nbytes = len(raw) * int(np.prod(fresh)) // int(np.prod(shape))
-                made.append((n, dtype, fresh, (raw * (nbytes // len(raw) + 1))[:nbytes]))
+                result.append((n, dtype, fresh, (raw * (nbytes // len(raw) + 1))[:nbytes]))
             else:
-                made.append((n, dtype, shape, raw))
-        return made
+                result.append((n, dtype, shape, raw))
+        return result
 
     return edit
 
 
 def _one_expert_plain(rows: list[Row]) -> list[Row]:
-    made = [r for r in rows if EXPERT not in r[0]]
+    kept = [r for r in rows if EXPERT not in r[0]]
     shapes = {w: next(r[2] for r in rows if r[0] == f"{EXPERT}{w}.weight_packed") for w in _W}
-    return made + [_row(f"{EXPERT}{w}.weight", "BF16", (o, i * 2)) for w, (o, i) in shapes.items()]
+    return kept + [_row(f"{EXPERT}{w}.weight", "BF16", (o, i * 2)) for w, (o, i) in shapes.items()]
 
 
 _W: Final = ("w1", "w2", "w3")
@@ -237,7 +237,7 @@ def _duplicate(folder: Path) -> None:
 
 
 def _twice(folder: Path) -> None:
-    """The last norm in a second shard of the index, with other numbers."""
+    """Store the last norm in a second shard of the index, too, with other values."""
     table = read_json(folder / INDEX_NAME)["weight_map"]
     extra = "model-99999-of-99999.safetensors"
     norm = opened(folder).tensors["model.norm.weight"]
@@ -245,7 +245,7 @@ def _twice(folder: Path) -> None:
     write_index(folder, {**table, "model.spare": extra}, opened(folder).nbytes)
 
 
-def _spare_first(index: dict[str, str]) -> dict[str, str]:
+def _without_first(index: dict[str, str]) -> dict[str, str]:
     return dict(list(index.items())[1:])
 
 
@@ -257,7 +257,7 @@ def _swap_shards(index: dict[str, str]) -> dict[str, str]:
 
 OF_NVFP4A16: Final = (
     _case("the good checkpoint"),
-    # Routers, head, embeddings: quantized, though no loader takes them so
+    # Quantized routers, head and embeddings, which no loader accepts
     _case("the origin bug: all routers quantized", "router-quantized", edit=_quantized("moe.gate")),
     _case("one router quantized", "router-quantized", edit=_quantized("0.block_sparse_moe.gate")),
     _case("a router with a lone weight_scale", "router-quantized", edit=_plus(_row(GATE + "weight_scale", "F8_E4M3", (10, 8)))),
@@ -300,7 +300,7 @@ OF_NVFP4A16: Final = (
     _case("config.json of the unpruned model", "experts-disagree", config=_plus_one("num_local_experts", 6)),
     _case("one layer more than config.json says", "layers-disagree", config=_plus_one("num_hidden_layers", -1)),
     _case("one layer less than config.json says", "tensor-missing", config=_plus_one("num_hidden_layers")),
-    # Plain among quantized
+    # Plain modules among quantized modules
     _case("one plain expert among quantized ones", "experts-mixed", edit=_one_expert_plain),
     _case("a module with both weight and codes", "weight-stored-twice", edit=_plus(_row(ATTENTION + "o_proj.weight", "BF16", (128, 128)))),
     # Shapes and dtypes
@@ -318,14 +318,14 @@ OF_NVFP4A16: Final = (
     _case("a router of fewer experts", "shape-disagrees", edit=_resized(GATE + "weight", lambda s: (s[0] - 1, s[1]))),
     _case("a norm in F32", edit=_cast("model.norm.weight")),
     _case("a router in BF16", edit=_cast(GATE + "weight")),
-    # Numbers
+    # Values of tensors
     _case("w1 and w3 of one expert differ in their global scale", "global-scale-differs", edit=changed(EXPERT + "w1." + GLOBAL, data=scalar(1234.5)), silent="w1's scale is applied to w3"),
     _case("q, k and v differ in their global scale", "global-scale-differs", edit=changed(ATTENTION + "k_proj." + GLOBAL, data=scalar(1234.5)), silent="the largest is applied to all"),
     _case("an infinite global scale", "global-scale-invalid", edit=changed(EXPERT + "w2." + GLOBAL, data=scalar(float("inf"))), silent="every weight is zero"),
     _case("a global scale that is NaN", "global-scale-invalid", edit=changed(EXPERT + "w2." + GLOBAL, data=scalar(float("nan"))), silent=_NAN),
     _case("a global scale of zero", "global-scale-invalid", edit=changed(ATTENTION + "o_proj." + GLOBAL, data=scalar(0)), silent="every weight is infinite"),
     _case("a negative global scale", "global-scale-invalid", edit=changed(ATTENTION + "o_proj." + GLOBAL, data=scalar(-2000)), silent="every weight has the other sign"),
-    _case("global scales of ModelOpt's convention", "global-scales-reciprocal", edit=_each(GLOBAL, _reciprocal), silent="weights are off by the scale's square"),
+    _case("global scales of ModelOpt's convention", "global-scales-reciprocal", edit=_mapped(GLOBAL, _reciprocal), silent="weights are off by the scale's square"),
     _case("a block scale that is NaN", "scale-not-finite", edit=changed(EXPERT + "w1.weight_scale", data=setting(5, 0x7F)), silent=_NAN),
     _case("a negative block scale", "scale-negative", edit=changed(EXPERT + "w1.weight_scale", data=setting(5, 0xB8)), silent="kernels without a sign read another scale"),
     _case("block scales of zero", "scale-zero", edit=changed(EXPERT + "w1.weight_scale", data=setting(slice(0, 9), 0)), silent="the blocks are zero"),
@@ -372,7 +372,7 @@ OF_NVFP4A16: Final = (
     _case("a truncated shard", "shard-damaged", files=_truncate),
     _case("a missing shard", "shard-missing", files=lambda folder: _last_shard(folder).unlink()),
     _case("no index", "index-missing", files=lambda folder: (folder / INDEX_NAME).unlink()),
-    _case("a tensor that the index lacks", "tensor-not-in-index", index=_spare_first),
+    _case("a tensor that the index lacks", "tensor-not-in-index", index=_without_first),
     _case("a tensor that the index has elsewhere", "index-wrong-shard", index=_swap_shards),
     _case("a tensor that only the index has", "index-without-tensor", index=lambda table: {**table, "model.more.weight": min(table.values())}),
     _case("another total_size", "total-size-wrong", total_size=1),

@@ -1,17 +1,18 @@
 """A hub in this process: an HTTP server on 127.0.0.1 that serves folders as model repos.
 
-It speaks as much of the hub's protocol as huggingface_hub 1.33 uses for reading: model info and
-file trees with sizes, HEAD and GET of files with ranges, the error headers, and a "CDN" under
-another host name to which weights are redirected; `uploads` has what it uses for writing. It can
-be told to fail and to drop connections, and it counts.
+The server speaks the part of the hub's protocol that huggingface_hub 1.33 uses for reading: model
+info and file trees with sizes, HEAD and GET of files with ranges, the error headers, and a "CDN"
+under another host name to which requests for weights are redirected. `uploads` has the part that
+huggingface_hub uses for writing. A test can make the hub fail or drop connections; the hub counts
+requests and bytes.
 
-    def test_it(hub: FakeHub) -> None:
+    def test_headers_cost_few_bytes(hub: FakeHub) -> None:
         hub.add("org/model", folder)
         HubRepo("org/model")
         assert hub.bytes_served < 100_000
 
-The fixture `hub` also points HF_ENDPOINT, the cache and the token at this hub, for this process
-and for those it starts.
+The fixture `hub` also sets HF_ENDPOINT, the cache folder and the token file, for this process and
+its child processes.
 """
 
 import hashlib
@@ -24,8 +25,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -36,10 +35,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 import uploads
-
-GOOD_TOKEN = "hf_goodgoodgoodgoodgoodgoodgoodgood"  # noqa: S105
-POOR_TOKEN = "hf_poorpoorpoorpoorpoorpoorpoorpoor"  # noqa: S105
-"""A valid token without access to gated or private repos."""
+from hub_repos import GOOD_TOKEN, PIECE, POOR_TOKEN, Commit, Repo, Request, etag, is_lfs, listing
 
 Ranges = Literal["served", "ignored", "shifted", "cut short"]
 
@@ -48,71 +44,40 @@ _API = re.compile(
     r"/api/models/(?P<repo>[^/]+/[^/]+?)"
     r"(?:/(?P<kind>revision|tree)/(?P<revision>[^/]+))?"
 )
-_PIECE = 64 * 1024
-_WHOLE = 64_000_000
-
-
-@dataclass
-class Repo:
-    """A repo: its revisions' folders and commits, and who may read it."""
-
-    access: Literal["public", "gated", "private"] = "public"
-    folders: dict[str, Path] = field(default_factory=dict)
-    """Commit -> folder."""
-    revisions: dict[str, str] = field(default_factory=dict)
-    """Branch -> commit."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A request that came in."""
-
-    host: str
-    method: str
-    path: str
-    range: str | None
-    authorization: str | None
-
-
-@dataclass(frozen=True)
-class Commit:
-    """A commit that was made: what it added, in its order, and deleted."""
-
-    repo: str
-    message: str
-    added: tuple[str, ...]
-    deleted: tuple[str, ...]
 
 
 class FakeHub:
-    """The hub. `close` it, or use the fixture."""
+    """The hub. Call `close` at the end, or take the fixture `hub`."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.bytes_served = 0
         self.bytes_received = 0
-        """Of large files."""
+        """Bytes of large files."""
         self.ranges: Ranges = "served"
         self.latency = 0.0
         """Seconds before each answer."""
         self.bytes_per_second = 0.0
-        """What all downloads and uploads together may take; 0: no limit."""
+        """The bandwidth of all downloads and uploads together; 0: no limit."""
         self.redirect_to = ""
-        """Where files are redirected to instead of being served; `{path}` is the request's."""
+        """The URL to which requests for large files are redirected; `{path}` is the request's path.
+
+        If the URL is empty, the requests are redirected to the CDN.
+        """
         self.tamper: Callable[[bytes], bytes] | None = None
-        """What is made of listings before they are sent."""
+        """A function that changes the body of a JSON answer, like a listing, before sending."""
         self.drops = 0
-        """How many of the next uploads of a file break off half-way."""
+        """The number of the next file uploads that break off half-way."""
         self.drop_after: int | None = None
-        """How many uploads may be whole, before all others break off."""
+        """The number of stored files from which on every upload breaks off; None: no limit."""
         self.loses: str | None = None
-        """A file that commits leave out."""
+        """The name of a file that commits leave out."""
         self.commits: list[Commit] = []
         self.stored: dict[str, Path] = {}
-        """Large files that were uploaded, by sha256, committed or not."""
-        self.made = Path(tempfile.mkdtemp(prefix="fakehub-"))
-        """Where the folders of commits lie."""
+        """sha256 -> path of each large file that was uploaded, committed or not."""
+        self.scratch = Path(tempfile.mkdtemp(prefix="fakehub-"))
+        """The folder of the uploaded large files and of the folders of commits."""
         self._free_at = 0.0
         self._failures: list[tuple[int, dict[str, str]]] = []
         self._lock = threading.Lock()
@@ -134,7 +99,7 @@ class FakeHub:
 
     @property
     def cdn(self) -> str:
-        """The same server under the name of another host."""
+        """The address of the same server under another host name."""
         return f"http://localhost:{self.port}"
 
     def add(
@@ -145,9 +110,9 @@ class FakeHub:
         revision: str = "main",
         access: Literal["public", "gated", "private"] = "public",
     ) -> str:
-        """Serve a folder as a repo, or as one more branch of it; returns the commit."""
+        """Serve a folder as a repo, or as another branch of the repo; return the commit."""
         digest = hashlib.sha1(repo_id.encode())  # noqa: S324
-        for path, size in _listing(folder):
+        for path, size in listing(folder):
             digest.update(f"{path}\0{size}\0{etag(folder / path)}".encode(errors="surrogateescape"))
         commit = digest.hexdigest()
         repo = self.repos.setdefault(repo_id, Repo())
@@ -162,7 +127,7 @@ class FakeHub:
         self._failures += [(status, fields)] * times
 
     def environment(self, where: Path) -> dict[str, str]:
-        """That of a process for which this is the hub, with caches in `where` and a token."""
+        """Return the environment of a process with this hub, a token, and caches in `where`."""
         return {
             **os.environ,
             "HF_ENDPOINT": self.url,
@@ -173,37 +138,37 @@ class FakeHub:
         }
 
     def forget(self) -> None:
-        """Start counting anew."""
+        """Reset the counts of requests and bytes."""
         self.requests.clear()
         self.bytes_served = self.bytes_received = 0
 
     def close(self) -> None:
-        """Stop serving."""
+        """Stop the server, and delete the scratch folder."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-        shutil.rmtree(self.made, ignore_errors=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def note(self, request: Request) -> tuple[int, dict[str, str]] | None:
-        """Count a request; the failure it is to meet, if any."""
+        """Count a request; return the failure with which to answer the request, or None."""
         with self._lock:
             self.requests.append(request)
             return self._failures.pop(0) if self._failures else None
 
     def served(self, count: int) -> None:
-        """Count bytes of bodies."""
+        """Count bytes of a body that the hub sends."""
         with self._lock:
             self.bytes_served += count
         self.pace(count)
 
     def received(self, count: int) -> None:
-        """Count bytes of uploads of large files."""
+        """Count bytes of an upload of a large file."""
         with self._lock:
             self.bytes_received += count
         self.pace(count)
 
     def pace(self, count: int) -> None:
-        """Take as long for so many bytes as the bandwidth says."""
+        """Wait as long as `count` bytes take at the bandwidth."""
         if not self.bytes_per_second:
             return
         with self._lock:
@@ -214,11 +179,11 @@ class FakeHub:
 
 class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
-    # One connection a request: none is left open when the server stops.
+    # HTTP/1.0 closes the connection after a request: no connection is open when the server stops.
     protocol_version = "HTTP/1.0"
 
     def do_GET(self) -> None:
-        # A client that has seen enough hangs up.
+        # A client may close the connection before the end of the answer.
         with suppress(BrokenPipeError, ConnectionResetError):
             self._answer()
 
@@ -247,13 +212,13 @@ class _Handler(BaseHTTPRequestHandler):
         return self.error(404, "", "Not Found")
 
     def _api(self, match: re.Match[str], query: dict[str, list[str]]) -> None:
-        # The hub shows what is in a gated repo to everyone.
-        found = self._find(match["repo"], match["revision"] or "main", door="api")
-        if found is None:
+        # The hub shows the listing of a gated repo to everyone.
+        revision = self._find(match["repo"], match["revision"] or "main", route="api")
+        if revision is None:
             return None
-        repo, commit, folder = found
+        repo, commit, folder = revision
         entries = []
-        for path, size in _listing(folder):
+        for path, size in listing(folder):
             entry: dict[str, Any] = {"size": size, "oid": etag(folder / path)}
             if is_lfs(path):
                 entry["lfs"] = {"oid": etag(folder / path), "size": size, "pointerSize": 134}
@@ -280,12 +245,12 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _file(self, match: re.Match[str], *, on_cdn: bool) -> None:
-        found = self._find(match["repo"], match["revision"], door="cdn" if on_cdn else "file")
-        if found is None:
+        revision = self._find(match["repo"], match["revision"], route="cdn" if on_cdn else "file")
+        if revision is None:
             return None
-        _, commit, folder = found
+        _, commit, folder = revision
         name = unquote(match["path"])
-        if name not in dict(_listing(folder)):
+        if name not in dict(listing(folder)):
             return self.error(404, "EntryNotFound", "Entry not found")
         path = folder / name
         size = path.stat().st_size
@@ -301,11 +266,11 @@ class _Handler(BaseHTTPRequestHandler):
         return self._bytes(path, size, headers)
 
     def _bytes(self, path: Path, size: int, headers: dict[str, str]) -> None:
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         start, end, status = 0, size, HTTPStatus.OK
-        if asked and self.hub.ranges != "ignored":
-            start = int(asked[1])
-            end = min(size, int(asked[2]) + 1) if asked[2] else size
+        if byte_range and self.hub.ranges != "ignored":
+            start = int(byte_range[1])
+            end = min(size, int(byte_range[2]) + 1) if byte_range[2] else size
             if start >= size:
                 return self.send(416, b"", {"Content-Range": f"bytes */{size}"})
             if self.hub.ranges == "shifted":
@@ -320,36 +285,36 @@ class _Handler(BaseHTTPRequestHandler):
         with path.open("rb") as file:
             file.seek(start)
             while start < end:
-                piece = file.read(min(_PIECE, end - start))
-                # Counted first: the client may act on it before this thread goes on.
+                piece = file.read(min(PIECE, end - start))
+                # The bytes are counted first: the client may read the count at once.
                 self.hub.served(len(piece))
                 self.wfile.write(piece)
                 start += len(piece)
         return None
 
     def _find(
-        self, repo_id: str, revision: str, *, door: Literal["api", "file", "cdn"]
+        self, repo_id: str, revision: str, *, route: Literal["api", "file", "cdn"]
     ) -> tuple[Repo, str, Path] | None:
-        """The repo, its commit and folder; None where an error was sent."""
+        """Return the repo, the commit and the commit's folder, or None after sending an error."""
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if token not in ("", GOOD_TOKEN, POOR_TOKEN):
             self.error(401, "", "Invalid credentials in Authorization header")
             return None
         repo = self.hub.repos.get(repo_id)
-        closed = {"api": ("private",), "file": ("private", "gated"), "cdn": ()}[door]
-        denied = repo is not None and repo.access in closed and token != GOOD_TOKEN
+        restricted = {"api": ("private",), "file": ("private", "gated"), "cdn": ()}[route]
+        denied = repo is not None and repo.access in restricted and token != GOOD_TOKEN
         if repo is None or (denied and repo.access == "private"):
-            # Without a token the hub does not even say whether there is such a repo.
+            # Without a token the hub does not say whether the repo exists.
             self.error(404 if token else 401, "RepoNotFound", "Repository not found")
             return None
         if denied:
-            said = f"Access to model {repo_id} is restricted."
-            self.error(403 if token else 401, "GatedRepo", said)
+            message = f"Access to model {repo_id} is restricted."
+            self.error(403 if token else 401, "GatedRepo", message)
             return None
-        wanted = unquote(revision)
-        commit = repo.revisions.get(wanted, wanted)
+        ref = unquote(revision)
+        commit = repo.revisions.get(ref, ref)
         if commit not in repo.folders:
-            self.error(404, "RevisionNotFound", f"Invalid rev id: {wanted}")
+            self.error(404, "RevisionNotFound", f"Invalid rev id: {ref}")
             return None
         return repo, commit, repo.folders[commit]
 
@@ -377,40 +342,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-def _listing(folder: Path) -> list[tuple[str, int]]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in files)
-
-
-def is_lfs(path: str) -> bool:
-    return path.endswith((".safetensors", ".bin"))
-
-
-def etag(path: Path) -> str:
-    """The sha256 of a large file, git's sha1 of another one; of a sparse one, of its beginning."""
-    stat = path.stat()
-    whole = stat.st_size <= _WHOLE or stat.st_blocks * 512 >= stat.st_size
-    return _etag(path, stat.st_ino, stat.st_mtime_ns, stat.st_size if whole else 1_000_000)
-
-
-@cache
-def _etag(path: Path, _inode: int, _time: int, count: int) -> str:
-    if not is_lfs(path.name):
-        blob = b"blob %d\0" % count + path.read_bytes()
-        return hashlib.sha1(blob).hexdigest()  # noqa: S324
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while count and (piece := file.read(min(count, _PIECE))):
-            digest.update(piece)
-            count -= len(piece)
-    return digest.hexdigest()
-
-
 @pytest.fixture
 def hub(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FakeHub]:
-    """A fake hub which is the hub, to this process and those it starts."""
+    """Yield a fake hub that is the hub of this process and of its child processes."""
     from huggingface_hub import constants
 
     home = tmp_path_factory.mktemp("hf-home")
@@ -421,7 +357,7 @@ def hub(
     monkeypatch.setenv("HF_HOME", str(home))
     monkeypatch.setenv("HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    # huggingface_hub reads the environment once, when it is imported.
+    # huggingface_hub reads the environment once, at its import.
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -434,7 +370,7 @@ def hub(
 
 @pytest.fixture
 def writable(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHub:
-    """The hub, for uploads: plain LFS, which it speaks; a token; nobody waits for better times."""
+    """Return the hub, set up for uploads: plain LFS instead of Xet, a token, and quick retries."""
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
@@ -451,4 +387,4 @@ def writable(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> F
     return hub
 
 
-__all__ = ["GOOD_TOKEN", "POOR_TOKEN", "Commit", "FakeHub", "Request", "hub", "writable"]
+__all__ = ["GOOD_TOKEN", "POOR_TOKEN", "FakeHub", "hub", "writable"]

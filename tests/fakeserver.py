@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server in this process, which answers as it is told to."""
+"""An OpenAI-compatible server in this process whose replies the test sets."""
 
 import json
 import threading
@@ -12,7 +12,7 @@ MODEL = "org/Tiny-NVFP4"
 
 
 class FakeServer:
-    """`answer` makes the text of a reply from the prompt; `status` is of all replies."""
+    """The server: `answer` returns a reply's text for a prompt; all replies have `status`."""
 
     def __init__(self) -> None:
         self.answer: Callable[[str], str | None] = lambda _prompt: "I do not know."
@@ -20,7 +20,7 @@ class FakeServer:
         self.finish = "stop"
         self.context = 32_768
         self.raw: bytes | None = None
-        """What is sent instead of anything sensible."""
+        """The body of every reply, in place of JSON; None: JSON."""
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         server = self
@@ -74,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
-    """A server, and no key in the environment."""
+    """Yield a server; the environment has no OPENAI_API_KEY."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     fake = FakeServer()

@@ -1,4 +1,4 @@
-"""What upstream says of each family that ships: a new family's case goes here, and nowhere else."""
+"""The facts that upstream states about each shipped family. A new family needs a case here only."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class FamilyCase:
-    """One family: judged by loaders' code and the release, not by the family's file."""
+    """The facts about one family, from loaders' code and the release, not from the family file."""
 
     fused_sets: dict[str, list[str]]
-    """Fused set -> the modules of which loaders make one matrix."""
+    """Fused set -> the modules whose weights loaders join into one matrix."""
     parameters: int
-    """Of the release that `synth.config` is of."""
+    """The number of parameters of the release that `synth.config` describes."""
     routers: list[str] = field(default_factory=list)
-    """The modules of routers in the tiny checkpoint."""
+    """The router modules of the tiny checkpoint."""
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What is set -> keys of the tiny config.json with which the tensors are others."""
+    """Name of a variant -> the keys of the tiny config.json that change the list of tensors."""
 
 
 QKV = {"qkv": ["q_proj", "k_proj", "v_proj"]}

@@ -1,7 +1,7 @@
-"""The fast lane: what `scripts/test.sh --fast` runs, at least one test of each room of src/mquant.
+"""The fast lane: the tests that `scripts/test.sh --fast` runs, at least one for each room.
 
-Run it: python tests/fast_lane.py (prints pytest's arguments, one a line). `test_fast_lane.py` holds
-that each room is here, and that its tests import the room.
+`python tests/fast_lane.py` prints pytest's arguments, one a line. `test_fast_lane.py` checks that
+each room of src/mquant has a test here, and that the tests of a room import the room.
 """
 
 ROOMS = {
@@ -28,8 +28,10 @@ ELSEWHERE = [
     "test_layers.py",
     "test_name_patterns.py",
     "test_recipe.py",
+    "test_recipe_llmcompressor.py",
+    "test_recipe_names.py",
 ]
 
 if __name__ == "__main__":
     for test in [test for tests in ROOMS.values() for test in tests] + ELSEWHERE:
-        print(f"tests/{test}")  # noqa: T201 -- a shell reads it
+        print(f"tests/{test}")  # noqa: T201 -- a shell reads the output

@@ -1,14 +1,14 @@
-"""Hostile checkpoints by chance: a good one, and a few things done to it that no good tool does.
+"""Random hostile checkpoints: copies of a good checkpoint with changes that no good tool makes.
 
-Everything is drawn from one `random.Random`, so a seed makes the same folder again. `try_case`
-then asks mquant's own commands about it, and says what went wrong: a crash, another exit code than
-0 to 3, a byte changed outside OUT, a control character on the terminal.
+One `random.Random` decides every change, so that a seed writes the same folder again.
+`run_command` runs one of mquant's own commands on the folder and returns the faults: a crash, an
+exit code other than 0 to 3, a control character on the terminal. Two calls of `snapshot` show
+whether the command changed a file outside OUT.
 """
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -17,38 +17,11 @@ from typing import Any, Final
 import yaml
 from typer.testing import CliRunner
 
+from hostile_changes import CHANGES, dumped, spoil_out, twisted
 from make import make_checkpoint
-from mquant.checkpoint import CONFIG_NAME, INDEX_NAME
-from mquant.checkpoint.headers import PREFIX_BYTES
 from mquant.cli.app import app
 from run import quantize_nvfp4
 
-DEEP: Final = "@deep@"
-"""Stands for lists within lists, which `json.dumps` could not write."""
-VALUES: Final[tuple[Any, ...]] = (
-    None, True, False, 0, -1, 1, 2, 7, 0.5, 4.0, 2**31, 2**53, 2**62, 2**64, 10**18, 10**4200,
-    float("nan"), float("inf"), "", "a" * 5000, "\ud800", "\x1b[31mred", "[red]x[/red]", "a\nb",
-    "../x", "/etc/passwd", "model.safetensors", "re:(a+)+$", "re:(", "re:" + "(" * 3000,
-    "re:a{99999999999}", "NVFP4", "fp8", "modelopt", "compressed-tensors", "F4", "F6_E2M3", "I32",
-    "U8", "F8_E4M3", [], {}, [[]], {"": {}}, [0, 0], [10**9, 10**9], [2**62, 4, 0], [0] * 3000,
-    ["re:.*"], DEEP,
-)  # fmt: skip
-LENGTHS: Final = (0, 1, 2, 7, 8, 9, 100, 2**20, 10**8, 10**8 + 1, 2**31, 2**63, 2**64 - 1)
-QUANTIZATIONS: Final[tuple[dict[str, Any], ...]] = (
-    {"quant_method": "fp8", "weight_block_size": [128, 128]},
-    {"quant_method": "fp8", "weight_block_size": [10**9, 10**9]},
-    {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]},
-    {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "config_groups": {
-            "g": {
-                "targets": ["Linear"],
-                "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
-            }
-        },
-    },
-)
 RECIPE: Final[dict[str, Any]] = {
     "name": "mine",
     "suffix": "NVFP4",
@@ -56,18 +29,16 @@ RECIPE: Final[dict[str, Any]] = {
     "ignore": [r"re:.*layers\.0\..*"],
 }
 
-Change = Callable[[Path, Random], None]
-
 
 @dataclass(frozen=True)
 class Bases:
-    """The good checkpoints that cases are copies of, in `folder`; and what links may lead to."""
+    """The good checkpoints to copy for cases, in `folder`, and a folder to which links may lead."""
 
     folder: Path
 
     @classmethod
     def make(cls, folder: Path) -> "Bases":
-        """Make them: BF16, and the same in NVFP4."""
+        """Write a BF16 checkpoint, and the same checkpoint in NVFP4."""
         make_checkpoint(folder / "bf16", layers=1, experts=2, hidden=32, intermediate=16, vocab=32)
         quantize_nvfp4(folder / "bf16", folder / "nvfp4", shard_bytes=8_000)
         for name in ("bf16", "nvfp4"):
@@ -82,253 +53,8 @@ class Bases:
         return self.folder / "elsewhere"
 
 
-# --- one thing that is done to a folder
-
-
-def _file(folder: Path, random: Random, suffix: str) -> Path:
-    found = sorted(path for path in folder.glob(f"*{suffix}") if path.is_file())
-    return random.choice(found) if found else folder / f"new{suffix}"
-
-
-def _header(folder: Path, random: Random) -> None:
-    """A shard's header, as JSON."""
-    path = _file(folder, random, ".safetensors")
-    raw, data = _split(path)
-    table = _loaded(raw)
-    for _ in range(random.choice((1, 1, 2, 5))):
-        table = twisted(table, random)
-    fresh = dumped(table, random)
-    _put(path, len(fresh).to_bytes(PREFIX_BYTES, "little") + fresh + data)
-
-
-def _layout(folder: Path, random: Random) -> None:
-    """A shard with other dtypes, shapes and names, and offsets that fit them."""
-    path = _file(folder, random, ".safetensors")
-    try:
-        table = _loaded(_split(path)[0])
-        position = 0
-        for entry in [entry for name, entry in table.items() if name != "__metadata__"]:
-            if random.random() < 0.2:
-                entry["dtype"] = random.choice(("U8", "F32", "BF16", "F8_E4M3", "I32", "I64"))
-            if random.random() < 0.2:
-                entry["shape"] = [random.choice((0, 1, 2, 16, 32, 2**36))] * random.randint(0, 3)
-            bits = {"U8": 8, "F8_E4M3": 8, "BF16": 16, "I64": 64}.get(entry["dtype"], 32)
-            for size in entry["shape"]:
-                bits *= size
-            entry["data_offsets"] = [position, position + bits // 8]
-            position += bits // 8
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return
-    if position > 2**42:
-        return
-    raw = json.dumps(table).encode()
-    with path.open("wb") as file:
-        file.write(len(raw).to_bytes(PREFIX_BYTES, "little") + raw)
-        file.write(random.randbytes(min(position, 4096)))
-        file.truncate(PREFIX_BYTES + len(raw) + position)
-
-
-def _length(folder: Path, random: Random) -> None:
-    path = _file(folder, random, ".safetensors")
-    length = random.choice(LENGTHS)
-    _put(path, length.to_bytes(PREFIX_BYTES, "little") + _bytes(path)[PREFIX_BYTES:])
-
-
-def _resized(folder: Path, random: Random) -> None:
-    path = _file(folder, random, random.choice((".safetensors", ".json")))
-    path.touch()
-    size = path.stat().st_size
-    os.truncate(path, random.choice((0, 1, 8, size // 2, size + 1, size + 4096, 2**40)))
-
-
-def _scribbled(folder: Path, random: Random) -> None:
-    """Bytes of a file changed, put in or taken out."""
-    path = _file(folder, random, random.choice((".safetensors", ".json", INDEX_NAME)))
-    data = bytearray(_bytes(path))
-    for _ in range(random.randint(1, 8)):
-        place = random.randint(0, min(len(data), random.choice((16, 2000, 10**9))))
-        token = random.choice((b"\xff", b"\0", b'"', b"{", b"]", b",", b"-", b"9" * 30, b"1e400"))
-        data[place : place + random.choice((0, 0, 1, 9))] = token
-    _put(path, bytes(data))
-
-
-def _json(name: str) -> Change:
-    def change(folder: Path, random: Random) -> None:
-        path = folder / name
-        table = _loaded(_bytes(path))
-        for _ in range(random.choice((1, 1, 2, 6))):
-            inner = table.get("quantization_config") if isinstance(table, dict) else None
-            if inner and random.random() < 0.6:
-                table["quantization_config"] = twisted(inner, random)
-            else:
-                table = twisted(table, random)
-        _put(path, dumped(table, random))
-
-    return change
-
-
-def _quantization(folder: Path, random: Random) -> None:
-    table = _loaded(_bytes(folder / CONFIG_NAME))
-    table = table if isinstance(table, dict) else {}
-    table["quantization_config"] = twisted(random.choice(QUANTIZATIONS), random)
-    _put(folder / CONFIG_NAME, dumped(table, random))
-
-
-def _index_paths(folder: Path, random: Random) -> None:
-    where = random.choice(("../x.safetensors", "/etc/passwd", "a/../../b", "", "\x1b]0;x\x07"))
-    _put(folder / INDEX_NAME, json.dumps({"weight_map": {"lm_head.weight": where}}).encode())
-
-
-def _links(folder: Path, random: Random) -> None:
-    """Links, pipes, folders and odd names in place of files."""
-    name = random.choice(
-        ("tokenizer.json", CONFIG_NAME, INDEX_NAME, "LICENSE", "sub/x.json", "x.safetensors")
-    )
-    name = random.choice((name, name, _file(folder, random, ".safetensors").name))
-    path = folder / name
-    path.parent.mkdir(exist_ok=True)
-    if path.is_dir() and not path.is_symlink():
-        return
-    path.unlink(missing_ok=True)
-    elsewhere = folder.parent / "elsewhere"
-    match random.randrange(7):
-        case 0:
-            path.symlink_to(elsewhere / "secret.json")
-        case 1:
-            path.symlink_to(name)  # to itself
-        case 2:
-            path.symlink_to("/dev/zero")
-        case 3:
-            path.symlink_to(elsewhere)
-        case 4:
-            os.mkfifo(path)
-        case 5:
-            path.mkdir()
-        case _:
-            odd = os.fsdecode(random.choice((b"\xff\xfe", b"\x1b[2Jx", "\u202ex".encode())))
-            (folder / f"{odd}.json").write_bytes(b"{}")
-
-
-CHANGES: Final[tuple[Change, ...]] = (
-    _header,
-    _header,
-    _layout,
-    _length,
-    _resized,
-    _scribbled,
-    _json(INDEX_NAME),
-    _json(CONFIG_NAME),
-    _json(CONFIG_NAME),
-    _quantization,
-    _index_paths,
-    _links,
-)
-
-
-# --- OUT, as somebody else may have left it
-
-
-def _spoil_out(out: Path, random: Random) -> None:
-    """Records and partial files that would have mquant write or delete elsewhere."""
-    elsewhere = out.parent / "elsewhere"
-    out.mkdir()
-    names = ["../elsewhere/secret.json", str(elsewhere / "secret.json"), "sub/secret.json", "a\0b"]
-    names += ["x" * 300, "\ud800", "config.json", "model-00001-of-00001.safetensors"]
-    files: Any = random.choice((names, {name: {"bytes": 13} for name in names}, {}, DEEP, None))
-    record = dumped({"schema": "mquant.output/1", "fingerprint": {}, "files": files}, random)
-    head: Any = {"schema": "mquant.run/2", "fingerprint": random.choice(({}, [])), "files": names}
-    lines = [head, {"jobs": [[0, 10**7 - 1]]}, {"jobs": [[0, 5]]}, DEEP]
-    match random.randrange(6):
-        case 0:
-            (out / "mquant-run.jsonl").symlink_to(elsewhere / "secret.json")
-        case 1:
-            os.mkfifo(out / "mquant-run.jsonl")
-        case 2:
-            (out / "mquant.json").write_bytes(record)
-        case _:
-            ledger = b"".join(dumped(line, random) + b"\n" for line in lines)
-            (out / "mquant-run.jsonl").write_bytes(ledger)
-    if random.random() < 0.7:
-        (out / "sub").symlink_to(elsewhere)
-        for name in ("config.json.partial", "recipe.yaml.partial", "tokenizer.json"):
-            (out / name).symlink_to(elsewhere / "secret.json")
-        (out / "model-00001-of-00001.safetensors.partial").symlink_to(elsewhere / "secret.json")
-
-
-# --- JSON
-
-
-def twisted(value: Any, random: Random) -> Any:
-    """A JSON value with one thing in it changed."""
-    if not isinstance(value, dict | list) or not value or random.random() < 0.15:
-        return random.choice(VALUES)
-    if isinstance(value, list):
-        place = random.randrange(len(value))
-        match random.randrange(4):
-            case 0:
-                return value[:place] + value[place + 1 :]
-            case 1:
-                return [*value, random.choice(VALUES)]
-            case _:
-                return [*value[:place], twisted(value[place], random), *value[place + 1 :]]
-    key = random.choice(list(value))
-    match random.randrange(6):
-        case 0:
-            return {k: v for k, v in value.items() if k != key}
-        case 1:
-            name = random.choice([str(v) for v in VALUES if isinstance(v, str)])
-            return {**value, name: value[key]}
-        case 2:
-            return {**value, key: value[random.choice(list(value))]}
-        case _:
-            return {**value, key: twisted(value[key], random)}
-
-
-def dumped(value: Any, random: Random) -> bytes:
-    """JSON's bytes; sometimes with a key twice, or a number beyond all floats."""
-    text = json.dumps(value)
-    levels = random.choice((50, 300, 900, 990, 100_000))
-    text = text.replace(f'"{DEEP}"', "[" * levels + "]" * levels)
-    if random.random() < 0.1:
-        text = text.replace("{", '{"a": 1e400, "a": 2, ', 1)
-    return text.encode()
-
-
-def _loaded(raw: bytes) -> Any:
-    """JSON's value; an empty table where there is none, or it could not be dumped again."""
-    try:
-        value = json.loads(raw)
-        json.dumps(value)
-    except (ValueError, RecursionError):
-        return {}
-    return value
-
-
-def _put(path: Path, data: bytes) -> None:
-    """Write a file, unless there is something else: a pipe would have us wait for a reader."""
-    if path.is_file() or not (path.exists() or path.is_symlink()):
-        path.write_bytes(data)
-
-
-def _split(path: Path) -> tuple[bytes, bytes]:
-    raw = _bytes(path)
-    end = PREFIX_BYTES + min(int.from_bytes(raw[:PREFIX_BYTES], "little"), len(raw))
-    return raw[PREFIX_BYTES:end], raw[end:]
-
-
-def _bytes(path: Path) -> bytes:
-    """A file's bytes, as far as a test should hold them."""
-    if not path.is_file() or path.stat().st_size > 10_000_000:
-        return b""
-    with path.open("rb") as file:
-        return file.read(10_000_000)
-
-
-# --- cases
-
-
 def make_case(bases: Bases, where: Path, random: Random) -> Path:
-    """A hostile checkpoint in `where`/src, with its parent and `elsewhere` beside it."""
+    """Write a hostile checkpoint to `where`/src, beside good ones and `elsewhere`; return src."""
     where.mkdir()
     for name in ("bf16", "nvfp4", "elsewhere"):
         shutil.copytree(bases.folder / name, where / name)
@@ -339,12 +65,12 @@ def make_case(bases: Bases, where: Path, random: Random) -> Path:
     recipe = twisted(RECIPE, random) if random.random() < 0.5 else RECIPE
     (where / "mine.yaml").write_text(yaml.safe_dump(recipe))
     if random.random() < 0.3:
-        _spoil_out(where / "out", random)
+        spoil_out(where / "out", random)
     return src
 
 
 def commands(src: str, where: Path, random: Random) -> Iterator[list[str]]:
-    """Command lines to try; `src` may be a repo."""
+    """Yield the command lines to run on `src`, which may be a repo."""
     recipe = random.choice(("nvfp4", str(where / "mine.yaml")))
     out = ["-o", str(where / "out"), "--workers", "2"]
     form = random.choice((["--format", "json"], []))
@@ -352,51 +78,51 @@ def commands(src: str, where: Path, random: Random) -> Iterator[list[str]]:
     yield ["plan", src, "--recipe", recipe, *form]
     depth = ["--depth", random.choice(("structure", "numbers", "full"))]
     if any(path.is_file() and path.stat().st_size > 2**30 for path in (where / "src").iterdir()):
-        depth = ["--depth", "structure"]  # to read a terabyte of zeros takes as long as it takes
+        depth = ["--depth", "structure"]  # reading a terabyte of zeros takes too long
     against = random.choice(([], [], ["--against", str(where / "bf16")]))
     yield ["verify", src, *depth, *against, *form, "--junit", str(where / "out.xml")]
     yield ["verify-ignore", src, *form]
     restart = random.choice(([], ["--restart"]))
     for _ in range(random.choice((1, 1, 2))):
         yield ["quantize", src, "--recipe", recipe, *out, *restart, *form]
-    looked = ["--depth", "structure"] if depth[1] == "structure" else []
-    mended = ["-o", str(where / "out-mended"), *looked, *restart, *form]
-    # The hostile one is what is mended, or what it is mended with.
+    shallow = ["--depth", "structure"] if depth[1] == "structure" else []
+    options = ["-o", str(where / "out-repaired"), *shallow, *restart, *form]
+    # The hostile checkpoint is the damaged checkpoint or the parent.
     pair = random.choice(
         ((src, str(where / "bf16")), (src, str(where / "bf16")), (str(where / "nvfp4"), src))
     )
-    yield ["repair", pair[0], "--from", pair[1], *mended]
+    yield ["repair", pair[0], "--from", pair[1], *options]
 
 
 def run_command(command: list[str]) -> tuple[int, list[str]]:
-    """The exit code of a command, and what was wrong with how it behaved."""
+    """Run a command; return its exit code and the faults of its behaviour."""
     result = CliRunner().invoke(app, command)
-    said = result.stdout + result.stderr
-    wrong = []
+    printed = result.stdout + result.stderr
+    faults = []
     if result.exit_code not in (0, 1, 2, 3):
-        wrong.append(f"exit code {result.exit_code}")
+        faults.append(f"exit code {result.exit_code}")
     if result.exception and not isinstance(result.exception, SystemExit):
-        wrong.append(f"raised {result.exception!r}")
-    if "failed unexpectedly" in said or "Traceback" in said:
-        wrong.append(said[-600:])
-    if any(ord(char) < 32 and char != "\n" for char in said):
-        wrong.append("printed a control character")
-    return result.exit_code, wrong
+        faults.append(f"raised {result.exception!r}")
+    if "failed unexpectedly" in printed or "Traceback" in printed:
+        faults.append(printed[-600:])
+    if any(ord(char) < 32 and char != "\n" for char in printed):
+        faults.append("printed a control character")
+    return result.exit_code, faults
 
 
 def snapshot(where: Path) -> dict[str, tuple[int, int, int]]:
-    """What every file but those of OUT is: its kind, size and time of change."""
-    found = {}
+    """Return path -> mode, size and time of change of every file in `where` outside OUT."""
+    states = {}
     for folder, folders, names in os.walk(where):
         if Path(folder) == where:
-            folders[:] = [name for name in folders if name not in ("out", "out-mended")]
+            folders[:] = [name for name in folders if name not in ("out", "out-repaired")]
             names = [name for name in names if name != "out.xml"]
         for name in (*folders, *names):
             path = Path(folder, name)
             stat = path.lstat()
             size = stat.st_size if name in names else 0
-            found[str(path.relative_to(where))] = (stat.st_mode, size, stat.st_mtime_ns)
-    return found
+            states[str(path.relative_to(where))] = (stat.st_mode, size, stat.st_mtime_ns)
+    return states
 
 
 __all__ = ["Bases", "commands", "dumped", "make_case", "run_command", "snapshot", "twisted"]

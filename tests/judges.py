@@ -1,4 +1,4 @@
-"""Judges we did not write: upstream's own tools, run on the same files."""
+"""Upstream's own tools as judges of mquant's files, and helpers that compare checkpoints."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def model_free_ptq(
 
 
 def oneshot_and_save(src: Path, out: Path) -> Path:
-    """Quantize as people do it: transformers loads, `oneshot`, `save_pretrained`."""
+    """Quantize as users do: load with transformers, call `oneshot`, then `save_pretrained`."""
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from transformers import AutoModelForCausalLM
@@ -36,13 +36,13 @@ def oneshot_and_save(src: Path, out: Path) -> Path:
     )
     oneshot(model=model, recipe=recipe, processor=object())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of memory, when it saves
+        warnings.simplefilter("ignore")  # save_pretrained warns of memory
         model.save_pretrained(out, save_compressed=True)
     return out
 
 
 def one_shard(src: Path, out: Path) -> Path:
-    """The same checkpoint in one shard: model_free_ptq rejects some legal ways to cut one."""
+    """Write a checkpoint as one shard: model_free_ptq rejects some legal cuts between shards."""
     from safetensors.torch import load_file, save_file
 
     out.mkdir()
@@ -55,32 +55,32 @@ def one_shard(src: Path, out: Path) -> Path:
 
 
 def converted_by(converter: Any, src: Path, out: Path) -> Path:
-    """What one of compressed-tensors' converters makes of all tensors, without a config."""
+    """Write all tensors as a converter of compressed-tensors returns them, with an empty config."""
     from safetensors.torch import load_file, save_file
 
     tensors: dict[str, Any] = {}
     for shard in sorted(src.glob("*.safetensors")):
         tensors |= load_file(shard)
-    made = {name: tensor.contiguous() for name, tensor in converter.process(tensors).items()}
+    converted = {name: tensor.contiguous() for name, tensor in converter.process(tensors).items()}
     out.mkdir()
-    save_file(made, out / "model.safetensors")
+    save_file(converted, out / "model.safetensors")
     (out / "config.json").write_text("{}", encoding="utf-8")
     return out
 
 
 def opened(path: Path) -> Checkpoint:
-    """A checkpoint folder, headers read."""
+    """Open a checkpoint folder and read its headers."""
     return open_checkpoint(Folder(path))
 
 
 def data(checkpoint: Checkpoint, name: str) -> bytes:
-    """One tensor's bytes."""
+    """Return the bytes of one tensor."""
     tensor = checkpoint.tensors[name]
     return checkpoint.source.read(tensor.shard, tensor.start, tensor.end)
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Every file's sha256, by its path in the folder."""
+    """Return path in the folder -> sha256 of every file."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -89,23 +89,23 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def held(folder: Path) -> int:
-    """Bytes of all files in a folder that others are at work in; of reserved ones their size."""
+    """Return the bytes of all files in a folder, while a run writes; reserved bytes count."""
     total = 0
-    for where, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder):
         for name in names:
-            with suppress(FileNotFoundError):  # just now gone
-                total += Path(where, name).stat().st_size
+            with suppress(FileNotFoundError):  # the run has just deleted the file
+                total += Path(parent, name).stat().st_size
     return total
 
 
 def largest(folder: Path) -> int:
-    """Bytes of the largest shard in a folder."""
+    """Return the bytes of the largest shard in a folder."""
     return max(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def differences(ours: Path, theirs: Path, names: set[str]) -> list[str]:
-    """The names among `names` whose dtype, shape or bytes differ."""
-    a, b = opened(ours), opened(theirs)
+def differences(left: Path, right: Path, names: set[str]) -> list[str]:
+    """Return those of `names` whose dtype, shape or bytes differ between two folders."""
+    a, b = opened(left), opened(right)
     return [
         name
         for name in sorted(names)
@@ -118,12 +118,12 @@ def differences(ours: Path, theirs: Path, names: set[str]) -> list[str]:
 
 
 def quantized_names(folder: Path) -> set[str]:
-    """Names of the tensors only a quantized module has."""
+    """Return the names of the tensors that only a quantized module has."""
     suffixes = (".weight_packed", ".weight_scale", ".weight_global_scale")
     return {name for name in opened(folder).tensors if name.endswith(suffixes)}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file."""
+    """Read a JSON file."""
     value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return value

@@ -1,4 +1,4 @@
-"""Runs that are killed: each in a process of its own, forked where the kernels are compiled."""
+"""Runs that are killed. Each run has its own process, forked from a server with loaded kernels."""
 
 import multiprocessing
 import os
@@ -23,16 +23,16 @@ _SERVER = multiprocessing.get_context("forkserver")
 
 
 def run_and_die(src: Path, out: Path, shard_bytes: int, unit: int, *, counted: bool) -> int | None:
-    """Quantize, and kill the process when it has done `unit` units; returns its exit code.
+    """Quantize, kill the process when `unit` units are done, and return the exit code.
 
-    With `counted` every unit is in the ledger before the next begins; without, none is before its
-    shard is whole. One worker, so that it is the same units every time.
+    If `counted` is true, every unit is in the ledger before the next unit begins; if not, no unit
+    is in the ledger before its shard is whole. One worker does the same units every time.
     """
     return _outcome(_start(_die_after, src, out, shard_bytes, unit, counted))
 
 
 def run_and_kill(src: Path, out: Path, shard_bytes: int, seconds: float) -> int | None:
-    """Quantize, and kill the process from outside when it has been at work for `seconds`."""
+    """Quantize, kill the process `seconds` after the ledger appears, and return the exit code."""
     process = _start(quantize_nvfp4, src, out, silent, shard_bytes)
     ledger = out / LEDGER
     deadline = time.monotonic() + 30
@@ -44,26 +44,26 @@ def run_and_kill(src: Path, out: Path, shard_bytes: int, seconds: float) -> int 
 
 
 def make_shares(src: Path, out: Path, shard_bytes: int, of: int) -> list[int | None]:
-    """Make all shares at the same time, each in a process of its own; returns the exit codes."""
+    """Make all shares at the same time, each in its own process; return the exit codes."""
     numbers = range(1, of + 1)
-    started = [_start(_share_and_die, src, out, shard_bytes, n, of, None) for n in numbers]
-    return [_outcome(process) for process in started]
+    processes = [_start(_share_and_die, src, out, shard_bytes, n, of, None) for n in numbers]
+    return [_outcome(process) for process in processes]
 
 
 def share_and_die(
     src: Path, out: Path, shard_bytes: int, number: int, of: int, unit: int
 ) -> int | None:
-    """Make a share, and kill the process when `unit` units of it are counted."""
+    """Make a share, kill the process when `unit` of its units are counted; return the exit code."""
     return _outcome(_start(_share_and_die, src, out, shard_bytes, number, of, unit))
 
 
 def finish_and_die(out: Path, changes: int) -> int | None:
-    """Finish a run in shares, and kill the process when it has changed `changes` names in OUT."""
+    """Finish a run in shares, and kill the process after `changes` renames or deletions in OUT."""
     return _outcome(_start(_finish_and_die, out, changes))
 
 
 def repair_and_die(bad: Path, parent: Path, changes: int) -> int | None:
-    """Repair in place, and kill the process when it has changed `changes` names in the folder."""
+    """Repair in place, and kill the process after `changes` renames or deletions in the folder."""
     return _outcome(_start(_die_after_changes, bad, parent, changes))
 
 

@@ -1,4 +1,4 @@
-"""Small MiniMax-M2 checkpoints for tests, in the names and with the config.json of the hub."""
+"""Small MiniMax-M2 checkpoints for tests, with the names and the config.json of the hub."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ Row = tuple[str, str, tuple[int, ...], bytes]
 """name, dtype, shape, data"""
 
 Edit = Callable[[list[Row]], list[Row] | None]
-"""Changes the rows in place, or returns others."""
+"""A function that changes the rows in place, or returns other rows."""
 
 NUMPY = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -29,13 +29,13 @@ NUMPY = {
     "U8": np.dtype(np.uint8),
 }
 
-# A cut after one of these splits a fused set: q|k|v of a layer, w1|w3 of an expert.
+# A cut after a tensor with such a name splits a fused set: q|k|v of a layer, w1|w3 of an expert.
 _INSIDE_A_SET = (".q_proj.weight", ".k_proj.weight", ".w1.weight", ".w2.weight")
 
 
 @cache
 def minimax_m2() -> Family:
-    """The family the checkpoints are of."""
+    """Return the family of the checkpoints."""
     return load_families()["minimax_m2"]
 
 
@@ -60,8 +60,8 @@ def make_checkpoint(
     """Write a checkpoint and return its folder.
 
     `config` overrides keys of config.json after the weights' shapes are fixed (`...` removes a
-    key), `edit` the tensors before they are written. Every cut between shards splits a fused set.
-    One shard is `model.safetensors` without an index, as on the hub.
+    key). `edit` changes the tensors before the shards are written. Every cut between shards splits
+    a fused set. A single shard is `model.safetensors` without an index, as on the hub.
     """
     table = make_config(
         num_hidden_layers=layers,
@@ -95,19 +95,19 @@ def make_checkpoint(
     for file, part in zip(files, parts, strict=True):
         write_shard(path / file, part)
     if index and len(parts) > 1:
-        where = {row[0]: file for file, part in zip(files, parts, strict=True) for row in part}
+        weight_map = {row[0]: file for file, part in zip(files, parts, strict=True) for row in part}
         total = sum(len(row[3]) for row in rows)
-        write_index(path, dict(sorted(where.items())), total)
+        write_index(path, dict(sorted(weight_map.items())), total)
     return path
 
 
 def make_larger(path: Path, shards: int) -> Path:
-    """Write a checkpoint of 26 MB, with the names and config.json of the small ones."""
+    """Write a checkpoint of 26 MB, with the names and config.json of the small checkpoints."""
     return make_checkpoint(path, layers=2, experts=8, hidden=512, intermediate=512, shards=shards)
 
 
 def make_config(**overrides: Any) -> dict[str, Any]:
-    """A config.json as on the hub, of the family's real size but for `overrides`."""
+    """Return a config.json as on the hub: the family's real sizes, except for `overrides`."""
     synth = minimax_m2().synth
     table = {**synth.config, **overrides}
     layers = table["num_hidden_layers"]
@@ -115,7 +115,7 @@ def make_config(**overrides: Any) -> dict[str, Any]:
 
 
 def make_names(layers: int, experts: int) -> Iterator[tuple[TensorRow, str]]:
-    """The family's row and name of every tensor, in the order of the hub's files."""
+    """Yield the family's row and the name of every tensor, in the order of the hub's files."""
     rows = minimax_m2().tensors
     inner = [row for row in rows if "{layer}" in row.name]
     first = rows.index(inner[0])
@@ -136,24 +136,24 @@ def make_names(layers: int, experts: int) -> Iterator[tuple[TensorRow, str]]:
 def make_row(
     name: str, dtype: str, shape: tuple[int, ...], random: np.random.Generator | int = 0
 ) -> Row:
-    """A tensor of small random values."""
+    """Return a tensor of small random values."""
     values = np.random.default_rng(random).standard_normal(shape, np.float32)
     scale = 0.05 if NUMPY[dtype].kind not in "iu" else 16
     return name, dtype, shape, (values * scale).astype(NUMPY[dtype]).tobytes()
 
 
 def renamed(rows: list[Row], old: str, new: str) -> list[Row]:
-    """The rows, with `old` replaced in every name."""
+    """Return the rows with `old` replaced in every name."""
     return [(name.replace(old, new), *rest) for name, *rest in rows]  # type: ignore[misc]
 
 
 def without(*parts: str) -> Edit:
-    """An `edit` that drops every tensor with one of these in its name."""
+    """Return an `edit` that drops every tensor whose name contains one of `parts`."""
     return lambda rows: [row for row in rows if not any(part in row[0] for part in parts)]
 
 
 def adding(*names: str, dtype: str = "BF16", shape: tuple[int, ...] = (16, 16)) -> Edit:
-    """An `edit` that adds tensors."""
+    """Return an `edit` that adds tensors."""
     return lambda rows: [*rows, *(make_row(name, dtype, shape) for name in names)]
 
 
@@ -171,7 +171,7 @@ def write_index(path: Path, where: Mapping[str, str], total: int = 0) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON as the hub has it."""
+    """Write JSON in the format of the hub's files."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

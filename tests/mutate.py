@@ -1,4 +1,4 @@
-"""Breaking good checkpoints by code: copy one, change one thing, keep all else as it was.
+"""Copies of good checkpoints with one change: everything else is as in the good checkpoint.
 
 bad = mutated(good, tmp_path, edit=without(".w1.weight_scale"))
 bad = mutated(good, tmp_path, config={"rotary_dim": ...})
@@ -31,14 +31,15 @@ def mutated(
     index: Callable[[dict[str, str]], dict[str, str] | None] | None = None,
     total_size: int | None = None,
 ) -> Path:
-    """A copy of a checkpoint in `folder`, with changed tensors, config keys or weight_map.
+    """Copy a checkpoint to `folder`/bad with changed tensors, config keys or weight_map.
 
-    After an `edit` every shard is written anew and the index is true again; a new tensor goes
-    where the last one is. `...` removes a config key. `index` and `total_size` then lie.
+    After an `edit` every shard is written again and the index fits the shards; a new tensor is
+    stored in the last shard. `...` removes a config key. `index` and `total_size` change the index
+    last, so that the index may not fit the shards.
     """
     bad = Path(shutil.copytree(good, folder / "bad"))
     checkpoint = opened(good)
-    where = {name: info.shard for name, info in checkpoint.tensors.items()}
+    weight_map = {name: info.shard for name, info in checkpoint.tensors.items()}
     total = checkpoint.nbytes
     if edit is not None:
         rows: list[Row] = [
@@ -47,13 +48,13 @@ def mutated(
         ]
         rows = edit(rows) or rows
         last = checkpoint.shards[-1]
-        where = {row[0]: where.get(row[0], last) for row in rows}
+        weight_map = {row[0]: weight_map.get(row[0], last) for row in rows}
         total = sum(len(row[3]) for row in rows)
         for shard in checkpoint.shards:
-            write_shard(bad / shard, [row for row in rows if where[row[0]] == shard])
+            write_shard(bad / shard, [row for row in rows if weight_map[row[0]] == shard])
     if (bad / INDEX_NAME).exists():
-        where = (index(where) or where) if index else where
-        write_index(bad, where, total if total_size is None else total_size)
+        weight_map = (index(weight_map) or weight_map) if index else weight_map
+        write_index(bad, weight_map, total if total_size is None else total_size)
     if config is not None:
         table = {**read_json(bad / CONFIG_NAME), **config}
         write_json(bad / CONFIG_NAME, {k: v for k, v in table.items() if v is not ...})
@@ -67,7 +68,7 @@ def changed(
     dtype: str = "",
     shape: tuple[int, ...] | None = None,
 ) -> Edit:
-    """An `edit` of the one tensor of that name: its bytes, its dtype, its shape."""
+    """Return an `edit` of the tensor `name`: of its bytes, dtype or shape."""
 
     def edit(rows: list[Row]) -> None:
         (number,) = (n for n, row in enumerate(rows) if row[0] == name)
@@ -82,7 +83,7 @@ def changed(
 
 
 def setting(position: int | slice, value: int) -> Callable[[Bytes], None]:
-    """Bytes of a tensor set to a value."""
+    """Return a function that sets bytes of a tensor to a value."""
 
     def change(values: Bytes) -> None:
         values[position] = value
@@ -91,7 +92,7 @@ def setting(position: int | slice, value: int) -> Callable[[Bytes], None]:
 
 
 def scalar(value: float) -> Callable[[Bytes], Bytes]:
-    """All of a tensor replaced by one F32."""
+    """Return a function that replaces a tensor's bytes with one F32."""
     return lambda _: np.frombuffer(np.float32(value).tobytes(), np.uint8)
 
 
@@ -101,7 +102,7 @@ def judged(
     depth: Depth = Depth.STRUCTURE,
     severities: tuple[Severity, ...] = ("error", "warning"),
 ) -> dict[str, str]:
-    """Rule -> message of what `verify` finds wrong; of `severities`."""
+    """Return rule -> message of the first finding of `verify`, for findings of `severities`."""
     against = None if parent is None else Folder(parent)
     report = verify(Folder(folder), load_families(), depth, against)
     assert {finding.rule for finding in report.findings} <= RULES.keys()

@@ -1,4 +1,4 @@
-"""Chromium for tests: a page as a browser lays it out."""
+"""Chromium for tests: facts about a page that a browser has laid out."""
 
 import re
 import shutil
@@ -27,21 +27,21 @@ _OPTIONS = (
 _PROBE = """<!doctype html><iframe src="{page}" style="width:{width}px;height:900px"></iframe>
 <pre id="out"></pre><script>
 addEventListener("load", () => {{
-  const page = frames[0].document, root = page.documentElement, said = [];
-  said.push("width=" + root.scrollWidth);
-  said.push("back=" + frames[0].getComputedStyle(page.body).backgroundColor);
-  said.push("ink=" + frames[0].getComputedStyle(page.body).color);
-  said.push("broken=" + [...page.images].filter((i) => !i.naturalWidth).length);
-  said.push("title=" + page.querySelector("h1").textContent);
-  said.push("scripts=" + page.scripts.length);
-  document.getElementById("out").textContent = said.join("|");
+  const page = frames[0].document, root = page.documentElement, facts = [];
+  facts.push("width=" + root.scrollWidth);
+  facts.push("back=" + frames[0].getComputedStyle(page.body).backgroundColor);
+  facts.push("ink=" + frames[0].getComputedStyle(page.body).color);
+  facts.push("broken=" + [...page.images].filter((i) => !i.naturalWidth).length);
+  facts.push("title=" + page.querySelector("h1").textContent);
+  facts.push("scripts=" + page.scripts.length);
+  document.getElementById("out").textContent = facts.join("|");
 }});
 </script>
 """
 
 
 def laid_out(page: Path, folder: Path, width: int, *, dark: bool) -> dict[str, str]:
-    """What a browser makes of a page in a frame of some width, in light or dark."""
+    """Return facts about a page that Chromium lays out `width` pixels wide, in light or dark."""
     assert CHROMIUM is not None
     probe = folder / "probe.html"
     probe.write_text(_PROBE.format(page=page.as_uri(), width=width), encoding="utf-8")
@@ -49,6 +49,6 @@ def laid_out(page: Path, folder: Path, width: int, *, dark: bool) -> dict[str, s
     profile = f"--user-data-dir={folder / 'profile'}"
     command = [CHROMIUM, *_OPTIONS, scheme, profile, "--dump-dom", probe.as_uri()]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    found = re.search(r'<pre id="out">([^<]+)</pre>', run.stdout)
-    assert found, run.stdout + run.stderr
-    return dict(part.split("=", 1) for part in unescape(found[1]).split("|"))
+    output = re.search(r'<pre id="out">([^<]+)</pre>', run.stdout)
+    assert output, run.stdout + run.stderr
+    return dict(part.split("=", 1) for part in unescape(output[1]).split("|"))

@@ -1,4 +1,4 @@
-"""Running mquant in tests."""
+"""Helpers that run mquant in tests."""
 
 import shutil
 from pathlib import Path
@@ -16,14 +16,14 @@ from mquant.runs.spec import Engine
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TRAINED = FIXTURES / "tiny-minimax-m2"
-# The command line, in a process that tells its peak memory on stderr.
+# The command line, in a process that prints its peak memory on stderr.
 MEASURED = """
 import sys
 from mquant.cli import main
 try:
     main()
 finally:
-    # Not ru_maxrss, which a process started by a large one begins with.
+    # Not ru_maxrss: a child process starts with the ru_maxrss of its parent.
     status = open("/proc/self/status").read()
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     print(f"torch {'torch' in sys.modules} peak {peak}", file=sys.stderr)
@@ -31,7 +31,7 @@ finally:
 
 
 def wide(path: Path) -> Path:
-    """Write a checkpoint that the trained one's tokenizer fits, of shapes that divide by 128."""
+    """Write a checkpoint for the trained model's tokenizer, with shapes that 128 divides."""
     make_checkpoint(
         path, hidden=256, intermediate=128, heads=8, kv_heads=4, head_dim=32, vocab=2048
     )
@@ -41,7 +41,7 @@ def wide(path: Path) -> Path:
 
 
 def plan_of(src: Path, recipe: str = "nvfp4", max_shard_bytes: int = 5_000_000_000) -> Plan:
-    """The plan of a checkpoint folder."""
+    """Return the plan of a checkpoint folder."""
     checkpoint = open_checkpoint(Folder(src))
     return make_plan(
         checkpoint, find_recipe(recipe), load_families(), max_shard_bytes=max_shard_bytes
@@ -63,7 +63,7 @@ def quantize_nvfp4(
 
 
 def shares_of(src: Path, out: Path, of: int, shard_bytes: int, recipe: str = "nvfp4") -> Shares:
-    """The run of a folder's plan in so many shares, of which none is made yet."""
+    """Return the run of a folder's plan in `of` shares, before a share is made."""
     plan = plan_of(src, recipe, shard_bytes)
     order = JobSpec.of(plan, shard_bytes, allow_unsafe=False, importance=None)
     return in_shares(plan, order, out, of)

@@ -1,6 +1,6 @@
-"""The trained checkpoint in schemes that are not ours: edits of our NVFP4A16 of it, and configs.
+"""The trained checkpoint in other schemes: edits of its NVFP4A16 checkpoint, and configs.
 
-Written after the formats' descriptions and with numpy alone; scales are simple maxima.
+The edits follow the formats' descriptions and use numpy alone; scales are simple maxima.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,19 +26,19 @@ _INT8: Final = {"num_bits": 8, "type": "int", "symmetric": True}
 
 
 def _per_module(make: Callable[[str, Weight], Iterator[Row]]) -> Edit:
-    """Every module that is quantized in NVFP4 quantized otherwise, from the parent's weight."""
+    """Return an edit that quantizes NVFP4 modules in another scheme, from the parent's weights."""
 
     def edit(rows: list[Row]) -> list[Row]:
-        parent, made = opened(TRAINED), list[Row]()
+        parent, result = opened(TRAINED), list[Row]()
         for row in rows:
             module, _, suffix = row[0].rpartition(".")
             if suffix == "weight_packed":
                 raw = np.frombuffer(data(parent, f"{module}.weight"), ml_dtypes.bfloat16)
                 shape = parent.tensors[f"{module}.weight"].shape
-                made += make(module, raw.astype(np.float32).reshape(shape))
+                result += make(module, raw.astype(np.float32).reshape(shape))
             elif suffix not in ("weight_scale", "weight_global_scale"):
-                made.append(row)
-        return made
+                result.append(row)
+        return result
 
     return edit
 
@@ -86,30 +86,30 @@ INT8: Final = _per_module(_int8_channel)
 
 
 def with_input_scales(rows: list[Row]) -> list[Row]:
-    """NVFP4 with activations in 4 bits, too: a scale of the input beside every module's codes."""
+    """Add an input scale beside every module's codes, as for activations in NVFP4."""
     scale = np.array([500], np.float32)
     modules = [row[0].rpartition(".")[0] for row in rows if row[0].endswith(".weight_packed")]
     return [*rows, *(_row(f"{module}.input_global_scale", "F32", scale) for module in modules)]
 
 
 def as_modelopt(rows: list[Row]) -> list[Row]:
-    """The same codes and scales by ModelOpt's names; global scales are factors there."""
-    made: list[Row] = []
+    """Return the same codes and scales under ModelOpt's names, with reciprocal global scales."""
+    result: list[Row] = []
     for name, dtype, shape, raw in rows:
         module, _, suffix = name.rpartition(".")
         if suffix == "weight_packed":
-            made.append((f"{module}.weight", dtype, shape, raw))
+            result.append((f"{module}.weight", dtype, shape, raw))
         elif suffix == "weight_global_scale":
             factor = 1 / np.frombuffer(raw, "<f4")
-            made.append(_row(f"{module}.weight_scale_2", "F32", factor.reshape(())))
-            made.append(_row(f"{module}.input_scale", "F32", np.array(0.01, np.float32)))
+            result.append(_row(f"{module}.weight_scale_2", "F32", factor.reshape(())))
+            result.append(_row(f"{module}.input_scale", "F32", np.array(0.01, np.float32)))
         else:
-            made.append((name, dtype, shape, raw))
-    return made
+            result.append((name, dtype, shape, raw))
+    return result
 
 
 def declaring(form: str, weights: object, inputs: object) -> Callable[[dict[str, Any]], None]:
-    """A config of compressed-tensors, `ignore` as it was."""
+    """Return a change of the config to a format of compressed-tensors; `ignore` stays the same."""
 
     def change(config: dict[str, Any]) -> None:
         group = {"targets": ["Linear"], "format": form, "weights": weights}
@@ -122,7 +122,7 @@ def declaring(form: str, weights: object, inputs: object) -> Callable[[dict[str,
 
 
 def w4a4(config: dict[str, Any]) -> None:
-    """Activations in NVFP4, too."""
+    """Declare activations in NVFP4."""
     (group,) = config["quantization_config"]["config_groups"].values()
     group["input_activations"] = {**_E2M1, "symmetric": True, "dynamic": "local"}
 
@@ -141,7 +141,7 @@ int8: Final = declaring(
 
 
 def fp8_blocks(config: dict[str, Any]) -> None:
-    """FP8 as the original release has it, in smaller blocks."""
+    """Declare FP8 as in the original release, with smaller blocks."""
     config["quantization_config"] = {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -152,7 +152,7 @@ def fp8_blocks(config: dict[str, Any]) -> None:
 
 
 def modelopt(config: dict[str, Any]) -> None:
-    """ModelOpt's flat config, with patterns instead of `re:`."""
+    """Declare ModelOpt's flat config, with globs instead of `re:` entries."""
     config["quantization_config"] = {
         "quant_method": "modelopt",
         "quant_algo": "NVFP4",

@@ -1,4 +1,4 @@
-"""Families: every tensor's name means one thing, or nothing."""
+"""A family knows the one meaning of each of its tensor names, and a bad family file is refused."""
 
 import gzip
 from collections import Counter
@@ -48,10 +48,10 @@ def test_a_name_says_role_layer_and_expert(
     assert meaning.row.format(layer, expert) == name
 
 
-def test_every_row_of_the_family_is_tried_above() -> None:
-    tried = {minimax_m2().classify(name) for name, *_ in MEANINGS}
+def test_every_row_of_the_family_has_a_meaning_above() -> None:
+    meanings = {minimax_m2().classify(name) for name, *_ in MEANINGS}
 
-    assert {tensor_role.row for tensor_role in tried if tensor_role} == set(minimax_m2().tensors)
+    assert {meaning.row for meaning in meanings if meaning} == set(minimax_m2().tensors)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_the_golden_listing_is_the_family_at_its_real_size() -> None:
     assert sorted(listed) == sorted(name for _, name in make_names(62, 154))
 
 
-def test_fused_sets_are_what_loaders_make_one_matrix_of() -> None:
+def test_fused_sets_are_the_modules_that_loaders_join_into_one_matrix() -> None:
     sets = {
         name: [row.name.split(".")[-2] for row in rows]
         for name, rows in minimax_m2().fused_sets.items()
@@ -155,7 +155,7 @@ def test_a_shape_is_computed_from_config() -> None:
 
 
 @pytest.mark.parametrize("value", [None, "64", 64.0, True, [64]])
-def test_a_shape_is_unknown_where_config_does_not_say(value: object) -> None:
+def test_a_shape_is_unknown_if_config_does_not_give_its_sizes(value: object) -> None:
     assert shape_of("model.norm.weight", hidden_size=value) is None
     assert shape_of("model.norm.weight") is None
 
@@ -169,11 +169,11 @@ def test_a_family_is_found_by_model_type() -> None:
 
 
 def family_file(tmp_path: Path, edit: str, value: object) -> Path:
-    """The shipped family file with one key, given as a dotted path, changed."""
+    """Write the shipped family file with another value of one key, a dotted path."""
     data = yaml.safe_load((folder("configs") / "minimax_m2.yaml").read_text())
-    *way, last = edit.split(".")
+    *tables, last = edit.split(".")
     table = data
-    for step in way:
+    for step in tables:
         table = table[int(step) if step.isdigit() else step]
     table[last] = value
     path = tmp_path / "mine.yaml"
@@ -232,7 +232,7 @@ def test_a_missing_key_of_a_family_file_is_named(tmp_path: Path) -> None:
     assert complaint(path) == "mine.yaml: title: Field required."
 
 
-def test_a_family_may_copy_what_it_does_not_understand(tmp_path: Path) -> None:
+def test_a_family_may_have_tensors_of_role_other(tmp_path: Path) -> None:
     data = yaml.safe_load((folder("configs") / "minimax_m2.yaml").read_text())
     data["tensors"].append({"name": "model.layers.{layer}.extra", "role": "other"})
     path = tmp_path / "mine.yaml"

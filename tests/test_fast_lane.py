@@ -1,4 +1,4 @@
-"""The fast lane has a test of each room, and that test is of the room."""
+"""The fast lane has at least one test of each room, and each test imports the room."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""Hostile checkpoints and recipes: a sentence each time, and no harm done.
+"""A hostile checkpoint or recipe is refused with a sentence and does no harm.
 
-Headers have a file of their own (checkpoint/test_headers.py). What `scripts/fuzz.py` found, or an
-attacker would try, stands here and in test_hostile_out.py by name; below, a few seconds of the
-fuzzer itself.
+checkpoint/test_headers.py has the tests of hostile headers. The tests here and in
+test_hostile_out.py are cases that `scripts/fuzz.py` found, or that an attacker would try. The last
+test runs random cases, as the fuzzer does, for a few seconds.
 """
 
 import json
@@ -46,7 +46,7 @@ def src(tmp_path: Path) -> Path:
 
 
 def sentence(run: Any, *arguments: Any) -> str:
-    """What something is refused with."""
+    """Return the message of the error that a call raises."""
     with pytest.raises(MquantError) as caught:
         run(*arguments)
     assert caught.value.fix
@@ -76,7 +76,7 @@ def test_one_emoji_does_not_make_text_four_times_as_large() -> None:
     [b"[" * 51 + b"]" * 51, b"[" * 10**5, b'"\\ud800"', b'{"\\uDC00": 1}', b"\xff", b"9" * 5000],
     ids=["deep", "very deep", "surrogate", "surrogate key", "no UTF-8", "long number"],
 )
-def test_json_that_could_not_be_written_again_is_none(raw: bytes) -> None:
+def test_json_that_could_not_be_written_again_is_refused(raw: bytes) -> None:
     with pytest.raises(ValueError):
         parse_json(raw)
 
@@ -109,17 +109,17 @@ def test_shards_are_limited(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_modules_are_limited(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modules, "MAX_MODULES", 30)
 
-    said = sentence(verify, Folder(src), load_families())
-    assert said == "src has 47 modules; no model has more than 30."
+    message = sentence(verify, Folder(src), load_families())
+    assert message == "src has 47 modules; no model has more than 30."
 
 
 @pytest.mark.parametrize("value", [10**18, -1, 2.0, True, "2", None, [2], 1001])
-def test_a_number_of_layers_that_cannot_be_costs_no_loop(src: Path, value: Any) -> None:
+def test_an_impossible_number_of_layers_is_refused_without_a_loop(src: Path, value: Any) -> None:
     table = json.loads((src / CONFIG_NAME).read_text())
     write_json(src / CONFIG_NAME, {**table, "num_hidden_layers": value})
 
-    (found,) = plan_of(src).refusals
-    assert found.rule == "config-key-unusable"
+    (refusal,) = plan_of(src).refusals
+    assert refusal.rule == "config-key-unusable"
 
 
 # --- folders
@@ -141,18 +141,18 @@ def test_a_link_out_of_the_source_is_not_copied(src: Path, tmp_path: Path) -> No
     (tmp_path / "secret").write_text("whatever only this user can read")
     (src / "tokenizer.json").symlink_to(tmp_path / "secret")
     (src / "inside.json").symlink_to(src / CONFIG_NAME)
-    told: list[Event] = []
+    events: list[Event] = []
 
-    out = quantize_nvfp4(src, tmp_path / "out", told.append)
+    out = quantize_nvfp4(src, tmp_path / "out", events.append)
 
     assert not (out / "tokenizer.json").exists()
     assert (out / "inside.json").read_bytes() == (src / CONFIG_NAME).read_bytes()
     assert not (out / "inside.json").is_symlink()
-    said = "mquant does not copy links that lead out of the source folder: tokenizer.json."
-    assert Note("warning", said) in told
+    message = "mquant does not copy links that lead out of the source folder: tokenizer.json."
+    assert Note("warning", message) in events
 
 
-def test_the_hub_caches_links_lead_nowhere_else(src: Path, tmp_path: Path) -> None:
+def test_links_of_the_hub_cache_do_not_lead_out(src: Path, tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "models--a--b/snapshots/c0ffee", tmp_path / "models--a--b/blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -194,7 +194,7 @@ def configured(good: Path, tmp_path: Path, **weights: Any) -> Path:
     return mutated(good, tmp_path, config={"quantization_config": table})
 
 
-def test_a_format_that_is_no_word_is_told(bases: hostile.Bases, tmp_path: Path) -> None:
+def test_a_format_that_is_no_string_is_reported(bases: hostile.Bases, tmp_path: Path) -> None:
     group = {"targets": ["Linear"], "format": ["dense"]}
     table = {"quant_method": "compressed-tensors", "config_groups": {"g": group}}
     bad = mutated(bases.folder / "nvfp4", tmp_path, config={"quantization_config": table})
@@ -203,7 +203,7 @@ def test_a_format_that_is_no_word_is_told(bases: hostile.Bases, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("bits", [4.0, True, 0, -4, 10**9, "4"])
-def test_bits_that_cannot_be_are_no_bits(src: Path, tmp_path: Path, bits: Any) -> None:
+def test_a_weight_of_impossible_bits_is_not_compared(src: Path, tmp_path: Path, bits: Any) -> None:
     def edit(rows: list[Row]) -> list[Row]:
         rows = [row for row in rows if row[0] != f"{KEY}.weight"]
         scales = np.ones((32, 2), "<f4").tobytes()
@@ -214,14 +214,14 @@ def test_bits_that_cannot_be_are_no_bits(src: Path, tmp_path: Path, bits: Any) -
             (f"{KEY}.weight_shape", "I64", (2,), np.array([32, 64], "<i8").tobytes()),
         ]
 
-    made = mutated(src, tmp_path / "a", edit=edit)
-    bad = configured(made, tmp_path / "b", num_bits=bits)
+    packed = mutated(src, tmp_path / "a", edit=edit)
+    bad = configured(packed, tmp_path / "b", num_bits=bits)
 
     assert "weight-not-compared" in judged(bad, src, Depth.NUMBERS)
 
 
 @pytest.mark.parametrize("block", [[10**9, 10**9], [10**18, 1]])
-def test_blocks_larger_than_the_weight_cost_nothing(
+def test_blocks_larger_than_the_weight_take_no_memory(
     src: Path, tmp_path: Path, block: list[int]
 ) -> None:
     columns = -(-64 // block[1])
@@ -241,13 +241,13 @@ def test_blocks_larger_than_the_weight_cost_nothing(
     assert "is further from the parent" in judged(bad, src, Depth.NUMBERS)["weight-beyond-bound"]
 
 
-def test_a_row_that_could_not_be_held_is_not_compared(
+def test_a_row_that_memory_could_not_hold_is_not_compared(
     bases: hostile.Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mquant.verify.against_parent.PIECE", 31)
-    said = judged(bases.folder / "nvfp4", bases.folder / "bf16")
+    findings = judged(bases.folder / "nvfp4", bases.folder / "bf16")
 
-    assert "its rows have 32 elements" in said["weight-not-compared"]
+    assert "its rows have 32 elements" in findings["weight-not-compared"]
 
 
 # --- expressions, recipes
@@ -257,16 +257,16 @@ def test_many_bad_entries_are_one_finding(bases: hostile.Bases, tmp_path: Path) 
     table = {"quant_method": "compressed-tensors", "ignore": [f"re:({n}" for n in range(5_000)]}
     bad = mutated(bases.folder / "nvfp4", tmp_path, config={"quantization_config": table})
 
-    said = judged(bad)["ignore-bad-entry"]
-    assert "'re:(0' in ignore is no regular expression" in said
-    assert "(and 4,999 more like it)" in said
+    message = judged(bad)["ignore-bad-entry"]
+    assert "'re:(0' in ignore is no regular expression" in message
+    assert "(and 4,999 more like it)" in message
 
 
-def test_what_entries_match_together_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_matches_of_all_entries_together_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(name_patterns, "MAX_MATCHES", 10)
 
-    said = sentence(match, ["re:.*", "re:.*x?"], [str(n) for n in range(6)], Style.NAMES)
-    assert said == "The ignore list cannot be judged: its entries match more than 10 names."
+    message = sentence(match, ["re:.*", "re:.*x?"], [str(n) for n in range(6)], Style.NAMES)
+    assert message == "The ignore list cannot be judged: its entries match more than 10 names."
 
 
 def test_a_recipe_that_matches_forever_is_stopped(
@@ -301,19 +301,19 @@ LAUGHS = "a: &a {k: 1}\n" + "".join(
     [LAUGHS, "a: !!bool maybe", "a: !!timestamp x", "a: !!int ''", "a: 2001-99-99", "[" * 9999],
     ids=["laughs", "bool", "timestamp", "int", "date", "deep"],
 )
-def test_yaml_that_means_nothing_is_not_valid(tmp_path: Path, text: str) -> None:
+def test_hostile_yaml_is_not_valid(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.yaml").write_text(text)
 
     with pytest.raises(DataFileError, match="is not valid YAML"):
         read_yaml(tmp_path / "x.yaml")
 
 
-# --- by chance
+# --- random cases
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=12)
 @given(st.integers(0, 2**32))
-def test_no_command_is_harmed_and_none_does_harm(
+def test_no_command_fails_or_changes_a_file_outside_out(
     bases: hostile.Bases, tmp_path_factory: pytest.TempPathFactory, seed: int
 ) -> None:
     where, random = tmp_path_factory.mktemp("cases") / "case", Random(seed)  # noqa: S311
@@ -321,7 +321,7 @@ def test_no_command_is_harmed_and_none_does_harm(
     before = hostile.snapshot(where)
 
     for command in hostile.commands(str(src), where, random):
-        _, wrong = hostile.run_command(command)
-        assert not wrong, command
+        _, faults = hostile.run_command(command)
+        assert not faults, command
 
     assert hostile.snapshot(where) == before

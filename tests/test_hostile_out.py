@@ -1,4 +1,4 @@
-"""Hostile OUT folders, hubs and loaders: nothing is written or deleted elsewhere, nothing hangs."""
+"""mquant changes no file outside OUT and does not hang if OUT, a hub or a loader is hostile."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def src(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def victim(tmp_path: Path) -> Iterator[Path]:
-    """A file outside of OUT that must stay as it is."""
+    """Yield a file outside of OUT, and check that the test did not change the file."""
     path = tmp_path / "elsewhere" / "victim"
     path.parent.mkdir()
     path.write_text("years of work")
@@ -44,7 +44,7 @@ def victim(tmp_path: Path) -> Iterator[Path]:
 
 
 def sentence(run: Any, *arguments: Any) -> str:
-    """What something is refused with."""
+    """Return the message of the error that a call raises."""
     with pytest.raises(MquantError) as caught:
         run(*arguments)
     assert caught.value.fix
@@ -85,10 +85,10 @@ def test_a_ledger_cannot_count_more_jobs_than_there_are_tensors(
     lines = ({"jobs": [[0, 9_999_999]]}, {"jobs": [[0, 7]]}, {"jobs": [[20, 27]]})
     (tmp_path / LEDGER).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    found = read_ledger(tmp_path)
+    ledger = read_ledger(tmp_path)
 
-    assert found is not None
-    assert list(found.units) == [0, 1, 2, 3, 4, 5, 6, 7, 20, 21]
+    assert ledger is not None
+    assert list(ledger.units) == [0, 1, 2, 3, 4, 5, 6, 7, 20, 21]
 
 
 @pytest.mark.parametrize("name", ["sub/victim", "../elsewhere/victim", "x" * 300, "a\0b", "\ud800"])
@@ -119,8 +119,8 @@ def test_a_link_in_an_unfinished_out_is_not_written_through(
     out = tmp_path / "out"
     quantize_nvfp4(src, out)
     record = json.loads((out / RECORD).read_text())
-    for made in (CONFIG_NAME, "model-00001-of-00001.safetensors"):
-        (out / made).unlink()
+    for file in (CONFIG_NAME, "model-00001-of-00001.safetensors"):
+        (out / file).unlink()
     (out / name).symlink_to(victim)
     head = {"schema": "mquant.run/2", "fingerprint": record["fingerprint"], "files": [CONFIG_NAME]}
     (out / LEDGER).write_text(json.dumps(head) + "\n")
@@ -152,17 +152,17 @@ def test_side_files_do_not_follow_a_linked_folder(src: Path, tmp_path: Path, vic
 # --- the hub, and vLLM
 
 
-def test_a_download_that_makes_no_sense_is_a_sentence(hub: FakeHub, src: Path) -> None:
+def test_a_download_with_a_malformed_listing_is_refused(hub: FakeHub, src: Path) -> None:
     hub.add("org/model", src)
     repo = HubRepo("org/model")
     hub.tamper = lambda answer: answer.replace(b'"size"', b'"sise"').replace(b'"oid"', b'"odi"')
 
-    said = sentence(download, repo, lambda event: None)
-    assert "in a way huggingface_hub does not understand" in said
+    message = sentence(download, repo, lambda event: None)
+    assert "in a way huggingface_hub does not understand" in message
 
 
 @pytest.mark.parametrize("name", ["", "../x", "/x", "a/../x", "a\\x", "a\nb", "\ud800", "x" * 1025])
-def test_a_hubs_names_stay_in_the_repo(hub: FakeHub, src: Path, name: str) -> None:
+def test_a_listing_with_an_unsafe_file_name_is_refused(hub: FakeHub, src: Path, name: str) -> None:
     hub.add("org/model", src)
     table = {"sha": "a" * 40, "siblings": [{"rfilename": name, "size": 1}]}
     hub.tamper = lambda answer: json.dumps(table).encode()
@@ -170,7 +170,7 @@ def test_a_hubs_names_stay_in_the_repo(hub: FakeHub, src: Path, name: str) -> No
     assert "lists the repo in a way mquant does not understand" in sentence(HubRepo, "org/model")
 
 
-def test_a_probe_that_takes_too_long_goes_with_its_children(
+def test_a_probe_that_takes_too_long_is_killed_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in = tmp_path / "python"
@@ -178,15 +178,15 @@ def test_a_probe_that_takes_too_long_goes_with_its_children(
     stand_in.chmod(0o755)
     monkeypatch.setattr(ask_vllm, "_SECONDS", 0.5)
 
-    why = ask_vllm._run(stand_in, tmp_path, tmp_path / "result.json", lambda: None)
+    reason = ask_vllm._run(stand_in, tmp_path, tmp_path / "result.json", lambda: None)
 
-    assert why == "it took more than 0.5 seconds"
+    assert reason == "it took more than 0.5 seconds"
     child = Path("/proc", (tmp_path / "child").read_text().strip(), "cmdline")
-    while child.exists() and child.read_bytes():  # it is killed, but dies when it gets to it
+    while child.exists() and child.read_bytes():  # a killed process may take a moment to end
         time.sleep(0.01)
 
 
-def test_a_size_that_no_file_has_is_a_sentence(src: Path, tmp_path: Path) -> None:
+def test_a_shard_size_that_no_file_can_have_is_refused(src: Path, tmp_path: Path) -> None:
     class Huge(Folder):
         def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
             return b"\0" * 8 if end is not None else super().read(path)

@@ -1,4 +1,4 @@
-"""The layers of mquant: imports go downward only, and what is heavy or speaks stays where it is."""
+"""Imports go downward only, and heavy imports, printing and exiting stay in their rooms."""
 
 import ast
 import subprocess
@@ -29,26 +29,26 @@ LAYERS = (
     {"findings"},
 )
 HEIGHT = {name: -depth for depth, layer in enumerate(LAYERS) for name in layer}
-NEVER = {  # though they lie lower
+NEVER = {  # although these rooms are lower
     "verify": {"numerics", "engines"},
     "weights": {"numerics"},
     "forward": {"numerics"},
     "measure": {"numerics", "engines"},
 }
 HEAVY = {"torch", "llmcompressor", "transformers", "compressed_tensors", "accelerate"}
-# Run by vLLM's own Python; not a part of the program, but of its data.
+# A file that vLLM's own Python runs: the file is data of the program, not code.
 PROBE = ROOT / "verify/loaders/inside_vllm.py"
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != PROBE)
 MODULES = [path for path in FILES if path.parent != ROOT or not path.stem.startswith("__")]
 
 
 def part(path: Path) -> str:
-    """The package or module directly below mquant that a file belongs to."""
+    """Return the package or module directly below mquant that a file belongs to."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Every module a file imports, wherever in the file."""
+    """Yield every module that a file imports, anywhere in the file."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -59,30 +59,30 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def called(path: Path) -> set[str]:
-    """Names and dotted names that a file calls."""
+    """Return the names and dotted names that a file calls."""
     calls = (n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Call))
     return {ast.unparse(call.func) for call in calls}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_imports_go_downward(path: Path) -> None:
-    me = part(path)
+    room = part(path)
     for name in imported(path):
-        other = name.split(".")[1] if name.startswith("mquant.") else me
-        if other not in (me, "__version__"):
+        other = name.split(".")[1] if name.startswith("mquant.") else room
+        if other not in (room, "__version__"):
             assert other in HEIGHT, f"{other} has no layer: add it to LAYERS"
-            assert HEIGHT[other] < HEIGHT[me], f"{me} must not import {name}"
-            assert other not in NEVER.get(me, ()), f"{me} must not import {name}"
+            assert HEIGHT[other] < HEIGHT[room], f"{room} must not import {name}"
+            assert other not in NEVER.get(room, ()), f"{room} must not import {name}"
 
 
-def test_only_the_command_line_speaks_and_exits() -> None:
+def test_only_the_command_line_prints_and_exits() -> None:
     for path in (path for path in MODULES if part(path) != "cli"):
         roots = {name.split(".")[0] for name in imported(path)}
         assert not roots & {"typer", "rich", "click"}, path
         assert not called(path) & {"print", "exit", "sys.exit", "os._exit", "input"}, path
 
 
-def test_only_engines_import_what_is_heavy() -> None:
+def test_only_engines_import_heavy_libraries() -> None:
     for path in (path for path in FILES if part(path) != "engines"):
         assert not {name.split(".")[0] for name in imported(path)} & HEAVY, path
 
@@ -93,7 +93,7 @@ def test_only_the_cluster_imports_ray() -> None:
 
 
 def loaded_by(*arguments: str) -> set[str]:
-    """The heavy modules that a command has loaded when it ends; it must succeed."""
+    """Run a command, which must succeed, and return the heavy modules that the command loads."""
     slow = HEAVY | {"numba", "ray"}
     code = (
         "import atexit, sys; from mquant.cli import main\n"
@@ -103,8 +103,8 @@ def loaded_by(*arguments: str) -> set[str]:
     command = [sys.executable, "-c", code, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    *said, last = run.stdout.splitlines()
-    assert said, "the command said nothing"
+    *printed, last = run.stdout.splitlines()
+    assert printed, "the command said nothing"
     return set(last.split()) - {"LOADED"}
 
 
@@ -130,7 +130,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     assert not left, "a circle, or what stands on one"
 
 
-# A run knows OUT: whoever has a run needs no path. These begin a run, or read what lies in OUT.
+# A function that gets a run needs no path of OUT. These functions begin a run, or read OUT.
 ENTRIES = {
     "runs/quantize.py": {"quantize"},
     "runs/convert.py": {"convert"},
@@ -148,8 +148,8 @@ ENTRIES = {
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_only_a_run_and_entries_take_a_bare_out(path: Path) -> None:
-    where = path.relative_to(ROOT).as_posix()
-    if part(path) in ("output", "cli") or where == "runs/run.py":
+    file = path.relative_to(ROOT).as_posix()
+    if part(path) in ("output", "cli") or file == "runs/run.py":
         return
     takers = {
         node.name
@@ -160,7 +160,7 @@ def test_only_a_run_and_entries_take_a_bare_out(path: Path) -> None:
         and argument.annotation
         and ast.unparse(argument.annotation) == "Path"
     }
-    assert takers <= ENTRIES.get(where, set())
+    assert takers <= ENTRIES.get(file, set())
 
 
 def test_no_file_or_function_is_too_large() -> None:

@@ -1,4 +1,4 @@
-"""Matching entries as loaders do, and surviving hostile ones."""
+"""Entries match the names that they match in loaders, and hostile entries are refused."""
 
 import pytest
 
@@ -35,7 +35,7 @@ def matched(entry: str, style: Style = Style.NAMES) -> list[str]:
         ("", []),
     ],
 )
-def test_compressed_tensors_in_vllm(entry: str, names: list[str]) -> None:
+def test_entries_match_as_in_vllms_compressed_tensors(entry: str, names: list[str]) -> None:
     assert matched(entry) == names
 
 
@@ -49,7 +49,7 @@ def test_compressed_tensors_in_vllm(entry: str, names: list[str]) -> None:
         ("re:.*gate", []),
     ],
 )
-def test_modelopt_in_vllm(entry: str, names: list[str]) -> None:
+def test_entries_match_as_in_vllms_modelopt(entry: str, names: list[str]) -> None:
     assert matched(entry, Style.GLOBS) == names
 
 
@@ -63,29 +63,29 @@ def test_modelopt_in_vllm(entry: str, names: list[str]) -> None:
         ("*", []),
     ],
 )
-def test_fp8_in_transformers(entry: str, names: list[str]) -> None:
+def test_entries_match_as_in_transformers_fp8(entry: str, names: list[str]) -> None:
     assert matched(entry, Style.PARTS) == names
 
 
-def test_fp8_in_vllm_is_exact() -> None:
+def test_entries_match_exactly_as_in_vllms_fp8() -> None:
     assert matched("gate", Style.EXACT) == []
     assert matched("lm_head", Style.EXACT) == ["lm_head"]
 
 
 @pytest.mark.parametrize("entry", ["re:(", "re:*", "re:a{99999999999}", "re:" + "(" * 400])
-def test_what_is_no_expression_is_told_apart(entry: str) -> None:
-    found = match([entry, "lm_head"], NAMES, Style.NAMES)
-    assert list(found.bad) == [entry]
-    assert found.bad[entry]
-    assert found.names == {"lm_head"}
+def test_an_invalid_expression_is_reported(entry: str) -> None:
+    matches = match([entry, "lm_head"], NAMES, Style.NAMES)
+    assert list(matches.bad) == [entry]
+    assert matches.bad[entry]
+    assert matches.names == {"lm_head"}
 
 
 @pytest.mark.parametrize("entry", ["re:[[a]", "re:\udc80", "re:\x00\n"])
-def test_odd_expressions_are_only_odd(entry: str) -> None:
+def test_unusual_expressions_are_valid(entry: str) -> None:
     assert match([entry], [*NAMES, "\ud800"], Style.NAMES).bad == {}
 
 
-def test_expressions_that_take_forever_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expression_that_takes_forever_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(name_patterns, "TIME_LIMIT", 0.5)
     forever = "re:(l|m|_|[a-z_]+)*$!"
     with pytest.raises(SourceError, match="reached 're:") as caught:
@@ -95,7 +95,7 @@ def test_expressions_that_take_forever_are_stopped(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("entries", [["x" * 1001], [str(n) for n in range(100_001)]])
-def test_lists_beyond_all_reason_are_refused(entries: list[str]) -> None:
+def test_lists_that_are_too_long_are_refused(entries: list[str]) -> None:
     with pytest.raises(SourceError, match="cannot be judged"):
         match(entries, NAMES, Style.NAMES)
 
@@ -120,7 +120,7 @@ def test_long_lists_of_exact_names_are_quick() -> None:
         ("model.layers.3.self_attn.q_proj", "model.layers.3.self_attn.q_proj"),
     ],
 )
-def test_names_in_vllm(hub: str, vllm: str) -> None:
+def test_hub_names_become_vllms_names(hub: str, vllm: str) -> None:
     assert minimax_m2().in_vllm_name(hub) == vllm
 
 

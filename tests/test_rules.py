@@ -1,4 +1,4 @@
-"""Every finding has a rule that is declared beside its check, and every rule can be broken."""
+"""Every finding has a rule that a module declares, and every rule can make a finding."""
 
 import ast
 import pkgutil
@@ -22,7 +22,7 @@ def calls(tree: ast.AST) -> Iterator[ast.Call]:
 
 
 def declared() -> dict[str, str]:
-    """Constant -> id of every rule that a module declares at its top."""
+    """Return constant -> id of every rule that a module declares at its top."""
     return {
         node.target.id: str(node.value.args[0].value)
         for tree in TREES.values()
@@ -36,13 +36,14 @@ def declared() -> dict[str, str]:
 
 
 def emitted() -> set[str]:
-    """Constants of rules by which a finding is made.
+    """Return the constants of the rules that make findings, among other names.
 
-    They are called (`X.finding`), given to a function or in a tuple, or chosen among.
+    Code calls such a constant (`X.finding`), passes it to a function, or has it in a tuple or a
+    conditional expression.
     """
     names: set[str] = set()
     for tree in TREES.values():
-        compared = {  # X.id only asks which rule a finding has
+        compared = {  # X.id only compares the rule of a finding
             id(node.value)
             for node in ast.walk(tree)
             if isinstance(node, ast.Attribute) and node.attr != "finding"
@@ -80,8 +81,8 @@ def test_every_registered_rule_can_be_emitted() -> None:
 
 def test_findings_are_made_by_rules_alone() -> None:
     for path, tree in TREES.items():
-        made = {ast.unparse(call.func).rpartition(".")[2] for call in calls(tree)}
-        assert not made & {"Finding", "Rule"}, path
+        called = {ast.unparse(call.func).rpartition(".")[2] for call in calls(tree)}
+        assert not called & {"Finding", "Rule"}, path
         assert not any(
             ast.unparse(call.func) == "replace" and "severity" in {k.arg for k in call.keywords}
             for call in calls(tree)
@@ -98,7 +99,7 @@ def test_no_finding_has_a_severity_that_its_rule_does_not_declare() -> None:
         Finding("shard-missing", "info", "x", "X is odd.")
 
 
-def test_an_id_is_taken_once() -> None:
+def test_an_id_is_declared_once() -> None:
     with pytest.raises(ValueError, match="declared twice"):
         rule("shard-missing", "", "", "")
 

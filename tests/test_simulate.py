@@ -1,4 +1,4 @@
-"""The laws that scripts/simulation.py keeps, on the plan of a small checkpoint."""
+"""The times of scripts/simulation.py obey laws, here for the plan of a small checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,7 +30,7 @@ RATES = Rates(fetch=500_000.0, quantize=2_000_000.0, send=400_000.0)
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """2.7 MB in 6 files, to be made into a dozen shards."""
+    """Return the plan of a checkpoint of 2.7 MB in 6 files, which has a dozen shards."""
     src = tmp_path_factory.mktemp("small") / "src"
     make_checkpoint(src, layers=2, experts=8, hidden=128, intermediate=192, shards=6)
     return plan_of(src, max_shard_bytes=80_000)
@@ -69,13 +69,13 @@ def test_one_machine_takes_the_sum(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("machines", [1, 2, 3, 5, 8, 100])
-def test_it_is_never_faster_than_network_storage_or_the_largest_shard(
+def test_a_run_is_never_faster_than_network_storage_or_the_largest_shard(
     plan: Plan, machines: int
 ) -> None:
-    found = seconds(tasks_of(plan), machines) * (1 + 1e-9)
-    assert found >= plan.source_bytes / NETWORK / machines
-    assert found >= (plan.source_bytes + plan.output_bytes) / STORAGE
-    assert found >= max(task[0].size for task in tasks_of(plan)) / NETWORK
+    time = seconds(tasks_of(plan), machines) * (1 + 1e-9)
+    assert time >= plan.source_bytes / NETWORK / machines
+    assert time >= (plan.source_bytes + plan.output_bytes) / STORAGE
+    assert time >= max(task[0].size for task in tasks_of(plan)) / NETWORK
 
 
 def test_more_machines_are_never_slower(plan: Plan) -> None:
@@ -95,7 +95,7 @@ def test_twice_all_bandwidths_is_half_the_time(plan: Plan) -> None:
     assert twice == pytest.approx(seconds(tasks_of(plan), 5) / 2)
 
 
-def test_what_comes_first_is_gone_through_once_by_each_who_works() -> None:
+def test_each_working_slot_goes_through_the_first_phases_once() -> None:
     first, task = (Phase(10, 1.0),), (Phase(3, 1.0),)
     assert makespan([task] * 4, 2, 2, NETWORK, first=first) == 10 + 2 * 3
 
@@ -106,13 +106,13 @@ def test_slots_of_one_machine_share_its_network() -> None:
     assert makespan([task] * 4, slots=4, machines=2, network=NETWORK) == pytest.approx(2)
 
 
-def test_who_cannot_use_his_part_leaves_it_to_the_others() -> None:
+def test_a_slot_leaves_the_part_that_the_slot_cannot_use_to_the_others() -> None:
     cap, capacity = np.array([1.0, 9.0, 9.0]), np.array([np.inf, 9.0, 2.0])
     uses, loads = np.array([[1, FREE], [1, 2], [1, FREE]]), np.array([[1.0, 0], [1, 1], [1, 0]])
     assert share_out(cap, uses, loads, capacity) == pytest.approx([0.7, 2, 6.3])
 
 
-def test_who_is_alone_has_all_he_can_use() -> None:
+def test_a_lone_slot_gets_all_that_its_cap_and_the_capacity_allow() -> None:
     uses, loads, capacity = np.array([[1, FREE]]), np.array([[1.0, 0]]), np.array([np.inf, 9.0])
     assert share_out(np.array([8.0]), uses, loads, capacity) == pytest.approx([8])
     assert share_out(np.array([10.0]), uses, loads, capacity) == pytest.approx([9])
@@ -121,18 +121,18 @@ def test_who_is_alone_has_all_he_can_use() -> None:
 # ----------------------------------------------------------------------- one machine and a hub
 
 
-def test_with_a_hub_no_part_is_faster_than_it_can_be(plan: Plan) -> None:
+def test_a_run_with_a_hub_takes_longer_than_each_part_and_less_than_the_sum(plan: Plan) -> None:
     fetched = sum(files_of(plan).values()) / RATES.fetch
     sent = plan.output_bytes / RATES.send
     assert through(plan, RATES) > max(fetched, sent, plan.source_bytes / RATES.quantize)
     assert through(plan, RATES) < fetched + sent + plan.source_bytes / RATES.quantize
 
 
-def test_one_file_and_one_shard_follow_one_another(tmp_path: Path) -> None:
+def test_one_file_and_one_shard_take_the_sum_of_all_parts(tmp_path: Path) -> None:
     whole = plan_of(make_checkpoint(tmp_path / "src", shards=1))
     (size,) = files_of(whole).values()
-    each = size / RATES.fetch, whole.source_bytes / RATES.quantize, whole.output_bytes / RATES.send
-    assert through(whole, replace(RATES, commit=7)) == pytest.approx(sum(each) + 7)
+    parts = size / RATES.fetch, whole.source_bytes / RATES.quantize, whole.output_bytes / RATES.send
+    assert through(whole, replace(RATES, commit=7)) == pytest.approx(sum(parts) + 7)
 
 
 def test_twice_as_fast_parts_take_half_the_time(plan: Plan) -> None:
@@ -155,15 +155,15 @@ def test_shards_that_wait_go_in_one_commit(plan: Plan) -> None:
     quick = pipeline(pieces_of(plan), sizes, replace(RATES, send=1e12))
     slow = pipeline(pieces_of(plan), sizes, replace(RATES, fetch=1e12, quantize=1e12))
     assert quick.commits == shards
-    assert slow.commits == 2  # the first, and all that were made meanwhile
+    assert slow.commits == 2  # the first shard, then all shards that were made meanwhile
 
 
-def test_files_at_the_edges_of_shares_are_needed_again(plan: Plan) -> None:
+def test_files_at_the_edges_of_shares_are_fetched_again(plan: Plan) -> None:
     sizes = files_of(plan)
     assert fetched_again(shares(plan, 1), sizes) == 0
     halves = [{f for s in p.shards for j in s.units for f in j.files} for p in shares(plan, 2)]
-    both = halves[0] & halves[1]
-    assert fetched_again(shares(plan, 2), sizes) == sum(sizes[path] for path in both) > 0
+    common = halves[0] & halves[1]
+    assert fetched_again(shares(plan, 2), sizes) == sum(sizes[path] for path in common) > 0
 
 
 def test_a_page_lacks_no_value() -> None:

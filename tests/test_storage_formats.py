@@ -1,4 +1,4 @@
-"""The names of storage formats: plans digest the long ones, compare's documents have the short."""
+"""A storage format keeps its long name, which plans digest, and its short name in compare."""
 
 import pytest
 
@@ -15,5 +15,5 @@ from mquant.loader_model.storage import StorageFormat
         (StorageFormat.INT, "packed integers", "packed integers"),
     ],
 )
-def test_names_of_formats_stay(storage: StorageFormat, long: str, short: str) -> None:
+def test_the_names_of_formats_do_not_change(storage: StorageFormat, long: str, short: str) -> None:
     assert (str(storage), storage.short) == (long, short)

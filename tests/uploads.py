@@ -1,4 +1,4 @@
-"""The writing half of `fakehub`: repos are created, files uploaded by LFS, commits made."""
+"""The writing half of `fakehub`: it creates repos, stores LFS uploads, and makes commits."""
 
 import base64
 import hashlib
@@ -10,6 +10,8 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from hub_repos import GOOD_TOKEN, Commit, etag, is_lfs
 
 if TYPE_CHECKING:
     from fakehub import _Handler
@@ -24,8 +26,6 @@ _FRONT = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
 
 def answer(handler: "_Handler", path: str) -> None:
     """Answer a POST or PUT."""
-    from fakehub import GOOD_TOKEN
-
     if match := _OBJECT.fullmatch(path):
         return _store(handler, match["oid"])
     body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
@@ -35,8 +35,8 @@ def answer(handler: "_Handler", path: str) -> None:
         return _validate(handler, json.loads(body))
     token = (handler.headers.get("Authorization") or "").removeprefix("Bearer ")
     if token != GOOD_TOKEN:
-        said = "You don't have the rights." if token else "Invalid username or password."
-        return handler.error(403 if token else 401, "", said)
+        message = "You don't have the rights." if token else "Invalid username or password."
+        return handler.error(403 if token else 401, "", message)
     if path == "/api/repos/create":
         return _create(handler, json.loads(body))
     if match := _BATCH.fullmatch(path):
@@ -50,15 +50,15 @@ def answer(handler: "_Handler", path: str) -> None:
 
 def _store(handler: "_Handler", oid: str) -> None:
     size = int(handler.headers["Content-Length"])
-    most = handler.hub.drop_after
-    if handler.hub.drops or (most is not None and len(handler.hub.stored) >= most):
+    limit = handler.hub.drop_after
+    if handler.hub.drops or (limit is not None and len(handler.hub.stored) >= limit):
         handler.hub.drops = max(0, handler.hub.drops - 1)
         for _ in range(0, size // 2, _PIECE):
             handler.hub.received(len(handler.rfile.read(min(_PIECE, size // 2))))
         handler.connection.shutdown(socket.SHUT_RDWR)
         return None
     digest = hashlib.sha256()
-    path = handler.hub.made / oid
+    path = handler.hub.scratch / oid
     with path.open("wb") as file:
         while size and (piece := handler.rfile.read(min(size, _PIECE))):
             handler.hub.received(len(piece))
@@ -80,91 +80,87 @@ def _chunked(handler: "_Handler") -> bytes:
     return body
 
 
-def _validate(handler: "_Handler", asked: dict[str, Any]) -> None:
-    """As the hub: metadata must be YAML, in types and words that it knows."""
-    errors = metadata_errors(asked["content"])
+def _validate(handler: "_Handler", request: dict[str, Any]) -> None:
+    """Answer as the hub does: metadata must be YAML, with types and values that the hub knows."""
+    errors = metadata_errors(request["content"])
     body = {"errors": [{"message": error} for error in errors], "warnings": []}
     headers = {"Content-Type": "application/json"}
     handler.send(400 if errors else 200, json.dumps(body).encode(), headers)
 
 
 def metadata_errors(card: str) -> list[str]:
-    """What the hub would say against a card's metadata."""
+    """Return the hub's errors for a card's metadata."""
     front = _FRONT.match(card)
     if front is None:
         return ["no metadata"]
     try:
-        found = yaml.safe_load(front[1])
+        metadata = yaml.safe_load(front[1])
     except yaml.YAMLError as error:
         return [f"not YAML: {error}"]
     errors = []
     for key, kind in {"license_name": str, "license_link": str, "library_name": str}.items():
-        if key in found and not isinstance(found[key], kind):
+        if key in metadata and not isinstance(metadata[key], kind):
             errors.append(f"{key!r} must be a string")
-    if found.get("license", "other") not in _LICENSES:
+    if metadata.get("license", "other") not in _LICENSES:
         errors.append('"license" must be one of a list')
-    if found.get("base_model_relation", "quantized") not in ("quantized", "finetune", "merge"):
+    if metadata.get("base_model_relation", "quantized") not in ("quantized", "finetune", "merge"):
         errors.append('"base_model_relation" must be one of a list')
-    if "base_model_relation" in found and "base_model" not in found:
+    if "base_model_relation" in metadata and "base_model" not in metadata:
         errors.append('"base_model_relation" without "base_model"')
-    if not all(isinstance(tag, str) for tag in found.get("tags", [])):
+    if not all(isinstance(tag, str) for tag in metadata.get("tags", [])):
         errors.append('"tags" must be strings')
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", found.get("base_model", "a/b")):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", metadata.get("base_model", "a/b")):
         errors.append('"base_model" must be a repo id')
     return errors
 
 
-def _create(handler: "_Handler", asked: dict[str, Any]) -> None:
-    repo_id = f"{asked['organization']}/{asked['name']}"
+def _create(handler: "_Handler", request: dict[str, Any]) -> None:
+    repo_id = f"{request['organization']}/{request['name']}"
     if repo_id in handler.hub.repos:
         url = {"url": f"{handler.hub.url}/{repo_id}"}
         body = json.dumps({**url, "error": "You already created this model repo"}).encode()
         return handler.send(409, body, {"Content-Type": "application/json"})
-    folder = handler.hub.made / "empty" / repo_id
+    folder = handler.hub.scratch / "empty" / repo_id
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
-    private = asked.get("visibility") == "private" or asked.get("private") is True
+    private = request.get("visibility") == "private" or request.get("private") is True
     handler.hub.add(repo_id, folder, access="private" if private else "public")
     return handler.json({"url": f"{handler.hub.url}/{repo_id}", "name": repo_id})
 
 
-def _batch(handler: "_Handler", asked: dict[str, Any]) -> None:
+def _batch(handler: "_Handler", request: dict[str, Any]) -> None:
     objects: list[dict[str, Any]] = []
-    for each in asked["objects"]:
-        entry = {"oid": each["oid"], "size": each["size"]}
-        if each["oid"] not in handler.hub.stored:
-            # Served under the CDN's name: the token is not for it.
-            entry["actions"] = {"upload": {"href": f"{handler.hub.cdn}/lfs/{each['oid']}"}}
+    for item in request["objects"]:
+        entry = {"oid": item["oid"], "size": item["size"]}
+        if item["oid"] not in handler.hub.stored:
+            # The upload goes to the CDN's host, which must not get the token.
+            entry["actions"] = {"upload": {"href": f"{handler.hub.cdn}/lfs/{item['oid']}"}}
         objects.append(entry)
     handler.json({"transfer": "basic", "objects": objects})
 
 
-def _modes(handler: "_Handler", repo_id: str, asked: dict[str, Any]) -> None:
-    from fakehub import etag, is_lfs
-
+def _modes(handler: "_Handler", repo_id: str, request: dict[str, Any]) -> None:
     repo = handler.hub.repos[repo_id]
     folder = repo.folders[repo.revisions["main"]]
     files = []
-    for each in asked["files"]:
-        there = folder / each["path"]
+    for item in request["files"]:
+        path = folder / item["path"]
         files.append(
             {
-                "path": each["path"],
-                "uploadMode": "lfs" if is_lfs(each["path"]) else "regular",
+                "path": item["path"],
+                "uploadMode": "lfs" if is_lfs(item["path"]) else "regular",
                 "shouldIgnore": False,
-                "oid": etag(there) if there.is_file() else None,
+                "oid": etag(path) if path.is_file() else None,
             }
         )
     handler.json({"files": files})
 
 
 def _commit(handler: "_Handler", repo_id: str, branch: str, body: bytes) -> None:
-    from fakehub import Commit
-
     hub = handler.hub
     repo = hub.repos[repo_id]
     old = repo.folders[repo.revisions[branch]]
-    new = hub.made / f"{len(hub.commits)}" / repo_id
+    new = hub.scratch / f"{len(hub.commits)}" / repo_id
     shutil.copytree(old, new, copy_function=os.link)
     lines = [json.loads(line) for line in body.splitlines() if line.strip()]
     added, deleted = [], []

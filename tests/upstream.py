@@ -1,4 +1,4 @@
-"""What llmcompressor and compressed-tensors make of weights, for the numerics tests."""
+"""Weights that llmcompressor and compressed-tensors quantize, for the numerics tests."""
 
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class Quantized(NamedTuple):
 
 
 def tensor(words: Array, dtype: str) -> torch.Tensor:
-    """Bit patterns [out, in] as a torch tensor."""
+    """Return bit patterns [out, in] as a torch tensor."""
     signed = words.view(f"<i{FLOATS[dtype].word.itemsize}").copy()
     return torch.from_numpy(signed).view(DTYPES[dtype])
 
@@ -56,7 +56,7 @@ def compressed(module: Any) -> Quantized:
 
 
 def alone(words: Array, dtype: str) -> Quantized:
-    """One weight, as `model_free_ptq` does it: calibrate, compress."""
+    """Quantize one weight [out, in] as `model_free_ptq` does: calibrate, then compress."""
     module = linear(tensor(words, dtype))
     calibrate_weight(module)
     return compressed(module)
@@ -65,9 +65,9 @@ def alone(words: Array, dtype: str) -> Quantized:
 def fused(
     names: tuple[str, ...], members: list[tuple[Array, str]], observer: str = ""
 ) -> list[Quantized]:
-    """Weights of one fused set, linked as `oneshot` links them: by their names in a module.
+    """Quantize the weights of one fused set, linked by their names in a module as in `oneshot`.
 
-    `observer`: how scales are chosen, in llmcompressor's words; the preset's is min-max.
+    `observer` is llmcompressor's name of the method that chooses scales; the preset has min-max.
     """
     parent = torch.nn.Module()
     for name, (words, dtype) in zip(names, members, strict=True):
@@ -83,7 +83,7 @@ def fused(
 
 
 def with_scales(words: Array, dtype: str, scales: Bytes, global_scale: np.float32) -> Bytes:
-    """Packed codes of weights [out, in] under given block scales and global scale."""
+    """Return the packed codes of weights [out, in] for given block scales and global scale."""
     module = linear(tensor(words, dtype))
     module.weight_scale.data.copy_(torch.from_numpy(scales.copy()).view(torch.float8_e4m3fn))
     module.weight_global_scale.data.fill_(float(global_scale))
@@ -91,7 +91,7 @@ def with_scales(words: Array, dtype: str, scales: Bytes, global_scale: np.float3
 
 
 def decompressed(quantized: Quantized) -> torch.Tensor:
-    """The weight [out, in], BF16, that compressed-tensors makes of it."""
+    """Return the BF16 weight [out, in] to which compressed-tensors decompresses `quantized`."""
     state = {
         "weight_packed": torch.from_numpy(quantized.packed),
         "weight_scale": torch.from_numpy(quantized.scales).view(torch.float8_e4m3fn),
@@ -104,7 +104,7 @@ def decompressed(quantized: Quantized) -> torch.Tensor:
 
 
 def float_quantized(words: Array, dtype: str, scheme: str) -> tuple[Bytes, Array]:
-    """FP8 codes of a weight [out, in], and the bit patterns of its scales."""
+    """Return the FP8 codes of a weight [out, in], and the bit patterns of its scales."""
     module = initialize_quantized_linear(
         tensor(words, dtype), preset_name_to_scheme(scheme, ["Linear"]), "cpu"
     )
