@@ -390,6 +390,6 @@ def test_an_unknown_method_is_judged_by_its_tensors(judge: Judge) -> None:
     suffixes = {"qweight": "I8", "qzeros": "I8", "scales": "F16"}
     report = judge(quantized(suffixes), {"quant_method": "awq"})
     assert rules(report) == {}
-    assert "how 'awq' matches its ignore list is not known" in report.undecided
+    assert "what vLLM makes of quant_method 'awq' is not known" in report.undecided
     assert "was not judged" in report.verdict
     assert "router-quantized" in rules(judge(quantized(suffixes, ".gate"), {"quant_method": "awq"}))

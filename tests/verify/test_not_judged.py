@@ -10,8 +10,9 @@ from compressed_tensors.quantization import preset_name_to_scheme
 
 from judges import read_json
 from make import Edit, Row, make_checkpoint
-from mquant.checkpoint import Folder
+from mquant.checkpoint import Folder, open_checkpoint
 from mquant.family import load_families
+from mquant.loader_model.modules import read_modules
 from mquant.loader_model.vllm_methods import _stored_by_groups
 from mquant.verify.judge import Depth, Report, verify
 from mutate import mutated
@@ -80,6 +81,11 @@ def test_a_config_with_an_unknown_key_or_value_is_not_judged(
         ("weights", {"group_size": ...}),
         ("weights", {"num_bits": 4.0}),
         ("weights", {"of_tomorrow": 1}),
+        ("weights", {"actorder": "group"}),
+        ("weights", {"scale_dtype": "quux"}),
+        ("weights", {"zp_dtype": 7}),
+        ("weights", {"observer": 5}),
+        ("weights", {"ignore": []}),
         ("input_activations", {"num_bits": 3, "type": "int"}),
         ("output_activations", {"num_bits": 8}),
     ],
@@ -113,7 +119,7 @@ def test_a_group_that_nothing_on_disk_is_of_is_not_judged(good: Path, tmp_path: 
     assert report.undecided.endswith("under this quantization config is not known.")
 
 
-@pytest.mark.parametrize("method", ["fp8", "modelopt", "modelopt_fp4"])
+@pytest.mark.parametrize("method", ["fp8", "modelopt", "modelopt_fp4", "modelopt_mixed"])
 def test_a_method_that_contradicts_the_tensors_is_not_judged(
     good: Path, tmp_path: Path, method: str
 ) -> None:
@@ -158,7 +164,24 @@ def test_a_quantization_config_under_another_key_is_seen(tmp_path: Path) -> None
     ):
         report = report_of(make_checkpoint(tmp_path / key, config={key: value}))
         assert report.method == "awq"
-        assert "how 'awq' matches its ignore list is not known" in report.undecided
+        assert "what vLLM makes of quant_method 'awq' is not known" in report.undecided
+
+
+def test_a_config_of_null_declares_nothing(good: Path, tmp_path: Path) -> None:
+    report = report_of(mutated(good, tmp_path, config={"quantization_config": None}))
+    assert "quantization-undeclared" in {found.rule for found in report.findings}
+
+
+def test_fp8_reads_ignored_layers_before_modules_to_not_convert(tmp_path: Path) -> None:
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    lists = {"ignored_layers": ["model.layers.0.mlp"], "modules_to_not_convert": ["lm_head"]}
+    for name, more, ignored in (
+        ("both", lists, "model.layers.0.mlp"),
+        ("empty", {**lists, "ignored_layers": []}, "lm_head"),
+    ):
+        config = {"quantization_config": {**fp8, **more}}
+        checkpoint = open_checkpoint(Folder(make_checkpoint(tmp_path / name, config=config)))
+        assert read_modules(checkpoint, load_families()).ignore == (ignored,)
 
 
 def test_a_loader_that_did_not_answer_has_judged_nothing(

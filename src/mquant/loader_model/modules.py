@@ -71,9 +71,10 @@ class ModuleView:
     @property
     def ignore(self) -> tuple[str, ...]:
         """The entries that keep modules from being quantized, under any of the methods' keys."""
-        for key in ("ignore", "exclude_modules", "modules_to_not_convert"):
+        first = ("ignored_layers",) if self.method == "fp8" else ()
+        for key in (*first, "ignore", "exclude_modules", "modules_to_not_convert"):
             entries = self.config.get(key)
-            if isinstance(entries, list):
+            if isinstance(entries, list) and entries:
                 return tuple(entry for entry in entries if isinstance(entry, str))
         return ()
 

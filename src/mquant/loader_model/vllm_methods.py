@@ -11,10 +11,14 @@ from mquant.loader_model.storage import block_of, format_of
 _DATA: Final = read_yaml(Path(__file__).with_suffix(".yaml"))
 METHODS: Final = frozenset(_DATA["names"])
 """The methods that vLLM has."""
+KNOWN_METHODS: Final = frozenset(_DATA["methods"])
+"""The methods of which some configs are known."""
 FORMATS: Final[Mapping[str, str | None]] = _DATA["formats"]
 """The formats that compressed-tensors has, and the short name of the storage format of each."""
 STRATEGIES: Final = _DATA["strategies"]
 """The strategies that compressed-tensors has."""
+
+_KINDS: Final[Mapping[object, type]] = {"anything": object, "a text": str, "a table": dict}
 
 
 def unknown_config(view: ModuleView) -> str:
@@ -22,13 +26,11 @@ def unknown_config(view: ModuleView) -> str:
 
     Empty also if nothing is known of the method.
     """
-    if view.method not in _DATA["methods"]:
+    if view.method not in KNOWN_METHODS:
         return ""
     configs = _DATA["methods"][view.method]
-    unlike, known = min(
-        ((_unlike(view.config, each["config"]), each) for each in configs),
-        key=lambda pair: len(pair[0]),
-    )
+    known = min(configs, key=lambda each: len(_unlike(view.config, each["config"])))
+    unlike = _unlike(view.config, known["config"])
     if unlike:
         return f"what vLLM makes of {unlike[0][:40]!r} in the quantization config is not known"
     declared = {known["stores"]} if "stores" in known else _stored_by_groups(view.config)
@@ -50,17 +52,18 @@ def _stored_by_groups(config: Mapping[str, Any]) -> set[str]:
 
 
 def _unlike(config: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
-    """The keys that are not known, or whose values are not."""
-    keys = (key for key in {**known, **config} if key not in _DATA["harmless"])
+    """Return the keys that are not known, or whose values are not."""
+    known = {**_DATA["tables"].get(known.get("like"), {}), **known}
+    keys = (key for key in {**known, **config} if key != "like" or key in config)
     return [key for key in keys if key not in known or not _fits(config.get(key), known[key])]
 
 
 def _fits(value: object, known: object) -> bool:
     match known:
-        case "anything":
-            return True
         case "a block":
             return block_of(value) is not None
+        case str() if known in _KINDS:
+            return isinstance(value, _KINDS[known])
         case list():
             return any(_fits(value, each) for each in known)
         case dict():

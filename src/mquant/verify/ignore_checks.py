@@ -11,7 +11,7 @@ from mquant.loader_model.vllm_view import Group, Judged, VllmView
 from mquant.plan.never_quantized import QUANTIZED
 from mquant.text import names
 
-_LISTS: Final = ("ignore", "exclude_modules", "modules_to_not_convert")
+_LISTS: Final = ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers")
 
 EXPERT_NAMES: Final = rule(
     "expert-names",
@@ -147,7 +147,7 @@ def _misnamed(vllm_view: VllmView) -> Iterator[Finding]:
 
 def _undeclared(view: ModuleView) -> Iterator[Finding]:
     modules = [module.name for module in view.quantized]
-    if modules and not view.method and "quantization_config" not in view.checkpoint.config:
+    if modules and not view.method and view.checkpoint.config.get("quantization_config") is None:
         yield QUANTIZATION_UNDECLARED.finding(
             "config.json",
             f"{_are(modules, 'module')} quantized ({names(modules)}), but config.json has no "

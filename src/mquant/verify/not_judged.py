@@ -12,8 +12,7 @@ from mquant.family import Role
 from mquant.findings import Finding, Knowledge, Needs, Rule
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.loader_model.storage import StorageFormat, format_of
-from mquant.loader_model.vllm_methods import unknown_config
-from mquant.loader_model.vllm_view import COVER_STYLES
+from mquant.loader_model.vllm_methods import KNOWN_METHODS, unknown_config
 from mquant.text import plural
 
 ASK_VLLM: Final = "Ask vLLM itself: mquant verify SRC --loader vllm"
@@ -34,9 +33,8 @@ def unknown(view: ModuleView) -> dict[Knowledge, str]:
         clauses["family"] = f"model_type {model_type!r} is of no family that mquant knows"
     elif declared not in ("none", view.family.synth.config.get("architectures", declared)):
         clauses["family"] = f"architectures {str(declared)[:60]} is not {view.family.title}'s"
-    method = "modelopt" if view.method.startswith("modelopt") else view.method
-    if method and method not in COVER_STYLES:
-        clauses["list"] = f"how {method[:60]!r} matches its ignore list is not known"
+    if view.method and view.method not in KNOWN_METHODS:
+        clauses["list"] = f"what vLLM makes of quant_method {view.method[:60]!r} is not known"
     other = [m.name for m in view.modules.values() if _unknown_layout(view, m)]
     if other:
         modules = plural(len(other), "module")
