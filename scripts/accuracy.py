@@ -302,8 +302,8 @@ def summary(results: list[list[Row]]) -> str:
         for row in rows:
             if not row.note:
                 ratios.setdefault(row.name, []).append(row.kl / least)
-    lines = ["## Beside llmcompressor's expanded MSE\n"]
-    lines += ["| | KL over its KL, mean of the models | models |", "| --- | --- | --- |"]
+    lines = ["## Compared with llmcompressor's expanded MSE\n"]
+    lines += ["| | KL / KL of expanded MSE, mean over the models | models |", "| --- | --- | --- |"]
     lines += [f"| {name} | {np.mean(kls):.3f} | {len(kls)} |" for name, kls in ratios.items()]
     return "\n".join(lines) + "\n"
 
@@ -316,10 +316,11 @@ not predict the loss of a large model.
 
 *weight error* is the mean over all quantized matrices of |decoded - parent| / |parent| (L2). *KL*
 is the divergence of the next-token distribution from the parent's. Activations are not quantized:
-recipes that quantize activations are measured by their weights alone. *seconds*: `mquant` as a
-whole process, with start-up; llmcompressor's observers alone, on weights in memory. `nvfp4-gptq` is
-llmcompressor's GPTQ, and `w4a16-awq` its AWQ: the tests hold every tensor of these recipes equal to
-plain `oneshot`'s. Weights that AWQ scaled have no weight error against the parent.
+recipes that quantize activations are measured by their weights alone. *seconds* is the time of
+`mquant` as a whole process, with start-up, or of llmcompressor's observers alone, on weights in
+memory. `nvfp4-gptq` is llmcompressor's GPTQ, and `w4a16-awq` is llmcompressor's AWQ: the tests
+check that every tensor of these recipes equals the tensor of plain `oneshot`. The weight error is
+left out for `w4a16-awq`, because AWQ scales weights away from the parent's.
 """
 
 

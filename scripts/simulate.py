@@ -39,7 +39,7 @@ from simulation_page import Curve, fill, hours, picture, span, table
 
 TEMPLATE: Final = Path(__file__).parent / "simulate.md"
 NAME: Final = "scale-out"
-MARK: Final = "<!-- From here on made by scripts/simulate.py: do not edit. -->\n"
+MARK: Final = "<!-- scripts/simulate.py writes the rest of this page: do not edit. -->\n"
 SHARDS: Final = (SHARD, 2_000_000_000, 1_000_000_000, 500_000_000)
 NEAR: Final = 1.1
 """A time of at most this factor times the best time counts as equally good."""
@@ -97,9 +97,7 @@ def stops(case: Case) -> str:
                     f"{worth[-1].machines:,}: {span(worth[-1].seconds)}" if worth else "none",
                 ]
             )
-    return table(
-        ["", "machines", "time", "what stops it", "start and finish", f"at {WORTH:.0%}"], rows
-    )
+    return table(["", "machines", "time", "the limit", "start and finish", f"at {WORTH:.0%}"], rows)
 
 
 def smaller(case: Case) -> str:
@@ -157,8 +155,8 @@ def again(case: Case) -> str:
     total = sum(case.files.values())
     parts = ", ".join(f"{n}: {size(b)} ({b / total:.1%})" for n, b in repeated.items())
     return (
-        "Shares of a hub repo (`--share` with a repo id) download the files they need whole, and "
-        f"neighbours share those at their edges. Fetched again, by number of shares: {parts}."
+        "Shares of a hub repo (`--share` with a repo id) download whole files, and a file that two "
+        f"shares need is downloaded twice. Downloaded again, by number of shares: {parts}."
     )
 
 
@@ -185,14 +183,14 @@ WHAT: Final = {
     "10tb": "A MiniMax-M2 of 88 layers, 256 experts, hidden size 12288, intermediate 6144",
 }
 NOTES: Final = {
-    "278gb": "More than that is for slow networks: at 1 Gbit/s, 16 machines take {slow16} and one "
-    "{slow1}.",
+    "278gb": "More machines help only if the network is slow: at 1 Gbit/s, 16 machines take "
+    "{slow16} and one machine takes {slow1}.",
     "1tb": "The last shards hold lm_head and the layer of multi-token prediction, which are "
-    "copied: there as much is written as is read.",
+    "copied: for these shards as many bytes are written as are read.",
     "10tb": "`embed_tokens` and `lm_head` are 4.9 GB each, stay in BF16 and cannot be shared out: "
-    "smaller shards do not make those smaller. Samples of the source are most of what does not "
-    "shrink ({samples} of them in each process). Memory is a fused set for each worker, 0.3 GB "
-    "here, and 0.25 GB.",
+    "smaller shards do not divide these tensors. Samples of the source take most of the time that "
+    "does not shrink ({samples} samples in each process). Memory is a fused set for each worker, "
+    "0.3 GB for this model, and 0.25 GB.",
 }
 
 
@@ -256,8 +254,8 @@ def short(case: Case) -> str:
     return (
         f"- **{case.title}**: one machine takes {span(hub.seconds)} from hub to hub, with 20 GB of "
         f"disk. From shared storage of 100 GB/s, {worth.machines} machines take "
-        f"{span(worth.seconds)} and are used at {worth.efficiency:.0%}; beyond {stop.machines} and "
-        f"{span(stop.seconds)} more do not help ({limit})."
+        f"{span(worth.seconds)} and have an efficiency of {worth.efficiency:.0%}; {stop.machines} "
+        f"machines take {span(stop.seconds)}, and more do not help, because of {limit}."
     )
 
 
