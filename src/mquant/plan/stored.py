@@ -1,6 +1,6 @@
 """Weights that a source stores quantized: the tensors of each weight, and its shape in BF16.
 
-`loader_model.formats` recognizes the format. This module takes a weight only if its tensors fit
+`loader_model.storage` recognizes the format. This module takes a weight only if its tensors fit
 each other.
 """
 
