@@ -1,4 +1,4 @@
-"""`mquant card`: facts only, nothing obeyed, nothing invented, the same bytes each time."""
+"""`mquant card` writes facts only, shows strings from files as text, and repeats its bytes."""
 
 import json
 import re
@@ -87,7 +87,7 @@ def metadata(card: str) -> dict[str, Any]:
 
 
 def from_hub(src: Path, hub: FakeHub, front: str = FRONT) -> str:
-    """Have mquant.json say that it was made from a hub repo, whose card is `front`."""
+    """Serve a parent with the card `front`, name it in mquant.json, and return its commit."""
     parent = Path(shutil.copytree(TRAINED, src.parent / "parent"))
     (parent / "README.md").write_text(front, encoding="utf-8")
     commit = hub.add(PARENT, parent)
@@ -106,7 +106,7 @@ def written(path: Path, value: object) -> Path:
     return path
 
 
-def test_it_says_what_the_checkpoint_is(src: Path) -> None:
+def test_the_card_says_what_the_checkpoint_is(src: Path) -> None:
     card = card_of(src)
     for fact in (
         "| Architecture | `MiniMaxM2ForCausalLM` (minimax_m2) |",
@@ -125,7 +125,7 @@ def test_it_says_what_the_checkpoint_is(src: Path) -> None:
         assert fact in card
 
 
-def test_its_command_names_what_else_it_was_made_with(src: Path) -> None:
+def test_the_command_on_the_card_names_the_calibration_data(src: Path) -> None:
     fingerprint = read_json(src / "mquant.json")["fingerprint"]
     made_with = {**fingerprint, "data": "a" * 64, "importance": "none"}
     edit_json(src / "mquant.json", fingerprint=made_with)
@@ -136,14 +136,14 @@ def test_its_command_names_what_else_it_was_made_with(src: Path) -> None:
     assert "`DATA` is the dataset `org/text`." in card_of(src)
 
 
-def test_its_ignore_list_is_exact_and_counted(src: Path) -> None:
+def test_the_ignore_list_on_the_card_is_exact_and_counted(src: Path) -> None:
     card = card_of(src)
     assert "`ignore` in config.json has 5 entries, exact names." in card
     assert "| `model.layers.{0..2}.block_sparse_moe.gate` | 3 |" in card
     assert "| `lm_head` | 1 |" in card
 
 
-def test_it_has_the_verdict_and_the_rules_that_were_asked(src: Path) -> None:
+def test_the_card_has_the_verdict_and_the_rules_that_were_checked(src: Path) -> None:
     card = card_of(src, "--from", TRAINED)
     assert "Clean: 327 tensors, 102 quantized modules, checked structure and numbers, compared" in (
         card
@@ -154,7 +154,7 @@ def test_it_has_the_verdict_and_the_rules_that_were_asked(src: Path) -> None:
     assert "| `tensor-parallel` | info |" in card
 
 
-def test_it_says_who_loads_it_and_how_to_serve_it(src: Path) -> None:
+def test_the_card_names_the_engines_and_the_command_that_serves(src: Path) -> None:
     card = card_of(src)
     assert "```sh\nvllm serve ./Tiny-NVFP4\n```" in card
     engines = {"vLLM 0.32.0": "yes", "SGLang 0.5.23 or newer": "yes", "TensorRT-LLM": "no"}
@@ -167,18 +167,18 @@ def test_it_says_who_loads_it_and_how_to_serve_it(src: Path) -> None:
 
 
 @pytest.mark.parametrize(("recipe", "what"), [("fp8-dynamic", "8-bit floating point")])
-def test_of_another_scheme_it_says_what_was_looked_at_and_no_more(
-    tmp_path: Path, recipe: str, what: str
+def test_the_card_of_another_scheme_claims_only_what_was_checked(
+    tmp_path: Path, recipe: str, number_format: str
 ) -> None:
     out = tmp_path / "Tiny"
     quantize(plan_of(TRAINED, recipe), out)
     assert run(out).exit_code == 0
     card = (out / "README.md").read_text("utf-8")
-    assert re.search(rf"\| vLLM 0.32.0 \| yes \| .*{what}.*not run on a GPU", card)
+    assert re.search(rf"\| vLLM 0.32.0 \| yes \| .*{number_format}.*not run on a GPU", card)
     assert "SGLang" not in card
 
 
-def test_it_says_how_it_was_made_with_every_checksum(src: Path) -> None:
+def test_the_card_has_the_command_and_every_checksum(src: Path) -> None:
     card = card_of(src, "--from", TRAINED)
     assert "```sh\nmquant quantize ./tiny-minimax-m2 --recipe nvfp4 -o Tiny-NVFP4\n```" in card
     recorded = {name: digest for name, digest in hashes(src).items() if name != "mquant.json"}
@@ -187,18 +187,18 @@ def test_it_says_how_it_was_made_with_every_checksum(src: Path) -> None:
         assert f"\n{digest}  {name}\n" in card
 
 
-def test_the_licence_of_a_parent_without_metadata_is_the_file_and_nothing_is_guessed(
+def test_the_licence_of_a_parent_without_metadata_is_its_file_and_nothing_is_guessed(
     src: Path,
 ) -> None:
     card = card_of(src, "--from", TRAINED)
-    found = metadata(card)
-    assert (found["license"], found["license_link"]) == ("other", "LICENSE")
-    assert not {"license_name", "base_model", "base_model_relation", "language"} & found.keys()
+    front = metadata(card)
+    assert (front["license"], front["license_link"]) == ("other", "LICENSE")
+    assert not {"license_name", "base_model", "base_model_relation", "language"} & front.keys()
     (src / "LICENSE").unlink()
     assert "license" not in metadata(card_of(src))
 
 
-def test_the_hub_parent_that_mquant_json_names_is_asked(src: Path, hub: FakeHub) -> None:
+def test_the_card_has_facts_of_the_parent_that_mquant_json_names(src: Path, hub: FakeHub) -> None:
     commit = from_hub(src, hub)
     card = card_of(src)
     assert metadata(card) == {
@@ -224,9 +224,9 @@ def test_a_parent_that_cannot_be_read_leaves_its_facts_out(src: Path, hub: FakeH
     hub.repos.clear()
     result = run(src)
     assert f"There is no repo {PARENT}" in result.stderr
-    found = metadata((src / "README.md").read_text(encoding="utf-8"))
-    assert found["base_model"] == PARENT
-    assert "license_name" not in found
+    front = metadata((src / "README.md").read_text(encoding="utf-8"))
+    assert front["base_model"] == PARENT
+    assert "license_name" not in front
 
 
 def test_another_parent_than_mquant_json_says_is_refused(src: Path, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_another_parent_than_mquant_json_says_is_refused(src: Path, tmp_path: Pa
     assert not (src / "README.md").exists()
 
 
-def test_the_hub_takes_its_metadata(src: Path, hub: FakeHub) -> None:
+def test_the_hub_accepts_the_metadata_of_the_card(src: Path, hub: FakeHub) -> None:
     from_hub(src, hub)
     card = card_of(src)
     assert metadata_errors(card) == []
@@ -276,18 +276,18 @@ def test_figures_of_something_else_are_refused(
     assert not (src / "README.md").exists()
 
 
-def test_repairs_are_its_history(src: Path, tmp_path: Path) -> None:
+def test_the_card_lists_repairs_as_changes(src: Path, tmp_path: Path) -> None:
     bad = next(c for c in OF_NVFP4A16 if c.name == "one router quantized").make(src, tmp_path / "b")
     good = tmp_path / "good"
-    mend = ["repair", str(bad), "--from", str(TRAINED), "-o", str(good)]
-    assert CliRunner().invoke(app, mend).exit_code == 0
+    command = ["repair", str(bad), "--from", str(TRAINED), "-o", str(good)]
+    assert CliRunner().invoke(app, command).exit_code == 0
     card = card_of(good)
     assert "### Changes since" in card
     assert "1 tensor of router made again from the parent" in card
     assert "`router-quantized`" in card.partition("### Changes since")[2]
 
 
-def test_what_only_its_publisher_knows_comes_from_a_file(src: Path, tmp_path: Path) -> None:
+def test_the_facts_of_the_publisher_come_from_a_file(src: Path, tmp_path: Path) -> None:
     about = tmp_path / "about.yaml"
     about.write_text(
         "repo: org/Tiny-NVFP4\nbase_model: org/Base\n"
@@ -308,7 +308,7 @@ def test_what_only_its_publisher_knows_comes_from_a_file(src: Path, tmp_path: Pa
     )
 
 
-OURS = {"<details>", "</details>", "<summary>", "</summary>", "<code>", "</code>"}
+TAGS = {"<details>", "</details>", "<summary>", "</summary>", "<code>", "</code>"}
 HEADINGS = (
     "Tiny-NVFP4",
     "What it is",
@@ -337,7 +337,7 @@ def test_strings_from_files_are_shown_and_never_obeyed(src: Path, hub: FakeHub) 
     assert links == [f"https://huggingface.co/{PARENT}"]
     html = {t.content.strip() for t in (*tokens, *spans) if t.type.startswith("html_")}
     tags = {tag for text in html for tag in re.findall(r"<[^>]*>", text)}
-    assert {tag for tag in tags if not tag.startswith("<!-- Made by mquant")} == OURS
+    assert {tag for tag in tags if not tag.startswith("<!-- Made by mquant")} == TAGS
     headings = [
         t.content
         for t, before in zip(tokens[1:], tokens, strict=False)
@@ -346,7 +346,7 @@ def test_strings_from_files_are_shown_and_never_obeyed(src: Path, hub: FakeHub) 
     assert headings == list(HEADINGS)
 
 
-def test_it_is_the_same_each_time_and_nothing_else_is_written(src: Path) -> None:
+def test_the_card_is_the_same_each_time_and_no_other_file_changes(src: Path) -> None:
     before = hashes(src)
     first = card_of(src, "--from", TRAINED)
     assert card_of(src, "--from", TRAINED) == first
@@ -355,7 +355,7 @@ def test_it_is_the_same_each_time_and_nothing_else_is_written(src: Path) -> None
     assert after == before
 
 
-def test_a_readme_that_it_did_not_make_stays(src: Path, tmp_path: Path) -> None:
+def test_a_readme_that_mquant_did_not_write_stays(src: Path, tmp_path: Path) -> None:
     (src / "README.md").write_text("mine", encoding="utf-8")
     assert "README.md exists, and mquant did not write it." in run(src, code=1).stderr
     run(src, "-o", tmp_path / "CARD.md")
@@ -363,27 +363,27 @@ def test_a_readme_that_it_did_not_make_stays(src: Path, tmp_path: Path) -> None:
     assert (tmp_path / "CARD.md").is_file()
 
 
-def test_of_a_broken_checkpoint_there_is_no_card(src: Path, tmp_path: Path) -> None:
+def test_a_broken_checkpoint_gets_no_card(src: Path, tmp_path: Path) -> None:
     bad = next(c for c in OF_NVFP4A16 if c.name == "one router quantized").make(src, tmp_path / "b")
     result = run(bad, "--format", "json", code=3)
-    found = json.loads(result.stdout)
-    assert found["schema"] == "mquant.card/1"
-    assert not found["ok"]
-    assert "router-quantized" in {finding["rule"] for finding in found["findings"]}
+    report = json.loads(result.stdout)
+    assert report["schema"] == "mquant.card/1"
+    assert not report["ok"]
+    assert "router-quantized" in {finding["rule"] for finding in report["findings"]}
     assert not (bad / "README.md").exists()
 
 
-def test_of_an_unquantized_checkpoint_there_is_none(tmp_path: Path) -> None:
+def test_an_unquantized_checkpoint_gets_no_card(tmp_path: Path) -> None:
     result = run(TRAINED, "-o", tmp_path / "x", code=1)
     assert "tiny-minimax-m2 is not quantized: a card describes a quantization." in result.stderr
 
 
-def test_a_hub_repo_has_one_too(src: Path, tmp_path: Path, hub: FakeHub) -> None:
+def test_a_hub_repo_gets_a_card_too(src: Path, tmp_path: Path, hub: FakeHub) -> None:
     hub.add("org/Tiny-NVFP4", src)
     assert "say where its card goes, with -o." in run("org/Tiny-NVFP4", code=2).stderr
-    found = json.loads(run("org/Tiny-NVFP4", "-o", tmp_path / "CARD.md", "--format", "json").stdout)
-    assert found["card"] == str(tmp_path / "CARD.md")
-    assert found["repo"] == "org/Tiny-NVFP4"
+    facts = json.loads(run("org/Tiny-NVFP4", "-o", tmp_path / "CARD.md", "--format", "json").stdout)
+    assert facts["card"] == str(tmp_path / "CARD.md")
+    assert facts["repo"] == "org/Tiny-NVFP4"
     card = (tmp_path / "CARD.md").read_text(encoding="utf-8")
     assert "vllm serve org/Tiny-NVFP4\n" in card
     assert "checked structure." in card
