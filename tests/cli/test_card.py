@@ -166,7 +166,7 @@ def test_the_card_names_the_engines_and_the_command_that_serves(src: Path) -> No
     assert "The KV cache takes 768 bytes a token in 16 bits, 1.50 MiB for the whole context" in card
 
 
-@pytest.mark.parametrize(("recipe", "what"), [("fp8-dynamic", "8-bit floating point")])
+@pytest.mark.parametrize(("recipe", "number_format"), [("fp8-dynamic", "8-bit floating point")])
 def test_the_card_of_another_scheme_claims_only_what_was_checked(
     tmp_path: Path, recipe: str, number_format: str
 ) -> None:
