@@ -1,4 +1,4 @@
-"""Many processes make one checkpoint, each its share, and one completes it."""
+"""Many processes write one checkpoint, each its share, and `finish` completes the checkpoint."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from run import plan_of, quantize_nvfp4, shares_of
 __all__ = ["hub"]
 
 SMALL = 20_000
-"""Bytes of an output shard that make several of a small checkpoint."""
+"""The bytes of an output shard, so that a small checkpoint gets several shards."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def expected(src: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 
 
 @pytest.fixture(scope="module")
-def made(src: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def done(src: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An OUT whose three shares are done; tests take copies."""
     out = tmp_path_factory.mktemp("made") / "out"
     for number in (2, 3, 1):
@@ -72,7 +72,7 @@ def refused(error: type[MquantError], run: Any, *arguments: Any) -> MquantError:
 
 
 @pytest.mark.parametrize("of", [1, 2, 3, 12])
-def test_shares_made_at_the_same_time_and_finished_are_the_run_of_one_process(
+def test_shares_made_at_the_same_time_give_the_files_of_one_process(
     src: Path, expected: dict[str, str], tmp_path: Path, of: int
 ) -> None:
     out = tmp_path / "out"
@@ -90,13 +90,13 @@ def test_a_share_writes_its_own_shards_and_nothing_else(src: Path, tmp_path: Pat
     assert {path.name for path in out.iterdir()} == {*own, SHARES, "mquant-run.2-of-3.jsonl"}
 
 
-def test_a_share_without_a_shard_is_done_at_once_and_says_so(src: Path, tmp_path: Path) -> None:
+def test_a_share_without_a_shard_is_done_at_once_with_a_note(src: Path, tmp_path: Path) -> None:
     run, events = shares_of(src, tmp_path / "out", 50, SMALL), list[Event]()
     assert run.make(50, emit=events.append)
     assert events == [Note("info", "Share 50 of 50 has no shard to make.")]
 
 
-def test_a_recipe_file_of_another_tool_goes_along(src: Path, tmp_path: Path) -> None:
+def test_shares_carry_a_recipe_file_of_another_tool(src: Path, tmp_path: Path) -> None:
     recipe = str(tmp_path / "recipe.yaml")
     modifier = "{targets: [Linear], scheme: NVFP4A16, ignore: [lm_head, 're:.*gate$', 're:.*x$']}"
     Path(recipe).write_text(f"s_stage:\n  q_modifiers:\n    QuantizationModifier: {modifier}\n")
@@ -107,7 +107,7 @@ def test_a_recipe_file_of_another_tool_goes_along(src: Path, tmp_path: Path) -> 
     assert (tmp_path / "out/config.json").is_file()
 
 
-def test_of_a_hub_repo_each_share_fetches_what_it_needs_and_finishing_nothing(
+def test_each_share_downloads_only_its_shards_and_finish_downloads_no_shard(
     hub: FakeHub, src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add("org/model", src)
@@ -122,8 +122,8 @@ def test_of_a_hub_repo_each_share_fetches_what_it_needs_and_finishing_nothing(
     for number, cache in enumerate(caches, 1):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
         in_shares(plan, order, tmp_path / "out", 3).make(number)
-    held = [{path.name for path in cache.rglob("*.safetensors")} for cache in caches]
-    assert all(0 < len(names) < 3 for names in (held[0], held[2]))
+    shards = [{path.name for path in cache.rglob("*.safetensors")} for cache in caches]
+    assert all(0 < len(names) < 3 for names in (shards[0], shards[2]))
     shutil.rmtree(caches[2])
     finish_shares(tmp_path / "out")
     assert not caches[2].exists()
@@ -131,10 +131,10 @@ def test_of_a_hub_repo_each_share_fetches_what_it_needs_and_finishing_nothing(
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
-# --- stopped, and gone on with
+# --- interrupted and resumed
 
 
-def test_a_killed_share_goes_on_and_makes_only_what_its_ledger_lacks(
+def test_a_killed_share_resumes_with_the_jobs_that_its_ledger_lacks(
     src: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     out, run = tmp_path / "out", shares_of(src, tmp_path / "out", 2, SMALL)
@@ -153,20 +153,20 @@ def test_a_killed_share_goes_on_and_makes_only_what_its_ledger_lacks(
     assert hashes(out) == expected
 
 
-def test_a_share_that_is_done_is_not_made_again(src: Path, made: Path, tmp_path: Path) -> None:
-    out = copy(made, tmp_path / "out")
+def test_a_share_that_is_done_is_not_made_again(src: Path, done: Path, tmp_path: Path) -> None:
+    out = copy(done, tmp_path / "out")
     before = hashes(out)
     events: list[Event] = []
     assert not shares_of(src, out, 3, SMALL).make(2, emit=events.append)
     assert (events, hashes(out)) == ([], before)
 
 
-def test_killed_while_it_finishes_it_can_be_finished_again(
-    made: Path, expected: dict[str, str], tmp_path: Path
+def test_a_killed_finish_can_be_repeated(
+    done: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     changes, code = 0, None
     while code != 0:
-        out = copy(made, tmp_path / f"killed-{changes}")
+        out = copy(done, tmp_path / f"killed-{changes}")
         code = finish_and_die(out, changes)
         assert code in (0, -signal.SIGKILL)
         finish_shares(out)
@@ -175,8 +175,8 @@ def test_killed_while_it_finishes_it_can_be_finished_again(
     assert changes > 8
 
 
-def test_finishing_again_is_done_already(src: Path, made: Path, tmp_path: Path) -> None:
-    out = copy(made, tmp_path / "out")
+def test_a_second_finish_is_already_done(src: Path, done: Path, tmp_path: Path) -> None:
+    out = copy(done, tmp_path / "out")
     assert finish_shares(out) is not None
     before = hashes(out)
     assert finish_shares(out) is None
@@ -185,13 +185,13 @@ def test_finishing_again_is_done_already(src: Path, made: Path, tmp_path: Path) 
     assert hashes(out) == before
 
 
-# --- what does not go together
+# --- refusals
 
 
 def test_a_missing_share_is_named_and_nothing_changes(
-    src: Path, made: Path, tmp_path: Path
+    src: Path, done: Path, tmp_path: Path
 ) -> None:
-    out, run = copy(made, tmp_path / "out"), shares_of(src, made, 3, SMALL)
+    out, run = copy(done, tmp_path / "out"), shares_of(src, done, 3, SMALL)
     for number in (1, 3):
         (out / ledger_name(number, 3)).unlink()
     before = hashes(out)
@@ -209,12 +209,12 @@ def test_a_missing_share_is_named_and_nothing_changes(
 
 
 @pytest.mark.parametrize("fault", ["cut", "gone", "digest", "touched"])
-def test_a_share_does_not_count_as_done_where_what_it_made_or_read_is_not_there(
-    src: Path, made: Path, tmp_path: Path, fault: str
+def test_a_share_is_not_done_if_its_shard_its_digest_or_its_source_changed(
+    src: Path, done: Path, tmp_path: Path, fault: str
 ) -> None:
-    out, here = copy(made, tmp_path / "out"), copy(src, tmp_path / "src")
+    out, source = copy(done, tmp_path / "out"), copy(src, tmp_path / "src")
     table = json.loads((out / SHARES).read_text())
-    table["order"]["source"]["folder"] = str(here)
+    table["order"]["source"]["folder"] = str(source)
     (out / SHARES).write_text(json.dumps(table))
     shard, ledger = min(out.glob("*.safetensors")), out / ledger_name(1, 3)
     if fault == "cut":
@@ -224,41 +224,41 @@ def test_a_share_does_not_count_as_done_where_what_it_made_or_read_is_not_there(
     elif fault == "digest":
         ledger.write_text(ledger.read_text().replace('"sha256": "', '"sha256": "x'))
     else:
-        os.utime(here / "model-00001-of-00003.safetensors", (1, 1))
+        os.utime(source / "model-00001-of-00003.safetensors", (1, 1))
     error = refused(OutputError, finish_shares, out)
     assert error.message.startswith(("Share 1 of 3 is not done: ", "Shares 1 and 2 of 3 are "))
 
 
-def test_a_share_has_one_process_at_a_time_and_others_go_on_beside_it(
+def test_a_share_has_one_process_and_other_shares_run_beside_it(
     src: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    out, said = tmp_path / "out", list[MquantError]()
+    out, errors = tmp_path / "out", list[MquantError]()
 
     def emit(event: Event) -> None:
-        if isinstance(event, Progress) and not said:
-            said.append(refused(InUse, shares_of(src, out, 2, SMALL).make, 1))
+        if isinstance(event, Progress) and not errors:
+            errors.append(refused(InUse, shares_of(src, out, 2, SMALL).make, 1))
             shares_of(src, out, 2, SMALL).make(2)
-            said.append(refused(OutputError, finish_shares, out))
+            errors.append(refused(OutputError, finish_shares, out))
 
     shares_of(src, out, 2, SMALL).make(1, workers=1, emit=emit)
-    assert said[0].message == f"Another mquant is making share 1 of 2 in {out}."
-    assert said[1].message.startswith("Share 1 of 2 is not done: ")
+    assert errors[0].message == f"Another mquant is making share 1 of 2 in {out}."
+    assert errors[1].message.startswith("Share 1 of 2 is not done: ")
     finish_shares(out)
     assert hashes(out) == expected
 
 
-def test_another_number_of_shares_is_refused(src: Path, made: Path, tmp_path: Path) -> None:
-    error = refused(OutputError, shares_of(src, made, 4, SMALL).make, 1)
-    assert error.message == f"{made} is being made in 3 shares, not in 4."
+def test_another_number_of_shares_is_refused(src: Path, done: Path, tmp_path: Path) -> None:
+    error = refused(OutputError, shares_of(src, done, 4, SMALL).make, 1)
+    assert error.message == f"{done} is being made in 3 shares, not in 4."
 
 
-def test_another_plan_is_refused_with_both_values(src: Path, made: Path) -> None:
-    error = refused(OutputError, shares_of(src, made, 3, SMALL, "fp8-dynamic").make, 1)
-    assert error.message.startswith(f"{made} was made from something else: plan was ")
+def test_another_plan_is_refused_with_both_values(src: Path, done: Path) -> None:
+    error = refused(OutputError, shares_of(src, done, 3, SMALL, "fp8-dynamic").make, 1)
+    assert error.message.startswith(f"{done} was made from something else: plan was ")
 
 
-def test_another_mquant_is_refused(src: Path, made: Path, tmp_path: Path) -> None:
-    out = copy(made, tmp_path / "out")
+def test_another_mquant_is_refused(src: Path, done: Path, tmp_path: Path) -> None:
+    out = copy(done, tmp_path / "out")
     (out / SHARES).write_text((out / SHARES).read_text().replace(__version__, "9.9.9"))
     for run in (partial(shares_of(src, out, 3, SMALL).make, 1), partial(finish_shares, out)):
         error = refused(OutputError, run)
@@ -266,30 +266,30 @@ def test_another_mquant_is_refused(src: Path, made: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_a_whole_run_into_shares_is_refused(src: Path, made: Path, *, restart: bool) -> None:
+def test_a_whole_run_into_shares_is_refused(src: Path, done: Path, *, restart: bool) -> None:
     plan = plan_of(src, max_shard_bytes=SMALL)
     with pytest.raises(OutputError) as caught:
-        quantize(plan, made, restart=restart)
-    assert caught.value.message == f"{made} is being made in shares."
-    assert f"mquant finish {made}" in caught.value.fix
+        quantize(plan, done, restart=restart)
+    assert caught.value.message == f"{done} is being made in shares."
+    assert f"mquant finish {done}" in caught.value.fix
 
 
 def test_shares_into_a_whole_run_are_refused(src: Path, tmp_path: Path) -> None:
-    out, said = tmp_path / "out", list[str]()
+    out, messages = tmp_path / "out", list[str]()
 
     def emit(event: Event) -> None:
-        if isinstance(event, Progress) and not said:
-            said.append(refused(OutputError, shares_of(src, out, 2, SMALL).make, 1).message)
-            said.append(refused(OutputError, finish_shares, out).message)
+        if isinstance(event, Progress) and not messages:
+            messages.append(refused(OutputError, shares_of(src, out, 2, SMALL).make, 1).message)
+            messages.append(refused(OutputError, finish_shares, out).message)
 
     quantize_nvfp4(src, out, emit, SMALL, workers=1)
-    assert said == [
+    assert messages == [
         f"{out} is being made as a whole, not in shares.",
         f"{out} holds no shares to finish.",
     ]
 
 
-def test_shares_into_a_folder_that_is_not_ours_are_refused(src: Path, tmp_path: Path) -> None:
+def test_shares_into_a_folder_of_another_tool_are_refused(src: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     error = refused(OutputError, shares_of(src, tmp_path, 2, SMALL).make, 1)
     assert error.message == f"{tmp_path} is not empty, and mquant did not make it."
@@ -301,8 +301,8 @@ def test_calibrated_recipes_have_no_shares(src: Path, tmp_path: Path) -> None:
     assert "sends data through the whole model" in error.message
 
 
-def test_without_the_source_it_cannot_be_finished(made: Path, tmp_path: Path) -> None:
-    out = copy(made, tmp_path / "out")
+def test_finish_needs_the_source(done: Path, tmp_path: Path) -> None:
+    out = copy(done, tmp_path / "out")
     table = json.loads((out / SHARES).read_text())
     table["order"]["source"]["folder"] = str(tmp_path / "moved")
     (out / SHARES).write_text(json.dumps(table))
@@ -310,8 +310,8 @@ def test_without_the_source_it_cannot_be_finished(made: Path, tmp_path: Path) ->
     assert error.message == f"{tmp_path / 'moved'} does not exist."
 
 
-def test_from_another_source_it_cannot_be_finished(made: Path, tmp_path: Path) -> None:
-    out = copy(made, tmp_path / "out")
+def test_finish_refuses_another_source(done: Path, tmp_path: Path) -> None:
+    out = copy(done, tmp_path / "out")
     table = json.loads((out / SHARES).read_text())
     table["order"]["source"]["folder"] = str(make_checkpoint(tmp_path / "other", seed=9))
     (out / SHARES).write_text(json.dumps(table))
@@ -319,7 +319,7 @@ def test_from_another_source_it_cannot_be_finished(made: Path, tmp_path: Path) -
     assert error.message.startswith(f"{out} was made from something else: content was ")
 
 
-# --- what lies in OUT may be somebody else's
+# --- hostile files in OUT
 
 
 def edited(**changes: Any) -> Any:
@@ -355,8 +355,8 @@ def ordered(**changes: Any) -> Any:
         lambda table: "[" * 100_000,
     ],
 )
-def test_what_is_no_run_of_ours_is_one_sentence(made: Path, tmp_path: Path, edit: Any) -> None:
-    out = copy(made, tmp_path / "out")
+def test_a_wrong_record_of_shares_is_one_sentence(done: Path, tmp_path: Path, edit: Any) -> None:
+    out = copy(done, tmp_path / "out")
     value = edit(json.loads((out / SHARES).read_text()))
     (out / SHARES).write_text(value if isinstance(value, str) else json.dumps(value))
     before = hashes(out)
@@ -365,11 +365,11 @@ def test_what_is_no_run_of_ours_is_one_sentence(made: Path, tmp_path: Path, edit
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
-def test_a_record_of_shares_is_a_file(src: Path, made: Path, tmp_path: Path, kind: str) -> None:
+def test_a_record_of_shares_is_a_file(src: Path, done: Path, tmp_path: Path, kind: str) -> None:
     out = tmp_path / "out"
     out.mkdir()
     if kind == "link":
-        (out / SHARES).symlink_to(made / SHARES)
+        (out / SHARES).symlink_to(done / SHARES)
     elif kind == "pipe":
         os.mkfifo(out / SHARES)
     else:
@@ -380,10 +380,10 @@ def test_a_record_of_shares_is_a_file(src: Path, made: Path, tmp_path: Path, kin
     refused(OutputError, quantize_nvfp4, src, out)
 
 
-def test_a_ledger_of_another_run_counts_for_nothing(
-    src: Path, expected: dict[str, str], made: Path, tmp_path: Path
+def test_a_ledger_of_another_run_is_ignored(
+    src: Path, expected: dict[str, str], done: Path, tmp_path: Path
 ) -> None:
-    out = copy(made, tmp_path / "out")
+    out = copy(done, tmp_path / "out")
     ledger = out / ledger_name(2, 3)
     ledger.write_text(ledger.read_text().replace('"plan": "', '"plan": "0'))
     (out / "mine.txt").write_text("kept")
@@ -394,9 +394,9 @@ def test_a_ledger_of_another_run_counts_for_nothing(
     assert hashes(out) == expected
 
 
-def test_a_ledger_cannot_have_files_deleted(src: Path, made: Path, tmp_path: Path) -> None:
-    out = copy(made, tmp_path / "out")
-    shard = min(out.glob("*.safetensors"))  # another share's
+def test_a_ledger_cannot_have_files_deleted(src: Path, done: Path, tmp_path: Path) -> None:
+    out = copy(done, tmp_path / "out")
+    shard = min(out.glob("*.safetensors"))  # a shard of another share
     names = ["../victim", shard.name, "mine.txt"]
     head = {"schema": "mquant.run/2", "fingerprint": {}, "files": names}
     (out / ledger_name(2, 3)).write_text(json.dumps(head) + "\n")
@@ -418,7 +418,7 @@ def test_a_claim_that_was_cut_off_leaves_out_free(src: Path, tmp_path: Path) -> 
 def test_a_disk_without_locks_is_one_sentence(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def flock(file: int, how: int) -> None:
+    def flock(file: int, operation: int) -> None:
         raise OSError(38, os.strerror(38))
 
     monkeypatch.setattr("fcntl.flock", flock)
