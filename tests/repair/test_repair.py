@@ -1,7 +1,6 @@
 """A broken checkpoint is repaired to the tensors and config.json of a correct run on its parent."""
 
 import errno
-import json
 import os
 import shutil
 from pathlib import Path
@@ -9,61 +8,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corpus import EXPERT, OF_NVFP4A16, OF_OTHER_SCHEMES, Case
-from judges import data, hashes, model_free_ptq, one_shard, oneshot_and_save, opened, read_json
-from killed import repair_and_die
-from make import Row, make_checkpoint, without, write_json, write_shard
+from corpus import EXPERT, OF_NVFP4A16, Case
+from judges import hashes, model_free_ptq, one_shard, oneshot_and_save, opened, read_json
+from make import Row, make_checkpoint, without, write_shard
 from mquant.checkpoint import Folder
-from mquant.errors import OutputError, Refused, SourceError
-from mquant.family import load_families
-from mquant.findings import Finding
-from mquant.output import RECORD, WORK, apply
-from mquant.repair.diagnose import Diagnosis, diagnose
-from mquant.repair.repair import finish_in_place, repair, repair_in_place
+from mquant.errors import SourceError
+from mquant.output import RECORD
+from mquant.repair.diagnose import diagnose
+from mquant.repair.repair import repair
 from mquant.runs.quantize import quantize
-from mquant.verify.judge import Depth, verify
 from mutate import changed, mutated, scalar
-from run import TRAINED, plan_of, quantize_nvfp4
+from repairs import (
+    FAMILIES,
+    UNKNOWN,
+    case_of,
+    diagnosis_of,
+    problems,
+    refusal,
+    repaired,
+    right,
+    tensors,
+)
+from run import TRAINED, plan_of
 
-FAMILIES = load_families()
-UNKNOWN = "a prefix before every name"
-"""The name of a case whose recipe only mquant.json can tell."""
-
-
-@pytest.fixture(scope="session")
-def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("right") / "good", shard_bytes=10**6)
-
-
-def case_of(name: str) -> Case:
-    return next(case for case in OF_NVFP4A16 if case.name == name)
-
-
-def diagnosis_of(bad: Path, parent: Path = TRAINED) -> Diagnosis:
-    return diagnose(Folder(bad), Folder(parent), FAMILIES)
-
-
-def repaired(bad: Path, out: Path, parent: Path = TRAINED) -> Path:
-    return repair(diagnosis_of(bad, parent), out).out
-
-
-def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    checkpoint = opened(folder)
-    return {
-        name: (info.dtype, info.shape, data(checkpoint, name))
-        for name, info in checkpoint.tensors.items()
-    }
-
-
-def problems(folder: Path) -> list[Finding]:
-    findings = verify(Folder(folder), FAMILIES, Depth.NUMBERS).findings
-    return [finding for finding in findings if finding.severity != "info"]
-
-
-def refusal(bad: Path, parent: Path = TRAINED) -> Finding:
-    with pytest.raises(Refused) as caught:
-        diagnosis_of(bad, parent)
-    return caught.value.findings[0]
+__all__ = ["right"]
 
 
 # --- the repaired checkpoint
@@ -266,214 +234,6 @@ def test_a_second_repair_is_already_done(right: Path, tmp_path: Path) -> None:
 
 def test_a_good_checkpoint_needs_no_repair(right: Path) -> None:
     assert not diagnosis_of(right).needed
-
-
-# --- refusals
-
-
-def test_another_parent_is_refused(right: Path, tmp_path: Path) -> None:
-    def other(rows: list[Row]) -> list[Row]:
-        return [(n, d, s, raw[::-1] if len(s) == 1 else raw) for n, d, s, raw in rows]
-
-    stranger = mutated(TRAINED, tmp_path / "stranger", edit=other)
-    bad = case_of("one router quantized").make(right, tmp_path)
-    finding = refusal(bad, stranger)
-    assert finding.rule == "parent-differs"
-    assert finding.message.startswith("bad was not made from bad: model.layers.0.block_sparse_moe.")
-
-
-def _searched(rows: list[Row]) -> list[Row]:
-    """Return the rows with the codes of other scales: the lowest bit of each byte is flipped."""
-    return [
-        (n, d, s, bytes(b ^ 1 for b in raw) if n.endswith("weight_packed") else raw)
-        for n, d, s, raw in rows
-    ]
-
-
-@pytest.mark.parametrize("keep_record", [True, False])
-def test_quantizing_again_is_refused_if_intact_tensors_have_another_recipe(
-    right: Path, tmp_path: Path, *, keep_record: bool
-) -> None:
-    def edit(rows: list[Row]) -> list[Row]:
-        return without(EXPERT)(_searched(rows)) or rows
-
-    bad = mutated(right, tmp_path, edit=edit)
-    if not keep_record:
-        (bad / RECORD).unlink()
-    finding = refusal(bad)
-    assert finding.rule == "recipe-not-known"
-    recipe = (
-        "recipe nvfp4, which mquant.json names" if keep_record else "any recipe that needs no data"
-    )
-    assert finding.message == (
-        f"{EXPERT}w1, {EXPERT}w3, {EXPERT}w2 must be quantized again, but the intact parts were "
-        f"not made from this parent with {recipe}."
-    )
-
-
-def test_routers_are_repaired_beside_tensors_of_another_recipe(right: Path, tmp_path: Path) -> None:
-    good = mutated(right, tmp_path / "good", edit=_searched)
-    bad = case_of("the origin bug: all routers quantized").make(good, tmp_path)
-    (bad / RECORD).unlink()
-    assert tensors(repaired(bad, tmp_path / "out")) == tensors(good)
-
-
-def test_min_max_scales_are_recognized_as_nvfp4(right: Path, tmp_path: Path) -> None:
-    bad = mutated(right, tmp_path, edit=without(EXPERT))
-    (bad / RECORD).unlink()
-    diagnosis = diagnosis_of(bad)
-    assert (diagnosis.made_by, diagnosis.repair_plan.right.recipe.name) == ("reproduced", "nvfp4")
-
-
-def _calibrated(right: Path, tmp_path: Path) -> Path:
-    """Write a checkpoint with other codes and an mquant.json whose recipe needs data."""
-    good = mutated(right, tmp_path, edit=_searched)
-    record = read_json(good / RECORD)
-    record["recipe"] |= {"name": "nvfp4-gptq", "rounding": "gptq"}
-    write_json(good / RECORD, record)
-    return good
-
-
-def test_a_calibrated_checkpoint_is_not_quantized_again(right: Path, tmp_path: Path) -> None:
-    bad = mutated(_calibrated(right, tmp_path / "good"), tmp_path, edit=without(EXPERT))
-    finding = refusal(bad)
-    assert finding.rule == "recipe-not-known"
-    assert finding.message == (
-        f"{EXPERT}w1, {EXPERT}w3, {EXPERT}w2 must be quantized again, but recipe nvfp4-gptq, which "
-        "mquant.json names, depends on the data it was calibrated with."
-    )
-    assert finding.fix == (
-        "Quantize the parent again: mquant quantize PARENT --recipe nvfp4-gptq --data FILE."
-    )
-
-
-def test_routers_of_a_calibrated_checkpoint_are_repaired(right: Path, tmp_path: Path) -> None:
-    good = _calibrated(right, tmp_path / "good")
-    bad = case_of("the origin bug: all routers quantized").make(good, tmp_path)
-    assert tensors(repaired(bad, tmp_path / "out")) == tensors(good)
-
-
-def test_without_known_names_and_mquant_json_repair_is_refused(right: Path, tmp_path: Path) -> None:
-    bad = case_of(UNKNOWN).make(right, tmp_path)
-    (bad / RECORD).unlink()
-    assert refusal(bad).message == (
-        "bad has no mquant.json and no quantized module with a known name: mquant cannot tell how "
-        "the checkpoint was made."
-    )
-
-
-@pytest.mark.parametrize("keep_record", [True, False])
-def test_experts_in_nvfp4_beside_attention_in_fp8_are_refused(
-    tmp_path: Path, *, keep_record: bool
-) -> None:
-    good = quantize(plan_of(TRAINED, "nvfp4-fp8"), tmp_path / "mixed").out
-    bad = mutated(good, tmp_path, edit=without(EXPERT))
-    if not keep_record:
-        (bad / RECORD).unlink()
-    finding = refusal(bad)
-    assert finding.rule == "layout-not-repairable"
-    assert finding.message == "bad is quantized as FP8; mquant repairs NVFP4A16."
-
-
-@pytest.mark.parametrize("case", OF_OTHER_SCHEMES, ids=lambda case: case.name)
-def test_other_schemes_are_refused(right: Path, tmp_path: Path, case: Case) -> None:
-    bad = case.make(right, tmp_path)
-    before, finding = hashes(bad), refusal(bad)
-    assert finding.rule == "layout-not-repairable"
-    assert finding.message.startswith("bad is quantized as ")
-    assert finding.message.endswith("; mquant repairs NVFP4A16.")
-    assert hashes(bad) == before
-
-
-def test_a_broken_parent_is_refused(right: Path, tmp_path: Path) -> None:
-    parent = mutated(TRAINED, tmp_path / "parent", edit=without("layers.1.block_sparse_moe.gate."))
-    bad = case_of("one router quantized").make(right, tmp_path)
-    assert refusal(bad, parent).rule == "tensor-missing"
-
-
-# --- in place
-
-
-@pytest.fixture
-def bad(right: Path, tmp_path: Path) -> Path:
-    """A checkpoint with quantized routers and a spare shard, without an expert and a side file."""
-
-    def edit(rows: list[Row]) -> list[Row]:
-        case = case_of("the origin bug: all routers quantized")
-        assert case.edit
-        return without(EXPERT)(case.edit(rows) or rows) or rows
-
-    folder = mutated(right, tmp_path, edit=edit)
-    (folder / "tokenizer.json").unlink()
-    shutil.copy(folder / opened(folder).shards[0], folder / "model-spare.safetensors")
-    return folder
-
-
-def test_repair_in_place_gives_the_same_checkpoint(bad: Path, right: Path, tmp_path: Path) -> None:
-    out = repaired(bad, tmp_path / "out")
-    repair_in_place(diagnosis_of(bad))
-    assert tensors(bad) == tensors(right)
-    assert hashes(bad).keys() == hashes(out).keys()
-    assert not (bad / WORK).exists()
-    assert not problems(bad)
-    assert not diagnosis_of(bad).needed
-
-
-def test_a_rerun_finishes_after_a_kill_at_any_change_of_the_folder(
-    bad: Path, right: Path, tmp_path: Path
-) -> None:
-    expected = tensors(right)
-    for most in range(200):
-        copy = Path(shutil.copytree(bad, tmp_path / f"copy-{most}"))
-        stopped = repair_and_die(copy, TRAINED, most) != 0
-        if (copy / "config.json").exists() and not (copy / WORK / "apply.json").exists():
-            assert tensors(copy) in (expected, tensors(bad))
-        if not finish_in_place(copy) and diagnosis_of(copy).needed:
-            repair_in_place(diagnosis_of(copy))
-        assert tensors(copy) == expected
-        assert not (copy / WORK).exists()
-        shutil.rmtree(copy)
-        if not stopped:
-            break
-    assert not stopped
-    assert most > 15
-
-
-def test_a_link_in_a_path_of_the_journal_is_not_followed(bad: Path, tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (bad / "sub").symlink_to(elsewhere)
-    (bad / WORK / "sub").mkdir(parents=True)
-    (bad / WORK / "sub/file").write_text("x")
-    table = {"schema": "mquant.apply/1", "files": ["sub/file"], "obsolete": []}
-    write_json(bad / WORK / "apply.json", table)
-    with pytest.raises(
-        OutputError, match=r"sub/file would be outside of .*by its name, or by a link"
-    ):
-        apply(bad)
-    assert not any(elsewhere.iterdir())
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "other"}'])
-def test_a_strange_journal_is_refused(bad: Path, text: str) -> None:
-    (bad / WORK).mkdir()
-    (bad / WORK / "apply.json").write_text(text)
-    before = hashes(bad)
-    with pytest.raises(OutputError, match="is not a journal of mquant"):
-        finish_in_place(bad)
-    assert hashes(bad) == before
-
-
-def test_a_journal_cannot_name_a_file_outside_the_folder(bad: Path, tmp_path: Path) -> None:
-    precious = tmp_path / "precious"
-    precious.write_text("x")
-    (bad / WORK).mkdir()
-    names = ["../precious", str(precious)]
-    table = {"schema": "mquant.apply/1", "files": names, "obsolete": names}
-    (bad / WORK / "apply.json").write_text(json.dumps(table))
-    with pytest.raises(OutputError, match="would be outside of"):
-        apply(bad)
-    assert precious.read_text() == "x"
 
 
 def test_a_changed_norm_is_taken_from_the_parent(right: Path, tmp_path: Path) -> None:
