@@ -1,7 +1,5 @@
 """The tasks of a Ray cluster write the bytes of one process, even if workers or the driver die."""
 
-import json
-import logging
 import os
 import signal
 import subprocess
@@ -9,11 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
-import psutil
 import pytest
 import ray
 
@@ -23,49 +19,10 @@ from mquant.errors import EngineError, MquantError, OutputError, Refused
 from mquant.events import Emit, Event, Note, Progress, silent
 from mquant.output import SHARES, is_taken, ledger_name
 from mquant.runs import ray_cluster
-from mquant.runs.job_spec import JobSpec
-from mquant.runs.ray_cluster import quantize_on_ray
 from mquant.runs.run import Result
 from mquant.runs.shares import Shares
-from run import plan_of, quantize_nvfp4, shares_of
-
-SHARD_BYTES = 300_000
-JOB_SECONDS = 0.05
-"""The seconds that each job takes longer in these workers, to leave time to kill a worker."""
-
-
-def slowness() -> Callable[[], None]:
-    """Return the function that every worker runs before its first task, to slow its jobs down."""
-    seconds = JOB_SECONDS
-
-    def be_slow() -> None:
-        import time
-        from typing import Any
-
-        from mquant.engines import stream
-
-        do = stream.Worker.do
-
-        def slowly(self: stream.Worker, unit: Any) -> None:
-            do(self, unit)
-            time.sleep(seconds)
-
-        stream.Worker.do = slowly  # type: ignore[method-assign]
-
-    return be_slow
-
-
-def connect(address: str, **options: Any) -> str:
-    """Connect this process to a cluster with slow workers, and return the address."""
-    context: Any = ray.init(
-        address,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.CRITICAL,
-        runtime_env={"worker_process_setup_hook": slowness()},
-        **options,
-    )
-    return str(context.address_info["address"])
+from ray_runs import SHARD_BYTES, connect, holder, on_ray, once_begun, run_of, units_still_valid
+from run import quantize_nvfp4, shares_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,54 +57,6 @@ def expected(src: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     """Every file's hash after a run of one process."""
     out = tmp_path_factory.mktemp("whole") / "out"
     return hashes(quantize_nvfp4(src, out, shard_bytes=SHARD_BYTES))
-
-
-def on_ray(src: Path, out: Path, emit: Emit = silent) -> Result:
-    plan = plan_of(src, max_shard_bytes=SHARD_BYTES)
-    order = JobSpec.of(plan, SHARD_BYTES, allow_unsafe=False, importance=None)
-    return quantize_on_ray(plan, order, out, emit=emit)
-
-
-def run_of(src: Path, out: Path) -> Shares:
-    """Return the run that `on_ray` does, with a share for each shard."""
-    of = len(plan_of(src, max_shard_bytes=SHARD_BYTES).shards)
-    return shares_of(src, out, of, SHARD_BYTES)
-
-
-def holder(ledger: Path) -> int:
-    """Return the id of the process that works on a share, and so has the ledger open."""
-    for process in psutil.process_iter():
-        try:
-            if str(ledger) in {file.path for file in process.open_files()}:
-                return int(process.pid)
-        except psutil.Error:
-            continue
-    raise AssertionError(f"nobody is at work on {ledger.name}")
-
-
-def once_begun(out: Path, units: int, then: Callable[[int], None]) -> Callable[[Event], None]:
-    """Return an `emit` that calls `then` once: with a share of `units` jobs and no whole shard."""
-    done: list[int] = []
-
-    def emit(event: Event) -> None:
-        if done or not isinstance(event, Progress) or not event.workers:
-            return
-        for path in out.glob("mquant-run.*-of-*.jsonl"):
-            number = int(path.name.split(".")[1].split("-")[0])
-            text = path.read_text()
-            if '"shard"' not in text and len(units_still_valid(text)) >= units:
-                done.append(number)
-                then(number)
-                return
-
-    return emit
-
-
-def units_still_valid(ledger: str) -> list[int]:
-    """Return the jobs that a ledger counts, in the order of the work, without whole shards."""
-    entries = [json.loads(line) for line in ledger.splitlines() if line.endswith("}")]
-    spans = [span for e in entries if "shard" not in e for span in e.get("jobs", [])]
-    return [number for first, last in spans for number in range(first, last + 1)]
 
 
 @pytest.fixture
@@ -395,7 +304,7 @@ def test_sigterm_keeps_our_handler_during_and_after_a_silent_connection(
 
 DRIVER = """
 from pathlib import Path
-from test_ray_cluster import connect, on_ray
+from ray_runs import connect, on_ray
 connect({address!r})
 on_ray(Path({src!r}), Path({out!r}))
 """
@@ -405,9 +314,8 @@ def test_a_killed_driver_can_be_run_again(
     src: Path, expected: dict[str, str], tmp_path: Path, two_workers: str
 ) -> None:
     out = tmp_path / "out"
-    tests = str(Path(__file__).parent)
     code = DRIVER.format(address=two_workers, src=str(src), out=str(out))
-    path = os.pathsep.join([*sys.path, tests])
+    path = os.pathsep.join(sys.path)
     with subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}
     ) as driver:
