@@ -74,7 +74,7 @@ def from_folder_and_hub(
     assert (repo["bytes_read"] <= hub.bytes_served, repo["requests"]) == (True, len(hub.requests))
     assert f"in {repo['requests']} requests from the hub." in run("org/model").stdout
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    # One read of 64 KiB a shard, at most, with config.json, the index and the listing.
+    # At most 200 kB of a file (one read of 64 KiB of a shard), and 20 kB for the listing.
     limit = sum(min(path.stat().st_size, 200_000) for path in folder.iterdir())
     assert 0 < hub.bytes_served < min(limit + 20_000, weights / 2)
     for source in (str(folder), "org/model"):  # `verify` comes to the same verdict
