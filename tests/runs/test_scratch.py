@@ -33,7 +33,7 @@ SHARD = 2_000_000
 
 @pytest.fixture(scope="module")
 def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """28 MB in 8 shards."""
+    """26 MB in 8 shards."""
     return make_larger(tmp_path_factory.mktemp("larger") / "src", shards=8)
 
 
