@@ -1,4 +1,4 @@
-"""`mquant compare`: what a person sees, the document, and exit codes."""
+"""`mquant compare` prints a table, writes a JSON document, and sets its exit code."""
 
 import json
 from pathlib import Path

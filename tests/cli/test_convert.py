@@ -1,4 +1,4 @@
-"""`mquant dequantize` and `mquant export` at the command line."""
+"""`mquant dequantize` and `mquant export` convert checkpoints at the command line."""
 
 import json
 from pathlib import Path
@@ -30,18 +30,18 @@ def document(*words: object, code: int = 0) -> dict[str, Any]:
     return table
 
 
-def test_dequantize_tells_what_it_made(nvfp4: Path, tmp_path: Path) -> None:
+def test_dequantize_reports_the_checkpoint(nvfp4: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    told = document("dequantize", nvfp4, "-o", out)
-    assert told["schema"] == "mquant.dequantize/1"
-    assert (told["ok"], told["already_done"], told["out"]) == (True, False, str(out))
-    assert [finding["rule"] for finding in told["findings"]] == ["source-dequantized"]
-    assert told["totals"]["output"]["tensors"] == 47
-    assert told["totals"]["source"]["tensors"] == 47 + 2 * 32
+    report = document("dequantize", nvfp4, "-o", out)
+    assert report["schema"] == "mquant.dequantize/1"
+    assert (report["ok"], report["already_done"], report["out"]) == (True, False, str(out))
+    assert [finding["rule"] for finding in report["findings"]] == ["source-dequantized"]
+    assert report["totals"]["output"]["tensors"] == 47
+    assert report["totals"]["source"]["tensors"] == 47 + 2 * 32
     assert document("dequantize", nvfp4, "-o", out)["already_done"]
 
 
-def test_dequantize_only_shows_the_plan_of_a_dry_run(nvfp4: Path, tmp_path: Path) -> None:
+def test_a_dry_run_of_dequantize_shows_the_plan_only(nvfp4: Path, tmp_path: Path) -> None:
     shown = run("dequantize", nvfp4, "-o", tmp_path / "out", "--dry-run").stdout
     assert "dequantized from" in shown
     assert not (tmp_path / "out").exists()
@@ -56,18 +56,18 @@ def test_out_is_named_after_the_source(
     run("export", "nvfp4-ModelOpt", "--to", "compressed-tensors")
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"nvfp4-BF16", "nvfp4-ModelOpt", "nvfp4-ModelOpt-CT"}
-    back, first = hashes(tmp_path / "nvfp4-ModelOpt-CT"), hashes(nvfp4)
-    assert {name: back[name] for name in first if name != "mquant.json"} == {
-        name: digest for name, digest in first.items() if name != "mquant.json"
+    exported, original = hashes(tmp_path / "nvfp4-ModelOpt-CT"), hashes(nvfp4)
+    assert {name: exported[name] for name in original if name != "mquant.json"} == {
+        name: digest for name, digest in original.items() if name != "mquant.json"
     }
 
 
-def test_what_is_not_quantized_is_refused_with_the_plan(tmp_path: Path) -> None:
+def test_an_unquantized_checkpoint_is_refused_with_the_plan(tmp_path: Path) -> None:
     src = make_checkpoint(tmp_path / "src")
     result = run("dequantize", src, "-o", tmp_path / "out", code=1)
     assert "src has no quantized weights." in result.stdout
-    told = document("export", src, "--to", "modelopt", "-o", tmp_path / "out", code=1)
-    assert [finding["rule"] for finding in told["findings"]] == ["nothing-to-export"]
+    report = document("export", src, "--to", "modelopt", "-o", tmp_path / "out", code=1)
+    assert [finding["rule"] for finding in report["findings"]] == ["nothing-to-export"]
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""`mquant eval`: what a person sees, the document, and what must be given."""
+"""`mquant eval` shows both models, writes a JSON document, and requires a text."""
 
 import json
 from pathlib import Path
@@ -18,16 +18,16 @@ def run(*arguments: object) -> Result:
 def test_a_person_sees_both_models_and_their_routers(trained: Path) -> None:
     result = run(trained, "--against", TRAINED, *TEXT)
     assert result.exit_code == 0
-    said = " ".join(result.stdout.split())
-    assert "Text heldout.txt: 400 tokens, windows of 100" in said
-    assert "tiny-minimax-m2 " in said
-    assert "nats a token" in said
-    assert "Experts unused 0 of 30" in said
+    shown = " ".join(result.stdout.split())
+    assert "Text heldout.txt: 400 tokens, windows of 100" in shown
+    assert "tiny-minimax-m2 " in shown
+    assert "nats a token" in shown
+    assert "Experts unused 0 of 30" in shown
     assert result.stdout.count("%)") >= 4, "a change of perplexity, and each layer's busiest expert"
     assert "hidden states take 819.2 kB of memory" in result.stderr
 
 
-def test_the_document(trained: Path) -> None:
+def test_the_json_document_has_perplexity_and_routing(trained: Path) -> None:
     result = run(trained, "--against", TRAINED, *TEXT, "--format", "json")
     document = json.loads(result.stdout)
     assert (document["schema"], document["ok"]) == ("mquant.eval/1", True)

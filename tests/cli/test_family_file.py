@@ -1,4 +1,4 @@
-"""`--family FILE` and `mquant families check`: a family that does not ship with mquant."""
+"""`--family FILE` and `mquant families check` take a family that does not ship with mquant."""
 
 import json
 from collections.abc import Callable
@@ -25,12 +25,12 @@ def mquant(*arguments: str | Path) -> Result:
 
 
 def quantize(*arguments: str | Path) -> Result:
-    given = ("quantize", "model", "--recipe", "nvfp4", "--max-shard-size", "20kB")
-    return mquant(*given, *arguments)
+    options = ("quantize", "model", "--recipe", "nvfp4", "--max-shard-size", "20kB")
+    return mquant(*options, *arguments)
 
 
 def family_file(name: str, edit: Edit = lambda data: None) -> Path:
-    """The shipped file of MiniMax-M2 as one of the user's, for model_type `unheard_of`."""
+    """Write the family of MiniMax-M2 as a user's own file, for model_type `unheard_of`."""
     data = yaml.safe_load((folder("configs") / "minimax_m2.yaml").read_text())
     data |= {"name": "mine", "title": "My Model", "model_types": ["unheard_of"]}
     data["synth"]["config"]["model_type"] = "unheard_of"
@@ -41,7 +41,7 @@ def family_file(name: str, edit: Edit = lambda data: None) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def user_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint of an unknown model_type in the current folder, and a family file for it."""
     monkeypatch.chdir(tmp_path)
     make_checkpoint(tmp_path / "model", config={"model_type": "unheard_of"})
@@ -59,10 +59,10 @@ def test_every_verb_that_takes_src_takes_a_family_file() -> None:
     assert [name for name, options in takers.items() if "--family" not in options] == []
 
 
-def test_inspect_names_the_family_of_the_file(mine: Path) -> None:
+def test_inspect_names_the_family_of_the_file(user_file: Path) -> None:
     assert json.loads(mquant("inspect", "model", "--format", "json").stdout)["family"] is None
-    told = json.loads(mquant("inspect", "model", "--family", mine, "--format", "json").stdout)
-    assert told["family"] == "mine"
+    facts = json.loads(mquant("inspect", "model", "--family", user_file, "--format", "json").stdout)
+    assert facts["family"] == "mine"
 
 
 def test_an_unknown_family_is_refused_and_the_fix_names_the_option() -> None:
@@ -71,10 +71,10 @@ def test_an_unknown_family_is_refused_and_the_fix_names_the_option() -> None:
     assert "given with --family FILE: see docs/adding-a-family.md" in result.stderr
 
 
-def test_what_is_made_with_a_family_file_is_judged_with_it(mine: Path) -> None:
-    made = quantize("-o", "out", "--family", mine)
-    assert made.exit_code == 0, made.output
-    own = ("--family", mine)
+def test_a_checkpoint_of_a_family_file_is_judged_with_that_file(user_file: Path) -> None:
+    quantized = quantize("-o", "out", "--family", user_file)
+    assert quantized.exit_code == 0, quantized.output
+    own = ("--family", user_file)
     for verb in (("verify", "out", "--against", "model"), ("verify-ignore", "out")):
         result = mquant(*verb, *own)
         assert result.exit_code == 0, result.output
@@ -82,8 +82,8 @@ def test_what_is_made_with_a_family_file_is_judged_with_it(mine: Path) -> None:
     compared = mquant("compare", "out", "--against", "model", *own, "--format", "json")
     roles = {row["role"] for row in json.loads(compared.stdout)["roles"]}
     assert {"expert", "attention", "router"} <= roles
-    back = mquant("dequantize", "out", "-o", "back", *own)
-    assert back.exit_code == 0, back.output
+    dequantized = mquant("dequantize", "out", "-o", "back", *own)
+    assert dequantized.exit_code == 0, dequantized.output
 
 
 def test_a_family_file_comes_before_the_family_that_ships(tmp_path: Path) -> None:
@@ -99,25 +99,25 @@ def test_a_family_file_comes_before_the_family_that_ships(tmp_path: Path) -> Non
     assert "My Model has no such tensor as lm_head.weight" in result.output
 
 
-def test_shares_carry_the_family_to_finish(mine: Path) -> None:
-    assert quantize("-o", "whole", "--family", mine).exit_code == 0
+def test_shares_carry_the_family_to_finish(user_file: Path) -> None:
+    assert quantize("-o", "whole", "--family", user_file).exit_code == 0
     for number in (1, 2):
-        made = quantize("-o", "out", "--family", mine, "--share", f"{number}/2")
-        assert made.exit_code == 0, made.output
-    mine.unlink()
+        share = quantize("-o", "out", "--family", user_file, "--share", f"{number}/2")
+        assert share.exit_code == 0, share.output
+    user_file.unlink()
     finished = mquant("finish", "out")
     assert finished.exit_code == 0, finished.output
     assert hashes(Path("out")) == hashes(Path("whole"))
 
 
-def test_shares_of_a_family_that_ships_say_nothing_of_it(tmp_path: Path) -> None:
+def test_shares_of_a_shipped_family_do_not_record_the_family(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "known")
     mquant("quantize", "known", "--recipe", "nvfp4", "-o", "out", "--share", "1/2")
     assert "family" not in json.loads((Path("out") / SHARES).read_bytes())["order"]
 
 
-def test_another_family_file_is_another_run(mine: Path) -> None:
-    assert quantize("-o", "out", "--family", mine, "--share", "1/2").exit_code == 0
+def test_another_family_file_is_another_run(user_file: Path) -> None:
+    assert quantize("-o", "out", "--family", user_file, "--share", "1/2").exit_code == 0
     other = quantize(
         "-o",
         "out",
@@ -130,7 +130,7 @@ def test_another_family_file_is_another_run(mine: Path) -> None:
     assert "plan was " in other.stderr
 
 
-def test_a_file_that_is_not_there_is_one_sentence() -> None:
+def test_a_missing_family_file_is_one_sentence() -> None:
     result = mquant("inspect", "model", "--family", "nowhere.yaml")
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: nowhere.yaml cannot be read: No such file")
@@ -139,23 +139,23 @@ def test_a_file_that_is_not_there_is_one_sentence() -> None:
 # --- mquant families check
 
 
-def test_check_says_what_the_family_is(mine: Path) -> None:
-    result = mquant("families", "check", mine)
+def test_check_says_what_the_family_is(user_file: Path) -> None:
+    result = mquant("families", "check", user_file)
     assert result.exit_code == 0, result.output
     assert "My Model  family mine\n" in result.stdout
     assert "model_type  unheard_of\n" in result.stdout
     assert "Fused sets  qkv: q_proj, k_proj, v_proj\n" in result.stdout
 
 
-def test_check_plans_every_recipe_that_needs_no_data(mine: Path) -> None:
-    found = json.loads(mquant("families", "check", mine, "--format", "json").stdout)
-    assert (found["schema"], found["ok"]) == ("mquant.families.check/1", True)
-    plans = {recipe["name"]: recipe["plans"] for recipe in found["recipes"]}
+def test_check_plans_every_recipe_that_needs_no_data(user_file: Path) -> None:
+    report = json.loads(mquant("families", "check", user_file, "--format", "json").stdout)
+    assert (report["schema"], report["ok"]) == ("mquant.families.check/1", True)
+    plans = {recipe["name"]: recipe["plans"] for recipe in report["recipes"]}
     assert plans["nvfp4"] is plans["nvfp4-opt"] is True
     assert "nvfp4-gptq" not in plans
-    assert (found["name"], found["model_types"]) == ("mine", ["unheard_of"])
-    assert found["roles"]["router"] == 1
-    assert found["checkpoint"]["tensors"] > found["rows"]
+    assert (report["name"], report["model_types"]) == ("mine", ["unheard_of"])
+    assert report["roles"]["router"] == 1
+    assert report["checkpoint"]["tensors"] > report["rows"]
 
 
 def bad_role(data: dict[str, Any]) -> None:
@@ -196,7 +196,7 @@ def test_check_says_what_is_wrong(edit: Edit, sentence: str) -> None:
 
 
 def setting(*keys: str | int, value: Any) -> Edit:
-    """An edit that sets one value of the file."""
+    """Return an edit that sets one value of the file."""
 
     def edit(data: Any) -> None:
         *path, last = keys
@@ -260,17 +260,17 @@ def test_names_do_not_grow_without_end(key: str, pair: list[str]) -> None:
     assert "unexpectedly" not in result.stderr
 
 
-def test_check_fails_where_nvfp4_refuses() -> None:
+def test_check_fails_if_nvfp4_refuses() -> None:
     def odd_columns(data: dict[str, Any]) -> None:
         data["synth"]["tiny"]["intermediate_size"] = 20
 
     result = mquant("families", "check", family_file("b", odd_columns), "--format", "json")
-    found = json.loads(result.stdout)
-    assert (result.exit_code, found["ok"]) == (1, False)
-    assert [recipe["plans"] for recipe in found["recipes"] if recipe["name"] == "nvfp4"] == [False]
+    report = json.loads(result.stdout)
+    assert (result.exit_code, report["ok"]) == (1, False)
+    assert [recipe["plans"] for recipe in report["recipes"] if recipe["name"] == "nvfp4"] == [False]
 
 
-def test_synth_takes_a_family_file(mine: Path) -> None:
-    assert mquant("synth", "tiny", "--family", mine).exit_code == 0
-    planned = mquant("plan", "tiny", "--recipe", "nvfp4", "--family", mine)
+def test_synth_takes_a_family_file(user_file: Path) -> None:
+    assert mquant("synth", "tiny", "--family", user_file).exit_code == 0
+    planned = mquant("plan", "tiny", "--recipe", "nvfp4", "--family", user_file)
     assert planned.exit_code == 0, planned.output

@@ -1,4 +1,4 @@
-"""`mquant inspect`: what a checkpoint is, from headers alone."""
+"""`mquant inspect` describes a checkpoint from its headers alone."""
 
 import json
 from pathlib import Path
@@ -33,11 +33,11 @@ def model(tmp_path: Path) -> Path:
     return make_checkpoint(tmp_path / "model")
 
 
-def test_json_says_what_it_is(model: Path) -> None:
-    found = document(model)
-    del found["findings"], found["roles"], found["dtypes"]
+def test_the_json_document_describes_the_checkpoint(model: Path) -> None:
+    report = document(model)
+    del report["findings"], report["roles"], report["dtypes"]
     shards = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    assert found == {
+    assert report == {
         "schema": "mquant.inspect/1",
         "ok": True,
         "name": "model",
@@ -60,12 +60,12 @@ def test_json_says_what_it_is(model: Path) -> None:
 
 
 def test_roles_and_dtypes_add_up_to_the_whole(model: Path) -> None:
-    found = document(model)
-    for shares in (found["roles"], found["dtypes"]):
-        assert sum(share["tensors"] for share in shares) == found["tensors"]
-        assert sum(share["bytes"] for share in shares) == found["bytes"]
-    assert [share["name"] for share in found["dtypes"]] == ["BF16", "F32"]
-    assert {share["name"]: share["tensors"] for share in found["roles"]} == {
+    report = document(model)
+    for shares in (report["roles"], report["dtypes"]):
+        assert sum(share["tensors"] for share in shares) == report["tensors"]
+        assert sum(share["bytes"] for share in shares) == report["bytes"]
+    assert [share["name"] for share in report["dtypes"]] == ["BF16", "F32"]
+    assert {share["name"]: share["tensors"] for share in report["roles"]} == {
         "expert": 24,
         "attention": 8,
         "router": 2,
@@ -76,7 +76,7 @@ def test_roles_and_dtypes_add_up_to_the_whole(model: Path) -> None:
     }
 
 
-def test_a_person_sees_the_same(model: Path) -> None:
+def test_a_person_sees_the_same_facts(model: Path) -> None:
     lines = inspect(model).stdout.splitlines()
     assert lines[0] == "model"
     assert "Experts     4 of the family's 256: looks expert-pruned" in lines
@@ -86,7 +86,7 @@ def test_a_person_sees_the_same(model: Path) -> None:
     assert max(map(len, lines)) <= 80
 
 
-# --- what is unusual
+# --- unusual checkpoints
 
 
 def test_pruned_experts(model: Path) -> None:
@@ -102,12 +102,12 @@ def test_mtp_that_config_promises_and_shards_lack(model: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [0, ..., "three"])
-def test_no_word_of_mtp_where_none_is_promised(tmp_path: Path, count: Any) -> None:
+def test_config_without_mtp_gives_no_mtp_finding(tmp_path: Path, count: Any) -> None:
     model = make_checkpoint(tmp_path / "model", config={"num_mtp_modules": count})
     assert "mtp-without-tensors" not in messages(model)
 
 
-def test_no_word_of_mtp_where_its_tensors_are(tmp_path: Path) -> None:
+def test_mtp_tensors_give_no_mtp_finding(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", edit=adding("model.mtp.0.eh_proj.weight"))
     assert "mtp-without-tensors" not in messages(model)
 
@@ -154,10 +154,10 @@ def test_a_plain_whole_model_has_nothing_unusual(tmp_path: Path) -> None:
 
 def test_an_unknown_family(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", config={"model_type": "gpt2"})
-    found = document(model)
-    assert (found["family"], found["model_type"], found["layers"]) == (None, "gpt2", None)
-    assert [share["name"] for share in found["roles"]] == ["unknown"]
-    assert [f["severity"] for f in found["findings"] if f["rule"] == "family-unknown"] == ["info"]
+    report = document(model)
+    assert (report["family"], report["model_type"], report["layers"]) == (None, "gpt2", None)
+    assert [share["name"] for share in report["roles"]] == ["unknown"]
+    assert [f["severity"] for f in report["findings"] if f["rule"] == "family-unknown"] == ["info"]
     assert "Family      unknown (model_type gpt2)" in inspect(model).stdout
 
 
@@ -176,10 +176,10 @@ def test_a_quantized_checkpoint(tmp_path: Path) -> None:
 
     declared = {"quantization_config": {"quant_method": "compressed-tensors"}}
     model = make_checkpoint(tmp_path / "model", config=declared, edit=pack)
-    found = document(model)
-    assert found["quantization"] == "compressed-tensors"
-    assert found["parameters"] is None
-    assert {s["name"]: s["tensors"] for s in found["roles"]}["expert"] == 3 * 24
+    report = document(model)
+    assert report["quantization"] == "compressed-tensors"
+    assert report["parameters"] is None
+    assert {s["name"]: s["tensors"] for s in report["roles"]}["expert"] == 3 * 24
     assert messages(model)["source-quantized"] == (
         'model is already quantized (config.json says "compressed-tensors").'
     )
@@ -212,7 +212,7 @@ def test_escapes_in_config_do_not_reach_the_terminal(tmp_path: Path) -> None:
     assert r"unknown (model_type \x1b[31m[bold]x)" in result.stdout
 
 
-def test_what_is_no_checkpoint_is_unreadable(tmp_path: Path) -> None:
+def test_a_folder_without_config_is_no_checkpoint(tmp_path: Path) -> None:
     result = inspect(tmp_path, "json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["error"]["message"] == (

@@ -1,4 +1,4 @@
-"""What every verb has in common: streams, formats, exit codes, and strings from files."""
+"""Every verb uses the same streams, formats and exit codes, and escapes strings from files."""
 
 import json
 import os
@@ -23,13 +23,13 @@ from mquant.text import clean
 
 BAD = Finding("tensor-unknown", "error", "x", "The tensor x is odd.", "Remove it.")
 WORSE = Finding("tensor-missing", "error", "y", "The tensor y is gone.", "Get it.")
-ODD = Finding("shard-not-in-index", "warning", "z", "The tensor z is large.")
+WARNING = Finding("shard-not-in-index", "warning", "z", "The tensor z is large.")
 
 MQUANT = [sys.executable, "-m", "mquant"]
 
 
 def run(body: Callable[[Output], None], form: str = "human") -> Result:
-    """The result of a verb that does `body`."""
+    """Return the result of a verb that runs `body`."""
     verbs = typer.Typer()
 
     @verbs.command()
@@ -68,7 +68,7 @@ def test_an_error_is_its_sentence_and_its_fix_on_stderr() -> None:
     assert result.stderr == "Error: The disk is full.\nFree space.\n"
 
 
-def test_a_usage_error_leaves_with_2() -> None:
+def test_a_usage_error_exits_with_2() -> None:
     assert run(failing(UsageError("No."))).exit_code == 2
 
 
@@ -136,14 +136,14 @@ def test_a_full_disk_under_stdout_is_one_sentence() -> None:
 def test_json_has_schema_ok_and_findings_before_the_verbs_keys() -> None:
     def body(out: Output) -> None:
         out.put(answer=42)
-        out.report([ODD])
+        out.report([WARNING])
         out.show("not in JSON")
 
     result = run(body, "json")
     assert json.loads(result.stdout) == {
         "schema": "mquant.verb/1",
         "ok": True,
-        "findings": [ODD.to_json()],
+        "findings": [WARNING.to_json()],
         "answer": 42,
     }
     assert list(json.loads(result.stdout)) == ["schema", "ok", "findings", "answer"]
@@ -181,7 +181,7 @@ def test_quiet_prints_nothing_on_stdout_and_tells_errors_on_stderr() -> None:
     def body(out: Output) -> None:
         out.note("working")
         out.show("result")
-        out.report([ODD, BAD])
+        out.report([WARNING, BAD])
 
     result = run(body, "quiet")
     assert result.stdout == ""
@@ -214,7 +214,7 @@ def test_piped_output_has_no_escapes_and_no_padding() -> None:
         ("专家 [bold]", "专家 [bold]"),
     ],
 )
-def test_what_a_terminal_could_obey_is_written_out(hostile: str, shown: str) -> None:
+def test_characters_that_a_terminal_obeys_are_escaped(hostile: str, shown: str) -> None:
     assert clean(hostile) == shown
 
 
@@ -287,7 +287,7 @@ def test_bash_completes_verbs_and_recipes() -> None:
 # --- progress
 
 
-def test_notes_are_lines_and_progress_is_silent_where_nobody_watches() -> None:
+def test_notes_are_lines_and_progress_is_silent_without_a_terminal() -> None:
     def body(out: Output) -> None:
         with progress(out) as emit:
             emit(Progress("Writing", 1, 2))

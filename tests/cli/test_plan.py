@@ -1,4 +1,4 @@
-"""`mquant plan`: what would happen, what it takes, and what is refused."""
+"""`mquant plan` shows the output of a run, its disk and memory, and why a run is refused."""
 
 import json
 import subprocess
@@ -49,7 +49,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reap(tmp_path: Path) -> Path:
-    """The recipe this project began with: it ignores lm_head only."""
+    """The first recipe of this project, which ignores lm_head only."""
     path = tmp_path / "reap.yaml"
     path.write_text(LLMCOMPRESSOR)
     return path
@@ -61,13 +61,13 @@ def reap(tmp_path: Path) -> Path:
 def test_totals(model: Path) -> None:
     result = plan(model, "--format", "json")
     assert result.exit_code == 0
-    found = document(result)
-    assert found["ok"] is True
-    assert found["totals"]["source"] == {"tensors": 47, "bytes": 166_944}
-    output = found["totals"]["output"]
+    report = document(result)
+    assert report["ok"] is True
+    assert report["totals"]["source"] == {"tensors": 47, "bytes": 166_944}
+    output = report["totals"]["output"]
     assert (output["tensors"], output["shards"]) == (47 + 2 * 32, 1)
-    assert output["bytes"] == sum(role["bytes_after"] for role in found["roles"])
-    assert output["file_bytes"] == sum(shard["bytes"] for shard in found["shards"])
+    assert output["bytes"] == sum(role["bytes_after"] for role in report["roles"])
+    assert output["file_bytes"] == sum(shard["bytes"] for shard in report["shards"])
 
 
 def test_every_role_has_a_scheme_or_a_reason_to_stay(model: Path) -> None:
@@ -106,14 +106,14 @@ def test_the_ignore_list_is_the_one_that_will_be_written(model: Path) -> None:
 
 
 def test_shards_are_named_and_sized(model: Path) -> None:
-    found = document(plan(model, "--format", "json", "--max-shard-size", "20kB"))
-    names = [shard["name"] for shard in found["shards"]]
+    report = document(plan(model, "--format", "json", "--max-shard-size", "20kB"))
+    names = [shard["name"] for shard in report["shards"]]
     assert names[0] == f"model-00001-of-{len(names):05d}.safetensors"
-    assert len(names) == found["totals"]["output"]["shards"] > 2
-    assert sum(shard["tensors"] for shard in found["shards"]) == 47 + 2 * 32
+    assert len(names) == report["totals"]["output"]["shards"] > 2
+    assert sum(shard["tensors"] for shard in report["shards"]) == 47 + 2 * 32
 
 
-def test_a_person_sees_it_within_80_columns(model: Path) -> None:
+def test_a_person_sees_the_plan_within_80_columns(model: Path) -> None:
     result = plan(model, "-o", "out")
     lines = result.stdout.splitlines()
     assert result.exit_code == 0
@@ -143,7 +143,7 @@ def test_many_shards_are_shortened(model: Path) -> None:
     assert len(shards) == 5
 
 
-def test_nothing_is_written(model: Path, tmp_path: Path) -> None:
+def test_a_plan_writes_nothing(model: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     plan(model, "-o", str(tmp_path / "out"))
     assert sorted(tmp_path.rglob("*")) == before
@@ -154,7 +154,7 @@ def test_quiet_prints_nothing(model: Path) -> None:
     assert (result.exit_code, result.output) == (0, "")
 
 
-def test_no_torch_is_loaded(model: Path) -> None:
+def test_a_plan_loads_no_torch(model: Path) -> None:
     code = (
         "import sys; from mquant.cli import main\n"
         f"sys.argv = ['mquant', 'plan', {str(model)!r}, '--recipe', 'nvfp4', '--format', 'quiet']\n"
@@ -182,15 +182,15 @@ def test_a_recipe_that_would_quantize_the_routers_is_refused(model: Path, reap: 
 
 def test_a_refused_plan_is_shown_whole(model: Path, reap: Path) -> None:
     result = plan(model, "--format", "json", recipe=reap)
-    found = document(result)
-    assert (result.exit_code, found["ok"]) == (1, False)
-    assert [finding["rule"] for finding in found["findings"]] == ["router-quantized"]
-    assert found["error"]["message"] == f"Refused: {ROUTER_MESSAGE}"
-    assert {"totals", "roles", "ignore", "shards", "resources"} <= found.keys()
-    assert {r["role"]: r["scheme"] for r in found["roles"]}["router"] == "NVFP4A16"
+    report = document(result)
+    assert (result.exit_code, report["ok"]) == (1, False)
+    assert [finding["rule"] for finding in report["findings"]] == ["router-quantized"]
+    assert report["error"]["message"] == f"Refused: {ROUTER_MESSAGE}"
+    assert {"totals", "roles", "ignore", "shards", "resources"} <= report.keys()
+    assert {r["role"]: r["scheme"] for r in report["roles"]}["router"] == "NVFP4A16"
 
 
-def test_allow_unsafe_makes_it_a_warning(model: Path, reap: Path) -> None:
+def test_allow_unsafe_turns_a_refusal_into_a_warning(model: Path, reap: Path) -> None:
     result = plan(model, "--allow-unsafe", recipe=reap)
     assert (result.exit_code, result.stderr) == (0, "")
     assert f"! {ROUTER_MESSAGE}" in result.stdout
@@ -207,8 +207,8 @@ def test_a_shape_that_16_does_not_divide_is_shown_as_such(tmp_path: Path) -> Non
     model = make_checkpoint(tmp_path / "model", intermediate=24)
     result = plan(model, "--format", "json")
     assert result.exit_code == 1
-    odd = [role for role in document(result)["roles"] if role["bits_per_weight"] is None]
-    assert [(role["role"], role["tensors"], role["reason"]) for role in odd] == [
+    misfits = [role for role in document(result)["roles"] if role["bits_per_weight"] is None]
+    assert [(role["role"], role["tensors"], role["reason"]) for role in misfits] == [
         ("expert", 8, "its shape or dtype does not fit")
     ]
     assert "NVFP4A16: its shape or dtype" in plan(model).stdout
@@ -217,9 +217,9 @@ def test_a_shape_that_16_does_not_divide_is_shown_as_such(tmp_path: Path) -> Non
 def test_an_unknown_family_has_no_plan_but_findings(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", config={"model_type": "gpt2"})
     result = plan(model, "--format", "json")
-    found = document(result)
+    report = document(result)
     assert result.exit_code == 1
-    assert [finding["rule"] for finding in found["findings"]] == ["family-unknown"]
+    assert [finding["rule"] for finding in report["findings"]] == ["family-unknown"]
 
 
 def test_every_problem_of_a_broken_checkpoint_is_shown(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_an_unknown_recipe_is_a_usage_error(model: Path) -> None:
     assert "There is no recipe 'nvfp5'" in result.stderr
 
 
-# --- what this machine has
+# --- disk, memory and data
 
 
 def test_too_little_disk_and_memory_are_warnings(
@@ -272,7 +272,7 @@ def test_too_little_disk_and_memory_are_warnings(
     assert "! A run takes about 10.00 GB of memory, 1.00 GB are free.\n" in result.stdout
 
 
-def test_an_out_that_is_not_ours_is_a_warning(model: Path, tmp_path: Path) -> None:
+def test_an_out_that_mquant_did_not_write_is_a_warning(model: Path, tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "thesis.txt").write_text("years of work")
     result = plan(model, "-o", str(tmp_path / "theirs"), "--format", "json")
@@ -317,12 +317,12 @@ def test_free_memory_is_known_without_proc(tmp_path: Path) -> None:
     assert memory_available(tmp_path, tmp_path) > 0
 
 
-def test_a_recipe_that_needs_data_says_so(model: Path) -> None:
+def test_the_plan_says_that_a_recipe_needs_data(model: Path) -> None:
     result = plan(model, recipe="nvfp4-w4a4")
     assert result.exit_code == 0
     assert "Data    256 samples of 2,048 tokens at most, from --data\n" in result.stdout
-    wanted = {"samples": 256, "length": 2048, "seed": 0}
-    assert document(plan(model, "--format", "json", recipe="nvfp4-w4a4"))["calibration"] == wanted
+    limits = {"samples": 256, "length": 2048, "seed": 0}
+    assert document(plan(model, "--format", "json", recipe="nvfp4-w4a4"))["calibration"] == limits
     assert document(plan(model, "--format", "json"))["calibration"] is None
 
 

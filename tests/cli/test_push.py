@@ -1,4 +1,4 @@
-"""`mquant push`: what it refuses, in which order things appear on the hub, and what survives."""
+"""`mquant push` refuses wrong checkpoints, uploads files in a safe order, and resumes."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ __all__ = ["hub", "writable"]
 
 REPO = "org/Tiny-NVFP4"
 
-# huggingface_hub's own way of giving a file to httpx.
+# huggingface_hub itself passes files to httpx in the deprecated way.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
     pytest.mark.usefixtures("writable"),
@@ -54,35 +54,35 @@ def document(*arguments: object, code: int = 0) -> dict[str, Any]:
 
 def on_the_hub(hub: FakeHub) -> dict[str, str]:
     repo = hub.repos[REPO]
-    found = hashes(repo.folders[repo.revisions["main"]])
-    found.pop(".gitattributes", None)
-    return found
+    digests = hashes(repo.folders[repo.revisions["main"]])
+    digests.pop(".gitattributes", None)
+    return digests
 
 
 def uploads(hub: FakeHub) -> list[str]:
-    """The large files that were sent, whole or not, in their order."""
+    """Return the paths of the large files that were sent, whole or not, in order."""
     return [request.path for request in hub.requests if request.method == "PUT"]
 
 
-def in_no_commit_is_half_of_it_whole(hub: FakeHub, shards: set[str]) -> None:
-    """Whatever commit one looks at: where there is a config.json, all shards are there."""
+def every_config_has_its_shards(hub: FakeHub, shards: set[str]) -> None:
+    """Assert that every commit with a config.json has all shards."""
     for folder in hub.repos[REPO].folders.values():
-        there = {path.name for path in folder.iterdir()}
-        assert "config.json" not in there or shards <= there
+        names = {path.name for path in folder.iterdir()}
+        assert "config.json" not in names or shards <= names
 
 
 def test_every_file_arrives_and_index_and_config_come_last(src: Path, hub: FakeHub) -> None:
     CliRunner().invoke(app, ["card", str(src)])
     before = hashes(src)
-    found = document(src, REPO)
+    report = document(src, REPO)
     assert on_the_hub(hub) == before == hashes(src)
-    assert found["sent"] == sorted(before)
-    assert found["url"] == f"{hub.url}/{REPO}"
-    assert found["verdict"].startswith("Clean: 327 tensors")
+    assert report["sent"] == sorted(before)
+    assert report["url"] == f"{hub.url}/{REPO}"
+    assert report["verdict"].startswith("Clean: 327 tensors")
     *first, last = hub.commits
     assert last.added == ("model.safetensors.index.json", "config.json")
     assert {name for commit in first for name in commit.added} == before.keys() - set(last.added)
-    in_no_commit_is_half_of_it_whole(hub, {path.name for path in src.glob("*.safetensors")})
+    every_config_has_its_shards(hub, {path.name for path in src.glob("*.safetensors")})
 
 
 def test_the_repo_is_private_unless_public_is_asked_for(src: Path, hub: FakeHub) -> None:
@@ -93,19 +93,19 @@ def test_the_repo_is_private_unless_public_is_asked_for(src: Path, hub: FakeHub)
     assert hub.repos[REPO].access == "public"
 
 
-def test_into_a_public_repo_nothing_goes_by_accident(src: Path, hub: FakeHub) -> None:
+def test_nothing_goes_into_a_public_repo_by_accident(src: Path, hub: FakeHub) -> None:
     hub.add(REPO, src)
     result = run(src, REPO, code=1)
     assert f"{REPO} is public: a push publishes the checkpoint." in result.stderr
     assert not hub.commits
 
 
-def test_pushed_again_it_is_already_there(src: Path, hub: FakeHub) -> None:
+def test_a_second_push_is_already_done(src: Path, hub: FakeHub) -> None:
     run(src, REPO)
     commits = list(hub.commits)
-    found = document(src, REPO)
-    assert found["already_done"]
-    assert found["sent"] == []
+    report = document(src, REPO)
+    assert report["already_done"]
+    assert report["sent"] == []
     assert hub.commits == commits
 
 
@@ -124,8 +124,8 @@ def test_a_repaired_checkpoint_with_a_new_card_goes_up(
     CliRunner().invoke(app, ["card", str(src)])
     bad = next(c for c in OF_NVFP4A16 if c.name == "one router quantized").make(src, tmp_path / "b")
     good = tmp_path / "good"
-    mend = ["repair", str(bad), "--from", str(TRAINED), "-o", str(good)]
-    assert CliRunner().invoke(app, mend).exit_code == 0
+    command = ["repair", str(bad), "--from", str(TRAINED), "-o", str(good)]
+    assert CliRunner().invoke(app, command).exit_code == 0
     assert "README.md" in read_json(good / "mquant.json")["files"]
     assert CliRunner().invoke(app, ["card", str(good)]).exit_code == 0
     assert "### Changes since" in (good / "README.md").read_text(encoding="utf-8")
@@ -133,20 +133,20 @@ def test_a_repaired_checkpoint_with_a_new_card_goes_up(
     assert on_the_hub(hub) == hashes(good)
 
 
-def test_a_dry_run_lists_files_and_bytes_and_asks_nobody(
+def test_a_dry_run_lists_files_and_bytes_and_sends_no_request(
     src: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    found = document(src, REPO, "--dry-run")
-    assert found["files"] == {name: (src / name).stat().st_size for name in hashes(src)}
-    assert found["bytes"] == sum(found["files"].values())
-    assert found["last_commit"] == ["model.safetensors.index.json", "config.json"]
+    report = document(src, REPO, "--dry-run")
+    assert report["files"] == {name: (src / name).stat().st_size for name in hashes(src)}
+    assert report["bytes"] == sum(report["files"].values())
+    assert report["last_commit"] == ["model.safetensors.index.json", "config.json"]
     assert not hub.requests
     shown = run(src, REPO, "--dry-run").stdout
     assert "model.safetensors.index.json and config.json are uploaded last, in one commit." in shown
 
 
-def test_other_bytes_than_were_made_are_refused(src: Path, hub: FakeHub) -> None:
+def test_a_shard_with_a_changed_byte_is_refused(src: Path, hub: FakeHub) -> None:
     shard = min(src.glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
@@ -157,9 +157,7 @@ def test_other_bytes_than_were_made_are_refused(src: Path, hub: FakeHub) -> None
     assert REPO not in hub.repos
 
 
-def test_a_checkpoint_that_is_found_wrong_is_refused(
-    src: Path, tmp_path: Path, hub: FakeHub
-) -> None:
+def test_a_broken_checkpoint_is_refused(src: Path, tmp_path: Path, hub: FakeHub) -> None:
     bad = next(c for c in OF_NVFP4A16 if c.name == "one router quantized").make(src, tmp_path / "b")
     record = read_json(bad / "mquant.json")
     record["files"] = {
@@ -168,8 +166,8 @@ def test_a_checkpoint_that_is_found_wrong_is_refused(
         if name != "mquant.json"
     }
     (bad / "mquant.json").write_text(json.dumps(record), encoding="utf-8")
-    found = document(bad, REPO, code=3)
-    assert "router-quantized" in {finding["rule"] for finding in found["findings"]}
+    report = document(bad, REPO, code=3)
+    assert "router-quantized" in {finding["rule"] for finding in report["findings"]}
     assert REPO not in hub.repos
 
 
@@ -184,7 +182,7 @@ def test_a_checkpoint_that_is_found_wrong_is_refused(
         ("+evil.py", "evil.py in Q is not in its mquant.json."),
     ],
 )
-def test_what_is_not_the_checkpoint_that_was_made_is_refused(
+def test_missing_and_additional_files_are_refused(
     src: Path, hub: FakeHub, edit: str, sentence: str
 ) -> None:
     if edit.startswith("+"):
@@ -209,21 +207,21 @@ def test_another_checkpoint_is_replaced_only_if_asked_and_never_looks_half_new(
         set(last.deleted) == {path.name for path in old.glob("*.safetensors")} - hashes(src).keys()
     )
     assert last.added[-1] == "config.json"
-    found = on_the_hub(hub)
-    assert {name: found[name] for name in hashes(src)} == hashes(src)
+    digests = on_the_hub(hub)
+    assert {name: digests[name] for name in hashes(src)} == hashes(src)
 
 
-def test_gigabytes_are_committed_piece_by_piece_and_what_is_committed_stays(
+def test_gigabytes_are_committed_piece_by_piece_and_commits_stay(
     src: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upload, "_BATCH_BYTES", 1_000_000)
     hub.drop_after = 2
     run(src, REPO, code=1)
-    there = on_the_hub(hub)
-    assert {name for name in there if name.endswith(".safetensors")}
+    committed = on_the_hub(hub)
+    assert {name for name in committed if name.endswith(".safetensors")}
     hub.drop_after = None
     sent = document(src, REPO)["sent"]
-    assert not there.keys() & set(sent)
+    assert not committed.keys() & set(sent)
     assert len(hub.commits) >= 4
     assert on_the_hub(hub) == hashes(src)
 
@@ -235,7 +233,7 @@ def test_dropped_connections_are_tried_again(src: Path, hub: FakeHub) -> None:
     assert on_the_hub(hub) == hashes(src)
 
 
-def test_a_hub_that_goes_away_is_a_sentence_and_the_same_command_goes_on(
+def test_a_hub_that_goes_away_is_a_sentence_and_the_same_command_resumes(
     src: Path, hub: FakeHub
 ) -> None:
     shards = sorted(path.name for path in src.glob("*.safetensors"))
@@ -245,7 +243,7 @@ def test_a_hub_that_goes_away_is_a_sentence_and_the_same_command_goes_on(
     assert "The connection to 127.0.0.1 broke." in result.stderr
     assert "Run the same command again to resume." in result.stderr
     assert len(hub.stored) == 2
-    in_no_commit_is_half_of_it_whole(hub, set(shards))
+    every_config_has_its_shards(hub, set(shards))
     sent = {path for path in uploads(hub) if path.rpartition("/")[2] in hub.stored}
     hub.drop_after = None
     hub.forget()
@@ -255,7 +253,7 @@ def test_a_hub_that_goes_away_is_a_sentence_and_the_same_command_goes_on(
     assert on_the_hub(hub) == hashes(src)
 
 
-def test_the_last_commit_is_tried_again_by_the_hubs_own_time(src: Path, hub: FakeHub) -> None:
+def test_the_last_commit_is_tried_again_after_an_error_of_the_hub(src: Path, hub: FakeHub) -> None:
     run(src, REPO)
     (src / "NOTICE").write_text("x", encoding="utf-8")
     hub.fail(503, times=2)
@@ -263,7 +261,7 @@ def test_the_last_commit_is_tried_again_by_the_hubs_own_time(src: Path, hub: Fak
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_it_ends_at_once_and_the_same_command_goes_on(
+def test_an_interrupted_push_ends_at_once_and_the_same_command_resumes(
     src: Path, hub: FakeHub, signum: int
 ) -> None:
     hub.latency = 0.2
@@ -283,7 +281,7 @@ def test_interrupted_it_ends_at_once_and_the_same_command_goes_on(
     assert on_the_hub(hub) == hashes(src)
 
 
-def test_without_a_token_it_says_so(
+def test_a_push_without_a_token_is_a_sentence(
     src: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
@@ -315,14 +313,14 @@ def test_the_token_goes_to_the_hub_alone_and_into_no_file(
         assert path.is_dir() or GOOD_TOKEN not in path.read_text(encoding="utf-8")
 
 
-def test_a_card_that_the_hub_does_not_take_is_a_sentence(src: Path, hub: FakeHub) -> None:
+def test_a_card_that_the_hub_does_not_accept_is_a_sentence(src: Path, hub: FakeHub) -> None:
     (src / "README.md").write_text("---\nlicense: mine\n---\n", encoding="utf-8")
     result = run(src, REPO, code=1)
     assert "127.0.0.1 does not accept the metadata of README.md:" in result.stderr
     assert "Write the card again with mquant card." in result.stderr
 
 
-def test_what_the_hub_lost_is_noticed_and_sent_anew(src: Path, hub: FakeHub) -> None:
+def test_a_file_that_the_hub_lost_is_noticed_and_sent_again(src: Path, hub: FakeHub) -> None:
     hub.loses = "tokenizer.json"
     result = run(src, REPO, code=1)
     assert f"{REPO} does not have the local content of tokenizer.json." in result.stderr
@@ -348,7 +346,7 @@ def test_a_wrong_command_line_is_a_sentence(arguments: list[str], sentence: str)
     assert sentence in run(*arguments, code=2).stderr
 
 
-def test_a_torn_note_is_a_fresh_start(
+def test_a_truncated_note_is_a_fresh_start(
     src: Path, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""`mquant quantize`, as a person uses it."""
+"""`mquant quantize` writes a checkpoint, refuses unsafe work, and resumes."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return make_checkpoint(tmp_path / "model")
 
 
-def test_the_result_is_told(model: Path) -> None:
+def test_the_output_names_the_quantized_checkpoint(model: Path) -> None:
     result = quantize("model", "--recipe", "nvfp4", "-o", "out")
     assert result.exit_code == 0, result.output
     assert "Quantized out\n" in result.stdout
@@ -50,14 +50,14 @@ def test_the_result_is_told(model: Path) -> None:
 
 
 def test_json_has_totals_and_the_ignore_list(model: Path) -> None:
-    found = document(quantize("model", "--recipe", "nvfp4", "-o", "out", "--format", "json"))
-    assert (found["ok"], found["already_done"], found["out"]) == (True, False, "out")
-    assert found["totals"]["output"]["bytes"] == opened(Path("out")).nbytes
+    report = document(quantize("model", "--recipe", "nvfp4", "-o", "out", "--format", "json"))
+    assert (report["ok"], report["already_done"], report["out"]) == (True, False, "out")
+    assert report["totals"]["output"]["bytes"] == opened(Path("out")).nbytes
     config = read_json(Path("out/config.json"))
-    assert found["ignore"] == config["quantization_config"]["ignore"]
+    assert report["ignore"] == config["quantization_config"]["ignore"]
 
 
-def test_quiet_says_nothing(model: Path) -> None:
+def test_quiet_prints_nothing(model: Path) -> None:
     result = quantize("model", "--recipe", "nvfp4", "-o", "out", "--format", "quiet")
     assert (result.exit_code, result.output) == (0, "")
 
@@ -110,7 +110,7 @@ def test_another_recipe_into_the_same_out_is_refused(model: Path) -> None:
     assert "model.layers.0.self_attn.q_proj" in ignore
 
 
-def test_a_folder_that_is_not_ours_is_refused(model: Path) -> None:
+def test_a_folder_that_mquant_did_not_write_is_refused(model: Path) -> None:
     Path("out").mkdir()
     Path("out/thesis.txt").write_text("years of work")
     refused = quantize("model", "--recipe", "nvfp4", "-o", "out", "--restart")
@@ -173,9 +173,7 @@ def test_a_stopped_run_leaves_no_checkpoint_and_can_be_run_again(
     assert len(list(out.iterdir())) == len(list(fresh.iterdir()))
 
 
-def test_without_the_extra_one_sentence_names_it(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_sentence_names_the_missing_extra(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.metadata import PackageNotFoundError
 
     def absent(package: str) -> str:

@@ -1,4 +1,4 @@
-"""`mquant recipes` and `mquant families`: what can be asked for, and what can be read."""
+"""`mquant recipes` and `mquant families` list and show the shipped files."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A stranger's mquant.json: a verb that needs it says one sentence, the others do without."""
+"""Verbs that need mquant.json refuse a hostile file in one sentence; other verbs ignore it."""
 
 import shutil
 from pathlib import Path
@@ -20,16 +20,16 @@ def src(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("text", "what"),
+    ("text", "fault"),
     [(NESTED, "is not valid JSON"), (MANY, "is too large to be what it says")],
     ids=["nested", "many"],
 )
 @pytest.mark.parametrize("verb", ["report src", "card src", "push src org/name --dry-run"])
-def test_what_needs_it_says_one_sentence(src: Path, verb: str, text: str, what: str) -> None:
+def test_a_verb_that_needs_the_record_refuses(src: Path, verb: str, text: str, fault: str) -> None:
     (src / "mquant.json").write_text(text)
     result = CliRunner().invoke(app, verb.split())
     assert result.exit_code == 1
-    assert result.stderr == f"Error: mquant.json {what}.\nGet the file again.\n"
+    assert result.stderr == f"Error: mquant.json {fault}.\nGet the file again.\n"
 
 
 @pytest.mark.parametrize(
@@ -41,15 +41,15 @@ def test_what_needs_it_says_one_sentence(src: Path, verb: str, text: str, what: 
         "export src --to modelopt -o exported",
     ],
 )
-def test_what_does_not_need_it_does_without(src: Path, verb: str) -> None:
+def test_a_verb_that_does_not_need_the_record_ignores_the_file(src: Path, verb: str) -> None:
     (src / "mquant.json").write_text(NESTED)
     assert CliRunner().invoke(app, verb.split()).exit_code == 0
 
 
-def test_quantize_does_not_go_on_in_such_a_folder(src: Path) -> None:
+def test_quantize_does_not_resume_with_a_hostile_record(src: Path) -> None:
     (src / "mquant.json").write_text(NESTED)
-    again = ["quantize", str(TRAINED), "--recipe", "nvfp4", "-o", "src"]
-    result = CliRunner().invoke(app, again)
+    command = ["quantize", str(TRAINED), "--recipe", "nvfp4", "-o", "src"]
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
     assert "src was made from something else" in result.stderr
     assert (src / "mquant.json").read_text() == NESTED

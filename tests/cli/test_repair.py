@@ -1,4 +1,4 @@
-"""`mquant repair`: what it says, what it writes, and what it takes from a hub."""
+"""`mquant repair` reports the damage, writes the repaired files, and downloads little."""
 
 import json
 import shlex
@@ -43,42 +43,42 @@ def document(*arguments: object, code: int = 0) -> dict[str, Any]:
     return value
 
 
-def said(result: Result) -> str:
+def shown(result: Result) -> str:
     return " ".join(result.stdout.split())
 
 
-def test_it_tells_what_was_wrong_and_what_it_did(right: Path, tmp_path: Path) -> None:
+def test_the_output_names_the_damage_and_the_repairs(right: Path, tmp_path: Path) -> None:
     bad = broken(right, tmp_path, "the origin bug: all routers quantized")
     result = run(bad, "--from", TRAINED, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    told = said(result)
-    assert "3 router modules are quantized" in told
-    assert "From the parent: router 3 tensors, 30.72 kB" in told
-    assert "Left out 9 tensors that do not belong" in told
-    assert f"Repaired {tmp_path / 'out'}" in told
+    text = shown(result)
+    assert "3 router modules are quantized" in text
+    assert "From the parent: router 3 tensors, 30.72 kB" in text
+    assert "Left out 9 tensors that do not belong" in text
+    assert f"Repaired {tmp_path / 'out'}" in text
 
 
-def test_a_dry_run_says_it_and_writes_nothing(right: Path, tmp_path: Path) -> None:
+def test_a_dry_run_reports_the_repairs_and_writes_nothing(right: Path, tmp_path: Path) -> None:
     bad = broken(right, tmp_path, "an expert missing")
     before = hashes(tmp_path)
-    found = document(bad, "--from", TRAINED, "-o", tmp_path / "out", "--dry-run")
-    assert len(found["replaced"]) == 3
+    report = document(bad, "--from", TRAINED, "-o", tmp_path / "out", "--dry-run")
+    assert len(report["replaced"]) == 3
     sizes = {name: info.nbytes for name, info in opened(TRAINED).tensors.items()}
-    assert found["parent_bytes"] == sum(sizes[name] for name in found["replaced"])
-    assert len(found["shards"]["rewritten"]) == 1
-    assert found["needed"]
-    assert "out" not in found
+    assert report["parent_bytes"] == sum(sizes[name] for name in report["replaced"])
+    assert len(report["shards"]["rewritten"]) == 1
+    assert report["needed"]
+    assert "out" not in report
     assert hashes(tmp_path) == before
 
 
-def test_nothing_to_repair_is_said_and_nothing_written(right: Path, tmp_path: Path) -> None:
+def test_a_sound_checkpoint_is_reported_and_nothing_is_written(right: Path, tmp_path: Path) -> None:
     result = run(right, "--from", TRAINED, "-o", tmp_path / "out")
     assert result.exit_code == 0
-    assert "Nothing to repair: SRC is what a correct run writes." in said(result)
+    assert "Nothing to repair: SRC is what a correct run writes." in shown(result)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_repaired_is_refused_before_anything_is_written(
+def test_an_unrepairable_checkpoint_is_refused_before_anything_is_written(
     right: Path, tmp_path: Path
 ) -> None:
     bad = broken(right, tmp_path, "an expert missing")
@@ -106,22 +106,22 @@ def test_a_wrong_command_line_is_a_sentence(
     assert sentence in result.stderr
 
 
-def test_in_place(right: Path, tmp_path: Path) -> None:
+def test_a_folder_is_repaired_in_place(right: Path, tmp_path: Path) -> None:
     bad = broken(right, tmp_path, "one router quantized")
-    found = document(bad, "--from", TRAINED, "--in-place")
-    assert found["out"] == str(bad)
+    report = document(bad, "--from", TRAINED, "--in-place")
+    assert report["out"] == str(bad)
     assert not (bad / WORK).exists()
     assert not document(bad, "--from", TRAINED, "--dry-run")["needed"]
 
 
-def test_of_a_hub_parent_just_headers_and_what_is_replaced_come(
+def test_only_headers_and_replaced_tensors_of_a_hub_parent_are_downloaded(
     right: Path, tmp_path: Path, hub: FakeHub
 ) -> None:
     bad = broken(right, tmp_path, "the origin bug: all routers quantized")
     hub.add(PARENT, TRAINED)
-    found = document(bad, "--from", PARENT, "-o", tmp_path / "out")
-    routers = found["parent_bytes"]
-    assert found["read_of_parent"] == routers
+    report = document(bad, "--from", PARENT, "-o", tmp_path / "out")
+    routers = report["parent_bytes"]
+    assert report["read_of_parent"] == routers
     files = {path.name: path.stat().st_size for path in TRAINED.iterdir()}
     shards = [size for name, size in files.items() if name.endswith(".safetensors")]
     headers = sum(min(size, 65_536) for size in shards)
@@ -131,20 +131,20 @@ def test_of_a_hub_parent_just_headers_and_what_is_replaced_come(
     assert hashes(tmp_path / "out").keys() == hashes(right).keys()
 
 
-def test_of_a_hub_repo_the_files_to_upload_are_made_and_no_other_is_fetched(
+def test_repair_of_a_hub_repo_writes_and_downloads_only_the_files_to_upload(
     right: Path, tmp_path: Path, hub: FakeHub
 ) -> None:
     bad = broken(right, tmp_path, "a tensor in two shards, with other values")
     hub.add(BAD, bad)
     out = tmp_path / "out"
-    found = document(BAD, "--from", TRAINED, "-o", out)
+    facts = document(BAD, "--from", TRAINED, "-o", out)
     shards = {path.name for path in out.glob("*.safetensors")}
-    assert shards == set(found["shards"]["rewritten"]) < {p.name for p in bad.glob("*.safetensors")}
+    assert shards == set(facts["shards"]["rewritten"]) < {p.name for p in bad.glob("*.safetensors")}
     whole = {r.path.rpartition("/")[2] for r in hub.requests if r.method == "GET" and not r.range}
     large = {path.name for path in bad.glob("*.safetensors") if path.stat().st_size > FIRST_READ}
     assert whole & large == shards & large
 
-    upload, verify = found["commands"]
+    upload, verify = facts["commands"]
     assert shlex.split(upload) == [
         *("hf", "upload", BAD, str(out), "."),
         *("--delete", "model-99999-of-99999.safetensors"),
@@ -163,7 +163,7 @@ def test_of_a_hub_repo_the_files_to_upload_are_made_and_no_other_is_fetched(
     }
 
 
-def test_made_twice_for_a_hub_repo_it_is_already_done(
+def test_a_second_repair_of_a_hub_repo_is_already_done(
     right: Path, tmp_path: Path, hub: FakeHub
 ) -> None:
     hub.add(BAD, broken(right, tmp_path, "one router quantized"))
@@ -172,7 +172,7 @@ def test_made_twice_for_a_hub_repo_it_is_already_done(
     assert document(BAD, "--from", TRAINED, "-o", out)["already_done"]
 
 
-def test_a_hub_repo_cannot_be_mended_in_place(right: Path, hub: FakeHub) -> None:
+def test_a_hub_repo_cannot_be_repaired_in_place(right: Path, hub: FakeHub) -> None:
     hub.add(BAD, right)
     result = run(BAD, "--from", TRAINED, "--in-place")
     assert result.exit_code == 2

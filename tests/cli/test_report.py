@@ -1,4 +1,4 @@
-"""`mquant report`: one file, nothing fetched, hostile names harmless, readable in a browser."""
+"""`mquant report` writes one HTML file that fetches nothing and shows hostile names as text."""
 
 import json
 from html.parser import HTMLParser
@@ -31,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def html(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "report.html"
     result = run("report", trained, "--against", TRAINED, *TEXT, "-o", out)
     assert result.exit_code == 0, result.output
@@ -45,7 +45,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 class Page(HTMLParser):
-    """Elements that are open when the page ends, links, and the page's text."""
+    """The open elements at the end of a page, and its links, tags and text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -69,8 +69,8 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_it_shows_everything_that_was_measured(made: Path) -> None:
-    page = Page(made.read_text("utf-8"))
+def test_the_page_shows_every_measurement(html: Path) -> None:
+    page = Page(html.read_text("utf-8"))
     assert page.open == []
     for part in ("Sizes", "Weight error", "Routing", "Evaluation", "Findings", "Recipe"):
         assert part in page.text
@@ -82,8 +82,8 @@ def test_it_shows_everything_that_was_measured(made: Path) -> None:
     assert "tensor-parallel" in page.text, "a finding"
 
 
-def test_nothing_is_fetched_and_no_script_runs(made: Path) -> None:
-    text = made.read_text("utf-8")
+def test_nothing_is_fetched_and_no_script_runs(html: Path) -> None:
+    text = html.read_text("utf-8")
     page = Page(text)
     assert page.links, "the heatmaps"
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
@@ -122,8 +122,8 @@ def test_results_of_earlier_runs_are_taken(trained: Path, tmp_path: Path) -> Non
     compared.write_text(run("compare", trained, "--against", TRAINED, "--format", "json").stdout)
     evaluated.write_text(run("eval", trained, *TEXT, "--format", "json").stdout)
     out = tmp_path / "r.html"
-    given = ("--compare", compared, "--eval", evaluated)
-    result = run("report", trained, *given, "-o", out, "--format", "json")
+    results = ("--compare", compared, "--eval", evaluated)
+    result = run("report", trained, *results, "-o", out, "--format", "json")
     document: dict[str, Any] = json.loads(result.stdout)
     assert (document["schema"], document["ok"]) == ("mquant.report/1", True)
     assert (document["compared"], document["evaluated"]) == (True, True)
@@ -134,26 +134,26 @@ def test_results_of_earlier_runs_are_taken(trained: Path, tmp_path: Path) -> Non
 
 
 def test_results_of_something_else_are_refused(trained: Path, tmp_path: Path) -> None:
-    given, out = tmp_path / "given.json", tmp_path / "r.html"
+    results, out = tmp_path / "given.json", tmp_path / "r.html"
 
-    def said(content: str) -> str:
-        given.write_text(content)
-        result = run("report", trained, "--compare", given, "-o", out)
+    def error_on(content: str) -> str:
+        results.write_text(content)
+        result = run("report", trained, "--compare", results, "-o", out)
         assert result.exit_code == 1
         assert not out.exists()
         return " ".join(result.stderr.split())
 
-    assert "is not the JSON of mquant compare." in said("[]")
-    assert "is not the JSON of mquant compare." in said('{"schema": "mquant.eval/1"}')
-    assert "describes other, not Tiny-NVFP4" in said(
+    assert "is not the JSON of mquant compare." in error_on("[]")
+    assert "is not the JSON of mquant compare." in error_on('{"schema": "mquant.eval/1"}')
+    assert "describes other, not Tiny-NVFP4" in error_on(
         '{"schema": "mquant.compare/1", "source": "other"}'
     )
-    assert "is not a result of this version of mquant" in said(
+    assert "is not a result of this version of mquant" in error_on(
         '{"schema": "mquant.compare/1", "source": "Tiny-NVFP4"}'
     )
 
 
-def test_without_a_parent_it_says_what_is_missing(trained: Path, tmp_path: Path) -> None:
+def test_the_page_without_a_parent_says_what_is_missing(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "r.html"
     assert run("report", trained, "-o", out).exit_code == 0
     page = Page(out.read_text("utf-8"))
@@ -179,12 +179,12 @@ def test_an_output_that_cannot_be_written_is_one_sentence(trained: Path, tmp_pat
 @needs_chromium
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_lays_it_out(made: Path, tmp_path: Path, width: int, dark: bool) -> None:
-    seen = laid_out(made, tmp_path, width, dark=dark)
-    assert int(seen["width"]) <= width, "nothing sticks out; what is too wide scrolls by itself"
-    assert seen["back"] == ("rgb(14, 19, 25)" if dark else "rgb(246, 247, 249)")
-    assert seen["ink"] == ("rgb(230, 235, 241)" if dark else "rgb(22, 32, 44)")
-    assert (seen["broken"], seen["scripts"], seen["title"]) == ("0", "0", "Tiny-NVFP4")
+def test_a_browser_lays_the_page_out(html: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    layout = laid_out(html, tmp_path, width, dark=dark)
+    assert int(layout["width"]) <= width, "nothing sticks out; what is too wide scrolls by itself"
+    assert layout["back"] == ("rgb(14, 19, 25)" if dark else "rgb(246, 247, 249)")
+    assert layout["ink"] == ("rgb(230, 235, 241)" if dark else "rgb(22, 32, 44)")
+    assert (layout["broken"], layout["scripts"], layout["title"]) == ("0", "0", "Tiny-NVFP4")
 
 
 @needs_chromium
@@ -196,6 +196,6 @@ def test_a_browser_runs_nothing_of_a_hostile_name(tmp_path: Path) -> None:
         render(Evidence(name, None, name, "error", rows, [], [], name, name, [name], "mquant")),
         "utf-8",
     )
-    seen = laid_out(page, tmp_path, 390, dark=False)
-    assert seen["scripts"] == "0"
-    assert int(seen["width"]) <= 390
+    layout = laid_out(page, tmp_path, 390, dark=False)
+    assert layout["scripts"] == "0"
+    assert int(layout["width"]) <= 390

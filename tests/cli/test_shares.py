@@ -1,4 +1,4 @@
-"""`mquant quantize --share`, `mquant finish` and `--cluster`, as a person uses them."""
+"""`mquant quantize --share`, `mquant finish` and `--cluster` split one run into shares."""
 
 import json
 import os
@@ -24,8 +24,8 @@ def mquant(*arguments: str | Path) -> Result:
 
 
 def quantize(*arguments: str | Path) -> Result:
-    given = ("quantize", "model", "--recipe", "nvfp4", "--max-shard-size", "20kB")
-    return mquant(*given, *arguments)
+    command = ("quantize", "model", "--recipe", "nvfp4", "--max-shard-size", "20kB")
+    return mquant(*command, *arguments)
 
 
 def document(result: Result) -> dict[str, Any]:
@@ -43,35 +43,35 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_shares_and_finish_give_what_one_command_gives() -> None:
     assert quantize("-o", "whole").exit_code == 0
     for number in (1, 2, 3):
-        made = quantize("-o", "out", "--share", f"{number}/3")
-        assert made.exit_code == 0, made.output
-        assert f"Wrote share {number} of 3 in out\n" in made.stdout
-        assert "mquant finish out, when all shares are done" in made.stdout
+        result = quantize("-o", "out", "--share", f"{number}/3")
+        assert result.exit_code == 0, result.output
+        assert f"Wrote share {number} of 3 in out\n" in result.stdout
+        assert "mquant finish out, when all shares are done" in result.stdout
     finished = mquant("finish", "out")
     assert finished.exit_code == 0, finished.output
     assert "Quantized out\n" in finished.stdout
     assert hashes(Path("out")) == hashes(Path("whole"))
 
 
-def test_json_says_which_share_and_what_is_in_it() -> None:
-    found = document(quantize("-o", "out", "--share", "2/3", "--format", "json"))
-    assert (found["schema"], found["ok"], found["already_done"]) == (
+def test_json_has_the_number_and_the_shards_of_the_share() -> None:
+    report = document(quantize("-o", "out", "--share", "2/3", "--format", "json"))
+    assert (report["schema"], report["ok"], report["already_done"]) == (
         "mquant.quantize/1",
         True,
         False,
     )
-    share = found["share"]
+    share = report["share"]
     assert (share["number"], share["of"]) == (2, 3)
     assert share["file_bytes"] == sum((Path("out") / n).stat().st_size for n in share["shards"])
     again = document(quantize("-o", "out", "--share", "2/3", "--format", "json"))
     assert again["already_done"] is True
 
 
-def test_finish_says_in_json_what_was_made_and_that_it_was_there() -> None:
+def test_finish_reports_totals_in_json_and_then_already_done() -> None:
     quantize("-o", "out", "--share", "1/1")
-    found = document(mquant("finish", "out", "--format", "json"))
-    assert (found["schema"], found["ok"], found["already_done"]) == ("mquant.finish/1", True, False)
-    assert found["totals"]["output"]["shards"] == len(list(Path("out").glob("*.safetensors")))
+    facts = document(mquant("finish", "out", "--format", "json"))
+    assert (facts["schema"], facts["ok"], facts["already_done"]) == ("mquant.finish/1", True, False)
+    assert facts["totals"]["output"]["shards"] == len(list(Path("out").glob("*.safetensors")))
     again = mquant("finish", "out")
     assert (again.exit_code, again.stdout) == (0, "Already done: out\n")
     assert "mquant finish" not in quantize("-o", "out", "--share", "1/1").stdout
@@ -95,7 +95,7 @@ def test_finish_of_a_folder_without_shares_is_one_sentence() -> None:
 @pytest.mark.parametrize(
     "share", ["0/3", "4/3", "3", "1/0", "-1/3", "1/2/3", "a/b", "1/10001", "²"]
 )
-def test_what_is_no_share_is_a_usage_error(share: str) -> None:
+def test_a_wrong_share_is_a_usage_error(share: str) -> None:
     result = quantize("-o", "out", "--share", share)
     assert result.exit_code == 2
     assert result.stderr.endswith("Write a share like 1/16, the first of 16.\n")
@@ -111,17 +111,17 @@ def test_what_is_no_share_is_a_usage_error(share: str) -> None:
         ("--cluster", "ray", "--restart"),
     ],
 )
-def test_what_does_not_go_together_is_a_usage_error(options: tuple[str, ...]) -> None:
+def test_options_that_exclude_each_other_are_a_usage_error(options: tuple[str, ...]) -> None:
     result = quantize("-o", "out", *options)
     assert result.exit_code == 2, result.output
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("how", [("--share", "1/2"), ("--cluster", "ray")])
-def test_calibrated_recipes_are_made_as_a_whole(how: tuple[str, str]) -> None:
+@pytest.mark.parametrize("options", [("--share", "1/2"), ("--cluster", "ray")])
+def test_calibrated_recipes_take_no_shares(options: tuple[str, str]) -> None:
     Path("text.txt").write_text("words")
-    given = ("quantize", "model", "--recipe", "nvfp4-gptq", "--data", "text.txt", "-o", "out")
-    result = mquant(*given, *how)
+    command = ("quantize", "model", "--recipe", "nvfp4-gptq", "--data", "text.txt", "-o", "out")
+    result = mquant(*command, *options)
     assert result.exit_code == 2
     assert "sends data through the whole model, so there are no shares of it" in result.stderr
     assert not Path("out").exists()
@@ -133,7 +133,7 @@ def test_data_without_effect_is_refused_in_shares_too() -> None:
     assert "needs no data, so --data has no effect" in result.stderr
 
 
-def test_without_the_extra_one_sentence_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_sentence_names_the_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     result = quantize("-o", "out", "--cluster", "ray")
     assert result.exit_code == 1
@@ -166,7 +166,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
 
 
-def test_the_slurm_script_makes_the_share_that_slurm_counts() -> None:
+def test_the_slurm_script_writes_the_share_that_slurm_counts() -> None:
     script = blocks("bash")[0]
     for number in (1, 2):
         slurm = {"SLURM_ARRAY_TASK_ID": f"{number}", "SLURM_ARRAY_TASK_COUNT": "2"}
@@ -180,12 +180,12 @@ def test_the_shell_commands_are_shell() -> None:
         subprocess.run(["bash", "-n", "-c", block], check=True)
 
 
-def test_the_cluster_file_is_as_ray_wants_it() -> None:
+def test_ray_accepts_the_cluster_file() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     cluster = yaml.safe_load(blocks("yaml")[0])
     validate_config({**cluster, "cluster_synced_files": []})
-    filled = prepare_config(cluster)  # with Ray's own defaults: how it is started
+    filled = prepare_config(cluster)  # with Ray's own defaults, as Ray starts a cluster
     validate_config(filled)
     assert filled["available_node_types"]["local.cluster.node"]["min_workers"] == 3
     with pytest.raises(ValidationError):

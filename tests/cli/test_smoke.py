@@ -1,4 +1,4 @@
-"""`mquant smoke`: right answers pass, what broken weights say does not, and nothing is run."""
+"""`mquant smoke` passes right answers, names wrong answers, and runs no code from an answer."""
 
 import json
 from collections.abc import Callable
@@ -32,7 +32,7 @@ MARKS = {
 
 
 def answering(**other: str | None) -> Callable[[str], str | None]:
-    """Right answers, but for those that are given."""
+    """Return the answers of a server: the right answers, except those in `other`."""
     answers: dict[str, str | None] = {**RIGHT, **other}
     return lambda prompt: next(answers[i] for mark, i in MARKS.items() if mark in prompt)
 
@@ -50,24 +50,24 @@ def document(*arguments: object, code: int = 0) -> dict[str, Any]:
 
 
 def wrong(server: FakeServer, name: str, answer: str | None) -> str:
-    """What is said of a wrong answer, when all others are right."""
+    """Return the message on a wrong answer, if all other answers are right."""
     server.answer = answering(**{name: answer})
-    found = document(server.url, code=3)
-    assert found["passed"] == 4
-    (finding,) = found["findings"]
+    report = document(server.url, code=3)
+    assert report["passed"] == 4
+    (finding,) = report["findings"]
     assert finding["rule"] == f"smoke-{name}"
     return str(finding["message"])
 
 
 def test_right_answers_pass(server: FakeServer) -> None:
     server.answer = answering()
-    found = document(server.url)
-    assert (found["passed"], found["model"]) == (5, MODEL)
-    assert {each["id"]: each["answer"] for each in found["prompts"]} == RIGHT
+    report = document(server.url)
+    assert (report["passed"], report["model"]) == (5, MODEL)
+    assert {prompt["id"]: prompt["answer"] for prompt in report["prompts"]} == RIGHT
     assert "5 of 5 answers are right." in run(f"{server.url}/v1/").stdout
 
 
-def test_it_asks_with_the_sampling_of_generation_config(server: FakeServer) -> None:
+def test_prompts_use_the_sampling_of_generation_config(server: FakeServer) -> None:
     server.answer = answering()
     document(server.url, "--checkpoint", TRAINED, "--max-tokens", "512")
     sampling = {"temperature": 1.0, "top_p": 0.95, "top_k": 40}
@@ -76,7 +76,7 @@ def test_it_asks_with_the_sampling_of_generation_config(server: FakeServer) -> N
         assert body == {"model": MODEL, "max_tokens": 512, "seed": 0, **sampling}
 
 
-def test_greedy_is_asked_for_where_the_makers_do(server: FakeServer, tmp_path: Path) -> None:
+def test_sampling_is_greedy_if_generation_config_says(server: FakeServer, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"do_sample": false, "top_k": 40}')
     server.answer = answering()
     options = document(server.url, "--checkpoint", tmp_path)["options"]
@@ -113,13 +113,13 @@ def test_a_wrong_answer_is_named(
     assert wrong(server, name, answer) == sentence
 
 
-def test_what_a_model_thought_first_does_not_count(server: FakeServer) -> None:
+def test_the_thinking_before_an_answer_does_not_count(server: FakeServer) -> None:
     server.answer = answering(maths="<think>420? No.</think>\n\n421")
     assert document(server.url)["passed"] == 5
     assert wrong(server, "maths", "421</think>") == "Maths: there is no answer."
 
 
-def test_an_answer_that_was_cut_off_while_thinking_says_so(server: FakeServer) -> None:
+def test_an_answer_that_was_cut_off_while_thinking_is_named(server: FakeServer) -> None:
     server.finish = "length"
     assert wrong(server, "maths", None).endswith("the answer was cut off while thinking.")
 
@@ -149,7 +149,7 @@ def test_an_answer_is_shown_and_never_obeyed(server: FakeServer) -> None:
     assert "740-193 \\x1b[31m[bold]x" in run(server.url).stdout
 
 
-def test_a_key_is_sent_and_never_told(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_is_sent_and_never_shown(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     server.answer = answering()
     assert "secret" not in run(server.url, "--format", "json").output
@@ -177,7 +177,7 @@ def test_a_server_that_fails_is_a_sentence(
     assert f"127.0.0.1:{server.port} {sentence}" in run(server.url, code=1).stderr
 
 
-def test_a_server_that_is_not_there_is_a_sentence() -> None:
+def test_an_unreachable_server_is_a_sentence() -> None:
     gone = FakeServer()
     gone.close()
     result = run(f"http://me:pass@127.0.0.1:{gone.port}", code=1)

@@ -1,4 +1,4 @@
-"""SRC and OUT: what a person typed, and what is meant."""
+"""SRC names a folder or a hub repo, and OUT is named after SRC."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def test_a_folder_goes_before_a_hub_repo_of_that_name(
 
 
 @pytest.mark.parametrize("src", ["./org/name", "/nowhere/name", "name", "a/b/c"])
-def test_a_path_that_is_not_there_is_said_to_be_missing(src: str) -> None:
+def test_a_missing_path_is_an_error(src: str) -> None:
     with pytest.raises(MquantError, match="does not exist"):
         open_source(src, None)
 
@@ -59,7 +59,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert open_source("~/model", None).name == "model"
 
 
-def test_out_is_named_after_src_and_lies_beside_the_current_folder(
+def test_out_is_named_after_src_and_is_beside_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_source(str(make_checkpoint(tmp_path / "model")), None)

@@ -1,4 +1,4 @@
-"""Values as people write and read them."""
+"""Sizes and lists of names are parsed and printed as people write and read them."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_sizes_as_people_write_them(text: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GB", "5XB", "-1GB", "0", "1e9", "5 GB extra", "9" * 99])
-def test_what_is_no_size_is_a_usage_error(text: str) -> None:
+def test_a_wrong_size_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match="is no size"):
         parse_size(text)
 

@@ -1,4 +1,4 @@
-"""`mquant verify`: verdicts, exit codes, formats, and what is read of a hub repo."""
+"""`mquant verify` prints a verdict, sets its exit code, and reads only headers of a hub repo."""
 
 import json
 import subprocess
@@ -36,14 +36,14 @@ def plain(tmp_path: Path) -> Path:
     return make_checkpoint(tmp_path / "plain", config={"num_mtp_modules": 0})
 
 
-def said(result: Result) -> str:
+def shown(result: Result) -> str:
     return " ".join(result.stdout.split())
 
 
-def test_clean_is_a_sentence_and_what_was_not_judged(plain: Path) -> None:
+def test_a_clean_verdict_names_what_was_not_judged(plain: Path) -> None:
     result = verify(plain)
     assert result.exit_code == 0
-    assert said(result) == (
+    assert shown(result) == (
         "Clean: 47 tensors, 0 quantized modules, checked structure and numbers. "
         "Not judged: 12 rules (no parent was given), 6 rules (no loader was asked)."
     )
@@ -54,35 +54,35 @@ def test_clean_is_a_sentence_and_what_was_not_judged(plain: Path) -> None:
 def test_against_the_parent(trained: Path) -> None:
     result = verify(trained, "--against", TRAINED)
     assert result.exit_code == 0
-    assert said(result).startswith(
+    assert shown(result).startswith(
         "Clean: 327 tensors, 102 quantized modules, checked structure and numbers, "
         "compared with tiny-minimax-m2 (a sample of its weights). "
         "Not judged: 6 rules (no loader was asked). · "
     )
-    assert "(all of its weights)" in said(verify(trained, "--against", TRAINED, "--depth", "full"))
+    assert "(all of its weights)" in shown(verify(trained, "--against", TRAINED, "--depth", "full"))
 
 
 def test_errors_come_first_and_exit_with_three(plain: Path, tmp_path: Path) -> None:
     bad = mutated(plain, tmp_path, edit=without("lm_head"), total_size=1)
     result = verify(bad)
     assert result.exit_code == 3
-    assert said(result).startswith("Broken: 1 error, 1 warning in 46 tensors")
+    assert shown(result).startswith("Broken: 1 error, 1 warning in 46 tensors")
     assert result.stdout.index("✗ The checkpoint lacks lm_head.weight") < result.stdout.index("! ")
-    found = document(bad)
-    assert (found["ok"], found["errors"], found["warnings"]) == (False, 1, 1)
-    assert [f["rule"] for f in found["findings"]] == ["tensor-missing", "total-size-wrong"]
-    assert found["verdict"].startswith("Broken: ")
+    report = document(bad)
+    assert (report["ok"], report["errors"], report["warnings"]) == (False, 1, 1)
+    assert [f["rule"] for f in report["findings"]] == ["tensor-missing", "total-size-wrong"]
+    assert report["verdict"].startswith("Broken: ")
 
 
-def test_warnings_fail_only_where_that_is_asked_for(plain: Path, tmp_path: Path) -> None:
+def test_warnings_fail_only_on_request(plain: Path, tmp_path: Path) -> None:
     bad = mutated(plain, tmp_path, total_size=1)
     result = verify(bad)
-    assert (result.exit_code, said(result)[:23]) == (0, "Sound, with 1 warning: ")
+    assert (result.exit_code, shown(result)[:23]) == (0, "Sound, with 1 warning: ")
     assert verify(bad, "--fail-on", "warning").exit_code == 3
     assert verify(plain, "--fail-on", "warning").exit_code == 0
 
 
-def test_quiet_still_says_what_fails_it(plain: Path, tmp_path: Path) -> None:
+def test_quiet_still_says_what_fails_the_run(plain: Path, tmp_path: Path) -> None:
     bad = mutated(plain, tmp_path, total_size=1)
     assert verify(bad, "--format", "quiet").output == ""
     failed = verify(bad, "--format", "quiet", "--fail-on", "warning")
@@ -90,15 +90,15 @@ def test_quiet_still_says_what_fails_it(plain: Path, tmp_path: Path) -> None:
     assert "! " in failed.stderr
 
 
-def test_what_is_only_worth_knowing_is_told_and_never_fails(trained: Path, tmp_path: Path) -> None:
+def test_information_is_shown_and_never_fails_the_run(trained: Path, tmp_path: Path) -> None:
     file = tmp_path / "verify.xml"
     result = verify(trained, "--fail-on", "warning", "--junit", file)
-    assert (result.exit_code, said(result)[:20]) == (0, "Clean: 327 tensors, ")
-    assert "· config.json says num_mtp_modules 3, but there is no tensor" in said(result)
-    assert "· With FP4 Marlin kernels, by tensor-parallel size: vLLM" in said(result)
-    found = document(trained)
-    assert (found["ok"], found["errors"], found["warnings"]) == (True, 0, 0)
-    assert {f["rule"]: f["severity"] for f in found["findings"]} == {
+    assert (result.exit_code, shown(result)[:20]) == (0, "Clean: 327 tensors, ")
+    assert "· config.json says num_mtp_modules 3, but there is no tensor" in shown(result)
+    assert "· With FP4 Marlin kernels, by tensor-parallel size: vLLM" in shown(result)
+    report = document(trained)
+    assert (report["ok"], report["errors"], report["warnings"]) == (True, 0, 0)
+    assert {f["rule"]: f["severity"] for f in report["findings"]} == {
         "mtp-without-tensors": "info",
         "tensor-parallel": "info",
     }
@@ -117,15 +117,15 @@ def test_depth_decides_what_is_read(plain: Path, tmp_path: Path) -> None:
     assert document(bad, "--depth", "structure")["checked"] == ["structure"]
 
 
-def test_json_says_what_was_looked_at(plain: Path) -> None:
-    found = document(plain)
-    not_judged = found.pop("not_judged")
-    assert {each["why"] for each in not_judged} == {
+def test_json_says_what_was_checked(plain: Path) -> None:
+    report = document(plain)
+    not_judged = report.pop("not_judged")
+    assert {rule["why"] for rule in not_judged} == {
         "no parent was given",
         "no loader was asked",
     }
     assert {"rule": "vllm-refuses", "why": "no loader was asked"} in not_judged
-    assert found == {
+    assert report == {
         "schema": "mquant.verify/1",
         "ok": True,
         "findings": [],
@@ -152,7 +152,9 @@ def test_quiet_tells_errors_on_stderr(plain: Path, tmp_path: Path) -> None:
     assert "lacks lm_head.weight" in result.stderr
 
 
-def test_what_cannot_be_read_is_one_sentence_and_one(tmp_path: Path, plain: Path) -> None:
+def test_an_unreadable_checkpoint_is_a_sentence_and_exits_with_1(
+    tmp_path: Path, plain: Path
+) -> None:
     for arguments in ((tmp_path / "none",), (tmp_path,), (plain, "--against", tmp_path / "none")):
         result = verify(*arguments)
         assert (result.exit_code, result.stdout) == (1, "")
@@ -160,18 +162,18 @@ def test_what_cannot_be_read_is_one_sentence_and_one(tmp_path: Path, plain: Path
 
 
 @pytest.mark.upstream
-def test_of_a_hub_repo_only_headers_are_read(hub: FakeHub, trained: Path) -> None:
+def test_only_headers_of_a_hub_repo_are_read(hub: FakeHub, trained: Path) -> None:
     hub.add("org/tiny", trained)
     result = verify("org/tiny")
     assert result.exit_code == 0
-    assert "Clean: 327 tensors, 102 quantized modules, checked structure." in said(result)
+    assert "Clean: 327 tensors, 102 quantized modules, checked structure." in shown(result)
     weights = sum(path.stat().st_size for path in trained.glob("*.safetensors"))
     assert hub.bytes_served < weights / 10
     hub.forget()
-    found = document("org/tiny")
-    assert found["requests"] == len(hub.requests)
-    assert 0 < found["bytes_read"] <= hub.bytes_served
-    assert "in 5 requests from the hub" in said(verify("org/tiny"))
+    report = document("org/tiny")
+    assert report["requests"] == len(hub.requests)
+    assert 0 < report["bytes_read"] <= hub.bytes_served
+    assert "in 5 requests from the hub" in shown(verify("org/tiny"))
 
 
 @pytest.mark.upstream
@@ -182,7 +184,7 @@ def test_a_hub_repo_against_its_parent_is_sampled(hub: FakeHub, trained: Path) -
     assert document("org/tiny", "--against", TRAINED)["errors"] == 0
 
 
-def test_missing_and_gated_repos_are_one_sentence_and_one(hub: FakeHub, plain: Path) -> None:
+def test_missing_and_gated_repos_are_a_sentence_and_exit_with_1(hub: FakeHub, plain: Path) -> None:
     hub.add("org/gated", plain, access="gated")
     hub.add("org/open", plain)
     for arguments in (("org/none",), ("org/gated",), ("org/open", "--revision", "v9")):
@@ -191,7 +193,7 @@ def test_missing_and_gated_repos_are_one_sentence_and_one(hub: FakeHub, plain: P
         assert result.stderr.startswith("Error: ")
 
 
-def test_it_loads_no_torch(plain: Path) -> None:
+def test_verify_loads_no_torch(plain: Path) -> None:
     code = (
         "import sys; from mquant.cli import app as _; from mquant.cli.app import app\n"
         f"try: app(['verify', {str(plain)!r}])\n"
@@ -283,25 +285,25 @@ def strange(tmp_path: Path) -> Path:
     }
 
     def edit(rows: list[Row]) -> list[Row]:
-        made: list[Row] = []
+        edited: list[Row] = []
         for row in rows:
             if not row[0].endswith("gate.weight"):
-                made.append(row)
+                edited.append(row)
                 continue
             module = row[0].removesuffix(".weight")
-            made.append(make_row(f"{module}.weight_packed", "U8", (4, 32)))
-            made.append(make_row(f"{module}.weight_scale", "F8_E4M3", (4, 4)))
-            made.append(make_row(f"{module}.weight_global_scale", "F32", (1,)))
-        return made
+            edited.append(make_row(f"{module}.weight_packed", "U8", (4, 32)))
+            edited.append(make_row(f"{module}.weight_scale", "F8_E4M3", (4, 4)))
+            edited.append(make_row(f"{module}.weight_global_scale", "F32", (1,)))
+        return edited
 
     return make_checkpoint(tmp_path / "strange", edit=edit, config=config)
 
 
-def test_what_decides_and_was_not_judged_is_exit_one(strange: Path, tmp_path: Path) -> None:
+def test_an_open_verdict_exits_with_1(strange: Path, tmp_path: Path) -> None:
     file = tmp_path / "verify.xml"
     result = verify(strange, "--depth", "structure", "--junit", file)
     assert result.exit_code == 1
-    assert said(result).startswith("Not judged: ")
+    assert shown(result).startswith("Not judged: ")
     assert "Clean" not in result.stdout
     assert "Whether vLLM takes strange could not be judged: model_type 'nobody_knows'" in (
         result.stderr
@@ -310,11 +312,11 @@ def test_what_decides_and_was_not_judged_is_exit_one(strange: Path, tmp_path: Pa
     suite = ElementTree.parse(file).getroot()
     assert suite.find("*[@name='router-quantized']/skipped") is not None
     assert len(suite.findall("testcase/error")) == 1
-    found = document(strange, "--depth", "structure")
-    assert "router-quantized" in {each["rule"] for each in found["not_judged"]}
+    report = document(strange, "--depth", "structure")
+    assert "router-quantized" in {rule["rule"] for rule in report["not_judged"]}
 
 
-def test_what_is_found_wrong_goes_before_what_was_not_judged(strange: Path) -> None:
+def test_an_error_goes_before_an_open_verdict(strange: Path) -> None:
     (strange / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": {"x": "model-00009-of-00009.safetensors"}})
     )
@@ -322,50 +324,50 @@ def test_what_is_found_wrong_goes_before_what_was_not_judged(strange: Path) -> N
 
 
 @pytest.mark.parametrize(("answer", "code"), [("loads", 0), ("refuses", 3), ("not asked", 1)])
-def test_the_loader_decides_what_was_not_judged(
+def test_the_loader_decides_an_open_verdict(
     strange: Path, monkeypatch: pytest.MonkeyPatch, answer: str, code: int
 ) -> None:
     import mquant.verify.loaders.ask_vllm as loader
 
     broken = {"refuses": loader.VLLM_REFUSES, "not asked": loader.VLLM_NOT_ASKED}
     findings = tuple(
-        each.finding("vLLM", "It stops.") for key, each in broken.items() if key == answer
+        rule.finding("vLLM", "It stops.") for key, rule in broken.items() if key == answer
     )
     verdict = loader.Verdict("0.32.0", answer, "", findings)
     monkeypatch.setattr("mquant.verify.judge.find_python", lambda: None)
     monkeypatch.setattr("mquant.verify.judge.ask", lambda *_: verdict)
     result = verify(strange, "--depth", "structure", "--loader", "vllm")
     assert result.exit_code == code
-    assert f"vLLM 0.32.0: {answer}." in said(result)
+    assert f"vLLM 0.32.0: {answer}." in shown(result)
 
 
-def test_verify_ignore_does_not_pass_what_it_cannot_judge(strange: Path) -> None:
+def test_verify_ignore_does_not_pass_an_open_verdict(strange: Path) -> None:
     result = CliRunner().invoke(app, ["verify-ignore", str(strange)])
     assert result.exit_code == 1
     assert "could not be judged" in result.stderr
 
 
-def test_no_card_is_written_of_what_was_not_judged(strange: Path, tmp_path: Path) -> None:
+def test_no_card_is_written_on_an_open_verdict(strange: Path, tmp_path: Path) -> None:
     card = tmp_path / "card.md"
     arguments = ["card", str(strange), "--depth", "structure", "-o", str(card)]
     assert CliRunner().invoke(app, arguments).exit_code == 1
     assert not card.exists()
 
 
-def test_a_plain_checkpoint_of_an_unknown_family_is_no_question_to_a_loader(
+def test_a_plain_checkpoint_of_an_unknown_family_needs_no_loader(
     tmp_path: Path,
 ) -> None:
     plain = make_checkpoint(tmp_path / "plain", config={"model_type": "nobody_knows"})
     assert verify(plain).exit_code == 0
 
 
-def test_the_action_in_the_docs_runs_a_command_that_there_is() -> None:
+def test_the_action_in_the_docs_runs_a_command_that_exists() -> None:
     page = (Path(__file__).parents[2] / "docs/ci.md").read_text("utf-8")
     action = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
     (run,) = (
         step["run"] for step in action["jobs"]["verify"]["steps"] if "mquant verify" in str(step)
     )
     options = [word for word in run.split() if word.startswith("--")]
-    shown = verify("--help").stdout
+    text = verify("--help").stdout
     assert options == ["--fail-on", "--junit"]
-    assert all(option in shown for option in options)
+    assert all(option in text for option in options)

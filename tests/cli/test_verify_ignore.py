@@ -1,4 +1,4 @@
-"""`mquant verify-ignore`: checkpoints that upstream really writes, in folders and on a hub."""
+"""`mquant verify-ignore` judges checkpoints that upstream writes, in folders and on a hub."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ def document(*arguments: object, code: int) -> dict[str, Any]:
 
 
 def found_rules(value: dict[str, Any]) -> dict[str, str]:
-    return {found["rule"]: found["severity"] for found in value["findings"]}
+    return {finding["rule"]: finding["severity"] for finding in value["findings"]}
 
 
 @pytest.fixture(scope="module")
@@ -48,49 +48,49 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained checkpoint in one shard, unquantized."""
     return one_shard(TRAINED, tmp_path_factory.mktemp("one") / "out")
 
 
 @pytest.fixture(scope="module")
 def saved_by_oneshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained checkpoint through plain `oneshot` and `save_pretrained`, as people do it."""
+    """The trained checkpoint, quantized by plain `oneshot` and saved with `save_pretrained`."""
     return oneshot_and_save(TRAINED, tmp_path_factory.mktemp("upstream") / "out")
 
 
-def here_and_there(
+def from_folder_and_hub(
     hub: FakeHub,
     folder: Path,
     code: int,
 ) -> dict[str, Any]:
-    """The document on a folder, which is the same for a hub repo of it, from headers alone."""
-    here = document(folder, code=code)
+    """Return the document on a folder, and assert that its hub repo gives the same from headers."""
+    local = document(folder, code=code)
     hub.add("org/model", folder)
-    there = document("org/model", code=code)
+    repo = document("org/model", code=code)
     same = {"source": None, "bytes_read": None, "requests": None}
-    assert {**there, **same} == {**here, **same}
-    assert (here["bytes_read"], here["requests"]) == (None, None)
-    assert (there["bytes_read"] <= hub.bytes_served, there["requests"]) == (True, len(hub.requests))
-    assert f"in {there['requests']} requests from the hub." in run("org/model").stdout
+    assert {**repo, **same} == {**local, **same}
+    assert (local["bytes_read"], local["requests"]) == (None, None)
+    assert (repo["bytes_read"] <= hub.bytes_served, repo["requests"]) == (True, len(hub.requests))
+    assert f"in {repo['requests']} requests from the hub." in run("org/model").stdout
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    # One read of 64 KiB a shard, at most, with config.json, the index and the listing.
+    # At most 200 kB of a file (one read of 64 KiB of a shard), and 20 kB for the listing.
     limit = sum(min(path.stat().st_size, 200_000) for path in folder.iterdir())
     assert 0 < hub.bytes_served < min(limit + 20_000, weights / 2)
-    for where in (str(folder), "org/model"):  # `verify` comes to the same verdict
-        assert CliRunner().invoke(app, ["verify", where]).exit_code == code
-    return here
+    for source in (str(folder), "org/model"):  # `verify` comes to the same verdict
+        assert CliRunner().invoke(app, ["verify", source]).exit_code == code
+    return local
 
 
-# --- what people make
+# --- checkpoints of mquant and of upstream
 
 
-def test_our_own_passes(hub: FakeHub, good: Path) -> None:
-    found = here_and_there(hub, good, code=0)
-    assert found["verdict"] == GOOD
-    assert found["findings"] == found["quantized"] == found["uncovered"] == []
-    assert found["kinds"]["router"] == {"found": 3, "kept": 3, "quantized": 0, "covered": 3}
-    assert [entry["entry"] for entry in found["ignore"]] == [
+def test_a_checkpoint_of_mquant_passes(hub: FakeHub, good: Path) -> None:
+    report = from_folder_and_hub(hub, good, code=0)
+    assert report["verdict"] == GOOD
+    assert report["findings"] == report["quantized"] == report["uncovered"] == []
+    assert report["kinds"]["router"] == {"found": 3, "kept": 3, "quantized": 0, "covered": 3}
+    assert [entry["entry"] for entry in report["ignore"]] == [
         "lm_head",
         "model.embed_tokens",
         *GATES,
@@ -101,15 +101,15 @@ def test_our_own_passes(hub: FakeHub, good: Path) -> None:
 @pytest.mark.upstream
 def test_model_free_ptq_that_ignores_lm_head_only(
     hub: FakeHub,
-    one: Path,
+    plain: Path,
     tmp_path: Path,
 ) -> None:
-    found = here_and_there(hub, model_free_ptq(one, tmp_path / "out", ["lm_head"]), code=3)
-    assert found["verdict"] == (
+    facts = from_folder_and_hub(hub, model_free_ptq(plain, tmp_path / "out", ["lm_head"]), code=3)
+    assert facts["verdict"] == (
         "3 of 3 routers and the embeddings are quantized: vLLM will refuse to load this checkpoint."
     )
-    assert found_rules(found) == {"router-quantized": "error", "embedding-quantized": "error"}
-    assert {entry["module"]: entry["suffixes"] for entry in found["quantized"]} == dict.fromkeys(
+    assert found_rules(facts) == {"router-quantized": "error", "embedding-quantized": "error"}
+    assert {entry["module"]: entry["suffixes"] for entry in facts["quantized"]} == dict.fromkeys(
         [*GATES, "model.embed_tokens"], PACKED
     )
 
@@ -117,44 +117,44 @@ def test_model_free_ptq_that_ignores_lm_head_only(
 @pytest.mark.upstream
 def test_model_free_ptq_that_forgets_the_routers(
     hub: FakeHub,
-    one: Path,
+    plain: Path,
     tmp_path: Path,
 ) -> None:
-    out = model_free_ptq(one, tmp_path / "out", ["lm_head", "model.embed_tokens"])
-    found = here_and_there(hub, out, code=3)
+    out = model_free_ptq(plain, tmp_path / "out", ["lm_head", "model.embed_tokens"])
+    report = from_folder_and_hub(hub, out, code=3)
     assert (
-        found["verdict"]
+        report["verdict"]
         == "3 of 3 routers are quantized: vLLM will refuse to load this checkpoint."
     )
-    assert found_rules(found) == {"router-quantized": "error"}
+    assert found_rules(report) == {"router-quantized": "error"}
 
 
 @pytest.mark.upstream
-def test_model_free_ptq_with_the_list_that_was_meant(one: Path, tmp_path: Path) -> None:
-    found = document(model_free_ptq(one, tmp_path / "out"), code=0)
-    assert (found["verdict"], found["findings"]) == (GOOD, [])
+def test_model_free_ptq_with_the_right_ignore_list(plain: Path, tmp_path: Path) -> None:
+    report = document(model_free_ptq(plain, tmp_path / "out"), code=0)
+    assert (report["verdict"], report["findings"]) == (GOOD, [])
 
 
 @pytest.mark.upstream
-def test_what_plain_oneshot_saves(hub: FakeHub, saved_by_oneshot: Path) -> None:
-    found = here_and_there(hub, saved_by_oneshot, code=3)
-    assert found_rules(found) == {"expert-names": "error", "ignore-uncovered": "warning"}
-    assert found["uncovered"] == ["model.embed_tokens"]
+def test_a_checkpoint_saved_by_plain_oneshot(hub: FakeHub, saved_by_oneshot: Path) -> None:
+    report = from_folder_and_hub(hub, saved_by_oneshot, code=3)
+    assert found_rules(report) == {"expert-names": "error", "ignore-uncovered": "warning"}
+    assert report["uncovered"] == ["model.embed_tokens"]
     judged = CliRunner().invoke(app, ["verify", str(saved_by_oneshot), "--format", "json"])
     assert judged.exit_code == 3
     assert found_rules(json.loads(judged.stdout)) == {
-        **found_rules(found),
+        **found_rules(report),
         "mtp-without-tensors": "info",
     }
 
 
-def test_unquantized(one: Path) -> None:
-    found = document(one, "--strict", code=0)
-    assert found["verdict"].startswith("Nothing is quantized, so there is no ignore list")
-    assert found["method"] is None
+def test_an_unquantized_checkpoint_has_no_ignore_list(plain: Path) -> None:
+    report = document(plain, "--strict", code=0)
+    assert report["verdict"].startswith("Nothing is quantized, so there is no ignore list")
+    assert report["method"] is None
 
 
-# --- what a person sees
+# --- output
 
 
 def test_the_verdict_comes_first(good: Path) -> None:
@@ -173,16 +173,16 @@ def test_warnings_fail_only_if_strict(good: Path, tmp_path: Path) -> None:
     config = json.loads((good / "config.json").read_text())
     config["quantization_config"]["ignore"] = ["re:nothing", "\x1b[2J"]
     write_json(tmp_path / "config.json", config)
-    found = document(tmp_path, code=0)
-    assert set(found_rules(found).items()) == {
+    report = document(tmp_path, code=0)
+    assert set(found_rules(report).items()) == {
         ("ignore-uncovered", "warning"),
         ("ignore-unmatched", "warning"),
     }
-    assert found_rules(document(tmp_path, "--strict", code=3)) == found_rules(found)
+    assert found_rules(document(tmp_path, "--strict", code=3)) == found_rules(report)
     assert "\x1b" not in run(tmp_path).stdout
 
 
-# --- what cannot be judged
+# --- unreadable checkpoints
 
 
 def one_sentence(result: Result) -> str:
@@ -194,7 +194,7 @@ def one_sentence(result: Result) -> str:
     return error
 
 
-def test_missing(tmp_path: Path) -> None:
+def test_a_missing_folder(tmp_path: Path) -> None:
     assert "does not exist" in one_sentence(run(tmp_path / "nothing"))
 
 
@@ -206,8 +206,8 @@ def test_no_such_repo_no_such_revision_and_gated(
     hub.add("org/model", folder)
     hub.add("org/gated", folder, access="gated")
     assert "There is no repo org/nothing" in one_sentence(run("org/nothing"))
-    said = one_sentence(run("org/model", "--revision", "v9"))
-    assert "org/model has no revision 'v9'" in said
+    error = one_sentence(run("org/model", "--revision", "v9"))
+    assert "org/model has no revision 'v9'" in error
     assert "org/gated is gated" in one_sentence(run("org/gated"))
 
 
@@ -221,7 +221,7 @@ def test_a_truncated_shard(tmp_path: Path) -> None:
 # --- speed
 
 
-def test_it_imports_no_torch(tmp_path: Path) -> None:
+def test_verify_ignore_imports_no_torch(tmp_path: Path) -> None:
     src = make_checkpoint(tmp_path / "model")
     code = (
         "import atexit, sys; from mquant.cli import main\n"

@@ -1,7 +1,6 @@
-"""RepairPlan: a broken checkpoint becomes what a correct run makes of its parent, byte for byte."""
+"""A broken checkpoint is repaired to the tensors and config.json of a correct run on its parent."""
 
 import errno
-import json
 import os
 import shutil
 from pathlib import Path
@@ -9,75 +8,44 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corpus import EXPERT, OF_NVFP4A16, OF_OTHER_SCHEMES, Case
-from judges import data, hashes, model_free_ptq, one_shard, oneshot_and_save, opened, read_json
-from killed import repair_and_die
-from make import Row, make_checkpoint, without, write_json, write_shard
+from corpus import EXPERT, OF_NVFP4A16, Case
+from judges import hashes, model_free_ptq, one_shard, oneshot_and_save, opened, read_json
+from make import Row, make_checkpoint, without, write_shard
 from mquant.checkpoint import Folder
-from mquant.errors import OutputError, Refused, SourceError
-from mquant.family import load_families
-from mquant.findings import Finding
-from mquant.output import RECORD, WORK, apply
-from mquant.repair.diagnose import Diagnosis, diagnose
-from mquant.repair.repair import finish_in_place, repair, repair_in_place
+from mquant.errors import SourceError
+from mquant.output import RECORD
+from mquant.repair.diagnose import diagnose
+from mquant.repair.repair import repair
 from mquant.runs.quantize import quantize
-from mquant.verify.judge import Depth, verify
 from mutate import changed, mutated, scalar
-from run import TRAINED, plan_of, quantize_nvfp4
+from repairs import (
+    FAMILIES,
+    UNKNOWN,
+    case_of,
+    diagnosis_of,
+    problems,
+    refusal,
+    repaired,
+    right,
+    tensors,
+)
+from run import TRAINED, plan_of
 
-FAMILIES = load_families()
-UNKNOWN = "a prefix before every name"
-"""A case that nothing but mquant.json can tell the recipe of."""
-
-
-@pytest.fixture(scope="session")
-def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantize_nvfp4(TRAINED, tmp_path_factory.mktemp("right") / "good", shard_bytes=10**6)
-
-
-def case_of(name: str) -> Case:
-    return next(case for case in OF_NVFP4A16 if case.name == name)
-
-
-def found(bad: Path, parent: Path = TRAINED) -> Diagnosis:
-    return diagnose(Folder(bad), Folder(parent), FAMILIES)
+__all__ = ["right"]
 
 
-def mended(bad: Path, out: Path, parent: Path = TRAINED) -> Path:
-    return repair(found(bad, parent), out).out
-
-
-def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    checkpoint = opened(folder)
-    return {
-        name: (info.dtype, info.shape, data(checkpoint, name))
-        for name, info in checkpoint.tensors.items()
-    }
-
-
-def loud(folder: Path) -> list[Finding]:
-    findings = verify(Folder(folder), FAMILIES, Depth.NUMBERS).findings
-    return [finding for finding in findings if finding.severity != "info"]
-
-
-def refusal(bad: Path, parent: Path = TRAINED) -> Finding:
-    with pytest.raises(Refused) as caught:
-        found(bad, parent)
-    return caught.value.findings[0]
-
-
-# --- What comes out
+# --- the repaired checkpoint
 
 
 @pytest.mark.parametrize(
     "case", [case for case in OF_NVFP4A16 if case.name != UNKNOWN], ids=lambda case: case.name
 )
-def test_a_case_comes_out_as_a_correct_run_makes_it(
+def test_a_case_is_repaired_to_the_output_of_a_correct_run(
     right: Path, tmp_path: Path, case: Case
 ) -> None:
     bad = case.make(right, tmp_path)
     (bad / RECORD).unlink()
-    before, diagnosis = hashes(bad), found(bad)
+    before, diagnosis = hashes(bad), diagnosis_of(bad)
     if not diagnosis.needed:
         assert tensors(bad) == tensors(right)
         return
@@ -85,31 +53,31 @@ def test_a_case_comes_out_as_a_correct_run_makes_it(
     assert done.parent_bytes == sum(a.source.nbytes for a in diagnosis.repair_plan.replaced)
     assert tensors(done.out) == tensors(right)
     assert read_json(done.out / "config.json") == read_json(right / "config.json")
-    assert not loud(done.out)
+    assert not problems(done.out)
     assert hashes(bad) == before
 
 
-def test_what_mquant_json_says_needs_no_intact_tensor(right: Path, tmp_path: Path) -> None:
+def test_a_recipe_in_mquant_json_needs_no_intact_tensor(right: Path, tmp_path: Path) -> None:
     bad = case_of(UNKNOWN).make(right, tmp_path)
-    assert found(bad).made_by == "mquant.json"
-    assert tensors(mended(bad, tmp_path / "out")) == tensors(right)
+    assert diagnosis_of(bad).made_by == "mquant.json"
+    assert tensors(repaired(bad, tmp_path / "out")) == tensors(right)
 
 
 @pytest.mark.upstream
-def test_what_plain_oneshot_writes_comes_out_right(right: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_plain_oneshot_is_repaired(right: Path, tmp_path: Path) -> None:
     bad = oneshot_and_save(TRAINED, tmp_path / "bad")
-    out = mended(bad, tmp_path / "out")
+    out = repaired(bad, tmp_path / "out")
     assert tensors(out) == tensors(right)
     assert read_json(out / "config.json") == read_json(right / "config.json")
 
 
 @pytest.mark.upstream
-def test_what_model_free_ptq_writes_with_the_origins_ignore_comes_out_right(
+def test_a_checkpoint_of_model_free_ptq_with_the_origins_ignore_is_repaired(
     right: Path, tmp_path: Path
 ) -> None:
-    one = one_shard(TRAINED, tmp_path / "one")
-    bad = model_free_ptq(one, tmp_path / "bad", ignore=["lm_head"])
-    diagnosis = found(bad)
+    shard = one_shard(TRAINED, tmp_path / "one")
+    bad = model_free_ptq(shard, tmp_path / "bad", ignore=["lm_head"])
+    diagnosis = diagnosis_of(bad)
     assert {a.role.value for a in diagnosis.repair_plan.replaced} == {"router", "embedding"}
     assert tensors(repair(diagnosis, tmp_path / "out").out) == tensors(right)
 
@@ -121,7 +89,7 @@ def test_attention_that_was_kept_stays_kept(tmp_path: Path) -> None:
     good = quantize(plan_of(parent, str(recipe)), tmp_path / "good").out
     bad = mutated(good, tmp_path, edit=without("experts.3."))
     (bad / RECORD).unlink()
-    assert tensors(mended(bad, tmp_path / "out", parent)) == tensors(good)
+    assert tensors(repaired(bad, tmp_path / "out", parent)) == tensors(good)
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +97,8 @@ def importance(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
     rows: list[Row] = []
     for action in (a for a in plan_of(TRAINED, "nvfp4-opt").actions if a.scheme):
-        wide = action.source.shape[1]
-        rows.append((action.module, "F32", (wide,), random.random(wide, "<f4").tobytes()))
+        columns = action.source.shape[1]
+        rows.append((action.module, "F32", (columns,), random.random(columns, "<f4").tobytes()))
     file = tmp_path_factory.mktemp("importance") / "importance.safetensors"
     write_shard(file, rows)
     return file
@@ -146,15 +114,15 @@ def test_scales_that_were_searched_are_searched_again(
     diagnosis = diagnose(Folder(bad), Folder(TRAINED), FAMILIES, importance=file)
     out = repair(diagnosis, tmp_path / "out").out
     assert tensors(out) == tensors(good)
-    made = [read_json(folder / RECORD)["fingerprint"]["importance"] for folder in (good, out)]
-    assert made[0] == made[1]
+    records = [read_json(folder / RECORD)["fingerprint"]["importance"] for folder in (good, out)]
+    assert records[0] == records[1]
 
 
-def test_how_scales_were_searched_is_found_out(tmp_path: Path) -> None:
+def test_the_recipe_of_searched_scales_is_recognized(tmp_path: Path) -> None:
     good = quantize(plan_of(TRAINED, "nvfp4-opt"), tmp_path / "good").out
     bad = mutated(good, tmp_path, edit=without(EXPERT))
     (bad / RECORD).unlink()
-    diagnosis = found(bad)
+    diagnosis = diagnosis_of(bad)
     assert (diagnosis.made_by, diagnosis.repair_plan.right.recipe.name) == (
         "reproduced",
         "nvfp4-opt",
@@ -162,16 +130,16 @@ def test_how_scales_were_searched_is_found_out(tmp_path: Path) -> None:
     assert tensors(repair(diagnosis, tmp_path / "out").out) == tensors(good)
 
 
-def test_without_the_importance_file_it_says_so(tmp_path: Path, importance: Path) -> None:
+def test_a_missing_importance_file_is_named(tmp_path: Path, importance: Path) -> None:
     plan = plan_of(TRAINED, "nvfp4-opt")
     good = quantize(plan, tmp_path / "good", importance=importance).out
-    told = refusal(mutated(good, tmp_path, edit=without(EXPERT)))
-    assert told.fix.startswith(
+    finding = refusal(mutated(good, tmp_path, edit=without(EXPERT)))
+    assert finding.fix.startswith(
         "If the scales need an importance file, give the file with --importance. "
     )
 
 
-# --- What is read, and what is written
+# --- reads and writes
 
 
 @pytest.mark.parametrize(
@@ -187,10 +155,10 @@ def test_without_the_importance_file_it_says_so(tmp_path: Path, importance: Path
         ("no rotary_dim", {}),
     ],
 )
-def test_of_the_parent_just_what_is_replaced_is_read(
+def test_only_replaced_tensors_of_the_parent_are_read(
     right: Path, tmp_path: Path, name: str, roles: dict[str, int]
 ) -> None:
-    diagnosis = found(case_of(name).make(right, tmp_path))
+    diagnosis = diagnosis_of(case_of(name).make(right, tmp_path))
     assert diagnosis.repair_plan.replaced_by_role == roles
     sizes = [action.source.nbytes for action in diagnosis.repair_plan.replaced]
     done = repair(diagnosis, tmp_path / "out")
@@ -199,7 +167,7 @@ def test_of_the_parent_just_what_is_replaced_is_read(
 
 def test_tensors_stay_in_their_shards(right: Path, tmp_path: Path) -> None:
     bad = case_of("the origin bug: all routers quantized").make(right, tmp_path)
-    out = mended(bad, tmp_path / "out")
+    out = repaired(bad, tmp_path / "out")
     before, after = opened(bad).tensors, opened(out).tensors
     assert {n: after[n].shard for n in after if n in before} == {
         n: before[n].shard for n in after if n in before
@@ -210,7 +178,7 @@ def test_tensors_stay_in_their_shards(right: Path, tmp_path: Path) -> None:
 
 def test_shards_without_a_change_are_hard_links(right: Path, tmp_path: Path) -> None:
     bad = case_of("an expert missing").make(right, tmp_path)
-    diagnosis = found(bad)
+    diagnosis = diagnosis_of(bad)
     out = repair(diagnosis, tmp_path / "out").out
     kept = diagnosis.repair_plan.kept
     assert len(kept) == len(opened(out).shards) - 1 > 0
@@ -218,7 +186,7 @@ def test_shards_without_a_change_are_hard_links(right: Path, tmp_path: Path) -> 
         assert (out / shard).samefile(bad / shard) == (shard in kept)
 
 
-def test_on_another_file_system_they_are_copies(
+def test_shards_without_a_change_are_copies_on_another_file_system(
     right: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -226,28 +194,26 @@ def test_on_another_file_system_they_are_copies(
 
     monkeypatch.setattr(os, "link", refuse)
     bad = case_of("an expert missing").make(right, tmp_path)
-    out = mended(bad, tmp_path / "out")
+    out = repaired(bad, tmp_path / "out")
     assert tensors(out) == tensors(right)
     assert not any((out / shard).samefile(bad / shard) for shard in opened(bad).shards)
 
 
-def test_its_own_card_comes_along_and_the_parents_side_files_that_it_lost(
+def test_the_card_stays_and_lost_side_files_come_from_the_parent(
     right: Path, tmp_path: Path
 ) -> None:
     bad = case_of("one router quantized").make(right, tmp_path)
     (bad / "README.md").write_text("# A card\n")
     (bad / "tokenizer.json").unlink()
-    out = mended(bad, tmp_path / "out")
+    out = repaired(bad, tmp_path / "out")
     assert (out / "README.md").read_text() == "# A card\n"
     assert (out / "tokenizer.json").read_bytes() == (TRAINED / "tokenizer.json").read_bytes()
 
 
-def test_mquant_json_tells_what_was_wrong_and_what_was_replaced(
-    right: Path, tmp_path: Path
-) -> None:
-    first = mended(case_of("one router quantized").make(right, tmp_path), tmp_path / "first")
+def test_mquant_json_records_findings_and_replaced_tensors(right: Path, tmp_path: Path) -> None:
+    first = repaired(case_of("one router quantized").make(right, tmp_path), tmp_path / "first")
     again = mutated(first, tmp_path / "again", edit=without(EXPERT))
-    record = read_json(mended(again, tmp_path / "second") / RECORD)
+    record = read_json(repaired(again, tmp_path / "second") / RECORD)
     router, expert = record["repairs"]
     assert router["replaced"] == {"router": 1}
     assert router["modules"] == ["model.layers.0.block_sparse_moe.gate"]
@@ -260,234 +226,26 @@ def test_mquant_json_tells_what_was_wrong_and_what_was_replaced(
     assert files == {n: h for n, h in hashes(tmp_path / "second").items() if n != RECORD}
 
 
-def test_the_same_command_again_finds_it_done(right: Path, tmp_path: Path) -> None:
+def test_a_second_repair_is_already_done(right: Path, tmp_path: Path) -> None:
     bad = case_of("one router quantized").make(right, tmp_path)
-    assert repair(found(bad), tmp_path / "out").fresh
-    assert not repair(found(bad), tmp_path / "out").fresh
+    assert repair(diagnosis_of(bad), tmp_path / "out").fresh
+    assert not repair(diagnosis_of(bad), tmp_path / "out").fresh
 
 
-def test_a_good_checkpoint_needs_nothing(right: Path) -> None:
-    assert not found(right).needed
-
-
-# --- What is refused
-
-
-def test_another_parent_is_refused(right: Path, tmp_path: Path) -> None:
-    def other(rows: list[Row]) -> list[Row]:
-        return [(n, d, s, raw[::-1] if len(s) == 1 else raw) for n, d, s, raw in rows]
-
-    stranger = mutated(TRAINED, tmp_path / "stranger", edit=other)
-    bad = case_of("one router quantized").make(right, tmp_path)
-    told = refusal(bad, stranger)
-    assert told.rule == "parent-differs"
-    assert told.message.startswith("bad was not made from bad: model.layers.0.block_sparse_moe.")
-
-
-def _searched(rows: list[Row]) -> list[Row]:
-    """Codes as another way to choose scales has them: all but one in each byte's low nibble."""
-    return [
-        (n, d, s, bytes(b ^ 1 for b in raw) if n.endswith("weight_packed") else raw)
-        for n, d, s, raw in rows
-    ]
-
-
-@pytest.mark.parametrize("keep_record", [True, False])
-def test_to_quantize_again_is_refused_where_intact_tensors_were_made_otherwise(
-    right: Path, tmp_path: Path, *, keep_record: bool
-) -> None:
-    def edit(rows: list[Row]) -> list[Row]:
-        return without(EXPERT)(_searched(rows)) or rows
-
-    bad = mutated(right, tmp_path, edit=edit)
-    if not keep_record:
-        (bad / RECORD).unlink()
-    told = refusal(bad)
-    assert told.rule == "recipe-not-known"
-    how = (
-        "recipe nvfp4, which mquant.json names" if keep_record else "any recipe that needs no data"
-    )
-    assert told.message == (
-        f"{EXPERT}w1, {EXPERT}w3, {EXPERT}w2 must be quantized again, but the intact parts were "
-        f"not made from this parent with {how}."
-    )
-
-
-def test_routers_are_mended_whatever_made_the_rest(right: Path, tmp_path: Path) -> None:
-    good = mutated(right, tmp_path / "good", edit=_searched)
-    bad = case_of("the origin bug: all routers quantized").make(good, tmp_path)
-    (bad / RECORD).unlink()
-    assert tensors(mended(bad, tmp_path / "out")) == tensors(good)
-
-
-def test_what_min_max_made_is_known_as_nvfp4(right: Path, tmp_path: Path) -> None:
-    bad = mutated(right, tmp_path, edit=without(EXPERT))
-    (bad / RECORD).unlink()
-    diagnosis = found(bad)
-    assert (diagnosis.made_by, diagnosis.repair_plan.right.recipe.name) == ("reproduced", "nvfp4")
-
-
-def _calibrated(right: Path, tmp_path: Path) -> Path:
-    """Codes of another method, and an mquant.json that says it needed data."""
-    good = mutated(right, tmp_path, edit=_searched)
-    record = read_json(good / RECORD)
-    record["recipe"] |= {"name": "nvfp4-gptq", "rounding": "gptq"}
-    write_json(good / RECORD, record)
-    return good
-
-
-def test_what_was_calibrated_is_not_quantized_again(right: Path, tmp_path: Path) -> None:
-    bad = mutated(_calibrated(right, tmp_path / "good"), tmp_path, edit=without(EXPERT))
-    told = refusal(bad)
-    assert told.rule == "recipe-not-known"
-    assert told.message == (
-        f"{EXPERT}w1, {EXPERT}w3, {EXPERT}w2 must be quantized again, but recipe nvfp4-gptq, which "
-        "mquant.json names, depends on the data it was calibrated with."
-    )
-    assert told.fix == (
-        "Quantize the parent again: mquant quantize PARENT --recipe nvfp4-gptq --data FILE."
-    )
-
-
-def test_routers_beside_what_was_calibrated_are_mended(right: Path, tmp_path: Path) -> None:
-    good = _calibrated(right, tmp_path / "good")
-    bad = case_of("the origin bug: all routers quantized").make(good, tmp_path)
-    assert tensors(mended(bad, tmp_path / "out")) == tensors(good)
-
-
-def test_without_a_known_name_or_mquant_json_it_is_refused(right: Path, tmp_path: Path) -> None:
-    bad = case_of(UNKNOWN).make(right, tmp_path)
-    (bad / RECORD).unlink()
-    assert refusal(bad).message == (
-        "bad has no mquant.json and no quantized module with a known name: mquant cannot tell how "
-        "the checkpoint was made."
-    )
-
-
-@pytest.mark.parametrize("keep_record", [True, False])
-def test_experts_in_nvfp4_beside_attention_in_fp8_are_refused(
-    tmp_path: Path, *, keep_record: bool
-) -> None:
-    good = quantize(plan_of(TRAINED, "nvfp4-fp8"), tmp_path / "mixed").out
-    bad = mutated(good, tmp_path, edit=without(EXPERT))
-    if not keep_record:
-        (bad / RECORD).unlink()
-    told = refusal(bad)
-    assert told.rule == "layout-not-repairable"
-    assert told.message == "bad is quantized as FP8; mquant repairs NVFP4A16."
-
-
-@pytest.mark.parametrize("case", OF_OTHER_SCHEMES, ids=lambda case: case.name)
-def test_other_schemes_are_refused(right: Path, tmp_path: Path, case: Case) -> None:
-    bad = case.make(right, tmp_path)
-    before, told = hashes(bad), refusal(bad)
-    assert told.rule == "layout-not-repairable"
-    assert told.message.startswith("bad is quantized as ")
-    assert told.message.endswith("; mquant repairs NVFP4A16.")
-    assert hashes(bad) == before
-
-
-def test_a_broken_parent_is_refused(right: Path, tmp_path: Path) -> None:
-    parent = mutated(TRAINED, tmp_path / "parent", edit=without("layers.1.block_sparse_moe.gate."))
-    bad = case_of("one router quantized").make(right, tmp_path)
-    assert refusal(bad, parent).rule == "tensor-missing"
-
-
-# --- In place
-
-
-@pytest.fixture
-def bad(right: Path, tmp_path: Path) -> Path:
-    """Routers quantized, an expert missing, a side file lost, a shard too many."""
-
-    def edit(rows: list[Row]) -> list[Row]:
-        case = case_of("the origin bug: all routers quantized")
-        assert case.edit
-        return without(EXPERT)(case.edit(rows) or rows) or rows
-
-    folder = mutated(right, tmp_path, edit=edit)
-    (folder / "tokenizer.json").unlink()
-    shutil.copy(folder / opened(folder).shards[0], folder / "model-spare.safetensors")
-    return folder
-
-
-def test_in_place_it_becomes_the_same(bad: Path, right: Path, tmp_path: Path) -> None:
-    out = mended(bad, tmp_path / "out")
-    repair_in_place(found(bad))
-    assert tensors(bad) == tensors(right)
-    assert hashes(bad).keys() == hashes(out).keys()
-    assert not (bad / WORK).exists()
-    assert not loud(bad)
-    assert not found(bad).needed
-
-
-def test_killed_after_any_change_of_the_folder_a_rerun_finishes(
-    bad: Path, right: Path, tmp_path: Path
-) -> None:
-    expected = tensors(right)
-    for most in range(200):
-        copy = Path(shutil.copytree(bad, tmp_path / f"copy-{most}"))
-        stopped = repair_and_die(copy, TRAINED, most) != 0
-        if (copy / "config.json").exists() and not (copy / WORK / "apply.json").exists():
-            assert tensors(copy) in (expected, tensors(bad))
-        if not finish_in_place(copy) and found(copy).needed:
-            repair_in_place(found(copy))
-        assert tensors(copy) == expected
-        assert not (copy / WORK).exists()
-        shutil.rmtree(copy)
-        if not stopped:
-            break
-    assert not stopped
-    assert most > 15
-
-
-def test_a_link_on_the_way_is_not_followed(bad: Path, tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (bad / "sub").symlink_to(elsewhere)
-    (bad / WORK / "sub").mkdir(parents=True)
-    (bad / WORK / "sub/file").write_text("x")
-    table = {"schema": "mquant.apply/1", "files": ["sub/file"], "obsolete": []}
-    write_json(bad / WORK / "apply.json", table)
-    with pytest.raises(
-        OutputError, match=r"sub/file would be outside of .*by its name, or by a link"
-    ):
-        apply(bad)
-    assert not any(elsewhere.iterdir())
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "other"}'])
-def test_a_strange_journal_is_refused(bad: Path, text: str) -> None:
-    (bad / WORK).mkdir()
-    (bad / WORK / "apply.json").write_text(text)
-    before = hashes(bad)
-    with pytest.raises(OutputError, match="is not a journal of mquant"):
-        finish_in_place(bad)
-    assert hashes(bad) == before
-
-
-def test_a_journal_cannot_name_what_lies_outside(bad: Path, tmp_path: Path) -> None:
-    precious = tmp_path / "precious"
-    precious.write_text("x")
-    (bad / WORK).mkdir()
-    names = ["../precious", str(precious)]
-    table = {"schema": "mquant.apply/1", "files": names, "obsolete": names}
-    (bad / WORK / "apply.json").write_text(json.dumps(table))
-    with pytest.raises(OutputError, match="would be outside of"):
-        apply(bad)
-    assert precious.read_text() == "x"
+def test_a_good_checkpoint_needs_no_repair(right: Path) -> None:
+    assert not diagnosis_of(right).needed
 
 
 def test_a_changed_norm_is_taken_from_the_parent(right: Path, tmp_path: Path) -> None:
     name = "model.layers.0.input_layernorm.weight"
     bad = mutated(right, tmp_path, edit=changed(name, data=lambda raw: np.flip(raw).copy()))
-    assert [action.source.name for action in found(bad).repair_plan.replaced] == [name]
+    assert [action.source.name for action in diagnosis_of(bad).repair_plan.replaced] == [name]
 
 
 def test_a_parent_that_shrinks_is_one_sentence(right: Path, tmp_path: Path) -> None:
     parent = Path(shutil.copytree(TRAINED, tmp_path / "parent"))
     bad = case_of("the origin bug: all routers quantized").make(right, tmp_path)
-    diagnosis = found(bad, parent)
+    diagnosis = diagnosis_of(bad, parent)
     for shard in opened(parent).shards:
         os.truncate(parent / shard, 1000)
     with pytest.raises(SourceError, match=r"changed while it was read|ends at byte"):
@@ -499,7 +257,7 @@ def test_a_scale_that_is_wrong_in_one_place_costs_its_fused_set(
     right: Path, tmp_path: Path
 ) -> None:
     edit = changed(EXPERT + "w2.weight_global_scale", data=scalar(float("nan")))
-    diagnosis = found(mutated(right, tmp_path, edit=edit))
+    diagnosis = diagnosis_of(mutated(right, tmp_path, edit=edit))
     assert [action.source.name for action in diagnosis.repair_plan.replaced] == [
         EXPERT + "w2.weight"
     ]

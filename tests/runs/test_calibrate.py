@@ -1,4 +1,4 @@
-"""Importance files: the mean square of what goes into each module, of experts their own tokens'."""
+"""`calibrate` measures the mean square of each module's inputs, of an expert's own tokens only."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ TEXT = FIXTURES / "heldout.txt"
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A few hundred tokens."""
+    """A text of a few hundred tokens."""
     path = tmp_path_factory.mktemp("text") / "short.txt"
     path.write_text(TEXT.read_text()[:1500])
     return str(path)
@@ -38,7 +38,7 @@ def importance(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_transformers(text: str) -> dict[str, Any]:
-    """Mean squares of inputs, from the whole model in F32, taken apart by hand."""
+    """Return the mean squares of inputs, from hooks on the model of transformers in F32."""
     import torch
     import transformers
 
@@ -46,47 +46,47 @@ def by_transformers(text: str) -> dict[str, Any]:
     config = hf.AutoConfig.from_pretrained(TRAINED)
     config.rope_parameters["partial_rotary_factor"] = config.rotary_dim / config.head_dim
     model = hf.AutoModelForCausalLM.from_pretrained(TRAINED, config=config, dtype=torch.float32)
-    seen: dict[str, list[torch.Tensor]] = {}
+    inputs: dict[str, list[torch.Tensor]] = {}
     layer = model.model.layers[1]
     prefix = "model.layers.1"
 
     def attention(_module: object, args: tuple[torch.Tensor, ...]) -> None:
-        seen.setdefault(f"{prefix}.self_attn.q_proj", []).append(args[0].flatten(0, 1))
+        inputs.setdefault(f"{prefix}.self_attn.q_proj", []).append(args[0].flatten(0, 1))
 
     def experts(_module: object, args: tuple[torch.Tensor, ...]) -> None:
         states, chosen = args[0], args[1]
         for expert in range(config.num_local_experts):
             name = f"{prefix}.block_sparse_moe.experts.{expert}.w1"
-            seen.setdefault(name, []).append(states[(chosen == expert).any(-1)])
+            inputs.setdefault(name, []).append(states[(chosen == expert).any(-1)])
 
     layer.self_attn.q_proj.register_forward_pre_hook(attention)
     layer.mlp.experts.register_forward_pre_hook(experts)
     for ids in load_samples(text, TRAINED, find_recipe("nvfp4-opt").calibration):
         with torch.no_grad():
             model(torch.tensor([ids]))
-    return {name: torch.cat(rows).square().mean(0).numpy() for name, rows in seen.items()}
+    return {name: torch.cat(rows).square().mean(0).numpy() for name, rows in inputs.items()}
 
 
-def test_each_module_has_the_mean_square_of_what_goes_into_it(importance: Path, text: str) -> None:
-    found = open_importance(importance, plan_of(TRAINED, "nvfp4-opt"))
+def test_each_module_has_the_mean_square_of_its_inputs(importance: Path, text: str) -> None:
+    squares = open_importance(importance, plan_of(TRAINED, "nvfp4-opt"))
 
     expected = by_transformers(text)
     assert len(expected) == 11
-    for name, wanted in expected.items():
-        ours = found.of(name)
+    for name, mean in expected.items():
+        measured = squares.of(name)
         # BF16 sends a token near the edge to another expert now and then.
-        assert np.linalg.norm(ours - wanted) < 0.05 * np.linalg.norm(wanted), name
+        assert np.linalg.norm(measured - mean) < 0.05 * np.linalg.norm(mean), name
 
 
 def test_gate_and_up_have_the_same_inputs_and_experts_their_own(importance: Path) -> None:
-    found = open_importance(importance, plan_of(TRAINED, "nvfp4-opt"))
+    squares = open_importance(importance, plan_of(TRAINED, "nvfp4-opt"))
     first, other = (f"model.layers.1.block_sparse_moe.experts.{e}" for e in (0, 1))
 
-    assert (found.of(f"{first}.w1") == found.of(f"{first}.w3")).all()
-    assert (found.of(f"{first}.w1") != found.of(f"{other}.w1")).any()
+    assert (squares.of(f"{first}.w1") == squares.of(f"{first}.w3")).all()
+    assert (squares.of(f"{first}.w1") != squares.of(f"{other}.w1")).any()
 
 
-def test_quantize_takes_the_file(importance: Path, tmp_path: Path) -> None:
+def test_quantize_takes_the_importance_file(importance: Path, tmp_path: Path) -> None:
     result = quantize(plan_of(TRAINED, "nvfp4-opt"), tmp_path / "out", importance=importance)
     assert result.fresh
 
@@ -96,12 +96,12 @@ def test_experts_without_a_token_are_named_and_have_zeros(tmp_path: Path) -> Non
     data.write_text(json.dumps({"text": "a b"}))
     plan = plan_of(TRAINED, "nvfp4-opt")
 
-    made = calibrate(plan, str(data), tmp_path / "out.safetensors")
+    result = calibrate(plan, str(data), tmp_path / "out.safetensors")
 
-    assert made.modules == 102
-    assert any(".experts." in name for name in made.unseen)
-    found = open_importance(made.out, plan)
-    assert all(not found.of(name).any() for name in made.unseen)
+    assert result.modules == 102
+    assert any(".experts." in name for name in result.unseen)
+    squares = open_importance(result.out, plan)
+    assert all(not squares.of(name).any() for name in result.unseen)
 
 
 def test_the_same_data_makes_the_same_file(importance: Path, text: str, tmp_path: Path) -> None:
@@ -109,14 +109,14 @@ def test_the_same_data_makes_the_same_file(importance: Path, text: str, tmp_path
     assert (tmp_path / "again.safetensors").read_bytes() == importance.read_bytes()
 
 
-def test_a_file_that_is_there_is_left_alone(importance: Path, text: str) -> None:
+def test_an_existing_file_stays(importance: Path, text: str) -> None:
     before = importance.read_bytes()
     with pytest.raises(OutputError, match="exists"):
         calibrate(plan_of(TRAINED, "nvfp4-opt"), text, importance)
     assert importance.read_bytes() == before
 
 
-def test_the_verb_says_what_it_measured(text: str, tmp_path: Path) -> None:
+def test_the_verb_reports_modules_and_tokens(text: str, tmp_path: Path) -> None:
     out = tmp_path / "importance.safetensors"
     arguments = ("calibrate", str(TRAINED), "--data", text, "-o", str(out), "--format", "json")
     document = json.loads(CliRunner().invoke(app, arguments).stdout)
@@ -126,7 +126,7 @@ def test_the_verb_says_what_it_measured(text: str, tmp_path: Path) -> None:
     assert document["tokens"] == sum(len(ids) for ids in load_samples(text, TRAINED, Calibration()))
 
 
-def test_without_data_it_is_a_usage_error() -> None:
+def test_calibrate_without_data_is_a_usage_error() -> None:
     result = CliRunner().invoke(app, ("calibrate", str(TRAINED)))
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: --data is missing.\nExample: mquant calibrate")

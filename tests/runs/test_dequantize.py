@@ -1,4 +1,4 @@
-"""BF16 from quantized checkpoints, and quantizing original releases, which are FP8 in blocks."""
+"""Quantized checkpoints become BF16, and FP8 releases in blocks are quantized directly."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -50,8 +50,8 @@ def dequantized(src: Path, out: Path, shard_bytes: int = 10**9) -> Path:
 
 
 def refused(src: Path) -> str:
-    (only,) = bf16_plan(src).refusals
-    return only.message
+    (refusal,) = bf16_plan(src).refusals
+    return refusal.message
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def nvfp4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the original release is stored, in blocks that do not divide every shape."""
+    """A checkpoint stored as the original release, in blocks that do not divide every shape."""
     sizes = Sizes(layers=2, experts=3, hidden=320, intermediate=192, vocab=256)
     src = tmp_path_factory.mktemp("fp8") / "original"
     synth(src, FAMILIES["minimax_m2"], sizes=sizes, precision=Precision.FP8_BLOCK)
@@ -82,7 +82,7 @@ def written(folder: Path, roles: str) -> str:
 
 
 def synthetic(folder: Path, precision: Precision) -> Path:
-    """Shapes that FP8 in blocks can be made of, with a block that is cut at either end."""
+    """Write a checkpoint that fits FP8 in blocks, with a block that is cut at either end."""
     sizes = Sizes(layers=2, experts=3, hidden=320, intermediate=256, vocab=256)
     return synth(folder, FAMILIES["minimax_m2"], sizes=sizes, precision=precision).path
 
@@ -91,7 +91,7 @@ Change = Callable[[dict[str, Any]], None]
 
 
 def stored_as(nvfp4: Path, folder: Path, edit: Edit | None, change: Change | None) -> Path:
-    """The trained checkpoint in another layout."""
+    """Write the trained checkpoint in another layout."""
     bad = mutated(nvfp4, folder, edit=edit)
     config = read_json(bad / "config.json")
     if change:
@@ -115,10 +115,10 @@ def test_the_original_release_becomes_what_fp8blockdequantizer_makes(
 
     names = [n.removesuffix("_scale_inv") for n in opened(original).tensors if "_scale_inv" in n]
     targets = [name.removesuffix(".weight") for name in names]
-    theirs = converted_by(FP8BlockDequantizer(targets=targets), original, tmp_path / "theirs")
-    ours = dequantized(original, tmp_path / "ours")
-    assert opened(ours).tensors.keys() == opened(theirs).tensors.keys()
-    assert differences(ours, theirs, set(opened(theirs).tensors)) == []
+    upstream = converted_by(FP8BlockDequantizer(targets=targets), original, tmp_path / "theirs")
+    out = dequantized(original, tmp_path / "ours")
+    assert opened(out).tensors.keys() == opened(upstream).tensors.keys()
+    assert differences(out, upstream, set(opened(upstream).tensors)) == []
 
 
 @pytest.mark.upstream
@@ -133,18 +133,18 @@ def test_compressed_tensors_become_what_its_own_dequantizer_makes(
     from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer
 
     src = stored_as(nvfp4, tmp_path, edit, change)
-    theirs = converted_by(CompressedTensorsDequantizer(src), src, tmp_path / "theirs")
-    ours = dequantized(src, tmp_path / "ours")
-    assert opened(ours).tensors.keys() == opened(TRAINED).tensors.keys()
-    assert differences(ours, theirs, set(opened(ours).tensors)) == []
+    upstream = converted_by(CompressedTensorsDequantizer(src), src, tmp_path / "theirs")
+    out = dequantized(src, tmp_path / "ours")
+    assert opened(out).tensors.keys() == opened(TRAINED).tensors.keys()
+    assert differences(out, upstream, set(opened(out).tensors)) == []
 
 
-# --- whatever it comes from
+# --- every layout
 
 
 def test_modelopts_nvfp4_is_its_codes_times_both_scales(nvfp4: Path, tmp_path: Path) -> None:
     src = stored_as(nvfp4, tmp_path, modelopt_rows, modelopt)
-    ours = opened(dequantized(src, tmp_path / "out"))
+    out = opened(dequantized(src, tmp_path / "out"))
     parts = opened(src)
     packed = np.frombuffer(data(parts, f"{KEY}.weight"), np.uint8)
     codes = np.stack([packed & 15, packed >> 4], -1).reshape(-1, 16).astype(np.uint8)
@@ -153,7 +153,7 @@ def test_modelopts_nvfp4_is_its_codes_times_both_scales(nvfp4: Path, tmp_path: P
     e2m1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
     signed = np.concatenate([e2m1, -e2m1])[codes]
     expected = signed * (scales.astype(np.float32) * second)[:, None]
-    assert data(ours, f"{KEY}.weight") == expected.astype(ml_dtypes.bfloat16).tobytes()
+    assert data(out, f"{KEY}.weight") == expected.astype(ml_dtypes.bfloat16).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -167,25 +167,25 @@ def test_modelopts_nvfp4_is_its_codes_times_both_scales(nvfp4: Path, tmp_path: P
     ],
     ids=["NVFP4A16", "NVFP4", "ModelOpt", "FP8", "FP8 in blocks"],
 )
-def test_names_shapes_and_config_are_the_parents_and_what_was_kept_is_bit_identical(
+def test_names_shapes_and_config_are_the_parents_and_kept_tensors_are_bit_identical(
     nvfp4: Path, tmp_path: Path, edit: Edit | None, change: Change | None
 ) -> None:
     src = stored_as(nvfp4, tmp_path, edit, change)
-    ours = dequantized(src, tmp_path / "out")
-    found, parent = opened(ours), opened(TRAINED)
-    assert {(t.name, t.dtype, t.shape) for t in found.tensors.values()} == {
+    out = dequantized(src, tmp_path / "out")
+    result, parent = opened(out), opened(TRAINED)
+    assert {(t.name, t.dtype, t.shape) for t in result.tensors.values()} == {
         (t.name, t.dtype, t.shape) for t in parent.tensors.values()
     }
     kept = {name for name in parent.tensors if name in opened(src).tensors}
     kept -= {member.info.name for member in bf16_plan(src).survey.members if member.stored}
     assert len(kept) == 21
-    assert differences(ours, TRAINED, kept) == []
-    assert read_json(ours / "config.json") == read_json(TRAINED / "config.json")
-    assert read_json(ours / "model.safetensors.index.json")["metadata"] == {
+    assert differences(out, TRAINED, kept) == []
+    assert read_json(out / "config.json") == read_json(TRAINED / "config.json")
+    assert read_json(out / "model.safetensors.index.json")["metadata"] == {
         "total_size": parent.nbytes
     }
-    assert not (ours / "recipe.yaml").exists()
-    assert (ours / "tokenizer.json").read_bytes() == (TRAINED / "tokenizer.json").read_bytes()
+    assert not (out / "recipe.yaml").exists()
+    assert (out / "tokenizer.json").read_bytes() == (TRAINED / "tokenizer.json").read_bytes()
 
 
 def test_memory_holds_rows_not_weights(
@@ -203,13 +203,13 @@ def test_nan_codes_come_out_as_nan(original: Path, tmp_path: Path) -> None:
         values[:2] = 0x7F, 0xFF
 
     src = mutated(original, tmp_path, edit=changed(name, data=spoil))
-    made = np.frombuffer(data(opened(dequantized(src, tmp_path / "out")), name), np.uint16)
-    assert list(made[:2]) == [0x7FC0, 0x7FC0]
+    words = np.frombuffer(data(opened(dequantized(src, tmp_path / "out")), name), np.uint16)
+    assert list(words[:2]) == [0x7FC0, 0x7FC0]
     with pytest.raises(SourceError, match="holds 2 values that are NaN or infinite"):
         quantize_nvfp4(src, tmp_path / "quantized")
 
 
-def test_killed_or_asked_again_it_makes_the_same_bytes(original: Path, tmp_path: Path) -> None:
+def test_a_killed_or_repeated_run_writes_the_same_bytes(original: Path, tmp_path: Path) -> None:
     expected = hashes(dequantized(original, tmp_path / "whole", 100_000))
     plan, out = bf16_plan(original, 100_000), tmp_path / "out"
 
@@ -235,8 +235,8 @@ def test_fp8_to_nvfp4_equals_dequantizing_first_in_every_file(
     original: Path, tmp_path: Path
 ) -> None:
     at_once = hashes(quantize_nvfp4(original, tmp_path / "at-once", shard_bytes=200_000))
-    between = dequantized(original, tmp_path / "bf16")
-    in_two = hashes(quantize_nvfp4(between, tmp_path / "in-two", shard_bytes=200_000))
+    bf16 = dequantized(original, tmp_path / "bf16")
+    in_two = hashes(quantize_nvfp4(bf16, tmp_path / "in-two", shard_bytes=200_000))
     assert at_once.pop("mquant.json") != in_two.pop("mquant.json")
     assert at_once == in_two
 
@@ -247,8 +247,8 @@ def test_fp8_to_fp8_equals_dequantizing_first(
 ) -> None:
     recipe = written(tmp_path, roles)
     original = synthetic(tmp_path / "original", Precision.FP8_BLOCK)
-    between = dequantized(original, tmp_path / "bf16")
-    in_two = hashes(quantize(plan_of(between, recipe), tmp_path / "in-two").out)
+    bf16 = dequantized(original, tmp_path / "bf16")
+    in_two = hashes(quantize(plan_of(bf16, recipe), tmp_path / "in-two").out)
     monkeypatch.setattr("mquant.engines.stream.PIECE", 6400)
     at_once = hashes(quantize(plan_of(original, recipe), tmp_path / "at-once").out)
     assert at_once.pop("mquant.json") != in_two.pop("mquant.json")
@@ -256,26 +256,26 @@ def test_fp8_to_fp8_equals_dequantizing_first(
 
 
 @pytest.mark.parametrize("roles", TO_FP8)
-def test_what_an_fp8_recipe_makes_is_dequantized(tmp_path: Path, roles: str) -> None:
+def test_an_fp8_checkpoint_is_dequantized(tmp_path: Path, roles: str) -> None:
     recipe = written(tmp_path, roles)
     src = synthetic(tmp_path / "src", Precision.BF16)
-    made = quantize(plan_of(src, recipe), tmp_path / "made").out
-    ours, theirs = opened(dequantized(made, tmp_path / "bf16")), opened(src)
-    assert {(t.name, t.dtype, t.shape) for t in ours.tensors.values()} == {
-        (t.name, t.dtype, t.shape) for t in theirs.tensors.values()
+    quantized = quantize(plan_of(src, recipe), tmp_path / "made").out
+    result, parent = opened(dequantized(quantized, tmp_path / "bf16")), opened(src)
+    assert {(t.name, t.dtype, t.shape) for t in result.tensors.values()} == {
+        (t.name, t.dtype, t.shape) for t in parent.tensors.values()
     }
     actions = {action.source.name: action for action in plan_of(src, recipe).actions}
     kept = {name for name, action in actions.items() if not action.scheme}
     assert differences(tmp_path / "bf16", src, kept) == []
     for name in actions.keys() - kept:
-        mine, its = (
-            np.frombuffer(data(each, name), ml_dtypes.bfloat16).astype(np.float64)
-            for each in (ours, theirs)
+        values, expected = (
+            np.frombuffer(data(checkpoint, name), ml_dtypes.bfloat16).astype(np.float64)
+            for checkpoint in (result, parent)
         )
-        assert np.abs(mine - its).max() < np.abs(its).max() / 5
+        assert np.abs(values - expected).max() < np.abs(expected).max() / 5
 
 
-def test_what_the_recipe_keeps_of_fp8_becomes_bf16(original: Path, tmp_path: Path) -> None:
+def test_fp8_weights_that_the_recipe_keeps_become_bf16(original: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("{name: experts, suffix: E, roles: {expert: NVFP4A16}}")
     plan = plan_of(original, str(recipe))
@@ -286,9 +286,9 @@ def test_what_the_recipe_keeps_of_fp8_becomes_bf16(original: Path, tmp_path: Pat
 
 
 def test_the_plan_says_what_is_dequantized_and_left_out(original: Path) -> None:
-    (found,) = plan_of(original).findings
-    assert (found.rule, found.severity) == ("source-dequantized", "info")
-    assert found.message == (
+    (finding,) = plan_of(original).findings
+    assert (finding.rule, finding.severity) == ("source-dequantized", "info")
+    assert finding.message == (
         "original is quantized (FP8 in blocks): 26 weights are dequantized to BF16 as they are "
         "read; 26 tensors that only these weights need, and quantization_config, are left out."
     )
@@ -299,9 +299,9 @@ def test_the_oneshot_engine_does_not_read_fp8(original: Path, tmp_path: Path) ->
         quantize(plan_of(original), tmp_path / "out", engine=Engine.ONESHOT)
 
 
-def test_text_goes_through_no_fp8(original: Path, tmp_path: Path) -> None:
-    told = "Calibration reads BF16, F16 and F32; the source's weights are stored in FP8."
-    with pytest.raises(UsageError, match=told) as caught:
+def test_calibration_through_fp8_is_refused(original: Path, tmp_path: Path) -> None:
+    message = "Calibration reads BF16, F16 and F32; the source's weights are stored in FP8."
+    with pytest.raises(UsageError, match=message) as caught:
         calibrate(plan_of(original, "nvfp4-opt"), "text.txt", tmp_path / "out")
     assert caught.value.fix == "Make a BF16 checkpoint first: mquant dequantize."
 
@@ -318,24 +318,24 @@ def test_a_job_is_made_from_the_files_of_its_scales_too(tmp_path: Path) -> None:
     assert any(len(unit.files) > len(unit.actions) for unit in units)
 
 
-def test_a_parent_in_fp8_can_repair(original: Path, tmp_path: Path) -> None:
+def test_a_parent_in_fp8_repairs_a_checkpoint(original: Path, tmp_path: Path) -> None:
     right = quantize_nvfp4(original, tmp_path / "right")
     bad = mutated(right, tmp_path, edit=without(KEY))
-    mended = repair(diagnose(Folder(bad), Folder(original), FAMILIES), tmp_path / "mended").out
-    assert differences(mended, right, set(opened(right).tensors)) == []
+    repaired = repair(diagnose(Folder(bad), Folder(original), FAMILIES), tmp_path / "mended").out
+    assert differences(repaired, right, set(opened(right).tensors)) == []
 
 
-# --- what cannot be read
+# --- layouts that are refused
 
 
 def test_integers_stay_refused(nvfp4: Path, tmp_path: Path) -> None:
     src = stored_as(nvfp4, tmp_path, INT4, int4)
     assert refused(src) == 'bad is already quantized (config.json says "compressed-tensors").'
-    (only,) = bf16_plan(src).refusals
-    assert only.fix == "Start from the BF16 checkpoint that the source was made from."
+    (refusal,) = bf16_plan(src).refusals
+    assert refusal.fix == "Start from the BF16 checkpoint that the source was made from."
 
 
-def test_nothing_quantized_is_nothing_to_do() -> None:
+def test_an_unquantized_checkpoint_is_refused() -> None:
     assert refused(TRAINED) == "tiny-minimax-m2 has no quantized weights."
 
 

@@ -1,4 +1,4 @@
-"""ModelOpt's layout from compressed-tensors', and back: the same bytes under other names."""
+"""`export` turns compressed-tensors into ModelOpt's layout and back, with the same bytes."""
 
 import json
 from pathlib import Path
@@ -37,11 +37,11 @@ def exported(src: Path, out: Path, target: Target = Target.MODELOPT) -> Path:
     return export(Folder(src), FAMILIES, target, out).out
 
 
-def back(src: Path, out: Path) -> Path:
+def exported_back(src: Path, out: Path) -> Path:
     return exported(src, out, Target.COMPRESSED_TENSORS)
 
 
-def loud(folder: Path) -> list[str]:
+def messages(folder: Path) -> list[str]:
     findings = verify(Folder(folder), FAMILIES, Depth.NUMBERS, Folder(TRAINED)).findings
     return [finding.message for finding in findings if finding.severity != "info"]
 
@@ -58,12 +58,12 @@ def nvfp4a16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def nvfp4(nvfp4a16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """W4A4, with a scale of the input whose reciprocal's reciprocal is its neighbour."""
+    """W4A4, with an input scale that differs from the reciprocal of its reciprocal by one step."""
 
     def edit(rows: list[Row]) -> list[Row]:
-        odd = np.array([1.9062501], "<f4").tobytes()
+        scale = np.array([1.9062501], "<f4").tobytes()
         return [
-            (n, d, s, odd if n == f"{KEY}.input_global_scale" else raw)
+            (n, d, s, scale if n == f"{KEY}.input_global_scale" else raw)
             for n, d, s, raw in with_input_scales(rows)
         ]
 
@@ -77,7 +77,7 @@ def nvfp4(nvfp4a16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["W4A16_NVFP4", "NVFP4"])
-def ours(request: pytest.FixtureRequest) -> Path:
+def source(request: pytest.FixtureRequest) -> Path:
     name = "nvfp4" if request.param == "NVFP4" else "nvfp4a16"
     folder: Path = request.getfixturevalue(name)
     return folder
@@ -87,29 +87,29 @@ def ours(request: pytest.FixtureRequest) -> Path:
 
 
 def test_codes_and_block_scales_are_the_same_bytes_and_global_scales_reciprocals(
-    ours: Path, tmp_path: Path
+    source: Path, tmp_path: Path
 ) -> None:
-    made, source = opened(exported(ours, tmp_path / "out")), opened(ours)
+    result, expected = opened(exported(source, tmp_path / "out")), opened(source)
     names = {"weight_packed": "weight", "weight_scale": "weight_scale"}
     scalars = {"weight_global_scale": "weight_scale_2", "input_global_scale": "input_scale"}
-    for info in source.tensors.values():
+    for info in expected.tensors.values():
         module, _, suffix = info.name.rpartition(".")
-        theirs = {**names, **scalars}.get(suffix, suffix)
-        found = made.tensors[f"{module}.{theirs}"]
-        assert found.shard == info.shard
+        renamed = {**names, **scalars}.get(suffix, suffix)
+        tensor = result.tensors[f"{module}.{renamed}"]
+        assert tensor.shard == info.shard
         if suffix in scalars:
-            assert (found.dtype, found.shape) == ("F32", ())
-            factor = np.frombuffer(data(made, found.name), "<f4")[0]
-            assert factor == np.float32(1) / np.frombuffer(data(source, info.name), "<f4")[0]
+            assert (tensor.dtype, tensor.shape) == ("F32", ())
+            factor = np.frombuffer(data(result, tensor.name), "<f4")[0]
+            assert factor == np.float32(1) / np.frombuffer(data(expected, info.name), "<f4")[0]
         else:
-            assert (found.dtype, found.shape) == (info.dtype, info.shape)
-            assert data(made, found.name) == data(source, info.name)
-    assert len(made.tensors) == len(source.tensors)
+            assert (tensor.dtype, tensor.shape) == (info.dtype, info.shape)
+            assert data(result, tensor.name) == data(expected, info.name)
+    assert len(result.tensors) == len(expected.tensors)
 
 
-def test_both_configs_say_the_same_in_modelopts_words(ours: Path, tmp_path: Path) -> None:
-    out = exported(ours, tmp_path / "out")
-    algorithm = "NVFP4" if f"{KEY}.input_global_scale" in opened(ours).tensors else "W4A16_NVFP4"
+def test_both_configs_say_the_same_in_modelopts_words(source: Path, tmp_path: Path) -> None:
+    out = exported(source, tmp_path / "out")
+    algorithm = "NVFP4" if f"{KEY}.input_global_scale" in opened(source).tensors else "W4A16_NVFP4"
     gates = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(3)]
     exclude = ["lm_head", "model.embed_tokens", *gates]
     producer = {"name": "modelopt", "version": "0.39.0"}
@@ -146,8 +146,8 @@ def test_patterns_in_ignore_become_exact_names(nvfp4a16: Path, tmp_path: Path) -
     assert entries == list(plan_of(TRAINED).ignore)
 
 
-def test_verify_finds_nothing_to_say(ours: Path, tmp_path: Path) -> None:
-    assert loud(exported(ours, tmp_path / "out")) == []
+def test_verify_finds_no_error_and_no_warning(source: Path, tmp_path: Path) -> None:
+    assert messages(exported(source, tmp_path / "out")) == []
 
 
 @pytest.mark.upstream
@@ -158,57 +158,60 @@ def test_compressed_tensors_own_converter_gives_our_tensors_back(
 
     out = exported(nvfp4, tmp_path / "out")
     modules = [n.removesuffix(".weight_packed") for n in opened(nvfp4).tensors if "_packed" in n]
-    theirs = converted_by(ModelOptNvfp4Converter(targets=modules), out, tmp_path / "theirs")
+    upstream = converted_by(ModelOptNvfp4Converter(targets=modules), out, tmp_path / "theirs")
     names = set(opened(nvfp4).tensors)
-    assert opened(theirs).tensors.keys() == names
+    assert opened(upstream).tensors.keys() == names
     scalars = {name for name in names if name.endswith("_global_scale")}
-    assert differences(theirs, nvfp4, names - scalars) == []
-    for name in scalars:  # theirs have no dimension, and are the reciprocal's plain reciprocal
-        it = number(nvfp4, name)
-        assert number(theirs, name) == np.float32(1) / (np.float32(1) / it)
-        assert number(theirs, name) in (it, *np.nextafter(it, np.array([0, np.inf], np.float32)))
+    assert differences(upstream, nvfp4, names - scalars) == []
+    for name in scalars:  # upstream's have no dimension, and are the reciprocal's plain reciprocal
+        exact = number(nvfp4, name)
+        assert number(upstream, name) == np.float32(1) / (np.float32(1) / exact)
+        assert number(upstream, name) in (
+            exact,
+            *np.nextafter(exact, np.array([0, np.inf], np.float32)),
+        )
 
 
-# --- and back
+# --- from ModelOpt back
 
 
-def test_there_and_back_every_file_is_the_same(ours: Path, tmp_path: Path) -> None:
-    there = exported(ours, tmp_path / "there")
-    again = hashes(back(there, tmp_path / "back"))
-    first = hashes(ours)
+def test_every_file_is_the_same_after_both_exports(source: Path, tmp_path: Path) -> None:
+    modelopt = exported(source, tmp_path / "there")
+    again = hashes(exported_back(modelopt, tmp_path / "back"))
+    first = hashes(source)
     assert again.pop("mquant.json") != first.pop("mquant.json")
     assert again == first
 
 
 @pytest.mark.upstream
-def test_what_upstream_made_comes_back_in_its_order(tmp_path: Path) -> None:
+def test_a_checkpoint_of_upstream_comes_back_in_its_order(tmp_path: Path) -> None:
     src = model_free_ptq(one_shard(TRAINED, tmp_path / "one"), tmp_path / "src")
-    again = back(exported(src, tmp_path / "there"), tmp_path / "back")
+    again = exported_back(exported(src, tmp_path / "there"), tmp_path / "back")
     assert list(opened(again).tensors) == list(opened(src).tensors)
     assert differences(again, src, set(opened(src).tensors)) == []
     assert read_json(again / "config.json") == read_json(src / "config.json")
 
 
-def test_what_the_reciprocal_would_not_give_back_is_recorded(nvfp4: Path, tmp_path: Path) -> None:
-    there = exported(nvfp4, tmp_path / "there")
-    record = read_json(there / "mquant.json")["compressed_tensors"]
+def test_a_scale_that_its_reciprocal_does_not_give_is_recorded(nvfp4: Path, tmp_path: Path) -> None:
+    modelopt = exported(nvfp4, tmp_path / "there")
+    record = read_json(modelopt / "mquant.json")["compressed_tensors"]
     name = f"{KEY}.input_global_scale"
     assert record["scales"] == {name: float(number(nvfp4, name))}
-    (there / "mquant.json").unlink()
-    assert number(back(there, tmp_path / "back"), name) != number(nvfp4, name)
+    (modelopt / "mquant.json").unlink()
+    assert number(exported_back(modelopt, tmp_path / "back"), name) != number(nvfp4, name)
 
 
 def test_a_record_that_does_not_fit_its_scale_is_not_believed(nvfp4: Path, tmp_path: Path) -> None:
-    there = exported(nvfp4, tmp_path / "there")
-    table = read_json(there / "mquant.json")
+    modelopt = exported(nvfp4, tmp_path / "there")
+    table = read_json(modelopt / "mquant.json")
     table["compressed_tensors"] = {
         "scales": {f"{KEY}.input_global_scale": 7.5, f"{KEY}.weight_global_scale": "1"},
         "quantization_config": {"quant_method": "gptq"},
     }
-    (there / "mquant.json").write_text(json.dumps(table))
-    out = back(there, tmp_path / "back")
+    (modelopt / "mquant.json").write_text(json.dumps(table))
+    out = exported_back(modelopt, tmp_path / "back")
     assert number(out, f"{KEY}.input_global_scale") != 7.5
-    assert loud(out) == []
+    assert messages(out) == []
 
 
 def test_every_bf16_number_survives_its_reciprocal() -> None:
@@ -217,34 +220,34 @@ def test_every_bf16_number_survives_its_reciprocal() -> None:
         assert recovered(reciprocal(value)) == value
 
 
-def test_modelopts_own_checkpoint_becomes_one_that_verifies(ours: Path, tmp_path: Path) -> None:
-    there = exported(ours, tmp_path / "there")
-    (there / "mquant.json").unlink()
-    out = back(there, tmp_path / "back")
+def test_the_export_of_a_checkpoint_of_modelopt_verifies(source: Path, tmp_path: Path) -> None:
+    modelopt = exported(source, tmp_path / "there")
+    (modelopt / "mquant.json").unlink()
+    out = exported_back(modelopt, tmp_path / "back")
     config = read_json(out / "config.json")["quantization_config"]
     assert config["ignore"] == list(plan_of(TRAINED).ignore)
     assert config["quant_method"] == "compressed-tensors"
     inputs = config["config_groups"]["group_0"]["input_activations"]
-    assert (inputs is None) == (f"{KEY}.input_global_scale" not in opened(ours).tensors)
-    assert loud(out) == []
+    assert (inputs is None) == (f"{KEY}.input_global_scale" not in opened(source).tensors)
+    assert messages(out) == []
     assert not (out / "hf_quant_config.json").exists()
 
 
-# --- running again, and what is refused
+# --- second runs and refusals
 
 
-def test_running_again_is_done_already(nvfp4a16: Path, tmp_path: Path) -> None:
+def test_a_second_run_is_already_done(nvfp4a16: Path, tmp_path: Path) -> None:
     out = exported(nvfp4a16, tmp_path / "out")
     before = hashes(out)
     assert not export(Folder(nvfp4a16), FAMILIES, Target.MODELOPT, out).fresh
     assert hashes(out) == before
 
 
-def test_there_must_be_something_to_export(nvfp4a16: Path, tmp_path: Path) -> None:
+def test_other_layouts_are_refused(nvfp4a16: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="is not compressed-tensors NVFP4, the source of modelopt"):
         exported(make_checkpoint(tmp_path / "bf16"), tmp_path / "out")
     with pytest.raises(Refused, match="is already quantized"):
-        back(nvfp4a16, tmp_path / "out")
+        exported_back(nvfp4a16, tmp_path / "out")
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, np.inf, np.nan, 1e-40])

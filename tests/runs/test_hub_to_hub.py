@@ -1,4 +1,4 @@
-"""From a hub repo into another one: through a bounded folder, in an order that is never half."""
+"""`quantize --push-to` needs a bounded folder only, and commits index and config.json last."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ __all__ = ["hub", "writable"]
 
 PARENT, REPO = "org/larger", "org/larger-NVFP4"
 SHARD = 1_000_000
-"""Bytes of an output shard, at most."""
+"""The most bytes of an output shard."""
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
@@ -49,7 +49,7 @@ def _parent(writable: FakeHub, src: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def expected(tmp_path: Path) -> dict[str, str]:
-    """The files that a run makes which downloads first and keeps all."""
+    """The hash of every file of a run that downloads first and keeps all files."""
     quantize(plan_of(), tmp_path / "expected")
     return hashes(tmp_path / "expected")
 
@@ -70,9 +70,9 @@ def command(out: Path, scratch: int) -> list[str]:
 
 
 def on_the_hub(hub: FakeHub, repo: str = REPO) -> dict[str, str]:
-    found = hashes(hub.repos[repo].folders[hub.repos[repo].revisions["main"]])
-    found.pop(".gitattributes", None)
-    return found
+    digests = hashes(hub.repos[repo].folders[hub.repos[repo].revisions["main"]])
+    digests.pop(".gitattributes", None)
+    return digests
 
 
 def refusal(out: Path, repo: str = REPO) -> MquantError:
@@ -82,7 +82,7 @@ def refusal(out: Path, repo: str = REPO) -> MquantError:
     return caught.value
 
 
-def test_the_repo_holds_what_a_run_makes_that_keeps_all(
+def test_the_repo_holds_the_files_of_a_run_that_keeps_all_files(
     hub: FakeHub, expected: dict[str, str], tmp_path: Path
 ) -> None:
     assert ship(tmp_path / "out", 9_000_000).fresh
@@ -113,9 +113,9 @@ def test_a_failed_upload_is_noticed_at_once_also_with_a_scratch(
     out = tmp_path / "out"
     with pytest.raises(OutputError, match="The hub is full"):
         ship(out, 90_000_000)
-    made = read_ledger(out)
-    assert made is not None
-    assert 0 < len(made.shards) < len(plan_of().shards) / 2
+    ledger = read_ledger(out)
+    assert ledger is not None
+    assert 0 < len(ledger.shards) < len(plan_of().shards) / 2
 
 
 @pytest.mark.usefixtures("hub")
@@ -129,7 +129,7 @@ def test_there_is_never_more_than_the_scratch_on_the_disk(src: Path, tmp_path: P
     assert largest(src) < most <= scratch
 
 
-def test_killed_at_any_time_it_goes_on(
+def test_a_killed_run_resumes(
     hub: FakeHub, src: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -146,7 +146,7 @@ def test_killed_at_any_time_it_goes_on(
     assert hub.bytes_received < sum(f.stat().st_size for f in src.iterdir()) / 3 + 3 * SHARD
 
 
-def test_another_machine_goes_on_from_the_repo(
+def test_another_machine_resumes_from_the_repo(
     hub: FakeHub, expected: dict[str, str], tmp_path: Path
 ) -> None:
     hub.drop_after = 3
@@ -162,7 +162,7 @@ def test_another_machine_goes_on_from_the_repo(
     assert hub.bytes_served < served + 9_000_000
 
 
-def test_done_is_done(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_second_run_is_already_done(hub: FakeHub, tmp_path: Path) -> None:
     ship(tmp_path / "out")
     commits = len(hub.commits)
     assert not ship(tmp_path / "out").fresh
@@ -170,7 +170,7 @@ def test_done_is_done(hub: FakeHub, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_killed_before_the_last_commit_it_is_no_checkpoint_and_goes_on(
+def test_a_run_killed_before_the_last_commit_is_no_checkpoint_and_resumes(
     hub: FakeHub, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def dies(*_: object) -> None:
@@ -194,7 +194,7 @@ def test_a_repo_that_lost_a_shard_is_not_completed(hub: FakeHub, tmp_path: Path)
     assert "config.json" in on_the_hub(hub)
 
 
-def test_a_folder_can_be_made_into_a_repo_too(
+def test_a_folder_can_be_quantized_into_a_repo_too(
     hub: FakeHub, src: Path, tmp_path: Path, expected: dict[str, str]
 ) -> None:
     out = tmp_path / "out"
@@ -202,13 +202,13 @@ def test_a_folder_can_be_made_into_a_repo_too(
     result = CliRunner().invoke(app, ["quantize", str(src), *options, "--push-to", REPO])
     assert result.exit_code == 0, result.output
     assert "Quantized into http://127.0.0.1" in result.stdout
-    ours = on_the_hub(hub)
-    assert {k: v for k, v in ours.items() if k != "mquant.json"} == {
+    digests = on_the_hub(hub)
+    assert {k: v for k, v in digests.items() if k != "mquant.json"} == {
         k: v for k, v in expected.items() if k != "mquant.json"
     }
 
 
-def test_repos_with_something_else_are_refused(hub: FakeHub, src: Path, tmp_path: Path) -> None:
+def test_public_repos_and_filled_repos_are_refused(hub: FakeHub, src: Path, tmp_path: Path) -> None:
     hub.add("org/other", src, access="private")
     assert "org/other holds config.json" in refusal(tmp_path / "out", "org/other").message
     hub.add("org/public", src)
@@ -248,7 +248,7 @@ def invoke(*options: str) -> Invoked:
     return CliRunner().invoke(app, ["quantize", PARENT, "--recipe", "nvfp4", *options])
 
 
-def test_what_cannot_be_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_options_are_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = ("-o", str(tmp_path / "out"))
     assert "'x' is no hub repo id" in invoke("--push-to", "x", *out).stderr
     oneshot = invoke("--push-to", REPO, "--engine", "oneshot", *out)

@@ -1,4 +1,4 @@
-"""`quantize` from end to end: what is in OUT, when, and what happens when it goes wrong."""
+"""`quantize` writes every file of OUT, and a run that fails leaves no config.json."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from run import TRAINED, plan_of, quantize_nvfp4
 
 
 def snapshot(folder: Path) -> dict[str, tuple[str, int]]:
-    """Every file's hash and modification time."""
+    """Return every file's hash and modification time."""
     return {
         name: (digest, (folder / name).stat().st_mtime_ns)
         for name, digest in hashes(folder).items()
@@ -66,7 +66,7 @@ def test_config_json_is_the_parents_and_one_key_more(trained: Path) -> None:
     assert list(config) == list(parent)
 
 
-def test_what_is_not_quantized_is_bit_identical(trained: Path) -> None:
+def test_unquantized_tensors_are_bit_identical(trained: Path) -> None:
     kept = set(opened(trained).tensors) & set(opened(TRAINED).tensors)
     assert len(kept) == 3 * (1 + 1 + 2 + 2) + 3
     assert differences(trained, TRAINED, kept) == []
@@ -99,7 +99,7 @@ def test_the_source_is_untouched(tmp_path: Path) -> None:
     assert snapshot(src) == before
 
 
-def test_running_again_is_done_already(tmp_path: Path) -> None:
+def test_a_second_run_is_already_done(tmp_path: Path) -> None:
     src = make_checkpoint(tmp_path / "src")
     out = quantize_nvfp4(src, tmp_path / "out")
     before = snapshot(out)
@@ -108,7 +108,7 @@ def test_running_again_is_done_already(tmp_path: Path) -> None:
     assert snapshot(out) == before
 
 
-def test_a_changed_source_is_not_done_already(tmp_path: Path) -> None:
+def test_a_changed_source_is_not_already_done(tmp_path: Path) -> None:
     src = make_checkpoint(tmp_path / "src", seed=1)
     out = quantize_nvfp4(src, tmp_path / "out")
     shutil.rmtree(src)
@@ -178,11 +178,11 @@ def test_an_output_that_does_not_verify_is_no_checkpoint(
     compress = oneshot.compress
 
     def swaps(*arguments: object) -> object:
-        made = compress(*arguments)  # type: ignore[arg-type]
-        for name, value in made.items():
+        tensors = compress(*arguments)  # type: ignore[arg-type]
+        for name, value in tensors.items():
             if name.endswith("weight_packed"):
-                made[name] = (value >> 4) | (value << 4)
-        return made
+                tensors[name] = (value >> 4) | (value << 4)
+        return tensors
 
     with monkeypatch.context() as patched:
         patched.setattr(oneshot, "compress", swaps)
@@ -212,10 +212,10 @@ def test_progress_is_in_bytes_of_the_source_and_reaches_the_end(tmp_path: Path) 
 
 
 def test_llmcompressors_recipe_of_our_output_is_our_plan(trained: Path) -> None:
-    ours, read_back = plan_of(TRAINED), plan_of(TRAINED, str(trained / "recipe.yaml"))
+    plan, read_back = plan_of(TRAINED), plan_of(TRAINED, str(trained / "recipe.yaml"))
     assert read_back.refusals == ()
-    assert read_back.ignore == ours.ignore
-    assert read_back.fingerprint == ours.fingerprint
+    assert read_back.ignore == plan.ignore
+    assert read_back.fingerprint == plan.fingerprint
 
 
 def test_sixty_two_layers_list_sixty_two_gates(tmp_path: Path) -> None:

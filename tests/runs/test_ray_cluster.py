@@ -1,7 +1,5 @@
-"""A checkpoint made by the tasks of a Ray cluster, some of whose workers die."""
+"""The tasks of a Ray cluster write the bytes of one process, even if workers or the driver die."""
 
-import json
-import logging
 import os
 import signal
 import subprocess
@@ -9,11 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
-import psutil
 import pytest
 import ray
 
@@ -23,54 +19,15 @@ from mquant.errors import EngineError, MquantError, OutputError, Refused
 from mquant.events import Emit, Event, Note, Progress, silent
 from mquant.output import SHARES, is_taken, ledger_name
 from mquant.runs import ray_cluster
-from mquant.runs.job_spec import JobSpec
-from mquant.runs.ray_cluster import quantize_on_ray
 from mquant.runs.run import Result
 from mquant.runs.shares import Shares
-from run import plan_of, quantize_nvfp4, shares_of
-
-SHARD_BYTES = 300_000
-JOB_SECONDS = 0.05
-"""What every job takes longer in these workers, so that there is time to kill them."""
-
-
-def slowness() -> Callable[[], None]:
-    """What to run in every worker before its first task: a function that is sent along."""
-    seconds = JOB_SECONDS
-
-    def be_slow() -> None:
-        import time
-        from typing import Any
-
-        from mquant.engines import stream
-
-        do = stream.Worker.do
-
-        def slowly(self: stream.Worker, unit: Any) -> None:
-            do(self, unit)
-            time.sleep(seconds)
-
-        stream.Worker.do = slowly  # type: ignore[method-assign]
-
-    return be_slow
-
-
-def connect(address: str, **options: Any) -> str:
-    """Connect this process to a cluster whose workers are slow; returns its address."""
-    context: Any = ray.init(
-        address,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.CRITICAL,
-        runtime_env={"worker_process_setup_hook": slowness()},
-        **options,
-    )
-    return str(context.address_info["address"])
+from ray_runs import SHARD_BYTES, connect, holder, on_ray, once_begun, run_of, units_still_valid
+from run import quantize_nvfp4, shares_of
 
 
 @pytest.fixture(scope="module", autouse=True)
 def two_workers() -> Iterator[str]:
-    """A cluster of this machine, with two CPUs and so with two workers; its address."""
+    """The address of a cluster of this machine, with two CPUs and so with two workers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         yield connect("local", num_cpus=2)
@@ -79,7 +36,7 @@ def two_workers() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver sees every share under way, however busy the machine is."""
+    """Make the driver look often, so that a busy machine hides no share under way."""
     monkeypatch.setattr(ray_cluster, "_LOOK_SECONDS", 0.05)
 
 
@@ -102,84 +59,36 @@ def expected(src: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     return hashes(quantize_nvfp4(src, out, shard_bytes=SHARD_BYTES))
 
 
-def on_ray(src: Path, out: Path, emit: Emit = silent) -> Result:
-    plan = plan_of(src, max_shard_bytes=SHARD_BYTES)
-    order = JobSpec.of(plan, SHARD_BYTES, allow_unsafe=False, importance=None)
-    return quantize_on_ray(plan, order, out, emit=emit)
-
-
-def run_of(src: Path, out: Path) -> Shares:
-    """The run that `on_ray` makes: a share for each shard."""
-    of = len(plan_of(src, max_shard_bytes=SHARD_BYTES).shards)
-    return shares_of(src, out, of, SHARD_BYTES)
-
-
-def holder(ledger: Path) -> int:
-    """The process at work on a share: which has its ledger open."""
-    for process in psutil.process_iter():
-        try:
-            if str(ledger) in {file.path for file in process.open_files()}:
-                return int(process.pid)
-        except psutil.Error:
-            continue
-    raise AssertionError(f"nobody is at work on {ledger.name}")
-
-
-def once_begun(out: Path, units: int, then: Callable[[int], None]) -> Callable[[Event], None]:
-    """An `emit` that calls `then` with a share, once one has counted so many jobs of several."""
-    done: list[int] = []
-
-    def emit(event: Event) -> None:
-        if done or not isinstance(event, Progress) or not event.workers:
-            return
-        for path in out.glob("mquant-run.*-of-*.jsonl"):
-            number = int(path.name.split(".")[1].split("-")[0])
-            text = path.read_text()
-            if '"shard"' not in text and len(units_still_valid(text)) >= units:
-                done.append(number)
-                then(number)
-                return
-
-    return emit
-
-
-def units_still_valid(ledger: str) -> list[int]:
-    """The jobs that a ledger counts, in the order in which they were done, but for whole shards."""
-    entries = [json.loads(line) for line in ledger.splitlines() if line.endswith("}")]
-    spans = [span for e in entries if "shard" not in e for span in e.get("jobs", [])]
-    return [number for first, last in spans for number in range(first, last + 1)]
-
-
 @pytest.fixture
 def ledgers(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
-    """What each share's ledger said when all were done, by number."""
-    kept: dict[int, str] = {}
+    """The text of each share's ledger when all shares are done, by number."""
+    texts: dict[int, str] = {}
     finish = Shares.finish
 
     def keep_and_finish(self: Shares, emit: Emit = silent) -> Result | None:
         for number in self.numbers:
-            kept[number] = (self.out / ledger_name(number, self.shared.of)).read_text()
+            texts[number] = (self.out / ledger_name(number, self.shared.of)).read_text()
         return finish(self, emit)
 
     monkeypatch.setattr(Shares, "finish", keep_and_finish)
-    return kept
+    return texts
 
 
-def test_two_workers_make_the_bytes_of_one_process(
+def test_two_workers_write_the_bytes_of_one_process(
     src: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     events: list[Event] = []
     result = on_ray(src, tmp_path / "out", events.append)
     assert result.fresh
     assert hashes(tmp_path / "out") == expected
-    seen = [event for event in events if isinstance(event, Progress) and event.stage == "quantize"]
-    assert max(event.workers for event in seen) in (1, 2)  # one may just have begun nothing yet
-    assert seen[-1] == Progress("quantize", seen[-1].total, seen[-1].total)
-    assert [event.done for event in seen] == sorted(event.done for event in seen)
+    steps = [event for event in events if isinstance(event, Progress) and event.stage == "quantize"]
+    assert max(event.workers for event in steps) in (1, 2)  # a worker may not have begun yet
+    assert steps[-1] == Progress("quantize", steps[-1].total, steps[-1].total)
+    assert [event.done for event in steps] == sorted(event.done for event in steps)
     count = len(result.plan.shards)
     assert count > 4
-    said = f"On Ray: {count} shares to make, with 1 CPU each; there are 2 CPUs on 1 node."
-    assert Note("info", said) in events
+    message = f"On Ray: {count} shares to make, with 1 CPU each; there are 2 CPUs on 1 node."
+    assert Note("info", message) in events
     assert not on_ray(src, tmp_path / "out").fresh
 
 
@@ -229,7 +138,7 @@ def test_a_share_whose_worker_dies_every_time_is_one_sentence(
     assert not (tmp_path / "out/config.json").exists()
 
 
-def test_numbers_that_are_none_are_the_sentence_of_a_single_process(tmp_path: Path) -> None:
+def test_nan_is_the_same_sentence_as_in_a_single_process(tmp_path: Path) -> None:
     def spoil(rows: list[Row]) -> None:
         name, dtype, shape, data = rows[-5]
         values = np.frombuffer(bytearray(data), ml_dtypes.bfloat16)
@@ -247,7 +156,7 @@ def test_numbers_that_are_none_are_the_sentence_of_a_single_process(tmp_path: Pa
     assert (tmp_path / "out" / SHARES).exists()
 
 
-def test_a_failure_nobody_foresaw_names_the_share(
+def test_an_unexpected_failure_names_the_share(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def faulty() -> Callable[..., None]:
@@ -262,7 +171,7 @@ def test_a_failure_nobody_foresaw_names_the_share(
     assert " failed unexpectedly: ZeroDivisionError: division by zero." in caught.value.message
 
 
-def test_interrupted_it_goes_on(src: Path, expected: dict[str, str], tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes(src: Path, expected: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def interrupt(number: int) -> None:
@@ -306,7 +215,7 @@ def test_shares_that_were_made_by_jobs_are_not_made_again(
     assert hashes(out) == expected
 
 
-def test_where_all_shares_are_done_no_task_is_sent_out(
+def test_no_task_is_sent_out_if_all_shares_are_done(
     src: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in (1, 2):
@@ -316,12 +225,12 @@ def test_where_all_shares_are_done_no_task_is_sent_out(
     assert hashes(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("what", ["out", "source"])
+@pytest.mark.parametrize("side", ["out", "source"])
 def test_a_node_that_does_not_see_the_storage_is_named(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str
 ) -> None:
     out, hidden = tmp_path / "out", str(tmp_path / "hidden")
-    if what == "out":
+    if side == "out":
         monkeypatch.setattr(ray_cluster, "SHARES", "../hidden")
     else:
         monkeypatch.setattr(ray_cluster, "_paths", lambda order: [hidden])
@@ -347,7 +256,7 @@ def test_a_node_with_another_mquant_is_named(
     assert caught.value.fix == "Install mquant 9.9.9 on all nodes."
 
 
-def test_what_is_refused_is_refused_before_a_task_is_sent_out(
+def test_refusals_come_before_a_task_is_sent_out(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_cluster, "_share_out", None)
@@ -380,7 +289,7 @@ print("told", told)
 """
 
 
-def test_sigterm_stays_ours_while_connected_and_after_and_nothing_is_printed(
+def test_sigterm_keeps_our_handler_during_and_after_a_silent_connection(
     two_workers: str,
 ) -> None:
     run = subprocess.run(
@@ -395,7 +304,7 @@ def test_sigterm_stays_ours_while_connected_and_after_and_nothing_is_printed(
 
 DRIVER = """
 from pathlib import Path
-from test_ray_cluster import connect, on_ray
+from ray_runs import connect, on_ray
 connect({address!r})
 on_ray(Path({src!r}), Path({out!r}))
 """
@@ -405,9 +314,8 @@ def test_a_killed_driver_can_be_run_again(
     src: Path, expected: dict[str, str], tmp_path: Path, two_workers: str
 ) -> None:
     out = tmp_path / "out"
-    tests = str(Path(__file__).parent)
     code = DRIVER.format(address=two_workers, src=str(src), out=str(out))
-    path = os.pathsep.join([*sys.path, tests])
+    path = os.pathsep.join(sys.path)
     with subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}
     ) as driver:
@@ -418,6 +326,6 @@ def test_a_killed_driver_can_be_run_again(
         driver.kill()
     assert not (out / "config.json").exists()
     events: list[Event] = []
-    on_ray(src, out, events.append)  # its workers may be at work for a moment more
+    on_ray(src, out, events.append)  # the killed driver's workers may still be at work
     assert next(event for event in events if isinstance(event, Progress)).done > 0
     assert hashes(out) == expected

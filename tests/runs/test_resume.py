@@ -1,4 +1,4 @@
-"""Killed, interrupted, out of disk, robbed of its source: the same command goes on from there."""
+"""A run that was killed, interrupted or short of disk resumes with the same command."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ from mquant.output.ledger import read_ledger
 from run import plan_of, quantize_nvfp4
 
 SMALL = 20_000
-"""Bytes of an output shard that make several of a small checkpoint."""
+"""The bytes of an output shard, so that a small checkpoint gets several shards."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(src: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Every file's hash after a run that nothing happens to."""
+    """Every file's hash after a run without a fault."""
     return hashes(quantize_nvfp4(src, tmp_path_factory.mktemp("whole") / "out", shard_bytes=SMALL))
 
 
@@ -41,8 +41,8 @@ def units(src: Path) -> int:
     return sum(len(shard.units) for shard in plan_of(src, max_shard_bytes=SMALL).shards)
 
 
-def go_on(src: Path, out: Path) -> int:
-    """Run again, to the end; returns the source's bytes that were done before."""
+def resume(src: Path, out: Path) -> int:
+    """Run again to the end, and return the source's bytes that were done before."""
     events: list[Event] = []
     quantize_nvfp4(src, out, events.append, SMALL)
     return next(event.done for event in events if isinstance(event, Progress))
@@ -52,7 +52,7 @@ def go_on(src: Path, out: Path) -> int:
 
 
 @pytest.mark.parametrize("counted", [True, False])
-def test_killed_after_every_job_the_rerun_makes_the_same_bytes(
+def test_a_rerun_after_a_kill_at_any_job_writes_the_same_bytes(
     src: Path, expected: dict[str, str], units: int, tmp_path: Path, *, counted: bool
 ) -> None:
     before, last = hashes(src), 0
@@ -60,14 +60,14 @@ def test_killed_after_every_job_the_rerun_makes_the_same_bytes(
         out = tmp_path / f"killed-{unit}"
         assert run_and_die(src, out, SMALL, unit, counted=counted) == -signal.SIGKILL
         assert not (out / "config.json").exists()
-        done = go_on(src, out)
+        done = resume(src, out)
         assert hashes(out) == expected
         assert done > last if counted else done >= last
         last = done
     assert hashes(src) == before
 
 
-def test_killed_again_and_again_it_gets_there(
+def test_a_run_that_is_killed_at_every_job_can_be_finished(
     src: Path, expected: dict[str, str], units: int, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -76,7 +76,7 @@ def test_killed_again_and_again_it_gets_there(
         ledger = read_ledger(out)
         assert ledger is not None
         assert len(ledger.units) == unit + 1
-    go_on(src, out)
+    resume(src, out)
     assert hashes(out) == expected
 
 
@@ -102,7 +102,7 @@ def larger_expected(larger: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_killed_at_random_moments_it_makes_the_same_bytes(
+def test_a_run_killed_at_random_moments_writes_the_same_bytes(
     larger: Path, larger_expected: dict[str, str], tmp_path: Path, seed: int
 ) -> None:
     moments = random.Random(seed)  # noqa: S311  (no secret)
@@ -124,7 +124,7 @@ E = TypeVar("E", bound=BaseException)
 
 
 def fail(src: Path, out: Path, error: type[E], during: Callable[[], object], after: int = 3) -> E:
-    """Quantize, and do something when a few jobs are done; returns what that leads to."""
+    """Quantize, call `during` when `after` jobs are done, and return the error that follows."""
     units = 0
 
     def emit(event: Event) -> None:
@@ -146,7 +146,7 @@ def stop() -> None:
 def failing(
     monkeypatch: pytest.MonkeyPatch, name: str, code: int, after: int
 ) -> Callable[[], None]:
-    """Make a function of `os` fail once it has been called `after` times more."""
+    """Return a function that makes `os.NAME` fail after `after` more calls."""
     real = getattr(os, name)
     calls = 0
 
@@ -171,7 +171,7 @@ def failing(
         ("fsync", 1),
     ],
 )
-def test_a_disk_that_fills_up_is_one_sentence_and_the_rerun_goes_on(
+def test_a_disk_that_fills_up_is_one_sentence_and_the_rerun_resumes(
     src: Path, expected: dict[str, str], tmp_path: Path, name: str, after: int
 ) -> None:
     out = tmp_path / "out"
@@ -179,11 +179,11 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_rerun_goes_on(
         error = fail(src, out, OutputError, failing(patch, name, errno.ENOSPC, after))
     assert error.message.startswith("The disk is full: ")
     assert error.fix == "Free space, then run the same command again."
-    go_on(src, out)
+    resume(src, out)
     assert hashes(out) == expected
 
 
-def test_bytes_that_cannot_be_read_are_one_sentence_and_the_rerun_goes_on(
+def test_bytes_that_cannot_be_read_are_one_sentence_and_the_rerun_resumes(
     src: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     out, preadv = tmp_path / "out", os.preadv
@@ -196,7 +196,7 @@ def test_bytes_that_cannot_be_read_are_one_sentence_and_the_rerun_goes_on(
     with pytest.MonkeyPatch.context() as patch:
         error = fail(src, out, SourceError, lambda: patch.setattr(os, "preadv", bad_sector))
     assert error.message.endswith(": Input/output error.")
-    assert go_on(src, out) > 0
+    assert resume(src, out) > 0
     assert hashes(out) == expected
 
 
@@ -205,7 +205,7 @@ def copy(src: Path, tmp_path: Path) -> Path:
     return shutil.copytree(src, tmp_path / "copy")
 
 
-def test_a_file_that_shrinks_and_comes_back_is_read_anew(
+def test_a_file_that_shrinks_and_comes_back_is_read_again(
     copy: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     out, shard = tmp_path / "out", copy / "model-00003-of-00003.safetensors"
@@ -213,7 +213,7 @@ def test_a_file_that_shrinks_and_comes_back_is_read_anew(
     error = fail(copy, out, SourceError, lambda: os.truncate(shard, 1000))
     assert error.message.startswith(f"{shard.name} ends at byte 1,000; ")
     shard.write_bytes(whole)
-    assert go_on(copy, out) > 0
+    assert resume(copy, out) > 0
     assert hashes(out) == expected
 
 
@@ -223,7 +223,7 @@ def test_a_file_written_to_during_the_run_stops_it(
     out, shard = tmp_path / "out", copy / "model-00003-of-00003.safetensors"
     error = fail(copy, out, SourceError, lambda: os.utime(shard, (1, 1)))
     assert error.message == f"{shard.name} changed while it was read."
-    assert go_on(copy, out) > 0
+    assert resume(copy, out) > 0
     assert hashes(out) == expected
 
 
@@ -236,7 +236,7 @@ def test_jobs_made_from_a_file_that_changed_since_are_made_again(tmp_path: Path)
     whole[len(whole) // 64 * 40 - 1] ^= 1
     shard.write_bytes(whole)
     assert Folder(src).identity() == identity, "no sample is taken there"
-    go_on(src, out)
+    resume(src, out)
     assert hashes(out) == hashes(quantize_nvfp4(src, tmp_path / "new", shard_bytes=SMALL))
 
 
@@ -249,11 +249,11 @@ def test_an_output_folder_that_vanishes_is_one_sentence(
         f"{out} was deleted or replaced during the run.",
         f"{out} cannot be written (model-00001-of-00003.safetensors: No such file or directory).",
     }
-    go_on(src, out)
+    resume(src, out)
     assert hashes(out) == expected
 
 
-def test_a_second_run_into_the_same_folder_is_refused_and_hurts_nothing(
+def test_a_second_run_into_the_same_folder_is_refused_and_changes_nothing(
     src: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     out, refused = tmp_path / "out", list[MquantError]()

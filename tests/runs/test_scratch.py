@@ -1,4 +1,4 @@
-"""A hub repo quantized without a copy of it: never more than --scratch of its files are here."""
+"""`--scratch` bounds the bytes of a hub repo's files that a run stores on this machine."""
 
 import shutil
 import subprocess
@@ -33,7 +33,7 @@ SHARD = 2_000_000
 
 @pytest.fixture(scope="module")
 def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """28 MB in 8 shards."""
+    """26 MB in 8 shards."""
     return make_larger(tmp_path_factory.mktemp("larger") / "src", shards=8)
 
 
@@ -54,19 +54,19 @@ def run(repo: HubRepo, out: Path, scratch: int | None, emit: Emit = silent) -> P
     return out
 
 
-def test_it_makes_the_bytes_of_a_run_that_downloads_first(repo: HubRepo, tmp_path: Path) -> None:
-    room = 12_000_000
-    assert hashes(run(repo, tmp_path / "a", room)) == hashes(run(repo, tmp_path / "b", None))
+def test_a_run_with_a_scratch_writes_the_same_bytes(repo: HubRepo, tmp_path: Path) -> None:
+    scratch = 12_000_000
+    assert hashes(run(repo, tmp_path / "a", scratch)) == hashes(run(repo, tmp_path / "b", None))
 
 
-def test_there_is_never_more_than_the_scratch(repo: HubRepo, src: Path, tmp_path: Path) -> None:
-    room, out, most = 3 * largest(src), tmp_path / "out", [0]
-    thread = threading.Thread(target=run, args=(repo, out, room))
+def test_downloads_never_exceed_the_scratch(repo: HubRepo, src: Path, tmp_path: Path) -> None:
+    scratch, out, most = 3 * largest(src), tmp_path / "out", [0]
+    thread = threading.Thread(target=run, args=(repo, out, scratch))
     thread.start()
     while thread.is_alive():
         most.append(held(out / ".mquant-scratch"))
         time.sleep(0.001)
-    assert largest(src) < max(most) <= room
+    assert largest(src) < max(most) <= scratch
     assert (out / "config.json").exists()
     assert not (out / ".mquant-scratch").exists()
 
@@ -89,7 +89,7 @@ def test_a_scratch_that_files_needed_at_once_do_not_fit_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_killed_at_any_time_nothing_finished_is_fetched_again(
+def test_a_killed_run_downloads_no_finished_file_again(
     hub: FakeHub, repo: HubRepo, src: Path, tmp_path: Path
 ) -> None:
     out, whole = tmp_path / "out", run(repo, tmp_path / "whole", None)
@@ -105,7 +105,7 @@ def test_killed_at_any_time_nothing_finished_is_fetched_again(
             process.kill()
     subprocess.run(command, check=True, capture_output=True)
     assert hashes(out) == hashes(whole)
-    # What was under way when it was killed comes again: here, at most all pieces of a file.
+    # Each kill costs the downloads under way, which are at most the scratch.
     shards = sum(path.stat().st_size for path in src.glob("*.safetensors"))
     assert hub.bytes_served < shards + 3 * 2 * largest(src)
 
@@ -126,7 +126,7 @@ def test_a_side_file_that_is_not_what_the_hub_lists_is_refused(
 
 
 @pytest.mark.usefixtures("repo")
-def test_the_command_says_what_scratch_is_for(src: Path, tmp_path: Path) -> None:
+def test_a_scratch_for_a_folder_or_for_oneshot_is_a_usage_error(src: Path, tmp_path: Path) -> None:
     out = ["-o", str(tmp_path / "out")]
     folder = CliRunner().invoke(
         app, ["quantize", str(src), "--recipe", "nvfp4", "--scratch", "1GB", *out]
