@@ -1,4 +1,4 @@
-"""Plans: every tensor has one fate, and every output its place, before a weight is read."""
+"""A plan gives every tensor one action and every output one place, before a weight is read."""
 
 import gzip
 import json
@@ -40,7 +40,7 @@ def planned(
 
 
 def only(*roles: Role, ignore: tuple[str, ...] = ()) -> Recipe:
-    """A recipe that quantizes some roles."""
+    """Return a recipe that quantizes some roles."""
     scheme = dict.fromkeys(roles, "NVFP4A16")
     return Recipe(name="mine", suffix="MINE", roles=scheme, ignore=ignore)
 
@@ -142,11 +142,11 @@ def test_weights_of_any_float_are_quantized(tmp_path: Path, dtype: str) -> None:
     assert {a.source.dtype for a in plan.actions if a.scheme} == {dtype}
 
 
-# --- jobs and shards
+# --- work units and shards
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 3_000, 10_000, DEFAULT_SHARD_BYTES])
-def test_a_fused_set_is_one_job_of_one_shard_also_where_the_parent_cuts_it(
+def test_a_fused_set_is_one_work_unit_even_if_the_parent_cuts_it(
     src: Path, shard_bytes: int
 ) -> None:
     plan = planned(src, shard_bytes=shard_bytes)
@@ -167,14 +167,14 @@ def test_a_fused_set_is_one_job_of_one_shard_also_where_the_parent_cuts_it(
         frozenset({"q_proj", "k_proj", "v_proj"}): 2,
         frozenset({"w1", "w3"}): 8,
     }
-    assert len(cut) == 2  # the parent has three shards, and every cut splits a set
+    assert len(cut) == 2  # the parent has three shards, and each of the two cuts splits a fused set
     for shard in plan.shards:
         for unit in shard.units:
             assert len({(action.layer, action.expert) for action in unit.actions}) == 1
 
 
 @pytest.mark.parametrize("limit", [1, 5_000, 20_000, 60_000])
-def test_a_shard_stays_within_the_limit_unless_one_job_alone_exceeds_it(
+def test_a_shard_stays_within_the_limit_unless_one_work_unit_exceeds_it(
     src: Path, limit: int
 ) -> None:
     shards = planned(src, shard_bytes=limit).shards
@@ -185,7 +185,7 @@ def test_a_shard_stays_within_the_limit_unless_one_job_alone_exceeds_it(
         assert size <= limit or len(shard.units) == 1
     for shard, following in pairwise(shards):
         size = sum(unit.output_bytes for unit in shard.units)
-        assert size + following.units[0].output_bytes > limit  # nothing is split in vain
+        assert size + following.units[0].output_bytes > limit  # every new shard was necessary
 
 
 def test_shards_are_numbered_to_their_total(src: Path) -> None:
@@ -202,46 +202,46 @@ def test_planned_files_are_what_safetensors_reads(src: Path, tmp_path: Path) -> 
 
     for shard in plan.shards:
         outputs = [output for unit in shard.units for output in unit.outputs]
-        first, places = shard.layout
+        first, starts = shard.layout
         file = tmp_path / shard.name
         file.write_bytes(first + bytes(shard.file_bytes - len(first)))
-        found = {t.name: (t.start, t.dtype, t.shape) for t in _tensors(file)}
-        assert found == {o.name: (places[o.name], o.dtype, o.shape) for o in outputs}
-        with safe_open(file, framework="np") as theirs:
-            assert set(theirs.keys()) == found.keys()
+        tensors = {t.name: (t.start, t.dtype, t.shape) for t in _tensors(file)}
+        assert tensors == {o.name: (starts[o.name], o.dtype, o.shape) for o in outputs}
+        with safe_open(file, framework="np") as opened:
+            assert set(opened.keys()) == tensors.keys()
         assert shard.tensors == len(outputs)
     assert plan.file_bytes == sum(shard.file_bytes for shard in plan.shards)
     assert plan.output_bytes == sum(a.output_bytes for a in plan.actions)
     assert plan.source_bytes == open_checkpoint(Folder(src)).nbytes
 
 
-def test_tensors_lie_in_the_order_of_the_jobs(src: Path) -> None:
+def test_tensors_are_stored_in_the_order_of_the_work_units(src: Path) -> None:
     for shard in planned(src, shard_bytes=20_000).shards:
-        first, places = shard.layout
+        first, starts = shard.layout
         position = len(first)
         for output in (output for unit in shard.units for output in unit.outputs):
-            assert places[output.name] == position
+            assert starts[output.name] == position
             position += output.nbytes
 
 
-def test_where_that_would_misalign_one_they_lie_as_safetensors_has_them(tmp_path: Path) -> None:
+def test_tensors_are_stored_in_safetensors_order_if_one_would_be_misaligned(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(Folder(make_checkpoint(tmp_path / "src", edit=_odd_norm)))
     plan = make_plan(checkpoint, find_recipe("nvfp4"), load_families())
     (shard,) = plan.shards
     outputs = [output for unit in shard.units for output in unit.outputs]
     arrays = {o.name: np.zeros(o.shape, NUMPY[o.dtype]) for o in outputs}
-    save_file(arrays, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    save_file(arrays, tmp_path / "expected.safetensors", metadata={"format": "pt"})
 
-    first, places = shard.layout
+    first, starts = shard.layout
 
-    assert (tmp_path / "theirs.safetensors").read_bytes().startswith(first)
-    assert all(places[o.name] % NUMPY[o.dtype].itemsize == 0 for o in outputs)
+    assert (tmp_path / "expected.safetensors").read_bytes().startswith(first)
+    assert all(starts[o.name] % NUMPY[o.dtype].itemsize == 0 for o in outputs)
 
 
 def _odd_norm(rows: list[Row]) -> list[Row]:
-    """A norm of an odd length, so that what follows it is at an odd address."""
-    odd = "model.layers.0.input_layernorm.weight"
-    return [row(odd, "BF16", (65,)) if each[0] == odd else each for each in rows]
+    """Give a norm an odd length, so that the next tensor would begin at an odd address."""
+    name = "model.layers.0.input_layernorm.weight"
+    return [row(name, "BF16", (65,)) if old[0] == name else old for old in rows]
 
 
 def _tensors(path: Path) -> tuple[TensorInfo, ...]:
@@ -261,7 +261,7 @@ def test_ignore_names_every_matrix_that_is_kept_in_natural_order(tmp_path: Path)
     )
 
 
-def test_ignore_holds_attention_where_it_is_kept(src: Path) -> None:
+def test_ignore_names_attention_if_the_recipe_keeps_attention(src: Path) -> None:
     plan = planned(src, only(Role.EXPERT))
 
     assert {name for name in plan.ignore if ".self_attn." in name} == {
@@ -269,21 +269,21 @@ def test_ignore_holds_attention_where_it_is_kept(src: Path) -> None:
     }
 
 
-def test_ignore_is_found_without_regular_expressions(src: Path) -> None:
+def test_ignore_has_no_regular_expressions(src: Path) -> None:
     assert not [name for name in planned(src).ignore if name.startswith("re:")]
 
 
 def test_quantization_config_targets_linear_with_the_ignore_list(src: Path) -> None:
     plan = planned(src)
-    written = plan.quantization_config
+    config = plan.quantization_config
 
-    assert list(written["config_groups"]) == ["group_0"]
-    assert written["config_groups"]["group_0"]["targets"] == ["Linear"]
-    assert written["config_groups"]["group_0"]["input_activations"] is None
-    assert written["ignore"] == list(plan.ignore)
-    assert written["format"] == "nvfp4-pack-quantized"
-    assert written["quantization_status"] == "compressed"
-    json.dumps(written)
+    assert list(config["config_groups"]) == ["group_0"]
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
+    assert config["config_groups"]["group_0"]["input_activations"] is None
+    assert config["ignore"] == list(plan.ignore)
+    assert config["format"] == "nvfp4-pack-quantized"
+    assert config["quantization_status"] == "compressed"
+    json.dumps(config)
 
 
 @pytest.mark.parametrize(
@@ -302,13 +302,13 @@ def test_natural_order_puts_layer_two_before_layer_ten(names: list[str]) -> None
 # --- fingerprint
 
 
-def test_equal_plans_have_equal_fingerprints_wherever_they_lie(tmp_path: Path) -> None:
+def test_equal_plans_have_equal_fingerprints_in_any_folder(tmp_path: Path) -> None:
     one, other = (make_checkpoint(tmp_path / name) for name in ("a", "b"))
 
     assert planned(one).fingerprint == planned(other).fingerprint
 
 
-def test_a_recipe_by_another_name_that_decides_the_same_has_the_same_fingerprint(src: Path) -> None:
+def test_equal_decisions_of_recipes_have_equal_fingerprints(src: Path) -> None:
     assert planned(src).fingerprint == planned(src, only(Role.EXPERT, Role.ATTENTION)).fingerprint
 
 
@@ -334,11 +334,11 @@ def test_a_shard_size_that_changes_no_shard_keeps_the_fingerprint(src: Path) -> 
     assert planned(src).fingerprint == planned(src, shard_bytes=10**9).fingerprint
 
 
-# --- the real thing
+# --- the full-size model
 
 
 class Listed:
-    """A source of which only the names, sizes and shapes exist."""
+    """A source that has only names, sizes and shapes of tensors."""
 
     name = "MiniMax-M2.7-REAP-154"
     folders = ()
@@ -359,7 +359,7 @@ class Listed:
 
 @cache
 def golden() -> Plan:
-    """The plan of the full-size listing."""
+    """Return the plan of the full-size listing."""
     tensors, places = {}, Counter[str]()
     lines = gzip.decompress(LISTING.read_bytes()).decode().splitlines()
     for number, line in enumerate(line for line in lines if not line.startswith("#")):
@@ -407,13 +407,13 @@ def test_fused_sets_stay_whole_in_the_full_size_model() -> None:
     assert sizes[2] == 62 * 154
 
 
-def test_an_unsorted_parent_is_planned_as_well(tmp_path: Path) -> None:
+def test_an_unsorted_parent_is_planned(tmp_path: Path) -> None:
     src = make_checkpoint(tmp_path / "src", edit=lambda rows: rows[::-1])
 
     assert planned(src).findings == ()
 
 
-def test_a_set_scattered_over_three_shards_is_one_job(tmp_path: Path) -> None:
+def test_a_fused_set_in_three_shards_is_one_work_unit(tmp_path: Path) -> None:
     src = make_checkpoint(tmp_path / "src", shards=1)
     rows = {t.name: row(t.name, t.dtype, t.shape) for t in _tensors(src / "model.safetensors")}
     (src / "model.safetensors").unlink()
@@ -443,7 +443,9 @@ def groups_of(plan: Plan) -> dict[str, list[str]]:
     return {group["weights"]["strategy"]: group["targets"] for group in groups}
 
 
-def test_of_several_schemes_each_names_its_modules_as_every_loader_knows_them(src: Path) -> None:
+def test_each_of_several_schemes_targets_its_modules_by_the_names_of_every_loader(
+    src: Path,
+) -> None:
     plan = planned(src, find_recipe("nvfp4-fp8"))
 
     targets = groups_of(plan)
@@ -456,7 +458,7 @@ def test_of_several_schemes_each_names_its_modules_as_every_loader_knows_them(sr
     assert plan.quantization_config["format"] == "mixed-precision"
 
 
-def test_one_scheme_is_for_all_linear_layers(src: Path) -> None:
+def test_a_single_scheme_targets_all_linear_layers(src: Path) -> None:
     plan = planned(src, find_recipe("fp8-dynamic"))
 
     assert groups_of(plan) == {"channel": ["Linear"]}

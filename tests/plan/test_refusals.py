@@ -1,4 +1,4 @@
-"""Refusals: what must not be made is refused by name, with the fix, before a weight is read."""
+"""A plan that loaders would refuse is refused by name, with a fix, before a weight is read."""
 
 import json
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def planned(src: Path, recipe: Recipe | None = None, *, allow_unsafe: bool = Fal
 
 
 def refusal(src: Path, recipe: Recipe | None = None) -> Finding:
-    """The only reason a plan is refused for."""
+    """Return the only finding that a plan is refused for."""
     plan = planned(src, recipe)
     (only,) = plan.refusals
     assert plan.findings == (only,)
@@ -42,16 +42,16 @@ def refusal(src: Path, recipe: Recipe | None = None) -> Finding:
 
 
 def first_refusal(src: Path) -> Finding:
-    """The first of several."""
+    """Return the first of several refusals."""
     return planned(src).refusals[0]
 
 
-def ours(*roles: Role, ignore: tuple[str, ...] = ()) -> Recipe:
+def own_recipe(*roles: Role, ignore: tuple[str, ...] = ()) -> Recipe:
     return Recipe(name="mine", suffix="MINE", roles=dict.fromkeys(roles, "NVFP4A16"), ignore=ignore)
 
 
 def card(tmp_path: Path, ignore: str) -> Recipe:
-    """A recipe as published cards have it."""
+    """Return an llmcompressor recipe, as published model cards have one."""
     path = tmp_path / "card.yaml"
     path.write_text(
         "quant_stage:\n  quant_modifiers:\n    QuantizationModifier:\n"
@@ -61,7 +61,7 @@ def card(tmp_path: Path, ignore: str) -> Recipe:
 
 
 def swapped(name: str, dtype: str, shape: tuple[int, ...]) -> Edit:
-    """An edit that gives one tensor another dtype and shape."""
+    """Return an edit that gives one tensor another dtype and shape."""
 
     def edit(rows: list[Any]) -> list[Any]:
         assert any(row[0] == name for row in rows)
@@ -70,7 +70,7 @@ def swapped(name: str, dtype: str, shape: tuple[int, ...]) -> Edit:
     return edit
 
 
-# --- the origin of this project: a recipe that quantizes what loaders refuse
+# --- recipes that quantize modules that loaders refuse
 
 SAFE = r"[lm_head, model.embed_tokens, 're:model\.layers\.\d+\.block_sparse_moe\.gate$']"
 UNSAFE_FIX = f"Use ignore: {SAFE} (or --allow-unsafe to do so anyway)."
@@ -87,9 +87,7 @@ def test_ignoring_lm_head_alone_would_quantize_every_router(make: Make, tmp_path
     )
 
 
-def test_the_ignore_list_of_the_fix_is_yaml_that_makes_a_sound_plan(
-    make: Make, tmp_path: Path
-) -> None:
+def test_the_ignore_list_of_the_fix_leads_to_a_sound_plan(make: Make, tmp_path: Path) -> None:
     src = make()
     fix = refusal(src, card(tmp_path, "[lm_head]")).fix
     ignore = fix.removeprefix("Use ignore: ").removesuffix(" (or --allow-unsafe to do so anyway).")
@@ -100,13 +98,13 @@ def test_the_ignore_list_of_the_fix_is_yaml_that_makes_a_sound_plan(
     assert plan.ignore == planned(src).ignore
 
 
-def test_the_fix_keeps_what_the_recipe_ignored_already(make: Make, tmp_path: Path) -> None:
+def test_the_fix_keeps_the_recipes_own_ignore_list(make: Make, tmp_path: Path) -> None:
     own = r"['re:.*\.layers\.0\..*', \"it's, odd\", lm_head]".replace('\\"', '"')
     findings = planned(make(), card(tmp_path, own)).findings
 
-    (found,) = [found for found in findings if found.rule == "router-quantized"]
+    (finding,) = [finding for finding in findings if finding.rule == "router-quantized"]
 
-    listed = found.fix.removeprefix("Use ignore: ").partition(" (or --allow")[0]
+    listed = finding.fix.removeprefix("Use ignore: ").partition(" (or --allow")[0]
     assert yaml.safe_load(listed) == [
         "it's, odd",
         "lm_head",
@@ -116,11 +114,11 @@ def test_the_fix_keeps_what_the_recipe_ignored_already(make: Make, tmp_path: Pat
     ]
 
 
-def test_allow_unsafe_makes_it_a_warning(make: Make, tmp_path: Path) -> None:
+def test_allow_unsafe_turns_a_quantized_router_into_a_warning(make: Make, tmp_path: Path) -> None:
     plan = planned(make(), card(tmp_path, "[lm_head]"), allow_unsafe=True)
 
     assert plan.refusals == ()
-    assert [(found.rule, found.severity) for found in plan.findings] == [
+    assert [(finding.rule, finding.severity) for finding in plan.findings] == [
         ("router-quantized", "warning")
     ]
     assert {a.kind for a in plan.actions if a.role is Role.ROUTER} == {"quantize"}
@@ -142,8 +140,8 @@ def test_a_recipe_that_ignores_nothing_would_quantize_lm_head_too(
     )
 
 
-def test_the_embeddings_are_not_quantized(make: Make) -> None:
-    assert refusal(make(), ours(Role.EXPERT, Role.EMBEDDING)) == Finding(
+def test_a_recipe_that_quantizes_the_embeddings_is_refused(make: Make) -> None:
+    assert refusal(make(), own_recipe(Role.EXPERT, Role.EMBEDDING)) == Finding(
         "embedding-quantized",
         "error",
         "model.embed_tokens",
@@ -154,7 +152,7 @@ def test_the_embeddings_are_not_quantized(make: Make) -> None:
 
 
 @pytest.mark.parametrize("allow_unsafe", [False, True])
-def test_allow_unsafe_allows_nothing_else(make: Make, *, allow_unsafe: bool) -> None:
+def test_allow_unsafe_does_not_allow_missing_tensors(make: Make, *, allow_unsafe: bool) -> None:
     src = make(edit=without("model.norm"))
 
     assert len(planned(src, allow_unsafe=allow_unsafe).refusals) == 1
@@ -192,7 +190,7 @@ def test_unknown_tensors_are_named_and_counted(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gone", "there"),
+    ("missing", "present"),
     [
         (f"{ATTENTION}.k_proj.weight", f"{ATTENTION}.q_proj.weight"),
         (f"{ATTENTION}.q_proj.weight", f"{ATTENTION}.k_proj.weight"),
@@ -200,13 +198,15 @@ def test_unknown_tensors_are_named_and_counted(make: Make) -> None:
         (f"{MOE}.experts.2.w1.weight", f"{MOE}.experts.2.w3.weight"),
     ],
 )
-def test_a_fused_set_with_a_missing_member_is_refused(make: Make, gone: str, there: str) -> None:
-    assert refusal(make(edit=without(gone))) == Finding(
+def test_a_fused_set_with_a_missing_member_is_refused(
+    make: Make, missing: str, present: str
+) -> None:
+    assert refusal(make(edit=without(missing))) == Finding(
         "fused-set-incomplete",
         "error",
-        gone,
-        f"The shards hold {there} without {gone}; loaders make one matrix of these tensors, with "
-        "one scale.",
+        missing,
+        f"The shards hold {present} without {missing}; loaders make one matrix of these tensors, "
+        "with one scale.",
         "Download the missing shards.",
     )
 
@@ -222,7 +222,7 @@ def test_a_missing_tensor_is_named(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "gone",
+    "missing",
     [
         "lm_head.weight",
         "model.embed_tokens.weight",
@@ -233,20 +233,20 @@ def test_a_missing_tensor_is_named(make: Make) -> None:
         f"{ATTENTION}.q_norm.weight",
     ],
 )
-def test_no_tensor_may_be_missing(make: Make, gone: str) -> None:
-    found = refusal(make(edit=without(gone)))
+def test_every_missing_tensor_is_refused(make: Make, missing: str) -> None:
+    finding = refusal(make(edit=without(missing)))
 
-    assert (found.rule, found.where) == ("tensor-missing", gone)
+    assert (finding.rule, finding.where) == ("tensor-missing", missing)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_missing_layer_is_refused(make: Make, layer: int) -> None:
     name = f"model.layers.{layer}"
 
-    found = refusal(make(edit=without(f"{name}.")))
+    finding = refusal(make(edit=without(f"{name}.")))
 
-    assert found.rule == "tensor-missing"
-    assert found.message == (
+    assert finding.rule == "tensor-missing"
+    assert finding.message == (
         f"The checkpoint lacks {name}.input_layernorm.weight, "
         f"{name}.post_attention_layernorm.weight, {name}.self_attn.q_proj.weight and 10 more "
         "(13 tensors)."
@@ -254,9 +254,9 @@ def test_a_missing_layer_is_refused(make: Make, layer: int) -> None:
 
 
 def test_a_layer_without_experts_is_refused(make: Make) -> None:
-    found = refusal(make(edit=without(f"{MOE}.experts.")))
+    finding = refusal(make(edit=without(f"{MOE}.experts.")))
 
-    assert (found.rule, found.where) == ("tensor-missing", f"{MOE}.experts.0.w1.weight")
+    assert (finding.rule, finding.where) == ("tensor-missing", f"{MOE}.experts.0.w1.weight")
 
 
 # --- counts
@@ -298,7 +298,7 @@ def test_a_config_of_the_unpruned_model_is_refused_by_experts_router_and_bias(ma
          "(num_local_experts)."),
     ],
 )  # fmt: skip
-def test_a_router_or_bias_of_other_than_config_experts_is_refused(
+def test_a_router_or_bias_for_another_number_of_experts_is_refused(
     make: Make, name: str, shape: tuple[int, ...], sentence: str
 ) -> None:
     assert refusal(make(edit=swapped(f"{MOE}.{name}", "F32", shape))) == Finding(
@@ -322,14 +322,14 @@ def test_a_gap_in_expert_numbers_is_refused(make: Make) -> None:
 
 
 def test_gaps_in_many_layers_are_counted(make: Make) -> None:
-    found = first_refusal(make(layers=3, edit=without(".experts.0.", ".experts.2.")))
+    finding = first_refusal(make(layers=3, edit=without(".experts.0.", ".experts.2.")))
 
-    assert found.message == (
+    assert finding.message == (
         "Layer 0 has no expert 0 and 1 more of 0 to 3 (and 2 more layers like it)."
     )
 
 
-def test_an_absurd_expert_number_costs_no_memory(make: Make) -> None:
+def test_a_huge_expert_number_takes_no_memory(make: Make) -> None:
     src = make(edit=lambda rows: renamed(rows, f"{MOE}.experts.3.", f"{MOE}.experts.999999999."))
 
     assert refusal(src).message == "Layer 1 has no expert 3 and 999,999,995 more of 0 to 999999999."
@@ -345,7 +345,7 @@ def test_a_layer_that_config_does_not_count_is_refused(make: Make) -> None:
     )
 
 
-def test_one_tensor_of_a_layer_beyond_the_last_is_enough(make: Make) -> None:
+def test_a_single_tensor_beyond_the_last_layer_is_refused(make: Make) -> None:
     extra = adding("model.layers.999999999.input_layernorm.weight", shape=(64,))
 
     assert refusal(make(edit=extra)).where == "layer 999999999"
@@ -367,7 +367,7 @@ def test_one_tensor_of_a_layer_beyond_the_last_is_enough(make: Make) -> None:
         ("vocab_size", 2**60, "says vocab_size 1152921504606846976, which cannot be"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused_at_once(
+def test_an_impossible_config_key_is_refused_at_once(
     make: Make, key: str, value: object, sentence: str
 ) -> None:
     assert refusal(make(config={key: value})) == Finding(
@@ -379,14 +379,14 @@ def test_a_config_that_cannot_be_is_refused_at_once(
     )
 
 
-def test_as_many_layers_as_tensors_are_all_missed_by_name(make: Make) -> None:
-    found = refusal(make(config={"num_hidden_layers": 47}))
+def test_every_tensor_of_missing_layers_is_counted(make: Make) -> None:
+    finding = refusal(make(config={"num_hidden_layers": 47}))
 
-    assert found.rule == "tensor-missing"
-    assert found.message.endswith(" and 582 more (585 tensors).")
+    assert finding.rule == "tensor-missing"
+    assert finding.message.endswith(" and 582 more (585 tensors).")
 
 
-# --- what cannot be stored in the scheme
+# --- tensors that the scheme cannot store
 
 
 def test_a_shape_that_16_does_not_divide_is_refused(make: Make) -> None:
@@ -401,11 +401,11 @@ def test_a_shape_that_16_does_not_divide_is_refused(make: Make) -> None:
     )
 
 
-def test_rows_need_not_divide(make: Make) -> None:
+def test_rows_need_not_be_a_multiple_of_16(make: Make) -> None:
     assert planned(make(vocab=50, heads=3, head_dim=16, experts=3)).findings == ()
 
 
-def test_blocks_of_128_must_not_lie_across_two_members_of_a_fused_set(make: Make) -> None:
+def test_blocks_of_128_must_not_span_two_members_of_a_fused_set(make: Make) -> None:
     src = make(hidden=256, intermediate=128, heads=8, head_dim=32)
     name = "model.layers.0.self_attn.k_proj.weight"
 
@@ -442,9 +442,9 @@ def test_a_weight_of_another_dtype_is_refused(make: Make, dtype: str) -> None:
 def test_a_recipe_that_asks_for_vectors_is_refused(
     make: Make, role: Role, name: str, shape: list[int], more: int
 ) -> None:
-    found = refusal(make(), ours(Role.EXPERT, role))
+    finding = refusal(make(), own_recipe(Role.EXPERT, role))
 
-    assert (found.rule, found.message, found.fix) == (
+    assert (finding.rule, finding.message, finding.fix) == (
         "not-quantizable",
         f"{name} is {shape}; NVFP4A16 needs the weight matrix of a layer "
         f"(and {more} more like it).",
@@ -464,7 +464,7 @@ def test_a_recipe_that_asks_for_vectors_is_refused(
 def test_a_fused_set_that_ignore_splits_is_refused(
     make: Make, kept: str, name: str, members: str
 ) -> None:
-    assert refusal(make(), ours(Role.EXPERT, Role.ATTENTION, ignore=(kept,))) == Finding(
+    assert refusal(make(), own_recipe(Role.EXPERT, Role.ATTENTION, ignore=(kept,))) == Finding(
         "fused-set-mixed",
         "error",
         name,
@@ -473,9 +473,9 @@ def test_a_fused_set_that_ignore_splits_is_refused(
     )
 
 
-def test_one_plain_expert_among_quantized_ones_is_refused(make: Make) -> None:
+def test_one_plain_expert_among_quantized_experts_is_refused(make: Make) -> None:
     kept = f"re:{MOE}.experts.2."
-    assert refusal(make(), ours(Role.EXPERT, Role.ATTENTION, ignore=(kept,))) == Finding(
+    assert refusal(make(), own_recipe(Role.EXPERT, Role.ATTENTION, ignore=(kept,))) == Finding(
         "experts-mixed",
         "error",
         f"{MOE}.experts.2.w1",
@@ -485,13 +485,15 @@ def test_one_plain_expert_among_quantized_ones_is_refused(make: Make) -> None:
     )
 
 
-def test_kept_experts_are_ignored_by_vllms_name_too(make: Make) -> None:
-    ignore = planned(make(), ours(Role.ATTENTION)).ignore
+def test_kept_experts_are_also_ignored_by_vllms_names(make: Make) -> None:
+    ignore = planned(make(), own_recipe(Role.ATTENTION)).ignore
     assert f"{MOE}.experts.0.w1" in ignore
     assert "model.layers.1.mlp.experts.0.w1" in ignore
 
 
-@pytest.mark.parametrize("recipe", [ours(), ours(Role.OTHER), ours(Role.EXPERT, ignore=("re:",))])
+@pytest.mark.parametrize(
+    "recipe", [own_recipe(), own_recipe(Role.OTHER), own_recipe(Role.EXPERT, ignore=("re:",))]
+)
 def test_a_recipe_that_quantizes_nothing_is_refused(make: Make, recipe: Recipe) -> None:
     assert refusal(make(), recipe) == Finding(
         "nothing-to-quantize",
@@ -542,13 +544,16 @@ def test_tensors_of_a_quantized_checkpoint_are_refused_without_a_config(
 ) -> None:
     name = f"{MOE}.experts.0.w1.{suffix}"
 
-    found = refusal(make(edit=adding(name)))
+    finding = refusal(make(edit=adding(name)))
 
-    assert (found.where, found.message) == (name, f"src is already quantized (it holds {name}).")
+    assert (finding.where, finding.message) == (
+        name,
+        f"src is already quantized (it holds {name}).",
+    )
 
 
 @pytest.mark.parametrize("config", [None, {}, ...])
-def test_an_empty_quantization_config_is_none(make: Make, config: object) -> None:
+def test_an_empty_quantization_config_is_ignored(make: Make, config: object) -> None:
     assert planned(make(config={"quantization_config": config})).findings == ()
 
 
@@ -588,14 +593,14 @@ def test_a_tensor_only_a_header_knows_is_refused(make: Make) -> None:
     )
 
 
-def test_an_absent_shard_is_the_first_thing_that_is_said(make: Make) -> None:
+def test_a_missing_shard_is_the_first_refusal(make: Make) -> None:
     src = make()
     (src / "model-00002-of-00002.safetensors").unlink()
 
-    found = first_refusal(src)
+    finding = first_refusal(src)
 
-    assert found.rule == "shard-missing"
-    assert found.fix == "Download the missing shards."
+    assert finding.rule == "shard-missing"
+    assert finding.fix == "Download the missing shards."
 
 
 def test_a_refusal_in_one_sentence_names_the_first_and_counts_the_others(make: Make) -> None:
