@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import mquant.checkpoint.spool as spool_module
+from checkpoint.hub_folder import REPO
 from fakehub import FakeHub, hub
 from mquant.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from mquant.checkpoint.hub import HubRepo
@@ -20,7 +21,6 @@ from mquant.synth import Sizes, synth
 
 __all__ = ["hub"]
 
-REPO = "org/tiny"
 SHARD = 6_000_000
 Work = dict[int, list[TensorInfo]]
 

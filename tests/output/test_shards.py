@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from judges import data, opened
-from make import Row, make_checkpoint
-from make import make_row as row
+from make import make_checkpoint
 from mquant.checkpoint import Folder, Stamp
 from mquant.errors import EngineError, OutputError
 from mquant.events import Event, Progress
 from mquant.output import PARTIAL, Ledger, ShardObserver, ShardSet
 from mquant.output.ledger import read_ledger
 from mquant.plan import OutputTensor, Plan, ShardPlan, WorkUnit
+from plan.planning import with_odd_norm
 from run import plan_of
 
 RUN = {"plan": "aa"}
@@ -303,11 +303,6 @@ def test_a_complete_shard_without_its_name_is_renamed(
     assert again.pending == []
     again.finish()
     assert_whole(out, plan, again.digests)
-
-
-def with_odd_norm(rows: list[Row]) -> list[Row]:
-    name = "model.layers.0.input_layernorm.weight"
-    return [row(name, "BF16", (65,)) if old[0] == name else old for old in rows]
 
 
 def test_a_shard_in_another_order_than_its_work_units_is_hashed(tmp_path: Path) -> None:
