@@ -105,7 +105,9 @@ def hollow(workdir: Path, family: str, layers: int, experts: int) -> Path:
         ),
     ],
 )
-def test_releases_of_a_family_have_their_sizes(tmp_path: Path, family: str, sizes: str) -> None:
+def test_sizes_of_the_release_of_a_family_are_reported(
+    tmp_path: Path, family: str, sizes: str
+) -> None:
     out = hollow(tmp_path, family, layers=4, experts=16)
     assert judged(out) == {}
     assert facts(out)["tensor-parallel"] == f"{HEAD}{sizes}."
@@ -152,13 +154,13 @@ def test_only_quantized_layers_limit_the_sizes(tmp_path: Path) -> None:
     assert "(not 16: model.layers.1.self_attn.o_proj reads 128, 8 a rank, " in message
 
 
-def test_only_nvfp4_checkpoints_have_the_fact(parent: Path, tmp_path: Path) -> None:
+def test_only_nvfp4_checkpoints_report_sizes(parent: Path, tmp_path: Path) -> None:
     fp8 = synth(tmp_path, FAMILIES["minimax_m2"], precision=Precision.FP8_BLOCK).path
     for checkpoint in (parent, fp8):
         assert "tensor-parallel" not in facts(checkpoint)
 
 
-def test_checkpoints_with_wrong_shapes_lack_the_fact(good: Path, tmp_path: Path) -> None:
+def test_checkpoints_with_wrong_shapes_report_no_sizes(good: Path, tmp_path: Path) -> None:
     assert "tensor-parallel" in facts(good)
     bad = mutated(good, tmp_path, config={"intermediate_size": 64})
     assert "shape-disagrees" in judged(bad)
