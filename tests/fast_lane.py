@@ -5,7 +5,11 @@ each room of src/mquant has a test here, and that the tests of a room import the
 """
 
 ROOMS = {
-    "checkpoint": ["checkpoint/test_headers.py", "checkpoint/test_checkpoint.py"],
+    "checkpoint": [
+        "checkpoint/test_headers.py",
+        "checkpoint/test_checkpoint.py",
+        "checkpoint/test_checkpoint_faults.py",
+    ],
     "cli": ["cli/test_text.py", "cli/test_output.py", "cli/test_inspect.py"],
     "engines": ["engines/test_stream_search.py::test_the_number_of_workers_changes_no_byte"],
     "forward": ["measure/test_eval.py::test_a_model_agrees_with_itself"],
@@ -13,7 +17,7 @@ ROOMS = {
     "measure": ["measure/test_compare.py::test_every_layout_is_decoded_as_the_judge_decodes_it"],
     "numerics": ["numerics/test_formats.py", "numerics/test_thresholds.py"],
     "output": ["output/test_shards.py", "output/test_ledger.py"],
-    "plan": ["plan/test_refusals.py", "plan/test_share.py"],
+    "plan": ["plan/test_refusals.py", "plan/test_refusals_of_sources.py", "plan/test_share.py"],
     "publish": ["cli/test_report.py"],
     "repair": ["repair/test_repair.py::test_a_changed_norm_is_taken_from_the_parent"],
     "runs": ["runs/test_quantize.py"],

@@ -1,4 +1,4 @@
-"""Checkpoints: what is there, and where index, headers and files disagree."""
+"""`open_checkpoint` lists a folder's tensors and side files, and a `Folder` has an identity."""
 
 import json
 import os
@@ -7,45 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from make import adding, make_checkpoint, make_row, write_index, write_shard
-from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, Folder, open_checkpoint
-from mquant.errors import HeaderError, SourceError
-from mquant.findings import Finding
+from checkpoint.two_shards import FIRST, SECOND, weight_map
+from judges import opened
+from make import adding, make_checkpoint, make_row
+from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Folder
+from mquant.errors import SourceError
 
-FIRST = "model-00001-of-00002.safetensors"
-SECOND = "model-00002-of-00002.safetensors"
-NORM = "model.norm.weight"
-
-
-@pytest.fixture
-def src(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "src")
-
-
-def opened(path: Path) -> Checkpoint:
-    return open_checkpoint(Folder(path))
-
-
-def finding(path: Path) -> Finding:
-    """The only finding of a checkpoint."""
-    (only,) = opened(path).findings
-    assert only.severity == "error"
-    return only
-
-
-def failure(path: Path) -> tuple[str, str]:
-    """The sentence a checkpoint cannot be opened with, and its fix."""
-    with pytest.raises(SourceError) as caught:
-        opened(path)
-    return caught.value.message, caught.value.fix
-
-
-def weight_map(path: Path) -> dict[str, str]:
-    table: dict[str, str] = json.loads((path / INDEX_NAME).read_text())["weight_map"]
-    return table
-
-
-# --- what is there
+# --- the content of a checkpoint
 
 
 def test_a_sound_checkpoint_has_no_findings(src: Path) -> None:
@@ -68,13 +36,13 @@ def test_bytes_and_parameters_are_those_of_the_tensors(src: Path) -> None:
     )
 
 
-def test_a_tensor_lies_where_its_header_says(tmp_path: Path) -> None:
+def test_a_tensor_is_stored_where_its_header_says(tmp_path: Path) -> None:
     row = make_row("lm_head.weight", "BF16", (4, 16), 7)
     src = make_checkpoint(tmp_path / "src", edit=lambda rows: [*rows[:-1], row])
 
-    found = opened(src).tensors["lm_head.weight"]
+    tensor = opened(src).tensors["lm_head.weight"]
 
-    assert Folder(src).read(found.shard, found.start, found.end) == row[3]
+    assert Folder(src).read(tensor.shard, tensor.start, tensor.end) == row[3]
 
 
 def test_a_single_shard_needs_no_index(tmp_path: Path) -> None:
@@ -84,7 +52,7 @@ def test_a_single_shard_needs_no_index(tmp_path: Path) -> None:
     assert opened(src).findings == ()
 
 
-def test_shards_in_subfolders_belong_to_something_else(src: Path) -> None:
+def test_shards_in_subfolders_are_not_read(src: Path) -> None:
     shutil.copytree(src, src / "original", ignore=lambda *_: {"original"})
 
     checkpoint = opened(src)
@@ -140,205 +108,14 @@ def test_a_hub_cache_of_links_is_read_through_its_links(src: Path, tmp_path: Pat
     assert opened(snapshot).tensors == opened(src).tensors
 
 
-# --- what is missing
-
-
-def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    assert failure(tmp_path / "none") == (
-        f"{tmp_path}/none does not exist.",
-        "Give an existing folder, or a hub repo id such as org/model.",
-    )
-
-
-def test_a_file_is_not_a_checkpoint_folder(src: Path) -> None:
-    assert failure(src / FIRST) == (
-        f"{src / FIRST} is not a folder.",
-        "Give the checkpoint's folder.",
-    )
-
-
-def test_a_folder_without_config_is_no_checkpoint(src: Path) -> None:
-    (src / CONFIG_NAME).unlink()
-
-    assert failure(src) == (
-        "src has no config.json, so it is no checkpoint.",
-        "Give the folder that holds config.json and the .safetensors files.",
-    )
-
-
-def test_a_folder_without_weights_is_refused(src: Path) -> None:
-    (src / FIRST).unlink()
-    (src / SECOND).rename(src / "pytorch_model.bin")
-
-    assert failure(src) == (
-        "src has no .safetensors file.",
-        "Download the weights, or convert them to safetensors first.",
-    )
-
-
-def test_a_dangling_link_is_a_missing_file(src: Path) -> None:
-    (src / SECOND).unlink()
-    (src / SECOND).symlink_to(src / "nowhere")
-
-    assert finding(src).rule == "shard-missing"
-
-
-@pytest.mark.parametrize("name", [CONFIG_NAME, INDEX_NAME])
-@pytest.mark.parametrize(
-    ("content", "what"),
-    [
-        (b"", "not valid JSON"),
-        (b"{", "not valid JSON"),
-        (b'{"a": "\xff"}', "not valid JSON"),
-        (b"[" * 200_000, "not valid JSON"),
-        (b'{"a":' * 200_000, "not valid JSON"),
-        (b'{"a": ' + b"9" * 10_000 + b"}", "not valid JSON"),
-        (b"[]", "not a JSON object"),
-        (b"null", "not a JSON object"),
-    ],
-    ids=[
-        "empty",
-        "cut off",
-        "not text",
-        "deep lists",
-        "deep tables",
-        "huge number",
-        "list",
-        "null",
-    ],
-)
-def test_a_json_file_that_is_no_object_is_named(
-    src: Path, name: str, content: bytes, what: str
-) -> None:
-    (src / name).write_bytes(content)
-
-    assert failure(src) == (f"{name} is {what}.", "Get the file again.")
-
-
-@pytest.mark.parametrize(
-    "index",
-    [
-        {},
-        {"weight_map": []},
-        {"weight_map": {"a": 1}},
-        {"weight_map": None},
-        {"weight_map": {"\x1b[2J": "a"}},
-        {"weight_map": {"a": "b\n"}},
-    ],
-)
-def test_an_index_without_a_usable_weight_map_is_refused(src: Path, index: object) -> None:
-    (src / INDEX_NAME).write_text(json.dumps(index))
-
-    assert failure(src) == (
-        "model.safetensors.index.json has no usable weight_map.",
-        "Get the file again.",
-    )
-
-
-def test_a_header_that_lies_is_an_error_that_names_the_shard(src: Path) -> None:
-    os.truncate(src / SECOND, 5)
-
-    with pytest.raises(HeaderError) as caught:
-        opened(src)
-    assert caught.value.message == f"{SECOND} is 5 bytes long, too short for a safetensors file."
-
-
-# --- where index and headers disagree
-
-
-def test_a_missing_shard_is_named(src: Path) -> None:
-    (src / SECOND).unlink()
-
-    found = finding(src)
-
-    assert (found.rule, found.where) == ("shard-missing", SECOND)
-    assert found.message == f"{INDEX_NAME} names shards that do not exist: {SECOND}."
-    assert found.fix == "Download the missing shards."
-
-
-def test_a_path_in_the_index_is_never_followed(src: Path, tmp_path: Path) -> None:
-    shutil.move(src / SECOND, tmp_path / SECOND)
-    outside = {
-        name: shard.replace(SECOND, f"../{SECOND}") for name, shard in weight_map(src).items()
-    }
-    write_index(src, outside)
-
-    assert finding(src).message == (f"{INDEX_NAME} names shards that do not exist: ../{SECOND}.")
-
-
-def test_an_indexed_tensor_that_no_shard_holds_is_named(tmp_path: Path) -> None:
-    src = make_checkpoint(tmp_path / "src")
-    write_index(src, {**weight_map(src), "model.ghost.weight": FIRST})
-
-    found = finding(src)
-
-    assert (found.rule, found.where) == ("index-without-tensor", "model.ghost.weight")
-    assert found.message == (
-        f"{INDEX_NAME} lists 1 tensor (model.ghost.weight), which no shard holds."
-    )
-    assert found.fix == f"Get the shards and {INDEX_NAME} again, from one revision."
-
-
-def test_tensors_the_index_lacks_are_counted_and_named(src: Path) -> None:
-    index = weight_map(src)
-    lost = [name for name in opened(src).tensors if "experts.0." in name]
-    write_index(src, {name: shard for name, shard in index.items() if name not in lost})
-
-    found = finding(src)
-
-    assert found.rule == "tensor-not-in-index"
-    assert found.message == (
-        f"The shards hold 6 tensors ({lost[0]}, {lost[1]}, {lost[2]} and 3 more) that "
-        f"{INDEX_NAME} lacks."
-    )
-
-
-def test_an_index_that_names_the_wrong_shard_is_reported(src: Path) -> None:
-    write_index(src, {**weight_map(src), NORM: FIRST})
-
-    found = finding(src)
-
-    assert (found.rule, found.where) == ("index-wrong-shard", NORM)
-    assert found.message == f"{INDEX_NAME} names the wrong shard for 1 tensor ({NORM})."
-
-
-def test_a_tensor_stored_twice_is_named_with_both_shards(src: Path) -> None:
-    write_shard(src / "zz.safetensors", [make_row(NORM, "BF16", (64,))])
-    write_index(src, {**weight_map(src), "model.spare": "zz.safetensors"})
-
-    found = next(f for f in opened(src).findings if f.rule == "tensor-stored-twice")
-
-    assert (found.rule, found.where) == ("tensor-stored-twice", NORM)
-    assert found.message == f"{NORM} is stored twice, in {SECOND} and in zz.safetensors."
-    assert found.fix == "Remove the shard that does not belong to this checkpoint."
-
-
-def test_a_shard_that_the_index_does_not_name_is_passed_over(src: Path) -> None:
-    write_shard(src / "zz.safetensors", [make_row(NORM, "BF16", (64,))])
-
-    (found,) = opened(src).findings
-
-    assert (found.rule, found.severity) == ("shard-not-in-index", "warning")
-    assert found.message == f"{INDEX_NAME} does not name zz.safetensors, which is not read."
-    assert "zz.safetensors" not in opened(src).shards
-
-
-def test_several_shards_without_an_index_are_reported(tmp_path: Path) -> None:
-    found = finding(make_checkpoint(tmp_path / "src", index=False))
-
-    assert (found.rule, found.where) == ("index-missing", INDEX_NAME)
-    assert found.message == f"There are 2 shards but no {INDEX_NAME}."
-    assert found.fix == f"Download {INDEX_NAME} too."
-
-
-def test_a_checkpoint_may_hold_what_no_family_knows(tmp_path: Path) -> None:
+def test_a_checkpoint_may_hold_a_tensor_that_no_family_knows(tmp_path: Path) -> None:
     src = make_checkpoint(tmp_path / "src", edit=adding("stranger"))
 
     assert "stranger" in opened(src).tensors
     assert opened(src).findings == ()
 
 
-# --- which checkpoint it is
+# --- the identity of a checkpoint
 
 
 def test_a_copy_in_another_folder_is_the_same_checkpoint(src: Path, tmp_path: Path) -> None:
@@ -368,7 +145,7 @@ def test_a_changed_config_makes_another_checkpoint(src: Path) -> None:
     assert Folder(src).identity() != before
 
 
-def test_another_size_makes_another_checkpoint_where_no_sample_differs(tmp_path: Path) -> None:
+def test_another_size_makes_another_checkpoint_even_if_no_sample_differs(tmp_path: Path) -> None:
     # Sparse files: 64 samples of zeros each.
     for name, size in (("a", 6_400_000), ("b", 6_400_064)):
         (tmp_path / name).mkdir()

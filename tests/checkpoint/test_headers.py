@@ -1,4 +1,4 @@
-"""safetensors headers: ours are safetensors' own, and nobody's can do harm."""
+"""mquant writes safetensors headers as safetensors does, and refuses every malformed header."""
 
 import json
 import math
@@ -21,29 +21,29 @@ from mquant.errors import HeaderError
 
 Spec = tuple[str, str, tuple[int, ...]]
 
-# The machine is shared: a slow example is no failure; every run tries the same ones.
+# A slow example is no failure: the machine is shared. Every run tries the same examples.
 steady = settings(deadline=None, derandomize=True, database=None, max_examples=100)
 
 
 def parse(file: bytes) -> tuple[TensorInfo, ...]:
-    """What mquant reads from a whole file."""
+    """Return the tensors that mquant reads from a whole file."""
     length = header_length(file[:PREFIX_BYTES], len(file), "x.safetensors")
     return parse_header(file[PREFIX_BYTES : PREFIX_BYTES + length], len(file), "x.safetensors")
 
 
 def with_header(header: object, data: bytes = b"") -> bytes:
-    """A file with this header, given as JSON's bytes or as what they mean."""
+    """Return a file with this header, given as the bytes of JSON or as the value to serialize."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(raw).to_bytes(PREFIX_BYTES, "little") + raw + data
 
 
 def entry(**changes: Any) -> dict[str, Any]:
-    """A sound header entry of eight bytes, but for `changes`."""
+    """Return a sound header entry of eight bytes, except for `changes`."""
     return {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}
 
 
 def refusal(file: bytes) -> str:
-    """The sentence a file is refused with."""
+    """Return the message of the error that a file raises."""
     with pytest.raises(HeaderError) as caught:
         parse(file)
     assert caught.value.fix
@@ -51,7 +51,7 @@ def refusal(file: bytes) -> str:
 
 
 def safetensors_names(file: bytes) -> list[str] | None:
-    """The names safetensors' own reader finds in a file, sorted; None where it refuses."""
+    """Return the sorted names that safetensors reads from a file; None if safetensors refuses."""
     try:
         return sorted(name for name, _ in deserialize(file))  # type: ignore[no-untyped-call]
     except SafetensorError:
@@ -77,30 +77,30 @@ SPECS: st.SearchStrategy[list[Spec]] = st.lists(
 
 
 def build(specs: list[Spec]) -> bytes:
-    """A whole file of zeros, from our own header."""
+    """Return a whole file of zeros under the header that mquant builds."""
     first, _ = build_header(specs)
     return first + bytes(sum(nbytes(dtype, shape) for _, dtype, shape in specs))
 
 
-# --- what we write
+# --- headers that mquant writes
 
 
 @steady
 @given(SPECS)
-def test_a_header_we_build_is_read_back_as_it_was_meant(specs: list[Spec]) -> None:
-    first, places = build_header(specs)
+def test_a_header_that_mquant_builds_has_the_given_tensors(specs: list[Spec]) -> None:
+    first, starts = build_header(specs)
 
     tensors = parse(build(specs))
 
     assert sorted((t.name, t.dtype, t.shape) for t in tensors) == sorted(specs)
-    assert {t.name: t.start for t in tensors} == places
+    assert {t.name: t.start for t in tensors} == starts
     assert all(t.end == t.start + nbytes(t.dtype, t.shape) for t in tensors)
     assert len(first) % 8 == 0
 
 
 @steady
 @given(SPECS)
-def test_safetensors_reads_every_file_we_lay_out(specs: list[Spec]) -> None:
+def test_safetensors_reads_every_file_that_mquant_lays_out(specs: list[Spec]) -> None:
     assert safetensors_names(build(specs)) == sorted(name for name, _, _ in specs)
 
 
@@ -130,31 +130,31 @@ def test_a_file_is_byte_for_byte_what_safetensors_writes(tmp_path: Path) -> None
         for number, name in enumerate(names)
     }
     arrays["scalar"] = np.asarray(3, np.float32)
-    save_file(arrays, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    save_file(arrays, tmp_path / "upstream.safetensors", metadata={"format": "pt"})
 
     specs = [
         (n, "F32" if n == "scalar" else n.rpartition(".")[2], a.shape) for n, a in arrays.items()
     ]
-    first, places = build_header(specs)
-    ours = bytearray(first + bytes(sum(array.nbytes for array in arrays.values())))
+    first, starts = build_header(specs)
+    content = bytearray(first + bytes(sum(array.nbytes for array in arrays.values())))
     for name, array in arrays.items():
-        ours[places[name] : places[name] + array.nbytes] = array.tobytes()
+        content[starts[name] : starts[name] + array.nbytes] = array.tobytes()
 
-    assert bytes(ours) == (tmp_path / "theirs.safetensors").read_bytes()
+    assert bytes(content) == (tmp_path / "upstream.safetensors").read_bytes()
 
 
 def test_an_empty_shard_is_what_safetensors_writes(tmp_path: Path) -> None:
-    save_file({}, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    save_file({}, tmp_path / "upstream.safetensors", metadata={"format": "pt"})
 
-    assert build([]) == (tmp_path / "theirs.safetensors").read_bytes()
+    assert build([]) == (tmp_path / "upstream.safetensors").read_bytes()
 
 
-# --- what others write
+# --- headers that other tools write
 
 
 @steady
 @given(st.binary(max_size=200))
-def test_arbitrary_bytes_are_refused_and_nothing_else(file: bytes) -> None:
+def test_arbitrary_bytes_raise_only_header_errors(file: bytes) -> None:
     with pytest.raises(HeaderError):
         parse(file)
 
@@ -184,7 +184,7 @@ ENTRIES = st.fixed_dictionaries(
     | JSON,
     st.integers(0, 40),
 )
-def test_what_we_accept_safetensors_accepts(header: object, data: int) -> None:
+def test_safetensors_accepts_every_file_that_mquant_accepts(header: object, data: int) -> None:
     file = with_header(header, bytes(data))
     try:
         parse(file)
@@ -212,7 +212,7 @@ def test_a_damaged_file_is_refused_or_still_sound(specs: list[Spec], data: st.Da
     assert safetensors_accepts(bytes(file))
 
 
-def test_safetensors_takes_padding_and_null_metadata_and_so_do_we() -> None:
+def test_safetensors_and_mquant_accept_padding_and_null_metadata() -> None:
     file = with_header(
         b' {"__metadata__": null, "a": ' + json.dumps(entry()).encode() + b"}\n ", bytes(8)
     )
@@ -246,9 +246,9 @@ def test_safetensors_takes_padding_and_null_metadata_and_so_do_we() -> None:
         "entry as a list",
     ],
 )
-def test_safetensors_takes_it_but_we_do_not(header: Any, sentence: str) -> None:
-    # A second tensor of a name is lost without a word; the rest no checkpoint has, and a name
-    # goes to people's terminals.
+def test_mquant_refuses_some_headers_that_safetensors_accepts(header: Any, sentence: str) -> None:
+    # safetensors drops the second tensor of a name silently, and names are printed on terminals.
+    # No real checkpoint has the other cases.
     raw = (
         header.replace(b"%b", json.dumps(entry()).encode()) if isinstance(header, bytes) else header
     )

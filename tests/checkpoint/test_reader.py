@@ -1,4 +1,4 @@
-"""Reading into buffers: all of it, or one sentence."""
+"""`Reader` fills whole buffers from files, and names every failure in one sentence."""
 
 import errno
 import os
@@ -41,7 +41,7 @@ def test_a_buffer_is_filled_from_any_place(reader: Reader) -> None:
     assert read(reader, 100_000, 0) == b""
 
 
-def test_a_read_that_comes_in_parts_is_put_together(
+def test_a_read_that_returns_in_parts_is_joined(
     reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = os.preadv
@@ -66,7 +66,7 @@ def test_a_file_that_shrank_is_one_sentence(reader: Reader, file: Path) -> None:
     )
 
 
-def test_bytes_the_disk_does_not_give_are_one_sentence(
+def test_a_read_error_of_the_disk_is_one_sentence(
     reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_args: object) -> int:
@@ -80,19 +80,19 @@ def test_bytes_the_disk_does_not_give_are_one_sentence(
     )
 
 
-def test_a_file_that_went_away_is_one_sentence(reader: Reader, file: Path) -> None:
+def test_a_deleted_file_is_one_sentence(reader: Reader, file: Path) -> None:
     file.unlink()
     with pytest.raises(SourceError, match=r"model\.safetensors cannot be read: No such file"):
         read(reader, 0, 1)
 
 
-def test_a_file_at_rest_passes(reader: Reader) -> None:
+def test_an_unchanged_file_passes_the_check(reader: Reader) -> None:
     read(reader, 0, 1)
     reader.check("model.safetensors")
 
 
 @pytest.mark.parametrize("change", ["touch", "grow", "shrink"])
-def test_a_file_that_was_written_to_is_found_out(reader: Reader, file: Path, change: str) -> None:
+def test_a_file_that_changed_fails_the_check(reader: Reader, file: Path, change: str) -> None:
     read(reader, 0, 1)
     if change == "touch":
         os.utime(file, ns=(0, 12345))
@@ -102,7 +102,7 @@ def test_a_file_that_was_written_to_is_found_out(reader: Reader, file: Path, cha
         reader.check("model.safetensors")
 
 
-def test_asking_ahead_never_fails(reader: Reader, file: Path) -> None:
+def test_prefetching_never_fails(reader: Reader, file: Path) -> None:
     reader.prefetch("model.safetensors", 0, 10**9)
     reader.prefetch("no such file", 0, 10)
     assert read(reader, 0, 10) == DATA[:10]

@@ -1,4 +1,4 @@
-"""A hub repo read through a folder of bounded size."""
+"""The spool downloads a hub repo's files through a folder of bounded size."""
 
 import hashlib
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import mquant.checkpoint.spool as spool_module
+from checkpoint.hub_folder import REPO
 from fakehub import FakeHub, hub
 from mquant.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from mquant.checkpoint.hub import HubRepo
@@ -20,14 +21,13 @@ from mquant.synth import Sizes, synth
 
 __all__ = ["hub"]
 
-REPO = "org/tiny"
 SHARD = 6_000_000
 Work = dict[int, list[TensorInfo]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 22 MB in 5 shards."""
+    """Return a checkpoint of 22 MB in 5 shards."""
     path = tmp_path_factory.mktemp("models") / "tiny"
     sizes = Sizes(hidden=512, intermediate=512)
     synth(path, load_families()["minimax_m2"], sizes=sizes, max_shard_bytes=SHARD)
@@ -42,7 +42,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def repo(hub: FakeHub, folder: Path) -> HubRepo:
-    """The checkpoint's repo; what was sent until now is not counted."""
+    """Return the checkpoint's repo. The hub's counters restart at 0."""
     hub.add(REPO, folder)
     repo = HubRepo(REPO)
     hub.forget()
@@ -50,9 +50,9 @@ def repo(hub: FakeHub, folder: Path) -> HubRepo:
 
 
 def work_of(checkpoint: Checkpoint) -> Work:
-    """One piece of work for each tensor, in the order in which they lie."""
+    """Return one work unit for each tensor, in the order of shards and offsets."""
     infos = sorted(checkpoint.tensors.values(), key=lambda info: (info.shard, info.start))
-    return dict(enumerate(infos_ for infos_ in ([info] for info in infos)))
+    return dict(enumerate([info] for info in infos))
 
 
 def spool_of(repo: HubRepo, scratch: Path, work: Work, room: int = 2 * SHARD) -> Spool:
@@ -70,14 +70,14 @@ def size_of(scratch: Path) -> int:
     return sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
 
 
-def test_every_tensor_is_read_as_it_is_in_never_more_than_the_room(
+def test_every_tensor_is_read_exactly_within_the_room(
     repo: HubRepo, folder: Path, tmp_path: Path
 ) -> None:
     work, most = work_of(open_checkpoint(repo)), 0
     with spool_of(repo, tmp_path / "s", work) as spool:
         for number, (info,) in work.items():
-            whole = (folder / info.shard).read_bytes()
-            assert read(spool, info) == whole[info.start : info.end]
+            content = (folder / info.shard).read_bytes()
+            assert read(spool, info) == content[info.start : info.end]
             most = max(most, size_of(tmp_path / "s"))
             spool.done([number])
     assert SHARD < most <= 2 * SHARD
@@ -85,7 +85,9 @@ def test_every_tensor_is_read_as_it_is_in_never_more_than_the_room(
     assert not (tmp_path / "s").exists()
 
 
-def test_files_are_sent_once(hub: FakeHub, repo: HubRepo, folder: Path, tmp_path: Path) -> None:
+def test_every_file_is_downloaded_once(
+    hub: FakeHub, repo: HubRepo, folder: Path, tmp_path: Path
+) -> None:
     work = work_of(open_checkpoint(repo))
     shards = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     spool = spool_of(repo, tmp_path / "s", work)
@@ -102,7 +104,7 @@ def test_the_least_room_is_that_of_files_needed_at_once(repo: HubRepo, tmp_path:
     parts = parts_of(repo, open_checkpoint(repo).tensors.values(), work)
     assert least_room(parts) == max(part.nbytes for part in parts)
     last = max(work)
-    work[last + 1] = [*work[0], *work[last]]  # the first file is needed to the end
+    work[last + 1] = [*work[0], *work[last]]  # the last work unit needs the first file too
     parts = parts_of(repo, open_checkpoint(repo).tensors.values(), work)
     sizes = [part.nbytes for part in parts]
     assert least_room(parts) == sizes[0] + max(sizes[1:])
@@ -113,7 +115,7 @@ def test_the_least_room_is_that_of_files_needed_at_once(repo: HubRepo, tmp_path:
             spool.done([number])
 
 
-def test_an_interrupted_file_is_gone_on_with(
+def test_an_interrupted_download_is_resumed(
     hub: FakeHub, repo: HubRepo, folder: Path, tmp_path: Path
 ) -> None:
     work = work_of(open_checkpoint(repo))
@@ -130,7 +132,7 @@ def test_an_interrupted_file_is_gone_on_with(
     assert min(int(r.split("=")[1].split("-")[0]) for r in asked if r) == 2_000_000
 
 
-def test_a_whole_file_is_not_fetched_again(hub: FakeHub, repo: HubRepo, tmp_path: Path) -> None:
+def test_a_whole_file_is_not_downloaded_again(hub: FakeHub, repo: HubRepo, tmp_path: Path) -> None:
     work = work_of(open_checkpoint(repo))
     first = work[0][0].shard
     with spool_of(repo, tmp_path / "s", work) as spool:
@@ -142,7 +144,7 @@ def test_a_whole_file_is_not_fetched_again(hub: FakeHub, repo: HubRepo, tmp_path
     assert not [r for r in hub.requests if r.path.endswith(first)]
 
 
-def test_a_whole_file_is_not_fetched_again_where_only_some_of_it_is_still_needed(
+def test_a_whole_file_is_not_downloaded_again_if_a_part_of_the_file_is_needed(
     hub: FakeHub, repo: HubRepo, folder: Path, tmp_path: Path
 ) -> None:
     work = work_of(open_checkpoint(repo))
@@ -158,7 +160,7 @@ def test_a_whole_file_is_not_fetched_again_where_only_some_of_it_is_still_needed
     assert not [r for r in hub.requests if r.path.endswith(info.shard)]
 
 
-def test_of_a_file_that_is_needed_in_part_only_that_is_fetched(
+def test_only_the_needed_part_of_a_file_is_downloaded(
     hub: FakeHub, repo: HubRepo, folder: Path, tmp_path: Path
 ) -> None:
     work = work_of(open_checkpoint(repo))
@@ -170,7 +172,7 @@ def test_of_a_file_that_is_needed_in_part_only_that_is_fetched(
         assert size_of(tmp_path / "s") == hub.bytes_served == info.nbytes
 
 
-def test_a_file_with_another_sha256_is_refused_and_gone(
+def test_a_file_with_another_sha256_is_refused_and_deleted(
     hub: FakeHub, repo: HubRepo, tmp_path: Path
 ) -> None:
     work = work_of(open_checkpoint(repo))
@@ -182,9 +184,7 @@ def test_a_file_with_another_sha256_is_refused_and_gone(
     assert not list((tmp_path / "s").rglob(f"{first}*"))
 
 
-def test_what_is_of_no_use_is_deleted_and_links_are_not_followed(
-    repo: HubRepo, tmp_path: Path
-) -> None:
+def test_unused_files_are_deleted_and_links_are_not_followed(repo: HubRepo, tmp_path: Path) -> None:
     work = work_of(open_checkpoint(repo))
     first = work[0][0].shard
     inside = tmp_path / "s" / repo.commit
@@ -216,7 +216,7 @@ def test_a_folder_that_is_a_link_is_replaced(repo: HubRepo, tmp_path: Path, link
     assert sorted(path.name for path in other.rglob("*")) == sorted(["kept", repo.commit])
 
 
-def test_a_hub_that_fails_is_one_sentence_to_everyone_who_waits(
+def test_a_failing_hub_is_one_sentence_to_every_waiting_reader(
     hub: FakeHub, repo: HubRepo, tmp_path: Path
 ) -> None:
     work = work_of(open_checkpoint(repo))
@@ -226,16 +226,16 @@ def test_a_hub_that_fails_is_one_sentence_to_everyone_who_waits(
         read(spool, work[0][0])
 
 
-def test_who_waits_can_be_told_to_stop(repo: HubRepo, tmp_path: Path) -> None:
+def test_a_waiting_reader_can_be_stopped(repo: HubRepo, tmp_path: Path) -> None:
     work = work_of(open_checkpoint(repo))
     last = work[max(work)][0]
     with spool_of(repo, tmp_path / "s", work, SHARD) as spool:
         threading.Timer(0.2, spool.stop).start()
         with pytest.raises(SourceError, match="Stopped"):
-            read(spool, last)  # never comes: the first file is not released
+            read(spool, last)  # the room is full: no work unit releases the first file
 
 
-def test_progress_counts_what_was_here_before(repo: HubRepo, tmp_path: Path) -> None:
+def test_progress_counts_files_of_an_earlier_run(repo: HubRepo, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(repo)
     work = work_of(checkpoint)
     parts = parts_of(repo, checkpoint.tensors.values(), work)
@@ -247,10 +247,10 @@ def test_progress_counts_what_was_here_before(repo: HubRepo, tmp_path: Path) -> 
         for number, (info,) in work.items():
             read(spool, info)
             spool.done([number])
-    told = [event.done for event in events if isinstance(event, Progress)]
-    assert told == sorted(told)
-    assert told[0] >= parts[0].nbytes
-    assert told[-1] == sum(part.nbytes for part in parts)
+    counts = [event.done for event in events if isinstance(event, Progress)]
+    assert counts == sorted(counts)
+    assert counts[0] >= parts[0].nbytes
+    assert counts[-1] == sum(part.nbytes for part in parts)
 
 
 def test_a_full_disk_is_one_sentence(

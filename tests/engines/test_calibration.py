@@ -1,4 +1,4 @@
-"""Calibrated recipes: what goes through the model, and what llmcompressor makes of it."""
+"""Calibrated recipes write the tensors that llmcompressor's oneshot makes of the whole model."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +28,8 @@ RECIPES = {
     "nvfp4-gptq": "roles: {expert: NVFP4A16, attention: NVFP4A16}\nrounding: gptq",
     "w4a16-awq": "roles: {expert: W4A16, attention: W4A16}\nsmoothing: awq",
 }
-# Of what feeds linear layers and what these are, by transformers' names: all of MiniMax-M2.
+# Each layer that feeds linear layers, and those linear layers: all of MiniMax-M2's, by
+# transformers' names.
 FEEDS = {
     "input_layernorm": ["q_proj", "k_proj", "v_proj"],
     "post_attention_layernorm": ["mlp.gate", "gate_proj", "up_proj"],
@@ -37,7 +38,7 @@ FEEDS = {
 
 
 def recipe(folder: Path, name: str) -> str:
-    """The shipped recipe of that name, with few samples."""
+    """Write a copy of the shipped recipe `name`, with few samples; return its path."""
     path = folder / f"{name}.yaml"
     few = json.dumps(FEW.model_dump())
     path.write_text(f"name: {name}\nsuffix: X\n{RECIPES[name]}\ncalibration: {few}\n")
@@ -50,7 +51,7 @@ def divisible(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(dtype: str, src: Path = TRAINED) -> Any:
-    """The model as transformers loads it whole, with the RoPE it was trained with."""
+    """Return the model as transformers loads it whole, with the RoPE of its training."""
     import transformers
 
     hf: Any = transformers
@@ -60,7 +61,7 @@ def loaded(dtype: str, src: Path = TRAINED) -> Any:
 
 
 def upstream(name: str, src: Path) -> Any:
-    """The model after plain oneshot, loaded whole, its router in F32."""
+    """Return the model after plain oneshot: loaded whole, with its routers in F32."""
     import torch
     from llmcompressor.modeling.moe.linearize import linearize_moe
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -73,17 +74,18 @@ def upstream(name: str, src: Path) -> Any:
     model, parent = loaded("bfloat16", src), opened(src)
     for number, layer in enumerate(model.model.layers):
         block = f"model.layers.{number}.block_sparse_moe"
-        for owner, ours, theirs in (
+        for owner, stored_name, attribute in (
             (layer.mlp.gate, "gate.weight", "weight"),
             (layer.mlp, "e_score_correction_bias", "e_score_correction_bias"),
         ):
-            raw = bytearray(data(parent, f"{block}.{ours}"))
+            raw = bytearray(data(parent, f"{block}.{stored_name}"))
             value = torch.frombuffer(raw, dtype=torch.float32)
-            getattr(owner, theirs).data = value.reshape(getattr(owner, theirs).shape)
+            getattr(owner, attribute).data = value.reshape(getattr(owner, attribute).shape)
     linearize_moe(model)
     options = {"targets": ["Linear"], "ignore": ["lm_head"]}
     awq = [
-        AWQMapping(f"re:.*{by}$", [f"re:.*{of}$" for of in feeds]) for by, feeds in FEEDS.items()
+        AWQMapping(f"re:.*{feeder}$", [f"re:.*{linear}$" for linear in feeds])
+        for feeder, feeds in FEEDS.items()
     ]
     modifiers = {
         "nvfp4-gptq": [GPTQModifier(scheme="NVFP4A16", actorder=None, **options)],
@@ -91,7 +93,7 @@ def upstream(name: str, src: Path) -> Any:
         "w4a16-awq": [AWQModifier(mappings=awq), QuantizationModifier(scheme="W4A16", **options)],
     }[name]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more add up GPTQ's Hessians in another order
+    torch.set_num_threads(1)  # several threads add up GPTQ's Hessians in another order
     try:
         calibrate(model, modifiers, load_samples(TEXT, src, FEW))
     finally:
@@ -100,7 +102,7 @@ def upstream(name: str, src: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_tensor_is_what_oneshot_makes_of_the_whole_model(
+def test_every_tensor_equals_oneshots_on_the_whole_model(
     tmp_path: Path, name: str, divisible: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llmcompressor.pipelines.cache import IntermediatesCache
@@ -114,11 +116,11 @@ def test_every_tensor_is_what_oneshot_makes_of_the_whole_model(
         patched.setattr(oneshot, "_AT_ONCE", 8192)  # elements of a weight compressed at once
         quantize(plan, tmp_path / "out", data=TEXT)
 
-    # AWQ pins memory for an accelerator, whether there is one or not.
+    # AWQ pins memory for an accelerator even if the machine has none.
     monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda *_arguments: None)
-    model, made = upstream(name, src), opened(tmp_path / "out")
+    model, written = upstream(name, src), opened(tmp_path / "out")
     with ThreadPoolExecutor(1) as pool:
-        theirs = {
+        expected = {
             f"{action.module}.{suffix}": bytes(as_bytes(tensor))
             for action in plan.actions
             if action.scheme
@@ -128,16 +130,16 @@ def test_every_tensor_is_what_oneshot_makes_of_the_whole_model(
         }
     for action in (action for action in plan.actions if action.scaled):
         module = model.get_submodule(plan.family.in_memory_name(action.module))
-        theirs[action.source.name] = bytes(as_bytes(module.weight.detach()))
-    kept = [t for t in made.tensors if t in opened(src).tensors and t not in theirs]
-    assert len(theirs) + len(kept) == len(made.tensors)
-    assert [tensor for tensor in theirs if theirs[tensor] != data(made, tensor)] == []
-    assert [t for t in kept if data(made, t) != data(opened(src), t)] == []
+        expected[action.source.name] = bytes(as_bytes(module.weight.detach()))
+    kept = [t for t in written.tensors if t in opened(src).tensors and t not in expected]
+    assert len(expected) + len(kept) == len(written.tensors)
+    assert [tensor for tensor in expected if expected[tensor] != data(written, tensor)] == []
+    assert [t for t in kept if data(written, t) != data(opened(src), t)] == []
     report = verify(Folder(tmp_path / "out"), load_families(), Depth.FULL, parent=Folder(src))
-    assert [found for found in report.findings if found.severity != "info"] == []
+    assert [finding for finding in report.findings if finding.severity != "info"] == []
 
 
-def test_the_model_that_is_calibrated_predicts_as_the_trained_one(tmp_path: Path) -> None:
+def test_the_calibrated_model_predicts_like_the_trained_model(tmp_path: Path) -> None:
     import torch
 
     from mquant.engines.offloaded_model import attach, build_model
@@ -155,11 +157,11 @@ def test_the_model_that_is_calibrated_predicts_as_the_trained_one(tmp_path: Path
     (ids,) = load_samples(TEXT, TRAINED, Calibration(samples=1, length=256))
     tokens = torch.tensor([ids])
     with torch.no_grad():
-        ours, theirs = (
+        loss, reference_loss = (
             torch.nn.functional.cross_entropy(m(tokens).logits[0, :-1].float(), tokens[0, 1:])
             for m in (model, reference)
         )
-    assert abs(ours - theirs) < 0.02  # BF16; with RoPE over the whole head it is 0.5
+    assert abs(loss - reference_loss) < 0.02  # BF16; with RoPE over the whole head it is 0.5
     assert model.model.layers[0].mlp.gate.weight.dtype == torch.float32
 
 
@@ -172,7 +174,7 @@ def test_samples_are_cut_from_a_text_and_drawn_by_seed() -> None:
     assert first != load_samples(TEXT, TRAINED, Calibration(samples=3, length=48, seed=2))
 
 
-def test_rows_have_text_or_messages_for_the_chat_template(tmp_path: Path) -> None:
+def test_a_row_has_text_or_messages_for_the_chat_template(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from transformers import AutoTokenizer
@@ -184,15 +186,15 @@ def test_rows_have_text_or_messages_for_the_chat_template(tmp_path: Path) -> Non
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     pq.write_table(pa.table({"text": ["Not far."]}), tmp_path / "a.parquet")
     tokenizer: Any = AutoTokenizer.from_pretrained(TRAINED)
-    plain = tokenizer("Not far.", add_special_tokens=False)["input_ids"]
+    text_ids = tokenizer("Not far.", add_special_tokens=False)["input_ids"]
     chat = tokenizer.apply_chat_template(messages, tokenize=False)
-    asked = tokenizer(chat, add_special_tokens=False)["input_ids"]
-    wanted = Calibration(samples=9, length=999)
+    chat_ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    calibration = Calibration(samples=9, length=999)
 
-    assert sorted(load_samples(str(tmp_path / "a.jsonl"), TRAINED, wanted)) == sorted(
-        [plain, asked]
+    assert sorted(load_samples(str(tmp_path / "a.jsonl"), TRAINED, calibration)) == sorted(
+        [text_ids, chat_ids]
     )
-    assert load_samples(str(tmp_path / "a.parquet"), TRAINED, wanted) == [plain]
+    assert load_samples(str(tmp_path / "a.parquet"), TRAINED, calibration) == [text_ids]
 
 
 @pytest.mark.parametrize(
@@ -204,20 +206,20 @@ def test_rows_have_text_or_messages_for_the_chat_template(tmp_path: Path) -> Non
         (None, "DATA cannot be read: No such file or directory."),
     ],
 )
-def test_what_is_wrong_with_the_data_is_one_sentence(
-    tmp_path: Path, content: str | None, sentence: str
-) -> None:
+def test_unusable_data_is_one_sentence(tmp_path: Path, content: str | None, sentence: str) -> None:
     from mquant.engines.samples import load_samples
 
     path = tmp_path / "data.jsonl"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(DataFileError) as told:
+    with pytest.raises(DataFileError) as caught:
         load_samples(str(path), TRAINED, FEW)
-    assert told.value.message == sentence.replace("DATA", str(path))
+    assert caught.value.message == sentence.replace("DATA", str(path))
 
 
-def test_a_dataset_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_that_cannot_be_downloaded_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import datasets
 
     from mquant.engines.samples import load_samples
@@ -226,27 +228,27 @@ def test_a_dataset_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.Monkey
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(DataFileError) as told:
+    with pytest.raises(DataFileError) as caught:
         load_samples("someone/texts", TRAINED, FEW)
-    assert told.value.message == (
+    assert caught.value.message == (
         "someone/texts is no file, and no dataset on the hub (ConnectionError)."
     )
 
 
-def test_experts_that_no_token_was_routed_to_are_named(tmp_path: Path) -> None:
-    said: list[Event] = []
+def test_experts_without_routed_tokens_are_named(tmp_path: Path) -> None:
+    events: list[Event] = []
     path = tmp_path / "one.jsonl"
     path.write_text(json.dumps({"text": "a b"}))
     plan = plan_of(TRAINED, recipe(tmp_path, "nvfp4-w4a4"))
 
-    quantize(plan, tmp_path / "out", data=str(path), emit=said.append)
+    quantize(plan, tmp_path / "out", data=str(path), emit=events.append)
 
-    (told,) = [e.message for e in said if isinstance(e, Note) and "was routed to" in e.message]
-    assert told.startswith("No calibration token was routed to ")
-    assert "model.layers.0.block_sparse_moe.experts." in told
-    # All of them saw all tokens, so none lacks a scale of its inputs.
-    made = opened(tmp_path / "out").tensors
-    assert sum(name.endswith(".input_global_scale") for name in made) == 102
+    (note,) = [e.message for e in events if isinstance(e, Note) and "was routed to" in e.message]
+    assert note.startswith("No calibration token was routed to ")
+    assert "model.layers.0.block_sparse_moe.experts." in note
+    # Calibration sends every token through every expert, so no expert lacks an input scale.
+    tensors = opened(tmp_path / "out").tensors
+    assert sum(name.endswith(".input_global_scale") for name in tensors) == 102
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -257,7 +259,7 @@ def test_llmcompressor_accepts_recipe_yaml(tmp_path: Path, name: str) -> None:
     text.write_text(recipe_yaml(plan_of(TRAINED, name)))
     *before, modifier = Recipe.create_instance(str(text)).modifiers
 
-    assert [type(each).__name__ for each in before] == ["AWQModifier"] * (name == "w4a16-awq")
+    assert [type(earlier).__name__ for earlier in before] == ["AWQModifier"] * (name == "w4a16-awq")
     assert (type(modifier).__name__, modifier.scheme) == {
         "nvfp4-w4a4": ("QuantizationModifier", "NVFP4"),
         "nvfp4-gptq": ("GPTQModifier", "NVFP4A16"),
@@ -265,7 +267,7 @@ def test_llmcompressor_accepts_recipe_yaml(tmp_path: Path, name: str) -> None:
     }[name]
 
 
-def test_without_an_accelerator_memory_is_pinned_as_before_once_awq_is_done(
+def test_pin_memory_is_restored_after_awq_without_an_accelerator(
     tmp_path: Path, divisible: Path
 ) -> None:
     from llmcompressor.pipelines.cache import IntermediatesCache
@@ -275,31 +277,29 @@ def test_without_an_accelerator_memory_is_pinned_as_before_once_awq_is_done(
     assert IntermediatesCache.pin_memory is before
 
 
-def test_integers_without_data_are_what_model_free_ptq_makes(
-    tmp_path: Path, divisible: Path
-) -> None:
+def test_integers_without_data_equal_model_free_ptqs(tmp_path: Path, divisible: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         "name: mine\nsuffix: X\nroles: {expert: W4A16, attention: W4A16}\n"
     )
     plan = plan_of(divisible, str(tmp_path / "mine.yaml"))
     assert quantize(plan, tmp_path / "out").engine == Engine.ONESHOT
-    with pytest.raises(UsageError) as told:
+    with pytest.raises(UsageError) as caught:
         quantize(plan, tmp_path / "other", engine=Engine.STREAM)
-    assert told.value.message == (
+    assert caught.value.message == (
         "Recipe mine stores W4A16, which the stream engine does not make."
     )
-    one = one_shard(divisible, tmp_path / "one")
-    theirs = model_free_ptq(one, tmp_path / "theirs", scheme="W4A16")
+    single = one_shard(divisible, tmp_path / "one")
+    expected = model_free_ptq(single, tmp_path / "expected", scheme="W4A16")
     names = opened(tmp_path / "out").tensors.keys() - opened(divisible).tensors.keys()
     assert len(names) == 3 * 32
-    assert differences(tmp_path / "out", theirs, names) == []
+    assert differences(tmp_path / "out", expected, names) == []
 
 
-def test_a_recipe_that_needs_data_is_refused_without(tmp_path: Path) -> None:
+def test_data_must_be_given_exactly_if_the_recipe_needs_data(tmp_path: Path) -> None:
     plan = plan_of(TRAINED, "nvfp4-w4a4")
-    with pytest.raises(UsageError) as told:
+    with pytest.raises(UsageError) as caught:
         quantize(plan, tmp_path / "out")
-    assert told.value.message == ("Recipe nvfp4-w4a4 needs calibration data, which --data names.")
+    assert caught.value.message == ("Recipe nvfp4-w4a4 needs calibration data, which --data names.")
     with pytest.raises(UsageError, match="which the stream engine does not see"):
         quantize(plan, tmp_path / "out", data=TEXT, engine=Engine.STREAM)
     with pytest.raises(UsageError, match="needs no data, so --data has no effect"):

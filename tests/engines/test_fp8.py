@@ -1,4 +1,4 @@
-"""FP8 and mixed recipes: both engines' bytes, judged by upstream's tools on the same files."""
+"""FP8 and mixed recipes write, in both engines, the bytes that upstream's tools write."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ DIVISIBLE: dict[str, Any] = {
 }
 
 
-def made(src: Path, out: Path, recipe: str, engine: Engine = Engine.STREAM) -> Path:
+def quantize_to(src: Path, out: Path, recipe: str, engine: Engine = Engine.STREAM) -> Path:
     quantize(plan_of(src, recipe, 10**6), out, engine=engine)
     return out
 
@@ -40,7 +40,7 @@ def quantized(folder: Path) -> set[str]:
 
 
 def hard_values(rows: list[Row]) -> list[Row]:
-    """Zero tensors and rows, -0.0, subnormals and huge values in experts' weights."""
+    """Put zero tensors and rows, -0.0, subnormals and huge values into experts' weights."""
     edited: list[Row] = []
     for name, dtype, shape, raw in rows:
         types = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
@@ -63,28 +63,28 @@ def test_hard_values_equal_model_free_ptq(
     tmp_path: Path, recipe: str, scheme: str, dtype: str
 ) -> None:
     src = make_checkpoint(tmp_path / "src", dtype=dtype, shards=1, edit=hard_values, **DIVISIBLE)
-    theirs = model_free_ptq(src, tmp_path / "theirs", scheme=scheme)
+    expected = model_free_ptq(src, tmp_path / "expected", scheme=scheme)
 
-    ours = made(src, tmp_path / "ours", recipe)
+    out = quantize_to(src, tmp_path / "out", recipe)
 
-    assert quantized(ours) == quantized(theirs) != set()
-    assert differences(ours, theirs, quantized(ours)) == []
+    assert quantized(out) == quantized(expected) != set()
+    assert differences(out, expected, quantized(out)) == []
 
 
-def test_config_json_says_what_upstream_says_but_for_ignore(tmp_path: Path) -> None:
+def test_config_json_equals_upstreams_except_for_ignore(tmp_path: Path) -> None:
     src = make_checkpoint(tmp_path / "src", shards=1, **DIVISIBLE)
     for recipe, scheme in (("fp8-dynamic", "FP8_DYNAMIC"), ("fp8-block", "FP8_BLOCK")):
-        theirs = model_free_ptq(src, tmp_path / scheme, scheme=scheme) / "config.json"
-        ours = made(src, tmp_path / recipe, recipe) / "config.json"
-        mine, their = (read_json(path)["quantization_config"] for path in (ours, theirs))
-        assert [*mine["config_groups"].values()] == [*their["config_groups"].values()]
-        assert mine["format"] == their["format"] == "float-quantized"
+        expected = model_free_ptq(src, tmp_path / scheme, scheme=scheme) / "config.json"
+        out = quantize_to(src, tmp_path / recipe, recipe) / "config.json"
+        config, upstream = (read_json(path)["quantization_config"] for path in (out, expected))
+        assert [*config["config_groups"].values()] == [*upstream["config_groups"].values()]
+        assert config["format"] == upstream["format"] == "float-quantized"
 
 
 @pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4-fp8"])
-def test_on_the_trained_checkpoint_both_engines_write_the_same(tmp_path: Path, recipe: str) -> None:
-    stream = hashes(made(TRAINED, tmp_path / "stream", recipe))
-    oneshot = hashes(made(TRAINED, tmp_path / "oneshot", recipe, Engine.ONESHOT))
+def test_both_engines_write_the_same_files(tmp_path: Path, recipe: str) -> None:
+    stream = hashes(quantize_to(TRAINED, tmp_path / "stream", recipe))
+    oneshot = hashes(quantize_to(TRAINED, tmp_path / "oneshot", recipe, Engine.ONESHOT))
 
     assert stream.pop("mquant.json") != oneshot.pop("mquant.json")  # it names the engine
     assert stream == oneshot
@@ -92,8 +92,8 @@ def test_on_the_trained_checkpoint_both_engines_write_the_same(tmp_path: Path, r
 
 def test_the_engines_differ_in_the_sign_of_zero_as_upstreams_tools_do(tmp_path: Path) -> None:
     src = make_checkpoint(tmp_path / "src", edit=hard_values, **DIVISIBLE)
-    stream = made(src, tmp_path / "stream", "fp8-block")
-    oneshot = made(src, tmp_path / "oneshot", "fp8-block", Engine.ONESHOT)
+    stream = quantize_to(src, tmp_path / "stream", "fp8-block")
+    oneshot = quantize_to(src, tmp_path / "oneshot", "fp8-block", Engine.ONESHOT)
     # llmcompressor's oneshot adds a zero point of 0, model_free_ptq does not: -0.0 becomes 0.0.
     names = differences(stream, oneshot, set(opened(stream).tensors))
     assert names
@@ -103,16 +103,14 @@ def test_the_engines_differ_in_the_sign_of_zero_as_upstreams_tools_do(tmp_path: 
 
 
 @pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4-fp8"])
-def test_verify_finds_nothing_and_every_weight_near_the_parents(
-    tmp_path: Path, recipe: str
-) -> None:
-    out = made(TRAINED, tmp_path / "out", recipe)
+def test_verify_finds_every_weight_near_the_parents(tmp_path: Path, recipe: str) -> None:
+    out = quantize_to(TRAINED, tmp_path / "out", recipe)
     report = verify(Folder(out), load_families(), Depth.FULL, parent=Folder(TRAINED))
-    assert [found for found in report.findings if found.severity != "info"] == []
+    assert [finding for finding in report.findings if finding.severity != "info"] == []
 
 
 def test_a_mixed_recipe_has_the_bytes_of_each_scheme_alone(tmp_path: Path) -> None:
-    mixed = made(TRAINED, tmp_path / "mixed", "nvfp4-fp8")
+    mixed = quantize_to(TRAINED, tmp_path / "mixed", "nvfp4-fp8")
     one = one_shard(TRAINED, tmp_path / "one")
     fp8 = model_free_ptq(one, tmp_path / "fp8", scheme="FP8_DYNAMIC")
     nvfp4 = model_free_ptq(one, tmp_path / "nvfp4")
@@ -124,7 +122,7 @@ def test_a_mixed_recipe_has_the_bytes_of_each_scheme_alone(tmp_path: Path) -> No
     assert differences(mixed, fp8, attention) == []
 
 
-def test_nan_in_a_weight_stops_the_run_with_its_name(tmp_path: Path) -> None:
+def test_nan_stops_the_run_with_the_weights_name(tmp_path: Path) -> None:
     name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
 
     def spoil(rows: list[Row]) -> list[Row]:
@@ -132,7 +130,7 @@ def test_nan_in_a_weight_stops_the_run_with_its_name(tmp_path: Path) -> None:
 
     src = make_checkpoint(tmp_path / "src", edit=spoil)
     with pytest.raises(SourceError, match=f"{name} holds 1 value that is NaN or infinite"):
-        made(src, tmp_path / "out", "fp8-dynamic")
+        quantize_to(src, tmp_path / "out", "fp8-dynamic")
     assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -142,13 +140,13 @@ def test_kept_layers_keep_the_parents_bytes(tmp_path: Path) -> None:
         "name: mine\nsuffix: MINE\nroles: {expert: NVFP4A16, attention: FP8_DYNAMIC}\n"
         "keep_layers: {first: 1, last: 1}\n"
     )
-    out = made(TRAINED, tmp_path / "out", str(recipe))
+    out = quantize_to(TRAINED, tmp_path / "out", str(recipe))
 
     tensors = opened(out).tensors
     whole = {name for name in opened(TRAINED).tensors if ".layers.1." not in name}
     assert differences(out, TRAINED, whole) == []
     assert "model.layers.1.self_attn.q_proj.weight_scale" in tensors
     report = verify(Folder(out), load_families(), Depth.FULL, parent=Folder(TRAINED))
-    assert [found for found in report.findings if found.severity != "info"] == []
+    assert [finding for finding in report.findings if finding.severity != "info"] == []
     kept = "model.layers.0.self_attn.q_proj.weight"
     assert data(opened(out), kept) == data(opened(TRAINED), kept)

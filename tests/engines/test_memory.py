@@ -1,4 +1,4 @@
-"""A model larger than memory: the weights stay on disk, and the limit is real."""
+"""Neither engine needs memory for the whole model."""
 
 import subprocess
 import sys
@@ -11,8 +11,9 @@ from mquant.numerics.floats import FLOATS
 from mquant.numerics.kernels import prepare
 from run import MEASURED
 
-# The limit counts what is allocated from here on (RLIMIT_DATA: heap and private mappings, which
-# also a mapped shard would be); importing torch alone maps more than a small limit allows.
+# The limit counts only memory that is allocated after the imports: the import of torch alone maps
+# more than a small limit allows. RLIMIT_DATA limits the heap and private mappings; a mapped shard
+# would be a private mapping too.
 LIMIT = """
 import resource
 from mquant.cli import main
@@ -25,7 +26,7 @@ resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def synth(src: Path, layers: int, experts: int) -> int:
-    """A checkpoint of real shapes; returns its size in bytes."""
+    """Write a checkpoint of real shapes; return its size in bytes."""
     size = {"layers": layers, "experts": experts, "hidden": 3072, "intermediate": 1536}
     options = [word for name, value in size.items() for word in (f"--{name}", str(value))]
     mquant = [sys.executable, "-m", "mquant"]
@@ -36,7 +37,7 @@ def synth(src: Path, layers: int, experts: int) -> int:
 
 
 def quantize(program: str, src: Path, out: Path, *options: str) -> str:
-    """Quantize in a process of its own; returns what it says of its memory."""
+    """Quantize in another process; return its stderr, which reports the peak memory."""
     arguments = ["quantize", str(src), "--recipe", "nvfp4", "-o", str(out), *options]
     command = [sys.executable, "-c", program, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -46,24 +47,26 @@ def quantize(program: str, src: Path, out: Path, *options: str) -> str:
 
 
 @pytest.mark.upstream
-def test_half_the_models_bytes_are_enough_memory_for_oneshot(tmp_path: Path) -> None:
+def test_oneshot_runs_in_half_the_models_bytes(tmp_path: Path) -> None:
     nbytes = synth(tmp_path / "src", layers=1, experts=50)
     assert nbytes > 1.4e9
     limited = LIMIT.replace("HALF", str(nbytes // 2)) + MEASURED
-    said = quantize(limited, tmp_path / "src", tmp_path / "out", "--engine", "oneshot")
-    peak = int(said.rpartition("peak ")[2])
+    report = quantize(limited, tmp_path / "src", tmp_path / "out", "--engine", "oneshot")
+    peak = int(report.rpartition("peak ")[2])
     assert peak < nbytes / 2, "resident memory, torch itself included"
 
 
-def test_the_streaming_engine_needs_no_more_for_a_model_twice_the_size(tmp_path: Path) -> None:
-    prepare(FLOATS["BF16"])  # to compile takes memory of its own, once
+def test_the_stream_engine_needs_the_same_memory_for_a_model_of_twice_the_size(
+    tmp_path: Path,
+) -> None:
+    prepare(FLOATS["BF16"])  # the first compilation takes memory of its own
     peaks, sizes = [], []
     for layers in (1, 2):
         src = tmp_path / f"src-{layers}"
         sizes.append(synth(src, layers, experts=10))
-        said = quantize(MEASURED, src, tmp_path / f"out-{layers}", "--workers", "3")
-        assert "torch False" in said
-        peaks.append(int(said.rpartition("peak ")[2]))
+        report = quantize(MEASURED, src, tmp_path / f"out-{layers}", "--workers", "3")
+        assert "torch False" in report
+        peaks.append(int(report.rpartition("peak ")[2]))
     assert sizes[1] > 1.9 * sizes[0]
     assert abs(peaks[1] - peaks[0]) < 0.1 * peaks[0]
     assert max(peaks) < 450e6

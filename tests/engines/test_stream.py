@@ -1,4 +1,4 @@
-"""The streaming engine's bytes, judged by upstream's own tools on the same files."""
+"""The stream engine writes the bytes that upstream's own tools write for the same files."""
 
 import subprocess
 import sys
@@ -30,26 +30,26 @@ REAL = {
 
 
 def assert_as_model_free_ptq(src: Path, tmp_path: Path) -> None:
-    theirs = model_free_ptq(src, tmp_path / "theirs")
-    ours = quantize_nvfp4(src, tmp_path / "ours", engine=Engine.STREAM)
-    assert quantized_names(ours) == quantized_names(theirs) != set()
-    assert differences(ours, theirs, quantized_names(theirs)) == []
-    kept = opened(ours).tensors.keys() - quantized_names(ours)
-    assert differences(ours, src, kept) == []
+    expected = model_free_ptq(src, tmp_path / "expected")
+    out = quantize_nvfp4(src, tmp_path / "out", engine=Engine.STREAM)
+    assert quantized_names(out) == quantized_names(expected) != set()
+    assert differences(out, expected, quantized_names(expected)) == []
+    kept = opened(out).tensors.keys() - quantized_names(out)
+    assert differences(out, src, kept) == []
 
 
 def assert_as_oneshot(src: Path, tmp_path: Path) -> None:
-    """Every file but mquant.json, which names the engine, is that of llmcompressor's oneshot."""
-    ours = hashes(quantize_nvfp4(src, tmp_path / "stream", shard_bytes=10**6))
-    theirs = hashes(
+    """Assert that both engines write the same files, except mquant.json, which names the engine."""
+    stream = hashes(quantize_nvfp4(src, tmp_path / "stream", shard_bytes=10**6))
+    oneshot = hashes(
         quantize_nvfp4(src, tmp_path / "oneshot", shard_bytes=10**6, engine=Engine.ONESHOT)
     )
-    assert ours.pop("mquant.json") != theirs.pop("mquant.json")
-    assert ours == theirs
+    assert stream.pop("mquant.json") != oneshot.pop("mquant.json")
+    assert stream == oneshot
 
 
 def hard_values(rows: list[Row]) -> list[Row]:
-    """Zero tensors and blocks, -0.0, subnormals, ties and huge values in all that is quantized."""
+    """Put zero tensors, -0.0, subnormals, ties and huge values into the quantized weights."""
     edited: list[Row] = []
     for number, (name, dtype, shape, raw) in enumerate(rows):
         if len(shape) != 2 or not (".experts." in name or "_proj" in name):
@@ -116,18 +116,16 @@ def test_other_dtypes_equal_oneshot_in_every_file(tmp_path: Path, precision: Pre
     assert_as_oneshot(synth(tmp_path / "src", family, precision=precision).path, tmp_path)
 
 
-# --- how it gets there
+# --- the engine's work
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 7])
-def test_wherever_shards_cut_a_fused_set_the_bytes_are_the_same(
-    tmp_path: Path, shards: int
-) -> None:
-    # The parent's order decides that of the output, and it is the same for every cut.
+def test_the_cuts_between_shards_change_no_byte(tmp_path: Path, shards: int) -> None:
+    # The order of the parent's tensors is the same for every cut, and decides the output's order.
     src = make_checkpoint(tmp_path / "src", shards=shards)
-    whole = quantize_nvfp4(make_checkpoint(tmp_path / "whole", shards=1), tmp_path / "theirs")
-    ours = quantize_nvfp4(src, tmp_path / "ours")
-    assert differences(ours, whole, set(opened(whole).tensors)) == []
+    whole = quantize_nvfp4(make_checkpoint(tmp_path / "whole", shards=1), tmp_path / "expected")
+    out = quantize_nvfp4(src, tmp_path / "out")
+    assert differences(out, whole, set(opened(whole).tensors)) == []
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -144,11 +142,11 @@ def test_every_byte_of_the_source_is_read_once(
     spans: list[tuple[str, int, int]] = []
     read_into = Reader.read_into
 
-    def noted(self: Reader, path: str, start: int, buffer: memoryview) -> None:
+    def record(self: Reader, path: str, start: int, buffer: memoryview) -> None:
         spans.append((path, start, start + len(buffer)))
         read_into(self, path, start, buffer)
 
-    monkeypatch.setattr(Reader, "read_into", noted)
+    monkeypatch.setattr(Reader, "read_into", record)
     src = make_checkpoint(tmp_path / "src", shards=3, hidden=2048, intermediate=1024)
     quantize_nvfp4(src, tmp_path / "out")
     tensors = opened(src).tensors.values()
@@ -163,19 +161,19 @@ def test_every_byte_of_the_source_is_read_once(
     ("value", "count", "words"),
     [(np.nan, 1, "1 value that is"), (-np.inf, 3, "3 values that are")],
 )
-def test_nan_and_infinity_stop_the_run_by_name(
+def test_nan_and_infinity_stop_the_run_with_the_weights_name(
     tmp_path: Path, value: float, count: int, words: str
 ) -> None:
     bad = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
 
     def spoil(rows: list[Row]) -> list[Row]:
-        found: list[Row] = []
+        edited: list[Row] = []
         for name, dtype, shape, raw in rows:
             weight = np.frombuffer(raw, ml_dtypes.bfloat16).copy() if name == bad else None
             if weight is not None:
                 weight[-count:] = value
-            found.append((name, dtype, shape, raw if weight is None else weight.tobytes()))
-        return found
+            edited.append((name, dtype, shape, raw if weight is None else weight.tobytes()))
+        return edited
 
     src = make_checkpoint(tmp_path / "src", edit=spoil)
     with pytest.raises(SourceError) as caught:
@@ -184,7 +182,7 @@ def test_nan_and_infinity_stop_the_run_by_name(
     assert not (tmp_path / "out/config.json").exists()
 
 
-def test_nan_in_what_is_copied_is_the_parents_affair(tmp_path: Path) -> None:
+def test_nan_in_a_copied_tensor_is_kept(tmp_path: Path) -> None:
     nan = np.full(64, np.nan, ml_dtypes.bfloat16).tobytes()
 
     def spoil(rows: list[Row]) -> list[Row]:
@@ -210,7 +208,7 @@ main()
 """
 
 
-def test_the_base_install_is_enough(tmp_path: Path) -> None:
+def test_the_stream_engine_needs_no_extras(tmp_path: Path) -> None:
     src = make_checkpoint(tmp_path / "src")
     out = tmp_path / "out"
     command = [sys.executable, "-c", WITHOUT_TORCH, "quantize", str(src), "--recipe", "nvfp4"]

@@ -1,4 +1,4 @@
-"""`scales: search` in the stream engine: the same bytes however it gets there, and --importance."""
+"""`scales: search` lowers the error of every weight, and --importance weighs the errors."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,11 +23,11 @@ from mquant.weights.stored_weight import weight_of
 from run import TRAINED, plan_of, quantize_nvfp4
 
 SMALL = 20_000
-"""Bytes of an output shard that make several of a small checkpoint."""
+"""The bytes of an output shard, so few that a small checkpoint has several shards."""
 Vectors = dict[str, Floats]
 
 
-def searched(
+def quantize_searched(
     src: Path,
     out: Path,
     importance: Path | None = None,
@@ -40,7 +40,7 @@ def searched(
 
 
 def widths(src: Path) -> dict[str, int]:
-    """Modules that are quantized, and how many input channels they have."""
+    """Return the number of input channels of each quantized module."""
     plan = plan_of(src, "nvfp4-opt")
     return {a.module: a.source.shape[1] for a in plan.actions if a.scheme}
 
@@ -53,7 +53,7 @@ def vectors(src: Path, seed: int = 0) -> Vectors:
     }
 
 
-def written(path: Path, importance: Mapping[str, Array]) -> Path:
+def write_vectors(path: Path, importance: Mapping[str, Array]) -> Path:
     names = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}
     rows = [(name, names[v.dtype], v.shape, v.tobytes()) for name, v in importance.items()]
     write_shard(path, rows)
@@ -61,19 +61,22 @@ def written(path: Path, importance: Mapping[str, Array]) -> Path:
 
 
 def errors(out: Path, src: Path, importance: Vectors | None = None) -> dict[str, float]:
-    """Every quantized module's squared error, by importance, as `verify` decodes it."""
+    """Return every quantized module's squared error, weighed by importance.
+
+    `verify`'s decoder reads the weights.
+    """
     view = read_modules(opened(out), load_families())
     parent = opened(src)
-    found = {}
+    result = {}
     for module in view.quantized:
         info = parent.tensors[f"{module.name}.weight"]
         raw = np.frombuffer(data(parent, info.name), FLOATS[info.dtype].word)
         original = FLOATS[info.dtype].values(raw).reshape(info.shape).astype(np.float64)
         weight = weight_of(view, module)
         assert weight
-        off = np.square(weight.rows(0, info.shape[0]).values - original)
-        found[module.name] = float((off * (importance or {}).get(module.name, 1)).sum())
-    return found
+        squares = np.square(weight.rows(0, info.shape[0]).values - original)
+        result[module.name] = float((squares * (importance or {}).get(module.name, 1)).sum())
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -83,31 +86,31 @@ def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return searched(TRAINED, tmp_path_factory.mktemp("opt") / "out")
+    return quantize_searched(TRAINED, tmp_path_factory.mktemp("opt") / "out")
 
 
 def test_every_tensor_has_a_smaller_error_than_with_min_max(trained: Path, tmp_path: Path) -> None:
-    theirs = errors(quantize_nvfp4(TRAINED, tmp_path / "minmax"), TRAINED)
-    ours = errors(trained, TRAINED)
-    assert len(ours) == 102
-    assert all(ours[name] < 0.8 * theirs[name] for name in theirs)
+    minmax = errors(quantize_nvfp4(TRAINED, tmp_path / "minmax"), TRAINED)
+    searched = errors(trained, TRAINED)
+    assert len(searched) == 102
+    assert all(searched[name] < 0.8 * minmax[name] for name in minmax)
 
 
 def test_only_scales_and_codes_differ_from_min_max(trained: Path, tmp_path: Path) -> None:
     minmax = quantize_nvfp4(TRAINED, tmp_path / "minmax", shard_bytes=SMALL)
-    ours, theirs = opened(trained).tensors, opened(minmax).tensors
-    assert {n: (t.dtype, t.shape) for n, t in ours.items()} == {
-        n: (t.dtype, t.shape) for n, t in theirs.items()
+    tensors, expected = opened(trained).tensors, opened(minmax).tensors
+    assert {n: (t.dtype, t.shape) for n, t in tensors.items()} == {
+        n: (t.dtype, t.shape) for n, t in expected.items()
     }
     config = "config.json"
     assert read_json(trained / config) == read_json(minmax / config)
-    suffixes = {n.rpartition(".")[2] for n in differences(trained, minmax, set(ours))}
+    suffixes = {n.rpartition(".")[2] for n in differences(trained, minmax, set(tensors))}
     assert suffixes <= {"weight_packed", "weight_scale", "weight_global_scale"}
 
 
 def test_verify_finds_every_weight_within_its_bounds(trained: Path) -> None:
     report = verify(Folder(trained), load_families(), Depth.FULL, parent=Folder(TRAINED))
-    assert not [found for found in report.findings if found.severity != "info"]
+    assert not [finding for finding in report.findings if finding.severity != "info"]
 
 
 def test_global_scales_are_shared_by_fused_sets_and_bf16(trained: Path) -> None:
@@ -125,26 +128,26 @@ def test_global_scales_are_shared_by_fused_sets_and_bf16(trained: Path) -> None:
 @pytest.mark.parametrize("dtype", ["F16", "F32"])
 def test_other_dtypes_are_searched_too(tmp_path: Path, dtype: str) -> None:
     src = make_checkpoint(tmp_path / "src", dtype=dtype)
-    ours = errors(searched(src, tmp_path / "ours"), src)
-    theirs = errors(quantize_nvfp4(src, tmp_path / "theirs"), src)
-    assert all(ours[name] < 0.85 * theirs[name] for name in theirs)
+    searched = errors(quantize_searched(src, tmp_path / "searched"), src)
+    minmax = errors(quantize_nvfp4(src, tmp_path / "minmax"), src)
+    assert all(searched[name] < 0.85 * minmax[name] for name in minmax)
 
 
-def test_the_recipe_for_llmcompressor_says_that_its_numbers_are_others(trained: Path) -> None:
+def test_recipe_yaml_says_that_mquant_searched_the_scales(trained: Path) -> None:
     assert "# mquant searched the scales;" in (trained / "recipe.yaml").read_text()
 
 
 @pytest.mark.parametrize("workers", [2, 5])
 def test_the_number_of_workers_changes_no_byte(trained: Path, tmp_path: Path, workers: int) -> None:
-    file = written(tmp_path / "i.safetensors", vectors(TRAINED))
-    assert hashes(searched(TRAINED, tmp_path / "many", workers=workers)) == hashes(trained)
-    one = searched(TRAINED, tmp_path / "i1", file, workers=1)
-    assert hashes(searched(TRAINED, tmp_path / "i2", file, workers=workers)) == hashes(one)
+    file = write_vectors(tmp_path / "i.safetensors", vectors(TRAINED))
+    assert hashes(quantize_searched(TRAINED, tmp_path / "many", workers=workers)) == hashes(trained)
+    one = quantize_searched(TRAINED, tmp_path / "i1", file, workers=1)
+    assert hashes(quantize_searched(TRAINED, tmp_path / "i2", file, workers=workers)) == hashes(one)
 
 
-def test_a_stopped_run_goes_on_to_the_same_bytes(src: Path, tmp_path: Path) -> None:
-    file = written(tmp_path / "i.safetensors", vectors(src))
-    whole = hashes(searched(src, tmp_path / "whole", file))
+def test_a_stopped_run_resumes_to_the_same_bytes(src: Path, tmp_path: Path) -> None:
+    file = write_vectors(tmp_path / "i.safetensors", vectors(src))
+    whole = hashes(quantize_searched(src, tmp_path / "whole", file))
     out, units = tmp_path / "out", 0
 
     def stop(event: Event) -> None:
@@ -154,41 +157,43 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(src: Path, tmp_path: Path) -> N
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        searched(src, out, file, stop, workers=1)
-    done: list[Event] = []
-    assert hashes(searched(src, out, file, done.append)) == whole
-    assert next(e.done for e in done if isinstance(e, Progress)) > 0
+        quantize_searched(src, out, file, stop, workers=1)
+    events: list[Event] = []
+    assert hashes(quantize_searched(src, out, file, events.append)) == whole
+    assert next(e.done for e in events if isinstance(e, Progress)) > 0
 
 
 # --- importance
 
 
-def test_importance_lowers_the_error_it_weighs(src: Path, tmp_path: Path) -> None:
+def test_importance_lowers_the_weighed_error(src: Path, tmp_path: Path) -> None:
     importance = vectors(src)
-    file = written(tmp_path / "i.safetensors", importance)
-    weighed = errors(searched(src, tmp_path / "weighed", file), src, importance)
-    plain = errors(searched(src, tmp_path / "plain"), src, importance)
+    file = write_vectors(tmp_path / "i.safetensors", importance)
+    weighed = errors(quantize_searched(src, tmp_path / "weighed", file), src, importance)
+    plain = errors(quantize_searched(src, tmp_path / "plain"), src, importance)
     assert sum(weighed.values()) < 0.9 * sum(plain.values())
 
 
 def test_the_runs_record_has_the_files_sha256(src: Path, tmp_path: Path) -> None:
-    file = written(tmp_path / "i.safetensors", vectors(src))
-    out = searched(src, tmp_path / "out", file)
+    file = write_vectors(tmp_path / "i.safetensors", vectors(src))
+    out = quantize_searched(src, tmp_path / "out", file)
     record = read_json(out / "mquant.json")
     assert record["fingerprint"]["importance"] == hashes(tmp_path)["i.safetensors"]
     assert record["recipe"]["name"] == "nvfp4-opt"
     assert record["recipe"]["scales"] == "search"
-    plain = read_json(searched(src, tmp_path / "plain") / "mquant.json")
+    plain = read_json(quantize_searched(src, tmp_path / "plain") / "mquant.json")
     assert plain["fingerprint"]["importance"] == "none"
 
 
 def test_another_importance_file_is_another_run(src: Path, tmp_path: Path) -> None:
-    out = searched(src, tmp_path / "out", written(tmp_path / "a.safetensors", vectors(src)))
-    other = written(tmp_path / "b.safetensors", vectors(src, seed=1))
+    out = quantize_searched(
+        src, tmp_path / "out", write_vectors(tmp_path / "a.safetensors", vectors(src))
+    )
+    other = write_vectors(tmp_path / "b.safetensors", vectors(src, seed=1))
     with pytest.raises(OutputError, match="importance was"):
-        searched(src, out, other)
+        quantize_searched(src, out, other)
     with pytest.raises(OutputError, match="importance was"):
-        searched(src, out)
+        quantize_searched(src, out)
 
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -223,40 +228,40 @@ def ones(count: int, last: float = 1) -> Floats:
         (put(Q, ones(64, -1)), f"{Q} in i.safetensors has -1 for channel 63;"),
     ],
 )
-def test_a_file_that_does_not_fit_is_one_sentence(
+def test_an_importance_file_that_does_not_fit_is_one_sentence(
     src: Path, tmp_path: Path, edit: Callable[[Vectors], None], message: str
 ) -> None:
     importance = vectors(src)
     edit(importance)
-    file = written(tmp_path / "i.safetensors", importance)
+    file = write_vectors(tmp_path / "i.safetensors", importance)
     with pytest.raises(DataFileError) as caught:
-        searched(src, tmp_path / "out", file)
+        quantize_searched(src, tmp_path / "out", file)
     assert message in caught.value.message
     assert caught.value.fix
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_is_not_there_is_one_sentence(src: Path, tmp_path: Path) -> None:
+def test_a_missing_importance_file_is_one_sentence(src: Path, tmp_path: Path) -> None:
     with pytest.raises(DataFileError, match=r"none.safetensors cannot be read: No such file"):
-        searched(src, tmp_path / "out", tmp_path / "none.safetensors")
+        quantize_searched(src, tmp_path / "out", tmp_path / "none.safetensors")
 
 
-def test_a_file_that_changes_during_the_run_stops_it(src: Path, tmp_path: Path) -> None:
-    file = written(tmp_path / "i.safetensors", vectors(src))
+def test_an_importance_file_that_changes_stops_the_run(src: Path, tmp_path: Path) -> None:
+    file = write_vectors(tmp_path / "i.safetensors", vectors(src))
     importance = open_importance(file, plan_of(src, "nvfp4-opt"))
     assert np.array_equal(importance.of(Q), vectors(src)[Q])
-    written(file, vectors(src, seed=1))
+    write_vectors(file, vectors(src, seed=1))
     with pytest.raises(SourceError, match=r"i.safetensors changed while it was read"):
         importance.of(Q)
 
 
-def test_what_cannot_search_says_so(src: Path, tmp_path: Path) -> None:
+def test_engines_and_recipes_without_a_search_refuse_its_options(src: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         quantize(plan_of(src, "nvfp4-opt"), tmp_path / "out", engine=Engine.ONESHOT)
     assert caught.value.message == (
         "Recipe nvfp4-opt searches scales, which only the stream engine does."
     )
-    file = written(tmp_path / "i.safetensors", vectors(src))
+    file = write_vectors(tmp_path / "i.safetensors", vectors(src))
     with pytest.raises(UsageError) as caught:
         quantize(plan_of(src, "nvfp4"), tmp_path / "out", importance=file)
     assert caught.value.message == (

@@ -1,6 +1,6 @@
-"""Families: what their files say is what upstream does. MiniMax-M2 has tests of its own, too.
+"""Every family file describes what upstream does. MiniMax-M2 has further tests elsewhere.
 
-Checkpoints are `synth`'s; the judges are transformers' own model code, llmcompressor, and the
+`synth` writes the checkpoints. The judges are transformers' own model code, llmcompressor, and the
 published numbers of parameters.
 """
 
@@ -12,14 +12,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-import yaml
 
 from family_cases import FAMILY_CASES
 from judges import data, differences, model_free_ptq, one_shard, opened, quantized_names, read_json
 from mquant.checkpoint import Folder
-from mquant.data_files import folder
-from mquant.errors import DataFileError
-from mquant.family import Family, FusedSet, Role, load_families, load_family
+from mquant.family import Family, FusedSet, Role, load_families
 from mquant.plan import Plan, Target
 from mquant.runs.export import export
 from mquant.synth import Precision, Sizes, make_config, make_tensors, synth
@@ -36,13 +33,13 @@ CASES = {name: (name, dict[str, Any]()) for name in NAMES} | {
 
 
 def with_config(family: Family, **tiny: Any) -> Family:
-    """The family, other values in its tiny config.json."""
-    made = family.synth.model_copy(update={"tiny": {**family.synth.tiny, **tiny}})
-    return family.model_copy(update={"synth": made})
+    """Return the family with other values in its tiny config.json."""
+    section = family.synth.model_copy(update={"tiny": {**family.synth.tiny, **tiny}})
+    return family.model_copy(update={"synth": section})
 
 
 def make(out: Path, name: str, *, drop: str = "", **tiny: Any) -> Path:
-    """A tiny checkpoint of a family, without the rows whose name ends in `drop`."""
+    """Write a tiny checkpoint of a family, without the rows whose name ends in `drop`."""
     family = with_config(FAMILIES[name], **tiny)
     if drop:
         rows = tuple(row for row in family.tensors if not row.name.endswith(drop))
@@ -51,7 +48,7 @@ def make(out: Path, name: str, *, drop: str = "", **tiny: Any) -> Path:
 
 
 def reconfigured(path: Path, **changes: Any) -> Path:
-    """The same tensors under another config.json; `...` removes a key."""
+    """Change keys of a checkpoint's config.json; `...` removes a key."""
     config = {**read_json(path / "config.json"), **changes}
     config = {key: value for key, value in config.items() if value is not ...}
     (path / "config.json").write_text(json.dumps(config))
@@ -67,27 +64,30 @@ Quantized = tuple[str, Path, Path]
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Quantized]:
-    """A case's family, its checkpoint and what the engine makes of it; each made once."""
-    made: dict[str, Quantized] = {}
+    """Return a function: case -> its family, its checkpoint and the quantized checkpoint.
+
+    Each case is quantized once.
+    """
+    results: dict[str, Quantized] = {}
 
     def get(case: str) -> Quantized:
-        if case not in made:
+        if case not in results:
             name, tiny = CASES[case]
             folder = tmp_path_factory.mktemp(name)
             src = make(folder / "src", name, **tiny)
-            made[case] = (name, src, quantize_nvfp4(src, folder / "out", shard_bytes=400_000))
-        return made[case]
+            results[case] = (name, src, quantize_nvfp4(src, folder / "out", shard_bytes=400_000))
+        return results[case]
 
     return get
 
 
-def test_every_family_that_ships_is_tried() -> None:
+def test_every_shipped_family_has_a_case() -> None:
     assert sorted([*NAMES, "minimax_m2"]) == sorted(FAMILIES)
     assert [family.name for family in FAMILIES.values()] == list(FAMILIES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_fused_sets_are_what_loaders_make_one_matrix_of(name: str) -> None:
+def test_fused_sets_are_the_sets_that_loaders_merge(name: str) -> None:
     sets = {
         fused: [row.name.split(".")[-2] for row in rows]
         for fused, rows in FAMILIES[name].fused_sets.items()
@@ -108,7 +108,7 @@ def test_a_synthetic_checkpoint_plans_clean(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_routers_head_and_embeddings_stay_and_nothing_else(tmp_path: Path, name: str) -> None:
+def test_only_routers_head_and_embeddings_are_kept(tmp_path: Path, name: str) -> None:
     plan = plan_of(make(tmp_path / "src", name))
 
     assert list(plan.ignore) == ["lm_head", "model.embed_tokens", *FAMILY_CASES[name].routers]
@@ -116,10 +116,10 @@ def test_routers_head_and_embeddings_stay_and_nothing_else(tmp_path: Path, name:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_real_size_has_the_parameters_of_the_release(tmp_path: Path, name: str) -> None:
-    made = synth(tmp_path / "out", FAMILIES[name], shapes_only=True)
+    summary = synth(tmp_path / "out", FAMILIES[name], shapes_only=True)
 
-    assert made.parameters == FAMILY_CASES[name].parameters
-    assert plan_of(made.path).findings == ()
+    assert summary.parameters == FAMILY_CASES[name].parameters
+    assert plan_of(summary.path).findings == ()
 
 
 def test_deepseek_v3_without_multi_token_prediction_is_671_billion() -> None:
@@ -163,7 +163,7 @@ def test_fused_sets_share_one_global_scale_made_of_the_largest_weight(
 
 
 def _global_scale(src: Path, modules: list[str]) -> bytes:
-    """448 * 6 / amax as upstream makes it: a reciprocal and a product, both rounded to BF16."""
+    """Return 448 * 6 / amax as upstream computes it: reciprocal and product are rounded to BF16."""
     checkpoint, bf16 = opened(src), ml_dtypes.bfloat16
     raw = [data(checkpoint, f"{module}.weight") for module in modules]
     largest = max(np.abs(np.frombuffer(r, bf16)).max() for r in raw)
@@ -174,7 +174,7 @@ def _global_scale(src: Path, modules: list[str]) -> bytes:
 
 @pytest.mark.upstream
 @pytest.mark.parametrize("case", CASES)
-def test_all_that_is_not_quantized_is_bit_identical(
+def test_every_tensor_that_is_not_quantized_is_bit_identical(
     quantized: Callable[[str], Quantized], case: str
 ) -> None:
     _, src, out = quantized(case)
@@ -189,20 +189,18 @@ def test_all_that_is_not_quantized_is_bit_identical(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_awq_is_refused_where_the_family_does_not_say_what_feeds_what(
-    tmp_path: Path, name: str
-) -> None:
+def test_awq_is_refused_if_the_family_has_no_smoothing_table(tmp_path: Path, name: str) -> None:
     plan = plan_of(make(tmp_path / "src", name), "w4a16-awq")
-    (told,) = [finding for finding in plan.refusals if finding.rule == "not-scalable"]
-    assert told.message == (
+    (refusal,) = [finding for finding in plan.refusals if finding.rule == "not-scalable"]
+    assert refusal.message == (
         "Recipe w4a16-awq scales weights and the layers that feed them, but mquant does not know "
         f"which layers feed which in {FAMILIES[name].title}."
     )
-    assert told.fix == "Take another recipe: mquant recipes lists all."
+    assert refusal.fix == "Take another recipe: mquant recipes lists all."
 
 
 @pytest.mark.parametrize("case", ["llama, tied", "qwen3, tied"])
-def test_a_head_that_is_tied_is_on_the_ignore_list(
+def test_a_tied_head_is_on_the_ignore_list(
     quantized: Callable[[str], Quantized], case: str
 ) -> None:
     _, src, out = quantized(case)
@@ -214,7 +212,7 @@ def test_a_head_that_is_tied_is_on_the_ignore_list(
     assert [finding for finding in report.findings if finding.severity != "info"] == []
 
 
-def test_vllm_builds_a_tied_head_quantized_where_modelopt_s_list_does_not_name_it(
+def test_a_tied_head_must_be_on_modelopts_ignore_list(
     quantized: Callable[[str], Quantized], tmp_path: Path
 ) -> None:
     _, _, out = quantized("llama, tied")
@@ -224,8 +222,8 @@ def test_vllm_builds_a_tied_head_quantized_where_modelopt_s_list_does_not_name_i
     config["quantization_config"]["ignore"].remove("lm_head")
     (out / "config.json").write_text(json.dumps(config))
 
-    found = {finding.rule: finding for finding in verify(Folder(out), FAMILIES).findings}
-    assert found["kept-but-not-ignored"].message == (
+    findings = {finding.rule: finding for finding in verify(Folder(out), FAMILIES).findings}
+    assert findings["kept-but-not-ignored"].message == (
         "1 module is plain on disk, but vLLM takes it for quantized: targets match it, ignore does "
         "not. First: lm_head."
     )
@@ -236,10 +234,10 @@ def test_mixtral_equals_model_free_ptq(
     quantized: Callable[[str], Quantized], tmp_path: Path
 ) -> None:
     _, src, out = quantized("mixtral")
-    theirs = model_free_ptq(one_shard(src, tmp_path / "one"), tmp_path / "theirs")
+    expected = model_free_ptq(one_shard(src, tmp_path / "one"), tmp_path / "expected")
 
-    assert quantized_names(out) == quantized_names(theirs)
-    assert differences(out, theirs, quantized_names(theirs)) == []
+    assert quantized_names(out) == quantized_names(expected)
+    assert differences(out, expected, quantized_names(expected)) == []
 
 
 @pytest.mark.upstream
@@ -248,11 +246,13 @@ def test_model_free_ptq_gives_deepseek_s_sets_several_scales(
 ) -> None:
     _, src, _ = quantized("deepseek_v3")
     ignore = ["lm_head", "model.embed_tokens", r"re:.*\.gate$", r"re:.*norm$"]
-    theirs = opened(model_free_ptq(one_shard(src, tmp_path / "one"), tmp_path / "theirs", ignore))
+    expected = opened(
+        model_free_ptq(one_shard(src, tmp_path / "one"), tmp_path / "expected", ignore)
+    )
     sets: dict[FusedSet, set[bytes]] = {}
     for member in plan_of(src).survey.members:
         if fused_set := member.tensor_role.fused_set:
-            scale = data(theirs, f"{member.module}.weight_global_scale")
+            scale = data(expected, f"{member.module}.weight_global_scale")
             sets.setdefault(fused_set, set()).add(scale)
     split = {fused[0] for fused, scales in sets.items() if len(scales) > 1}
 
@@ -260,33 +260,34 @@ def test_model_free_ptq_gives_deepseek_s_sets_several_scales(
 
 
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
-MISSING, THERE = "tensor-missing", "block-disagrees"
-# Family, the tiny config.json it was made with, what is changed afterwards, and what is found.
+MISSING, EXTRA = "tensor-missing", "block-disagrees"
+# The family, changes of the tiny config.json before `synth`, changes afterwards, and the rules that
+# the checkpoint breaks.
 Change = tuple[str, dict[str, Any], dict[str, Any], set[str]]
 CHANGES: list[Change] = [
     ("llama", {}, TIED, set()),
     ("llama", TIED, UNTIED, {MISSING}),
     ("llama", TIED, {"tie_word_embeddings": ...}, {MISSING}),
     ("llama", {}, {"attention_bias": True}, {MISSING}),
-    ("llama", {"attention_bias": True}, {"attention_bias": ...}, {THERE}),
+    ("llama", {"attention_bias": True}, {"attention_bias": ...}, {EXTRA}),
     ("llama", {}, {"head_dim": None}, set()),
     ("llama", {}, {"head_dim": 64}, {"shape-disagrees"}),
     ("llama", {}, {"num_key_value_heads": ...}, {"shape-disagrees"}),
     ("llama", {}, {"num_attention_heads": ...}, {"config-key-unusable"}),
     ("qwen3", {}, {"head_dim": ...}, {"config-key-unusable"}),
     ("qwen3_moe", {}, {"mlp_only_layers": ...}, set()),
-    ("qwen3_moe", {}, {"mlp_only_layers": [0]}, {MISSING, THERE}),
-    ("deepseek_v3", {}, {"first_k_dense_replace": 2}, {MISSING, THERE}),
+    ("qwen3_moe", {}, {"mlp_only_layers": [0]}, {MISSING, EXTRA}),
+    ("deepseek_v3", {}, {"first_k_dense_replace": 2}, {MISSING, EXTRA}),
     ("deepseek_v3", {}, {"first_k_dense_replace": ...}, {"config-key-unusable"}),
     ("deepseek_v3", {"n_shared_experts": None}, {}, set()),
     ("deepseek_v3", {"n_shared_experts": None}, {"n_shared_experts": 1}, {MISSING}),
     ("deepseek_v3", {}, {"n_shared_experts": 2}, {"shape-disagrees"}),
-    ("deepseek_v3", {}, {"q_lora_rank": None}, {MISSING, THERE}),
+    ("deepseek_v3", {}, {"q_lora_rank": None}, {MISSING, EXTRA}),
     (
         "deepseek_v3",
         {"q_lora_rank": None},
         {"q_lora_rank": 48},
-        {MISSING, THERE, "fused-set-incomplete"},
+        {MISSING, EXTRA, "fused-set-incomplete"},
     ),
     ("deepseek_v3", {}, {"num_nextn_predict_layers": 1}, set()),
     ("deepseek_v3", {}, {"num_nextn_predict_layers": ...}, set()),
@@ -306,22 +307,22 @@ CHANGES: list[Change] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "before", "after", "found"), CHANGES)
-def test_what_config_json_implies_is_what_must_be_there(
-    tmp_path: Path, name: str, before: dict[str, Any], after: dict[str, Any], found: set[str]
+@pytest.mark.parametrize(("name", "before", "after", "broken"), CHANGES)
+def test_the_tensors_must_be_those_that_config_json_implies(
+    tmp_path: Path, name: str, before: dict[str, Any], after: dict[str, Any], broken: set[str]
 ) -> None:
     src = reconfigured(make(tmp_path / "src", name, **before), **after)
 
-    assert rules(src) == found
+    assert rules(src) == broken
 
 
 @pytest.mark.parametrize(
     "drop", ["shared_experts.up_proj.weight", "shared_experts.down_proj.weight"]
 )
-def test_half_a_shared_expert_is_found(tmp_path: Path, drop: str) -> None:
-    found = rules(make(tmp_path / "src", "deepseek_v3", drop=drop))
+def test_an_incomplete_shared_expert_is_found(tmp_path: Path, drop: str) -> None:
+    broken = rules(make(tmp_path / "src", "deepseek_v3", drop=drop))
 
-    assert found == {"fused-set-incomplete" if "up_proj" in drop else "tensor-missing"}
+    assert broken == {"fused-set-incomplete" if "up_proj" in drop else "tensor-missing"}
 
 
 def mtp_plan(tmp_path: Path, **options: Any) -> Plan:
@@ -340,14 +341,14 @@ def test_multi_token_prediction_is_copied_and_on_the_ignore_list(tmp_path: Path)
 
 
 @pytest.mark.parametrize("drop", [".eh_proj.weight", ".shared_head.norm.weight"])
-def test_half_a_layer_of_multi_token_prediction_is_found(tmp_path: Path, drop: str) -> None:
+def test_an_incomplete_layer_of_multi_token_prediction_is_found(tmp_path: Path, drop: str) -> None:
     plan = mtp_plan(tmp_path, drop=drop)
 
     assert [finding.rule for finding in plan.findings] == ["tensor-missing"]
     assert plan.findings[0].where == f"model.layers.3{drop}"
 
 
-def test_a_table_of_old_llama_releases_may_be_there(tmp_path: Path) -> None:
+def test_old_llama_releases_may_hold_inv_freq_tables(tmp_path: Path) -> None:
     family = FAMILIES["llama"]
     rows = tuple(row.model_copy(update={"optional": False}) for row in family.tensors)
     src = synth(tmp_path / "src", family.model_copy(update={"tensors": rows})).path
@@ -368,101 +369,3 @@ def test_fp8_releases_have_every_linear_layer_in_blocks(tmp_path: Path) -> None:
     }
 
     assert roles == {Role.EXPERT, Role.SHARED_EXPERT, Role.MLP, Role.ATTENTION}
-
-
-KEYS: dict[str, Any] = {"a": 6, "b": 4, "zero": 0, "listed": [1, 3], "null": None, "yes": True}
-
-
-def complaint(tmp_path: Path, key: str, value: object) -> str:
-    """What is said of a family file in which `key` is changed."""
-    shipped = yaml.safe_load((folder("configs") / "llama.yaml").read_text())
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump({**shipped, key: value}))
-    with pytest.raises(DataFileError) as caught:
-        load_family(path)
-    return caught.value.message
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("a", 6),
-        ("12", 12),
-        ("a * b", 24),
-        ("a * b + a * 2", 36),
-        ("a + b / 2", 8),
-        ("a * b / 3", 8),
-        ("a / b", None),
-        ("a / zero", None),
-        ("a + absent", None),
-        ("a * null", None),
-        ("yes", None),
-    ],
-)
-def test_a_size(text: str, value: int | None) -> None:
-    family = FAMILIES["llama"].model_copy(update={"defaults": {"made": text}})
-
-    assert family.value("made", KEYS) == value
-
-
-@pytest.mark.parametrize(
-    "text", ["", "a*b", "a - b", "a +", "(a + b)", "a ** b", "A", "a; b", " a"]
-)
-def test_what_is_no_size(tmp_path: Path, text: str) -> None:
-    assert "is no sum of products" in complaint(tmp_path, "defaults", {"made": text})
-
-
-@pytest.mark.parametrize(
-    ("text", "layers"),
-    [
-        ("layer < b", [0, 1, 2, 3]),
-        ("layer < 1", [0]),
-        ("layer >= b", [4, 5]),
-        ("layer in listed", [1, 3]),
-        ("layer not in listed", [0, 2, 4, 5]),
-        ("layer in absent", []),
-        ("layer not in absent", [0, 1, 2, 3, 4, 5]),
-        ("layer in a", []),
-        ("layer < absent", []),
-        ("layer >= yes", []),
-        ("yes", [0, 1, 2, 3, 4, 5]),
-        ("null", []),
-        ("absent", []),
-        ("zero", []),
-        ("not null", [0, 1, 2, 3, 4, 5]),
-        ("layer >= 2 and layer < b and yes", [2, 3]),
-        ("layer >= 2 and not yes", []),
-    ],
-)
-def test_a_condition(text: str, layers: list[int]) -> None:
-    family = FAMILIES["llama"].model_copy(update={"blocks": {"some": text}})
-
-    assert [layer for layer in range(6) if family.has_block("some", layer, KEYS)] == layers
-
-
-def test_a_condition_of_some_layer_or_other_depends_on_config_alone() -> None:
-    blocks = {"some": "layer < absent and yes", "none": "layer < a and null"}
-    family = FAMILIES["llama"].model_copy(update={"blocks": blocks})
-
-    assert family.has_block("some", None, KEYS) is True
-    assert family.has_block("none", None, KEYS) is False
-    assert family.has_block("unnamed", None, KEYS) is None
-
-
-@pytest.mark.parametrize(
-    "text", ["", "layer > a", "layer", "layer < ", "a or b", "a and", "not not a", "layer < a + b"]
-)
-def test_what_is_no_condition(tmp_path: Path, text: str) -> None:
-    assert "is no condition" in complaint(tmp_path, "blocks", {"some": text})
-
-
-def test_a_default_stands_below_what_it_is_made_of(tmp_path: Path) -> None:
-    message = complaint(tmp_path, "defaults", {"a": "b * 2", "b": "hidden_size"})
-
-    assert message == "mine.yaml: defaults: a refers to b, which must stand above a."
-
-
-def test_smoothing_speaks_of_modules_that_are_there(tmp_path: Path) -> None:
-    message = complaint(tmp_path, "smoothing", {"input_layernorm": ["q_proj", "x_proj"]})
-
-    assert message == "mine.yaml: smoothing: there is no module x_proj."

@@ -1,4 +1,4 @@
-"""How far weights are from their parent's: the sums, every layout, what is told, and going on."""
+"""`compare` measures how far weights are from the parent's, in every layout, and resumes."""
 
 import json
 from collections.abc import Callable
@@ -43,48 +43,48 @@ def compared(folder: Path, parent: Path = TRAINED, **options: Any) -> Comparison
 
 
 def rewritten(folder: Path, out: Path, edit: Edit | None, config: Config | None) -> Path:
-    """A copy in another scheme."""
+    """Write a copy in another scheme."""
     table = read_json(folder / "config.json")
     if config is not None:
         config(table)
     return mutated(folder, out, edit=edit, config=table)
 
 
-def one(found: Comparison, name: str) -> Difference:
-    (difference,) = (each for each in found.tensors if each.name == name)
+def one(result: Comparison, name: str) -> Difference:
+    (difference,) = (tensor for tensor in result.tensors if tensor.name == name)
     return difference
 
 
 def values(folder: Path, module: str) -> np.ndarray[Any, Any]:
-    """A weight as the judge decodes it, in float64."""
+    """Return a weight in float64, as `verify`'s decoder reads it."""
     view = read_modules(opened(folder), load_families())
     weight = weight_of(view, view.modules[module])
     assert weight is not None
     return weight.rows(0, weight.shape[0]).values.astype(np.float64)
 
 
-def test_errors_are_those_of_the_definition(trained: Path) -> None:
-    x, y = (values(each, W2.removesuffix(".weight")) for each in (TRAINED, trained))
-    found = one(compared(trained), W2)
-    error = error_stats(found)
+def test_errors_follow_their_definition(trained: Path) -> None:
+    x, y = (values(path, W2.removesuffix(".weight")) for path in (TRAINED, trained))
+    difference = one(compared(trained), W2)
+    error = error_stats(difference)
     noise = np.linalg.norm(x - y) / np.linalg.norm(x)
     assert error.relative == pytest.approx(noise, rel=1e-12)
     assert error.sqnr == pytest.approx(-20 * np.log10(noise), rel=1e-12)
     cosine = (x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y)
     assert error.cosine == pytest.approx(cosine, rel=1e-12)
-    assert (found.form, found.parent_form, found.role) == ("NVFP4", "BF16", "expert")
-    assert (found.layer, found.expert, found.elements) == (1, 8, x.size)
+    assert (difference.form, difference.parent_form, difference.role) == ("NVFP4", "BF16", "expert")
+    assert (difference.layer, difference.expert, difference.elements) == (1, 8, x.size)
 
 
-def test_the_worst_block_is_the_one_that_lost_most(trained: Path) -> None:
-    x, y = (values(each, W2.removesuffix(".weight")) for each in (TRAINED, trained))
+def test_the_worst_block_has_the_largest_error(trained: Path) -> None:
+    x, y = (values(path, W2.removesuffix(".weight")) for path in (TRAINED, trained))
     blocks = np.square(x - y).reshape(len(x), -1, 16).sum(2)
     row, block = np.unravel_index(blocks.argmax(), blocks.shape)
     relative = np.sqrt(blocks[row, block] / np.square(x[row, block * 16 : block * 16 + 16]).sum())
-    found = one(compared(trained), W2).worst
-    assert found is not None
-    assert found[:2] == (row, block * 16)
-    assert found[2] == pytest.approx(relative, rel=1e-6)
+    worst = one(compared(trained), W2).worst
+    assert worst is not None
+    assert worst[:2] == (row, block * 16)
+    assert worst[2] == pytest.approx(relative, rel=1e-6)
 
 
 LAYOUTS: dict[str, tuple[Edit | None, Config | None]] = {
@@ -108,31 +108,31 @@ def test_every_layout_is_decoded_as_the_judge_decodes_it(
     matrix = matrix_of(opened_layout, module, reader_of(Folder(folder)))
     assert matrix is not None
     out = np.full((60, matrix.shape[1]), np.nan, np.float32)
-    matrix.read(3, 63, out, Scratch())  # neither begins nor ends where blocks of rows do
+    matrix.read(3, 63, out, Scratch())  # rows that cut blocks of rows at both ends
     assert (out == values(folder, module.name)[3:63]).all()
     assert 0.005 < compared(folder).total.relative < 0.2
 
 
 def test_a_parent_in_fp8_is_decoded_too(trained: Path, tmp_path: Path) -> None:
     parent = rewritten(trained, tmp_path, schemes.FP8_BLOCKS, schemes.fp8_blocks)
-    found = compared(trained, parent)
-    assert (one(found, W2).parent_form, one(found, W2).form) == ("FP8", "NVFP4")
-    assert 0.09 < found.total.relative < 0.11
+    result = compared(trained, parent)
+    assert (one(result, W2).parent_form, one(result, W2).form) == ("FP8", "NVFP4")
+    assert 0.09 < result.total.relative < 0.11
     assert compared(parent, parent).total.error == 0
 
 
-def test_what_is_kept_is_identical_or_said_not_to_be(trained: Path, tmp_path: Path) -> None:
-    assert all(each.identical for each in compared(trained).tensors if each.form != "NVFP4")
+def test_a_kept_tensor_that_differs_is_a_finding(trained: Path, tmp_path: Path) -> None:
+    assert all(tensor.identical for tensor in compared(trained).tensors if tensor.form != "NVFP4")
     bad = mutated(trained, tmp_path / "bad", edit=changed(NORM, data=setting(1, 0x40)))
-    found = compared(bad)
-    (finding,) = found.findings
+    result = compared(bad)
+    (finding,) = result.findings
     assert finding.rule == "kept-tensor-differs"
     assert finding.message == f"{NORM} is not bit-equal to the parent's."
-    assert not one(found, NORM).identical
-    assert one(found, NORM).worst is not None
+    assert not one(result, NORM).identical
+    assert one(result, NORM).worst is not None
 
 
-def test_what_cannot_be_compared_is_named(trained: Path, tmp_path: Path) -> None:
+def test_a_weight_that_cannot_be_compared_is_named(trained: Path, tmp_path: Path) -> None:
     bad = mutated(trained, tmp_path / "bad", edit=without("experts.8.w2.weight_scale"))
     assert {finding.rule for finding in compared(bad).findings} == {"weight-not-compared"}
     bad = mutated(trained, tmp_path / "lost", edit=without("experts.8.w2."))
@@ -142,76 +142,78 @@ def test_what_cannot_be_compared_is_named(trained: Path, tmp_path: Path) -> None
 def test_weights_that_are_not_numbers_come_first(trained: Path, tmp_path: Path) -> None:
     scale = W2.replace(".weight", ".weight_scale")
     bad = mutated(trained, tmp_path / "bad", edit=changed(scale, data=setting(0, 0x7F)))
-    found = compared(bad)
-    assert found.changed[0].name == W2
-    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["worst"][0] == W2
+    result = compared(bad)
+    assert result.changed[0].name == W2
+    assert json.loads(json.dumps(result.to_json(), allow_nan=False))["worst"][0] == W2
 
 
-def test_sums_by_expert_are_of_its_weights_together(trained: Path) -> None:
-    found = compared(trained)
-    weights = [one(found, W2.replace("w2", part)) for part in ("w1", "w2", "w3")]
-    error = found.experts[1, 8]
+def test_the_sums_of_an_expert_are_those_of_all_its_weights(trained: Path) -> None:
+    result = compared(trained)
+    weights = [one(result, W2.replace("w2", part)) for part in ("w1", "w2", "w3")]
+    error = result.experts[1, 8]
     assert error.tensors == 3
-    assert error.error == pytest.approx(sum(each.error for each in weights), rel=1e-12)
-    assert len(found.experts) == 30
-    assert found.layers[1].tensors == 34
-    assert found.roles["router"] == (3, ErrorStats())
+    assert error.error == pytest.approx(sum(weight.error for weight in weights), rel=1e-12)
+    assert len(result.experts) == 30
+    assert result.layers[1].tensors == 34
+    assert result.roles["router"] == (3, ErrorStats())
 
 
 def test_the_numbers_do_not_depend_on_the_number_of_workers(trained: Path) -> None:
     assert compared(trained, workers=1).tensors == compared(trained, workers=5).tensors
 
 
-def test_shapes_that_blocks_do_not_divide(tmp_path: Path) -> None:
+def test_shapes_that_blocks_do_not_divide_are_compared(tmp_path: Path) -> None:
     name = "model.layers.0.block_sparse_moe.gate.weight"
     parent = make_checkpoint(tmp_path / "parent", hidden=72, shards=1)
-    mine = mutated(parent, tmp_path / "mine", edit=changed(name, data=setting(slice(-4, None), 0)))
-    found = one(compared(mine, parent), name)
-    assert found.worst is not None
-    assert found.worst[:2] == (3, 64), "the last 8 of 72 columns"
-    assert 0 < error_stats(found).relative < 0.5
+    child = mutated(
+        parent, tmp_path / "child", edit=changed(name, data=setting(slice(-4, None), 0))
+    )
+    difference = one(compared(child, parent), name)
+    assert difference.worst is not None
+    assert difference.worst[:2] == (3, 64), "the last 8 of 72 columns"
+    assert 0 < error_stats(difference).relative < 0.5
 
 
-def test_it_goes_on_where_it_was_stopped(
+def test_a_stopped_comparison_resumes(
     trained: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = compared(trained)
+    complete = compared(trained)
     assert list(cache.iterdir()) == []
     seen: list[str] = []
     add = ComparisonCache.add
 
-    def stop(partial: ComparisonCache, found: Difference) -> None:
-        add(partial, found)
-        seen.append(found.name)
+    def stop(partial: ComparisonCache, difference: Difference) -> None:
+        add(partial, difference)
+        seen.append(difference.name)
         if len(seen) == 70:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(ComparisonCache, "add", stop)
     with pytest.raises(KeyboardInterrupt):
         compared(trained)
-    (kept,) = cache.iterdir()
-    assert len(kept.read_bytes().splitlines()) == 70
-    kept.write_bytes(kept.read_bytes()[:-10])  # as a crash leaves it: the last line is torn
+    (file,) = cache.iterdir()
+    assert len(file.read_bytes().splitlines()) == 70
+    file.write_bytes(file.read_bytes()[:-10])  # a crash leaves an incomplete last line
 
-    told: list[Event] = []
-    assert compared(trained, emit=told.append) == whole
-    assert len(seen) == 70 + len(whole.tensors) - 69
-    assert "69 tensors were compared before" in str(told[0])
-    assert isinstance(told[-1], Progress)
-    assert told[-1].done == told[-1].total
+    events: list[Event] = []
+    assert compared(trained, emit=events.append) == complete
+    assert len(seen) == 70 + len(complete.tensors) - 69
+    assert "69 tensors were compared before" in str(events[0])
+    assert isinstance(events[-1], Progress)
+    assert events[-1].done == events[-1].total
     assert list(cache.iterdir()) == []
 
 
-def test_a_line_that_is_nested_too_deeply_counts_for_nothing(trained: Path) -> None:
+def test_a_line_that_is_nested_too_deeply_is_ignored(trained: Path) -> None:
     pair = Folder(trained), Folder(TRAINED)
     with ComparisonCache(*pair) as first:
-        kept = first.path
-    kept.write_bytes(b"[" * 100_000 + b"\n")
+        path = first.path
+    path.write_bytes(b"[" * 100_000 + b"\n")
     with ComparisonCache(*pair) as second:
         assert not second.known
 
 
-def test_a_changed_file_is_compared_anew(trained: Path, tmp_path: Path, cache: Path) -> None:
+def test_a_changed_file_is_compared_again(trained: Path, tmp_path: Path, cache: Path) -> None:
     keys = set()
     for seed in (0, 1):
         folder = make_checkpoint(tmp_path / "src", seed=seed)
@@ -229,14 +231,14 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(
         compared(trained)
 
 
-def test_a_hub_is_read_once(hub: FakeHub, trained: Path) -> None:
+def test_tensors_of_a_hub_repo_are_downloaded_once(hub: FakeHub, trained: Path) -> None:
     hub.add("org/parent", TRAINED)
     hub.add("org/mine", trained)
-    found = compare(HubRepo("org/mine"), HubRepo("org/parent"), load_families())
+    result = compare(HubRepo("org/mine"), HubRepo("org/parent"), load_families())
     local = compared(trained)
-    assert found.tensors == local.tensors
-    assert found.bytes_read is not None
-    assert found.bytes_read < local.bytes_compared + 500_000  # headers and JSON
+    assert result.tensors == local.tensors
+    assert result.bytes_read is not None
+    assert result.bytes_read < local.bytes_compared + 500_000  # headers and JSON
 
 
 def test_files_are_closed_when_a_comparison_fails(
@@ -245,11 +247,11 @@ def test_files_are_closed_when_a_comparison_fails(
     closed: list[Reader] = []
     close = Reader.close
 
-    def note(reader: Reader) -> None:
+    def record(reader: Reader) -> None:
         closed.append(reader)
         close(reader)
 
-    monkeypatch.setattr(Reader, "close", note)
+    monkeypatch.setattr(Reader, "close", record)
 
     def fail(*_: object) -> None:
         raise KeyboardInterrupt

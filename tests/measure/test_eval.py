@@ -1,4 +1,4 @@
-"""Models run a layer at a time: transformers' numbers, what routers did, and what is refused."""
+"""`evaluate` runs models a layer at a time, with the numbers of transformers."""
 
 import json
 import math
@@ -35,9 +35,9 @@ def run(folder: Path, parent: Path | None = None, **options: Any) -> Evaluation:
 
 
 def model_of(folder: Path, context: int = 64) -> Model:
-    folder_ = Folder(folder)
+    source = Folder(folder)
     view = read_modules(opened(folder), load_families())
-    return Model(view, reader_of(folder_), context, WORKERS)
+    return Model(view, reader_of(source), context, WORKERS)
 
 
 def final_states(model: Model, ids: Any, windows: list[slice]) -> Any:
@@ -53,10 +53,14 @@ def test_perplexities_are_those_of_the_whole_models_in_transformers(
 ) -> None:
     text = HELDOUT.read_text("utf-8")[:5_000]
     (tmp_path / "text").write_text(text, "utf-8")
-    found = run(trained, TRAINED, text=tmp_path / "text", context=perplexity.WINDOW, tokens=ALL)
-    assert found.parent_perplexity == pytest.approx(perplexity.perplexity(TRAINED, text), rel=1e-5)
-    # The script dequantizes to BF16, which rounds once more.
-    assert found.perplexity == pytest.approx(perplexity.perplexity(trained, text), rel=1e-3)
+    evaluation = run(
+        trained, TRAINED, text=tmp_path / "text", context=perplexity.WINDOW, tokens=ALL
+    )
+    assert evaluation.parent_perplexity == pytest.approx(
+        perplexity.perplexity(TRAINED, text), rel=1e-5
+    )
+    # The script dequantizes to BF16, so its weights are rounded once more.
+    assert evaluation.perplexity == pytest.approx(perplexity.perplexity(trained, text), rel=1e-3)
 
 
 def _tiny(name: str, folder: Path, **config: Any) -> Path:
@@ -85,70 +89,72 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.upstream
 @pytest.mark.parametrize("case", CASES)
-def test_every_family_computes_what_transformers_computes(case: str, tmp_path: Path) -> None:
+def test_every_family_computes_the_states_of_transformers(case: str, tmp_path: Path) -> None:
     import torch
 
     folder = _tiny(case.split()[0], tmp_path / "src", **CASES[case])
     ids = np.random.default_rng(0).integers(0, 256, 100)
-    ours = final_states(model_of(folder), ids, [slice(0, 64), slice(64, 100)])
+    states = final_states(model_of(folder), ids, [slice(0, 64), slice(64, 100)])
     try:
         whole = perplexity.load_model(folder)
-    except ValueError as error:  # tied: lm_head.weight is there, and nobody's
+    except ValueError as error:  # the script refuses the spare lm_head.weight of a tied model
         assert "tied" in case
         pytest.skip(str(error))
     with torch.inference_mode():
         for window in (slice(0, 64), slice(64, 100)):
-            theirs = whole.model(input_ids=torch.tensor(ids[window])[None]).last_hidden_state[0]
-            np.testing.assert_allclose(ours[window], theirs.numpy(), rtol=1e-3, atol=1e-4)
+            expected = whole.model(input_ids=torch.tensor(ids[window])[None]).last_hidden_state[0]
+            np.testing.assert_allclose(states[window], expected.numpy(), rtol=1e-3, atol=1e-4)
 
 
 def test_a_model_agrees_with_itself(trained: Path) -> None:
-    found = run(trained, trained, tokens=600)
-    assert found.perplexity == found.parent_perplexity
-    assert found.kl == pytest.approx(0, abs=1e-9)
-    assert found.agreement == 1
-    assert [each.agreement for each in found.routing] == [1.0, 1.0, 1.0]
+    evaluation = run(trained, trained, tokens=600)
+    assert evaluation.perplexity == evaluation.parent_perplexity
+    assert evaluation.kl == pytest.approx(0, abs=1e-9)
+    assert evaluation.agreement == 1
+    assert [layer.agreement for layer in evaluation.routing] == [1.0, 1.0, 1.0]
 
 
-def test_what_quantization_did(trained: Path) -> None:
-    found = run(trained, TRAINED, tokens=2000)
-    assert found.kl is not None
-    assert 0.001 < found.kl < 0.05
-    assert found.router_agreement is not None
-    assert 0.9 < found.router_agreement < 1
-    for each in found.routing:
-        assert each.parent_usage is not None
-        assert sum(each.usage) == sum(each.parent_usage) == 2000 * 4
-    assert json.loads(json.dumps(found.to_json()))["routing"][2]["layer"] == 2
+def test_an_evaluation_measures_the_loss_by_quantization(trained: Path) -> None:
+    evaluation = run(trained, TRAINED, tokens=2000)
+    assert evaluation.kl is not None
+    assert 0.001 < evaluation.kl < 0.05
+    assert evaluation.router_agreement is not None
+    assert 0.9 < evaluation.router_agreement < 1
+    for layer in evaluation.routing:
+        assert layer.parent_usage is not None
+        assert sum(layer.usage) == sum(layer.parent_usage) == 2000 * 4
+    assert json.loads(json.dumps(evaluation.to_json()))["routing"][2]["layer"] == 2
 
 
-def test_without_a_parent_there_is_perplexity_alone() -> None:
-    found = run(TRAINED, tokens=300)
-    assert found.perplexity == run(TRAINED, TRAINED, tokens=300).parent_perplexity
-    assert (found.kl, found.agreement, found.parent_perplexity) == (None, None, None)
+def test_without_a_parent_only_perplexity_is_measured() -> None:
+    evaluation = run(TRAINED, tokens=300)
+    assert evaluation.perplexity == run(TRAINED, TRAINED, tokens=300).parent_perplexity
+    assert (evaluation.kl, evaluation.agreement, evaluation.parent_perplexity) == (None, None, None)
 
 
-def test_scores_are_those_of_all_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_by_slices_of_the_vocabulary_equal_scores_of_all_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(scoring, "_ROWS", 300)
     models = [model_of(TRAINED), model_of(TRAINED)]
     random = np.random.default_rng(0)
     hidden = [random.standard_normal((70, 256)).astype(np.float32) * 3 for _ in models]
     targets = random.integers(0, 2048, 70)
-    found = score(models, hidden, targets, WORKERS)
+    scores = score(models, hidden, targets, WORKERS)
 
     head = models[0].weight("lm_head.weight", "all").astype(np.float64)
     logs = []
     for states in hidden:
         logits = states @ head.T
         logs.append(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
-    np.testing.assert_allclose(found.losses[0], -logs[0][np.arange(70), targets], rtol=1e-4)
+    np.testing.assert_allclose(scores.losses[0], -logs[0][np.arange(70), targets], rtol=1e-4)
     divergence = (np.exp(logs[1]) * (logs[1] - logs[0])).sum(axis=1)
-    assert found.divergence is not None
-    np.testing.assert_allclose(found.divergence, divergence, rtol=1e-4)
-    assert (found.agree == (logs[0].argmax(1) == logs[1].argmax(1))).all()
+    assert scores.divergence is not None
+    np.testing.assert_allclose(scores.divergence, divergence, rtol=1e-4)
+    assert (scores.agree == (logs[0].argmax(1) == logs[1].argmax(1))).all()
 
 
-def test_windows_see_nothing_of_each_other() -> None:
+def test_windows_are_independent() -> None:
     model = model_of(TRAINED)
     ids = np.arange(40)
     both = final_states(model, ids, [slice(0, 20), slice(20, 40)])
@@ -164,11 +170,11 @@ def test_experts_without_tokens_are_not_read(
     read: list[str] = []
     weight = model.weight
 
-    def noting(name: str, use: str) -> Any:
+    def record(name: str, use: str) -> Any:
         read.append(name)
         return weight(name, use)
 
-    monkeypatch.setattr(model, "weight", noting)
+    monkeypatch.setattr(model, "weight", record)
     hidden = model.embed(np.array([5]))
     chosen = model.layer(0, hidden, [slice(0, 1)])
     assert chosen is not None
@@ -198,7 +204,7 @@ def test_experts_without_tokens_are_not_read(
         ("llama", {"num_hidden_layers": None}, "config.json does not say num_hidden_layers."),
     ],
 )
-def test_what_is_not_known_is_refused_in_a_sentence(
+def test_an_unknown_configuration_is_refused(
     name: str, config: dict[str, Any], sentence: str
 ) -> None:
     family = load_families()[name]
@@ -214,7 +220,7 @@ def test_an_unknown_model_type_is_refused(tmp_path: Path) -> None:
         run(folder)
 
 
-def test_texts_and_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
+def test_unusable_texts_and_tokenizers_are_refused(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "src")
     with pytest.raises(SourceError, match=r"src has no tokenizer\.json"):
         run(folder)
@@ -239,5 +245,5 @@ def test_other_vocabularies_are_refused(trained: Path, tmp_path: Path) -> None:
         run(trained, make_checkpoint(tmp_path / "src"))
 
 
-def test_a_broken_model_has_a_perplexity_all_the_same(trained: Path) -> None:
+def test_a_text_of_two_tokens_has_a_finite_perplexity(trained: Path) -> None:
     assert math.isfinite(run(trained, tokens=2, context=2).perplexity)

@@ -1,4 +1,4 @@
-"""Models that are larger than memory: what is resident does not grow with the number of layers."""
+"""The memory of `compare` and `eval` does not grow with the number of layers."""
 
 import subprocess
 import sys
@@ -18,7 +18,10 @@ def mquant(*arguments: object) -> str:
 
 
 def pair(folder: Path, layers: int) -> tuple[Path, Path, int]:
-    """A checkpoint with real tokens, its quantized copy, and the bytes of both."""
+    """Write a checkpoint with a real tokenizer, and its quantized copy.
+
+    Return both paths and the bytes of both checkpoints together.
+    """
     src, out = folder / f"src-{layers}", folder / f"out-{layers}"
     sizes = {"layers": layers, "experts": 12, "hidden": 2048, "intermediate": 1024, "vocab": 2048}
     options = [word for name, value in sizes.items() for word in (f"--{name}", value)]
@@ -30,7 +33,7 @@ def pair(folder: Path, layers: int) -> tuple[Path, Path, int]:
 
 
 def compile_kernels() -> None:
-    """Compiling takes memory of its own, once."""
+    """Compile the kernels: the first compilation takes memory of its own."""
     words, sums = np.zeros((1, 16), np.uint16), np.zeros(3)
     packed, scales = np.zeros((1, 8), np.uint8), np.zeros((1, 1), np.uint8)
     out = np.empty(16, np.float32)
@@ -45,12 +48,12 @@ def test_twice_the_layers_take_no_more_memory(tmp_path: Path) -> None:
     for layers in (1, 2):
         src, out, nbytes = pair(tmp_path, layers)
         sizes.append(nbytes)
-        said = mquant("compare", out, "--against", src)
-        compared.append(int(said.rpartition("peak ")[2]))
+        report = mquant("compare", out, "--against", src)
+        compared.append(int(report.rpartition("peak ")[2]))
         text = ("--text", FIXTURES / "heldout.txt", "--tokens", 64, "--context", 32)
-        said = mquant("eval", out, "--against", src, *text)
-        assert "torch False" in said
-        evaluated.append(int(said.rpartition("peak ")[2]))
+        report = mquant("eval", out, "--against", src, *text)
+        assert "torch False" in report
+        evaluated.append(int(report.rpartition("peak ")[2]))
     grown = sizes[1] - sizes[0]
     assert grown > 190e6
     assert compared[1] - compared[0] < grown / 8

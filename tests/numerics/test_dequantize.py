@@ -1,4 +1,4 @@
-"""Codes and scales back to BF16, held against compressed-tensors, and ModelOpt's formula."""
+"""mquant dequantizes codes and scales to the BF16 of compressed-tensors and ModelOpt."""
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.upstream
 Words = npt.NDArray[np.uint16]
 
 ALL = np.arange(256, dtype=np.uint8)
-# Ones that round, that a BF16 does not hold, that overflow, that leave subnormal numbers and zeros.
+# Scales whose products round, overflow, or become subnormal or 0, and scales that BF16 lacks.
 HARD = np.array(
     [
         1,
@@ -38,7 +38,10 @@ HARD = np.array(
 
 
 def bits(tensor: torch.Tensor) -> Words:
-    """BF16 bit patterns, with one for every NaN: upstream's depends on where the vector ends."""
+    """Return BF16 bit patterns, with one pattern for all NaN.
+
+    The pattern of upstream's NaN depends on its place in the vector.
+    """
     assert tensor.dtype is torch.bfloat16
     words: Words = tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
     return np.where((words & 0x7FFF) > 0x7F80, np.uint16(0x7FC0), words)
@@ -48,7 +51,7 @@ def fp8(codes: npt.NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(codes.copy()).view(torch.float8_e4m3fn)
 
 
-def ours(
+def decoded(
     codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32], high: int, wide: int
 ) -> Words:
     words = np.empty(codes.size, np.uint16)
@@ -56,30 +59,34 @@ def ours(
     return words.reshape(codes.shape)
 
 
-def test_every_fp8_code_under_hard_scales_is_what_fp8blockdequantizer_makes() -> None:
+def test_every_fp8_code_under_hard_scales_equals_fp8blockdequantizers() -> None:
     codes = np.tile(ALL, (len(HARD), 1))
     scales = np.repeat(HARD[:, None], 2, axis=1)
-    theirs = FP8BlockDequantizer(weight_block_size=(1, 128))._create_dequantized_weight(
+    expected = FP8BlockDequantizer(weight_block_size=(1, 128))._create_dequantized_weight(
         fp8(codes), torch.from_numpy(scales)
     )
-    assert (ours(codes, scales, 1, 128) == bits(theirs)).all()
+    assert (decoded(codes, scales, 1, 128) == bits(expected)).all()
 
 
 @pytest.mark.parametrize("shape", [(3072, 1536), (200, 300), (1, 129), (128, 128), (130, 16)])
-def test_blocks_that_do_not_fill_the_weight_are_what_fp8blockdequantizer_makes(
+def test_blocks_that_do_not_fill_the_weight_equal_fp8blockdequantizers(
     shape: tuple[int, int],
 ) -> None:
     random = np.random.default_rng(0)
     codes = random.integers(0, 256, shape, np.uint8)
     blocks = -(-shape[0] // 128), -(-shape[1] // 128)
     scales = random.uniform(1e-5, 1e-3, blocks).astype(np.float32)
-    theirs = FP8BlockDequantizer()._create_dequantized_weight(fp8(codes), torch.from_numpy(scales))
-    assert (ours(codes, scales, 128, 128) == bits(theirs)).all()
+    expected = FP8BlockDequantizer()._create_dequantized_weight(
+        fp8(codes), torch.from_numpy(scales)
+    )
+    assert (decoded(codes, scales, 128, 128) == bits(expected)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("strategy", ["channel", "tensor", "block"])
-def test_fp8_is_what_compressed_tensors_decompresses(dtype: torch.dtype, strategy: str) -> None:
+def test_fp8_equals_the_decompression_of_compressed_tensors(
+    dtype: torch.dtype, strategy: str
+) -> None:
     random = np.random.default_rng(1)
     codes = random.integers(0, 256, (64, 256), np.uint8)
     shape, block = {
@@ -95,26 +102,28 @@ def test_fp8_is_what_compressed_tensors_decompresses(dtype: torch.dtype, strateg
     scheme.weights = QuantizationArgs(**args)
     compressor = BaseCompressor.get_value_from_registry("float-quantized")
     state = compressor.decompress({"weight": fp8(codes), "weight_scale": scale}, scheme)
-    theirs = bits(state["weight"].to(torch.bfloat16))
+    expected = bits(state["weight"].to(torch.bfloat16))
     table = scale.float().numpy().reshape(-1, -(-256 // block[1]))
-    assert (ours(codes, table, *block) == theirs).all()
+    assert (decoded(codes, table, *block) == expected).all()
 
 
 @pytest.mark.parametrize("second", [1.0, 20736.0, 3.0, 1e-3, 1e38, 2.0**-126])
 @pytest.mark.parametrize("modelopt", [False, True])
-def test_every_fp4_code_under_every_block_scale(second: float, modelopt: bool) -> None:
-    """Rows are block scales, all 256 codes of them; every byte of two codes is in each."""
+def test_every_fp4_code_under_every_block_scale_equals_upstreams(
+    second: float, modelopt: bool
+) -> None:
+    """Each row has one of the 256 codes of a block scale, and all 256 bytes of two FP4 codes."""
     packed = np.tile(ALL, (256, 1))
     scales = np.repeat(ALL[:, None], 32, axis=1)
     words = np.empty((256, 512), np.uint16)
     table = nvfp4_table(second, divide=not modelopt)
     decode_nvfp4(packed.reshape(-1), scales.reshape(-1), table, words.reshape(-1))
     single = torch.tensor([second], dtype=torch.float32)
-    if modelopt:  # `NVFP4QTensor.dequantize`, which torch alone can do
+    if modelopt:  # the formula of ModelOpt's `NVFP4QTensor.dequantize`
         values = torch.from_numpy(np.concatenate([E2M1, -E2M1])).to(torch.bfloat16)
         codes = torch.from_numpy(np.stack([packed & 15, packed >> 4], -1).reshape(256, 32, 16))
         factors = fp8(scales).float() * single
-        theirs = (values[codes.long()] * factors[..., None]).reshape(256, 512).to(torch.bfloat16)
+        expected = (values[codes.long()] * factors[..., None]).reshape(256, 512).to(torch.bfloat16)
     else:
         compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
         state = {
@@ -122,10 +131,10 @@ def test_every_fp4_code_under_every_block_scale(second: float, modelopt: bool) -
             "weight_scale": fp8(scales),
             "weight_global_scale": single,
         }
-        theirs = compressor.decompress(state, preset_name_to_scheme("NVFP4A16", ["Linear"]))[
+        expected = compressor.decompress(state, preset_name_to_scheme("NVFP4A16", ["Linear"]))[
             "weight"
         ]
-    assert (words == bits(theirs)).all()
+    assert (words == bits(expected)).all()
 
 
 def test_rows_may_begin_within_a_block() -> None:
@@ -134,7 +143,7 @@ def test_rows_may_begin_within_a_block() -> None:
     scales = random.uniform(1e-4, 1e-2, (3, 1)).astype(np.float32)
     words = np.empty(50 * 64, np.uint16)
     decode_fp8(codes[240:290], scales[1:], (128, 128), 240 % 128, words)
-    assert (words.reshape(50, 64) == ours(codes, scales, 128, 128)[240:290]).all()
+    assert (words.reshape(50, 64) == decoded(codes, scales, 128, 128)[240:290]).all()
 
 
 def test_arrays_that_do_not_fit_each_other_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""The number formats, held against ml_dtypes."""
+"""The tables and roundings of number formats are those of ml_dtypes."""
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +19,7 @@ def decoded(dtype: type, count: int) -> Floats:
     return np.arange(count, dtype=np.uint8).view(dtype).astype(np.float32)
 
 
-def test_the_tables_are_the_formats() -> None:
+def test_the_tables_are_those_of_ml_dtypes() -> None:
     fp4 = np.arange(8, dtype=np.uint8).astype(ml_dtypes.uint4).view(ml_dtypes.float4_e2m1fn)
     assert E2M1.tolist() == fp4.astype(np.float32).tolist()
     assert E4M3.tolist() == decoded(ml_dtypes.float8_e4m3fn, 127).tolist()
@@ -43,7 +43,7 @@ def test_rounding_goes_to_the_nearest_and_at_ties_to_even(table: Floats) -> None
 @pytest.mark.parametrize(
     "float_format", FLOATS.values(), ids=lambda float_format: float_format.name
 )
-def test_magnitudes_order_as_their_values(float_format: FloatFormat) -> None:
+def test_magnitudes_are_ordered_like_their_values(float_format: FloatFormat) -> None:
     step = 1 if float_format.word.itemsize == 2 else 65_521
     magnitudes = np.arange(0, float_format.infinity + 1, step).astype(float_format.word)
     values = float_format.values(magnitudes).astype(np.float64)

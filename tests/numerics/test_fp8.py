@@ -1,4 +1,4 @@
-"""FP8: kernel, reference and compressed-tensors make the same bytes for any weights."""
+"""The FP8 kernel, the reference and compressed-tensors return the same bytes for any weights."""
 
 from typing import Final
 
@@ -16,7 +16,7 @@ SCHEMES: Final = {"FP8_DYNAMIC": None, "FP8_BLOCK": (128, 128)}
 
 
 def weights(float_format: FloatFormat, shape: tuple[int, int], seed: int) -> Array:
-    """Bit patterns: rows of any finite numbers, of usual ones, of zeros, subnormals and ties."""
+    """Return bit patterns: rows of any finite numbers, usual weights, zeros, subnormals or ties."""
     rng = np.random.default_rng(seed)
     words = rng.integers(0, 1 << 8 * float_format.word.itemsize, shape).astype(float_format.word)
     words[(words & (float_format.sign - 1)) >= float_format.infinity] = float_format.infinity - 1
@@ -50,17 +50,17 @@ def test_codes_and_scales_are_those_of_compressed_tensors(
 
     scales, bad = fp8.encode_into(words, float_format, block, codes)
     by_reference, reference_scales = fp8.quantize(float_format.values(words), block)
-    theirs, their_scales = upstream.float_quantized(words, dtype, scheme)
+    expected, expected_scales = upstream.float_quantized(words, dtype, scheme)
 
     assert bad == 0
-    assert (by_reference == theirs).all()
-    assert (codes == theirs).all()
-    assert (reference_scales.view(float_format.word) == their_scales).all()
-    assert (scales.view(float_format.word) == their_scales).all()
+    assert (by_reference == expected).all()
+    assert (codes == expected).all()
+    assert (reference_scales.view(float_format.word) == expected_scales).all()
+    assert (scales.view(float_format.word) == expected_scales).all()
 
 
 @DTYPES
-def test_numbers_that_are_none_are_counted(dtype: str) -> None:
+def test_nan_and_infinity_are_counted(dtype: str) -> None:
     float_format = FLOATS[dtype]
     words = np.zeros((3, 4), float_format.word)
     words[1, 2], words[2, 0] = float_format.infinity, float_format.infinity + float_format.sign + 1
@@ -70,7 +70,7 @@ def test_numbers_that_are_none_are_counted(dtype: str) -> None:
     assert bad == 2
 
 
-def test_a_weight_of_another_dtype_is_a_mistake() -> None:
+def test_a_weight_of_another_dtype_is_refused() -> None:
     words = np.zeros((2, 2), "<u4")
     with pytest.raises(ValueError, match="uint32"):
         fp8.encode_into(words, FLOATS["BF16"], (1, 2), np.empty((2, 2), np.uint8))

@@ -1,4 +1,4 @@
-"""Kernel, reference and compressed-tensors: the same bytes for any weights."""
+"""The NVFP4 kernels, the reference and compressed-tensors return the same bytes for any weights."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ QKV: Final = ("q_proj", "k_proj", "v_proj")
 
 
 def block(kind: str, float_format: FloatFormat, rng: np.random.Generator) -> Array:
-    """Bit patterns [16] of finite numbers."""
+    """Return the bit patterns [16] of finite numbers."""
 
     def below(limit: int) -> Array:
         return rng.integers(0, limit, 16).astype(float_format.word)
@@ -93,15 +93,15 @@ def scale_by_kernel(members: list[tuple[Array, str]]) -> np.float32:
     return nvfp4.global_scale_of(amaxes)
 
 
-def assert_same(words: Array, dtype: str, scale: np.float32, theirs: upstream.Quantized) -> None:
+def assert_same(words: Array, dtype: str, scale: np.float32, expected: upstream.Quantized) -> None:
     float_format = FLOATS[dtype]
-    mine = by_kernel(words, float_format, scale)
+    result = by_kernel(words, float_format, scale)
     packed, scales = nvfp4.quantize(float_format.values(words), scale)
-    assert scale == theirs.global_scale
-    for each in (mine.scales, scales):
-        np.testing.assert_array_equal(each, theirs.scales)
-    for each in (mine.packed, packed):
-        np.testing.assert_array_equal(each, theirs.packed)
+    assert scale == expected.global_scale
+    for array in (result.scales, scales):
+        np.testing.assert_array_equal(array, expected.scales)
+    for array in (result.packed, packed):
+        np.testing.assert_array_equal(array, expected.packed)
 
 
 def assert_alone(words: Array, dtype: str) -> None:
@@ -113,12 +113,12 @@ def assert_alone(words: Array, dtype: str) -> None:
 def assert_fused(names: tuple[str, ...], members: list[tuple[Array, str]]) -> None:
     scale = nvfp4.global_scale([FLOATS[dtype].values(words) for words, dtype in members])
     assert scale_by_kernel(members) == scale
-    for (words, dtype), theirs in zip(members, upstream.fused(names, members), strict=True):
-        assert_same(words, dtype, scale, theirs)
+    for (words, dtype), expected in zip(members, upstream.fused(names, members), strict=True):
+        assert_same(words, dtype, scale, expected)
 
 
 def normal(shape: tuple[int, int], dtype: str, deviation: float, seed: int) -> Array:
-    """Weights as they are in models, as bit patterns."""
+    """Return the bit patterns of normally distributed weights, as models have them."""
     values = np.random.default_rng(seed).standard_normal(shape, np.float32) * deviation
     words: Array = values.astype(FLOATS[dtype].value).view(FLOATS[dtype].word)
     return words
@@ -127,7 +127,7 @@ def normal(shape: tuple[int, int], dtype: str, deviation: float, seed: int) -> A
 @DTYPES
 @settings(deadline=None, max_examples=80)
 @given(kinds=st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=6), seed=st.integers(0))
-def test_blocks_of_every_kind(dtype: str, kinds: list[str], seed: int) -> None:
+def test_blocks_of_every_kind_equal_upstreams(dtype: str, kinds: list[str], seed: int) -> None:
     rng = np.random.default_rng(seed)
     assert_alone(np.stack([block(kind, FLOATS[dtype], rng) for kind in kinds]), dtype)
 
@@ -135,7 +135,7 @@ def test_blocks_of_every_kind(dtype: str, kinds: list[str], seed: int) -> None:
 @DTYPES
 @settings(deadline=None, max_examples=80)
 @given(data=st.data())
-def test_arbitrary_bits(dtype: str, data: st.DataObject) -> None:
+def test_arbitrary_bits_equal_upstreams(dtype: str, data: st.DataObject) -> None:
     float_format = FLOATS[dtype]
     magnitudes = st.lists(st.integers(0, float_format.infinity - 1), min_size=32, max_size=32)
     signs = st.integers(0, 2**32 - 1)
@@ -146,7 +146,7 @@ def test_arbitrary_bits(dtype: str, data: st.DataObject) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_blocks_of_one_kind(dtype: str, kind: str) -> None:
+def test_blocks_of_one_kind_equal_upstreams(dtype: str, kind: str) -> None:
     rng = np.random.default_rng(1)
     blocks = [block(kind, FLOATS[dtype], rng) for _ in range(64)]
     assert_alone(np.concatenate(blocks).reshape(16, 64), dtype)
@@ -154,7 +154,7 @@ def test_blocks_of_one_kind(dtype: str, kind: str) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("exponent", range(-130, 128, 6))
-def test_weights_of_every_size(dtype: str, exponent: int) -> None:
+def test_weights_of_every_size_equal_upstreams(dtype: str, exponent: int) -> None:
     float_format = FLOATS[dtype]
     with np.errstate(over="ignore", under="ignore"):
         weight = np.random.default_rng(exponent + 200).uniform(-1, 1, (4, 64))
@@ -166,7 +166,7 @@ def test_weights_of_every_size(dtype: str, exponent: int) -> None:
 
 
 @DTYPES
-def test_real_shapes(dtype: str) -> None:
+def test_real_shapes_equal_upstreams(dtype: str) -> None:
     assert_alone(normal((1536, 3072), dtype, 0.02, seed=2), dtype)
 
 
@@ -189,12 +189,12 @@ def test_w1_and_w3_share_a_scale(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtypes", [("BF16", "F32", "F16"), ("F16", "BF16", "BF16")])
-def test_a_fused_set_of_different_dtypes(dtypes: tuple[str, ...]) -> None:
+def test_a_fused_set_of_different_dtypes_shares_a_scale(dtypes: tuple[str, ...]) -> None:
     assert_fused(QKV, [(normal((16, 64), d, 0.02, i), d) for i, d in enumerate(dtypes)])
 
 
 @DTYPES
-def test_a_fused_set_with_a_tensor_of_zeros_and_one_of_all(dtype: str) -> None:
+def test_a_fused_set_may_hold_tensors_of_zeros(dtype: str) -> None:
     zeros = np.zeros((16, 64), FLOATS[dtype].word)
     assert_fused(("w1", "w3"), [(zeros, dtype), (normal((16, 64), dtype, 0.02, 3), dtype)])
     assert_fused(("w1", "w3"), [(zeros, dtype), (zeros, dtype)])
@@ -224,7 +224,7 @@ def test_nan_and_infinity_are_counted(dtype: str) -> None:
     assert kernels.block_maxima(words, float_format, maxima) == (float_format.infinity - 1, 0)
 
 
-def test_read_only_bytes_will_do() -> None:
+def test_kernels_accept_read_only_bytes() -> None:
     words = F32.words(np.full(16, 3, np.float32).tobytes())
     packed, scales = np.empty(8, np.uint8), np.empty(1, np.uint8)
     maxima = np.empty(1, np.uint32)
@@ -254,7 +254,7 @@ def test_other_dtypes_are_refused() -> None:
         kernels.block_maxima(np.zeros(16, np.uint16), F32, np.zeros(1, np.uint32))
 
 
-def test_compiled_code_that_cannot_be_kept_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_cache_of_compiled_code_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -267,7 +267,7 @@ def test_compiled_code_that_cannot_be_kept_is_one_sentence(monkeypatch: pytest.M
     assert "NUMBA_CACHE_DIR" in caught.value.fix
 
 
-def test_without_a_folder_to_keep_it_in_code_is_compiled_for_the_run(
+def test_without_a_cache_folder_code_is_compiled_for_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real = numba.njit

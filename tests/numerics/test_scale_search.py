@@ -1,4 +1,4 @@
-"""Searched scales: the best of all codes for every block, the best global scale for the set."""
+"""The search finds the best code for every block, and the best global scale for a fused set."""
 
 from itertools import pairwise
 from typing import Final
@@ -39,14 +39,14 @@ def weight_of(
 
 
 def searched(*weights: SearchedWeight) -> tuple[np.float32, list[Bytes]]:
-    """The set's global scale, and each weight's codes."""
+    """Return the fused set's global scale, and each weight's scale codes."""
     sizes = [len(weight.maxima) for weight in weights]
     scale, codes = search(weights, np.empty((2, sum(sizes)), np.uint8))
     return scale, np.split(codes, np.cumsum(sizes)[:-1])
 
 
 def unit(scale: np.float32) -> float:
-    """What errors are in: squares of tiny weights stay numbers."""
+    """Return the unit of errors, in which the squares of tiny weights stay normal numbers."""
     return float(4.0 ** np.floor(np.log2(float(scale))))
 
 
@@ -57,29 +57,29 @@ def largest(*weights: SearchedWeight) -> np.float32:
 
 
 def errors(weight: SearchedWeight, codes: Array, scale: np.float32) -> Array:
-    """Every block's error, in float64 and `unit`s, with the reference's elements."""
+    """Return every block's error, in float64 and `unit`s, with the reference's elements."""
     x = weight.float_format.values(weight.words).reshape(-1, 16)
     codes = np.broadcast_to(codes, len(x))[:, None]
     q = nvfp4.element_codes(nvfp4.quotients(x, codes, scale))
     decoded = np.where(q & 8, -1.0, 1.0) * E2M1[q & 7] * (E4M3[codes] / scale)
     w = weight.importance.astype(np.float64)
-    wide = np.resize(w.reshape(-1, 16), (len(x), 16)) if w.size else 1.0
-    off = (x.astype(np.float64) - decoded) * unit(scale) ** 0.5
-    total: Array = np.sum(wide * off**2, axis=1)
+    factors = np.resize(w.reshape(-1, 16), (len(x), 16)) if w.size else 1.0
+    difference = (x.astype(np.float64) - decoded) * unit(scale) ** 0.5
+    total: Array = np.sum(factors * difference**2, axis=1)
     return total
 
 
 def of_every_code(weight: SearchedWeight, scale: np.float32) -> Array:
-    """Every block's error under each of the 126 codes [126, blocks]."""
+    """Return every block's error under each of the 126 codes, [126, blocks]."""
     return np.stack([errors(weight, code, scale) for code in EVERY_CODE[:, None]])
 
 
 def assert_best(weight: SearchedWeight, codes: Bytes, scale: np.float32) -> None:
-    """No code does better in any block, of all 126, but for what F32 rounds of x and q * d."""
-    mine = errors(weight, codes, scale)
+    """Assert that none of the 126 codes has a smaller error in any block, up to F32's rounding."""
+    error = errors(weight, codes, scale)
     every = of_every_code(weight, scale)
     rounding = 2.0**-21 * np.sqrt(every.max(axis=0))  # at least 2**-23 of the block's norm
-    assert np.all(np.sqrt(mine) <= np.sqrt(every.min(axis=0)) + rounding)
+    assert np.all(np.sqrt(error) <= np.sqrt(every.min(axis=0)) + rounding)
 
 
 @DTYPES
@@ -116,12 +116,13 @@ def test_no_code_is_better_for_blocks_far_below_the_largest(dtype: str, exponent
     assert_best(weight, codes, scale)
 
 
-def test_codes_that_are_not_tried_cannot_be_the_best() -> None:
-    """Whatever 15 of a block's weights are, a code that is tried costs less than 0.35 of the 16th.
+def test_untried_codes_cannot_be_the_best() -> None:
+    """For any other 15 weights, some tried code costs less than a cut of 0.35 of the largest.
 
-    So what cuts more than 0.35 off that one costs more. Positions of a / 6 between two codes are
-    taken in slices. The mixture of codes is found by multiplicative weights; what it costs at most
-    is exact: between the points where a code rounds to its next value it is a sum of parabolas.
+    So a code that cuts off more than 0.35 of the largest weight costs more than a tried code. The
+    test takes the positions of a / 6 between two codes in slices. Multiplicative weights find a
+    mixture of codes. The bound of the mixture's cost is exact: between the points where an element
+    rounds to its next value, the cost is a sum of parabolas.
     """
     for code in range(64, 72):  # one octave
         first, last = (E4M3[code - 1] + E4M3[code]) / 2, (E4M3[code] + E4M3[code + 1]) / 2
@@ -132,7 +133,7 @@ def test_codes_that_are_not_tried_cannot_be_the_best() -> None:
 
 
 def cost_at_most(scales: Array, low: float, high: float) -> float:
-    """What the best of `scales` costs at most, where the largest weight is from `low` to `high`."""
+    """Return a bound of the best scale's cost, if the largest weight is from `low` to `high`."""
     edges = np.outer(scales, (E2M1[:-1] + E2M1[1:]) / 2).ravel()
     x = np.concatenate([[0, low, high], edges[edges < high]])
     near = np.abs(x[:, None, None] - np.outer(scales, E2M1)).min(axis=2) ** 2
@@ -150,15 +151,17 @@ def cost_at_most(scales: Array, low: float, high: float) -> float:
 
 
 @DTYPES
-def test_no_global_scale_of_an_octave_is_better(dtype: str) -> None:
+def test_no_other_global_scale_of_an_octave_is_better(dtype: str) -> None:
     weights = [weight_of(normal((40, 64), dtype, 0.02, i), FLOATS[dtype]) for i in range(2)]
     scale, codes = searched(*weights)
     first = np.float32(BF16.value.type(2688 / largest(*weights)))
     tried = [np.float32(BF16.value.type(first / np.float32(ratio))) for ratio in RATIOS]
     best = [sum(of_every_code(w, g).min(axis=0).sum() / unit(g) for w in weights) for g in tried]
-    mine = sum(errors(w, c, scale).sum() / unit(scale) for w, c in zip(weights, codes, strict=True))
-    assert mine <= min(best) * (1 + 1e-5)
-    assert len({f"{error:.6g}" for error in best}) > 8  # it matters
+    total = sum(
+        errors(w, c, scale).sum() / unit(scale) for w, c in zip(weights, codes, strict=True)
+    )
+    assert total <= min(best) * (1 + 1e-5)
+    assert len({f"{error:.6g}" for error in best}) > 8  # the choice of the global scale matters
 
 
 @DTYPES
@@ -166,33 +169,33 @@ def test_global_scales_are_bf16_numbers_whatever_the_weights_are(dtype: str) -> 
     for seed in range(8):
         scale, _ = searched(weight_of(normal((8, 64), dtype, 0.02, seed), FLOATS[dtype]))
         assert scale == np.float32(BF16.value.type(scale))
-        # ModelOpt stores the reciprocal; rounded to BF16, its own is the scale again.
+        # ModelOpt stores the reciprocal: the reciprocal of the reciprocal, in BF16, is the scale.
         assert BF16.value.type(np.float32(1) / (np.float32(1) / scale)) == scale
 
 
-def test_a_block_far_above_all_others_has_all_its_codes_too() -> None:
-    """It lies where no sample looks, and its error is most of the tensor's."""
+def test_a_block_far_above_all_others_may_have_every_code() -> None:
+    """The block is outside of the sample, and its error is most of the tensor's error."""
     words = normal((640, 1024), "BF16", 0.001, seed=3)
     words[2, :16] = np.resize([1, 0.75, 0.375], 16).astype(BF16.value).view(BF16.word)
     scale, (codes,) = searched(weight_of(words, BF16))
-    # 4, 3 and 1.5 of 0.25, which is half as much again as what min-max allows.
+    # The weights are 4, 3 and 1.5 times 0.25, which is 1.5 times min-max's scale of 1/6.
     assert E4M3[codes[128]] / scale == pytest.approx(0.25, rel=1 / 16)
     assert nvfp4.global_scale([BF16.values(words)]) / scale >= 6 / 3.5
 
 
 @DTYPES
-def test_it_is_never_worse_than_min_max(dtype: str) -> None:
+def test_the_search_is_never_worse_than_min_max(dtype: str) -> None:
     for seed in range(4):
         weight = weight_of(normal((64, 256), dtype, 0.02, seed), FLOATS[dtype])
         values = weight.float_format.values(weight.words).reshape(64, 256)
-        theirs = nvfp4.global_scale([values])
-        _, their_codes = nvfp4.quantize(values, theirs)
+        minmax = nvfp4.global_scale([values])
+        _, minmax_codes = nvfp4.quantize(values, minmax)
         scale, (codes,) = searched(weight)
-        mine = errors(weight, codes, scale).sum() / unit(scale)
-        assert mine < 0.8 * errors(weight, their_codes.ravel(), theirs).sum() / unit(theirs)
+        error = errors(weight, codes, scale).sum() / unit(scale)
+        assert error < 0.8 * errors(weight, minmax_codes.ravel(), minmax).sum() / unit(minmax)
 
 
-def test_what_min_max_stores_exactly_stays_as_it_is() -> None:
+def test_weights_that_min_max_stores_exactly_keep_its_scales() -> None:
     points = np.resize([*E2M1, *-E2M1], (4, 64)) * np.array([[1], [2], [8], [448]])
     weight = weight_of(points.astype(BF16.value).view(BF16.word), BF16)
     scale, (codes,) = searched(weight)
@@ -220,8 +223,8 @@ def test_errors_count_by_the_importance_of_their_columns() -> None:
     plain_scale, (plain_codes,) = searched(plain)
     scale, (codes,) = searched(weighed)
     assert (codes != plain_codes).mean() > 0.3
-    mine = errors(weighed, codes, scale).sum() / unit(scale)
-    assert mine < 0.9 * errors(weighed, plain_codes, plain_scale).sum() / unit(plain_scale)
+    error = errors(weighed, codes, scale).sum() / unit(scale)
+    assert error < 0.9 * errors(weighed, plain_codes, plain_scale).sum() / unit(plain_scale)
 
 
 @DTYPES
@@ -237,7 +240,7 @@ def test_no_code_that_keeps_the_largest_weight_is_better(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("importance", [0, 1, 3e-38, 3e38])
-def test_the_same_importance_everywhere_is_none(importance: float) -> None:
+def test_equal_importance_changes_nothing(importance: float) -> None:
     words = normal((8, 256), "BF16", 0.02, seed=6)
     plain = searched(weight_of(words, BF16))
     same = searched(weight_of(words, BF16, np.full(256, importance, np.float32)))
@@ -245,7 +248,7 @@ def test_the_same_importance_everywhere_is_none(importance: float) -> None:
     assert np.array_equal(plain[1], same[1])
 
 
-def test_no_weight_is_given_up_however_little_it_counts() -> None:
+def test_no_weight_is_cut_off_even_if_its_importance_is_0() -> None:
     x = BF16.values(normal((2048, 16), "BF16", 0.02, seed=7)).astype(np.float32)
     x[:, 3] *= 4
     words = x.astype(BF16.value).view(BF16.word)
@@ -258,10 +261,10 @@ def test_no_weight_is_given_up_however_little_it_counts() -> None:
     assert 0.65 <= kept.min() < 0.7
 
 
-# --- how it gets there
+# --- the search and the packing
 
 
-def test_two_searches_are_the_same_bytes() -> None:
+def test_two_searches_return_the_same_bytes() -> None:
     words = normal((512, 1040), "BF16", 0.02, seed=8)
     first, second = searched(weight_of(words, BF16)), searched(weight_of(words.copy(), BF16))
     assert first[0] == second[0]
@@ -284,19 +287,19 @@ def test_elements_are_packed_as_the_reference_rounds_them(dtype: str) -> None:
 # --- compared with upstream
 
 
-def test_compressed_tensors_decodes_it_to_what_was_searched_for() -> None:
+def test_compressed_tensors_decodes_the_searched_weights() -> None:
     words = normal((48, 128), "BF16", 0.02, seed=10)
     weight = weight_of(words, BF16)
     scale, (codes,) = searched(weight)
     packed = np.empty(words.size // 2, np.uint8)
     kernels.pack_into(weight.words, thresholds("BF16", float(scale)), codes, packed)
-    theirs = upstream.decompressed(
+    expected = upstream.decompressed(
         upstream.Quantized(packed.reshape(48, 64), codes.reshape(48, 8), scale)
     )
     elements = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1, 16)
     values = np.where(elements & 8, -1, 1) * E2M1[elements & 7]
     decoded = values.astype(np.float32) * (E4M3[codes] / scale)[:, None]
-    assert np.array_equal(theirs.float().numpy().reshape(-1, 16), decoded.astype(BF16.value))
+    assert np.array_equal(expected.float().numpy().reshape(-1, 16), decoded.astype(BF16.value))
 
 
 @pytest.mark.upstream
@@ -317,13 +320,13 @@ def test_no_tensor_is_worse_than_with_llmcompressor_s_expanded_mse(names: tuple[
         for i in infos
     ]
     last = tuple(name.rpartition(".")[2] for name in names)
-    members = [(each, info.dtype) for each, info in zip(words, infos, strict=True)]
-    theirs = upstream.fused(last, members, "nvfp4_expanded_mse")
+    members = [(matrix, info.dtype) for matrix, info in zip(words, infos, strict=True)]
+    expected = upstream.fused(last, members, "nvfp4_expanded_mse")
     weights = [
-        weight_of(each.copy(), FLOATS[i.dtype]) for each, i in zip(words, infos, strict=True)
+        weight_of(matrix.copy(), FLOATS[i.dtype]) for matrix, i in zip(words, infos, strict=True)
     ]
     scale, codes = searched(*weights)
-    for weight, code, other in zip(weights, codes, theirs, strict=True):
-        mine = errors(weight, code, scale).sum() / unit(scale)
-        their_error = errors(weight, other.scales.reshape(-1), other.global_scale).sum()
-        assert mine < their_error / unit(other.global_scale)
+    for weight, code, other in zip(weights, codes, expected, strict=True):
+        error = errors(weight, code, scale).sum() / unit(scale)
+        expected_error = errors(weight, other.scales.reshape(-1), other.global_scale).sum()
+        assert error < expected_error / unit(other.global_scale)

@@ -1,4 +1,4 @@
-"""The tables, exhaustively: every magnitude, every scale code, every step against upstream."""
+"""The tables of thresholds agree with upstream for every magnitude and every scale code."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from mquant.numerics import nvfp4
 from mquant.numerics.floats import FLOATS, Array, Bytes, FloatFormat
 from mquant.numerics.thresholds import Thresholds, thresholds
 
-# An exact power of two makes exact ties; the others are the extremes, and one of a usual size.
+# A power of two, which has exact ties; a usual scale; the smallest and the largest scale.
 SCALES = {
     "BF16": (1.0, 4864.0, 7.93e-36, 3.29e38),
     "F16": (1.0, 4864.0, 0.0410, 65472.0),
@@ -20,17 +20,17 @@ ALL = [(dtype, scale) for dtype, scales in SCALES.items() for scale in scales]
 
 
 def finite(float_format: FloatFormat) -> Array:
-    """Every finite magnitude of a 16-bit format, in whole blocks."""
+    """Return every finite magnitude of a 16-bit format, in whole blocks."""
     return np.arange(float_format.infinity, dtype=float_format.word)
 
 
 def global_scale(dtype: str, scale: float) -> np.float32:
-    """The nearest number that the dtype can make a global scale of."""
+    """Return the number of the dtype that is nearest to `scale`."""
     return np.float32(np.array([scale], FLOATS[dtype].value)[0])
 
 
 def codes_by_thresholds(steps: Thresholds, words: Array, scale: int) -> Bytes:
-    """Signed E2M1 codes of bit patterns under one block scale, from the table alone."""
+    """Return the signed E2M1 codes of bit patterns under one block scale, by the table alone."""
     first, *rest = steps.code[scale]
     magnitudes = words & (steps.float_format.sign - 1)
     code = sum((magnitudes >= step).astype(np.uint8) for step in rest)
@@ -39,23 +39,23 @@ def codes_by_thresholds(steps: Thresholds, words: Array, scale: int) -> Bytes:
 
 
 @pytest.mark.parametrize(("dtype", "scale"), ALL)
-def test_every_magnitude_under_every_scale_code(dtype: str, scale: float) -> None:
+def test_every_magnitude_under_every_scale_code_equals_upstreams(dtype: str, scale: float) -> None:
     float_format, exact = FLOATS[dtype], global_scale(dtype, scale)
     steps = thresholds(dtype, float(exact))
     words = finite(float_format)
     words[1::2] |= float_format.sign
-    both = np.stack([words, words ^ float_format.sign])
+    signed = np.stack([words, words ^ float_format.sign])
     for scale_codes in np.array_split(np.arange(1, 127, dtype=np.uint8), 3):
-        weights = both[scale_codes % 2]  # each magnitude with either sign, in turns
+        weights = signed[scale_codes % 2]  # every magnitude's sign flips from code to code
         scales = np.repeat(scale_codes[:, None], weights.shape[1] // 16, axis=1)
-        theirs = upstream.with_scales(weights, dtype, scales, exact)
-        for words, code, packed in zip(weights, scale_codes, theirs, strict=True):
-            mine = codes_by_thresholds(steps, words, int(code))
-            assert np.array_equal(mine[::2] | mine[1::2] << 4, packed)
+        expected = upstream.with_scales(weights, dtype, scales, exact)
+        for words, code, packed in zip(weights, scale_codes, expected, strict=True):
+            codes = codes_by_thresholds(steps, words, int(code))
+            assert np.array_equal(codes[::2] | codes[1::2] << 4, packed)
 
 
 @pytest.mark.parametrize("dtype", SCALES)
-def test_every_block_amax_under_many_global_scales(dtype: str) -> None:
+def test_every_block_amax_under_many_global_scales_equals_upstreams(dtype: str) -> None:
     float_format = FLOATS[dtype]
     args = preset_name_to_scheme("NVFP4A16", ["Linear"]).weights
     words = finite(float_format)
@@ -65,8 +65,8 @@ def test_every_block_amax_under_many_global_scales(dtype: str) -> None:
     )
     scales = [global_scale(dtype, scale) for scale in SCALES[dtype]]
     for exact in [*scales, *(nvfp4.global_scale_of([value]) for value in random)]:
-        theirs, _ = calculate_qparams(-amax, amax, args, torch.tensor([exact]))
-        codes = theirs.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        expected, _ = calculate_qparams(-amax, amax, args, torch.tensor([exact]))
+        codes = expected.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         start = thresholds(dtype, float(exact)).start[: float_format.infinity]
         assert np.array_equal(np.where(start == 0, nvfp4.SCALE_OF_ZERO, start), codes)
         assert np.array_equal(nvfp4.block_scales(float_format.values(words), exact), codes)
@@ -78,8 +78,8 @@ def test_every_amax_gives_upstreams_global_scale(dtype: str) -> None:
     words = finite(float_format)[:: 5 if dtype == "F16" else 3]
     amaxes = upstream.tensor(words[None], dtype)[0]
     for value, amax in zip(float_format.values(words), amaxes, strict=True):
-        theirs = generate_gparam(-amax.reshape(1), amax.reshape(1))
-        assert nvfp4.global_scale_of([value]) == theirs.item()
+        expected = generate_gparam(-amax.reshape(1), amax.reshape(1))
+        assert nvfp4.global_scale_of([value]) == expected.item()
 
 
 def test_f32_thresholds_are_where_the_reference_steps() -> None:

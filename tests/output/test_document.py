@@ -1,4 +1,4 @@
-"""A file that the user names: mquant replaces its own, keeps others, and writes to a pipe."""
+"""A `Document` replaces a file that mquant wrote, keeps other files, and writes to pipes."""
 
 import os
 import subprocess
@@ -89,6 +89,6 @@ def test_an_open_file_is_written_to(tmp_path: Path, to_file: bool) -> None:
     )
     with (tmp_path / "stdout").open("wb") as file:
         stdout = file if to_file else subprocess.PIPE
-        done = subprocess.run([sys.executable, "-c", code], stdout=stdout, check=True)
-    written = (tmp_path / "stdout").read_bytes() if to_file else done.stdout
+        process = subprocess.run([sys.executable, "-c", code], stdout=stdout, check=True)
+    written = (tmp_path / "stdout").read_bytes() if to_file else process.stdout
     assert written == b"before\n<mark>new"

@@ -1,4 +1,4 @@
-"""OUT: whose it is, and what a run may do to it."""
+"""`examine` tells the state of OUT, and `discard` deletes only files that mquant wrote there."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def unfinished(out: Path, fingerprint: dict[str, str]) -> None:
     ledger.release()
 
 
-def test_a_folder_that_is_not_there_is_free(tmp_path: Path) -> None:
+def test_a_folder_that_does_not_exist_is_free(tmp_path: Path) -> None:
     assert examine(tmp_path / "out", [], RUN, restart=False).state is State.FREE
     assert not (tmp_path / "out").exists()
 
@@ -94,7 +94,7 @@ def test_another_finished_run_is_refused_with_both_values(tmp_path: Path) -> Non
     assert "--restart" in caught.value.fix
 
 
-def test_restart_deletes_what_was_recorded_and_nothing_else(tmp_path: Path) -> None:
+def test_restart_deletes_only_recorded_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
     finished(out, {"source": "other"})
     (out / "notes.txt").write_text("mine")
@@ -102,7 +102,7 @@ def test_restart_deletes_what_was_recorded_and_nothing_else(tmp_path: Path) -> N
     assert sorted(path.name for path in out.iterdir()) == ["notes.txt"]
 
 
-def test_an_unfinished_run_can_be_gone_on_with(tmp_path: Path) -> None:
+def test_an_unfinished_run_can_be_resumed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     unfinished(out, RUN)
     claim = examine(out, [], RUN, restart=False)
@@ -111,14 +111,14 @@ def test_an_unfinished_run_can_be_gone_on_with(tmp_path: Path) -> None:
     assert claim.recorded.fingerprint == RUN
 
 
-def test_what_an_unfinished_run_made_can_be_discarded(tmp_path: Path) -> None:
+def test_files_of_an_unfinished_run_can_be_discarded(tmp_path: Path) -> None:
     out = tmp_path / "out"
     unfinished(out, RUN)
     discard(out, examine(out, [], RUN, restart=False).files)
     assert [path.name for path in out.iterdir()] == [LEDGER]
 
 
-def test_restart_goes_on_with_nothing(tmp_path: Path) -> None:
+def test_restart_resumes_nothing(tmp_path: Path) -> None:
     unfinished(tmp_path / "out", RUN)
     claim = examine(tmp_path / "out", [], RUN, restart=True)
     assert (claim.state, claim.recorded) == (State.UNFINISHED, None)
@@ -130,7 +130,7 @@ def test_an_unfinished_other_run_is_refused(tmp_path: Path) -> None:
         examine(tmp_path / "out", [], RUN, restart=False)
 
 
-def test_a_run_stopped_while_it_claimed_out_leaves_it_free(tmp_path: Path) -> None:
+def test_a_run_that_stops_while_it_claims_out_leaves_out_free(tmp_path: Path) -> None:
     (tmp_path / LEDGER).write_text('{"schema": "mqu')
     assert examine(tmp_path, [], RUN, restart=False).state is State.FREE
 
@@ -149,8 +149,8 @@ def test_a_record_cannot_ask_for_files_outside_out(tmp_path: Path, name: str) ->
     assert victim.read_text() == "precious"
 
 
-def test_a_claim_that_was_just_made_does_not_hide_a_finished_run(tmp_path: Path) -> None:
-    # Another process may lock OUT, with an empty ledger, in the moment in which a run completes.
+def test_a_new_claim_does_not_hide_a_finished_run(tmp_path: Path) -> None:
+    # Another process may lock OUT with an empty ledger at the moment at which a run completes.
     out = tmp_path / "out"
     finished(out, RUN)
     ledger = Ledger(out)

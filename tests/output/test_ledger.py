@@ -1,4 +1,4 @@
-"""The ledger: append-only, locked, and never more than what is on disk."""
+"""The ledger records the work of a run, locks OUT, and survives damage."""
 
 import json
 import shutil
@@ -24,31 +24,31 @@ def begun(out: Path) -> Ledger:
 
 
 def recorded(out: Path) -> Recorded:
-    found = read_ledger(out)
-    assert found is not None
-    return found
+    record = read_ledger(out)
+    assert record is not None
+    return record
 
 
-def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+def test_recorded_work_is_read_back(tmp_path: Path) -> None:
     ledger = begun(tmp_path)
     ledger.count([4, 0, 1, 2, 9])
     ledger.complete_shard("a.safetensors", "cafe", range(20, 23))
     ledger.release()
-    found = recorded(tmp_path)
-    assert found.fingerprint == RUN
-    assert found.files == ("a.safetensors", "config.json")
-    assert found.units == dict.fromkeys([0, 1, 2, 4, 9, 20, 21, 22], SOURCES)
-    assert found.shards == {"a.safetensors": "cafe"}
+    record = recorded(tmp_path)
+    assert record.fingerprint == RUN
+    assert record.files == ("a.safetensors", "config.json")
+    assert record.units == dict.fromkeys([0, 1, 2, 4, 9, 20, 21, 22], SOURCES)
+    assert record.shards == {"a.safetensors": "cafe"}
 
 
-def test_jobs_that_follow_each_other_take_one_entry(tmp_path: Path) -> None:
+def test_consecutive_work_units_take_one_entry(tmp_path: Path) -> None:
     ledger = begun(tmp_path)
     ledger.count(range(1000))
     ledger.release()
     assert (tmp_path / LEDGER).read_text().endswith('\n{"jobs": [[0, 999]]}\n')
 
 
-def test_jobs_keep_the_sources_they_were_made_from(tmp_path: Path) -> None:
+def test_work_units_keep_their_sources(tmp_path: Path) -> None:
     ledger = begun(tmp_path)
     ledger.count([0])
     ledger.release()
@@ -60,7 +60,7 @@ def test_jobs_keep_the_sources_they_were_made_from(tmp_path: Path) -> None:
     assert recorded(tmp_path).units == {0: SOURCES, 1: {"model.safetensors": (100, 6)}}
 
 
-def test_a_line_without_its_end_does_not_count_and_spoils_none(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_ignored_and_spoils_no_other_line(tmp_path: Path) -> None:
     ledger = begun(tmp_path)
     ledger.count([0])
     ledger.release()
@@ -74,7 +74,7 @@ def test_a_line_without_its_end_does_not_count_and_spoils_none(tmp_path: Path) -
     assert {0, 2} <= recorded(tmp_path).units.keys()
 
 
-def test_to_begin_afresh_forgets(tmp_path: Path) -> None:
+def test_a_run_that_begins_afresh_deletes_earlier_records(tmp_path: Path) -> None:
     ledger = begun(tmp_path)
     ledger.count([0])
     ledger.begin({"source": "zz"}, ["b"], afresh=True)
@@ -98,12 +98,12 @@ def test_a_complete_run_leaves_no_ledger(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_letting_go_without_a_claim_leaves_nothing(tmp_path: Path) -> None:
+def test_a_release_without_a_claim_leaves_no_file(tmp_path: Path) -> None:
     Ledger(tmp_path / "out").release()
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_letting_go_of_a_claim_leaves_the_ledger(tmp_path: Path) -> None:
+def test_a_release_of_a_claim_leaves_the_ledger(tmp_path: Path) -> None:
     begun(tmp_path).release()
     assert [path.name for path in tmp_path.iterdir()] == [LEDGER]
 
@@ -113,14 +113,14 @@ def test_an_output_folder_that_vanishes_is_one_sentence(tmp_path: Path, *, again
     out = tmp_path / "out"
     ledger = begun(out)
     shutil.rmtree(out)
-    if again:  # with another ledger in it
+    if again:  # with another ledger
         begun(out).release()
     with pytest.raises(OutputError, match="was deleted or replaced during the run"):
         ledger.count([1])
     ledger.release()
 
 
-def test_without_a_ledger_there_is_nothing_to_read(tmp_path: Path) -> None:
+def test_a_folder_without_a_ledger_has_no_record(tmp_path: Path) -> None:
     assert read_ledger(tmp_path) is None
 
 
@@ -148,8 +148,8 @@ def test_a_damaged_ledger_never_fails(
     out = tmp_path_factory.getbasetemp() / "damaged"
     out.mkdir(exist_ok=True)
     (out / LEDGER).write_bytes(b"\n".join(lines) + b"\n")
-    found = recorded(out)
-    assert all(isinstance(number, int) and number >= 0 for number in found.units)
+    record = recorded(out)
+    assert all(isinstance(number, int) and number >= 0 for number in record.units)
 
 
 def test_an_absurd_span_takes_no_memory(tmp_path: Path) -> None:

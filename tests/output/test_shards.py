@@ -1,4 +1,4 @@
-"""Shards: written at planned places, whole under their final name or not there."""
+"""A `ShardSet` writes tensors at planned places, and names a shard only when it is complete."""
 
 import errno
 import hashlib
@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from judges import data, opened
-from make import Row, make_checkpoint
-from make import make_row as row
+from make import make_checkpoint
 from mquant.checkpoint import Folder, Stamp
 from mquant.errors import EngineError, OutputError
 from mquant.events import Event, Progress
 from mquant.output import PARTIAL, Ledger, ShardObserver, ShardSet
 from mquant.output.ledger import read_ledger
 from mquant.plan import OutputTensor, Plan, ShardPlan, WorkUnit
+from plan.planning import with_odd_norm
 from run import plan_of
 
 RUN = {"plan": "aa"}
@@ -81,7 +81,9 @@ def assert_whole(out: Path, plan: Plan, digests: dict[str, str]) -> None:
     assert all(data(written, output.name) == fill(output) for output in outputs(plan))
 
 
-def test_every_planned_tensor_lands_in_its_shard(plan: Plan, out: Path, ledger: Ledger) -> None:
+def test_every_planned_tensor_is_written_to_its_shard(
+    plan: Plan, out: Path, ledger: Ledger
+) -> None:
     shards = ShardSet(out, plan, ledger)
     for output in reversed(outputs(plan)):  # in any order
         shards.write(output.name, fill(output))
@@ -95,7 +97,7 @@ def test_every_planned_tensor_lands_in_its_shard(plan: Plan, out: Path, ledger: 
 
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 10**6))
-def test_pieces_of_any_size_make_the_same_file(
+def test_pieces_of_any_size_write_the_same_file(
     tmp_path_factory: pytest.TempPathFactory, seed: int
 ) -> None:
     folder = tmp_path_factory.mktemp("pieces")
@@ -139,7 +141,7 @@ def test_a_tensor_larger_than_planned_is_refused(plan: Plan, out: Path, ledger: 
     shards.abandon()
 
 
-def test_a_tensor_the_plan_does_not_await_is_refused(plan: Plan, out: Path, ledger: Ledger) -> None:
+def test_a_tensor_that_is_not_in_the_plan_is_refused(plan: Plan, out: Path, ledger: Ledger) -> None:
     with pytest.raises(EngineError, match=r"lm_head\.weight_packed, which is not in the plan"):
         ShardSet(out, plan, ledger).write("lm_head.weight_packed", b"")
 
@@ -189,11 +191,11 @@ def test_progress_counts_the_sources_bytes(plan: Plan, out: Path, ledger: Ledger
     assert events[-1] == Progress("quantize", plan.source_bytes, plan.source_bytes)
 
 
-# --- going on
+# --- resuming
 
 
-def half(out: Path, plan: Plan, ledger: Ledger, *, committed: bool = True) -> list[WorkUnit]:
-    """Do every other job of a run, and stop; returns those that are left."""
+def do_half(out: Path, plan: Plan, ledger: Ledger, *, committed: bool = True) -> list[WorkUnit]:
+    """Do every second work unit of a run, and stop; return the remaining work units."""
     ledger.read_from(stamps(plan))
     shards = ShardSet(out, plan, ledger)
     units = shards.pending
@@ -205,40 +207,38 @@ def half(out: Path, plan: Plan, ledger: Ledger, *, committed: bool = True) -> li
     return units[1::2]
 
 
-def test_what_was_committed_is_not_asked_for_again(plan: Plan, out: Path, ledger: Ledger) -> None:
-    left = half(out, plan, ledger)
+def test_committed_work_is_not_repeated(plan: Plan, out: Path, ledger: Ledger) -> None:
+    remaining = do_half(out, plan, ledger)
     shards = ShardSet(out, plan, ledger, read_ledger(out), stamps(plan))
-    assert shards.pending == left
-    assert shards.done_bytes == plan.source_bytes - sum(unit.source_bytes for unit in left)
-    for unit in left:
+    assert shards.pending == remaining
+    assert shards.done_bytes == plan.source_bytes - sum(unit.source_bytes for unit in remaining)
+    for unit in remaining:
         do(shards, unit)
     shards.finish()
     assert_whole(out, plan, shards.digests)
 
 
-def test_what_was_not_committed_is_done_again(plan: Plan, out: Path, ledger: Ledger) -> None:
-    half(out, plan, ledger, committed=False)
+def test_uncommitted_work_is_repeated(plan: Plan, out: Path, ledger: Ledger) -> None:
+    do_half(out, plan, ledger, committed=False)
     shards = ShardSet(out, plan, ledger, read_ledger(out), stamps(plan))
     assert len(shards.pending) == len(ShardSet(out, plan, ledger).pending)
 
 
-def test_what_was_made_from_a_file_that_changed_is_done_again(
-    plan: Plan, out: Path, ledger: Ledger
-) -> None:
-    left = half(out, plan, ledger)
+def test_work_from_a_changed_source_file_is_repeated(plan: Plan, out: Path, ledger: Ledger) -> None:
+    remaining = do_half(out, plan, ledger)
     changed = sorted(stamps(plan))[1]
-    now = {**stamps(plan), changed: (1, 1)}
-    pending = ShardSet(out, plan, ledger, read_ledger(out), now).pending
-    more = [unit for unit in pending if unit not in left]
-    assert more
-    assert all(changed in {a.source.shard for a in unit.actions} for unit in more)
+    new_stamps = {**stamps(plan), changed: (1, 1)}
+    pending = ShardSet(out, plan, ledger, read_ledger(out), new_stamps).pending
+    repeated = [unit for unit in pending if unit not in remaining]
+    assert repeated
+    assert all(changed in {a.source.shard for a in unit.actions} for unit in repeated)
 
 
 @pytest.mark.parametrize("damage", ["gone", "short"])
-def test_a_partial_that_is_not_what_was_left_is_done_over(
+def test_a_damaged_partial_is_written_again(
     plan: Plan, out: Path, ledger: Ledger, damage: str
 ) -> None:
-    half(out, plan, ledger)
+    do_half(out, plan, ledger)
     partial = out / (plan.shards[0].name + PARTIAL)
     if damage == "gone":
         partial.unlink()
@@ -268,7 +268,7 @@ def test_a_complete_shard_is_left_alone(plan: Plan, out: Path, ledger: Ledger) -
     assert_whole(out, plan, again.digests)
 
 
-def test_a_shard_named_before_the_ledger_said_so_is_taken_up(
+def test_a_named_shard_that_the_ledger_lacks_is_resumed(
     plan: Plan, out: Path, ledger: Ledger
 ) -> None:
     ledger.read_from(stamps(plan))
@@ -290,7 +290,9 @@ def test_a_shard_named_before_the_ledger_said_so_is_taken_up(
     assert_whole(out, plan, again.digests)
 
 
-def test_a_shard_that_lacks_only_its_name_gets_it(plan: Plan, out: Path, ledger: Ledger) -> None:
+def test_a_complete_shard_without_its_name_is_renamed(
+    plan: Plan, out: Path, ledger: Ledger
+) -> None:
     ledger.read_from(stamps(plan))
     shards = ShardSet(out, plan, ledger)
     for unit in shards.pending:
@@ -303,13 +305,8 @@ def test_a_shard_that_lacks_only_its_name_gets_it(plan: Plan, out: Path, ledger:
     assert_whole(out, plan, again.digests)
 
 
-def _odd(rows: list[Row]) -> list[Row]:
-    odd = "model.layers.0.input_layernorm.weight"
-    return [row(odd, "BF16", (65,)) if each[0] == odd else each for each in rows]
-
-
-def test_a_shard_in_another_order_than_its_jobs_is_hashed_all_the_same(tmp_path: Path) -> None:
-    plan = plan_of(make_checkpoint(tmp_path / "src", edit=_odd))
+def test_a_shard_in_another_order_than_its_work_units_is_hashed(tmp_path: Path) -> None:
+    plan = plan_of(make_checkpoint(tmp_path / "src", edit=with_odd_norm))
     ledger = Ledger(tmp_path / "out")
     shards = ShardSet(tmp_path / "out", plan, ledger)
     for unit in shards.pending:
@@ -319,7 +316,7 @@ def test_a_shard_in_another_order_than_its_jobs_is_hashed_all_the_same(tmp_path:
     assert_whole(tmp_path / "out", plan, shards.digests)
 
 
-def test_committing_while_others_write_counts_only_whole_jobs(
+def test_a_commit_during_writes_counts_only_complete_work_units(
     plan: Plan, out: Path, ledger: Ledger
 ) -> None:
     ledger.read_from(stamps(plan))
@@ -343,7 +340,7 @@ def test_committing_while_others_write_counts_only_whole_jobs(
 
 
 class Listening(ShardObserver):
-    """Remembers what it is told; fails when it is polled, if told to."""
+    """An observer that records shards and work units, and fails on `poll` if `fails`."""
 
     def __init__(self, *, fails: bool = False) -> None:
         self.fails = fails
@@ -369,13 +366,13 @@ def test_every_observer_hears_of_every_shard(plan: Plan, out: Path, ledger: Ledg
     for unit in plan.units:
         do(shards, unit)
     shards.finish()
-    whole = [f"{name} {digest}" for name, digest in shards.digests.items()]
-    for each in (first, second):
-        assert sorted(each.shards) == sorted(whole)
-        assert each.units == set(range(len(list(plan.units))))
+    expected = [f"{name} {digest}" for name, digest in shards.digests.items()]
+    for observer in (first, second):
+        assert sorted(observer.shards) == sorted(expected)
+        assert observer.units == set(range(len(list(plan.units))))
 
 
-def test_an_observer_hears_of_shards_that_an_earlier_run_left(
+def test_an_observer_hears_of_shards_of_an_earlier_run(
     plan: Plan, out: Path, ledger: Ledger
 ) -> None:
     ledger.read_from(stamps(plan))
@@ -388,9 +385,7 @@ def test_an_observer_hears_of_shards_that_an_earlier_run_left(
     assert len(late.shards) == len(plan.shards)
 
 
-def test_what_an_observer_raises_stops_the_run_though_nothing_is_written(
-    plan: Plan, out: Path, ledger: Ledger
-) -> None:
+def test_an_observers_error_stops_the_run(plan: Plan, out: Path, ledger: Ledger) -> None:
     shards = ShardSet(out, plan, ledger)
     shards.observe(Listening(fails=True))
     with pytest.raises(OutputError, match="The observer failed"):

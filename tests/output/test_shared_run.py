@@ -1,6 +1,6 @@
-"""One OUT and many processes: who may begin what, when all of them begin at once.
+"""Locks decide which of several processes may begin a run or a share in one OUT.
 
-Threads stand in for processes: a lock is held by an open file, not by a process.
+Threads stand in for processes: an open file holds a lock, not a process.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ ROUNDS = 10
 
 
 def at_once(*tasks: Callable[[], object]) -> list[object]:
-    """What each task returns, or raises, where all begin at the same moment."""
+    """Return what each task returns or raises, if all tasks begin at the same moment."""
     ready = Barrier(len(tasks))
 
     def run(task: Callable[[], object]) -> object:
@@ -49,7 +49,7 @@ def at_once(*tasks: Callable[[], object]) -> list[object]:
         return list(pool.map(run, tasks))
 
 
-def test_what_is_claimed_is_read_back(tmp_path: Path) -> None:
+def test_a_claim_is_read_back(tmp_path: Path) -> None:
     assert look(tmp_path / "out", [], JOINT) is State.FREE
     assert not (tmp_path / "out").exists()
     assert claim(tmp_path / "out", [], JOINT) is State.UNFINISHED
@@ -57,7 +57,7 @@ def test_what_is_claimed_is_read_back(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == [SHARES]
 
 
-def test_all_that_begin_at_once_get_their_shares(tmp_path: Path) -> None:
+def test_shares_that_begin_at_once_are_all_taken(tmp_path: Path) -> None:
     for number in range(ROUNDS):
         out = tmp_path / f"out-{number}"
         ledgers = at_once(*(partial(take_share, out, [], JOINT, n) for n in range(1, 17)))
@@ -91,7 +91,7 @@ def test_a_whole_run_and_a_share_that_begin_at_once_exclude_each_other(tmp_path:
         assert made_whole != (out / SHARES).exists()
 
 
-def test_while_a_run_is_finished_no_share_begins(
+def test_no_share_begins_during_the_finish_of_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mquant.output.shared_run._TURN_SECONDS", 0.1)
@@ -103,7 +103,7 @@ def test_while_a_run_is_finished_no_share_begins(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_share_that_is_taken_is_waited_for(tmp_path: Path) -> None:
+def test_a_taken_share_is_awaited(tmp_path: Path) -> None:
     first = take_share(tmp_path, [], JOINT, 1)
     assert first is not None
     with ThreadPoolExecutor(1) as pool:

@@ -1,49 +1,17 @@
-"""Plans: every tensor has one fate, and every output its place, before a weight is read."""
+"""A plan gives every tensor one action, and lists every kept matrix in ignore."""
 
-import gzip
 import json
-from collections import Counter
-from collections.abc import Collection, Mapping
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from make import NUMPY, Row, make_checkpoint, make_config, write_index, write_shard
-from make import make_row as row
-from mquant.checkpoint import Checkpoint, Folder, TensorInfo, open_checkpoint, read_header
-from mquant.dtypes import nbytes
-from mquant.events import Emit
-from mquant.family import Role, load_families
-from mquant.plan import DEFAULT_SHARD_BYTES, Plan, make_plan, natural
+from make import make_checkpoint
+from mquant.checkpoint import Folder, open_checkpoint
+from mquant.family import Role
+from mquant.plan import Plan, natural
 from mquant.recipe import KeptLayers, Recipe, find_recipe
-
-LISTING = Path(__file__).parent.parent / "data" / "minimax-m2.7-reap-154.tensors.tsv.gz"
-
-
-@pytest.fixture
-def src(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "src", shards=3)
-
-
-def planned(
-    src: Path, recipe: Recipe | None = None, shard_bytes: int = DEFAULT_SHARD_BYTES
-) -> Plan:
-    checkpoint = open_checkpoint(Folder(src))
-    recipe = recipe or find_recipe("nvfp4")
-    return make_plan(checkpoint, recipe, load_families(), max_shard_bytes=shard_bytes)
-
-
-def only(*roles: Role, ignore: tuple[str, ...] = ()) -> Recipe:
-    """A recipe that quantizes some roles."""
-    scheme = dict.fromkeys(roles, "NVFP4A16")
-    return Recipe(name="mine", suffix="MINE", roles=scheme, ignore=ignore)
-
+from plan.planning import own_recipe, planned
 
 # --- actions
 
@@ -118,7 +86,7 @@ def test_a_copied_tensor_keeps_name_dtype_and_shape_and_says_why(src: Path) -> N
 
 
 def test_a_role_the_recipe_leaves_out_is_copied_because_the_recipe_keeps_it(src: Path) -> None:
-    plan = planned(src, only(Role.EXPERT))
+    plan = planned(src, own_recipe(Role.EXPERT))
 
     assert {a.reason for a in plan.actions if a.role is Role.ATTENTION} == {"mine keeps it"}
 
@@ -142,112 +110,6 @@ def test_weights_of_any_float_are_quantized(tmp_path: Path, dtype: str) -> None:
     assert {a.source.dtype for a in plan.actions if a.scheme} == {dtype}
 
 
-# --- jobs and shards
-
-
-@pytest.mark.parametrize("shard_bytes", [1, 3_000, 10_000, DEFAULT_SHARD_BYTES])
-def test_a_fused_set_is_one_job_of_one_shard_also_where_the_parent_cuts_it(
-    src: Path, shard_bytes: int
-) -> None:
-    plan = planned(src, shard_bytes=shard_bytes)
-    units = [
-        {action.module.rpartition(".")[2] for action in unit.actions}
-        for shard in plan.shards
-        for unit in shard.units
-        if len(unit.actions) > 1
-    ]
-    cut = [
-        unit
-        for shard in plan.shards
-        for unit in shard.units
-        if len({action.source.shard for action in unit.actions}) > 1
-    ]
-
-    assert Counter(map(frozenset, units)) == {
-        frozenset({"q_proj", "k_proj", "v_proj"}): 2,
-        frozenset({"w1", "w3"}): 8,
-    }
-    assert len(cut) == 2  # the parent has three shards, and every cut splits a set
-    for shard in plan.shards:
-        for unit in shard.units:
-            assert len({(action.layer, action.expert) for action in unit.actions}) == 1
-
-
-@pytest.mark.parametrize("limit", [1, 5_000, 20_000, 60_000])
-def test_a_shard_stays_within_the_limit_unless_one_job_alone_exceeds_it(
-    src: Path, limit: int
-) -> None:
-    shards = planned(src, shard_bytes=limit).shards
-
-    assert len(shards) > 1
-    for shard in shards:
-        size = sum(unit.output_bytes for unit in shard.units)
-        assert size <= limit or len(shard.units) == 1
-    for shard, following in pairwise(shards):
-        size = sum(unit.output_bytes for unit in shard.units)
-        assert size + following.units[0].output_bytes > limit  # nothing is split in vain
-
-
-def test_shards_are_numbered_to_their_total(src: Path) -> None:
-    shards = planned(src, shard_bytes=40_000).shards
-
-    assert [shard.name for shard in shards] == [
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        for number in range(1, len(shards) + 1)
-    ]
-
-
-def test_planned_files_are_what_safetensors_reads(src: Path, tmp_path: Path) -> None:
-    plan = planned(src, shard_bytes=20_000)
-
-    for shard in plan.shards:
-        outputs = [output for unit in shard.units for output in unit.outputs]
-        first, places = shard.layout
-        file = tmp_path / shard.name
-        file.write_bytes(first + bytes(shard.file_bytes - len(first)))
-        found = {t.name: (t.start, t.dtype, t.shape) for t in _tensors(file)}
-        assert found == {o.name: (places[o.name], o.dtype, o.shape) for o in outputs}
-        with safe_open(file, framework="np") as theirs:
-            assert set(theirs.keys()) == found.keys()
-        assert shard.tensors == len(outputs)
-    assert plan.file_bytes == sum(shard.file_bytes for shard in plan.shards)
-    assert plan.output_bytes == sum(a.output_bytes for a in plan.actions)
-    assert plan.source_bytes == open_checkpoint(Folder(src)).nbytes
-
-
-def test_tensors_lie_in_the_order_of_the_jobs(src: Path) -> None:
-    for shard in planned(src, shard_bytes=20_000).shards:
-        first, places = shard.layout
-        position = len(first)
-        for output in (output for unit in shard.units for output in unit.outputs):
-            assert places[output.name] == position
-            position += output.nbytes
-
-
-def test_where_that_would_misalign_one_they_lie_as_safetensors_has_them(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(Folder(make_checkpoint(tmp_path / "src", edit=_odd_norm)))
-    plan = make_plan(checkpoint, find_recipe("nvfp4"), load_families())
-    (shard,) = plan.shards
-    outputs = [output for unit in shard.units for output in unit.outputs]
-    arrays = {o.name: np.zeros(o.shape, NUMPY[o.dtype]) for o in outputs}
-    save_file(arrays, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
-
-    first, places = shard.layout
-
-    assert (tmp_path / "theirs.safetensors").read_bytes().startswith(first)
-    assert all(places[o.name] % NUMPY[o.dtype].itemsize == 0 for o in outputs)
-
-
-def _odd_norm(rows: list[Row]) -> list[Row]:
-    """A norm of an odd length, so that what follows it is at an odd address."""
-    odd = "model.layers.0.input_layernorm.weight"
-    return [row(odd, "BF16", (65,)) if each[0] == odd else each for each in rows]
-
-
-def _tensors(path: Path) -> tuple[TensorInfo, ...]:
-    return read_header(Folder(path.parent), path.name)
-
-
 # --- ignore and config
 
 
@@ -261,29 +123,29 @@ def test_ignore_names_every_matrix_that_is_kept_in_natural_order(tmp_path: Path)
     )
 
 
-def test_ignore_holds_attention_where_it_is_kept(src: Path) -> None:
-    plan = planned(src, only(Role.EXPERT))
+def test_ignore_names_attention_if_the_recipe_keeps_attention(src: Path) -> None:
+    plan = planned(src, own_recipe(Role.EXPERT))
 
     assert {name for name in plan.ignore if ".self_attn." in name} == {
         f"model.layers.{layer}.self_attn.{part}_proj" for layer in (0, 1) for part in "qkvo"
     }
 
 
-def test_ignore_is_found_without_regular_expressions(src: Path) -> None:
+def test_ignore_has_no_regular_expressions(src: Path) -> None:
     assert not [name for name in planned(src).ignore if name.startswith("re:")]
 
 
 def test_quantization_config_targets_linear_with_the_ignore_list(src: Path) -> None:
     plan = planned(src)
-    written = plan.quantization_config
+    config = plan.quantization_config
 
-    assert list(written["config_groups"]) == ["group_0"]
-    assert written["config_groups"]["group_0"]["targets"] == ["Linear"]
-    assert written["config_groups"]["group_0"]["input_activations"] is None
-    assert written["ignore"] == list(plan.ignore)
-    assert written["format"] == "nvfp4-pack-quantized"
-    assert written["quantization_status"] == "compressed"
-    json.dumps(written)
+    assert list(config["config_groups"]) == ["group_0"]
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
+    assert config["config_groups"]["group_0"]["input_activations"] is None
+    assert config["ignore"] == list(plan.ignore)
+    assert config["format"] == "nvfp4-pack-quantized"
+    assert config["quantization_status"] == "compressed"
+    json.dumps(config)
 
 
 @pytest.mark.parametrize(
@@ -302,14 +164,17 @@ def test_natural_order_puts_layer_two_before_layer_ten(names: list[str]) -> None
 # --- fingerprint
 
 
-def test_equal_plans_have_equal_fingerprints_wherever_they_lie(tmp_path: Path) -> None:
+def test_equal_plans_have_equal_fingerprints_in_any_folder(tmp_path: Path) -> None:
     one, other = (make_checkpoint(tmp_path / name) for name in ("a", "b"))
 
     assert planned(one).fingerprint == planned(other).fingerprint
 
 
-def test_a_recipe_by_another_name_that_decides_the_same_has_the_same_fingerprint(src: Path) -> None:
-    assert planned(src).fingerprint == planned(src, only(Role.EXPERT, Role.ATTENTION)).fingerprint
+def test_equal_decisions_of_recipes_have_equal_fingerprints(src: Path) -> None:
+    assert (
+        planned(src).fingerprint
+        == planned(src, own_recipe(Role.EXPERT, Role.ATTENTION)).fingerprint
+    )
 
 
 def test_another_recipe_shard_size_or_source_has_another_fingerprint(
@@ -320,8 +185,8 @@ def test_another_recipe_shard_size_or_source_has_another_fingerprint(
     kept = "model.layers.0.self_attn.o_proj"
     prints = {
         planned(src).fingerprint,
-        planned(src, only(Role.EXPERT)).fingerprint,
-        planned(src, only(Role.EXPERT, Role.ATTENTION, ignore=(kept,))).fingerprint,
+        planned(src, own_recipe(Role.EXPERT)).fingerprint,
+        planned(src, own_recipe(Role.EXPERT, Role.ATTENTION, ignore=(kept,))).fingerprint,
         planned(src, shard_bytes=20_000).fingerprint,
         planned(wider).fingerprint,
         planned(halves).fingerprint,
@@ -334,107 +199,6 @@ def test_a_shard_size_that_changes_no_shard_keeps_the_fingerprint(src: Path) -> 
     assert planned(src).fingerprint == planned(src, shard_bytes=10**9).fingerprint
 
 
-# --- the real thing
-
-
-class Listed:
-    """A source of which only the names, sizes and shapes exist."""
-
-    name = "MiniMax-M2.7-REAP-154"
-    folders = ()
-
-    def __init__(self, files: Mapping[str, int]) -> None:
-        self.files = files
-        self.stamps = {path: (size, 0) for path, size in files.items()}
-
-    def materialize(self, emit: Emit, only: Collection[str] | None = None) -> "Listed":
-        return self
-
-    def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
-        raise AssertionError(f"a plan reads no byte of {path} [{start}, {end})")
-
-    def identity(self) -> dict[str, str]:
-        return {}
-
-
-@cache
-def golden() -> Plan:
-    """The plan of the full-size listing."""
-    tensors, places = {}, Counter[str]()
-    lines = gzip.decompress(LISTING.read_bytes()).decode().splitlines()
-    for number, line in enumerate(line for line in lines if not line.startswith("#")):
-        name, dtype, sizes = line.split("\t")
-        shape = tuple(map(int, sizes.split("x")))
-        shard = f"model-{number // 300 + 1:05d}-of-00098.safetensors"
-        end = places[shard] + nbytes(dtype, shape)
-        tensors[name] = TensorInfo(name, dtype, shape, shard, places[shard], end)
-        places[shard] = end
-    source = Listed(places)
-    checkpoint = Checkpoint(source, make_config(), tensors, tuple(sorted(places)), ())
-    return make_plan(checkpoint, find_recipe("nvfp4"), load_families())
-
-
-def test_the_full_size_model_is_planned_from_names_alone() -> None:
-    plan = golden()
-
-    assert plan.findings == ()
-    assert (plan.survey.layers, plan.survey.experts) == (62, 154)
-    assert len(plan.survey.checkpoint.tensors) == 29_267
-    assert plan.source_bytes == 278_357_089_584
-    assert plan.survey.checkpoint.parameters == 139_149_203_788
-
-
-def test_the_full_size_model_becomes_80_gb() -> None:
-    plan = golden()
-
-    assert sum(shard.tensors for shard in plan.shards) == 87_051
-    assert plan.output_bytes == 80_140_558_496
-    assert all(sum(j.output_bytes for j in s.units) <= DEFAULT_SHARD_BYTES for s in plan.shards)
-
-
-def test_the_full_size_model_ignores_head_embeddings_and_62_gates() -> None:
-    assert golden().ignore == (
-        "lm_head",
-        "model.embed_tokens",
-        *(f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(62)),
-    )
-
-
-def test_fused_sets_stay_whole_in_the_full_size_model() -> None:
-    sizes = Counter(len(unit.actions) for shard in golden().shards for unit in shard.units)
-
-    assert sizes[3] == 62
-    assert sizes[2] == 62 * 154
-
-
-def test_an_unsorted_parent_is_planned_as_well(tmp_path: Path) -> None:
-    src = make_checkpoint(tmp_path / "src", edit=lambda rows: rows[::-1])
-
-    assert planned(src).findings == ()
-
-
-def test_a_set_scattered_over_three_shards_is_one_job(tmp_path: Path) -> None:
-    src = make_checkpoint(tmp_path / "src", shards=1)
-    rows = {t.name: row(t.name, t.dtype, t.shape) for t in _tensors(src / "model.safetensors")}
-    (src / "model.safetensors").unlink()
-    where = {}
-    for number, (name, tensor) in enumerate(rows.items()):
-        where[name] = f"{number % 47:02d}.safetensors"
-        write_shard(src / where[name], [tensor])
-    write_index(src, where)
-
-    plan = planned(src)
-
-    assert plan.findings == ()
-    (unit,) = [
-        unit
-        for shard in plan.shards
-        for unit in shard.units
-        if any(a.module == "model.layers.0.self_attn.q_proj" for a in unit.actions)
-    ]
-    assert len({action.source.shard for action in unit.actions}) == 3
-
-
 # --- several schemes
 
 
@@ -443,7 +207,9 @@ def groups_of(plan: Plan) -> dict[str, list[str]]:
     return {group["weights"]["strategy"]: group["targets"] for group in groups}
 
 
-def test_of_several_schemes_each_names_its_modules_as_every_loader_knows_them(src: Path) -> None:
+def test_each_of_several_schemes_targets_its_modules_by_the_names_of_every_loader(
+    src: Path,
+) -> None:
     plan = planned(src, find_recipe("nvfp4-fp8"))
 
     targets = groups_of(plan)
@@ -456,7 +222,7 @@ def test_of_several_schemes_each_names_its_modules_as_every_loader_knows_them(sr
     assert plan.quantization_config["format"] == "mixed-precision"
 
 
-def test_one_scheme_is_for_all_linear_layers(src: Path) -> None:
+def test_a_single_scheme_targets_all_linear_layers(src: Path) -> None:
     plan = planned(src, find_recipe("fp8-dynamic"))
 
     assert groups_of(plan) == {"channel": ["Linear"]}

@@ -1,4 +1,4 @@
-"""A plan in shares: who makes which output shard, from the plan and the number alone."""
+"""The plan and a number alone decide which output shards a share writes."""
 
 import pytest
 from hypothesis import given, settings
@@ -24,7 +24,7 @@ def source_bytes(shard: ShardPlan) -> int:
 
 
 @pytest.mark.parametrize("of", [1, 2, 3, 5, 7])
-def test_shares_are_neighbouring_shards_and_together_the_plan(plan: Plan, of: int) -> None:
+def test_all_shares_together_are_the_plan_in_its_order(plan: Plan, of: int) -> None:
     parts = shares(plan, of)
     assert len(parts) == of
     assert [name for part in parts for name in names(part)] == names(plan)
@@ -48,7 +48,7 @@ def test_more_shares_than_shards_leave_the_last_ones_empty(plan: Plan) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(data=st.data())
-def test_no_share_is_empty_nor_larger_than_its_due_by_more_than_a_shard(
+def test_no_share_is_empty_or_exceeds_its_part_by_more_than_two_shards(
     plan: Plan, data: st.DataObject
 ) -> None:
     count = data.draw(st.integers(1, len(plan.shards)))
@@ -58,5 +58,5 @@ def test_no_share_is_empty_nor_larger_than_its_due_by_more_than_a_shard(
     parts = shares(few, of)
     assert all(part.shards for part in parts)
     largest = max(map(source_bytes, picked))
-    # The due of a share, its neighbour's rounding, and what no share is left empty for.
+    # A share exceeds its part by one shard for rounding, and by one because no share is empty.
     assert max(part.source_bytes for part in parts) <= few.source_bytes / of + 2 * largest

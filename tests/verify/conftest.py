@@ -1,4 +1,4 @@
-"""A good checkpoint and its parent, for tests that break copies of them."""
+"""Fixtures: a good checkpoint and its parent. Tests break copies of the two."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a comparison with the parent gives away."""
+"""`verify` with a parent finds every tensor, config key and side file that differs unduly."""
 
 import shutil
 from pathlib import Path
@@ -36,14 +36,14 @@ def full(bad: Path, parent: Path) -> dict[str, str]:
 
 
 def to_bf16(rows: list[Row]) -> None:
-    """A router cast as `save_pretrained` casts it."""
+    """Cast a router to BF16, as `save_pretrained` casts it."""
     (number,) = (n for n, row in enumerate(rows) if row[0] == GATE)
     _, _, shape, raw = rows[number]
     rows[number] = (GATE, "BF16", shape, np.frombuffer(raw, "<u2")[1::2].tobytes())
 
 
 def swapped(one: str, other: str) -> Edit:
-    """Two modules' tensors, each under the other's name."""
+    """Return an edit that swaps the names of two modules."""
 
     def edit(rows: list[Row]) -> list[Row]:
         names = {one: other, other: one}
@@ -96,13 +96,13 @@ def swap_nibbles(values: "np.ndarray[tuple[int], np.dtype[np.uint8]]") -> Any:
         ),
     ],
 )
-def test_tensors(
+def test_a_tensor_that_differs_from_the_parents_is_found(
     good: Path, parent: Path, tmp_path: Path, edit: Edit, rule: str, words: str
 ) -> None:
     assert words in full(mutated(good, tmp_path, edit=edit), parent)[rule]
 
 
-def test_experts_swapped_are_found_by_the_sample_of_one(tmp_path: Path) -> None:
+def test_swapped_experts_are_found_by_a_sample(tmp_path: Path) -> None:
     src = make_checkpoint(tmp_path / "src", layers=8)
     good = quantize_nvfp4(src, tmp_path / "out")
     experts = [f"model.layers.{{}}.block_sparse_moe.experts.{n}.w2" for n in range(4)]
@@ -114,14 +114,14 @@ def test_experts_swapped_are_found_by_the_sample_of_one(tmp_path: Path) -> None:
                 rows = swap(rows) or rows
         return rows
 
-    found = judged(mutated(good, tmp_path, edit=edit), src)
-    assert "and 7 more like it" in found["weight-beyond-bound"]
+    findings = judged(mutated(good, tmp_path, edit=edit), src)
+    assert "and 7 more like it" in findings["weight-beyond-bound"]
 
 
 def test_halved_precision_everywhere_is_a_high_error(
     good: Path, parent: Path, tmp_path: Path
 ) -> None:
-    """Codes one step towards zero: no element is out of bounds, the whole is too far off."""
+    """Every code is one step nearer to 0: no element is out of bounds, but the sum is too large."""
 
     def smaller(values: "np.ndarray[tuple[int], np.dtype[np.uint8]]") -> Any:
         low, high = values & 15, values >> 4
@@ -129,9 +129,9 @@ def test_halved_precision_everywhere_is_a_high_error(
         return (low | (high << 4)).astype(np.uint8)
 
     edit = changed(f"{QUERY}.weight_packed", data=smaller)
-    found = full(mutated(good, tmp_path, edit=edit), parent)
-    assert set(found) <= {"weight-error-high", "weight-beyond-bound"}
-    assert found
+    findings = full(mutated(good, tmp_path, edit=edit), parent)
+    assert set(findings) <= {"weight-error-high", "weight-beyond-bound"}
+    assert findings
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_halved_precision_everywhere_is_a_high_error(
         ({"rope_theta": 1}, "config-key-differs", "in rope_theta"),
     ],
 )
-def test_config(
+def test_a_config_key_that_differs_from_the_parents_is_found(
     good: Path, parent: Path, tmp_path: Path, config: Any, rule: str, words: str
 ) -> None:
     assert words in judged(mutated(good, tmp_path, config=config), parent)[rule]
@@ -152,25 +152,25 @@ def test_stamps_of_writers_may_differ(good: Path, parent: Path, tmp_path: Path) 
     assert judged(bad, parent) == {}
 
 
-def test_side_files(trained: Path, tmp_path: Path) -> None:
+def test_missing_and_changed_side_files_are_found(trained: Path, tmp_path: Path) -> None:
     assert judged(trained, TRAINED) == {}
     bad = Path(shutil.copytree(trained, tmp_path / "bad"))
     for name in ("tokenizer.json", "modeling_minimax_m2.py", "LICENSE"):
         (bad / name).unlink()
     with (bad / "generation_config.json").open("a") as file:
         file.write(" ")
-    assert judged(bad) == {}  # nothing to miss without a parent
-    found = judged(bad, TRAINED)
-    assert "parent's modeling_minimax_m2.py, tokenizer.json." in found["side-file-missing"]
-    assert "generation_config.json" in found["side-file-differs"]
-    assert "LICENSE" in found["licence-missing"]
+    assert judged(bad) == {}  # without a parent, no side file is missed
+    findings = judged(bad, TRAINED)
+    assert "parent's modeling_minimax_m2.py, tokenizer.json." in findings["side-file-missing"]
+    assert "generation_config.json" in findings["side-file-differs"]
+    assert "LICENSE" in findings["licence-missing"]
 
 
 FED = ("q_proj", "k_proj", "v_proj", "gate", "w1", "w3")
 
 
 def _scale(rows: list[Row]) -> None:
-    """What AWQ does to a model, with factors that BF16 holds exactly."""
+    """Scale a model as AWQ does, with factors that BF16 holds exactly."""
     factors = np.float32(2) ** (np.arange(64) % 5 - 2)
     for number, (name, dtype, shape, raw) in enumerate(rows):
         module = name.split(".")[-2]
@@ -184,7 +184,7 @@ def _scale(rows: list[Row]) -> None:
 
 @pytest.fixture(scope="module")
 def by_awq(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A quantized checkpoint of what the parent is after AWQ; mquant.json says so."""
+    """Return a quantized checkpoint of the parent after AWQ, with a mquant.json that names AWQ."""
     folder = tmp_path_factory.mktemp("awq")
     out = quantize_nvfp4(make_checkpoint(folder / "src", edit=_scale), folder / "out")
     record = read_json(out / RECORD)
@@ -193,11 +193,11 @@ def by_awq(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_what_awq_scaled_is_the_parents_but_for_the_norms_factors(
+def test_tensors_that_awq_scaled_are_compared_by_the_norms_factors(
     by_awq: Path, parent: Path
 ) -> None:
     assert full(by_awq, parent) == {}
-    # Both norms of two layers, and w2 and w3 of eight experts, of which no norm tells.
+    # Both norms of two layers, and w2 and w3 of eight experts, whose factors are in no norm.
     assert judged(by_awq, parent, Depth.FULL, ("info",))["scaled-not-compared"] == (
         f"{LAYER}block_sparse_moe.experts.0.w2 was scaled by AWQ: not compared (and 19 more like "
         "it)."
@@ -218,23 +218,25 @@ def test_what_awq_scaled_is_the_parents_but_for_the_norms_factors(
         ),
     ],
 )
-def test_what_awq_does_not_explain_is_found(
+def test_differences_that_awq_does_not_explain_are_found(
     by_awq: Path, parent: Path, tmp_path: Path, edit: Edit, rule: str
 ) -> None:
     assert rule in full(mutated(by_awq, tmp_path, edit=edit), parent)
 
 
-def test_a_norm_that_is_0_in_both_tells_nothing(by_awq: Path, parent: Path, tmp_path: Path) -> None:
+def test_a_norm_of_0_in_both_checkpoints_has_no_factors(
+    by_awq: Path, parent: Path, tmp_path: Path
+) -> None:
     zero = changed(f"{LAYER}input_layernorm.weight", data=setting(slice(0, 2), 0))
-    ours = mutated(by_awq, tmp_path / "ours", edit=zero)
-    theirs = mutated(parent, tmp_path / "theirs", edit=zero)
+    child = mutated(by_awq, tmp_path / "child", edit=zero)
+    zero_parent = mutated(parent, tmp_path / "parent", edit=zero)
 
-    assert full(ours, theirs) == {}
-    told = judged(ours, theirs, Depth.FULL, ("info",))["scaled-not-compared"]
-    assert told.endswith("(and 22 more like it).")  # q, k and v, too
+    assert full(child, zero_parent) == {}
+    message = judged(child, zero_parent, Depth.FULL, ("info",))["scaled-not-compared"]
+    assert message.endswith("(and 22 more like it).")  # q, k and v, too
 
 
-def test_without_the_record_what_awq_scaled_is_not_the_parents(
+def test_without_the_record_tensors_that_awq_scaled_differ_from_the_parents(
     by_awq: Path, parent: Path, tmp_path: Path
 ) -> None:
     bad = mutated(by_awq, tmp_path)
@@ -242,19 +244,17 @@ def test_without_the_record_what_awq_scaled_is_not_the_parents(
     assert full(bad, parent).keys() == {"kept-tensor-differs", "weight-beyond-bound"}
 
 
-def test_another_model_is_no_parent(good: Path, tmp_path: Path) -> None:
+def test_another_model_as_the_parent_is_found(good: Path, tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path / "other", seed=7)
-    found = judged(good, other)
-    assert {"kept-tensor-differs", "weight-beyond-bound"} <= set(found)
+    findings = judged(good, other)
+    assert {"kept-tensor-differs", "weight-beyond-bound"} <= set(findings)
 
 
-def test_a_template_inside_the_tokenizer_config_is_there(trained: Path, tmp_path: Path) -> None:
+def test_a_chat_template_may_be_in_the_tokenizer_config(trained: Path, tmp_path: Path) -> None:
     bad = Path(shutil.copytree(trained, tmp_path / "bad"))
     (bad / "chat_template.jinja").unlink()
     assert "side-file-missing" in judged(bad, TRAINED)
     table = read_json(bad / "tokenizer_config.json")
-    from make import write_json
-
     write_json(bad / "tokenizer_config.json", {**table, "chat_template": "{{ messages }}"})
     assert set(judged(bad, TRAINED)) == {"side-file-differs"}
 
@@ -265,7 +265,7 @@ def test_every_rule_against_the_parent_is_tested() -> None:
     assert [rule for rule in declared if f'"{rule}"' not in text] == []
 
 
-def test_rows_are_what_compressed_tensors_decompresses(trained: Path) -> None:
+def test_decoded_rows_equal_compressed_tensors(trained: Path) -> None:
     import torch
     from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor
     from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
@@ -276,10 +276,10 @@ def test_rows_are_what_compressed_tensors_decompresses(trained: Path) -> None:
     view = read_modules(opened(trained), load_families())
     for name in (QUERY, f"{LAYER}block_sparse_moe.experts.3.w2"):
         parts = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{name}.")}
-        theirs = NVFP4PackedCompressor.decompress(parts, scheme)["weight"].to(torch.float32)
+        expected = NVFP4PackedCompressor.decompress(parts, scheme)["weight"].to(torch.float32)
         weight = weight_of(view, view.modules[name])
         assert weight is not None
-        ours = weight.rows(0, weight.shape[0]).values
-        # Theirs is rounded to BF16.
-        np.testing.assert_allclose(ours, theirs.numpy(), rtol=2**-7, atol=0)
-        np.testing.assert_array_equal(weight.rows(3, 9).values, ours[3:9])
+        values = weight.rows(0, weight.shape[0]).values
+        # Upstream's values are rounded to BF16.
+        np.testing.assert_allclose(values, expected.numpy(), rtol=2**-7, atol=0)
+        np.testing.assert_array_equal(weight.rows(3, 9).values, values[3:9])

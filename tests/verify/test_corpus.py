@@ -1,6 +1,6 @@
-"""Every case of the corpus: what is found, and that it agrees with what vLLM makes of it.
+"""`verify` finds the findings of every corpus case, and agrees with vLLM's verdict.
 
-vLLM's verdicts are those that scripts/test-loaders.sh recorded; it fails where they change.
+scripts/test-loaders.sh recorded vLLM's verdicts, and fails if a verdict changes.
 """
 
 import json

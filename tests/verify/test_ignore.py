@@ -1,4 +1,4 @@
-"""Judging ignore lists: checkpoints made by code, in the layouts that are out there."""
+"""`verify-ignore` judges the ignore lists of checkpoints in every published layout."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from mquant.loader_model.modules import MODELOPT_NAME, read_modules
 from mquant.verify.ignore_report import IgnoreReport, check_ignore
 
 Suffixes = dict[str, str]
-"""What a quantized weight becomes: suffix -> dtype."""
+"""The tensors of a quantized weight: suffix -> dtype."""
 
 NVFP4A16 = {"weight_packed": "U8", "weight_scale": "F8_E4M3", "weight_global_scale": "F32"}
 NVFP4 = {**NVFP4A16, "input_global_scale": "F32"}
@@ -30,38 +30,37 @@ HUB_EXPERT = "model.layers.0.block_sparse_moe.experts.{}.{}"
 
 
 def quantized(suffixes: Suffixes, *more: str, but: tuple[str, ...] = ()) -> Edit:
-    """An edit that quantizes linear layers and those that end like `more`, without those with
-    one of `but` in their names."""
+    """Return an edit that quantizes linear layers and `more`, except modules named like `but`."""
 
     def edit(rows: list[Row]) -> list[Row]:
-        made: list[Row] = []
+        edited: list[Row] = []
         for row in rows:
             module = row[0].removesuffix(".weight")
             if module.endswith((*LINEAR, *more)) and not any(part in module for part in but):
-                made += [make_row(f"{module}.{s}", dtype, (4,)) for s, dtype in suffixes.items()]
+                edited += [make_row(f"{module}.{s}", dtype, (4,)) for s, dtype in suffixes.items()]
             else:
-                made.append(row)
-        return made
+                edited.append(row)
+        return edited
 
     return edit
 
 
 def compressed(ignore: Any, targets: Any = ("Linear",)) -> dict[str, Any]:
-    """A quantization_config of compressed-tensors."""
+    """Return a quantization_config of compressed-tensors."""
     groups = {"group_0": {"targets": list(targets), "weights": {"num_bits": 4}}}
     return {"quant_method": "compressed-tensors", "ignore": ignore, "config_groups": groups}
 
 
 @pytest.fixture
 def judge(tmp_path: Path) -> Callable[..., IgnoreReport]:
-    """Make a checkpoint, and judge it."""
+    """Return a function that writes a checkpoint and judges its ignore list."""
 
-    def made(edit: Edit | None, config: Any = ..., **keys: Any) -> IgnoreReport:
+    def judged(edit: Edit | None, config: Any = ..., **keys: Any) -> IgnoreReport:
         keys |= {"quantization_config": config}
         folder = make_checkpoint(tmp_path / "model", edit=edit, config=keys)
         return check_ignore(read_modules(open_checkpoint(Folder(folder)), load_families()))
 
-    return made
+    return judged
 
 
 Judge = Callable[..., IgnoreReport]
@@ -72,20 +71,22 @@ GOOD = (
 
 
 def rules(report: IgnoreReport) -> dict[str, str]:
-    return {found.rule: found.severity for found in report.findings}
+    return {finding.rule: finding.severity for finding in report.findings}
 
 
 def message(report: IgnoreReport, rule: str) -> str:
-    (found,) = [found for found in report.findings if found.rule == rule]
-    assert found.fix
-    return found.message
+    (finding,) = [finding for finding in report.findings if finding.rule == rule]
+    assert finding.fix
+    return finding.message
 
 
 # --- layouts
 
 
 @pytest.mark.parametrize("suffixes", [NVFP4A16, NVFP4, FP8, W4A16])
-def test_good_compressed_tensors(judge: Judge, suffixes: Suffixes) -> None:
+def test_a_complete_ignore_list_of_compressed_tensors_is_good(
+    judge: Judge, suffixes: Suffixes
+) -> None:
     report = judge(quantized(suffixes), compressed(KEPT))
     assert report.findings == ()
     assert report.verdict == GOOD
@@ -106,7 +107,9 @@ def test_good_compressed_tensors(judge: Judge, suffixes: Suffixes) -> None:
         (..., ["lm_head", "model.layers.*.block_sparse_moe.gate"]),
     ],
 )
-def test_good_modelopt(tmp_path: Path, config: Any, excluded: list[str] | None) -> None:
+def test_a_complete_exclusion_list_of_modelopt_is_good(
+    tmp_path: Path, config: Any, excluded: list[str] | None
+) -> None:
     keys = {"quantization_config": config}
     folder = make_checkpoint(tmp_path, edit=quantized(MODELOPT), config=keys)
     if excluded:
@@ -127,7 +130,7 @@ def test_the_original_release_is_good(judge: Judge) -> None:
     assert [entry.hub for entry in report.entries] == [2, 2, 1]
 
 
-def test_nothing_is_quantized(judge: Judge) -> None:
+def test_a_plain_checkpoint_has_no_ignore_list_to_judge(judge: Judge) -> None:
     report = judge(None)
     assert report.findings == ()
     assert report.verdict == (
@@ -136,19 +139,19 @@ def test_nothing_is_quantized(judge: Judge) -> None:
     )
 
 
-# --- what loaders refuse on disk
+# --- quantized modules that loaders refuse
 
 
 @pytest.mark.parametrize(
     ("suffixes", "config"),
     [
         (NVFP4A16, compressed(["lm_head", "model.embed_tokens"])),
-        (NVFP4A16, compressed(KEPT)),  # whatever the list says
+        (NVFP4A16, compressed(KEPT)),  # the list does not matter
         (MODELOPT, {"quant_method": "modelopt", "ignore": ["lm_head"]}),
         (FP8_BLOCK, {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}),
     ],
 )
-def test_quantized_routers(judge: Judge, suffixes: Suffixes, config: Any) -> None:
+def test_quantized_routers_are_an_error(judge: Judge, suffixes: Suffixes, config: Any) -> None:
     report = judge(quantized(suffixes, ".gate"), config)
     assert (
         report.verdict == "2 of 2 routers are quantized: vLLM will refuse to load this checkpoint."
@@ -158,12 +161,12 @@ def test_quantized_routers(judge: Judge, suffixes: Suffixes, config: Any) -> Non
         f"2 router modules are quantized ({', '.join(GATES)}), with "
         f"{', '.join(sorted(suffixes))} on disk; vLLM refuses to load the checkpoint."
     )
-    assert [(name, found) for name, _, found in report.quantized] == [
+    assert [(name, parts) for name, _, parts in report.quantized] == [
         (gate, tuple(sorted(suffixes))) for gate in GATES
     ]
 
 
-def test_everything_is_quantized(judge: Judge) -> None:
+def test_quantized_head_and_embeddings_are_errors(judge: Judge) -> None:
     report = judge(quantized(NVFP4A16, ".gate", "lm_head", "embed_tokens"), compressed([]))
     assert report.verdict == (
         "2 of 2 routers, lm_head and the embeddings are quantized: vLLM will refuse to load this "
@@ -172,7 +175,7 @@ def test_everything_is_quantized(judge: Judge) -> None:
     assert set(rules(report)) == {"router-quantized", "embedding-quantized", "head-quantized"}
 
 
-def test_one_head_is_one(judge: Judge) -> None:
+def test_a_quantized_head_alone_is_an_error(judge: Judge) -> None:
     report = judge(quantized(NVFP4A16, "lm_head"), compressed(KEPT[1:]))
     assert report.verdict == "lm_head is quantized: vLLM will refuse to load this checkpoint."
     assert rules(report) == {"head-quantized": "error"}
@@ -180,8 +183,8 @@ def test_one_head_is_one(judge: Judge) -> None:
 
 def test_a_lone_scale_beside_a_plain_router_is_refused(judge: Judge) -> None:
     def edit(rows: list[Row]) -> list[Row]:
-        made = quantized(NVFP4A16)(rows) or rows
-        return [*made, make_row(f"{GATES[1]}.weight_scale", "F8_E4M3", (4,))]
+        edited = quantized(NVFP4A16)(rows) or rows
+        return [*edited, make_row(f"{GATES[1]}.weight_scale", "F8_E4M3", (4,))]
 
     report = judge(edit, compressed(KEPT))
     assert (
@@ -198,7 +201,7 @@ def _as_oneshot(rows: list[Row]) -> list[Row]:
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_experts_under_transformers_names(judge: Judge, whole: bool) -> None:
+def test_experts_under_transformers_names_are_an_error(judge: Judge, whole: bool) -> None:
     def edit(rows: list[Row]) -> list[Row]:
         rows = _as_oneshot(rows)
         return renamed(rows, ".block_sparse_moe.", ".mlp.") if whole else rows
@@ -209,7 +212,7 @@ def test_experts_under_transformers_names(judge: Judge, whole: bool) -> None:
     assert "leave the experts uninitialised" in report.verdict
 
 
-def test_nothing_says_that_it_is_quantized(judge: Judge) -> None:
+def test_a_missing_quantization_config_is_an_error(judge: Judge) -> None:
     report = judge(quantized(NVFP4A16))
     assert rules(report) == {"quantization-undeclared": "error"}
 
@@ -217,7 +220,7 @@ def test_nothing_says_that_it_is_quantized(judge: Judge) -> None:
 # --- lists that stop vLLM
 
 
-def test_plain_attention_that_is_not_ignored(judge: Judge) -> None:
+def test_plain_attention_must_be_ignored(judge: Judge) -> None:
     edit = quantized(NVFP4A16, but=("self_attn",))
     report = judge(edit, compressed(KEPT))
     assert rules(report) == {"kept-but-not-ignored": "error"}
@@ -227,7 +230,7 @@ def test_plain_attention_that_is_not_ignored(judge: Judge) -> None:
     assert fine.verdict == GOOD
 
 
-def test_plain_experts_that_are_ignored_by_the_hub_s_names_alone(judge: Judge) -> None:
+def test_plain_experts_must_be_ignored_by_vllms_names(judge: Judge) -> None:
     edit = quantized(NVFP4A16, but=("experts",))
     report = judge(edit, compressed([*KEPT, r"re:.*block_sparse_moe\.experts.*"]))
     assert rules(report) == {"kept-but-not-ignored": "error", "ignore-hub-only": "warning"}
@@ -238,7 +241,7 @@ def test_plain_experts_that_are_ignored_by_the_hub_s_names_alone(judge: Judge) -
     assert judge(edit, compressed([*KEPT, r"re:.*experts\..*"])).findings == ()
 
 
-def test_quantized_experts_that_are_ignored_by_the_hub_s_names_alone(judge: Judge) -> None:
+def test_quantized_experts_ignored_by_hub_names_are_a_warning(judge: Judge) -> None:
     ignore = [*KEPT, r"re:.*block_sparse_moe\.experts\.[0-9]"]
     report = judge(quantized(NVFP4A16), compressed(ignore))
     assert rules(report) == {"ignore-hub-only": "warning"}
@@ -246,7 +249,7 @@ def test_quantized_experts_that_are_ignored_by_the_hub_s_names_alone(judge: Judg
     assert (report.entries[-1].hub, report.entries[-1].vllm) == (24, 0)
 
 
-def test_one_plain_expert_among_quantized_ones(judge: Judge) -> None:
+def test_one_plain_expert_among_quantized_experts_is_an_error(judge: Judge) -> None:
     edit = quantized(NVFP4A16, but=("layers.0.block_sparse_moe.experts.3.",))
     names = [HUB_EXPERT.format(3, w) for w in ("w1", "w2", "w3")]
     names += [name.replace("block_sparse_moe", "mlp") for name in names]
@@ -255,7 +258,7 @@ def test_one_plain_expert_among_quantized_ones(judge: Judge) -> None:
     assert "3 modules are" in message(report, "kept-but-not-ignored")
 
 
-def test_exact_names_of_every_expert_are_fine_where_vllm_finds_the_first(judge: Judge) -> None:
+def test_exact_names_of_experts_must_include_vllms_name_of_the_first(judge: Judge) -> None:
     rows = (row.removesuffix(".weight") for _, row in make_names(layers=2, experts=4))
     hub = [name for name in rows if ".experts." in name]
     both = [*hub, *(minimax_m2().in_vllm_name(name) for name in hub)]
@@ -268,14 +271,14 @@ def test_exact_names_of_every_expert_are_fine_where_vllm_finds_the_first(judge: 
     assert judge(edit, compressed([*KEPT, *first])).findings == ()
 
 
-def test_quantized_layers_that_are_ignored(judge: Judge) -> None:
+def test_quantized_layers_must_not_be_ignored(judge: Judge) -> None:
     report = judge(quantized(NVFP4A16), compressed([*KEPT, r"re:.*o_proj$"]))
     assert rules(report) == {"ignored-but-quantized": "error"}
     assert "2 modules are quantized on disk" in message(report, "ignored-but-quantized")
 
 
 @pytest.mark.parametrize("style", ["modelopt", "fp8"])
-def test_other_layouts_know_disagreements_too(judge: Judge, style: str) -> None:
+def test_other_layouts_have_the_same_errors(judge: Judge, style: str) -> None:
     suffixes = MODELOPT if style == "modelopt" else FP8_BLOCK
     key = "ignore" if style == "modelopt" else "modules_to_not_convert"
     o_proj = "model.layers.1.self_attn.o_proj"
@@ -288,7 +291,7 @@ def test_other_layouts_know_disagreements_too(judge: Judge, style: str) -> None:
     assert rules(judge(quantized(suffixes, but=both), kept)) == {"kept-but-not-ignored": "error"}
 
 
-def test_modelopt_takes_lm_head_for_linear(judge: Judge) -> None:
+def test_modelopt_must_exclude_lm_head(judge: Judge) -> None:
     report = judge(quantized(MODELOPT), {"quant_method": "modelopt", "ignore": GATES})
     assert rules(report) == {"kept-but-not-ignored": "error", "ignore-uncovered": "warning"}
 
@@ -301,7 +304,7 @@ def test_a_third_of_q_k_v_cannot_be_ignored(judge: Judge, entry: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("targets", "found"),
+    ("targets", "expected"),
     [
         (["Linear"], {}),
         (["re:.*self_attn.*_proj$", r"re:.*mlp\.experts\.\d+\.w[123]$"], {}),
@@ -319,10 +322,10 @@ def test_a_third_of_q_k_v_cannot_be_ignored(judge: Judge, entry: str) -> None:
     ],
 )
 def test_targets_are_matched_on_vllm_s_names(
-    judge: Judge, targets: list[str], found: dict[str, str]
+    judge: Judge, targets: list[str], expected: dict[str, str]
 ) -> None:
     report = judge(quantized(NVFP4A16), compressed(KEPT, targets))
-    assert rules(report) == found
+    assert rules(report) == expected
     if "re:(" in targets:
         assert "'re:(' in targets" in message(report, "ignore-bad-entry")
 
@@ -337,14 +340,14 @@ def test_a_gate_that_is_not_covered_loads(judge: Judge) -> None:
     assert report.verdict == GOOD
 
 
-def test_an_entry_that_only_transformers_understands_covers_nothing(judge: Judge) -> None:
+def test_an_entry_in_transformers_names_covers_nothing(judge: Judge) -> None:
     ignore = ["lm_head", "model.embed_tokens", r"re:.*mlp\.gate$"]
     report = judge(quantized(NVFP4A16), compressed(ignore))
     assert rules(report) == {"ignore-uncovered": "warning", "ignore-unmatched": "warning"}
     assert message(report, "ignore-unmatched").endswith("; only transformers has such names.")
 
 
-def test_entries_that_match_nothing(judge: Judge) -> None:
+def test_entries_that_match_nothing_are_a_warning(judge: Judge) -> None:
     ignore = [*KEPT, "head", r"re:block_sparse_moe\.gate$", "model.visual"]
     report = judge(quantized(NVFP4A16), compressed(ignore))
     assert rules(report) == {"ignore-unmatched": "warning"}
@@ -355,24 +358,24 @@ def test_entries_that_match_nothing(judge: Judge) -> None:
 @pytest.mark.parametrize(
     "ignore", [["re:(", *KEPT], [*KEPT, 7], "lm_head", {"lm_head": 1}, [["lm_head"], *KEPT]]
 )
-def test_entries_that_vllm_cannot_read(judge: Judge, ignore: Any) -> None:
+def test_entries_that_vllm_cannot_read_are_an_error(judge: Judge, ignore: Any) -> None:
     report = judge(quantized(NVFP4A16), compressed(ignore))
     assert rules(report)["ignore-bad-entry"] == "error"
     assert report.verdict.startswith("vLLM will not load this")
 
 
-def test_a_list_that_cannot_be_judged(judge: Judge) -> None:
+def test_an_overlong_entry_cannot_be_judged(judge: Judge) -> None:
     with pytest.raises(SourceError, match="cannot be judged"):
         judge(quantized(NVFP4A16), compressed(["x" * 2000]))
 
 
 @pytest.mark.parametrize("groups", [None, [], {"a": None}, {"a": {"targets": None}}, {"a": {}}])
-def test_config_groups_that_are_none(judge: Judge, groups: Any) -> None:
+def test_unusable_config_groups_are_an_error(judge: Judge, groups: Any) -> None:
     config = {**compressed(KEPT), "config_groups": groups}
     assert rules(judge(quantized(NVFP4A16), config)) == {"quantized-not-targeted": "error"}
 
 
-# --- what is not known
+# --- unknown families and methods
 
 
 def test_an_unknown_family_is_judged_by_usual_names(judge: Judge) -> None:

@@ -1,4 +1,4 @@
-"""Layouts other than our own: FP8 and packed integers as upstream writes them, and ModelOpt's."""
+"""`verify` judges upstream's FP8 and packed integers, and ModelOpt's NVFP4, like its own layout."""
 
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,7 @@ Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 
 class Built:
-    """Parents and what upstream makes of them, each made once."""
+    """Parents and the checkpoints that upstream writes from the parents; each is written once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -51,7 +51,7 @@ class Built:
         return model_free_ptq(self.parent(family), out, kept, scheme)
 
     def _modelopt(self, family: str) -> Path:
-        """The same numbers as ModelOpt stores them, with its own quantization config."""
+        """Write the same numbers in ModelOpt's layout, with ModelOpt's quantization config."""
         src, out = self._as_modelopt(family)
         table = read_json(src / CONFIG_NAME)
         del table["quantization_config"]
@@ -94,13 +94,13 @@ def judge_ignore(folder: Path) -> IgnoreReport:
     return check_ignore(read_modules(opened(folder), load_families()))
 
 
-def only(name: str) -> Edit:
-    """An `edit` that drops the tensor of exactly that name."""
+def dropped(name: str) -> Edit:
+    """Return an edit that drops the tensor of exactly this name."""
     return lambda rows: [row for row in rows if row[0] != name]
 
 
 def halved(name: str, shape: tuple[int, ...]) -> Edit:
-    """An `edit` that leaves the first half of a tensor's bytes."""
+    """Return an edit that keeps the first half of a tensor's bytes."""
     return changed(name, shape=shape, data=lambda raw: raw[: len(raw) // 2])
 
 
@@ -108,11 +108,11 @@ def rolled(values: Bytes) -> Bytes:
     return np.roll(values, len(values) // 2)
 
 
-# --- good ones
+# --- good checkpoints
 
 
 @pytest.mark.parametrize("family", sorted(load_families()))
-def test_our_own_of_every_family_is_clean(family: str, tmp_path: Path) -> None:
+def test_mquants_output_of_every_family_is_clean(family: str, tmp_path: Path) -> None:
     synth(tmp_path / "src", load_families()[family])
     out = quantize_nvfp4(tmp_path / "src", tmp_path / "out")
     assert judged(out, tmp_path / "src", Depth.FULL) == {}
@@ -122,7 +122,7 @@ def test_our_own_of_every_family_is_clean(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "minimax_m2"])
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8_BLOCK", "W4A16", "W8A16"])
-def test_upstreams_own_is_clean(built: Built, family: str, scheme: str) -> None:
+def test_upstreams_output_is_clean(built: Built, family: str, scheme: str) -> None:
     out = built.upstream(family, scheme)
     assert judged(out, built.parent(family), Depth.FULL) == {}
     report = judge_ignore(out)
@@ -130,7 +130,7 @@ def test_upstreams_own_is_clean(built: Built, family: str, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "minimax_m2"])
-def test_modelopts_is_clean(built: Built, family: str) -> None:
+def test_modelopts_layout_is_clean(built: Built, family: str) -> None:
     out = built.modelopt(family)
     assert judged(out, built.parent(family), Depth.FULL) == {}
     report = judge_ignore(out)
@@ -148,7 +148,7 @@ def test_modelopts_config_may_be_in_config_json(built: Built, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("family", sorted(load_families()))
-def test_fp8_with_blocks_is_clean(family: str, tmp_path: Path) -> None:
+def test_fp8_in_blocks_is_clean(family: str, tmp_path: Path) -> None:
     synth(tmp_path / "out", load_families()[family], precision=Precision.FP8_BLOCK)
     assert judged(tmp_path / "out", depth=Depth.NUMBERS) == {}
 
@@ -159,11 +159,11 @@ def test_fp8_with_blocks_is_clean(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "rule", "words"),
     [
-        (only(f"{KEY}.weight"), "part-missing", "has no weight."),
-        (only(f"{KEY}.weight_scale"), "part-missing", "has no weight_scale."),
-        (only(f"{KEY}.weight_scale_2"), "part-missing", "has no weight_scale_2."),
+        (dropped(f"{KEY}.weight"), "part-missing", "has no weight."),
+        (dropped(f"{KEY}.weight_scale"), "part-missing", "has no weight_scale."),
+        (dropped(f"{KEY}.weight_scale_2"), "part-missing", "has no weight_scale_2."),
         (without("weight_scale_2"), "part-missing", "and 13 more like it"),
-        (only(f"{KEY}.input_scale"), "activation-scales-missing", f"{KEY} has no input_scale"),
+        (dropped(f"{KEY}.input_scale"), "activation-scales-missing", f"{KEY} has no input_scale"),
         (changed(f"{KEY}.weight_scale", dtype="U8"), "part-dtype", "is U8; ModelOpt NVFP4 has"),
         (changed(f"{KEY}.weight_scale_2", shape=(1, 1)), "part-shape", "needs [1] or []"),
         (changed(f"{KEY}.weight_scale", shape=(64, 32)), "part-shape", "needs [128, 16]"),
@@ -175,12 +175,14 @@ def test_fp8_with_blocks_is_clean(family: str, tmp_path: Path) -> None:
         (changed(f"{KEY}.weight_scale", data=setting(3, 0)), "scale-zero", "over a block"),
     ],
 )
-def test_modelopt(built: Built, tmp_path: Path, edit: Edit, rule: str, words: str) -> None:
+def test_a_broken_modelopt_tensor_is_found(
+    built: Built, tmp_path: Path, edit: Edit, rule: str, words: str
+) -> None:
     bad = mutated(built.modelopt("llama"), tmp_path, edit=edit)
     assert words in judged(bad, depth=Depth.NUMBERS)[rule]
 
 
-def test_a_router_that_modelopt_quantized(built: Built, tmp_path: Path) -> None:
+def test_a_router_that_modelopt_quantized_is_found(built: Built, tmp_path: Path) -> None:
     def edit(rows: list[Row]) -> list[Row]:
         kept = [row for row in rows if row[0] != f"{GATE}.weight"]
         return [
@@ -196,7 +198,7 @@ def test_a_router_that_modelopt_quantized(built: Built, tmp_path: Path) -> None:
         report.verdict == "1 of 2 routers are quantized: vLLM will refuse to load this checkpoint."
     )
     suffixes = ("input_scale", "weight", "weight_scale", "weight_scale_2")
-    assert [(name, found) for name, _, found in report.quantized] == [(GATE, suffixes)]
+    assert [(name, parts) for name, _, parts in report.quantized] == [(GATE, suffixes)]
 
 
 # --- packed integers, broken
@@ -205,9 +207,9 @@ def test_a_router_that_modelopt_quantized(built: Built, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "rule", "words"),
     [
-        (only(f"{EXPERT}.weight_packed"), "part-missing", "has no weight_packed"),
-        (only(f"{EXPERT}.weight_scale"), "part-missing", "has no weight_scale"),
-        (only(f"{EXPERT}.weight_shape"), "part-missing", "has no weight_shape"),
+        (dropped(f"{EXPERT}.weight_packed"), "part-missing", "has no weight_packed"),
+        (dropped(f"{EXPERT}.weight_scale"), "part-missing", "has no weight_scale"),
+        (dropped(f"{EXPERT}.weight_shape"), "part-missing", "has no weight_shape"),
         (without(f"{EXPERT}."), "fused-set-incomplete", f"without {EXPERT}.weight"),
         (changed(f"{EXPERT}.weight_scale", dtype="I16"), "part-dtype", "is I16; packed integers"),
         (changed(f"{EXPERT}.weight_scale", shape=(128, 4)), "part-shape", "needs [256, 2]"),
@@ -222,13 +224,15 @@ def test_a_router_that_modelopt_quantized(built: Built, tmp_path: Path) -> None:
         (changed(f"{EXPERT}.weight_packed", data=rolled), "weight-beyond-bound", EXPERT),
     ],
 )
-def test_integers(built: Built, tmp_path: Path, edit: Edit, rule: str, words: str) -> None:
+def test_a_broken_tensor_of_packed_integers_is_found(
+    built: Built, tmp_path: Path, edit: Edit, rule: str, words: str
+) -> None:
     bad = mutated(built.upstream("minimax_m2", "W4A16"), tmp_path, edit=edit)
     assert words in judged(bad, built.parent("minimax_m2"), Depth.FULL)[rule]
 
 
 def weights(built: Built, scheme: str, **keys: object) -> dict[str, Any]:
-    """The quantization_config of a llama of ours, with other `weights`."""
+    """Return the quantization_config of the upstream llama, with other `weights`."""
     table = read_json(built.upstream("llama", scheme) / CONFIG_NAME)["quantization_config"]
     ((name, group),) = table["config_groups"].items()
     group = {**group, "weights": {**group["weights"], **keys}}
@@ -247,7 +251,7 @@ def weights(built: Built, scheme: str, **keys: object) -> dict[str, Any]:
         ("NVFP4A16", {"group_size": 32}, "weights-misdeclared", "say group_size 32, but"),
     ],
 )
-def test_what_config_json_says(
+def test_a_config_json_that_contradicts_the_tensors_is_found(
     built: Built, tmp_path: Path, scheme: str, keys: dict[str, object], rule: str, words: str
 ) -> None:
     config = weights(built, scheme, **keys)
@@ -255,18 +259,18 @@ def test_what_config_json_says(
 
 
 @pytest.mark.parametrize("scheme", ["NVFP4A16", "W4A16", "FP8_DYNAMIC"])
-def test_without_a_quantization_config(built: Built, tmp_path: Path, scheme: str) -> None:
+def test_a_missing_quantization_config_is_found(built: Built, tmp_path: Path, scheme: str) -> None:
     bad = mutated(built.upstream("llama", scheme), tmp_path, config={"quantization_config": ...})
     assert set(judged(bad, built.parent("llama"), Depth.FULL)) >= {"quantization-undeclared"}
 
 
-def test_groups_of_packed_integers_that_differ(built: Built, tmp_path: Path) -> None:
+def test_groups_of_packed_integers_may_differ(built: Built, tmp_path: Path) -> None:
     config = weights(built, "W4A16")
     groups = config["quantization_config"]["config_groups"]
     other = {**groups["W4A16"], "targets": ["re:.*down_proj"]}
     groups["more"] = {**other, "weights": {**other["weights"], "num_bits": 8}}
-    found = judged(mutated(built.upstream("llama", "W4A16"), tmp_path, config=config))
-    assert found == {}
+    findings = judged(mutated(built.upstream("llama", "W4A16"), tmp_path, config=config))
+    assert findings == {}
 
 
 # --- FP8, broken
@@ -275,8 +279,8 @@ def test_groups_of_packed_integers_that_differ(built: Built, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("edit", "rule", "words"),
     [
-        (only(f"{KEY}.weight"), "part-missing", "has no weight."),
-        (only(f"{KEY}.weight_scale"), "part-missing", "has no weight_scale"),
+        (dropped(f"{KEY}.weight"), "part-missing", "has no weight."),
+        (dropped(f"{KEY}.weight_scale"), "part-missing", "has no weight_scale"),
         (halved(f"{KEY}.weight_scale", (64, 1)), "part-shape", "needs [128, 1] or [128]"),
         (halved(f"{KEY}.weight", (64, 256)), "shape-disagrees", "implies [128, 256]"),
         (changed(f"{KEY}.weight", data=setting(0, 0x7F)), "value-not-finite", f"{KEY}.weight"),
@@ -284,37 +288,39 @@ def test_groups_of_packed_integers_that_differ(built: Built, tmp_path: Path) -> 
         (changed(f"{KEY}.weight", data=rolled), "weight-beyond-bound", KEY),
     ],
 )
-def test_fp8(built: Built, tmp_path: Path, edit: Edit, rule: str, words: str) -> None:
+def test_a_broken_fp8_tensor_is_found(
+    built: Built, tmp_path: Path, edit: Edit, rule: str, words: str
+) -> None:
     bad = mutated(built.upstream("llama", "FP8_DYNAMIC"), tmp_path, edit=edit)
     assert words in judged(bad, built.parent("llama"), Depth.FULL)[rule]
 
 
-# --- what is not known here says so
+# --- layouts that are not judged
 
 
 @pytest.mark.parametrize("scheme", ["MXFP4A16", "W8A8"])
-def test_layouts_that_are_not_judged(built: Built, scheme: str) -> None:
-    found = judged(built.upstream("llama", scheme), built.parent("llama"), Depth.FULL)
-    assert set(found) == {"layout-not-judged", "weight-not-compared"}
-    assert "neither parts nor numbers were judged" in found["layout-not-judged"]
-    assert "and 13 more like it" in found["weight-not-compared"]
+def test_unknown_layouts_are_not_judged(built: Built, scheme: str) -> None:
+    findings = judged(built.upstream("llama", scheme), built.parent("llama"), Depth.FULL)
+    assert set(findings) == {"layout-not-judged", "weight-not-compared"}
+    assert "neither parts nor numbers were judged" in findings["layout-not-judged"]
+    assert "and 13 more like it" in findings["weight-not-compared"]
 
 
 def test_integers_with_zero_points_are_not_compared(built: Built, tmp_path: Path) -> None:
     out = built.upstream("llama", "W4A16_ASYM")
     assert set(judged(out, built.parent("llama"), Depth.FULL)) == {"weight-not-compared"}
     edit = halved(f"{KEY}.weight_zero_point", (8, 2))
-    found = judged(mutated(out, tmp_path, edit=edit))
-    assert "needs [16, 2] or [128, 2]" in found["part-shape"]
+    findings = judged(mutated(out, tmp_path, edit=edit))
+    assert "needs [16, 2] or [128, 2]" in findings["part-shape"]
 
 
 def test_a_global_scale_of_zero_is_beyond_every_bound(built: Built, tmp_path: Path) -> None:
     edit = changed(f"{KEY}.weight_global_scale", data=scalar(0))
     bad = mutated(built.upstream("llama", "NVFP4A16"), tmp_path, edit=edit)
-    found = judged(bad, built.parent("llama"), Depth.FULL)
-    assert {"global-scale-invalid", "weight-beyond-bound"} <= set(found)
+    findings = judged(bad, built.parent("llama"), Depth.FULL)
+    assert {"global-scale-invalid", "weight-beyond-bound"} <= set(findings)
 
 
-def test_no_architectures(built: Built, tmp_path: Path) -> None:
+def test_missing_architectures_are_found(built: Built, tmp_path: Path) -> None:
     bad = mutated(built.parent("llama"), tmp_path, config={"architectures": ...})
     assert "no architectures" in judged(bad)["config-key-missing"]

@@ -1,4 +1,7 @@
-"""Asking vLLM: what it is given, what its answers become. (scripts/test-loaders.sh asks it.)"""
+"""`verify --loader vllm` gives vLLM only headers and JSON, and reports vLLM's verdict.
+
+A script stands in for vLLM; scripts/test-loaders.sh runs vLLM itself.
+"""
 
 import json
 from pathlib import Path
@@ -21,8 +24,11 @@ DONE = {"vllm": "0.32.0", "stage": "done", "counts": {}}
 
 
 @pytest.fixture
-def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for vLLM's Python: keeps what it is given, and answers what `answer` holds."""
+def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Replace vLLM's Python by a script that keeps its input and answers with the file `answer`.
+
+    Return the folder of `answer`, of the input (`given`), and of the environment (`env`).
+    """
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     stand_in = tmp_path / "python"
     stand_in.write_text(
@@ -35,11 +41,11 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_it_gets_headers_and_json_and_nothing_else(asked: Path) -> None:
-    src = make_checkpoint(asked / "src", shards=2)
+def test_vllm_gets_only_headers_and_json(fake_vllm: Path) -> None:
+    src = make_checkpoint(fake_vllm / "src", shards=2)
     (src / "modeling.py").write_text("raise SystemExit")
     report = verify(Folder(src), load_families(), ask_vllm=True)
-    given = asked / "given"
+    given = fake_vllm / "given"
     assert {path.name for path in given.iterdir()} == {
         "config.json",
         "model.safetensors.index.json",
@@ -51,7 +57,7 @@ def test_it_gets_headers_and_json_and_nothing_else(asked: Path) -> None:
             assert a.keys() == b.keys()
         assert shard.stat().st_size == (src / shard.name).stat().st_size
         assert not any(shard.read_bytes()[-1000:])
-    assert "hf_secret" not in (asked / "env").read_text()
+    assert "hf_secret" not in (fake_vllm / "env").read_text()
     assert report.loader is not None
     assert report.loader.to_json() == {
         "name": "vllm",
@@ -61,16 +67,16 @@ def test_it_gets_headers_and_json_and_nothing_else(asked: Path) -> None:
     }
 
 
-def test_its_verdict_joins_the_report(asked: Path) -> None:
+def test_vllms_verdict_is_in_the_report(fake_vllm: Path) -> None:
     answer = {"vllm": "0.32.0", "stage": "weights", "kind": "ValueError", "error": "No\n such."}
-    (asked / "answer").write_text(json.dumps(answer))
-    src = make_checkpoint(asked / "src")
+    (fake_vllm / "answer").write_text(json.dumps(answer))
+    src = make_checkpoint(fake_vllm / "src")
     run = CliRunner().invoke(app, ["verify", str(src), "--loader", "vllm", "--format", "json"])
     document = json.loads(run.stdout)
     assert run.exit_code == 3
     assert document["loader"]["words"] == "ValueError: No such."
-    (found,) = (f for f in document["findings"] if f["rule"] == "vllm-refuses")
-    assert found["message"] == (
+    (finding,) = (f for f in document["findings"] if f["rule"] == "vllm-refuses")
+    assert finding["message"] == (
         "vLLM 0.32.0 refuses the checkpoint while loading the weights: ValueError: No such."
     )
 
@@ -93,13 +99,13 @@ def test_an_answer_that_cannot_be_read_is_no_verdict(answer: dict[str, Any]) -> 
         ({"converted": [["a", "torch.uint8", "torch.x"]]}, "vllm-converts", "a from uint8 to x"),
     ],
 )
-def test_what_it_does_without_a_word_is_an_error(
+def test_a_silent_fault_of_vllm_is_an_error(
     answer: dict[str, object], rule: str, words: str
 ) -> None:
     verdict = read_verdict({**DONE, **answer})
-    (found,) = verdict.findings
-    assert (verdict.verdict, found.rule, found.severity) == ("loads wrong", rule, "error")
-    assert words in found.message
+    (finding,) = verdict.findings
+    assert (verdict.verdict, finding.rule, finding.severity) == ("loads wrong", rule, "error")
+    assert words in finding.message
 
 
 @pytest.mark.parametrize(
@@ -121,19 +127,19 @@ def test_what_it_does_without_a_word_is_an_error(
         {"vllm": "0.32.0", "stage": "model", "kind": "ImportError", "error": "no triton"},
     ],
 )
-def test_what_this_machine_cannot_tell_is_a_warning(answer: dict[str, object]) -> None:
+def test_a_failure_of_the_machine_is_a_warning(answer: dict[str, object]) -> None:
     verdict = read_verdict(answer)
     assert verdict.verdict == "not asked"
-    assert [found.severity for found in verdict.findings] == ["warning"]
+    assert [finding.severity for finding in verdict.findings] == ["warning"]
 
 
-def test_an_answer_that_is_none_is_a_warning(asked: Path) -> None:
-    (asked / "answer").write_text('{"vllm": ')
-    report = verify(Folder(make_checkpoint(asked / "src")), load_families(), ask_vllm=True)
+def test_a_malformed_answer_is_a_warning(fake_vllm: Path) -> None:
+    (fake_vllm / "answer").write_text('{"vllm": ')
+    report = verify(Folder(make_checkpoint(fake_vllm / "src")), load_families(), ask_vllm=True)
     assert [f.rule for f in report.findings if f.severity != "info"] == ["vllm-not-asked"]
 
 
-def test_without_vllm_one_sentence_says_how_to_get_it(
+def test_without_vllm_one_sentence_says_how_to_install_vllm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MQUANT_VLLM_PYTHON", raising=False)
@@ -158,7 +164,9 @@ def test_an_installation_that_fails_says_where_the_log_is(
     assert not (environment() / "installed").exists()
 
 
-def test_what_is_installed_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_vllm_is_not_installed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     environment().mkdir(parents=True)
     (environment() / "installed").write_text("")

@@ -1,4 +1,4 @@
-"""What mquant does not know is not called clean: configs, layouts, architectures, loaders."""
+"""`verify` calls no checkpoint clean whose config, layout or architecture it does not know."""
 
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ def report_of(folder: Path) -> Report:
 
 
 def changed_group(good: Path, part: str, **keys: Any) -> dict[str, Any]:
-    """The good quantization config, with some keys of its group's `weights` or the like changed."""
+    """Return the good quantization config with changed keys in one part of its group."""
     config: dict[str, Any] = read_json(good / "config.json")["quantization_config"]
     group = config["config_groups"]["group_0"]
     args = {k: v for k, v in {**(group[part] or {}), **keys}.items() if v is not ...}
@@ -35,7 +35,7 @@ def changed_group(good: Path, part: str, **keys: Any) -> dict[str, Any]:
 
 
 def cast(name: str, dtype: str) -> Edit:
-    """An edit that stores a tensor's bytes as another dtype."""
+    """Return an edit that stores a tensor's bytes as another dtype."""
 
     def edit(rows: list[Row]) -> list[Row]:
         size = {"I32": 4, "I16": 2}[dtype]
@@ -111,7 +111,7 @@ def test_the_config_of_every_scheme_is_known(name: str) -> None:
     assert _stored_by_groups({"config_groups": {"group_0": group}}) == {stored[name[0]]}
 
 
-def test_a_group_that_nothing_on_disk_is_of_is_not_judged(good: Path, tmp_path: Path) -> None:
+def test_a_group_without_tensors_is_not_judged(good: Path, tmp_path: Path) -> None:
     config = read_json(good / "config.json")["quantization_config"]
     int8 = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int"}}
     config["config_groups"]["group_1"] = int8
@@ -145,7 +145,7 @@ def test_another_architecture_is_not_judged(
 
 def test_a_plain_tensor_of_integers_is_an_error(good: Path, tmp_path: Path) -> None:
     report = report_of(mutated(good, tmp_path, edit=cast(GATE, "I32")))
-    messages = {found.rule: found.message for found in report.findings}
+    messages = {finding.rule: finding.message for finding in report.findings}
     assert messages["dtype-not-float"] == f"{GATE} is I32, not floats."
 
 
@@ -157,7 +157,7 @@ def test_integers_in_an_unknown_family_are_not_judged(parent: Path, tmp_path: Pa
     assert "the layout of 1 module is not known (first: " in report.undecided
 
 
-def test_a_quantization_config_under_another_key_is_seen(tmp_path: Path) -> None:
+def test_a_quantization_config_under_another_key_is_read(tmp_path: Path) -> None:
     for key, value in (
         ("compression_config", {"quant_method": "awq"}),
         ("text_config", {"quantization_config": {"quant_method": "awq"}}),
@@ -187,7 +187,7 @@ def test_fp8_reads_ignored_layers_before_modules_to_not_convert(tmp_path: Path) 
 def test_a_loader_that_did_not_answer_has_judged_nothing(
     good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MQUANT_VLLM_PYTHON", sys.executable)  # it has no vLLM
+    monkeypatch.setenv("MQUANT_VLLM_PYTHON", sys.executable)  # this Python has no vLLM
     report = verify(Folder(good), load_families(), Depth.STRUCTURE, ask_vllm=True)
     assert report.loader is not None
     assert report.loader.verdict == "not asked"

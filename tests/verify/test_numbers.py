@@ -1,4 +1,4 @@
-"""What only the data give away."""
+"""`verify` at the depth of numbers finds every fault that only the data show."""
 
 from pathlib import Path
 
@@ -64,12 +64,14 @@ def _first(raw: "np.ndarray[tuple[int], np.dtype[np.uint8]]"):  # type: ignore[n
         ),
     ],
 )
-def test_numbers(good: Path, tmp_path: Path, edit: Edit, rule: str, words: str) -> None:
+def test_an_invalid_number_is_found(
+    good: Path, tmp_path: Path, edit: Edit, rule: str, words: str
+) -> None:
     bad = mutated(good, tmp_path, edit=edit)
-    assert judged(bad) == {}  # headers do not tell
-    found = judged(bad, depth=Depth.NUMBERS)
-    assert words in found[rule]
-    assert len(found) == 1
+    assert judged(bad) == {}  # headers do not show the fault
+    findings = judged(bad, depth=Depth.NUMBERS)
+    assert words in findings[rule]
+    assert len(findings) == 1
 
 
 def test_global_scales_that_are_all_reciprocals_are_an_error(good: Path, tmp_path: Path) -> None:
@@ -84,8 +86,8 @@ def test_global_scales_that_are_all_reciprocals_are_an_error(good: Path, tmp_pat
             for n, d, s, raw in rows
         ]
 
-    found = judged(mutated(good, tmp_path, edit=inverted), depth=Depth.NUMBERS)
-    assert "they look like reciprocals" in found["global-scales-reciprocal"]
+    findings = judged(mutated(good, tmp_path, edit=inverted), depth=Depth.NUMBERS)
+    assert "they look like reciprocals" in findings["global-scales-reciprocal"]
 
 
 def test_every_numbers_rule_is_tested() -> None:
@@ -95,7 +97,7 @@ def test_every_numbers_rule_is_tested() -> None:
     assert [rule.id for rule in declared if f'"{rule.id}"' not in text] == []
 
 
-def test_zero_blocks_and_zero_weights_are_as_the_reference_writes_them(tmp_path: Path) -> None:
+def test_blocks_and_weights_of_zeros_are_clean(tmp_path: Path) -> None:
     zeroed = f"{EXPERT}w2.weight"
     src = make_checkpoint(tmp_path / "a", edit=changed(zeroed, data=setting(slice(None), 0)))
     half = make_checkpoint(tmp_path / "b", edit=changed(zeroed, data=setting(slice(0, 640), 0)))
@@ -104,7 +106,7 @@ def test_zero_blocks_and_zero_weights_are_as_the_reference_writes_them(tmp_path:
         assert judged(out, parent, Depth.FULL) == {}
 
 
-def test_a_zero_scale_over_zeros_is_fine(good: Path, tmp_path: Path) -> None:
+def test_a_zero_scale_of_a_block_of_zeros_is_clean(good: Path, tmp_path: Path) -> None:
     def edit(rows):  # type: ignore[no-untyped-def]
         changed(SCALE, data=setting(0, 0))(rows)
         changed(f"{EXPERT}w2.weight_packed", data=setting(slice(0, 8), 0x80))(rows)
@@ -112,7 +114,7 @@ def test_a_zero_scale_over_zeros_is_fine(good: Path, tmp_path: Path) -> None:
     assert judged(mutated(good, tmp_path, edit=edit), depth=Depth.NUMBERS) == {}
 
 
-def test_parts_that_do_not_fit_are_left_to_structure(good: Path, tmp_path: Path) -> None:
+def test_parts_of_the_wrong_shape_have_only_structural_findings(good: Path, tmp_path: Path) -> None:
     bad = mutated(good, tmp_path, edit=changed(SCALE, shape=(2, 64)))
     assert set(judged(bad, depth=Depth.NUMBERS)) == {"part-shape"}
     bad = mutated(good, tmp_path / "other", edit=without(f"{EXPERT}w2.weight_packed"))

@@ -1,4 +1,4 @@
-"""What headers and JSON give away: every rule, on a good checkpoint that is broken by code."""
+"""`verify` finds every fault that headers and JSON show; code breaks a good checkpoint."""
 
 import shutil
 from pathlib import Path
@@ -27,13 +27,13 @@ QUANTIZATION: dict[str, Any] = {
 
 
 def grouped(*groups: object, **keys: object) -> dict[str, Any]:
-    """A quantization_config with these groups."""
+    """Return a quantization_config with these groups."""
     table = {f"group_{n}": group for n, group in enumerate(groups)}
     return {"quantization_config": {**QUANTIZATION, "config_groups": table, **keys}}
 
 
 def group_of(good: Path, **keys: object) -> dict[str, Any]:
-    """The good checkpoint's config group, with some keys changed."""
+    """Return the good checkpoint's config group, with some keys changed."""
     table = read_json(good / "config.json")["quantization_config"]["config_groups"]
     return {**table["group_0"], **keys}
 
@@ -91,13 +91,15 @@ def test_a_plain_checkpoint_is_clean(parent: Path) -> None:
         ),
     ],
 )
-def test_tensors(good: Path, tmp_path: Path, edit: Edit, rule: str, words: str) -> None:
-    found = judged(mutated(good, tmp_path, edit=edit))
-    assert words in found[rule]
+def test_a_tensor_that_breaks_a_rule_is_found(
+    good: Path, tmp_path: Path, edit: Edit, rule: str, words: str
+) -> None:
+    findings = judged(mutated(good, tmp_path, edit=edit))
+    assert words in findings[rule]
 
 
 def plain_again(*modules: str) -> Edit:
-    """Some modules as BF16 weights, among others that stay quantized."""
+    """Return an edit that stores some modules as BF16 weights; other modules stay quantized."""
 
     def edit(rows: list[Row]) -> list[Row]:
         kept = [row for row in rows if not row[0].startswith(tuple(f"{m}." for m in modules))]
@@ -110,18 +112,18 @@ def plain_again(*modules: str) -> Edit:
     return edit
 
 
-def test_one_plain_expert_among_quantized_ones(good: Path, tmp_path: Path) -> None:
+def test_one_plain_expert_among_quantized_experts_is_found(good: Path, tmp_path: Path) -> None:
     whole = [f"{EXPERT}{name}" for name in ("w1", "w2", "w3")]
-    found = judged(mutated(good, tmp_path, edit=plain_again(*whole)))
-    assert "experts.1.w1 is not quantized, but" in found["experts-mixed"]
-    assert "and 0" not in found["experts-mixed"]
-    assert "fused-set-mixed" not in found
+    findings = judged(mutated(good, tmp_path, edit=plain_again(*whole)))
+    assert "experts.1.w1 is not quantized, but" in findings["experts-mixed"]
+    assert "and 0" not in findings["experts-mixed"]
+    assert "fused-set-mixed" not in findings
 
 
-def test_one_plain_member_of_a_fused_set(good: Path, tmp_path: Path) -> None:
-    found = judged(mutated(good, tmp_path, edit=plain_again(f"{LAYER}self_attn.k_proj")))
-    assert f"{LAYER}self_attn.k_proj is not quantized, but" in found["fused-set-mixed"]
-    assert "experts-mixed" not in found
+def test_one_plain_member_of_a_fused_set_is_found(good: Path, tmp_path: Path) -> None:
+    findings = judged(mutated(good, tmp_path, edit=plain_again(f"{LAYER}self_attn.k_proj")))
+    assert f"{LAYER}self_attn.k_proj is not quantized, but" in findings["fused-set-mixed"]
+    assert "experts-mixed" not in findings
 
 
 @pytest.mark.parametrize(
@@ -157,35 +159,37 @@ def test_one_plain_member_of_a_fused_set(good: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_config(good: Path, tmp_path: Path, config: Any, rule: str, words: str) -> None:
+def test_a_config_that_breaks_a_rule_is_found(
+    good: Path, tmp_path: Path, config: Any, rule: str, words: str
+) -> None:
     assert words in judged(mutated(good, tmp_path, config=config))[rule]
 
 
-def test_activations_declared_without_their_scales(good: Path, tmp_path: Path) -> None:
+def test_missing_activation_scales_are_found(good: Path, tmp_path: Path) -> None:
     group = group_of(good, input_activations={"num_bits": 4, "dynamic": "local"})
-    found = judged(mutated(good, tmp_path, config=grouped(group)))
-    assert "has no input_global_scale (and 31 more" in found["activation-scales-missing"]
+    findings = judged(mutated(good, tmp_path, config=grouped(group)))
+    assert "has no input_global_scale (and 31 more" in findings["activation-scales-missing"]
 
 
-def test_a_format_the_tensors_do_not_have(good: Path, tmp_path: Path) -> None:
+def test_a_format_that_the_tensors_do_not_have_is_found(good: Path, tmp_path: Path) -> None:
     group = group_of(good, format="float-quantized")
-    found = judged(mutated(good, tmp_path, config=grouped(group)))
-    assert "'float-quantized', but" in found["format-differs"]
+    findings = judged(mutated(good, tmp_path, config=grouped(group)))
+    assert "'float-quantized', but" in findings["format-differs"]
 
 
-def test_a_declared_quantization_of_nothing(parent: Path, tmp_path: Path) -> None:
+def test_a_quantization_config_of_a_plain_checkpoint_is_found(parent: Path, tmp_path: Path) -> None:
     config = {"quantization_config": {"quant_method": "fp8"}}
-    found = judged(mutated(parent, tmp_path, config=config))
-    assert "no tensor is quantized" in found["quantization-unused"]
+    findings = judged(mutated(parent, tmp_path, config=config))
+    assert "no tensor is quantized" in findings["quantization-unused"]
 
 
 def test_a_truncated_shard_is_a_finding_and_the_rest_is_judged(good: Path, tmp_path: Path) -> None:
     bad = mutated(good, tmp_path, config={"rotary_dim": ...})
     shard = opened(good).shards[0]
     (bad / shard).write_bytes((good / shard).read_bytes()[:-7])
-    found = judged(bad)
-    assert set(found) == {"shard-damaged", "config-key-missing"}
-    assert f"{shard} is truncated" in found["shard-damaged"]
+    findings = judged(bad)
+    assert set(findings) == {"shard-damaged", "config-key-missing"}
+    assert f"{shard} is truncated" in findings["shard-damaged"]
 
 
 @pytest.mark.parametrize("which", [0, slice(None)], ids=["one", "all"])
@@ -198,28 +202,28 @@ def test_a_missing_shard_is_a_finding(good: Path, tmp_path: Path, which: Any) ->
     assert "quantization-unused" not in judged(bad)
 
 
-def test_index_and_headers_disagree(good: Path, tmp_path: Path) -> None:
+def test_disagreements_of_index_and_headers_are_found(good: Path, tmp_path: Path) -> None:
     first, last = opened(good).shards[0], opened(good).shards[-1]
 
-    def lie(where: dict[str, str]) -> dict[str, str]:
-        del where["lm_head.weight"]
-        where["model.norm.weight"] = first if where["model.norm.weight"] == last else last
-        return {**where, "model.ghost": first}
+    def falsified(index: dict[str, str]) -> dict[str, str]:
+        del index["lm_head.weight"]
+        index["model.norm.weight"] = first if index["model.norm.weight"] == last else last
+        return {**index, "model.ghost": first}
 
-    found = judged(mutated(good, tmp_path, index=lie, total_size=7))
-    assert "lm_head.weight" in found["tensor-not-in-index"]
-    assert "model.norm.weight" in found["index-wrong-shard"]
-    assert "model.ghost" in found["index-without-tensor"]
-    assert "total_size 7" in found["total-size-wrong"]
+    findings = judged(mutated(good, tmp_path, index=falsified, total_size=7))
+    assert "lm_head.weight" in findings["tensor-not-in-index"]
+    assert "model.norm.weight" in findings["index-wrong-shard"]
+    assert "model.ghost" in findings["index-without-tensor"]
+    assert "total_size 7" in findings["total-size-wrong"]
 
 
-def test_no_index(good: Path, tmp_path: Path) -> None:
+def test_a_missing_index_is_found(good: Path, tmp_path: Path) -> None:
     bad = mutated(good, tmp_path)
     (bad / "model.safetensors.index.json").unlink()
     assert "no model.safetensors.index.json" in judged(bad)["index-missing"]
 
 
-def test_a_tensor_stored_twice(good: Path, tmp_path: Path) -> None:
+def test_a_tensor_that_is_stored_twice_is_found(good: Path, tmp_path: Path) -> None:
     bad = Path(shutil.copytree(good, tmp_path / "bad"))
     write_shard(bad / "model-99.safetensors", adding("lm_head.weight", shape=(64, 64))([]) or [])
     assert "does not name model-99" in judged(bad)["shard-not-in-index"]
@@ -228,7 +232,7 @@ def test_a_tensor_stored_twice(good: Path, tmp_path: Path) -> None:
     assert "stored twice" in judged(bad)["tensor-stored-twice"]
 
 
-def test_kv_scales_are_harmless(good: Path, tmp_path: Path) -> None:
+def test_kv_scales_are_clean(good: Path, tmp_path: Path) -> None:
     name = f"{LAYER}self_attn.k_proj.k_scale"
     assert judged(mutated(good, tmp_path, edit=adding(name, dtype="F32", shape=(1,)))) == {}
 
@@ -236,9 +240,9 @@ def test_kv_scales_are_harmless(good: Path, tmp_path: Path) -> None:
 def test_every_structure_rule_is_tested() -> None:
     tests = Path(__file__).parents[1].rglob("test_*.py")
     text = "".join(path.read_text("utf-8") for path in tests)
-    declared = [each.id for each in RULES.values() if each.needs == "structure"]
-    assert [each for each in declared if f'"{each}"' not in text] == []
+    declared = [rule.id for rule in RULES.values() if rule.needs == "structure"]
+    assert [rule for rule in declared if f'"{rule}"' not in text] == []
 
 
-def test_a_checkpoint_without_experts_in_a_layer_is_not_an_exception(tmp_path: Path) -> None:
+def test_missing_experts_are_findings(tmp_path: Path) -> None:
     assert "tensor-missing" in judged(make_checkpoint(tmp_path / "src", edit=without("experts.")))

@@ -1,4 +1,4 @@
-"""Over how many GPUs a checkpoint can be split, and what else is no fault and worth knowing."""
+"""`verify` reports over how many GPUs a checkpoint can be split, and absent MTP tensors."""
 
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ W2 = "model.layers.0.block_sparse_moe.experts.0.w2"
 
 
 def facts(checkpoint: Path) -> dict[str, str]:
-    """Rule -> message of what is no fault."""
+    """Return the findings of severity info: rule -> message."""
     return judged(checkpoint, severities=("info",))
 
 
-def made(where: Path, **sizes: Any) -> Path:
-    src = make_checkpoint(where / "src", **{"layers": 1, "experts": 2, **sizes})
-    return quantize_nvfp4(src, where / "out")
+def quantized(workdir: Path, **sizes: Any) -> Path:
+    src = make_checkpoint(workdir / "src", **{"layers": 1, "experts": 2, **sizes})
+    return quantize_nvfp4(src, workdir / "out")
 
 
 @pytest.mark.parametrize(
@@ -65,16 +65,16 @@ def made(where: Path, **sizes: Any) -> Path:
 def test_one_sentence_says_which_sizes_work(
     tmp_path: Path, sizes: dict[str, int], vllm: str, sglang: str
 ) -> None:
-    assert facts(made(tmp_path, **sizes))["tensor-parallel"] == (
+    assert facts(quantized(tmp_path, **sizes))["tensor-parallel"] == (
         f"{HEAD}vLLM 0.32 with {vllm}; SGLang 0.5.23 with {sglang}."
     )
 
 
-def hollow(where: Path, family: str, layers: int, experts: int) -> Path:
-    """A quantized checkpoint of a release's own shapes: headers and config.json over no data."""
+def hollow(workdir: Path, family: str, layers: int, experts: int) -> Path:
+    """Write a quantized checkpoint of a release's shapes: headers and config.json without data."""
     sizes = Sizes(layers, experts if family not in ("llama", "qwen3") else None)
-    plan = plan_of(synth(where / "src", FAMILIES[family], sizes=sizes, shapes_only=True).path)
-    out = where / "out"
+    plan = plan_of(synth(workdir / "src", FAMILIES[family], sizes=sizes, shapes_only=True).path)
+    out = workdir / "out"
     out.mkdir()
     for shard in plan.shards:
         with (out / shard.name).open("wb") as file:
@@ -105,14 +105,16 @@ def hollow(where: Path, family: str, layers: int, experts: int) -> Path:
         ),
     ],
 )
-def test_what_releases_of_a_family_work_with(tmp_path: Path, family: str, sizes: str) -> None:
+def test_sizes_of_the_release_of_a_family_are_reported(
+    tmp_path: Path, family: str, sizes: str
+) -> None:
     out = hollow(tmp_path, family, layers=4, experts=16)
     assert judged(out) == {}
     assert facts(out)["tensor-parallel"] == f"{HEAD}{sizes}."
 
 
 def test_a_hidden_size_no_kernel_takes_is_a_warning(tmp_path: Path) -> None:
-    out = made(tmp_path, hidden=32)
+    out = quantized(tmp_path, hidden=32)
     assert judged(out) == {
         "kernel-shape": "vLLM 0.32 cannot run the checkpoint on any number of GPUs: experts write "
         f"32 channels ({W2}), no multiple of 64."
@@ -120,43 +122,45 @@ def test_a_hidden_size_no_kernel_takes_is_a_warning(tmp_path: Path) -> None:
     assert "tensor-parallel" not in facts(out)
 
 
-def test_a_layer_that_stays_plain_asks_for_no_groups(tmp_path: Path) -> None:
+def test_plain_layers_do_not_limit_the_sizes(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden": 128, "intermediate": 256, "heads": 16, "head_dim": 8}
     src = make_checkpoint(tmp_path / "src", layers=1, experts=16, **sizes)
-    all_of_it = quantize_nvfp4(src, tmp_path / "all")
-    # o reads 128 channels: half a group for each of 16.
-    assert "vLLM 0.32 with 1, 2, 4, 8 (not 16: " in facts(all_of_it)["tensor-parallel"]
+    whole = quantize_nvfp4(src, tmp_path / "all")
+    # o_proj reads 128 channels: 16 ranks would get half a group of 16 channels each.
+    assert "vLLM 0.32 with 1, 2, 4, 8 (not 16: " in facts(whole)["tensor-parallel"]
     recipe = tmp_path / "experts.yaml"
     recipe.write_text(RECIPE.read_text("utf-8").replace("  attention: NVFP4A16\n", ""))
     quantize(plan_of(src, str(recipe)), tmp_path / "experts")
     assert "vLLM 0.32 with 1, 2, 4, 8, 16;" in facts(tmp_path / "experts")["tensor-parallel"]
 
 
-def test_the_layers_that_are_quantized_decide(tmp_path: Path) -> None:
-    out = made(tmp_path, layers=2, hidden=128, intermediate=256, heads=16, head_dim=8, experts=16)
+def test_only_quantized_layers_limit_the_sizes(tmp_path: Path) -> None:
+    out = quantized(
+        tmp_path, layers=2, hidden=128, intermediate=256, heads=16, head_dim=8, experts=16
+    )
     first = "model.layers.0.self_attn.o_proj"
     table = read_json(out / CONFIG_NAME)["quantization_config"]
     table["ignore"].append(first)
 
     mixed = mutated(out, tmp_path, edit=without(first), config={"quantization_config": table})
     plain = make_row(f"{first}.weight", "BF16", (128, 128))
-    write_shard(mixed / "model-0.safetensors", [plain])  # what is met first
+    write_shard(mixed / "model-0.safetensors", [plain])  # the first shard by name
     before = opened(mixed)
-    where = {info.name: info.shard for info in before.tensors.values()}
-    where[plain[0]] = "model-0.safetensors"
-    write_index(mixed, where, before.nbytes + len(plain[3]))
+    shards = {info.name: info.shard for info in before.tensors.values()}
+    shards[plain[0]] = "model-0.safetensors"
+    write_index(mixed, shards, before.nbytes + len(plain[3]))
     assert judged(mixed) == {}
-    said = facts(mixed)["tensor-parallel"]
-    assert "(not 16: model.layers.1.self_attn.o_proj reads 128, 8 a rank, " in said
+    message = facts(mixed)["tensor-parallel"]
+    assert "(not 16: model.layers.1.self_attn.o_proj reads 128, 8 a rank, " in message
 
 
-def test_nothing_is_said_of_what_is_not_nvfp4(parent: Path, tmp_path: Path) -> None:
+def test_only_nvfp4_checkpoints_report_sizes(parent: Path, tmp_path: Path) -> None:
     fp8 = synth(tmp_path, FAMILIES["minimax_m2"], precision=Precision.FP8_BLOCK).path
-    for each in (parent, fp8):
-        assert "tensor-parallel" not in facts(each)
+    for checkpoint in (parent, fp8):
+        assert "tensor-parallel" not in facts(checkpoint)
 
 
-def test_nothing_is_said_of_shapes_that_are_wrong(good: Path, tmp_path: Path) -> None:
+def test_checkpoints_with_wrong_shapes_report_no_sizes(good: Path, tmp_path: Path) -> None:
     assert "tensor-parallel" in facts(good)
     bad = mutated(good, tmp_path, config={"intermediate_size": 64})
     assert "shape-disagrees" in judged(bad)
@@ -166,17 +170,17 @@ def test_nothing_is_said_of_shapes_that_are_wrong(good: Path, tmp_path: Path) ->
 # --- multi-token prediction
 
 
-def test_mtp_that_config_promises_and_shards_lack(good: Path, tmp_path: Path) -> None:
+def test_missing_mtp_tensors_are_reported(good: Path, tmp_path: Path) -> None:
     assert facts(good)["mtp-without-tensors"] == (
         "config.json says num_mtp_modules 3, but there is no tensor of such a module."
     )
-    none = mutated(good, tmp_path, config={"num_mtp_modules": 0})
-    assert "mtp-without-tensors" not in facts(none)
+    without_mtp = mutated(good, tmp_path, config={"num_mtp_modules": 0})
+    assert "mtp-without-tensors" not in facts(without_mtp)
 
 
-def test_no_word_of_mtp_where_its_layers_are(tmp_path: Path) -> None:
+def test_complete_mtp_layers_are_not_reported(tmp_path: Path) -> None:
     src = synth(tmp_path / "src", FAMILIES["deepseek_v3"]).path
     promised = {"num_nextn_predict_layers": 1}
     assert "mtp-without-tensors" in facts(mutated(src, tmp_path / "a", config=promised))
-    there = mutated(src, tmp_path / "b", config={**promised, "num_hidden_layers": 2})
-    assert "mtp-without-tensors" not in facts(there)
+    complete = mutated(src, tmp_path / "b", config={**promised, "num_hidden_layers": 2})
+    assert "mtp-without-tensors" not in facts(complete)
