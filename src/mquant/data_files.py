@@ -1,7 +1,7 @@
 """The folders that ship with mquant, `configs/` (families) and `recipes/`; and the cache folder."""
 
+import json
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +10,7 @@ import yaml
 from mquant.errors import DataFileError
 
 MAX_YAML_BYTES = 200_000
-_MOST_VALUES, _MOST_BITS = 100_000, 64
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_MOST_JSON = 4_000_000
 
 
 class _Loader(yaml.SafeLoader):
@@ -53,26 +52,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise DataFileError(f"{path} is not valid YAML{line}.", "Correct the file.") from None
     if not isinstance(value, dict):
         raise DataFileError(f"{path} does not hold a table of keys.", "Correct the file.")
-    if why := _no_json(value):
-        raise DataFileError(f"{path} holds {why}.", "Correct the file.")
+    _check_json(path, value)
     return value
 
 
-def _no_json(value: object) -> str:
-    """Return what JSON cannot hold in a value, or holds only in very many bytes; or nothing."""
-    stack, count = [value], 0
-    while stack:
-        item, count = stack.pop(), count + 1
-        if count > _MOST_VALUES:
-            return f"aliases that make more than {_MOST_VALUES:,} values of a few"
-        if isinstance(item, dict):
-            stack += [*item, *item.values()]
-        elif isinstance(item, list):
-            stack += item
-        elif isinstance(item, str) and not item.isprintable() and _SURROGATE.search(item):
-            return "a character that UTF-8 does not have"
-        elif type(item) is int and item.bit_length() > _MOST_BITS:
-            return f"an integer of more than {_MOST_BITS} bits"
-        elif item is not None and not isinstance(item, str | int | float):
-            return f"a value that is no text, number, list or table: {str(item)[:40]}"
-    return ""
+def _check_json(path: Path, value: object) -> None:
+    """Raise DataFileError for a value that JSON cannot hold, or holds only in very many bytes."""
+    size = 0
+    try:
+        for piece in json.JSONEncoder(ensure_ascii=False).iterencode(value):
+            size += len(piece.encode())
+            if size > _MOST_JSON:
+                break
+    except (TypeError, ValueError) as error:
+        message = f"{path} holds a value that JSON cannot hold: {error}."
+        raise DataFileError(message, "Correct the file.") from None
+    if size > _MOST_JSON:
+        raise DataFileError(f"{path} makes very much of a few aliases.", "Correct the file.")

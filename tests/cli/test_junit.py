@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from make import make_checkpoint
 from mquant.cli.app import app
 
-OLDER = '<?xml version="1.0"?><testsuite name="older"><testcase name="all-is-well"/></testsuite>'
+OLDER = '<?xml version="1.0"?>\n<testsuite name="older"><testcase name="all-is-well"/></testsuite>'
 
 
 @pytest.fixture
@@ -75,9 +75,9 @@ def test_a_pipe_gets_one_report(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_the_family_file_is_no_junit_file(checkpoint: Path, tmp_path: Path) -> None:
     family = tmp_path / "family.yaml"
-    family.write_text("name: x")
+    family.write_text("name: x  # <testsuite")
     assert verify(checkpoint, "--family", family, "--junit", family) == 1
-    assert family.read_text() == "name: x"
+    assert family.read_text() == "name: x  # <testsuite"
 
 
 def test_an_interrupted_process_leaves_no_older_report(checkpoint: Path, tmp_path: Path) -> None:

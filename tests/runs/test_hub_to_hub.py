@@ -194,6 +194,18 @@ def test_a_repo_that_lost_a_shard_is_not_completed(hub: FakeHub, tmp_path: Path)
     assert "config.json" in on_the_hub(hub)
 
 
+@pytest.mark.parametrize("lost", ["config.json", "model.safetensors.index.json"])
+def test_a_repo_that_lost_a_file_of_the_last_commit_is_not_done(
+    hub: FakeHub, expected: dict[str, str], tmp_path: Path, lost: str
+) -> None:
+    hub.loses = lost
+    with pytest.raises(OutputError, match=rf"does not hold {lost} as made"):
+        ship(tmp_path / "out")
+    hub.loses = None
+    ship(tmp_path / "out")
+    assert on_the_hub(hub) == expected
+
+
 def test_a_folder_can_be_quantized_into_a_repo_too(
     hub: FakeHub, src: Path, tmp_path: Path, expected: dict[str, str]
 ) -> None:

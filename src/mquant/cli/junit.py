@@ -15,13 +15,8 @@ if TYPE_CHECKING:
     from mquant.findings import Finding
     from mquant.verify.judge import Report
 
-_MARK: Final = b"<testsuite"
-_KINDS: Final = {
-    "tests": "testcase",
-    "failures": "failure",
-    "skipped": "skipped",
-    "errors": "error",
-}
+_MARK: Final = b"?>\n<testsuite name="  # no JSON, and no comment of YAML, has these two lines
+_TAGS = {"tests": "testcase", "failures": "failure", "skipped": "skipped", "errors": "error"}
 
 
 class JUnit:
@@ -59,7 +54,7 @@ class JUnit:
     def to_xml(self) -> bytes:
         """Return the whole XML file."""
         counts = Counter(element.tag for element in self._suite.iter())
-        self._suite.attrib.update({key: str(counts[tag]) for key, tag in _KINDS.items()})
+        self._suite.attrib.update({key: str(counts[tag]) for key, tag in _TAGS.items()})
         text: bytes = ET.tostring(self._suite, encoding="utf-8", xml_declaration=True)
         return text + b"\n"
 

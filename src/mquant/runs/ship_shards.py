@@ -12,12 +12,12 @@ from pathlib import Path
 from threading import Condition, Thread
 from typing import Any, Final
 
-from mquant.checkpoint import CONFIG_NAME, is_shard
+from mquant.checkpoint import is_shard
 from mquant.checkpoint.hub import HubRepo, NoSuchRepo
 from mquant.checkpoint.upload import HubWriter
 from mquant.errors import OutputError
 from mquant.events import Progress
-from mquant.output import LAST, LEDGER, RECORD, ShardObserver, known_table
+from mquant.output import LAST, LEDGER, RECORD, ShardObserver, known_table, read_record
 from mquant.output.folder import differences
 from mquant.output.ledger import MOST_BYTES, head_line, parse_ledger, shard_line
 from mquant.plan import Plan, ShardPlan
@@ -70,21 +70,29 @@ def open_destination(
     if LEDGER in repo.files:
         recorded = parse_ledger(_read(repo, LEDGER))
         _refuse_other(repo_id, recorded.fingerprint, fingerprint)
-        away = {
-            shard.name: digest
-            for shard in plan.shards
-            if (digest := recorded.shards.get(shard.name))
-            and digest == repo.sha256.get(shard.name)
-            and repo.files.get(shard.name) == shard.file_bytes
-        }
+        away = _away(plan, repo, recorded.shards)
         return Destination(writer, plan, fingerprint, public, repo, away)
-    if CONFIG_NAME in repo.files and (table := known_table(repo)):
+    if table := known_table(repo):
         _refuse_other(repo_id, table.get("fingerprint"), fingerprint)
-        return Destination(writer, plan, fingerprint, public, repo, done=True)
+        done = all(name in repo.files for name in LAST)
+        record = read_record(repo)  # the ledger went with a commit that lost a file
+        away = _away(plan, repo, {n: sha for n, (_, sha) in record.files.items()} if record else {})
+        return Destination(writer, plan, fingerprint, public, repo, away, done=done)
     foreign = [name for name in repo.files if is_shard(name) or name in (*LAST, RECORD)]
     if foreign:
         raise OutputError(f"{repo_id} holds {names(foreign)} already.", "Give another repo.")
     return Destination(writer, plan, fingerprint, public, repo)
+
+
+def _away(plan: Plan, repo: HubRepo, digests: Mapping[str, str]) -> dict[str, str]:
+    """Return the digests of the shards that the repo holds as planned and as recorded."""
+    return {
+        shard.name: digest
+        for shard in plan.shards
+        if (digest := digests.get(shard.name))
+        and digest == repo.sha256.get(shard.name)
+        and repo.files.get(shard.name) == shard.file_bytes
+    }
 
 
 class Shipper(ShardObserver):
@@ -207,15 +215,24 @@ def send_others(to: Destination, run: Run, others: list[str]) -> HubRepo:
     wrong = [name for name, digest in run.digests.items() if repo.sha256.get(name) != digest]
     wrong += [name for name in others if not _holds(repo, name, (run.out / name).read_bytes())]
     wrong += [name for name in repo.files if is_shard(name) and name not in run.digests]
-    if wrong:
-        raise OutputError(f"{repo.repo_id} does not hold {names(wrong)} as made.", _AGAIN)
+    _refuse_wrong(repo, wrong)
     return repo
 
 
 def seal(to: Destination, run: Run) -> None:
-    """Upload index and config.json, which complete the checkpoint, and delete the ledger."""
+    """Upload index and config.json, which complete the checkpoint, and delete the ledger.
+
+    Raises OutputError if the repo then lacks one of the two files, or holds another.
+    """
     last: dict[str, Path | bytes] = {name: run.out / name for name in LAST}
     to.writer.commit("Add index and config.json: the checkpoint is complete", last, [LEDGER])
+    repo = HubRepo(to.writer.repo_id)
+    _refuse_wrong(repo, [n for n in LAST if not _holds(repo, n, (run.out / n).read_bytes())])
+
+
+def _refuse_wrong(repo: HubRepo, wrong: list[str]) -> None:
+    if wrong:
+        raise OutputError(f"{repo.repo_id} does not hold {names(wrong)} as made.", _AGAIN)
 
 
 def _holds(repo: HubRepo, name: str, content: bytes) -> bool:
