@@ -4,16 +4,14 @@
         [--hidden 256 --intermediate 64 --layers 3 --kv-heads 2]
 
 scripts/accuracy.py trains larger models. The steps, in the order of this file:
-
     1. text        the sources of Python's standard library; a few modules are held out
     2. tokenizer   byte-level BPE, trained on that text
     3. training    transformers' MiniMaxM2ForCausalLM in F32 on the CPU; the routing bias moves
                    after each step so that no expert starves (DeepSeek's loss-free balancing)
     4. pruning     one-shot, as REAP does it: the experts of least gate value x output norm go
     5. writing     BF16 (router and routing bias stay F32), hub names, shards cut in fused sets
-
-About six minutes on one core. Same arguments, versions and kind of CPU: same bytes.
-Needs torch, transformers, tokenizers and safetensors, and perplexity.py beside this file.
+About six minutes on one core. Same arguments, versions and kind of CPU: same bytes. Needs torch,
+transformers, tokenizers and safetensors, and perplexity.py beside this file.
 """
 
 from __future__ import annotations
@@ -50,16 +48,14 @@ MUON_RATE, BIAS_RATE = 0.02, 0.01
 ADAM_RATES = {"embed_tokens": 0.01, "lm_head": 0.02, "gate": 0.01, "norm": 0.01}
 CALIBRATION = 64  # windows of training text that REAP measures
 
-# The first tensor of each shard except the first shard. The cuts are between q and k of layer 1,
-# between w1 and w3 of an expert of layer 1, and between k and v of layer 2: they split fused sets.
+# The first tensor of each shard except the first shard. Every cut splits a fused set.
 SHARD_STARTS = (
     "model.layers.1.self_attn.k_proj.weight",
     "model.layers.1.block_sparse_moe.experts.4.w2.weight",
     "model.layers.2.self_attn.v_proj.weight",
 )
 
-# config.json as MiniMax publishes it, not as transformers 5 would write it. The multi-token
-# prediction modules that it announces are absent from the published weights, and from ours.
+# config.json as MiniMax publishes it; its multi-token prediction modules are never published.
 # fmt: off
 CONFIG: dict[str, Any] = {
     "architectures": ["MiniMaxM2ForCausalLM"], "attn_type_list": [1] * LAYERS,
