@@ -6,14 +6,16 @@ Run it: python scripts/make_docs.py [--check]
 runs `--check`, so that the pages stay up to date.
 """
 
+import pkgutil
 import sys
 from enum import EnumType
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
 import typer
 
-import mquant.verify.judge  # noqa: F401 -- registers the rules of verify
+import mquant
 from mquant.cli.app import app
 from mquant.findings import RULES, VERIFIED, Rule
 from pages import write_or_check
@@ -39,6 +41,14 @@ A rule that was not applied has not passed: the rule is listed as not judged, an
 If such a rule decides whether a loader takes a quantized checkpoint, the exit code is 1;
 `--loader vllm` then decides.
 """
+OTHERS = {
+    "plan": "Rules of `mquant plan` and of every verb that plans: an error refuses the plan.",
+    "inspect": "Remarks of `mquant inspect`.",
+    "run": "Rules of runs: of `mquant quantize`, `mquant eval`, `mquant repair` and the like.",
+    "smoke": "Rules of `mquant smoke`.",
+}
+# Modules that need an extra, or that another Python runs; no rule is declared in them.
+UNIMPORTED = ("mquant.engines", "mquant.runs.ray_cluster", "mquant.verify.loaders.inside_vllm")
 
 
 def page() -> str:
@@ -49,10 +59,14 @@ def page() -> str:
 
 def rules_page() -> str:
     """Return the page of rules, by what the rules need."""
+    for module in pkgutil.walk_packages(mquant.__path__, "mquant."):
+        if not module.name.startswith(UNIMPORTED) and not module.name.endswith("__main__"):
+            import_module(module.name)  # registers its rules
     text = RULES_HEAD
-    for depth in VERIFIED:
+    for depth in (*VERIFIED, *OTHERS):
         rules = sorted((r for r in RULES.values() if r.needs == depth), key=lambda rule: rule.id)
-        text += f"\n## {depth}\n\n| rule | severity | what must hold | why | fix |\n"
+        about = f"{OTHERS[depth]}\n\n" if depth in OTHERS else ""
+        text += f"\n## {depth}\n\n{about}| rule | severity | what must hold | why | fix |\n"
         text += "| --- | --- | --- | --- | --- |\n" + "".join(map(rule_row, rules))
     return text
 

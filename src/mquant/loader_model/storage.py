@@ -186,7 +186,8 @@ def misdeclared(storage: StorageFormat, view: ModuleView) -> str:
     faults = []
     for group in groups(view.config):
         args = group.get("weights")
-        if args is not None and not isinstance(args, dict):
+        bits = args.get("num_bits") if isinstance(args, dict) else None
+        if args is not None and type(bits) is not int:
             return ""  # no loader can parse such a group
         faults.append("no weights" if args is None else ", ".join(_wrong(storage, args)))
     return faults[0] if faults and all(faults) else ""

@@ -37,7 +37,7 @@ def _engines(card: Card) -> Iterator[str]:
 
 
 def _hardware(card: Card) -> Iterator[str]:
-    if card.scheme not in HARDWARE:
+    if card.scheme not in HARDWARE or not card.tried:
         return
     yield f"{HARDWARE[card.scheme]}\n"
     for finding in card.report.findings:
