@@ -151,8 +151,8 @@ def read_verdict(reported: Mapping[str, Any], why: str = "") -> Verdict:
 
 def _silent(reported: Mapping[str, Any]) -> list[Finding]:
     """Return findings about tensors that vLLM loads wrong without an error, one for each rule."""
-    version = reported.get("vllm", "?")
-    counts = reported.get("counts", {})
+    version = reported["vllm"]
+    counts = dict(reported.get("counts", {}))
 
     def add(broken: Rule, key: str, message: str, where: str) -> None:
         more = f" (and {counts[key] - 1:,} more)" if counts.get(key, 1) > 1 else ""
