@@ -191,7 +191,7 @@ class Ledger:
             if not self._is_at(self._file):
                 raise OutputError(
                     f"{self._out} was deleted or replaced during the run.",
-                    "Run the same command again; the earlier work is lost.",
+                    "Delete the folder if it is there, then run the same command again.",
                 )
             while line:
                 line = line[os.write(self._file, line) :]
