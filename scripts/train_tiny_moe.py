@@ -327,8 +327,8 @@ def load_and_compare(out: Path, pruned: Any, sample: Tensor) -> Any:
     return loaded
 
 
-def main() -> None:
-    """Run all steps and write their record, training.json."""
+def arguments() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     fixtures = Path("tests/fixtures")
@@ -340,17 +340,17 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=CONFIG["intermediate_size"])
     parser.add_argument("--layers", type=int, default=LAYERS, help="3 or more")
     parser.add_argument("--kv-heads", type=int, default=CONFIG["num_key_value_heads"])
-    args = parser.parse_args()
-    CONFIG.update(
-        hidden_size=args.hidden,
-        intermediate_size=args.intermediate,
-        num_hidden_layers=args.layers,
-        num_key_value_heads=args.kv_heads,
-        attn_type_list=[1] * args.layers,
-    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run all steps and write their record, training.json."""
+    args = arguments()
+    CONFIG.update(hidden_size=args.hidden, intermediate_size=args.intermediate)
+    CONFIG.update(num_hidden_layers=args.layers, attn_type_list=[1] * args.layers)
+    CONFIG["num_key_value_heads"] = args.kv_heads
     torch.set_num_threads(1)  # fixes the order of every sum
-    torch.use_deterministic_algorithms(True)
-    # Filling fresh memory would only cost time:
+    torch.use_deterministic_algorithms(True)  # and fill no fresh memory: that only costs time
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(args.seed)
 

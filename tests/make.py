@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import Any, TypedDict, Unpack, cast
 
 import ml_dtypes
 import numpy as np
@@ -39,23 +39,41 @@ def minimax_m2() -> Family:
     return load_families()["minimax_m2"]
 
 
+class Sizes(TypedDict, total=False):
+    """The sizes of a checkpoint; SIZES has the sizes that are left out."""
+
+    layers: int
+    experts: int
+    hidden: int
+    intermediate: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+SIZES = {
+    "layers": 2,
+    "experts": 4,
+    "hidden": 64,
+    "intermediate": 32,
+    "vocab": 64,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 16,
+}
+
+
 def make_checkpoint(
     path: Path,
     *,
-    layers: int = 2,
-    experts: int = 4,
-    hidden: int = 64,
-    intermediate: int = 32,
-    vocab: int = 64,
-    heads: int = 4,
-    kv_heads: int = 2,
-    head_dim: int = 16,
     dtype: str = "BF16",
     shards: int = 2,
     config: Mapping[str, Any | EllipsisType] | None = None,
     edit: Edit | None = None,
     index: bool = True,
     seed: int = 0,
+    **sizes: Unpack[Sizes],
 ) -> Path:
     """Write a checkpoint and return its folder.
 
@@ -63,16 +81,18 @@ def make_checkpoint(
     key). `edit` changes the tensors before the shards are written. Every cut between shards splits
     a fused set. A single shard is `model.safetensors` without an index, as on the hub.
     """
+    size = {**SIZES, **cast(dict[str, int], sizes)}
+    layers, experts = size["layers"], size["experts"]
     table = make_config(
         num_hidden_layers=layers,
         num_local_experts=experts,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        vocab_size=vocab,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        rotary_dim=head_dim // 2,
+        hidden_size=size["hidden"],
+        intermediate_size=size["intermediate"],
+        vocab_size=size["vocab"],
+        num_attention_heads=size["heads"],
+        num_key_value_heads=size["kv_heads"],
+        head_dim=size["head_dim"],
+        rotary_dim=size["head_dim"] // 2,
         num_experts_per_tok=min(2, experts),
         max_position_embeddings=2048,
     )
