@@ -46,6 +46,10 @@ _API = re.compile(
 )
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # of five, connections beyond wait a second, and then three
+
+
 class FakeHub:
     """The hub. Call `close` at the end, or take the fixture `hub`."""
 
@@ -87,7 +91,7 @@ class FakeHub:
             pass
 
         Handler.hub = hub
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self.port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
