@@ -75,7 +75,8 @@ def open_destination(
     if table := known_table(repo):
         _refuse_other(repo_id, table.get("fingerprint"), fingerprint)
         done = all(name in repo.files for name in LAST)
-        record = read_record(repo)  # the ledger went with a commit that lost a file
+        # The ledger went with a commit that lost a file.
+        record = None if done else read_record(repo)
         away = _away(plan, repo, {n: sha for n, (_, sha) in record.files.items()} if record else {})
         return Destination(writer, plan, fingerprint, public, repo, away, done=done)
     foreign = [name for name in repo.files if is_shard(name) or name in (*LAST, RECORD)]

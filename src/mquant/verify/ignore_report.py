@@ -12,7 +12,7 @@ from mquant.loader_model.modules import ModuleView
 from mquant.loader_model.vllm_view import Judged, VllmView, vllm_view_of
 from mquant.plan.never_quantized import QUANTIZED
 from mquant.verify.ignore_checks import EXPERT_NAMES, IGNORE_RULES, findings_of
-from mquant.verify.not_judged import ASK_VLLM, not_judged, to_json, undecided
+from mquant.verify.not_judged import ASK_VLLM, not_judged, to_json, undecided, unknown
 
 _PLURAL: Final = {Role.ROUTER: "routers", Role.EMBEDDING: "embeddings", Role.HEAD: "heads"}
 
@@ -108,7 +108,7 @@ def check_ignore(view: ModuleView) -> IgnoreReport:
     quantized = [j for j in vllm_view.judged if j.role.refused_by_loaders and j.module.quantized]
     uncovered = _uncovered(vllm_view)
     findings = findings_of(vllm_view, quantized, uncovered)
-    kinds = _kinds(vllm_view)
+    kinds, clauses = _kinds(vllm_view), unknown(view)
     return IgnoreReport(
         verdict=_verdict(vllm_view, kinds, findings),
         source=view.checkpoint.source.name,
@@ -119,8 +119,8 @@ def check_ignore(view: ModuleView) -> IgnoreReport:
         entries=_entries(vllm_view),
         uncovered=tuple(uncovered),
         findings=tuple(findings),
-        not_judged=not_judged(view, IGNORE_RULES, ("structure",), findings),
-        undecided=undecided(view),
+        not_judged=not_judged(clauses, IGNORE_RULES, ("structure",), findings),
+        undecided=undecided(view, clauses),
     )
 
 

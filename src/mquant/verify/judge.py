@@ -20,7 +20,7 @@ from mquant.verify.against_parent import check_against
 from mquant.verify.ignore_report import check_ignore
 from mquant.verify.loaders.ask_vllm import Verdict, ask
 from mquant.verify.loaders.install import find_python
-from mquant.verify.not_judged import ASK_VLLM, not_judged, to_json, undecided
+from mquant.verify.not_judged import ASK_VLLM, not_judged, to_json, undecided, unknown
 from mquant.verify.numbers import check_numbers
 from mquant.verify.structure import check_structure
 from mquant.verify.tensor_parallel import check_parallel
@@ -158,7 +158,7 @@ def verify(
     if not any(finding.severity == "error" for finding in all_findings):
         all_findings += check_parallel(view)
     needs = {"loader" if name == "vllm" else name for name in checked}
-    rules = [rule for rule in RULES.values() if rule.needs in VERIFIED]
+    rules, clauses = [rule for rule in RULES.values() if rule.needs in VERIFIED], unknown(view)
     hubs = [side for side in (source, parent) if isinstance(side, HubRepo)]
     return Report(
         source=source.name,
@@ -174,8 +174,8 @@ def verify(
         bytes_read=sum(hub.bytes_read for hub in hubs) if hubs else None,
         requests=sum(hub.requests for hub in hubs) if hubs else None,
         loader=loader,
-        not_judged=not_judged(view, rules, needs, all_findings),
-        undecided="" if judged_by_loader else undecided(view),
+        not_judged=not_judged(clauses, rules, needs, all_findings),
+        undecided="" if judged_by_loader else undecided(view, clauses),
     )
 
 

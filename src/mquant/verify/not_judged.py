@@ -15,6 +15,7 @@ from mquant.loader_model.storage import StorageFormat, format_of
 from mquant.loader_model.vllm_methods import KNOWN_METHODS, unknown_config
 from mquant.text import plural
 
+Unknown = Mapping[Knowledge, str]
 ASK_VLLM: Final = "Ask vLLM itself: mquant verify SRC --loader vllm"
 _UNREAD: Final[Mapping[Needs, str]] = {
     "numbers": "the data were not read at this depth",
@@ -58,14 +59,14 @@ def _unknown_layout(view: ModuleView, module: Module) -> bool:
 
 
 def not_judged(
-    view: ModuleView, rules: Iterable[Rule], needs: Iterable[str], findings: Iterable[Finding]
+    clauses: Unknown, rules: Iterable[Rule], needs: Iterable[str], findings: Iterable[Finding]
 ) -> dict[str, str]:
     """Return rule id -> why the rule was not applied.
 
-    `needs` are the values of `Rule.needs` that the run met. A rule with a finding was applied.
+    `clauses` is what `unknown` returned. `needs` are the values of `Rule.needs` that the run met. A
+    rule with a finding was applied.
     """
-    clauses, needs = unknown(view), set(needs)
-    applied = {finding.rule for finding in findings}
+    needs, applied = set(needs), {finding.rule for finding in findings}
     reasons: dict[str, str] = {}
     for rule in rules:
         why = "" if rule.needs in needs else _UNREAD.get(rule.needs, "")
@@ -75,12 +76,11 @@ def not_judged(
     return reasons
 
 
-def undecided(view: ModuleView) -> str:
+def undecided(view: ModuleView, clauses: Unknown) -> str:
     """Return one sentence if an unknown fact decides whether a loader takes the checkpoint.
 
     Empty if no fact is unknown, or if neither tensors nor config.json show a quantization.
     """
-    clauses = unknown(view)
     if not clauses or not (view.method or view.quantized or "layout" in clauses):
         return ""
     why = "; ".join(clauses.values())
