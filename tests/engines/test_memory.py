@@ -49,11 +49,12 @@ def quantize(program: str, src: Path, out: Path, *options: str) -> str:
 
 @pytest.mark.upstream
 def test_oneshot_runs_in_half_the_models_bytes(tmp_path: Path) -> None:
-    nbytes = synth(tmp_path / "src", layers=2, experts=25)
+    nbytes = synth(tmp_path / "src", layers=7, experts=8)
     assert nbytes > 1.4e9
-    recipe = tmp_path / "half.yaml"  # the engine's arithmetic is slow: half of the layers suffices
+    # The engine loads and saves the whole model; its arithmetic is slow, so one layer suffices.
+    recipe = tmp_path / "last_layer.yaml"
     nvfp4 = (folder("recipes") / "nvfp4.yaml").read_text("utf-8")
-    recipe.write_text(f"{nvfp4}keep_layers: {{first: 1}}\n")
+    recipe.write_text(f"{nvfp4}keep_layers: {{first: 6}}\n")
     limited = LIMIT.replace("HALF", str(nbytes // 2)) + MEASURED
     options = ("--engine", "oneshot", "--recipe", str(recipe))
     report = quantize(limited, tmp_path / "src", tmp_path / "out", *options)
