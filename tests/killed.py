@@ -9,6 +9,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mquant.checkpoint import Folder
 from mquant.engines import stream
 from mquant.events import silent
@@ -68,11 +70,11 @@ def repair_and_die(bad: Path, parent: Path, changes: int) -> int | None:
 
 
 def _start(target: Callable[..., object], *arguments: Any) -> ForkServerProcess:
-    _SERVER.set_forkserver_preload(
-        ["numba", "mquant.engines.stream", "mquant.runs.shares", "mquant.repair.repair"]
-    )
+    _SERVER.set_forkserver_preload(["warm"])
     process = _SERVER.Process(target=target, args=arguments)
-    process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the server finds `warm` by it
+        process.start()
     return process
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -367,9 +367,13 @@ def _replaced(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
 
 def load_families(own: Path | None = None) -> dict[str, Family]:
     """Return the shipped families by name, sorted; first the family of the file `own`, by path."""
-    shipped = {path.stem: load_family(path) for path in sorted(folder("configs").glob("*.yaml"))}
     first = {} if own is None else {str(own): load_family(own).model_copy(update={"own": True})}
-    return {**first, **shipped}
+    return {**first, **_shipped()}
+
+
+@cache
+def _shipped() -> dict[str, Family]:
+    return {path.stem: load_family(path) for path in sorted(folder("configs").glob("*.yaml"))}
 
 
 def load_family(path: Path) -> Family:
