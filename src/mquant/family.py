@@ -27,7 +27,6 @@ _MTP = "mtp"
 _ROW_NAME = r"^[\w.-]+(\{layer\}[\w.-]+(\{expert\}[\w.-]+)?)?$"
 _MOST_LAYERS, _MOST_SIZE, _LONGEST_NAME = 1_000, 10_000_000, 1_000
 
-
 FusedSet = tuple[str, int | None, int | None]
 """The name of a fused set, its layer and its expert."""
 
@@ -298,8 +297,7 @@ class Family(_Data):
             return True
         if block not in self.blocks:
             return None
-        lookup = partial(self.value, config=config)
-        return holds(self.blocks[block], layer, config, lookup)
+        return holds(self.blocks[block], layer, config, partial(self.value, config=config))
 
     def may_lack(self, row: TensorRow, config: Mapping[str, Any]) -> bool:
         """Return whether a checkpoint with this config.json may leave the row out."""
@@ -384,8 +382,7 @@ def load_family(path: Path) -> Family:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) + _row_at(content, first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        text = f"{path.name}: {where}: {message}."
+        text = f"{path.name}: {where}: {first['msg'].removeprefix('Value error, ')}."
         raise DataFileError(text, "Correct the family file.") from None
 
 
