@@ -77,6 +77,8 @@ class FakeHub:
         """The number of stored files from which on every upload breaks off; None: no limit."""
         self.loses: str | None = None
         """The name of a file that commits leave out."""
+        self.before_commit: list[Callable[[], object]] = []
+        """Functions that the hub calls before it makes the next commits, one for each."""
         self.commits: list[Commit] = []
         self.stored: dict[str, Path] = {}
         """sha256 -> path of each large file that was uploaded, committed or not."""

@@ -159,10 +159,14 @@ def _modes(handler: "_Handler", repo_id: str, request: dict[str, Any]) -> None:
 def _commit(handler: "_Handler", repo_id: str, branch: str, body: bytes) -> None:
     hub = handler.hub
     repo = hub.repos[repo_id]
+    lines = [json.loads(line) for line in body.splitlines() if line.strip()]
+    if hub.before_commit:
+        hub.before_commit.pop(0)()
+    if lines[0]["value"].get("parentCommit") not in (None, repo.revisions[branch]):
+        return handler.error(412, "", "A commit has happened since. Please refresh and try again.")
     old = repo.folders[repo.revisions[branch]]
     new = hub.scratch / f"{len(hub.commits)}" / repo_id
     shutil.copytree(old, new, copy_function=os.link)
-    lines = [json.loads(line) for line in body.splitlines() if line.strip()]
     added, deleted = [], []
     for line in lines[1:]:
         path = new / line["value"]["path"]
@@ -181,7 +185,7 @@ def _commit(handler: "_Handler", repo_id: str, branch: str, body: bytes) -> None
     message = lines[0]["value"]["summary"]
     hub.commits.append(Commit(repo_id, message, tuple(added), tuple(deleted)))
     commit = hub.add(repo_id, new, revision=branch, access=repo.access)
-    handler.json({"commitUrl": f"{hub.url}/{repo_id}/commit/{commit}", "commitOid": commit})
+    return handler.json({"commitUrl": f"{hub.url}/{repo_id}/commit/{commit}", "commitOid": commit})
 
 
 __all__ = ["answer", "metadata_errors"]

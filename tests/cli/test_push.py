@@ -211,18 +211,23 @@ def test_another_checkpoint_is_replaced_only_if_asked_and_never_looks_half_new(
     assert {name: digests[name] for name in hashes(src)} == hashes(src)
 
 
-def test_gigabytes_are_committed_piece_by_piece_and_commits_stay(
+def test_what_fits_one_commit_goes_in_one_commit(src: Path, hub: FakeHub) -> None:
+    run(src, REPO)
+    assert len(hub.commits) == 2
+
+
+def test_more_files_than_a_commit_has_are_committed_piece_by_piece_and_commits_stay(
     src: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upload, "_BATCH_BYTES", 1_000_000)
-    hub.drop_after = 2
+    monkeypatch.setattr(upload, "MOST_FILES", 2)
+    hub.drop_after = 3
     run(src, REPO, code=1)
     committed = on_the_hub(hub)
     assert {name for name in committed if name.endswith(".safetensors")}
     hub.drop_after = None
     sent = document(src, REPO)["sent"]
     assert not committed.keys() & set(sent)
-    assert len(hub.commits) >= 4
+    assert all(len(commit.added) <= 2 for commit in hub.commits)
     assert on_the_hub(hub) == hashes(src)
 
 
@@ -323,7 +328,7 @@ def test_a_card_that_the_hub_does_not_accept_is_a_sentence(src: Path, hub: FakeH
 def test_a_file_that_the_hub_lost_is_noticed_and_sent_again(src: Path, hub: FakeHub) -> None:
     hub.loses = "tokenizer.json"
     result = run(src, REPO, code=1)
-    assert f"{REPO} does not have the local content of tokenizer.json." in result.stderr
+    assert f"{REPO} does not have the recorded content of tokenizer.json." in result.stderr
     hub.loses = None
     run(src, REPO)
     assert on_the_hub(hub) == hashes(src)

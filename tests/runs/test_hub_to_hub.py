@@ -108,7 +108,7 @@ def test_a_failed_upload_is_noticed_at_once_also_with_a_scratch(
     def refuse(*_: object) -> None:
         raise OutputError("The hub is full.", "Empty it.")
 
-    monkeypatch.setattr(HubWriter, "commit", refuse)
+    monkeypatch.setattr(HubWriter, "upload", refuse)
     hub.bytes_per_second = 8_000_000  # all files take three seconds
     out = tmp_path / "out"
     with pytest.raises(OutputError, match="The hub is full"):

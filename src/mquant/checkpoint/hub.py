@@ -8,7 +8,6 @@ huggingface_hub and httpx when they need them: the import takes a third of a sec
 import contextlib
 import email.utils
 import hashlib
-import os
 import re
 import threading
 from collections.abc import Collection, Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from urllib.parse import quote, urljoin, urlsplit
 
 from mquant import __version__
+from mquant.checkpoint.client import endpoint, guard_token, origin
 from mquant.checkpoint.download import download
 from mquant.checkpoint.listing import Listing, parse_listing
 from mquant.checkpoint.retry import Again, retrying
@@ -38,6 +38,11 @@ MAX_REDIRECTS: Final = 5
 _TRANSIENT: Final = frozenset({408, 429, 500, 502, 503, 504})
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
+# The hub limits commits by the hour, and says so in a sentence only.
+_RETRY_IN: Final = re.compile(
+    r"retry this action in (?:about |less than )?([0-9]{1,4}|an?) (second|minute|hour)"
+)
+_SECONDS: Final = {"second": 1, "minute": 60, "hour": 3600}
 _LOG_IN: Final = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -51,14 +56,13 @@ class HubRepo:
     The object's creation fixes the commit: later reads read that commit, even if somebody pushes
     another commit. `sha256` has the hub's digests of large files, `blobs` git's ids of small files.
     Any thread may read. HF_ENDPOINT and the token are huggingface_hub's, read at the object's
-    creation; the token is sent to that host only. `requests` and `bytes_read` count requests and
+    creation; the token is sent to that address only. `requests` and `bytes_read` count requests and
     bytes, retries included.
 
     Raises SourceError if the repo cannot be listed.
     """
 
     def __init__(self, repo_id: str, revision: str | None = None) -> None:
-        from huggingface_hub import constants
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import build_hf_headers, validate_repo_id  # type: ignore[attr-defined]
 
@@ -71,7 +75,8 @@ class HubRepo:
             ) from None
         self.repo_id = repo_id
         self.revision = revision
-        self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        self.endpoint = endpoint()
+        guard_token()
         self.requests = 0
         self.bytes_read = 0
         self._moved: dict[str, str] = {}  # an address -> the address of its redirect
@@ -209,7 +214,7 @@ class HubRepo:
 
     @contextlib.contextmanager
     def _get(self, url: str, headers: dict[str, str]) -> "Iterator[httpx.Response]":
-        """Send a GET and yield the response. Follow redirects here: no other host gets the token.
+        """Send a GET and yield the response.
 
         After a redirect, later requests for a file go to the new address until the new address
         fails: the hub limits the number of requests, its storage does not.
@@ -220,16 +225,17 @@ class HubRepo:
 
         original = url
         try:
-            hub = _origin(self.endpoint)
+            hub = origin(self.endpoint)
             stored = url = self._moved.get(original, original)
             for _ in range(MAX_REDIRECTS + 1):
-                request = {**self._headers, **headers}
-                if _origin(url) != hub:
-                    request = {k: v for k, v in request.items() if k.lower() != "authorization"}
                 with self._count:
                     self.requests += 1
                 with get_session().stream(
-                    "GET", url, headers=request, follow_redirects=False, timeout=TIMEOUT_SECONDS
+                    "GET",
+                    url,
+                    headers={**self._headers, **headers},
+                    follow_redirects=False,
+                    timeout=TIMEOUT_SECONDS,
                 ) as response:
                     status = response.status_code
                     if status not in _REDIRECTS and not (stored != original and status >= 400):
@@ -346,13 +352,8 @@ def host_of(endpoint: str) -> str:
     return "the hub"
 
 
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    split = urlsplit(url)
-    return split.scheme, split.hostname, split.port
-
-
 def asked_to_wait(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds to wait: Retry-After in either form, or the hub's rate limit."""
+    """Return the seconds to wait: Retry-After in either form, the hub's rate limit, or sentence."""
     from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
     retry_after = headers.get("Retry-After", "").strip()
@@ -364,4 +365,8 @@ def asked_to_wait(headers: Mapping[str, str]) -> float | None:
             when = when if when.tzinfo else when.replace(tzinfo=UTC)
             return max(0.0, (when - datetime.now(UTC)).total_seconds())
     limit = parse_ratelimit_headers(headers)
-    return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
+    if limit and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    if match := _RETRY_IN.search(headers.get("X-Error-Message", "")):
+        return _SECONDS[match[2]] * (float(match[1]) if match[1].isdigit() else 1.0)
+    return None

@@ -1,54 +1,67 @@
 """Write to a hub repo: create the repo, upload files with huggingface_hub, commit.
 
-The token is sent to the hub and appears nowhere else: huggingface_hub's log is silenced, and no
-error's text is shown except the hub's message.
+Every commit names its parent, so no commit of another gets between unseen. The token is sent to the
+hub and appears nowhere else: huggingface_hub's log is silenced, and no error's text is shown except
+the hub's message.
 """
 
-import glob
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from mquant import __version__
+from mquant.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, is_shard
+from mquant.checkpoint.client import BUSY, busy_raises, endpoint
 from mquant.checkpoint.download import quiet
-from mquant.checkpoint.hub import asked_to_wait, host_of
+from mquant.checkpoint.hub import HubRepo, NoSuchRepo, asked_to_wait, host_of
 from mquant.checkpoint.retry import Again, retrying
 from mquant.errors import MquantError, OutputError
-from mquant.events import Emit, Progress
-from mquant.text import clean
+from mquant.events import Emit, Note
+from mquant.text import clean, names
 
 if TYPE_CHECKING:
     import httpx
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
 T = TypeVar("T")
 
-_TRANSIENT: Final = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
+MOST_FILES: Final = 100
+"""The most files of a commit, as huggingface.co/docs/hub/repositories-recommendations says."""
+MOST_COMMIT_TRIES: Final = 12  # five minutes of a hub that is busy
+_TRANSIENT: Final = BUSY | {408, 409, 412}
 _METADATA: Final = "Invalid metadata in README.md"
 _LOG_IN: Final = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
-_BATCH_BYTES: Final = 4_000_000_000  # most shards are larger, so each shard gets a commit
 _AGAIN: Final = "Run the same command again to resume."
 
 
 class HubWriter:
     """A model repo to write to, which need not exist yet.
 
-    HF_ENDPOINT and the token are huggingface_hub's, read at the object's creation. Raises
-    OutputError without a token, or, from every method, if the hub refuses or cannot be reached.
+    `repo` is the repo at the commit that the next commit follows: the newest at the object's
+    creation, then the last one that was made here; None if there is no repo. `ours` are the names
+    of the checkpoint's files. If another changes one of these, or an index, config.json or shard,
+    the next commit is refused; the change of any other file is named. HF_ENDPOINT and the token
+    are huggingface_hub's, read at the object's creation. Raises OutputError without a token, or,
+    from every method, if the hub refuses or cannot be reached.
     """
 
-    def __init__(self, repo_id: str) -> None:
-        from huggingface_hub import constants, get_token
+    def __init__(self, repo_id: str, ours: Collection[str], emit: Emit) -> None:
+        from huggingface_hub import get_token
 
-        self.repo_id = repo_id
-        self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        self.repo_id, self._ours, self._emit = repo_id, ours, emit
+        self.endpoint = endpoint()
         token = get_token()
         if not token:
             raise OutputError(f"There is no token, so {self.host} accepts no files.", _LOG_IN)
         self._token = token
+        self._held: dict[str, CommitOperationAdd] = {}
+        self.repo: HubRepo | None
+        try:
+            self.repo = HubRepo(repo_id)
+        except NoSuchRepo:
+            self.repo = None
 
     @property
     def host(self) -> str:
@@ -61,62 +74,115 @@ class HubWriter:
         split = urlsplit(self.endpoint)
         return f"{split.scheme}://{split.netloc.rpartition('@')[2]}/{self.repo_id}"
 
+    @property
+    def full(self) -> bool:
+        """Whether the next commit has as many files as a commit should have."""
+        return len(self._held) >= MOST_FILES
+
+    @property
+    def made(self) -> HubRepo:
+        """The repo, at the commit that the next commit follows. Raises TypeError if none exists."""
+        if self.repo is None:
+            raise TypeError(f"{self.repo_id} was not created")
+        return self.repo
+
     def create(self, *, private: bool) -> None:
-        """Create the repo; an existing repo stays unchanged."""
+        """Create the repo. Raises OutputError if another created the repo and put files there."""
         self._retrying(lambda: self._api.create_repo(self.repo_id, private=private, exist_ok=True))
+        self.repo = HubRepo(self.repo_id)
+        if self.repo.files or (private and not self.repo.private):
+            raise OutputError(f"Another created {self.repo_id} just now.", "Give another repo.")
 
-    def upload(self, folder: Path, files: Mapping[str, int], emit: Emit) -> None:
-        """Upload and commit files of a folder, some gigabytes at a time.
+    def upload(self, name: str, content: Path | bytes, sha256: str | None = None) -> None:
+        """Send a file, which the next commit will add; a file that the hub has is not sent again.
 
-        `files` has the bytes of each file. huggingface_hub asks the hub which files it has, so no
-        file is sent twice; the upload writes no file into the folder.
+        Raises OutputError if `sha256` is given and what was sent has another.
         """
-        total, done = sum(files.values()), 0
-        emit(Progress("upload", 0, total))
-        for batch in _batches(files):
-            self._upload(folder, batch)
-            done += sum(files[name] for name in batch)
-            emit(Progress("upload", done, total))
-
-    def _upload(self, folder: Path, batch: list[str]) -> None:
-        self._retrying(
-            lambda: self._api.upload_folder(
-                repo_id=self.repo_id,
-                folder_path=folder,
-                allow_patterns=[glob.escape(name) for name in batch],
-                commit_message="Add files; index and config.json come last",
+        addition = self._retrying(lambda: self._send(name, content))
+        if sha256 not in (None, addition.upload_info.sha256.hex()):
+            raise OutputError(
+                f"{name} was changed before its upload: its sha256 is not the recorded one.",
+                f"Make or copy {name} again, then run the same command again.",
             )
-        )
+        self._held[name] = addition
 
-    def commit(
-        self, message: str, add: Mapping[str, Path | bytes], delete: Iterable[str] = ()
-    ) -> str:
-        """Commit a few files, in their order, and return the commit's id."""
-        from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+    def _send(self, name: str, content: Path | bytes) -> "CommitOperationAdd":
+        # One file at a time: without hf_xet, parallel uploads use threads that outlive Ctrl-C.
+        from huggingface_hub import CommitOperationAdd
 
-        def attempt() -> str:
-            # Make new operations each time: a committed operation cannot be reused.
+        addition = CommitOperationAdd(name, content)
+        self._api.preupload_lfs_files(self.repo_id, [addition])
+        return addition
+
+    def commit(self, message: str, delete: Collection[str] = ()) -> None:
+        """Commit the uploaded files, in their order; no commit is made if nothing would change.
+
+        Raises OutputError if another's commit changed a file of the checkpoint.
+        """
+        from huggingface_hub import CommitOperationCopy, CommitOperationDelete
+
+        tried = False
+
+        def attempt() -> None:
+            nonlocal tried
+            if tried:  # another's commit may be the reason, or the answer to ours was lost
+                self._follow(None, delete)
+            tried = True
+            gone = [name for name in delete if name in self.made.files]
             operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
-                *(CommitOperationAdd(name, path) for name, path in add.items()),
-                *(CommitOperationDelete(name, is_folder=False) for name in delete),
+                *(add for name, add in self._held.items() if not self._has(self.made, name)),
+                *(CommitOperationDelete(name, is_folder=False) for name in gone),
             ]
-            result = self._api.create_commit(self.repo_id, operations, commit_message=message)
-            return str(result.oid)
+            if operations:
+                made = self._api.create_commit(
+                    self.repo_id,
+                    operations,
+                    commit_message=message,
+                    parent_commit=self.made.commit,
+                )
+                self._follow(made.oid, delete)
 
-        return self._retrying(attempt)
+        self._retrying(attempt)
+        self._held.clear()
+
+    def _follow(self, commit: str | None, delete: Collection[str]) -> None:
+        """Go on from a commit, or the newest, unless another changed a file that counts."""
+        before, now = _contents(self.made), HubRepo(self.repo_id, commit)
+        after = _contents(now)
+        either = sorted(before.keys() | after.keys())
+        changed = [name for name in either if before.get(name) != after.get(name)]
+        # What the hub made of our own commit is compared with the digests later.
+        ours = self._held.keys() if commit else {n for n in self._held if self._has(now, n)}
+        foreign = [n for n in changed if n not in ours and (n in after or n not in delete)]
+        other = f"Another's commit ({now.commit[:12]}) changed"
+        read = {INDEX_NAME, CONFIG_NAME, *self._ours}
+        wrong = [name for name in foreign if name in read or is_shard(name)]
+        if wrong:
+            raise OutputError(
+                f"{other} {names(wrong)} in {self.repo_id} during the upload.",
+                "Let one process push to the repo at a time, then run the same command again.",
+            )
+        if foreign or (not changed and now.commit != self.made.commit):
+            what = names(foreign) or "no file of a checkpoint"
+            self._emit(Note("warning", f"{other} {what} in {self.repo_id}; the upload goes on."))
+        self.repo = now
+
+    def _has(self, repo: HubRepo, name: str) -> bool:
+        """Return whether the repo has an uploaded file's content."""
+        addition = self._held.get(name)
+        if addition is None:
+            return False
+        if name in repo.sha256:
+            return repo.sha256[name] == addition.upload_info.sha256.hex()
+        with addition.as_file() as file:
+            return repo.lists(name, file.read())
 
     @cached_property
     def _api(self) -> "HfApi":
         """huggingface_hub's client."""
         from huggingface_hub import HfApi
 
-        class Api(HfApi):
-            def preupload_lfs_files(self, repo_id: str, additions: Any, **options: Any) -> None:
-                # Without hf_xet, parallel uploads use threads that outlive Ctrl-C.
-                for addition in list(additions):
-                    super().preupload_lfs_files(repo_id, [addition], **options)
-
-        return Api(
+        return HfApi(
             endpoint=self.endpoint,
             token=self._token,
             library_name="mquant",
@@ -124,7 +190,7 @@ class HubWriter:
         )
 
     def _retrying(self, action: Callable[[], T]) -> T:
-        return retrying(lambda: self._attempt(action))
+        return retrying(lambda: self._attempt(action), self._emit)
 
     def _attempt(self, action: Callable[[], T]) -> T:
         """Call `action` once. Raises the error of a failure; `Again` if the failure may pass."""
@@ -135,7 +201,7 @@ class HubWriter:
 
         disable_progress_bars()
         try:
-            with quiet():
+            with quiet(), busy_raises():
                 return action()
         except MquantError:
             raise
@@ -171,9 +237,12 @@ class HubWriter:
 
     def _refuse_answer(self, response: "httpx.Response") -> NoReturn:
         status, host, repo = response.status_code, self.host, self.repo_id
+        reason = self._shown(response.headers.get("X-Error-Message", ""))
+        reason = f":{reason}" if reason else ""
         if status in _TRANSIENT:
-            busy = OutputError(f"{host} is busy or reports an error (HTTP {status}).", _AGAIN)
-            raise Again(busy, asked_to_wait(response.headers)) from None
+            busy = f"{host} is busy or reports an error (HTTP {status}){reason}."
+            wait = asked_to_wait(response.headers)
+            raise Again(OutputError(busy, _AGAIN), wait, MOST_COMMIT_TRIES) from None
         if status == 401:
             raise OutputError(f"{host} does not accept your token.", _LOG_IN) from None
         if status in (402, 403, 404):
@@ -181,10 +250,9 @@ class HubWriter:
                 f"{host} does not let your token write to {repo} (HTTP {status}).",
                 "Check the name, and allow the token to write to the repo, in its settings.",
             ) from None
-        reason = self._shown(response.headers.get("X-Error-Message", ""))
         raise OutputError(
-            f"{host} refuses the files (HTTP {status}){':' if reason else ''}{reason}.",
-            "Correct what {host} names, then run the same command again.",
+            f"{host} refuses the files (HTTP {status}){reason}.",
+            f"Correct what {host} names, then run the same command again.",
         ) from None
 
     def _shown(self, reason: str) -> str:
@@ -200,15 +268,7 @@ def _causes(error: BaseException | None) -> Iterable[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _batches(files: Mapping[str, int]) -> Iterable[list[str]]:
-    """Yield the files, in their order, in lists of some gigabytes: each list is one commit."""
-    batch: list[str] = []
-    size = 0
-    for name, count in files.items():
-        batch.append(name)
-        size += count
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _contents(repo: HubRepo) -> dict[str, str | int]:
+    """Return a digest of each file; a size if the hub lists no digest."""
+    digests = {**repo.blobs, **repo.sha256}
+    return {name: digests.get(name, size) for name, size in repo.files.items()}

@@ -1,8 +1,9 @@
 """Publish a checkpoint: push verified bytes only; no half-uploaded repo looks complete.
 
-All files but the index and config.json are uploaded first; the index and config.json follow in one
-commit, in this order. Then the repo itself is verified. Files that the repo already has are not
-uploaded again, so a second run resumes the first.
+All files but the index and config.json are uploaded first, and compared with mquant.json in the
+repo; only then the index and config.json follow in one commit, in this order. Then the repo itself
+is verified. Files that the repo already has are not uploaded again, so a second run resumes the
+first.
 """
 
 import hashlib
@@ -17,11 +18,11 @@ from typing import Final
 from mquant import __version__
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Folder, is_shard
 from mquant.checkpoint.hashing import sha256_of
-from mquant.checkpoint.hub import HubRepo, NoSuchRepo
+from mquant.checkpoint.hub import HubRepo
 from mquant.checkpoint.upload import HubWriter
 from mquant.data_files import cache
 from mquant.errors import OutputError, SourceError
-from mquant.events import Emit, Note
+from mquant.events import Emit, Note, Progress
 from mquant.family import Family
 from mquant.output import LAST, RECORD, Record, read_record
 from mquant.output.disk import read_own, write_whole
@@ -33,6 +34,7 @@ _MOST_NOTE_BYTES: Final = 64_000_000
 # Files that people add to a finished checkpoint, and that no loader reads.
 _PAPERS: Final = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf")
 _TITLES: Final = ("LICENSE", "LICENCE", "NOTICE")
+_NOT_LAST: Final = "Add files; index and config.json come last"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Shipment:
     def key(self) -> str:
         """The sha256 of mquant.json, which lists the sha256 of the files that mquant wrote."""
         return hashlib.sha256(self.source.read(RECORD)).hexdigest()
+
+    @cached_property
+    def sha256(self) -> Mapping[str, str]:
+        """The sha256 of each file that mquant wrote, as mquant.json says."""
+        return {RECORD: self.key} | {name: sha for name, (_, sha) in self.record.files.items()}
 
 
 @dataclass(frozen=True)
@@ -124,8 +131,8 @@ def push(
     unless the options allow it; and if the hub refuses or cannot be reached. Raises SourceError if
     the files differ from mquant.json.
     """
-    writer = HubWriter(repo)
-    hub = _find(repo)
+    writer = HubWriter(repo, shipment.files, emit)
+    hub = writer.repo
     private = hub.private if hub else not public
     if not private and not public:
         raise OutputError(
@@ -134,8 +141,7 @@ def push(
         )
     note = cache() / "push" / f"{shipment.key}.json"
     missing = _missing(shipment, hub)
-    extra = _extra(shipment, hub)
-    replacing = _is_other(hub, missing, extra)
+    replacing = _is_other(hub, missing, _extra(shipment, hub))
     if replacing and not replace:
         raise OutputError(
             f"{repo} holds another checkpoint.",
@@ -153,36 +159,40 @@ def push(
     if replacing and hub is not None:
         removed = [name for name in reversed(LAST) if name in hub.files]
         if removed:
-            writer.commit("Remove config.json until all files are uploaded", {}, removed)
-    _send(shipment, writer, missing, extra, emit)
-    updated = HubRepo(repo)
-    unsent = _missing(shipment, updated)
+            writer.commit("Remove config.json until all files are uploaded", removed)
+    _send(shipment, writer, missing, emit)
+    remote = verify(writer.made, families, Depth.STRUCTURE, emit=emit)
+    note.unlink(missing_ok=True)
+    return Pushed(local, remote, writer.page, writer.made.private, tuple(missing))
+
+
+def _send(shipment: Shipment, writer: HubWriter, missing: list[str], emit: Emit) -> None:
+    """Upload the missing files; the last commit follows the commit that was compared."""
+    first = [name for name in shipment.first if name in missing]
+    total, done = sum(shipment.files[name] for name in first), 0
+    for name in first:
+        emit(Progress("upload", done, total))
+        writer.upload(name, shipment.source.path(name), shipment.sha256.get(name))
+        done += shipment.files[name]
+        if writer.full:
+            writer.commit(_NOT_LAST)
+    writer.commit(_NOT_LAST)
+    emit(Progress("upload", done, total))
+    _check_sent(shipment, writer.made, shipment.first)
+    for name in shipment.last:
+        writer.upload(name, shipment.source.read(name), shipment.sha256.get(name))
+    extra = _extra(shipment, writer.made)
+    writer.commit("Add index and config.json: the checkpoint is complete", extra)
+    _check_sent(shipment, writer.made, shipment.last)
+
+
+def _check_sent(shipment: Shipment, hub: HubRepo, sent: tuple[str, ...]) -> None:
+    unsent = [name for name in sent if not _same(shipment, hub, name)]
     if unsent:
         raise OutputError(
-            f"{repo} does not have the local content of {names(unsent)}.",
+            f"{hub.repo_id} does not have the recorded content of {names(unsent)}.",
             "Run the same command again to upload the missing files.",
         )
-    remote = verify(updated, families, Depth.STRUCTURE, emit=emit)
-    note.unlink(missing_ok=True)
-    return Pushed(local, remote, writer.page, updated.private, tuple(missing))
-
-
-def _send(
-    shipment: Shipment, writer: HubWriter, missing: list[str], extra: list[str], emit: Emit
-) -> None:
-    first = {name: shipment.files[name] for name in missing if name not in LAST}
-    if first:
-        writer.upload(shipment.source.root, first, emit)
-    last = {name: shipment.source.path(name) for name in shipment.last if name in missing}
-    if last or extra:
-        writer.commit("Add index and config.json: the checkpoint is complete", last, extra)
-
-
-def _find(repo: str) -> HubRepo | None:
-    try:
-        return HubRepo(repo)
-    except NoSuchRepo:
-        return None
 
 
 def _missing(shipment: Shipment, hub: HubRepo | None) -> list[str]:
@@ -191,13 +201,16 @@ def _missing(shipment: Shipment, hub: HubRepo | None) -> list[str]:
 
 
 def _same(shipment: Shipment, hub: HubRepo, name: str) -> bool:
-    size = shipment.files[name]
-    if hub.files.get(name) != size:
+    """Return whether the repo has a file's recorded content, or the local content of a paper."""
+    if hub.files.get(name) != shipment.files[name]:
         return False
-    recorded = shipment.record.files.get(name)
+    recorded = shipment.sha256.get(name)
     if recorded and name in hub.sha256:
-        return hub.sha256[name] == recorded[1]
-    return hub.lists(name, shipment.source.read(name))
+        return hub.sha256[name] == recorded
+    content = shipment.source.read(name)  # git's id says nothing of a sha256
+    if recorded and hashlib.sha256(content).hexdigest() != recorded:
+        raise _changed(shipment.source, name)
+    return hub.lists(name, content)
 
 
 def _extra(shipment: Shipment, hub: HubRepo | None) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Final, Unpack
 
 from mquant.checkpoint import Overlay, Source
 from mquant.errors import OutputError
+from mquant.events import silent
 from mquant.output import LAST, discard
 from mquant.plan import Plan
 from mquant.runs.quantize import judge, run_engine
@@ -37,7 +38,7 @@ def quantize_to_hub(
     check_engine(choose_engine(engine, plan.recipe), "--push-to")
     spec, scratch = prepare(plan, engine, importance), options.get("scratch")
     files, shards = _share_out(plan, scratch)
-    to = open_destination(repo, plan, spec.fingerprint, public=public)
+    to = open_destination(repo, spec, public=public, emit=options.get("emit", silent))
     room = spec.file_bytes if scratch is None else scratch
     fetch = (lambda: spec.source) if files else None
     with Run.claim(out, spec, room=room, fetch=fetch, **options) as run:

@@ -2,66 +2,67 @@
 
 The repo holds a ledger while the run is under way: the first line has the run's fingerprint, and
 every commit of shards adds the lines of these shards. So any machine can resume from the repo
-alone. config.json is uploaded after all other files are in the repo and verified.
+alone; shards that were uploaded since the last commit are made again, and not sent again.
+config.json is uploaded after all other files are in the repo and verified.
 """
 
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Condition, Thread
 from typing import Any, Final
 
-from mquant.checkpoint import is_shard
-from mquant.checkpoint.hub import HubRepo, NoSuchRepo
+from mquant.checkpoint import Folder, is_shard
+from mquant.checkpoint.hub import HubRepo
 from mquant.checkpoint.upload import HubWriter
-from mquant.errors import OutputError
-from mquant.events import Progress
+from mquant.errors import MquantError, OutputError
+from mquant.events import Emit, Progress
 from mquant.output import LAST, LEDGER, RECORD, ShardObserver, known_table, read_record
 from mquant.output.folder import differences
 from mquant.output.ledger import MOST_BYTES, head_line, parse_ledger, shard_line
 from mquant.plan import Plan, ShardPlan
-from mquant.runs.run import Run
+from mquant.runs.run import Run, RunSpec
 from mquant.text import names
 
 _AGAIN: Final = "Run the same command again: the run resumes."
+COMMIT_SECONDS: Final = 300.0
+"""The longest wait of an uploaded shard for its commit, as in huggingface_hub's own uploads.
+
+These are 12 commits an hour; the hub allows 128. A stop costs the shards of this time at most.
+"""
 
 
 @dataclass(frozen=True)
 class Destination:
     """A hub repo that a run fills: without a checkpoint, with a part of this run, or complete.
 
-    `repo` is the repo, or None if the repo does not exist. `away` maps the names of the shards in
-    the repo to their sha256.
+    `away` maps the names of the shards in the repo to their sha256.
     """
 
     writer: HubWriter
-    plan: Plan
-    fingerprint: Mapping[str, Any]
+    spec: RunSpec
     public: bool
-    repo: HubRepo | None
     away: Mapping[str, str] = field(default_factory=dict)
     done: bool = False
 
     def open(self) -> None:
         """Create the repo, if there is none."""
-        if self.repo is None:
+        if self.writer.repo is None:
             self.writer.create(private=not self.public)
 
 
-def open_destination(
-    repo_id: str, plan: Plan, fingerprint: Mapping[str, Any], *, public: bool
-) -> Destination:
+def open_destination(repo_id: str, spec: RunSpec, *, public: bool, emit: Emit) -> Destination:
     """Return the state of a repo for this run.
 
     Raises OutputError if the repo holds another run or another checkpoint, if there is no token,
     and for a public repo unless `public`.
     """
-    writer = HubWriter(repo_id)
-    try:
-        repo = HubRepo(repo_id)
-    except NoSuchRepo:
-        return Destination(writer, plan, fingerprint, public, None)
+    writer = HubWriter(repo_id, {*spec.files, LEDGER}, emit)
+    repo = writer.repo
+    if repo is None:
+        return Destination(writer, spec, public)
     if not repo.private and not public:
         raise OutputError(
             f"{repo_id} is public: what is pushed there is published.",
@@ -69,20 +70,20 @@ def open_destination(
         )
     if LEDGER in repo.files:
         recorded = parse_ledger(_read(repo, LEDGER))
-        _refuse_other(repo_id, recorded.fingerprint, fingerprint)
-        away = _away(plan, repo, recorded.shards)
-        return Destination(writer, plan, fingerprint, public, repo, away)
+        _refuse_other(repo_id, recorded.fingerprint, spec.fingerprint)
+        away = _away(spec.plan, repo, recorded.shards)
+        return Destination(writer, spec, public, away)
     if table := known_table(repo):
-        _refuse_other(repo_id, table.get("fingerprint"), fingerprint)
+        _refuse_other(repo_id, table.get("fingerprint"), spec.fingerprint)
         done = all(name in repo.files for name in LAST)
         # The ledger went with a commit that lost a file.
         record = None if done else read_record(repo)
-        away = _away(plan, repo, {n: sha for n, (_, sha) in record.files.items()} if record else {})
-        return Destination(writer, plan, fingerprint, public, repo, away, done=done)
+        digests = {n: sha for n, (_, sha) in record.files.items()} if record else {}
+        return Destination(writer, spec, public, _away(spec.plan, repo, digests), done)
     foreign = [name for name in repo.files if is_shard(name) or name in (*LAST, RECORD)]
     if foreign:
         raise OutputError(f"{repo_id} holds {names(foreign)} already.", "Give another repo.")
-    return Destination(writer, plan, fingerprint, public, repo)
+    return Destination(writer, spec, public)
 
 
 def _away(plan: Plan, repo: HubRepo, digests: Mapping[str, str]) -> dict[str, str]:
@@ -97,22 +98,25 @@ def _away(plan: Plan, repo: HubRepo, digests: Mapping[str, str]) -> dict[str, st
 
 
 class Shipper(ShardObserver):
-    """An observer that uploads the shards of a run in a thread, one commit after another.
+    """An observer that uploads the shards of a run in a thread, one after another.
 
-    At most `room` bytes of shards are in OUT: a new shard waits for room. Use the shipper as a
-    context manager: at its end all shards are uploaded. `poll`, `opening` and the end raise
-    OutputError if the hub refuses an upload or cannot be reached.
+    A commit has the shards of some minutes: hubs limit the commits of an hour. At most `room` bytes
+    of shards are in OUT: a new shard waits for room. Use the shipper as a context manager: at its
+    end all shards are uploaded. `poll`, `opening` and the end raise OutputError if the hub refuses
+    an upload or cannot be reached.
     """
 
     def __init__(self, destination: Destination, run: Run, room: float) -> None:
         self._to, self._out, self._room, self._emit = destination, run.out, room, run.emit
         self._names = run.spec.files
-        plan = destination.plan
+        plan = destination.spec.plan
         self._shards = {shard.name: shard for shard in plan.shards}
         self._unit_numbers = dict(zip(self._shards, plan.numbers, strict=True))
         self.sent = dict(destination.away)
         self._changed = Condition()
         self._waiting: deque[tuple[ShardPlan, str]] = deque()
+        self._held: dict[str, str] = {}  # uploaded, not committed
+        self._due = 0.0
         self._local: set[str] = set()
         self._failure: BaseException | None = None
         self._complete = False
@@ -169,40 +173,60 @@ class Shipper(ShardObserver):
 
     def _run(self) -> None:
         try:
-            while batch := self._next():
-                self._send(batch)
+            while shard := self._next():
+                self._send(*shard)
+            self._commit()
         except BaseException as error:  # noqa: BLE001 -- `poll` raises the error in another thread
+            with suppress(MquantError):
+                self._commit()  # this may fail too, but other uploads need not be lost
             with self._changed:
                 self._failure = self._failure or error
                 self._changed.notify_all()
 
-    def _next(self) -> list[tuple[ShardPlan, str]]:
-        """Wait for complete shards and return them; [] after the last shard, or after an error."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._complete or self._failure)
-            batch = [] if self._failure else [*self._waiting]
-            self._waiting.clear()
-            return batch
+    def _next(self) -> tuple[ShardPlan, str] | None:
+        """Wait for a complete shard; commit meanwhile. None after the last, or after an error."""
 
-    def _send(self, batch: list[tuple[ShardPlan, str]]) -> None:
-        self.sent |= {shard.name: sha256 for shard, sha256 in batch}
-        files = {shard.name: self._out / shard.name for shard, _ in batch}
-        self._to.writer.commit(f"Add {names([*files])}", {**files, LEDGER: self._ledger()})
-        for path in files.values():
-            path.unlink()
+        def ready() -> bool:
+            return bool(self._waiting or self._complete or self._failure)
+
+        while True:
+            with self._changed:
+                left = self._due - time.monotonic() if self._held else None
+                if self._changed.wait_for(ready, left):
+                    return self._waiting.popleft() if self._waiting and not self._failure else None
+            self._commit()
+
+    def _send(self, shard: ShardPlan, sha256: str) -> None:
+        """Upload a shard, and commit if a commit is full or due."""
+        path = self._out / shard.name
+        self._to.writer.upload(shard.name, path, sha256)
+        self._due = self._due if self._held else time.monotonic() + COMMIT_SECONDS
+        self._held[shard.name] = sha256
+        path.unlink()
         with self._changed:
-            self._local -= files.keys()
+            self._local.discard(shard.name)
             self._changed.notify_all()
         self._tell()
+        if self._to.writer.full or time.monotonic() >= self._due:
+            self._commit()
+
+    def _commit(self) -> None:
+        if not self._held:
+            return
+        self.sent |= self._held
+        what = names([*self._held])
+        self._held.clear()
+        self._to.writer.upload(LEDGER, self._ledger())
+        self._to.writer.commit(f"Add {what}")
 
     def _ledger(self) -> bytes:
-        lines = [head_line(self._to.fingerprint, self._names)]
+        lines = [head_line(self._to.spec.fingerprint, self._names)]
         lines += [shard_line(name, self.sent[name], self._unit_numbers[name]) for name in self.sent]
         return b"".join(lines)
 
     def _tell(self) -> None:
-        sent = sum(self._shards[name].file_bytes for name in self.sent)
-        self._emit(Progress("upload", sent, self._to.plan.file_bytes))
+        sent = sum(self._shards[name].file_bytes for name in (*self.sent, *self._held))
+        self._emit(Progress("upload", sent, self._to.spec.plan.file_bytes))
 
 
 def send_others(to: Destination, run: Run, others: list[str]) -> HubRepo:
@@ -211,10 +235,8 @@ def send_others(to: Destination, run: Run, others: list[str]) -> HubRepo:
     Raises OutputError if a file or a shard in the repo is missing or differs from the run's, or if
     the repo holds another shard.
     """
-    to.writer.commit("Add all but index and config.json", {name: run.out / name for name in others})
-    repo = HubRepo(to.writer.repo_id)
-    wrong = [name for name, digest in run.digests.items() if repo.sha256.get(name) != digest]
-    wrong += [name for name in others if not _holds(repo, name, (run.out / name).read_bytes())]
+    repo, wrong = _send(to, run, others, "Add all but index and config.json")
+    wrong += [name for name, digest in run.digests.items() if repo.sha256.get(name) != digest]
     wrong += [name for name in repo.files if is_shard(name) and name not in run.digests]
     _refuse_wrong(repo, wrong)
     return repo
@@ -223,21 +245,30 @@ def send_others(to: Destination, run: Run, others: list[str]) -> HubRepo:
 def seal(to: Destination, run: Run) -> None:
     """Upload index and config.json, which complete the checkpoint, and delete the ledger.
 
-    Raises OutputError if the repo then lacks one of the two files, or holds another.
+    The commit follows the commit that was compared and judged. Raises OutputError if the repo then
+    lacks one of the two files, or holds another.
     """
-    last: dict[str, Path | bytes] = {name: run.out / name for name in LAST}
-    to.writer.commit("Add index and config.json: the checkpoint is complete", last, [LEDGER])
-    repo = HubRepo(to.writer.repo_id)
-    _refuse_wrong(repo, [n for n in LAST if not _holds(repo, n, (run.out / n).read_bytes())])
+    message = "Add index and config.json: the checkpoint is complete"
+    _refuse_wrong(*_send(to, run, [*LAST], message, [LEDGER]))
+
+
+def _send(
+    to: Destination, run: Run, files: list[str], message: str, delete: Collection[str] = ()
+) -> tuple[HubRepo, list[str]]:
+    """Commit files as mquant.json lists them; return the repo, and the files that it lacks."""
+    record = read_record(Folder(run.out))
+    sha256 = {name: sha for name, (_, sha) in record.files.items()} if record else {}
+    contents = {name: (run.out / name).read_bytes() for name in files}
+    for name, content in contents.items():
+        to.writer.upload(name, content, sha256.get(name))
+    to.writer.commit(message, delete)
+    repo = to.writer.made
+    return repo, [n for n, c in contents.items() if n not in repo.files or not repo.lists(n, c)]
 
 
 def _refuse_wrong(repo: HubRepo, wrong: list[str]) -> None:
     if wrong:
         raise OutputError(f"{repo.repo_id} does not hold {names(wrong)} as made.", _AGAIN)
-
-
-def _holds(repo: HubRepo, name: str, content: bytes) -> bool:
-    return name in repo.files and repo.lists(name, content)
 
 
 def _read(repo: HubRepo, path: str) -> bytes:
