@@ -79,6 +79,8 @@ class FakeHub:
         """The name of a file that commits leave out."""
         self.before_commit: list[Callable[[], object]] = []
         """Functions that the hub calls before it makes the next commits, one for each."""
+        self.lost_answers = 0
+        """The number of the next commits that the hub makes and answers with 504."""
         self.commits: list[Commit] = []
         self.stored: dict[str, Path] = {}
         """sha256 -> path of each large file that was uploaded, committed or not."""

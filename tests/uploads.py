@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import socket
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -14,7 +16,7 @@ import yaml
 from hub_repos import GOOD_TOKEN, Commit, etag, is_lfs
 
 if TYPE_CHECKING:
-    from fakehub import _Handler
+    from fakehub import FakeHub, _Handler
 
 _ROUTE = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<kind>preupload|commit)/(?P<rev>.+)")
 _BATCH = re.compile(r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
@@ -185,7 +187,21 @@ def _commit(handler: "_Handler", repo_id: str, branch: str, body: bytes) -> None
     message = lines[0]["value"]["summary"]
     hub.commits.append(Commit(repo_id, message, tuple(added), tuple(deleted)))
     commit = hub.add(repo_id, new, revision=branch, access=repo.access)
+    if hub.lost_answers:
+        hub.lost_answers -= 1
+        return handler.error(504, "", "")
     return handler.json({"commitUrl": f"{hub.url}/{repo_id}/commit/{commit}", "commitOid": commit})
 
 
-__all__ = ["answer", "metadata_errors"]
+def commit_of_another(hub: "FakeHub", repo_id: str, files: dict[str, bytes]) -> str:
+    """Add or replace files in a repo, as another's commit would; return the commit."""
+    repo = hub.repos[repo_id]
+    new = Path(tempfile.mkdtemp(dir=hub.scratch)) / "repo"
+    shutil.copytree(repo.folders[repo.revisions["main"]], new, copy_function=os.link)
+    for name, content in files.items():
+        (new / name).unlink(missing_ok=True)
+        (new / name).write_bytes(content)
+    return hub.add(repo_id, new, access=repo.access)
+
+
+__all__ = ["answer", "commit_of_another", "metadata_errors"]

@@ -1,6 +1,7 @@
 """`HubRepo` reads a repo at one commit by ranges of files, and `download` stores all its files."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,21 @@ def test_the_token_goes_to_the_hub_alone(
     open_checkpoint(HubRepo(REPO))
     sent = {request.host: request.authorization for request in hub.requests}
     assert sent == {"127.0.0.1": f"Bearer {GOOD_TOKEN}", "localhost": None}
+
+
+def test_the_token_does_not_go_to_another_port_of_the_hubs_host(
+    hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
+    hub.add(REPO, folder, access="gated")
+    with closing(FakeHub()) as other:
+        other.add(REPO, folder)
+        hub.redirect_to = other.url + "{path}"
+        repo = HubRepo(REPO)
+        open_checkpoint(repo)
+        download(repo, silent)
+        assert {request.authorization for request in other.requests} == {None}
+        assert {request.authorization for request in hub.requests} == {f"Bearer {GOOD_TOKEN}"}
 
 
 def test_the_hub_is_asked_once_for_the_address_of_a_file(hub: FakeHub, folder: Path) -> None:

@@ -19,13 +19,16 @@ from mquant.checkpoint.hub import HubRepo
 from mquant.checkpoint.upload import HubWriter
 from mquant.cli.app import app
 from mquant.errors import MquantError, OutputError
+from mquant.events import Event, Note
 from mquant.family import load_families
 from mquant.output import LEDGER, read_ledger
 from mquant.plan import Plan, make_plan
 from mquant.recipe import find_recipe
+from mquant.runs import ship_shards
 from mquant.runs.hub_to_hub import quantize_to_hub
 from mquant.runs.quantize import quantize
 from mquant.runs.run import Result
+from uploads import commit_of_another
 
 __all__ = ["hub", "writable"]
 
@@ -100,6 +103,48 @@ def test_index_and_config_come_in_the_last_commit_and_the_ledger_goes(
     assert last.deleted == (LEDGER,)
     for commit in before:
         assert not {"model.safetensors.index.json", "config.json"} & {*commit.added}
+
+
+def test_shards_are_packed_into_few_commits(hub: FakeHub, tmp_path: Path) -> None:
+    ship(tmp_path / "out")
+    shards, others, last = hub.commits
+    assert len(shards.added) == len(plan_of().shards) + 1
+    assert shards.added[-1] == LEDGER
+    assert "mquant.json" in others.added
+    assert "config.json" in last.added
+
+
+def test_no_shard_waits_long_for_its_commit(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ship_shards, "COMMIT_SECONDS", 0.0)
+    ship(tmp_path / "out")
+    assert len(hub.commits) == len(plan_of().shards) + 2
+
+
+def test_a_commit_of_another_that_touches_none_of_our_files_is_named(
+    hub: FakeHub, expected: dict[str, str], tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    hub.before_commit = [lambda: commit_of_another(hub, REPO, {"notes.txt": b"x"})]
+    quantize_to_hub(plan_of(), tmp_path / "out", REPO, emit=events.append)
+    notes = [event.message for event in events if isinstance(event, Note)]
+    assert any(f"changed notes.txt in {REPO}" in note for note in notes)
+    digests = on_the_hub(hub)
+    digests.pop("notes.txt")
+    assert digests == expected
+
+
+@pytest.mark.parametrize("commits", [0, 1, 2])
+def test_a_commit_of_another_that_touches_a_shard_stops_the_run(
+    hub: FakeHub, tmp_path: Path, commits: int
+) -> None:
+    shard = plan_of().shards[0].name
+    hub.before_commit = [lambda: None] * commits
+    hub.before_commit += [lambda: commit_of_another(hub, REPO, {shard: b"x"})]
+    with pytest.raises(OutputError, match=rf"Another's commit \(.*\) changed {shard}"):
+        ship(tmp_path / "out")
+    assert "config.json" not in on_the_hub(hub)
 
 
 def test_a_failed_upload_is_noticed_at_once_also_with_a_scratch(

@@ -1,9 +1,9 @@
-"""Upload of shards to a hub repo: a shard is uploaded when complete, and its local file deleted.
+"""Upload of shards to a hub repo: a shard is uploaded when complete, and committed with others.
 
-The repo holds a ledger while the run is under way: the first line has the run's fingerprint, and
-every commit of shards adds the lines of these shards. So any machine can resume from the repo
-alone; shards that were uploaded since the last commit are made again, and not sent again.
-config.json is uploaded after all other files are in the repo and verified.
+The local file is deleted after the commit. The repo holds a ledger while the run is under way: the
+first line has the run's fingerprint, and every commit of shards adds the lines of these shards. So
+any machine can resume from the repo alone. config.json is uploaded after all other files are in the
+repo and verified.
 """
 
 import time
@@ -30,7 +30,8 @@ _AGAIN: Final = "Run the same command again: the run resumes."
 COMMIT_SECONDS: Final = 300.0
 """The longest wait of an uploaded shard for its commit, as in huggingface_hub's own uploads.
 
-These are 12 commits an hour; the hub allows 128. A stop costs the shards of this time at most.
+These are 12 commits an hour; the hub allows 128. Another machine makes the shards of this time
+again, at most.
 """
 
 
@@ -100,10 +101,10 @@ def _away(plan: Plan, repo: HubRepo, digests: Mapping[str, str]) -> dict[str, st
 class Shipper(ShardObserver):
     """An observer that uploads the shards of a run in a thread, one after another.
 
-    A commit has the shards of some minutes: hubs limit the commits of an hour. At most `room` bytes
-    of shards are in OUT: a new shard waits for room. Use the shipper as a context manager: at its
-    end all shards are uploaded. `poll`, `opening` and the end raise OutputError if the hub refuses
-    an upload or cannot be reached.
+    A commit has the shards of some minutes, because hubs limit the commits of an hour, or fewer if
+    a new shard waits for room: at most `room` bytes of shards are in OUT. Use the shipper as a
+    context manager: at its end all shards are uploaded. `poll`, `opening` and the end raise
+    OutputError if the hub refuses an upload or cannot be reached.
     """
 
     def __init__(self, destination: Destination, run: Run, room: float) -> None:
@@ -116,7 +117,7 @@ class Shipper(ShardObserver):
         self._changed = Condition()
         self._waiting: deque[tuple[ShardPlan, str]] = deque()
         self._held: dict[str, str] = {}  # uploaded, not committed
-        self._due = 0.0
+        self._due, self._blocked = 0.0, False
         self._local: set[str] = set()
         self._failure: BaseException | None = None
         self._complete = False
@@ -154,7 +155,10 @@ class Shipper(ShardObserver):
     def opening(self, shard: ShardPlan) -> None:
         """Wait until the shard fits into the room."""
         with self._changed:
+            self._blocked = True
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._failure or self._fits(shard))
+            self._blocked = False
             self.poll()
             self._local.add(shard.name)
 
@@ -185,39 +189,42 @@ class Shipper(ShardObserver):
 
     def _next(self) -> tuple[ShardPlan, str] | None:
         """Wait for a complete shard; commit meanwhile. None after the last, or after an error."""
-
-        def ready() -> bool:
-            return bool(self._waiting or self._complete or self._failure)
-
         while True:
             with self._changed:
                 left = self._due - time.monotonic() if self._held else None
-                if self._changed.wait_for(ready, left):
-                    return self._waiting.popleft() if self._waiting and not self._failure else None
-            self._commit()
+                self._changed.wait_for(self._has_work, left)
+                if self._waiting and not self._failure:
+                    return self._waiting.popleft()
+                if self._complete or self._failure:
+                    return None
+            self._commit()  # due, or for room
+
+    def _has_work(self) -> bool:
+        room = self._blocked and self._held
+        return bool(self._waiting or self._complete or self._failure or room)
 
     def _send(self, shard: ShardPlan, sha256: str) -> None:
         """Upload a shard, and commit if a commit is full or due."""
-        path = self._out / shard.name
-        self._to.writer.upload(shard.name, path, sha256)
+        self._to.writer.upload(shard.name, self._out / shard.name, sha256)
         self._due = self._due if self._held else time.monotonic() + COMMIT_SECONDS
         self._held[shard.name] = sha256
-        path.unlink()
-        with self._changed:
-            self._local.discard(shard.name)
-            self._changed.notify_all()
         self._tell()
         if self._to.writer.full or time.monotonic() >= self._due:
             self._commit()
 
     def _commit(self) -> None:
+        """Commit the uploaded shards with their lines in the ledger, and delete the local files."""
         if not self._held:
             return
-        self.sent |= self._held
-        what = names([*self._held])
-        self._held.clear()
+        held, self._held = self._held, {}
+        self.sent |= held
         self._to.writer.upload(LEDGER, self._ledger())
-        self._to.writer.commit(f"Add {what}")
+        self._to.writer.commit(f"Add {names([*held])}")
+        for name in held:
+            (self._out / name).unlink()
+        with self._changed:
+            self._local -= held.keys()
+            self._changed.notify_all()
 
     def _ledger(self) -> bytes:
         lines = [head_line(self._to.spec.fingerprint, self._names)]
