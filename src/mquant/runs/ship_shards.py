@@ -193,15 +193,18 @@ class Shipper(ShardObserver):
             with self._changed:
                 left = self._due - time.monotonic() if self._held else None
                 self._changed.wait_for(self._has_work, left)
-                if self._waiting and not self._failure:
-                    return self._waiting.popleft()
-                if self._complete or self._failure:
-                    return None
+                if not self._needs_room():
+                    if self._waiting and not self._failure:
+                        return self._waiting.popleft()
+                    if self._complete or self._failure:
+                        return None
             self._commit()  # due, or for room
 
     def _has_work(self) -> bool:
-        room = self._blocked and self._held
-        return bool(self._waiting or self._complete or self._failure or room)
+        return bool(self._waiting or self._complete or self._failure or self._needs_room())
+
+    def _needs_room(self) -> bool:
+        return self._blocked and bool(self._held)
 
     def _send(self, shard: ShardPlan, sha256: str) -> None:
         """Upload a shard, and commit if a commit is full or due."""
