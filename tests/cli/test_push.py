@@ -310,6 +310,14 @@ def test_two_pushes_into_one_new_repo_never_mix(
     assert on_the_hub(hub) == hashes(other)
 
 
+def test_a_repo_that_another_creates_meanwhile_is_not_written_to(
+    src: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after_verifying(monkeypatch, lambda: hub.add(REPO, TRAINED, access="private"))
+    assert f"Another created {REPO} just now." in run(src, REPO, code=1).stderr
+    assert not hub.commits
+
+
 @pytest.mark.parametrize("commits", [0, 1])
 def test_a_commit_of_another_that_touches_none_of_our_files_is_named_and_gone_on_from(
     src: Path, hub: FakeHub, commits: int
@@ -367,6 +375,9 @@ def test_a_wait_for_the_hub_is_a_line_that_says_until_when(
     seconds: int,
 ) -> None:
     waits: list[float] = []
+    empty = src.parent / "empty"
+    empty.mkdir()
+    hub.add(REPO, empty, access="private")
     monkeypatch.setattr("mquant.checkpoint.retry.time.sleep", waits.append)
     after_verifying(monkeypatch, lambda: hub.fail(status, 1, **headers))
     result = run(src, REPO)
