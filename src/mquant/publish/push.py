@@ -180,7 +180,8 @@ def _send(shipment: Shipment, writer: HubWriter, missing: list[str], emit: Emit)
     emit(Progress("upload", done, total))
     _check_sent(shipment, writer.made, shipment.first)
     for name in shipment.last:
-        writer.upload(name, shipment.source.read(name), shipment.sha256.get(name))
+        if not _same(shipment, writer.made, name):
+            writer.upload(name, shipment.source.read(name), shipment.sha256.get(name))
     extra = _extra(shipment, writer.made)
     writer.commit("Add index and config.json: the checkpoint is complete", extra)
     _check_sent(shipment, writer.made, shipment.last)

@@ -181,11 +181,11 @@ class Shipper(ShardObserver):
                 self._send(*shard)
             self._commit()
         except BaseException as error:  # noqa: BLE001 -- `poll` raises the error in another thread
-            with suppress(MquantError):
-                self._commit()  # this may fail too, but other uploads need not be lost
             with self._changed:
                 self._failure = self._failure or error
                 self._changed.notify_all()
+            with suppress(MquantError):
+                self._commit()  # this may fail too, but other uploads need not be lost
 
     def _next(self) -> tuple[ShardPlan, str] | None:
         """Wait for a complete shard; commit meanwhile. None after the last, or after an error."""
