@@ -17,7 +17,7 @@ from judges import hashes, read_json
 from mquant.checkpoint import upload
 from mquant.cli.app import app
 from pushing import REPO, document, on_the_hub, quantized, run, src
-from run import TRAINED
+from run import TRAINED, quantize_nvfp4
 
 __all__ = ["hub", "quantized", "src", "writable"]
 
@@ -178,6 +178,16 @@ def test_another_checkpoint_is_replaced_only_if_asked_and_never_looks_half_new(
     assert last.added[-1] == "config.json"
     digests = on_the_hub(hub)
     assert {name: digests[name] for name in hashes(src)} == hashes(src)
+
+
+def test_a_checkpoint_with_the_same_config_json_is_replaced_too(
+    src: Path, hub: FakeHub, tmp_path: Path
+) -> None:
+    run(src, REPO)
+    other = quantize_nvfp4(TRAINED, tmp_path / "other", shard_bytes=500_000)
+    assert hashes(other)["config.json"] == hashes(src)["config.json"]
+    run(other, REPO, "--replace")
+    assert on_the_hub(hub) == hashes(other)
 
 
 def test_what_fits_one_commit_goes_in_one_commit(src: Path, hub: FakeHub) -> None:
