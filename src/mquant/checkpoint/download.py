@@ -8,7 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
 from mquant import __version__
+from mquant.checkpoint.hashing import differing
 from mquant.checkpoint.retry import Again, retrying
+from mquant.checkpoint.source import Folder
 from mquant.errors import SourceError
 from mquant.events import Emit, Progress
 
@@ -41,6 +43,13 @@ class Downloadable(Protocol):
     endpoint: str
     files: Mapping[str, int]
 
+    @property
+    def host(self) -> str:
+        """The hub's host name."""
+
+    def digest(self, path: str) -> str:
+        """Return the digest that the hub lists for a file; empty if the hub lists none."""
+
     def refuse(self, response: "httpx.Response", path: str = "") -> NoReturn:
         """Raise SourceError for an answer of the hub."""
 
@@ -54,12 +63,13 @@ class Downloadable(Protocol):
         """Return the error for an answer of the hub that makes no sense."""
 
 
-def download(repo: Downloadable, emit: Emit, only: Collection[str] | None = None) -> Path:
+def download(repo: Downloadable, emit: Emit, only: Collection[str] | None = None) -> Folder:
     """Download the repo's commit into the Hugging Face cache, and return the folder.
 
     `only` names the files to download; None: all files but weights in other formats than
-    safetensors, and weights in subfolders. Files in the cache are not downloaded again. Raises
-    SourceError if the download fails.
+    safetensors, and weights in subfolders. Files in the cache are not downloaded again. All files
+    are compared with the digests that the hub lists. Raises SourceError if the download fails, or
+    if a file differs.
     """
     paths = [path for path in repo.files if (_matters(path) if only is None else path in only)]
     sizes = {path: repo.files[path] for path in paths}
@@ -72,7 +82,15 @@ def download(repo: Downloadable, emit: Emit, only: Collection[str] | None = None
             )
     total = sum(sizes.values())
     emit(Progress("download", total, total))
-    return folder
+    files = Folder(folder)  # before its files are hashed: later changes change their stamps
+    known = {path: digest for path in paths if (digest := repo.digest(path))}
+    for path, _ in differing(files, known, emit):
+        raise SourceError(
+            f"{path} of {repo.repo_id} in the cache is not the file that {repo.host} lists: "
+            f"{files.path(path).resolve()} has another digest.",
+            "Delete that file, then run the same command again to download the file again.",
+        )
+    return files
 
 
 def _snapshot(repo: Downloadable, sizes: Mapping[str, int], emit: Emit) -> Path:

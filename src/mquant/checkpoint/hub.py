@@ -97,8 +97,8 @@ class HubRepo:
 
     @property
     def stamps(self) -> Mapping[str, Stamp]:
-        """The size of each file, and the time 0: the commit fixes the content."""
-        return {path: (size, 0) for path, size in self.files.items()}
+        """The size of each file, and no times: the commit fixes the content."""
+        return {path: Stamp(size) for path, size in self.files.items()}
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -108,7 +108,7 @@ class HubRepo:
     def materialize(self, emit: Emit, only: Collection[str] | None = None) -> Folder:
         """Download the commit, or its files that `only` names, into the Hugging Face cache."""
         emit(Note("info", f"Downloading {self.repo_id}."))
-        return Folder(download(self, emit, only))
+        return download(self, emit, only)
 
     @property
     def host(self) -> str:
@@ -131,7 +131,17 @@ class HubRepo:
         if start == end:
             return b""
         url = f"{self.endpoint}/{self.repo_id}/resolve/{self.commit}/{quote(path)}"
-        return retrying(lambda: self._range(url, path, start, end))
+        data = retrying(lambda: self._range(url, path, start, end))
+        if end - start == size and self.digest(path) and not self.lists(path, data):
+            raise SourceError(
+                f"{self.host} sent another {path} of {self.repo_id} than it lists.",
+                "Run the same command again to download the file again.",
+            )
+        return data
+
+    def digest(self, path: str) -> str:
+        """Return the sha256 or git's id that the hub lists for a file; empty if it lists none."""
+        return self.sha256.get(path) or self.blobs.get(path, "")
 
     def lists(self, path: str, content: bytes) -> bool:
         """Return whether `content` has the digest that the hub lists for the file."""

@@ -6,11 +6,10 @@ from pathlib import PurePosixPath
 from threading import Lock
 from typing import Final
 
-from mquant.checkpoint.source import Folder, Source, stamp
+from mquant.checkpoint.source import Folder, Source, changed, stamp
 from mquant.errors import SourceError
 
 _PREFETCH_BYTES: Final = 1 << 20  # Linux reads no more for one call than one request of the disk
-_FIX: Final = "Wait until nothing writes to the file, then run the same command again."
 
 
 class Reader:
@@ -56,9 +55,9 @@ class Reader:
                 os.posix_fadvise(file, at, min(_PREFETCH_BYTES, end - at), os.POSIX_FADV_WILLNEED)
 
     def check(self, path: str) -> None:
-        """Raise SourceError if a file was written to since its folder was read."""
+        """Raise SourceError if a file has changed since its folder was listed."""
         if stamp(os.fstat(self._open(path))) != self._folder.stamps[path]:
-            raise SourceError(f"{path} changed while it was read.", _FIX)
+            raise changed(path)
 
     def close(self) -> None:
         """Close all files."""

@@ -2,21 +2,31 @@
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mquant.errors import SourceError
 from mquant.events import Emit
 
-Stamp = tuple[int, int]
-"""A file's size and modification time in ns: a write to the file changes the stamp."""
+
+class Stamp(NamedTuple):
+    """A file's size, times of modification and of change in ns, and inode.
+
+    Every write to the file changes the stamp: a program can set `mtime` back, but not `ctime`. A
+    hard link or a chmod changes `ctime` too, so the bytes under another stamp may be the same.
+    """
+
+    size: int
+    mtime: int = 0
+    ctime: int = 0
+    inode: int = 0
 
 
 def stamp(stat: os.stat_result) -> Stamp:
     """Return the stamp in a file's status."""
-    return stat.st_size, stat.st_mtime_ns
+    return Stamp(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
 class Source(Protocol):
@@ -32,7 +42,7 @@ class Source(Protocol):
 
     @property
     def stamps(self) -> Mapping[str, Stamp]:
-        """The stamp of each file, by path. A commit fixes a hub's file: its time is 0."""
+        """The stamp of each file, by path. A commit fixes a hub's file: its times are 0."""
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -61,7 +71,7 @@ class Folder:
             raise SourceError(f"{root} is not a folder.", "Give the checkpoint's folder.")
         self.root = root
         self.stamps: Mapping[str, Stamp] = dict(sorted(self._walk()))
-        self.files: Mapping[str, int] = {path: size for path, (size, _) in self.stamps.items()}
+        self.files: Mapping[str, int] = {path: s.size for path, s in self.stamps.items()}
 
     @property
     def name(self) -> str:
@@ -99,6 +109,16 @@ class Folder:
             raise SourceError(
                 f"{path} cannot be read: {error.strerror}.", "Check the disk."
             ) from error
+
+    def check(self, paths: Iterable[str]) -> None:
+        """Raise SourceError if one of the files has changed since the folder was listed."""
+        for path in paths:
+            try:
+                now = stamp(self.path(path).stat())
+            except OSError:
+                now = None
+            if now != self.stamps[path]:
+                raise changed(path)
 
     def leads_out(self, path: str) -> bool:
         """Return whether a listed file is a link out of this folder.
@@ -144,6 +164,15 @@ class Folder:
         return stamps
 
 
+def changed(path: str) -> SourceError:
+    """Return the error for a file of a source that changed during a run."""
+    return SourceError(
+        f"{path} changed while it was read.",
+        "Wait until nothing writes to the file, then run the same command again: only what was "
+        "made from the file is made again.",
+    )
+
+
 def _part(file: int, path: str, start: int, end: int) -> bytes:
     """Return bytes [start, end) of an open file. Raises SourceError if the file is shorter."""
     data = os.pread(file, end - start, start)
@@ -182,7 +211,7 @@ class Overlay:
     @property
     def stamps(self) -> Mapping[str, Stamp]:
         """The stamps of the source below; a file in memory never changes."""
-        return {path: self._below.stamps.get(path, (n, 0)) for path, n in self.files.items()}
+        return {p: self._below.stamps.get(p, Stamp(n)) for p, n in self.files.items()}
 
     @property
     def folders(self) -> tuple[Path, ...]:

@@ -202,7 +202,9 @@ class Spool:
                 path.unlink()
         for part in self._parts.values():
             whole = self._folder / part.name
-            if whole.is_file() and whole.stat().st_size == part.nbytes:
+            if whole.is_file() and not _is_still(part, whole):
+                whole.unlink()  # the file changed since the run that downloaded it
+            elif whole.is_file():
                 part.ready = True
                 self._taken += part.nbytes
                 self._fetched += part.nbytes
@@ -343,6 +345,14 @@ class _Growing:
             else:
                 self._partial.unlink()
         return valid
+
+
+def _is_still(part: FilePart, path: Path) -> bool:
+    """Return whether an earlier run's file has the part's size, and its digest if one is known."""
+    if path.stat().st_size != part.nbytes:
+        return False
+    with path.open("rb") as file:
+        return part.digest in (None, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 @contextmanager

@@ -7,9 +7,12 @@ share has its own ledger, which numbers the work units of the share. The key `jo
 units.
 
     {"schema": "mquant.run/2", "fingerprint": {...}, "files": ["config.json", ...]}
-    {"sources": {"model-00001-of-00002.safetensors": [size, mtime_ns], ...}}     at each start
+    {"sources": {"model-00001-of-00002.safetensors": STAMP, ...}}      at each start
     {"jobs": [[0, 41], [44, 44]]}      first to last, as numbered in the plan
     {"shard": "model-00001-of-00003.safetensors", "sha256": "...", "jobs": [[0, 99]]}      complete
+
+A STAMP is a list of size, mtime, ctime and inode. A ledger of an earlier release has other stamps,
+which equal no stamp of this release.
 """
 
 import errno
@@ -225,9 +228,9 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 def _stamp(value: object) -> Stamp:
     match value:
-        case [int(size), int(time)]:
-            return size, time
-    return -1, -1  # no file has this stamp
+        case [int(size), int(mtime), int(ctime), int(inode)]:
+            return Stamp(size, mtime, ctime, inode)
+    return Stamp(-1)  # no file has this stamp
 
 
 def _span(value: object) -> range:

@@ -39,6 +39,7 @@ from mquant.output import (
     source_notes,
 )
 from mquant.plan import Plan
+from mquant.runs.unchanged import check_unchanged, described_by
 from mquant.text import size
 from mquant.verify.config_json import CONFIG_KEY_MISSING
 from mquant.verify.judge import Depth, verify
@@ -278,8 +279,8 @@ class Run:
     def assemble(self, judge: Callable[[Source], None], kept: Kept | None = None) -> None:
         """Write all files but the shards. `judge` sees the checkpoint before config.json exists.
 
-        `kept` are the files of the result that the run does not write. If `judge` raises, OUT has
-        no index and no config.json.
+        `kept` are the files of the result that the run does not write. If `judge` raises, or if a
+        file that was read has changed since, OUT has no index and no config.json.
         """
         spec = self.spec
         shards = dict(kept or {})
@@ -290,7 +291,14 @@ class Run:
         for note in source_notes(checkpoint, self._now(checkpoint.source)):
             self.emit(note)
         index = index_json(spec.indexed or spec.plan)
-        finish(self.out, spec.plan, index, shards, sides, spec.record, judge)
+        read = [(self.source, path) for path in spec.stamps]
+        read += [(source, path) for path, source in sides.items()]
+
+        def judge_and_check(made: Source) -> None:
+            judge(made)
+            check_unchanged([*read, *described_by(checkpoint.source)])
+
+        finish(self.out, spec.plan, index, shards, sides, spec.record, judge_and_check)
 
     def judge(
         self, made: Source, *, ignoring: Collection[str] = (), parent: Source | None = None
