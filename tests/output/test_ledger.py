@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mquant.checkpoint import Stamp
 from mquant.errors import OutputError
 from mquant.output import LEDGER, Ledger, Recorded
 from mquant.output.ledger import read_ledger
 
 RUN = {"source": "aa", "plan": "bb"}
-SOURCES = {"model.safetensors": (100, 5)}
+SOURCES = {"model.safetensors": Stamp(100, 5, 6, 7)}
 
 
 def begun(out: Path) -> Ledger:
@@ -54,10 +55,10 @@ def test_work_units_keep_their_sources(tmp_path: Path) -> None:
     ledger.release()
     ledger = Ledger(tmp_path)
     ledger.begin(RUN, [], afresh=False)
-    ledger.read_from({"model.safetensors": (100, 6)})
+    ledger.read_from({"model.safetensors": Stamp(100, 6, 7, 8)})
     ledger.count([1])
     ledger.release()
-    assert recorded(tmp_path).units == {0: SOURCES, 1: {"model.safetensors": (100, 6)}}
+    assert recorded(tmp_path).units == {0: SOURCES, 1: {"model.safetensors": Stamp(100, 6, 7, 8)}}
 
 
 def test_an_incomplete_line_is_ignored_and_spoils_no_other_line(tmp_path: Path) -> None:

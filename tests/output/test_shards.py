@@ -227,7 +227,7 @@ def test_uncommitted_work_is_repeated(plan: Plan, out: Path, ledger: Ledger) -> 
 def test_work_from_a_changed_source_file_is_repeated(plan: Plan, out: Path, ledger: Ledger) -> None:
     remaining = do_half(out, plan, ledger)
     changed = sorted(stamps(plan))[1]
-    new_stamps = {**stamps(plan), changed: (1, 1)}
+    new_stamps = {**stamps(plan), changed: Stamp(1, 1)}
     pending = ShardSet(out, plan, ledger, read_ledger(out), new_stamps).pending
     repeated = [unit for unit in pending if unit not in remaining]
     assert repeated

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from make import make_config
-from mquant.checkpoint import Checkpoint, TensorInfo
+from mquant.checkpoint import Checkpoint, Stamp, TensorInfo
 from mquant.dtypes import nbytes
 from mquant.events import Emit
 from mquant.family import load_families
@@ -25,7 +25,7 @@ class Listed:
 
     def __init__(self, files: Mapping[str, int]) -> None:
         self.files = files
-        self.stamps = {path: (size, 0) for path, size in files.items()}
+        self.stamps = {path: Stamp(size) for path, size in files.items()}
 
     def materialize(self, emit: Emit, only: Collection[str] | None = None) -> "Listed":
         return self

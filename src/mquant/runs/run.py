@@ -39,7 +39,7 @@ from mquant.output import (
     source_notes,
 )
 from mquant.plan import Plan
-from mquant.runs.unchanged import check_unchanged, described_by
+from mquant.runs.unchanged import check_unchanged, described_by, refuse_changed
 from mquant.text import size
 from mquant.verify.config_json import CONFIG_KEY_MISSING
 from mquant.verify.judge import Depth, verify
@@ -188,7 +188,8 @@ class Run:
 
         `room` is the number of bytes that OUT needs; None: the spec's. `fetch` returns the source
         to read, before OUT is locked; None: all files of a hub repo are downloaded. Raises
-        OutputError for an OUT that mquant did not make, that is in use or is too small.
+        OutputError for an OUT that mquant did not make, that is in use or is too small, SourceError
+        for a source that is not the checkpoint that its mquant.json lists.
         """
         emit, restart = options.get("emit", silent), options.get("restart", False)
         look = partial(
@@ -205,6 +206,7 @@ class Run:
             yield make(spec.source, None, claim)
             return
         check_disk(out, claim.files, spec.file_bytes if room is None else room)
+        refuse_changed(spec.source, emit)
         source = fetch() if fetch else spec.source.materialize(emit)
         ledger = Ledger(out)
         try:

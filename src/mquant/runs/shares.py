@@ -39,6 +39,7 @@ from mquant.runs.job_spec import JobSpec
 from mquant.runs.quantize import judge, run_engine
 from mquant.runs.run import Result, Run, check_disk
 from mquant.runs.spec import Engine, QuantizeSpec, prepare
+from mquant.runs.unchanged import refuse_changed
 from mquant.text import size
 
 
@@ -93,6 +94,7 @@ class Shares:
             emit(Note("info", f"Share {number:,} of {self.shared.of:,} has no shard to make."))
             return True
         files = {path for unit in part.units for path in unit.files}
+        refuse_changed(self.spec.source, emit, files)
         source = self.spec.source.materialize(emit, sorted(files))
         ledger = take_share(self.out, self.spec.protected, self.shared, number, patience)
         if ledger is None:

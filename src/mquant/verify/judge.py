@@ -17,6 +17,7 @@ from mquant.loader_model.modules import ModuleView, read_modules
 from mquant.output import as_table, known_table
 from mquant.text import plural
 from mquant.verify.against_parent import check_against
+from mquant.verify.digests import check_digests
 from mquant.verify.ignore_report import check_ignore
 from mquant.verify.loaders.ask_vllm import Verdict, ask
 from mquant.verify.loaders.install import find_python
@@ -40,12 +41,12 @@ class Depth(StrEnum):
 class Report:
     """The result of a verification.
 
-    `findings` are sorted, errors first; `wrong` are all tensors with wrong numbers. `checked` names
-    what was judged: `structure`, `numbers`, `against` (the parent, `sampled` or not) and `vllm`.
-    `bytes_read` and `requests` count the downloads of both checkpoints; None if no checkpoint is a
-    hub repo. `loader` is a real loader's verdict. `not_judged` says why rules were not applied.
-    `undecided` is a sentence if an unknown fact decides whether a loader takes the checkpoint, and
-    no loader judged the checkpoint.
+    `findings` are sorted, errors first; `wrong` are all tensors with wrong numbers, and all tensors
+    of a shard that is not the shard in mquant.json. `checked` names what was judged: `structure`,
+    `numbers`, `against` (the parent, `sampled` or not) and `vllm`. `bytes_read` and `requests`
+    count the downloads of both checkpoints; None if no checkpoint is a hub repo. `loader` is a real
+    loader's verdict. `not_judged` says why rules were not applied. `undecided` is a sentence if an
+    unknown fact decides whether a loader takes the checkpoint, and no loader judged the checkpoint.
     """
 
     source: str
@@ -142,12 +143,16 @@ def verify(
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, source, view.checkpoint.shards) if ask_vllm else None
         all_findings = [*check_structure(view), *_ignore(view)]
-        checked, wrong = ["structure"], frozenset[str]()
+        compared = check_digests(source, emit, data=depth is not Depth.STRUCTURE)
+        all_findings += compared.findings
+        tensors = view.checkpoint.tensors.values()
+        wrong = frozenset(info.name for info in tensors if info.shard in compared.shards)
+        checked = ["structure"]
         if depth is not Depth.STRUCTURE:
             checked.append("numbers")
             numbers = check_numbers(view, emit)
             all_findings += numbers.findings()
-            wrong = frozenset(numbers.places)
+            wrong |= numbers.places
         if original is not None:
             checked.append("against")
             all_findings += _against(view, original, depth, emit)
@@ -174,7 +179,7 @@ def verify(
         bytes_read=sum(hub.bytes_read for hub in hubs) if hubs else None,
         requests=sum(hub.requests for hub in hubs) if hubs else None,
         loader=loader,
-        not_judged=not_judged(clauses, rules, needs, all_findings),
+        not_judged=not_judged({**clauses, **compared.unknown}, rules, needs, all_findings),
         undecided="" if judged_by_loader else undecided(view, clauses),
     )
 
