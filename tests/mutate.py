@@ -17,6 +17,7 @@ from make import Edit, Row, write_index, write_json, write_shard
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Folder
 from mquant.family import load_families
 from mquant.findings import RULES, Severity
+from mquant.output import RECORD
 from mquant.verify.judge import Depth, verify
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
@@ -35,9 +36,10 @@ def mutated(
 
     After an `edit` every shard is written again and the index fits the shards; a new tensor is
     stored in the last shard. `...` removes a config key. `index` and `total_size` change the index
-    last, so that the index may not fit the shards.
+    last, so that the index may not fit the shards. mquant.json lists no files, so that its digests
+    do not give the change away.
     """
-    bad = Path(shutil.copytree(good, folder / "bad"))
+    bad = forget_digests(Path(shutil.copytree(good, folder / "bad")))
     checkpoint = opened(good)
     weight_map = {name: info.shard for name, info in checkpoint.tensors.items()}
     total = checkpoint.nbytes
@@ -59,6 +61,13 @@ def mutated(
         table = {**read_json(bad / CONFIG_NAME), **config}
         write_json(bad / CONFIG_NAME, {k: v for k, v in table.items() if v is not ...})
     return bad
+
+
+def forget_digests(folder: Path) -> Path:
+    """Remove the list of files from mquant.json, if there is one, and return the folder."""
+    if (folder / RECORD).exists():
+        write_json(folder / RECORD, {**read_json(folder / RECORD), "files": {}})
+    return folder
 
 
 def changed(

@@ -14,7 +14,10 @@ from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
+from mquant.checkpoint import CONFIG_NAME, Folder
+from mquant.checkpoint.hashing import differing
 from mquant.errors import OutputError
+from mquant.events import Emit, silent
 from mquant.output.disk import PARTIAL, is_plain, is_there
 from mquant.output.ledger import SHARES, Recorded, is_ledger, read_ledger
 from mquant.output.mquant_json import RECORD, own_table
@@ -49,14 +52,15 @@ def examine(
     *,
     restart: bool,
     elsewhere: Iterable[str] = (),
+    emit: Emit = silent,
 ) -> Claim:
     """Return the state of OUT; write nothing.
 
     `fingerprint` is a table of strings that tells one run from another. `elsewhere` are files of
     the finished checkpoint that OUT does not hold. Raises OutputError if OUT is a file, if mquant
     did not make OUT, if a run in shares fills OUT, or if OUT is, is in, or holds one of the source
-    folders. Unless `restart`, also raises OutputError if OUT belongs to another run, or if the size
-    of a file has changed since a run finished OUT.
+    folders. Unless `restart`, also raises OutputError if OUT belongs to another run, or if a file
+    has changed since a run finished OUT.
     """
     if is_there(out) and not out.is_dir():
         raise OutputError(f"{out} is a file.", "Give a folder with -o.")
@@ -89,7 +93,7 @@ def examine(
         return Claim(State.UNFINISHED, files)
     if ledger is not None:
         return Claim(State.UNFINISHED, files, ledger)
-    done = _is_whole(out, table, frozenset(elsewhere))
+    done = _is_whole(out, table, frozenset(elsewhere), emit)
     return Claim(State.DONE if done else State.UNFINISHED, files)
 
 
@@ -104,20 +108,20 @@ def discard(out: Path, files: Iterable[str]) -> None:
             parent.rmdir()
 
 
-def is_finished(out: Path, fingerprint: dict[str, Any] | None = None) -> bool:
+def is_finished(out: Path, fingerprint: dict[str, Any] | None = None, emit: Emit = silent) -> bool:
     """Return whether OUT holds all files of a finished run; with a `fingerprint`, of that run.
 
-    Raises OutputError if the size of a file has changed since.
+    Raises OutputError if a file has changed since.
     """
     record = own_table(out) or {}
     matches = fingerprint is None or record.get("fingerprint") == fingerprint
-    return matches and _is_whole(out, record, frozenset())
+    return matches and _is_whole(out, record, frozenset(), emit)
 
 
-def _is_whole(out: Path, record: dict[str, Any], elsewhere: frozenset[str]) -> bool:
+def _is_whole(out: Path, record: dict[str, Any], elsewhere: frozenset[str], emit: Emit) -> bool:
     """Return whether all files of a finished run are in OUT, except the files in `elsewhere`.
 
-    Raises OutputError for a file of another size: the user may have edited the file.
+    Raises OutputError for a file that has changed: the user may have edited the file.
     """
     files = record.get("files")
     files = files if isinstance(files, dict) else {}
@@ -127,12 +131,32 @@ def _is_whole(out: Path, record: dict[str, Any], elsewhere: frozenset[str]) -> b
         recorded = files[name].get("bytes") if isinstance(files[name], dict) else None
         actual = (out / name).stat().st_size
         if actual != recorded:
-            raise OutputError(
-                f"{name} in {out} has changed since mquant wrote it: its size was "
-                f"{str(recorded)[:20]} bytes and is {actual}.",
-                "Give another folder with -o, or --restart to write all files of the folder again.",
-            )
-    return "config.json" in present and len(present) == len(files)
+            raise _edited(out, name, f"size was {str(recorded)[:20]} bytes and is {actual}")
+    whole = CONFIG_NAME in present and len(present) == len(files)
+    if whole:
+        _refuse_edited(out, {name: str(files[name].get("sha256")) for name in present}, emit)
+    return whole
+
+
+def _refuse_edited(out: Path, digests: Mapping[str, str], emit: Emit) -> None:
+    """Raise OutputError if a file has another digest; read the files that may have changed only.
+
+    A run writes config.json last, and no program can set `ctime` back.
+    """
+    folder = Folder(out)
+    config = folder.stamps[CONFIG_NAME]
+    finished = min(config.mtime, config.ctime)
+    later = [name for name in folder.files if folder.stamps[name].ctime >= finished]
+    known = {name: digests[name] for name in later if name in digests}
+    for name, digest in differing(folder, known, emit):
+        raise _edited(out, name, f"sha256 was {known[name][:64]} and is {digest}")
+
+
+def _edited(out: Path, name: str, what: str) -> OutputError:
+    return OutputError(
+        f"{name} in {out} has changed since mquant wrote it: its {what}.",
+        "Give another folder with -o, or --restart to write all files of the folder again.",
+    )
 
 
 def _safe_names(out: Path, value: object) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ units.
     {"schema": "mquant.run/2", "fingerprint": {...}, "files": ["config.json", ...]}
     {"sources": {"model-00001-of-00002.safetensors": STAMP, ...}}      at each start
     {"jobs": [[0, 41], [44, 44]]}      first to last, as numbered in the plan
-    {"shard": "model-00001-of-00003.safetensors", "sha256": "...", "jobs": [[0, 99]]}      complete
+    {"shard": "model-00001-of-00003.safetensors", "sha256": "...", "jobs": [[0, 99]],
+     "stamp": STAMP}                                                   complete
 
 A STAMP is a list of size, mtime, ctime and inode. A ledger of an earlier release has other stamps,
 which equal no stamp of this release.
@@ -17,6 +18,7 @@ which equal no stamp of this release.
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -28,7 +30,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Final
 
-from mquant.checkpoint import Stamp
+from mquant.checkpoint import Stamp, stamp
 from mquant.errors import InUse, OutputError
 from mquant.output.disk import fsync_folder, out_of_space, read_own
 from mquant.untrusted import MAX_TENSORS, parse_json
@@ -60,13 +62,23 @@ class Recorded:
     """The content of a ledger.
 
     `units` maps the number of a work unit to the stamps of the source files at that time; `shards`
-    maps the name of a complete shard to its sha256.
+    maps the name of a complete shard to its sha256, and `stamps` to the stamp of its file.
     """
 
     fingerprint: dict[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     units: dict[int, Mapping[str, Stamp]] = field(default_factory=dict)
     shards: dict[str, str] = field(default_factory=dict)
+    stamps: dict[str, Stamp] = field(default_factory=dict)
+
+    def has(self, shard: str, path: Path) -> bool:
+        """Return whether `path` is the complete shard: by its stamp, or else by its sha256."""
+        if shard not in self.shards or path.is_symlink() or not path.is_file():
+            return False
+        with path.open("rb") as file:
+            if stamp(os.fstat(file.fileno())) == self.stamps.get(shard):
+                return True
+            return hashlib.file_digest(file, "sha256").hexdigest() == self.shards[shard]
 
 
 def read_ledger(out: Path, name: str = LEDGER) -> Recorded | None:
@@ -97,6 +109,7 @@ def parse_ledger(raw: bytes) -> Recorded:
                     allowed -= 1
                 if "shard" in entry:
                     recorded.shards[str(entry["shard"])] = str(entry.get("sha256"))
+                    recorded.stamps[str(entry["shard"])] = _stamp(entry.get("stamp"))
     return recorded
 
 
@@ -172,7 +185,7 @@ class Ledger:
 
     def complete_shard(self, name: str, sha256: str, units: range) -> None:
         """Count a shard that is on disk under its final name, and all its work units."""
-        self._append(shard_line(name, sha256, units))
+        self._append(shard_line(name, sha256, units, stamp((self._out / name).stat())))
 
     def complete(self) -> None:
         """Delete the ledger: the run is complete."""
@@ -217,9 +230,10 @@ def head_line(fingerprint: Mapping[str, Any], files: Iterable[str]) -> bytes:
     return _line(head)
 
 
-def shard_line(name: str, sha256: str, units: range) -> bytes:
-    """Return the line of a complete shard and all its work units."""
-    return _line({"shard": name, "sha256": sha256, "jobs": [[units.start, units.stop - 1]]})
+def shard_line(name: str, sha256: str, units: range, at: Stamp | None = None) -> bytes:
+    """Return the line of a complete shard and all its work units; `at`: the stamp of its file."""
+    jobs = [[units.start, units.stop - 1]]
+    return _line({"shard": name, "sha256": sha256, "jobs": jobs, **({"stamp": at} if at else {})})
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

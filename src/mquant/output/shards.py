@@ -246,7 +246,9 @@ class ShardSet:
                 if final.is_symlink():
                     final.unlink()  # mquant writes no links
                 whole = shard.name in recorded.shards and len(units) == len(shard.units)
-                if whole and _is_of(final, shard.file_bytes):
+                if shard.name in recorded.shards and not recorded.has(shard.name, final):
+                    final.unlink(missing_ok=True)  # the file changed since a run completed it
+                elif whole:
                     self.digests[shard.name] = recorded.shards[shard.name]
                 elif final.is_file():
                     final.rename(partial)
@@ -272,8 +274,8 @@ def complete_shards(
     digests: dict[str, str] = {}
     for shard, units in zip(plan.shards, plan.numbers, strict=True):
         digest, path = recorded.shards.get(shard.name, ""), out / shard.name
-        present = not path.is_symlink() and _is_of(path, shard.file_bytes)
-        if present and valid.issuperset(units) and _SHA256.fullmatch(digest):
+        known = valid.issuperset(units) and _SHA256.fullmatch(digest)
+        if known and _is_of(path, shard.file_bytes) and recorded.has(shard.name, path):
             digests[shard.name] = digest
     return digests
 

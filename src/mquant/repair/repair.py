@@ -12,8 +12,9 @@ from mquant import __version__
 from mquant.checkpoint import Assembly, AssemblyReader, Checkpoint, Source
 from mquant.checkpoint.hashing import sha256_of
 from mquant.engines.importance import importance_fingerprint, weigher
+from mquant.errors import SourceError
 from mquant.events import Emit, silent
-from mquant.output import WORK, apply, is_staged, known_table, link, side_files, stage
+from mquant.output import WORK, apply, as_table, is_staged, known_table, link, side_files, stage
 from mquant.plan import BAD
 from mquant.repair.diagnose import Diagnosis, assemble
 from mquant.runs.run import Result, Run, RunOptions, RunSpec
@@ -139,6 +140,15 @@ class _Repair:
         known = getattr(source, "sha256", {})
         unknown = {name: source.files[name] for name in names if name not in known}
         digests = {**known, **dict(sha256_of(source, unknown, emit))}
+        files = as_table(known_table(source).get("files"))
+        for name in self.kept:
+            recorded = as_table(files.get(name)).get("sha256")
+            if recorded not in (None, digests[name]):
+                raise SourceError(
+                    f"{name} of {source.name} has changed: its sha256 is {digests[name]}; "
+                    f"mquant.json says {str(recorded)[:64]}.",
+                    "Repair without --depth structure: then changed shards are made again.",
+                )
         return {name: {"bytes": source.files[name], "sha256": digests[name]} for name in names}
 
     def _link(self, run: Run) -> None:

@@ -13,6 +13,7 @@ from mquant.numerics.floats import Floats
 from mquant.output import Document
 from mquant.plan import Plan
 from mquant.runs.run import check_plain
+from mquant.runs.unchanged import refuse_changed
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def calibrate(plan: Plan, data: str, out: Path, emit: Emit = silent) -> Calibrat
     check_plain(plan, "Calibration")
     document = Document(out, "-o", b"", (out.parent,))
     document.check()
+    refuse_changed(plan.survey.checkpoint.source, emit)
     source = plan.survey.checkpoint.source.materialize(emit)
     try:
         from mquant.engines.activations import mean_squares

@@ -199,6 +199,7 @@ class Run:
             spec.fingerprint,
             restart=restart,
             elsewhere=spec.elsewhere,
+            emit=emit,
         )
         claim = look()
         make = partial(cls, out, spec, plan=spec.shards, emit=emit, workers=options.get("workers"))

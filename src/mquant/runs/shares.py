@@ -116,7 +116,7 @@ class Shares:
         result = None
         with folder_lock(self.out) as ledger:
             if read_shared_run(self.out) is not None:
-                if not is_finished(self.out, self.spec.fingerprint):
+                if not is_finished(self.out, self.spec.fingerprint, emit):
                     spec, claim = self.spec, Claim(State.UNFINISHED)
                     run = Run(self.out, spec, spec.source, ledger, claim, spec.plan, emit)
                     run.digests = _gather(self)
@@ -227,7 +227,7 @@ def finish_shares(out: Path, emit: Emit = silent) -> Result | None:
     run = reopen(out)
     result = run.finish(emit) if run else None
     if result is None:
-        if not is_finished(out):
+        if not is_finished(out, emit=emit):
             raise OutputError(
                 f"{out} holds no shares to finish.",
                 "Make shares first: mquant quantize ... --share i/N. A run without shares is "

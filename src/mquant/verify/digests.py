@@ -48,10 +48,12 @@ SIDE_FILE_NOT_AS_RECORDED: Final = rule(
 class Compared:
     """The findings of a comparison with mquant.json, and what could not be compared.
 
-    `shards` are the shards that differ; `unknown` says why files were not compared.
+    `same` are the files that are as recorded, `shards` the shards that are not. `unknown` says why
+    files were not compared.
     """
 
     findings: tuple[Finding, ...] = ()
+    same: frozenset[str] = frozenset()
     shards: frozenset[str] = frozenset()
     unknown: Mapping[Knowledge, str] = field(default_factory=dict)
 
@@ -71,7 +73,7 @@ def check_digests(
         return Compared(unknown={"digests": f"no {RECORD} says what the files were"})
     listed = source.sha256 if isinstance(source, HubRepo) else {}
     unknown: dict[Knowledge, str] = {}
-    tally, known = Tally(), dict[str, str]()
+    tally, known, same = Tally(), dict[str, str](), set[str]()
     for path, (size, digest) in record.files.items():
         if only is not None and path not in only:
             continue
@@ -84,11 +86,14 @@ def check_digests(
             unknown["shard digests"] = "the shards were not read at this depth"
         elif listed.get(path, digest) != digest:
             _add(tally, path, _unlike(path, listed[path], digest))
-        elif path not in listed:
-            known[path] = digest
+        else:
+            same.add(path)
+            if path not in listed:
+                known[path] = digest
     for path, digest in differing(source, known, emit):
         _add(tally, path, _unlike(path, digest, known[path]))
-    return Compared(tally.findings(), frozenset(filter(is_shard, tally.places)), unknown)
+    shards = frozenset(filter(is_shard, tally.places))
+    return Compared(tally.findings(), frozenset(same - tally.places), shards, unknown)
 
 
 def _add(tally: Tally, path: str, message: str) -> None:

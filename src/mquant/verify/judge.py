@@ -42,10 +42,11 @@ class Report:
     """The result of a verification.
 
     `findings` are sorted, errors first; `wrong` are all tensors with wrong numbers, and all tensors
-    of a shard that is not the shard in mquant.json. `checked` names what was judged: `structure`,
-    `numbers`, `against` (the parent, `sampled` or not) and `vllm`. `bytes_read` and `requests`
-    count the downloads of both checkpoints; None if no checkpoint is a hub repo. `loader` is a real
-    loader's verdict. `not_judged` says why rules were not applied. `undecided` is a sentence if an
+    of a shard that is not the shard in mquant.json; `as_recorded` are the files whose size and
+    sha256 are those in mquant.json. `checked` names what was judged: `structure`, `numbers`,
+    `against` (the parent, `sampled` or not) and `vllm`. `bytes_read` and `requests` count the
+    downloads of both checkpoints; None if no checkpoint is a hub repo. `loader` is a real loader's
+    verdict. `not_judged` says why rules were not applied. `undecided` is a sentence if an
     unknown fact decides whether a loader takes the checkpoint, and no loader judged the checkpoint.
     """
 
@@ -59,6 +60,7 @@ class Report:
     sampled: bool
     findings: tuple[Finding, ...]
     wrong: frozenset[str] = frozenset()
+    as_recorded: frozenset[str] = frozenset()
     bytes_read: int | None = None
     requests: int | None = None
     loader: Verdict | None = None
@@ -176,6 +178,7 @@ def verify(
         sampled=original is not None and depth is not Depth.FULL,
         findings=_sorted(all_findings),
         wrong=wrong,
+        as_recorded=compared.same,
         bytes_read=sum(hub.bytes_read for hub in hubs) if hubs else None,
         requests=sum(hub.requests for hub in hubs) if hubs else None,
         loader=loader,

@@ -11,7 +11,7 @@ from mquant.publish.card.measured import Measured
 from mquant.publish.card.metadata import metadata
 from mquant.publish.card.origin import made, sources
 from mquant.publish.card.serving import serving
-from mquant.text import both_sizes, compress, plural, size
+from mquant.text import both_sizes, compress, plural
 
 MARK: Final = "<!-- Made by mquant card"
 
@@ -140,16 +140,14 @@ def _quantized(card: Card) -> str:
 
 
 def _files(card: Card) -> str:
-    if card.record is None or not card.record.files:
+    files = card.record.files if card.record else {}
+    same = card.report.as_recorded
+    lines = [f"{digest}  {name}" for name, (_, digest) in files.items() if name in same]
+    if not lines:
         return ""
-    rows = [
-        (code(name), size(count), code(digest))
-        for name, (count, digest) in card.record.files.items()
-    ]
-    lines = [f"{digest}  {name}" for name, (_, digest) in card.record.files.items()]
     intro = (
-        f"## Checksums\n\nsha256 of {plural(len(rows), 'file')}, as `mquant.json` has them, in the "
-        "format of `sha256sum --check`:\n"
+        f"## Checksums\n\nsha256 of {plural(len(lines), 'file')}, as `mquant.json` and the files "
+        "have them, in the format of `sha256sum --check`:\n"
     )
     return f"{intro}\n<details>\n\n{block(lines)}\n</details>\n"
 
