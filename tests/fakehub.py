@@ -75,6 +75,8 @@ class FakeHub:
         """The number of the next file uploads that break off half-way."""
         self.drop_after: int | None = None
         """The number of stored files from which on every upload breaks off; None: no limit."""
+        self.flips: str | None = None
+        """The name of a file whose last byte is sent with one bit changed."""
         self.loses: str | None = None
         """The name of a file that commits leave out."""
         self.before_commit: list[Callable[[], object]] = []
@@ -296,8 +298,10 @@ class _Handler(BaseHTTPRequestHandler):
                 piece = file.read(min(PIECE, end - start))
                 # The bytes are counted first: the client may read the count at once.
                 self.hub.served(len(piece))
-                self.wfile.write(piece)
                 start += len(piece)
+                if path.name == self.hub.flips and start == size:
+                    piece = piece[:-1] + bytes([piece[-1] ^ 1])
+                self.wfile.write(piece)
         return None
 
     def _find(

@@ -15,7 +15,7 @@ from mquant.loader_model.modules import read_modules
 from mquant.output import RECORD
 from mquant.verify.judge import Depth
 from mquant.weights.stored_weight import weight_of
-from mutate import changed, judged, mutated, setting
+from mutate import changed, forget_digests, judged, mutated, setting
 from run import TRAINED, quantize_nvfp4
 
 pytestmark = pytest.mark.upstream
@@ -154,7 +154,7 @@ def test_stamps_of_writers_may_differ(good: Path, parent: Path, tmp_path: Path) 
 
 def test_missing_and_changed_side_files_are_found(trained: Path, tmp_path: Path) -> None:
     assert judged(trained, TRAINED) == {}
-    bad = Path(shutil.copytree(trained, tmp_path / "bad"))
+    bad = forget_digests(Path(shutil.copytree(trained, tmp_path / "bad")))
     for name in ("tokenizer.json", "modeling_minimax_m2.py", "LICENSE"):
         (bad / name).unlink()
     with (bad / "generation_config.json").open("a") as file:
@@ -251,7 +251,7 @@ def test_another_model_as_the_parent_is_found(good: Path, tmp_path: Path) -> Non
 
 
 def test_a_chat_template_may_be_in_the_tokenizer_config(trained: Path, tmp_path: Path) -> None:
-    bad = Path(shutil.copytree(trained, tmp_path / "bad"))
+    bad = forget_digests(Path(shutil.copytree(trained, tmp_path / "bad")))
     (bad / "chat_template.jinja").unlink()
     assert "side-file-missing" in judged(bad, TRAINED)
     table = read_json(bad / "tokenizer_config.json")
