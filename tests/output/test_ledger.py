@@ -156,3 +156,11 @@ def test_a_damaged_ledger_never_fails(
 def test_an_absurd_span_takes_no_memory(tmp_path: Path) -> None:
     (tmp_path / LEDGER).write_text('{"jobs": [[0, 1000000000000000000]]}\n')
     assert recorded(tmp_path).units == {}
+
+
+def test_stamps_of_an_earlier_release_equal_no_stamp(tmp_path: Path) -> None:
+    ledger = begun(tmp_path)
+    ledger.release()
+    with (tmp_path / LEDGER).open("ab") as file:
+        file.write(b'{"sources": {"model.safetensors": [100, 5]}}\n{"jobs": [[3, 3]]}\n')
+    assert recorded(tmp_path).units[3] == {"model.safetensors": Stamp(-1)}

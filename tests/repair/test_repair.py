@@ -17,6 +17,7 @@ from mquant.output import RECORD
 from mquant.repair.diagnose import diagnose
 from mquant.repair.repair import repair
 from mquant.runs.quantize import quantize
+from mquant.verify.judge import Depth
 from mutate import changed, mutated, scalar
 from repairs import (
     FAMILIES,
@@ -55,6 +56,28 @@ def test_a_case_is_repaired_to_the_output_of_a_correct_run(
     assert read_json(done.out / "config.json") == read_json(right / "config.json")
     assert not problems(done.out)
     assert hashes(bad) == before
+
+
+def test_a_shard_unlike_its_record_is_made_again(right: Path, tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(right, tmp_path / "bad"))
+    shard = sorted(bad.glob("*.safetensors"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert hashes(repaired(bad, tmp_path / "out"))[shard.name] == hashes(right)[shard.name]
+
+
+def test_a_shard_unlike_its_record_does_not_stay(right: Path, tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(right, tmp_path / "bad"))
+    (bad / "LICENSE").unlink()
+    shard = sorted(bad.glob("*.safetensors"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    diagnosis = diagnose(Folder(bad), Folder(TRAINED), FAMILIES, Depth.STRUCTURE)
+    with pytest.raises(SourceError, match=f"{shard.name} of bad has changed: its sha256 is"):
+        repair(diagnosis, tmp_path / "out")
+    assert not (tmp_path / "out/config.json").exists()
 
 
 def test_a_recipe_in_mquant_json_needs_no_intact_tensor(right: Path, tmp_path: Path) -> None:
