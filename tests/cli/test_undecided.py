@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from judges import read_json
 from mquant.cli.app import app
 from mquant.data_files import folder
+from mutate import forget_digests
 from run import TRAINED, quantize_nvfp4
 
 
@@ -22,7 +23,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def src(quantized: Path, tmp_path: Path) -> Path:
     """A checkpoint of another architecture than its family's."""
-    copy = Path(shutil.copytree(quantized, tmp_path / "Q"))
+    copy = forget_digests(Path(shutil.copytree(quantized, tmp_path / "Q")))
     config = {**read_json(copy / "config.json"), "architectures": ["NoSuchForCausalLM"]}
     (copy / "config.json").write_text(json.dumps(config))
     return copy
@@ -76,7 +77,7 @@ def test_a_card_claims_no_engine_for_a_family_of_ones_own(quantized: Path, tmp_p
 def test_verify_ignore_does_not_keep_a_router_that_has_no_weight(
     quantized: Path, tmp_path: Path
 ) -> None:
-    copy = Path(shutil.copytree(quantized, tmp_path / "Q"))
+    copy = forget_digests(Path(shutil.copytree(quantized, tmp_path / "Q")))
     for shard in copy.glob("*.safetensors"):
         raw = shard.read_bytes()
         shard.write_bytes(raw.replace(b"gate.weight", b"gate.blocks"))

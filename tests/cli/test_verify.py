@@ -45,7 +45,8 @@ def test_a_clean_verdict_names_what_was_not_judged(plain: Path) -> None:
     assert result.exit_code == 0
     assert shown(result) == (
         "Clean: 47 tensors, 0 quantized modules, checked structure and numbers. "
-        "Not judged: 12 rules (no parent was given), 6 rules (no loader was asked)."
+        "Not judged: 3 rules (no mquant.json says what the files were), 12 rules (no parent was "
+        "given), 6 rules (no loader was asked)."
     )
     assert result.stderr == ""
 
@@ -123,6 +124,7 @@ def test_json_says_what_was_checked(plain: Path) -> None:
     assert {rule["why"] for rule in not_judged} == {
         "no parent was given",
         "no loader was asked",
+        "no mquant.json says what the files were",
     }
     assert {"rule": "vllm-refuses", "why": "no loader was asked"} in not_judged
     assert report == {
@@ -173,7 +175,7 @@ def test_only_headers_of_a_hub_repo_are_read(hub: FakeHub, trained: Path) -> Non
     report = document("org/tiny")
     assert report["requests"] == len(hub.requests)
     assert 0 < report["bytes_read"] <= hub.bytes_served
-    assert "in 5 requests from the hub" in shown(verify("org/tiny"))
+    assert "in 17 requests from the hub" in shown(verify("org/tiny"))
 
 
 @pytest.mark.upstream
