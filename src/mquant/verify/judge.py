@@ -1,7 +1,7 @@
 """Judge a checkpoint: read what its depth needs, apply every rule, and say what was not judged."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -144,19 +144,15 @@ def verify(
     original = read_modules(open_checkpoint(parent), families) if parent else None
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, source, view.checkpoint.shards) if ask_vllm else None
-        all_findings = [*check_structure(view), *_ignore(view)]
         compared = check_digests(source, emit, data=depth is not Depth.STRUCTURE)
-        all_findings += compared.findings
-        tensors = view.checkpoint.tensors.values()
-        wrong = frozenset(info.name for info in tensors if info.shard in compared.shards)
-        checked = ["structure"]
+        all_findings = [*check_structure(view), *_ignore(view), *compared.findings]
+        checked, wrong = ["structure"], _stored_in(compared.shards, view)
         if depth is not Depth.STRUCTURE:
-            checked.append("numbers")
             numbers = check_numbers(view, emit)
             all_findings += numbers.findings()
-            wrong |= numbers.places
+            checked, wrong = [*checked, "numbers"], wrong | numbers.places
         if original is not None:
-            checked.append("against")
+            checked += ["against"]
             all_findings += _against(view, original, depth, emit)
         loader = answer.result() if answer else None
     all_findings += loader.findings if loader else ()
@@ -185,6 +181,12 @@ def verify(
         not_judged=not_judged({**clauses, **compared.unknown}, rules, needs, all_findings),
         undecided="" if judged_by_loader else undecided(view, clauses),
     )
+
+
+def _stored_in(shards: Collection[str], view: ModuleView) -> frozenset[str]:
+    """Return the names of the tensors in some shards."""
+    tensors = view.checkpoint.tensors.values()
+    return frozenset(info.name for info in tensors if info.shard in shards)
 
 
 def _against(view: ModuleView, parent: ModuleView, depth: Depth, emit: Emit) -> tuple[Finding, ...]:
