@@ -1,0 +1,147 @@
+"""The commands that kill_everywhere.py kills, their inputs, and what each command may change.
+
+`Inputs.make` writes folders that no command may change (`kept`), and the folders in which each
+command begins (`begins`). A command runs in a copy of its beginning; `../kept` has the inputs.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+SMALL: Final = "8KB"
+"""The size of an output shard, so that a tiny checkpoint has several shards."""
+_QUANTIZE: Final = ("--recipe", "nvfp4", "--max-shard-size", SMALL, "--workers", "1")
+_BF16, _NVFP4, _BROKEN = "../kept/bf16", "../kept/nvfp4", "../kept/broken"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command, and the state in which the command begins.
+
+    `begin` names the state; "" is an empty folder. `result` is the file or folder of the result.
+    `gone` says that a document of an earlier run is removed before the verb works. `repo` is the
+    repo that the command writes. `heavy` commands load torch. `refused` is the option that a
+    refusal of the rerun names.
+    """
+
+    verb: str
+    command: tuple[str, ...]
+    result: str = "out"
+    begin: str = ""
+    gone: bool = False
+    repo: str = ""
+    heavy: bool = False
+
+
+CASES: Final = (
+    Case("quantize", ("quantize", _BF16, "-o", "out", *_QUANTIZE)),
+    Case("quantize-restart", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--restart"), begin="w4"),
+    Case("oneshot", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--engine", "oneshot"), heavy=True),
+    Case("importance", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--recipe", "nvfp4-opt")),
+    Case("hub", ("quantize", "org/bf16", "-o", "out", *_QUANTIZE)),
+    Case("hub-scratch", ("quantize", "org/bf16", "-o", "out", *_QUANTIZE, "--scratch", "200KB")),
+    Case(
+        "push-to",
+        ("quantize", "org/bf16", "-o", "out", *_QUANTIZE, "--push-to", "org/out"),
+        repo="org/out",
+    ),
+    Case(
+        "push-to-scratch",
+        ("quantize", "org/bf16", "-o", "out", *_QUANTIZE)
+        + ("--push-to", "org/out", "--scratch", "300KB"),
+        repo="org/out",
+    ),
+    Case("share", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--share", "1/2")),
+    Case("share-last", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--share", "2/2"), begin="one"),
+    Case("finish", ("finish", "out"), begin="both"),
+    Case("repair", ("repair", _BROKEN, "--from", _BF16, "-o", "out", "--workers", "1")),
+    Case(
+        "repair-in-place",
+        ("repair", "out", "--from", _BF16, "--in-place", "--workers", "1"),
+        begin="broken",
+    ),
+    Case("export", ("export", _NVFP4, "--to", "modelopt", "-o", "out", "--workers", "1")),
+    Case(
+        "dequantize",
+        ("dequantize", _NVFP4, "-o", "out", "--max-shard-size", SMALL, "--workers", "1"),
+    ),
+    Case(
+        "calibrate",
+        ("calibrate", "../kept/trained", "--data", "../kept/text.jsonl", "-o", "out"),
+        heavy=True,
+    ),
+    Case("card", ("card", "ours", "--from", _BF16), result="ours/README.md", begin="ours"),
+    Case("card-again", ("card", "ours", "--from", _BF16), result="ours/README.md", begin="card"),
+    Case("report", ("report", _NVFP4, "--against", _BF16, "-o", "out.html"), result="out.html"),
+    Case(
+        "report-again",
+        ("report", _NVFP4, "--against", _BF16, "-o", "out.html"),
+        result="out.html",
+        begin="report",
+    ),
+    Case("compare", ("compare", _NVFP4, "--against", _BF16, "--workers", "1"), result=""),
+    Case("verify", ("verify", _NVFP4, "--junit", "out.xml"), result="out.xml"),
+    Case("verify-again", ("verify", _NVFP4, "--junit", "out.xml"), "out.xml", "junit", gone=True),
+    Case("synth", ("synth", "out", "--max-shard-size", "200KB")),
+    Case("check", ("families", "check", "../kept/family.yaml"), result=""),
+    Case("push", ("push", _NVFP4, "org/pushed"), result="", repo="org/pushed"),
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs in `where`, and `run`, which runs a command in a folder."""
+
+    where: Path
+    run: Callable[[tuple[str, ...], Path], None]
+
+    def make(self) -> None:
+        """Write all inputs and all beginnings."""
+        from make import make_checkpoint, without
+        from mutate import mutated
+        from run import TRAINED
+
+        from mquant.data_files import folder
+
+        kept = self.where / "kept"
+        bf16 = kept / "bf16"
+        make_checkpoint(bf16, layers=1, experts=2, hidden=32, intermediate=16, vocab=32)
+        (bf16 / "tokenizer.json").write_text("{}")
+        (bf16 / "LICENSE").write_text("MIT")
+        (kept / "text.jsonl").write_text(json.dumps({"text": "A router picks experts. " * 4}) + "\n")
+        shutil.copytree(TRAINED, kept / "trained")
+        shutil.copyfile(folder("configs") / "minimax_m2.yaml", kept / "family.yaml")
+        self._begin("nvfp4", case("quantize"))
+        shutil.copytree(self.where / "begins" / "nvfp4" / "out", kept / "nvfp4")
+        mutated(kept / "nvfp4", self.where, edit=without(".experts.1.w1.weight_scale"))
+        shutil.copytree(self.where / "bad", kept / "broken")
+        (self.where / "begins" / "broken").mkdir()
+        (self.where / "bad").rename(self.where / "begins" / "broken" / "out")
+        for name in ("ours", "card"):
+            shutil.copytree(kept / "nvfp4", self.where / "begins" / name / "ours")
+        w4 = Case("", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--recipe", "fp8-dynamic"))
+        self._begin("w4", w4)
+        self._begin("one", case("share"))
+        shutil.copytree(self.where / "begins" / "one", self.where / "begins" / "both")
+        self._begin("both", case("share-last"))
+        self._begin("card", Case("", ("card", "ours")))
+        self._begin("report", Case("", ("report", _NVFP4, "-o", "out.html")))
+        self._begin("junit", Case("", ("verify", _BF16, "--junit", "out.xml")))
+
+    def _begin(self, name: str, case: Case) -> None:
+        folder = self.where / "begins" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        work = self.where / "work"
+        shutil.copytree(folder, work)
+        self.run(case.command, work)
+        shutil.rmtree(folder)
+        shutil.copytree(work, folder, ignore=shutil.ignore_patterns(".around"))
+        shutil.rmtree(work)
+
+
+def case(verb: str) -> Case:
+    """Return the case of a verb."""
+    return next(case for case in CASES if case.verb == verb)

@@ -1,0 +1,117 @@
+"""Run mquant in forked processes that die at a given change of a file, for kill_everywhere.py.
+
+The server has the preloaded library (kill_preload.c) and every module that mquant loads late, so a
+command costs a fork and its own work. A line of JSON on stdin asks for one command; a line of JSON
+on stdout answers. `here` runs the command in the server itself: then kernels are compiled and
+caches are warm for all later processes.
+"""
+
+import atexit
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+SECONDS = 180
+"""The longest time of a command."""
+_LOADED = (
+    "mquant.cli.app",
+    "mquant.publish.push",
+    "mquant.publish.report",
+    "mquant.publish.card",
+    "mquant.repair.repair",
+    "mquant.runs.export",
+    "mquant.runs.hub_to_hub",
+    "mquant.runs.shares",
+    "mquant.measure.comparison",
+    "mquant.measure.evaluation",
+    "huggingface_hub",
+)
+_HEAVY = ("mquant.engines.oneshot", "mquant.engines.activations")
+
+
+def main() -> None:
+    """Answer commands until stdin ends."""
+    library = ctypes.CDLL(None)
+    library.kill_count.restype = ctypes.c_long
+    library.kill_list.restype = ctypes.c_char_p
+    library.kill_arm.argtypes = (ctypes.c_char_p, ctypes.c_long, ctypes.c_int)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    for name in (*_LOADED, *(_HEAVY if "heavy" in sys.argv[1:] else ())):
+        __import__(name)
+    from mquant.checkpoint import retry
+
+    retry.BACKOFF_SECONDS = 0.0  # type: ignore[misc]
+    answers = os.fdopen(os.dup(1), "w")
+    sys.stdout.flush()
+    for line in sys.stdin:
+        job = json.loads(line)
+        code = _warm(job) if job["here"] else _fork(job, library)
+        listed = library.kill_list().decode(errors="replace").splitlines()
+        answer = {"code": code, "count": library.kill_count(), "listed": listed}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _fork(job: dict[str, Any], library: Any) -> int:
+    assert threading.active_count() == 1, "a fork would lose threads"
+    process = os.fork()
+    if not process:
+        os._exit(_child(job, library))
+    _, status = os.waitpid(process, 0)
+    with suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)  # the children of a killed command
+    return os.waitstatus_to_exitcode(status)
+
+
+def _child(job: dict[str, Any], library: Any) -> int:
+    os.setsid()
+    signal.alarm(SECONDS)
+    _divert(job["log"])
+    os.chdir(job["folder"])
+    library.kill_arm(job["root"].encode(), job["at"], job["torn"])
+    code = _run(job["command"])
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def _warm(job: dict[str, Any]) -> int:
+    outputs = os.dup(1), os.dup(2)
+    before = Path.cwd()
+    _divert(job["log"])
+    os.chdir(job["folder"])
+    code = _run(job["command"])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.chdir(before)
+    os.dup2(outputs[0], 1)
+    os.dup2(outputs[1], 2)
+    return code
+
+
+def _run(command: list[str]) -> int:
+    from mquant.cli import main as mquant
+
+    sys.argv = ["mquant", *command]
+    try:
+        mquant()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+def _divert(log: str) -> None:
+    target = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+
+
+if __name__ == "__main__":
+    main()
