@@ -23,8 +23,8 @@ class Case:
 
     `begin` names the state; "" is an empty folder. `result` is the file or folder of the result.
     `gone` says that a document of an earlier run is removed before the verb works. `repo` is the
-    repo that the command writes. `heavy` commands load torch. `refused` is the option that a
-    refusal of the rerun names.
+    repo that the command writes. `heavy` commands load torch. If a command takes seconds, only each
+    `step`-th operation is killed.
     """
 
     verb: str
@@ -34,6 +34,7 @@ class Case:
     gone: bool = False
     repo: str = ""
     heavy: bool = False
+    step: int = 1
 
 
 CASES: Final = (
@@ -54,6 +55,13 @@ CASES: Final = (
         + ("--push-to", "org/out", "--scratch", "300KB"),
         repo="org/out",
     ),
+    Case(
+        "gptq",
+        ("quantize", "../kept/trained", "-o", "out", "--recipe", "nvfp4-gptq")
+        + ("--data", "../kept/text.jsonl"),
+        heavy=True,
+        step=40,
+    ),
     Case("share", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--share", "1/2")),
     Case("share-last", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--share", "2/2"), begin="one"),
     Case("finish", ("finish", "out"), begin="both"),
@@ -72,6 +80,7 @@ CASES: Final = (
         "calibrate",
         ("calibrate", "../kept/trained", "--data", "../kept/text.jsonl", "-o", "out"),
         heavy=True,
+        step=2,
     ),
     Case("card", ("card", "ours", "--from", _BF16), result="ours/README.md", begin="ours"),
     Case("card-again", ("card", "ours", "--from", _BF16), result="ours/README.md", begin="card"),
@@ -82,10 +91,14 @@ CASES: Final = (
         result="out.html",
         begin="report",
     ),
-    Case("compare", ("compare", _NVFP4, "--against", _BF16, "--workers", "1"), result=""),
+    Case(
+        "compare",
+        ("compare", "../kept/trained-nvfp4", "--against", "../kept/trained", "--workers", "1"),
+        result="",
+    ),
     Case("verify", ("verify", _NVFP4, "--junit", "out.xml"), result="out.xml"),
     Case("verify-again", ("verify", _NVFP4, "--junit", "out.xml"), "out.xml", "junit", gone=True),
-    Case("synth", ("synth", "out", "--max-shard-size", "200KB")),
+    Case("synth", ("synth", "out", "--family", "llama", "--max-shard-size", "200KB")),
     Case("check", ("families", "check", "../kept/family.yaml"), result=""),
     Case("push", ("push", _NVFP4, "org/pushed"), result="", repo="org/pushed"),
 )
@@ -116,6 +129,8 @@ class Inputs:
         shutil.copyfile(folder("configs") / "minimax_m2.yaml", kept / "family.yaml")
         self._begin("nvfp4", case("quantize"))
         shutil.copytree(self.where / "begins" / "nvfp4" / "out", kept / "nvfp4")
+        self._begin("trained", Case("", ("quantize", "../kept/trained", "-o", "out", *_QUANTIZE)))
+        shutil.copytree(self.where / "begins" / "trained" / "out", kept / "trained-nvfp4")
         mutated(kept / "nvfp4", self.where, edit=without(".experts.1.w1.weight_scale"))
         shutil.copytree(self.where / "bad", kept / "broken")
         (self.where / "begins" / "broken").mkdir()
