@@ -15,6 +15,8 @@ SMALL: Final = "8KB"
 """The size of an output shard, so that a tiny checkpoint has several shards."""
 _QUANTIZE: Final = ("--recipe", "nvfp4", "--max-shard-size", SMALL, "--workers", "1")
 _BF16, _NVFP4, _BROKEN = "../kept/bf16", "../kept/nvfp4", "../kept/broken"
+_TRAINED, _DATA = "../kept/trained", ("--data", "../kept/text.jsonl")
+_TO_HUB = ("quantize", "org/bf16", "-o", "out", *_QUANTIZE, "--push-to", "org/out")
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Case:
 
     `begin` names the state; "" is an empty folder. `result` is the file or folder of the result.
     `gone` says that a document of an earlier run is removed before the verb works. `repo` is the
-    repo that the command writes. `heavy` commands load torch. If a command takes seconds, only each
-    `step`-th operation is killed.
+    repo that the command writes. If a command takes seconds, only each
+    `step`-th operation is killed, and the tests leave the command out if it is not `sampled`.
     """
 
     verb: str
@@ -33,34 +35,32 @@ class Case:
     begin: str = ""
     gone: bool = False
     repo: str = ""
-    heavy: bool = False
     step: int = 1
+    sampled: bool = True
 
 
 CASES: Final = (
     Case("quantize", ("quantize", _BF16, "-o", "out", *_QUANTIZE)),
     Case("quantize-restart", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--restart"), begin="w4"),
-    Case("oneshot", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--engine", "oneshot"), heavy=True),
+    Case("oneshot", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--engine", "oneshot")),
     Case("importance", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--recipe", "nvfp4-opt")),
     Case("hub", ("quantize", "org/bf16", "-o", "out", *_QUANTIZE)),
     Case("hub-scratch", ("quantize", "org/bf16", "-o", "out", *_QUANTIZE, "--scratch", "200KB")),
     Case(
         "push-to",
-        ("quantize", "org/bf16", "-o", "out", *_QUANTIZE, "--push-to", "org/out"),
+        _TO_HUB,
         repo="org/out",
     ),
     Case(
         "push-to-scratch",
-        ("quantize", "org/bf16", "-o", "out", *_QUANTIZE)
-        + ("--push-to", "org/out", "--scratch", "300KB"),
+        (*_TO_HUB, "--scratch", "300KB"),
         repo="org/out",
     ),
     Case(
         "gptq",
-        ("quantize", "../kept/trained", "-o", "out", "--recipe", "nvfp4-gptq")
-        + ("--data", "../kept/text.jsonl"),
-        heavy=True,
+        ("quantize", _TRAINED, "-o", "out", "--recipe", "nvfp4-gptq", *_DATA),
         step=40,
+        sampled=False,
     ),
     Case("share", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--share", "1/2")),
     Case("share-last", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--share", "2/2"), begin="one"),
@@ -78,9 +78,9 @@ CASES: Final = (
     ),
     Case(
         "calibrate",
-        ("calibrate", "../kept/trained", "--data", "../kept/text.jsonl", "-o", "out"),
-        heavy=True,
+        ("calibrate", _TRAINED, *_DATA, "-o", "out"),
         step=2,
+        sampled=False,
     ),
     Case("card", ("card", "ours", "--from", _BF16), result="ours/README.md", begin="ours"),
     Case("card-again", ("card", "ours", "--from", _BF16), result="ours/README.md", begin="card"),
@@ -93,7 +93,7 @@ CASES: Final = (
     ),
     Case(
         "compare",
-        ("compare", "../kept/trained-nvfp4", "--against", "../kept/trained", "--workers", "1"),
+        ("compare", "../kept/trained-nvfp4", "--against", _TRAINED, "--workers", "1"),
         result="",
     ),
     Case("verify", ("verify", _NVFP4, "--junit", "out.xml"), result="out.xml"),
@@ -114,22 +114,23 @@ class Inputs:
     def make(self) -> None:
         """Write all inputs and all beginnings."""
         from make import make_checkpoint, without
+        from mquant.data_files import folder
         from mutate import mutated
         from run import TRAINED
-
-        from mquant.data_files import folder
 
         kept = self.where / "kept"
         bf16 = kept / "bf16"
         make_checkpoint(bf16, layers=1, experts=2, hidden=32, intermediate=16, vocab=32)
         (bf16 / "tokenizer.json").write_text("{}")
         (bf16 / "LICENSE").write_text("MIT")
-        (kept / "text.jsonl").write_text(json.dumps({"text": "A router picks experts. " * 4}) + "\n")
+        (kept / "text.jsonl").write_text(
+            json.dumps({"text": "A router picks experts. " * 4}) + "\n"
+        )
         shutil.copytree(TRAINED, kept / "trained")
         shutil.copyfile(folder("configs") / "minimax_m2.yaml", kept / "family.yaml")
         self._begin("nvfp4", case("quantize"))
         shutil.copytree(self.where / "begins" / "nvfp4" / "out", kept / "nvfp4")
-        self._begin("trained", Case("", ("quantize", "../kept/trained", "-o", "out", *_QUANTIZE)))
+        self._begin("trained", Case("", ("quantize", _TRAINED, "-o", "out", *_QUANTIZE)))
         shutil.copytree(self.where / "begins" / "trained" / "out", kept / "trained-nvfp4")
         mutated(kept / "nvfp4", self.where, edit=without(".experts.1.w1.weight_scale"))
         shutil.copytree(self.where / "bad", kept / "broken")

@@ -1,6 +1,6 @@
 """Kill each verb that writes at every change of a file, run the verb again, and compare the bytes.
 
-    python scripts/kill_everywhere.py [--verb quantize ...] [--step K | --sample N] [--at N [--torn]]
+    python scripts/kill_everywhere.py [--verb V ...] [--step K | --sample N | --at N [--torn]]
 
 A library that the script compiles and preloads (kill_preload.c) counts the calls that change a file
 or folder: open with O_CREAT or O_TRUNC, write, rename, unlink, link, mkdir, truncate, fallocate,
@@ -33,9 +33,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
-
 from kill_cases import CASES, Case, Inputs
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 HERE = Path(__file__).parent
 WRITES = ("write ", "pwrite ", "writev ", "pwritev ", "sendfile ", "copy_file_range ", "send ")
@@ -68,7 +68,7 @@ class Ran:
 class Killer:
     """A fork server, a fake hub and inputs in a temporary folder."""
 
-    def __init__(self, *, heavy: bool = True) -> None:
+    def __init__(self) -> None:
         """Compile the library, start the server, and write the inputs."""
         from fakehub import FakeHub
 
@@ -85,10 +85,11 @@ class Killer:
             "LD_PRELOAD": str(library),
             "TMPDIR": str(around / "tmp"),
             "NO_PROXY": "127.0.0.1,localhost",
+            "SSL_CERT_DIR": str(self.where),  # no certificates: to load them takes 0.2 s
             "PYTHONUNBUFFERED": "1",
         }
         self._server = subprocess.Popen(
-            [sys.executable, str(HERE / "kill_server.py"), *(["heavy"] if heavy else [])],
+            [sys.executable, str(HERE / "kill_server.py")],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -108,11 +109,18 @@ class Killer:
         self.hub.close()
         shutil.rmtree(self.where, ignore_errors=True)
 
-    def _ask(self, command: Iterable[str], at: int = -1, torn: bool = False, here: bool = False) -> Ran:
+    def _ask(
+        self, command: Iterable[str], at: int = -1, torn: bool = False, here: bool = False
+    ) -> Ran:
         (self.work / ".around" / "tmp").mkdir(parents=True, exist_ok=True)
         log = self.where / "log"
-        job = {"command": [*command], "folder": str(self.work), "root": f"{self.work}/"}
+        job: dict[str, Any] = {
+            "command": [*command],
+            "folder": str(self.work),
+            "root": f"{self.work}/",
+        }
         job |= {"at": at, "torn": torn, "here": here, "log": str(log)}
+        job["modules"] = str(self.where / "modules")
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(job) + "\n")
@@ -166,10 +174,13 @@ class Killer:
             tally.kills += 1
             where = killed.listed[-1].replace(f"{self.where}/", "") if killed.listed else "?"
             faults = list(self._after_kill(case, killed, before, after))
+            if numbers.twice:
+                self._ask(case.command, numbers.random(at, tally.operations))
+                faults += self._after_kill(case, None, before, after)
             again = self._ask(case.command)
             tally.reruns += 1
             faults += self._after_rerun(case, again, after)
-            option = f"--verb {case.verb} --at {at}{' --torn' if torn else ''}"
+            option = f"--verb {case.verb} --at {at}" + " --torn" * torn + numbers.flags
             tally.faults += [f"{option} ({where}): {fault}" for fault in faults]
             if any("source" in fault for fault in faults):
                 break  # the inputs are spoilt
@@ -177,9 +188,13 @@ class Killer:
         return tally
 
     def _after_kill(
-        self, case: Case, killed: Ran, before: tuple[State, State], after: tuple[State, State]
+        self,
+        case: Case,
+        killed: Ran | None,
+        before: tuple[State, State],
+        after: tuple[State, State],
     ) -> Iterator[str]:
-        if killed.code != -9:
+        if killed is not None and killed.code != -9:
             yield f"ended with {killed.code}, not by the kill: {killed.printed[-600:]}"
         files, repo = self.state(case)
         if case.result:
@@ -212,6 +227,16 @@ class Numbers:
     seed: int = 0
     at: int | None = None
     torn: bool = False
+    twice: bool = False
+
+    @property
+    def flags(self) -> str:
+        """The options that repeat a case, beside the operation."""
+        return f" --twice --seed {self.seed}" if self.twice else ""
+
+    def random(self, at: int, most: int) -> int:
+        """Return the operation at which the rerun of a command that was killed at `at` dies."""
+        return random.Random(f"{self.seed} {at}").randrange(most)  # noqa: S311
 
     def of(self, listed: list[str], step: int) -> list[tuple[int, bool]]:
         """Return the numbers of the operations, each with whether the process dies in it."""
@@ -226,7 +251,7 @@ class Numbers:
 
 
 def snapshot(folder: Path, *, times: bool = False) -> State:
-    """Return what is at each path of a folder, outside TMPDIR; with `times`, also modes and times."""
+    """Return what is at each path of a folder, outside TMPDIR; `times` adds modes and times."""
     found = {}
     for parent, folders, names in os.walk(folder):
         for name in (*folders, *names):
@@ -254,7 +279,9 @@ def _content(path: Path) -> str:
 
 def part(state: State, path: str) -> State:
     """Return a file (under the name "") or the files of a folder."""
-    inside = {key.removeprefix(f"{path}/"): v for key, v in state.items() if key.startswith(f"{path}/")}
+    inside = {
+        key.removeprefix(f"{path}/"): v for key, v in state.items() if key.startswith(f"{path}/")
+    }
     return {"": state[path]} if path in state and state[path] != "folder" else inside
 
 
@@ -295,6 +322,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--at", type=int, help="kill at this operation only")
     parser.add_argument("--torn", action="store_true", help="kill in the middle of --at")
+    parser.add_argument("--twice", action="store_true", help="kill the first rerun too, anywhere")
     parser.add_argument("--list", action="store_true", help="print the verbs and their commands")
     options = parser.parse_args()
     cases = [case for case in CASES if case.verb in options.verb]
@@ -305,13 +333,17 @@ def main() -> int:
     if shutil.which("cc") is None:
         print("kill_everywhere needs a C compiler, cc; nothing was killed.")
         return 0
-    numbers = Numbers(options.step, options.sample, options.seed, options.at, options.torn)
+    numbers = Numbers(
+        options.step, options.sample, options.seed, options.at, options.torn, options.twice
+    )
     print(f"{'verb':<18}{'operations':>10}{'kills':>8}{'reruns':>8}{'faults':>8}{'seconds':>9}")
     faults = []
-    with Killer(heavy=any(case.heavy for case in cases)) as killer:
+    with Killer() as killer:
         for case in cases:
             tally = killer.try_case(case, numbers)
-            counts = f"{tally.operations:>10}{tally.kills:>8}{tally.reruns:>8}{len(tally.faults):>8}"
+            counts = (
+                f"{tally.operations:>10}{tally.kills:>8}{tally.reruns:>8}{len(tally.faults):>8}"
+            )
             print(f"{case.verb:<18}{counts}{tally.seconds:>9.0f}", flush=True)
             for fault in tally.faults[:5]:
                 print(f"  {fault}", flush=True)

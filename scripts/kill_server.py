@@ -1,13 +1,14 @@
 """Run mquant in forked processes that die at a given change of a file, for kill_everywhere.py.
 
-The server has the preloaded library (kill_preload.c) and every module that mquant loads late, so a
-command costs a fork and its own work. A line of JSON on stdin asks for one command; a line of JSON
-on stdout answers. `here` runs the command in the server itself: then kernels are compiled and
-caches are warm for all later processes.
+The server has the preloaded library (kill_preload.c). It loads the modules that a whole command has
+loaded, so that each later command costs a fork and its own work. A line of JSON on stdin asks for
+one command; a line of JSON on stdout answers. `here` runs the command in the server itself: then
+kernels are compiled and caches are warm for all later processes.
 """
 
 import atexit
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -19,20 +20,6 @@ from typing import Any
 
 SECONDS = 180
 """The longest time of a command."""
-_LOADED = (
-    "mquant.cli.app",
-    "mquant.publish.push",
-    "mquant.publish.report",
-    "mquant.publish.card",
-    "mquant.repair.repair",
-    "mquant.runs.export",
-    "mquant.runs.hub_to_hub",
-    "mquant.runs.shares",
-    "mquant.measure.comparison",
-    "mquant.measure.evaluation",
-    "huggingface_hub",
-)
-_HEAVY = ("mquant.engines.oneshot", "mquant.engines.activations")
 
 
 def main() -> None:
@@ -42,13 +29,11 @@ def main() -> None:
     library.kill_list.restype = ctypes.c_char_p
     library.kill_arm.argtypes = (ctypes.c_char_p, ctypes.c_long, ctypes.c_int)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    for name in (*_LOADED, *(_HEAVY if "heavy" in sys.argv[1:] else ())):
-        __import__(name)
     from mquant.checkpoint import retry
 
     retry.BACKOFF_SECONDS = 0.0  # type: ignore[misc]
     answers = os.fdopen(os.dup(1), "w")
-    sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a module may print when it is loaded
     for line in sys.stdin:
         job = json.loads(line)
         code = _warm(job) if job["here"] else _fork(job, library)
@@ -65,6 +50,11 @@ def _fork(job: dict[str, Any], library: Any) -> int:
     _, status = os.waitpid(process, 0)
     with suppress(ProcessLookupError):
         os.killpg(process, signal.SIGKILL)  # the children of a killed command
+    with suppress(FileNotFoundError):
+        for name in Path(job["modules"]).read_text().split():
+            with suppress(Exception):  # some modules exist only while their package is loaded
+                importlib.import_module(name)
+        Path(job["modules"]).unlink()
     return os.waitstatus_to_exitcode(status)
 
 
@@ -74,10 +64,13 @@ def _child(job: dict[str, Any], library: Any) -> int:
     _divert(job["log"])
     os.chdir(job["folder"])
     library.kill_arm(job["root"].encode(), job["at"], job["torn"])
+    before = {*sys.modules}
     code = _run(job["command"])
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
+    if late := {*sys.modules} - before:
+        Path(job["modules"]).write_text(" ".join(sorted(late)))
     return code
 
 
