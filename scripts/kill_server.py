@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,15 @@ def main() -> None:
     library.kill_list.restype = ctypes.c_char_p
     library.kill_arm.argtypes = (ctypes.c_char_p, ctypes.c_long, ctypes.c_int)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from mquant.checkpoint import retry
+    import typer.main
+    from huggingface_hub.utils import _detect_agent
 
+    from mquant.checkpoint import retry
+    from mquant.cli.app import app
+
+    typer.main.get_command = cache(typer.main.get_command)  # making the verbs takes 0.1 s
+    typer.main.get_command(app)
+    _detect_agent._registry = _detect_agent._EMPTY_REGISTRY  # else each process asks the hub
     retry.BACKOFF_SECONDS = 0.0  # type: ignore[misc]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a module may print when it is loaded
