@@ -25,8 +25,8 @@ class Case:
 
     `begin` names the state; "" is an empty folder. `result` is the file or folder of the result.
     `gone` says that a document of an earlier run is removed before the verb works. `repo` is the
-    repo that the command writes. If a command takes seconds, only each
-    `step`-th operation is killed, and the tests leave out a command that loads torch: it is not `sampled`.
+    repo that the command writes. If a command takes seconds, only each `step`-th operation is
+    killed. The tests leave out the commands that load torch, which are not `sampled`.
     """
 
     verb: str

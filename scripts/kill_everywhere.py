@@ -75,7 +75,7 @@ class Killer:
         self.where = Path(tempfile.mkdtemp(prefix="mquant-kill-")).resolve()
         self.work, self.kept = self.where / "work", self.where / "kept"
         self.hub = FakeHub()
-        self.hub._server.handle_error = ignore  # type: ignore[method-assign]
+        setattr(self.hub._server, "handle_error", ignore)  # noqa: B010
         library = self.where / "preload.so"
         source = str(HERE / "kill_preload.c")
         subprocess.run(
