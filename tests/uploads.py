@@ -30,7 +30,10 @@ def answer(handler: "_Handler", path: str) -> None:
     """Answer a POST or PUT."""
     if match := _OBJECT.fullmatch(path):
         return _store(handler, match["oid"])
-    body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+    length = int(handler.headers.get("Content-Length") or 0)
+    body = handler.rfile.read(length)
+    if len(body) < length:  # the client was killed
+        return handler.error(400, "", "The request was cut short")
     if handler.headers.get("Transfer-Encoding") == "chunked":
         body = _chunked(handler)
     if path == "/api/validate-yaml":
