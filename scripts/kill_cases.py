@@ -62,6 +62,7 @@ CASES: Final = (
     Case("share-last", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--share", "2/2"), begin="one"),
     Case("finish", ("finish", "out"), begin="both"),
     Case("repair", ("repair", _BROKEN, "--from", _BF16, "-o", "out", "--workers", "1")),
+    Case("repair-hub", ("repair", "org/broken", "--from", "org/bf16", "-o", "out")),
     Case(
         "repair-in-place",
         ("repair", "out", "--from", _BF16, "--in-place", "--workers", "1"),

@@ -73,7 +73,8 @@ def _start(target: Callable[..., object], *arguments: Any) -> ForkServerProcess:
     _SERVER.set_forkserver_preload(["warm"])
     process = _SERVER.Process(target=target, args=arguments)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the server finds `warm` by it
+        # The server finds `warm` by it.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         process.start()
     return process
 

@@ -11,7 +11,7 @@ from judges import hashes, opened
 from killed import repair_and_die
 from make import Row, without, write_json
 from mquant.errors import OutputError
-from mquant.output import WORK, apply
+from mquant.output import JOURNAL, WORK, apply
 from mquant.repair.repair import finish_in_place, repair_in_place
 from mutate import mutated
 from repairs import case_of, diagnosis_of, problems, repaired, right, tensors
@@ -40,7 +40,7 @@ def test_repair_in_place_gives_the_same_checkpoint(bad: Path, right: Path, tmp_p
     repair_in_place(diagnosis_of(bad))
     assert tensors(bad) == tensors(right)
     assert hashes(bad).keys() == hashes(out).keys()
-    assert not (bad / WORK).exists()
+    assert not [path for path in bad.iterdir() if path.name.startswith(".")]
     assert not problems(bad)
     assert not diagnosis_of(bad).needed
 
@@ -52,19 +52,26 @@ def test_a_rerun_finishes_after_a_kill_at_any_change_of_the_folder(
     for most in range(200):
         copy = Path(shutil.copytree(bad, tmp_path / f"copy-{most}"))
         stopped = repair_and_die(copy, TRAINED, most) != 0
-        if (copy / "config.json").exists() and not (copy / WORK / "apply.json").exists():
+        if (copy / "config.json").exists() and not (copy / JOURNAL).exists():
             assert tensors(copy) in (expected, broken)
         if not finish_in_place(copy):
             diagnosis = diagnosis_of(copy)
             if diagnosis.needed:
                 repair_in_place(diagnosis)
         assert tensors(copy) == expected
-        assert not (copy / WORK).exists()
+        assert not [path for path in copy.iterdir() if path.name.startswith(".")]
         shutil.rmtree(copy)
         if not stopped:
             break
     assert not stopped
     assert most > 15
+
+
+def test_a_rerun_repairs_after_a_kill_before_the_ledger(bad: Path, right: Path) -> None:
+    (bad / WORK).mkdir()
+    assert not finish_in_place(bad)
+    repair_in_place(diagnosis_of(bad))
+    assert tensors(bad) == tensors(right)
 
 
 def test_a_link_in_a_path_of_the_journal_is_not_followed(bad: Path, tmp_path: Path) -> None:
@@ -74,7 +81,7 @@ def test_a_link_in_a_path_of_the_journal_is_not_followed(bad: Path, tmp_path: Pa
     (bad / WORK / "sub").mkdir(parents=True)
     (bad / WORK / "sub/file").write_text("x")
     table = {"schema": "mquant.apply/1", "files": ["sub/file"], "obsolete": []}
-    write_json(bad / WORK / "apply.json", table)
+    write_json(bad / JOURNAL, table)
     with pytest.raises(
         OutputError, match=r"sub/file would be outside of .*by its name, or by a link"
     ):
@@ -84,8 +91,7 @@ def test_a_link_in_a_path_of_the_journal_is_not_followed(bad: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "other"}'])
 def test_a_strange_journal_is_refused(bad: Path, text: str) -> None:
-    (bad / WORK).mkdir()
-    (bad / WORK / "apply.json").write_text(text)
+    (bad / JOURNAL).write_text(text)
     before = hashes(bad)
     with pytest.raises(OutputError, match="is not a journal of mquant"):
         finish_in_place(bad)
@@ -95,10 +101,9 @@ def test_a_strange_journal_is_refused(bad: Path, text: str) -> None:
 def test_a_journal_cannot_name_a_file_outside_the_folder(bad: Path, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("x")
-    (bad / WORK).mkdir()
     names = ["../precious", str(precious)]
     table = {"schema": "mquant.apply/1", "files": names, "obsolete": names}
-    (bad / WORK / "apply.json").write_text(json.dumps(table))
+    (bad / JOURNAL).write_text(json.dumps(table))
     with pytest.raises(OutputError, match="would be outside of"):
         apply(bad)
     assert precious.read_text() == "x"

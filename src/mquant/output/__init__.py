@@ -13,7 +13,7 @@ from mquant.output.finish import (
     source_notes,
 )
 from mquant.output.folder import Claim, State, discard, examine, is_finished, other_run
-from mquant.output.in_place import WORK, apply, is_staged, stage
+from mquant.output.in_place import JOURNAL, WORK, apply, is_staged, stage
 from mquant.output.ledger import LEDGER, SHARES, Ledger, Recorded, ledger_name, read_ledger
 from mquant.output.mquant_json import RECORD, Record, as_table, known_table, read_record
 from mquant.output.shards import ShardObserver, ShardSet, complete_shards, units_still_valid
@@ -30,6 +30,7 @@ from mquant.output.shared_run import (
 )
 
 __all__ = [
+    "JOURNAL",
     "LAST",
     "LEDGER",
     "PARTIAL",

@@ -1,9 +1,9 @@
 """Replace files of a checkpoint folder: a loader sees the old checkpoint, the new one, or none.
 
-A hidden folder inside holds the complete new files. `stage` writes a journal of the changes.
-`apply` then carries out the journal: it deletes config.json, moves one file after another into
-place, deletes obsolete files, and moves index and config.json last. If `apply` is killed, the next
-call does the rest.
+A hidden folder inside holds the complete new files. `stage` writes a journal of the changes beside
+the hidden folder. `apply` then carries out the journal: it deletes config.json, moves one file
+after another into place, deletes obsolete files, and moves index and config.json last; it deletes
+the journal when the hidden folder is gone. If `apply` is killed, the next call does the rest.
 """
 
 import json
@@ -19,7 +19,7 @@ from mquant.output.folder import is_inside
 from mquant.untrusted import MAX_TEXT_BYTES, parse_json
 
 WORK: Final = ".mquant-repair"
-_STAGED: Final = "apply.json"
+JOURNAL: Final = ".mquant-repair.json"
 _SCHEMA: Final = "mquant.apply/1"
 
 
@@ -28,15 +28,13 @@ def stage(root: Path, obsolete: Iterable[str]) -> None:
     work = root / WORK
     files = [path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file()]
     table = {"schema": _SCHEMA, "files": sorted(files), "obsolete": sorted(obsolete)}
-    with out_of_space(work / _STAGED, 0):
-        write_whole(work / _STAGED, [json.dumps(table).encode()])
+    with out_of_space(root / JOURNAL, 0):
+        write_whole(root / JOURNAL, [json.dumps(table).encode()])
 
 
 def is_staged(root: Path) -> bool:
-    """Return whether only `apply` is left to do: a journal exists, or an empty hidden folder."""
-    work = root / WORK
-    staged = (work / _STAGED).is_file()
-    return staged or (work.is_dir() and not any(path.is_file() for path in work.rglob("*")))
+    """Return whether only `apply` is left to do: a journal exists."""
+    return (root / JOURNAL).is_file()
 
 
 def apply(root: Path) -> None:
@@ -46,7 +44,7 @@ def apply(root: Path) -> None:
     in the journal leads out of `root`. `apply` checks all names before it moves a file.
     """
     work = root / WORK
-    table = _read(work / _STAGED) if (work / _STAGED).exists() else {}
+    table = _read(root / JOURNAL)
     files = [name for name in _names(root, table, "files") if name not in LAST]
     obsolete = _names(root, table, "obsolete")
     with out_of_space(root / CONFIG_NAME, 0):
@@ -60,12 +58,11 @@ def apply(root: Path) -> None:
         for name in LAST:
             fsync_folder(root)
             _move(work, root, name)
+        for path in sorted((work, *work.rglob("*")), reverse=True):
+            if path.exists():
+                path.rmdir()
         fsync_folder(root)
-        (work / _STAGED).unlink(missing_ok=True)
-        for path in sorted(work.rglob("*"), reverse=True):
-            path.rmdir()
-        work.rmdir()
-        fsync_folder(root)
+        (root / JOURNAL).unlink()
 
 
 def _move(work: Path, root: Path, name: str) -> None:
@@ -95,6 +92,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(table, dict) or table.get("schema") != _SCHEMA:
         raise OutputError(
             f"{path} is not a journal of mquant.",
-            f"If mquant did not write it, delete {path.parent}; then run the same command again.",
+            f"If mquant did not write it, delete {path}; then run the same command again.",
         )
     return table
