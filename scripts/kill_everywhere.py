@@ -13,9 +13,9 @@ the end of the command. After each kill the script demands:
   the one that was there before
 - the same command succeeds, and leaves the files of an undisturbed command, no others
 
-Files in TMPDIR are not compared: the system removes what a killed process leaves there; nor are
-the temporary files of huggingface_hub, whose names are random. Exit code 1: a demand failed;
-the script prints the command that repeats the first failures.
+Files in TMPDIR are not compared: the system removes what a killed process leaves there. Nor are
+those in the cache of huggingface_hub, which has temporary files of random names. Exit code 1: a
+demand failed; the script prints the command that repeats the first failures.
 """
 
 import argparse
@@ -41,7 +41,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 HERE = Path(__file__).parent
 WRITES = ("write ", "pwrite ", "writev ", "pwritev ", "sendfile ", "copy_file_range ", "send ")
-THEIRS = (".incomplete", ".tmp", "CACHEDIR.TAG")
+OTHERS = (".around/tmp", ".around/home")
 KILLED = -signal.SIGKILL
 UNDECIDED = "a JUnit file of a run without a verdict"
 State = dict[str, str]
@@ -261,13 +261,13 @@ def ignore(*_: object) -> None:
 
 
 def snapshot(folder: Path, *, times: bool = False) -> State:
-    """Return what is at each path of a folder, outside TMPDIR; `times` adds modes and times."""
+    """Return what is at each path of a folder, but OTHERS; `times` adds modes and times."""
     found = {}
     for parent, folders, names in os.walk(folder):
         for name in (*folders, *names):
             path = Path(parent, name)
             key = path.relative_to(folder).as_posix()
-            if key.startswith(".around/tmp") or name.endswith(THEIRS):
+            if key.startswith(OTHERS):
                 continue
             stat = path.lstat()
             if path.is_symlink():
