@@ -1,4 +1,4 @@
-"""The folders that ship with mquant, `configs/` (families) and `recipes/`; and the cache folder."""
+"""The folders that ship with mquant, `configs/` and `recipes/`; the home and cache folders."""
 
 import json
 import os
@@ -27,10 +27,33 @@ def folder(kind: Literal["configs", "recipes"]) -> Path:
     return shipped if shipped.is_dir() else package.parent.parent / kind
 
 
+def home() -> Path:
+    """Return the user's home folder; `/`, where few users can write, if the user has no home."""
+    try:
+        found = Path.home()
+    except RuntimeError:  # neither HOME nor an entry in the system's list of users
+        return Path("/")
+    return found if found.is_absolute() else Path("/")
+
+
 def cache() -> Path:
-    """Return the folder in the user's cache for files that mquant can write again."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(home) / "mquant"
+    """Return the folder in the user's cache for files that mquant can write again.
+
+    The folder may be one that cannot be written.
+    """
+    stated = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (stated if stated.is_absolute() else home() / ".cache") / "mquant"
+
+
+def settle_folders() -> None:
+    """Give the libraries the same home and cache folder, for this process and its children.
+
+    By themselves, libraries write into a folder named `~` if the user has no home, and into the
+    current folder if XDG_CACHE_HOME is relative.
+    """
+    folders = {"HOME": home(), "XDG_CACHE_HOME": cache().parent}
+    os.environ.update({name: str(folder) for name, folder in folders.items()})
+    os.environ.setdefault("USER", str(os.getuid()))  # torch asks for a name
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from mquant.dtypes import nbytes
 from mquant.errors import DataFileError, UsageError
 from mquant.events import Emit, Progress, silent
 from mquant.family import Family, Role, TensorRow
-from mquant.output.disk import out_of_space, write_whole
-from mquant.output.staging import publish, staging
+from mquant.output.disk import open_own, out_of_space, write_whole
+from mquant.output.staging import staging
 from mquant.plan import DEFAULT_SHARD_BYTES, cut_shards
 
 FP8_BLOCK: Final = 128
@@ -124,7 +124,8 @@ def synth(
     shards = cut_shards(tensors, lambda tensor: tensor.nbytes, max_shard_bytes)
     total = sum(tensor.nbytes for tensor in tensors)
     side = _side_files(config[family.config.vocabulary])
-    with staging(out, 0 if shapes_only else total) as folder:
+    names = (*shards, *side, INDEX_NAME, CONFIG_NAME)
+    with staging(out, 0 if shapes_only else total, names) as folder:
         done = 0
         for name, shard in shards.items():
             for written in _write_shard(folder / name, shard, seed, shapes_only=shapes_only):
@@ -134,7 +135,6 @@ def synth(
             _write_json(folder / name, content)
         _write_json(folder / INDEX_NAME, _index(shards, total))
         _write_json(folder / CONFIG_NAME, config)
-        publish(folder, out, (*shards, *side, INDEX_NAME, CONFIG_NAME))
     return Synthetic(
         out, len(tensors), sum(_elements(tensor.shape) for tensor in tensors), total, len(shards)
     )
@@ -231,7 +231,11 @@ def _write_shard(
     """Write one shard; yield the number of bytes of each write."""
     header, offsets = build_header([(t.name, t.dtype, t.shape) for t in tensors])
     size = sum(tensor.nbytes for tensor in tensors)
-    with out_of_space(path, len(header) + size), path.open("wb") as file:
+    # Not `write_whole`: a file with holes has no pieces. `staging` renames the file.
+    with (
+        out_of_space(path, len(header) + size),
+        os.fdopen(open_own(path, os.O_TRUNC), "wb") as file,
+    ):
         file.write(header)
         if shapes_only:
             file.truncate(len(header) + size)

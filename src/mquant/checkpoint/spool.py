@@ -198,8 +198,8 @@ class Spool:
             if path.is_dir() and not path.is_symlink():
                 if path != self._folder:
                     shutil.rmtree(path)  # the files of another commit
-            elif path not in useful or path.is_symlink():
-                path.unlink()
+            elif path not in useful or path.is_symlink() or path.stat().st_nlink > 1:
+                path.unlink()  # to append to a file with another name would change another file
         for part in self._parts.values():
             whole = self._folder / part.name
             if whole.is_file() and not _is_still(part, whole):

@@ -1,34 +1,54 @@
 """The command line: the only place that prints, draws and exits."""
 
 import os
-import signal
 import sys
-from types import FrameType
+
+from mquant.cli import interrupt
 
 
 def main() -> None:
     """Run mquant and exit with its exit code."""
-    signal.signal(signal.SIGTERM, _stop)
-    # numpy's linear algebra keeps a thread spinning on every core; `eval` starts its own threads.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    interrupt.install()
+    _check_streams()
+    try:
+        interrupt.stoppable(now=True)
+        # numpy's linear algebra keeps a thread spinning on every core; `eval` starts its own.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        from mquant.cli.output import exit_code
+
+        code = exit_code(_run)
+    except KeyboardInterrupt:
+        interrupt.tell()
+        code = 130
+    if code == 130:
+        # Not sys.exit: `python -m` kills itself if the interrupt came inside of `exec`, and threads
+        # that wait for a hub would be waited for.
+        os._exit(code)
+    interrupt.stoppable(now=False)
+    sys.exit(code)
+
+
+def _run() -> None:
+    from mquant.cli.app import app
+    from mquant.data_files import settle_folders
+
+    settle_folders()
+    app(prog_name="mquant")
+
+
+def _check_streams() -> None:
+    """Exit with 1 if stdout is closed; send to nowhere what goes to a closed stderr."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # else a file that mquant writes would get the number of the closed stream
+    os.close(number)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w")
+    if sys.stdout is None:
+        sys.exit("Error: stdout is closed, so the result cannot be printed.")
     for stream in (sys.stdout, sys.stderr):
         # An ASCII locale has no ✗: write an escape sequence instead of failing.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    try:
-        from mquant.cli.app import app  # here, so that Ctrl-C during imports is caught too
-
-        app(prog_name="mquant")
-    except KeyboardInterrupt:
-        from mquant.cli.output import INTERRUPTED, write
-
-        write(INTERRUPTED + "\n", stderr=True)
-        sys.exit(130)
-
-
-def _stop(signum: int, frame: FrameType | None) -> None:
-    """Handle SIGTERM like Ctrl-C: print one sentence and exit with code 130."""
-    raise KeyboardInterrupt
 
 
 __all__ = ["main"]

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -39,11 +38,12 @@ def check(file: File, output_format: FormatChoice = Format.HUMAN) -> None:
     """
     with output("families.check", output_format) as out:
         from mquant.family import load_families
+        from mquant.output.disk import temporary_folder
 
         family = load_families(file)[str(file)]
         out.put(**_described(family))
         out.show(_render(family))
-        with TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             checkpoint = _tiny(family, Path(folder) / "tiny")
             refusals = _refusals(checkpoint, family)
         out.put(

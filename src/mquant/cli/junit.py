@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mquant.cli.output import INTERRUPTED
+from mquant.cli.interrupt import INTERRUPTED, received
 from mquant.errors import MquantError, OutputError, UsageError
 from mquant.text import clean
 
@@ -105,10 +105,10 @@ def junit(path: Path | None, name: str, kept: tuple[Path, ...]) -> Iterator[JUni
 
 def _why(error: BaseException) -> tuple[str, str]:
     """Why there is no verdict, and what to do."""
+    if received() or isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, ""
     if isinstance(error, MquantError):
         return error.message, error.fix
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, ""
     return f"{type(error).__name__}: {error}", "Please report this."
 
 

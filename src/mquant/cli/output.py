@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any, Final, TextIO
@@ -22,11 +22,11 @@ import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from mquant.cli.interrupt import INTERRUPTED, received
 from mquant.errors import MquantError, OutputError, Refused
 from mquant.findings import Finding
 from mquant.text import clean
 
-INTERRUPTED: Final = "Interrupted; it is safe to run the same command again."
 _ERRORS: Final = frozenset({"error"})
 _MARKS: Final = {"error": ("✗", "bold red"), "warning": ("!", "bold yellow"), "info": ("·", "cyan")}
 
@@ -97,7 +97,7 @@ class Output:
         for finding in refusals[1:]:
             _tell(finding, stderr=True)
 
-    def crash(self, error: Exception) -> None:
+    def crash(self, error: BaseException) -> None:
         """Print an unexpected exception as an error: a bug in mquant."""
         if os.environ.get("MQUANT_TRACEBACK"):
             write("".join(traceback.format_exception(error)), stderr=True)
@@ -137,33 +137,49 @@ def output(verb: str, output_format: Format) -> Iterator[Output]:
         yield out
     except typer.Exit as stop:
         code = stop.exit_code
-    except MquantError as error:
-        out.fail(error)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        out.interrupted()
-        code = 130
-    except Exception as error:  # noqa: BLE001 -- the last resort, in place of a traceback
-        if _by_interrupt(error):
-            out.interrupted()
-            code = 130
-        else:
-            out.crash(error)
-            code = 1
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 -- no traceback for any error
+        code = _tell_error(out, error)
     try:
         out.close(ok=code == 0)
     except OutputError as error:
-        _say(f"Error: {error.message}", "bold red")
-        code = code or error.exit_code
+        told = _tell_error(out, error)
+        code = code or told
     if code:
         raise typer.Exit(code)
 
 
-def _by_interrupt(error: BaseException | None) -> bool:
-    """Return whether Ctrl-C caused the error: libraries wrap the interrupt in their own errors."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
+def exit_code(run: Callable[[], object]) -> int:
+    """Run the command line, which ends by SystemExit; return the exit code.
+
+    An error that arises outside of a verb becomes a sentence, too.
+    """
+    out, code = Output("", Format.HUMAN), 0
+    try:
+        run()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else bool(stop.code)
+    except OSError as error:  # of the help, or of a file for shell completion
+        message = f"{error.filename or 'stdout'} cannot be written: {error.strerror}."
+        code = _tell_error(out, OutputError(message))
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 -- no traceback for any error
+        code = _tell_error(out, error)
+    try:
+        write("")  # at the interpreter's own flush it is too late for a sentence
+    except OutputError as error:
+        code = code or _tell_error(out, error)
+    return code
+
+
+def _tell_error(out: Output, error: BaseException) -> int:
+    """Print an error; return the exit code."""
+    if received() or isinstance(error, KeyboardInterrupt):
+        out.interrupted()
+        return 130
+    if isinstance(error, MquantError):
+        out.fail(error)
+        return error.exit_code
+    out.crash(error)
+    return 1
 
 
 def plain_console(file: TextIO) -> Console:

@@ -4,7 +4,6 @@ The text goes through the model layer by layer, as in the oneshot engine. No wei
 and an expert sees only the tokens that are routed to that expert.
 """
 
-import tempfile
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from mquant.engines.oneshot import calibrate, quiet
 from mquant.errors import EngineError
 from mquant.events import Emit, silent
 from mquant.numerics.floats import Floats
+from mquant.output.disk import temporary_folder
 from mquant.plan import Plan
 
 
@@ -35,7 +35,7 @@ def mean_squares(
     checkpoint, in_memory = plan.survey.checkpoint, plan.family.in_memory_name
     tensors = {in_memory(info.name): info for info in checkpoint.tensors.values()}
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mquant-")))
+        folder = Path(stack.enter_context(temporary_folder()))
         stack.enter_context(quiet(emit))
         session = stack.enter_context(create_session())
         model = build_model(folder, checkpoint.config)

@@ -8,7 +8,6 @@ bytes of its quantized weights reach the output, not its names or dtypes.
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -47,6 +46,7 @@ from mquant.engines.offloaded_model import ParentCache, attach, build_model
 from mquant.engines.replaced import replaced
 from mquant.errors import EngineError
 from mquant.events import Emit, Note, silent
+from mquant.output.disk import temporary_folder
 from mquant.plan import Plan
 from mquant.text import names
 
@@ -82,7 +82,7 @@ def run(
     tensors = {in_memory(info.name): info for info in checkpoint.tensors.values()}
     planned = {in_memory(a.module): a.module for a in plan.actions if a.scheme}
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mquant-")))
+        folder = Path(stack.enter_context(temporary_folder()))
         stack.enter_context(quiet(emit))
         session = stack.enter_context(create_session())  # nothing global keeps the model alive
         model = build_model(folder, checkpoint.config)

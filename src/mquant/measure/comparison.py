@@ -232,7 +232,7 @@ def compare(
 
     `workers` None: cores + 1; 6 if a source is a hub repo. A rerun after an interruption resumes:
     tensors of the same files that were compared are not compared again. Raises SourceError if a
-    checkpoint is missing or cannot be read, OutputError if the cache cannot be written.
+    checkpoint is missing or cannot be read.
     """
     view = read_modules(open_checkpoint(source, tolerant=True), families)
     original = read_modules(open_checkpoint(parent), families)
@@ -240,7 +240,7 @@ def compare(
     hubs = [repo for repo in (source, parent) if isinstance(repo, HubRepo)]
     with closing(reader_of(source)) as reader, closing(reader_of(parent)) as parent_reader:
         all_pairs = pairs(view, original, (reader, parent_reader), tally)
-        with ComparisonCache(source, parent, view.family) as cache:
+        with ComparisonCache(source, parent, view.family, emit) as cache:
             known = cache.known
             if known:
                 emit(Note("info", f"{len(known):,} tensors were compared before: resuming."))

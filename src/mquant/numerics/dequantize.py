@@ -27,7 +27,6 @@ import numpy as np
 
 from mquant.compiled import compiled
 from mquant.numerics.floats import BF16, E2M1, E4M3, Array, Bytes, Floats, Words
-from mquant.numerics.kernels import compiling
 from mquant.numerics.nvfp4 import GROUP
 
 _NAN: Final = np.array([np.nan], np.float32)
@@ -39,11 +38,10 @@ _E2M1_SIGNED: Final[Floats] = np.concatenate([E2M1, -E2M1])
 
 
 def prepare_decoding() -> None:
-    """Compile the kernels, or take them from numba's cache. Raises what `compiling` raises."""
+    """Compile the kernels, or take them from numba's cache."""
     codes, words = np.zeros(GROUP, np.uint8), np.empty(GROUP, np.uint16)
-    with compiling():
-        decode_fp8(codes[None], np.ones((1, 1), np.float32), (1, GROUP), 0, words)
-        decode_nvfp4(codes[: GROUP // 2], codes[:1], nvfp4_table(1.0, divide=True), words)
+    decode_fp8(codes[None], np.ones((1, 1), np.float32), (1, GROUP), 0, words)
+    decode_nvfp4(codes[: GROUP // 2], codes[:1], nvfp4_table(1.0, divide=True), words)
 
 
 @lru_cache(maxsize=256)  # 8 KiB each; a fused set shares a scale, and many sets have the same

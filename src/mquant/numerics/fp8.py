@@ -22,7 +22,6 @@ import numpy as np
 
 from mquant.compiled import compiled
 from mquant.numerics.floats import E4M3, FLOATS, Array, Bytes, FloatFormat, Floats, e4m3_codes
-from mquant.numerics.kernels import compiling
 from mquant.numerics.thresholds import Magnitudes
 
 _LARGEST: Final = E4M3[-1]
@@ -71,10 +70,8 @@ def scales_of(amax: Array) -> Array:
 
 def prepare_fp8(float_format: FloatFormat) -> None:
     """Compile the kernel for a format, or take it from numba's cache."""
-    with compiling():
-        encode_into(
-            np.zeros((1, 1), float_format.word), float_format, (1, 1), np.empty((1, 1), np.uint8)
-        )
+    words, codes = np.zeros((1, 1), float_format.word), np.empty((1, 1), np.uint8)
+    encode_into(words, float_format, (1, 1), codes)
 
 
 def encode_into(

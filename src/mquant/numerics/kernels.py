@@ -9,14 +9,11 @@ The first call for a dtype compiles for seconds; numba keeps the result on disk.
 C-contiguous; a read-only array is another type to numba, which compiles again.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
 
 from mquant.compiled import compiled
-from mquant.errors import EngineError
 from mquant.numerics.floats import Array, Bytes, FloatFormat, Words
 from mquant.numerics.nvfp4 import GROUP, SCALE_OF_ZERO
 from mquant.numerics.prefetch import prefetch
@@ -27,27 +24,11 @@ _NONE: Final = np.empty(0, np.uint32)
 
 
 def prepare(float_format: FloatFormat) -> None:
-    """Compile the kernels for a format, or take them from numba's cache.
-
-    Raises EngineError if the compiled code cannot be stored.
-    """
+    """Compile the kernels for a format, or take them from numba's cache."""
     words, maxima = np.zeros(GROUP, float_format.word), np.zeros(1, np.uint32)
     packed, scales = np.empty(GROUP // 2, np.uint8), np.empty(1, np.uint8)
-    with compiling():
-        block_maxima(words, float_format, maxima)
-        quantize_into(words, maxima, thresholds(float_format.name, 1.0), packed, scales)
-
-
-@contextmanager
-def compiling() -> Iterator[None]:
-    """Wrap first calls. Raises EngineError if the compiled code cannot be stored."""
-    try:
-        yield
-    except OSError as error:
-        raise EngineError(
-            f"numba cannot keep compiled code in its cache folder: {error.strerror}.",
-            "Free space there, or set NUMBA_CACHE_DIR to another folder.",
-        ) from error
+    block_maxima(words, float_format, maxima)
+    quantize_into(words, maxima, thresholds(float_format.name, 1.0), packed, scales)
 
 
 def block_maxima(words: Words, float_format: FloatFormat, maxima: Magnitudes) -> tuple[int, int]:

@@ -37,7 +37,6 @@ import numpy as np
 
 from mquant.compiled import compiled
 from mquant.numerics.floats import BF16, E4M3, Array, Bytes, FloatFormat, Floats, Words
-from mquant.numerics.kernels import compiling
 from mquant.numerics.nvfp4 import GROUP, SCALE_OF_ZERO, global_scale_of
 from mquant.numerics.thresholds import Magnitudes
 
@@ -77,8 +76,7 @@ class SearchedWeight(NamedTuple):
 def prepare_search(float_format: FloatFormat) -> None:
     """Compile the search for a format, as `kernels.prepare` compiles the other kernels."""
     words, maxima = np.zeros(GROUP, float_format.word), np.zeros(1, np.uint32)
-    with compiling():
-        search([SearchedWeight(words, float_format, maxima, ALIKE)], np.empty((2, 1), np.uint8))
+    search([SearchedWeight(words, float_format, maxima, ALIKE)], np.empty((2, 1), np.uint8))
 
 
 def search(weights: Sequence[SearchedWeight], scratch: Bytes) -> tuple[np.float32, Bytes]:

@@ -3,10 +3,11 @@
 import errno
 import hashlib
 import os
-import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial as bound
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -16,6 +17,9 @@ from mquant.text import size
 PARTIAL: Final = ".partial"
 """The suffix of an unfinished file."""
 _LONGEST_NAME: Final = 255 - len(PARTIAL)
+_COPIED_AT_ONCE: Final = 1 << 20
+_UNSUPPORTED: Final = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF})
+"""The errors of a file system that lacks an operation."""
 
 
 def is_there(out: Path) -> bool:
@@ -42,7 +46,7 @@ def preallocate(file: int, size: int) -> None:
     try:
         os.posix_fallocate(file, 0, size)
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+        if error.errno not in _UNSUPPORTED:
             raise
         os.ftruncate(file, size)
 
@@ -74,20 +78,18 @@ class out_of_space:  # noqa: N801  (a context manager reads as a phrase)
 
 
 def link(source: Path, target: Path) -> None:
-    """Make `target` a hard link to `source`, or a copy if the file system allows no hard link.
+    """Make `target` a hard link to `source`, or a copy if the system makes no hard link.
 
     If `source` is a symbolic link, `target` is a link to the file that `source` leads to. `target`
     must not exist.
     """
-    with out_of_space(target, source.stat().st_size), _whole(target) as partial:
+    with out_of_space(target, source.stat().st_size):
         try:
-            os.link(source.resolve(), partial)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
-                raise
-            shutil.copyfile(source, partial)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
+            with _whole(target) as partial:
+                os.link(source.resolve(), partial)
+        except OSError:  # of many kinds; if the folder cannot be written, the copy says so
+            with source.open("rb") as file:
+                write_whole(target, iter(bound(file.read, _COPIED_AT_ONCE), b""))
 
 
 def write_whole(path: Path, pieces: Iterable[bytes]) -> str:
@@ -123,6 +125,34 @@ def _whole(path: Path) -> Iterator[Path]:
     fsync_folder(path.parent)
 
 
+def open_own(path: Path, flags: int = 0) -> int:
+    """Open a file that mquant writes bit by bit, and create the file if it does not exist.
+
+    `flags` are added to those of os.open. Raises OSError.
+    """
+    unlink_foreign(path)
+    return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o644)
+
+
+def unlink_foreign(path: Path) -> None:
+    """Unlink a link, and a file with another name: to write into it would change another file."""
+    with suppress(FileNotFoundError):
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            path.unlink()
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder of this process, which a `with` block deletes. Raises OutputError."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="mquant-")
+    except OSError as error:
+        raise OutputError(
+            f"There is no temporary folder: {error.strerror}.",
+            "Set TMPDIR to a folder that can be written.",
+        ) from error
+
+
 def read_own(path: Path, most: int) -> bytes | None:
     """Read a file that mquant wrote, and that may be a link, a pipe or a huge file by now.
 
@@ -139,10 +169,13 @@ def read_own(path: Path, most: int) -> bytes | None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
+    """Make renames in a folder durable, if the file system can."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
     finally:
         os.close(handle)
 

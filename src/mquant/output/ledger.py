@@ -32,7 +32,7 @@ from typing import Any, Final
 
 from mquant.checkpoint import Stamp, stamp
 from mquant.errors import InUse, OutputError
-from mquant.output.disk import fsync_folder, out_of_space, read_own
+from mquant.output.disk import fsync_folder, out_of_space, read_own, write_whole
 from mquant.untrusted import MAX_TENSORS, parse_json
 
 LEDGER: Final = "mquant-run.jsonl"
@@ -150,8 +150,11 @@ class Ledger:
                 time.sleep(_PAUSE_SECONDS)
                 continue
             if self._is_at(file):
-                return file
-            os.close(file)  # another run was completed just then, and deleted the file
+                if os.fstat(file).st_nlink < 2:
+                    return file
+                # Lines in a file with another name would change another file.
+                write_whole(self._path, [read_own(self._path, MOST_BYTES) or b""])
+            os.close(file)  # or another run was completed just then, and deleted the file
 
     def begin(self, fingerprint: dict[str, Any], files: Iterable[str], *, afresh: bool) -> None:
         """Record the fingerprint and the files of this run, before the run writes any of the files.

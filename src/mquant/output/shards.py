@@ -10,7 +10,7 @@ from typing import Final
 from mquant.checkpoint import Stamp
 from mquant.errors import EngineError
 from mquant.events import Emit, Progress, silent
-from mquant.output.disk import PARTIAL, out_of_space
+from mquant.output.disk import PARTIAL, out_of_space, unlink_foreign
 from mquant.output.ledger import Ledger, Recorded
 from mquant.output.writer import ShardWriter
 from mquant.plan import Plan, ShardPlan, WorkUnit
@@ -252,6 +252,7 @@ class ShardSet:
                     self.digests[shard.name] = recorded.shards[shard.name]
                 elif final.is_file():
                     final.rename(partial)
+                unlink_foreign(partial)
                 if shard.name not in self.digests and not _is_of(partial, shard.file_bytes):
                     units.clear()
             self._done |= units

@@ -13,7 +13,7 @@ from threading import Lock
 from typing import Final
 
 from mquant.errors import EngineError
-from mquant.output.disk import PARTIAL, fsync_folder, out_of_space, preallocate, pwrite
+from mquant.output.disk import PARTIAL, fsync_folder, open_own, out_of_space, preallocate, pwrite
 from mquant.plan import ShardPlan
 
 _HASH_BYTES: Final = 1024 * 1024
@@ -41,9 +41,7 @@ class ShardWriter:
         self._closing = Lock()
         self._file = -1
         with out_of_space(self._partial, shard.file_bytes):
-            flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW  # a link leads out of OUT
-            flags |= 0 if done else os.O_TRUNC
-            self._file = os.open(self._partial, flags, 0o644)
+            self._file = open_own(self._partial, 0 if done else os.O_TRUNC)
             try:
                 preallocate(self._file, shard.file_bytes)
                 pwrite(self._file, header, 0)

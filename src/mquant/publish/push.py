@@ -162,7 +162,8 @@ def push(
             writer.commit("Remove config.json until all files are uploaded", removed)
     _send(shipment, writer, missing, emit)
     remote = verify(writer.made, families, Depth.STRUCTURE, emit=emit)
-    note.unlink(missing_ok=True)
+    with suppress(OSError):  # a cache that cannot be written has no note
+        note.unlink(missing_ok=True)
     return Pushed(local, remote, writer.page, writer.made.private, tuple(missing))
 
 

