@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,15 @@ from mquant.output import ledger as ledger_module
 from mquant.output.ledger import read_ledger
 from mquant.runs.run import free_disk
 from mquant.verify.loaders import ask_vllm
-from run import quantize_nvfp4
+from run import plan_of, quantize_nvfp4
 
 __all__ = ["hub"]
 
 RUN = {"source": "aa"}
+
+
+def read_record(out: Path) -> Any:
+    return json.loads((out / RECORD).read_text())
 
 
 @pytest.fixture
@@ -113,22 +117,44 @@ def test_a_record_deletes_nothing_outside_of_out(tmp_path: Path, victim: Path, n
         "config.json.partial",
     ],
 )
+@pytest.mark.parametrize("make", [os.symlink, os.link])
 def test_a_link_in_an_unfinished_out_is_not_written_through(
-    src: Path, tmp_path: Path, victim: Path, name: str
+    src: Path, tmp_path: Path, victim: Path, name: str, make: Callable[[Path, Path], None]
 ) -> None:
     out = tmp_path / "out"
     quantize_nvfp4(src, out)
     record = json.loads((out / RECORD).read_text())
     for file in (CONFIG_NAME, "model-00001-of-00001.safetensors"):
         (out / file).unlink()
-    (out / name).symlink_to(victim)
+    make(victim, out / name)
     head = {"schema": "mquant.run/2", "fingerprint": record["fingerprint"], "files": [CONFIG_NAME]}
     (out / LEDGER).write_text(json.dumps(head) + "\n")
 
-    try:
-        quantize_nvfp4(src, out)
-    except OutputError as error:
-        assert "cannot be written" in error.message
+    quantize_nvfp4(src, out)
+    assert read_record(out) == record
+
+
+@pytest.mark.parametrize("end", ["", ".partial"])
+def test_a_shard_with_another_name_is_made_again_and_not_resumed_in_place(
+    src: Path, tmp_path: Path, end: str
+) -> None:
+    out, shard = quantize_nvfp4(src, tmp_path / "out"), "model-00001-of-00001.safetensors"
+    right, record = (out / shard).read_bytes(), read_record(out)
+    (out / CONFIG_NAME).unlink()
+    (out / shard).unlink()
+    backup = tmp_path / "backup"
+    backup.write_bytes(b"x" * len(right))
+    (out / (shard + end)).hardlink_to(backup)
+    units = list(plan_of(src).units)
+    ledger = Ledger(out)
+    ledger.begin(record["fingerprint"], [shard, CONFIG_NAME], afresh=True)
+    ledger.read_from({path: Folder(src).stamps[path] for unit in units for path in unit.files})
+    ledger.count(range(len(units)))
+    ledger.release()
+
+    quantize_nvfp4(src, out)
+    assert (out / shard).read_bytes() == right
+    assert backup.read_bytes() == b"x" * len(right)
 
 
 def test_side_files_do_not_follow_a_linked_folder(src: Path, tmp_path: Path, victim: Path) -> None:

@@ -1,6 +1,10 @@
 """`synth` writes a whole checkpoint to an empty folder, or leaves no file."""
 
 import json
+import multiprocessing
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +12,37 @@ from typing import Any
 
 import pytest
 
-from mquant.errors import OutputError
+from judges import hashes
+from mquant.errors import InUse, OutputError
 from mquant.events import Event, Progress
 from mquant.family import Family
 from mquant.synth import Sizes, synth
 from synthetic import family, opened
 
 __all__ = ["family"]
+
+
+def killed(out: Path, family: Family, moves: int) -> int | None:
+    """Write a checkpoint, and kill the process after `moves` files have moved to OUT."""
+    process = multiprocessing.get_context("fork").Process(target=_die, args=(out, family, moves))
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+def _die(out: Path, family: Family, moves: int) -> None:
+    rename, left = Path.rename, moves
+
+    def move(path: Path, target: Path) -> Path:
+        nonlocal left
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return rename(path, target)
+
+    Path.rename = move  # type: ignore[method-assign, assignment]
+    shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    synth(out, family, max_shard_bytes=300_000)
 
 
 def test_an_out_that_is_not_empty_is_refused(tmp_path: Path, family: Family) -> None:
@@ -52,6 +80,34 @@ def test_a_run_that_fails_leaves_no_file(tmp_path: Path, family: Family, existed
         synth(out, family, max_shard_bytes=100_000, emit=stop)
     assert out.exists() == existed
     assert not existed or not any(out.iterdir())
+
+
+def test_a_run_that_was_killed_is_run_again(tmp_path: Path, family: Family) -> None:
+    right = hashes(synth(tmp_path / "right", family, max_shard_bytes=300_000).path)
+    moves = len(right)
+    for kill in range(moves + 1):
+        out = tmp_path / str(kill)
+        assert killed(out, family, kill) == -signal.SIGKILL
+        assert synth(out, family, max_shard_bytes=300_000).path == out
+        assert hashes(out) == right
+
+
+def test_a_file_beside_those_of_a_killed_run_is_kept(tmp_path: Path, family: Family) -> None:
+    killed(tmp_path, family, 2)
+    (tmp_path / "mine.txt").write_text("mine")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(OutputError, match="is not empty"):
+        synth(tmp_path, family)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_two_runs_at_once_do_not_mix(tmp_path: Path, family: Family) -> None:
+    def again(_: Event) -> None:
+        with pytest.raises(InUse, match="Another mquant is writing"):
+            synth(tmp_path, family)
+
+    synth(tmp_path, family, emit=again)
+    assert opened(tmp_path).tensors
 
 
 def test_an_empty_folder_is_accepted_and_progress_adds_up(tmp_path: Path, family: Family) -> None:

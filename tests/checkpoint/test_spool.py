@@ -4,6 +4,7 @@ import hashlib
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -184,14 +185,17 @@ def test_a_file_with_another_sha256_is_refused_and_deleted(
     assert not list((tmp_path / "s").rglob(f"{first}*"))
 
 
-def test_unused_files_are_deleted_and_links_are_not_followed(repo: HubRepo, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [os.symlink, os.link])
+def test_unused_files_are_deleted_and_links_are_not_followed(
+    repo: HubRepo, tmp_path: Path, make: Callable[[Path, Path], None]
+) -> None:
     work = work_of(open_checkpoint(repo))
     first = work[0][0].shard
     inside = tmp_path / "s" / repo.commit
     inside.mkdir(parents=True)
     other = tmp_path / "other"
     other.write_bytes(b"somebody's")
-    (inside / (first + ".partial")).symlink_to(other)
+    make(other, inside / (first + ".partial"))
     (inside / "stray").write_bytes(b"x")
     (tmp_path / "s" / ("0" * 40)).mkdir()
     (tmp_path / "s" / ("0" * 40) / first).write_bytes(b"of another commit")

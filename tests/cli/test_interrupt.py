@@ -10,15 +10,15 @@ from mquant.cli.interrupt import INTERRUPTED
 SENTENCE = f"{INTERRUPTED}\n"
 # The command line, with a verb of the test.
 BODY = """
-import os, signal, sys, time
-import mquant.cli, mquant.cli.app
+import os, signal, sys, time, types
+import mquant.cli
 from mquant.cli import interrupt
 def send(number=signal.SIGINT): os.kill(os.getpid(), number)
 class Dropped:
     def __del__(self): send()
 def app(prog_name):
 {}
-mquant.cli.app.app = app
+sys.modules["mquant.cli.app"] = types.SimpleNamespace(app=app)
 mquant.cli.main()
 """
 

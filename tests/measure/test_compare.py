@@ -1,6 +1,7 @@
 """`compare` measures how far weights are from the parent's, in every layout, and resumes."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from judges import opened, read_json
 from make import Edit, make_checkpoint, without
 from mquant.checkpoint import Folder, Reader, reader_of
 from mquant.checkpoint.hub import HubRepo
-from mquant.events import Event, Progress
+from mquant.events import Event, Note, Progress
 from mquant.family import load_families
 from mquant.loader_model.modules import read_modules
 from mquant.measure.comparison import Comparison, ErrorStats, compare, error_stats
@@ -222,13 +223,50 @@ def test_a_changed_file_is_compared_again(trained: Path, tmp_path: Path, cache: 
     assert len(keys) == 2
 
 
-def test_a_cache_that_cannot_be_written_is_one_sentence(
+def test_a_cache_that_cannot_be_written_costs_one_sentence(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    complete = compared(trained)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(Exception, match="cannot be kept in the cache folder: Not a directory"):
-        compared(trained)
+    events: list[Event] = []
+    assert compared(trained, emit=events.append) == complete
+    assert [event.message for event in events if isinstance(event, Note)] == [
+        f"{tmp_path}/file/mquant/compare cannot keep the results (Not a directory): "
+        "after an interruption, the comparison starts over."
+    ]
+
+
+def test_a_cache_on_a_full_disk_costs_one_sentence(cache: Path, trained: Path) -> None:
+    tensors = compared(trained).tensors
+    events: list[Event] = []
+    with ComparisonCache(Folder(trained), Folder(TRAINED), emit=events.append) as kept:
+        kept._file = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", encoding="utf-8")
+        for tensor in tensors:
+            kept.add(tensor)
+    (note,) = events
+    assert isinstance(note, Note)
+    assert note.message.startswith(f"{cache} cannot keep the results (No space left on device)")
+
+
+@pytest.mark.parametrize("make", [os.link, os.symlink])
+def test_a_cache_with_another_name_is_not_written_into(
+    trained: Path, cache: Path, tmp_path: Path, make: Callable[[Path, Path], None]
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("years of work")
+    cache.mkdir(parents=True)
+    kept = ComparisonCache(Folder(trained), Folder(TRAINED))
+    kept.path.unlink()
+    make(victim, kept.path)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ComparisonCache(Folder(trained), Folder(TRAINED)) as kept,
+    ):
+        kept.add(compared(trained).tensors[0])
+        raise KeyboardInterrupt
+    assert victim.read_text() == "years of work"
+    assert len(ComparisonCache(Folder(trained), Folder(TRAINED)).known) == 1
 
 
 def test_tensors_of_a_hub_repo_are_downloaded_once(hub: FakeHub, trained: Path) -> None:

@@ -1,18 +1,13 @@
 """The NVFP4 kernels, the reference and compressed-tensors return the same bytes for any weights."""
 
-import errno
-import os
 from typing import Final
 
-import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import upstream
-from mquant.compiled import compiled
-from mquant.errors import EngineError
 from mquant.numerics import kernels, nvfp4
 from mquant.numerics.floats import F32, FLOATS, Array, FloatFormat
 from mquant.numerics.thresholds import thresholds
@@ -252,35 +247,3 @@ def test_sizes_that_do_not_fit_are_refused(elements: int, packed: int, scales: i
 def test_other_dtypes_are_refused() -> None:
     with pytest.raises(ValueError, match="F32 comes as flat uint32, not uint16"):
         kernels.block_maxima(np.zeros(16, np.uint16), F32, np.zeros(1, np.uint32))
-
-
-def test_a_full_cache_of_compiled_code_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_arguments: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(kernels, "_block_maxima", full)
-    with pytest.raises(EngineError) as caught:
-        kernels.prepare(FLOATS["BF16"])
-    assert caught.value.message == (
-        "numba cannot keep compiled code in its cache folder: No space left on device."
-    )
-    assert "NUMBA_CACHE_DIR" in caught.value.fix
-
-
-def test_without_a_cache_folder_code_is_compiled_for_the_run(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    real = numba.njit
-
-    def njit(*arguments: object, cache: bool = False, **options: object) -> object:
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(numba, "njit", njit)
-
-    @compiled
-    def double(x: int) -> int:
-        return 2 * x
-
-    assert double(21) == 42

