@@ -4,11 +4,13 @@ import os
 import pwd
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from mquant.data_files import cache, home, settle_folders
+from mquant.data_files import cache, home, settle_folders, temporary_folder
+from mquant.errors import OutputError
 from run import TRAINED
 
 
@@ -73,3 +75,14 @@ def test_a_verb_needs_no_home_and_leaves_no_file_in_the_current_folder(tmp_path:
         "after an interruption, the comparison starts over.\n"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_machine_without_a_temporary_folder_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/null/none")
+    with pytest.raises(
+        OutputError, match="There is no temporary folder: Not a directory"
+    ) as caught:
+        temporary_folder()
+    assert caught.value.fix == "Set TMPDIR to a folder that can be written."

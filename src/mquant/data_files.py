@@ -1,13 +1,14 @@
-"""The folders that ship with mquant, `configs/` and `recipes/`; the home and cache folders."""
+"""Folders: those that ship with mquant (`configs/`, `recipes/`), home, cache and temporary."""
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from mquant.errors import DataFileError
+from mquant.errors import DataFileError, OutputError
 
 MAX_YAML_BYTES = 200_000
 _MOST_JSON = 4_000_000
@@ -54,6 +55,17 @@ def settle_folders() -> None:
     folders = {"HOME": home(), "XDG_CACHE_HOME": cache().parent}
     os.environ.update({name: str(folder) for name, folder in folders.items()})
     os.environ.setdefault("USER", str(os.getuid()))  # torch asks for a name
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder of this process, which a `with` block deletes. Raises OutputError."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="mquant-")
+    except OSError as error:
+        raise OutputError(
+            f"There is no temporary folder: {error.strerror}.",
+            "Set TMPDIR to a folder that can be written.",
+        ) from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -69,6 +69,14 @@ def test_nothing_goes_into_a_public_repo_by_accident(src: Path, hub: FakeHub) ->
     assert not hub.commits
 
 
+def test_a_push_needs_no_cache_folder(
+    src: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    run(src, REPO)
+    assert on_the_hub(hub).keys() == {path.name for path in src.iterdir()}
+
+
 def test_a_second_push_is_already_done(src: Path, hub: FakeHub) -> None:
     run(src, REPO)
     commits = list(hub.commits)

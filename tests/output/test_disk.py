@@ -3,15 +3,13 @@
 import errno
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from mquant.errors import OutputError
 from mquant.output import LEDGER, Ledger, link
-from mquant.output.disk import fsync_folder, open_own, temporary_folder, write_whole
+from mquant.output.disk import fsync_folder, open_own, write_whole
 
 LACKING = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 NO_LINKS = (errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV, *LACKING)
@@ -113,14 +111,3 @@ def test_a_file_system_need_not_have_hard_links(
     link(other, tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == b"years of work"
     assert not (tmp_path / "copy").samefile(other)
-
-
-def test_a_machine_without_a_temporary_folder_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", "/dev/null/none")
-    with pytest.raises(
-        OutputError, match="There is no temporary folder: Not a directory"
-    ) as caught:
-        temporary_folder()
-    assert caught.value.fix == "Set TMPDIR to a folder that can be written."

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,15 @@ def test_an_open_file_is_written_to(tmp_path: Path, to_file: bool) -> None:
         process = subprocess.run([sys.executable, "-c", code], stdout=stdout, check=True)
     written = (tmp_path / "stdout").read_bytes() if to_file else process.stdout
     assert written == b"before\n<mark>new"
+
+
+@pytest.mark.parametrize("make", [os.link, os.symlink])
+def test_a_file_behind_proc_is_replaced_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path, Path], None]
+) -> None:
+    (tmp_path / "other").write_bytes(b"years of work")
+    make(tmp_path / "other", tmp_path / "report")
+    monkeypatch.chdir(tmp_path)
+    document(Path("/proc/self/cwd/report")).write(OURS)
+    assert (tmp_path / "report").read_bytes() == b"<mark>new"
+    assert (tmp_path / "other").read_bytes() == b"years of work"

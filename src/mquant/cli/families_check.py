@@ -37,8 +37,8 @@ def check(file: File, output_format: FormatChoice = Format.HUMAN) -> None:
     Example: mquant families check ./my_model.yaml
     """
     with output("families.check", output_format) as out:
+        from mquant.data_files import temporary_folder
         from mquant.family import load_families
-        from mquant.output.disk import temporary_folder
 
         family = load_families(file)[str(file)]
         out.put(**_described(family))

@@ -16,12 +16,12 @@ from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr
 
 from mquant.checkpoint import Source
+from mquant.data_files import temporary_folder
 from mquant.engines.offloaded_model import attach, build_model
 from mquant.engines.oneshot import calibrate, quiet
 from mquant.errors import EngineError
 from mquant.events import Emit, silent
 from mquant.numerics.floats import Floats
-from mquant.output.disk import temporary_folder
 from mquant.plan import Plan
 
 

@@ -21,7 +21,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from mquant.checkpoint import Source, TensorInfo
 from mquant.engines.replaced import replaced
 from mquant.errors import EngineError
-from mquant.output.disk import out_of_space, write_whole
 
 DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -103,8 +102,14 @@ def build_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
     """
     # Without auto_map, only transformers' own code runs, and no prompt asks for trust.
     plain = {key: value for key, value in config.items() if key != "auto_map"}
-    with out_of_space(folder / "config.json", 0):
-        write_whole(folder / "config.json", [json.dumps(plain).encode()])
+    try:
+        # Not `write_whole`: the folder is this process's own.
+        (folder / "config.json").write_text(json.dumps(plain), encoding="utf-8")
+    except OSError as error:
+        raise EngineError(
+            f"The temporary folder cannot be written: {error.strerror}.",
+            "Free space there, or set TMPDIR to another folder.",
+        ) from error
     try:
         parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):

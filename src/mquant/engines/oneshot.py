@@ -42,11 +42,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from mquant.checkpoint import Source
+from mquant.data_files import temporary_folder
 from mquant.engines.offloaded_model import ParentCache, attach, build_model
 from mquant.engines.replaced import replaced
 from mquant.errors import EngineError
 from mquant.events import Emit, Note, silent
-from mquant.output.disk import temporary_folder
 from mquant.plan import Plan
 from mquant.text import names
 

@@ -4,7 +4,6 @@ import errno
 import hashlib
 import os
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial as bound
@@ -140,17 +139,6 @@ def unlink_foreign(path: Path) -> None:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
             path.unlink()
-
-
-def temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """Return a folder of this process, which a `with` block deletes. Raises OutputError."""
-    try:
-        return tempfile.TemporaryDirectory(prefix="mquant-")
-    except OSError as error:
-        raise OutputError(
-            f"There is no temporary folder: {error.strerror}.",
-            "Set TMPDIR to a folder that can be written.",
-        ) from error
 
 
 def read_own(path: Path, most: int) -> bytes | None:

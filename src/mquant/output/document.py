@@ -1,5 +1,6 @@
 """A file that the user names for a report, a card or the like."""
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from mquant.output.disk import write_whole
 
 _HEAD_BYTES: Final = 1_000_000
 """A document has its mark within these bytes: a card's mark follows the metadata."""
-_OPEN_FILES: Final = ("/dev/std", "/dev/fd/", "/proc/")
+_OPEN_FILE: Final = re.compile(r"/dev/std(in|out|err)|(/dev|/proc/[^/]+)/fd/\d+")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Document:
         self.check()
         with self._sentence():
             if self.is_stream:
-                with self.path.open("ab") as stream:  # a shell may have sent stdout to a file
+                # Not `write_whole`: somebody has the file open. A shell may send stdout to a file.
+                with self.path.open("ab") as stream:
                     stream.writelines(pieces)
             else:
                 write_whole(self.path, pieces)
@@ -60,7 +62,7 @@ class Document:
     @property
     def is_stream(self) -> bool:
         """Whether the path is a device, a pipe, or a name of an open file."""
-        opened = str(self.path.absolute()).startswith(_OPEN_FILES)
+        opened = _OPEN_FILE.fullmatch(str(self.path.absolute())) is not None
         return opened or (self.path.exists() and not (self.path.is_file() or self.path.is_dir()))
 
     @contextmanager

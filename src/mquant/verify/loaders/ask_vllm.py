@@ -16,10 +16,10 @@ from typing import Any, Final
 
 from mquant.checkpoint import CONFIG_NAME, FIRST_READ, INDEX_NAME, Source, read_first
 from mquant.checkpoint.generation_config import GENERATION
+from mquant.data_files import temporary_folder
 from mquant.errors import HeaderError, LoaderError
 from mquant.findings import Finding, Rule, rule
 from mquant.loader_model.modules import MODELOPT_NAME
-from mquant.output.disk import temporary_folder
 from mquant.untrusted import parse_json
 from mquant.verify.loaders.install import find_python
 
