@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import time
-from types import FrameType
 
 INTERRUPTED = "Interrupted; it is safe to run the same command again."
 _SAME_SECONDS = 1.0
@@ -48,7 +47,7 @@ def tell() -> None:
         return  # nobody reads
 
 
-def _stop(_number: int, _frame: FrameType | None) -> None:
+def _stop(_number: int, _frame: object) -> None:
     global _since
     if _since is None:
         _since = time.monotonic()
