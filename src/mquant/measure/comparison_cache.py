@@ -10,6 +10,7 @@ file cannot be written, the comparison goes on without the file.
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Final, Self, TextIO
 
@@ -90,6 +91,9 @@ class ComparisonCache:
         self._waiting.clear()
 
     def _go_on_without(self, error: OSError) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # what it still holds does not fit either
+                self._file.close()
         self._file = None
         text = f"{self.path.parent} cannot keep the results ({error.strerror})"
         self._emit(Note("warning", f"{text}: after an interruption, the comparison starts over."))
