@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -237,36 +238,44 @@ def test_a_cache_that_cannot_be_written_costs_one_sentence(
     ]
 
 
-def test_a_cache_on_a_full_disk_costs_one_sentence(cache: Path, trained: Path) -> None:
-    tensors = compared(trained).tensors
+def test_a_cache_on_a_full_disk_costs_one_sentence(
+    cache: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = compared(trained)
+    full = TextIOWrapper(BytesIO(), write_through=True)
+
+    def write(_: str) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mquant.measure.comparison_cache.open_own", lambda *_: -1)
+    monkeypatch.setattr("mquant.measure.comparison_cache.os.fdopen", lambda *_, **__: full)
+    monkeypatch.setattr(full, "write", write)
     events: list[Event] = []
-    with ComparisonCache(Folder(trained), Folder(TRAINED), emit=events.append) as kept:
-        kept._file = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", encoding="utf-8")
-        for tensor in tensors:
-            kept.add(tensor)
-    (note,) = events
-    assert isinstance(note, Note)
+    assert compared(trained, emit=events.append) == complete
+    (note,) = [event for event in events if isinstance(event, Note)]
     assert note.message.startswith(f"{cache} cannot keep the results (No space left on device)")
+    assert full.closed
 
 
 @pytest.mark.parametrize("make", [os.link, os.symlink])
 def test_a_cache_with_another_name_is_not_written_into(
     trained: Path, cache: Path, tmp_path: Path, make: Callable[[Path, Path], None]
 ) -> None:
+    def kept() -> ComparisonCache:
+        return ComparisonCache(Folder(trained), Folder(TRAINED))
+
+    tensor = compared(trained).tensors[0]
     victim = tmp_path / "victim"
     victim.write_text("years of work")
-    cache.mkdir(parents=True)
-    kept = ComparisonCache(Folder(trained), Folder(TRAINED))
-    kept.path.unlink()
-    make(victim, kept.path)
-    with (
-        pytest.raises(KeyboardInterrupt),
-        ComparisonCache(Folder(trained), Folder(TRAINED)) as kept,
-    ):
-        kept.add(compared(trained).tensors[0])
+    with kept() as empty:
+        assert empty.path.parent == cache
+    make(victim, empty.path)
+    with pytest.raises(KeyboardInterrupt), kept() as begun:
+        begun.add(tensor)
         raise KeyboardInterrupt
     assert victim.read_text() == "years of work"
-    assert len(ComparisonCache(Folder(trained), Folder(TRAINED)).known) == 1
+    with kept() as resumed:
+        assert list(resumed.known) == [tensor.name]
 
 
 def test_tensors_of_a_hub_repo_are_downloaded_once(hub: FakeHub, trained: Path) -> None:
