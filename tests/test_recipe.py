@@ -171,7 +171,7 @@ def test_a_model_given_as_a_recipe_is_not_read_whole(tmp_path: Path) -> None:
 
     with pytest.raises(DataFileError) as caught:
         load_recipe(path)
-    assert caught.value.message == f"{path} is too large."
+    assert caught.value.message == f"{path} is too large: mquant reads 200,000 bytes."
 
 
 def test_a_recipe_needs_data_for_activations_gptq_and_awq() -> None:

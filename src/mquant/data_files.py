@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from mquant.errors import DataFileError, OutputError
+from mquant.untrusted import open_named
 
 MAX_YAML_BYTES = 200_000
 _MOST_JSON = 4_000_000
@@ -71,31 +72,33 @@ def temporary_folder() -> tempfile.TemporaryDirectory[str]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds one table. Raises DataFileError for anything else."""
     try:
-        if path.exists() and not path.is_file():  # to open a pipe may take for ever
-            raise DataFileError(f"{path} is not a regular file.", "Give a YAML file.")
-        if path.stat().st_size > MAX_YAML_BYTES:
-            raise DataFileError(f"{path} is too large.", "Give a recipe or family file.")
-        value = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 -- it is a SafeLoader
-    except OSError as error:
-        raise DataFileError(f"{path} cannot be read: {error.strerror}.") from error
+        with open_named(path, "Give a YAML file.", MAX_YAML_BYTES) as file:
+            value = parse_yaml(file.read().decode("utf-8"))
     except UnicodeDecodeError:
         raise DataFileError(f"{path} is not a text file.", "Give a YAML file.") from None
-    # PyYAML's constructors raise these: 2001-99-99, `!!bool maybe`, `!!timestamp x`, `!!int ""`.
-    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise DataFileError(f"{path} is not valid YAML{line}.", "Correct the file.") from None
+    except ValueError as error:
+        raise DataFileError(f"{path} is not valid YAML{error}.", "Correct the file.") from None
     if not isinstance(value, dict):
         raise DataFileError(f"{path} does not hold a table of keys.", "Correct the file.")
     _check_json(path, value)
     return value
 
 
+def parse_yaml(text: str) -> Any:
+    """Return the value of a YAML text. Raises ValueError, which says where, for any other text."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 -- it is a SafeLoader
+    # PyYAML's constructors raise these: 2001-99-99, `!!bool maybe`, `!!timestamp x`, `!!int ""`.
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ValueError(f" at line {mark.line + 1}" if mark else "") from None
+
+
 def _check_json(path: Path, value: object) -> None:
     """Raise DataFileError for a value that JSON cannot hold, or holds only in very many bytes."""
     size = 0
     try:
-        for piece in json.JSONEncoder(ensure_ascii=False).iterencode(value):
+        for piece in json.JSONEncoder(ensure_ascii=False, allow_nan=False).iterencode(value):
             size += len(piece.encode())
             if size > _MOST_JSON:
                 break

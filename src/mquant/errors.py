@@ -4,7 +4,7 @@
     ├── UsageError              the command line is wrong                  (exit 2)
     ├── SourceError             a checkpoint is missing or unreadable      (exit 1)
     │   └── HeaderError         a safetensors header is invalid            (exit 1)
-    ├── DataFileError           a recipe or family file is wrong           (exit 1)
+    ├── DataFileError           a file that the user named is wrong        (exit 1)
     ├── Refused                 the plan must not be carried out           (exit 1)
     ├── NotJudged               a deciding check could not be made         (exit 1)
     ├── OutputError             OUT is foreign, full, or disappeared       (exit 1)
@@ -49,7 +49,7 @@ class HeaderError(SourceError):
 
 
 class DataFileError(MquantError):
-    """A wrong recipe or family file."""
+    """A wrong file that the user named: a recipe, a family, a text, an importance file."""
 
 
 class Refused(MquantError):

@@ -1,13 +1,19 @@
-"""Parse untrusted JSON: the size is bounded before the text is parsed.
+"""Open and parse untrusted files: what a file may be, and how much of it is read, is bounded first.
 
 Parsed JSON takes up to 60 times the memory of its text, and deep nesting overflows the stack of
 every later walk. So brackets, colons and commas of the text are counted first.
 """
 
 import json
+import os
+import stat
 import sys
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from mquant.errors import DataFileError
 
 MAX_TENSORS: Final = 290_000
 """Limit on tensors. The largest known checkpoint (61 layers, 384 experts, NVFP4) has 280,000."""
@@ -26,6 +32,26 @@ RECORD: Final = {"{": MAX_TENSORS, "[": MAX_TENSORS, ":": 3 * MAX_TENSORS, ",": 
 
 class TooMuch(ValueError):
     """A JSON text that holds more than any document of its kind."""
+
+
+@contextmanager
+def open_named(path: Path, fix: str, most: int | None = None) -> Iterator[BinaryIO]:
+    """Open a regular file of at most `most` bytes that the user named.
+
+    Raises DataFileError, with `fix`, for any other file, or if the file cannot be opened or read.
+    """
+    try:
+        # Opening a pipe without a writer would block; a pipe or a device may never end.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        with os.fdopen(handle, "rb") as file:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise DataFileError(f"{path} is not a regular file.", fix)
+            if most is not None and status.st_size > most:
+                raise DataFileError(f"{path} is too large: mquant reads {most:,} bytes.", fix)
+            yield file
+    except OSError as error:
+        raise DataFileError(f"{path} cannot be read: {error.strerror or error}.", fix) from error
 
 
 def parse_json(

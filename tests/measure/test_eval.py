@@ -12,7 +12,7 @@ import perplexity
 from judges import opened, read_json
 from make import make_checkpoint, write_json
 from mquant.checkpoint import Folder, reader_of
-from mquant.errors import SourceError
+from mquant.errors import DataFileError, SourceError
 from mquant.family import load_families
 from mquant.forward.decoder import Model, shape_of
 from mquant.loader_model.modules import read_modules
@@ -236,7 +236,7 @@ def test_unusable_texts_and_tokenizers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "short").write_text("")
     with pytest.raises(SourceError, match="fewer than two tokens"):
         run(TRAINED, text=tmp_path / "short")
-    with pytest.raises(SourceError, match="none cannot be read: No such file"):
+    with pytest.raises(DataFileError, match="none cannot be read: No such file"):
         run(TRAINED, text=tmp_path / "none")
 
 

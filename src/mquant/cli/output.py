@@ -125,7 +125,7 @@ class Output:
         if self._error is not None:
             envelope["error"] = self._error
         # Only ASCII: a bidi mark or a lone surrogate in a name must not reach the terminal.
-        write(json.dumps({**envelope, **self._keys}, indent=2) + "\n")
+        write(json.dumps({**envelope, **self._keys}, indent=2, allow_nan=False) + "\n")
 
 
 @contextmanager

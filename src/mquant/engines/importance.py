@@ -23,6 +23,7 @@ from mquant.numerics.floats import Floats
 from mquant.plan import Plan
 from mquant.recipe import Recipe
 from mquant.text import names
+from mquant.untrusted import open_named
 
 _FIX: Final = "Write the file with mquant calibrate, from this checkpoint and this recipe."
 
@@ -45,7 +46,7 @@ class Importance:
         Raises SourceError if the file has changed since it was checked.
         """
         info = self.vectors[module]
-        with self.path.open("rb") as file:
+        with open_named(self.path, _FIX) as file:
             raw = os.pread(file.fileno(), info.nbytes, info.start)
             if stamp(os.fstat(file.fileno())) != self.file_stamp:
                 raise SourceError(
@@ -92,20 +93,17 @@ def open_importance(path: Path, plan: Plan) -> Importance:
     Raises DataFileError if the file cannot be read, has other modules than `plan` quantizes, or
     holds NaN, infinity or a number below zero.
     """
-    try:
-        with path.open("rb") as file:
-            file_stamp = stamp(os.fstat(file.fileno()))
-            first = file.read(PREFIX_BYTES)
-            raw = file.read(header_length(first, file_stamp[0], path.name))
-            vectors = {info.name: info for info in parse_header(raw, file_stamp[0], path.name)}
-            _check_names(path.name, vectors, plan)
-            digest = hashlib.sha256(first + raw)
-            for info in vectors.values():  # in the order of the file, which has no holes
-                data = file.read(info.nbytes)
-                digest.update(data)
-                _check_values(path.name, info, data)
-    except OSError as error:
-        raise DataFileError(f"{path} cannot be read: {error.strerror}.", _FIX) from error
+    with open_named(path, _FIX) as file:
+        file_stamp = stamp(os.fstat(file.fileno()))
+        first = file.read(PREFIX_BYTES)
+        raw = file.read(header_length(first, file_stamp[0], path.name))
+        vectors = {info.name: info for info in parse_header(raw, file_stamp[0], path.name)}
+        _check_names(path.name, vectors, plan)
+        digest = hashlib.sha256(first + raw)
+        for info in vectors.values():  # in the order of the file, which has no holes
+            data = file.read(info.nbytes)
+            digest.update(data)
+            _check_values(path.name, info, data)
     return Importance(path, digest.hexdigest(), vectors, file_stamp)
 
 

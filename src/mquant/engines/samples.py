@@ -3,19 +3,22 @@
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from mquant.errors import DataFileError
 from mquant.recipe import Calibration
-from mquant.untrusted import parse_json
+from mquant.untrusted import open_named, parse_json
 
 _FIX: Final = (
     "Give a .jsonl or .parquet file whose rows have `text` or `messages`, a .txt file, or the id "
     "of a dataset on the hub."
 )
+_MOST_TEXT: Final = 50_000_000
+"""The most bytes of a .txt file: all of it is tokenized, in 20 times its size of memory."""
+_MOST_ROWS: Final = 1_000_000_000
 
 
 def load_samples(data: str, folder: Path, spec: Calibration) -> list[list[int]]:
@@ -28,9 +31,13 @@ def load_samples(data: str, folder: Path, spec: Calibration) -> list[list[int]]:
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # no warnings of texts longer than the context
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         samples = [*_samples(data, tokenizer, spec)]
-    except (OSError, ValueError) as error:
+    except DataFileError:
+        raise
+    except Exception as error:  # transformers and tokenizers raise anything for a damaged file
         reason = str(error).partition("\n")[0][:200]
         raise DataFileError(f"{data} cannot be tokenized: {reason}", _FIX) from error
     finally:
@@ -61,30 +68,37 @@ def _rows(data: str) -> Iterable[dict[str, Any]]:
     path = Path(data)
     if path.suffix not in (".jsonl", ".txt", ".parquet"):
         return _dataset(data)
-    try:
+    most = _MOST_TEXT if path.suffix == ".txt" else _MOST_ROWS
+    with open_named(path, _FIX, most) as file:
         if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-            return rows
-        text = path.read_text(encoding="utf-8")
-        return [{"text": text}] if path.suffix == ".txt" else _parsed(text, data)
-    except OSError as error:
-        raise DataFileError(f"{data} cannot be read: {error.strerror or error}.", _FIX) from error
-    except ValueError as error:  # the file is not UTF-8, or not parquet
-        raise DataFileError(f"{data} is damaged: {error}.", _FIX) from error
-
-
-def _parsed(text: str, data: str) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+            return _table(file, data)
+        if path.suffix == ".jsonl":
+            return [*_parsed(file, data)]
         try:
-            row = parse_json(line.encode()) if line.strip() else None
+            return [{"text": file.read().decode("utf-8")}]
+        except UnicodeDecodeError as error:
+            raise DataFileError(f"{data} is damaged: {error}.", _FIX) from error
+
+
+def _table(file: BinaryIO, data: str) -> list[dict[str, Any]]:
+    import pyarrow.parquet
+
+    try:
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise DataFileError(f"{data} is damaged: {reason}.", _FIX) from error
+    return rows
+
+
+def _parsed(file: BinaryIO, data: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(file, start=1):
+        try:
+            row = parse_json(line) if line.strip() else None
         except ValueError:
             raise DataFileError(f"Line {number:,} of {data} is no JSON.", _FIX) from None
         if row is not None:
-            rows.append(row)
-    return rows
+            yield row
 
 
 def _dataset(name: str) -> Iterable[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """Run a checkpoint and its parent on a text, a layer at a time, and compare the predictions."""
 
-import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -18,14 +17,15 @@ from mquant.findings import Finding, rule
 from mquant.forward.decoder import Integers, Model
 from mquant.loader_model.modules import ModuleView, read_modules
 from mquant.loader_model.storage import activations, format_of, groups
-from mquant.measure.perplexity import score
+from mquant.measure.perplexity import Doubles, score
+from mquant.measure.text_tokens import read_tokens
 from mquant.text import size
 from mquant.weights.decode import Floats
 from mquant.weights.matrix import Workers
 
 CONTEXT: Final = 512
 TOKENS: Final = 16_384
-_TOKENIZER: Final = "tokenizer.json"
+_MOST_NATS: Final = 700  # exp(710) is infinite
 
 ACTIVATIONS_NOT_QUANTIZED: Final = rule(
     "activations-not-quantized",
@@ -55,7 +55,8 @@ class Routing:
 class Evaluation:
     """The evaluation of a checkpoint, and of its parent, on a text.
 
-    `tokens` were predicted in windows of `context`; `text_tokens` is the length of the text. `kl`
+    `tokens` were predicted in windows of `context`. `text_bytes` of the text were read, which have
+    `text_sha256`; `text_tokens` is the length of the text, None if it was not read to its end. `kl`
     is the KL divergence from the parent, in nats a token. `agreement` is the share of tokens for
     which both models expect the same token.
     """
@@ -64,7 +65,8 @@ class Evaluation:
     parent: str | None
     text: str
     text_sha256: str
-    text_tokens: int
+    text_bytes: int
+    text_tokens: int | None
     tokens: int
     context: int
     perplexity: float
@@ -85,7 +87,12 @@ class Evaluation:
         return {
             "source": self.source,
             "parent": self.parent,
-            "text": {"name": self.text, "sha256": self.text_sha256, "tokens": self.text_tokens},
+            "text": {
+                "name": self.text,
+                "bytes": self.text_bytes,
+                "sha256": self.text_sha256,
+                "tokens": self.text_tokens,
+            },
             "tokens": self.tokens,
             "context": self.context,
             "perplexity": self.perplexity,
@@ -119,10 +126,10 @@ def evaluate(
 
     With a parent, also measure the parent's perplexity and routing, and the KL divergence.
 
-    Raises SourceError if text, tokenizer or checkpoint cannot be read, if the architecture is
-    unknown, or if both vocabularies differ in size.
+    Raises DataFileError if the text cannot be read, and SourceError if tokenizer or checkpoint
+    cannot be read, if the architecture is unknown, if both vocabularies differ in size, or if a
+    model computes a number that is not finite.
     """
-    raw = _read(text)
     sources = [source] if parent is None else [source, parent]
     with Workers(os.cpu_count() or 1) as workers:
         models = [_model(source, families, context, workers) for source in sources]
@@ -131,27 +138,32 @@ def evaluate(
                 f"{source.name} and {sources[-1].name} have vocabularies of different sizes.",
                 "Give the parent that the checkpoint was made from.",
             )
-        ids = _tokenize(sources, raw)
+        read = read_tokens(text, sources, tokens + 1)
+        ids = read.ids
         _check_ids(ids, models[0])
         count = min(tokens, len(ids) - 1)
-        emit(Note("info", _plan(count, len(ids) - 1, context, models)))
+        total = len(ids) - 1 if read.whole else None
+        emit(Note("info", _plan(count, total, context, models)))
         windows = [slice(at, min(at + context, count)) for at in range(0, count, context)]
         hidden = [model.embed(ids[:count]) for model in models]
-        routing = _run(models, hidden, windows, emit)
-        for model, states in zip(models, hidden, strict=True):
-            states[:] = model.norm(states, "model.norm.weight")
-        scores = score(models, hidden, ids[1 : count + 1], workers)
-    losses = [float(loss.mean()) for loss in scores.losses]
+        with np.errstate(all="ignore"):  # numbers that are not finite are an error, no warning
+            _check_finite(models, hidden, "the embeddings")
+            routing = _run(models, hidden, windows, emit)
+            for model, states in zip(models, hidden, strict=True):
+                states[:] = model.norm(states, "model.norm.weight")
+            scores = score(models, hidden, ids[1 : count + 1], workers)
+    perplexities = [_perplexity(m, loss) for m, loss in zip(models, scores.losses, strict=True)]
     return Evaluation(
         source=source.name,
         parent=parent.name if parent else None,
         text=text.name,
-        text_sha256=hashlib.sha256(raw).hexdigest(),
-        text_tokens=len(ids),
+        text_sha256=read.sha256,
+        text_bytes=read.bytes,
+        text_tokens=len(ids) if read.whole else None,
         tokens=count,
         context=context,
-        perplexity=_exp(losses[0]),
-        parent_perplexity=_exp(losses[1]) if parent else None,
+        perplexity=perplexities[0],
+        parent_perplexity=perplexities[1] if parent else None,
         kl=None if scores.divergence is None else float(scores.divergence.mean()),
         agreement=None if scores.agree is None else float(scores.agree.mean()),
         routing=routing,
@@ -172,6 +184,7 @@ def _run(
             model.layer(number, states, windows)
             for model, states in zip(models, hidden, strict=True)
         ]
+        _check_finite(models, hidden, f"layer {number}")
         routed = [experts for experts in chosen if experts is not None]
         if routed:
             routing.append(_routing(number, routed, models[0].shape.experts))
@@ -188,44 +201,9 @@ def _routing(layer: int, chosen: list[Integers], experts: int) -> Routing:
     return Routing(layer, usage[0], usage[1], float(agree.mean()))
 
 
-def _read(text: Path) -> bytes:
-    try:
-        return text.read_bytes()
-    except OSError as error:
-        raise SourceError(
-            f"{text} cannot be read: {error.strerror}.", "Give a file of text in UTF-8."
-        ) from error
-
-
 def _model(source: Source, families: Mapping[str, Family], context: int, workers: Workers) -> Model:
     view = read_modules(open_checkpoint(source), families)
     return Model(view, reader_of(source), context, workers)
-
-
-def _tokenize(sources: list[Source], raw: bytes) -> Integers:
-    # Only tokenizer.json, which is data, is read: no tokenizer code of the checkpoint runs.
-    from tokenizers import Tokenizer
-
-    holder = next((source for source in sources if _TOKENIZER in source.files), None)
-    if holder is None:
-        raise SourceError(
-            f"{sources[0].name} has no {_TOKENIZER}.",
-            "Copy the parent's file, or write it with AutoTokenizer(...).save_pretrained.",
-        )
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        raise SourceError("The text is not UTF-8.", "Convert the text, e.g. with iconv.") from None
-    try:
-        tokenizer = Tokenizer.from_str(holder.read(_TOKENIZER).decode("utf-8"))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise SourceError(
-            f"{_TOKENIZER} cannot be understood: {error}.", "Get the file again."
-        ) from error
-    ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
-    if len(ids) < 2:
-        raise SourceError("The text has fewer than two tokens.", "Give a longer text.")
-    return ids
 
 
 def _check_ids(ids: Integers, model: Model) -> None:
@@ -237,9 +215,9 @@ def _check_ids(ids: Integers, model: Model) -> None:
         )
 
 
-def _plan(count: int, total: int, context: int, models: list[Model]) -> str:
+def _plan(count: int, total: int | None, context: int, models: list[Model]) -> str:
     memory = count * models[0].shape.hidden * 4 * len(models)
-    whole = "" if count == total else f" of {total:,}"
+    whole = "" if count == total else f" of {total or 'more':,}"
     return (
         f"{count:,}{whole} tokens in windows of {context}; hidden states take {size(memory)} "
         "of memory, beside one layer's weights."
@@ -258,5 +236,21 @@ def _activations(view: ModuleView) -> Iterator[Finding]:
         )
 
 
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
+def _perplexity(model: Model, losses: Doubles) -> float:
+    loss = float(losses.mean())
+    if not loss < _MOST_NATS:  # also NaN
+        raise _not_finite(model, "the logits")
+    return math.exp(loss)
+
+
+def _check_finite(models: list[Model], hidden: list[Floats], where: str) -> None:
+    for model, states in zip(models, hidden, strict=True):
+        if not np.isfinite(states.sum(axis=1, dtype=np.float64)).all():
+            raise _not_finite(model, where)
+
+
+def _not_finite(model: Model, where: str) -> SourceError:
+    return SourceError(
+        f"{model.view.checkpoint.source.name} cannot be evaluated: {where} gives NaN or infinity.",
+        "Run mquant verify --depth numbers, which names weights that hold NaN or infinity.",
+    )

@@ -19,7 +19,7 @@ from mquant.output.finish import RECIPE_NAME
 from mquant.output.mquant_json import read_table
 from mquant.publish.html_report import Evidence, render
 from mquant.publish.html_report.sections import Size
-from mquant.untrusted import parse_json
+from mquant.untrusted import MAX_TEXT_BYTES, open_named, parse_json
 from mquant.verify.inspect import inspect
 from mquant.verify.judge import Report, verify
 from mquant.verify.not_judged import in_words
@@ -68,8 +68,8 @@ def report(
 ) -> Made:
     """Measure what no given file holds, and write the HTML page to `document`.
 
-    Raises SourceError if an input cannot be read, or describes another checkpoint; OutputError as
-    `Document` does.
+    Raises DataFileError or SourceError if an input cannot be read, or describes another
+    checkpoint; OutputError as `Document` does.
     """
     document.check()
     comparison = _read_result(inputs.comparison, "compare", source)
@@ -128,9 +128,8 @@ def _read_result(path: Path | None, verb: Literal["compare", "eval"], source: So
     if path is None:
         return None
     try:
-        document = parse_json(path.read_bytes())
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
+        with open_named(path, "Check the path.", MAX_TEXT_BYTES) as file:
+            document = parse_json(file.read())
     except ValueError:
         document = None
     if not isinstance(document, dict) or document.get("schema") != f"mquant.{verb}/1":

@@ -7,12 +7,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mquant.errors import DataFileError, MissingExtra, Refused, UsageError
+from mquant.errors import MissingExtra, Refused, UsageError
 from mquant.output import side_files
 from mquant.plan import Plan
 from mquant.recipe import Recipe
 from mquant.runs.run import RunSpec, check_plain
 from mquant.schemes import SCHEMES
+from mquant.untrusted import open_named
 
 if TYPE_CHECKING:
     from mquant.engines.importance import Importance
@@ -144,12 +145,8 @@ def _identity_of(data: str) -> str:
     path = Path(data)
     if not path.suffix:
         return data
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise DataFileError(
-            f"{data} cannot be read: {error.strerror}.", "Correct the path after --data."
-        ) from error
+    with open_named(path, "Correct the path after --data.") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _versions(engine: Engine) -> dict[str, str]:

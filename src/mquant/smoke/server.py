@@ -53,6 +53,8 @@ class Server:
         self._seconds = seconds
         self.name = split.netloc.rpartition("@")[2]
         key = os.environ.get("OPENAI_API_KEY")
+        if key and not (key.isascii() and key.isprintable()):
+            raise UsageError("OPENAI_API_KEY is malformed.", "A key is letters, digits and signs.")
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(seconds, connect=CONNECT_SECONDS),

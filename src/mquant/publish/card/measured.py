@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from mquant.errors import SourceError
-from mquant.untrusted import parse_json
+from mquant.untrusted import MAX_TEXT_BYTES, open_named, parse_json
 
-_MOST_BYTES: Final = 500_000_000  # a comparison has a row for every tensor
 _MOST: Final = 1e12
 
 
@@ -43,7 +42,7 @@ class Measured:
 def read_eval(path: Path, name: str) -> dict[str, Any]:
     """Return the figures of an evaluation of the checkpoint `name`, as keywords of `Measured`.
 
-    Raises SourceError for another document.
+    Raises DataFileError for a file that cannot be read, SourceError for another document.
     """
     document = _document(path, "mquant.eval/1", name)
     text = document.get("text")
@@ -62,7 +61,7 @@ def read_eval(path: Path, name: str) -> dict[str, Any]:
 def read_compare(path: Path, name: str) -> dict[str, Any]:
     """Return the figures of a comparison of the checkpoint `name`, as keywords of `Measured`.
 
-    Raises SourceError for another document.
+    Raises DataFileError for a file that cannot be read, SourceError for another document.
     """
     roles = _document(path, "mquant.compare/1", name).get("roles")
     errors = {
@@ -75,10 +74,8 @@ def read_compare(path: Path, name: str) -> dict[str, Any]:
 
 def _document(path: Path, schema: str, name: str) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            value = parse_json(file.read(_MOST_BYTES))
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from error
+        with open_named(path, "Check the path.", MAX_TEXT_BYTES) as file:
+            value = parse_json(file.read())
     except ValueError:
         value = None
     verb = schema.partition("/")[0].removeprefix("mquant.")

@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import yaml
-
 from mquant.checkpoint import Source
 from mquant.checkpoint.hub import HubRepo
+from mquant.data_files import parse_yaml
 from mquant.errors import SourceError
 from mquant.events import Emit, Note
 from mquant.output import Record
@@ -96,8 +95,8 @@ def _read(source: Source) -> Parent:
 
 def _metadata(text: str) -> Mapping[str, Any]:
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        value = parse_yaml(text)
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -193,14 +193,16 @@ def _evaluation(evidence: Evidence) -> Html:
         sentence = "The checkpoint was not evaluated: give a text with --text."
         return _section("Evaluation", tag("p", sentence, cls="note"))
     text = result["text"]
-    rows = [("text", f"{text['name']}, {result['tokens']:,} of {text['tokens'] - 1:,} tokens")]
+    whole = "" if text["tokens"] is None else f" of {text['tokens'] - 1:,}"
+    rows = [("text", f"{text['name']}, {result['tokens']:,}{whole} tokens")]
     rows.append(("windows", f"{result['context']:,} tokens; no token sees an earlier window"))
     rows.append(("perplexity", f"{result['perplexity']:.4f}"))
     if result["parent"] is not None:
         rows.append((f"perplexity of {result['parent']}", f"{result['parent_perplexity']:.4f}"))
         rows.append(("KL from the parent", f"{result['kl_nats']:.5f} nats a token"))
         rows.append(("same most likely token", f"{result['top1_agreement']:.2%} of tokens"))
-    rows.append(("sha256 of the text", tag("code", text["sha256"])))
+    read = f"the first {text['bytes']:,} bytes" if text["tokens"] is None else "the text"
+    rows.append((f"sha256 of {read}", tag("code", text["sha256"])))
     how = "Float32 on the CPU, from the weights as they are stored; activations are not quantized."
     return _section("Evaluation", facts(rows), tag("p"), tag("p", how, cls="note"))
 
