@@ -1,12 +1,17 @@
-"""Feed mquant hostile checkpoints, random changes of good checkpoints, until the time is up.
+"""Feed mquant hostile inputs, random changes of good inputs, until the time is up.
 
-    python scripts/fuzz.py [--seconds 900] [--seed 0] [--case N]
+    python scripts/fuzz.py [--seconds 900] [--cases 10000] [--seed 0] [--case N] [--data]
 
-The script runs `inspect`, `plan`, `verify`, `verify-ignore`, `quantize` and `repair` on every case,
-in this process. Every fifth case is on the tests' fake hub, which also tampers with its answers. A
-failure is: an exit code other than 0 to 3, a traceback, a command that takes more than 10 s or
-500 MB, a file outside OUT that changed, a control character on the terminal. After a failure, the
-script keeps the case's folder and prints the command that repeats the case.
+A case is a hostile checkpoint beside good ones, with hostile recipe, family, text, importance,
+card and result files. The script runs some verbs on every case, in this process; over some hundred
+cases all verbs run, but `loader`. Every fifth case is on the tests' fake hub, which also tampers
+with its answers, as the fake server that `smoke` asks does. `--data` runs only verbs that
+calibrate, whose memory is not limited: torch alone takes 400 MB.
+
+A failure is: an exit code other than 0 to 3, a traceback, a command that takes more than 10 s
+(more on a busy machine) or 500 MB, a file outside OUT that changed, a control character on the
+terminal, JSON with NaN. After a failure, the script keeps the case's folder and prints the command
+that repeats the case.
 """
 
 import argparse
@@ -39,15 +44,17 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--cases", type=int, default=10**9)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", action="store_true", help="run the verbs that calibrate")
     parser.add_argument("--case", type=int, help="run only the case of this number")
     options = parser.parse_args()
     signal.signal(signal.SIGALRM, _too_long)
     where = Path(tempfile.mkdtemp(prefix="mquant-fuzz-"))
-    fuzzer = Fuzzer(where, options.seed)
+    fuzzer = Fuzzer(where, options.seed, data=options.data)
     start, number = time.monotonic(), options.case or 0
     try:
-        while time.monotonic() - start < options.seconds:
+        while time.monotonic() - start < options.seconds and number < options.cases:
             if wrong := fuzzer.try_case(number):
                 print(f"case {number} of seed {options.seed} ({where / str(number)}):", *wrong)
                 print(f"again: python scripts/fuzz.py --seed {options.seed} --case {number}")
@@ -69,28 +76,33 @@ def main() -> int:
 class Fuzzer:
     """A maker of cases in a folder, which runs mquant on each case."""
 
-    def __init__(self, where: Path, seed: int) -> None:
-        from fakehub import FakeHub
+    def __init__(self, where: Path, seed: int, *, data: bool) -> None:
+        from fakehub import GOOD_TOKEN, FakeHub
+        from fakeserver import FakeServer
 
-        self.where, self.seed = where, seed
+        self.where, self.seed, self.data = where, seed, data
         self.codes: dict[str, Counter[int]] = {}
         self.peak = self.slowest = 0.0
-        self.hub = FakeHub()
+        self.hub, self.server = FakeHub(), FakeServer()
         # Set the environment first: huggingface_hub reads the environment once, at its import.
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
             os.environ.pop(name, None)
-        home = {"HF_HOME": str(where / "home"), "HF_HUB_DISABLE_XET": "1"}
+        home = {"HF_HOME": str(where / "home"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": GOOD_TOKEN}
+        home["XDG_CACHE_HOME"] = str(where / "home")
         os.environ.update(home, HF_ENDPOINT=self.hub.url, NO_PROXY="127.0.0.1,localhost")
+        import hostile_inputs
         from hostile import Bases
         from mquant.checkpoint import retry
 
         retry.BACKOFF_SECONDS = 0.0  # type: ignore[misc]
         (where / "bases").mkdir()
         self.bases = Bases.make(where / "bases")
+        self.good = hostile_inputs.good_inputs(self.bases.folder)
 
     def close(self) -> None:
-        """Stop the hub, whose thread would keep this process alive."""
+        """Stop the servers, whose threads would keep this process alive."""
         self.hub.close()
+        self.server.close()
 
     def try_case(self, number: int) -> list[str]:
         """Make case `number`, run commands on the case, and return a list of failures."""
@@ -101,10 +113,11 @@ class Fuzzer:
         src = str(hostile.make_case(self.bases, where, chance))
         if number % 5 == 4:
             src = self._publish(where, chance)
+        commands = self._commands(src, where, chance)  # also writes the files that commands read
         before = hostile.snapshot(where)
-        for command in hostile.commands(src, where, chance):
+        for command in commands:
             if wrong := self._run(command):
-                return [" ".join(command) + ":", *wrong]
+                return [" ".join(map(repr, command)) + ":", *wrong]
         after = hostile.snapshot(where)
         if changed := [name for name in {*before, *after} if before.get(name) != after.get(name)]:
             return [f"changed outside OUT: {changed}"]
@@ -114,12 +127,30 @@ class Fuzzer:
         shutil.rmtree(self.where / "home", ignore_errors=True)
         return []
 
+    def _commands(self, src: str, where: Path, chance: random.Random) -> list[list[str]]:
+        import hostile
+        import hostile_inputs
+
+        inputs = hostile_inputs.Inputs(where, self.good, chance)
+        if self.data:
+            return list(hostile_inputs.data_commands(src, where, inputs, chance))
+        hostile_inputs.spoil_shares(where, self.bases.folder, chance)
+        answer = hostile.dumped(chance.choice(hostile_inputs.ANSWERS), chance)
+        self.server.answer = lambda _: chance.choice(hostile_inputs.ANSWERS)
+        self.server.raw = answer if chance.random() < 0.3 else None
+        commands = list(hostile.commands(src, where, chance))
+        chosen = sorted(chance.sample(range(len(commands)), 3))
+        more = list(hostile_inputs.commands(src, where, inputs, chance, self.server.url))
+        return [*(commands[number] for number in chosen), *more[:3]]
+
     def _publish(self, where: Path, chance: random.Random) -> str:
         import hostile
 
         if any(p.is_file() and p.stat().st_size > 10**8 for p in (where / "src").rglob("*")):
             return str(where / "src")  # sending 1 TB of zeros takes too long
         self.hub.repos.clear()
+        self.hub.forget()
+        self.hub.commits.clear()
         self.hub.add("org/model", where / "src")
         self.hub.ranges = chance.choice(("served", "served", "ignored", "shifted", "cut short"))
 
@@ -136,7 +167,8 @@ class Fuzzer:
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak before this command
         faulthandler.dump_traceback_later(6 * SECONDS, exit=True)
         start = time.monotonic()
-        signal.alarm(SECONDS)
+        busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+        signal.alarm(int(SECONDS * busy))
         try:
             code, wrong = hostile.run_command(command)
         except TooLong as late:
@@ -149,7 +181,7 @@ class Fuzzer:
         used = int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) * 1024 / 1e6
         self.peak = max(self.peak, used)
         self.codes.setdefault(command[0], Counter())[code] += 1
-        return [*wrong, *([f"took {used:,.0f} MB"] if used > MOST_MB else [])]
+        return [*wrong, *([f"took {used:,.0f} MB"] if used > MOST_MB and not self.data else [])]
 
 
 def _too_long(signum: int, frame: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Final
 import yaml
 from typer.testing import CliRunner
 
+import hostile_inputs
 from hostile_changes import CHANGES, dumped, spoil_out, twisted
 from make import make_checkpoint
 from mquant.cli.app import app
@@ -42,7 +43,8 @@ class Bases:
         make_checkpoint(folder / "bf16", layers=1, experts=2, hidden=32, intermediate=16, vocab=32)
         quantize_nvfp4(folder / "bf16", folder / "nvfp4", shard_bytes=8_000)
         for name in ("bf16", "nvfp4"):
-            (folder / name / "tokenizer.json").write_text("{}")
+            (folder / name / "tokenizer.json").write_text(hostile_inputs.tokenizer_json())
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
         (folder / "elsewhere").mkdir()
         (folder / "elsewhere" / "secret.json").write_text('{"secret": 1}')
         return cls(folder)
@@ -105,8 +107,10 @@ def run_command(command: list[str]) -> tuple[int, list[str]]:
         faults.append(f"raised {result.exception!r}")
     if "failed unexpectedly" in printed or "Traceback" in printed:
         faults.append(printed[-600:])
-    if any(ord(char) < 32 and char != "\n" for char in printed):
+    if hostile_inputs.control_characters(printed):
         faults.append("printed a control character")
+    if command[-1] == "json" and result.stdout and not hostile_inputs.is_json(result.stdout):
+        faults.append("printed no JSON")
     return result.exit_code, faults
 
 
@@ -115,8 +119,8 @@ def snapshot(where: Path) -> dict[str, tuple[int, int, int]]:
     states = {}
     for folder, folders, names in os.walk(where):
         if Path(folder) == where:
-            folders[:] = [name for name in folders if name not in ("out", "out-repaired")]
-            names = [name for name in names if name != "out.xml"]
+            folders[:] = [name for name in folders if not name.startswith("out")]
+            names = [name for name in names if not name.startswith("out")]
         for name in (*folders, *names):
             path = Path(folder, name)
             stat = path.lstat()

@@ -23,6 +23,12 @@ VALUES: Final[tuple[Any, ...]] = (
     "U8", "F8_E4M3", [], {}, [[]], {"": {}}, [0, 0], [10**9, 10**9], [2**62, 4, 0], [0] * 3000,
     ["re:.*"], DEEP,
 )  # fmt: skip
+YAMLS: Final = (
+    "license: !!bool maybe", "a: !!timestamp x", "a: !!int ''", "a: 2001-99-99", "[" * 9999,
+    "? [a]\n: 1", "&a [*a]", "a: .inf", "a: .nan", "a: !!python/object:os.system x", "\x00",
+    "a: &a {<<: *a}", "- a", "5", "a: !!binary x", "{? {a: 1} : 2}", "a: 1\na: 2", "!!set {a, b}",
+    "1: 2", "a: !!float x", "a: !!null {}", "!!omap [a: 1]", "~: ~",
+)  # fmt: skip
 LENGTHS: Final = (0, 1, 2, 7, 8, 9, 100, 2**20, 10**8, 10**8 + 1, 2**31, 2**63, 2**64 - 1)
 QUANTIZATIONS: Final[tuple[dict[str, Any], ...]] = (
     {"quant_method": "fp8", "weight_block_size": [128, 128]},
@@ -170,6 +176,13 @@ def _links(folder: Path, random: Random) -> None:
             (folder / f"{stem}.json").write_bytes(b"{}")
 
 
+def _card(folder: Path, random: Random) -> None:
+    """Write a model card with hostile metadata."""
+    good = {"license": "mit", "language": ["en"], "base_model": "a/b"}
+    front = random.choice((*YAMLS, dumped(twisted(good, random), random).decode()))
+    _put(folder / "README.md", f"---\n{front}\n---\nREAP \x1b[2J".encode())
+
+
 CHANGES: Final[tuple[Change, ...]] = (
     _header,
     _header,
@@ -183,6 +196,11 @@ CHANGES: Final[tuple[Change, ...]] = (
     _quantization,
     _index_paths,
     _links,
+    _json("tokenizer.json"),
+    _json("generation_config.json"),
+    _json("mquant.json"),
+    _json("mquant.json"),
+    _card,
 )
 
 

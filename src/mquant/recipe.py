@@ -19,6 +19,7 @@ from mquant.family import Role
 from mquant.name_patterns import MAX_LENGTH, Matches, Style, match
 from mquant.schemes import SCHEMES, Scheme
 from mquant.text import names
+from mquant.untrusted import is_file
 
 
 def _known_scheme(name: str) -> str:
@@ -144,10 +145,10 @@ def find_recipe(name: str) -> Recipe:
     Raises UsageError if there is no such recipe or file, DataFileError if the file is wrong.
     """
     shipped = folder("recipes") / f"{name}.yaml"
-    if re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) and shipped.is_file():
+    if re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) and is_file(shipped):
         return load_recipe(shipped)
     path = Path(name)
-    if not path.is_file():
+    if not is_file(path):
         raise UsageError(
             f"There is no recipe {name!r}, and no such file.",
             f"Take one of: {', '.join(load_recipes())}; or give a YAML file.",

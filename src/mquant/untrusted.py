@@ -10,8 +10,9 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from mquant.errors import DataFileError
 
@@ -34,8 +35,16 @@ class TooMuch(ValueError):
     """A JSON text that holds more than any document of its kind."""
 
 
+def is_file(path: Path) -> bool:
+    """Return whether there is such a regular file, even for a path that no system can look up."""
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, or a folder that may not be searched
+        return False
+
+
 @contextmanager
-def open_named(path: Path, fix: str, most: int | None = None) -> Iterator[BinaryIO]:
+def open_named(path: Path, fix: str, most: int | None = None) -> Iterator[BufferedReader]:
     """Open a regular file of at most `most` bytes that the user named.
 
     Raises DataFileError, with `fix`, for any other file, or if the file cannot be opened or read.

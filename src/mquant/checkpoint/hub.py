@@ -82,7 +82,11 @@ class HubRepo:
         self._moved: dict[str, str] = {}  # an address -> the address of its redirect
         self._count = threading.Lock()
         self._headers: dict[str, str] = {
-            **build_hf_headers(library_name="mquant", library_version=__version__),
+            **build_hf_headers(
+                token=(not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN and hub_token()) or False,
+                library_name="mquant",
+                library_version=__version__,
+            ),
             # A range of a compressed file would be a range of other bytes.
             "Accept-Encoding": "identity",
         }
@@ -353,6 +357,23 @@ class HubRepo:
             f"HF_HUB_OFFLINE is set, so {self.repo_id} cannot be read from {self.host}.",
             "Unset HF_HUB_OFFLINE, or give the folder of a local copy.",
         )
+
+
+def hub_token() -> str | None:
+    """Return huggingface_hub's token. Raises SourceError for a token that no header can hold."""
+    from huggingface_hub import get_token
+
+    try:
+        token = get_token()
+        malformed = token is not None and not (token.isascii() and token.isprintable())
+    except (OSError, ValueError):  # HF_TOKEN_PATH is no file of text
+        malformed = True
+    if malformed:
+        raise SourceError(
+            "The Hugging Face token is malformed.",
+            f"A token is letters and digits: look at HF_TOKEN and HF_TOKEN_PATH, or {_LOG_IN}.",
+        )
+    return token
 
 
 def host_of(endpoint: str) -> str:

@@ -15,7 +15,7 @@ from mquant import __version__
 from mquant.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, is_shard
 from mquant.checkpoint.client import BUSY, busy_raises, endpoint
 from mquant.checkpoint.download import quiet
-from mquant.checkpoint.hub import HubRepo, NoSuchRepo, asked_to_wait, host_of
+from mquant.checkpoint.hub import HubRepo, NoSuchRepo, asked_to_wait, host_of, hub_token
 from mquant.checkpoint.retry import Again, retrying
 from mquant.errors import MquantError, OutputError
 from mquant.events import Emit, Note
@@ -48,11 +48,9 @@ class HubWriter:
     """
 
     def __init__(self, repo_id: str, ours: Collection[str], emit: Emit) -> None:
-        from huggingface_hub import get_token
-
         self.repo_id, self._ours, self._emit = repo_id, ours, emit
         self.endpoint = endpoint()
-        token = get_token()
+        token = hub_token()
         if not token:
             raise OutputError(f"There is no token, so {self.host} accepts no files.", _LOG_IN)
         self._token = token

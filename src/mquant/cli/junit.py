@@ -87,6 +87,7 @@ def junit(path: Path | None, name: str, kept: tuple[Path, ...]) -> Iterator[JUni
     from mquant.output import Document
 
     document = Document(path, "--junit", _MARK, kept)
+    document.check()
     if not document.is_stream:
         started = JUnit(name)
         started.error("The run ended before the verdict.", "Run the command again.")

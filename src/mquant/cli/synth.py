@@ -114,9 +114,10 @@ def synth(
 
 def _choose(name: str | None, families: "Iterable[Family]") -> "Family":
     from mquant.family import load_family
+    from mquant.untrusted import is_file
 
     known = {family.name: family for family in families}
-    if name not in known and name and Path(name).is_file():
+    if name not in known and name and is_file(Path(name)):
         return load_family(Path(name))
     if name not in known:
         raise UsageError(

@@ -24,6 +24,7 @@ from mquant.weights.decode import Floats
 from mquant.weights.stored_weight import TYPICAL, StoredWeight, decodable, read, weight_of
 
 SAMPLED_ROWS: Final = 64
+_MAX: Final = np.finfo(np.float32).max
 _SAMPLED_BYTES: Final = 64 * 1024
 
 PARENT_TENSOR_MISSING: Final = rule(
@@ -284,7 +285,8 @@ def _differences(
     for start in range(first, last, step):
         end = min(start + step, last)
         rows, reference = weight.rows(start, end), original.rows(start, end).values
-        distance = np.abs(rows.values - reference)
+        # Rounding up from float32's maximum is infinity, no further than other rounding up.
+        distance = np.abs(np.clip(rows.values, -_MAX, _MAX) - reference)
         allowed = rows.allowed(reference)
         # Negated, so that NaN on either side is out of bounds.
         beyond = ~(distance <= (allowed if to_nearest else np.float32(np.inf)))

