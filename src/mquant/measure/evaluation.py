@@ -217,7 +217,7 @@ def _check_ids(ids: Integers, model: Model) -> None:
 
 def _plan(count: int, total: int | None, context: int, models: list[Model]) -> str:
     memory = count * models[0].shape.hidden * 4 * len(models)
-    whole = "" if count == total else f" of {total or 'more':,}"
+    whole = "" if count == total else " of more" if total is None else f" of {total:,}"
     return (
         f"{count:,}{whole} tokens in windows of {context}; hidden states take {size(memory)} "
         "of memory, beside one layer's weights."
