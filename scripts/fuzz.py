@@ -141,7 +141,7 @@ class Fuzzer:
         commands = list(hostile.commands(src, where, chance))
         chosen = sorted(chance.sample(range(len(commands)), 3))
         more = list(hostile_inputs.commands(src, where, inputs, chance, self.server.url))
-        return [*(commands[number] for number in chosen), *more[:3]]
+        return [*(commands[number] for number in chosen), *more]
 
     def _publish(self, where: Path, chance: random.Random) -> str:
         import hostile

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -55,20 +56,26 @@ class Inputs:
 
     def __init__(self, where: Path, good: Mapping[str, bytes], random: Random) -> None:
         self.where, self.good, self.random = where, good, random
+        self._names: dict[str, str] = {}
 
     def __call__(self, name: str) -> str:
-        """Write the file `name`, and return its path; or return the name of no file."""
-        random, path = self.random, self.where / f"{self.random.randrange(10**9)}-{name}"
-        if random.random() < 0.08:
-            return random.choice(NAMES)
-        if random.random() < 0.25:
-            self._special(path)
-            return str(path)
-        raw = self.good[name]
-        if random.random() < 0.8:
-            raw = self._changed(name, raw)
-        path.write_bytes(raw)
-        return str(path)
+        """Return the path of a file like `name`, which `write` writes; or the name of no file."""
+        path = str(self.where / f"{self.random.randrange(10**9)}-{name}")
+        if self.random.random() < 0.08:
+            return self.random.choice(NAMES)
+        self._names[path] = name
+        return path
+
+    def write(self, command: list[str]) -> None:
+        """Write the files that a command reads."""
+        for argument in command:
+            if name := self._names.get(argument):
+                if self.random.random() < 0.25:
+                    self._special(Path(argument))
+                elif self.random.random() < 0.8:
+                    Path(argument).write_bytes(self._changed(name, self.good[name]))
+                else:
+                    Path(argument).write_bytes(self.good[name])
 
     def _changed(self, name: str, raw: bytes) -> bytes:
         random = self.random
@@ -76,7 +83,7 @@ class Inputs:
             case "yaml" if random.random() < 0.3:
                 return random.choice(YAMLS).encode()
             case "yaml":
-                value = yaml.safe_load(raw)
+                value = _loaded_yaml(raw)
                 for _ in range(random.choice((1, 1, 3))):
                     value = twisted(value, random)
                 return dumped(value, random)
@@ -122,10 +129,11 @@ class Inputs:
 
 def good_inputs(bases: Path) -> dict[str, bytes]:
     """Return the good content of each kind of file, and write OUT with the first of two shares."""
-    rows = [
-        (f"model.layers.0.self_attn.{part}_proj", "F32", (64 if part == "o" else 32,))
-        for part in "kqvo"
-    ]
+    inputs = {f"self_attn.{part}_proj": 32 for part in "qkv"} | {"self_attn.o_proj": 64}
+    for expert in range(2):
+        at = f"block_sparse_moe.experts.{expert}"
+        inputs |= {f"{at}.w1": 32, f"{at}.w3": 32, f"{at}.w2": 16}
+    rows = [(f"model.layers.0.{name}", "F32", (wide,)) for name, wide in inputs.items()]
     header = build_header(rows, keep_order=True)[0]
     about = {"repo": "org/x", "base_model": "org/y", "companions": [{"repo": "a/b", "what": "c"}]}
     configs = Path(__file__).parent.parent / "configs"
@@ -140,10 +148,15 @@ def good_inputs(bases: Path) -> dict[str, bytes]:
         "about.yaml": yaml.safe_dump({**about, "citation": "x"}).encode(),
         "family.yaml": (configs / "minimax_m2.yaml").read_bytes(),
         "recipe.yaml": (bases / "recipe.yaml").read_bytes(),
-        "importance.safetensors": header + b"\0\0\x80?" * (32 * 3 + 64),
+        "importance.safetensors": header + b"\0\0\x80?" * sum(inputs.values()),
         "eval.json": _output(["eval", *pair, "--text", str(bases / "text.txt"), "--context", "8"]),
         "compare.json": _output(["compare", *pair]),
     }
+
+
+@cache
+def _loaded_yaml(raw: bytes) -> Any:
+    return yaml.safe_load(raw)
 
 
 def _output(command: list[str]) -> bytes:
@@ -155,7 +168,7 @@ def _output(command: list[str]) -> bytes:
 def commands(
     src: str, where: Path, inputs: Inputs, random: Random, server: str
 ) -> Iterator[list[str]]:
-    """Yield one command line of each verb that `hostile.commands` leaves out, in random order."""
+    """Yield command lines of three verbs, mostly of those that `hostile.commands` leaves out."""
     out = where / "out-more"
     form = random.choice((["--format", "json"], [], ["--format", "quiet"]))
     family = ["--family", inputs("family.yaml")] if random.random() < 0.3 else []
@@ -193,16 +206,17 @@ def commands(
         [random.choice(("inspect", "verify", "verify-ignore", "plan", "dequantize")), random.choice(NAMES)],
         ["repair", mine, "--from", parent, "-o", f"{out}-r", "--depth", "structure", *family],
     ]  # fmt: skip
-    random.shuffle(verbs)
-    for command in verbs:
+    for command in random.sample(verbs, 3):
+        inputs.write(command)
         yield [*command, *form]
 
 
 def data_commands(src: str, where: Path, inputs: Inputs, random: Random) -> Iterator[list[str]]:
     """Yield the command lines of verbs that calibrate: they import torch, which takes 500 MB."""
     data = inputs("data.jsonl")
-    if random.random() < 0.3:
-        data = str(Path(data).with_suffix(random.choice((".txt", ".parquet"))))
+    inputs.write([data])
+    if random.random() < 0.3 and Path(data).is_file():
+        data = str(Path(data).rename(f"{data}{random.choice(('.txt', '.parquet'))}"))
     yield ["calibrate", random.choice((src, str(where / "bf16"))), "--data", data,
            "-o", str(where / "out.safetensors")]  # fmt: skip
     yield ["quantize", str(where / "bf16"), "--recipe", "nvfp4-w4a4", "--data", data,

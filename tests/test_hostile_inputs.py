@@ -311,7 +311,11 @@ def test_a_malformed_key_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         ("x.jsonl", b'{"text": ' + b"[" * 100_000, "Line 1 of"),
         ("x.jsonl", b'{"text": ' + b"[" * 900 + b"]" * 900 + b"}", "Line 1 of"),
-        ("x.jsonl", b'{"messages": ' + b"[" * 40 + b"]" * 40 + b"}", "neither `text` nor `messages`"),
+        (
+            "x.jsonl",
+            b'{"messages": ' + b"[" * 40 + b"]" * 40 + b"}",
+            "neither `text` nor `messages`",
+        ),
         ("x.txt", b"\xff\xfe", "is damaged"),
         ("x.parquet", b"PAR1" + b"\xff" * 100 + b"PAR1", "is damaged"),
     ],
