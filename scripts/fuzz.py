@@ -150,7 +150,6 @@ class Fuzzer:
             return str(where / "src")  # sending 1 TB of zeros takes too long
         self.hub.repos.clear()
         self.hub.forget()
-        self.hub.commits.clear()
         self.hub.add("org/model", where / "src")
         self.hub.ranges = chance.choice(("served", "served", "ignored", "shifted", "cut short"))
 

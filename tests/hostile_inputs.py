@@ -46,7 +46,7 @@ def tokenizer_json() -> str:
     from tokenizers.pre_tokenizers import Whitespace
 
     tokenizer = Tokenizer(WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token=WORDS[0]))
-    tokenizer.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = Whitespace()
     text: str = tokenizer.to_str()
     return text
 
@@ -69,7 +69,7 @@ class Inputs:
     def write(self, command: list[str]) -> None:
         """Write the files that a command reads."""
         for argument in command:
-            if name := self._names.get(argument):
+            if name := self._names.pop(argument, None):
                 if self.random.random() < 0.25:
                     self._special(Path(argument))
                 elif self.random.random() < 0.8:
@@ -175,13 +175,14 @@ def commands(
     bf16 = str(where / "bf16")
     parent = random.choice((bf16, bf16, src))
     mine = random.choice((src, src, str(where / "nvfp4")))
+    share = random.choice(("1/2", "2/1", "0/0"))
     measures = ["--tokens", "20", "--context", "8", "--text", inputs("text.txt")]
     verbs = [
         ["plan", src, "--recipe", inputs("recipe.yaml"), *family],
         ["quantize", bf16, "--recipe", inputs("recipe.yaml"), "-o", f"{out}-q", *family],
         ["quantize", random.choice((src, bf16)), "--recipe", "nvfp4-opt", "-o", f"{out}-i",
          "--importance", inputs("importance.safetensors")],
-        ["quantize", src, "--recipe", "nvfp4", "-o", f"{out}-s", "--share", random.choice(("1/2", "2/1", "0/0"))],
+        ["quantize", src, "--recipe", "nvfp4", "-o", f"{out}-s", "--share", share],
         ["finish", str(where / "out-shares")],
         ["finish", src],
         ["compare", mine, "--against", parent, *family],
@@ -191,7 +192,8 @@ def commands(
             ["--compare", inputs("compare.json")], measures))],
         ["card", mine, "-o", f"{out}.md", *random.choice((
             ["--about", inputs("about.yaml")], ["--eval", inputs("eval.json")],
-            ["--compare", inputs("compare.json")], ["--from", parent], ["--from", parent])), *family],
+            ["--compare", inputs("compare.json")], ["--from", parent], ["--from", parent])),
+         *family],
         ["export", mine, "--to", "modelopt", "-o", f"{out}-e"],
         ["dequantize", mine, "-o", f"{out}-d"],
         ["push", mine, "org/new", *random.choice(([], ["--public"], ["--dry-run"], ["--replace"]))],
@@ -203,7 +205,7 @@ def commands(
         ["recipes", "show", random.choice(("nvfp4", *NAMES))],
         ["families"], ["recipes"],
         ["loader", "install", random.choice(NAMES)],
-        [random.choice(("inspect", "verify", "verify-ignore", "plan", "dequantize")), random.choice(NAMES)],
+        [random.choice(("inspect", "verify", "verify-ignore", "plan")), random.choice(NAMES)],
         ["repair", mine, "--from", parent, "-o", f"{out}-r", "--depth", "structure", *family],
     ]  # fmt: skip
     for command in random.sample(verbs, 3):

@@ -3,16 +3,19 @@
 import json
 import os
 import resource
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 from fakehub import FakeHub, hub
 from hostile_inputs import WORDS, is_json, tokenizer_json
-from make import make_checkpoint
+from make import Row, make_checkpoint
 from mquant.checkpoint import Folder
 from mquant.cli.app import app
 from mquant.errors import DataFileError, MquantError
@@ -20,8 +23,9 @@ from mquant.events import silent
 from mquant.measure import text_tokens
 from mquant.measure.text_tokens import read_tokens
 from mquant.publish.card.parent import find_parent
+from mquant.smoke.server import Server
 from mquant.untrusted import open_named
-from mutate import Row, mutated
+from mutate import mutated
 from run import FIXTURES, TRAINED, plan_of, quantize_nvfp4
 
 __all__ = ["hub"]
@@ -93,8 +97,8 @@ def test_every_verb_refuses_what_is_no_regular_file(
 
     for command in reading(src, quantized, file):
         sentence = told(run(*command))
-        known = ("not a regular file", "no such file", "There is no", "has no scales searched")
-        known += ("cannot be read: Is a directory",)
+        known = ["not a regular file", "no such file", "There is no", "has no scales searched"]
+        known.append("cannot be read: Is a directory")
         assert any(words in sentence for words in known), (command, sentence)
     assert not (tmp_path / "out").exists()
 
@@ -362,3 +366,17 @@ def test_an_importance_file_that_became_a_pipe_is_one_sentence(src: Path, tmp_pa
     os.mkfifo(tmp_path / "pipe")
 
     assert raises(open_importance, tmp_path / "pipe", plan).endswith("is not a regular file.")
+
+
+def test_a_server_that_answers_byte_by_byte_is_not_waited_for() -> None:
+    def drip() -> Iterator[bytes]:
+        while True:
+            time.sleep(0.01)
+            yield b" "
+
+    server = Server("http://127.0.0.1:9", seconds=0.1)
+    server._client = httpx.Client(
+        transport=httpx.MockTransport(lambda _: httpx.Response(200, content=drip()))
+    )
+
+    assert raises(server.choose) == "127.0.0.1:9 did not answer within 0 s."

@@ -7,6 +7,7 @@ set, and appears in no message.
 import contextlib
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -111,13 +112,15 @@ class Server:
     ) -> dict[str, Any]:
         import httpx
 
-        raw = bytearray()
+        raw, end = bytearray(), time.monotonic() + self._seconds
         try:
             with self._client.stream(method, self._base + path, json=body) as response:
                 for piece in response.iter_bytes():
                     raw += piece
                     if len(raw) > MAX_ANSWER_BYTES:
                         raise self._nonsense()
+                    if time.monotonic() > end:  # httpx limits the wait for each piece alone
+                        raise httpx.ReadTimeout("")
         except httpx.TimeoutException:
             raise SourceError(
                 f"{self.name} did not answer within {self._seconds:,.0f} s.",
