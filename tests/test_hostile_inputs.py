@@ -208,6 +208,15 @@ def test_a_large_text_takes_little_memory(tmp_path: Path, src: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
 
 
+def test_a_terabyte_that_is_one_token_is_not_read(tmp_path: Path, src: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("w1 ")
+    os.truncate(text, 2**40)
+
+    message = raises(read_tokens, text, [Folder(src)], 100)
+    assert message == "The first 8,000,000 bytes of the text have only 1 tokens."
+
+
 def test_the_document_says_how_much_of_the_text_was_read(
     tmp_path: Path, src: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,12 +40,12 @@ def read_tokens(text: Path, sources: list[Source], count: int) -> TextTokens:
     The tokens are those of the whole text. The tokenizer is that of the first source that has one.
 
     Raises DataFileError if the text cannot be read, and SourceError if it is not UTF-8, has fewer
-    than two tokens, or if the tokenizer cannot be read.
+    than two tokens, or hardly a token in 64 bytes, or if the tokenizer cannot be read.
     """
     tokenizer = _tokenizer(sources)
-    most = max(_FIRST, 8 * count)
+    first = max(_FIRST, 8 * count)
     with open_named(text, "Give a file of text in UTF-8.") as file:
-        while True:
+        for most in (first, 2 * first, 4 * first, 8 * first):
             file.seek(0)
             raw = file.read(most)
             whole = len(raw) < most
@@ -59,7 +59,11 @@ def read_tokens(text: Path, sources: list[Source], count: int) -> TextTokens:
             settled = len(ends) if whole else bisect_right(ends, len(string) - _MARGIN)
             if whole or settled >= count:
                 break
-            most *= 2
+        else:  # a terabyte of zeros may be one token
+            raise SourceError(
+                f"The first {used:,} bytes of the text have only {settled:,} tokens.",
+                "Give a text in a language that the tokenizer knows, or ask for fewer --tokens.",
+            )
     if settled < 2:
         raise SourceError("The text has fewer than two tokens.", "Give a longer text.")
     ids = np.array(encoding.ids[:settled], np.int64)
