@@ -277,6 +277,33 @@ def test_a_model_that_computes_no_number_is_not_evaluated(
     assert "RuntimeWarning" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rms_norm_eps": "x"},
+        {"num_attention_heads": 0},
+        {"head_dim": 2**40},
+        {"rotary_dim": 2**40},
+        {"num_hidden_layers": 10**9},
+        {"num_experts_per_tok": 100},
+        {"rope_scaling": [1]},
+        {"rope_theta": {}},
+        {"hidden_size": 63},
+    ],
+)
+def test_a_config_that_the_weights_do_not_fit_is_one_sentence(
+    src: Path, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    bad = mutated(src, tmp_path, config=config)
+    (bad / "tokenizer.json").write_text(tokenizer_json())
+    (tmp_path / "text").write_text(" ".join(WORDS))
+
+    result = run("eval", bad, "--text", tmp_path / "text")
+
+    if result.exit_code:
+        assert told(result)
+
+
 def test_yaml_of_infinity_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("name: .inf")
 

@@ -22,6 +22,8 @@ from mquant.weights.matrix import AnyReader, Matrix, Workers, matrix_of, plain
 
 Integers = npt.NDArray[np.int64]
 
+_MOST: Final = (1_000, 100_000, 1_000, 10_000, 10_000)
+"""The most layers, hidden size, heads, size of a head, and experts."""
 _TOKENS_AT_ONCE: Final = 1024  # in a feed-forward block: bounds its intermediate memory
 
 
@@ -69,6 +71,9 @@ def shape_of(family: Family | None, config: Mapping[str, Any], context: int) -> 
     hidden, heads = number(keys.hidden), number(keys.heads)
     head_dim = number("head_dim", hidden // heads)
     eps = config.get("rms_norm_eps", 1e-6)
+    numbers = (number(keys.layers), hidden, heads, head_dim, number(keys.experts, 1))
+    if not all(0 < value <= most for value, most in zip(numbers, _MOST, strict=True)):
+        _refuse(f"config.json describes no model: {numbers} of {_MOST}")
     return Shape(
         layers=number(keys.layers),
         hidden=hidden,
@@ -88,6 +93,8 @@ def _frequencies(config: Mapping[str, Any], head_dim: int) -> Floats:
     base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     rotated = config.get("rotary_dim") or int(head_dim * part)
+    if not 0 < rotated <= head_dim:
+        _refuse(f"config.json rotates {rotated} of the {head_dim} numbers of a head")
     steps = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
     unscaled: Floats = (1.0 / np.power(np.float32(base), steps)).astype(np.float32)
     if kind == "default":

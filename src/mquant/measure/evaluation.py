@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -131,7 +132,7 @@ def evaluate(
     model computes a number that is not finite.
     """
     sources = [source] if parent is None else [source, parent]
-    with Workers(os.cpu_count() or 1) as workers:
+    with _fitting(sources), Workers(os.cpu_count() or 1) as workers:
         models = [_model(source, families, context, workers) for source in sources]
         if len({model.matrix(model.head()).shape[0] for model in models}) != 1:
             raise SourceError(
@@ -234,6 +235,19 @@ def _activations(view: ModuleView) -> Iterator[Finding]:
             "float32, so the result is that of the weights alone.",
             "To measure quantized activations, run the model on an engine that has the kernels.",
         )
+
+
+@contextmanager
+def _fitting(sources: list[Source]) -> Iterator[None]:
+    """Turn the errors of arithmetic on a damaged model into a sentence."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError) as e:
+        raise SourceError(
+            f"{' or '.join(source.name for source in sources)} cannot be evaluated: the weights do "
+            f"not fit config.json ({type(e).__name__}: {str(e)[:120]}).",
+            "Run mquant verify on the checkpoint.",
+        ) from e
 
 
 def _perplexity(model: Model, losses: Doubles) -> float:

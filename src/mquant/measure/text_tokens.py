@@ -45,7 +45,7 @@ def read_tokens(text: Path, sources: list[Source], count: int) -> TextTokens:
     tokenizer = _tokenizer(sources)
     first = max(_FIRST, 8 * count)
     with open_named(text, "Give a file of text in UTF-8.") as file:
-        for most in (first, 2 * first, 4 * first, 8 * first):
+        for most in (first, 8 * first):
             file.seek(0)
             raw = file.read(most)
             whole = len(raw) < most
