@@ -63,6 +63,7 @@ class HubRepo:
     """
 
     def __init__(self, repo_id: str, revision: str | None = None) -> None:
+        from huggingface_hub import constants
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import build_hf_headers, validate_repo_id  # type: ignore[attr-defined]
 
