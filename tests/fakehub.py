@@ -2,17 +2,15 @@
 
 The server speaks the part of the hub's protocol that huggingface_hub 1.33 uses for reading: model
 info and file trees with sizes, HEAD and GET of files with ranges, the error headers, and a "CDN"
-under another host name to which requests for weights are redirected. `uploads` has the part that
-huggingface_hub uses for writing. A test can make the hub fail or drop connections; the hub counts
-requests and bytes.
+under another host name to which requests for weights are redirected; `uploads` has the rest.
+A test can make the hub fail or drop connections; the hub counts requests and bytes.
 
     def test_headers_cost_few_bytes(hub: FakeHub) -> None:
         hub.add("org/model", folder)
         HubRepo("org/model")
         assert hub.bytes_served < 100_000
 
-The fixture `hub` also sets HF_ENDPOINT, the cache folder and the token file, for this process and
-its child processes.
+The fixture `hub` also sets HF_ENDPOINT, the cache folder and the token file, also for children.
 """
 
 import hashlib

@@ -6,12 +6,10 @@ huggingface_hub and httpx when they need them: the import takes a third of a sec
 """
 
 import contextlib
-import email.utils
 import hashlib
 import re
 import threading
 from collections.abc import Collection, Iterator, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 from urllib.parse import quote, urljoin, urlsplit
@@ -20,7 +18,7 @@ from mquant import __version__
 from mquant.checkpoint.client import endpoint, guard_token, origin
 from mquant.checkpoint.download import download
 from mquant.checkpoint.listing import Listing, parse_listing
-from mquant.checkpoint.retry import Again, retrying
+from mquant.checkpoint.retry import Again, asked_to_wait, retrying
 from mquant.checkpoint.source import Folder, Stamp
 from mquant.errors import SourceError
 from mquant.events import Emit, Note
@@ -38,11 +36,6 @@ MAX_REDIRECTS: Final = 5
 _TRANSIENT: Final = frozenset({408, 429, 500, 502, 503, 504})
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
-# The hub limits commits by the hour, and says so in a sentence only.
-_RETRY_IN: Final = re.compile(
-    r"retry this action in (?:about |less than )?([0-9]{1,4}|an?) (second|minute|hour)"
-)
-_SECONDS: Final = {"second": 1, "minute": 60, "hour": 3600}
 _LOG_IN: Final = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -382,23 +375,3 @@ def host_of(endpoint: str) -> str:
     with contextlib.suppress(ValueError):
         return urlsplit(endpoint).hostname or "the hub"
     return "the hub"
-
-
-def asked_to_wait(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds to wait: Retry-After in either form, the hub's rate limit, or sentence."""
-    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
-
-    retry_after = headers.get("Retry-After", "").strip()
-    if retry_after.isascii() and retry_after.isdigit():
-        return min(float(retry_after), 1e9)
-    if retry_after:
-        with contextlib.suppress(ValueError):
-            when = email.utils.parsedate_to_datetime(retry_after)
-            when = when if when.tzinfo else when.replace(tzinfo=UTC)
-            return max(0.0, (when - datetime.now(UTC)).total_seconds())
-    limit = parse_ratelimit_headers(headers)
-    if limit and limit.remaining == 0:
-        return float(limit.reset_in_seconds)
-    if match := _RETRY_IN.search(headers.get("X-Error-Message", "")):
-        return _SECONDS[match[2]] * (float(match[1]) if match[1].isdigit() else 1.0)
-    return None

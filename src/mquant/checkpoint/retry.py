@@ -1,8 +1,11 @@
 """Try again after failures that may pass: a busy server, a broken connection."""
 
+import contextlib
+import email.utils
 import random
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Final, TypeVar
 
@@ -17,6 +20,11 @@ LONGEST_BACKOFF: Final = 60.0
 LONGEST_WAIT: Final = 300.0  # the hub's own window of rate limits
 LONGEST_TOLD_WAIT: Final = 3900.0  # the hub limits the commits of an hour
 _SHORTEST_TOLD_WAIT: Final = 1.0
+# The hub limits commits by the hour, and says so in a sentence only.
+_RETRY_IN: Final = re.compile(
+    r"retry this action in (?:about |less than )?([0-9]{1,4}|an?) (second|minute|hour)"
+)
+_SECONDS: Final = {"second": 1, "minute": 60, "hour": 3600}
 
 
 class Again(Exception):
@@ -53,3 +61,23 @@ def retrying(attempt: Callable[[], T], emit: Emit | None = None) -> T:
                 reason = failure.error.message.rstrip(".")
                 emit(Note("warning", f"{reason}: waiting until {until:%H:%M:%S %Z}."))
         time.sleep(wait)
+
+
+def asked_to_wait(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds to wait: Retry-After in either form, the hub's rate limit, or sentence."""
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    retry_after = headers.get("Retry-After", "").strip()
+    if retry_after.isascii() and retry_after.isdigit():
+        return min(float(retry_after), 1e9)
+    if retry_after:
+        with contextlib.suppress(ValueError):
+            when = email.utils.parsedate_to_datetime(retry_after)
+            when = when if when.tzinfo else when.replace(tzinfo=UTC)
+            return max(0.0, (when - datetime.now(UTC)).total_seconds())
+    limit = parse_ratelimit_headers(headers)
+    if limit and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    if match := _RETRY_IN.search(headers.get("X-Error-Message", "")):
+        return _SECONDS[match[2]] * (float(match[1]) if match[1].isdigit() else 1.0)
+    return None

@@ -15,8 +15,8 @@ from mquant import __version__
 from mquant.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, is_shard
 from mquant.checkpoint.client import BUSY, busy_raises, endpoint
 from mquant.checkpoint.download import quiet
-from mquant.checkpoint.hub import HubRepo, NoSuchRepo, asked_to_wait, host_of, hub_token
-from mquant.checkpoint.retry import Again, retrying
+from mquant.checkpoint.hub import HubRepo, NoSuchRepo, host_of, hub_token
+from mquant.checkpoint.retry import Again, asked_to_wait, retrying
 from mquant.errors import MquantError, OutputError
 from mquant.events import Emit, Note
 from mquant.text import clean, names
