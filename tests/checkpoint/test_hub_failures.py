@@ -83,11 +83,6 @@ def test_an_unknown_token_is_named(
     assert refusal().message == "127.0.0.1 does not accept your token."
 
 
-def test_a_malformed_token_is_named(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_\u00e4\x01")
-    assert "HF_ENDPOINT or the token is malformed" in refusal().message
-
-
 def test_a_forbidden_repo_is_named(
     hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -259,10 +259,9 @@ class HubRepo:
         except OfflineModeIsEnabled:
             raise self.offline() from None
         except (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.InvalidURL, ValueError):
-            # The malformed value is not shown: it may be the token.
-            raise SourceError(
-                f"{self.host} cannot be asked: HF_ENDPOINT or the token is malformed.",
-                "HF_ENDPOINT must be like https://huggingface.co; a token is letters and digits.",
+            raise SourceError(  # the value is not shown: it may hold a password
+                f"{self.host} cannot be asked: HF_ENDPOINT is malformed.",
+                "HF_ENDPOINT must be like https://huggingface.co.",
             ) from None
         except httpx.TransportError as error:
             self._moved.pop(original, None)
