@@ -1,6 +1,7 @@
 """Settings of all tests, set before a test imports numpy, and a fixture that many tests share."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 
 # The command line sets the same number: more threads spin and delay every matrix product.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# A shell starts background commands with SIGINT ignored, and mquant then ignores SIGINT, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

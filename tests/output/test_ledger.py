@@ -32,6 +32,7 @@ def recorded(out: Path) -> Recorded:
 
 def test_recorded_work_is_read_back(tmp_path: Path) -> None:
     ledger = begun(tmp_path)
+    (tmp_path / "a.safetensors").write_bytes(b"weights")
     ledger.count([4, 0, 1, 2, 9])
     ledger.complete_shard("a.safetensors", "cafe", range(20, 23))
     ledger.release()

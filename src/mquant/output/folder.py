@@ -134,7 +134,8 @@ def _is_whole(out: Path, record: dict[str, Any], elsewhere: frozenset[str], emit
             raise _edited(out, name, f"size was {str(recorded)[:20]} bytes and is {actual}")
     whole = CONFIG_NAME in present and len(present) == len(files)
     if whole:
-        _refuse_edited(out, {name: str(files[name].get("sha256")) for name in present}, emit)
+        digests = {name: files[name].get("sha256") for name in present}
+        _refuse_edited(out, {n: d for n, d in digests.items() if isinstance(d, str)}, emit)
     return whole
 
 

@@ -12,7 +12,7 @@ from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Source, is_shard
 from mquant.checkpoint.hashing import differing
 from mquant.checkpoint.hub import HubRepo
 from mquant.errors import SourceError
-from mquant.events import Emit
+from mquant.events import Emit, silent
 from mquant.findings import Finding, Knowledge, rule
 from mquant.output import RECORD, read_record
 from mquant.verify.tally import Tally
@@ -63,7 +63,7 @@ def check_digests(
 ) -> Compared:
     """Compare a checkpoint, or the files of `only`, with its mquant.json.
 
-    `data`: read the shards too. Raises SourceError if a file cannot be read.
+    `data`: read the shards too, with progress. Raises SourceError if a file cannot be read.
     """
     try:
         record = read_record(source)
@@ -90,7 +90,7 @@ def check_digests(
             same.add(path)
             if path not in listed:
                 known[path] = digest
-    for path, digest in differing(source, known, emit):
+    for path, digest in differing(source, known, emit if data else silent):
         _add(tally, path, _unlike(path, digest, known[path]))
     shards = frozenset(filter(is_shard, tally.places))
     return Compared(tally.findings(), frozenset(same - tally.places), shards, unknown)
