@@ -1,6 +1,7 @@
 """`examine` tells the state of OUT, and `discard` deletes only files that mquant wrote there."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ def finished(out: Path, fingerprint: dict[str, str]) -> None:
     out.mkdir()
     (out / "config.json").write_text("{}")
     (out / "a.safetensors").write_bytes(b"weights")
-    files = {"a.safetensors": {"bytes": 7}, "config.json": {"bytes": 2}}
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path.read_bytes()).hexdigest()}
+        for path in out.iterdir()
+    }
     record = {"fingerprint": fingerprint, "files": files}
     (out / RECORD).write_text(json.dumps(record))
 

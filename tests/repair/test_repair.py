@@ -10,9 +10,10 @@ import pytest
 
 from corpus import EXPERT, OF_NVFP4A16, Case
 from judges import hashes, model_free_ptq, one_shard, oneshot_and_save, opened, read_json
-from make import Row, make_checkpoint, without, write_shard
+from make import Row, make_checkpoint, without, write_json, write_shard
 from mquant.checkpoint import Folder
 from mquant.errors import SourceError
+from mquant.events import Event, Note
 from mquant.output import RECORD
 from mquant.repair.diagnose import diagnose
 from mquant.repair.repair import repair
@@ -58,6 +59,13 @@ def test_a_case_is_repaired_to_the_output_of_a_correct_run(
     assert hashes(bad) == before
 
 
+def change_last_byte_of(shard: Path, name: str) -> None:
+    """Change the last byte of a tensor of a shard."""
+    content = bytearray(shard.read_bytes())
+    content[opened(shard.parent).tensors[name].end - 1] ^= 1
+    shard.write_bytes(content)
+
+
 def test_a_shard_unlike_its_record_is_made_again(right: Path, tmp_path: Path) -> None:
     bad = Path(shutil.copytree(right, tmp_path / "bad"))
     shard = sorted(bad.glob("*.safetensors"))[1]
@@ -65,6 +73,32 @@ def test_a_shard_unlike_its_record_is_made_again(right: Path, tmp_path: Path) ->
     content[-1] ^= 1
     shard.write_bytes(content)
     assert hashes(repaired(bad, tmp_path / "out"))[shard.name] == hashes(right)[shard.name]
+
+
+def test_a_shard_that_another_parent_gives_is_a_warning(right: Path, tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(right, tmp_path / "bad"))
+    parent = Path(shutil.copytree(TRAINED, tmp_path / "parent"))
+    name = "model.embed_tokens.weight"
+    embedding = opened(bad).tensors[name].shard
+    change_last_byte_of(bad / embedding, name)
+    change_last_byte_of(parent / opened(parent).tensors[name].shard, name)
+    events: list[Event] = []
+    repair(diagnosis_of(bad, parent), tmp_path / "out", emit=events.append)
+    notes = [event.message for event in events if isinstance(event, Note)]
+    message = f"{embedding} was made again, and is not the shard in mquant.json"
+    assert f"{message}: check that PARENT is the parent of the checkpoint." in notes
+
+
+def test_a_parent_unlike_its_own_record_is_refused(right: Path, tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(right, tmp_path / "bad"))
+    parent = Path(shutil.copytree(TRAINED, tmp_path / "parent"))
+    name = "model.embed_tokens.weight"
+    change_last_byte_of(bad / opened(bad).tensors[name].shard, name)
+    shard = opened(parent).tensors[name].shard
+    entry = {"bytes": (parent / shard).stat().st_size, "sha256": "0" * 64}
+    write_json(parent / RECORD, {"files": {shard: entry}})
+    with pytest.raises(SourceError, match=f"{shard} has changed: its sha256 is .* says {'0' * 64}"):
+        repair(diagnosis_of(bad, parent), tmp_path / "out")
 
 
 def test_a_shard_unlike_its_record_does_not_stay(right: Path, tmp_path: Path) -> None:

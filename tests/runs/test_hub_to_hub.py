@@ -215,6 +215,18 @@ def test_a_second_run_is_already_done(hub: FakeHub, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["a shard", "recipe.yaml"])
+def test_a_repo_with_a_changed_file_is_not_already_there(
+    hub: FakeHub, tmp_path: Path, name: str
+) -> None:
+    ship(tmp_path / "out")
+    changed = plan_of().shards[0].name if name == "a shard" else name
+    old = (hub.repos[REPO].folders[hub.repos[REPO].revisions["main"]] / changed).read_bytes()
+    commit_of_another(hub, REPO, {changed: old[:-1] + bytes([old[-1] ^ 1])})
+    with pytest.raises(OutputError, match=f"In {REPO}, {changed} has changed: its sha256 is"):
+        ship(tmp_path / "out")
+
+
 def test_a_run_killed_before_the_last_commit_is_no_checkpoint_and_resumes(
     hub: FakeHub, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,6 +171,14 @@ def test_a_finished_folder_with_a_changed_file_is_not_already_done(src: Path, ma
     assert "--restart" in caught.value.fix
 
 
+def test_no_time_of_a_file_proves_that_the_folder_is_as_it_was_made(src: Path, made: Path) -> None:
+    flip(sorted(made.glob("*.safetensors"))[0])
+    shutil.copy(made / "config.json", made / "copy")
+    (made / "copy").rename(made / "config.json")  # the newest file, as in a copied folder
+    with pytest.raises(OutputError, match="has changed since mquant wrote it"):
+        quantize_nvfp4(src, made, shard_bytes=SMALL)
+
+
 def test_a_finished_folder_that_was_copied_is_already_done(
     src: Path, made: Path, tmp_path: Path
 ) -> None:

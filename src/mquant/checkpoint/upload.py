@@ -153,7 +153,7 @@ class HubWriter:
         ours = self._held.keys() if commit else {n for n in self._held if self._has(now, n)}
         foreign = [n for n in changed if n not in ours and (n in after or n not in delete)]
         other = f"Another's commit ({now.commit[:12]}) changed"
-        read = {INDEX_NAME, CONFIG_NAME, *self._ours}
+        read = {INDEX_NAME, CONFIG_NAME, "hf_quant_config.json", *self._ours}
         wrong = [name for name in foreign if name in read or is_shard(name)]
         if wrong:
             raise OutputError(

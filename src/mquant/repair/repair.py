@@ -13,11 +13,12 @@ from mquant.checkpoint import Assembly, AssemblyReader, Checkpoint, Source
 from mquant.checkpoint.hashing import sha256_of
 from mquant.engines.importance import importance_fingerprint, weigher
 from mquant.errors import SourceError
-from mquant.events import Emit, silent
+from mquant.events import Emit, Note, silent
 from mquant.output import WORK, apply, as_table, is_staged, known_table, link, side_files, stage
 from mquant.plan import BAD
 from mquant.repair.diagnose import Diagnosis, assemble
 from mquant.runs.run import Result, Run, RunOptions, RunSpec
+from mquant.runs.unchanged import refuse_changed
 
 _NAMED: Final = 1000
 """The most modules that a repair's record names: all routers of any model, not all experts."""
@@ -100,12 +101,31 @@ class _Repair:
         from mquant.engines import stream  # numba
 
         weigh = weigher(self.spec.plan.recipe, self.diagnosis.importance)
+        self._check_parent(run)
         with closing(AssemblyReader(cast(Assembly, run.source))) as reader:
             run.write_shards(lambda output: stream.run(reader, output, run.threads, weigh))
             parent_bytes = reader.bytes_read.get(self.diagnosis.parent.source, 0)
+        self._compare(run)
         self._link(run)
         result = run.finish(partial(self._judge, run), self._kept_files(run.emit))
         return replace(result, parent_bytes=parent_bytes)
+
+    def _check_parent(self, run: Run) -> None:
+        """Raise SourceError if a file that the parent gives is not as its mquant.json says."""
+        parent, parts = self.diagnosis.parent.source, cast(Assembly, run.source).parts
+        read = {inner for path in self.spec.stamps for s, inner in [parts[path]] if s is parent}
+        refuse_changed(parent, run.emit, read)
+
+    def _compare(self, run: Run) -> None:
+        """Warn of shards that were made again and are not the shards that mquant.json recorded."""
+        files = as_table(known_table(self.bad.source).get("files"))
+        for shard in self.spec.shards.shards:
+            recorded = as_table(files.get(shard.name))
+            same_size = recorded.get("bytes") == shard.file_bytes
+            if same_size and recorded.get("sha256") != run.digests[shard.name]:
+                message = f"{shard.name} was made again, and is not the shard in mquant.json"
+                fix = "check that PARENT is the parent of the checkpoint."
+                run.emit(Note("warning", f"{message}: {fix}"))
 
     def fetch(self, options: RunOptions) -> Callable[[], Source]:
         """Return a function that downloads the shards of a broken hub repo that the repair reads.
@@ -179,5 +199,7 @@ class _Repair:
     def _judge(self, run: Run, made: Source) -> None:
         """Judge the structure of the whole repaired checkpoint, also of shards outside of OUT."""
         parts = {path: (made, path) for path in made.files}
-        parts |= {name: (self.bad.source, name) for name in self.kept if name not in parts}
+        own = () if self.whole else side_files(self.bad, cards=True)
+        names = (*self.kept, *own)
+        parts |= {name: (self.bad.source, name) for name in names if name not in parts}
         run.judge(Assembly(made.name, parts))

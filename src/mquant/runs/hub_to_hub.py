@@ -14,6 +14,7 @@ from mquant.runs.run import Result, Run, RunOptions, check_headers_as_planned
 from mquant.runs.scratch import check_scratch, least_scratch
 from mquant.runs.ship_shards import Destination, Shipper, open_destination, seal, send_others
 from mquant.runs.spec import Engine, QuantizeSpec, check_engine, choose_engine, prepare
+from mquant.verify.digests import check_digests
 
 _LEDGER_BYTES: Final = 100
 """Upper bound on the mean ledger bytes of a work unit, or of a source file."""
@@ -39,6 +40,8 @@ def quantize_to_hub(
     spec, scratch = prepare(plan, engine, importance), options.get("scratch")
     files, shards = _share_out(plan, scratch)
     to = open_destination(repo, spec, public=public, emit=options.get("emit", silent))
+    if to.done:
+        _refuse_changed(to)
     room = spec.file_bytes if scratch is None else scratch
     fetch = (lambda: spec.source) if files else None
     with Run.claim(out, spec, room=room, fetch=fetch, **options) as run:
@@ -79,6 +82,15 @@ def _share_out(plan: Plan, scratch: int | None) -> tuple[int | None, float]:
     room = max(2 * largest, free // 4)
     room = room if free - room >= least else largest
     return free - room, room
+
+
+def _refuse_changed(to: Destination) -> None:
+    """Raise OutputError if a file of a complete repo is not the file in the repo's mquant.json."""
+    for finding in check_digests(to.writer.made, silent, data=False).findings:
+        raise OutputError(
+            f"In {to.writer.repo_id}, {finding.message}.",
+            "Give another repo, or delete config.json there and run the same command again.",
+        )
 
 
 def _judge(run: Run, spec: QuantizeSpec, to: Destination, local: Source) -> None:

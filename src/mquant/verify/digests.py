@@ -90,6 +90,8 @@ def check_digests(
             same.add(path)
             if path not in listed:
                 known[path] = digest
+    if only is None and any(is_shard(path) and path not in record.files for path in source.files):
+        unknown["shard digests"] = f"{RECORD} does not list every shard"
     for path, digest in differing(source, known, emit if data else silent):
         _add(tally, path, _unlike(path, digest, known[path]))
     shards = frozenset(filter(is_shard, tally.places))
