@@ -15,8 +15,8 @@ from mquant.forward.decoder import Integers
 from mquant.untrusted import MAX_TEXT_BYTES, open_named
 
 _TOKENIZER: Final = "tokenizer.json"
-_FIRST: Final = 1_000_000
-"""Bytes to read first: the tokens of a byte take 20 bytes of memory."""
+_FIRST: Final = 300_000
+"""Bytes to read first. A byte of a text that is one word takes 200 bytes of memory."""
 _MARGIN: Final = 50_000
 """Characters before the end of what was read: text that follows could change the tokens there."""
 
@@ -40,12 +40,12 @@ def read_tokens(text: Path, sources: list[Source], count: int) -> TextTokens:
     The tokens are those of the whole text. The tokenizer is that of the first source that has one.
 
     Raises DataFileError if the text cannot be read, and SourceError if it is not UTF-8, has fewer
-    than two tokens, or hardly a token in 64 bytes, or if the tokenizer cannot be read.
+    than two tokens, or hardly a token in 32 bytes, or if the tokenizer cannot be read.
     """
     tokenizer = _tokenizer(sources)
     first = max(_FIRST, 8 * count)
     with open_named(text, "Give a file of text in UTF-8.") as file:
-        for most in (first, 8 * first):
+        for most in (first, 4 * first):
             file.seek(0)
             raw = file.read(most)
             whole = len(raw) < most
