@@ -10,6 +10,7 @@ from judges import data, differences, model_free_ptq, opened, read_json
 from make import Row, make_checkpoint
 from mquant.checkpoint import Folder
 from mquant.family import load_families
+from mquant.numerics.floats import FLOATS
 from mquant.plan import DEFAULT_SHARD_BYTES, make_bf16_plan
 from mquant.runs.convert import convert
 from mquant.runs.quantize import quantize
@@ -103,6 +104,47 @@ def test_maxima_in_every_weight_are_no_reciprocals(tmp_path: Path, dtype: str) -
     assert not wrong(tmp_path / "out", src)
     report = verify(Folder(tmp_path / "out"), load_families(), Depth.NUMBERS, None)
     assert "reciprocal" not in " ".join(finding.message for finding in report.findings)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "outlier", "recipe"),
+    [("BF16", 3000, "nvfp4"), ("F16", 65504, "nvfp4"), ("F16", 65504, "nvfp4-opt")],
+)
+def test_an_outlier_in_every_weight_is_clean(
+    tmp_path: Path, dtype: str, outlier: float, recipe: str
+) -> None:
+    def edit(rows: list[Row]) -> None:
+        for number, (name, kind, shape, raw) in enumerate(rows):
+            if "_proj.weight" in name or ".experts." in name:
+                values = np.frombuffer(bytearray(raw), FLOATS[dtype].value)
+                values[7] = outlier
+                rows[number] = (name, kind, shape, values.tobytes())
+
+    src = make_checkpoint(tmp_path / "src", layers=1, experts=2, dtype=dtype, edit=edit)
+    out = tmp_path / "out"
+    quantize(plan_of(src, recipe), out)
+
+    for parent in (None, Folder(src)):
+        report = verify(Folder(out), load_families(), Depth.NUMBERS, parent)
+        assert [f.message for f in report.findings if f.severity != "info"] == []
+
+
+def test_the_parent_decides_whether_scales_below_1_are_reciprocals(tmp_path: Path) -> None:
+    def edit(rows: list[Row]) -> None:
+        for number, (name, kind, shape, raw) in enumerate(rows):
+            if "_proj.weight" in name or ".experts." in name:
+                values = np.frombuffer(raw, FLOATS[kind].value)
+                large = (values.astype(np.float32) * 1e6).astype(values.dtype)
+                rows[number] = (name, kind, shape, large.tobytes())
+
+    src = make_checkpoint(tmp_path / "src", layers=1, experts=2, edit=edit)
+    out = tmp_path / "out"
+    quantize(plan_of(src), out)
+
+    alone = verify(Folder(out), load_families(), Depth.NUMBERS)
+    assert "global-scales-reciprocal" in {finding.rule for finding in alone.findings}
+    compared = verify(Folder(out), load_families(), Depth.NUMBERS, Folder(src))
+    assert [f.message for f in compared.findings if f.severity != "info"] == []
 
 
 def test_a_weight_that_is_ten_times_too_large_is_a_fault(tmp_path: Path) -> None:

@@ -22,7 +22,11 @@ from mquant.verify.ignore_report import check_ignore
 from mquant.verify.loaders.ask_vllm import Verdict, ask
 from mquant.verify.loaders.install import find_python
 from mquant.verify.not_judged import ASK_VLLM, not_judged, to_json, undecided, unknown
-from mquant.verify.numbers import check_numbers
+from mquant.verify.numbers import (
+    GLOBAL_SCALE_INVERTED,
+    GLOBAL_SCALES_RECIPROCAL,
+    check_numbers,
+)
 from mquant.verify.structure import check_structure
 from mquant.verify.tensor_parallel import check_parallel
 
@@ -153,7 +157,7 @@ def verify(
             checked, wrong = [*checked, "numbers"], wrong | numbers.places
         if original is not None:
             checked += ["against"]
-            all_findings += _against(view, original, depth, emit)
+            all_findings = _with_parent(all_findings, _against(view, original, depth, emit))
         loader = answer.result() if answer else None
     all_findings += loader.findings if loader else ()
     judged_by_loader = loader is not None and loader.verdict != "not asked"
@@ -199,6 +203,14 @@ def _against(view: ModuleView, parent: ModuleView, depth: Depth, emit: Emit) -> 
         smoothed=recipe.get("smoothing") == "awq",
         emit=emit,
     )
+
+
+def _with_parent(findings: list[Finding], against: tuple[Finding, ...]) -> list[Finding]:
+    """Join findings; if the weights are the parent's, no scale is a reciprocal."""
+    if not any(finding.severity == "error" for finding in against):
+        guesses = {GLOBAL_SCALE_INVERTED.id, GLOBAL_SCALES_RECIPROCAL.id}
+        findings = [finding for finding in findings if finding.rule not in guesses]
+    return [*findings, *against]
 
 
 def _ignore(view: ModuleView) -> list[Finding]:

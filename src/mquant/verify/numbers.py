@@ -30,13 +30,14 @@ from mquant.loader_model.storage import (
 )
 from mquant.verify.tally import Tally
 from mquant.weights.decode import Floats, floats
-from mquant.weights.stored_weight import read
+from mquant.weights.stored_weight import read, weight_of
 
 T = TypeVar("T")
 
 PIECE: Final = 16_000_000
 _AHEAD: Final = 100
-_TINY: Final = 1e-12  # a divisor of weights near float's maximum; no weights have its reciprocal
+_TYPICAL: Final = 100  # no model's median weight is as large; under a reciprocal, most are
+_ELEMENTS: Final = 1_000_000  # of a weight are decoded to find its median
 THREADS: Final = 2
 # dtype -> its unsigned integer type, and the exponent mask: all ones is infinity or NaN.
 _NOT_FINITE: Final = {
@@ -106,7 +107,8 @@ GLOBAL_SCALE_DIFFERS: Final = rule(
 )
 GLOBAL_SCALE_INVERTED: Final = rule(
     "global-scale-inverted",
-    "compressed-tensors' weight_global_scale is a divisor, and so hardly ever below 1.",
+    "compressed-tensors' weight_global_scale is a divisor: one below 1 belongs to a weight with "
+    "outliers, whose median is still below 100.",
     "ModelOpt's weight_scale_2 is the reciprocal; if a tool stores weight_scale_2 under the other "
     "name, weights are off by the scale's square.",
     "Store 1 / weight_scale_2 as weight_global_scale.",
@@ -116,9 +118,10 @@ GLOBAL_SCALE_INVERTED: Final = rule(
 )
 GLOBAL_SCALES_RECIPROCAL: Final = rule(
     "global-scales-reciprocal",
-    "Not every weight_global_scale of compressed-tensors is below 1.",
-    "One scale below 1 is possible; if all are, a tool stored ModelOpt's weight_scale_2 under "
-    "the other name. Loaders use the scales as stored, and weights are off by the scales' "
+    "If every weight_global_scale of compressed-tensors is below 1, most weights have a median "
+    "below 100.",
+    "Outliers make scales small, but not medians large: a tool stored ModelOpt's weight_scale_2 "
+    "under the other name. Loaders use the scales as stored, and weights are off by the scales' "
     "square.",
     "Store 1 / weight_scale_2 as weight_global_scale.",
     needs="numbers",
@@ -130,13 +133,15 @@ GLOBAL_SCALES_RECIPROCAL: Final = rule(
 class _Result:
     """The result of one task: broken rules, and the name and bytes of the module's global scale.
 
-    `divisor` is the name and value of the module's weight_global_scale, if there is one.
+    `divisor` is the name and value of the module's weight_global_scale, if there is one; `inverted`
+    says whether the value looks like a divisor's reciprocal.
     """
 
     module: Module | None = None
     breaks: list[tuple[Rule, str, str]] = field(default_factory=list)
     global_scale: tuple[str, bytes] | None = None
     divisor: tuple[str, float] | None = None
+    inverted: bool = False
 
     def add(self, broken: Rule, info: TensorInfo, message: str) -> None:
         self.breaks.append((broken, info.name, f"{info.name} {message}"))
@@ -150,6 +155,7 @@ def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
     tally = Tally()
     scales: dict[FusedSet, list[tuple[str, bytes]]] = defaultdict(list)
     divisors: dict[str, float] = {}
+    inverted = 0
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
         try:
             for (size, _), result in zip(
@@ -159,6 +165,7 @@ def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
                     tally.add(*broken)
                 if result.divisor is not None:
                     divisors[result.divisor[0]] = result.divisor[1]
+                    inverted += result.inverted
                 tensor_role = result.module.tensor_role if result.module else None
                 fused_set = tensor_role.fused_set if tensor_role else None
                 if fused_set and result.global_scale:
@@ -172,7 +179,7 @@ def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
             raise
     _fused(scales.values(), tally)
     largest = max(divisors.values(), default=1.0)
-    if len(divisors) > 1 and _TINY < largest < 1:
+    if len(divisors) > 1 and largest < 1 and inverted * 2 > len(divisors):
         tally.places.update(divisors)
         tally.add(
             GLOBAL_SCALES_RECIPROCAL,
@@ -219,6 +226,7 @@ def _quantized(view: ModuleView, module: Module, kind: StorageFormat | None) -> 
             _plain(view, info, result)
     if kind in NVFP4S:
         _dead_blocks(view, module, result)
+        _inverted(view, module, result)
     if kind is StorageFormat.INT:
         _stated_shape(view, module, result)
     return result
@@ -244,12 +252,29 @@ def _scalar(view: ModuleView, info: TensorInfo, suffix: str, result: _Result) ->
     value = float(floats(raw, info.dtype)[0])
     if not np.isfinite(value) or value <= 0:
         result.add(GLOBAL_SCALE_INVALID, info, f"is {value:g}")
-    elif suffix == "weight_global_scale" and _TINY < value < 1:
-        result.add(GLOBAL_SCALE_INVERTED, info, f"is {value:.3g}, which looks like a reciprocal")
     if suffix == "weight_global_scale":
         result.divisor = (info.name, value)
     if suffix in SECOND_SCALES:
         result.global_scale = (info.name, raw)
+
+
+def _inverted(view: ModuleView, module: Module, result: _Result) -> None:
+    """Judge a global scale below 1 by the numbers that loaders make of the weight."""
+    value = result.divisor[1] if result.divisor else 1.0
+    weight = weight_of(view, module) if 0 < value < 1 else None
+    if weight is None:
+        return
+    rows, columns = weight.shape
+    with np.errstate(all="ignore"):  # numbers beyond float's maximum are infinite
+        values = weight.rows(0, min(rows, max(1, _ELEMENTS // columns))).values
+        median = float(np.median(np.abs(values)))
+    if median > _TYPICAL:
+        result.inverted = True
+        result.add(
+            GLOBAL_SCALE_INVERTED,
+            module.tensors["weight_global_scale"],
+            f"is {value:.3g}, which looks like a reciprocal: the median weight is {median:.3g}",
+        )
 
 
 def _scales(view: ModuleView, info: TensorInfo, result: _Result) -> None:
