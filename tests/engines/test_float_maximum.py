@@ -9,6 +9,7 @@ import pytest
 from judges import data, differences, model_free_ptq, opened, read_json
 from make import Row, make_checkpoint
 from mquant.checkpoint import Folder
+from mquant.events import Event, Note
 from mquant.family import load_families
 from mquant.numerics.floats import FLOATS
 from mquant.plan import DEFAULT_SHARD_BYTES, make_bf16_plan
@@ -145,6 +146,25 @@ def test_the_parent_decides_whether_scales_below_1_are_reciprocals(tmp_path: Pat
     assert "global-scales-reciprocal" in {finding.rule for finding in alone.findings}
     compared = verify(Folder(out), load_families(), Depth.NUMBERS, Folder(src))
     assert [f.message for f in compared.findings if f.severity != "info"] == []
+
+
+def test_dequantize_warns_of_weights_that_become_infinite(tmp_path: Path) -> None:
+    modules = ("q_proj", "k_proj")
+    src = make_checkpoint(tmp_path / "src", layers=1, experts=2, edit=largest("BF16", modules))
+    quantize(plan_of(src), tmp_path / "out")
+    plan = make_bf16_plan(
+        opened(tmp_path / "out"), load_families(), max_shard_bytes=DEFAULT_SHARD_BYTES
+    )
+    events: list[Event] = []
+    convert(plan, tmp_path / "bf16", "dequantize", emit=events.append)
+
+    raw = data(opened(tmp_path / "bf16"), f"{KEY}.weight")
+    assert 0x7F80 in np.frombuffer(raw, "<u2")  # infinity, as in compressed-tensors
+    warnings = [e.message for e in events if isinstance(e, Note) and e.level == "warning"]
+    assert [text for text in warnings if "infinity" in text] == [
+        f"{KEY}.weight holds NaN or infinity once it is dequantized (and 1 more weight like it): "
+        "codes times scales are beyond BF16's largest number, or are NaN in the source."
+    ]
 
 
 def test_a_weight_that_is_ten_times_too_large_is_a_fault(tmp_path: Path) -> None:

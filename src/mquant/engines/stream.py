@@ -22,7 +22,8 @@ import numpy as np
 from mquant.checkpoint import TensorInfo
 from mquant.engines.dequantized_rows import open_rows
 from mquant.errors import OutputError, SourceError
-from mquant.numerics.dequantize import prepare_decoding
+from mquant.events import Emit, Note, silent
+from mquant.numerics.dequantize import not_finite, prepare_decoding
 from mquant.numerics.floats import BF16, FLOATS, Array, Bytes, Floats
 from mquant.numerics.fp8 import encode_into, prepare_fp8
 from mquant.numerics.kernels import block_maxima, pack_into, prepare, quantize_into
@@ -30,6 +31,7 @@ from mquant.numerics.nvfp4 import GROUP, global_scale_of
 from mquant.numerics.scale_search import ALIKE, SearchedWeight, prepare_search, search
 from mquant.numerics.thresholds import Magnitudes, thresholds
 from mquant.plan import Action, WorkUnit
+from mquant.text import plural
 
 PIECE: Final = 2 << 20
 """Bytes of a weight per kernel call: few enough for a cache, enough to hide the cost of calls."""
@@ -77,10 +79,15 @@ class TensorSink(Protocol):
 
 
 def run(
-    reader: Reader, output: TensorSink, workers: int, importance: Importance | None = None
+    reader: Reader,
+    output: TensorSink,
+    workers: int,
+    importance: Importance | None = None,
+    emit: Emit = silent,
 ) -> None:
     """Do all pending work units of `output`; if an `importance` is given, search the scales.
 
+    `emit` gets a warning if dequantized weights are NaN or infinite.
     Raises SourceError if the source cannot be read, changes, or holds NaN or infinity in a weight
     that is quantized. Complete work units are committed, however the run ends. If the run ends
     early, it stops `output`, so that no worker waits forever.
@@ -88,11 +95,13 @@ def run(
     units = output.pending
     _prepare(units, importance)
     stop = Event()
+    started: list[Worker] = []
     with ThreadPoolExecutor(workers) as pool:
         queue = _Queue(units, reader, ahead=workers)
 
         def work() -> None:
             worker = Worker(reader, output.write, units, importance)
+            started.append(worker)
             for unit in queue:
                 if stop.is_set():
                     return
@@ -112,6 +121,8 @@ def run(
             with suppress(OutputError):  # the error that stopped the run says more
                 output.commit()
             raise
+        finally:
+            _warn([name for worker in started for name in worker.not_finite], emit)
 
 
 def make(reader: Reader, unit: WorkUnit, importance: Importance | None = None) -> dict[str, bytes]:
@@ -173,7 +184,11 @@ class Worker:
         units: list[WorkUnit],
         importance: Importance | None,
     ) -> None:
-        """Allocate buffers that hold the largest fused set among `units`."""
+        """Allocate buffers that hold the largest fused set among `units`.
+
+        `not_finite` will name the kept weights that dequantizing makes NaN or infinite.
+        """
+        self.not_finite: list[str] = []
         self._reader = reader
         self._write = write
         self._importance = importance
@@ -208,8 +223,11 @@ class Worker:
             self._write(output.name, memoryview(action.value))
             return
         if action.stored:
+            bad = 0
             for rows in self._decoded(action, self._weights, again=True):
+                bad += not_finite(rows.view(BF16.word))
                 self._write(output.name, rows.data)
+            self.not_finite += [output.name] if bad else []
             return
         for start in range(source.start, source.end, PIECE) or [source.start]:
             part = self._weights[: min(PIECE, source.end - start)].data
@@ -351,6 +369,19 @@ def _refuse(action: Action, bad: int) -> None:
         raise SourceError(
             f"{action.source.name} holds {bad:,} {values} NaN or infinite: it cannot be quantized.",
             "Get the checkpoint again; or keep the module with the recipe's ignore list.",
+        )
+
+
+def _warn(names: list[str], emit: Emit) -> None:
+    """Emit one warning that names the first weight and counts the others."""
+    if names:
+        more = f" (and {plural(len(names) - 1, 'more weight')} like it)" if names[1:] else ""
+        emit(
+            Note(
+                "warning",
+                f"{min(names)} holds NaN or infinity once it is dequantized{more}: codes times "
+                "scales are beyond BF16's largest number, or are NaN in the source.",
+            )
         )
 
 

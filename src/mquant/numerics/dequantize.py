@@ -42,6 +42,7 @@ def prepare_decoding() -> None:
     codes, words = np.zeros(GROUP, np.uint8), np.empty(GROUP, np.uint16)
     decode_fp8(codes[None], np.ones((1, 1), np.float32), (1, GROUP), 0, words)
     decode_nvfp4(codes[: GROUP // 2], codes[:1], nvfp4_table(1.0, divide=True), words)
+    not_finite(words)
 
 
 @lru_cache(maxsize=256)  # 8 KiB each; a fused set shares a scale, and many sets have the same
@@ -80,6 +81,15 @@ def decode_nvfp4(packed: Bytes, scales: Bytes, table: Words, words: Words) -> No
     if not len(packed) * 2 == len(scales) * GROUP == len(words):
         raise ValueError(f"{packed.shape} bytes, {scales.shape} scales into {words.shape}")
     _decode_nvfp4(packed, scales, table, words)
+
+
+@compiled
+def not_finite(words: Array) -> int:
+    """Return how many BF16 numbers are NaN or infinite: all bits of the exponent are set."""
+    count = 0
+    for i in range(words.size):
+        count += (words[i] & np.uint16(0x7F80)) == np.uint16(0x7F80)
+    return count
 
 
 @compiled

@@ -103,7 +103,9 @@ class _Repair:
         weigh = weigher(self.spec.plan.recipe, self.diagnosis.importance)
         self._check_parent(run)
         with closing(AssemblyReader(cast(Assembly, run.source))) as reader:
-            run.write_shards(lambda output: stream.run(reader, output, run.threads, weigh))
+            run.write_shards(
+                lambda output: stream.run(reader, output, run.threads, weigh, run.emit)
+            )
             parent_bytes = reader.bytes_read.get(self.diagnosis.parent.source, 0)
         self._compare(run)
         self._link(run)

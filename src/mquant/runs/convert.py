@@ -50,5 +50,5 @@ def convert(
         from mquant.engines import stream  # numba
 
         with closing(reader_of(run.source)) as reader:
-            run.write_shards(lambda output: stream.run(reader, output, run.threads))
+            run.write_shards(lambda output: stream.run(reader, output, run.threads, emit=run.emit))
         return run.finish(run.judge)

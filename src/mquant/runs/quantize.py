@@ -75,7 +75,7 @@ def run_engine(
         # After oneshot only the copied tensors are left to write.
         weigh = weigher(run.plan.recipe, spec.importance)
         with _reading(run, output, scratch) as reader:
-            stream.run(reader, output, run.threads, weigh)
+            stream.run(reader, output, run.threads, weigh, run.emit)
 
     run.write_shards(engines, away, files)
 
