@@ -4,13 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from make import without
+from make import Row, without
 from mquant.cli.app import app
 from mutate import mutated
 from run import TRAINED
+
+SCALE = "model.layers.1.self_attn.o_proj.weight_global_scale"
 
 
 def run(*arguments: object) -> Result:
@@ -58,6 +61,21 @@ def test_a_lost_tensor_exits_with_3(trained: Path, tmp_path: Path) -> None:
     result = run(bad, "--against", TRAINED)
     assert result.exit_code == 3
     assert "model.layers.1.self_attn.o_proj.weight of the parent is missing." in result.stdout
+
+
+def test_infinite_weights_are_named_in_a_warning(trained: Path, tmp_path: Path) -> None:
+    def edit(rows: list[Row]) -> list[Row]:
+        infinity = np.float32(0).tobytes()  # the divisor of all weights
+        return [(n, d, s, infinity if n == SCALE else raw) for n, d, s, raw in rows]
+
+    result = run(mutated(trained, tmp_path, edit=edit), "--against", TRAINED)
+    assert result.exit_code == 0
+    verdict = "102 changed, some of them to or from NaN or infinity."
+    assert verdict in " ".join(result.stdout.split())
+    assert "inf%" not in result.stdout
+    name = SCALE.removesuffix("_global_scale")
+    warning = f"{name} holds NaN or infinity, here or in the parent"
+    assert warning in " ".join(result.stderr.split())
 
 
 def test_the_parent_must_be_given(trained: Path) -> None:

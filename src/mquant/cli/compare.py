@@ -1,5 +1,6 @@
 """`mquant compare`: the distance between a checkpoint's weights and its parent's."""
 
+from math import isfinite
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -73,6 +74,8 @@ def verdict(comparison: "Comparison") -> str:
     text = f"{plural(len(comparison.tensors) - changed, 'tensor')} identical to {comparison.parent}"
     if not changed:
         return f"{text}, and none changed."
+    if not isfinite(total.error):
+        return f"{text}, {changed:,} changed, some of them to or from NaN or infinity."
     return f"{text}, {changed:,} changed by {_percent(total)} ({_decibel(total)})."
 
 
@@ -112,8 +115,8 @@ def _worst(comparison: "Comparison") -> RenderableType:
 
 
 def _percent(error: "ErrorStats") -> str:
-    return f"{error.relative:.2%}"
+    return f"{error.relative:.2%}" if isfinite(error.error) else "not finite"
 
 
 def _decibel(error: "ErrorStats") -> str:
-    return f"{error.sqnr:.1f} dB"
+    return f"{error.sqnr:.1f} dB" if isfinite(error.error) else ""

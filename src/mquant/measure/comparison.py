@@ -16,6 +16,7 @@ from mquant.findings import Finding
 from mquant.loader_model.modules import read_modules
 from mquant.measure.comparison_cache import ComparisonCache
 from mquant.measure.difference import Difference, compare_pairs, pairs
+from mquant.text import plural
 from mquant.verify.against_parent import KEPT_TENSOR_DIFFERS
 from mquant.verify.tally import Tally
 from mquant.weights.decode import READABLE
@@ -260,6 +261,7 @@ def compare(
             if tensor.form != tensor.parent_form:
                 fault = f"is {tensor.form}; the parent's is {tensor.parent_form}"
             tally.add(KEPT_TENSOR_DIFFERS, tensor.name, f"{tensor.name} {fault}")
+    _warn(differences.values(), emit)
     return Comparison(
         source=source.name,
         parent=parent.name,
@@ -270,3 +272,12 @@ def compare(
         bytes_read=sum(hub.bytes_read for hub in hubs) if hubs else None,
         requests=sum(hub.requests for hub in hubs) if hubs else None,
     )
+
+
+def _warn(differences: Iterable[Difference], emit: Emit) -> None:
+    """Emit one warning that names the first tensor without an error, and counts the others."""
+    names = [d.name for d in differences if not math.isfinite(d.error)]
+    if names:
+        more = f" (and {plural(len(names) - 1, 'more tensor')} like it)" if names[1:] else ""
+        fault = "holds NaN or infinity, here or in the parent"
+        emit(Note("warning", f"{names[0]} {fault}{more}: no sum with it is a number."))
