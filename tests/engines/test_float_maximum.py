@@ -66,8 +66,6 @@ def test_a_weight_at_the_maximum_is_no_fault(tmp_path: Path, dtype: str, recipe:
         expected = model_free_ptq(src, tmp_path / "expected", scheme=scheme)
         assert not differences(out, expected, set(opened(expected).tensors))
     assert not wrong(out, src)
-    if dtype == "F16" and recipe.startswith("fp8"):
-        return  # `dequantize` refuses scales in F16
     plan = make_bf16_plan(opened(out), load_families(), max_shard_bytes=DEFAULT_SHARD_BYTES)
     convert(plan, tmp_path / "bf16", "dequantize")
     assert data(opened(tmp_path / "bf16"), f"{KEY}.weight") == decompressed(out)

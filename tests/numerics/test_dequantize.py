@@ -1,5 +1,7 @@
 """mquant dequantizes codes and scales to the BF16 of compressed-tensors and ModelOpt."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -51,9 +53,7 @@ def fp8(codes: npt.NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(codes.copy()).view(torch.float8_e4m3fn)
 
 
-def decoded(
-    codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32], high: int, wide: int
-) -> Words:
+def decoded(codes: npt.NDArray[np.uint8], scales: npt.NDArray[Any], high: int, wide: int) -> Words:
     words = np.empty(codes.size, np.uint16)
     decode_fp8(codes, scales, (high, wide), 0, words)
     return words.reshape(codes.shape)
@@ -82,7 +82,7 @@ def test_blocks_that_do_not_fill_the_weight_equal_fp8blockdequantizers(
     assert (decoded(codes, scales, 128, 128) == bits(expected)).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("strategy", ["channel", "tensor", "block"])
 def test_fp8_equals_the_decompression_of_compressed_tensors(
     dtype: torch.dtype, strategy: str
@@ -103,8 +103,20 @@ def test_fp8_equals_the_decompression_of_compressed_tensors(
     compressor = BaseCompressor.get_value_from_registry("float-quantized")
     state = compressor.decompress({"weight": fp8(codes), "weight_scale": scale}, scheme)
     expected = bits(state["weight"].to(torch.bfloat16))
-    table = scale.float().numpy().reshape(-1, -(-256 // block[1]))
+    own = scale if dtype is torch.float16 else scale.float()
+    table = own.numpy().reshape(-1, -(-256 // block[1]))
     assert (decoded(codes, table, *block) == expected).all()
+
+
+def test_every_fp8_code_under_hard_scales_in_f16_equals_the_decompression() -> None:
+    with np.errstate(over="ignore"):
+        scales = np.append(HARD, [60000, 147, 6e-8, 1e-5]).astype(np.float16)[:, None]
+    codes = np.tile(ALL, (len(scales), 1))
+    compressor = BaseCompressor.get_value_from_registry("float-quantized")
+    state = {"weight": fp8(codes), "weight_scale": torch.from_numpy(scales)}
+    scheme = preset_name_to_scheme("FP8_DYNAMIC", ["Linear"])
+    expected = compressor.decompress(state, scheme)["weight"].to(torch.bfloat16)
+    assert (decoded(codes, scales, 1, 256) == bits(expected)).all()
 
 
 @pytest.mark.parametrize("second", [1.0, 20736.0, 3.0, 1e-3, 1e38, 2.0**-126])

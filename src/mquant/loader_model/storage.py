@@ -227,8 +227,8 @@ def parts(
 ) -> dict[str, ExpectedTensor]:
     """Return the tensors of a module with a weight of [out, in], by suffix, as loaders accept them.
 
-    Loaders accept more than `plan` reads (E5M2 codes, scales in F16): upstream has no reference
-    bytes for such tensors.
+    Loaders accept more than `plan` reads (E5M2 codes, weight_scale_inv in F16): upstream has no
+    reference bytes for such tensors.
     """
     rows, columns = shape
     suffixes = SUFFIXES.get(storage)

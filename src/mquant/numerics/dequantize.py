@@ -9,7 +9,8 @@
 Each operation is done in F32, and the result is rounded to BF16, to nearest even, as in
 compressed-tensors' `FP8BlockDequantizer`, the `decompress` of its compressors, and ModelOpt's
 `NVFP4QTensor.dequantize`. (For FP8 with scales in BF16 upstream multiplies in BF16: the result is
-the same, because F32 holds the product exactly.)
+the same, because F32 holds the product exactly. For FP8 with scales in F16 upstream rounds the
+product, which F32 also holds exactly, to F16 first.)
 
 Engines quantize, and dequantize to, the numbers of this decoder. `verify` has another decoder,
 `weights.decode`, which uses nothing of this decoder.
@@ -60,12 +61,12 @@ def nvfp4_table(second: float, *, divide: bool) -> Words:
 
 
 def decode_fp8(
-    codes: Bytes, scales: Floats, block: tuple[int, int], first: int, words: Words
+    codes: Bytes, scales: Array, block: tuple[int, int], first: int, words: Words
 ) -> None:
     """Decode FP8 codes [rows, columns] to BF16 into `words`, uint16 [rows * columns].
 
-    `scales`, float32, are the scales of the blocks, of `block` rows and columns, that contain these
-    rows; `first` is the number of the first row within its block.
+    `scales`, float32 or float16, are the scales of the blocks, of `block` rows and columns, that
+    contain these rows; `first` is the number of the first row within its block.
     """
     rows, columns = codes.shape
     high, wide = block
@@ -73,6 +74,13 @@ def decode_fp8(
         raise ValueError(f"{scales.shape} scales of {block} for {codes.shape} codes from {first}")
     if words.shape != (codes.size,):
         raise ValueError(f"{codes.shape} codes into {words.shape}")
+    if scales.dtype == np.float16:
+        wider = np.repeat(scales[(first + np.arange(rows)) // high], wide, axis=1)[:, :columns]
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            values = (_E4M3_SIGNED[codes] * wider.astype(np.float32)).astype(np.float16)
+        bits = values.astype(BF16.value).view(BF16.word)
+        words[:] = np.where(np.isnan(values), _NAN_WORD, bits).reshape(-1)
+        return
     _decode_fp8(codes, scales, first, high, wide, words.reshape(rows, columns))
 
 

@@ -25,8 +25,11 @@ from mquant.loader_model.storage import (
 )
 from mquant.schemes import QUANTIZED_SUFFIXES
 
-# Upstream multiplies F16 scales in F16; no known tool writes F16 scales.
-_SCALES: Final = ("F32", "BF16")
+# llmcompressor writes F16 scales for models in F16; nobody writes them as weight_scale_inv.
+_SCALES: Final = {
+    StorageFormat.FP8: ("F32", "BF16", "F16"),
+    StorageFormat.FP8_BLOCK: ("F32", "BF16"),
+}
 # Scales of activations and of the KV cache: useless once the weight is dequantized.
 _OF_CACHE: Final = (".k_scale", ".v_scale", ".q_scale", ".output_scale")
 
@@ -183,7 +186,8 @@ def _stored(
     else:
         fp8 = _fp8_block(storage, codes, scale, config)
         if fp8 is None:
-            return _misfit(scale, f"F32 or BF16, one for each block of {list(codes.shape)}")
+            dtypes = " or ".join(_SCALES[storage])
+            return _misfit(scale, f"{dtypes}, one for each block of {list(codes.shape)}")
         block = fp8
     return Stored(storage, codes, scale, block, second, tensors.get(input_suffix))
 
@@ -193,7 +197,7 @@ def _fp8_block(
 ) -> tuple[int, int] | None:
     """Return the block of FP8 codes that shares a scale; None if no block fits the scales."""
     rows, columns = codes.shape
-    if scale.dtype not in _SCALES:
+    if scale.dtype not in _SCALES[storage]:
         return None
     if storage is StorageFormat.FP8:
         by_shape = {(1,): (rows, columns), (): (rows, columns), (rows, 1): (1, columns)}
