@@ -21,6 +21,7 @@ from mquant.measure.evaluation import Evaluation, evaluate
 from mquant.measure.perplexity import score
 from mquant.synth import Precision, Sizes, synth
 from mquant.weights.matrix import Workers
+from mutate import changed, mutated, setting
 from run import FIXTURES, TRAINED
 
 HELDOUT = FIXTURES / "heldout.txt"
@@ -247,3 +248,22 @@ def test_other_vocabularies_are_refused(trained: Path, tmp_path: Path) -> None:
 
 def test_a_text_of_two_tokens_has_a_finite_perplexity(trained: Path) -> None:
     assert math.isfinite(run(trained, tokens=2, context=2).perplexity)
+
+
+@pytest.mark.parametrize("part", ["e_score_correction_bias", "gate.weight"])
+@pytest.mark.parametrize("value", [b"\0\0\x80\x7f", b"\0\0\x80\xff", b"\xff\xff\xff\xff"])
+def test_a_router_that_gives_nan_or_infinity_is_named(
+    part: str, value: bytes, tmp_path: Path
+) -> None:
+    def change(values: Any) -> None:
+        values[:4] = np.frombuffer(value, np.uint8)
+
+    edit = changed(f"model.layers.1.block_sparse_moe.{part}", data=change)
+    with pytest.raises(SourceError, match="layer 1's router gives NaN or infinity"):
+        run(mutated(TRAINED, tmp_path / "bad", edit=edit), tokens=64)
+
+
+def test_embeddings_of_nan_are_named(tmp_path: Path) -> None:
+    edit = changed("model.embed_tokens.weight", data=setting(slice(None), 0xFF))
+    with pytest.raises(SourceError, match="the embeddings give NaN or infinity"):
+        run(mutated(TRAINED, tmp_path / "bad", edit=edit), tokens=64)

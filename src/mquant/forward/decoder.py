@@ -172,6 +172,13 @@ class Model:
         vector: Floats = self.weight(name, "vector")[0].copy()
         return vector
 
+    def not_finite(self, gives: str) -> SourceError:
+        """Return the error that says what part of the model `gives` NaN or infinity."""
+        return SourceError(
+            f"{self.view.checkpoint.source.name} cannot be evaluated: {gives} NaN or infinity.",
+            "Run mquant verify --depth numbers, which names weights that hold NaN or infinity.",
+        )
+
     def nbytes(self, prefix: str) -> int:
         """Return the bytes of all tensors whose hub names start with `prefix`."""
         tensors = self.view.checkpoint.tensors
@@ -213,7 +220,7 @@ class Model:
         if not self.has(f"{at}.mlp.gate.weight"):
             hidden += self._dense(f"{at}.mlp", inner)
             return None
-        chosen, weights = self._route(f"{at}.mlp", inner)
+        chosen, weights = self._route(number, f"{at}.mlp", inner)
         self._experts(f"{at}.mlp.experts", inner, chosen, weights, hidden)
         return np.sort(chosen, axis=1)
 
@@ -258,16 +265,25 @@ class Model:
             out[start : start + len(part)] = self._linear(gate, f"{at}.down_proj")
         return out
 
-    def _route(self, at: str, inner: Floats) -> tuple[Integers, Floats]:
-        """Return the chosen experts [n, top_k] and their routing weights [n, top_k]."""
-        scores: Floats = inner @ self.weight(f"{at}.gate.weight", "linear").T
+    def _route(self, number: int, at: str, inner: Floats) -> tuple[Integers, Floats]:
+        """Return the chosen experts [n, top_k] and their routing weights [n, top_k].
+
+        Raises SourceError if finite inputs give NaN or infinity: then the choice has no meaning.
+        """
+        logits: Floats = inner @ self.weight(f"{at}.gate.weight", "linear").T
+        scores: Floats
         if self._forward.scores == "sigmoid":
-            scores = (1 / (1 + np.exp(-scores))).astype(np.float32)
+            scores = (1 / (1 + np.exp(-logits))).astype(np.float32)
         else:
-            scores = np.exp(scores - scores.max(axis=1, keepdims=True)).astype(np.float32)
+            scores = np.exp(logits - logits.max(axis=1, keepdims=True)).astype(np.float32)
             scores /= scores.sum(axis=1, keepdims=True, dtype=np.float32)
         bias = f"{at}.e_score_correction_bias"
         choice = scores + self.vector(bias) if self.has(bias) else scores
+        # The sigmoid of infinity is finite, so logits are checked, too. If `inner` is not finite,
+        # then the attention is to blame, and the layer's result shows it.
+        finite = np.isfinite(logits).all() and np.isfinite(choice).all()
+        if not finite and np.isfinite(inner).all():
+            raise self.not_finite(f"layer {number}'s router gives")
         top = self.shape.top_k
         chosen = np.argpartition(-choice, top - 1, axis=1)[:, :top].astype(np.int64)
         weights: Floats = np.take_along_axis(scores, chosen, axis=1)

@@ -148,7 +148,7 @@ def evaluate(
         windows = [slice(at, min(at + context, count)) for at in range(0, count, context)]
         hidden = [model.embed(ids[:count]) for model in models]
         with np.errstate(all="ignore"):  # numbers that are not finite are an error, no warning
-            _check_finite(models, hidden, "the embeddings")
+            _check_finite(models, hidden, "the embeddings give")
             routing = _run(models, hidden, windows, emit)
             for model, states in zip(models, hidden, strict=True):
                 states[:] = model.norm(states, "model.norm.weight")
@@ -185,7 +185,7 @@ def _run(
             model.layer(number, states, windows)
             for model, states in zip(models, hidden, strict=True)
         ]
-        _check_finite(models, hidden, f"layer {number}")
+        _check_finite(models, hidden, f"layer {number} gives")
         routed = [experts for experts in chosen if experts is not None]
         if routed:
             routing.append(_routing(number, routed, models[0].shape.experts))
@@ -253,18 +253,11 @@ def _fitting(sources: list[Source]) -> Iterator[None]:
 def _perplexity(model: Model, losses: Doubles) -> float:
     loss = float(losses.mean())
     if not loss < _MOST_NATS:  # also NaN
-        raise _not_finite(model, "the logits")
+        raise model.not_finite("the logits give")
     return math.exp(loss)
 
 
-def _check_finite(models: list[Model], hidden: list[Floats], where: str) -> None:
+def _check_finite(models: list[Model], hidden: list[Floats], gives: str) -> None:
     for model, states in zip(models, hidden, strict=True):
         if not np.isfinite(states.sum(axis=1, dtype=np.float64)).all():
-            raise _not_finite(model, where)
-
-
-def _not_finite(model: Model, where: str) -> SourceError:
-    return SourceError(
-        f"{model.view.checkpoint.source.name} cannot be evaluated: {where} gives NaN or infinity.",
-        "Run mquant verify --depth numbers, which names weights that hold NaN or infinity.",
-    )
+            raise model.not_finite(gives)
