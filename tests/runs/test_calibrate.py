@@ -1,6 +1,8 @@
 """`calibrate` measures the mean square of each module's inputs, of an expert's own tokens only."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,15 @@ def test_the_verb_reports_modules_and_tokens(text: str, tmp_path: Path) -> None:
     assert document["ok"]
     assert (document["schema"], document["modules"]) == ("mquant.calibrate/1", 102)
     assert document["tokens"] == sum(len(ids) for ids in load_samples(text, TRAINED, Calibration()))
+
+
+def test_no_line_of_a_library_is_on_stdout_before_the_json(text: str, tmp_path: Path) -> None:
+    out = tmp_path / "importance.safetensors"
+    command = ["calibrate", TRAINED, "--data", text, "-o", out, "--format", "json"]
+    process = subprocess.run(
+        [sys.executable, "-m", "mquant", *map(str, command)], capture_output=True, check=True
+    )
+    assert json.loads(process.stdout)["ok"]
 
 
 def test_calibrate_without_data_is_a_usage_error() -> None:

@@ -6,7 +6,6 @@ bytes of its quantized weights reach the output, not its names or dtypes.
 """
 
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -16,9 +15,6 @@ from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Final
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # oneshot sets it with a warning
-os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")  # else its import writes to stdout
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
