@@ -1,12 +1,13 @@
 """mquant finds its recipes by name or path, and refuses a wrong key or file."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from mquant.errors import DataFileError, UsageError
 from mquant.family import Role
-from mquant.recipe import find_recipe, load_recipe, load_recipes
+from mquant.recipe import data_file, find_recipe, load_recipe, load_recipes
 from mquant.schemes import NVFP4A16
 from recipe_files import OURS, SCHEMES, complaint, loaded, written
 
@@ -58,8 +59,35 @@ def test_a_name_that_is_no_recipe_and_no_file_is_refused_with_the_list_of_recipe
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../recipes/nvfp4", "nvfp4.yaml", "/"])
 def test_a_name_never_leads_out_of_the_recipes(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError):
+    with pytest.raises((UsageError, DataFileError)):
         find_recipe(name)
+
+
+def test_a_device_a_pipe_or_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("/dev/zero", str(tmp_path / "pipe")):
+        with pytest.raises(DataFileError, match=f"{name} is not a regular file"):
+            find_recipe(name)
+    with pytest.raises(DataFileError, match="cannot be read: Is a directory"):
+        find_recipe(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["notes.md", "pipe", "folder", "/dev/zero"])
+def test_a_path_that_is_no_calibration_file_is_no_datasets_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes.md").write_text("text")
+    os.mkfifo("pipe")
+    Path("folder").mkdir()
+    what = "no .jsonl, .txt or .parquet file" if name == "notes.md" else "not a regular file"
+    with pytest.raises(DataFileError, match=f"{name} is {what}"):
+        data_file(name)
+
+
+def test_a_name_without_a_file_is_a_datasets_name_and_may_have_dots() -> None:
+    assert data_file("someone/texts-v1.5") is None
+    assert data_file("rows.jsonl") == Path("rows.jsonl")
 
 
 # --- the keys of a recipe

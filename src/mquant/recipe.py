@@ -5,6 +5,7 @@ QuantizationModifier (targets, scheme, ignore). mquant converts the second kind 
 other modules know one kind only.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -147,13 +148,26 @@ def find_recipe(name: str) -> Recipe:
     shipped = folder("recipes") / f"{name}.yaml"
     if re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) and is_file(shipped):
         return load_recipe(shipped)
-    path = Path(name)
-    if not is_file(path):
+    if not os.path.lexists(name):
         raise UsageError(
             f"There is no recipe {name!r}, and no such file.",
             f"Take one of: {', '.join(load_recipes())}; or give a YAML file.",
         )
-    return load_recipe(path)
+    return load_recipe(Path(name))
+
+
+def data_file(data: str) -> Path | None:
+    """Return the calibration file that `data` names; None if `data` is the id of a dataset.
+
+    The hub is never asked for the name of a file: raises DataFileError for a file of another kind.
+    """
+    path = Path(data)
+    if path.suffix in (".jsonl", ".txt", ".parquet"):
+        return path
+    if os.path.lexists(path):
+        what = "no .jsonl, .txt or .parquet file" if is_file(path) else "not a regular file"
+        raise DataFileError(f"{data} is {what}.", "Correct the path after --data.")
+    return None
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -231,7 +231,7 @@ def test_a_dataset_that_cannot_be_downloaded_is_one_sentence(
     with pytest.raises(DataFileError) as caught:
         load_samples("someone/texts", TRAINED, FEW)
     assert caught.value.message == (
-        "someone/texts is no file, and no dataset on the hub (ConnectionError)."
+        "someone/texts is no file, and cannot be loaded as a dataset from the hub: no network."
     )
 
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from mquant.errors import DataFileError
-from mquant.recipe import Calibration
+from mquant.recipe import Calibration, data_file
 from mquant.untrusted import open_named, parse_json
 
 _FIX: Final = (
@@ -65,8 +65,8 @@ def _samples(data: str, tokenizer: Any, spec: Calibration) -> Iterator[list[int]
 
 
 def _rows(data: str) -> Iterable[dict[str, Any]]:
-    path = Path(data)
-    if path.suffix not in (".jsonl", ".txt", ".parquet"):
+    path = data_file(data)
+    if path is None:
         return _dataset(data)
     most = _MOST_TEXT if path.suffix == ".txt" else _MOST_ROWS
     with open_named(path, _FIX, most) as file:
@@ -107,9 +107,9 @@ def _dataset(name: str) -> Iterable[dict[str, Any]]:
     try:
         return list(load_dataset(name, split="train"))
     except Exception as error:  # the hub and the dataset's code may raise anything
+        reason = str(error).partition("\n")[0][:200].rstrip(".")
         raise DataFileError(
-            f"{name} is no file, and no dataset on the hub ({type(error).__name__}).",
-            _FIX,
+            f"{name} is no file, and cannot be loaded as a dataset from the hub: {reason}.", _FIX
         ) from error
 
 

@@ -12,6 +12,7 @@ from mquant.events import Emit, Note, silent
 from mquant.numerics.floats import Floats
 from mquant.output import Document
 from mquant.plan import Plan
+from mquant.recipe import data_file
 from mquant.runs.run import check_plain
 from mquant.runs.unchanged import refuse_changed
 
@@ -40,7 +41,8 @@ def calibrate(plan: Plan, data: str, out: Path, emit: Emit = silent) -> Calibrat
     if plan.refusals:
         raise Refused(plan.refusals)
     check_plain(plan, "Calibration")
-    document = Document(out, "-o", b"", (out.parent,))
+    data_file(data)
+    document = Document(out, "-o", b"")
     document.check()
     refuse_changed(plan.survey.checkpoint.source, emit)
     source = plan.survey.checkpoint.source.materialize(emit)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from mquant.errors import MissingExtra, Refused, UsageError
 from mquant.output import side_files
 from mquant.plan import Plan
-from mquant.recipe import Recipe
+from mquant.recipe import Recipe, data_file
 from mquant.runs.run import RunSpec, check_plain
 from mquant.schemes import SCHEMES
 from mquant.untrusted import open_named
@@ -128,7 +128,10 @@ def check_engine(engine: Engine, option: str) -> None:
 
 
 def check_data(recipe: Recipe, data: str | None) -> None:
-    """Raise UsageError if the recipe needs data and `data` is None, or the other way round."""
+    """Raise UsageError if the recipe needs data and `data` is None, or the other way round.
+
+    Raises DataFileError as `data_file` does.
+    """
     if recipe.needs_data and data is None:
         raise UsageError(
             f"Recipe {recipe.name} needs calibration data, which --data names.",
@@ -138,12 +141,14 @@ def check_data(recipe: Recipe, data: str | None) -> None:
         raise UsageError(
             f"Recipe {recipe.name} needs no data, so --data has no effect.", "Leave out --data."
         )
+    if data is not None:
+        data_file(data)
 
 
 def _identity_of(data: str) -> str:
     """Return the sha256 of a file, or the id of a dataset. Raises DataFileError if unreadable."""
-    path = Path(data)
-    if not path.suffix:
+    path = data_file(data)
+    if path is None:
         return data
     with open_named(path, "Correct the path after --data.") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
