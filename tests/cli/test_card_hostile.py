@@ -1,6 +1,7 @@
 """`mquant card` refuses wrong sources, shows strings from files as text, and keeps other files."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -77,6 +78,11 @@ def test_a_readme_that_mquant_did_not_write_stays(src: Path, tmp_path: Path) -> 
     run_card(src, "-o", tmp_path / "CARD.md")
     assert (src / "README.md").read_text(encoding="utf-8") == "mine"
     assert (tmp_path / "CARD.md").is_file()
+
+
+def test_a_readme_that_is_a_pipe_is_refused_at_once(src: Path) -> None:
+    os.mkfifo(src / "README.md")
+    assert "README.md is not a regular file." in run_card(src, code=1).stderr
 
 
 def test_a_broken_checkpoint_gets_no_card(src: Path, tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_a_junit_file_that_cannot_be_written_is_one_sentence(plain: Path, tmp_pa
 
 def test_a_run_that_fails_leaves_a_junit_error_and_not_an_older_file(tmp_path: Path) -> None:
     file = tmp_path / "verify.xml"
-    file.write_text("an earlier run's")
+    assert verify(tmp_path / "other", "--junit", file).exit_code == 1
     assert verify(tmp_path / "none", "--junit", file).exit_code == 1
     suite = ElementTree.parse(file).getroot()
     (error,) = suite.findall("testcase/error")
@@ -247,17 +247,19 @@ def test_a_run_that_fails_leaves_a_junit_error_and_not_an_older_file(tmp_path: P
 
 def test_a_wrong_command_line_removes_the_older_junit_file(plain: Path, tmp_path: Path) -> None:
     file = tmp_path / "verify.xml"
-    file.write_text("an earlier run's")
+    assert verify(plain, "--junit", file).exit_code == 0
     assert verify(plain, "--revision", "v1", "--junit", file).exit_code == 2
     assert not file.exists()
 
 
-def test_a_file_of_the_checkpoint_is_no_junit_file(plain: Path) -> None:
-    before = (plain / "config.json").read_bytes()
-    result = verify(plain, "--junit", plain / "config.json")
-    assert result.exit_code == 1
-    assert "config.json exists, and mquant did not write it." in result.stderr
-    assert (plain / "config.json").read_bytes() == before
+def test_a_file_that_mquant_did_not_write_is_no_junit_file(plain: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"{}")
+    for file in (plain / "config.json", tmp_path / "config.json"):
+        before = file.read_bytes()
+        result = verify(plain, "--junit", file)
+        assert result.exit_code == 1
+        assert "config.json exists, and mquant did not write it." in result.stderr
+        assert file.read_bytes() == before
 
 
 def test_an_interrupted_run_leaves_a_junit_error(

@@ -20,7 +20,7 @@ from mquant.cli.options import (
 from mquant.cli.output import Format, Output, output
 from mquant.cli.progress import progress
 from mquant.cli.source import example, open_source
-from mquant.errors import UsageError
+from mquant.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from mquant.checkpoint import Source
@@ -75,7 +75,7 @@ def card(
         from mquant.publish.card import MARK, gather, read_about, render
         from mquant.verify.judge import Depth
 
-        document = Document(path, "-o", MARK.encode(), (path.parent,))
+        document = Document(path, "-o", MARK.encode())
         document.check()
         about = None if about_file is None else read_about(about_file)
         measured = _measured(source.name, eval_file, compare_file)
@@ -106,7 +106,10 @@ def _path(source: "Source", file: Path | None) -> Path:
     if file is not None:
         return file
     if isinstance(source, Folder):
-        return source.root / "README.md"
+        path = source.root / "README.md"
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path} is not a regular file.", "Give another file with -o.")
+        return path
     raise UsageError(
         f"{source.name} is a hub repo: say where its card goes, with -o.",
         f"Example: mquant card {source.name} -o README.md",

@@ -68,17 +68,17 @@ def forget(path: Path | None) -> Path | None:
         from mquant.output import Document
 
         with suppress(OutputError):
-            Document(path, "--junit", _MARK, (path.parent,)).remove()
+            Document(path, "--junit", _MARK).remove()
     return path
 
 
 @contextmanager
-def junit(path: Path | None, name: str, kept: tuple[Path, ...]) -> Iterator[JUnit]:
+def junit(path: Path | None, name: str) -> Iterator[JUnit]:
     """Give the report to be filled in, and write the report to `path`, however the block ends.
 
     A report without a verdict replaces the file of an earlier run first, so that no run that is
     killed leaves a verdict. After a UsageError there is no file. Raises OutputError as `Document`
-    does; `kept` are files, and folders with files, that must stay.
+    does.
     """
     report = JUnit(name)
     if path is None:
@@ -86,7 +86,7 @@ def junit(path: Path | None, name: str, kept: tuple[Path, ...]) -> Iterator[JUni
         return
     from mquant.output import Document
 
-    document = Document(path, "--junit", _MARK, kept)
+    document = Document(path, "--junit", _MARK)
     document.check()
     if not document.is_stream:
         started = JUnit(name)

@@ -66,9 +66,7 @@ def report(
 
         path = out_file or Path(f"{source.name.rpartition('/')[2]}-report.html")
         inputs = Wanted(src or ".", against, text, comparison, evaluation, context, tokens)
-        files = (file for file in (text, comparison, evaluation, family) if file is not None)
-        kept = (*files, *source.folders, *(parent.folders if parent else ()))
-        document = Document(path, "-o", MARK, kept)
+        document = Document(path, "-o", MARK)
         with progress(out) as emit:
             written = write(source, parent, load_families(family), inputs, document, emit=emit)
         out.put(

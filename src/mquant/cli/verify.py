@@ -59,8 +59,7 @@ def verify(
     """
     failing = frozenset({"error", fail_on})
     with output("verify", output_format) as out:
-        kept = tuple(Path(name) for name in (src or ".", against, family) if name)
-        with junit(junit_file, src or ".", kept) as suite:
+        with junit(junit_file, src or ".") as suite:
             source = open_source(src, revision, example(verify))
             parent = None if against is None else open_source(against, None, example(verify))
             from mquant.family import load_families

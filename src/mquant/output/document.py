@@ -1,5 +1,7 @@
 """A file that the user names for a report, a card or the like."""
 
+import errno
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,26 +21,22 @@ _OPEN_FILE: Final = re.compile(r"/dev/std(in|out|err)|(/dev|/proc/[^/]+)/fd/\d+"
 class Document:
     """The path, the option that named the path, and the text that marks a file as mquant's.
 
-    `kept` are files and folders, such as the source. A file that is one of these, or in one of
-    these, is replaced only if the file has the mark; an empty mark marks no file. A device, a pipe
-    and `/dev/stdout` are written to, and never replaced.
+    An existing file is replaced only if the file is empty or has the mark; an empty mark marks no
+    file. A device, a pipe and `/dev/stdout` are written to, and never replaced.
     """
 
     path: Path
     option: str
     mark: bytes
-    kept: tuple[Path, ...] = ()
 
     def check(self) -> None:
-        """Raise OutputError if the path is a folder, or a file that must stay."""
+        """Raise OutputError if the path is a folder, or a file that mquant did not write."""
         with self._sentence():
             if self.is_stream or not self.path.exists():
                 return
             with self.path.open("rb") as file:
                 head = file.read(_HEAD_BYTES)
-            place = self.path.parent.resolve() / self.path.name
-            kept = any(place.is_relative_to(each.resolve()) for each in self.kept)
-        if kept and head and not (self.mark and self.mark in head):
+        if head and not (self.mark and self.mark in head):
             raise self._error("exists, and mquant did not write it")
 
     def remove(self) -> None:
@@ -54,7 +52,11 @@ class Document:
         with self._sentence():
             if self.is_stream:
                 # Not `write_whole`: somebody has the file open. A shell may send stdout to a file.
-                with self.path.open("ab") as stream:
+                # O_NONBLOCK: opening a pipe that nobody reads fails, and does not wait for ever.
+                flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+                handle = os.open(self.path, flags)
+                with os.fdopen(handle, "wb") as stream:
+                    os.set_blocking(handle, True)
                     stream.writelines(pieces)
             else:
                 write_whole(self.path, pieces)
@@ -70,7 +72,9 @@ class Document:
         try:
             yield
         except OSError as error:
-            raise self._error(f"cannot be written: {error.strerror}") from error
+            unread = error.errno == errno.ENXIO and self.path.is_fifo()
+            reason = "nobody reads the pipe" if unread else error.strerror
+            raise self._error(f"cannot be written: {reason}") from error
 
     def _error(self, what: str) -> OutputError:
         return OutputError(f"{self.path} {what}.", f"Give another file with {self.option}.")
