@@ -102,6 +102,8 @@ def metadata_errors(card: str) -> list[str]:
         metadata = yaml.safe_load(front[1])
     except yaml.YAMLError as error:
         return [f"not YAML: {error}"]
+    if not isinstance(metadata, dict):
+        return ["metadata is no table"]
     errors = []
     for key, kind in {"license_name": str, "license_link": str, "library_name": str}.items():
         if key in metadata and not isinstance(metadata[key], kind):
