@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from urllib.parse import quote, urljoin, urlsplit
 
 from mquant import __version__
-from mquant.checkpoint.client import endpoint, guard_token, origin
+from mquant.checkpoint.client import BUSY, endpoint, guard_token, origin
 from mquant.checkpoint.download import download
 from mquant.checkpoint.listing import Listing, parse_listing
 from mquant.checkpoint.retry import Again, asked_to_wait, retrying
@@ -33,7 +33,7 @@ TRIES_TO_CONNECT: Final = 3  # a hub that does not answer will not answer in ten
 TIMEOUT_SECONDS: Final = 30.0
 MAX_REDIRECTS: Final = 5
 
-_TRANSIENT: Final = frozenset({408, 429, 500, 502, 503, 504})
+_TRANSIENT: Final = BUSY | {408}
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 _LOG_IN: Final = "log in with `hf auth login` or set HF_TOKEN"

@@ -351,8 +351,10 @@ def _is_still(part: FilePart, path: Path) -> bool:
     """Return whether an earlier run's file has the part's size, and its digest if one is known."""
     if path.stat().st_size != part.nbytes:
         return False
+    if part.digest is None:
+        return True
     with path.open("rb") as file:
-        return part.digest in (None, hashlib.file_digest(file, "sha256").hexdigest())
+        return hashlib.file_digest(file, "sha256").hexdigest() == part.digest
 
 
 @contextmanager
