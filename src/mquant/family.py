@@ -20,6 +20,7 @@ from pydantic import ValidationInfo as Info
 from mquant.data_files import folder, read_yaml
 from mquant.errors import DataFileError
 from mquant.formulas import check_condition, check_size, condition_keys, evaluate, holds, size_keys
+from mquant.loader_rows import VllmRows
 
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")
 _EVERY_LAYER = "layer"
@@ -205,6 +206,7 @@ class Family(_Data):
     """Last part of a module's name -> the last parts of all modules that read its output, all
     linear: smoothing may divide the output by factors and multiply the readers' columns by them."""
     forward: Forward | None = None
+    vllm: VllmRows | None = None
     synth: SynthData
     own: bool = Field(default=False, exclude=True)
     """Whether the user gave the file. The file's content is then part of a plan's fingerprint."""

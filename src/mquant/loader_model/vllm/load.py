@@ -1,0 +1,66 @@
+"""Load a checkpoint's headers as vLLM does, and say what happened."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from mquant.loader_model.vllm.model import Model
+from mquant.loader_model.vllm.names import place
+from mquant.loader_model.vllm.table import Table
+from mquant.loader_model.vllm.tensors import Copies, Loaded, LoadRefused, Shape, Unknown
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What vLLM does with a checkpoint.
+
+    `refused` is where and why vLLM stops. Without it: tensors that are not, or not wholly, copied;
+    parameters with the number of elements that nothing fills; tensors that are spread over a larger
+    place; tensors whose bytes lose their meaning. `unknown` is a clause if it is not known what
+    vLLM does.
+    """
+
+    refused: tuple[str, str] | None = None
+    dropped: tuple[str, ...] = ()
+    unset: tuple[tuple[str, int], ...] = ()
+    reshaped: tuple[tuple[str, Shape, Shape], ...] = ()
+    converted: tuple[tuple[str, str, str], ...] = ()
+    unknown: str = ""
+
+    @property
+    def loads(self) -> bool:
+        """Whether vLLM loads the checkpoint, every tensor into its place."""
+        return self == Outcome()
+
+
+def load(build: Callable[[], Model], tensors: Iterable[Loaded]) -> Outcome:
+    """Build the model, and copy every tensor in order. `tensors` come in the order of the files."""
+    copies = Copies()
+    sizes: dict[str, int] = {}
+    try:
+        model = build()
+        table = Table(model) if model.rows.walks == "parameters" else None
+        for loaded in tensors:
+            sizes[loaded.name] = loaded.numel
+            if loaded.name in model.aliases:
+                copies.used[loaded.name] += loaded.numel  # vLLM fills the place from the other name
+                continue
+            if table:
+                table.place(copies, loaded)
+            else:
+                place(model.modules, model.renaming, copies, loaded)
+    except LoadRefused as stop:
+        return Outcome(refused=(stop.where, stop.why))
+    except Unknown as gap:
+        return Outcome(unknown=str(gap))
+    return Outcome(
+        dropped=tuple(name for name, size in sizes.items() if copies.used[name] < size),
+        unset=_unset(model),
+        reshaped=tuple(copies.reshaped.values()),
+        converted=tuple(copies.converted.values()),
+    )
+
+
+def _unset(model: Model) -> tuple[tuple[str, int], ...]:
+    parameters = {id(each): each for each in model.parameters()}.values()
+    rows = ((each.name, each.missing) for each in parameters if not each.optional)
+    return tuple((name, missing) for name, missing in rows if missing)

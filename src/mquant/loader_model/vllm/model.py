@@ -1,0 +1,189 @@
+"""vLLM's model of a checkpoint: the layers that an architecture builds under a config.json."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from mquant.loader_model.vllm.experts import Experts
+from mquant.loader_model.vllm.layers import (
+    Attention,
+    Bare,
+    Column,
+    Embedding,
+    Layer,
+    Linear,
+    Merged,
+    Qkv,
+    Replicated,
+    Row,
+)
+from mquant.loader_model.vllm.names import Modules, Renaming
+from mquant.loader_model.vllm.tensors import LoadRefused, Parameter, Unknown
+from mquant.loader_rows import LayerRow, Settings, VllmRows
+
+MOST_LAYERS: Final = 1_000
+_LINEAR: Final[Mapping[str, tuple[type[Linear], str]]] = {
+    "qkv": (Qkv, "QKVParallelLinear"),
+    "merged": (Merged, "MergedColumnParallelLinear"),
+    "column": (Column, "ColumnParallelLinear"),
+    "row": (Row, "RowParallelLinear"),
+    "replicated": (Replicated, "ReplicatedLinear"),
+}
+
+
+class Method(Protocol):
+    """A quantization method under one quantization config, as vLLM parses it.
+
+    Every function is asked in the order in which vLLM builds the layers. Each returns the
+    parameters of the layer, or None for a plain layer. Each raises LoadRefused where vLLM stops, and
+    Unknown where it is not known what vLLM does.
+    """
+
+    fused: Mapping[str, tuple[str, ...]]
+    """Last part of a fused layer's name -> the last parts on disk (`packed_modules_mapping`)."""
+
+    def linear(self, layer: Linear) -> Iterable[Parameter] | None:
+        """Return the parameters of a linear layer."""
+
+    def embedding(self, layer: Embedding, *, head: bool) -> Iterable[Parameter] | None:
+        """Return the parameters of the embeddings, or of the head."""
+
+    def experts(self, layer: Experts) -> Iterable[Parameter] | None:
+        """Return the parameters of the experts of a layer; the method may set `layer.layout`."""
+
+    def attention(self, layer: Attention, kv_heads: int) -> Iterable[Parameter]:
+        """Return the parameters of an attention layer: scales of the KV cache."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The layers of vLLM's model in the order in which vLLM builds them, and how names reach them.
+
+    `aliases`: parameters that share another parameter, which vLLM does not load on their own.
+    """
+
+    layers: tuple[Layer, ...]
+    modules: Modules
+    renaming: Mapping[str, Renaming]
+    aliases: Mapping[str, str]
+    rows: VllmRows
+    settings: Settings
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Yield every parameter."""
+        for layer in self.layers:
+            yield from layer.parameters.values()
+
+
+def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
+    """Build vLLM's model. Raises LoadRefused if vLLM stops, and Unknown."""
+    for key in rows.required:
+        if settings.values.get(key) is None:
+            raise LoadRefused("config.json", f"has no {key}")
+    acts = rows.activations
+    if acts and settings.values.get("hidden_act") not in acts:
+        raise LoadRefused("config.json", f"says hidden_act {settings.values.get('hidden_act')!r}")
+    if method:
+        method.fused = {
+            name: parts
+            for name, parts in rows.fused.items()
+            if settings.has(rows.fused_if.get(name, ""))
+        }
+    layers, modules = [], Modules()
+    for row, number in _every(rows, settings):
+        layer = _layer(row, number, settings, method)
+        layers.append(layer)
+        modules.add(layer)
+    aliases = _tied(rows, settings, layers)
+    return Model(tuple(layers), modules, _renaming(rows, settings, method), aliases, rows, settings)
+
+
+def _every(rows: VllmRows, settings: Settings) -> Iterator[tuple[LayerRow, int | None]]:
+    """Yield the rows of the model with the number of the decoder layer, if there is one."""
+    count = settings.number("num_hidden_layers")
+    if count is None or not 0 <= count <= MOST_LAYERS:
+        raise Unknown("num_hidden_layers in config.json")
+    head = [row for row in rows.model_rows if row.kind == "head"]
+    for row in rows.model_rows:
+        if row not in head:
+            yield row, None
+    for number in range(count):
+        for row in rows.layer_rows:
+            if settings.has(row.when, number):
+                yield row, number
+    for row in head:
+        yield row, None
+
+
+def _layer(row: LayerRow, number: int | None, settings: Settings, method: Method | None) -> Layer:
+    name = row.name.replace("{layer}", str(number))
+    asked = (row.asked_as or row.name).replace("{layer}", str(number))
+    sizes = tuple(_size(settings, text) for text in row.rows)
+    columns = _size(settings, row.columns)
+    method = method if row.heeds else None
+    if row.kind in _LINEAR:
+        made, class_name = _LINEAR[row.kind]
+        bias = bool(row.bias) and settings.has(row.bias, number)
+        linear = made(name, asked, class_name, outputs=sizes, inputs=columns, bias=bias)
+        linear.build(method.linear(linear) if method else None)
+        return linear
+    if row.kind in ("embedding", "head"):
+        head = row.kind == "head"
+        class_name = "ParallelLMHead" if head else "VocabParallelEmbedding"
+        embedding = Embedding(name, asked, class_name, vocabulary=sizes[0], inputs=columns)
+        embedding.build(method.embedding(embedding, head=head) if method else None)
+        return embedding
+    if row.kind == "experts":
+        experts = Experts(
+            name,
+            asked,
+            "RoutedExperts",
+            count=sizes[0],
+            hidden=columns,
+            intermediate=sizes[1],
+            names=row.names,
+        )
+        experts.build(method.experts(experts) if method else None)
+        return experts
+    if row.kind == "attention":
+        attention = Attention(name, asked, "Attention")
+        attention.add(*(method.attention(attention, sizes[0]) if method else ()))
+        return attention
+    if row.kind == "bare":
+        bare = Bare(name, asked)
+        bare.parameters[""] = Parameter(name, row.dtype, sizes)
+        return bare
+    norm = Layer(name, asked, "RMSNorm")
+    norm.add(Parameter("weight", "BF16", sizes))
+    return norm
+
+
+def _size(settings: Settings, text: str) -> int:
+    size = settings.size(text)
+    if size is None or size < 0:
+        raise Unknown(f"{text} of config.json")
+    return size
+
+
+def _tied(rows: VllmRows, settings: Settings, layers: list[Layer]) -> dict[str, str]:
+    """Return the head's parameters that are those of the embeddings."""
+    if not rows.ties_head or settings.values.get("tie_word_embeddings") is not True:
+        return {}
+    head = next(layer for layer in layers if layer.class_name == "ParallelLMHead")
+    embedding = next(layer for layer in layers if layer.class_name == "VocabParallelEmbedding")
+    if head.parameters.keys() != {"weight"} or embedding.parameters.keys() != {"weight"}:
+        raise Unknown("a tied head that is quantized")
+    head.parameters["weight"] = embedding.parameters["weight"]
+    return {f"{head.name}.weight": f"{embedding.name}.weight"}
+
+
+def _renaming(rows: VllmRows, settings: Settings, method: Method | None) -> dict[str, Renaming]:
+    quantized = method is not None
+    drops: tuple[str, ...] = ()
+    if rows.mtp and (count := settings.number(rows.mtp)):
+        base = settings.number("num_hidden_layers") or 0
+        drops = tuple(f"layers.{base + number}." for number in range(min(count, MOST_LAYERS)))
+    inner = Renaming(
+        rows.stacked, rows.renames, drops, rows.ignores, quantized and rows.inner_quantization
+    )
+    return {"": Renaming(quantized=quantized), "model": inner}

@@ -1,0 +1,144 @@
+"""What vLLM builds of a model family: the key `vllm` of a family file.
+
+The rows are vLLM's layers, under the names of vLLM's model. Sizes and conditions refer to config
+keys, as transformers' config class of the family reads config.json: with its aliases and defaults.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from mquant.formulas import check_condition, check_size, evaluate, holds
+
+Size = Annotated[str, Field(max_length=200), AfterValidator(check_size)]
+Condition = Annotated[str, AfterValidator(check_condition)]
+Place = Literal["q", "k", "v", 0, 1, 2]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LayerRow(_Data):
+    """A layer of vLLM's model, with `{layer}` for the number.
+
+    `kind` is the class: `qkv` and `merged` are fused of several matrices on disk. `rows` has the
+    rows of each matrix, `columns` the columns of all. `asked_as` is the name under which vLLM asks
+    the quantization config, if it is not `name`.
+    """
+
+    name: str
+    kind: Literal[
+        "qkv",
+        "merged",
+        "column",
+        "row",
+        "replicated",
+        "embedding",
+        "head",
+        "experts",
+        "norm",
+        "bare",
+        "attention",
+    ]
+    rows: tuple[Size, ...] = ()
+    columns: Size = "1"
+    bias: str = ""
+    """A key of `blocks`; if that condition holds, the layer has a bias."""
+    heeds: bool = True
+    """Whether vLLM gives the layer the quantization config."""
+    asked_as: str = ""
+    when: str = ""
+    """A key of `blocks`, with `not` before it or without; other layers do not have the row."""
+    names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")
+    """Gate, down and up of an expert on disk."""
+    dtype: Literal["BF16", "F32"] = "BF16"
+
+
+class VllmRows(_Data):
+    """What vLLM builds of a family, and how vLLM names the tensors on disk."""
+
+    architectures: tuple[str, ...]
+    aliases: Mapping[str, str] = Field(default_factory=dict)
+    """Other names of config keys, which win over the usual name."""
+    settings: Mapping[str, Any] = Field(default_factory=dict)
+    """The values for keys that config.json leaves out: a value, an earlier key, or a size. A size
+    also counts for a key that is null."""
+    required: tuple[str, ...] = ()
+    """Keys without which vLLM does not build the model."""
+    blocks: Mapping[str, Condition] = Field(default_factory=dict)
+    """Name -> the layers that have a block, or whether the model has it."""
+    stacked: tuple[tuple[str, str, Place], ...] = ()
+    """Part of a name on disk, the part of vLLM's fused layer, and the place of the matrix there."""
+    renames: tuple[tuple[str, str], ...] = ()
+    fused: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Last part of a fused layer's name -> the last parts on disk, for `ignore` and targets."""
+    fused_if: Mapping[str, str] = Field(default_factory=dict)
+    """Fused layers that vLLM lists in `fused` only under a condition of `blocks`."""
+    ignores: tuple[str, ...] = ()
+    """Ends of names that vLLM passes over if the model has no such parameter."""
+    mtp: str = ""
+    """The key of the number of layers after the last, which vLLM leaves out."""
+    walks: Literal["modules", "parameters"] = "modules"
+    """Whether vLLM finds a tensor's parameter module by module, or in one table of all names."""
+    inner_quantization: bool = True
+    """Whether the model below `model.` knows the quantization config, and so KV scales."""
+    ties_head: bool = True
+    """Whether vLLM honours tie_word_embeddings."""
+    activations: tuple[str, ...] = ()
+    """The values of hidden_act that vLLM takes; empty if vLLM does not look."""
+    layers: tuple[LayerRow, ...]
+
+    @model_validator(mode="after")
+    def _known_blocks(self) -> "VllmRows":
+        for row in self.layers:
+            for block in (row.bias, row.when.removeprefix("not ")):
+                if block and block not in self.blocks:
+                    raise ValueError(f"{row.name} names {block}, which blocks lacks")
+        return self
+
+    @cached_property
+    def layer_rows(self) -> tuple[LayerRow, ...]:
+        """The rows of every decoder layer."""
+        return tuple(row for row in self.layers if "{layer}" in row.name)
+
+    @cached_property
+    def model_rows(self) -> tuple[LayerRow, ...]:
+        """The rows that the model has once."""
+        return tuple(row for row in self.layers if "{layer}" not in row.name)
+
+
+class Settings:
+    """config.json as transformers' config class reads it: aliases resolved, defaults filled in."""
+
+    def __init__(self, rows: VllmRows, config: Mapping[str, Any]) -> None:
+        self.values = {**config}
+        for alias, key in rows.aliases.items():
+            if config.get(alias) is not None:
+                self.values[key] = config[alias]
+        for key, default in rows.settings.items():
+            formula = isinstance(default, str) and " " in default
+            if key not in self.values or (formula and self.values[key] is None):
+                self.values[key] = (
+                    self.size(default) if formula else self.values.get(str(default), default)
+                )
+        self._rows = rows
+
+    def number(self, key: str) -> int | None:
+        """Return the whole number of a key; None without one."""
+        value = self.values.get(key)
+        return value if type(value) is int else None
+
+    def size(self, text: str) -> int | None:
+        """Return the value of a size; None if a key has no number."""
+        return evaluate(text, self.number)
+
+    def has(self, block: str, layer: int | None = None) -> bool:
+        """Return whether a block's condition holds of a layer; `not ` before it reverses it."""
+        if not block:
+            return True
+        name = block.removeprefix("not ")
+        answer = holds(self._rows.blocks[name], layer, self.values, self.number)
+        return answer is (name == block)
