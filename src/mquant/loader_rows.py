@@ -25,8 +25,8 @@ class LayerRow(_Data):
     """A layer of vLLM's model, with `{layer}` for the number.
 
     `kind` is the class: `qkv` and `merged` are fused of several matrices on disk. `rows` has the
-    rows of each matrix, `columns` the columns of all. `asked_as` is the name under which vLLM asks
-    the quantization config, if it is not `name`.
+    rows of each matrix, `columns` the columns of all; `mla` is multi-head latent attention.
+    `asked_as` is the name under which vLLM asks the quantization config, if it is not `name`.
     """
 
     name: str
@@ -42,6 +42,7 @@ class LayerRow(_Data):
         "norm",
         "bare",
         "attention",
+        "mla",
     ]
     rows: tuple[Size, ...] = ()
     columns: Size = "1"
@@ -49,7 +50,7 @@ class LayerRow(_Data):
     """A key of `blocks`; if that condition holds, the layer has a bias."""
     heeds: bool = True
     """Whether vLLM gives the layer the quantization config."""
-    asked_as: str = ""
+    asked_as: str | None = None
     when: str = ""
     """A key of `blocks`, with `not` before it or without; other layers do not have the row."""
     names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")

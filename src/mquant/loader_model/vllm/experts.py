@@ -39,9 +39,8 @@ class Experts(Layer):
     layout: str = ""
     loads_itself = True
 
-    def build(self, parameters: Iterable[Parameter] | None, layout: str = "") -> None:
+    def build(self, parameters: Iterable[Parameter] | None) -> None:
         """Create the parameters: those of a quantization method, or plain weights."""
-        self.layout = layout
         if parameters is None:
             parameters = (
                 Parameter(
@@ -145,7 +144,9 @@ class Experts(Layer):
             self._scalar(copies, parameter, loaded, number, part)
             return
         dim = _DIMENSION[part] + (len(loaded.shape) == 3)
-        if part != "w2" and suffix == "weight_scale" and len(loaded.shape) >= 2:
+        if part != "w2" and suffix == "weight_scale":
+            if len(loaded.shape) < 2:
+                raise LoadRefused(loaded.name, f"has shape {list(loaded.shape)}, not rows")
             if loaded.shape[-2] == parameter.shape[-2]:  # gate and up in one tensor
                 copies.copy(target, loaded.narrow(dim, 0, target.shape[dim]))
                 return

@@ -225,4 +225,4 @@ class Bare(Layer):
 
 
 class Attention(Layer):
-    """vLLM's Attention, whose parameters are scales of the KV cache."""
+    """vLLM's Attention or MLAAttention, whose parameters are scales of the KV cache."""

@@ -42,6 +42,9 @@ class Method(Protocol):
     fused: Mapping[str, tuple[str, ...]]
     """Last part of a fused layer's name -> the last parts on disk (`packed_modules_mapping`)."""
 
+    renames: tuple[tuple[str, str], ...] | None
+    """The renaming of names in the config's lists; None if the model's class has no mapper."""
+
     def linear(self, layer: Linear) -> Iterable[Parameter] | None:
         """Return the parameters of a linear layer."""
 
@@ -89,6 +92,8 @@ def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
             for name, parts in rows.fused.items()
             if settings.has(rows.fused_if.get(name, ""))
         }
+        # A class that looks every name up in one table has no mapper of names.
+        method.renames = rows.renames if rows.walks == "modules" else None
     layers, modules = [], Modules()
     for row, number in _every(rows, settings):
         layer = _layer(row, number, settings, method)
@@ -117,7 +122,8 @@ def _every(rows: VllmRows, settings: Settings) -> Iterator[tuple[LayerRow, int |
 
 def _layer(row: LayerRow, number: int | None, settings: Settings, method: Method | None) -> Layer:
     name = row.name.replace("{layer}", str(number))
-    asked = (row.asked_as or row.name).replace("{layer}", str(number))
+    asked = row.name if row.asked_as is None else row.asked_as
+    asked = asked.replace("{layer}", str(number))
     sizes = tuple(_size(settings, text) for text in row.rows)
     columns = _size(settings, row.columns)
     method = method if row.heeds else None
@@ -145,8 +151,8 @@ def _layer(row: LayerRow, number: int | None, settings: Settings, method: Method
         )
         experts.build(method.experts(experts) if method else None)
         return experts
-    if row.kind == "attention":
-        attention = Attention(name, asked, "Attention")
+    if row.kind in ("attention", "mla"):
+        attention = Attention(name, asked, "MLAAttention" if row.kind == "mla" else "Attention")
         attention.add(*(method.attention(attention, sizes[0]) if method else ()))
         return attention
     if row.kind == "bare":
