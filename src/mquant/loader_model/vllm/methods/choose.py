@@ -99,9 +99,7 @@ def choose(config: Mapping[str, Any], hf_quant_config: Any = None) -> Chosen | N
     return Chosen(method, table)
 
 
-def _find(
-    config: Mapping[str, Any], hf_quant_config: Any
-) -> tuple[str, Mapping[str, Any] | None]:
+def _find(config: Mapping[str, Any], hf_quant_config: Any) -> tuple[str, Mapping[str, Any] | None]:
     """Return the file that has the quantization config, and the config, if there is one."""
     where, table = _WHERE, config.get("quantization_config")
     if table is None and hf_quant_config is not None:
