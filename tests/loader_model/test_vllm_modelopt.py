@@ -75,7 +75,7 @@ def test_an_algorithm_that_the_method_does_not_know_is_refused(name: str, algo: 
 
 
 def test_a_nested_nvfp4_config_must_say_what_is_excluded() -> None:
-    nested = {"quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": None}
+    nested: dict[str, Any] = {"quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": None}
 
     with pytest.raises(LoadRefused, match="exclude_modules"):
         parse("modelopt_fp4", {"quantization": nested})
@@ -83,7 +83,7 @@ def test_a_nested_nvfp4_config_must_say_what_is_excluded() -> None:
 
 
 def test_a_nested_config_reads_exclude_modules_and_a_flat_one_ignore() -> None:
-    nested = {"group_size": 16, "kv_cache_quant_algo": None, "ignore": [DOWN]}
+    nested: dict[str, Any] = {"group_size": 16, "kv_cache_quant_algo": None, "ignore": [DOWN]}
     nested |= {"quant_algo": "NVFP4", "exclude_modules": []}
 
     assert quantizes(ready(parse("modelopt_fp4", {"quantization": nested})), row())
@@ -107,7 +107,7 @@ def test_a_group_size_that_makes_no_shape_is_refused_with_the_layer(group: int) 
 
 
 def test_nvfp4_without_activations_in_any_group_is_w4a16() -> None:
-    groups = {"group_0": {"weights": {}, "input_activations": None}}
+    groups: dict[str, Any] = {"group_0": {"weights": {}, "input_activations": None}}
     scale = {each.name: each for each in method("NVFP4", config_groups=groups).linear(row()) or ()}
 
     assert scale["input_scale"].optional
