@@ -50,6 +50,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 MEMORY = 16 << 30
 """The bytes that vLLM may allocate, because a config.json can ask for a billion layers."""
+_MTP = ("num_nextn_predict_layers", "num_mtp_modules")  # keys of config.json
+_COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 MOST = 200  # entries of each list; `counts` has the true numbers
 
 
@@ -103,9 +105,28 @@ class Copies:
         if self.of(target) is None:
             self._kept.append(target.untyped_storage())
 
-    def dropped(self) -> list[str]:
-        """Return the names of tensors that were not, or not wholly, copied."""
-        return [name for name, size in self._sizes.items() if self._used[name] < size]
+    def dropped(self, model: torch.nn.Module, config: Any) -> list[str]:
+        """Return the names of tensors that were not, or not wholly, copied.
+
+        Left out are tensors that vLLM passes over on purpose: of layers for multi-token prediction,
+        of a head that is tied to the embeddings, and tables that vLLM computes.
+        """
+        on_purpose = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        kept = {name for name, _ in model.named_parameters()}
+        tied = {name for name in on_purpose if name not in kept}
+        first = getattr(config, "num_hidden_layers", 0)
+        mtp = max(getattr(config, key, 0) or 0 for key in _MTP)
+        layers = tuple(f".layers.{first + number}." for number in range(min(mtp, 99)))
+
+        def passed_over(name: str) -> bool:
+            return (
+                name in tied
+                or any(layer in f".{name}" for layer in layers)
+                or any(table in name for table in _COMPUTED)
+            )
+
+        rows = (name for name, size in self._sizes.items() if self._used[name] < size)
+        return [name for name in rows if not passed_over(name)]
 
     def unset(self, model: torch.nn.Module) -> list[tuple[str, int]]:
         """Return parameters that are not wholly loaded, and the number of missing elements."""
@@ -295,7 +316,7 @@ def load(folder: str, result: dict[str, Any], report_stage: Any, *, closely: boo
         with Watch(copies) if closely else glance(copies):
             model.load_weights(offered())
     lists: dict[str, list[Any]] = {
-        "dropped": copies.dropped(),
+        "dropped": copies.dropped(model, config.model_config.hf_text_config),
         "unset": copies.unset(model),
         "reshaped": list(copies.reshaped.values()),
         "converted": list(copies.converted.values()),
