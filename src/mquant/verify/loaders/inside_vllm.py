@@ -113,7 +113,8 @@ class Copies:
         """Return the names of tensors that were not, or not wholly, copied.
 
         Left out are tensors that vLLM passes over on purpose: of layers for multi-token prediction,
-        of a head that is tied to the embeddings, and tables that vLLM computes.
+        of a head that is tied to the embeddings, tables that vLLM computes, and the order of
+        activations, which its kernels do not need.
         """
         on_purpose = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         kept = {name for name, _ in model.named_parameters()}
@@ -127,6 +128,7 @@ class Copies:
                 name in tied
                 or any(layer in f".{name}" for layer in layers)
                 or any(table in name for table in _COMPUTED)
+                or name.endswith(".g_idx")
             )
 
         rows = (name for name, size in self._sizes.items() if self._used[name] < size)
