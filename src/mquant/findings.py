@@ -59,7 +59,8 @@ class Rule:
     parent (`against`), a real loader (`loader`); or which verb checks the rule. `what` says what
     must hold, `why` says why a loader or a person cares, `fix` is the fix of a finding without a
     fix of its own. `as_source`, `as_fact` and `if_tolerated` are the severities in those contexts,
-    if they differ from `severity`. `knowing` lists what must be known of a checkpoint to judge the
+    if they differ from `severity`. `if_loads` belongs to a rule that says why vLLM does not load a
+    checkpoint: the severity if vLLM loads the checkpoint all the same. `knowing` lists what must be known of a checkpoint to judge the
     rule: its model `family`, how its method matches the ignore `list`, the `layout` of its
     quantized modules, the `digests` of its files or of its shards.
     """
@@ -73,6 +74,7 @@ class Rule:
     as_source: Severity | None = None
     as_fact: Severity | None = None
     if_tolerated: Severity | None = None
+    if_loads: Severity | Literal["nothing"] | None = None
     knowing: tuple[Knowledge, ...] = ()
 
     def severity_in(self, context: Context) -> Severity:
@@ -89,7 +91,8 @@ class Rule:
     def severities(self) -> set[Severity]:
         """All severities that a finding of the rule may have."""
         contexts: tuple[Context, ...] = ("judged", "source", "fact", "tolerated")
-        return {self.severity_in(context) for context in contexts}
+        loaded = {self.if_loads} - {None, "nothing"}
+        return {self.severity_in(context) for context in contexts} | loaded
 
     def finding(
         self, where: str, message: str, fix: str = "", context: Context = "judged"

@@ -67,6 +67,8 @@ class VllmRows(_Data):
     settings: Mapping[str, Any] = Field(default_factory=dict)
     """The values for keys that config.json leaves out: a value, an earlier key, or a size. A size
     also counts for a key that is null."""
+    quiet: Mapping[str, Any] = Field(default_factory=dict)
+    """Keys whose default in vLLM is not what any release of the family says."""
     required: tuple[str, ...] = ()
     """Keys without which vLLM does not build the model."""
     blocks: Mapping[str, Condition] = Field(default_factory=dict)

@@ -53,6 +53,7 @@ FUSED_SET_MIXED: Final = rule(
     "Loaders build one matrix of the members, quantized in one way, or refuse the set.",
     "Quantize all members, or put all of them in ignore.",
     knowing=("family",),
+    if_loads="nothing",
 )
 EXPERTS_MIXED: Final = rule(
     "experts-mixed",
@@ -60,6 +61,7 @@ EXPERTS_MIXED: Final = rule(
     "Engines run a layer's experts in one kernel: one BF16 expert among quantized ones is refused.",
     "Quantize all experts of the layer, or none.",
     knowing=("family",),
+    if_loads="nothing",
 )
 NOTHING_TO_QUANTIZE: Final = rule(
     "nothing-to-quantize",

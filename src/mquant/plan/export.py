@@ -51,6 +51,7 @@ ACTIVATION_SCALES_MISSING: Final = rule(
     "vLLM loads without the scales and multiplies by uninitialised memory.",
     "Calibrate again, or declare weights only (input_activations: null).",
     knowing=("layout",),
+    if_loads="nothing",
 )
 
 

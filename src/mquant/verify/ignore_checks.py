@@ -20,6 +20,7 @@ EXPERT_NAMES: Final = rule(
     "skips such names without an error, and every expert is left uninitialised.",
     "Rename the tensors, which `mquant repair SRC --from PARENT` does.",
     knowing=("family",),
+    if_loads="nothing",
 )
 KEPT_BUT_NOT_IGNORED: Final = rule(
     "kept-but-not-ignored",
@@ -28,6 +29,7 @@ KEPT_BUT_NOT_IGNORED: Final = rule(
     "plain weight, or leaves the layer uninitialised.",
     "Add the layers' names to `ignore` in config.json; for experts, add vLLM's names.",
     knowing=("family", "list"),
+    if_loads="nothing",
 )
 IGNORED_BUT_QUANTIZED: Final = rule(
     "ignored-but-quantized",
@@ -35,6 +37,7 @@ IGNORED_BUT_QUANTIZED: Final = rule(
     "vLLM builds ignored layers plain, and refuses scales and packed weights for them.",
     "Remove the layers' names from `ignore` in config.json.",
     knowing=("family", "list"),
+    if_loads="nothing",
 )
 QUANTIZED_NOT_TARGETED: Final = rule(
     "quantized-not-targeted",
@@ -43,6 +46,7 @@ QUANTIZED_NOT_TARGETED: Final = rule(
     'experts by its own names; `targets: ["Linear"]` matches all.',
     'Set `targets` in config.json to ["Linear"].',
     knowing=("family", "list"),
+    if_loads="nothing",
 )
 FUSED_SET_SPLIT: Final = rule(
     "fused-set-split",
@@ -51,12 +55,14 @@ FUSED_SET_SPLIT: Final = rule(
     " that `ignore` or `targets` cut in two.",
     "Name all layers of the fused set, or no layer of the set.",
     knowing=("family", "list"),
+    if_loads="nothing",
 )
 QUANTIZATION_UNDECLARED: Final = rule(
     "quantization-undeclared",
     "If tensors are quantized, config.json declares the quantization.",
     "Without `quantization_config` a loader builds every layer plain, and refuses the scales.",
     "Write the `quantization_config` that the tensors were made with.",
+    if_loads="nothing",
 )
 IGNORE_BAD_ENTRY: Final = rule(
     "ignore-bad-entry",
@@ -64,6 +70,7 @@ IGNORE_BAD_ENTRY: Final = rule(
     "vLLM compiles every expression, and stops at the first invalid one.",
     "Correct the list in config.json, with exact names; `mquant plan` shows them.",
     knowing=("list",),
+    if_loads="nothing",
 )
 IGNORE_UNCOVERED: Final = rule(
     "ignore-uncovered",

@@ -14,13 +14,16 @@ from mquant.events import Emit, silent
 from mquant.family import Family
 from mquant.findings import RULES, VERIFIED, Finding, Severity
 from mquant.loader_model.modules import ModuleView, read_modules
+from mquant.loader_model.vllm.predict import predict
 from mquant.output import as_table, known_table
 from mquant.text import plural
+from mquant.verify.after_loading import check_after_loading
 from mquant.verify.against_parent import check_against
 from mquant.verify.digests import check_digests
 from mquant.verify.ignore_report import check_ignore
 from mquant.verify.loaders.ask_vllm import Verdict, ask
 from mquant.verify.loaders.install import find_python
+from mquant.verify.loading import with_outcome
 from mquant.verify.not_judged import ASK_VLLM, not_judged, to_json, undecided, unknown
 from mquant.verify.numbers import (
     GLOBAL_SCALE_INVERTED,
@@ -149,7 +152,10 @@ def verify(
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, source, view.checkpoint.shards) if ask_vllm else None
         compared = check_digests(source, emit, data=depth is not Depth.STRUCTURE)
-        all_findings = [*check_structure(view), *_ignore(view), *compared.findings]
+        outcome = predict(view.checkpoint, view.family)
+        structure = [*check_structure(view), *_ignore(view)]
+        all_findings = [*with_outcome(structure, outcome), *check_after_loading(view)]
+        all_findings += compared.findings
         checked, wrong = ["structure"], _stored_in(compared.shards, view)
         if depth is not Depth.STRUCTURE:
             numbers = check_numbers(view, emit)

@@ -28,6 +28,7 @@ from mquant.loader_model.storage import (
     format_of,
     integer_bits,
 )
+from mquant.verify.after_loading import KV_SCALES
 from mquant.verify.tally import Tally
 from mquant.weights.decode import Floats, floats
 from mquant.weights.stored_weight import read, weight_of
@@ -96,6 +97,13 @@ GLOBAL_SCALE_INVALID: Final = rule(
     _AGAIN,
     needs="numbers",
     knowing=("layout",),
+)
+KV_SCALE_INVALID: Final = rule(
+    "kv-scale-invalid",
+    "Scales of a KV cache are finite and positive.",
+    "vLLM loads the scale and stops afterwards, or serves NaN.",
+    "Calibrate the scales again, or remove them and kv_cache_scheme.",
+    needs="numbers",
 )
 GLOBAL_SCALE_DIFFERS: Final = rule(
     "global-scale-differs",
@@ -203,6 +211,8 @@ def _tasks(view: ModuleView) -> Iterator[tuple[int, Callable[[], _Result]]]:
 
 def _plain(view: ModuleView, info: TensorInfo, result: _Result | None = None) -> _Result:
     result = result or _Result()
+    if info.name.rpartition(".")[2] in KV_SCALES:
+        return _kv_scale(view, info, result)
     if info.dtype not in _NOT_FINITE:
         return result
     kind, exponent = _NOT_FINITE[info.dtype]
@@ -212,6 +222,15 @@ def _plain(view: ModuleView, info: TensorInfo, result: _Result | None = None) ->
         if bad:
             result.add(VALUE_NOT_FINITE, info, "holds NaN or infinity")
             break
+    return result
+
+
+def _kv_scale(view: ModuleView, info: TensorInfo, result: _Result) -> _Result:
+    if info.dtype in ("F32", "BF16", "F16") and info.elements <= PIECE:
+        values = floats(read(view, info), info.dtype)
+        if not (np.isfinite(values) & (values > 0)).all():
+            worst = float(values[~(np.isfinite(values) & (values > 0))][0])
+            result.add(KV_SCALE_INVALID, info, f"is {worst:g}")
     return result
 
 

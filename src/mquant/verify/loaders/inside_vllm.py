@@ -50,6 +50,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 MEMORY = 16 << 30
 """The bytes that vLLM may allocate, because a config.json can ask for a billion layers."""
+_MTP = ("num_nextn_predict_layers", "num_mtp_modules")  # keys of config.json
+_COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 MOST = 200  # entries of each list; `counts` has the true numbers
 
 
@@ -98,14 +100,39 @@ class Copies:
         if _loses(self._dtypes[name], target.dtype) and not name.endswith(".weight_shape"):
             row = (name, str(self._dtypes[name]), str(target.dtype))
             self.converted.setdefault(name, row)
-        place = (int(target.storage_offset()), tuple(target.shape), tuple(target.stride()))
-        self._written[_storage(target)].add(place)
+        self.write(target)
         if self.of(target) is None:
             self._kept.append(target.untyped_storage())
 
-    def dropped(self) -> list[str]:
-        """Return the names of tensors that were not, or not wholly, copied."""
-        return [name for name, size in self._sizes.items() if self._used[name] < size]
+    def write(self, target: torch.Tensor) -> None:
+        """Record that a place has a value, from the checkpoint or the padding of a vocabulary."""
+        place = (int(target.storage_offset()), tuple(target.shape), tuple(target.stride()))
+        self._written[_storage(target)].add(place)
+
+    def dropped(self, model: torch.nn.Module, config: Any) -> list[str]:
+        """Return the names of tensors that were not, or not wholly, copied.
+
+        Left out are tensors that vLLM passes over on purpose: of layers for multi-token prediction,
+        of a head that is tied to the embeddings, tables that vLLM computes, and the order of
+        activations, which its kernels do not need.
+        """
+        on_purpose = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        kept = {name for name, _ in model.named_parameters()}
+        tied = {name for name in on_purpose if name not in kept}
+        first = getattr(config, "num_hidden_layers", 0)
+        mtp = max(getattr(config, key, 0) or 0 for key in _MTP)
+        layers = tuple(f".layers.{first + number}." for number in range(min(mtp, 99)))
+
+        def passed_over(name: str) -> bool:
+            return (
+                name in tied
+                or any(layer in f".{name}" for layer in layers)
+                or any(table in name for table in _COMPUTED)
+                or name.endswith(".g_idx")
+            )
+
+        rows = (name for name, size in self._sizes.items() if self._used[name] < size)
+        return [name for name in rows if not passed_over(name)]
 
     def unset(self, model: torch.nn.Module) -> list[tuple[str, int]]:
         """Return parameters that are not wholly loaded, and the number of missing elements."""
@@ -134,17 +161,22 @@ def glance(copies: Copies) -> Iterator[None]:
             copies.copy(self[key], value)
         _SETITEM(self, key, value)
 
-    # Loaders copy with these two methods. torch's hook for copies, in `Watch` below, is slow.
-    # torch.Tensor inherits both methods, so `del` restores the inherited methods.
+    def fill_(self: torch.Tensor, value: Any) -> torch.Tensor:
+        copies.write(self)
+        return _FILL(self, value)
+
+    # Loaders write with these methods. torch's hook for copies, in `Watch` below, is slow.
+    # torch.Tensor inherits the methods, so `del` restores the inherited methods.
+    torch.Tensor.fill_ = fill_  # type: ignore[method-assign, assignment]
     torch.Tensor.copy_ = copy_  # type: ignore[method-assign, assignment]
     torch.Tensor.__setitem__ = setitem  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        del torch.Tensor.copy_, torch.Tensor.__setitem__
+        del torch.Tensor.copy_, torch.Tensor.__setitem__, torch.Tensor.fill_
 
 
-_COPY, _SETITEM = torch.Tensor.copy_, torch.Tensor.__setitem__
+_COPY, _SETITEM, _FILL = torch.Tensor.copy_, torch.Tensor.__setitem__, torch.Tensor.fill_
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -163,6 +195,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         of = self._copies.of
         if name == "copy_":
             self._copies.copy(args[0], args[1])
+            return args[0]
+        if name == "fill_":
+            self._copies.write(args[0])
             return args[0]
         if name in ("_local_scalar_dense", "item"):
             raise RuntimeError("the value of a tensor was asked for; only headers are here")
@@ -295,7 +330,7 @@ def load(folder: str, result: dict[str, Any], report_stage: Any, *, closely: boo
         with Watch(copies) if closely else glance(copies):
             model.load_weights(offered())
     lists: dict[str, list[Any]] = {
-        "dropped": copies.dropped(),
+        "dropped": copies.dropped(model, config.model_config.hf_text_config),
         "unset": copies.unset(model),
         "reshaped": list(copies.reshaped.values()),
         "converted": list(copies.converted.values()),

@@ -1,0 +1,48 @@
+"""What vLLM does with a checkpoint, predicted from its headers and config.json."""
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from mquant.checkpoint import Checkpoint, read_json
+from mquant.errors import SourceError
+from mquant.family import Family
+from mquant.loader_model.vllm.load import Outcome, load
+from mquant.loader_model.vllm.methods.choose import read_method
+from mquant.loader_model.vllm.model import Model, build
+from mquant.loader_model.vllm.tensors import Loaded
+from mquant.loader_rows import Settings, VllmRows
+
+VERSION: Final = "0.32"
+"""The vLLM that the model follows."""
+MODELOPT_FILE: Final = "hf_quant_config.json"
+
+
+def predict(checkpoint: Checkpoint, family: Family | None) -> Outcome:
+    """Return what vLLM does with a checkpoint, or the reason why it is not known."""
+    if family is None or family.vllm is None:
+        return Outcome(unknown="what vLLM builds of this model is not known")
+    rows = family.vllm
+    return load(lambda: _model(rows, checkpoint), _in_order(checkpoint))
+
+
+def _model(rows: VllmRows, checkpoint: Checkpoint) -> Model:
+    settings = Settings(rows, checkpoint.config)
+    method = read_method(checkpoint.config, _of_modelopt(checkpoint), settings)
+    return build(rows, settings, method)
+
+
+def _of_modelopt(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    if MODELOPT_FILE not in checkpoint.source.files:
+        return None
+    try:
+        return read_json(checkpoint.source, MODELOPT_FILE)
+    except SourceError:
+        return {}
+
+
+def _in_order(checkpoint: Checkpoint) -> Iterator[Loaded]:
+    """Yield every tensor in the order in which vLLM reads the files."""
+    number = {shard: place for place, shard in enumerate(checkpoint.shards)}
+    tensors = [*checkpoint.tensors.values(), *checkpoint.again]
+    for info in sorted(tensors, key=lambda each: number.get(each.shard, 0)):
+        yield Loaded(info.name, info.dtype, tuple(info.shape))
