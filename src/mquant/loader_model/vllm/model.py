@@ -177,8 +177,8 @@ def _tied(rows: VllmRows, settings: Settings, layers: list[Layer]) -> dict[str, 
         return {}
     head = next(layer for layer in layers if layer.class_name == "ParallelLMHead")
     embedding = next(layer for layer in layers if layer.class_name == "VocabParallelEmbedding")
-    if head.parameters.keys() != {"weight"} or embedding.parameters.keys() != {"weight"}:
-        raise Unknown("a tied head that is quantized")
+    if embedding.parameters.keys() != {"weight"}:
+        raise Unknown("tied embeddings that are quantized")
     head.parameters["weight"] = embedding.parameters["weight"]
     return {f"{head.name}.weight": f"{embedding.name}.weight"}
 

@@ -134,6 +134,7 @@ def _overridden(method: str, table: Mapping[str, Any]) -> str:
     """Return the method after vLLM asked every class whether the class takes the config."""
     if method in _RENAMED:
         return _RENAMED[method]
+    _dynamic(table)
     if not method.startswith("modelopt"):
         return method
     values = table.get("quantization", table)
@@ -149,6 +150,13 @@ def _overridden(method: str, table: Mapping[str, Any]) -> str:
     return "modelopt_mixed" if algo == "MIXED_PRECISION" else method
 
 
+def _dynamic(table: Mapping[str, Any]) -> None:
+    """Stop where vLLM does when vLLM looks, in every config, for GPTQ's rules for single layers."""
+    ordered = table.get("desc_act") and table.get("group_size") != -1
+    if not ordered and not isinstance(table.get("dynamic") or {}, Mapping):
+        raise LoadRefused(_WHERE, "has a `dynamic` that is no table")
+
+
 def _from_file(hf_quant_config: Any) -> Mapping[str, Any]:
     """Return the content of ModelOpt's file, where older exports list the layers."""
     if hf_quant_config is None:
@@ -160,8 +168,14 @@ def _from_file(hf_quant_config: Any) -> Mapping[str, Any]:
     return content
 
 
-def method_of(chosen: Chosen) -> Method:
-    """Return the method that vLLM builds. Raises LoadRefused if vLLM stops, and Unknown."""
+def read_method(config: Mapping[str, Any], hf_quant_config: Any = None) -> Method | None:
+    """Return the method that vLLM builds; None if vLLM takes the checkpoint for unquantized.
+
+    Raises LoadRefused if vLLM stops, and Unknown.
+    """
+    chosen = choose(config, hf_quant_config)
+    if chosen is None:
+        return None
     if chosen.method in _MODELOPT:
         return modelopt.parse(chosen.method, chosen.config)
     raise Unknown(f"the quantization method {chosen.method}")
