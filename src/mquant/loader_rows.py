@@ -42,6 +42,7 @@ class LayerRow(_Data):
         "norm",
         "bare",
         "attention",
+        "mla",
     ]
     rows: tuple[Size, ...] = ()
     columns: Size = "1"
@@ -49,7 +50,9 @@ class LayerRow(_Data):
     """A key of `blocks`; if that condition holds, the layer has a bias."""
     heeds: bool = True
     """Whether vLLM gives the layer the quantization config."""
-    asked_as: str = ""
+    asked_as: str | None = None
+    class_name: str = ""
+    """The name of vLLM's class, if it is not that of the kind; targets may match the name."""
     when: str = ""
     """A key of `blocks`, with `not` before it or without; other layers do not have the row."""
     names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")

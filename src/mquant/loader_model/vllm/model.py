@@ -1,6 +1,6 @@
 """vLLM's model of a checkpoint: the layers that an architecture builds under a config.json."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -41,6 +41,10 @@ class Method(Protocol):
 
     fused: Mapping[str, tuple[str, ...]]
     """Last part of a fused layer's name -> the last parts on disk (`packed_modules_mapping`)."""
+    renames: Sequence[tuple[str, str]]
+    """Parts of names on disk -> vLLM's, which vLLM also replaces in the config's names of modules."""
+    asked: frozenset[str]
+    """The names for which vLLM will ask: of layers, and of the matrices of a first expert."""
 
     def linear(self, layer: Linear) -> Iterable[Parameter] | None:
         """Return the parameters of a linear layer."""
@@ -89,6 +93,8 @@ def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
             for name, parts in rows.fused.items()
             if settings.has(rows.fused_if.get(name, ""))
         }
+        method.renames = rows.renames
+        method.asked = frozenset(_asked(rows, settings))
     layers, modules = [], Modules()
     for row, number in _every(rows, settings):
         layer = _layer(row, number, settings, method)
@@ -115,15 +121,31 @@ def _every(rows: VllmRows, settings: Settings) -> Iterator[tuple[LayerRow, int |
         yield row, None
 
 
+def _asked(rows: VllmRows, settings: Settings) -> Iterator[str]:
+    for row, number in _every(rows, settings):
+        asked = _prefix(row, number)
+        if row.heeds and row.kind == "experts":
+            yield from (f"{asked}.0.{matrix}" for matrix in row.names)
+        elif row.heeds and row.kind not in ("norm", "bare"):
+            yield asked
+
+
+def _prefix(row: LayerRow, number: int | None) -> str:
+    """Return the name under which vLLM asks the quantization config."""
+    asked = row.name if row.asked_as is None else row.asked_as
+    return asked.replace("{layer}", str(number))
+
+
 def _layer(row: LayerRow, number: int | None, settings: Settings, method: Method | None) -> Layer:
     name = row.name.replace("{layer}", str(number))
-    asked = (row.asked_as or row.name).replace("{layer}", str(number))
+    asked = _prefix(row, number)
     sizes = tuple(_size(settings, text) for text in row.rows)
     columns = _size(settings, row.columns)
     method = method if row.heeds else None
     if row.kind in _LINEAR:
         made, class_name = _LINEAR[row.kind]
         bias = bool(row.bias) and settings.has(row.bias, number)
+        class_name = row.class_name or class_name
         linear = made(name, asked, class_name, outputs=sizes, inputs=columns, bias=bias)
         linear.build(method.linear(linear) if method else None)
         return linear
@@ -145,8 +167,8 @@ def _layer(row: LayerRow, number: int | None, settings: Settings, method: Method
         )
         experts.build(method.experts(experts) if method else None)
         return experts
-    if row.kind == "attention":
-        attention = Attention(name, asked, "Attention")
+    if row.kind in ("attention", "mla"):
+        attention = Attention(name, asked, "MLAAttention" if row.kind == "mla" else "Attention")
         attention.add(*(method.attention(attention, sizes[0]) if method else ()))
         return attention
     if row.kind == "bare":
