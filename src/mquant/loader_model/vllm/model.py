@@ -42,7 +42,7 @@ class Method(Protocol):
     fused: Mapping[str, tuple[str, ...]]
     """Last part of a fused layer's name -> the last parts on disk (`packed_modules_mapping`)."""
     renames: Sequence[tuple[str, str]]
-    """Parts of names on disk -> vLLM's, which vLLM also replaces in the config's names of modules."""
+    """Parts of names on disk -> vLLM's; vLLM replaces them in the config's names of modules too."""
     asked: frozenset[str]
     """The names for which vLLM will ask: of layers, and of the matrices of a first expert."""
 
