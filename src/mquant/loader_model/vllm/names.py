@@ -100,7 +100,9 @@ def place(
     inner = modules.children.get(first) if first in renaming and rest else None
     if isinstance(inner, Modules):
         loader, modules, renamed = renaming[first], inner, renaming[first](rest)
-    if renamed is not None:
+    if renamed is None:
+        copies.used[loaded.name] += loaded.numel  # vLLM passes over the tensor on purpose
+    else:
         _walk(modules, loader, copies, loaded, *renamed)
 
 

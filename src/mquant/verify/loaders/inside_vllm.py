@@ -100,16 +100,21 @@ class Copies:
         if _loses(self._dtypes[name], target.dtype) and not name.endswith(".weight_shape"):
             row = (name, str(self._dtypes[name]), str(target.dtype))
             self.converted.setdefault(name, row)
-        place = (int(target.storage_offset()), tuple(target.shape), tuple(target.stride()))
-        self._written[_storage(target)].add(place)
+        self.write(target)
         if self.of(target) is None:
             self._kept.append(target.untyped_storage())
+
+    def write(self, target: torch.Tensor) -> None:
+        """Record that a place has a value, from the checkpoint or the padding of a vocabulary."""
+        place = (int(target.storage_offset()), tuple(target.shape), tuple(target.stride()))
+        self._written[_storage(target)].add(place)
 
     def dropped(self, model: torch.nn.Module, config: Any) -> list[str]:
         """Return the names of tensors that were not, or not wholly, copied.
 
         Left out are tensors that vLLM passes over on purpose: of layers for multi-token prediction,
-        of a head that is tied to the embeddings, and tables that vLLM computes.
+        of a head that is tied to the embeddings, tables that vLLM computes, and the order of
+        activations, which its kernels do not need.
         """
         on_purpose = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         kept = {name for name, _ in model.named_parameters()}
@@ -123,6 +128,7 @@ class Copies:
                 name in tied
                 or any(layer in f".{name}" for layer in layers)
                 or any(table in name for table in _COMPUTED)
+                or name.endswith(".g_idx")
             )
 
         rows = (name for name, size in self._sizes.items() if self._used[name] < size)
@@ -155,17 +161,22 @@ def glance(copies: Copies) -> Iterator[None]:
             copies.copy(self[key], value)
         _SETITEM(self, key, value)
 
-    # Loaders copy with these two methods. torch's hook for copies, in `Watch` below, is slow.
-    # torch.Tensor inherits both methods, so `del` restores the inherited methods.
+    def fill_(self: torch.Tensor, value: Any) -> torch.Tensor:
+        copies.write(self)
+        return _FILL(self, value)
+
+    # Loaders write with these methods. torch's hook for copies, in `Watch` below, is slow.
+    # torch.Tensor inherits the methods, so `del` restores the inherited methods.
+    torch.Tensor.fill_ = fill_  # type: ignore[method-assign, assignment]
     torch.Tensor.copy_ = copy_  # type: ignore[method-assign, assignment]
     torch.Tensor.__setitem__ = setitem  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        del torch.Tensor.copy_, torch.Tensor.__setitem__
+        del torch.Tensor.copy_, torch.Tensor.__setitem__, torch.Tensor.fill_
 
 
-_COPY, _SETITEM = torch.Tensor.copy_, torch.Tensor.__setitem__
+_COPY, _SETITEM, _FILL = torch.Tensor.copy_, torch.Tensor.__setitem__, torch.Tensor.fill_
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -184,6 +195,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         of = self._copies.of
         if name == "copy_":
             self._copies.copy(args[0], args[1])
+            return args[0]
+        if name == "fill_":
+            self._copies.write(args[0])
             return args[0]
         if name in ("_local_scalar_dense", "item"):
             raise RuntimeError("the value of a tensor was asked for; only headers are here")
