@@ -16,7 +16,18 @@ from mquant.name_patterns import Style, match
 _PREFIX: Final = "re:"
 _ONLY_REGEX: Final = re.compile(r"\[\[:|(?<!\\)\{(?!\d*,?\d*\})")
 """Character classes and fuzzy counts of `regex`, which Python takes for plain characters."""
-_BAD_EVERYWHERE: Final = ("nothing to repeat", "unterminated character set", "parenthesis")
+_BAD_EVERYWHERE: Final = (
+    "nothing to repeat",
+    "multiple repeat",
+    "min repeat",
+    "unterminated",
+    "unbalanced",
+    "bad character range",
+    "end of pattern",
+    "unknown group",
+    "invalid group reference",
+)
+"""Faults of an expression that both packages find, in Python's words."""
 
 
 class Patterns:
