@@ -41,6 +41,7 @@ class Patterns:
             if not entry.startswith(_PREFIX):
                 self._exact.setdefault(entry, number)
         self._first: dict[str, int] = {}
+        self._classes: dict[str, int | None] = {}
         self._bad: tuple[int, str] | None = None
         self._match()
 
@@ -56,12 +57,13 @@ class Patterns:
 
     def first_in_class(self, name: str) -> str | None:
         """Return the first entry that matches a class, or that is in the class's name."""
-        places = [] if (place := self._first.get(name)) is None else [place]
-        lower = name.lower()
-        contained = (number for entry, number in self._exact.items() if entry.lower() in lower)
-        if (number := next(contained, None)) is not None:
-            places.append(number)
-        return self._at(min(places, default=None))
+        if name not in self._classes:
+            lower = name.lower()
+            places = [number for entry, number in self._exact.items() if entry.lower() in lower]
+            if (place := self._by_expression(name)) is not None:
+                places.append(place)
+            self._classes[name] = min(places, default=None)
+        return self._at(self._classes[name])
 
     def _at(self, place: int | None) -> str | None:
         if self._bad and (place is None or self._bad[0] < place):
@@ -69,12 +71,13 @@ class Patterns:
         return None if place is None else self._entries[place]
 
     def _place(self, name: str) -> int | None:
+        places = (self._exact.get(name), self._by_expression(name))
+        return min((place for place in places if place is not None), default=None)
+
+    def _by_expression(self, name: str) -> int | None:
         if name not in self._names:
             raise Unknown(f"a name that vLLM was not expected to match ({name})")
-        places = [
-            each for each in (self._exact.get(name), self._first.get(name)) if each is not None
-        ]
-        return min(places, default=None)
+        return self._first.get(name)
 
     def _match(self) -> None:
         """Match every expression with every name at once, in a process of its own."""
