@@ -51,6 +51,8 @@ class LayerRow(_Data):
     heeds: bool = True
     """Whether vLLM gives the layer the quantization config."""
     asked_as: str | None = None
+    class_name: str = ""
+    """The name of vLLM's class, if it is not that of the kind; targets may match the name."""
     when: str = ""
     """A key of `blocks`, with `not` before it or without; other layers do not have the row."""
     names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")

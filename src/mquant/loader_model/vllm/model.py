@@ -1,6 +1,6 @@
 """vLLM's model of a checkpoint: the layers that an architecture builds under a config.json."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -41,9 +41,11 @@ class Method(Protocol):
 
     fused: Mapping[str, tuple[str, ...]]
     """Last part of a fused layer's name -> the last parts on disk (`packed_modules_mapping`)."""
-
     renames: tuple[tuple[str, str], ...] | None
-    """The renaming of names in the config's lists; None if the model's class has no mapper."""
+    """Parts of names on disk -> vLLM's, which vLLM replaces in the config's names of modules too;
+    None if the model's class has no mapper of names."""
+    asked: frozenset[str]
+    """The names for which vLLM will ask: of layers, and of the matrices of a first expert."""
 
     def linear(self, layer: Linear) -> Iterable[Parameter] | None:
         """Return the parameters of a linear layer."""
@@ -94,6 +96,7 @@ def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
         }
         # A class that looks every name up in one table has no mapper of names.
         method.renames = rows.renames if rows.walks == "modules" else None
+        method.asked = frozenset(_asked(rows, settings))
     layers, modules = [], Modules()
     for row, number in _every(rows, settings):
         layer = _layer(row, number, settings, method)
@@ -120,16 +123,31 @@ def _every(rows: VllmRows, settings: Settings) -> Iterator[tuple[LayerRow, int |
         yield row, None
 
 
+def _asked(rows: VllmRows, settings: Settings) -> Iterator[str]:
+    for row, number in _every(rows, settings):
+        asked = _prefix(row, number)
+        if row.heeds and row.kind == "experts":
+            yield from (f"{asked}.0.{matrix}" for matrix in row.names)
+        elif row.heeds and row.kind not in ("norm", "bare"):
+            yield asked
+
+
+def _prefix(row: LayerRow, number: int | None) -> str:
+    """Return the name under which vLLM asks the quantization config."""
+    asked = row.name if row.asked_as is None else row.asked_as
+    return asked.replace("{layer}", str(number))
+
+
 def _layer(row: LayerRow, number: int | None, settings: Settings, method: Method | None) -> Layer:
     name = row.name.replace("{layer}", str(number))
-    asked = row.name if row.asked_as is None else row.asked_as
-    asked = asked.replace("{layer}", str(number))
+    asked = _prefix(row, number)
     sizes = tuple(_size(settings, text) for text in row.rows)
     columns = _size(settings, row.columns)
     method = method if row.heeds else None
     if row.kind in _LINEAR:
         made, class_name = _LINEAR[row.kind]
         bias = bool(row.bias) and settings.has(row.bias, number)
+        class_name = row.class_name or class_name
         linear = made(name, asked, class_name, outputs=sizes, inputs=columns, bias=bias)
         linear.build(method.linear(linear) if method else None)
         return linear

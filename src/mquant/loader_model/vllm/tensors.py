@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from fractions import Fraction
 from typing import Final, Self
 
 Shape = tuple[int, ...]
@@ -65,6 +66,10 @@ class Loaded:
         """Return the view `tensor[0]`."""
         return replace(self, shape=self.shape[1:])
 
+    def largest(self, dim: int) -> Self:
+        """Return the largest elements along a dimension, as torch's `amax` does."""
+        return replace(self, shape=(*self.shape[:dim], *self.shape[dim + 1 :]))
+
     def reshape(self, shape: Shape) -> Self:
         """Return a view of another shape. Raises LoadRefused if the number of elements differs."""
         if math.prod(shape) != self.numel:
@@ -93,7 +98,7 @@ class Parameter:
     output_dim: int | None = None
     input_dim: int | None = None
     packed_dim: int | None = None
-    packed_factor: int = 1
+    packed_factor: int | Fraction = 1
     block: int = 0
     optional: bool = False
     transposed: bool = False
