@@ -41,6 +41,8 @@ class Method(Protocol):
 
     fused: Mapping[str, tuple[str, ...]]
     """Last part of a fused layer's name -> the last parts on disk (`packed_modules_mapping`)."""
+    suffixes: tuple[tuple[str, str], ...]
+    """Ends of tensors' names that the method renames, to scales of the KV cache."""
 
     renames: tuple[tuple[str, str], ...] | None
     """The renaming of names in the config's lists; None if the model's class has no mapper."""
@@ -81,7 +83,7 @@ class Model:
 def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
     """Build vLLM's model. Raises LoadRefused if vLLM stops, and Unknown."""
     for key in rows.required:
-        if settings.values.get(key) is None:
+        if key not in settings.values:
             raise LoadRefused("config.json", f"has no {key}")
     acts = rows.activations
     if acts and settings.values.get("hidden_act") not in acts:
@@ -189,7 +191,13 @@ def _renaming(rows: VllmRows, settings: Settings, method: Method | None) -> dict
     if rows.mtp and (count := settings.number(rows.mtp)):
         base = settings.number("num_hidden_layers") or 0
         drops = tuple(f"layers.{base + number}." for number in range(min(count, MOST_LAYERS)))
+    suffixes = method.suffixes if method else ()
     inner = Renaming(
-        rows.stacked, rows.renames, drops, rows.ignores, quantized and rows.inner_quantization
+        rows.stacked,
+        rows.renames,
+        drops,
+        rows.ignores,
+        quantized and rows.inner_quantization,
+        suffixes if rows.inner_quantization else (),
     )
-    return {"": Renaming(quantized=quantized), "model": inner}
+    return {"": Renaming(quantized=quantized, suffixes=suffixes), "model": inner}
