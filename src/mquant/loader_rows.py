@@ -74,11 +74,15 @@ class VllmRows(_Data):
     """What vLLM builds of a family, and how vLLM names the tensors on disk."""
 
     architectures: tuple[str, ...]
+    bare: str = ""
+    """The architecture without a head, which vLLM also builds of a config.json without one."""
     aliases: Mapping[str, str] = Field(default_factory=dict)
     """Other names of config keys. If both are there, the one that is no key of `types` wins."""
     types: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
     """Type -> the keys that transformers' config class takes in this type only."""
     rope: RopeRow = RopeRow()
+    divides: tuple[tuple[str, str], ...] = ()
+    """Pairs of keys: transformers refuses a first number that does not divide the second."""
     divisors: tuple[str, ...] = ()
     """Keys that vLLM divides layers by."""
     counts: tuple[str, ...] = ()
@@ -153,6 +157,10 @@ class Settings:
                     self.size(default) if formula else self.values.get(str(default), default)
                 )
         self._rows = rows
+        named = config.get("architectures")
+        first = named[0] if named and isinstance(named, list) else None
+        self.headless = bool(rows.bare) and (not named or first == rows.bare)
+        """Whether vLLM builds the model without a head."""
 
     def number(self, key: str) -> int | None:
         """Return the whole number of a key; None without one."""

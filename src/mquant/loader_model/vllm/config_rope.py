@@ -73,8 +73,12 @@ def _parameters(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -
     kind = params.setdefault("rope_type", legacy)
     if "type" in params and kind != legacy:
         raise LoadRefused(_FILE, f"says rope_type {said(kind)} and type {said(legacy)}")
-    if not isinstance(kind, str) or kind in ("mrope", "su", "axial"):
+    if kind == "mrope" and "mrope_section" not in params:
+        raise LoadRefused(_FILE, "says rope_type mrope without mrope_section")
+    if kind == "mrope" or (rows.rope.scaled and not isinstance(kind, str)):
         raise Unknown(f"rope_type {said(kind)}")
+    if kind == "su":
+        kind = params["rope_type"] = "longrope"
     if kind in _FROM_LENGTH:
         length = settings.values.get("max_position_embeddings")
         params.setdefault("original_max_position_embeddings", length)
@@ -93,23 +97,18 @@ def _share(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -> Any
     return config.get("partial_rotary_factor", rotated / head)
 
 
-def _check_by_transformers(params: Mapping[str, Any], kind: str, settings: Settings) -> None:
+def _check_by_transformers(params: dict[str, Any], kind: Any, settings: Settings) -> None:
     """Raise LoadRefused if transformers' checks of a type of scaling fail."""
-    for key in _REQUIRED.get(kind, ()):
+    for key in _REQUIRED.get(kind, ()) if isinstance(kind, str) else ():
         if key not in params:
             raise LoadRefused(_FILE, f"says rope_type {kind} without {key}")
     if kind == "longrope":
         raise Unknown("rope_type longrope")
-    length = settings.values.get("original_max_position_embeddings")
+    key = "original_max_position_embeddings"
     if kind in _FROM_LENGTH:
-        original = length if "original_max_position_embeddings" in settings.values else None
-        if "original_max_position_embeddings" not in settings.values:
-            original = params["original_max_position_embeddings"]
-        if isinstance(params, dict):
-            params["original_max_position_embeddings"] = original
-        if not is_number(original) or (kind == "yarn" and not original):
-            key = "original_max_position_embeddings"
-            raise LoadRefused(_FILE, f"says {key} {said(original)}")
+        params[key] = settings.values.get(key, params[key])
+        if not is_number(params[key]) or (kind == "yarn" and not params[key]):
+            raise LoadRefused(_FILE, f"says {key} {said(params[key])}")
     if kind == "llama3":
         _numbers(params, "low_freq_factor", "high_freq_factor")
     if kind == "yarn":
@@ -134,7 +133,7 @@ def _check_head(params: Mapping[str, Any], settings: Settings) -> None:
         raise LoadRefused(_FILE, f"has an odd head_dim, {head}, which cannot be rotated")
 
 
-def _check_by_vllm(params: Mapping[str, Any], kind: str, settings: Settings) -> None:
+def _check_by_vllm(params: Mapping[str, Any], kind: Any, settings: Settings) -> None:
     """Raise LoadRefused if vLLM cannot build the rotary embedding, and Unknown."""
     if "mrope_section" in params or params.get("use_fope") or params.get("rope_dim"):
         raise Unknown("the rotary embedding of config.json")
@@ -156,10 +155,17 @@ def _check_by_vllm(params: Mapping[str, Any], kind: str, settings: Settings) -> 
             raise LoadRefused(_FILE, "says a frequency factor of 0")
     elif kind in ("yarn", "deepseek"):
         _check_yarn(params)
-    elif kind in ("linear", "dynamic", "ntk", "proportional"):
+    elif kind == "linear":
+        if not isinstance(params["factor"], float):
+            raise LoadRefused(_FILE, f"says the factor {said(params['factor'])}, without a point")
+    elif kind == "dynamic":
+        if "alpha" in params or "max_trained_positions" in params:
+            raise Unknown("rope_type dynamic with another key")
+        _numbers(params, "factor")
+    elif kind in ("ntk", "proportional"):
         raise Unknown(f"rope_type {kind}")
     else:
-        raise LoadRefused(_FILE, f"says rope_type {kind}, which vLLM does not know")
+        raise LoadRefused(_FILE, f"says rope_type {said(kind)}, which vLLM does not know")
 
 
 def _check_yarn(params: Mapping[str, Any]) -> None:

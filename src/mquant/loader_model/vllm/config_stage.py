@@ -10,10 +10,10 @@ from typing import Any, Final
 from mquant.loader_model.vllm.config_rope import check_rope
 from mquant.loader_model.vllm.config_types import (
     check_types,
-    check_whole,
     is_integer,
     is_number,
     said,
+    whole,
 )
 from mquant.loader_model.vllm.tensors import LoadRefused, Unknown
 from mquant.loader_rows import Settings, VllmRows
@@ -139,9 +139,10 @@ def _check_general(config: Mapping[str, Any]) -> None:
     if quantization is not None and not isinstance(quantization, dict):
         raise LoadRefused(_FILE, f"says quantization_config {said(quantization)}, not a table")
     pair = config.get("is_encoder_decoder", False)
-    if pair not in (False, "false", "False", "0", "no", "off"):
-        if pair in (True, "true", "True", "1", "yes", "on") or isinstance(pair, str):
-            raise Unknown("is_encoder_decoder of config.json")
+    word = pair.lower() if isinstance(pair, str) else pair
+    if word in (1, "1", "on", "t", "true", "y", "yes"):
+        raise Unknown("is_encoder_decoder of config.json")
+    if word not in (0, "0", "off", "f", "false", "n", "no"):
         raise LoadRefused(_FILE, f"says is_encoder_decoder {said(pair)}")
 
 
@@ -183,10 +184,10 @@ def _check_layer_types(config: Mapping[str, Any], settings: Settings) -> None:
 def _check_architectures(config: Mapping[str, Any], rows: VllmRows) -> None:
     named = config.get("architectures")
     if not named:
-        raise Unknown("config.json without architectures")
+        return  # vLLM takes the bare model of the model_type
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise LoadRefused(_FILE, f"says architectures {said(named)}, not a list of names")
-    if named[0] not in rows.architectures:
+    if named[0] not in (*rows.architectures, rows.bare):
         raise Unknown(f"architectures {said(named)}")
 
 
@@ -199,19 +200,19 @@ def _check_counts(config: Mapping[str, Any], rows: VllmRows, settings: Settings)
         if not experts:
             raise LoadRefused(_FILE, "has an empty list of experts")
         experts = experts[0]
-    check_whole("the number of experts", experts or 0)
+    count = whole("the number of experts", experts or 0)
     top = next((values[key] for key in _TOP_K if key in values), 0)
     if isinstance(top, list):
         if not all(map(is_number, top)):
             raise LoadRefused(_FILE, f"says top-k {said(top)}")
         top = max(top, default=0)
-    check_whole("top-k", top or 0)
+    whole("top-k", top or 0)
     window = config.get("sliding_window")
     if config.get("use_sliding_window") and window is not None:
         raise Unknown("a sliding window")
     if window is not None and "use_sliding_window" not in _typed(rows):
-        check_whole("sliding_window", window)
-    if any(row.kind == "experts" for row in rows.layers) and not experts:
+        whole("sliding_window", window)
+    if any(row.kind == "experts" for row in rows.layers) and count <= 0:
         raise LoadRefused(_FILE, "says that there are no experts")
 
 
@@ -234,6 +235,9 @@ def _check_length(config: Mapping[str, Any], stretch: float) -> None:
 def _check_model(rows: VllmRows, settings: Settings) -> None:
     """Check the numbers by which vLLM divides and of which vLLM builds layers."""
     values = settings.values
+    for key, other in rows.divides:
+        if not values[key] or values[other] % values[key]:
+            raise LoadRefused(_FILE, f"says {key} {values[key]}, which does not divide {other}")
     for key in rows.numbers:
         if not is_integer(values.get(key)):
             raise LoadRefused(_FILE, f"says {key} {said(values.get(key))}, not a whole number")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from mquant.loader_model.vllm.tensors import LoadRefused
 from mquant.loader_rows import VllmRows
@@ -10,12 +10,12 @@ from mquant.loader_rows import VllmRows
 _NUMERAL: Final = re.compile(r"\s{0,9}[+-]?[0-9]{1,4000}(\.0{0,99})?\s{0,9}")
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """Return whether a value is a whole number; `true` is none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Return whether Python computes with a value; `true` counts as 1."""
     return isinstance(value, int | float)
 
@@ -54,11 +54,13 @@ def check_types(config: Mapping[str, Any], rows: VllmRows) -> None:
                 raise LoadRefused("config.json", f"says {key} {said(config[key])}, not {text}")
 
 
-def check_whole(key: str, value: object) -> None:
-    """Raise LoadRefused if pydantic does not read a value as a whole number."""
-    whole = is_number(value) and (not isinstance(value, float) or value.is_integer())
-    if not whole and not (isinstance(value, str) and _NUMERAL.fullmatch(value)):
-        raise LoadRefused("config.json", f"says {key} {said(value)}, not a whole number")
+def whole(key: str, value: object) -> int:
+    """Return a value as pydantic reads a whole number. Raises LoadRefused if pydantic does not."""
+    if is_number(value) and value == value // 1:
+        return int(value)
+    if isinstance(value, str) and _NUMERAL.fullmatch(value):
+        return int(value.strip().partition(".")[0])
+    raise LoadRefused("config.json", f"says {key} {said(value)}, not a whole number")
 
 
 def said(value: object) -> str:

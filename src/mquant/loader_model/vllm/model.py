@@ -118,7 +118,7 @@ def _every(rows: VllmRows, settings: Settings) -> Iterator[tuple[LayerRow, int |
         for row in rows.layer_rows:
             if settings.has(row.when, number):
                 yield row, number
-    for row in head:
+    for row in () if settings.headless else head:
         yield row, None
 
 
@@ -175,7 +175,11 @@ def _size(settings: Settings, text: str) -> int:
 
 def _tied(rows: VllmRows, settings: Settings, layers: list[Layer]) -> dict[str, str]:
     """Return the head's parameters that are those of the embeddings."""
-    if not rows.ties_head or settings.values.get("tie_word_embeddings") is not True:
+    if (
+        settings.headless
+        or not rows.ties_head
+        or settings.values.get("tie_word_embeddings") is not True
+    ):
         return {}
     head = next(layer for layer in layers if layer.class_name == "ParallelLMHead")
     embedding = next(layer for layer in layers if layer.class_name == "VocabParallelEmbedding")
@@ -200,4 +204,6 @@ def _renaming(rows: VllmRows, settings: Settings, method: Method | None) -> dict
         quantized and rows.inner_quantization,
         suffixes if rows.inner_quantization else (),
     )
-    return {"": Renaming(quantized=quantized, suffixes=suffixes), "model": inner}
+    head = ("lm_head.",) if settings.headless else ()
+    outer = Renaming(drops=head, quantized=quantized, suffixes=suffixes)
+    return {"": outer, "model": inner}
