@@ -141,10 +141,13 @@ class VllmRows(_Data):
 
 
 class Settings:
-    """config.json as transformers' config class reads it: aliases resolved, defaults filled in."""
+    """config.json as transformers' config class reads it: aliases resolved, defaults filled in.
+
+    `config` is config.json itself.
+    """
 
     def __init__(self, rows: VllmRows, config: Mapping[str, Any]) -> None:
-        self.values = {**config}
+        self.config, self.values = config, {**config}
         typed = {key for keys in rows.types.values() for key in keys}
         for alias, key in rows.aliases.items():
             present = [name for name in (alias, key) if name in config]

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from mquant.loader_model.vllm.config_stage import check
 from mquant.loader_model.vllm.experts import Experts
 from mquant.loader_model.vllm.layers import (
     Attention,
@@ -81,7 +82,8 @@ class Model:
 
 
 def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
-    """Build vLLM's model. Raises LoadRefused if vLLM stops, and Unknown."""
+    """Build vLLM's model. Raises LoadRefused if vLLM stops, at config.json too, and Unknown."""
+    check(settings.config, rows)
     for key in rows.required:
         if key not in settings.values:
             raise LoadRefused("config.json", f"has no {key}")
