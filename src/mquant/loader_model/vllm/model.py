@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from mquant.loader_model.vllm.config_stage import check
 from mquant.loader_model.vllm.experts import Experts
 from mquant.loader_model.vllm.layers import (
     Attention,
@@ -41,6 +42,8 @@ class Method(Protocol):
 
     fused: Mapping[str, tuple[str, ...]]
     """Last part of a fused layer's name -> the last parts on disk (`packed_modules_mapping`)."""
+    suffixes: tuple[tuple[str, str], ...]
+    """Ends of tensors' names that the method renames, to scales of the KV cache."""
     renames: tuple[tuple[str, str], ...] | None
     """Parts of names on disk -> vLLM's, which vLLM replaces in the config's names of modules too;
     None if the model's class has no mapper of names."""
@@ -81,9 +84,10 @@ class Model:
 
 
 def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
-    """Build vLLM's model. Raises LoadRefused if vLLM stops, and Unknown."""
+    """Build vLLM's model. Raises LoadRefused if vLLM stops, at config.json too, and Unknown."""
+    check(settings.config, rows)
     for key in rows.required:
-        if settings.values.get(key) is None:
+        if key not in settings.values:
             raise LoadRefused("config.json", f"has no {key}")
     acts = rows.activations
     if acts and settings.values.get("hidden_act") not in acts:
@@ -119,7 +123,7 @@ def _every(rows: VllmRows, settings: Settings) -> Iterator[tuple[LayerRow, int |
         for row in rows.layer_rows:
             if settings.has(row.when, number):
                 yield row, number
-    for row in head:
+    for row in () if settings.headless else head:
         yield row, None
 
 
@@ -191,7 +195,11 @@ def _size(settings: Settings, text: str) -> int:
 
 def _tied(rows: VllmRows, settings: Settings, layers: list[Layer]) -> dict[str, str]:
     """Return the head's parameters that are those of the embeddings."""
-    if not rows.ties_head or settings.values.get("tie_word_embeddings") is not True:
+    if (
+        settings.headless
+        or not rows.ties_head
+        or settings.values.get("tie_word_embeddings") is not True
+    ):
         return {}
     head = next(layer for layer in layers if layer.class_name == "ParallelLMHead")
     embedding = next(layer for layer in layers if layer.class_name == "VocabParallelEmbedding")
@@ -207,7 +215,15 @@ def _renaming(rows: VllmRows, settings: Settings, method: Method | None) -> dict
     if rows.mtp and (count := settings.number(rows.mtp)):
         base = settings.number("num_hidden_layers") or 0
         drops = tuple(f"layers.{base + number}." for number in range(min(count, MOST_LAYERS)))
+    suffixes = method.suffixes if method else ()
     inner = Renaming(
-        rows.stacked, rows.renames, drops, rows.ignores, quantized and rows.inner_quantization
+        rows.stacked,
+        rows.renames,
+        drops,
+        rows.ignores,
+        quantized and rows.inner_quantization,
+        suffixes if rows.inner_quantization else (),
     )
-    return {"": Renaming(quantized=quantized), "model": inner}
+    head = ("lm_head.",) if settings.headless else ()
+    outer = Renaming(drops=head, quantized=quantized, suffixes=suffixes)
+    return {"": outer, "model": inner}
