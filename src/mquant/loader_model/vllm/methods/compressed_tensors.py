@@ -60,6 +60,7 @@ class CompressedTensors:
     fused: Mapping[str, tuple[str, ...]]
     renames: tuple[tuple[str, str], ...] | None = None
     asked: frozenset[str] = frozenset()
+    suffixes: tuple[tuple[str, str], ...] = ()
     _names: tuple[Patterns, Patterns] | None = None
 
     @classmethod

@@ -32,6 +32,7 @@ class Fp8:
     `block` is the rows and columns that share a scale; None if a matrix has one scale.
     """
 
+    asked: frozenset[str] = frozenset()
     suffixes: tuple[tuple[str, str], ...] = (
         (".k_proj.output_scale", ".attn.k_scale"),
         (".v_proj.output_scale", ".attn.v_scale"),
