@@ -13,7 +13,7 @@ long. RESULT becomes a JSON object; each load runs in a process of its own:
     vllm            version
     stage           the last stage that was reached: start, config, model, weights, done
     error, kind     vLLM's message and the exception's class, if vLLM stopped
-    dropped         names of tensors that were not, or not wholly, copied
+    dropped         names of tensors that were not, or not wholly, copied, but should be
     unset           [parameter, missing elements] of parameters not, or not wholly, loaded
     reshaped        [tensor, its shape, the shape of the target]
     converted       [tensor, its dtype, the dtype of the target], if the bytes lose their meaning
@@ -147,7 +147,24 @@ def glance(copies: Copies) -> Iterator[None]:
         del torch.Tensor.copy_, torch.Tensor.__setitem__
 
 
-_COPY, _SETITEM = torch.Tensor.copy_, torch.Tensor.__setitem__
+_COPY, _SETITEM, _BOOL = torch.Tensor.copy_, torch.Tensor.__setitem__, torch.Tensor.__bool__
+
+
+@contextmanager
+def no_difference() -> Iterator[None]:
+    """Let comparisons of tensors that have no data find no difference.
+
+    vLLM's loader of experts compares the input scales of w1 and w3, and refuses different ones.
+    """
+
+    def truth(self: torch.Tensor) -> bool:
+        return False if self.is_meta else _BOOL(self)
+
+    torch.Tensor.__bool__ = truth  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del torch.Tensor.__bool__
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -295,10 +312,11 @@ def load(folder: str, result: dict[str, Any], report_stage: Any, *, closely: boo
                     copies.offer(name, tensor)
                     yield name, tensor
 
-        with Watch(copies) if closely else glance(copies):
+        with no_difference(), Watch(copies) if closely else glance(copies):
             model.load_weights(offered())
+    passed_over = mtp_layers(config.model_config.hf_text_config)
     lists: dict[str, list[Any]] = {
-        "dropped": copies.dropped(),
+        "dropped": [name for name in copies.dropped() if not name.startswith(passed_over)],
         "unset": copies.unset(model),
         "reshaped": list(copies.reshaped.values()),
         "converted": list(copies.converted.values()),
@@ -307,6 +325,17 @@ def load(folder: str, result: dict[str, Any], report_stage: Any, *, closely: boo
     result["counts"] = {key: len(value) for key, value in lists.items()}
     result["tensors"] = count
     report_stage("done")
+
+
+def mtp_layers(config: Any) -> tuple[str, ...]:
+    """Return the prefixes of the layers for multi-token prediction that the config announces.
+
+    vLLM passes over these layers on purpose: another model, for speculative decoding, loads them.
+    """
+    keys = ("num_nextn_predict_layers", "num_mtp_modules")
+    count = next((getattr(config, key) for key in keys if getattr(config, key, 0)), 0)
+    first = config.num_hidden_layers
+    return tuple(f"model.layers.{first + number}." for number in range(count))
 
 
 def headers(file: str) -> Any:
@@ -353,7 +382,7 @@ def in_child(folder: str, path: str, *, closely: bool) -> tuple[bool, set[str]]:
         os._exit(0 if complete else 1)  # vLLM leaves threads behind
     os.close(writing)
     status = os.waitpid(child, 0)[1]
-    with open(reading, encoding="utf-8") as pipe:
+    with os.fdopen(reading, encoding="utf-8") as pipe:
         imported = set(pipe.read().splitlines())
     return os.waitstatus_to_exitcode(status) != 1, imported
 
