@@ -4,9 +4,9 @@
                                    [--loader PYTHON]
 
 A case is a checkpoint of a family that ships, in one of the formats of differential_formats.py,
-changed by up to three mutations (differential_config, _lists, _tensors). At least a third of the
-cases are good: unchanged, or changed in ways that loaders do not mind. Checkpoints consist of
-headers and JSON, so `verify` judges their structure, and vLLM loads headers only.
+changed by up to three mutations (differential_config, _lists, _tensors, _files). At least a third
+of the cases are good: unchanged, or changed in ways that loaders do not mind. Checkpoints consist
+of headers and JSON, so `verify` judges their structure, and vLLM loads headers only.
 
 The script prints every disagreement in its smallest form (mutations that it does not need are left
 out), the agreement by family and by format, and in its last line the sum. It exits with 0 if both
@@ -29,6 +29,7 @@ from random import Random
 from typing import get_args
 
 import differential_config
+import differential_files
 import differential_lists
 import differential_tensors
 from differential_ask import Agreement, Answer, Asker, Judgement, compare, judge, vllm
@@ -36,7 +37,7 @@ from differential_draft import MUTATIONS, Draft, Unfit, chance
 from differential_formats import base, families, forms
 from mquant.verify.loaders.install import find_python
 
-REGISTERED = (differential_config, differential_lists, differential_tensors)
+REGISTERED = (differential_config, differential_files, differential_lists, differential_tensors)
 BATCH = 400  # cases of one round of vLLM processes, whose start takes seconds
 SHRUNK = 150  # disagreements that are made smaller; more would take longer than the run itself
 GOOD = 0.4
@@ -105,7 +106,8 @@ def draw(seed: int, number: int, only: Sequence[str]) -> Case:
 
 def _step(draft: Draft, case: Case, random: Random, *, good: bool) -> tuple[str, str]:
     """Return a mutation that changes the draft, and change the draft."""
-    mutations = [m for m in MUTATIONS.values() if (m.good or not good) and m.fits(draft)]
+    known = [mutation for _, mutation in sorted(MUTATIONS.items())]
+    mutations = [m for m in known if (m.good or not good) and m.fits(draft)]
     weights = [mutation.weight for mutation in mutations]
     while True:
         (mutation,) = random.choices(mutations, weights)
