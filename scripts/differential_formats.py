@@ -4,6 +4,7 @@ Recipes and exports are planned by mquant; other tools' formats are written here
 descriptions.
 """
 
+import json
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -38,7 +39,7 @@ from mquant.schemes import FP8_DYNAMIC, NVFP4, W4A16
 from mquant.synth import Precision, Sizes, make_config, make_tensors
 
 LINEAR: Final = (Role.EXPERT, Role.SHARED_EXPERT, Role.MLP, Role.ATTENTION)
-PLAIN: Final = "BF16"
+PLAIN, ORIGINAL = "BF16", "FP8 original"
 _COMMON: Final = {"hidden_size": 256, "vocab_size": 256}
 _SIZES: Final[dict[str, dict[str, Any]]] = {
     "minimax_m2": {"intermediate_size": 128, "head_dim": 64, "rotary_dim": 32},
@@ -92,7 +93,7 @@ def parent(family: Family, random: Random, precision: Precision = Precision.BF16
     tensors = _headers(family, config, precision)
     draft = Draft(family, PLAIN, config, tensors, plain)
     if precision is Precision.FP8_BLOCK:
-        draft.form = "FP8 original"
+        draft.form = ORIGINAL
         draft.layouts = {
             name.removesuffix(".weight_scale_inv"): fp8_blocks
             for name in tensors
@@ -117,20 +118,19 @@ def form(name: str) -> Callable[[Callable[[Draft, Random], Draft]], Any]:
 
 def base(family: Family, name: str, random: Random) -> Draft:
     """Return a good checkpoint of a family in a format. Raises Unfit if a family has none."""
-    if name == "FP8 original":
-        return parent(family, random, Precision.FP8_BLOCK)
-    draft = parent(family, random)
-    if name == PLAIN:
-        return draft
-    made = _FORMATS[name](draft, random)
-    made.form = name
+    precision = Precision.FP8_BLOCK if name == ORIGINAL else Precision.BF16
+    made = parent(family, random, precision)
+    if name in _FORMATS:
+        made = _FORMATS[name](made, random)
+        made.form = name
+    made.config = json.loads(json.dumps(made.config))  # shares no table with mquant's schemes
     return made
 
 
 @cache
 def forms() -> tuple[str, ...]:
     """Return the names of all formats."""
-    return (PLAIN, "FP8 original", *_FORMATS)
+    return (PLAIN, ORIGINAL, *_FORMATS)
 
 
 # ------------------------------------------------------------------ what mquant itself plans
@@ -265,16 +265,6 @@ def _int4(draft: Draft, random: Random) -> Draft:
         symmetric=symmetric,
         actorder="group" if order else None,
     )
-    declared(draft, [group("pack-quantized", weights, None)], "pack-quantized")
-    return draft
-
-
-@form("INT8 packed")
-def _int8(draft: Draft, random: Random) -> Draft:
-    size = random.choice((64, None))
-    _all(draft, packed(8, size, symmetric=True))
-    strategy = "channel" if size is None else "group"
-    weights = args(type="int", strategy=strategy, group_size=size)
     declared(draft, [group("pack-quantized", weights, None)], "pack-quantized")
     return draft
 

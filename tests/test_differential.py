@@ -5,6 +5,8 @@ A function stands in for vLLM; the script itself asks vLLM.
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from differential_ask import LATER, Answer, Judgement, compare
 from differential_draft import MUTATIONS, Draft, Unfit, chance
 from differential_formats import base, families, forms
 from mquant.checkpoint import Folder, open_checkpoint
+from mquant.schemes import SCHEMES
 
 ONLY = sorted(families())
 LOADS, REFUSES, UNASKED = Answer("loads"), Answer("refuses"), Answer("not asked")
@@ -73,6 +76,18 @@ def test_every_mutation_changes_some_checkpoint() -> None:
                 if changes(family, form, name):
                     del unused[name]
     assert unused.keys() == set()
+
+
+def test_mutations_leave_the_schemes_of_mquant_alone() -> None:
+    before = deepcopy([scheme.config_group for scheme in SCHEMES.values()])
+    for form in forms():
+        draft = base(families()["minimax_m2"], form, chance(form))
+        for mutation in MUTATIONS.values():
+            changed = draft.copy()
+            with suppress(Unfit):
+                if mutation.fits(changed):
+                    mutation.apply(changed, chance("0"))
+    assert [scheme.config_group for scheme in SCHEMES.values()] == before
 
 
 def changes(family: str, form: str, name: str) -> bool:
