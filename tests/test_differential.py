@@ -82,11 +82,9 @@ def test_mutations_leave_the_schemes_of_mquant_alone() -> None:
     before = deepcopy([scheme.config_group for scheme in SCHEMES.values()])
     for form in forms():
         draft = base(families()["minimax_m2"], form, chance(form))
-        for mutation in MUTATIONS.values():
-            changed = draft.copy()
+        for mutation in (m for m in MUTATIONS.values() if "argument" in m.name and m.fits(draft)):
             with suppress(Unfit):
-                if mutation.fits(changed):
-                    mutation.apply(changed, chance("0"))
+                mutation.apply(draft, chance("0"))
     assert [scheme.config_group for scheme in SCHEMES.values()] == before
 
 
