@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None, ask: Asker | None = None) -> in
     asked = time.monotonic()
     apart = [o for o in found if o.agreement not in ("agree", "later", "not asked")]
     shrunk = smallest(apart[:SHRUNK], ask) + apart[SHRUNK:]
-    for outcome in shrunk:
+    for outcome in shrunk if options.case is None or shrunk else found:
         show(outcome, options.seed)
     kinds(shrunk)
     table("family", found, lambda outcome: outcome.case.family)

@@ -5,12 +5,12 @@ import os
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from mquant.checkpoint import Folder
-from mquant.errors import MquantError
 from mquant.family import load_families
 from mquant.verify.judge import Depth, verify
 from mquant.verify.loaders.ask_vllm import PROBE, read_verdict
@@ -19,7 +19,7 @@ LATER: Final[dict[str, str]] = {
     "tensor-stored-twice": "every loader takes one of the two; which one is right, no header says",
 }
 """Rules about what no load check sees, and why. Errors of these rules alone are no disagreement."""
-_SECONDS: Final = 60  # for each checkpoint of a batch; vLLM's import takes 10 s of the first
+_START, _SECONDS = 120, 20  # at most, to import vLLM and for a checkpoint, on a busy machine
 
 Agreement = Literal["agree", "later", "called clean", "called broken", "not judged", "not asked"]
 
@@ -50,10 +50,10 @@ Asker = Callable[[Sequence[Path]], list[Answer]]
 
 
 def judge(folder: Path) -> Judgement:
-    """Return what `mquant verify` says from headers and JSON alone."""
+    """Return what `mquant verify` says from headers and JSON alone; an exception judges nothing."""
     try:
         report = verify(Folder(folder), load_families(), Depth.STRUCTURE)
-    except MquantError as error:
+    except Exception as error:  # noqa: BLE001  (a bug of verify is a disagreement, not the end)
         return Judgement("not judged", f"{type(error).__name__}: {error}")
     errors = [finding for finding in report.findings if finding.severity == "error"]
     if errors:
@@ -98,13 +98,14 @@ def _result(folder: Path) -> Path:
 def _probe(python: Path, folders: Iterable[Path]) -> None:
     """Have one vLLM process load folders and write each result beside its folder."""
     paths = [str(path) for folder in folders for path in (folder, _result(folder))]
-    subprocess.run(
-        [str(python), "-P", str(PROBE), *paths],
-        check=False,  # a folder without a result is not asked
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-        timeout=_SECONDS * len(paths),
-    )
+    with suppress(subprocess.TimeoutExpired):  # a folder without a result is not asked
+        subprocess.run(
+            [str(python), "-P", str(PROBE), *paths],
+            check=False,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=_START + _SECONDS * len(paths),
+        )
 
 
 def _answer(folder: Path) -> Answer:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import differential
+import differential_ask
 from differential import Case, draw, main, smallest
 from differential_ask import LATER, Answer, Judgement, compare
 from differential_draft import MUTATIONS, Draft, Unfit, chance
@@ -143,6 +144,14 @@ def test_the_last_line_and_the_exit_code_say_whether_the_figures_hold(
     assert main(["--seed", "1", "--cases", "6", "--only", "llama,qwen3"], always(answer)) == code
     last = "{} of {} agree, {} refused or wrong called clean, {} not judged, {} not asked"
     assert capsys.readouterr().out.splitlines()[-1] == last.format(*counts)
+
+
+def test_a_crash_of_verify_judges_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: object) -> None:
+        raise KeyError("layers")
+
+    monkeypatch.setattr(differential_ask, "verify", crash)
+    assert differential_ask.judge(tmp_path) == Judgement("not judged", "KeyError: 'layers'")
 
 
 def test_a_disagreement_keeps_only_the_mutations_that_it_needs(
