@@ -31,7 +31,7 @@ import os
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,6 +77,11 @@ class Copies:
         self.mark(tensor, name)
         self._sizes[name] = tensor.numel()
         self._dtypes[name] = tensor.dtype
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of all offered tensors."""
+        return self._sizes.keys()
 
     def mark(self, tensor: torch.Tensor, name: str) -> None:
         """Record that a tensor's storage comes from the offered tensor `name`."""
@@ -315,7 +320,7 @@ def load(folder: str, result: dict[str, Any], report_stage: Any, *, closely: boo
 
         with no_difference(), Watch(copies) if closely else glance(copies):
             model.load_weights(offered())
-    passed_over = mtp_layers(config.model_config.hf_text_config)
+    passed_over = mtp_layers(config.model_config.hf_text_config, copies.names)
     lists: dict[str, list[Any]] = {
         "dropped": [name for name in copies.dropped() if not name.startswith(passed_over)],
         "unset": copies.unset(model),
@@ -328,15 +333,18 @@ def load(folder: str, result: dict[str, Any], report_stage: Any, *, closely: boo
     report_stage("done")
 
 
-def mtp_layers(config: Any) -> tuple[str, ...]:
+def mtp_layers(config: Any, names: Collection[str]) -> tuple[str, ...]:
     """Return the prefixes of the layers for multi-token prediction that the config announces.
 
     vLLM passes over these layers on purpose: another model, for speculative decoding, loads them.
+    vLLM passes over every layer with such a number; here a layer without `eh_proj`, which joins
+    state and token, is a layer that the model has lost.
     """
     keys = ("num_nextn_predict_layers", "num_mtp_modules")
     count = next((getattr(config, key) for key in keys if getattr(config, key, 0)), 0)
     first = config.num_hidden_layers
-    return tuple(f"model.layers.{first + number}." for number in range(count))
+    layers = (f"model.layers.{first + number}." for number in range(count))
+    return tuple(layer for layer in layers if f"{layer}eh_proj.weight" in names)
 
 
 def headers(file: str) -> Any:
