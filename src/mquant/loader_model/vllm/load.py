@@ -53,10 +53,25 @@ def load(build: Callable[[], Model], tensors: Iterable[Loaded]) -> Outcome:
     except Unknown as gap:
         return Outcome(unknown=str(gap))
     return Outcome(
-        dropped=tuple(name for name, size in sizes.items() if copies.used[name] < size),
+        dropped=_dropped(model, copies, sizes),
         unset=_unset(model),
         reshaped=tuple(copies.reshaped.values()),
         converted=tuple(copies.converted.values()),
+    )
+
+
+def _dropped(model: Model, copies: Copies, sizes: dict[str, int]) -> tuple[str, ...]:
+    """Return the tensors that were not, or not wholly, copied.
+
+    Left out is what vLLM passes over on purpose. A layer after the last belongs to multi-token
+    prediction only if it has `eh_proj`; else the model has lost the layer.
+    """
+    later = model.renaming["model"].drops
+    lost = tuple(f"model.{each}" for each in later if f"model.{each}eh_proj.weight" not in sizes)
+    return tuple(
+        name
+        for name, size in sizes.items()
+        if copies.used[name] < size or (lost and name.startswith(lost))
     )
 
 
