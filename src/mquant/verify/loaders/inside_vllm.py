@@ -30,7 +30,7 @@ import resource
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -279,9 +279,12 @@ def stub() -> None:
         module.init_nvfp4_linear_kernel = kernel
     for module in (moe, modelopt):
         module.select_nvfp4_moe_backend = lambda **_: (nvfp4.NvFp4MoeBackend.MARLIN, None)
-    fp8.init_fp8_linear_kernel = linear_fp8.init_fp8_linear_kernel = kernel
-    for module in (fp8, moe_fp8):
+    for module in (fp8, linear_fp8, modelopt):
+        module.init_fp8_linear_kernel = kernel
+    modelopt.init_mxfp8_linear_kernel = kernel
+    for module in (fp8, moe_fp8, modelopt):
         module.select_fp8_moe_backend = lambda **_: (fp8_moe.Fp8MoeBackend.MARLIN, None)
+    modelopt.select_mxfp8_moe_backend = modelopt.select_fp8_moe_backend
     integers.select_wna16_moe_backend = of_integers
 
 
@@ -386,6 +389,11 @@ def main() -> None:
     import vllm.model_executor.model_loader  # noqa: F401  (takes seconds, so once for all folders)
 
     sys.stdin.read()
+    with suppress(Exception):  # the loads import the same, and report what fails
+        from vllm.model_executor.layers.quantization import get_quantization_config
+
+        stub()
+        get_quantization_config("fp8")  # imports all methods, which takes a second
     for folder, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         if not in_child(folder, path, closely=False):
             in_child(folder, path, closely=True)
