@@ -37,6 +37,8 @@ class Experts(Layer):
     intermediate: int = 0
     names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")
     layout: str = ""
+    repeats: tuple[int, int] | None = None
+    """How often vLLM repeats the rows and columns of block scales, for smaller blocks."""
     loads_itself = True
 
     def build(self, parameters: Iterable[Parameter] | None) -> None:
@@ -112,6 +114,8 @@ class Experts(Layer):
             elif strategy == "channel" and part == "w2":
                 copies.copy(_narrowed(target, loaded, *_hidden_first(dim, target)), loaded)
             elif strategy in ("channel", "group", "block"):
+                if self.repeats and strategy == "block":
+                    loaded = loaded.repeat(*self.repeats)
                 self._matrix(copies, target, loaded, dim, part)
             else:
                 raise LoadRefused(loaded.name, "vLLM knows no strategy for the scale")

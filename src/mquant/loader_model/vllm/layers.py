@@ -224,5 +224,27 @@ class Bare(Layer):
     """A parameter of a module that is no layer: an attribute with torch's default loader."""
 
 
+@dataclass(eq=False)
 class Attention(Layer):
-    """vLLM's Attention or MLAAttention, whose parameters are scales of the KV cache."""
+    """vLLM's Attention or MLAAttention, whose parameters are scales of the KV cache.
+
+    `per_head`: the scales are one for each head; the numbers of query heads and of KV heads.
+    """
+
+    per_head: tuple[int, int] | None = None
+
+    def load(self, copies: Copies, last: str, loaded: Loaded, shard: Shard) -> None:
+        if self.per_head is None:
+            super().load(copies, last, loaded, shard)
+            return
+        if last.endswith("zero_point"):
+            return  # vLLM has no use for zero points
+        loaded = loaded.reshape((loaded.numel,))
+        heads, kv_heads = self.per_head
+        if not 0 < kv_heads <= heads:
+            raise LoadRefused(loaded.name, f"{kv_heads} KV heads do not share {heads} heads")
+        if last == "q_scale":  # vLLM keeps the largest scale of the heads that share a KV head
+            group = heads // kv_heads
+            loaded = loaded.reshape((loaded.numel // group, group)).largest(1)
+        target = self.parameters[last].whole()
+        copies.copy(target, loaded.narrow(0, 0, min(kv_heads, loaded.numel)))

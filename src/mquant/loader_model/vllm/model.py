@@ -1,9 +1,10 @@
 """vLLM's model of a checkpoint: the layers that an architecture builds under a config.json."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from mquant.loader_model.vllm.config_stage import check
 from mquant.loader_model.vllm.experts import Experts
 from mquant.loader_model.vllm.layers import (
     Attention,
@@ -41,9 +42,13 @@ class Method(Protocol):
 
     fused: Mapping[str, tuple[str, ...]]
     """Last part of a fused layer's name -> the last parts on disk (`packed_modules_mapping`)."""
-
+    suffixes: tuple[tuple[str, str], ...]
+    """Ends of tensors' names that the method renames, to scales of the KV cache."""
     renames: tuple[tuple[str, str], ...] | None
-    """The renaming of names in the config's lists; None if the model's class has no mapper."""
+    """Parts of names on disk -> vLLM's, which vLLM replaces in the config's names of modules too;
+    None if the model's class has no mapper of names."""
+    asked: frozenset[str]
+    """The names for which vLLM will ask: of layers, and of the matrices of a first expert."""
 
     def linear(self, layer: Linear) -> Iterable[Parameter] | None:
         """Return the parameters of a linear layer."""
@@ -79,9 +84,10 @@ class Model:
 
 
 def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
-    """Build vLLM's model. Raises LoadRefused if vLLM stops, and Unknown."""
+    """Build vLLM's model. Raises LoadRefused if vLLM stops, at config.json too, and Unknown."""
+    check(settings.config, rows)
     for key in rows.required:
-        if settings.values.get(key) is None:
+        if key not in settings.values:
             raise LoadRefused("config.json", f"has no {key}")
     acts = rows.activations
     if acts and settings.values.get("hidden_act") not in acts:
@@ -94,6 +100,7 @@ def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
         }
         # A class that looks every name up in one table has no mapper of names.
         method.renames = rows.renames if rows.walks == "modules" else None
+        method.asked = frozenset(_asked(rows, settings))
     layers, modules = [], Modules()
     for row, number in _every(rows, settings):
         layer = _layer(row, number, settings, method)
@@ -116,20 +123,35 @@ def _every(rows: VllmRows, settings: Settings) -> Iterator[tuple[LayerRow, int |
         for row in rows.layer_rows:
             if settings.has(row.when, number):
                 yield row, number
-    for row in head:
+    for row in () if settings.headless else head:
         yield row, None
+
+
+def _asked(rows: VllmRows, settings: Settings) -> Iterator[str]:
+    for row, number in _every(rows, settings):
+        asked = _prefix(row, number)
+        if row.heeds and row.kind == "experts":
+            yield from (f"{asked}.0.{matrix}" for matrix in row.names)
+        elif row.heeds and row.kind not in ("norm", "bare"):
+            yield asked
+
+
+def _prefix(row: LayerRow, number: int | None) -> str:
+    """Return the name under which vLLM asks the quantization config."""
+    asked = row.name if row.asked_as is None else row.asked_as
+    return asked.replace("{layer}", str(number))
 
 
 def _layer(row: LayerRow, number: int | None, settings: Settings, method: Method | None) -> Layer:
     name = row.name.replace("{layer}", str(number))
-    asked = row.name if row.asked_as is None else row.asked_as
-    asked = asked.replace("{layer}", str(number))
+    asked = _prefix(row, number)
     sizes = tuple(_size(settings, text) for text in row.rows)
     columns = _size(settings, row.columns)
     method = method if row.heeds else None
     if row.kind in _LINEAR:
         made, class_name = _LINEAR[row.kind]
         bias = bool(row.bias) and settings.has(row.bias, number)
+        class_name = row.class_name or class_name
         linear = made(name, asked, class_name, outputs=sizes, inputs=columns, bias=bias)
         linear.build(method.linear(linear) if method else None)
         return linear
@@ -173,7 +195,11 @@ def _size(settings: Settings, text: str) -> int:
 
 def _tied(rows: VllmRows, settings: Settings, layers: list[Layer]) -> dict[str, str]:
     """Return the head's parameters that are those of the embeddings."""
-    if not rows.ties_head or settings.values.get("tie_word_embeddings") is not True:
+    if (
+        settings.headless
+        or not rows.ties_head
+        or settings.values.get("tie_word_embeddings") is not True
+    ):
         return {}
     head = next(layer for layer in layers if layer.class_name == "ParallelLMHead")
     embedding = next(layer for layer in layers if layer.class_name == "VocabParallelEmbedding")
@@ -189,7 +215,15 @@ def _renaming(rows: VllmRows, settings: Settings, method: Method | None) -> dict
     if rows.mtp and (count := settings.number(rows.mtp)):
         base = settings.number("num_hidden_layers") or 0
         drops = tuple(f"layers.{base + number}." for number in range(min(count, MOST_LAYERS)))
+    suffixes = method.suffixes if method else ()
     inner = Renaming(
-        rows.stacked, rows.renames, drops, rows.ignores, quantized and rows.inner_quantization
+        rows.stacked,
+        rows.renames,
+        drops,
+        rows.ignores,
+        quantized and rows.inner_quantization,
+        suffixes if rows.inner_quantization else (),
     )
-    return {"": Renaming(quantized=quantized), "model": inner}
+    head = ("lm_head.",) if settings.headless else ()
+    outer = Renaming(drops=head, quantized=quantized, suffixes=suffixes)
+    return {"": outer, "model": inner}

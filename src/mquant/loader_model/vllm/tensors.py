@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from fractions import Fraction
 from typing import Final, Self
 
 Shape = tuple[int, ...]
@@ -65,11 +66,22 @@ class Loaded:
         """Return the view `tensor[0]`."""
         return replace(self, shape=self.shape[1:])
 
+    def largest(self, dim: int) -> Self:
+        """Return the largest elements along a dimension, as torch's `amax` does."""
+        return replace(self, shape=(*self.shape[:dim], *self.shape[dim + 1 :]))
+
     def reshape(self, shape: Shape) -> Self:
         """Return a view of another shape. Raises LoadRefused if the number of elements differs."""
         if math.prod(shape) != self.numel:
             raise LoadRefused(self.name, f"has shape {list(self.shape)}, not {list(shape)}")
         return replace(self, shape=shape)
+
+    def repeat(self, rows: int, columns: int) -> Self:
+        """Return the tensor with every row and column repeated. Raises LoadRefused of a vector."""
+        if len(self.shape) < 2:
+            raise LoadRefused(self.name, f"has shape {list(self.shape)}, not rows and columns")
+        *front, height, width = self.shape
+        return replace(self, shape=(*front, height * rows, width * columns))
 
     def scalar_as_vector(self) -> Self:
         """Return a scalar as a vector of one element, and anything else as it is."""
@@ -93,7 +105,7 @@ class Parameter:
     output_dim: int | None = None
     input_dim: int | None = None
     packed_dim: int | None = None
-    packed_factor: int = 1
+    packed_factor: int | Fraction = 1
     block: int = 0
     optional: bool = False
     transposed: bool = False

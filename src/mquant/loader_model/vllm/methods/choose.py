@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mquant.loader_model.vllm.methods import modelopt
+from mquant.loader_model.vllm.methods.compressed_tensors import CompressedTensors
+from mquant.loader_model.vllm.methods.fp8 import Fp8
 from mquant.loader_model.vllm.model import Method
 from mquant.loader_model.vllm.tensors import LoadRefused, Unknown
 
@@ -168,14 +170,21 @@ def _from_file(hf_quant_config: Any) -> Mapping[str, Any]:
     return content
 
 
-def read_method(config: Mapping[str, Any], hf_quant_config: Any = None) -> Method | None:
+def read_method(
+    config: Mapping[str, Any], hf_quant_config: Any, heads: tuple[int, int]
+) -> Method | None:
     """Return the method that vLLM builds; None if vLLM takes the checkpoint for unquantized.
 
-    Raises LoadRefused if vLLM stops, and Unknown.
+    `heads` are the numbers of query heads and KV heads. Raises LoadRefused if vLLM stops, and
+    Unknown.
     """
     chosen = choose(config, hf_quant_config)
     if chosen is None:
         return None
     if chosen.method in _MODELOPT:
         return modelopt.parse(chosen.method, chosen.config)
+    if chosen.method == "compressed-tensors":
+        return CompressedTensors.parse(chosen.config, *heads)
+    if chosen.method == "fp8":
+        return Fp8.parse(chosen.config)
     raise Unknown(f"the quantization method {chosen.method}")

@@ -30,6 +30,8 @@ class ModelOpt:
 
     fused: Mapping[str, tuple[str, ...]]
     renames: tuple[tuple[str, str], ...] | None
+    asked: frozenset[str] = frozenset()
+    suffixes: tuple[tuple[str, str], ...] = ()
 
     def __init__(self, arguments: Arguments) -> None:
         self.fused = {}
