@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import translate
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, Final
 
 from mquant.loader_model.vllm.tensors import LoadRefused, Unknown
@@ -52,12 +53,11 @@ class Names:
     @cached_property
     def _strings(self) -> frozenset[str]:
         """The entries before the first that is no string, where vLLM stops."""
-        kept: list[str] = []
-        for entry in self.entries:
-            if not isinstance(entry, str):
-                break
-            kept.append(entry)
-        return frozenset(kept)
+        return frozenset(takewhile(lambda entry: isinstance(entry, str), self.entries))
+
+    @cached_property
+    def _broken(self) -> bool:
+        return not all(isinstance(entry, str) for entry in self.entries)
 
     @cached_property
     def _globs(self) -> tuple[re.Pattern[str], ...]:
@@ -76,7 +76,7 @@ class Names:
         parts = (prefix[a:b] for a in range(size + 1) for b in range(a, size + 1))
         if any(part in self._strings for part in parts):
             return True
-        if len(self._strings) < len(set(map(repr, self.entries))):
+        if self._broken:
             raise LoadRefused(_WHERE, "excludes a module whose name is no string")
         return any(glob.match(prefix) for glob in self._globs)
 
