@@ -16,6 +16,8 @@ from mquant.verify.judge import Depth, verify
 from mquant.verify.loaders.ask_vllm import PROBE, read_verdict
 
 LATER: Final[dict[str, str]] = {
+    "kv-scale-invalid": "vLLM looks at the scales of a KV cache after loading",
+    "top-k-beyond-experts": "vLLM routes after loading",
     "tensor-stored-twice": "every loader takes one of the two; which one is right, no header says",
 }
 """Rules about what no load check sees, and why. Errors of these rules alone are no disagreement."""

@@ -297,9 +297,12 @@ def stub() -> None:
         module.init_nvfp4_linear_kernel = kernel
     for module in (moe, modelopt):
         module.select_nvfp4_moe_backend = lambda **_: (nvfp4.NvFp4MoeBackend.MARLIN, None)
-    fp8.init_fp8_linear_kernel = linear_fp8.init_fp8_linear_kernel = kernel
-    for module in (fp8, moe_fp8):
+    for module in (fp8, linear_fp8, modelopt):
+        module.init_fp8_linear_kernel = kernel
+    modelopt.init_mxfp8_linear_kernel = kernel
+    for module in (fp8, moe_fp8, modelopt):
         module.select_fp8_moe_backend = lambda **_: (fp8_moe.Fp8MoeBackend.MARLIN, None)
+    modelopt.select_mxfp8_moe_backend = modelopt.select_fp8_moe_backend
     integers.select_wna16_moe_backend = of_integers
 
 
