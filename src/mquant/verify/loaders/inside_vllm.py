@@ -176,6 +176,19 @@ def glance(copies: Copies) -> Iterator[None]:
         del torch.Tensor.copy_, torch.Tensor.__setitem__, torch.Tensor.fill_
 
 
+@contextmanager
+def values_unasked() -> Iterator[None]:
+    """Answer no to every question about a value, because tensors have none here.
+
+    vLLM asks whether an expert has another input scale already.
+    """
+    torch.Tensor.__bool__ = lambda self: False  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del torch.Tensor.__bool__
+
+
 _COPY, _SETITEM, _FILL = torch.Tensor.copy_, torch.Tensor.__setitem__, torch.Tensor.fill_
 
 
@@ -327,7 +340,7 @@ def load(folder: str, result: dict[str, Any], report_stage: Any, *, closely: boo
                     copies.offer(name, tensor)
                     yield name, tensor
 
-        with Watch(copies) if closely else glance(copies):
+        with Watch(copies) if closely else glance(copies), values_unasked():
             model.load_weights(offered())
     lists: dict[str, list[Any]] = {
         "dropped": copies.dropped(model, config.model_config.hf_text_config),
@@ -346,10 +359,11 @@ def headers(file: str) -> Any:
     from safetensors import safe_open
     from safetensors.torch import _TYPES
 
+    types = {"F8_E8M0": torch.float8_e8m0fnu, **_TYPES}  # the reader's own code knows both
     with safe_open(file, framework="pt", device="cpu") as shard:
         for name in shard.keys():  # noqa: SIM118  (not a dict)
             part = shard.get_slice(name)
-            dtype = _TYPES[part.get_dtype()]
+            dtype = types[part.get_dtype()]
             yield name, torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
