@@ -25,8 +25,8 @@ class LayerRow(_Data):
     """A layer of vLLM's model, with `{layer}` for the number.
 
     `kind` is the class: `qkv` and `merged` are fused of several matrices on disk. `rows` has the
-    rows of each matrix, `columns` the columns of all. `asked_as` is the name under which vLLM asks
-    the quantization config, if it is not `name`.
+    rows of each matrix, `columns` the columns of all; `mla` is multi-head latent attention.
+    `asked_as` is the name under which vLLM asks the quantization config, if it is not `name`.
     """
 
     name: str
@@ -60,12 +60,41 @@ class LayerRow(_Data):
     dtype: Literal["BF16", "F32"] = "BF16"
 
 
+class RopeRow(_Data):
+    """How transformers and vLLM read the rotary embedding of a family.
+
+    `theta` is the base without `rope_theta`. `rotates` is the key of the number of dimensions of a
+    head that are rotated. `scaled`: whether every type but `default` is DeepSeek's YaRN.
+    """
+
+    theta: float = 10_000.0
+    rotates: str = ""
+    scaled: Literal["", "deepseek"] = ""
+
+
 class VllmRows(_Data):
     """What vLLM builds of a family, and how vLLM names the tensors on disk."""
 
     architectures: tuple[str, ...]
+    bare: str = ""
+    """The architecture without a head, which vLLM also builds of a config.json without one."""
     aliases: Mapping[str, str] = Field(default_factory=dict)
-    """Other names of config keys, which win over the usual name."""
+    """Other names of config keys. If both are there, the one that is no key of `types` wins."""
+    types: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Type -> the keys that transformers' config class takes in this type only."""
+    rope: RopeRow = RopeRow()
+    divides: tuple[tuple[str, str], ...] = ()
+    """Pairs of keys: transformers refuses a first number that does not divide the second."""
+    divisors: tuple[str, ...] = ()
+    """Keys that vLLM divides layers by."""
+    counts: tuple[str, ...] = ()
+    """Keys that transformers does not know, and that vLLM compares with 0."""
+    numbers: tuple[str, ...] = ()
+    """Keys that transformers lets be null, and vLLM does not."""
+    positive: tuple[str, ...] = ()
+    """Keys of which it is not known what vLLM builds if they are 0."""
+    unmodelled: tuple[str, ...] = ()
+    """Keys with which vLLM builds something that is not told here."""
     settings: Mapping[str, Any] = Field(default_factory=dict)
     """The values for keys that config.json leaves out: a value, an earlier key, or a size. A size
     also counts for a key that is null."""
@@ -116,13 +145,18 @@ class VllmRows(_Data):
 
 
 class Settings:
-    """config.json as transformers' config class reads it: aliases resolved, defaults filled in."""
+    """config.json as transformers' config class reads it: aliases resolved, defaults filled in.
+
+    `config` is config.json itself.
+    """
 
     def __init__(self, rows: VllmRows, config: Mapping[str, Any]) -> None:
-        self.values = {**config}
+        self.config, self.values = config, {**config}
+        typed = {key for keys in rows.types.values() for key in keys}
         for alias, key in rows.aliases.items():
-            if config.get(alias) is not None:
-                self.values[key] = config[alias]
+            present = [name for name in (alias, key) if name in config]
+            if present:
+                self.values[key] = config[min(present, key=typed.__contains__)]
         for key, default in rows.settings.items():
             formula = isinstance(default, str) and " " in default
             if key not in self.values or (formula and self.values[key] is None):
@@ -130,6 +164,10 @@ class Settings:
                     self.size(default) if formula else self.values.get(str(default), default)
                 )
         self._rows = rows
+        named = config.get("architectures")
+        first = named[0] if named and isinstance(named, list) else None
+        self.headless = bool(rows.bare) and (not named or first == rows.bare)
+        """Whether vLLM builds the model without a head."""
 
     def number(self, key: str) -> int | None:
         """Return the whole number of a key; None without one."""

@@ -37,11 +37,12 @@ class Experts(Layer):
     intermediate: int = 0
     names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")
     layout: str = ""
+    repeats: tuple[int, int] | None = None
+    """How often vLLM repeats the rows and columns of block scales, for smaller blocks."""
     loads_itself = True
 
-    def build(self, parameters: Iterable[Parameter] | None, layout: str = "") -> None:
+    def build(self, parameters: Iterable[Parameter] | None) -> None:
         """Create the parameters: those of a quantization method, or plain weights."""
-        self.layout = layout
         if parameters is None:
             parameters = (
                 Parameter(
@@ -113,6 +114,8 @@ class Experts(Layer):
             elif strategy == "channel" and part == "w2":
                 copies.copy(_narrowed(target, loaded, *_hidden_first(dim, target)), loaded)
             elif strategy in ("channel", "group", "block"):
+                if self.repeats and strategy == "block":
+                    loaded = loaded.repeat(*self.repeats)
                 self._matrix(copies, target, loaded, dim, part)
             else:
                 raise LoadRefused(loaded.name, "vLLM knows no strategy for the scale")
@@ -145,7 +148,9 @@ class Experts(Layer):
             self._scalar(copies, parameter, loaded, number, part)
             return
         dim = _DIMENSION[part] + (len(loaded.shape) == 3)
-        if part != "w2" and suffix == "weight_scale" and len(loaded.shape) >= 2:
+        if part != "w2" and suffix == "weight_scale":
+            if len(loaded.shape) < 2:
+                raise LoadRefused(loaded.name, f"has shape {list(loaded.shape)}, not rows")
             if loaded.shape[-2] == parameter.shape[-2]:  # gate and up in one tensor
                 copies.copy(target, loaded.narrow(dim, 0, target.shape[dim]))
                 return

@@ -226,7 +226,7 @@ class Bare(Layer):
 
 @dataclass(eq=False)
 class Attention(Layer):
-    """vLLM's Attention, whose parameters are scales of the KV cache.
+    """vLLM's Attention or MLAAttention, whose parameters are scales of the KV cache.
 
     `per_head`: the scales are one for each head; the numbers of query heads and of KV heads.
     """

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from mquant.loader_model.vllm.config_stage import check
 from mquant.loader_model.vllm.experts import Experts
 from mquant.loader_model.vllm.layers import (
     Attention,
@@ -41,8 +42,11 @@ class Method(Protocol):
 
     fused: Mapping[str, tuple[str, ...]]
     """Last part of a fused layer's name -> the last parts on disk (`packed_modules_mapping`)."""
-    renames: Sequence[tuple[str, str]]
-    """Parts of names on disk -> vLLM's; vLLM replaces them in the config's names of modules too."""
+    suffixes: tuple[tuple[str, str], ...]
+    """Ends of tensors' names that the method renames, to scales of the KV cache."""
+    renames: tuple[tuple[str, str], ...] | None
+    """Parts of names on disk -> vLLM's, which vLLM replaces in the config's names of modules too;
+    None if the model's class has no mapper of names."""
     asked: frozenset[str]
     """The names for which vLLM will ask: of layers, and of the matrices of a first expert."""
 
@@ -80,9 +84,10 @@ class Model:
 
 
 def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
-    """Build vLLM's model. Raises LoadRefused if vLLM stops, and Unknown."""
+    """Build vLLM's model. Raises LoadRefused if vLLM stops, at config.json too, and Unknown."""
+    check(settings.config, rows)
     for key in rows.required:
-        if settings.values.get(key) is None:
+        if key not in settings.values:
             raise LoadRefused("config.json", f"has no {key}")
     acts = rows.activations
     if acts and settings.values.get("hidden_act") not in acts:
@@ -93,7 +98,8 @@ def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
             for name, parts in rows.fused.items()
             if settings.has(rows.fused_if.get(name, ""))
         }
-        method.renames = rows.renames
+        # A class that looks every name up in one table has no mapper of names.
+        method.renames = rows.renames if rows.walks == "modules" else None
         method.asked = frozenset(_asked(rows, settings))
     layers, modules = [], Modules()
     for row, number in _every(rows, settings):
@@ -117,7 +123,7 @@ def _every(rows: VllmRows, settings: Settings) -> Iterator[tuple[LayerRow, int |
         for row in rows.layer_rows:
             if settings.has(row.when, number):
                 yield row, number
-    for row in head:
+    for row in () if settings.headless else head:
         yield row, None
 
 
@@ -189,12 +195,16 @@ def _size(settings: Settings, text: str) -> int:
 
 def _tied(rows: VllmRows, settings: Settings, layers: list[Layer]) -> dict[str, str]:
     """Return the head's parameters that are those of the embeddings."""
-    if not rows.ties_head or settings.values.get("tie_word_embeddings") is not True:
+    if (
+        settings.headless
+        or not rows.ties_head
+        or settings.values.get("tie_word_embeddings") is not True
+    ):
         return {}
     head = next(layer for layer in layers if layer.class_name == "ParallelLMHead")
     embedding = next(layer for layer in layers if layer.class_name == "VocabParallelEmbedding")
-    if head.parameters.keys() != {"weight"} or embedding.parameters.keys() != {"weight"}:
-        raise Unknown("a tied head that is quantized")
+    if embedding.parameters.keys() != {"weight"}:
+        raise Unknown("tied embeddings that are quantized")
     head.parameters["weight"] = embedding.parameters["weight"]
     return {f"{head.name}.weight": f"{embedding.name}.weight"}
 
@@ -205,7 +215,15 @@ def _renaming(rows: VllmRows, settings: Settings, method: Method | None) -> dict
     if rows.mtp and (count := settings.number(rows.mtp)):
         base = settings.number("num_hidden_layers") or 0
         drops = tuple(f"layers.{base + number}." for number in range(min(count, MOST_LAYERS)))
+    suffixes = method.suffixes if method else ()
     inner = Renaming(
-        rows.stacked, rows.renames, drops, rows.ignores, quantized and rows.inner_quantization
+        rows.stacked,
+        rows.renames,
+        drops,
+        rows.ignores,
+        quantized and rows.inner_quantization,
+        suffixes if rows.inner_quantization else (),
     )
-    return {"": Renaming(quantized=quantized), "model": inner}
+    head = ("lm_head.",) if settings.headless else ()
+    outer = Renaming(drops=head, quantized=quantized, suffixes=suffixes)
+    return {"": outer, "model": inner}

@@ -43,6 +43,8 @@ class Renaming:
     drops: tuple[str, ...] = ()
     ignores: tuple[str, ...] = ()
     quantized: bool = False
+    suffixes: tuple[tuple[str, str], ...] = ()
+    """Ends of names that the quantization method renames."""
 
     def __call__(self, name: str) -> tuple[str, Shard] | None:
         """Return vLLM's name and the place in a fused layer; None if vLLM leaves the tensor out."""
@@ -58,6 +60,9 @@ class Renaming:
                 name, shard = name.replace(old, new, 1), place
         if name.startswith(self.drops) if self.drops else False:
             return None
+        for old, new in self.suffixes:
+            if name.endswith(old):
+                name = name.removesuffix(old) + new
         if self.quantized and name.endswith(".g_idx"):
             return None
         return name, shard

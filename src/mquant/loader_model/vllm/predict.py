@@ -27,7 +27,9 @@ def predict(checkpoint: Checkpoint, family: Family | None) -> Outcome:
 
 def _model(rows: VllmRows, checkpoint: Checkpoint) -> Model:
     settings = Settings(rows, checkpoint.config)
-    method = read_method(checkpoint.config, _of_modelopt(checkpoint), settings)
+    heads = settings.number("num_attention_heads") or 0
+    heads_of = heads, settings.number("num_key_value_heads") or heads
+    method = read_method(checkpoint.config, _of_modelopt(checkpoint), heads_of)
     return build(rows, settings, method)
 
 

@@ -76,6 +76,13 @@ class Loaded:
             raise LoadRefused(self.name, f"has shape {list(self.shape)}, not {list(shape)}")
         return replace(self, shape=shape)
 
+    def repeat(self, rows: int, columns: int) -> Self:
+        """Return the tensor with every row and column repeated. Raises LoadRefused of a vector."""
+        if len(self.shape) < 2:
+            raise LoadRefused(self.name, f"has shape {list(self.shape)}, not rows and columns")
+        *front, height, width = self.shape
+        return replace(self, shape=(*front, height * rows, width * columns))
+
     def scalar_as_vector(self) -> Self:
         """Return a scalar as a vector of one element, and anything else as it is."""
         return self if self.shape else replace(self, shape=(1,))

@@ -58,8 +58,9 @@ class CompressedTensors:
     cache: object
     heads: tuple[int, int]
     fused: Mapping[str, tuple[str, ...]]
-    renames: Sequence[tuple[str, str]] = ()
+    renames: tuple[tuple[str, str], ...] | None = None
     asked: frozenset[str] = frozenset()
+    suffixes: tuple[tuple[str, str], ...] = ()
     _names: tuple[Patterns, Patterns] | None = None
 
     @classmethod
@@ -168,7 +169,7 @@ class CompressedTensors:
         """Take vLLM's names for the config's, once vLLM's model class is known."""
         self.schemes = {self._renamed(target): each for target, each in self.schemes.items()}
         self.ignore = [self._renamed(entry) for entry in self.ignore]
-        self.renames = ()
+        self.renames = None
         parts = {
             name.replace(fused, part)
             for name in self.asked
@@ -182,7 +183,7 @@ class CompressedTensors:
 
     def _renamed(self, name: str) -> str:
         if "." in name and not name.startswith("re:"):
-            for old, new in self.renames:
+            for old, new in self.renames or ():
                 name = name.replace(old, new, 1)
         return name
 
