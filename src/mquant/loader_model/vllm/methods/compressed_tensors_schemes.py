@@ -30,7 +30,7 @@ _FP8_STRATEGIES: Final = ("tensor", "channel", "block")
 
 
 class Mismatch(LoadRefused):
-    """vLLM raises ValueError, which the head takes for no scheme."""
+    """vLLM raises ValueError while it chooses a scheme, which the head takes for no scheme."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def _fp8(
         if not weight_only and (static or len(args.block_structure or ()) > 2):
             raise LoadRefused(layer.name, "has FP8 blocks and activations that vLLM does not take")
         if any(size % high for size in layer.outputs[:-1]):
-            raise Mismatch(layer.name, f"is fused of matrices that {high} does not divide")
+            raise LoadRefused(layer.name, f"is fused of matrices that {high} does not divide")
         scale = _matrix("weight_scale", "F32", -(-rows // high), -(-columns // wide))
         scale.block = high
         made.append(scale)
@@ -293,7 +293,7 @@ def _groups(args: QuantizationArgs, layer: Linear | Embedding) -> int:
     if not size:
         raise LoadRefused(layer.name, "has groups of 0 weights")
     if layer.inputs % size:
-        raise Mismatch(
+        raise LoadRefused(
             layer.name, f"has {layer.inputs} columns, which groups of {size} do not fill"
         )
     return layer.inputs // size
