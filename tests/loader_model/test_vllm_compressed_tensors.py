@@ -43,6 +43,15 @@ ROWS = VllmRows.model_validate(
         ],
     }
 )
+CONFIG = {
+    "architectures": ["Small"],
+    "hidden_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
 NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
 FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor"}
 FP8_CHANNEL = FP8 | {"strategy": "channel"}
@@ -81,7 +90,7 @@ def fp8(weights: object, inputs: object, *targets: str) -> dict[str, Any]:
 
 def parameters(quantization: Mapping[str, Any]) -> dict[str, Parameter]:
     """Return the parameters of vLLM's model. Raises LoadRefused and Unknown."""
-    settings = Settings(ROWS, {"num_hidden_layers": 1})
+    settings = Settings(ROWS, CONFIG)
     model = build(ROWS, settings, CompressedTensors.parse(quantization, 4, 2))
     return {each.name: each for each in model.parameters()}
 
@@ -103,7 +112,7 @@ def refusal(quantization: Mapping[str, Any]) -> str:
 
 
 def outcome(quantization: Mapping[str, Any], *tensors: Loaded) -> Outcome:
-    settings = Settings(ROWS, {"num_hidden_layers": 1})
+    settings = Settings(ROWS, CONFIG)
     return load(lambda: build(ROWS, settings, CompressedTensors.parse(quantization, 4, 2)), tensors)
 
 
