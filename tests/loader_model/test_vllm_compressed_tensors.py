@@ -210,6 +210,16 @@ def test_the_last_blocks_of_experts_may_be_cut_but_gate_may_not() -> None:
     assert "divide" in refusal(fp8(high, PER_TOKEN, "RoutedExperts"))
 
 
+def test_mx_formats_have_a_byte_of_scale_for_32_weights() -> None:
+    mxfp4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+    mxfp8 = mxfp4 | {"num_bits": 8, "scale_dtype": "torch.uint8"}
+
+    assert below(QKV, packed(mxfp4, "re:.*proj"))["weight_packed"] == ("U8", (256, 64))
+    assert below(EXPERTS, packed(mxfp8))["w2_weight_scale"] == ("U8", (4, 128, 2))
+    with pytest.raises(Unknown, match="depend on the GPU"):
+        parameters(config(group(mxfp4, "mxfp4-pack-quantized", inputs=PER_TOKEN)))
+
+
 def test_integers_are_packed_along_a_row() -> None:
     assert below(QKV, packed(INT4)) == {
         "weight_packed": ("I32", (256, 16)),
@@ -224,6 +234,20 @@ def test_zero_points_are_packed_along_the_outputs() -> None:
 
     assert below(QKV, found)["weight_zero_point"] == ("I32", (32, 4))
     assert below(EXPERTS, found)["w2_weight_zero_point"] == ("I32", (4, 16, 2))
+
+
+def test_int8_has_a_float_scale_for_each_channel_and_experts_want_dynamic_activations() -> None:
+    int8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
+    token = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    static = {"num_bits": 8, "type": "int", "symmetric": False}
+    dynamic = config(group(int8, "int-quantized", inputs=token))
+
+    assert below(O_PROJ, dynamic)["weight_scale"] == ("F32", (128, 1))
+    assert below(EXPERTS, dynamic)["w13_weight"] == ("I8", (4, 128, 128))
+    assert below(O_PROJ, config(group(int8, "int-quantized", "re:.*proj", inputs=static)))[
+        "input_zero_point"
+    ] == ("I8", (1,))
+    assert EXPERTS in refusal(config(group(int8, "int-quantized", inputs=static)))
 
 
 def test_groups_must_fill_a_row() -> None:

@@ -68,6 +68,20 @@ def is_mx(args: QuantizationArgs, bits: int) -> bool:
     )
 
 
+def is_mxfp4_with_fp8(scheme: Scheme) -> bool:
+    """Return whether weights are MXFP4 and activations dynamic FP8."""
+    inputs = scheme.inputs
+    return (
+        inputs is not None
+        and is_mx(scheme.weights, 4)
+        and not scheme.weights.dynamic
+        and (inputs.type, inputs.num_bits) == ("float", 8)
+        and bool(inputs.dynamic)
+        and inputs.strategy in ("token", "group")
+        and inputs.symmetric
+    )
+
+
 def is_weight_only(scheme: Scheme) -> bool:
     """Return whether weights have scales per channel or group, and activations are plain."""
     weights = scheme.weights
