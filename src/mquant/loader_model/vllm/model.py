@@ -1,6 +1,6 @@
 """vLLM's model of a checkpoint: the layers that an architecture builds under a config.json."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 

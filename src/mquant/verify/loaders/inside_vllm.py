@@ -382,10 +382,11 @@ def headers(file: str) -> Any:
     from safetensors import safe_open
     from safetensors.torch import _TYPES
 
+    types = {"F8_E8M0": torch.float8_e8m0fnu, **_TYPES}  # the reader's own code knows both
     with safe_open(file, framework="pt", device="cpu") as shard:
         for name in shard.keys():  # noqa: SIM118  (not a dict)
             part = shard.get_slice(name)
-            dtype = _TYPES[part.get_dtype()]
+            dtype = types[part.get_dtype()]
             yield name, torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
