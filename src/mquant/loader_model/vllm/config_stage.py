@@ -271,11 +271,13 @@ def _check_model(rows: VllmRows, settings: Settings) -> None:
 
 
 def _check_heads(rows: VllmRows, settings: Settings) -> None:
-    """Raise LoadRefused if the KV heads cannot be shared evenly, and Unknown of negative ones."""
+    """Raise LoadRefused if the KV heads cannot be shared evenly, and Unknown of odd numbers."""
     if not any(row.kind == "attention" for row in rows.layers):
         return
     heads = settings.number("num_attention_heads") or 0
     groups = settings.number("num_key_value_heads")
+    if settings.values.get("head_dim") == 0:
+        raise Unknown("head_dim 0")
     if groups is None:
         return
     if groups < 0:
