@@ -44,8 +44,7 @@ def load(build: Callable[[], Model], tensors: Iterable[Loaded]) -> Outcome:
         model = build()
         table = Table(model) if model.rows.walks == "parameters" else None
         for loaded in tensors:
-            if loaded.dtype in _UNREAD:
-                raise Unknown(f"tensors of the dtype {loaded.dtype}")
+            _check_dtype(loaded)
             sizes[loaded.name] = loaded.numel
             if loaded.name in model.aliases:
                 copies.used[loaded.name] += loaded.numel  # vLLM fills the place from the other name
@@ -70,3 +69,8 @@ def _unset(model: Model) -> tuple[tuple[str, int], ...]:
     parameters = {id(each): each for each in model.parameters()}.values()
     rows = ((each.name, each.missing) for each in parameters if not each.optional)
     return tuple((name, missing) for name, missing in rows if missing)
+
+
+def _check_dtype(loaded: Loaded) -> None:
+    if loaded.dtype in _UNREAD:
+        raise Unknown(f"tensors of the dtype {loaded.dtype}")
