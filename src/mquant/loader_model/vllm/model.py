@@ -89,9 +89,6 @@ def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
     for key in rows.required:
         if key not in settings.values:
             raise LoadRefused("config.json", f"has no {key}")
-    acts = rows.activations
-    if acts and settings.values.get("hidden_act") not in acts:
-        raise LoadRefused("config.json", f"says hidden_act {settings.values.get('hidden_act')!r}")
     if method:
         method.fused = {
             name: parts
@@ -102,7 +99,10 @@ def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
         method.renames = rows.renames if rows.walks == "modules" else None
         method.asked = frozenset(_asked(rows, settings))
     layers, modules = [], Modules()
+    act = settings.values.get("hidden_act")
     for row, number in _every(rows, settings):
+        if row.kind == "merged" and rows.activations and act not in rows.activations:
+            raise LoadRefused("config.json", f"says hidden_act {act!r}")
         layer = _layer(row, number, settings, method)
         layers.append(layer)
         modules.add(layer)
