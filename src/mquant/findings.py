@@ -60,8 +60,9 @@ class Rule:
     must hold, `why` says why a loader or a person cares, `fix` is the fix of a finding without a
     fix of its own. `as_source`, `as_fact` and `if_tolerated` are the severities in those contexts,
     if they differ from `severity`. `if_loads` belongs to a rule that says why vLLM does not load a
-    checkpoint: the severity if vLLM loads the checkpoint all the same. `knowing` lists what must be known of a checkpoint to judge the
-    rule: its model `family`, what vLLM's `loader` does, the `layout` of its quantized modules, the `digests` of its files or of its shards.
+    checkpoint: the severity if vLLM loads the checkpoint all the same. `knowing` lists what must be
+    known of a checkpoint to judge the rule: its model `family`, what vLLM's `loader` does, the
+    `layout` of its quantized modules, the `digests` of its files or of its shards.
     """
 
     id: str

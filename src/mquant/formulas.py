@@ -2,8 +2,8 @@
 
 A size is a sum of products and quotients: `num_attention_heads * head_dim`, `kv_lora_rank +
 qk_rope_head_dim`. A condition selects layers, in clauses joined by `and`: `KEY`, `not KEY`, `layer
-< SIZE`, `layer >= SIZE`, `layer in KEY`, `layer not in KEY`, `KEY divides layer`, `KEY divides layer
-+ 1`, `KEY is VALUE`, where SIZE is one key or number.
+< SIZE`, `layer >= SIZE`, `layer in KEY`, `layer not in KEY`, `KEY divides layer`, `KEY divides
+layer + 1`, `KEY is VALUE`, where SIZE is one key or number.
 """
 
 import re

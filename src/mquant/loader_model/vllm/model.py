@@ -36,8 +36,8 @@ class Method(Protocol):
     """A quantization method under one quantization config, as vLLM parses it.
 
     Every function is asked in the order in which vLLM builds the layers. Each returns the
-    parameters of the layer, or None for a plain layer. Each raises LoadRefused where vLLM stops, and
-    Unknown where it is not known what vLLM does.
+    parameters of the layer, or None for a plain layer. Each raises LoadRefused where vLLM stops,
+    and Unknown where it is not known what vLLM does.
     """
 
     fused: Mapping[str, tuple[str, ...]]
