@@ -91,8 +91,10 @@ class Rule:
     def severities(self) -> set[Severity]:
         """All severities that a finding of the rule may have."""
         contexts: tuple[Context, ...] = ("judged", "source", "fact", "tolerated")
-        loaded = {self.if_loads} - {None, "nothing"}
-        return {self.severity_in(context) for context in contexts} | loaded
+        severities = {self.severity_in(context) for context in contexts}
+        if self.if_loads is not None and self.if_loads != "nothing":
+            severities.add(self.if_loads)
+        return severities
 
     def finding(
         self, where: str, message: str, fix: str = "", context: Context = "judged"

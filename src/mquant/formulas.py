@@ -98,7 +98,7 @@ def _clause(text: str, layer: int | None, config: Mapping[str, Any], lookup: Loo
         return True
     if match["divisor"]:
         divisor = lookup(match["divisor"])
-        return bool(divisor) and (layer + bool(match["next"])) % divisor == 0
+        return divisor is not None and divisor > 0 and (layer + bool(match["next"])) % divisor == 0
     if operator in ("in", "not in"):
         listed = config.get(right)
         listed = listed if isinstance(listed, list) and len(listed) <= MOST_LAYERS else []
