@@ -19,8 +19,8 @@ from pydantic import ValidationInfo as Info
 
 from mquant.data_files import folder, read_yaml
 from mquant.errors import DataFileError
-from mquant.formulas import check_condition, check_size, condition_keys, evaluate, holds, size_keys
-from mquant.loader_rows import VllmRows
+from mquant.formulas import condition_keys, evaluate, holds, size_keys
+from mquant.loader_rows import Condition, Size, VllmRows
 
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")
 _EVERY_LAYER = "layer"
@@ -74,8 +74,6 @@ def _in_order(defaults: Mapping[str, str]) -> Mapping[str, str]:
     return defaults
 
 
-Size = Annotated[str, Field(max_length=200), AfterValidator(check_size)]
-Condition = Annotated[str, AfterValidator(check_condition)]
 Key = Annotated[str, Field(min_length=1)]
 RowName = Annotated[str, Field(max_length=200, pattern=_ROW_NAME)]
 

@@ -151,9 +151,7 @@ def verify(
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, source, view.checkpoint.shards) if ask_vllm else None
         compared = check_digests(source, emit, data=depth is not Depth.STRUCTURE)
-        structure = [*check_structure(view), *_ignore(view)]
-        all_findings = [*with_outcome(structure, view.outcome), *check_after_loading(view)]
-        all_findings += compared.findings
+        all_findings = [*_structure(view), *compared.findings]
         checked, wrong = ["structure"], _stored_in(compared.shards, view)
         if depth is not Depth.STRUCTURE:
             numbers = check_numbers(view, emit)
@@ -215,6 +213,11 @@ def _with_parent(findings: list[Finding], against: tuple[Finding, ...]) -> list[
         guesses = {GLOBAL_SCALE_INVERTED.id, GLOBAL_SCALES_RECIPROCAL.id}
         findings = [finding for finding in findings if finding.rule not in guesses]
     return [*findings, *against]
+
+
+def _structure(view: ModuleView) -> list[Finding]:
+    findings = with_outcome([*check_structure(view), *_ignore(view)], view.outcome)
+    return [*findings, *check_after_loading(view)]
 
 
 def _ignore(view: ModuleView) -> list[Finding]:
