@@ -128,6 +128,7 @@ def test_an_expression_that_nobody_can_read_is_refused_where_vllm_reaches_it() -
 
     assert "expression" in refusal(nvfp4(ignore=["re:("]))
     assert "expression" in refusal(config(reached))
+    assert "expression" in refusal(config(group(INT4, "pack-quantized", "re:(", "re:.*")))
     assert below(O_PROJ, config(unreached, ignore=["model.embed", "lm_head"])) == below(
         O_PROJ, packed(INT4)
     )
