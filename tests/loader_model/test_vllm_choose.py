@@ -56,7 +56,7 @@ def test_compression_config_counts_last() -> None:
     assert method(old, FILE) == "modelopt_fp4"
 
 
-def test_vllm_passes_over_a_config_inside_text_config() -> None:
+def test_a_config_inside_text_config_is_no_config_of_the_model() -> None:
     assert choose({"text_config": quantized(quant_method="fp8")}) is None
 
 
@@ -92,6 +92,12 @@ def test_vllm_takes_few_algorithms_from_modelopts_file(algo: str) -> None:
 
 def test_a_file_that_does_not_name_modelopt_and_no_method_is_unquantized() -> None:
     assert choose({}, {"quantization": FILE["quantization"]}) is None
+
+
+def test_the_producer_counts_for_nothing_in_compression_config() -> None:
+    table = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "W4A16_NVFP4"}}
+
+    assert method({"compression_config": {**table, "quant_method": "modelopt"}}) == "modelopt_fp4"
 
 
 # --- the method
@@ -141,6 +147,11 @@ def test_a_deprecated_method_is_refused() -> None:
 def test_the_other_methods_of_vllm_are_not_judged(name: str) -> None:
     with pytest.raises(Unknown, match="quantization method"):
         choose(quantized(quant_method=name))
+
+
+def test_rules_of_gptq_that_are_no_table_stop_any_method() -> None:
+    with pytest.raises(LoadRefused, match="dynamic"):
+        choose(quantized(quant_method="fp8", dynamic=["-:lm_head"]))
 
 
 def test_mxfp8_takes_no_float16() -> None:

@@ -324,6 +324,14 @@ def test_experts_have_the_algorithm_of_an_entry_below_or_beside_them(name: str) 
     assert facts(made)["w13_weight"] == ("U8", (4, 256, 128))
 
 
+def test_experts_in_blocks_of_fp8_are_those_of_the_method_fp8() -> None:
+    layers = {EXPERTS: {"quant_algo": "FP8_PB_WO", "group_size": 64}}
+
+    assert facts(mixed(layers).experts(experts()))["w2_weight_scale_inv"] == ("F32", (4, 4, 2))
+    with pytest.raises(LoadRefused, match="no one group_size"):
+        mixed({**layers, DOWN: {"quant_algo": "FP8_BLOCK_SCALES"}})
+
+
 def test_a_mixed_config_takes_the_group_size_of_its_first_nvfp4_layer() -> None:
     made = mixed({"a": {"quant_algo": "NVFP4", "group_size": 32}, DOWN: {"quant_algo": "NVFP4"}})
 
@@ -346,5 +354,3 @@ def test_what_is_not_modelled_is_not_judged() -> None:
 
     with pytest.raises(Unknown, match="Q8_0"):
         mixed({DOWN: q8}).linear(row())
-    with pytest.raises(Unknown, match="FP8_PB_WO"):
-        mixed({EXPERTS: {"quant_algo": "FP8_PB_WO"}}).experts(experts())

@@ -33,13 +33,14 @@ def _model(rows: VllmRows, checkpoint: Checkpoint) -> Model:
     return build(rows, settings, method)
 
 
-def _of_modelopt(checkpoint: Checkpoint) -> dict[str, Any] | None:
+def _of_modelopt(checkpoint: Checkpoint) -> Any:
+    """Return the content of ModelOpt's file; no table if vLLM cannot read the file."""
     if MODELOPT_FILE not in checkpoint.source.files:
         return None
     try:
         return read_json(checkpoint.source, MODELOPT_FILE)
     except SourceError:
-        return {}
+        return ()
 
 
 def _in_order(checkpoint: Checkpoint) -> Iterator[Loaded]:

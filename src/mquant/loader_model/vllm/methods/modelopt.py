@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from mquant.loader_model.vllm.experts import Experts
 from mquant.loader_model.vllm.layers import Attention, Embedding, Linear
+from mquant.loader_model.vllm.methods.fp8 import Fp8
 from mquant.loader_model.vllm.methods.modelopt_args import (
     BLOCK_CODECS,
     BLOCK_FP8,
@@ -17,7 +18,7 @@ from mquant.loader_model.vllm.methods.modelopt_args import (
     Names,
     read,
 )
-from mquant.loader_model.vllm.tensors import Kind, LoadRefused, Parameter, Unknown
+from mquant.loader_model.vllm.tensors import MODEL_DTYPE, Kind, LoadRefused, Parameter, Unknown
 
 _BLOCK: Final = 128
 _MX_BLOCK: Final = 32
@@ -80,7 +81,8 @@ class ModelOpt:
         algo = self._algo(layer.prefix)
         if self._arguments.mixed:
             if algo in BLOCK_FP8:
-                raise Unknown(f"experts in {algo} in MIXED_PRECISION ({layer.prefix})")
+                block = [self._arguments.block] * 2
+                return Fp8(static=False, ignored=(), block=block).experts(layer)
             if algo not in ("FP8", "NVFP4", "W4A16_NVFP4", "MXFP8"):
                 return None
         if algo is None:
@@ -97,7 +99,7 @@ class ModelOpt:
             if not self._arguments.cache:
                 return ()
         names = ("q_scale", "k_scale", "v_scale", "prob_scale")
-        return [Parameter(name, "F32", (), optional=True) for name in names]
+        return [Parameter(name, MODEL_DTYPE, (), optional=True) for name in names]
 
 
 def parse(method_name: str, config: Mapping[str, Any]) -> ModelOpt:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import translate
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, Final
 
 from mquant.loader_model.vllm.tensors import LoadRefused, Unknown
@@ -52,12 +53,11 @@ class Names:
     @cached_property
     def _strings(self) -> frozenset[str]:
         """The entries before the first that is no string, where vLLM stops."""
-        kept: list[str] = []
-        for entry in self.entries:
-            if not isinstance(entry, str):
-                break
-            kept.append(entry)
-        return frozenset(kept)
+        return frozenset(takewhile(lambda entry: isinstance(entry, str), self.entries))
+
+    @cached_property
+    def _broken(self) -> bool:
+        return not all(isinstance(entry, str) for entry in self.entries)
 
     @cached_property
     def _globs(self) -> tuple[re.Pattern[str], ...]:
@@ -76,7 +76,7 @@ class Names:
         parts = (prefix[a:b] for a in range(size + 1) for b in range(a, size + 1))
         if any(part in self._strings for part in parts):
             return True
-        if len(self._strings) < len(set(map(repr, self.entries))):
+        if self._broken:
             raise LoadRefused(_WHERE, "excludes a module whose name is no string")
         return any(glob.match(prefix) for glob in self._globs)
 
@@ -101,7 +101,8 @@ class Arguments:
 
     `algo` is the algorithm of all layers, or MIXED_PRECISION, with an algorithm for each entry of
     `layers`. `group_size` is any value of JSON in a mixed config. `exclude` has names of layers
-    that are not quantized. `cache`: whether the KV cache has an algorithm.
+    that are not quantized. `cache`: whether the KV cache has an algorithm. `block`: the rows, and
+    the columns, that share a scale in a mixed config's experts in FP8.
     """
 
     algo: str
@@ -109,6 +110,7 @@ class Arguments:
     exclude: tuple[Any, ...]
     cache: bool
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    block: int = 128
 
     @property
     def mixed(self) -> bool:
@@ -215,7 +217,7 @@ def read(method: str, config: Mapping[str, Any]) -> Arguments:
     if len(names) > _MOST_NAMES or any(isinstance(n, str) and len(n) > _LONGEST for n in names):
         raise Unknown("a quantization config with so many, or so long, names of modules")
     group_size = 16 if group_size is None else group_size
-    return Arguments(algo, group_size, tuple(exclude), bool(cache), layers)
+    return Arguments(algo, group_size, tuple(exclude), bool(cache), layers, _block(layers))
 
 
 def _scheme(config: Mapping[str, Any]) -> str | None:
@@ -255,7 +257,6 @@ def _layers(layers: Any) -> Mapping[str, Mapping[str, Any]]:
     """Return `quantized_layers` after vLLM's checks."""
     if not layers or not isinstance(layers, Mapping):
         raise LoadRefused(_WHERE, "has no quantized_layers")
-    sizes = set()
     for name, info in layers.items():
         if not isinstance(info, Mapping) or not isinstance(info.get("quant_algo", ""), str):
             raise LoadRefused(_WHERE, f"has no quant_algo for {name}")
@@ -264,14 +265,16 @@ def _layers(layers: Any) -> Mapping[str, Mapping[str, Any]]:
             facts = (info.get("group_size"), info.get("block_payload_bytes"), info.get("packing"))
             if facts != (*block, "ggml"):
                 raise LoadRefused(_WHERE, f"has blocks of {algo} for {name} that vLLM cannot read")
-        if algo in BLOCK_FP8:
-            size = _integer(info.get("group_size", 128))
-            if size is None:
-                raise LoadRefused(_WHERE, f"has no group_size for {name}")
-            sizes.add(size)
-    if len(sizes) > 1:
-        raise LoadRefused(_WHERE, "has several group sizes for blocks of FP8")
     return layers
+
+
+def _block(layers: Mapping[str, Mapping[str, Any]]) -> int:
+    """Return the one group size of all layers in blocks of FP8."""
+    blocks = [info for info in layers.values() if info.get("quant_algo", "").upper() in BLOCK_FP8]
+    sizes = {_integer(info.get("group_size", 128)) for info in blocks}
+    if len(sizes) > 1 or None in sizes:
+        raise LoadRefused(_WHERE, "has no one group_size for blocks of FP8")
+    return next((size for size in sizes if size is not None), 128)
 
 
 def _mixed_group(layers: Mapping[str, Mapping[str, Any]]) -> Any:
