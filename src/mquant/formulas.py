@@ -2,8 +2,8 @@
 
 A size is a sum of products and quotients: `num_attention_heads * head_dim`, `kv_lora_rank +
 qk_rope_head_dim`. A condition selects layers, in clauses joined by `and`: `KEY`, `not KEY`, `layer
-< SIZE`, `layer >= SIZE`, `layer in KEY`, `layer not in KEY`, `KEY divides layer`, `KEY divides layer
-+ 1`, `KEY is VALUE`, where SIZE is one key or number.
+< SIZE`, `layer >= SIZE`, `layer in KEY`, `layer not in KEY`, `KEY divides layer`, `KEY divides
+layer + 1`, `KEY is VALUE`, where SIZE is one key or number.
 """
 
 import re
@@ -98,7 +98,7 @@ def _clause(text: str, layer: int | None, config: Mapping[str, Any], lookup: Loo
         return True
     if match["divisor"]:
         divisor = lookup(match["divisor"])
-        return bool(divisor) and (layer + bool(match["next"])) % divisor == 0
+        return divisor is not None and divisor > 0 and (layer + bool(match["next"])) % divisor == 0
     if operator in ("in", "not in"):
         listed = config.get(right)
         listed = listed if isinstance(listed, list) and len(listed) <= MOST_LAYERS else []

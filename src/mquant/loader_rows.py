@@ -122,7 +122,7 @@ class VllmRows(_Data):
     ties_head: bool = True
     """Whether vLLM honours tie_word_embeddings."""
     activations: tuple[str, ...] = ()
-    """The values of hidden_act that vLLM takes; empty if vLLM does not look."""
+    """The values of hidden_act that vLLM takes for merged layers; empty if vLLM does not look."""
     layers: tuple[LayerRow, ...]
 
     @model_validator(mode="after")

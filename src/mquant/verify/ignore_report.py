@@ -12,6 +12,7 @@ from mquant.loader_model.modules import ModuleView
 from mquant.loader_model.vllm_view import Judged, VllmView, vllm_view_of
 from mquant.plan.never_quantized import QUANTIZED
 from mquant.verify.ignore_checks import EXPERT_NAMES, IGNORE_RULES, findings_of
+from mquant.verify.loading import with_outcome
 from mquant.verify.not_judged import ASK_VLLM, not_judged, to_json, undecided, unknown
 
 _PLURAL: Final = {Role.ROUTER: "routers", Role.EMBEDDING: "embeddings", Role.HEAD: "heads"}
@@ -107,7 +108,9 @@ def check_ignore(view: ModuleView) -> IgnoreReport:
     vllm_view = vllm_view_of(view)
     quantized = [j for j in vllm_view.judged if j.role.refused_by_loaders and j.module.quantized]
     uncovered = _uncovered(vllm_view)
-    findings = findings_of(vllm_view, quantized, uncovered)
+    findings = with_outcome(
+        findings_of(vllm_view, quantized, uncovered), view.outcome, refusal_only=True
+    )
     kinds, clauses = _kinds(vllm_view), unknown(view)
     return IgnoreReport(
         verdict=_verdict(vllm_view, kinds, findings),

@@ -14,7 +14,6 @@ from mquant.events import Emit, silent
 from mquant.family import Family
 from mquant.findings import RULES, VERIFIED, Finding, Severity
 from mquant.loader_model.modules import ModuleView, read_modules
-from mquant.loader_model.vllm.predict import predict
 from mquant.output import as_table, known_table
 from mquant.text import plural
 from mquant.verify.after_loading import check_after_loading
@@ -152,9 +151,8 @@ def verify(
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, source, view.checkpoint.shards) if ask_vllm else None
         compared = check_digests(source, emit, data=depth is not Depth.STRUCTURE)
-        outcome = predict(view.checkpoint, view.family)
         structure = [*check_structure(view), *_ignore(view)]
-        all_findings = [*with_outcome(structure, outcome), *check_after_loading(view)]
+        all_findings = [*with_outcome(structure, view.outcome), *check_after_loading(view)]
         all_findings += compared.findings
         checked, wrong = ["structure"], _stored_in(compared.shards, view)
         if depth is not Depth.STRUCTURE:

@@ -19,8 +19,13 @@ from mquant.verify.loaders.ask_vllm import (
 )
 
 
-def with_outcome(findings: Iterable[Finding], outcome: Outcome) -> list[Finding]:
-    """Return the findings that hold, given what vLLM does, and what the findings do not explain."""
+def with_outcome(
+    findings: Iterable[Finding], outcome: Outcome, *, refusal_only: bool = False
+) -> list[Finding]:
+    """Return the findings that hold, given what vLLM does, and what the findings do not explain.
+
+    `refusal_only`: of what the findings do not explain, only that vLLM stops.
+    """
     findings = list(findings)
     if outcome.unknown:
         return findings
@@ -29,7 +34,9 @@ def with_outcome(findings: Iterable[Finding], outcome: Outcome) -> list[Finding]
     explained = any(
         each.severity == "error" and RULES[each.rule].if_loads is not None for each in findings
     )
-    return findings if explained else [*findings, *_of(outcome)]
+    if explained or (refusal_only and not outcome.refused):
+        return findings
+    return [*findings, *_of(outcome)]
 
 
 def _if_loaded(finding: Finding) -> Finding | None:

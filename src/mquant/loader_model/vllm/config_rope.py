@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from mquant.loader_model.vllm.config_types import is_integer, is_number, said
+from mquant.loader_model.vllm.config_types import is_number, said
 from mquant.loader_model.vllm.tensors import LoadRefused, Unknown
 from mquant.loader_rows import Settings, VllmRows
 
@@ -25,6 +25,8 @@ _FROM_LENGTH: Final = ("llama3", "yarn", "longrope")
 _UNSCALED_LENGTH: Final = ("su", *_FROM_LENGTH)
 _OTHERS: Final = frozenset({"rotary_emb_base", "rotary_pct", "rotary_emb_fraction"})
 _LEAST_ODD_HEAD: Final = 5
+_LONGEST: Final = 1 << 26
+"""The longest context of which vLLM's table surely fits into memory."""
 
 
 def check_rope(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -> float | int:
@@ -154,7 +156,7 @@ def _check_by_vllm(params: Mapping[str, Any], kind: Any, settings: Settings) -> 
         if not params["low_freq_factor"] or not params["high_freq_factor"]:
             raise LoadRefused(_FILE, "says a frequency factor of 0")
     elif kind in ("yarn", "deepseek"):
-        _check_yarn(params)
+        _check_yarn(params, deepseek=kind == "deepseek")
     elif kind == "linear":
         if not isinstance(params["factor"], float):
             raise LoadRefused(_FILE, f"says the factor {said(params['factor'])}, without a point")
@@ -162,13 +164,15 @@ def _check_by_vllm(params: Mapping[str, Any], kind: Any, settings: Settings) -> 
         if "alpha" in params or "max_trained_positions" in params:
             raise Unknown("rope_type dynamic with another key")
         _numbers(params, "factor")
-    elif kind in ("ntk", "proportional"):
-        raise Unknown(f"rope_type {kind}")
-    else:
+    elif kind == "ntk":
+        _numbers(params, "factor")
+        if params.get("mixed_b") is not None or params["factor"] < 0:
+            raise Unknown("rope_type ntk with a value that is not known")
+    elif kind != "proportional":
         raise LoadRefused(_FILE, f"says rope_type {said(kind)}, which vLLM does not know")
 
 
-def _check_yarn(params: Mapping[str, Any]) -> None:
+def _check_yarn(params: Mapping[str, Any], *, deepseek: bool) -> None:
     """Raise LoadRefused if YaRN's formulas cannot be computed, and Unknown of odd values."""
     for key in ("factor", "original_max_position_embeddings"):
         if key not in params:
@@ -178,13 +182,22 @@ def _check_yarn(params: Mapping[str, Any]) -> None:
     length = params["original_max_position_embeddings"]
     if base <= 0 or base == 1 or length <= 0:
         raise LoadRefused(_FILE, "has a rotary embedding without a logarithm")
-    usual = {"beta_fast": 32, "beta_slow": 1, "mscale": 1, "mscale_all_dim": 0}
-    if any(not is_number(params.get(key, value)) for key, value in usual.items()):
-        raise Unknown("YaRN with a value that is no number")
-    if any(params.get(key, value) <= 0 for key, value in list(usual.items())[:2]):
-        raise Unknown("YaRN with a beta of 0 or less")
-    if factor <= 0 or factor * length > 1 << 30 or not is_integer(length):
+    for key in ("beta_fast", "beta_slow"):
+        beta = params.get(key, 1)
+        if not is_number(beta) or beta <= 0:
+            raise LoadRefused(_FILE, f"says {key} {said(beta)}, not a positive number")
+    if factor < 0:
+        raise LoadRefused(_FILE, f"says the rotary factor {factor}")
+    if not factor or not factor * length <= _LONGEST:
         raise Unknown(f"YaRN from length {length} by factor {factor}")
+    for key in ("mscale", "mscale_all_dim", "attention_factor"):
+        value = params.get(key)
+        if value is None and (not deepseek or key not in params):
+            continue
+        if isinstance(value, str) or (not deepseek and not is_number(value)):
+            raise Unknown(f"YaRN with {key} {said(value)}")
+        if not is_number(value) and key != "attention_factor":
+            raise LoadRefused(_FILE, f"says {key} {said(value)}, not a number")
 
 
 def _numbers(params: Mapping[str, Any], *keys: str) -> None:

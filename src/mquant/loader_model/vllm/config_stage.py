@@ -119,11 +119,12 @@ def _check_general(config: Mapping[str, Any]) -> None:
     if not isinstance(auto_map, dict | list | str):
         raise LoadRefused(_FILE, f"says auto_map {said(auto_map)}")
     dtype = config.get("dtype")
-    for value in (config.get("torch_dtype"), dtype):
-        if isinstance(value, list):
-            raise LoadRefused(_FILE, f"says the dtype {said(value)}")
     dtype = config.get("torch_dtype") if dtype is None else dtype
-    if isinstance(dtype, str) and dtype not in _DTYPES:
+    if isinstance(dtype, str):
+        known = dtype in _DTYPES
+    else:  # transformers takes the text after the point of anything else
+        known = dtype is None or isinstance(dtype, dict | int) or "." in str(dtype)
+    if not known:
         raise LoadRefused(_FILE, f"says the dtype {said(dtype)}, which torch does not have")
     _check_labels(config)
     if config.get("output_attentions") and config.get("attn_implementation") not in (None, "eager"):
@@ -271,11 +272,13 @@ def _check_model(rows: VllmRows, settings: Settings) -> None:
 
 
 def _check_heads(rows: VllmRows, settings: Settings) -> None:
-    """Raise LoadRefused if the KV heads cannot be shared evenly, and Unknown of negative ones."""
+    """Raise LoadRefused if the KV heads cannot be shared evenly, and Unknown of odd numbers."""
     if not any(row.kind == "attention" for row in rows.layers):
         return
     heads = settings.number("num_attention_heads") or 0
     groups = settings.number("num_key_value_heads")
+    if settings.values.get("head_dim") == 0:
+        raise Unknown("head_dim 0")
     if groups is None:
         return
     if groups < 0:

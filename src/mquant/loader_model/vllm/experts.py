@@ -53,6 +53,7 @@ class Experts(Layer):
         self.add(*parameters)
 
     def add(self, *parameters: Parameter) -> None:
+        """Add parameters, which vLLM names after the module that holds all experts."""
         for parameter in parameters:
             self.parameters[parameter.name] = parameter
             parameter.name = f"{self.name}.routed_experts.{parameter.name}"
@@ -194,7 +195,7 @@ def _hidden_first(dim: int, target: View) -> tuple[int, int]:
 def _narrowed(target: View, loaded: Loaded, *dims: int) -> View:
     """Return the part of the target that a smaller tensor fills."""
     for dim in dims if loaded.shape else ():
-        if 0 <= dim < min(len(target.shape), len(loaded.shape)):
-            if target.shape[dim] > loaded.shape[dim]:
-                target = target.narrow(dim, 0, loaded.shape[dim])
+        inside = 0 <= dim < min(len(target.shape), len(loaded.shape))
+        if inside and target.shape[dim] > loaded.shape[dim]:
+            target = target.narrow(dim, 0, loaded.shape[dim])
     return target

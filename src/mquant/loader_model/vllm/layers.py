@@ -82,6 +82,7 @@ class Replicated(Linear):
     """vLLM's ReplicatedLinear: every shape must be the parameter's."""
 
     def load(self, copies: Copies, last: str, loaded: Loaded, shard: Shard) -> None:
+        """Copy a tensor as vLLM's layer does."""
         copies.same(self.parameters[last].whole(), loaded.scalar_as_vector())
 
 
@@ -89,6 +90,7 @@ class Column(Linear):
     """vLLM's ColumnParallelLinear."""
 
     def load(self, copies: Copies, last: str, loaded: Loaded, shard: Shard) -> None:
+        """Copy a tensor as vLLM's layer does."""
         parameter, loaded = self.parameters[last], loaded.scalar_as_vector()
         if parameter.output_dim is not None and parameter.kind is not Kind.ROW:
             dim = parameter.output_dim
@@ -100,6 +102,7 @@ class Row(Linear):
     """vLLM's RowParallelLinear."""
 
     def load(self, copies: Copies, last: str, loaded: Loaded, shard: Shard) -> None:
+        """Copy a tensor as vLLM's layer does."""
         parameter, loaded = self.parameters[last], loaded.scalar_as_vector()
         if parameter.input_dim is not None and parameter.kind in (Kind.MATRIX, Kind.ROW):
             dim = parameter.input_dim
@@ -114,6 +117,7 @@ class Merged(Linear):
     shards: tuple[Shard, ...] | None = None
 
     def load(self, copies: Copies, last: str, loaded: Loaded, shard: Shard) -> None:
+        """Copy a tensor as vLLM's layer does."""
         if last not in self.parameters:
             if last == "bias":
                 return  # vLLM passes over the biases of a layer without biases
@@ -200,6 +204,7 @@ class Embedding(Layer):
         self.add(*([plain] if parameters is None else parameters))
 
     def load(self, copies: Copies, last: str, loaded: Loaded, shard: Shard) -> None:
+        """Copy a tensor as vLLM's layer does."""
         parameter = self.parameters[last]
         target, dim = parameter.whole(), parameter.output_dim
         if dim is None:
@@ -234,6 +239,7 @@ class Attention(Layer):
     per_head: tuple[int, int] | None = None
 
     def load(self, copies: Copies, last: str, loaded: Loaded, shard: Shard) -> None:
+        """Copy a tensor as vLLM's layer does."""
         if self.per_head is None:
             super().load(copies, last, loaded, shard)
             return

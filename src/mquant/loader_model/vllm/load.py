@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from mquant.loader_model.vllm.model import Model
 from mquant.loader_model.vllm.names import place
 from mquant.loader_model.vllm.table import Table
 from mquant.loader_model.vllm.tensors import Copies, Loaded, LoadRefused, Shape, Unknown
+
+_UNREAD: Final = frozenset({"F8_E8M0", "F4", "F6_E2M3", "F6_E3M2"})
+"""The dtypes that safetensors' Python table lacks, so that the real loader was not asked."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ def load(build: Callable[[], Model], tensors: Iterable[Loaded]) -> Outcome:
         model = build()
         table = Table(model) if model.rows.walks == "parameters" else None
         for loaded in tensors:
+            _check_dtype(loaded)
             sizes[loaded.name] = loaded.numel
             if loaded.name in model.aliases:
                 copies.used[loaded.name] += loaded.numel  # vLLM fills the place from the other name
@@ -53,10 +58,25 @@ def load(build: Callable[[], Model], tensors: Iterable[Loaded]) -> Outcome:
     except Unknown as gap:
         return Outcome(unknown=str(gap))
     return Outcome(
-        dropped=tuple(name for name, size in sizes.items() if copies.used[name] < size),
+        dropped=_dropped(model, copies, sizes),
         unset=_unset(model),
         reshaped=tuple(copies.reshaped.values()),
         converted=tuple(copies.converted.values()),
+    )
+
+
+def _dropped(model: Model, copies: Copies, sizes: dict[str, int]) -> tuple[str, ...]:
+    """Return the tensors that were not, or not wholly, copied.
+
+    Left out is what vLLM passes over on purpose. A layer after the last belongs to multi-token
+    prediction only if it has `eh_proj`; else the model has lost the layer.
+    """
+    later = model.renaming["model"].drops
+    lost = tuple(f"model.{each}" for each in later if f"model.{each}eh_proj.weight" not in sizes)
+    return tuple(
+        name
+        for name, size in sizes.items()
+        if copies.used[name] < size or (lost and name.startswith(lost))
     )
 
 
@@ -64,3 +84,8 @@ def _unset(model: Model) -> tuple[tuple[str, int], ...]:
     parameters = {id(each): each for each in model.parameters()}.values()
     rows = ((each.name, each.missing) for each in parameters if not each.optional)
     return tuple((name, missing) for name, missing in rows if missing)
+
+
+def _check_dtype(loaded: Loaded) -> None:
+    if loaded.dtype in _UNREAD:
+        raise Unknown(f"tensors of the dtype {loaded.dtype}")

@@ -1,6 +1,6 @@
 """vLLM's model of a checkpoint: the layers that an architecture builds under a config.json."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -36,8 +36,8 @@ class Method(Protocol):
     """A quantization method under one quantization config, as vLLM parses it.
 
     Every function is asked in the order in which vLLM builds the layers. Each returns the
-    parameters of the layer, or None for a plain layer. Each raises LoadRefused where vLLM stops, and
-    Unknown where it is not known what vLLM does.
+    parameters of the layer, or None for a plain layer. Each raises LoadRefused where vLLM stops,
+    and Unknown where it is not known what vLLM does.
     """
 
     fused: Mapping[str, tuple[str, ...]]
@@ -89,9 +89,6 @@ def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
     for key in rows.required:
         if key not in settings.values:
             raise LoadRefused("config.json", f"has no {key}")
-    acts = rows.activations
-    if acts and settings.values.get("hidden_act") not in acts:
-        raise LoadRefused("config.json", f"says hidden_act {settings.values.get('hidden_act')!r}")
     if method:
         method.fused = {
             name: parts
@@ -102,7 +99,10 @@ def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
         method.renames = rows.renames if rows.walks == "modules" else None
         method.asked = frozenset(_asked(rows, settings))
     layers, modules = [], Modules()
+    act = settings.values.get("hidden_act")
     for row, number in _every(rows, settings):
+        if row.kind == "merged" and rows.activations and act not in rows.activations:
+            raise LoadRefused("config.json", f"says hidden_act {act!r}")
         layer = _layer(row, number, settings, method)
         layers.append(layer)
         modules.add(layer)

@@ -196,10 +196,10 @@ class Copies:
             self.reshaped.setdefault(name, (name, source.shape, target.shape))
         self.used[name] += source.numel
         dtype = target.parameter.dtype
-        if source.dtype != dtype and not {source.dtype, dtype} <= _CONVERTIBLE:
-            # Experts' weight_shape goes into a parameter that nothing reads.
-            if not name.endswith(".weight_shape"):
-                self.converted.setdefault(name, (name, source.dtype, dtype))
+        loses = source.dtype != dtype and not {source.dtype, dtype} <= _CONVERTIBLE
+        # Experts' weight_shape goes into a parameter that nothing reads.
+        if loses and not name.endswith(".weight_shape"):
+            self.converted.setdefault(name, (name, source.dtype, dtype))
         rest = target.parameter.shape[target.hidden + len(target.shape) :]
         target.parameter.written(target.offset, (*target.shape, *rest))
 

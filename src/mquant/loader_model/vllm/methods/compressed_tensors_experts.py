@@ -19,6 +19,7 @@ from mquant.loader_model.vllm.methods.compressed_tensors_schemes import (
     is_int4_with,
     is_int8,
     is_mx,
+    is_mxfp4_with_fp8,
     is_nvfp4,
     is_weight_only,
 )
@@ -90,6 +91,8 @@ class _Pair:
 def expert_parameters(scheme: Scheme, layer: Experts) -> list[Parameter]:
     """Return the parameters of the experts. Raises LoadRefused if vLLM stops, and Unknown."""
     weights, inputs, pair = scheme.weights, scheme.inputs, _Pair(layer)
+    if is_mxfp4_with_fp8(scheme):
+        raise Unknown("MXFP4 experts with FP8 activations, whose sizes depend on the GPU")
     if is_mx(weights, 4):
         scales = pair.matrices("weight_scale", "U8", wide=32, how="group")
         return [*pair.matrices("weight_packed", "U8", wide=2), *scales]
@@ -113,8 +116,9 @@ def expert_parameters(scheme: Scheme, layer: Experts) -> list[Parameter]:
             raise LoadRefused(layer.name, "has INT8 weights without a scale per channel")
         scales = pair.matrices("weight_scale", "F32", wide=0, how="channel")
         return [*pair.matrices("weight", "I8"), *scales]
-    if is_int4_with(scheme, "float") or is_int4_with(scheme, "int"):
-        raise Unknown("experts with INT4 weights and activations of 8 bits")
+    if is_int4_with(scheme, "float"):
+        raise Unknown("experts with INT4 weights and FP8 activations")
+    # vLLM has INT4 experts with INT8 activations, but on CPUs only.
     raise LoadRefused(layer.name, "has a scheme of compressed-tensors that vLLM lacks for experts")
 
 

@@ -30,7 +30,7 @@ _FP8_STRATEGIES: Final = ("tensor", "channel", "block")
 
 
 class Mismatch(LoadRefused):
-    """vLLM raises ValueError, which the head takes for no scheme."""
+    """vLLM raises ValueError while it chooses a scheme, which the head takes for no scheme."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,20 @@ def is_mx(args: QuantizationArgs, bits: int) -> bool:
         and args.strategy == "group"
         and args.symmetric
         and (bits == 4 or args.scale_dtype == "uint8")
+    )
+
+
+def is_mxfp4_with_fp8(scheme: Scheme) -> bool:
+    """Return whether weights are MXFP4 and activations dynamic FP8."""
+    inputs = scheme.inputs
+    return (
+        inputs is not None
+        and is_mx(scheme.weights, 4)
+        and not scheme.weights.dynamic
+        and (inputs.type, inputs.num_bits) == ("float", 8)
+        and bool(inputs.dynamic)
+        and inputs.strategy in ("token", "group")
+        and inputs.symmetric
     )
 
 
@@ -217,7 +231,7 @@ def _fp8(
         if not weight_only and (static or len(args.block_structure or ()) > 2):
             raise LoadRefused(layer.name, "has FP8 blocks and activations that vLLM does not take")
         if any(size % high for size in layer.outputs[:-1]):
-            raise Mismatch(layer.name, f"is fused of matrices that {high} does not divide")
+            raise LoadRefused(layer.name, f"is fused of matrices that {high} does not divide")
         scale = _matrix("weight_scale", "F32", -(-rows // high), -(-columns // wide))
         scale.block = high
         made.append(scale)
@@ -293,7 +307,7 @@ def _groups(args: QuantizationArgs, layer: Linear | Embedding) -> int:
     if not size:
         raise LoadRefused(layer.name, "has groups of 0 weights")
     if layer.inputs % size:
-        raise Mismatch(
+        raise LoadRefused(
             layer.name, f"has {layer.inputs} columns, which groups of {size} do not fill"
         )
     return layer.inputs // size
