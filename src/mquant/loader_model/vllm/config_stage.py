@@ -46,6 +46,25 @@ _KINDS_OF_LAYER: Final = {
     "sliding_attention": "sliding_attention",
 }
 """The types of layer of which it is known what vLLM builds, under transformers' newest name."""
+_OTHER_KINDS: Final = frozenset(
+    {
+        "chunked_attention",
+        "window_attention",
+        "indexed_attention",
+        "deepseek_sparse_attention",
+        "qwen_sparse_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+        "minimax_m3_sparse",
+        "conv",
+        "moe",
+        "hybrid",
+        "hybrid_sliding",
+        "linear_attention",
+        "mamba",
+    }
+)
+"""The other types of layer that transformers takes."""
 _DTYPES: Final = frozenset(
     {
         "float16",
@@ -181,11 +200,11 @@ def _check_layer_types(config: Mapping[str, Any], rows: VllmRows, settings: Sett
         raise LoadRefused(_FILE, f"has {len(listed)} layer_types, and another number of layers")
     else:
         kinds = set()
-        for kind in listed:
-            if not isinstance(kind, str) or "attention" not in kind:
-                raise LoadRefused(_FILE, f"has a layer of type {said(kind)}")
+        for kind in map(str, listed):
+            if kind in _OTHER_KINDS:
+                raise Unknown(f"a layer of type {kind}")
             if kind not in _KINDS_OF_LAYER:
-                raise Unknown(f"a layer of type {said(kind)}")
+                raise LoadRefused(_FILE, f"has a layer of type {said(kind)}")
             kinds.add(_KINDS_OF_LAYER[kind])
     if "sliding_attention" in kinds and rows.window and rows.window not in config:
         raise LoadRefused(_FILE, f"has sliding attention without {rows.window}")
