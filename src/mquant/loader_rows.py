@@ -93,6 +93,13 @@ class VllmRows(_Data):
     """Keys that transformers lets be null, and vLLM does not."""
     positive: tuple[str, ...] = ()
     """Keys of which it is not known what vLLM builds if they are 0."""
+    needs_experts: bool = False
+    """Whether vLLM refuses a model in which no layer has experts."""
+    window: str = ""
+    """The key that must be there if a layer has sliding attention."""
+    windowed_from: str = ""
+    """The key of the first layer with a sliding window; vLLM takes layers of one kind only, or this
+    number must be the number of layers."""
     unmodelled: tuple[str, ...] = ()
     """Keys with which vLLM builds something that is not told here."""
     settings: Mapping[str, Any] = Field(default_factory=dict)

@@ -40,8 +40,31 @@ _TOP_K: Final = (
     "moe_topk",
     "moe_top_k",
 )
-_KINDS_OF_LAYER: Final = frozenset({"full_attention", "attention"})
-"""The types of layer of which it is known what vLLM builds."""
+_KINDS_OF_LAYER: Final = {
+    "full_attention": "full_attention",
+    "attention": "full_attention",
+    "sliding_attention": "sliding_attention",
+}
+"""The types of layer of which it is known what vLLM builds, under transformers' newest name."""
+_OTHER_KINDS: Final = frozenset(
+    {
+        "chunked_attention",
+        "window_attention",
+        "indexed_attention",
+        "deepseek_sparse_attention",
+        "qwen_sparse_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+        "minimax_m3_sparse",
+        "conv",
+        "moe",
+        "hybrid",
+        "hybrid_sliding",
+        "linear_attention",
+        "mamba",
+    }
+)
+"""The other types of layer that transformers takes."""
 _DTYPES: Final = frozenset(
     {
         "float16",
@@ -105,7 +128,7 @@ def check(config: Mapping[str, Any], rows: VllmRows | None) -> None:
     check_types(config, rows)
     settings = Settings(rows, config)
     _check_general(config)
-    _check_layer_types(config, settings)
+    _check_layer_types(config, rows, settings)
     stretch = check_rope(config, rows, settings)
     _check_architectures(config, rows)
     _check_counts(config, rows, settings)
@@ -166,20 +189,40 @@ def _check_labels(config: Mapping[str, Any]) -> None:
         raise LoadRefused(_FILE, "says single_label_classification of one label")
 
 
-def _check_layer_types(config: Mapping[str, Any], settings: Settings) -> None:
+def _check_layer_types(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -> None:
     """Check `layer_types`, which transformers reads in every family."""
     listed = config.get("layer_types")
     if listed is None:
-        return
-    if not isinstance(listed, list | dict | str):
+        kinds = _windows(rows, settings)
+    elif not isinstance(listed, list | dict | str):
         raise LoadRefused(_FILE, f"says layer_types {said(listed)}, not a list")
-    if len(listed) != settings.number("num_hidden_layers"):
+    elif len(listed) != settings.number("num_hidden_layers"):
         raise LoadRefused(_FILE, f"has {len(listed)} layer_types, and another number of layers")
-    for kind in listed:
-        if not isinstance(kind, str) or "attention" not in kind:
-            raise LoadRefused(_FILE, f"has a layer of type {said(kind)}")
-        if kind not in _KINDS_OF_LAYER:
-            raise Unknown(f"a layer of type {said(kind)}")
+    else:
+        kinds = set()
+        for kind in map(str, listed):
+            if kind in _OTHER_KINDS:
+                raise Unknown(f"a layer of type {kind}")
+            if kind not in _KINDS_OF_LAYER:
+                raise LoadRefused(_FILE, f"has a layer of type {said(kind)}")
+            kinds.add(_KINDS_OF_LAYER[kind])
+    if "sliding_attention" in kinds and rows.window and rows.window not in config:
+        raise LoadRefused(_FILE, f"has sliding attention without {rows.window}")
+    count = settings.number("num_hidden_layers")
+    if rows.windowed_from and len(kinds) > 1 and settings.number(rows.windowed_from) != count:
+        raise LoadRefused(_FILE, "has a sliding window for some layers only")
+
+
+def _windows(rows: VllmRows, settings: Settings) -> set[str]:
+    """Return the types of layer that transformers derives from the sliding window."""
+    values, first = settings.values, settings.number(rows.windowed_from)
+    count = settings.number("num_hidden_layers")
+    if first is None or count is None:
+        return set()
+    if not values.get("use_sliding_window") or values.get("sliding_window") is None:
+        return {"full_attention"}
+    full = {"full_attention"} if first > 0 else set()
+    return full | ({"sliding_attention"} if first < count else set())
 
 
 def _check_architectures(config: Mapping[str, Any], rows: VllmRows) -> None:
@@ -209,8 +252,6 @@ def _check_counts(config: Mapping[str, Any], rows: VllmRows, settings: Settings)
         top = max(top, default=0)
     whole("top-k", top or 0)
     window = config.get("sliding_window")
-    if config.get("use_sliding_window") and window is not None:
-        raise Unknown("a sliding window")
     if window is not None and "use_sliding_window" not in _typed(rows):
         whole("sliding_window", window)
     if any(row.kind == "experts" for row in rows.layers) and count <= 0:

@@ -106,6 +106,8 @@ def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
         layer = _layer(row, number, settings, method)
         layers.append(layer)
         modules.add(layer)
+    if rows.needs_experts and not any(isinstance(layer, Experts) for layer in layers):
+        raise LoadRefused("config.json", "says that no layer has experts")
     aliases = _tied(rows, settings, layers)
     return Model(tuple(layers), modules, _renaming(rows, settings, method), aliases, rows, settings)
 
