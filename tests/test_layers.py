@@ -23,7 +23,6 @@ LAYERS = (
     {"loader_model"},
     {"recipe"},
     {"family"},
-    {"loader_rows"},
     {"checkpoint", "schemes", "data_files", "formulas", "name_patterns"},
     {"dtypes", "events", "untrusted", "text", "compiled"},
     {"errors"},

@@ -19,8 +19,8 @@ from pydantic import ValidationInfo as Info
 
 from mquant.data_files import folder, read_yaml
 from mquant.errors import DataFileError
-from mquant.formulas import condition_keys, evaluate, holds, size_keys
-from mquant.loader_rows import Condition, Size, VllmRows
+from mquant.formulas import check_condition, check_size, condition_keys, evaluate, holds, size_keys
+from mquant.loader_rows import VllmRows
 
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")
 _EVERY_LAYER = "layer"
@@ -74,6 +74,8 @@ def _in_order(defaults: Mapping[str, str]) -> Mapping[str, str]:
     return defaults
 
 
+Size = Annotated[str, Field(max_length=200), AfterValidator(check_size)]
+Condition = Annotated[str, AfterValidator(check_condition)]
 Key = Annotated[str, Field(min_length=1)]
 RowName = Annotated[str, Field(max_length=200, pattern=_ROW_NAME)]
 
@@ -249,9 +251,8 @@ class Family(_Data):
     def fused_sets(self) -> Mapping[str, tuple[TensorRow, ...]]:
         """Fused set -> its member rows, in the family's order."""
         sets: dict[str, tuple[TensorRow, ...]] = {}
-        for row in self.tensors:
-            if row.fused:
-                sets[row.fused] = (*sets.get(row.fused, ()), row)
+        for row in (row for row in self.tensors if row.fused):
+            sets[row.fused] = (*sets.get(row.fused, ()), row)
         return sets
 
     @cached_property
@@ -277,8 +278,7 @@ class Family(_Data):
             if self.has_block(row.block, None, config) is not False
         }
         keys = {key for size in sizes for key in size_keys(size)}
-        for condition in self.blocks.values():
-            keys |= condition_keys(condition)
+        keys = keys.union(*map(condition_keys, self.blocks.values()))
         for key in list(self.defaults)[::-1]:  # a default refers to earlier ones only
             if key in keys and config.get(key) is None:
                 keys = (keys - {key}) | size_keys(self.defaults[key])

@@ -121,7 +121,7 @@ def in_context(finding: Finding, context: Context) -> Finding:
 
 
 def if_loaded(finding: Finding) -> Finding | None:
-    """Return a finding about a checkpoint that vLLM loads; None if the finding says it does not."""
+    """Return what a finding says of a checkpoint that vLLM loads; None if it says nothing then."""
     severity = RULES[finding.rule].if_loads
     if severity is None or finding.severity != "error":
         return finding

@@ -93,6 +93,13 @@ class VllmRows(_Data):
     """Keys that transformers lets be null, and vLLM does not."""
     positive: tuple[str, ...] = ()
     """Keys of which it is not known what vLLM builds if they are 0."""
+    needs_experts: bool = False
+    """Whether vLLM refuses a model in which no layer has experts."""
+    window: str = ""
+    """The key that must be there if a layer has sliding attention."""
+    windowed_from: str = ""
+    """The key of the first layer with a sliding window; vLLM takes layers of one kind only, or this
+    number must be the number of layers."""
     unmodelled: tuple[str, ...] = ()
     """Keys with which vLLM builds something that is not told here."""
     settings: Mapping[str, Any] = Field(default_factory=dict)
@@ -150,14 +157,18 @@ class Settings:
     `config` is config.json itself.
     """
 
-    def __init__(self, rows: VllmRows, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, rows: VllmRows, config: Mapping[str, Any], read_as: VllmRows | None = None
+    ) -> None:
+        """`rows` are what vLLM builds; `read_as` is the family whose config class is read."""
+        self.read_as = read_as or rows
         self.config, self.values = config, {**config}
-        typed = {key for keys in rows.types.values() for key in keys}
-        for alias, key in rows.aliases.items():
+        typed = {key for keys in self.read_as.types.values() for key in keys}
+        for alias, key in self.read_as.aliases.items():
             present = [name for name in (alias, key) if name in config]
             if present:
                 self.values[key] = config[min(present, key=typed.__contains__)]
-        for key, default in rows.settings.items():
+        for key, default in self.read_as.settings.items():
             formula = isinstance(default, str) and " " in default
             if key not in self.values or (formula and self.values[key] is None):
                 self.values[key] = (

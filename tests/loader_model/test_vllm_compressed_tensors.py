@@ -91,7 +91,8 @@ def test_blocks_must_divide_every_fused_matrix_but_the_last() -> None:
     high = FP8 | {"strategy": "block", "block_structure": [128, 64]}
 
     assert QKV in refusal(fp8(high, PER_TOKEN, "re:.*proj"))
-    assert below(O_PROJ, fp8(high, PER_TOKEN, "re:.*o_proj"))["weight_scale"] == ("F32", (1, 2))
+    ragged = FP8 | {"strategy": "block", "block_structure": [96, 64]}
+    assert below(O_PROJ, fp8(ragged, PER_TOKEN, "re:.*o_proj"))["weight_scale"] == ("F32", (2, 2))
 
 
 def test_blocks_take_no_static_activations() -> None:
@@ -178,6 +179,13 @@ def test_a_head_is_quantized_where_a_target_names_it_and_not_by_linear() -> None
 
     assert below("lm_head", nvfp4())["weight"] == ("BF16", (64, 128))
     assert below("lm_head", named)["weight_packed"] == ("U8", (64, 64))
+
+
+def test_a_head_of_bits_that_no_linear_layer_takes_is_packed_as_embeddings_are() -> None:
+    wide = INT4 | {"num_bits": 16}
+
+    assert below("lm_head", packed(wide, "lm_head"))["weight_packed"] == ("I32", (64, 64))
+    assert "16 bits" in refusal(packed(wide, "re:.*o_proj"))
 
 
 def test_a_name_wins_over_a_class_whatever_the_order() -> None:

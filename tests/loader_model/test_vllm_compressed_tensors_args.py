@@ -122,11 +122,16 @@ def test_per_head_query_scales_are_reduced_to_kv_heads() -> None:
     assert outcome(heads, query, key).dropped == (query.name,)
 
 
-def test_an_expression_that_python_and_vllm_cannot_read_is_refused_where_it_is_reached() -> None:
-    bad = group(NVFP4, "nvfp4-pack-quantized", "re:.*o_proj", "re:(")
+def test_an_expression_that_nobody_can_read_is_refused_where_vllm_reaches_it() -> None:
+    reached = group(INT4, "pack-quantized", "re:.*o_proj", "re:(")
+    unreached = group(INT4, "pack-quantized", "re:.*layers", "re:(")
 
     assert "expression" in refusal(nvfp4(ignore=["re:("]))
-    assert "expression" in refusal(config(bad))
+    assert "expression" in refusal(config(reached))
+    assert "expression" in refusal(config(group(INT4, "pack-quantized", "re:(", "re:.*")))
+    assert below(O_PROJ, config(unreached, ignore=["model.embed", "lm_head"])) == below(
+        O_PROJ, packed(INT4)
+    )
 
 
 def test_an_expression_that_only_vllm_reads_is_not_judged() -> None:

@@ -181,7 +181,10 @@ def outcome(**changes: Any) -> Outcome:
 
 @pytest.mark.parametrize("named", [DROP, None, [], ["Qwen3Model"]])
 def test_vllm_drops_the_head_of_a_model_without_architecture(named: object) -> None:
-    assert outcome(architectures=named).dropped == ("lm_head.weight",)
+    bare = outcome(architectures=named)
+
+    assert bare.dropped == ("lm_head.weight",)
+    assert "lm_head.weight" not in dict(bare.unset)
     assert not outcome().dropped
 
 
@@ -289,3 +292,53 @@ def test_sizes_are_not_negative(family: str) -> None:
 @pytest.mark.parametrize("key", ["index_topk", "vision_config", "head_dtype"])
 def test_keys_with_which_vllm_builds_more_are_not_judged(key: str) -> None:
     assert judge("deepseek_v3", **{key: 1}) == f"unknown: {key} of config.json"
+
+
+# --- sliding windows
+
+
+@each_family
+def test_layer_types_have_a_type_for_every_layer(family: str) -> None:
+    kinds = ["full_attention"] * int(config_of(family)["num_hidden_layers"])
+
+    assert judge(family, layer_types=kinds) == "taken"
+    assert judge(family, layer_types=[*kinds, "full_attention"]).startswith("refused")
+    assert judge(family, layer_types=["x" for _ in kinds]).startswith("refused")
+
+
+def test_qwen3_takes_a_sliding_window_for_all_layers_or_none() -> None:
+    layers = int(config_of("qwen3")["num_hidden_layers"])
+
+    for first, verdict in ((0, "taken"), (layers, "taken"), (1, "refused")):
+        changes = {"use_sliding_window": True, "sliding_window": DROP, "max_window_layers": first}
+        assert judge("qwen3", **changes).startswith(verdict), first
+    assert judge("qwen3", sliding_window=64, max_window_layers=1) == "taken"
+
+
+def test_llama_needs_the_window_of_layers_with_sliding_attention() -> None:
+    kinds = ["sliding_attention"] * int(config_of("llama")["num_hidden_layers"])
+
+    assert judge("llama", layer_types=kinds) == (
+        "refused: has sliding attention without sliding_window"
+    )
+    assert judge("llama", layer_types=kinds, sliding_window=64) == "taken"
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_some_families_need_a_layer_with_experts(family: str) -> None:
+    rows = FAMILIES[family].vllm
+    assert rows is not None
+    settings = Settings(rows, config_of(family, num_hidden_layers=0))
+
+    with pytest.raises(LoadRefused, match="no layer has experts"):
+        build(rows, settings, None)
+
+
+def test_a_shared_expert_is_built_where_its_size_is_told() -> None:
+    rows = FAMILIES["qwen3_moe"].vllm
+    assert rows is not None
+    config = config_of("qwen3_moe", shared_expert_intermediate_size=64)
+
+    names = {layer.name for layer in build(rows, Settings(rows, config), None).layers}
+    assert "model.layers.0.mlp.shared_expert.down_proj" in names
+    assert judge("qwen3_moe", shared_expert_intermediate_size=None).startswith("refused")

@@ -296,6 +296,18 @@ def test_a_mixed_config_has_scales_of_the_cache_if_the_cache_has_an_algorithm() 
     assert not list(mixed(layers, kv_cache_scheme=scheme).attention(latent, 8))
 
 
+@pytest.mark.parametrize(
+    "cache",
+    [{"kv_cache_scheme": {"num_bits": 4, "type": "float"}}, {"kv_cache_quant_algo": "NVFP4"}],
+)
+def test_latent_attention_keeps_no_cache_in_nvfp4(cache: dict[str, Any]) -> None:
+    made = method("NVFP4", **cache)
+
+    assert made.attention(Attention("a", "a", "Attention"), 8)
+    with pytest.raises(LoadRefused, match="latent attention"):
+        made.attention(Attention("a", "a", "MLAAttention"), 8)
+
+
 # --- MIXED_PRECISION
 
 

@@ -22,7 +22,9 @@ _REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
 """The keys that transformers wants for each type of scaling."""
 _FROM_LENGTH: Final = ("llama3", "yarn", "longrope")
 """The types that know the length before scaling, which is the model's length without the key."""
-_UNSCALED_LENGTH: Final = ("su", *_FROM_LENGTH)
+_DEEPSEEK: Final = ("deepseek_yarn", "deepseek_llama_scaling")
+_UNSCALED_LENGTH: Final = (*_FROM_LENGTH, *_DEEPSEEK)
+_UNMODELLED: Final = ("mrope", "bailing_mrope", "openpangu", "mllama4")
 _OTHERS: Final = frozenset({"rotary_emb_base", "rotary_pct", "rotary_emb_fraction"})
 _LEAST_ODD_HEAD: Final = 5
 _LONGEST: Final = 1 << 26
@@ -45,7 +47,7 @@ def check_rope(config: Mapping[str, Any], rows: VllmRows, settings: Settings) ->
             stretch = 1.0
         if not is_number(stretch):
             raise LoadRefused(_FILE, f"says the rotary factor {said(stretch)}, not a number")
-    if rows.rope.scaled == "deepseek" and kind != "default":
+    if kind in _DEEPSEEK or (rows.rope.scaled == "deepseek" and kind != "default"):
         kind = "deepseek"
     if settings.number("num_hidden_layers"):
         if rows.rope.rotates and "partial_rotary_factor" not in params:
@@ -77,7 +79,7 @@ def _parameters(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -
         raise LoadRefused(_FILE, f"says rope_type {said(kind)} and type {said(legacy)}")
     if kind == "mrope" and "mrope_section" not in params:
         raise LoadRefused(_FILE, "says rope_type mrope without mrope_section")
-    if kind == "mrope" or (rows.rope.scaled and not isinstance(kind, str)):
+    if kind in _UNMODELLED or (rows.rope.scaled and not isinstance(kind, str)):
         raise Unknown(f"rope_type {said(kind)}")
     if kind == "su":
         kind = params["rope_type"] = "longrope"

@@ -40,8 +40,31 @@ _TOP_K: Final = (
     "moe_topk",
     "moe_top_k",
 )
-_KINDS_OF_LAYER: Final = frozenset({"full_attention", "attention"})
-"""The types of layer of which it is known what vLLM builds."""
+_KINDS_OF_LAYER: Final = {
+    "full_attention": "full_attention",
+    "attention": "full_attention",
+    "sliding_attention": "sliding_attention",
+}
+"""The types of layer of which it is known what vLLM builds, under transformers' newest name."""
+_OTHER_KINDS: Final = frozenset(
+    {
+        "chunked_attention",
+        "window_attention",
+        "indexed_attention",
+        "deepseek_sparse_attention",
+        "qwen_sparse_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+        "minimax_m3_sparse",
+        "conv",
+        "moe",
+        "hybrid",
+        "hybrid_sliding",
+        "linear_attention",
+        "mamba",
+    }
+)
+"""The other types of layer that transformers takes."""
 _DTYPES: Final = frozenset(
     {
         "float16",
@@ -89,26 +112,20 @@ _UNMODELLED: Final = (
 """Keys with which vLLM does what is not told here."""
 
 
-def check(config: Mapping[str, Any], rows: VllmRows | None) -> None:
+def check(settings: Settings, rows: VllmRows) -> None:
     """Raise LoadRefused if vLLM stops at config.json, and Unknown if it is not known.
 
-    `rows` are those of the family whose model_type config.json has; None if there is none.
+    `rows` are those of the model that vLLM builds.
     """
-    if rows is None:
-        kind = config.get("model_type")
-        if not isinstance(kind, str):
-            raise LoadRefused(_FILE, f"says model_type {said(kind)}")
-        raise Unknown(f"model_type {said(kind)}")
-    for key in (*_UNMODELLED, *rows.unmodelled):
+    config, read_as = settings.config, settings.read_as
+    for key in (*_UNMODELLED, *rows.unmodelled, *read_as.unmodelled):
         if config.get(key) is not None:
             raise Unknown(f"{key} of config.json")
-    check_types(config, rows)
-    settings = Settings(rows, config)
+    check_types(config, read_as)
     _check_general(config)
-    _check_layer_types(config, settings)
-    stretch = check_rope(config, rows, settings)
-    _check_architectures(config, rows)
-    _check_counts(config, rows, settings)
+    _check_layer_types(config, read_as, settings)
+    stretch = check_rope(config, read_as, settings)
+    _check_counts(config, read_as, settings)
     _check_length(config, stretch)
     _check_model(rows, settings)
 
@@ -166,30 +183,40 @@ def _check_labels(config: Mapping[str, Any]) -> None:
         raise LoadRefused(_FILE, "says single_label_classification of one label")
 
 
-def _check_layer_types(config: Mapping[str, Any], settings: Settings) -> None:
+def _check_layer_types(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -> None:
     """Check `layer_types`, which transformers reads in every family."""
     listed = config.get("layer_types")
     if listed is None:
-        return
-    if not isinstance(listed, list | dict | str):
+        kinds = _windows(rows, settings)
+    elif not isinstance(listed, list | dict | str):
         raise LoadRefused(_FILE, f"says layer_types {said(listed)}, not a list")
-    if len(listed) != settings.number("num_hidden_layers"):
+    elif len(listed) != settings.number("num_hidden_layers"):
         raise LoadRefused(_FILE, f"has {len(listed)} layer_types, and another number of layers")
-    for kind in listed:
-        if not isinstance(kind, str) or "attention" not in kind:
-            raise LoadRefused(_FILE, f"has a layer of type {said(kind)}")
-        if kind not in _KINDS_OF_LAYER:
-            raise Unknown(f"a layer of type {said(kind)}")
+    else:
+        kinds = set()
+        for kind in map(str, listed):
+            if kind in _OTHER_KINDS:
+                raise Unknown(f"a layer of type {kind}")
+            if kind not in _KINDS_OF_LAYER:
+                raise LoadRefused(_FILE, f"has a layer of type {said(kind)}")
+            kinds.add(_KINDS_OF_LAYER[kind])
+    if "sliding_attention" in kinds and rows.window and rows.window not in config:
+        raise LoadRefused(_FILE, f"has sliding attention without {rows.window}")
+    count = settings.number("num_hidden_layers")
+    if rows.windowed_from and len(kinds) > 1 and settings.number(rows.windowed_from) != count:
+        raise LoadRefused(_FILE, "has a sliding window for some layers only")
 
 
-def _check_architectures(config: Mapping[str, Any], rows: VllmRows) -> None:
-    named = config.get("architectures")
-    if not named:
-        return  # vLLM takes the bare model of the model_type
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise LoadRefused(_FILE, f"says architectures {said(named)}, not a list of names")
-    if named[0] not in (*rows.architectures, rows.bare):
-        raise Unknown(f"architectures {said(named)}")
+def _windows(rows: VllmRows, settings: Settings) -> set[str]:
+    """Return the types of layer that transformers derives from the sliding window."""
+    values, first = settings.values, settings.number(rows.windowed_from)
+    count = settings.number("num_hidden_layers")
+    if first is None or count is None:
+        return set()
+    if not values.get("use_sliding_window") or values.get("sliding_window") is None:
+        return {"full_attention"}
+    full = {"full_attention"} if first > 0 else set()
+    return full | ({"sliding_attention"} if first < count else set())
 
 
 def _check_counts(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -> None:
@@ -209,8 +236,6 @@ def _check_counts(config: Mapping[str, Any], rows: VllmRows, settings: Settings)
         top = max(top, default=0)
     whole("top-k", top or 0)
     window = config.get("sliding_window")
-    if config.get("use_sliding_window") and window is not None:
-        raise Unknown("a sliding window")
     if window is not None and "use_sliding_window" not in _typed(rows):
         whole("sliding_window", window)
     if any(row.kind == "experts" for row in rows.layers) and count <= 0:

@@ -85,7 +85,7 @@ class Model:
 
 def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
     """Build vLLM's model. Raises LoadRefused if vLLM stops, at config.json too, and Unknown."""
-    check(settings.config, rows)
+    check(settings, rows)
     for key in rows.required:
         if key not in settings.values:
             raise LoadRefused("config.json", f"has no {key}")
@@ -106,6 +106,8 @@ def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
         layer = _layer(row, number, settings, method)
         layers.append(layer)
         modules.add(layer)
+    if rows.needs_experts and not any(isinstance(layer, Experts) for layer in layers):
+        raise LoadRefused("config.json", "says that no layer has experts")
     aliases = _tied(rows, settings, layers)
     return Model(tuple(layers), modules, _renaming(rows, settings, method), aliases, rows, settings)
 

@@ -64,9 +64,9 @@ class _Pair:
         ]
 
     def blocks(self, high: int, wide: int) -> list[Parameter]:
-        """Return the scales of blocks; a matrix's last blocks may be cut."""
+        """Return the scales of blocks, which divide gate; the last blocks may be cut elsewhere."""
         hidden, intermediate, count = self.layer.hidden, self.layer.intermediate, self.layer.count
-        first = (count, 2 * -(-intermediate // high), -(-hidden // wide))
+        first = (count, 2 * intermediate // high, -(-hidden // wide))
         second = (count, -(-hidden // high), -(-intermediate // wide))
         return [
             Parameter("w13_weight_scale", "F32", first, quant_method="block"),

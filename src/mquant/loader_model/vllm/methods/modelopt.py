@@ -92,8 +92,11 @@ class ModelOpt:
 
     def attention(self, layer: Attention, kv_heads: int) -> Iterable[Parameter]:
         """Return the scales of the KV cache, which no checkpoint must have."""
+        latent = layer.class_name == "MLAAttention"
+        if latent and self._arguments.cache_fp4:
+            raise LoadRefused(layer.name, "is latent attention, whose cache cannot be in NVFP4")
         if self._arguments.mixed:
-            if layer.class_name == "MLAAttention":
+            if latent:
                 self._algo(layer.prefix)
                 return ()
             if not self._arguments.cache:

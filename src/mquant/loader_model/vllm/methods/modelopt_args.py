@@ -38,6 +38,7 @@ _REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
     "modelopt_mxfp8": ("kv_cache_quant_algo", "exclude_modules"),
 }
 """The keys that `quantization` must have, by method."""
+_CACHE_KEYS: Final = ("kv_cache_scheme", "kv_cache_quant_algo")
 _MOST_NAMES: Final = 100_000
 _MOST_GLOBS: Final = 2_000
 _LONGEST: Final = 1_000
@@ -101,14 +102,16 @@ class Arguments:
 
     `algo` is the algorithm of all layers, or MIXED_PRECISION, with an algorithm for each entry of
     `layers`. `group_size` is any value of JSON in a mixed config. `exclude` has names of layers
-    that are not quantized. `cache`: whether the KV cache has an algorithm. `block`: the rows, and
-    the columns, that share a scale in a mixed config's experts in FP8.
+    that are not quantized. `cache`: whether the KV cache has an algorithm; `cache_fp4`: whether
+    vLLM keeps the cache in NVFP4. `block`: the rows, and the columns, that share a scale in a mixed
+    config's experts in FP8.
     """
 
     algo: str
     group_size: Any
     exclude: tuple[Any, ...]
     cache: bool
+    cache_fp4: bool
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     block: int = 128
 
@@ -176,6 +179,7 @@ class Arguments:
 def read(method: str, config: Mapping[str, Any]) -> Arguments:
     """Parse a config as vLLM's class of the method does. Raises LoadRefused if vLLM stops."""
     method = "modelopt_mxfp8" if method == "mxfp8" else method
+    cache_fp4 = _cache_in_fp4(config)
     if method == "modelopt_mxfp8" and "quantization" not in config and not config.get("quant_algo"):
         config = {
             "quantization": {
@@ -217,7 +221,8 @@ def read(method: str, config: Mapping[str, Any]) -> Arguments:
     if len(names) > _MOST_NAMES or any(isinstance(n, str) and len(n) > _LONGEST for n in names):
         raise Unknown("a quantization config with so many, or so long, names of modules")
     group_size = 16 if group_size is None else group_size
-    return Arguments(algo, group_size, tuple(exclude), bool(cache), layers, _block(layers))
+    block = _block(layers)
+    return Arguments(algo, group_size, tuple(exclude), bool(cache), cache_fp4, layers, block)
 
 
 def _scheme(config: Mapping[str, Any]) -> str | None:
@@ -227,6 +232,19 @@ def _scheme(config: Mapping[str, Any]) -> str | None:
         return None
     eight = scheme.get("type") == "float" and scheme.get("num_bits") == 8
     return "FP8" if eight else None
+
+
+def _cache_in_fp4(config: Mapping[str, Any]) -> bool:
+    """Return whether vLLM's engine keeps the KV cache in NVFP4: it reads every key itself."""
+    inner = config.get("quantization", config)
+    if not str(config.get("quant_method", "")).startswith("modelopt"):
+        return False
+    tables = [each for each in (inner, config) if isinstance(each, Mapping)]
+    values = [table.get(key) for key in _CACHE_KEYS for table in tables]
+    cache = next((value for value in values if value), None)
+    if isinstance(cache, Mapping):
+        return cache.get("num_bits") == 4 and cache.get("type") == "float"
+    return isinstance(cache, str) and cache.lower() == "nvfp4"
 
 
 def _integer(value: Any) -> int | None:
