@@ -13,15 +13,94 @@ from mquant.family import load_families
 from mquant.loader_model.modules import MODELOPT_NAME, read_modules
 from mquant.verify.ignore_report import IgnoreReport, check_ignore
 
-Suffixes = dict[str, str]
-"""The tensors of a quantized weight: suffix -> dtype."""
+Suffixes = dict[str, tuple[str, Callable[[int, int], tuple[int, ...]]]]
+"""The tensors of a quantized weight: suffix -> dtype, and the shape by the weight's shape."""
 
-NVFP4A16 = {"weight_packed": "U8", "weight_scale": "F8_E4M3", "weight_global_scale": "F32"}
-NVFP4 = {**NVFP4A16, "input_global_scale": "F32"}
-FP8 = {"weight": "F8_E4M3", "weight_scale": "BF16"}
-W4A16 = {"weight_packed": "I8", "weight_scale": "BF16", "weight_shape": "I8"}
-MODELOPT = {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32"}
-FP8_BLOCK = {"weight": "F8_E4M3", "weight_scale_inv": "F32"}
+
+def whole(rows: int, columns: int) -> tuple[int, ...]:
+    return (rows, columns)
+
+
+def one(*_: int) -> tuple[int, ...]:
+    return (1,)
+
+
+def each(rows_each: int, columns_each: int) -> Callable[[int, int], tuple[int, ...]]:
+    """Return the shape of a tensor with one element for each block of so many elements."""
+    return lambda rows, columns: (-(-rows // rows_each), -(-columns // columns_each))
+
+
+NVFP4A16: Suffixes = {
+    "weight_packed": ("U8", each(1, 2)),
+    "weight_scale": ("F8_E4M3", each(1, 16)),
+    "weight_global_scale": ("F32", one),
+}
+NVFP4: Suffixes = {**NVFP4A16, "input_global_scale": ("F32", one)}
+FP8: Suffixes = {
+    "weight": ("F8_E4M3", whole),
+    "weight_scale": ("BF16", lambda rows, _: (rows, 1)),
+}
+W4A16: Suffixes = {
+    "weight_packed": ("I32", each(1, 8)),
+    "weight_scale": ("BF16", each(1, 32)),
+    "weight_shape": ("I64", lambda *_: (2,)),
+}
+MODELOPT: Suffixes = {
+    "weight": ("U8", each(1, 2)),
+    "weight_scale": ("F8_E4M3", each(1, 16)),
+    "weight_scale_2": ("F32", lambda *_: ()),
+    "input_scale": ("F32", lambda *_: ()),
+}
+FP8_BLOCK: Suffixes = {"weight": ("F8_E4M3", whole), "weight_scale_inv": ("F32", each(16, 16))}
+AWQ: Suffixes = {
+    "qweight": ("I32", each(1, 8)),
+    "qzeros": ("I32", each(1, 8)),
+    "scales": ("F16", each(1, 1)),
+}
+
+FP4_ARGS = {
+    "num_bits": 4,
+    "type": "float",
+    "strategy": "tensor_group",
+    "group_size": 16,
+    "symmetric": True,
+}
+SCHEMES: dict[str, dict[str, Any]] = {
+    "NVFP4A16": {"format": "nvfp4-pack-quantized", "weights": FP4_ARGS},
+    "NVFP4": {
+        "format": "nvfp4-pack-quantized",
+        "weights": FP4_ARGS,
+        "input_activations": {**FP4_ARGS, "dynamic": "local"},
+    },
+    "FP8": {
+        "format": "float-quantized",
+        "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
+        "input_activations": {
+            "num_bits": 8,
+            "type": "float",
+            "strategy": "token",
+            "dynamic": True,
+            "symmetric": True,
+        },
+    },
+    "W4A16": {
+        "format": "pack-quantized",
+        "weights": {
+            "num_bits": 4,
+            "type": "int",
+            "strategy": "group",
+            "group_size": 32,
+            "symmetric": True,
+        },
+    },
+}
+"""Scheme -> the rest of its group in config_groups of compressed-tensors."""
+FP8_CONFIG = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [16, 16],
+}
+MODELOPT_CONFIG = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
 
 GATES = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(2)]
 KEPT = ["lm_head", "model.embed_tokens", *GATES]
@@ -37,7 +116,7 @@ def quantized(suffixes: Suffixes, *more: str, but: tuple[str, ...] = ()) -> Edit
         for row in rows:
             module = row[0].removesuffix(".weight")
             if module.endswith((*LINEAR, *more)) and not any(part in module for part in but):
-                edited += [make_row(f"{module}.{s}", dtype, (4,)) for s, dtype in suffixes.items()]
+                edited += parts_of(module, suffixes, row[2])
             else:
                 edited.append(row)
         return edited
@@ -45,10 +124,24 @@ def quantized(suffixes: Suffixes, *more: str, but: tuple[str, ...] = ()) -> Edit
     return edit
 
 
-def compressed(ignore: Any, targets: Any = ("Linear",)) -> dict[str, Any]:
+def parts_of(module: str, suffixes: Suffixes, shape: tuple[int, ...]) -> list[Row]:
+    """Return the tensors of a quantized module whose weight has a shape."""
+    rows, columns = shape
+    return [
+        make_row(f"{module}.{suffix}", dtype, part(rows, columns))
+        for suffix, (dtype, part) in suffixes.items()
+    ]
+
+
+def compressed(ignore: Any, targets: Any = ("Linear",), scheme: str = "NVFP4A16") -> dict[str, Any]:
     """Return a quantization_config of compressed-tensors."""
-    groups = {"group_0": {"targets": list(targets), "weights": {"num_bits": 4}}}
-    return {"quant_method": "compressed-tensors", "ignore": ignore, "config_groups": groups}
+    group = {"targets": list(targets), **SCHEMES[scheme]}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": group["format"],
+        "ignore": ignore,
+        "config_groups": {"group_0": group},
+    }
 
 
 @pytest.fixture
@@ -83,11 +176,14 @@ def message(report: IgnoreReport, rule: str) -> str:
 # --- layouts
 
 
-@pytest.mark.parametrize("suffixes", [NVFP4A16, NVFP4, FP8, W4A16])
+@pytest.mark.parametrize(
+    ("scheme", "suffixes"),
+    [("NVFP4A16", NVFP4A16), ("NVFP4", NVFP4), ("FP8", FP8), ("W4A16", W4A16)],
+)
 def test_a_complete_ignore_list_of_compressed_tensors_is_good(
-    judge: Judge, suffixes: Suffixes
+    judge: Judge, scheme: str, suffixes: Suffixes
 ) -> None:
-    report = judge(quantized(suffixes), compressed(KEPT))
+    report = judge(quantized(suffixes), compressed(KEPT, scheme=scheme))
     assert report.findings == ()
     assert report.verdict == GOOD
     assert [(k.role.value, k.found, k.kept, k.quantized, k.covered) for k in report.kinds] == [
@@ -102,7 +198,7 @@ def test_a_complete_ignore_list_of_compressed_tensors_is_good(
 @pytest.mark.parametrize(
     ("config", "excluded"),
     [
-        ({"quant_method": "modelopt", "ignore": ["lm_head", "*gate"]}, None),
+        ({**MODELOPT_CONFIG, "ignore": ["lm_head", "*gate"]}, None),
         (..., ["lm_head", *GATES]),
         (..., ["lm_head", "model.layers.*.block_sparse_moe.gate"]),
     ],
@@ -113,7 +209,7 @@ def test_a_complete_exclusion_list_of_modelopt_is_good(
     keys = {"quantization_config": config}
     folder = make_checkpoint(tmp_path, edit=quantized(MODELOPT), config=keys)
     if excluded:
-        table = {"quantization": {"quant_algo": "W4A16_NVFP4", "exclude_modules": excluded}}
+        table = {"quantization": {"quant_algo": "NVFP4", "exclude_modules": excluded}}
         write_json(folder / MODELOPT_NAME, table)
     report = check_ignore(read_modules(open_checkpoint(Folder(folder)), load_families()))
     assert report.findings == ()
@@ -123,7 +219,7 @@ def test_a_complete_exclusion_list_of_modelopt_is_good(
 
 def test_the_original_release_is_good(judge: Judge) -> None:
     kept = ["gate", "e_score_correction_bias", "lm_head"]
-    config = {"quant_method": "fp8", "modules_to_not_convert": kept}
+    config = {**FP8_CONFIG, "modules_to_not_convert": kept}
     report = judge(quantized(FP8_BLOCK), config)
     assert report.findings == ()
     assert report.verdict == GOOD
@@ -147,8 +243,8 @@ def test_a_plain_checkpoint_has_no_ignore_list_to_judge(judge: Judge) -> None:
     [
         (NVFP4A16, compressed(["lm_head", "model.embed_tokens"])),
         (NVFP4A16, compressed(KEPT)),  # the list does not matter
-        (MODELOPT, {"quant_method": "modelopt", "ignore": ["lm_head"]}),
-        (FP8_BLOCK, {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}),
+        (MODELOPT, {**MODELOPT_CONFIG, "ignore": ["lm_head"]}),
+        (FP8_BLOCK, {**FP8_CONFIG, "modules_to_not_convert": ["lm_head"]}),
     ],
 )
 def test_quantized_routers_are_an_error(judge: Judge, suffixes: Suffixes, config: Any) -> None:
@@ -283,8 +379,9 @@ def test_other_layouts_have_the_same_errors(judge: Judge, style: str) -> None:
     key = "ignore" if style == "modelopt" else "modules_to_not_convert"
     o_proj = "model.layers.1.self_attn.o_proj"
     experts = "model.layers.1.mlp.experts"
-    kept = {"quant_method": style, key: ["lm_head", *GATES]}
-    ignored = {"quant_method": style, key: ["lm_head", *GATES, o_proj, experts]}
+    config = MODELOPT_CONFIG if style == "modelopt" else FP8_CONFIG
+    kept = {**config, key: ["lm_head", *GATES]}
+    ignored = {**config, key: ["lm_head", *GATES, o_proj, experts]}
     both = (o_proj, "layers.1.block_sparse_moe.experts")
     assert rules(judge(quantized(suffixes, but=both), ignored)) == {}
     assert rules(judge(quantized(suffixes), ignored)) == {"ignored-but-quantized": "error"}
@@ -292,7 +389,7 @@ def test_other_layouts_have_the_same_errors(judge: Judge, style: str) -> None:
 
 
 def test_modelopt_must_exclude_lm_head(judge: Judge) -> None:
-    report = judge(quantized(MODELOPT), {"quant_method": "modelopt", "ignore": GATES})
+    report = judge(quantized(MODELOPT), {**MODELOPT_CONFIG, "ignore": GATES})
     assert rules(report) == {"kept-but-not-ignored": "error", "ignore-uncovered": "warning"}
 
 
@@ -390,9 +487,8 @@ def test_an_unknown_family_is_judged_by_usual_names(judge: Judge) -> None:
 
 
 def test_an_unknown_method_is_judged_by_its_tensors(judge: Judge) -> None:
-    suffixes = {"qweight": "I8", "qzeros": "I8", "scales": "F16"}
-    report = judge(quantized(suffixes), {"quant_method": "awq"})
+    report = judge(quantized(AWQ), {"quant_method": "awq"})
     assert rules(report) == {}
-    assert "what vLLM makes of quant_method 'awq' is not known" in report.undecided
+    assert "what vLLM makes of the quantization method auto_awq is not known" in report.undecided
     assert "was not judged" in report.verdict
-    assert "router-quantized" in rules(judge(quantized(suffixes, ".gate"), {"quant_method": "awq"}))
+    assert "router-quantized" in rules(judge(quantized(AWQ, ".gate"), {"quant_method": "awq"}))
