@@ -209,7 +209,13 @@ def test_a_complete_exclusion_list_of_modelopt_is_good(
     keys = {"quantization_config": config}
     folder = make_checkpoint(tmp_path, edit=quantized(MODELOPT), config=keys)
     if excluded:
-        table = {"quantization": {"quant_algo": "NVFP4", "exclude_modules": excluded}}
+        quantization = {
+            "quant_algo": "NVFP4",
+            "kv_cache_quant_algo": None,
+            "group_size": 16,
+            "exclude_modules": excluded,
+        }
+        table = {"producer": {"name": "modelopt"}, "quantization": quantization}
         write_json(folder / MODELOPT_NAME, table)
     report = check_ignore(read_modules(open_checkpoint(Folder(folder)), load_families()))
     assert report.findings == ()
@@ -413,7 +419,8 @@ def test_a_third_of_q_k_v_cannot_be_ignored(judge: Judge, entry: str) -> None:
             ["re:.*self_attn.*_proj$", r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"],
             {"quantized-not-targeted": "error"},
         ),
-        (["re:.*[kvo]_proj$", r"re:.*mlp\.experts.*"], {"fused-set-split": "error"}),
+        (["re:.*[kvo]_proj$", r"re:.*mlp\.experts.*"], {}),  # qkv_proj matches, too
+        ([r"re:.*attn\.[kvo]_proj$", r"re:.*mlp\.experts.*"], {"fused-set-split": "error"}),
         ([], {"quantized-not-targeted": "error"}),
         (["re:("], {"quantized-not-targeted": "error", "ignore-bad-entry": "error"}),
     ],
@@ -452,13 +459,18 @@ def test_entries_that_match_nothing_are_a_warning(judge: Judge) -> None:
     assert [entry.hub for entry in report.entries[-3:]] == [0, 0, 0]
 
 
-@pytest.mark.parametrize(
-    "ignore", [["re:(", *KEPT], [*KEPT, 7], "lm_head", {"lm_head": 1}, [["lm_head"], *KEPT]]
-)
+@pytest.mark.parametrize("ignore", [["re:(", *KEPT], [*KEPT, 7], [["lm_head"], *KEPT]])
 def test_entries_that_vllm_cannot_read_are_an_error(judge: Judge, ignore: Any) -> None:
     report = judge(quantized(NVFP4A16), compressed(ignore))
     assert rules(report)["ignore-bad-entry"] == "error"
     assert report.verdict.startswith("vLLM will not load this")
+
+
+@pytest.mark.parametrize("ignore", ["lm_head", {"lm_head": 1}])
+def test_what_is_no_list_is_a_warning_if_vllm_goes_through_it(judge: Judge, ignore: Any) -> None:
+    report = judge(quantized(NVFP4A16), compressed(ignore))
+    assert rules(report)["ignore-bad-entry"] == "warning"
+    assert report.verdict == GOOD
 
 
 def test_an_overlong_entry_cannot_be_judged(judge: Judge) -> None:
@@ -476,14 +488,19 @@ def test_unusable_config_groups_are_an_error(judge: Judge, groups: Any) -> None:
 
 
 def test_an_unknown_family_is_judged_by_usual_names(judge: Judge) -> None:
-    report = judge(quantized(NVFP4A16), compressed(["lm_head"]), model_type="odd")
+    report = judge(quantized(NVFP4A16), compressed(["lm_head"]), model_type="olmo2")
     assert rules(report) == {"ignore-uncovered": "warning"}
-    assert "model_type 'odd' is of no family that mquant knows" in report.undecided
+    assert "model_type 'olmo2' is of no family that mquant knows" in report.undecided
     assert report.verdict == (
         "lm_head and the embeddings are kept; routers of an unknown family cannot be judged."
     )
-    bad = judge(quantized(NVFP4A16, "lm_head"), compressed(["lm_head"]), model_type="odd")
+    bad = judge(quantized(NVFP4A16, "lm_head"), compressed(["lm_head"]), model_type="olmo2")
     assert bad.verdict == "lm_head is quantized: vLLM will refuse to load this checkpoint."
+
+
+def test_a_model_type_that_vllm_does_not_know_is_an_error(judge: Judge) -> None:
+    report = judge(quantized(NVFP4A16), compressed(["lm_head"]), model_type="odd")
+    assert "model_type 'odd', which vLLM does not know" in message(report, "vllm-refuses")
 
 
 def test_an_unknown_method_is_judged_by_its_tensors(judge: Judge) -> None:
