@@ -289,6 +289,11 @@ def test_sizes_are_not_negative(family: str) -> None:
     assert judge(family, intermediate_size=-1) in ("refused: says intermediate_size -1",)
 
 
+@pytest.mark.parametrize("key", ["to_dict", "use_return_dict", "__class__"])
+def test_a_key_that_replaces_a_part_of_the_class_is_not_judged(key: str) -> None:
+    assert judge("llama", **{key: "x"}) == f"unknown: {key!r} of config.json"
+
+
 @pytest.mark.parametrize("key", ["index_topk", "vision_config", "head_dtype"])
 def test_keys_with_which_vllm_builds_more_are_not_judged(key: str) -> None:
     assert judge("deepseek_v3", **{key: 1}) == f"unknown: {key} of config.json"
