@@ -251,9 +251,8 @@ class Family(_Data):
     def fused_sets(self) -> Mapping[str, tuple[TensorRow, ...]]:
         """Fused set -> its member rows, in the family's order."""
         sets: dict[str, tuple[TensorRow, ...]] = {}
-        for row in self.tensors:
-            if row.fused:
-                sets[row.fused] = (*sets.get(row.fused, ()), row)
+        for row in (row for row in self.tensors if row.fused):
+            sets[row.fused] = (*sets.get(row.fused, ()), row)
         return sets
 
     @cached_property
@@ -279,8 +278,7 @@ class Family(_Data):
             if self.has_block(row.block, None, config) is not False
         }
         keys = {key for size in sizes for key in size_keys(size)}
-        for condition in self.blocks.values():
-            keys |= condition_keys(condition)
+        keys = keys.union(*map(condition_keys, self.blocks.values()))
         for key in list(self.defaults)[::-1]:  # a default refers to earlier ones only
             if key in keys and config.get(key) is None:
                 keys = (keys - {key}) | size_keys(self.defaults[key])

@@ -118,3 +118,11 @@ def rule(name: str, what: str, why: str, fix: str, **more: Any) -> Rule:
 def in_context(finding: Finding, context: Context) -> Finding:
     """Return the same finding with the severity that its rule declares for a context."""
     return replace(finding, severity=RULES[finding.rule].severity_in(context))
+
+
+def if_loaded(finding: Finding) -> Finding | None:
+    """Return what a finding says of a checkpoint that vLLM loads; None if it says nothing then."""
+    severity = RULES[finding.rule].if_loads
+    if severity is None or finding.severity != "error":
+        return finding
+    return None if severity == "nothing" else replace(finding, severity=severity)

@@ -157,14 +157,18 @@ class Settings:
     `config` is config.json itself.
     """
 
-    def __init__(self, rows: VllmRows, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, rows: VllmRows, config: Mapping[str, Any], read_as: VllmRows | None = None
+    ) -> None:
+        """`rows` are what vLLM builds; `read_as` is the family whose config class is read."""
+        self.read_as = read_as or rows
         self.config, self.values = config, {**config}
-        typed = {key for keys in rows.types.values() for key in keys}
-        for alias, key in rows.aliases.items():
+        typed = {key for keys in self.read_as.types.values() for key in keys}
+        for alias, key in self.read_as.aliases.items():
             present = [name for name in (alias, key) if name in config]
             if present:
                 self.values[key] = config[min(present, key=typed.__contains__)]
-        for key, default in rows.settings.items():
+        for key, default in self.read_as.settings.items():
             formula = isinstance(default, str) and " " in default
             if key not in self.values or (formula and self.values[key] is None):
                 self.values[key] = (

@@ -144,16 +144,14 @@ def verify(
     """
     if ask_vllm:
         find_python()  # so that a missing vLLM is reported before data is read
-    if depth is None:
-        depth = Depth.STRUCTURE if isinstance(source, HubRepo) else Depth.NUMBERS
+    depth = depth or (Depth.STRUCTURE if isinstance(source, HubRepo) else Depth.NUMBERS)
     view = read_modules(open_checkpoint(source, tolerant=True), families)
     original = read_modules(open_checkpoint(parent), families) if parent else None
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, source, view.checkpoint.shards) if ask_vllm else None
         compared = check_digests(source, emit, data=depth is not Depth.STRUCTURE)
-        structure = [*check_structure(view), *_ignore(view)]
-        all_findings = [*with_outcome(structure, view.outcome), *check_after_loading(view)]
-        all_findings += compared.findings
+        all_findings = with_outcome([*check_structure(view), *_ignore(view)], view.outcome)
+        all_findings += [*check_after_loading(view), *compared.findings]
         checked, wrong = ["structure"], _stored_in(compared.shards, view)
         if depth is not Depth.STRUCTURE:
             numbers = check_numbers(view, emit)
@@ -170,7 +168,7 @@ def verify(
         all_findings += check_parallel(view)
     needs = {"loader" if name == "vllm" else name for name in checked}
     rules, clauses = [rule for rule in RULES.values() if rule.needs in VERIFIED], unknown(view)
-    hubs = [side for side in (source, parent) if isinstance(side, HubRepo)]
+    bytes_read, requests = _downloaded(source, parent)
     return Report(
         source=source.name,
         family=view.family.name if view.family else None,
@@ -183,12 +181,20 @@ def verify(
         findings=_sorted(all_findings),
         wrong=wrong,
         as_recorded=compared.same,
-        bytes_read=sum(hub.bytes_read for hub in hubs) if hubs else None,
-        requests=sum(hub.requests for hub in hubs) if hubs else None,
+        bytes_read=bytes_read,
+        requests=requests,
         loader=loader,
         not_judged=not_judged({**clauses, **compared.unknown}, rules, needs, all_findings),
         undecided="" if judged_by_loader else undecided(view, clauses),
     )
+
+
+def _downloaded(*sides: Source | None) -> tuple[int, int] | tuple[None, None]:
+    """Return the bytes and requests of both checkpoints' downloads."""
+    hubs = [side for side in sides if isinstance(side, HubRepo)]
+    if not hubs:
+        return None, None
+    return sum(hub.bytes_read for hub in hubs), sum(hub.requests for hub in hubs)
 
 
 def _stored_in(shards: Collection[str], view: ModuleView) -> frozenset[str]:

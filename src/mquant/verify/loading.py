@@ -5,9 +5,8 @@ the words of a publisher. So a rule that explains a refusal counts only if vLLM 
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 
-from mquant.findings import RULES, Finding, Rule
+from mquant.findings import RULES, Finding, Rule, if_loaded
 from mquant.loader_model.vllm.load import Outcome
 from mquant.loader_model.vllm.predict import VERSION
 from mquant.verify.loaders.ask_vllm import (
@@ -30,21 +29,13 @@ def with_outcome(
     if outcome.unknown:
         return findings
     if outcome.loads:
-        return [kept for each in findings if (kept := _if_loaded(each)) is not None]
+        return [kept for each in findings if (kept := if_loaded(each)) is not None]
     explained = any(
         each.severity == "error" and RULES[each.rule].if_loads is not None for each in findings
     )
     if explained or (refusal_only and not outcome.refused):
         return findings
     return [*findings, *_of(outcome)]
-
-
-def _if_loaded(finding: Finding) -> Finding | None:
-    """Return a finding about a checkpoint that vLLM loads; None if the finding says it does not."""
-    severity = RULES[finding.rule].if_loads
-    if severity is None or finding.severity != "error":
-        return finding
-    return None if severity == "nothing" else replace(finding, severity=severity)
 
 
 def _of(outcome: Outcome) -> Iterable[Finding]:

@@ -112,26 +112,20 @@ _UNMODELLED: Final = (
 """Keys with which vLLM does what is not told here."""
 
 
-def check(config: Mapping[str, Any], rows: VllmRows | None) -> None:
+def check(settings: Settings, rows: VllmRows) -> None:
     """Raise LoadRefused if vLLM stops at config.json, and Unknown if it is not known.
 
-    `rows` are those of the family whose model_type config.json has; None if there is none.
+    `rows` are those of the model that vLLM builds.
     """
-    if rows is None:
-        kind = config.get("model_type")
-        if not isinstance(kind, str):
-            raise LoadRefused(_FILE, f"says model_type {said(kind)}")
-        raise Unknown(f"model_type {said(kind)}")
-    for key in (*_UNMODELLED, *rows.unmodelled):
+    config, read_as = settings.config, settings.read_as
+    for key in (*_UNMODELLED, *rows.unmodelled, *read_as.unmodelled):
         if config.get(key) is not None:
             raise Unknown(f"{key} of config.json")
-    check_types(config, rows)
-    settings = Settings(rows, config)
+    check_types(config, read_as)
     _check_general(config)
-    _check_layer_types(config, rows, settings)
-    stretch = check_rope(config, rows, settings)
-    _check_architectures(config, rows)
-    _check_counts(config, rows, settings)
+    _check_layer_types(config, read_as, settings)
+    stretch = check_rope(config, read_as, settings)
+    _check_counts(config, read_as, settings)
     _check_length(config, stretch)
     _check_model(rows, settings)
 
@@ -223,16 +217,6 @@ def _windows(rows: VllmRows, settings: Settings) -> set[str]:
         return {"full_attention"}
     full = {"full_attention"} if first > 0 else set()
     return full | ({"sliding_attention"} if first < count else set())
-
-
-def _check_architectures(config: Mapping[str, Any], rows: VllmRows) -> None:
-    named = config.get("architectures")
-    if not named:
-        return  # vLLM takes the bare model of the model_type
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise LoadRefused(_FILE, f"says architectures {said(named)}, not a list of names")
-    if named[0] not in (*rows.architectures, rows.bare):
-        raise Unknown(f"architectures {said(named)}")
 
 
 def _check_counts(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -> None:

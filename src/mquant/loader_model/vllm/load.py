@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from mquant.errors import HeaderError
 from mquant.loader_model.vllm.model import Model
 from mquant.loader_model.vllm.names import place
 from mquant.loader_model.vllm.table import Table
@@ -37,7 +38,7 @@ class Outcome:
 
 
 def load(build: Callable[[], Model], tensors: Iterable[Loaded]) -> Outcome:
-    """Build the model, and copy every tensor in order. `tensors` come in the order of the files."""
+    """Build the model, and copy every tensor, in the order of the files."""
     copies = Copies()
     sizes: dict[str, int] = {}
     try:
@@ -55,6 +56,8 @@ def load(build: Callable[[], Model], tensors: Iterable[Loaded]) -> Outcome:
                 place(model.modules, model.renaming, copies, loaded)
     except LoadRefused as stop:
         return Outcome(refused=(stop.where, stop.why))
+    except HeaderError as error:
+        return Outcome(refused=("the shards", error.message))
     except Unknown as gap:
         return Outcome(unknown=str(gap))
     return Outcome(
@@ -69,10 +72,12 @@ def _dropped(model: Model, copies: Copies, sizes: dict[str, int]) -> tuple[str, 
     """Return the tensors that were not, or not wholly, copied.
 
     Left out is what vLLM passes over on purpose. A layer after the last belongs to multi-token
-    prediction only if it has `eh_proj`; else the model has lost the layer.
+    prediction only if it has `eh_proj`; else the model has lost the layer. A model without a head
+    has lost the head.
     """
     later = model.renaming["model"].drops
     lost = tuple(f"model.{each}" for each in later if f"model.{each}eh_proj.weight" not in sizes)
+    lost += model.renaming[""].drops
     return tuple(
         name
         for name, size in sizes.items()

@@ -85,7 +85,7 @@ class Model:
 
 def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
     """Build vLLM's model. Raises LoadRefused if vLLM stops, at config.json too, and Unknown."""
-    check(settings.config, rows)
+    check(settings, rows)
     for key in rows.required:
         if key not in settings.values:
             raise LoadRefused("config.json", f"has no {key}")

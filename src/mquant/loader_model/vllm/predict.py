@@ -1,35 +1,43 @@
 """What vLLM does with a checkpoint, predicted from its headers and config.json."""
 
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from typing import Any, Final
 
-from mquant.checkpoint import Checkpoint, read_json
+from mquant.checkpoint import Checkpoint, read_header, read_json
 from mquant.errors import SourceError
 from mquant.family import Family
+from mquant.loader_model.vllm.config_names import built_as
 from mquant.loader_model.vllm.load import Outcome, load
 from mquant.loader_model.vllm.methods.choose import read_method
 from mquant.loader_model.vllm.model import Model, build
 from mquant.loader_model.vllm.tensors import Loaded
-from mquant.loader_rows import Settings, VllmRows
+from mquant.loader_rows import Settings
 
 VERSION: Final = "0.32"
 """The vLLM that the model follows."""
 MODELOPT_FILE: Final = "hf_quant_config.json"
+_MISTRAL: Final = "consolidated*.safetensors"
 
 
 def predict(checkpoint: Checkpoint, family: Family | None) -> Outcome:
-    """Return what vLLM does with a checkpoint, or the reason why it is not known."""
-    if family is None or family.vllm is None:
-        return Outcome(unknown="what vLLM builds of this model is not known")
-    rows = family.vllm
-    return load(lambda: _model(rows, checkpoint), _in_order(checkpoint))
+    """Return what vLLM does with a checkpoint, or the reason why it is not known.
+
+    `family` is that of the model_type in config.json.
+    """
+    if family is not None and family.vllm is None:
+        return Outcome(unknown=f"{family.title}, whose file does not say what vLLM builds")
+    return load(lambda: _model(family, checkpoint), _in_order(checkpoint))
 
 
-def _model(rows: VllmRows, checkpoint: Checkpoint) -> Model:
-    settings = Settings(rows, checkpoint.config)
+def _model(family: Family | None, checkpoint: Checkpoint) -> Model:
+    config = checkpoint.config
+    read_as = family.vllm if family else None
+    rows = built_as(config, read_as)
+    settings = Settings(rows, config, read_as)
     heads = settings.number("num_attention_heads") or 0
     heads_of = heads, settings.number("num_key_value_heads") or heads
-    method = read_method(checkpoint.config, _of_modelopt(checkpoint), heads_of)
+    method = read_method(config, _of_modelopt(checkpoint), heads_of)
     return build(rows, settings, method)
 
 
@@ -44,7 +52,15 @@ def _of_modelopt(checkpoint: Checkpoint) -> Any:
 
 
 def _in_order(checkpoint: Checkpoint) -> Iterator[Loaded]:
-    """Yield every tensor in the order in which vLLM reads the files."""
+    """Yield every tensor in the order in which vLLM reads the files.
+
+    If there are files of Mistral's own format, vLLM reads no others.
+    """
+    source = checkpoint.source
+    if own := sorted(path for path in source.files if fnmatch(path, _MISTRAL)):
+        for info in (info for path in own for info in read_header(source, path)):
+            yield Loaded(info.name, info.dtype, tuple(info.shape))
+        return
     number = {shard: place for place, shard in enumerate(checkpoint.shards)}
     tensors = [*checkpoint.tensors.values(), *checkpoint.again]
     for info in sorted(tensors, key=lambda each: number.get(each.shard, 0)):
