@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mquant.family import load_families
+from mquant.loader_model.vllm.config_names import built_as
 from mquant.loader_model.vllm.config_stage import check
 from mquant.loader_model.vllm.load import Outcome, load
 from mquant.loader_model.vllm.model import build
@@ -27,8 +28,10 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
 
 def judge(family: str, **changes: Any) -> str:
     """Return `taken`, or the reason why config.json is refused or not judged."""
+    config, read_as = config_of(family, **changes), FAMILIES[family].vllm
     try:
-        check(config_of(family, **changes), FAMILIES[family].vllm)
+        rows = built_as(config, read_as)
+        check(Settings(rows, config, read_as), rows)
     except LoadRefused as stop:
         return f"refused: {stop.why}"
     except Unknown as gap:
@@ -148,12 +151,12 @@ def test_wrong_keys_of_every_class_are_refused(family: str, changes: dict[str, A
 @pytest.mark.parametrize("kind", [None, 1, ["llama"]])
 def test_a_config_without_a_model_type_is_refused(kind: object) -> None:
     with pytest.raises(LoadRefused, match="model_type"):
-        check({"model_type": kind}, None)
+        built_as({"model_type": kind}, None)
 
 
 def test_a_model_type_of_no_known_family_is_not_judged() -> None:
     with pytest.raises(Unknown, match="model_type 'gpt2'"):
-        check({"model_type": "gpt2"}, None)
+        built_as({"model_type": "gpt2"}, None)
 
 
 # --- architectures
@@ -168,6 +171,22 @@ def test_architectures_are_a_list_of_names(family: str) -> None:
 @each_family
 def test_architectures_that_are_not_the_familys_are_not_judged(family: str) -> None:
     assert judge(family, architectures=["GPT2LMHeadModel"]).startswith("unknown")
+
+
+@each_family
+def test_an_architecture_that_vllm_does_not_know_is_refused(family: str) -> None:
+    assert judge(family, architectures=["NoSuchModel"]).startswith("refused")
+
+
+def test_architectures_decide_what_is_built_and_the_model_type_what_is_read() -> None:
+    rows = built_as({"architectures": ["Qwen3ForCausalLM"]}, FAMILIES["llama"].vllm)
+
+    assert rows is FAMILIES["qwen3"].vllm
+
+
+def test_a_model_type_that_vllm_does_not_know_is_refused() -> None:
+    with pytest.raises(LoadRefused, match="'no_such_model', which vLLM does not know"):
+        built_as({"model_type": "no_such_model"}, None)
 
 
 def outcome(**changes: Any) -> Outcome:
