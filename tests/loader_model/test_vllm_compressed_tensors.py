@@ -17,11 +17,12 @@ from compressed import (
     fp8,
     group,
     nvfp4,
+    outcome,
     packed,
     parameters,
     refusal,
 )
-from mquant.loader_model.vllm.tensors import Unknown
+from mquant.loader_model.vllm.tensors import Loaded, Unknown
 
 PLAIN = {"weight": ("BF16", (128, 128))}
 
@@ -126,6 +127,15 @@ def test_mx_formats_have_a_byte_of_scale_for_32_weights() -> None:
     assert below(EXPERTS, packed(mxfp8))["w2_weight_scale"] == ("U8", (4, 128, 2))
     with pytest.raises(Unknown, match="depend on the GPU"):
         parameters(config(group(mxfp4, "mxfp4-pack-quantized", inputs=PER_TOKEN)))
+
+
+def test_mx_scales_are_bytes_and_lose_their_meaning_as_e8m0() -> None:
+    mxfp4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+    scale = Loaded(f"{O_PROJ}.weight_scale", "F8_E8M0", (128, 4))
+
+    read = outcome(packed(mxfp4, "re:.*o_proj"), scale)
+
+    assert read.converted == ((scale.name, "F8_E8M0", "U8"),)
 
 
 def test_integers_are_packed_along_a_row() -> None:

@@ -28,8 +28,8 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
 
 def judge(family: str, **changes: Any) -> str:
     """Return `taken`, or the reason why config.json is refused or not judged."""
+    config, read_as = config_of(family, **changes), FAMILIES[family].vllm
     try:
-        config, read_as = config_of(family, **changes), FAMILIES[family].vllm
         rows = built_as(config, read_as)
         check(Settings(rows, config, read_as), rows)
     except LoadRefused as stop:
@@ -173,6 +173,22 @@ def test_architectures_that_are_not_the_familys_are_not_judged(family: str) -> N
     assert judge(family, architectures=["GPT2LMHeadModel"]).startswith("unknown")
 
 
+@each_family
+def test_an_architecture_that_vllm_does_not_know_is_refused(family: str) -> None:
+    assert judge(family, architectures=["NoSuchModel"]).startswith("refused")
+
+
+def test_architectures_decide_what_is_built_and_the_model_type_what_is_read() -> None:
+    rows = built_as({"architectures": ["Qwen3ForCausalLM"]}, FAMILIES["llama"].vllm)
+
+    assert rows is FAMILIES["qwen3"].vllm
+
+
+def test_a_model_type_that_vllm_does_not_know_is_refused() -> None:
+    with pytest.raises(LoadRefused, match="'no_such_model', which vLLM does not know"):
+        built_as({"model_type": "no_such_model"}, None)
+
+
 def outcome(**changes: Any) -> Outcome:
     """Load one tensor, the head, into a Qwen3 without layers."""
     config = config_of("qwen3", num_hidden_layers=0, hidden_size=64, vocab_size=64, **changes)
@@ -290,6 +306,11 @@ def test_the_step_between_layers_with_experts_is_not_zero(family: str, key: str)
 @each_family
 def test_sizes_are_not_negative(family: str) -> None:
     assert judge(family, intermediate_size=-1) in ("refused: says intermediate_size -1",)
+
+
+@pytest.mark.parametrize("key", ["to_dict", "use_return_dict", "__class__"])
+def test_a_key_that_replaces_a_part_of_the_class_is_not_judged(key: str) -> None:
+    assert judge("llama", **{key: "x"}) == f"unknown: {key!r} of config.json"
 
 
 @pytest.mark.parametrize("key", ["index_topk", "vision_config", "head_dtype"])

@@ -72,12 +72,10 @@ def not_judged(
 def undecided(view: ModuleView, clauses: Unknown) -> str:
     """Return one sentence if an unknown fact decides whether a loader takes the checkpoint.
 
-    Empty if vLLM's loader is known to take the checkpoint, or to refuse it. Empty also for a model
-    of an unknown family, if neither tensors nor config.json show a quantization.
+    Empty if vLLM's loader is known to take the checkpoint, or to refuse it. Empty also if the
+    user's own family file does not say what vLLM builds: then the file answers for the names.
     """
-    if view.family and not view.outcome.unknown:
-        return ""
-    if view.family is None and not (view.method or view.quantized or "layout" in clauses):
+    if not view.outcome.unknown or (view.family and view.family.vllm is None):
         return ""
     why = "; ".join(clauses.values())
     return f"Whether vLLM takes {view.checkpoint.source.name} could not be judged: {why}."

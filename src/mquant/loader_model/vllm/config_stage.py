@@ -7,6 +7,7 @@ The sources are transformers 5.19's config classes, and vLLM 0.32's `config/mode
 from collections.abc import Mapping
 from typing import Any, Final
 
+from mquant.loader_model.vllm.config_attributes import ATTRIBUTES
 from mquant.loader_model.vllm.config_rope import check_rope
 from mquant.loader_model.vllm.config_types import (
     check_types,
@@ -121,6 +122,8 @@ def check(settings: Settings, rows: VllmRows) -> None:
     for key in (*_UNMODELLED, *rows.unmodelled, *read_as.unmodelled):
         if config.get(key) is not None:
             raise Unknown(f"{key} of config.json")
+    if taken := [key for key in config if key in ATTRIBUTES or key.startswith("__")]:
+        raise Unknown(f"{said(taken[0])} of config.json")
     check_types(config, read_as)
     _check_general(config)
     _check_layer_types(config, read_as, settings)

@@ -10,7 +10,7 @@ from mquant.loader_model.vllm.names import place
 from mquant.loader_model.vllm.table import Table
 from mquant.loader_model.vllm.tensors import Copies, Loaded, LoadRefused, Shape, Unknown
 
-_UNREAD: Final = frozenset({"F8_E8M0", "F4", "F6_E2M3", "F6_E3M2"})
+_UNREAD: Final = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 """The dtypes that safetensors' Python table lacks, so that the real loader was not asked."""
 
 
