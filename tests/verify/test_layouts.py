@@ -288,13 +288,12 @@ def test_groups_of_packed_integers_may_differ(built: Built, tmp_path: Path) -> N
     """Of two groups vLLM takes the one with the module's name before the one with its class."""
     wide = opened(built.upstream("llama", "W8A16"))
 
+    def from_wide(row: Row) -> Row:
+        info = wide.tensors[row[0]]
+        return info.name, info.dtype, info.shape, data(wide, info.name)
+
     def edit(rows: list[Row]) -> list[Row]:
-        return [
-            (name, (there := wide.tensors[name]).dtype, there.shape, data(wide, name))
-            if ".down_proj." in name
-            else (name, *rest)
-            for name, *rest in rows
-        ]
+        return [from_wide(row) if ".down_proj." in row[0] else row for row in rows]
 
     config = weights(built, "W4A16")
     groups = config["quantization_config"]["config_groups"]
