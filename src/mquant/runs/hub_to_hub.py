@@ -16,7 +16,7 @@ from mquant.runs.ship_shards import Destination, Shipper, open_destination, seal
 from mquant.runs.spec import Engine, QuantizeSpec, check_engine, choose_engine, prepare
 from mquant.verify.digests import check_digests
 
-_LEDGER_BYTES: Final = 100
+_LEDGER_BYTES: Final = 250
 """Upper bound on the mean ledger bytes of a work unit, or of a source file."""
 
 
