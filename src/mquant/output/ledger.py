@@ -190,6 +190,11 @@ class Ledger:
         """Record the stamps of the source files that later work units are made from."""
         self._append(_line({"sources": dict(sources)}))
 
+    @property
+    def recorded(self) -> Recorded:
+        """The content of the ledger."""
+        return read_ledger(self._out, self._path.name) or Recorded()
+
     def count(self, units: Iterable[int], fronts: Mapping[str, Front] | None = None) -> None:
         """Count work units whose bytes are on disk; `fronts`: of the partial shards that changed.
 
