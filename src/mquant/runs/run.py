@@ -270,7 +270,9 @@ class Run:
             if touches > _MOST_TOUCHES:
                 raise changed(names(touched))
             what = f"{names(touched)}: ctime or inode changed (a chmod, a hard link or a copy?)"
-            self.emit(Note("warning", f"{what}; what was made from changed shards is made again."))
+            local = bool(spec.source.folders)
+            then = "what was made from changed shards is made again" if local else "no byte changed"
+            self.emit(Note("warning", f"{what}; {then}."))
             recorded = ledger.recorded
         if away is None:
             check_headers_as_planned(Folder(self.out), plan)
