@@ -19,6 +19,7 @@ from mquant.output import (
     Recorded,
     SharedRun,
     State,
+    check_disk,
     check_version,
     claim,
     complete_shards,
@@ -37,7 +38,7 @@ from mquant.output import (
 from mquant.plan import Plan, shares
 from mquant.runs.job_spec import JobSpec
 from mquant.runs.quantize import judge, run_engine
-from mquant.runs.run import Result, Run, check_disk
+from mquant.runs.run import Result, Run
 from mquant.runs.spec import Engine, QuantizeSpec, prepare
 from mquant.runs.unchanged import refuse_changed
 from mquant.text import size
