@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MAX_LISTING_BYTES: Final = 16_000_000
 # The most bytes to skip if a server ignores ranges.
 MAX_SKIPPED_BYTES: Final = 16_000_000
+MOST_KEPT_BYTES: Final = 16_000_000  # of whole files in memory, such as config.json
 TRIES_TO_CONNECT: Final = 3  # a hub that does not answer will not answer in ten seconds
 TIMEOUT_SECONDS: Final = 30.0
 MAX_REDIRECTS: Final = 5
@@ -73,6 +74,7 @@ class HubRepo:
         guard_token()
         self.requests = 0
         self.bytes_read = 0
+        self._kept: dict[str, bytes] = {}
         self._moved: dict[str, str] = {}  # an address -> the address of its redirect
         self._count = threading.Lock()
         self._headers: dict[str, str] = {
@@ -114,7 +116,10 @@ class HubRepo:
         return host_of(self.endpoint)
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
-        """Return bytes [start, end) of a file, from one request if no request fails."""
+        """Return bytes [start, end) of a file, from one request if no request fails.
+
+        A file that was read whole is not asked for again: the commit fixes its bytes.
+        """
         size = self.files.get(path)
         if size is None:
             raise SourceError(
@@ -128,6 +133,8 @@ class HubRepo:
             )
         if start == end:
             return b""
+        if path in self._kept:
+            return self._kept[path][start:end]
         url = f"{self.endpoint}/{self.repo_id}/resolve/{self.commit}/{quote(path)}"
         data = retrying(lambda: self._range(url, path, start, end))
         if end - start == size and self.digest(path) and not self.lists(path, data):
@@ -135,6 +142,9 @@ class HubRepo:
                 f"{self.host} sent another {path} of {self.repo_id} than it lists.",
                 "Run the same command again to download the file again.",
             )
+        kept = sum(len(whole) for whole in [*self._kept.values()])
+        if end - start == size and kept + size <= MOST_KEPT_BYTES:
+            self._kept[path] = data
         return data
 
     def digest(self, path: str) -> str:
