@@ -172,3 +172,17 @@ def test_a_wait_for_the_hub_is_a_line_that_says_until_when(
     result = run(src, REPO)
     assert waits == [seconds]
     assert re.search(rf"\(HTTP {status}\).*: waiting until \d\d:\d\d:\d\d", result.stderr)
+
+
+def test_a_wait_of_a_day_ends_the_push_and_the_same_command_resumes(
+    src: Path, hub: FakeHub
+) -> None:
+    hub.before_commit = [lambda: hub.fail(429, 1, Retry_After=str(28 * 3600))]
+    hub.lost_answers = 1
+    result = run(src, REPO, code=1)
+    assert re.search(r"the hub asks to wait until \d\d:\d\d .* on \d{4}-\d\d-\d\d\.", result.stderr)
+    assert "Run the same command again then; it resumes." in " ".join(result.stderr.split())
+    hub.forget()
+    run(src, REPO)
+    assert on_the_hub(hub) == hashes(src)
+    assert not hub.bytes_received

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
 from mquant import __version__
+from mquant.checkpoint.client import causes
 from mquant.checkpoint.hashing import differing
 from mquant.checkpoint.retry import Again, retrying
 from mquant.checkpoint.source import Folder
@@ -73,7 +74,7 @@ def download(repo: Downloadable, emit: Emit, only: Collection[str] | None = None
     """
     paths = [path for path in repo.files if (_matters(path) if only is None else path in only)]
     sizes = {path: repo.files[path] for path in paths}
-    folder = retrying(lambda: _snapshot(repo, sizes, emit))
+    folder = retrying(lambda: _snapshot(repo, sizes, emit), emit)
     for path, size in sizes.items():
         if not (folder / path).is_file() or (folder / path).stat().st_size != size:
             raise SourceError(
@@ -118,6 +119,9 @@ def _snapshot(repo: Downloadable, sizes: Mapping[str, int], emit: Emit) -> Path:
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
         raise repo.nonsense("lists the repo in a way huggingface_hub does not understand") from None
     except OSError as error:
+        for cause in causes(error):
+            if isinstance(cause, HfHubHTTPError):
+                repo.refuse(cause.response)
         # huggingface_hub's own errors (a download failed) are OSErrors without a number.
         if error.errno is None:
             raise Again(repo.unreachable()) from None

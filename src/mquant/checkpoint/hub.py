@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from urllib.parse import quote, urljoin, urlsplit
 
 from mquant import __version__
-from mquant.checkpoint.client import BUSY, endpoint, guard_token, origin
+from mquant.checkpoint.client import BUSY, busy_returns, endpoint, guard_token, origin
 from mquant.checkpoint.download import download
 from mquant.checkpoint.listing import Listing, parse_listing
 from mquant.checkpoint.retry import Again, asked_to_wait, retrying
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MAX_LISTING_BYTES: Final = 16_000_000
 # The most bytes to skip if a server ignores ranges.
 MAX_SKIPPED_BYTES: Final = 16_000_000
-MOST_KEPT_BYTES: Final = 16_000_000  # of whole files in memory, such as config.json
+MOST_KEPT_BYTES: Final = 16_000_000  # of small files in memory, such as config.json
 TRIES_TO_CONNECT: Final = 3  # a hub that does not answer will not answer in ten seconds
 TIMEOUT_SECONDS: Final = 30.0
 MAX_REDIRECTS: Final = 5
@@ -118,7 +118,7 @@ class HubRepo:
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
         """Return bytes [start, end) of a file, from one request if no request fails.
 
-        A file that was read whole is not asked for again: the commit fixes its bytes.
+        A small file that was read whole is not asked for again: the commit fixes its bytes.
         """
         size = self.files.get(path)
         if size is None:
@@ -143,7 +143,7 @@ class HubRepo:
                 "Run the same command again to download the file again.",
             )
         kept = sum(len(whole) for whole in [*self._kept.values()])
-        if end - start == size and kept + size <= MOST_KEPT_BYTES:
+        if path in self.blobs and end - start == size and kept + size <= MOST_KEPT_BYTES:
             self._kept[path] = data
         return data
 
@@ -248,13 +248,16 @@ class HubRepo:
             for _ in range(MAX_REDIRECTS + 1):
                 with self._count:
                     self.requests += 1
-                with get_session().stream(
-                    "GET",
-                    url,
-                    headers={**self._headers, **headers},
-                    follow_redirects=False,
-                    timeout=TIMEOUT_SECONDS,
-                ) as response:
+                with (
+                    busy_returns(),
+                    get_session().stream(
+                        "GET",
+                        url,
+                        headers={**self._headers, **headers},
+                        follow_redirects=False,
+                        timeout=TIMEOUT_SECONDS,
+                    ) as response,
+                ):
                     status = response.status_code
                     if status not in _REDIRECTS and not (stored != original and status >= 400):
                         self._moved[original] = url

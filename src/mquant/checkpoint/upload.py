@@ -5,7 +5,7 @@ hub and appears nowhere else: huggingface_hub's log is silenced, and no error's 
 the hub's message.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from mquant import __version__
 from mquant.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, is_shard
-from mquant.checkpoint.client import BUSY, busy_raises, endpoint
+from mquant.checkpoint.client import BUSY, busy_raises, causes, endpoint
 from mquant.checkpoint.download import quiet
 from mquant.checkpoint.hub import HubRepo, NoSuchRepo, host_of, hub_token
 from mquant.checkpoint.retry import Again, asked_to_wait, retrying
@@ -212,7 +212,7 @@ class HubWriter:
         import httpx
         from huggingface_hub.errors import HfHubHTTPError, XetDownloadError
 
-        chain = list(_causes(error))
+        chain = list(causes(error))
         for cause in chain:
             if isinstance(cause, HfHubHTTPError):
                 self._refuse_answer(cause.response)
@@ -257,13 +257,6 @@ class HubWriter:
         """Return the hub's text on one line, without the token."""
         line = " ".join(reason.replace(self._token, "(token)").split())[:300].rstrip(".")
         return f" {clean(line)}" if line else ""
-
-
-def _causes(error: BaseException | None) -> Iterable[BaseException]:
-    """Yield an error and its causes: huggingface_hub's workers wrap their errors."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _contents(repo: HubRepo) -> dict[str, str | int]:
