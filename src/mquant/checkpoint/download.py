@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import shlex
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,7 @@ from mquant.checkpoint.retry import Again, retrying
 from mquant.checkpoint.source import Folder
 from mquant.errors import SourceError
 from mquant.events import Emit, Progress
+from mquant.text import names
 
 if TYPE_CHECKING:
     import httpx
@@ -85,11 +87,15 @@ def download(repo: Downloadable, emit: Emit, only: Collection[str] | None = None
     emit(Progress("download", total, total))
     files = Folder(folder)  # before its files are hashed: later changes change their stamps
     known = {path: digest for path in paths if (digest := repo.digest(path))}
-    for path, _ in differing(files, known, emit):
+    rotten = {path: files.path(path).resolve() for path, _ in differing(files, known, emit)}
+    if rotten:
+        one = len(rotten) == 1
         raise SourceError(
-            f"{path} of {repo.repo_id} in the cache is not the file that {repo.host} lists: "
-            f"{files.path(path).resolve()} has another digest.",
-            "Delete that file, then run the same command again to download the file again.",
+            f"{names([*rotten])} of {repo.repo_id} in the cache {'is' if one else 'are'} not what "
+            f"{repo.host} lists: {names([*map(str, rotten.values())])} "
+            f"{'has another digest' if one else 'have other digests'}.",
+            f"Run: rm {shlex.join(map(str, rotten.values()))}; then run the same command again to "
+            f"download the file{'' if one else 's'} again.",
         )
     return files
 
