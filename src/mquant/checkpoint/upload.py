@@ -89,7 +89,11 @@ class HubWriter:
         self._retrying(lambda: self._api.create_repo(self.repo_id, private=private, exist_ok=True))
         self.repo = HubRepo(self.repo_id)
         if self.repo.files or (private and not self.repo.private):
-            raise OutputError(f"Another created {self.repo_id} just now.", "Give another repo.")
+            raise OutputError(
+                f"Another created {self.repo_id} just now.",
+                "If that is the same checkpoint, run the same command again when the other push "
+                "has ended; if not, give another repo.",
+            )
 
     def upload(self, name: str, content: Path | bytes, sha256: str | None = None) -> None:
         """Send a file, which the next commit will add; a file that the hub has is not sent again.
@@ -156,9 +160,13 @@ class HubWriter:
         read = {INDEX_NAME, CONFIG_NAME, "hf_quant_config.json", *self._ours}
         wrong = [name for name in foreign if name in read or is_shard(name)]
         if wrong:
+            cards = [name for name in wrong if name.endswith(".md")]
+            keep = f" That replaces {names(cards)}; to keep the other's text, copy it into the "
+            keep = f"{keep}folder first." if cards else ""
             raise OutputError(
                 f"{other} {names(wrong)} in {self.repo_id} during the upload.",
-                "Let one process push to the repo at a time, then run the same command again.",
+                f"Look at {self.page}/commit/{now.commit}. Let one process push to the repo at a "
+                f"time, then run the same command again.{keep}",
             )
         if foreign or (not changed and now.commit != self.made.commit):
             what = names(foreign) or "no file of a checkpoint"
