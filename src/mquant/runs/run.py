@@ -39,7 +39,7 @@ from mquant.output import (
     source_notes,
 )
 from mquant.plan import Plan
-from mquant.runs.unchanged import check_unchanged, described_by, refuse_changed
+from mquant.runs.unchanged import check_unchanged, described_by, refuse_changed, tell_unread
 from mquant.text import size
 from mquant.verify.config_json import CONFIG_KEY_MISSING
 from mquant.verify.judge import Depth, verify
@@ -204,6 +204,7 @@ class Run:
         claim = look()
         make = partial(cls, out, spec, plan=spec.shards, emit=emit, workers=options.get("workers"))
         if claim.state is State.DONE:
+            tell_unread(spec.source, spec.stamps, emit, out)
             yield make(spec.source, None, claim)
             return
         check_disk(out, claim.files, spec.file_bytes if room is None else room)

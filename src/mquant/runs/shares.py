@@ -39,7 +39,7 @@ from mquant.runs.job_spec import JobSpec
 from mquant.runs.quantize import judge, run_engine
 from mquant.runs.run import Result, Run, check_disk
 from mquant.runs.spec import Engine, QuantizeSpec, prepare
-from mquant.runs.unchanged import refuse_changed
+from mquant.runs.unchanged import refuse_changed, tell_unread
 from mquant.text import names, size
 
 
@@ -86,7 +86,10 @@ class Shares:
         as `quantize`.
         """
         part = self.parts[number - 1]
-        if self.look() is State.DONE or self.is_done(number):
+        if self.look() is State.DONE:
+            tell_unread(self.spec.source, self.spec.stamps, emit, self.out)
+            return False
+        if self.is_done(number):
             return False
         self.check_disk()
         if not part.shards:

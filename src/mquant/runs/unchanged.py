@@ -1,10 +1,13 @@
 """Compare the source of a run with what is known of it, before the run and after it."""
 
+import math
 from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Assembly, Folder, Source
 from mquant.errors import SourceError
 from mquant.events import Emit, Note
+from mquant.text import names
 from mquant.verify.digests import check_digests
 
 Read = tuple[Source, str]
@@ -28,6 +31,23 @@ def check_unchanged(read: Iterable[Read]) -> None:
     for source, path in read:
         for folder, name in _local(source, path):
             folder.check([name])
+
+
+def tell_unread(source: Source, paths: Iterable[str], emit: Emit, out: Path | None = None) -> None:
+    """Say what was not compared if a run finds its output `out` done; None: in a hub repo.
+
+    The fingerprint of a source on this machine has names, sizes and samples, and no digest of its
+    large files is recorded. So a file that changed after `out` was made may look the same.
+    """
+    local = [place for path in paths for place in _local(source, path)]
+    if not local:
+        return
+    emit(Note("info", "The source's names, sizes and samples were compared, not every byte."))
+    made = (out / CONFIG_NAME).stat().st_mtime_ns if out else math.inf
+    newer = [name for folder, name in local if max(folder.stamps[name][1:3]) > made]
+    if newer:
+        changed = f"{names(newer)} may have changed after {out} was made"
+        emit(Note("warning", f"{changed}: the times say so. If so, give --restart."))
 
 
 def described_by(source: Source) -> list[Read]:
