@@ -192,6 +192,27 @@ def test_a_tokenizer_that_cuts_and_fills_texts_does_neither(tmp_path: Path, src:
     assert read_tokens(tmp_path / "text", [Folder(folder)], 9).ids.tolist() == [1, 2, 3, 4]
 
 
+def test_a_tokenizer_that_blows_a_text_up_is_refused_in_bounded_memory(
+    tmp_path: Path, src: Path
+) -> None:
+    grow = {"type": "Replace", "pattern": {"String": "w"}, "content": "w" * 1000}
+    long = "w" * 1_000_000
+    vocab = {long: 0, "w1": 1}
+    hostile: list[dict[str, Any]] = [
+        {"normalizer": {"type": "Sequence", "normalizers": [grow, grow, grow]}},
+        {"model": {"type": "WordLevel", "vocab": vocab, "unk_token": long}},
+    ]
+    (tmp_path / "text").write_text("w2 w3 " * 40_000)
+    for number, change in enumerate(hostile):
+        folder = tmp_path / f"src{number}"
+        folder.mkdir()
+        table = {**json.loads(tokenizer_json()), **change}
+        (folder / "tokenizer.json").write_text(json.dumps(table))
+        message = raises(read_tokens, tmp_path / "text", [Folder(folder)], 100)
+        assert message.startswith("tokenizer.json cannot tokenize 240,000 bytes of text in 1")
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 500_000  # kB
+
+
 def test_a_large_text_takes_little_memory(tmp_path: Path, src: Path) -> None:
     text = tmp_path / "text"
     with text.open("wb") as file:
