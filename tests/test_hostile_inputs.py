@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -315,6 +316,18 @@ def test_hostile_calibration_data_is_one_sentence(
 
     assert words in told(result)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])
+def test_a_damaged_file_of_the_tokenizer_is_named(tmp_path: Path, name: str) -> None:
+    damaged = Path(shutil.copytree(TRAINED, tmp_path / "src"))
+    (damaged / name).write_text('{"a": ')
+    (tmp_path / "x.jsonl").write_text('{"text": "a b c"}')
+
+    result = run("calibrate", damaged, "--data", tmp_path / "x.jsonl", "-o", tmp_path / "out")
+
+    assert told(result).startswith(f"Error: {name} in {damaged} cannot be understood: ")
 
 
 def test_a_line_separator_inside_a_line_of_data_is_no_end(tmp_path: Path) -> None:
