@@ -167,11 +167,15 @@ def test_the_tokens_of_the_beginning_are_those_of_the_whole_text(
         assert part.bytes < whole.bytes
 
 
-def test_a_cut_in_the_middle_of_a_character_is_no_error(
-    tmp_path: Path, src: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have 100 bytes of a text read first, of which the last 10 characters are the margin."""
     monkeypatch.setattr(text_tokens, "_FIRST", 100)
     monkeypatch.setattr(text_tokens, "_MARGIN", 10)
+
+
+@pytest.mark.usefixtures("short_reads")
+def test_a_cut_in_the_middle_of_a_character_is_no_error(tmp_path: Path, src: Path) -> None:
     (tmp_path / "text").write_text("🙂 " * 1000)
 
     assert read_tokens(tmp_path / "text", [Folder(src)], 3).bytes in range(97, 101)
@@ -237,11 +241,8 @@ def test_a_terabyte_that_is_one_token_is_not_read(tmp_path: Path, src: Path) -> 
     assert message == "The first 1,200,000 bytes of the text have only 1 tokens."
 
 
-def test_the_document_says_how_much_of_the_text_was_read(
-    tmp_path: Path, src: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(text_tokens, "_FIRST", 100)
-    monkeypatch.setattr(text_tokens, "_MARGIN", 10)
+@pytest.mark.usefixtures("short_reads")
+def test_the_document_says_how_much_of_the_text_was_read(tmp_path: Path, src: Path) -> None:
     (tmp_path / "text").write_text("w1 w2 " * 1000)
 
     result = run("eval", src, "--text", tmp_path / "text", "--tokens", 5, "--format", "json")
