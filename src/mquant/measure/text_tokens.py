@@ -24,7 +24,7 @@ _MARGIN: Final = 50_000
 """Characters before the end of what was read: text that follows could change the tokens there."""
 
 _PROGRAM: Final = Path(__file__).with_name("tokenize_text.py")
-_NOT_UNDERSTOOD: Final = 3
+_DAMAGED: Final = b"damaged: "
 _SECONDS: Final = 300
 # Bytes of memory that tokenizing may take, in all, for a byte of tokenizer.json (measured: 21), and
 # for a byte of text (measured: 200).
@@ -110,8 +110,9 @@ def _tokenize(tokenizer: bytes, text: bytes) -> tuple[Integers, Integers]:
             f"{_TOKENIZER} takes more than {_SECONDS} s for {len(text):,} bytes of text.",
             "Get the file again, or ask for fewer --tokens.",
         ) from None
-    if done.returncode == _NOT_UNDERSTOOD:
-        reason = " ".join(done.stderr.decode("utf-8", "replace").split())[:300]
+    if done.stderr.startswith(_DAMAGED):
+        reason = done.stderr.removeprefix(_DAMAGED).decode("utf-8", "replace")
+        reason = " ".join(reason.split())[:300]
         raise SourceError(f"{_TOKENIZER} cannot be understood: {reason}.", "Get the file again.")
     if done.returncode:
         raise SourceError(

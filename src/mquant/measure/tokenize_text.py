@@ -5,8 +5,8 @@ token that is a megabyte long, takes any amount of memory, and `tokenizers` then
 
     python -P tokenize_text.py BYTES_OF_MEMORY BYTES_OF_TOKENIZER < tokenizer.json and text
 
-On stdout are the ids of the tokens, then the ends of the tokens in characters, as int64. Exit code
-3: the tokenizer cannot be understood; stderr says why.
+On stdout are the ids of the tokens, then the ends of the tokens in characters, as int64. If the
+tokenizer cannot be understood, stderr begins with `damaged: ` and says why.
 """
 
 import os
@@ -27,8 +27,8 @@ def main() -> None:
     try:
         tokenizer = Tokenizer.from_str(raw[:length].decode("utf-8"))
     except Exception as error:  # noqa: BLE001 -- tokenizers raises bare Exception
-        sys.stderr.write(str(error))
-        sys.exit(3)
+        sys.stderr.write(f"damaged: {error}")
+        return
     tokenizer.no_truncation()  # some files say how to cut and fill the texts of a training
     tokenizer.no_padding()
     encoding = tokenizer.encode(raw[length:].decode("utf-8"), add_special_tokens=False)
