@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,12 +68,10 @@ def test_a_byte_that_changes_on_the_wire_stops_the_run(
 ) -> None:
     hub.flips = name
     error = refusal(tmp_path / "out")
-    assert error.message.startswith(
-        f"{name} of {REPO} in the cache is not the file that 127.0.0.1 lists: "
-    )
+    assert error.message.startswith(f"{name} of {REPO} in the cache is not what 127.0.0.1 lists: ")
     hub.flips = None
     file = Path(error.message.split(": ")[1].removesuffix(" has another digest."))
-    assert error.fix.startswith("Delete that file, then run the same command again")
+    assert error.fix.startswith(f"Run: rm {file}; then run the same command again")
     file.unlink()
     expected = run_local(src, tmp_path / "local")
     assert shards(run(tmp_path / "out")) == shards(expected)
@@ -102,6 +101,20 @@ def test_a_byte_that_rots_in_the_cache_stops_the_run(src: Path, tmp_path: Path, 
     flip(file)
     error = refusal(tmp_path / "out")
     assert f": {file} has another digest." in error.message
+
+
+def test_all_rotten_files_are_named_and_the_named_command_mends_the_cache(
+    src: Path, tmp_path: Path
+) -> None:
+    files = [cached(name) for name in (SHARD, "tokenizer.json")]
+    for file in files:
+        flip(file)
+    error = refusal(tmp_path / "out")
+    assert f"{SHARD}, tokenizer.json of {REPO} in the cache are not what " in error.message
+    assert all(file.exists() for file in files), "mquant deletes nothing by itself"
+    command = error.fix.removeprefix("Run: ").partition(";")[0]
+    subprocess.run(command, shell=True, check=True)  # noqa: S602 -- as a user does
+    assert shards(run(tmp_path / "out")) == shards(run_local(src, tmp_path / "local"))
 
 
 def test_a_run_stops_if_the_cache_changes_while_it_is_read(src: Path, tmp_path: Path) -> None:

@@ -283,6 +283,29 @@ def test_no_time_of_a_file_proves_that_the_folder_is_as_it_was_made(src: Path, m
         quantize_nvfp4(src, made, shard_bytes=SMALL)
 
 
+def test_already_done_claims_nothing_of_bytes_that_were_not_read(tmp_path: Path) -> None:
+    src = make_checkpoint(tmp_path / "src", layers=1, hidden=512, intermediate=256, shards=3)
+    made = quantize_nvfp4(src, tmp_path / "made", shard_bytes=SMALL)
+    notes: list[Event] = []
+    quantize_nvfp4(src, made, notes.append, SMALL)
+    told = Note("info", "The source's names, sizes and samples were compared, not every byte.")
+    assert [note for note in notes if isinstance(note, Note)] == [told]
+
+    identity = Folder(src).identity()
+    flip(src / SHARD)
+    assert Folder(src).identity() == identity, "no sample is taken there"
+    notes.clear()
+    quantize_nvfp4(src, made, notes.append, SMALL)
+    assert [note for note in notes if isinstance(note, Note)] == [
+        told,
+        Note(
+            "warning",
+            f"{SHARD} may have changed after {made} was made: the times say so. If so, give "
+            "--restart.",
+        ),
+    ]
+
+
 def test_a_finished_folder_that_was_copied_is_already_done(
     src: Path, made: Path, tmp_path: Path
 ) -> None:

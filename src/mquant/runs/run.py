@@ -39,7 +39,13 @@ from mquant.output import (
 )
 from mquant.plan import Plan
 from mquant.runs.checks import check_headers_as_planned
-from mquant.runs.unchanged import accept_touched, check_unchanged, described_by, refuse_changed
+from mquant.runs.unchanged import (
+    accept_touched,
+    check_unchanged,
+    described_by,
+    refuse_changed,
+    tell_unread,
+)
 from mquant.text import names, size
 from mquant.verify.config_json import CONFIG_KEY_MISSING
 from mquant.verify.judge import Depth, verify
@@ -211,6 +217,7 @@ class Run:
         claim = look()
         make = partial(cls, out, spec, plan=spec.shards, emit=emit, workers=options.get("workers"))
         if claim.state is State.DONE:
+            tell_unread(spec.source, spec.stamps, emit, out)
             yield make(spec.source, None, claim)
             return
         check_disk(out, claim.files, spec.file_bytes if room is None else room)

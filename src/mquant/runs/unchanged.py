@@ -1,6 +1,8 @@
 """Compare the source of a run with what is known of it, before the run and after it."""
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 
 from mquant.checkpoint import (
     CONFIG_NAME,
@@ -15,6 +17,7 @@ from mquant.checkpoint.hashing import differing
 from mquant.checkpoint.hub import HubRepo
 from mquant.errors import MquantError, SourceError
 from mquant.events import Emit, Note, silent
+from mquant.text import names
 from mquant.verify.digests import check_digests
 
 Read = tuple[Source, str]
@@ -74,6 +77,23 @@ def _is_same(
         return False
     json = (now.config, now.index) == (checkpoint.config, checkpoint.index)
     return json and now.tensors == checkpoint.tensors and local.identity() == identity
+
+
+def tell_unread(source: Source, paths: Iterable[str], emit: Emit, out: Path | None = None) -> None:
+    """Say what was not compared if a run finds its output `out` done; None: in a hub repo.
+
+    The fingerprint of a source on this machine has names, sizes and samples, and no digest of its
+    large files is recorded. So a file that changed after `out` was made may look the same.
+    """
+    local = [place for path in paths for place in _local(source, path)]
+    if not local:
+        return
+    emit(Note("info", "The source's names, sizes and samples were compared, not every byte."))
+    made = (out / CONFIG_NAME).stat().st_mtime_ns if out else math.inf
+    newer = [name for folder, name in local if max(folder.stamps[name][1:3]) > made]
+    if newer:
+        changed = f"{names(newer)} may have changed after {out} was made"
+        emit(Note("warning", f"{changed}: the times say so. If so, give --restart."))
 
 
 def described_by(source: Source) -> list[Read]:
