@@ -11,7 +11,7 @@ from mquant.family import Role
 from mquant.findings import Finding, rule
 from mquant.output import examine, free_disk
 from mquant.plan import Action, Plan
-from mquant.runs.run import default_workers
+from mquant.runs.workers import default_workers
 from mquant.text import size
 
 # Python, numpy, numba and the plan of 62 layers of 154 experts take 0.27 GB.

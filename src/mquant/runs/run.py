@@ -11,7 +11,6 @@ Every verb that writes a checkpoint is such a run. `finish` writes config.json l
 unfinished OUT does not look like a checkpoint.
 """
 
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,12 +45,10 @@ from mquant.runs.unchanged import (
     refuse_changed,
     tell_unread,
 )
+from mquant.runs.workers import default_workers
 from mquant.text import names, size
 from mquant.verify.config_json import CONFIG_KEY_MISSING
 from mquant.verify.judge import Depth, verify
-
-MOST_CORES: Final = 16
-"""The most cores that count for workers: more do not help, because the disk is the limit."""
 
 _MOST_TOUCHES: Final = 10
 """The limit on repetitions of a run: a file that changes all the time is no source."""
@@ -396,8 +393,3 @@ class Run:
         if self.spec.resumes and output.done_bytes:
             done, total = size(output.done_bytes), size(self.plan.source_bytes)
             self.emit(Note("info", f"{done} of {total} {what}."))
-
-
-def default_workers() -> int:
-    """Return a worker for each core of this process, at most 16, and one more for the disk."""
-    return min(len(os.sched_getaffinity(0)), MOST_CORES) + 1
