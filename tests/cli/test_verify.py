@@ -175,7 +175,9 @@ def test_only_headers_of_a_hub_repo_are_read(hub: FakeHub, trained: Path) -> Non
     report = document("org/tiny")
     assert report["requests"] == len(hub.requests)
     assert 0 < report["bytes_read"] <= hub.bytes_served
-    assert "in 17 requests from the hub" in shown(verify("org/tiny"))
+    asked = [request.path for request in hub.requests if request.host == "127.0.0.1"]
+    assert len(asked) == len(set(asked)), "no file is asked for twice"
+    assert "in 15 requests from the hub" in shown(verify("org/tiny"))
 
 
 @pytest.mark.upstream
