@@ -60,7 +60,7 @@ def finish_in_place(root: Path) -> bool:
 
 
 def _engine(bad: Source) -> dict[str, Any]:
-    """Return the engine that made a checkpoint, as its mquant.json says: anything may stand there."""
+    """Return the engine that made a checkpoint, by its mquant.json, where anything may stand."""
     return {"name": "stream", "versions": {}, **as_table(known_table(bad).get("engine"))}
 
 
