@@ -100,7 +100,7 @@ def metadata_errors(card: str) -> list[str]:
         return ["no metadata"]
     try:
         metadata = yaml.safe_load(front[1])
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         return [f"not YAML: {error}"]
     if not isinstance(metadata, dict):
         return ["metadata is no table"]
