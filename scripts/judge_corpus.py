@@ -103,7 +103,7 @@ def ask_vllm(pairs: list[tuple[Path, Path]]) -> None:
     """Have one vLLM process judge folders and write each verdict to the folder's file."""
     paths = [str(path) for pair in pairs for path in pair]
     subprocess.run(
-        [str(find_python()), "-P", str(PROBE), *paths],
+        [str(find_python()), "-I", str(PROBE), *paths],
         check=True,
         capture_output=True,
         stdin=subprocess.DEVNULL,

@@ -1,6 +1,5 @@
 """`verify` calls no checkpoint clean whose config, layout or architecture it does not know."""
 
-import sys
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -9,6 +8,7 @@ import pytest
 from compressed_tensors.quantization import preset_name_to_scheme
 
 from judges import read_json
+from loaders import fake_python
 from make import Edit, Row, make_checkpoint
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.family import load_families
@@ -184,11 +184,10 @@ def test_fp8_reads_ignored_layers_before_modules_to_not_convert(tmp_path: Path) 
         assert read_modules(checkpoint, load_families()).ignore == (ignored,)
 
 
-def test_a_loader_that_did_not_answer_has_judged_nothing(
-    good: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MQUANT_VLLM_PYTHON", sys.executable)  # this Python has no vLLM
-    report = verify(Folder(good), load_families(), Depth.STRUCTURE, ask_vllm=True)
+def test_a_loader_that_did_not_answer_has_judged_nothing(good: Path, tmp_path: Path) -> None:
+    dies = fake_python(tmp_path / "python", "exit 1")
+    report = verify(Folder(good), load_families(), Depth.STRUCTURE, vllm=dies)
+    assert str(report.stands_for) == "vLLM 0.32"
     assert report.loader is not None
     assert report.loader.verdict == "not asked"
     assert report.checked == ("structure",)
