@@ -46,7 +46,8 @@ def test_a_clean_verdict_names_what_was_not_judged(plain: Path) -> None:
     assert shown(result) == (
         "Clean for vLLM 0.32: 47 tensors, 0 quantized modules, checked structure and numbers. "
         "Not judged: 3 rules (no mquant.json says what the files were), 12 rules (no parent was "
-        "given), 6 rules (no loader was asked)."
+        "given), 6 rules (no loader was asked). "
+        "The loaders of SGLang and TensorRT-LLM are not modelled."
     )
     assert result.stderr == ""
 
@@ -58,7 +59,8 @@ def test_against_the_parent(trained: Path) -> None:
     assert shown(result).startswith(
         "Clean for vLLM 0.32: 327 tensors, 102 quantized modules, checked structure and numbers, "
         "compared with tiny-minimax-m2 (a sample of its weights). "
-        "Not judged: 6 rules (no loader was asked). · "
+        "Not judged: 6 rules (no loader was asked). "
+        "The loaders of SGLang and TensorRT-LLM are not modelled. · "
     )
     assert "(all of its weights)" in shown(verify(trained, "--against", TRAINED, "--depth", "full"))
 
@@ -146,6 +148,8 @@ def test_json_says_what_was_checked(plain: Path) -> None:
         "bytes_read": None,
         "requests": None,
         "loader": None,
+        "stands_for": {"name": "vllm", "version": "0.32", "how": "model"},
+        "not_modelled": ["SGLang", "TensorRT-LLM"],
     }
 
 
