@@ -34,8 +34,8 @@ OWN = Path(__file__).with_name("loaders.md")
 HEAD = """## What vLLM does with broken checkpoints, and what `mquant verify` reports
 
 Written by `scripts/test-loaders.sh`, which breaks the tiny trained checkpoint in {count} ways, has
-`mquant verify` judge each result, and has vLLM {version} load its headers; do not edit. The text above
-is that of scripts/loaders.md.
+`mquant verify` judge each result, and has vLLM {version} load its headers; do not edit. The text
+above is that of scripts/loaders.md.
 
 vLLM *refuses* a checkpoint, *loads* the checkpoint, or *loads wrong*: vLLM drops tensors, leaves
 parameters unset, or spreads or converts tensors, without a message. No load check sees a fault in
