@@ -102,7 +102,7 @@ def _probe(python: Path, folders: Iterable[Path]) -> None:
     paths = [str(path) for folder in folders for path in (folder, _result(folder))]
     with suppress(subprocess.TimeoutExpired):  # a folder without a result is not asked
         subprocess.run(
-            [str(python), "-P", str(PROBE), *paths],
+            [str(python), "-I", str(PROBE), *paths],
             check=False,
             capture_output=True,
             stdin=subprocess.DEVNULL,

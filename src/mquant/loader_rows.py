@@ -53,6 +53,8 @@ class LayerRow(_Data):
     asked_as: str | None = None
     class_name: str = ""
     """The name of vLLM's class, if it is not that of the kind; targets may match the name."""
+    split: bool = True
+    """Whether tensor parallelism splits the layer; a `replicated` layer is never split."""
     when: str = ""
     """A key of `blocks`, with `not` before it or without; other layers do not have the row."""
     names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")

@@ -46,7 +46,7 @@ def judge(tmp_path: Path) -> Callable[..., IgnoreReport]:
 
 Judge = Callable[..., IgnoreReport]
 GOOD = (
-    "All 2 routers, lm_head and the embeddings are kept: nothing in ignore stops vLLM from "
+    "All 2 routers, lm_head and the embeddings are kept: nothing in ignore stops vLLM 0.32 from "
     "loading this checkpoint."
 )
 
@@ -144,7 +144,8 @@ def test_a_plain_checkpoint_has_no_ignore_list_to_judge(judge: Judge) -> None:
 def test_quantized_routers_are_an_error(judge: Judge, suffixes: Suffixes, config: Any) -> None:
     report = judge(quantized(suffixes, ".gate"), config)
     assert (
-        report.verdict == "2 of 2 routers are quantized: vLLM will refuse to load this checkpoint."
+        report.verdict
+        == "2 of 2 routers are quantized: vLLM 0.32 will refuse to load this checkpoint."
     )
     assert rules(report) == {"router-quantized": "error"}
     assert message(report, "router-quantized") == (
@@ -159,15 +160,15 @@ def test_quantized_routers_are_an_error(judge: Judge, suffixes: Suffixes, config
 def test_quantized_head_and_embeddings_are_errors(judge: Judge) -> None:
     report = judge(quantized(NVFP4A16, ".gate", "lm_head", "embed_tokens"), compressed([]))
     assert report.verdict == (
-        "2 of 2 routers, lm_head and the embeddings are quantized: vLLM will refuse to load this "
-        "checkpoint."
+        "2 of 2 routers, lm_head and the embeddings are quantized: vLLM 0.32 will refuse to load "
+        "this checkpoint."
     )
     assert set(rules(report)) == {"router-quantized", "embedding-quantized", "head-quantized"}
 
 
 def test_a_quantized_head_alone_is_an_error(judge: Judge) -> None:
     report = judge(quantized(NVFP4A16, "lm_head"), compressed(KEPT[1:]))
-    assert report.verdict == "lm_head is quantized: vLLM will refuse to load this checkpoint."
+    assert report.verdict == "lm_head is quantized: vLLM 0.32 will refuse to load this checkpoint."
     assert rules(report) == {"head-quantized": "error"}
 
 
@@ -178,7 +179,8 @@ def test_a_lone_scale_beside_a_plain_router_is_refused(judge: Judge) -> None:
 
     report = judge(edit, compressed(KEPT))
     assert (
-        report.verdict == "1 of 2 routers are quantized: vLLM will refuse to load this checkpoint."
+        report.verdict
+        == "1 of 2 routers are quantized: vLLM 0.32 will refuse to load this checkpoint."
     )
     assert report.quantized[0][2] == ("weight_scale",)
 
@@ -291,7 +293,7 @@ def test_modelopt_must_exclude_lm_head(judge: Judge) -> None:
 def test_a_third_of_q_k_v_cannot_be_ignored(judge: Judge, entry: str) -> None:
     report = judge(quantized(NVFP4A16, but=("q_proj",)), compressed([*KEPT, entry]))
     assert rules(report)["fused-set-split"] == "error"
-    assert report.verdict.startswith("vLLM will not load this")
+    assert report.verdict.startswith("vLLM 0.32 will not load this")
 
 
 @pytest.mark.parametrize(
@@ -351,7 +353,7 @@ def test_entries_that_match_nothing_are_a_warning(judge: Judge) -> None:
 def test_entries_that_vllm_cannot_read_are_an_error(judge: Judge, ignore: Any) -> None:
     report = judge(quantized(NVFP4A16), compressed(ignore))
     assert rules(report)["ignore-bad-entry"] == "error"
-    assert report.verdict.startswith("vLLM will not load this")
+    assert report.verdict.startswith("vLLM 0.32 will not load this")
 
 
 @pytest.mark.parametrize("ignore", ["lm_head", {"lm_head": 1}])
@@ -383,7 +385,7 @@ def test_an_unknown_family_is_judged_by_usual_names(judge: Judge) -> None:
         "lm_head and the embeddings are kept; routers of an unknown family cannot be judged."
     )
     bad = judge(quantized(NVFP4A16, "lm_head"), compressed(["lm_head"]), model_type="olmo2")
-    assert bad.verdict == "lm_head is quantized: vLLM will refuse to load this checkpoint."
+    assert bad.verdict == "lm_head is quantized: vLLM 0.32 will refuse to load this checkpoint."
 
 
 def test_a_model_type_that_vllm_does_not_know_is_an_error(judge: Judge) -> None:

@@ -25,7 +25,7 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.1.w1"
 GATE = "model.layers.1.block_sparse_moe.gate"
 KEPT = ["lm_head", "model.embed_tokens"]
 ROUTERS = r"re:.*block_sparse_moe\.gate$"
-LOADS = "nothing in ignore stops vLLM from loading this checkpoint."
+LOADS = "nothing in ignore stops vLLM 0.32 from loading this checkpoint."
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
@@ -215,7 +215,8 @@ def test_a_router_that_modelopt_quantized_is_found(built: Built, tmp_path: Path)
 
     report = judge_ignore(mutated(built.modelopt("minimax_m2"), tmp_path, edit=edit))
     assert (
-        report.verdict == "1 of 2 routers are quantized: vLLM will refuse to load this checkpoint."
+        report.verdict
+        == "1 of 2 routers are quantized: vLLM 0.32 will refuse to load this checkpoint."
     )
     suffixes = ("input_scale", "weight", "weight_scale", "weight_scale_2")
     assert [(name, parts) for name, _, parts in report.quantized] == [(GATE, suffixes)]

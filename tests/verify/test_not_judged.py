@@ -3,7 +3,6 @@
 What vLLM 0.32 takes and refuses here, vLLM itself said.
 """
 
-import sys
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from judges import read_json
+from loaders import fake_python
 from make import Edit, Row, make_checkpoint
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.family import load_families
@@ -226,11 +226,10 @@ def test_fp8_reads_ignored_layers_before_modules_to_not_convert(tmp_path: Path) 
         assert read_modules(checkpoint, load_families()).ignore == (ignored,)
 
 
-def test_a_loader_that_did_not_answer_has_judged_nothing(
-    good: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MQUANT_VLLM_PYTHON", sys.executable)  # this Python has no vLLM
-    report = verify(Folder(good), load_families(), Depth.STRUCTURE, ask_vllm=True)
+def test_a_loader_that_did_not_answer_has_judged_nothing(good: Path, tmp_path: Path) -> None:
+    dies = fake_python(tmp_path / "python", "exit 1")
+    report = verify(Folder(good), load_families(), Depth.STRUCTURE, vllm=dies)
+    assert str(report.stands_for) == "vLLM 0.32"
     assert report.loader is not None
     assert report.loader.verdict == "not asked"
     assert report.checked == ("structure",)

@@ -69,10 +69,11 @@ DepthChoice = Annotated[
     ),
 ]
 LoaderChoice = Annotated[
-    Literal["vllm"] | None,
+    str | None,
     typer.Option(
-        help="Also load the headers with this loader's own code, without a GPU "
-        "(see: mquant loader install)."
+        metavar="LOADER",
+        help="Also have a loader's own code load the headers, without a GPU: vllm (see: mquant "
+        "loader install), or the path of a Python that has vLLM.",
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")]

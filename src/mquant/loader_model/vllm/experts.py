@@ -28,6 +28,7 @@ _DIMENSION: Final = {"w1": 0, "w2": 1, "w3": 0}
 class Experts(Layer):
     """The experts of a layer. `names` are gate, down and up on disk.
 
+    `intermediate` is that of one rank; `ranks` is the number of ranks that share every expert.
     `layout` names the quantization method whose own way of loading scales vLLM follows: `modelopt`,
     `compressed-tensors`, or empty.
     """
@@ -35,6 +36,7 @@ class Experts(Layer):
     count: int = 0
     hidden: int = 0
     intermediate: int = 0
+    ranks: int = 1
     names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")
     layout: str = ""
     repeats: tuple[int, int] | None = None

@@ -1,6 +1,7 @@
 """The layers that vLLM builds, without data, and how each loads its parameters.
 
-One rank: tensor parallelism splits what is told here. The source is vLLM 0.32's `linear.py`,
+Layers are those of one rank: of several, each rank has layers of smaller sizes, and loads a part of
+each tensor, which is not told here. The source is vLLM 0.32's `linear.py`,
 `parameter.py` and `vocab_parallel_embedding.py`.
 """
 
@@ -56,18 +57,30 @@ class Layer:
 class Linear(Layer):
     """A linear layer of one matrix, or of several matrices fused along the outputs.
 
-    `outputs` are the rows of each matrix and `inputs` the columns of all. `heed`: whether the layer
-    is given the quantization config. `fused` are the names of the matrices on disk, by vLLM's map.
+    `outputs` are the rows of each matrix and `inputs` the columns of all, of one rank; `ranks` is
+    the number of ranks that share the layer. `heed`: whether the layer is given the quantization
+    config. `fused` are the names of the matrices on disk, by vLLM's map.
     """
 
     outputs: tuple[int, ...] = ()
     inputs: int = 0
+    ranks: int = 1
     bias: bool = False
     heed: bool = True
 
+    def check_blocks(self, high: int, wide: int) -> None:
+        """Raise LoadRefused if the ranks that share the layer would cut a block of the weight.
+
+        vLLM refuses it, or each rank takes scales of other weights.
+        """
+        if self.ranks > 1:
+            for size in self.outputs:
+                if size % high:
+                    raise LoadRefused(self.name, f"writes {size}, no multiple of {high}")
+
     @property
     def rows(self) -> int:
-        """The rows of the whole weight."""
+        """The rows of the weight."""
         return sum(self.outputs)
 
     def build(self, parameters: Iterable[Parameter] | None) -> None:
@@ -100,6 +113,11 @@ class Column(Linear):
 
 class Row(Linear):
     """vLLM's RowParallelLinear."""
+
+    def check_blocks(self, high: int, wide: int) -> None:
+        """Raise LoadRefused if the ranks that share the layer would cut a block of the weight."""
+        if self.ranks > 1 and self.inputs % wide:
+            raise LoadRefused(self.name, f"reads {self.inputs}, no multiple of {wide}")
 
     def load(self, copies: Copies, last: str, loaded: Loaded, shard: Shard) -> None:
         """Copy a tensor as vLLM's layer does."""

@@ -30,6 +30,7 @@ _LINEAR: Final[Mapping[str, tuple[type[Linear], str]]] = {
     "row": (Row, "RowParallelLinear"),
     "replicated": (Replicated, "ReplicatedLinear"),
 }
+_SPLIT: Final = ("qkv", "merged", "column", "row", "experts")
 
 
 class Method(Protocol):
@@ -83,8 +84,11 @@ class Model:
             yield from layer.parameters.values()
 
 
-def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
-    """Build vLLM's model. Raises LoadRefused if vLLM stops, at config.json too, and Unknown."""
+def build(rows: VllmRows, settings: Settings, method: Method | None, ranks: int = 1) -> Model:
+    """Build vLLM's model, or the part of one of several ranks that share the model.
+
+    Raises LoadRefused if vLLM stops, at config.json too, and Unknown.
+    """
     check(settings, rows)
     for key in rows.required:
         if key not in settings.values:
@@ -103,7 +107,7 @@ def build(rows: VllmRows, settings: Settings, method: Method | None) -> Model:
     for row, number in _every(rows, settings):
         if row.kind == "merged" and rows.activations and act not in rows.activations:
             raise LoadRefused("config.json", f"says hidden_act {act!r}")
-        layer = _layer(row, number, settings, method)
+        layer = _layer(row, number, _Sizes(settings, ranks), method)
         layers.append(layer)
         modules.add(layer)
     if rows.needs_experts and not any(isinstance(layer, Experts) for layer in layers):
@@ -144,17 +148,53 @@ def _prefix(row: LayerRow, number: int | None) -> str:
     return asked.replace("{layer}", str(number))
 
 
-def _layer(row: LayerRow, number: int | None, settings: Settings, method: Method | None) -> Layer:
+@dataclass(frozen=True)
+class _Sizes:
+    """The sizes of layers on one rank of `ranks`."""
+
+    settings: Settings
+    ranks: int
+
+    def of(self, row: LayerRow, name: str) -> tuple[tuple[int, ...], int, int]:
+        """Return the rows and columns of a row, and the number of ranks that share the layer.
+
+        Raises LoadRefused if the ranks cannot share the layer evenly.
+        """
+        rows = tuple(_size(self.settings, text) for text in row.rows)
+        columns, ranks = _size(self.settings, row.columns), self.ranks
+        if ranks == 1 or not row.split or row.kind not in _SPLIT:
+            return rows, columns, 1
+        if row.kind == "row":
+            return rows, _share(name, "reads", columns, ranks), ranks
+        if row.kind == "experts":
+            return (rows[0], _share(name, "has", rows[1], ranks)), columns, ranks
+        # Of fewer KV heads than ranks, several ranks have the same.
+        kv_heads = self.settings.number("num_key_value_heads") or ranks
+        shares = [ranks] * len(rows)
+        if row.kind == "qkv":
+            shares[1:] = [min(ranks, kv_heads)] * 2
+        pairs = zip(rows, shares, strict=True)
+        return tuple(_share(name, "writes", size, share) for size, share in pairs), columns, ranks
+
+
+def _share(name: str, does: str, size: int, ranks: int) -> int:
+    if size % ranks:
+        raise LoadRefused(name, f"{does} a part of {size}, which {ranks} does not divide")
+    return size // ranks
+
+
+def _layer(row: LayerRow, number: int | None, sizes_of: _Sizes, method: Method | None) -> Layer:
     name = row.name.replace("{layer}", str(number))
     asked = _prefix(row, number)
-    sizes = tuple(_size(settings, text) for text in row.rows)
-    columns = _size(settings, row.columns)
+    sizes, columns, ranks = sizes_of.of(row, name)
     method = method if row.heeds else None
     if row.kind in _LINEAR:
         made, class_name = _LINEAR[row.kind]
-        bias = bool(row.bias) and settings.has(row.bias, number)
+        bias = bool(row.bias) and sizes_of.settings.has(row.bias, number)
         class_name = row.class_name or class_name
-        linear = made(name, asked, class_name, outputs=sizes, inputs=columns, bias=bias)
+        linear = made(
+            name, asked, class_name, outputs=sizes, inputs=columns, ranks=ranks, bias=bias
+        )
         linear.build(method.linear(linear) if method else None)
         return linear
     if row.kind in ("embedding", "head"):
@@ -171,6 +211,7 @@ def _layer(row: LayerRow, number: int | None, settings: Settings, method: Method
             count=sizes[0],
             hidden=columns,
             intermediate=sizes[1],
+            ranks=ranks,
             names=row.names,
         )
         experts.build(method.experts(experts) if method else None)

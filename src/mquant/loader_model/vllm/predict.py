@@ -11,7 +11,7 @@ from mquant.loader_model.vllm.config_names import built_as
 from mquant.loader_model.vllm.load import Outcome, load
 from mquant.loader_model.vllm.methods.choose import read_method
 from mquant.loader_model.vllm.model import Model, build
-from mquant.loader_model.vllm.tensors import Loaded
+from mquant.loader_model.vllm.tensors import Loaded, LoadRefused, Unknown
 from mquant.loader_rows import Settings
 
 VERSION: Final = "0.32"
@@ -30,7 +30,18 @@ def predict(checkpoint: Checkpoint, family: Family | None) -> Outcome:
     return load(lambda: _model(family, checkpoint), _in_order(checkpoint))
 
 
-def _model(family: Family | None, checkpoint: Checkpoint) -> Model:
+def split(checkpoint: Checkpoint, family: Family, ranks: int) -> str:
+    """Return why several ranks cannot share vLLM's model of a checkpoint; empty if they can."""
+    try:
+        _model(family, checkpoint, ranks)
+    except LoadRefused as stop:
+        return f"on a rank, {stop.where} {stop.why}"
+    except Unknown as gap:
+        return f"what vLLM makes of {gap} is not known"
+    return ""
+
+
+def _model(family: Family | None, checkpoint: Checkpoint, ranks: int = 1) -> Model:
     config = checkpoint.config
     read_as = family.vllm if family else None
     rows = built_as(config, read_as)
@@ -38,7 +49,7 @@ def _model(family: Family | None, checkpoint: Checkpoint) -> Model:
     heads = settings.number("num_attention_heads") or 0
     heads_of = heads, settings.number("num_key_value_heads") or heads
     method = read_method(config, _of_modelopt(checkpoint), heads_of)
-    return build(rows, settings, method)
+    return build(rows, settings, method, ranks)
 
 
 def _of_modelopt(checkpoint: Checkpoint) -> Any:

@@ -143,6 +143,8 @@ def _fp8(scheme: Scheme, pair: _Pair) -> list[Parameter]:
         high, wide = block_sides(weights, pair.layer.name)
         if pair.layer.intermediate % high:
             raise LoadRefused(pair.layer.name, f"has gate and up that {high} does not divide")
+        if pair.layer.ranks > 1 and pair.layer.intermediate % wide:
+            raise LoadRefused(pair.layer.name, f"has down that {wide} does not divide")
         made += pair.blocks(high, wide)
     else:
         raise LoadRefused(

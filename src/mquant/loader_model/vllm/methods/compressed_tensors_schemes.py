@@ -230,6 +230,8 @@ def _fp8(
         high, wide = block_sides(args, layer.name)
         if not weight_only and (static or len(args.block_structure or ()) > 2):
             raise LoadRefused(layer.name, "has FP8 blocks and activations that vLLM does not take")
+        if isinstance(layer, Linear):
+            layer.check_blocks(high, wide)
         if any(size % high for size in layer.outputs[:-1]):
             raise LoadRefused(layer.name, f"is fused of matrices that {high} does not divide")
         scale = _matrix("weight_scale", "F32", -(-rows // high), -(-columns // wide))

@@ -83,6 +83,7 @@ class Fp8:
         rows, columns = self._block_of(layer.name)
         if rows < 0 and len(layer.outputs) > 1 and any(size % rows for size in layer.outputs[:-1]):
             raise LoadRefused(layer.name, f"has parts that blocks of {rows} rows do not divide")
+        layer.check_blocks(rows, columns)
         shape = (_blocks(layer.name, layer.rows, rows), _blocks(layer.name, layer.inputs, columns))
         scale = Parameter("weight_scale_inv", "F32", shape, Kind.MATRIX, 0, 1, block=rows)
         return [weight, scale]
@@ -138,7 +139,7 @@ class Fp8:
     def _expert_block(self, layer: Experts) -> tuple[int, int]:
         """Return the block of experts, which is smaller than the config's if that does not fit."""
         rows, columns = self._block_of(layer.name)
-        if layer.intermediate % rows == 0:
+        if not layer.intermediate % rows and (layer.ranks == 1 or not layer.intermediate % columns):
             return rows, columns
         refined = math.gcd(rows, columns, layer.intermediate, layer.hidden)
         if refined < _LEAST_REFINED:
