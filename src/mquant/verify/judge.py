@@ -150,8 +150,7 @@ def verify(
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, source, view.checkpoint.shards) if ask_vllm else None
         compared = check_digests(source, emit, data=depth is not Depth.STRUCTURE)
-        all_findings = with_outcome([*check_structure(view), *_ignore(view)], view.outcome)
-        all_findings += [*check_after_loading(view), *compared.findings]
+        all_findings = [*check_headers(view), *compared.findings]
         checked, wrong = ["structure"], _stored_in(compared.shards, view)
         if depth is not Depth.STRUCTURE:
             numbers = check_numbers(view, emit)
@@ -187,6 +186,12 @@ def verify(
         not_judged=not_judged({**clauses, **compared.unknown}, rules, needs, all_findings),
         undecided="" if judged_by_loader else undecided(view, clauses),
     )
+
+
+def check_headers(view: ModuleView) -> list[Finding]:
+    """Judge a checkpoint by its headers and JSON files, and by what vLLM does with them."""
+    findings = with_outcome([*check_structure(view), *_ignore(view)], view.outcome)
+    return [*findings, *check_after_loading(view)]
 
 
 def _downloaded(*sides: Source | None) -> tuple[int, int] | tuple[None, None]:
