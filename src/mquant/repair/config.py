@@ -4,9 +4,9 @@ The candidates have the keys of the checkpoint or of its parent, and the quantiz
 checkpoint or one written from the tensors. The model of the loader judges them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.family import Family, family_of
@@ -19,7 +19,9 @@ from mquant.verify.config_json import CONFIG_KEY_MISSING
 from mquant.verify.judge import check_headers
 from mquant.verify.not_judged import undecided, unknown
 
-_KEYS = ("quantization_config", "compression_config")
+_KEYS: Final = ("quantization_config", "compression_config")
+_LISTS: Final = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules")
+_CACHE: Final = "kv_cache_scheme"
 
 
 @dataclass(frozen=True)
@@ -40,25 +42,28 @@ def choose_config(
 ) -> Judged | None:
     """Return the config with the fewest faults among those with which vLLM loads the tensors.
 
-    The checkpoint's own config.json is the first choice. None if vLLM loads the tensors with none.
+    The less a config changes of the checkpoint's own, the earlier it is asked: a config that is
+    written from the tensors counts only if vLLM loads them with no config group of the checkpoint.
+    None if vLLM loads the tensors with no config.
     """
-    best: Judged | None = None
-    for config in _candidates(checkpoint, parent, families):
-        judged = _judge(replace(checkpoint, config=config), families)
-        if judged.loads and (best is None or len(judged.faults) < len(best.faults)):
-            best = judged
-        if best is not None and not best.faults:
-            break
-    return best
+    for configs in _candidates(checkpoint, parent, families):
+        best: Judged | None = None
+        for config in configs:
+            judged = _judge(replace(checkpoint, config=config), families)
+            if judged.loads and (best is None or len(judged.faults) < len(best.faults)):
+                best = judged
+            if best is not None and not best.faults:
+                break
+        if best is not None:
+            return best
+    return None
 
 
 def judge_plan(right: Plan, plan: Plan, families: Mapping[str, Family]) -> Judged:
     """Judge the tensors of `plan` with the config.json of `right`."""
     parent = right.survey.checkpoint
     tensors = {
-        output.name: TensorInfo(
-            output.name, output.dtype, output.shape, shard.name, 0, output.nbytes
-        )
+        each.name: TensorInfo(each.name, each.dtype, each.shape, shard.name, 0, each.nbytes)
         for shard in plan.shards
         for unit in shard.units
         for each in unit.outputs
@@ -75,20 +80,44 @@ def judge_plan(right: Plan, plan: Plan, families: Mapping[str, Family]) -> Judge
 
 def _candidates(
     checkpoint: Checkpoint, parent: Checkpoint, families: Mapping[str, Family]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield configs with the checkpoint's own groups, then configs written from the tensors."""
+    family, declared = family_of(parent.config, families), declared_config(checkpoint)
     own, theirs = (
         {key: value for key, value in each.config.items() if key not in _KEYS}
         for each in (checkpoint, parent)
     )
-    family, declared = family_of(parent.config, families), declared_config(checkpoint)
+    alike = not any(check_config(_renamed(own, family), _renamed(theirs, family)))
+    plains = (own, theirs) if alike else (theirs, own)
     written = list(declarations(checkpoint, parent, family)) if family else []
-    alike = not any(check_config(own, theirs))
-    if alike:
-        yield checkpoint.config
-    for plain in (own, theirs) if alike else (theirs, own):
-        yield {**plain, **({"quantization_config": declared} if declared else {})}
-        for config in written:
-            yield {**plain, "quantization_config": config}
+    kept = [declared, *(_with_lists(declared, written) if declared else ())]
+    first = [checkpoint.config] if alike else []
+    yield [*first, *(_with(plain, config) for plain in plains for config in kept)]
+    yield [_with(plain, config) for plain in plains for config in written]
+
+
+def _with(plain: Mapping[str, Any], declared: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {**plain, **({"quantization_config": dict(declared)} if declared else {})}
+
+
+def _with_lists(
+    declared: Mapping[str, Any], written: Iterable[Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the checkpoint's config with what a config of the same method says besides groups.
+
+    That is the list of plain modules, under the key that the method reads, and the KV cache.
+    """
+    others = [each for each in written if each["quant_method"] == declared.get("quant_method")]
+    for other in others[:1]:
+        groups = {key: value for key, value in declared.items() if key not in _LISTS}
+        yield {**groups, **{key: other[key] for key in (*_LISTS, _CACHE) if key in other}}
+
+
+def _renamed(config: Mapping[str, Any], family: Family | None) -> Mapping[str, Any]:
+    """Return config.json with the hub's name of each key that transformers writes under another."""
+    aliases = family.vllm.aliases if family and family.vllm else {}
+    free = {key: name for key, name in aliases.items() if name not in config}
+    return {free.get(key, key): value for key, value in config.items()}
 
 
 def _judge(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Judged:

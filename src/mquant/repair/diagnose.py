@@ -20,9 +20,15 @@ from mquant.errors import NotJudged, Refused
 from mquant.events import Emit, silent
 from mquant.family import Family, Role
 from mquant.findings import Finding, rule
-from mquant.loader_model.modules import FP8_DTYPES, ModuleView, read_modules
+from mquant.loader_model.modules import (
+    FP8_DTYPES,
+    MODELOPT_NAME,
+    ModuleView,
+    declared_config,
+    read_modules,
+)
 from mquant.loader_model.storage import SUFFIXES, StorageFormat, activations, format_of
-from mquant.output import config_json, side_files
+from mquant.output import RECIPE_NAME, config_json, side_files
 from mquant.plan import (
     BAD,
     KV_SCALES,
@@ -99,10 +105,27 @@ class Diagnosis:
         return faulty or not whole or self.config_differs or bool(self.missing)
 
     @property
+    def config_changes(self) -> list[str]:
+        """The keys of config.json that the repair adds, changes or removes."""
+        before, after = self.bad.config, config_json(self.repair_plan.right)
+        return [key for key in {**before, **after} if before.get(key) != after.get(key)]
+
+    @property
+    def own_files(self) -> tuple[str, ...]:
+        """The files beside the shards that stay as they are."""
+        right, files = self.repair_plan.right, self.bad.source.files
+        again = [] if right.schemes else [RECIPE_NAME]
+        if (declared_config(self.bad) or {}) == right.quantization_config:
+            again.append(MODELOPT_NAME)  # another config would contradict this file
+        return (*side_files(self.bad, cards=True), *(path for path in again if path in files))
+
+    @property
     def obsolete(self) -> list[str]:
-        """The shards of the broken checkpoint that the repaired checkpoint does not have."""
+        """The files of the broken checkpoint that the repaired checkpoint does not have."""
         shards = {shard.name for shard in self.repair_plan.plan.shards}
-        return [path for path in self.bad.source.files if is_shard(path) and path not in shards]
+        lost = {MODELOPT_NAME} - {*self.own_files}
+        files = self.bad.source.files
+        return [path for path in files if path in lost or (is_shard(path) and path not in shards)]
 
 
 def assemble(bad: Source, parent: Source) -> Assembly:
