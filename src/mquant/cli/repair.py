@@ -57,7 +57,8 @@ def repair(
 ) -> None:
     """Repair a broken checkpoint with its parent; only the needed tensors of the parent are read.
 
-    If vLLM loads the tensors with another config.json, only config.json is mended. Tensors that loaders refuse quantized, or that are missing, downcast, renamed or wrong, are
+    If vLLM loads the tensors with another config.json, only config.json is mended. Otherwise
+    tensors that loaders refuse quantized, or that are missing, downcast, renamed or wrong, are
     replaced by the tensors of a correct run, in their old shards. Unchanged shards are hard-linked.
     For a hub repo only the files to upload are written.
 
@@ -157,8 +158,8 @@ def _facts(diagnosis: "Diagnosis") -> Iterator[tuple[str, str]]:
         yield "Renamed", f"{plural(len(plan.renamed), 'tensor')} ({old} is {new})"
     if plan.dropped:
         first = plan.dropped[0]
-        count = plural(len(plan.dropped), "tensor")
-        yield "Left out", f"{count} that are wrong or do not belong ({first})"
+        tensors_left = plural(len(plan.dropped), "tensor")
+        yield "Left out", f"{tensors_left} that are wrong or do not belong ({first})"
     if diagnosis.missing:
         yield "Side files", ", ".join(diagnosis.missing)
     changes = diagnosis.config_changes

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo
-from mquant.family import Family, TensorRole
+from mquant.family import Family, Role, TensorRole
 from mquant.loader_model.modules import by_module, quantized_suffixes
 from mquant.loader_model.storage import (
     GROUP,
@@ -51,7 +51,8 @@ def declarations(
     """Yield quantization configs that may describe stored tensors, the likeliest first.
 
     `parent` has the shapes of the weights before quantization. Nothing is yielded if a quantized
-    module is in a layout without a config known here, or if the family does not know the module.
+    module is in a layout without a config known here, if the family does not know the module, or if
+    only some modules of a role have an input scale.
     """
     stored: list[_Stored] = []
     kept: list[tuple[str, int | None, TensorInfo]] = []
@@ -68,7 +69,7 @@ def declarations(
         elif (storage := recognize(tensors, {})) is not None:
             group = _group(storage, tensors, parent.tensors.get(f"{module}.weight"))
             stored.append(_Stored(module, storage, tensor_role, tensors, group))
-    if not stored:
+    if not stored or _some_inputs(stored):
         return
     ignore = kept_modules(kept, family, parent.config)
     formats = {each.format for each in stored}
@@ -78,6 +79,15 @@ def declarations(
         yield _of_modelopt(stored, ignore, family, scaled=scaled)
     if formats <= {StorageFormat.FP8, StorageFormat.FP8_BLOCK}:
         yield _fp8(stored, ignore)
+
+
+def _some_inputs(stored: Sequence[_Stored]) -> bool:
+    """Return whether only some modules of a role have an input scale: one is stray, or lost."""
+    having: dict[Role, set[bool]] = {}
+    for each in stored:
+        name = SUFFIXES[each.format].input if each.format in SUFFIXES else ""
+        having.setdefault(each.tensor_role.row.role, set()).add(name in each.tensors)
+    return any(len(answers) > 1 for answers in having.values())
 
 
 def _group(
