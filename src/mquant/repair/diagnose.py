@@ -68,7 +68,7 @@ PARENT_DIFFERS: Final = rule(
     "Give the checkpoint's own parent with --from.",
     needs="run",
 )
-CANNOT_MEND: Final = rule(
+REPAIR_CANNOT_MEND: Final = rule(
     "repair-cannot-mend",
     "vLLM loads the checkpoint, once repair has done all it can.",
     "A repair that no loader takes would only look like a checkpoint.",
@@ -234,7 +234,7 @@ def _beyond_repair(report: Report, layout: str) -> Refused | NotJudged:
 
 def _cannot_mend(name: str, faults: Iterable[Finding]) -> Finding:
     first = next(iter(faults))
-    return CANNOT_MEND.finding(first.where, f"Repair cannot mend {name}: {first.message}")
+    return REPAIR_CANNOT_MEND.finding(first.where, f"Repair cannot mend {name}: {first.message}")
 
 
 def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
