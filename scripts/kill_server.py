@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def main() -> None:
     library = ctypes.CDLL(None)
     library.kill_count.restype = ctypes.c_long
     library.kill_list.restype = ctypes.c_char_p
+    library.kill_start.argtypes = (ctypes.c_char_p,)
     library.kill_arm.argtypes = (ctypes.c_char_p, ctypes.c_long, ctypes.c_int)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import typer.main
@@ -72,6 +73,7 @@ def _child(job: dict[str, Any], library: Any) -> int:
     _divert(job["log"])
     os.chdir(job["folder"])
     library.kill_arm(job["root"].encode(), job["at"], job["torn"])
+    sys.addaudithook(partial(_count_start, library))
     before = {*sys.modules}
     code = _run(job["command"])
     atexit._run_exitfuncs()
@@ -80,6 +82,11 @@ def _child(job: dict[str, Any], library: Any) -> int:
     if late := {*sys.modules} - before:
         Path(job["modules"]).write_text(" ".join(sorted(late)))
     return code
+
+
+def _count_start(library: Any, event: str, args: tuple[Any, ...]) -> None:
+    if event == "subprocess.Popen":
+        library.kill_start(" ".join(map(str, args[1])).encode())
 
 
 def _warm(job: dict[str, Any]) -> int:

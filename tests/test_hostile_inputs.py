@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,11 +167,15 @@ def test_the_tokens_of_the_beginning_are_those_of_the_whole_text(
         assert part.bytes < whole.bytes
 
 
-def test_a_cut_in_the_middle_of_a_character_is_no_error(
-    tmp_path: Path, src: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have 100 bytes of a text read first, of which the last 10 characters are the margin."""
     monkeypatch.setattr(text_tokens, "_FIRST", 100)
     monkeypatch.setattr(text_tokens, "_MARGIN", 10)
+
+
+@pytest.mark.usefixtures("short_reads")
+def test_a_cut_in_the_middle_of_a_character_is_no_error(tmp_path: Path, src: Path) -> None:
     (tmp_path / "text").write_text("🙂 " * 1000)
 
     assert read_tokens(tmp_path / "text", [Folder(src)], 3).bytes in range(97, 101)
@@ -190,6 +195,27 @@ def test_a_tokenizer_that_cuts_and_fills_texts_does_neither(tmp_path: Path, src:
     (tmp_path / "text").write_text("w1 w2 w3 w4")
 
     assert read_tokens(tmp_path / "text", [Folder(folder)], 9).ids.tolist() == [1, 2, 3, 4]
+
+
+def test_a_tokenizer_that_blows_a_text_up_is_refused_in_bounded_memory(
+    tmp_path: Path, src: Path
+) -> None:
+    grow = {"type": "Replace", "pattern": {"String": "w"}, "content": "w" * 1000}
+    long = "w" * 1_000_000
+    vocab = {long: 0, "w1": 1}
+    hostile: list[dict[str, Any]] = [
+        {"normalizer": {"type": "Sequence", "normalizers": [grow, grow, grow]}},
+        {"model": {"type": "WordLevel", "vocab": vocab, "unk_token": long}},
+    ]
+    (tmp_path / "text").write_text("w2 w3 " * 40_000)
+    for number, change in enumerate(hostile):
+        folder = tmp_path / f"src{number}"
+        folder.mkdir()
+        table = {**json.loads(tokenizer_json()), **change}
+        (folder / "tokenizer.json").write_text(json.dumps(table))
+        message = raises(read_tokens, tmp_path / "text", [Folder(folder)], 100)
+        assert message.startswith("tokenizer.json cannot tokenize 240,000 bytes of text in ")
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 500_000  # kB
 
 
 def test_a_large_text_takes_little_memory(tmp_path: Path, src: Path) -> None:
@@ -215,11 +241,8 @@ def test_a_terabyte_that_is_one_token_is_not_read(tmp_path: Path, src: Path) -> 
     assert message == "The first 1,200,000 bytes of the text have only 1 tokens."
 
 
-def test_the_document_says_how_much_of_the_text_was_read(
-    tmp_path: Path, src: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(text_tokens, "_FIRST", 100)
-    monkeypatch.setattr(text_tokens, "_MARGIN", 10)
+@pytest.mark.usefixtures("short_reads")
+def test_the_document_says_how_much_of_the_text_was_read(tmp_path: Path, src: Path) -> None:
     (tmp_path / "text").write_text("w1 w2 " * 1000)
 
     result = run("eval", src, "--text", tmp_path / "text", "--tokens", 5, "--format", "json")
@@ -294,6 +317,18 @@ def test_hostile_calibration_data_is_one_sentence(
 
     assert words in told(result)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])
+def test_a_damaged_file_of_the_tokenizer_is_named(tmp_path: Path, name: str) -> None:
+    damaged = Path(shutil.copytree(TRAINED, tmp_path / "src"))
+    (damaged / name).write_text('{"a": ')
+    (tmp_path / "x.jsonl").write_text('{"text": "a b c"}')
+
+    result = run("calibrate", damaged, "--data", tmp_path / "x.jsonl", "-o", tmp_path / "out")
+
+    assert told(result).startswith(f"Error: {name} in {damaged} cannot be understood: ")
 
 
 def test_a_line_separator_inside_a_line_of_data_is_no_end(tmp_path: Path) -> None:

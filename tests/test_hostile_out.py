@@ -15,10 +15,9 @@ from mquant.checkpoint import CONFIG_NAME, Folder, open_checkpoint
 from mquant.checkpoint.download import download
 from mquant.checkpoint.hub import HubRepo
 from mquant.errors import LoaderError, MquantError, OutputError
-from mquant.output import LEDGER, RECORD, Claim, Ledger, State, discard, examine
+from mquant.output import LEDGER, RECORD, Claim, Ledger, State, discard, examine, free_disk
 from mquant.output import ledger as ledger_module
 from mquant.output.ledger import read_ledger
-from mquant.runs.run import free_disk
 from mquant.verify.loaders import ask_vllm
 from run import plan_of, quantize_nvfp4
 

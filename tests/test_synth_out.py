@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from judges import hashes
 from mquant.errors import InUse, OutputError
 from mquant.events import Event, Progress
 from mquant.family import Family
+from mquant.output.ledger import Ledger
 from mquant.synth import Sizes, synth
 from synthetic import family, opened
 
@@ -23,7 +23,10 @@ __all__ = ["family"]
 
 
 def killed(out: Path, family: Family, moves: int) -> int | None:
-    """Write a checkpoint, and kill the process after `moves` files have moved to OUT."""
+    """Write a checkpoint, and kill the process after `moves` files have moved to OUT.
+
+    If all files have moved, the process dies before it removes the empty hidden folder.
+    """
     process = multiprocessing.get_context("fork").Process(target=_die, args=(out, family, moves))
     process.start()
     process.join(60)
@@ -41,7 +44,7 @@ def _die(out: Path, family: Family, moves: int) -> None:
         return rename(path, target)
 
     Path.rename = move  # type: ignore[method-assign, assignment]
-    shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    os.rmdir = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     synth(out, family, max_shard_bytes=300_000)
 
 
@@ -108,6 +111,21 @@ def test_two_runs_at_once_do_not_mix(tmp_path: Path, family: Family) -> None:
 
     synth(tmp_path, family, emit=again)
     assert opened(tmp_path).tensors
+
+
+def test_the_files_of_a_run_that_ends_just_before_the_lock_are_kept(
+    tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(Ledger):
+        def __init__(self, out: Path, name: str) -> None:
+            (out / "config.json").write_text("theirs")
+            super().__init__(out, name)
+
+    monkeypatch.setattr("mquant.output.staging.Ledger", Late)
+    with pytest.raises(OutputError, match="is not empty"):
+        synth(tmp_path, family)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == "theirs"
 
 
 def test_an_empty_folder_is_accepted_and_progress_adds_up(tmp_path: Path, family: Family) -> None:

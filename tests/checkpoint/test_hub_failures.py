@@ -1,19 +1,25 @@
 """`HubRepo` names every failure of the hub in one sentence, and retries the transient ones."""
 
 import json
+import re
 import socket
+import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import _http
 
 from checkpoint.hub_folder import REPO, fast_retries, folder
 from fakehub import GOOD_TOKEN, POOR_TOKEN, FakeHub, hub
+from hub_repos import Request
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.checkpoint.hub import HubRepo
 from mquant.errors import SourceError
+from mquant.events import silent
 
 __all__ = ["fast_retries", "folder", "hub"]
 
@@ -180,10 +186,40 @@ def test_retries_wait_as_long_as_the_hub_asks(
     assert waits[3] < 0.1
 
 
-def test_a_retry_after_hours_is_not_awaited(hub: FakeHub) -> None:
-    hub.fail(429, Retry_After="7200")
-    assert "HTTP 429" in refusal().message
+def test_a_retry_after_hours_is_not_awaited_but_told(hub: FakeHub) -> None:
+    hub.fail(429, Retry_After=str(28 * 3600))
+    error = refusal()
+    until = datetime.now(UTC).astimezone() + timedelta(hours=28)
+    assert re.fullmatch(
+        r"127\.0\.0\.1 limits the number of requests \(HTTP 429\): the hub asks to wait until "
+        rf"\d\d:\d\d {until:%Z} on {until:%Y-%m-%d}\.",
+        error.message,
+    )
+    assert error.fix == "Run the same command again then; it resumes."
     assert len(hub.requests) == 1
+
+
+def test_a_download_does_not_wait_hours_in_silence(
+    hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(request: Request) -> tuple[int, dict[str, str]] | None:
+        return (429, {"Retry-After": "100800"}) if "/resolve/" in request.path else None
+
+    def sleep(seconds: float) -> None:
+        pytest.fail(f"huggingface_hub waits {seconds} s")
+
+    hub.add(REPO, folder)
+    repo = HubRepo(REPO)
+    monkeypatch.setattr(hub, "note", answer)
+    monkeypatch.setattr(_http, "time", SimpleNamespace(time=time.time, sleep=sleep))
+    with pytest.raises(SourceError, match="the hub asks to wait until"):
+        repo.materialize(silent)
+
+
+@pytest.mark.parametrize("wait", ["9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_a_retry_after_the_last_year_is_told_too(hub: FakeHub, wait: str) -> None:
+    hub.fail(503, Retry_After=wait)
+    assert "(HTTP 503): the hub asks to wait until " in refusal().message
 
 
 def test_a_connection_that_breaks_is_retried_and_then_reported(hub: FakeHub, folder: Path) -> None:

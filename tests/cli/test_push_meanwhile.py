@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import Result
 
 from fakehub import FakeHub, hub, writable
 from judges import hashes
@@ -45,6 +46,11 @@ def change(file: Path) -> None:
     content[-1] ^= 1
     file.write_bytes(content)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def sentence(result: Result) -> str:
+    """Return the error and its fix, on one line."""
+    return " ".join(result.stderr[result.stderr.index("Error: ") :].split())
 
 
 @pytest.mark.parametrize("name", ["model-00002-of-", "tokenizer.json", "config.json"])
@@ -97,6 +103,47 @@ def test_two_pushes_into_one_new_repo_never_mix(
     assert "Another's commit (" in result.stderr
     assert f"in {REPO} during the upload." in result.stderr
     assert on_the_hub(hub) == hashes(other)
+
+
+@pytest.mark.parametrize("begun", ["before the repo exists", "before the first commit"])
+def test_of_two_pushes_of_one_folder_the_loser_finds_all_files_there(
+    src: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, begun: str
+) -> None:
+    def push_too() -> None:
+        push_module.push(push_module.load(Folder(src)), REPO, load_families(), silent)
+
+    if begun == "before the repo exists":
+        once = [push_too]
+        after_verifying(monkeypatch, lambda: once.pop()() if once else None)
+        expected = f"Another created {REPO} just now. If that is the same checkpoint, run the same "
+    else:
+        hub.before_commit = [push_too]
+        expected = f"changed config.json, model.safetensors.index.json in {REPO} during the upload."
+    assert expected in sentence(run(src, REPO, code=1))
+    assert on_the_hub(hub) == hashes(src)
+    hub.forget()
+    assert f"Already there: {hub.url}/{REPO}" in run(src, REPO).output
+    assert not hub.bytes_received
+
+
+def test_a_card_that_another_edits_during_the_push_is_named_with_its_commit(
+    src: Path, hub: FakeHub
+) -> None:
+    (src / "README.md").write_text("---\nlicense: mit\n---\nours")
+    made: list[str] = []
+    edited = {"README.md": b"edited"}
+    hub.before_commit = [
+        lambda: None,
+        lambda: made.append(commit_of_another(hub, REPO, edited)),
+    ]
+    assert sentence(run(src, REPO, code=1)) == (
+        f"Error: Another's commit ({made[0][:12]}) changed README.md in {REPO} during the upload. "
+        f"Look at {hub.url}/{REPO}/commit/{made[0]}. Let one process push to the repo at a time, "
+        "then run the same command again. That replaces README.md; to keep the other's text, copy "
+        "it into the folder first."
+    )
+    run(src, REPO)
+    assert on_the_hub(hub) == hashes(src)
 
 
 def test_a_repo_that_another_creates_meanwhile_is_not_written_to(
@@ -172,3 +219,17 @@ def test_a_wait_for_the_hub_is_a_line_that_says_until_when(
     result = run(src, REPO)
     assert waits == [seconds]
     assert re.search(rf"\(HTTP {status}\).*: waiting until \d\d:\d\d:\d\d", result.stderr)
+
+
+def test_a_wait_of_a_day_ends_the_push_and_the_same_command_resumes(
+    src: Path, hub: FakeHub
+) -> None:
+    hub.before_commit = [lambda: hub.fail(429, 1, Retry_After=str(28 * 3600))]
+    hub.lost_answers = 1
+    result = run(src, REPO, code=1)
+    assert re.search(r"the hub asks to wait until \d\d:\d\d .* on \d{4}-\d\d-\d\d\.", result.stderr)
+    assert "Run the same command again then; it resumes." in " ".join(result.stderr.split())
+    hub.forget()
+    run(src, REPO)
+    assert on_the_hub(hub) == hashes(src)
+    assert not hub.bytes_received

@@ -1,5 +1,7 @@
 """A weight at its dtype's maximum becomes llmcompressor's bytes, and `verify` accepts the bytes."""
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from judges import data, differences, model_free_ptq, opened, read_json
-from make import Row, make_checkpoint
+from make import Row, make_checkpoint, write_json
 from mquant.checkpoint import Folder
 from mquant.events import Event, Note
 from mquant.family import load_families
@@ -16,7 +18,7 @@ from mquant.plan import DEFAULT_SHARD_BYTES, make_bf16_plan
 from mquant.runs.convert import convert
 from mquant.runs.quantize import quantize
 from mquant.verify.judge import Depth, verify
-from run import plan_of
+from run import FIXTURES, TRAINED, plan_of
 
 pytestmark = pytest.mark.upstream
 
@@ -90,6 +92,35 @@ def decompressed(folder: Path) -> bytes:
     weight = compressor.decompress(state, scheme)["weight"].to(torch.bfloat16)
     raw: bytes = weight.contiguous().view(torch.uint8).numpy().tobytes()
     return raw
+
+
+def test_scales_of_weights_and_inputs_at_the_maximum_are_no_fault(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    src = Path(shutil.copytree(TRAINED, tmp_path / "src"))
+    for shard in src.glob("*.safetensors"):
+        tensors = {
+            name: tensor.to(torch.float16) if tensor.dtype == torch.bfloat16 else tensor
+            for name, tensor in load_file(shard).items()
+        }
+        for name in tensors:
+            if re.search(r"\.([qkvo]_proj|w[123])\.weight", name):
+                tensors[name][0, 7], tensors[name][1, 5] = 65504.0, -65504.0
+        save_file(tensors, shard)
+    write_json(src / "config.json", {**read_json(src / "config.json"), "torch_dtype": "float16"})
+    recipe = tmp_path / "few.yaml"
+    recipe.write_text(
+        "name: few\nsuffix: X\nroles: {expert: NVFP4, attention: NVFP4}\n"
+        "calibration: {samples: 2, length: 48, seed: 1}\n"
+    )
+    out = tmp_path / "out"
+    quantize(plan_of(src, str(recipe)), out, data=str(FIXTURES / "heldout.txt"))
+
+    assert f"{KEY}.input_global_scale" in opened(out).tensors
+    assert not wrong(out, src)
+    alone = verify(Folder(out), load_families(), Depth.NUMBERS)
+    assert not [finding for finding in alone.findings if finding.severity == "error"]
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])

@@ -40,7 +40,8 @@ def judge(family: str, **changes: Any) -> str:
 
 
 def each_family(test: Callable[..., None]) -> Callable[..., None]:
-    return pytest.mark.parametrize("family", sorted(FAMILIES))(test)
+    marked: Callable[..., None] = pytest.mark.parametrize("family", sorted(FAMILIES))(test)
+    return marked
 
 
 @each_family

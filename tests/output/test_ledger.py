@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mquant.checkpoint import Stamp
 from mquant.errors import OutputError
 from mquant.output import LEDGER, Ledger, Recorded
-from mquant.output.ledger import read_ledger
+from mquant.output.ledger import Front, read_ledger
 
 RUN = {"source": "aa", "plan": "bb"}
 SOURCES = {"model.safetensors": Stamp(100, 5, 6, 7)}
@@ -84,6 +84,26 @@ def test_a_run_that_begins_afresh_deletes_earlier_records(tmp_path: Path) -> Non
     assert recorded(tmp_path) == Recorded({"source": "zz"}, ("b",))
 
 
+def test_the_last_front_of_a_partial_shard_is_read_back(tmp_path: Path) -> None:
+    ledger = begun(tmp_path)
+    ledger.count([0], {"a.safetensors": Front(100, "aa"), "b.safetensors": Front(8, "bb")})
+    ledger.count([1], {"a.safetensors": Front(200, "cc")})
+    ledger.release()
+    assert recorded(tmp_path).fronts == {
+        "a.safetensors": Front(200, "cc"),
+        "b.safetensors": Front(8, "bb"),
+    }
+
+
+def test_a_complete_shard_has_no_front(tmp_path: Path) -> None:
+    ledger = begun(tmp_path)
+    (tmp_path / "a.safetensors").write_bytes(b"weights")
+    ledger.count([0], {"a.safetensors": Front(100, "aa")})
+    ledger.complete_shard("a.safetensors", "cafe", range(2))
+    ledger.release()
+    assert recorded(tmp_path).fronts == {}
+
+
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     ledger = begun(tmp_path)
     with pytest.raises(OutputError, match="Another mquant is writing into") as caught:
@@ -132,7 +152,9 @@ VALUES = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(), inner)),
     max_leaves=8,
 )
-KEYS = st.sampled_from(["schema", "fingerprint", "files", "sources", "jobs", "shard", "sha256"])
+KEYS = st.sampled_from(
+    ["schema", "fingerprint", "files", "sources", "jobs", "shard", "sha256", "fronts"]
+)
 LINES = st.one_of(
     st.binary(max_size=40),
     st.dictionaries(KEYS, VALUES, max_size=4).map(lambda entry: json.dumps(entry).encode()),

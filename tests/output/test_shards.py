@@ -1,84 +1,27 @@
 """A `ShardSet` writes tensors at planned places, and names a shard only when it is complete."""
 
 import errno
-import hashlib
-import json
 import os
 import random
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from judges import data, opened
 from make import make_checkpoint
-from mquant.checkpoint import Folder, Stamp
 from mquant.errors import EngineError, OutputError
 from mquant.events import Event, Progress
 from mquant.output import PARTIAL, Ledger, ShardObserver, ShardSet
 from mquant.output.ledger import read_ledger
-from mquant.plan import OutputTensor, Plan, ShardPlan, WorkUnit
+from mquant.plan import Plan, ShardPlan
+from output.shard_runs import assert_whole, do, fill, outputs, stamps
 from plan.planning import with_odd_norm
 from run import plan_of
-
-RUN = {"plan": "aa"}
-
-
-@pytest.fixture
-def plan(tmp_path: Path) -> Plan:
-    return plan_of(make_checkpoint(tmp_path / "src", shards=3), max_shard_bytes=20_000)
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
-def ledger(out: Path) -> Iterator[Ledger]:
-    ledger = Ledger(out)
-    ledger.begin(RUN, [], afresh=True)
-    yield ledger
-    ledger.release()
-
-
-def stamps(plan: Plan) -> dict[str, Stamp]:
-    source = plan.survey.checkpoint.source
-    assert isinstance(source, Folder)
-    return {name: source.stamps[name] for name in plan.survey.checkpoint.shards}
-
-
-def outputs(plan: Plan) -> list[OutputTensor]:
-    return [output for action in plan.actions for output in action.outputs]
-
-
-def fill(output: OutputTensor) -> bytes:
-    return bytes(np.random.default_rng(len(output.name)).integers(0, 256, output.nbytes, np.uint8))
-
-
-def do(shards: ShardSet, unit: WorkUnit) -> None:
-    for output in unit.outputs:
-        shards.write(output.name, fill(output))
-
-
-def assert_whole(out: Path, plan: Plan, digests: dict[str, str]) -> None:
-    names = [shard.name for shard in plan.shards]
-    assert sorted(path.name for path in out.glob("*.safetensors*")) == names
-    assert digests == {
-        name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in names
-    }
-    (out / "config.json").write_text(json.dumps(plan.survey.checkpoint.config))
-    written = opened(out)
-    assert written.tensors.keys() == {output.name for output in outputs(plan)}
-    assert all(data(written, output.name) == fill(output) for output in outputs(plan))
 
 
 def test_every_planned_tensor_is_written_to_its_shard(
@@ -189,120 +132,6 @@ def test_progress_counts_the_sources_bytes(plan: Plan, out: Path, ledger: Ledger
     for output in outputs(plan):
         shards.write(output.name, fill(output))
     assert events[-1] == Progress("quantize", plan.source_bytes, plan.source_bytes)
-
-
-# --- resuming
-
-
-def do_half(out: Path, plan: Plan, ledger: Ledger, *, committed: bool = True) -> list[WorkUnit]:
-    """Do every second work unit of a run, and stop; return the remaining work units."""
-    ledger.read_from(stamps(plan))
-    shards = ShardSet(out, plan, ledger)
-    units = shards.pending
-    for unit in units[::2]:
-        do(shards, unit)
-    if committed:
-        shards.commit()
-    shards.abandon()
-    return units[1::2]
-
-
-def test_committed_work_is_not_repeated(plan: Plan, out: Path, ledger: Ledger) -> None:
-    remaining = do_half(out, plan, ledger)
-    shards = ShardSet(out, plan, ledger, read_ledger(out), stamps(plan))
-    assert shards.pending == remaining
-    assert shards.done_bytes == plan.source_bytes - sum(unit.source_bytes for unit in remaining)
-    for unit in remaining:
-        do(shards, unit)
-    shards.finish()
-    assert_whole(out, plan, shards.digests)
-
-
-def test_uncommitted_work_is_repeated(plan: Plan, out: Path, ledger: Ledger) -> None:
-    do_half(out, plan, ledger, committed=False)
-    shards = ShardSet(out, plan, ledger, read_ledger(out), stamps(plan))
-    assert len(shards.pending) == len(ShardSet(out, plan, ledger).pending)
-
-
-def test_work_from_a_changed_source_file_is_repeated(plan: Plan, out: Path, ledger: Ledger) -> None:
-    remaining = do_half(out, plan, ledger)
-    changed = sorted(stamps(plan))[1]
-    new_stamps = {**stamps(plan), changed: Stamp(1, 1)}
-    pending = ShardSet(out, plan, ledger, read_ledger(out), new_stamps).pending
-    repeated = [unit for unit in pending if unit not in remaining]
-    assert repeated
-    assert all(changed in {a.source.shard for a in unit.actions} for unit in repeated)
-
-
-@pytest.mark.parametrize("damage", ["gone", "short"])
-def test_a_damaged_partial_is_written_again(
-    plan: Plan, out: Path, ledger: Ledger, damage: str
-) -> None:
-    do_half(out, plan, ledger)
-    partial = out / (plan.shards[0].name + PARTIAL)
-    if damage == "gone":
-        partial.unlink()
-    else:
-        os.truncate(partial, 1000)
-    shards = ShardSet(out, plan, ledger, read_ledger(out), stamps(plan))
-    assert shards.pending[: len(plan.shards[0].units)] == list(plan.shards[0].units)
-    for unit in shards.pending:
-        do(shards, unit)
-    shards.finish()
-    assert_whole(out, plan, shards.digests)
-
-
-def test_a_complete_shard_is_left_alone(plan: Plan, out: Path, ledger: Ledger) -> None:
-    ledger.read_from(stamps(plan))
-    shards = ShardSet(out, plan, ledger)
-    for unit in plan.shards[0].units:
-        do(shards, unit)
-    before = (out / plan.shards[0].name).stat()
-    again = ShardSet(out, plan, ledger, read_ledger(out), stamps(plan))
-    assert again.pending == [unit for shard in plan.shards[1:] for unit in shard.units]
-    for unit in again.pending:
-        do(again, unit)
-    again.finish()
-    after = (out / plan.shards[0].name).stat()
-    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert_whole(out, plan, again.digests)
-
-
-def test_a_named_shard_that_the_ledger_lacks_is_resumed(
-    plan: Plan, out: Path, ledger: Ledger
-) -> None:
-    ledger.read_from(stamps(plan))
-    shards = ShardSet(out, plan, ledger)
-    units = plan.shards[0].units
-    for unit in units[:-1]:
-        do(shards, unit)
-    shards.commit()
-    do(shards, units[-1])
-    recorded = read_ledger(out)
-    assert recorded is not None
-    recorded.shards.clear()
-    del recorded.units[len(units) - 1]
-    again = ShardSet(out, plan, ledger, recorded, stamps(plan))
-    assert again.pending[0] == units[-1]
-    for unit in again.pending:
-        do(again, unit)
-    again.finish()
-    assert_whole(out, plan, again.digests)
-
-
-def test_a_complete_shard_without_its_name_is_renamed(
-    plan: Plan, out: Path, ledger: Ledger
-) -> None:
-    ledger.read_from(stamps(plan))
-    shards = ShardSet(out, plan, ledger)
-    for unit in shards.pending:
-        do(shards, unit)
-    name = plan.shards[1].name
-    (out / name).rename(out / (name + PARTIAL))
-    again = ShardSet(out, plan, ledger, read_ledger(out), stamps(plan))
-    assert again.pending == []
-    again.finish()
-    assert_whole(out, plan, again.digests)
 
 
 def test_a_shard_in_another_order_than_its_work_units_is_hashed(tmp_path: Path) -> None:

@@ -284,6 +284,16 @@ def test_mquant_json_records_findings_and_replaced_tensors(right: Path, tmp_path
     assert files == {n: h for n, h in hashes(tmp_path / "second").items() if n != RECORD}
 
 
+@pytest.mark.parametrize("engine", [{}, "stream", None, ["stream"], {"name": 7}])
+def test_any_engine_in_the_source_s_mquant_json_is_repaired(
+    right: Path, tmp_path: Path, engine: object
+) -> None:
+    bad = case_of("one router quantized").make(right, tmp_path)
+    write_json(bad / RECORD, {**read_json(bad / RECORD), "engine": engine})
+
+    assert tensors(repaired(bad, tmp_path / "out")) == tensors(right)
+
+
 def test_a_second_repair_is_already_done(right: Path, tmp_path: Path) -> None:
     bad = case_of("one router quantized").make(right, tmp_path)
     assert repair(diagnosis_of(bad), tmp_path / "out").fresh

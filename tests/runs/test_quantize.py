@@ -164,7 +164,7 @@ def test_too_little_disk_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     src = make_checkpoint(tmp_path / "src")
-    monkeypatch.setattr("mquant.runs.run.free_disk", lambda _out: 1000)
+    monkeypatch.setattr("mquant.output.disk.free_disk", lambda _out: 1000)
     with pytest.raises(OutputError, match=r"needs [\d.]+ kB, 1\.00 kB are free there"):
         quantize_nvfp4(src, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ from mquant.events import Event, Progress
 from mquant.output import SHARES, ledger_name
 from mquant.runs.quantize import quantize
 from mquant.runs.shares import finish_shares
+from mquant.text import size
 from run import plan_of, quantize_nvfp4, shares_of
 from share_runs import SMALL, copy, done, expected, refused, src
 
@@ -59,6 +60,31 @@ def test_a_share_is_not_done_if_its_shard_its_digest_or_its_source_changed(
         os.utime(source / "model-00001-of-00003.safetensors", (1, 1))
     error = refused(OutputError, finish_shares, out)
     assert error.message.startswith(("Share 1 of 3 is not done: ", "Shares 1 and 2 of 3 are "))
+
+
+@pytest.mark.parametrize("fault", ["changed", "gone"])
+def test_a_shard_that_changed_after_its_share_is_named_and_its_share_makes_it_again(
+    src: Path, done: Path, expected: dict[str, str], tmp_path: Path, fault: str
+) -> None:
+    out, run = copy(done, tmp_path / "out"), shares_of(src, done, 3, SMALL)
+    planned = run.parts[1].shards[0]
+    shard = out / planned.name
+    if fault == "changed":
+        shard.write_bytes(bytes(planned.file_bytes))
+    else:
+        shard.unlink()
+    left = size(sum(unit.source_bytes for unit in planned.units))
+    total = size(run.spec.plan.source_bytes)
+
+    error = refused(OutputError, finish_shares, out)
+    assert error.message == (
+        f"Share 2 of 3 is not done: {left} of {total} are still to be read. "
+        f"{shard.name} is gone or not as recorded."
+    )
+    assert error.fix.startswith("Run the same mquant quantize with --share 2/3, ")
+    assert shares_of(src, out, 3, SMALL).make(2)
+    finish_shares(out)
+    assert hashes(out) == expected
 
 
 def test_a_share_has_one_process_and_other_shares_run_beside_it(

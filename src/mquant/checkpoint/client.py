@@ -4,6 +4,7 @@ huggingface_hub compares host names only before it sends the token on, so the to
 another port of the hub's host. The rule is said here once, for every request of every room.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +13,18 @@ from functools import cache
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
+from mquant.checkpoint.retry import LONGEST_WAIT, asked_to_wait
+
 if TYPE_CHECKING:
     import httpx
 
 BUSY: Final = frozenset({429, 500, 502, 503, 504})
 _PORTS: Final = {"http": 80, "https": 443}
-_raising: Final = ContextVar("raising", default=False)
+_longest: Final = ContextVar("longest", default=LONGEST_WAIT)
+"""The seconds that huggingface_hub may wait for a busy hub, without a line that says so.
+
+A context variable has its default in huggingface_hub's own threads.
+"""
 
 
 def endpoint() -> str:
@@ -54,11 +61,31 @@ def guard_token() -> None:
 @contextmanager
 def busy_raises() -> Iterator[None]:
     """Have requests to a busy hub fail at once: huggingface_hub would wait and say nothing."""
-    token = _raising.set(True)
+    with _waiting(-1.0):
+        yield
+
+
+@contextmanager
+def busy_returns() -> Iterator[None]:
+    """Have requests return a busy hub's answer: for requests that mquant itself sends."""
+    with _waiting(math.inf):
+        yield
+
+
+@contextmanager
+def _waiting(longest: float) -> Iterator[None]:
+    token = _longest.set(longest)
     try:
         yield
     finally:
-        _raising.reset(token)
+        _longest.reset(token)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and its causes: huggingface_hub wraps its own errors."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _keep_token(request: "httpx.Request") -> None:
@@ -69,7 +96,8 @@ def _keep_token(request: "httpx.Request") -> None:
 def _raise_busy(response: "httpx.Response") -> None:
     from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
-    if _raising.get() and response.status_code in BUSY and _is_hub(response.request):
+    busy = response.status_code in BUSY and _is_hub(response.request)
+    if busy and (asked_to_wait(response.headers) or 0.0) > _longest.get():
         response.read()
         hf_raise_for_status(response)
 

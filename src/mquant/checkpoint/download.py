@@ -2,17 +2,20 @@
 
 import contextlib
 import glob
+import shlex
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
 from mquant import __version__
+from mquant.checkpoint.client import causes
 from mquant.checkpoint.hashing import differing
 from mquant.checkpoint.retry import Again, retrying
 from mquant.checkpoint.source import Folder
 from mquant.errors import SourceError
 from mquant.events import Emit, Progress
+from mquant.text import names
 
 if TYPE_CHECKING:
     import httpx
@@ -73,7 +76,7 @@ def download(repo: Downloadable, emit: Emit, only: Collection[str] | None = None
     """
     paths = [path for path in repo.files if (_matters(path) if only is None else path in only)]
     sizes = {path: repo.files[path] for path in paths}
-    folder = retrying(lambda: _snapshot(repo, sizes, emit))
+    folder = retrying(lambda: _snapshot(repo, sizes, emit), emit)
     for path, size in sizes.items():
         if not (folder / path).is_file() or (folder / path).stat().st_size != size:
             raise SourceError(
@@ -84,11 +87,15 @@ def download(repo: Downloadable, emit: Emit, only: Collection[str] | None = None
     emit(Progress("download", total, total))
     files = Folder(folder)  # before its files are hashed: later changes change their stamps
     known = {path: digest for path in paths if (digest := repo.digest(path))}
-    for path, _ in differing(files, known, emit):
+    rotten = {path: files.path(path).resolve() for path, _ in differing(files, known, emit)}
+    if rotten:
+        one = len(rotten) == 1
         raise SourceError(
-            f"{path} of {repo.repo_id} in the cache is not the file that {repo.host} lists: "
-            f"{files.path(path).resolve()} has another digest.",
-            "Delete that file, then run the same command again to download the file again.",
+            f"{names([*rotten])} of {repo.repo_id} in the cache {'is' if one else 'are'} not what "
+            f"{repo.host} lists: {names([*map(str, rotten.values())])} "
+            f"{'has another digest' if one else 'have other digests'}.",
+            f"Run: rm {shlex.join(map(str, rotten.values()))}; then run the same command again to "
+            f"download the file{'' if one else 's'} again.",
         )
     return files
 
@@ -118,6 +125,9 @@ def _snapshot(repo: Downloadable, sizes: Mapping[str, int], emit: Emit) -> Path:
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
         raise repo.nonsense("lists the repo in a way huggingface_hub does not understand") from None
     except OSError as error:
+        for cause in causes(error):
+            if isinstance(cause, HfHubHTTPError):
+                repo.refuse(cause.response)
         # huggingface_hub's own errors (a download failed) are OSErrors without a number.
         if error.errno is None:
             raise Again(repo.unreachable()) from None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from urllib.parse import quote, urljoin, urlsplit
 
 from mquant import __version__
-from mquant.checkpoint.client import BUSY, endpoint, guard_token, origin
+from mquant.checkpoint.client import BUSY, busy_returns, endpoint, guard_token, origin
 from mquant.checkpoint.download import download
 from mquant.checkpoint.listing import Listing, parse_listing
 from mquant.checkpoint.retry import Again, asked_to_wait, retrying
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MAX_LISTING_BYTES: Final = 16_000_000
 # The most bytes to skip if a server ignores ranges.
 MAX_SKIPPED_BYTES: Final = 16_000_000
+MOST_KEPT_BYTES: Final = 16_000_000  # of small files in memory, such as config.json
 TRIES_TO_CONNECT: Final = 3  # a hub that does not answer will not answer in ten seconds
 TIMEOUT_SECONDS: Final = 30.0
 MAX_REDIRECTS: Final = 5
@@ -73,6 +74,7 @@ class HubRepo:
         guard_token()
         self.requests = 0
         self.bytes_read = 0
+        self._kept: dict[str, bytes] = {}
         self._moved: dict[str, str] = {}  # an address -> the address of its redirect
         self._count = threading.Lock()
         self._headers: dict[str, str] = {
@@ -114,7 +116,10 @@ class HubRepo:
         return host_of(self.endpoint)
 
     def read(self, path: str, start: int = 0, end: int | None = None) -> bytes:
-        """Return bytes [start, end) of a file, from one request if no request fails."""
+        """Return bytes [start, end) of a file, from one request if no request fails.
+
+        A small file that was read whole is not asked for again: the commit fixes its bytes.
+        """
         size = self.files.get(path)
         if size is None:
             raise SourceError(
@@ -128,6 +133,8 @@ class HubRepo:
             )
         if start == end:
             return b""
+        if path in self._kept:
+            return self._kept[path][start:end]
         url = f"{self.endpoint}/{self.repo_id}/resolve/{self.commit}/{quote(path)}"
         data = retrying(lambda: self._range(url, path, start, end))
         if end - start == size and self.digest(path) and not self.lists(path, data):
@@ -135,6 +142,9 @@ class HubRepo:
                 f"{self.host} sent another {path} of {self.repo_id} than it lists.",
                 "Run the same command again to download the file again.",
             )
+        kept = sum(len(whole) for whole in [*self._kept.values()])
+        if path in self.blobs and end - start == size and kept + size <= MOST_KEPT_BYTES:
+            self._kept[path] = data
         return data
 
     def digest(self, path: str) -> str:
@@ -238,13 +248,16 @@ class HubRepo:
             for _ in range(MAX_REDIRECTS + 1):
                 with self._count:
                     self.requests += 1
-                with get_session().stream(
-                    "GET",
-                    url,
-                    headers={**self._headers, **headers},
-                    follow_redirects=False,
-                    timeout=TIMEOUT_SECONDS,
-                ) as response:
+                with (
+                    busy_returns(),
+                    get_session().stream(
+                        "GET",
+                        url,
+                        headers={**self._headers, **headers},
+                        follow_redirects=False,
+                        timeout=TIMEOUT_SECONDS,
+                    ) as response,
+                ):
                     status = response.status_code
                     if status not in _REDIRECTS and not (stored != original and status >= 400):
                         self._moved[original] = url

@@ -20,6 +20,7 @@ LONGEST_BACKOFF: Final = 60.0
 LONGEST_WAIT: Final = 300.0  # the hub's own window of rate limits
 LONGEST_TOLD_WAIT: Final = 3900.0  # the hub limits the commits of an hour
 _SHORTEST_TOLD_WAIT: Final = 1.0
+_LONGEST_SAID: Final = 1e9  # later times may be beyond the last year of `datetime`
 # The hub limits commits by the hour, and says so in a sentence only.
 _RETRY_IN: Final = re.compile(
     r"retry this action in (?:about |less than )?([0-9]{1,4}|an?) (second|minute|hour)"
@@ -42,7 +43,8 @@ def retrying(attempt: Callable[[], T], emit: Emit | None = None) -> T:
 
     Each wait is longer than the last, or as long as the server asks. `emit` receives a line that
     says until when; only then a wait may be longer than five minutes. Raises the last failure's
-    error if there were too many attempts, or the server asks for too long a wait.
+    error if there were too many attempts, or the server asks for too long a wait: then the error
+    says until when.
     """
     failures, longest = 0, LONGEST_TOLD_WAIT if emit else LONGEST_WAIT
     while True:
@@ -54,13 +56,27 @@ def retrying(attempt: Callable[[], T], emit: Emit | None = None) -> T:
             if wait is None:  # jitter, so that sixteen readers do not retry at the same instant
                 wait = min(BACKOFF_SECONDS * 2 ** (failures - 1), LONGEST_BACKOFF)
                 wait *= random.uniform(0.75, 1.25)  # noqa: S311
-            if failures >= failure.tries or wait > longest:
+            if wait > longest:
+                raise _later(failure.error, wait) from None
+            if failures >= failure.tries:
                 raise failure.error from None
             if emit and wait >= _SHORTEST_TOLD_WAIT:
-                until = datetime.now(UTC).astimezone() + timedelta(seconds=wait)
                 reason = failure.error.message.rstrip(".")
-                emit(Note("warning", f"{reason}: waiting until {until:%H:%M:%S %Z}."))
+                emit(Note("warning", f"{reason}: waiting until {_after(wait):%H:%M:%S %Z}."))
         time.sleep(wait)
+
+
+def _later(error: MquantError, wait: float) -> MquantError:
+    """Return the error with the time that the server asks to wait for."""
+    reason = error.message.rstrip(".")
+    return type(error)(
+        f"{reason}: the hub asks to wait until {_after(wait):%H:%M %Z on %Y-%m-%d}.",
+        "Run the same command again then; it resumes.",
+    )
+
+
+def _after(seconds: float) -> datetime:
+    return datetime.now(UTC).astimezone() + timedelta(seconds=min(seconds, _LONGEST_SAID))
 
 
 def asked_to_wait(headers: Mapping[str, str]) -> float | None:
@@ -69,7 +85,7 @@ def asked_to_wait(headers: Mapping[str, str]) -> float | None:
 
     retry_after = headers.get("Retry-After", "").strip()
     if retry_after.isascii() and retry_after.isdigit():
-        return min(float(retry_after), 1e9)
+        return float(retry_after)
     if retry_after:
         with contextlib.suppress(ValueError):
             when = email.utils.parsedate_to_datetime(retry_after)

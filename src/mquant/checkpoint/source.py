@@ -59,7 +59,10 @@ class Source(Protocol):
 
 
 class Folder:
-    """A checkpoint folder on this machine. `stamps` has the stamp of each file by path."""
+    """A checkpoint folder on this machine.
+
+    `stamps` has the stamp of each file by path, as of the last look at the file.
+    """
 
     def __init__(self, root: Path) -> None:
         if not root.exists():
@@ -119,6 +122,21 @@ class Folder:
                 now = None
             if now != self.stamps[path]:
                 raise changed(path)
+
+    def look_again(self, paths: Iterable[str]) -> list[str]:
+        """Take the stamps of these files anew; return the files whose ctime or inode differs.
+
+        If a file has another size or mtime, or is gone, return none, and take no stamp.
+        """
+        now: dict[str, Stamp] = {}
+        for path in paths:
+            with suppress(OSError):
+                now[path] = stamp(self.path(path).stat())
+            if path not in now or now[path][:2] != self.stamps[path][:2]:
+                return []
+        touched = [path for path in now if now[path] != self.stamps[path]]
+        self.stamps = {**self.stamps, **now}
+        return touched
 
     def leads_out(self, path: str) -> bool:
         """Return whether a listed file is a link out of this folder.

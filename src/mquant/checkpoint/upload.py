@@ -5,7 +5,7 @@ hub and appears nowhere else: huggingface_hub's log is silenced, and no error's 
 the hub's message.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from mquant import __version__
 from mquant.checkpoint.checkpoint import CONFIG_NAME, INDEX_NAME, is_shard
-from mquant.checkpoint.client import BUSY, busy_raises, endpoint
+from mquant.checkpoint.client import BUSY, busy_raises, causes, endpoint
 from mquant.checkpoint.download import quiet
 from mquant.checkpoint.hub import HubRepo, NoSuchRepo, host_of, hub_token
 from mquant.checkpoint.retry import Again, asked_to_wait, retrying
@@ -89,7 +89,11 @@ class HubWriter:
         self._retrying(lambda: self._api.create_repo(self.repo_id, private=private, exist_ok=True))
         self.repo = HubRepo(self.repo_id)
         if self.repo.files or (private and not self.repo.private):
-            raise OutputError(f"Another created {self.repo_id} just now.", "Give another repo.")
+            raise OutputError(
+                f"Another created {self.repo_id} just now.",
+                "If that is the same checkpoint, run the same command again when the other push "
+                "has ended; if not, give another repo.",
+            )
 
     def upload(self, name: str, content: Path | bytes, sha256: str | None = None) -> None:
         """Send a file, which the next commit will add; a file that the hub has is not sent again.
@@ -156,9 +160,13 @@ class HubWriter:
         read = {INDEX_NAME, CONFIG_NAME, "hf_quant_config.json", *self._ours}
         wrong = [name for name in foreign if name in read or is_shard(name)]
         if wrong:
+            cards = [name for name in wrong if name.endswith(".md")]
+            keep = f" That replaces {names(cards)}; to keep the other's text, copy it into the "
+            keep = f"{keep}folder first." if cards else ""
             raise OutputError(
                 f"{other} {names(wrong)} in {self.repo_id} during the upload.",
-                "Let one process push to the repo at a time, then run the same command again.",
+                f"Look at {self.page}/commit/{now.commit}. Let one process push to the repo at a "
+                f"time, then run the same command again.{keep}",
             )
         if foreign or (not changed and now.commit != self.made.commit):
             what = names(foreign) or "no file of a checkpoint"
@@ -212,7 +220,7 @@ class HubWriter:
         import httpx
         from huggingface_hub.errors import HfHubHTTPError, XetDownloadError
 
-        chain = list(_causes(error))
+        chain = list(causes(error))
         for cause in chain:
             if isinstance(cause, HfHubHTTPError):
                 self._refuse_answer(cause.response)
@@ -257,13 +265,6 @@ class HubWriter:
         """Return the hub's text on one line, without the token."""
         line = " ".join(reason.replace(self._token, "(token)").split())[:300].rstrip(".")
         return f" {clean(line)}" if line else ""
-
-
-def _causes(error: BaseException | None) -> Iterable[BaseException]:
-    """Yield an error and its causes: huggingface_hub's workers wrap their errors."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _contents(repo: HubRepo) -> dict[str, str | int]:

@@ -8,13 +8,21 @@ from typing import Any, BinaryIO, Final
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from mquant.errors import DataFileError
+from mquant.errors import DataFileError, MquantError, SourceError
 from mquant.recipe import Calibration, data_file
+from mquant.text import names
 from mquant.untrusted import open_named, parse_json
 
 _FIX: Final = (
     "Give a .jsonl or .parquet file whose rows have `text` or `messages`, a .txt file, or the id "
     "of a dataset on the hub."
+)
+_TOKENIZER: Final = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
 )
 _MOST_TEXT: Final = 50_000_000
 """The most bytes of a .txt file: all of it is tokenized, in 20 times its size of memory."""
@@ -26,16 +34,14 @@ def load_samples(data: str, folder: Path, spec: Calibration) -> list[list[int]]:
 
     Rows are drawn in an order that the seed decides. `messages` go through the chat template of
     the tokenizer in `folder`; a .txt file is one text, cut into samples. Raises DataFileError if
-    the data cannot be read or tokenized, or holds no text.
+    the data cannot be read or tokenized, or holds no text, SourceError if the tokenizer cannot be
+    loaded.
     """
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # no warnings of texts longer than the context
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        samples = [*_samples(data, tokenizer, spec)]
-    except DataFileError:
+        samples = [*_samples(data, _load_tokenizer(folder), spec)]
+    except MquantError:
         raise
     except Exception as error:  # transformers and tokenizers raise anything for a damaged file
         reason = str(error).partition("\n")[0][:200]
@@ -45,6 +51,28 @@ def load_samples(data: str, folder: Path, spec: Calibration) -> list[list[int]]:
     if not samples:
         raise DataFileError(f"{data} holds no text.", _FIX)
     return samples
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers names no file, and raises anything
+        damaged = [name for name in _TOKENIZER if not _is_table(folder / name)]
+        reason = str(error).partition("\n")[0][:200].rstrip(".")
+        raise SourceError(
+            f"{names(damaged) or 'The tokenizer'} in {folder} cannot be understood: {reason}.",
+            "Get the tokenizer's files again.",
+        ) from error
+
+
+def _is_table(path: Path) -> bool:
+    """Return whether a file holds a JSON object, or does not exist."""
+    try:
+        return isinstance(parse_json(path.read_bytes(), most={}), dict)
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
 
 
 def _samples(data: str, tokenizer: Any, spec: Calibration) -> Iterator[list[int]]:

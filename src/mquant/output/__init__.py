@@ -1,6 +1,6 @@
 """The output folder OUT: the claim on OUT, the ledger, the shards, and the files around them."""
 
-from mquant.output.disk import PARTIAL, is_there, link
+from mquant.output.disk import PARTIAL, check_disk, free_disk, link
 from mquant.output.document import Document
 from mquant.output.finish import (
     LAST,
@@ -49,6 +49,7 @@ __all__ = [
     "State",
     "apply",
     "as_table",
+    "check_disk",
     "check_version",
     "claim",
     "complete_shards",
@@ -59,11 +60,11 @@ __all__ = [
     "file_names",
     "finish",
     "folder_lock",
+    "free_disk",
     "index_json",
     "is_finished",
     "is_staged",
     "is_taken",
-    "is_there",
     "known_table",
     "ledger_name",
     "link",

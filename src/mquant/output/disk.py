@@ -3,8 +3,9 @@
 import errno
 import hashlib
 import os
+import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial as bound
 from pathlib import Path, PurePosixPath
@@ -175,3 +176,28 @@ def pwrite(file: int, data: bytes | memoryview, offset: int) -> int:
     while done < len(view):  # pwrite stops at 2 GiB
         done += os.pwrite(file, view[done:], offset + done)
     return done
+
+
+def free_disk(out: Path) -> int:
+    """Return the bytes that are free on the disk of `out`, which need not exist yet."""
+    existing = next(path for path in (out, *out.absolute().parents) if is_there(path))
+    return shutil.disk_usage(existing).free
+
+
+def check_disk(out: Path, files: Collection[str], needed: int) -> None:
+    """Raise OutputError if `needed` bytes do not fit; existing `files` of OUT count as free."""
+    held = (out / (name + end) for name in files for end in ("", PARTIAL))
+    free = free_disk(out) + sum(map(_disk_of, held))
+    if free < needed:
+        raise OutputError(
+            f"{out} needs {size(needed)}, {size(free)} are free there.",
+            "Free space, or give a folder on another disk with -o.",
+        )
+
+
+def _disk_of(path: Path) -> int:
+    """Return the bytes of a file on disk; 0 if there is no file, or another process renames it."""
+    try:
+        return path.stat().st_blocks * 512 if path.is_file() else 0
+    except FileNotFoundError:
+        return 0

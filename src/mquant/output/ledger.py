@@ -8,17 +8,21 @@ units.
 
     {"schema": "mquant.run/2", "fingerprint": {...}, "files": ["config.json", ...]}
     {"sources": {"model-00001-of-00002.safetensors": STAMP, ...}}      at each start
-    {"jobs": [[0, 41], [44, 44]]}      first to last, as numbered in the plan
+    {"jobs": [[0, 41], [44, 44]],      first to last, as numbered in the plan
+     "fronts": {"model-00001-of-00003.safetensors": FRONT}}
     {"shard": "model-00001-of-00003.safetensors", "sha256": "...", "jobs": [[0, 99]],
      "stamp": STAMP}                                                   complete
 
 A STAMP is a list of size, mtime, ctime and inode. A ledger of an earlier release has other stamps,
-which equal no stamp of this release.
+which equal no stamp of this release. A FRONT is a list of the number of bytes at the front of a
+partial shard that are complete, and their sha256. The work units behind a front do not count. A
+ledger of an earlier release has no fronts; then all work units count.
 """
 
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -28,7 +32,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from mquant.checkpoint import Stamp, stamp
 from mquant.errors import InUse, OutputError
@@ -39,7 +43,7 @@ LEDGER: Final = "mquant-run.jsonl"
 SHARES: Final = "mquant-shares.json"
 """The file in OUT that marks a run in shares."""
 _SCHEMA: Final = "mquant.run/2"
-MOST_BYTES: Final = 64_000_000
+MOST_BYTES: Final = 256_000_000  # a run of days writes 200 bytes a few times a second
 # A plan has no more work units than tensors; a ledger names each work unit a few times.
 _MOST_JOBS: Final = 4 * MAX_TENSORS
 _SHARED: Final = re.compile(r"mquant-run\.[1-9]\d{0,4}-of-[1-9]\d{0,4}\.jsonl", re.ASCII)
@@ -57,12 +61,20 @@ def is_ledger(name: str) -> bool:
     return name == LEDGER or _SHARED.fullmatch(name) is not None
 
 
+class Front(NamedTuple):
+    """The complete bytes at the front of a partial shard: their number, and their sha256."""
+
+    nbytes: int
+    sha256: str
+
+
 @dataclass(slots=True)
 class Recorded:
     """The content of a ledger.
 
     `units` maps the number of a work unit to the stamps of the source files at that time; `shards`
-    maps the name of a complete shard to its sha256, and `stamps` to the stamp of its file.
+    maps the name of a complete shard to its sha256, and `stamps` to the stamp of its file. `fronts`
+    maps the name of a partial shard to the front that was recorded last.
     """
 
     fingerprint: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +82,7 @@ class Recorded:
     units: dict[int, Mapping[str, Stamp]] = field(default_factory=dict)
     shards: dict[str, str] = field(default_factory=dict)
     stamps: dict[str, Stamp] = field(default_factory=dict)
+    fronts: dict[str, Front] = field(default_factory=dict)
 
     def has(self, shard: str, path: Path) -> bool:
         """Return whether `path` is the complete shard: by its stamp, or else by its sha256."""
@@ -96,7 +109,7 @@ def parse_ledger(raw: bytes) -> Recorded:
     recorded = Recorded()
     sources: dict[str, Stamp] = {}
     allowed = _MOST_JOBS
-    for line in raw.splitlines(keepends=True):
+    for line in io.BytesIO(raw):
         entry = _parse(line)
         match entry:
             case {"schema": str(schema), "fingerprint": dict(fingerprint), "files": list(files)}:
@@ -110,6 +123,8 @@ def parse_ledger(raw: bytes) -> Recorded:
                 if "shard" in entry:
                     recorded.shards[str(entry["shard"])] = str(entry.get("sha256"))
                     recorded.stamps[str(entry["shard"])] = _stamp(entry.get("stamp"))
+                    recorded.fronts.pop(str(entry["shard"]), None)
+                recorded.fronts |= _fronts(entry.get("fronts"))
     return recorded
 
 
@@ -175,16 +190,24 @@ class Ledger:
         """Record the stamps of the source files that later work units are made from."""
         self._append(_line({"sources": dict(sources)}))
 
-    def count(self, units: Iterable[int]) -> None:
-        """Count work units whose bytes are on disk."""
+    @property
+    def recorded(self) -> Recorded:
+        """The content of the ledger."""
+        return read_ledger(self._out, self._path.name) or Recorded()
+
+    def count(self, units: Iterable[int], fronts: Mapping[str, Front] | None = None) -> None:
+        """Count work units whose bytes are on disk; `fronts`: of the partial shards that changed.
+
+        A front holds before and after the line is written: its bytes are on disk, and stay.
+        """
         spans: list[list[int]] = []
         for number in sorted(units):
             if spans and number == spans[-1][1] + 1:
                 spans[-1][1] = number
             else:
                 spans.append([number, number])
-        if spans:
-            self._append(_line({"jobs": spans}))
+        if spans or fronts:
+            self._append(_line({"jobs": spans, **({"fronts": fronts} if fronts else {})}))
 
     def complete_shard(self, name: str, sha256: str, units: range) -> None:
         """Count a shard that is on disk under its final name, and all its work units."""
@@ -248,6 +271,17 @@ def _stamp(value: object) -> Stamp:
         case [int(size), int(mtime), int(ctime), int(inode)]:
             return Stamp(size, mtime, ctime, inode)
     return Stamp(-1)  # no file has this stamp
+
+
+def _fronts(table: object) -> dict[str, Front]:
+    fronts: dict[str, Front] = {}
+    for name, value in table.items() if isinstance(table, dict) else ():
+        match value:
+            case [int(nbytes), str(sha256)]:
+                fronts[name] = Front(nbytes, sha256)
+            case _:
+                fronts[name] = Front(-1, "")  # no file begins so
+    return fronts
 
 
 def _span(value: object) -> range:

@@ -9,10 +9,10 @@ from typing import Final
 
 from mquant.checkpoint import Stamp
 from mquant.errors import EngineError
-from mquant.events import Emit, Progress, silent
+from mquant.events import Emit, Note, Progress, silent
 from mquant.output.disk import PARTIAL, out_of_space, unlink_foreign
-from mquant.output.ledger import Ledger, Recorded
-from mquant.output.writer import ShardWriter
+from mquant.output.ledger import Front, Ledger, Recorded
+from mquant.output.writer import Hashed, ShardWriter, hash_resumed, tensor_ends
 from mquant.plan import Plan, ShardPlan, WorkUnit
 
 
@@ -101,6 +101,8 @@ class ShardSet:
                 self._tensors[output.name] = _Tensor(index, places[output.name], output.nbytes)
         self._lock, self._opening = Lock(), Lock()
         self._open: dict[int, ShardWriter] = {}
+        self._hashed: dict[int, Hashed] = {}  # of partial shards that an earlier run began
+        self._fronts: dict[str, Front] = {}  # as the ledger has them
         self._written: set[int] = set()  # tasks whose bytes may not be on disk yet
         self.digests: dict[str, str] = {}
         self._done: set[int] = set()
@@ -162,10 +164,16 @@ class ShardSet:
             observer.poll()
         with self._lock:
             units, writers = set(self._written), list(self._open.values())
-        if units:
+        fronts: dict[str, Front] = {}
+        for writer in writers:
+            writer.hash()
+            if self._fronts.get(writer.shard.name) != writer.front:
+                fronts[writer.shard.name] = writer.front
+        if units or fronts:
             for writer in writers:
                 writer.sync()
-            self._ledger.count(units)
+            self._ledger.count(units, fronts)
+            self._fronts |= fronts
             for observer in self._observers:
                 observer.settled(units)
             with self._lock:
@@ -204,7 +212,10 @@ class ShardSet:
                 units = self._plan.numbers[shard]
                 with self._lock:
                     done = {i - units.start for i in units if i in self._done}
-                    self._open[shard] = ShardWriter(self._out, self._plan.shards[shard], done)
+                    hashed = self._hashed.pop(shard, None)
+                    self._open[shard] = ShardWriter(
+                        self._out, self._plan.shards[shard], done, hashed
+                    )
             return self._open[shard]
 
     def _complete(self, index: int) -> None:
@@ -239,7 +250,9 @@ class ShardSet:
     def _resume(self, recorded: Recorded, sources: Mapping[str, Stamp]) -> None:
         """Count recorded work units whose sources are unchanged and whose shard is in OUT."""
         valid = units_still_valid(self._plan, recorded, sources)
-        for shard, numbers in zip(self._plan.shards, self._plan.numbers, strict=True):
+        for index, (shard, numbers) in enumerate(
+            zip(self._plan.shards, self._plan.numbers, strict=True)
+        ):
             final, partial = self._out / shard.name, self._out / (shard.name + PARTIAL)
             units = set(numbers) & valid
             with out_of_space(partial, shard.file_bytes):
@@ -253,9 +266,33 @@ class ShardSet:
                 elif final.is_file():
                     final.rename(partial)
                 unlink_foreign(partial)
-                if shard.name not in self.digests and not _is_of(partial, shard.file_bytes):
-                    units.clear()
+                if shard.name not in self.digests:
+                    units = self._unchanged_units(index, partial, units, recorded)
             self._done |= units
+        # Before the first byte behind a front changes.
+        self._ledger.count((), self._fronts)
+
+    def _unchanged_units(
+        self, index: int, partial: Path, units: set[int], recorded: Recorded
+    ) -> set[int]:
+        """Return the work units of `units` whose bytes are in the partial file, as recorded."""
+        shard, first = self._plan.shards[index], self._plan.numbers[index].start
+        front = recorded.fronts.get(shard.name)
+        if front is None and shard.name in recorded.shards:
+            front = Front(shard.file_bytes, recorded.shards[shard.name])
+        if front is None:  # of an earlier release, or without a work unit
+            return units if _is_of(partial, shard.file_bytes) else set()
+        behind = {number + first for end, number in tensor_ends(shard) if end > front.nbytes}
+        units, hashed = units - behind, None
+        if units and _is_of(partial, shard.file_bytes):
+            done = {number - first for number in units}
+            hashed = hash_resumed(partial, shard, done, front)
+            if hashed is None:
+                sentence = "is not as an earlier run left it; its tensors are made again."
+                self._emit(Note("warning", f"{partial.name} {sentence}"))
+        self._hashed[index] = hashed or Hashed()
+        self._fronts[shard.name] = self._hashed[index].front
+        return units if hashed else set()
 
 
 def units_still_valid(plan: Plan, recorded: Recorded, sources: Mapping[str, Stamp]) -> set[int]:

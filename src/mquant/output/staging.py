@@ -1,7 +1,8 @@
 """A hidden folder for new files, which move to their place when all files are complete.
 
-The hidden folder holds the lock, and a ledger with the names of the files that move. So a run that
-was killed leaves no file that the next run takes for another's.
+Beside the hidden folder lies a ledger, which is the lock and has the names of the files that move.
+So a run that was killed leaves no file that the next run takes for another's. The ledger is deleted
+last, after the hidden folder: what lies beside a ledger is never more than a part of a run.
 """
 
 import shutil
@@ -18,6 +19,7 @@ from mquant.output.ledger import Ledger, Recorded, read_ledger
 from mquant.text import size
 
 _STAGING: Final = ".mquant-synth"
+_LEDGER: Final = ".mquant-synth.jsonl"
 
 
 @contextmanager
@@ -33,16 +35,26 @@ def staging(out: Path, needed: int, names: tuple[str, ...]) -> Iterator[Path]:
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out} is a file.", "Give a folder that does not exist yet.")
         fresh = not out.exists()
-        earlier = read_ledger(folder) or Recorded()
-        moved = [] if fresh else [path.name for path in out.iterdir() if path != folder]
-        if not set(moved) <= set(earlier.files) or folder.is_symlink():
-            raise OutputError(f"{out} is not empty.", "Give another folder, or empty this one.")
-        ledger = Ledger(folder)
+        _moved(out)
+        ledger = Ledger(out, _LEDGER)
     try:
-        discard(out, moved)
+        with out_of_space(out / CONFIG_NAME, needed):
+            discard(out, _moved(out))  # again: now nobody else can change it
+            folder.mkdir(exist_ok=True)
         _check_room(out, needed)
         yield folder
         ledger.begin({}, names, afresh=True)
+        _move(folder, out, names)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        (out / _LEDGER).unlink(missing_ok=True)
+        ledger.release()
+        if fresh and not any(out.iterdir()):
+            out.rmdir()
+
+
+def _move(folder: Path, out: Path, names: tuple[str, ...]) -> None:
+    try:
         with out_of_space(out / CONFIG_NAME, 0):
             for name in names:
                 (folder / name).rename(out / name)
@@ -52,11 +64,16 @@ def staging(out: Path, needed: int, names: tuple[str, ...]) -> Iterator[Path]:
     except BaseException:
         discard(out, names)
         raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        ledger.release()
-        if fresh and not any(out.iterdir()):
-            out.rmdir()
+
+
+def _moved(out: Path) -> list[str]:
+    """Return the files that an earlier run moved to `out`. Raises OutputError for other files."""
+    earlier = read_ledger(out, _LEDGER) or Recorded()
+    paths = [path for path in (out.iterdir() if out.is_dir() else ()) if path.name != _LEDGER]
+    moved = [path.name for path in paths if path.name != _STAGING or path.is_symlink()]
+    if not set(moved) <= set(earlier.files):
+        raise OutputError(f"{out} is not empty.", "Give another folder, or empty this one.")
+    return moved
 
 
 def _check_room(out: Path, needed: int) -> None:

@@ -42,7 +42,7 @@ PART_MISSING: Final = rule(
     "uninitialised, and the model generates nonsense.",
     "Quantize again, with a tool that writes the whole module.",
     knowing=("layout",),
-    if_loads="nothing",
+    if_loads="warning",
 )
 PART_SHAPE: Final = rule(
     "part-shape",

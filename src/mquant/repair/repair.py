@@ -59,6 +59,11 @@ def finish_in_place(root: Path) -> bool:
     return staged
 
 
+def _engine(bad: Source) -> dict[str, Any]:
+    """Return the engine that made a checkpoint, by its mquant.json, where anything may stand."""
+    return {"name": "stream", "versions": {}, **as_table(known_table(bad).get("engine"))}
+
+
 @dataclass(frozen=True)
 class _Repair:
     """A repair into OUT: if `whole`, of all files, else of the files that change."""
@@ -87,7 +92,7 @@ class _Repair:
             parent=parent.identity(),
             fingerprint=self._fingerprint(),
             side_files={**sides, **dict.fromkeys(self.diagnosis.missing, parent)},
-            engine=known_table(self.bad.source).get("engine", {"name": "stream", "versions": {}}),
+            engine=_engine(self.bad.source),
             stage="repair",
             protected=(*parent.folders, *(self.bad.source.folders if self.whole else ())),
             beside=tuple(self.kept) if self.whole else (),

@@ -13,7 +13,7 @@ from mquant.numerics.floats import Floats
 from mquant.output import Document
 from mquant.plan import Plan
 from mquant.recipe import data_file
-from mquant.runs.run import check_plain
+from mquant.runs.checks import check_plain
 from mquant.runs.unchanged import refuse_changed
 
 

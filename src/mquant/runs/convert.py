@@ -7,7 +7,7 @@ from typing import Any, Unpack
 
 from mquant.checkpoint import Overlay, Source, reader_of
 from mquant.errors import Refused
-from mquant.output import side_files
+from mquant.output import ShardSet, side_files
 from mquant.plan import Plan
 from mquant.runs.run import Result, Run, RunOptions, RunSpec
 
@@ -49,6 +49,9 @@ def convert(
             return run.result(fresh=False)
         from mquant.engines import stream  # numba
 
-        with closing(reader_of(run.source)) as reader:
-            run.write_shards(lambda output: stream.run(reader, output, run.threads, emit=run.emit))
+        def engine(output: ShardSet) -> None:
+            with closing(reader_of(run.source)) as reader:
+                stream.run(reader, output, run.threads, emit=run.emit)
+
+        run.write_shards(engine)
         return run.finish(run.judge)

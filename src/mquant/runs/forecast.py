@@ -9,9 +9,9 @@ from typing import Any, Final
 from mquant.errors import OutputError
 from mquant.family import Role
 from mquant.findings import Finding, rule
-from mquant.output import examine
+from mquant.output import examine, free_disk
 from mquant.plan import Action, Plan
-from mquant.runs.run import default_workers, free_disk
+from mquant.runs.workers import default_workers
 from mquant.text import size
 
 # Python, numpy, numba and the plan of 62 layers of 154 experts take 0.27 GB.

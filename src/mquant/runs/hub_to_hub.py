@@ -9,14 +9,16 @@ from mquant.errors import OutputError
 from mquant.events import silent
 from mquant.output import LAST, discard
 from mquant.plan import Plan
+from mquant.runs.checks import check_headers_as_planned
 from mquant.runs.quantize import judge, run_engine
-from mquant.runs.run import Result, Run, RunOptions, check_headers_as_planned
+from mquant.runs.run import Result, Run, RunOptions
 from mquant.runs.scratch import check_scratch, least_scratch
 from mquant.runs.ship_shards import Destination, Shipper, open_destination, seal, send_others
 from mquant.runs.spec import Engine, QuantizeSpec, check_engine, choose_engine, prepare
+from mquant.runs.unchanged import tell_unread
 from mquant.verify.digests import check_digests
 
-_LEDGER_BYTES: Final = 100
+_LEDGER_BYTES: Final = 250
 """Upper bound on the mean ledger bytes of a work unit, or of a source file."""
 
 
@@ -42,6 +44,7 @@ def quantize_to_hub(
     to = open_destination(repo, spec, public=public, emit=options.get("emit", silent))
     if to.done:
         _refuse_changed(to)
+        tell_unread(spec.source, spec.stamps, options.get("emit", silent))
     room = spec.file_bytes if scratch is None else scratch
     fetch = (lambda: spec.source) if files else None
     with Run.claim(out, spec, room=room, fetch=fetch, **options) as run:

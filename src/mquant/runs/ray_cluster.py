@@ -24,9 +24,10 @@ from mquant.events import Emit, Note, Progress, silent
 from mquant.output import SHARES, State, read_shared_run
 from mquant.plan import Plan
 from mquant.runs.job_spec import FolderAt, JobSpec
-from mquant.runs.run import MOST_CORES, Result, RunOptions
+from mquant.runs.run import Result, RunOptions
 from mquant.runs.shares import Shares, Watch, in_shares, reopen
 from mquant.runs.spec import Engine
+from mquant.runs.workers import MOST_CORES
 from mquant.text import plural, size
 
 if TYPE_CHECKING:

@@ -11,8 +11,6 @@ Every verb that writes a checkpoint is such a run. `finish` writes config.json l
 unfinished OUT does not look like a checkpoint.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,31 +19,39 @@ from pathlib import Path
 from typing import Any, Final, Self, TypedDict, Unpack
 
 from mquant import __version__
-from mquant.checkpoint import Folder, Source, Stamp, read_header
-from mquant.errors import EngineError, OutputError, UsageError
+from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Folder, Source, Stamp, changed
+from mquant.errors import EngineError, SourceError
 from mquant.events import Emit, Note, Progress, silent
 from mquant.output import (
-    PARTIAL,
     Claim,
     Ledger,
+    Recorded,
     ShardSet,
     State,
+    check_disk,
     discard,
     examine,
     file_names,
     finish,
     index_json,
-    is_there,
     source_notes,
 )
 from mquant.plan import Plan
-from mquant.runs.unchanged import check_unchanged, described_by, refuse_changed
-from mquant.text import size
+from mquant.runs.checks import check_headers_as_planned
+from mquant.runs.unchanged import (
+    accept_touched,
+    check_unchanged,
+    described_by,
+    refuse_changed,
+    tell_unread,
+)
+from mquant.runs.workers import default_workers
+from mquant.text import names, size
 from mquant.verify.config_json import CONFIG_KEY_MISSING
 from mquant.verify.judge import Depth, verify
 
-MOST_CORES: Final = 16
-"""The most cores that count for workers: more do not help, because the disk is the limit."""
+_MOST_TOUCHES: Final = 10
+"""The limit on repetitions of a run: a file that changes all the time is no source."""
 
 Kept = Mapping[str, Mapping[str, Any]]
 """`bytes` and `sha256` of each file of the result that the run does not write, by path."""
@@ -113,10 +119,14 @@ class RunSpec:
         return self.shards.file_bytes + side_bytes
 
     @cached_property
+    def read(self) -> tuple[str, ...]:
+        """The files that the work units read, sorted."""
+        return tuple(sorted({path for unit in self.shards.units for path in unit.files}))
+
+    @property
     def stamps(self) -> Mapping[str, Stamp]:
         """The stamps of the files that the work units read; equal on all machines."""
-        used = {path for unit in self.shards.units for path in unit.files}
-        return {path: self.source.stamps[path] for path in sorted(used)}
+        return {path: self.source.stamps[path] for path in self.read}
 
     @property
     def record(self) -> dict[str, Any]:
@@ -204,6 +214,7 @@ class Run:
         claim = look()
         make = partial(cls, out, spec, plan=spec.shards, emit=emit, workers=options.get("workers"))
         if claim.state is State.DONE:
+            tell_unread(spec.source, spec.stamps, emit, out)
             yield make(spec.source, None, claim)
             return
         check_disk(out, claim.files, spec.file_bytes if room is None else room)
@@ -248,13 +259,36 @@ class Run:
 
         If `away` is given, shards do not stay in OUT: `away` maps the shards that are complete
         elsewhere to their sha256. `files` are the names in the ledger, which a later run may
-        delete; None: the spec's files. Raises EngineError if a written header is not as planned.
+        delete; None: the spec's files. What was made from a source file that was touched meanwhile
+        (see `accept_touched`) is made again. Raises EngineError if a written header is not as
+        planned.
         """
         spec, plan, ledger = self.spec, self.plan, self.claimed
         recorded = self.found.recorded if spec.resumes else None
         shards = {shard.name for shard in plan.shards} if recorded else set()
         discard(self.out, [name for name in self.found.files if name not in shards])
         ledger.begin(spec.fingerprint, files or spec.files, afresh=recorded is None)
+        touches = 0
+        while touched := self._write(engine, recorded, away):
+            touches += 1
+            if touches > _MOST_TOUCHES:
+                raise changed(names(touched))
+            what = f"{names(touched)}: ctime or inode changed (a chmod, a hard link or a copy?)"
+            local = bool(spec.source.folders)
+            then = "what was made from changed shards is made again" if local else "no byte changed"
+            self.emit(Note("warning", f"{what}; {then}."))
+            recorded = ledger.recorded
+        if away is None:
+            check_headers_as_planned(Folder(self.out), plan)
+
+    def _write(
+        self,
+        engine: Callable[[ShardSet], None],
+        recorded: Recorded | None,
+        away: Mapping[str, str] | None,
+    ) -> list[str]:
+        """Do the work units that are not `recorded`; return touched files, if some do not count."""
+        spec, plan, ledger = self.spec, self.plan, self.claimed
         ledger.read_from(spec.stamps)
         output = ShardSet(
             self.out, plan, ledger, recorded, spec.stamps, self.emit, spec.stage, away
@@ -262,16 +296,40 @@ class Run:
         try:
             self._tell(output, "were done before")
             self.emit(Progress(spec.stage, output.done_bytes, plan.source_bytes))
-            engine(output)
-            output.finish()
+            touched = self._make(engine, output, again=spec.resumes and away is None)
         except BaseException:
             self._tell(output, "are done; the same command resumes from there")
             raise
         finally:
             output.abandon()
-        if away is None:
-            check_headers_as_planned(Folder(self.out), plan)
         self.digests = output.digests
+        return touched
+
+    def _make(
+        self, engine: Callable[[ShardSet], None], output: ShardSet, *, again: bool
+    ) -> list[str]:
+        """Fill `output`. Return files that were touched meanwhile, if what was made does not count.
+
+        Raises SourceError in place of this if not `again`: no work unit can be made again.
+        """
+        spec = self.spec
+        read = (*spec.read, *spec.side_files, CONFIG_NAME, INDEX_NAME)
+        accept = partial(
+            accept_touched, spec.plan.survey.checkpoint, self.source, read, spec.parent
+        )
+        try:
+            engine(output)
+            output.finish()
+        except SourceError:
+            touched = accept() if again else []
+            if touched:
+                return touched
+            raise
+        known = not spec.source.folders  # the hub's digests
+        touched = [path for path in accept() if path in spec.read and not known]
+        if touched and not again:
+            raise changed(touched[0])
+        return touched
 
     def finish(self, judge: Callable[[Source], None], kept: Kept | None = None) -> Result:
         """Complete the checkpoint as `assemble` does, and delete the ledger."""
@@ -335,58 +393,3 @@ class Run:
         if self.spec.resumes and output.done_bytes:
             done, total = size(output.done_bytes), size(self.plan.source_bytes)
             self.emit(Note("info", f"{done} of {total} {what}."))
-
-
-def check_headers_as_planned(made: Source, plan: Plan) -> None:
-    """Raise EngineError if a shard's tensors, dtypes or shapes are not those of the plan.
-
-    The headers are read back from `made`.
-    """
-    for shard in plan.shards:
-        written = {(t.name, t.dtype, t.shape) for t in read_header(made, shard.name)}
-        planned = {(o.name, o.dtype, o.shape) for unit in shard.units for o in unit.outputs}
-        if written != planned:
-            tensor = min(name for name, _, _ in written ^ planned)
-            raise EngineError(
-                f"{shard.name} in {made.name} differs from the plan ({tensor}).",
-                "Please report this error; no loader will load a folder without config.json.",
-            )
-
-
-def check_plain(plan: Plan, reader: str) -> None:
-    """Raise UsageError if `reader`, which runs the model, cannot read the source's weights."""
-    if any(action.stored for action in plan.actions):
-        raise UsageError(
-            f"{reader} reads BF16, F16 and F32; the source's weights are stored in FP8.",
-            "Make a BF16 checkpoint first: mquant dequantize.",
-        )
-
-
-def default_workers() -> int:
-    """Return a worker for each core of this process, at most 16, and one more for the disk."""
-    return min(len(os.sched_getaffinity(0)), MOST_CORES) + 1
-
-
-def free_disk(out: Path) -> int:
-    """Return the bytes that are free on the disk of `out`, which need not exist yet."""
-    existing = next(path for path in (out, *out.absolute().parents) if is_there(path))
-    return shutil.disk_usage(existing).free
-
-
-def check_disk(out: Path, files: Collection[str], needed: int) -> None:
-    """Raise OutputError if `needed` bytes do not fit; existing `files` of OUT count as free."""
-    held = (out / (name + end) for name in files for end in ("", PARTIAL))
-    free = free_disk(out) + sum(map(_disk_of, held))
-    if free < needed:
-        raise OutputError(
-            f"{out} needs {size(needed)}, {size(free)} are free there.",
-            "Free space, or give a folder on another disk with -o.",
-        )
-
-
-def _disk_of(path: Path) -> int:
-    """Return the bytes of a file on disk; 0 if there is no file, or another process renames it."""
-    try:
-        return path.stat().st_blocks * 512 if path.is_file() else 0
-    except FileNotFoundError:
-        return 0

@@ -19,6 +19,7 @@ from mquant.output import (
     Recorded,
     SharedRun,
     State,
+    check_disk,
     check_version,
     claim,
     complete_shards,
@@ -34,13 +35,13 @@ from mquant.output import (
     take_share,
     units_still_valid,
 )
-from mquant.plan import Plan, shares
+from mquant.plan import Plan, ShardPlan, shares
 from mquant.runs.job_spec import JobSpec
 from mquant.runs.quantize import judge, run_engine
-from mquant.runs.run import Result, Run, check_disk
+from mquant.runs.run import Result, Run
 from mquant.runs.spec import Engine, QuantizeSpec, prepare
-from mquant.runs.unchanged import refuse_changed
-from mquant.text import size
+from mquant.runs.unchanged import refuse_changed, tell_unread
+from mquant.text import names, size
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,10 @@ class Shares:
         as `quantize`.
         """
         part = self.parts[number - 1]
-        if self.look() is State.DONE or self.is_done(number):
+        if self.look() is State.DONE:
+            tell_unread(self.spec.source, self.spec.stamps, emit, self.out)
+            return False
+        if self.is_done(number):
             return False
         self.check_disk()
         if not part.shards:
@@ -146,6 +150,19 @@ class Shares:
         part, recorded = self.parts[number - 1], self.recorded(number)
         done = units_still_valid(part, recorded, self.spec.stamps) if recorded else set()
         return sum(unit.source_bytes for index, unit in enumerate(part.units) if index in done)
+
+    def spoiled(self, number: int) -> list[ShardPlan]:
+        """Return the shards that the share completed, and that are gone or not as recorded."""
+        part, recorded = self.parts[number - 1], self.recorded(number)
+        if recorded is None:
+            return []
+        done = units_still_valid(part, recorded, self.spec.stamps)
+        whole = complete_shards(self.out, part, recorded, self.spec.stamps)
+        return [
+            shard
+            for shard, units in zip(part.shards, part.numbers, strict=True)
+            if shard.name in recorded.shards and shard.name not in whole and done.issuperset(units)
+        ]
 
 
 class Watch:
@@ -252,12 +269,16 @@ def _gather(run: Shares) -> dict[str, str]:
             pending.append(number)
     if not pending:
         return digests
+    spoiled = [shard for number in pending for shard in run.spoiled(number)]
     left = sum(run.parts[n - 1].source_bytes - run.done_bytes(n) for n in pending)
+    left += sum(unit.source_bytes for shard in spoiled for unit in shard.units)
     total = run.spec.plan.source_bytes
     one = len(pending) == 1
+    are = "are" if len(spoiled) > 1 else "is"
+    why = f" {names([s.name for s in spoiled])} {are} gone or not as recorded." if spoiled else ""
     raise OutputError(
         f"Share{'' if one else 's'} {_and(pending)} of {of:,} {'is' if one else 'are'} not done: "
-        f"{size(left)} of {size(total)} are still to be read.",
+        f"{size(left)} of {size(total)} are still to be read.{why}",
         f"Run the same mquant quantize with --share {pending[0]}/{of}"
         f"{'' if one else ' and so on'}, or with --cluster ray; then run mquant finish again.",
     )

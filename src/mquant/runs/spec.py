@@ -11,7 +11,8 @@ from mquant.errors import MissingExtra, Refused, UsageError
 from mquant.output import side_files
 from mquant.plan import Plan
 from mquant.recipe import Recipe, data_file
-from mquant.runs.run import RunSpec, check_plain
+from mquant.runs.checks import check_plain
+from mquant.runs.run import RunSpec
 from mquant.schemes import SCHEMES
 from mquant.untrusted import open_named
 

@@ -39,7 +39,7 @@ WEIGHTS_MISDECLARED: Final = rule(
     "vLLM chooses the kernel by these keys: vLLM stops, or expects other shapes.",
     "Take the quantization_config that the tool wrote.",
     knowing=("layout",),
-    if_loads="nothing",
+    if_loads="warning",
 )
 LAYOUT_NOT_JUDGED: Final = rule(
     "layout-not-judged",

@@ -70,7 +70,7 @@ IGNORE_BAD_ENTRY: Final = rule(
     "vLLM compiles every expression, and stops at the first invalid one.",
     "Correct the list in config.json, with exact names; `mquant plan` shows them.",
     knowing=("loader",),
-    if_loads="nothing",
+    if_loads="warning",
 )
 IGNORE_UNCOVERED: Final = rule(
     "ignore-uncovered",

@@ -106,11 +106,9 @@ def check_ignore(view: ModuleView) -> IgnoreReport:
     Raises SourceError if the ignore list takes too long to match.
     """
     vllm_view = vllm_view_of(view)
-    quantized = [j for j in vllm_view.judged if j.role.refused_by_loaders and j.module.quantized]
-    uncovered = _uncovered(vllm_view)
-    findings = with_outcome(
-        findings_of(vllm_view, quantized, uncovered), view.outcome, refusal_only=True
-    )
+    quantized, uncovered = _refused(vllm_view), _uncovered(vllm_view)
+    explained = findings_of(vllm_view, quantized, uncovered)
+    findings = with_outcome(explained, view.outcome, refusal_only=True)
     kinds, clauses = _kinds(vllm_view), unknown(view)
     return IgnoreReport(
         verdict=_verdict(vllm_view, kinds, findings),
@@ -125,6 +123,16 @@ def check_ignore(view: ModuleView) -> IgnoreReport:
         not_judged=not_judged(clauses, IGNORE_RULES, ("structure",), findings),
         undecided=undecided(view, clauses),
     )
+
+
+def ignore_findings(view: ModuleView) -> list[Finding]:
+    """Return the findings of `check_ignore`, whatever vLLM does with the checkpoint."""
+    vllm_view = vllm_view_of(view)
+    return findings_of(vllm_view, _refused(vllm_view), _uncovered(vllm_view))
+
+
+def _refused(vllm_view: VllmView) -> list[Judged]:
+    return [j for j in vllm_view.judged if j.role.refused_by_loaders and j.module.quantized]
 
 
 def _kinds(vllm_view: VllmView) -> tuple[RoleCount, ...]:

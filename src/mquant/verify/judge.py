@@ -19,7 +19,7 @@ from mquant.text import plural
 from mquant.verify.after_loading import check_after_loading
 from mquant.verify.against_parent import check_against
 from mquant.verify.digests import check_digests
-from mquant.verify.ignore_report import check_ignore
+from mquant.verify.ignore_report import ignore_findings
 from mquant.verify.loaders.ask_vllm import Verdict, ask
 from mquant.verify.loaders.install import find_python
 from mquant.verify.loading import with_outcome
@@ -230,7 +230,7 @@ def _with_parent(findings: list[Finding], against: tuple[Finding, ...]) -> list[
 
 def _ignore(view: ModuleView) -> list[Finding]:
     # Entries that match nothing may concern tensors of a lost shard.
-    findings = check_ignore(view).findings
+    findings = ignore_findings(view)
     return [f for f in findings if f.severity == "error" or not view.checkpoint.lost_shards]
 
 

@@ -24,6 +24,7 @@ _CACHE_SCALES: Final = (
 )
 _CACHE_NAMES: Final = tuple((re.compile(old), new) for old, new in _CACHE_SCALES)
 _CACHE_SUFFIXES: Final = tuple(f".{x}_{end}" for end in ("scale", "zero_point") for x in "qkv")
+_CACHE_ENDS: Final = ("k_scale", "v_scale", "q_scale", ".scale", "_zero_point")
 _UNUSED: Final = tuple(
     f"rotary_{end}"
     for end in ("pos_emb.inv_freq", "emb.inv_freq", "emb.cos_cached", "emb.sin_cached")
@@ -48,11 +49,12 @@ class Renaming:
 
     def __call__(self, name: str) -> tuple[str, Shard] | None:
         """Return vLLM's name and the place in a fused layer; None if vLLM leaves the tensor out."""
-        for pattern, new in _CACHE_NAMES if self.quantized else ():
-            name = pattern.sub(new, name)
+        if self.quantized and name.endswith(_CACHE_ENDS):
+            for pattern, new in _CACHE_NAMES:
+                name = pattern.sub(new, name)
         for old, new in self.renames:
             name = name.replace(old, new, 1)
-        if any(part in name for part in _UNUSED):
+        if "rotary_" in name and any(part in name for part in _UNUSED):
             return None
         shard: Shard = None
         for old, new, place in self.stacked:
@@ -119,27 +121,42 @@ def _walk(
     path: str,
     shard: Shard,
 ) -> None:
-    parts = path.split(".")
-    for number, part in enumerate(parts):
-        here, rest = ".".join(parts[: number + 1]), ".".join(parts[number:])
-        if isinstance(node, Layer):
-            if node.loads_itself:
-                node.load(copies, rest, loaded, shard)
-                return
-            if isinstance(node, Bare) or ("." in rest and part in node.parameters):
-                if not loader.passes_over(path):
-                    raise LoadRefused(loaded.name, f"vLLM's {here} is no module")
-                return
-            if part in node.parameters:
-                node.load(copies, part, loaded, shard)
-                return
-        child = node.children.get(part) if isinstance(node, Modules) else None
+    """Follow the parts of a name from module to module, as far as a layer."""
+    rest = path
+    while isinstance(node, Modules):
+        part, dot, after = rest.partition(".")
+        child = node.children.get(part)
         if child is None:
+            here = path.removesuffix(f".{after}") if dot else path
             if not loader.passes_over(here):
                 raise LoadRefused(loaded.name, f"vLLM builds no module or parameter {here}")
             return
-        node = child
-    if isinstance(node, Bare):
-        node.load(copies, "", loaded, shard)
-    elif not (isinstance(node, Layer) and node.loads_itself and not node.parameters):
+        node, rest = child, after
+        if not dot:
+            break
+    if isinstance(node, Modules):
         raise LoadRefused(loaded.name, f"vLLM's {path} is a module, not a tensor")
+    _into(node, loader, copies, loaded, path, rest, shard)
+
+
+def _into(
+    layer: Layer,
+    loader: Renaming,
+    copies: Copies,
+    loaded: Loaded,
+    path: str,
+    rest: str,
+    shard: Shard,
+) -> None:
+    """Load a tensor into a layer; `rest` is the end of `path` below the layer."""
+    part, _, after = rest.partition(".")
+    whole = isinstance(layer, Bare) and not rest
+    if whole or (rest and layer.loads_itself) or (part in layer.parameters and not after):
+        layer.load(copies, rest, loaded, shard)
+        return
+    if not rest and layer.loads_itself and not layer.parameters:
+        return
+    nested = isinstance(layer, Bare) or part in layer.parameters
+    here = path if nested or not after else path.removesuffix(f".{after}")
+    if not rest or not loader.passes_over(here):
+        raise LoadRefused(loaded.name, f"vLLM builds no parameter {here}")

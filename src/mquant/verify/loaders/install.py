@@ -1,8 +1,10 @@
 """The environment of vLLM, which pins another compressed-tensors and torch than mquant."""
 
+import fcntl
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -44,8 +46,9 @@ def find_python() -> Path:
 def install() -> tuple[Path, bool]:
     """Create the environment; return its Python, and whether the environment is new.
 
-    pip's output goes to a file beside the environment. Raises LoaderError if the cache cannot be
-    written or a step fails; `install` can be called again.
+    pip's output goes to a file beside the environment. The file is also the lock: `install`
+    waits for another mquant that installs vLLM, and for the pip of one that was killed. Raises
+    LoaderError if the cache cannot be written or a step fails; `install` can be called again.
     """
     folder = environment()
     python = folder / "bin" / "python"
@@ -62,13 +65,18 @@ def install() -> tuple[Path, bool]:
     ]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        output = open_own(log, os.O_TRUNC)  # not `write_whole`: pip writes into the open file
+        output = open_own(log)  # not `write_whole`: pip writes into the open file
     except OSError as error:
         raise LoaderError(
             f"vLLM cannot be installed in {folder.parent}: {error.strerror}.",
             "Set XDG_CACHE_HOME to a folder that can be written and has 4 GB free.",
         ) from error
     with os.fdopen(output, "wb") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if installed():
+            return python, False
+        file.truncate()
         for step in steps:
             process = subprocess.run(  # noqa: S603  (a fixed command)
                 step, stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False
@@ -78,5 +86,5 @@ def install() -> tuple[Path, bool]:
                     f"vLLM {VERSION} was not installed: `{' '.join(step[1:])}` failed.",
                     f"{log} has the output. vLLM needs Linux, 4 GB of disk and a package index.",
                 )
-    write_whole(folder / "installed", [f"{VERSION}\n".encode()])
+        write_whole(folder / "installed", [f"{VERSION}\n".encode()])
     return python, True
