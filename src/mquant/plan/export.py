@@ -150,7 +150,7 @@ def make_export_plan(
     ignore = kept_modules(kept, family, surveyed.checkpoint.config)
     w4a4 = any(member.stored and member.stored.input for member in surveyed.members)
     if declared is None:
-        declared = (_to_modelopt if target is Target.MODELOPT else _to_ct)(ignore, w4a4=w4a4)
+        declared = (modelopt_config if target is Target.MODELOPT else _to_ct)(ignore, w4a4=w4a4)
     actions = {
         action.source.name: action
         for member in surveyed.members
@@ -186,7 +186,8 @@ def hf_quant_config(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _to_modelopt(ignore: tuple[str, ...], *, w4a4: bool) -> dict[str, Any]:
+def modelopt_config(ignore: tuple[str, ...], *, w4a4: bool) -> dict[str, Any]:
+    """Return the config of ModelOpt for NVFP4, with or without quantized activations."""
     group = {"input_activations": _FP4} if w4a4 else {}
     return {
         "config_groups": {"group_0": {**group, "weights": _FP4, "targets": ["Linear"]}},

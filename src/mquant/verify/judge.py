@@ -153,8 +153,7 @@ def verify(
     loader = ask(source, view.checkpoint.shards, vllm) if vllm else None
     outcome = outcome_of(view.outcome, loader)
     compared = check_digests(source, emit, data=depth is not Depth.STRUCTURE)
-    all_findings = with_outcome([*check_structure(view), *_ignore(view)], outcome)
-    all_findings += [*check_after_loading(view), *compared.findings]
+    all_findings = [*check_headers(view, outcome), *compared.findings]
     checked, wrong = ["structure"], _stored_in(compared.shards, view)
     if depth is not Depth.STRUCTURE:
         numbers = check_numbers(view, emit)
@@ -190,6 +189,15 @@ def verify(
         not_judged=not_judged({**clauses, **compared.unknown}, rules, needs, all_findings),
         undecided="" if judged_by_loader else undecided(view, clauses),
     )
+
+
+def check_headers(view: ModuleView, outcome: Outcome | None = None) -> list[Finding]:
+    """Judge a checkpoint by its headers and JSON files, and by what vLLM does with them.
+
+    `outcome` is what vLLM does; None: what mquant's model of vLLM says.
+    """
+    findings = with_outcome([*check_structure(view), *_ignore(view)], outcome or view.outcome)
+    return [*findings, *check_after_loading(view)]
 
 
 def _downloaded(*sides: Source | None) -> tuple[int, int] | tuple[None, None]:
