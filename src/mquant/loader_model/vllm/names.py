@@ -23,6 +23,8 @@ _CACHE_SCALES: Final = (
     (r"(?<!\.attn)\.([qkv])_zero_point$", r".attn.\1_zero_point"),
 )
 _CACHE_NAMES: Final = tuple((re.compile(old), new) for old, new in _CACHE_SCALES)
+_CACHE_ENDS: Final = (*(f".{x}_scale" for x in ("q", "k", "v", "kv")), ".scale", "_zero_point")
+"""The ends of all names that one of the patterns matches: few names have one."""
 _CACHE_SUFFIXES: Final = tuple(f".{x}_{end}" for end in ("scale", "zero_point") for x in "qkv")
 _UNUSED: Final = tuple(
     f"rotary_{end}"
@@ -48,11 +50,12 @@ class Renaming:
 
     def __call__(self, name: str) -> tuple[str, Shard] | None:
         """Return vLLM's name and the place in a fused layer; None if vLLM leaves the tensor out."""
-        for pattern, new in _CACHE_NAMES if self.quantized else ():
-            name = pattern.sub(new, name)
+        if self.quantized and name.endswith(_CACHE_ENDS):
+            for pattern, new in _CACHE_NAMES:
+                name = pattern.sub(new, name)
         for old, new in self.renames:
             name = name.replace(old, new, 1)
-        if any(part in name for part in _UNUSED):
+        if "rotary_" in name and any(part in name for part in _UNUSED):
             return None
         shard: Shard = None
         for old, new, place in self.stacked:
@@ -121,20 +124,23 @@ def _walk(
 ) -> None:
     parts = path.split(".")
     for number, part in enumerate(parts):
-        here, rest = ".".join(parts[: number + 1]), ".".join(parts[number:])
-        if isinstance(node, Layer):
-            if node.loads_itself:
-                node.load(copies, rest, loaded, shard)
-                return
-            if isinstance(node, Bare) or ("." in rest and part in node.parameters):
+        if isinstance(node, Modules):
+            child = node.children.get(part)
+        elif node.loads_itself:
+            node.load(copies, ".".join(parts[number:]), loaded, shard)
+            return
+        else:
+            child, last = None, number == len(parts) - 1
+            if isinstance(node, Bare) or (not last and part in node.parameters):
                 if not loader.passes_over(path):
+                    here = ".".join(parts[: number + 1])
                     raise LoadRefused(loaded.name, f"vLLM's {here} is no module")
                 return
             if part in node.parameters:
                 node.load(copies, part, loaded, shard)
                 return
-        child = node.children.get(part) if isinstance(node, Modules) else None
         if child is None:
+            here = ".".join(parts[: number + 1])
             if not loader.passes_over(here):
                 raise LoadRefused(loaded.name, f"vLLM builds no module or parameter {here}")
             return
