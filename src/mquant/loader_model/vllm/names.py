@@ -23,9 +23,8 @@ _CACHE_SCALES: Final = (
     (r"(?<!\.attn)\.([qkv])_zero_point$", r".attn.\1_zero_point"),
 )
 _CACHE_NAMES: Final = tuple((re.compile(old), new) for old, new in _CACHE_SCALES)
-_CACHE_ENDS: Final = (*(f".{x}_scale" for x in ("q", "k", "v", "kv")), ".scale", "_zero_point")
-"""The ends of all names that one of the patterns matches: few names have one."""
 _CACHE_SUFFIXES: Final = tuple(f".{x}_{end}" for end in ("scale", "zero_point") for x in "qkv")
+_CACHE_ENDS: Final = ("k_scale", "v_scale", "q_scale", ".scale", "_zero_point")
 _UNUSED: Final = tuple(
     f"rotary_{end}"
     for end in ("pos_emb.inv_freq", "emb.inv_freq", "emb.cos_cached", "emb.sin_cached")
@@ -122,30 +121,42 @@ def _walk(
     path: str,
     shard: Shard,
 ) -> None:
-    parts = path.split(".")
-    for number, part in enumerate(parts):
-        if isinstance(node, Modules):
-            child = node.children.get(part)
-        elif node.loads_itself:
-            node.load(copies, ".".join(parts[number:]), loaded, shard)
-            return
-        else:
-            child, last = None, number == len(parts) - 1
-            if isinstance(node, Bare) or (not last and part in node.parameters):
-                if not loader.passes_over(path):
-                    here = ".".join(parts[: number + 1])
-                    raise LoadRefused(loaded.name, f"vLLM's {here} is no module")
-                return
-            if part in node.parameters:
-                node.load(copies, part, loaded, shard)
-                return
+    """Follow the parts of a name from module to module, as far as a layer."""
+    rest = path
+    while isinstance(node, Modules):
+        part, dot, after = rest.partition(".")
+        child = node.children.get(part)
         if child is None:
-            here = ".".join(parts[: number + 1])
+            here = path.removesuffix(f".{after}") if dot else path
             if not loader.passes_over(here):
                 raise LoadRefused(loaded.name, f"vLLM builds no module or parameter {here}")
             return
-        node = child
-    if isinstance(node, Bare):
-        node.load(copies, "", loaded, shard)
-    elif not (isinstance(node, Layer) and node.loads_itself and not node.parameters):
+        node, rest = child, after
+        if not dot:
+            break
+    if isinstance(node, Modules):
         raise LoadRefused(loaded.name, f"vLLM's {path} is a module, not a tensor")
+    _into(node, loader, copies, loaded, path, rest, shard)
+
+
+def _into(
+    layer: Layer,
+    loader: Renaming,
+    copies: Copies,
+    loaded: Loaded,
+    path: str,
+    rest: str,
+    shard: Shard,
+) -> None:
+    """Load a tensor into a layer; `rest` is the end of `path` below the layer."""
+    part, _, after = rest.partition(".")
+    whole = isinstance(layer, Bare) and not rest
+    if whole or (rest and layer.loads_itself) or (part in layer.parameters and not after):
+        layer.load(copies, rest, loaded, shard)
+        return
+    if not rest and layer.loads_itself and not layer.parameters:
+        return
+    nested = isinstance(layer, Bare) or part in layer.parameters
+    here = path if nested or not after else path.removesuffix(f".{after}")
+    if not rest or not loader.passes_over(here):
+        raise LoadRefused(loaded.name, f"vLLM builds no parameter {here}")
