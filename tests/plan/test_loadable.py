@@ -1,19 +1,20 @@
 """A plan is refused, before a weight is read, if vLLM would not load the output."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from family_cases import FAMILY_CASES
 from make import write_json
 from mquant.checkpoint import CONFIG_NAME, Folder, open_checkpoint, read_json
-from mquant.family import Role, load_families
+from mquant.family import load_families
 from mquant.findings import Finding
 from mquant.plan import make_bf16_plan, make_plan
+from mquant.plan.loadable import checked
 from mquant.recipe import load_recipes
 from mquant.synth import Precision, synth
-from plan.planning import Make, own_recipe, planned, refusal
+from plan.planning import Make, planned, refusal
 
 FAMILIES = load_families()
 SOURCE_FIX = (
@@ -25,13 +26,13 @@ SOURCE_FIX = (
 def test_an_alias_that_vllm_prefers_to_the_hub_s_key_is_refused(make: Make) -> None:
     found = refusal(make(config={"num_experts": 256}))
 
-    name = "model.layers.0.block_sparse_moe.gate.weight"
+    name = "model.layers.0.block_sparse_moe.e_score_correction_bias"
     assert found == Finding(
         "output-not-loadable",
         "error",
         name,
-        f"vLLM 0.32 refuses src in BF16, and so any output: {name} has shape [4, 64], and vLLM's "
-        "model.layers.0.block_sparse_moe.gate.weight takes [256, 64].",
+        f"vLLM 0.32 refuses src in BF16, and so any output: {name} has shape [4], and "
+        f"vLLM's {name} takes [256].",
         SOURCE_FIX,
     )
 
@@ -48,7 +49,7 @@ def test_a_key_without_which_vllm_builds_nothing_is_refused(make: Make) -> None:
     found = refusal(make(config={"rotary_dim": ...}))
 
     assert found.message == (
-        "vLLM 0.32 refuses src in BF16, and so any output: config.json has no rotary_dim."
+        "vLLM 0.32 refuses src in BF16, and so any output: config.json says no rotary_dim."
     )
 
 
@@ -65,17 +66,23 @@ def test_more_experts_for_a_token_than_there_are_is_refused(make: Make) -> None:
 
 
 @pytest.mark.parametrize("change", [{"num_experts": 256}, {"num_experts_per_tok": 9}])
-def test_allow_unsafe_turns_the_refusal_into_a_warning(
-    make: Make, change: dict[str, Any]
-) -> None:
+def test_allow_unsafe_turns_the_refusal_into_a_warning(make: Make, change: dict[str, Any]) -> None:
     plan = planned(make(config=change), allow_unsafe=True)
 
     assert plan.refusals == ()
     assert [finding.severity for finding in plan.findings] == ["warning"]
 
 
-def test_a_recipe_that_vllm_refuses_is_refused_though_the_source_loads(make: Make) -> None:
-    """vLLM takes a fused matrix of 40 + 20 + 20 rows for blocks of 128 as no matrix of blocks."""
+def test_a_list_that_does_not_fit_is_the_recipe_s_fault_if_the_source_loads(make: Make) -> None:
+    plan = planned(make())
+    declared = {**plan.quantization_config, "ignore": ["re:.*experts.*"]}
+
+    (found,) = checked(replace(plan, declared=declared)).refusals
+
+    assert found.message.startswith("vLLM 0.32 refuses the output of recipe nvfp4: ")
+    assert found.fix == (
+        "Correct the recipe's roles, targets or ignore (or --allow-unsafe to do so anyway)."
+    )
 
 
 def test_the_source_of_a_dequantization_is_blamed(tmp_path: Path) -> None:
