@@ -10,7 +10,8 @@ from make import make_checkpoint, make_row, without, write_index, write_json, wr
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME
 from mquant.data_files import folder
 from mquant.family import load_families
-from mquant.output.finish import config_json, index_json
+from mquant.output.finish import index_json
+from mquant.plan import config_json
 from mquant.runs.quantize import quantize
 from mquant.synth import Precision, Sizes, synth
 from mutate import judged, mutated

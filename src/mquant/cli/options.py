@@ -84,7 +84,9 @@ MaxShardSize = Annotated[
 AllowUnsafe = Annotated[
     bool,
     typer.Option(
-        "--allow-unsafe", help="Also quantize a router, embeddings or head that the recipe names."
+        "--allow-unsafe",
+        help="Also quantize a router, embeddings or head that the recipe names, and make what "
+        "vLLM would not load.",
     ),
 ]
 Workers = Annotated[

@@ -6,7 +6,7 @@ from mquant.plan.declare import KV_SCALES, declarations
 from mquant.plan.dequantize import make_bf16_plan
 from mquant.plan.export import Target, hf_quant_config, make_export_plan, scalars, survey_for
 from mquant.plan.members import Member
-from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit
+from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit, config_json
 from mquant.plan.never_quantized import natural
 from mquant.plan.repair import (
     BAD,
@@ -35,6 +35,7 @@ __all__ = [
     "Target",
     "WorkUnit",
     "completeness",
+    "config_json",
     "cut_shards",
     "declarations",
     "from_parent",

@@ -16,6 +16,7 @@ from mquant.family import Family
 from mquant.findings import rule
 from mquant.loader_model.storage import GROUP, SUFFIXES, StorageFormat
 from mquant.plan.build import kept_modules
+from mquant.plan.loadable import checked
 from mquant.plan.members import Member
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit, declaration
 from mquant.plan.survey import Survey, survey
@@ -161,7 +162,7 @@ def make_export_plan(
         ShardPlan(name, tuple(_work_units(group)))
         for name, group in groupby(tensors, key=lambda action: action.source.shard)
     )
-    return Plan(
+    plan = Plan(
         survey=surveyed,
         family=family,
         recipe=_RECIPES[target],
@@ -170,6 +171,7 @@ def make_export_plan(
         findings=surveyed.findings,
         declared=declared,
     )
+    return checked(plan)
 
 
 def hf_quant_config(plan: Plan) -> dict[str, Any]:

@@ -6,18 +6,12 @@ from typing import Any, Final
 from mquant.family import Family
 from mquant.findings import Finding, rule
 from mquant.loader_model.modules import ModuleView
+from mquant.loader_model.routing import check_top_k
 from mquant.text import names
 
 KV_SCALES: Final = frozenset({"k_scale", "v_scale", "kv_scale"})
 """The suffixes of scales of a KV cache; the module is the attention layer, or k_proj and v_proj."""
 
-TOP_K_BEYOND_EXPERTS: Final = rule(
-    "top-k-beyond-experts",
-    "A layer has at least as many experts as every token is routed to.",
-    "vLLM loads the checkpoint; the first token that is routed stops it.",
-    "Correct the number of experts per token in config.json.",
-    knowing=("family",),
-)
 KV_SCALES_MISSING: Final = rule(
     "kv-scales-missing",
     "If config.json declares static scales of an FP8 KV cache, the shards hold the scales.",
@@ -39,7 +33,7 @@ def check_after_loading(view: ModuleView) -> Iterator[Finding]:
     """Yield findings that headers and config.json show."""
     config = view.checkpoint.config
     if view.family:
-        yield from _top_k(view.family, config)
+        yield from check_top_k(view.family, config)
         yield from _defaults(view.family, config)
     scheme = view.config.get("kv_cache_scheme")
     static = isinstance(scheme, dict) and not scheme.get("dynamic")
@@ -49,16 +43,6 @@ def check_after_loading(view: ModuleView) -> Iterator[Finding]:
             "config.json",
             "config.json declares kv_cache_scheme with static scales, and no shard holds k_scale "
             "or v_scale.",
-        )
-
-
-def _top_k(family: Family, config: dict[str, Any]) -> Iterator[Finding]:
-    key, experts = family.config.top_k, family.config.experts
-    chosen, there = (family.value(each, config) if each else None for each in (key, experts))
-    if chosen is not None and there is not None and chosen > there:
-        yield TOP_K_BEYOND_EXPERTS.finding(
-            "config.json",
-            f"config.json says {key} {chosen:,}, but a layer has {there:,} experts.",
         )
 
 

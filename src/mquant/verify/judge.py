@@ -14,6 +14,7 @@ from mquant.events import Emit, silent
 from mquant.family import Family
 from mquant.findings import RULES, VERIFIED, Finding, Severity
 from mquant.loader_model.modules import ModuleView, read_modules
+from mquant.loader_model.vllm.load import Outcome
 from mquant.output import as_table, known_table
 from mquant.text import plural
 from mquant.verify.after_loading import check_after_loading

@@ -257,7 +257,8 @@ def _check_length(config: Mapping[str, Any], stretch: float) -> None:
             raise LoadRefused(_FILE, f"says {key} {said(value)}, not a number")
     named = lengths.get("model_max_length")
     length = named or min(lengths.values(), default=_LENGTH)
-    if length * stretch < _LENGTH and (named is None or named < _LENGTH):
+    # A whole number may be too large for a float.
+    if min(length, 2**62) * stretch < _LENGTH and (named is None or named < _LENGTH):
         raise LoadRefused(_FILE, f"gives the model a length of {length * stretch}")
 
 

@@ -21,6 +21,9 @@ from mquant.loader_model.vllm.tensors import (
 )
 
 _NUMBERED: Final = re.compile(r"(\d+)\.([^.]+)\.(.+)")
+_PARTS: Final = ("w1", "w2", "w3")
+_FUSED: Final = {"gate_proj": "gate_up_proj", "w1": "w13"}
+"""The name of the gate on disk -> the name of gate and up in one tensor."""
 _DIMENSION: Final = {"w1": 0, "w2": 1, "w3": 0}
 
 
@@ -71,12 +74,11 @@ class Experts(Layer):
             self._other(last, loaded)
             return
         number, projection, suffix = int(match[1]), match[2], match[3]
-        fused = {"gate_proj": "gate_up_proj", "w1": "w13"}.get(self.names[0])
-        if projection == fused:
-            raise Unknown(f"experts with a fused {fused} ({loaded.name})")
+        if projection == _FUSED.get(self.names[0]):
+            raise Unknown(f"experts with a fused {projection} ({loaded.name})")
         if number >= self.count or str(number) != match[1] or projection not in self.names:
             return
-        part = {0: "w1", 1: "w2", 2: "w3"}[self.names.index(projection)]
+        part = _PARTS[self.names.index(projection)]
         key = ("w2_" if part == "w2" else "w13_") + suffix
         if key not in self.parameters:
             if key in ("w13_bias", "w2_bias"):
@@ -88,7 +90,7 @@ class Experts(Layer):
 
     def _other(self, last: str, loaded: Loaded) -> None:
         """Judge a tensor that is not of one expert: experts fused in one tensor, or no expert."""
-        known = {"gate_proj": "gate_up_proj", "w1": "w13"}.get(self.names[0], "gate_up_proj")
+        known = _FUSED.get(self.names[0], "gate_up_proj")
         if any(f"experts.{name}" in f"experts.{last}" for name in (known, self.names[1])):
             raise Unknown(f"experts in one tensor ({loaded.name})")
 
@@ -111,7 +113,7 @@ class Experts(Layer):
             self._input_scale(copies, parameter, loaded, number, part)
         elif self.layout == "modelopt":
             self._modelopt(copies, parameter, target, loaded, number, part)
-        elif any(word in suffix for word in ("scale", "zero", "offset")):
+        elif "scale" in suffix or "zero" in suffix or "offset" in suffix:
             if strategy == "tensor":
                 self._scalar(copies, parameter, loaded, number, part)
             elif strategy == "channel" and part == "w2":

@@ -1,6 +1,6 @@
 """What vLLM does with a checkpoint, predicted from its headers and config.json."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from typing import Any, Final
 
@@ -25,15 +25,29 @@ def predict(checkpoint: Checkpoint, family: Family | None) -> Outcome:
 
     `family` is that of the model_type in config.json.
     """
+    tensors, hf_quant_config = _in_order(checkpoint), _of_modelopt(checkpoint)
+    return predict_of(checkpoint.config, family, tensors, hf_quant_config)
+
+
+def predict_of(
+    config: Mapping[str, Any],
+    family: Family | None,
+    tensors: Iterable[Loaded],
+    hf_quant_config: Any = None,
+) -> Outcome:
+    """Return what vLLM does with a config.json and tensors in this order, as `predict` does.
+
+    `hf_quant_config` is the content of ModelOpt's file, None without the file.
+    """
     if family is not None and family.vllm is None:
         return Outcome(unknown=f"{family.title}, whose file does not say what vLLM builds")
-    return load(lambda: _model(family, checkpoint), _in_order(checkpoint))
+    return load(lambda: _model(family, config, hf_quant_config), tensors)
 
 
 def split(checkpoint: Checkpoint, family: Family, ranks: int) -> str:
     """Return why several ranks cannot share vLLM's model of a checkpoint; empty if they can."""
     try:
-        _model(family, checkpoint, ranks)
+        _model(family, checkpoint.config, _of_modelopt(checkpoint), ranks)
     except LoadRefused as stop:
         return f"on a rank, {stop.where} {stop.why}"
     except Unknown as gap:
@@ -41,14 +55,15 @@ def split(checkpoint: Checkpoint, family: Family, ranks: int) -> str:
     return ""
 
 
-def _model(family: Family | None, checkpoint: Checkpoint, ranks: int = 1) -> Model:
-    config = checkpoint.config
+def _model(
+    family: Family | None, config: Mapping[str, Any], hf_quant_config: Any, ranks: int = 1
+) -> Model:
     read_as = family.vllm if family else None
     rows = built_as(config, read_as)
     settings = Settings(rows, config, read_as)
     heads = settings.number("num_attention_heads") or 0
     heads_of = heads, settings.number("num_key_value_heads") or heads
-    method = read_method(config, _of_modelopt(checkpoint), heads_of)
+    method = read_method(config, hf_quant_config, heads_of)
     return build(rows, settings, method, ranks)
 
 

@@ -58,9 +58,9 @@ class Loaded:
         """The number of elements."""
         return math.prod(self.shape)
 
-    def narrow(self, dim: int, start: int, size: int) -> Self:
+    def narrow(self, dim: int, start: int, size: int) -> "Loaded":
         """Return rows `start` to `start + size` of a dimension, as torch's `narrow` does."""
-        return replace(self, shape=_narrowed(self.name, self.shape, dim, start, size))
+        return Loaded(self.name, self.dtype, _narrowed(self.name, self.shape, dim, start, size))
 
     def first(self) -> Self:
         """Return the view `tensor[0]`."""
@@ -70,11 +70,11 @@ class Loaded:
         """Return the largest elements along a dimension, as torch's `amax` does."""
         return replace(self, shape=(*self.shape[:dim], *self.shape[dim + 1 :]))
 
-    def reshape(self, shape: Shape) -> Self:
+    def reshape(self, shape: Shape) -> "Loaded":
         """Return a view of another shape. Raises LoadRefused if the number of elements differs."""
         if math.prod(shape) != self.numel:
             raise LoadRefused(self.name, f"has shape {list(self.shape)}, not {list(shape)}")
-        return replace(self, shape=shape)
+        return Loaded(self.name, self.dtype, shape)
 
     def repeat(self, rows: int, columns: int) -> Self:
         """Return the tensor with every row and column repeated. Raises LoadRefused of a vector."""
@@ -146,7 +146,7 @@ class View:
         shape = _narrowed(self.parameter.name, self.shape, dim, start, size)
         place = list(self.offset)
         place[self.hidden + dim] += start
-        return replace(self, offset=tuple(place), shape=shape)
+        return View(self.parameter, tuple(place), shape, self.hidden)
 
     def index(self, number: int) -> "View":
         """Return the view `parameter[number]`."""
@@ -177,22 +177,22 @@ class Copies:
 
     def assign(self, target: View, source: Loaded) -> None:
         """Copy as `target[...] = source` does: leading dimensions of one are dropped."""
-        shape = source.shape
-        while len(shape) > len(target.shape) and shape[0] == 1:
-            shape = shape[1:]
-        self.copy(target, replace(source, shape=shape))
+        while len(source.shape) > len(target.shape) and source.shape[0] == 1:
+            source = source.first()
+        self.copy(target, source)
 
     def copy(self, target: View, source: Loaded) -> None:
         """Copy as torch's `copy_` does: a smaller tensor is spread over the target."""
-        if not _spreads(source.shape, target.shape):
+        alike = source.shape == target.shape
+        if not alike and not _spreads(source.shape, target.shape):
             raise LoadRefused(
                 source.name,
                 f"has shape {list(source.shape)}, and vLLM's {target.parameter.name} takes "
                 f"{list(target.shape)}",
             )
         name = source.name
-        squeezed = [[n for n in shape if n != 1] for shape in (target.shape, source.shape)]
-        if squeezed[0] != squeezed[1] and not (source.numel == 1 and math.prod(target.shape) <= 1):
+        scalar = source.numel == 1 and math.prod(target.shape) <= 1
+        if not (alike or scalar) and _without_ones(source.shape) != _without_ones(target.shape):
             self.reshaped.setdefault(name, (name, source.shape, target.shape))
         self.used[name] += source.numel
         dtype = target.parameter.dtype
@@ -213,6 +213,10 @@ def _narrowed(name: str, shape: Shape, dim: int, start: int, size: int) -> Shape
         raise LoadRefused(name, f"has shape {list(shape)}, and vLLM wants {start + size} of it")
     dim %= len(shape)
     return (*shape[:dim], size, *shape[dim + 1 :])
+
+
+def _without_ones(shape: Shape) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 def _spreads(source: Shape, target: Shape) -> bool:
