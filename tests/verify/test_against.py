@@ -1,5 +1,6 @@
 """`verify` with a parent finds every tensor, config key and side file that differs unduly."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import pytest
 
 from judges import opened, read_json
 from make import NUMPY, Edit, Row, adding, make_checkpoint, without, write_json
+from mquant.errors import SourceError
 from mquant.family import load_families
 from mquant.findings import RULES
 from mquant.loader_model.modules import read_modules
 from mquant.output import RECORD
+from mquant.verify.against_parent_files import MOST_BYTES
 from mquant.verify.judge import Depth
 from mquant.weights.stored_weight import weight_of
 from mutate import changed, forget_digests, judged, mutated, setting
@@ -164,6 +167,13 @@ def test_missing_and_changed_side_files_are_found(trained: Path, tmp_path: Path)
     assert "parent's modeling_minimax_m2.py, tokenizer.json." in findings["side-file-missing"]
     assert "generation_config.json" in findings["side-file-differs"]
     assert "LICENSE" in findings["licence-missing"]
+
+
+def test_a_side_file_that_no_model_has_is_not_compared(trained: Path, tmp_path: Path) -> None:
+    huge = forget_digests(Path(shutil.copytree(trained, tmp_path / "huge")))
+    os.truncate(huge / "tokenizer.json", MOST_BYTES + 1)
+    with pytest.raises(SourceError, match="tokenizer.json of huge has 1,000,000,001 bytes; mquant"):
+        judged(huge, huge)
 
 
 FED = ("q_proj", "k_proj", "v_proj", "gate", "w1", "w3")

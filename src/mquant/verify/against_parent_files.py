@@ -5,11 +5,14 @@ from fnmatch import fnmatch
 from typing import Any, Final
 
 from mquant.checkpoint import Source, has_chat_template
+from mquant.errors import SourceError
 from mquant.findings import Finding, rule
 from mquant.loader_model.modules import ModuleView
 from mquant.text import names
 from mquant.verify.numbers import PIECE
 
+MOST_BYTES: Final = 1_000_000_000
+"""The largest side file that is compared: the largest tokenizers have 40 MB."""
 # Keys that writers stamp or rename, and on which no loader depends.
 _STAMPS: Final = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 _ROPE: Final = "rope_parameters"
@@ -123,6 +126,12 @@ def _like(path: str, patterns: tuple[str, ...]) -> bool:
 
 def _same(source: Source, origin: Source, path: str) -> bool:
     size = source.files[path]
+    if size == origin.files[path] and size > MOST_BYTES:
+        raise SourceError(
+            f"{path} of {source.name} has {size:,} bytes; mquant compares files of up to "
+            f"{MOST_BYTES:,}.",
+            "Get the file again, from the original release.",
+        )
     spans = ((start, min(start + PIECE, size)) for start in range(0, size, PIECE))
     return size == origin.files[path] and all(
         source.read(path, *span) == origin.read(path, *span) for span in spans
