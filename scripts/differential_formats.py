@@ -34,6 +34,7 @@ from mquant.plan import (
     scalars,
     survey_for,
 )
+from mquant.plan.loadable import OUTPUT_NOT_LOADABLE
 from mquant.recipe import Recipe, load_recipes
 from mquant.schemes import FP8_DYNAMIC, NVFP4, W4A16
 from mquant.synth import Precision, Sizes, make_config, make_tensors
@@ -142,7 +143,7 @@ def _opened(draft: Draft, folder: str) -> Checkpoint:
 
 def _planned(draft: Draft, plan: Plan) -> Draft:
     """Return the draft of a plan's output."""
-    if plan.refusals:
+    if any(refusal.rule != OUTPUT_NOT_LOADABLE.id for refusal in plan.refusals):
         raise Unfit
     made = draft.copy()
     made.tensors = {o.name: (o.dtype, o.shape) for unit in plan.units for o in unit.outputs}

@@ -395,7 +395,6 @@ def test_a_model_type_that_vllm_does_not_know_is_an_error(judge: Judge) -> None:
 
 def test_an_unknown_method_is_judged_by_its_tensors(judge: Judge) -> None:
     report = judge(quantized(AWQ), {"quant_method": "awq"})
-    assert rules(report) == {}
+    assert rules(report) == {} and "was not judged" in report.verdict
     assert "what vLLM makes of the quantization method auto_awq is not known" in report.undecided
-    assert "was not judged" in report.verdict
     assert "router-quantized" in rules(judge(quantized(AWQ, ".gate"), {"quant_method": "awq"}))

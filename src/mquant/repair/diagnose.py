@@ -168,6 +168,7 @@ def diagnose(
     if chosen and (layout or not chosen.faults):
         mended = replace(original, config=chosen.config)
         repair_plan = make_config_plan(mended, checkpoint, recipe, families)
+        weights = read_importance(importance, repair_plan.right)
     else:
         if view.family and layout:
             raise _beyond_repair(report, layout)
