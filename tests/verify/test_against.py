@@ -172,7 +172,9 @@ def test_missing_and_changed_side_files_are_found(trained: Path, tmp_path: Path)
 def test_a_side_file_that_no_model_has_is_not_compared(trained: Path, tmp_path: Path) -> None:
     huge = forget_digests(Path(shutil.copytree(trained, tmp_path / "huge")))
     os.truncate(huge / "tokenizer.json", MOST_BYTES + 1)
-    with pytest.raises(SourceError, match=r"tokenizer\.json of huge has 1,000,000,001 bytes; mquant"):
+    with pytest.raises(
+        SourceError, match=r"tokenizer\.json of huge has 1,000,000,001 bytes; mquant"
+    ):
         judged(huge, huge)
 
 
