@@ -104,6 +104,11 @@ def test_every_verb_refuses_what_is_no_regular_file(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_path_longer_than_any_is_one_sentence(src: Path, tmp_path: Path) -> None:
+    command = ("quantize", src, "--recipe", "nvfp4-opt", "-o", tmp_path / "out")
+    assert "longer than a path can be" in told(run(*command, "--importance", "a/" * 2500))
+
+
 def test_a_path_that_cannot_be_looked_up_is_one_sentence(src: Path, quantized: Path) -> None:
     for command in reading(src, quantized, Path("x" * 300)):
         told(run(*command))

@@ -4,17 +4,26 @@ The job spec is stored in OUT and may be somebody else's, so it is read as hosti
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mquant.checkpoint import Folder, Source, open_checkpoint
-from mquant.errors import SourceError
+from mquant.errors import SourceError, UsageError
 from mquant.family import Family, load_families
 from mquant.plan import Plan, make_plan
 from mquant.recipe import Recipe
 
-AbsolutePath = Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=4096)]
+_LONGEST: Final = 4096
+AbsolutePath = Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=_LONGEST)]
+
+
+def _absolute(path: Path) -> str:
+    """Return the absolute path. Raises UsageError if no file can have such a path."""
+    text = str(path.absolute())
+    if len(text) > _LONGEST:
+        raise UsageError(f"{text[:80]}... is longer than a path can be.", "Give a shorter path.")
+    return text
 
 
 class FolderAt(BaseModel):
@@ -68,10 +77,13 @@ class JobSpec(BaseModel):
     def of(
         cls, plan: Plan, max_shard_bytes: int, *, allow_unsafe: bool, importance: Path | None
     ) -> Self:
-        """Return the job spec of a plan that was made with these options."""
+        """Return the job spec of a plan that was made with these options.
+
+        Raises UsageError for a path that is too long.
+        """
         source = plan.survey.checkpoint.source
         if source.folders:
-            place: FolderAt | RepoAt = FolderAt(folder=str(source.folders[0].absolute()))
+            place: FolderAt | RepoAt = FolderAt(folder=_absolute(source.folders[0]))
         else:
             identity = source.identity()
             place = RepoAt(repo=identity["repo"], commit=identity["commit"])
@@ -81,7 +93,7 @@ class JobSpec(BaseModel):
             foreign=plan.recipe.foreign,
             max_shard_bytes=max_shard_bytes,
             allow_unsafe=allow_unsafe,
-            importance=None if importance is None else str(importance.absolute()),
+            importance=None if importance is None else _absolute(importance),
             family=plan.family if plan.family.own else None,
         )
 
