@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from mquant.family import load_families
-from mquant.output.finish import config_json, index_json
+from mquant.output.finish import index_json
+from mquant.plan import config_json
 from mquant.synth import Sizes, synth
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))

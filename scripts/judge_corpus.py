@@ -29,15 +29,23 @@ from corpus import CASES, Case  # noqa: E402  (the tests' folder is no package)
 from run import TRAINED, quantize_nvfp4  # noqa: E402
 
 PAGE, DATA = ROOT / "docs/loaders.md", ROOT / "tests/data/vllm-verdicts.json"
-HEAD = """# What vLLM does with broken checkpoints, and what `mquant verify` reports
+OWN = Path(__file__).with_name("loaders.md")
+"""The first part of the page, which is written by hand."""
+HEAD = """## What vLLM does with broken checkpoints, and what `mquant verify` reports
 
 Written by `scripts/test-loaders.sh`, which breaks the tiny trained checkpoint in {count} ways, has
-`mquant verify` judge each result, and has vLLM {version} load its headers; do not edit.
+`mquant verify` judge each result, and has vLLM {version} load its headers; do not edit. The text
+above is that of scripts/loaders.md.
 
 vLLM *refuses* a checkpoint, *loads* the checkpoint, or *loads wrong*: vLLM drops tensors, leaves
 parameters unset, or spreads or converts tensors, without a message. No load check sees a fault in
 the numbers alone: such cases say why they are wrong. mquant's errors are **bold**, its warnings are
 not; an info is listed only if the case is about this info.
+
+`mquant verify` does not ask vLLM here: a model of vLLM's loader (`src/mquant/loader_model/vllm/`)
+predicts from headers and config.json what vLLM does, and errors about loading count only if the
+model says that vLLM does not load the checkpoint. `scripts/differential.py` holds the model to vLLM
+by random checkpoints.
 
 vLLM is *not asked* if its CPU build has no kernel for a layer. The kernels of NVFP4, of FP8 in
 blocks and of packed integers need a GPU too, but the probe stands in for these kernels, because
@@ -53,8 +61,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as where:
         rows = judge(Path(where))
     version = rows[0][2].version
-    page = HEAD.format(count=len(rows) - 1, version=version) + "".join(
-        line(case, rules, verdict) for case, rules, verdict in rows
+    page = (
+        OWN.read_text("utf-8")
+        + HEAD.format(count=len(rows) - 1, version=version)
+        + "".join(line(case, rules, verdict) for case, rules, verdict in rows)
     )
     verdicts = {case.name: {"verdict": v.verdict, "words": words(v)} for case, _, v in rows}
     data = json.dumps({"vllm": version, "verdicts": verdicts}, indent=1) + "\n"
@@ -103,7 +113,7 @@ def ask_vllm(pairs: list[tuple[Path, Path]]) -> None:
     """Have one vLLM process judge folders and write each verdict to the folder's file."""
     paths = [str(path) for pair in pairs for path in pair]
     subprocess.run(
-        [str(find_python()), "-P", str(PROBE), *paths],
+        [str(find_python()), "-I", str(PROBE), *paths],
         check=True,
         capture_output=True,
         stdin=subprocess.DEVNULL,

@@ -17,6 +17,7 @@ from mquant.plan import Plan, make_plan
 from mquant.recipe import Calibration, Recipe, load_recipes
 from mquant.runs.quantize import quantize
 from mquant.verify.judge import Depth, verify
+from mquant.verify.loaders.install import find_python
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
@@ -48,7 +49,7 @@ def loads(plan: Plan, out: Path) -> bool:
     """Carry out a plan, print the verdicts, and return whether both are good."""
     quantize(plan, out, data=TEXT if plan.recipe.needs_data else None)
     parent = plan.survey.checkpoint.source
-    report = verify(Folder(out), load_families(), Depth.FULL, parent=parent, ask_vllm=True)
+    report = verify(Folder(out), load_families(), Depth.FULL, parent, vllm=find_python())
     wrong = [finding.rule for finding in report.findings if finding.severity != "info"]
     verdict = report.loader.verdict if report.loader else "not asked"
     print(f"{plan.recipe.name}, {parent.name}: {', '.join(wrong) or 'clean'}; vLLM: {verdict}")

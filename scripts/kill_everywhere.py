@@ -97,6 +97,7 @@ class Killer:
             "PIP_FIND_LINKS": str(self.where / "wheels"),
             "PIP_NO_CACHE_DIR": "1",
             "PIP_NO_INDEX": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONUNBUFFERED": "1",
         }
         self._server = subprocess.Popen(

@@ -86,7 +86,8 @@ def _child(job: dict[str, Any], library: Any) -> int:
 
 def _count_start(library: Any, event: str, args: tuple[Any, ...]) -> None:
     if event == "subprocess.Popen":
-        library.kill_start(" ".join(map(str, args[1])).encode())
+        command = " ".join(map(str, args[1]))
+        library.kill_start(command.partition("\n")[0].encode())  # an operation is one line
 
 
 def _warm(job: dict[str, Any]) -> int:

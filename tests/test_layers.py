@@ -23,6 +23,7 @@ LAYERS = (
     {"loader_model"},
     {"recipe"},
     {"family"},
+    {"loader_rows"},
     {"checkpoint", "schemes", "data_files", "formulas", "name_patterns"},
     {"dtypes", "events", "untrusted", "text", "compiled"},
     {"errors"},

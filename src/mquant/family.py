@@ -20,6 +20,7 @@ from pydantic import ValidationInfo as Info
 from mquant.data_files import folder, read_yaml
 from mquant.errors import DataFileError
 from mquant.formulas import check_condition, check_size, condition_keys, evaluate, holds, size_keys
+from mquant.loader_rows import VllmRows
 
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")
 _EVERY_LAYER = "layer"
@@ -205,6 +206,7 @@ class Family(_Data):
     """Last part of a module's name -> the last parts of all modules that read its output, all
     linear: smoothing may divide the output by factors and multiply the readers' columns by them."""
     forward: Forward | None = None
+    vllm: VllmRows | None = None
     synth: SynthData
     own: bool = Field(default=False, exclude=True)
     """Whether the user gave the file. The file's content is then part of a plan's fingerprint."""
@@ -249,9 +251,8 @@ class Family(_Data):
     def fused_sets(self) -> Mapping[str, tuple[TensorRow, ...]]:
         """Fused set -> its member rows, in the family's order."""
         sets: dict[str, tuple[TensorRow, ...]] = {}
-        for row in self.tensors:
-            if row.fused:
-                sets[row.fused] = (*sets.get(row.fused, ()), row)
+        for row in (row for row in self.tensors if row.fused):
+            sets[row.fused] = (*sets.get(row.fused, ()), row)
         return sets
 
     @cached_property
@@ -277,8 +278,7 @@ class Family(_Data):
             if self.has_block(row.block, None, config) is not False
         }
         keys = {key for size in sizes for key in size_keys(size)}
-        for condition in self.blocks.values():
-            keys |= condition_keys(condition)
+        keys = keys.union(*map(condition_keys, self.blocks.values()))
         for key in list(self.defaults)[::-1]:  # a default refers to earlier ones only
             if key in keys and config.get(key) is None:
                 keys = (keys - {key}) | size_keys(self.defaults[key])

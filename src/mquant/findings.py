@@ -21,7 +21,7 @@ checkpoint. `fact`: to describe the checkpoint. `tolerated`: as `source`, but th
 finding, or the recipe is another tool's.
 """
 Needs = Literal["structure", "numbers", "against", "loader", "plan", "inspect", "run", "smoke"]
-Knowledge = Literal["family", "list", "layout", "digests", "shard digests"]
+Knowledge = Literal["family", "loader", "layout", "digests", "shard digests"]
 VERIFIED: Final[tuple[Needs, ...]] = ("structure", "numbers", "against", "loader")
 """`needs` of the rules of `mquant verify`; all other rules belong to other verbs."""
 
@@ -59,9 +59,10 @@ class Rule:
     parent (`against`), a real loader (`loader`); or which verb checks the rule. `what` says what
     must hold, `why` says why a loader or a person cares, `fix` is the fix of a finding without a
     fix of its own. `as_source`, `as_fact` and `if_tolerated` are the severities in those contexts,
-    if they differ from `severity`. `knowing` lists what must be known of a checkpoint to judge the
-    rule: its model `family`, how its method matches the ignore `list`, the `layout` of its
-    quantized modules, the `digests` of its files or of its shards.
+    if they differ from `severity`. `if_loads` belongs to a rule that says why vLLM does not load a
+    checkpoint: the severity if vLLM loads the checkpoint all the same. `knowing` lists what must be
+    known of a checkpoint to judge the rule: its model `family`, what vLLM's `loader` does, the
+    `layout` of its quantized modules, the `digests` of its files or of its shards.
     """
 
     id: str
@@ -73,6 +74,7 @@ class Rule:
     as_source: Severity | None = None
     as_fact: Severity | None = None
     if_tolerated: Severity | None = None
+    if_loads: Severity | Literal["nothing"] | None = None
     knowing: tuple[Knowledge, ...] = ()
 
     def severity_in(self, context: Context) -> Severity:
@@ -89,7 +91,10 @@ class Rule:
     def severities(self) -> set[Severity]:
         """All severities that a finding of the rule may have."""
         contexts: tuple[Context, ...] = ("judged", "source", "fact", "tolerated")
-        return {self.severity_in(context) for context in contexts}
+        severities = {self.severity_in(context) for context in contexts}
+        if self.if_loads is not None and self.if_loads != "nothing":
+            severities.add(self.if_loads)
+        return severities
 
     def finding(
         self, where: str, message: str, fix: str = "", context: Context = "judged"
@@ -113,3 +118,11 @@ def rule(name: str, what: str, why: str, fix: str, **more: Any) -> Rule:
 def in_context(finding: Finding, context: Context) -> Finding:
     """Return the same finding with the severity that its rule declares for a context."""
     return replace(finding, severity=RULES[finding.rule].severity_in(context))
+
+
+def if_loaded(finding: Finding) -> Finding | None:
+    """Return what a finding says of a checkpoint that vLLM loads; None if it says nothing then."""
+    severity = RULES[finding.rule].if_loads
+    if severity is None or finding.severity != "error":
+        return finding
+    return None if severity == "nothing" else replace(finding, severity=severity)

@@ -2,7 +2,8 @@
 
 A size is a sum of products and quotients: `num_attention_heads * head_dim`, `kv_lora_rank +
 qk_rope_head_dim`. A condition selects layers, in clauses joined by `and`: `KEY`, `not KEY`, `layer
-< SIZE`, `layer >= SIZE`, `layer in KEY`, `layer not in KEY`, where SIZE is one key or number.
+< SIZE`, `layer >= SIZE`, `layer in KEY`, `layer not in KEY`, `KEY divides layer`, `KEY divides
+layer + 1`, `KEY is VALUE`, where SIZE is one key or number.
 """
 
 import re
@@ -18,6 +19,8 @@ _FACTOR: Final = r"[a-z0-9_]+"
 _SIZE: Final = re.compile(rf"{_FACTOR}(?: [*/+] {_FACTOR})*")
 _CLAUSE: Final = re.compile(
     rf"layer (?P<operator><|>=|in|not in) (?P<right>{_FACTOR})"
+    rf"|(?P<divisor>{_FACTOR}) divides layer(?P<next> \+ 1)?"
+    rf"|(?P<named>{_FACTOR}) is (?P<value>\w+)"
     rf"|(?P<not>not )?(?P<key>(?!(?:layer|not)\b){_FACTOR})"
 )
 
@@ -88,9 +91,14 @@ def _clause(text: str, layer: int | None, config: Mapping[str, Any], lookup: Loo
         raise ValueError(f"{text!r} is no condition")
     if match["key"]:
         return bool(config.get(match["key"])) is not bool(match["not"])
+    if match["named"]:
+        return str(config.get(match["named"])) == match["value"]
     operator, right = match["operator"], match["right"]
     if layer is None:
         return True
+    if match["divisor"]:
+        divisor = lookup(match["divisor"])
+        return divisor is not None and divisor > 0 and (layer + bool(match["next"])) % divisor == 0
     if operator in ("in", "not in"):
         listed = config.get(right)
         listed = listed if isinstance(listed, list) and len(listed) <= MOST_LAYERS else []

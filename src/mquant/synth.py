@@ -171,7 +171,7 @@ def make_config(
         config["quantization_config"] = {
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
-            "modules_to_not_convert": _not_converted(family),
+            "modules_to_not_convert": _not_converted(family, layers),
             "quant_method": "fp8",
             "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
         }
@@ -218,11 +218,23 @@ def _tensor(
     yield SynthTensor(name, dtype, shape, mean, std)
 
 
-def _not_converted(family: Family) -> list[str]:
-    """Return the modules that FP8 releases keep, named as in those releases: by the last part."""
+def _not_converted(family: Family, layers: int) -> list[str]:
+    """Return the modules that FP8 releases keep, named as in those releases.
+
+    A name is the last part alone. If vLLM asks the list for a module, which takes whole names, the
+    module is named in every layer.
+    """
     kept = (Role.ROUTER, Role.ROUTING_BIAS, Role.HEAD)
-    names = (row.name.removesuffix(".weight") for row in family.tensors if row.role in kept)
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    modules = [row.name.removesuffix(".weight") for row in family.tensors if row.role in kept]
+    rows = family.vllm.layer_rows if family.vllm else ()
+    asked = {row.name for row in rows if row.heeds and row.kind != "bare"}
+    names = (
+        [module.replace("{layer}", str(layer)) for layer in range(layers)]
+        if module in asked
+        else [module.rpartition(".")[2]]
+        for module in modules
+    )
+    return list(dict.fromkeys(name for group in names for name in group))
 
 
 def _write_shard(

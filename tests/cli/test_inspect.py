@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 from make import Edit, adding, make_checkpoint, renamed, without
 from mquant.cli.app import app
 from mquant.schemes import NVFP4A16
+from run import quantize_nvfp4
 
 
 def inspect(src: Path, form: str = "human") -> Result:
@@ -35,7 +36,7 @@ def model(tmp_path: Path) -> Path:
 
 def test_the_json_document_describes_the_checkpoint(model: Path) -> None:
     report = document(model)
-    del report["findings"], report["roles"], report["dtypes"]
+    del report["findings"], report["roles"], report["dtypes"], report["precisions"]
     shards = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     assert report == {
         "schema": "mquant.inspect/1",
@@ -56,6 +57,8 @@ def test_the_json_document_describes_the_checkpoint(model: Path) -> None:
         "bytes": 166_944,
         "file_bytes": shards,
         "shards": 2,
+        "routers_quantized": False,
+        "vllm": "loads it",
     }
 
 
@@ -84,6 +87,38 @@ def test_a_person_sees_the_same_facts(model: Path) -> None:
     assert "Tensors     47 in 2 shards" in lines
     assert "Bytes       166.9 kB (163.03 KiB)" in lines
     assert max(map(len, lines)) <= 80
+
+
+def test_a_plain_checkpoint_s_weights_are_told_by_dtype(model: Path) -> None:
+    lines = inspect(model).stdout.splitlines()
+
+    assert "Weights     BF16: expert, attention, embedding, head" in lines
+    assert "            F32: router" in lines
+    assert "Routers     not quantized" in lines
+    assert "vLLM 0.32   loads it" in lines
+
+
+def test_a_quantized_checkpoint_s_roles_have_a_format_and_bits(model: Path, tmp_path: Path) -> None:
+    out = quantize_nvfp4(model, tmp_path / "out")
+
+    precisions = {each["role"]: each for each in document(out)["precisions"]}
+    assert precisions["expert"]["formats"] == ["NVFP4"]
+    assert 4.5 <= precisions["expert"]["bits"] < 4.6
+    assert precisions["head"] == {"role": "head", "formats": ["BF16"], "bits": 16.0}
+    assert document(out)["routers_quantized"] is False
+
+
+def test_what_vllm_refuses_is_said(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", config={"use_routing_bias": False})
+
+    name = "model.layers.0.block_sparse_moe.e_score_correction_bias"
+    assert document(model)["vllm"].startswith(f"refuses it: {name} ")
+
+
+def test_a_model_that_mquant_does_not_know_is_not_judged(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", config={"model_type": "gpt_oss"})
+
+    assert document(model)["vllm"].startswith("not judged: ")
 
 
 # --- unusual checkpoints

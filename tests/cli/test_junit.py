@@ -31,7 +31,7 @@ def test_a_usage_error_of_the_command_line_removes_an_older_report(
 ) -> None:
     file = tmp_path / "verify.xml"
     file.write_text(OLDER)
-    assert verify(checkpoint, "--loader", "none-such", "--junit", file) == 2
+    assert verify(checkpoint, "--depth", "none-such", "--junit", file) == 2
     assert not file.exists()
 
 

@@ -47,7 +47,7 @@ def test_every_file_arrives_and_index_and_config_come_last(src: Path, hub: FakeH
     assert on_the_hub(hub) == before == hashes(src)
     assert report["sent"] == sorted(before)
     assert report["url"] == f"{hub.url}/{REPO}"
-    assert report["verdict"].startswith("Clean: 327 tensors")
+    assert report["verdict"].startswith("Clean for vLLM 0.32: 327 tensors")
     *first, last = hub.commits
     assert last.added == ("model.safetensors.index.json", "config.json")
     assert {name for commit in first for name in commit.added} == before.keys() - set(last.added)

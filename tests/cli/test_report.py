@@ -35,7 +35,7 @@ def html(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "report.html"
     result = run("report", trained, "--against", TRAINED, *TEXT, "-o", out)
     assert result.exit_code == 0, result.output
-    assert "Clean: 327 tensors" in " ".join(result.stdout.split())
+    assert "Clean for vLLM 0.32: 327 tensors" in " ".join(result.stdout.split())
     return out
 
 

@@ -44,9 +44,10 @@ def test_a_clean_verdict_names_what_was_not_judged(plain: Path) -> None:
     result = verify(plain)
     assert result.exit_code == 0
     assert shown(result) == (
-        "Clean: 47 tensors, 0 quantized modules, checked structure and numbers. "
+        "Clean for vLLM 0.32: 47 tensors, 0 quantized modules, checked structure and numbers. "
         "Not judged: 3 rules (no mquant.json says what the files were), 12 rules (no parent was "
-        "given), 6 rules (no loader was asked)."
+        "given), 6 rules (no loader was asked). "
+        "The loaders of SGLang and TensorRT-LLM are not modelled."
     )
     assert result.stderr == ""
 
@@ -56,9 +57,10 @@ def test_against_the_parent(trained: Path) -> None:
     result = verify(trained, "--against", TRAINED)
     assert result.exit_code == 0
     assert shown(result).startswith(
-        "Clean: 327 tensors, 102 quantized modules, checked structure and numbers, "
+        "Clean for vLLM 0.32: 327 tensors, 102 quantized modules, checked structure and numbers, "
         "compared with tiny-minimax-m2 (a sample of its weights). "
-        "Not judged: 6 rules (no loader was asked). · "
+        "Not judged: 6 rules (no loader was asked). "
+        "The loaders of SGLang and TensorRT-LLM are not modelled. · "
     )
     assert "(all of its weights)" in shown(verify(trained, "--against", TRAINED, "--depth", "full"))
 
@@ -67,18 +69,18 @@ def test_errors_come_first_and_exit_with_three(plain: Path, tmp_path: Path) -> N
     bad = mutated(plain, tmp_path, edit=without("lm_head"), total_size=1)
     result = verify(bad)
     assert result.exit_code == 3
-    assert shown(result).startswith("Broken: 1 error, 1 warning in 46 tensors")
+    assert shown(result).startswith("Broken for vLLM 0.32: 1 error, 1 warning in 46 tensors")
     assert result.stdout.index("✗ The checkpoint lacks lm_head.weight") < result.stdout.index("! ")
     report = document(bad)
     assert (report["ok"], report["errors"], report["warnings"]) == (False, 1, 1)
     assert [f["rule"] for f in report["findings"]] == ["tensor-missing", "total-size-wrong"]
-    assert report["verdict"].startswith("Broken: ")
+    assert report["verdict"].startswith("Broken for vLLM 0.32: ")
 
 
 def test_warnings_fail_only_on_request(plain: Path, tmp_path: Path) -> None:
     bad = mutated(plain, tmp_path, total_size=1)
     result = verify(bad)
-    assert (result.exit_code, shown(result)[:23]) == (0, "Sound, with 1 warning: ")
+    assert (result.exit_code, shown(result)[:37]) == (0, "Sound for vLLM 0.32, with 1 warning: ")
     assert verify(bad, "--fail-on", "warning").exit_code == 3
     assert verify(plain, "--fail-on", "warning").exit_code == 0
 
@@ -94,7 +96,7 @@ def test_quiet_still_says_what_fails_the_run(plain: Path, tmp_path: Path) -> Non
 def test_information_is_shown_and_never_fails_the_run(trained: Path, tmp_path: Path) -> None:
     file = tmp_path / "verify.xml"
     result = verify(trained, "--fail-on", "warning", "--junit", file)
-    assert (result.exit_code, shown(result)[:20]) == (0, "Clean: 327 tensors, ")
+    assert (result.exit_code, shown(result)[:34]) == (0, "Clean for vLLM 0.32: 327 tensors, ")
     assert "· config.json says num_mtp_modules 3, but there is no tensor" in shown(result)
     assert "· With FP4 Marlin kernels, by tensor-parallel size: vLLM" in shown(result)
     report = document(trained)
@@ -131,7 +133,8 @@ def test_json_says_what_was_checked(plain: Path) -> None:
         "schema": "mquant.verify/1",
         "ok": True,
         "findings": [],
-        "verdict": "Clean: 47 tensors, 0 quantized modules, checked structure and numbers.",
+        "verdict": "Clean for vLLM 0.32: 47 tensors, 0 quantized modules, "
+        "checked structure and numbers.",
         "source": "plain",
         "family": "minimax_m2",
         "quantization": None,
@@ -145,6 +148,8 @@ def test_json_says_what_was_checked(plain: Path) -> None:
         "bytes_read": None,
         "requests": None,
         "loader": None,
+        "stands_for": {"name": "vllm", "version": "0.32", "how": "model"},
+        "not_modelled": ["SGLang", "TensorRT-LLM"],
     }
 
 
@@ -168,7 +173,9 @@ def test_only_headers_of_a_hub_repo_are_read(hub: FakeHub, trained: Path) -> Non
     hub.add("org/tiny", trained)
     result = verify("org/tiny")
     assert result.exit_code == 0
-    assert "Clean: 327 tensors, 102 quantized modules, checked structure." in shown(result)
+    assert "Clean for vLLM 0.32: 327 tensors, 102 quantized modules, checked structure." in shown(
+        result
+    )
     weights = sum(path.stat().st_size for path in trained.glob("*.safetensors"))
     assert hub.bytes_served < weights / 10
     hub.forget()
@@ -281,7 +288,7 @@ def strange(tmp_path: Path) -> Path:
     """A checkpoint of a model_type that nobody knows, with quantized routers."""
     group = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "group_size": 16}}
     config = {
-        "model_type": "nobody_knows",
+        "model_type": "olmo2",
         "quantization_config": {
             "quant_method": "compressed-tensors",
             "ignore": ["lm_head", "model.embed_tokens"],
@@ -311,9 +318,7 @@ def test_an_open_verdict_exits_with_1(strange: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert shown(result).startswith("Not judged: ")
     assert "Clean" not in result.stdout
-    assert "Whether vLLM takes strange could not be judged: model_type 'nobody_knows'" in (
-        result.stderr
-    )
+    assert "Whether vLLM takes strange could not be judged: model_type 'olmo2'" in (result.stderr)
     assert "mquant verify SRC --loader vllm" in result.stderr
     suite = ElementTree.parse(file).getroot()
     assert suite.find("*[@name='router-quantized']/skipped") is not None
@@ -340,7 +345,7 @@ def test_the_loader_decides_an_open_verdict(
         rule.finding("vLLM", "It stops.") for key, rule in broken.items() if key == answer
     )
     verdict = loader.Verdict("0.32.0", answer, "", findings)
-    monkeypatch.setattr("mquant.verify.judge.find_python", lambda: None)
+    monkeypatch.setattr("mquant.verify.loaders.install.find_python", lambda _: Path("python"))
     monkeypatch.setattr("mquant.verify.judge.ask", lambda *_: verdict)
     result = verify(strange, "--depth", "structure", "--loader", "vllm")
     assert result.exit_code == code
@@ -360,11 +365,9 @@ def test_no_card_is_written_on_an_open_verdict(strange: Path, tmp_path: Path) ->
     assert not card.exists()
 
 
-def test_a_plain_checkpoint_of_an_unknown_family_needs_no_loader(
-    tmp_path: Path,
-) -> None:
-    plain = make_checkpoint(tmp_path / "plain", config={"model_type": "nobody_knows"})
-    assert verify(plain).exit_code == 0
+def test_a_plain_checkpoint_of_an_unknown_family_has_an_open_verdict(tmp_path: Path) -> None:
+    plain = make_checkpoint(tmp_path / "plain", config={"model_type": "olmo2"})
+    assert verify(plain).exit_code == 1
 
 
 def test_the_action_in_the_docs_runs_a_command_that_exists() -> None:

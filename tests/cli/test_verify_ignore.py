@@ -20,7 +20,7 @@ __all__ = ["hub"]
 GATES = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(3)]
 PACKED = ["weight_global_scale", "weight_packed", "weight_scale"]
 GOOD = (
-    "All 3 routers, lm_head and the embeddings are kept: nothing in ignore stops vLLM from "
+    "All 3 routers, lm_head and the embeddings are kept: nothing in ignore stops vLLM 0.32 from "
     "loading this checkpoint."
 )
 
@@ -106,7 +106,8 @@ def test_model_free_ptq_that_ignores_lm_head_only(
 ) -> None:
     facts = from_folder_and_hub(hub, model_free_ptq(plain, tmp_path / "out", ["lm_head"]), code=3)
     assert facts["verdict"] == (
-        "3 of 3 routers and the embeddings are quantized: vLLM will refuse to load this checkpoint."
+        "3 of 3 routers and the embeddings are quantized: vLLM 0.32 will refuse to load this "
+        "checkpoint."
     )
     assert found_rules(facts) == {"router-quantized": "error", "embedding-quantized": "error"}
     assert {entry["module"]: entry["suffixes"] for entry in facts["quantized"]} == dict.fromkeys(
@@ -124,7 +125,7 @@ def test_model_free_ptq_that_forgets_the_routers(
     report = from_folder_and_hub(hub, out, code=3)
     assert (
         report["verdict"]
-        == "3 of 3 routers are quantized: vLLM will refuse to load this checkpoint."
+        == "3 of 3 routers are quantized: vLLM 0.32 will refuse to load this checkpoint."
     )
     assert found_rules(report) == {"router-quantized": "error"}
 

@@ -279,7 +279,7 @@ CHANGES: list[Change] = [
     ("qwen3_moe", {}, {"mlp_only_layers": [0]}, {MISSING, EXTRA}),
     ("deepseek_v3", {}, {"first_k_dense_replace": 2}, {MISSING, EXTRA}),
     ("deepseek_v3", {}, {"first_k_dense_replace": ...}, {"config-key-unusable"}),
-    ("deepseek_v3", {"n_shared_experts": None}, {}, set()),
+    ("deepseek_v3", {"n_shared_experts": None}, {}, {"output-not-loadable"}),
     ("deepseek_v3", {"n_shared_experts": None}, {"n_shared_experts": 1}, {MISSING}),
     ("deepseek_v3", {}, {"n_shared_experts": 2}, {"shape-disagrees"}),
     ("deepseek_v3", {}, {"q_lora_rank": None}, {MISSING, EXTRA}),

@@ -14,6 +14,7 @@ from make import Row, make_checkpoint, without, write_json, write_shard
 from mquant.checkpoint import Folder
 from mquant.errors import SourceError
 from mquant.events import Event, Note
+from mquant.loader_model.modules import read_modules
 from mquant.output import RECORD
 from mquant.repair.diagnose import diagnose
 from mquant.repair.repair import repair
@@ -49,7 +50,7 @@ def test_a_case_is_repaired_to_the_output_of_a_correct_run(
     (bad / RECORD).unlink()
     before, diagnosis = hashes(bad), diagnosis_of(bad)
     if not diagnosis.needed:
-        assert tensors(bad) == tensors(right)
+        assert read_modules(opened(bad), FAMILIES).outcome.loads
         return
     done = repair(diagnosis, tmp_path / "out")
     assert done.parent_bytes == sum(a.source.nbytes for a in diagnosis.repair_plan.replaced)

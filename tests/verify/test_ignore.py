@@ -12,43 +12,24 @@ from mquant.errors import SourceError
 from mquant.family import load_families
 from mquant.loader_model.modules import MODELOPT_NAME, read_modules
 from mquant.verify.ignore_report import IgnoreReport, check_ignore
-
-Suffixes = dict[str, str]
-"""The tensors of a quantized weight: suffix -> dtype."""
-
-NVFP4A16 = {"weight_packed": "U8", "weight_scale": "F8_E4M3", "weight_global_scale": "F32"}
-NVFP4 = {**NVFP4A16, "input_global_scale": "F32"}
-FP8 = {"weight": "F8_E4M3", "weight_scale": "BF16"}
-W4A16 = {"weight_packed": "I8", "weight_scale": "BF16", "weight_shape": "I8"}
-MODELOPT = {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32"}
-FP8_BLOCK = {"weight": "F8_E4M3", "weight_scale_inv": "F32"}
+from quantized_rows import (
+    AWQ,
+    FP8,
+    FP8_BLOCK,
+    FP8_CONFIG,
+    MODELOPT,
+    MODELOPT_CONFIG,
+    NVFP4,
+    NVFP4A16,
+    W4A16,
+    Suffixes,
+    compressed,
+    quantized,
+)
 
 GATES = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(2)]
 KEPT = ["lm_head", "model.embed_tokens", *GATES]
-LINEAR = ("_proj", ".w1", ".w2", ".w3")
 HUB_EXPERT = "model.layers.0.block_sparse_moe.experts.{}.{}"
-
-
-def quantized(suffixes: Suffixes, *more: str, but: tuple[str, ...] = ()) -> Edit:
-    """Return an edit that quantizes linear layers and `more`, except modules named like `but`."""
-
-    def edit(rows: list[Row]) -> list[Row]:
-        edited: list[Row] = []
-        for row in rows:
-            module = row[0].removesuffix(".weight")
-            if module.endswith((*LINEAR, *more)) and not any(part in module for part in but):
-                edited += [make_row(f"{module}.{s}", dtype, (4,)) for s, dtype in suffixes.items()]
-            else:
-                edited.append(row)
-        return edited
-
-    return edit
-
-
-def compressed(ignore: Any, targets: Any = ("Linear",)) -> dict[str, Any]:
-    """Return a quantization_config of compressed-tensors."""
-    groups = {"group_0": {"targets": list(targets), "weights": {"num_bits": 4}}}
-    return {"quant_method": "compressed-tensors", "ignore": ignore, "config_groups": groups}
 
 
 @pytest.fixture
@@ -65,7 +46,7 @@ def judge(tmp_path: Path) -> Callable[..., IgnoreReport]:
 
 Judge = Callable[..., IgnoreReport]
 GOOD = (
-    "All 2 routers, lm_head and the embeddings are kept: nothing in ignore stops vLLM from "
+    "All 2 routers, lm_head and the embeddings are kept: nothing in ignore stops vLLM 0.32 from "
     "loading this checkpoint."
 )
 
@@ -83,11 +64,14 @@ def message(report: IgnoreReport, rule: str) -> str:
 # --- layouts
 
 
-@pytest.mark.parametrize("suffixes", [NVFP4A16, NVFP4, FP8, W4A16])
+@pytest.mark.parametrize(
+    ("scheme", "suffixes"),
+    [("NVFP4A16", NVFP4A16), ("NVFP4", NVFP4), ("FP8", FP8), ("W4A16", W4A16)],
+)
 def test_a_complete_ignore_list_of_compressed_tensors_is_good(
-    judge: Judge, suffixes: Suffixes
+    judge: Judge, scheme: str, suffixes: Suffixes
 ) -> None:
-    report = judge(quantized(suffixes), compressed(KEPT))
+    report = judge(quantized(suffixes), compressed(KEPT, scheme=scheme))
     assert report.findings == ()
     assert report.verdict == GOOD
     assert [(k.role.value, k.found, k.kept, k.quantized, k.covered) for k in report.kinds] == [
@@ -102,7 +86,7 @@ def test_a_complete_ignore_list_of_compressed_tensors_is_good(
 @pytest.mark.parametrize(
     ("config", "excluded"),
     [
-        ({"quant_method": "modelopt", "ignore": ["lm_head", "*gate"]}, None),
+        ({**MODELOPT_CONFIG, "ignore": ["lm_head", "*gate"]}, None),
         (..., ["lm_head", *GATES]),
         (..., ["lm_head", "model.layers.*.block_sparse_moe.gate"]),
     ],
@@ -113,7 +97,13 @@ def test_a_complete_exclusion_list_of_modelopt_is_good(
     keys = {"quantization_config": config}
     folder = make_checkpoint(tmp_path, edit=quantized(MODELOPT), config=keys)
     if excluded:
-        table = {"quantization": {"quant_algo": "W4A16_NVFP4", "exclude_modules": excluded}}
+        quantization = {
+            "quant_algo": "NVFP4",
+            "kv_cache_quant_algo": None,
+            "group_size": 16,
+            "exclude_modules": excluded,
+        }
+        table = {"producer": {"name": "modelopt"}, "quantization": quantization}
         write_json(folder / MODELOPT_NAME, table)
     report = check_ignore(read_modules(open_checkpoint(Folder(folder)), load_families()))
     assert report.findings == ()
@@ -123,7 +113,7 @@ def test_a_complete_exclusion_list_of_modelopt_is_good(
 
 def test_the_original_release_is_good(judge: Judge) -> None:
     kept = ["gate", "e_score_correction_bias", "lm_head"]
-    config = {"quant_method": "fp8", "modules_to_not_convert": kept}
+    config = {**FP8_CONFIG, "modules_to_not_convert": kept}
     report = judge(quantized(FP8_BLOCK), config)
     assert report.findings == ()
     assert report.verdict == GOOD
@@ -147,14 +137,15 @@ def test_a_plain_checkpoint_has_no_ignore_list_to_judge(judge: Judge) -> None:
     [
         (NVFP4A16, compressed(["lm_head", "model.embed_tokens"])),
         (NVFP4A16, compressed(KEPT)),  # the list does not matter
-        (MODELOPT, {"quant_method": "modelopt", "ignore": ["lm_head"]}),
-        (FP8_BLOCK, {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}),
+        (MODELOPT, {**MODELOPT_CONFIG, "ignore": ["lm_head"]}),
+        (FP8_BLOCK, {**FP8_CONFIG, "modules_to_not_convert": ["lm_head"]}),
     ],
 )
 def test_quantized_routers_are_an_error(judge: Judge, suffixes: Suffixes, config: Any) -> None:
     report = judge(quantized(suffixes, ".gate"), config)
     assert (
-        report.verdict == "2 of 2 routers are quantized: vLLM will refuse to load this checkpoint."
+        report.verdict
+        == "2 of 2 routers are quantized: vLLM 0.32 will refuse to load this checkpoint."
     )
     assert rules(report) == {"router-quantized": "error"}
     assert message(report, "router-quantized") == (
@@ -169,15 +160,15 @@ def test_quantized_routers_are_an_error(judge: Judge, suffixes: Suffixes, config
 def test_quantized_head_and_embeddings_are_errors(judge: Judge) -> None:
     report = judge(quantized(NVFP4A16, ".gate", "lm_head", "embed_tokens"), compressed([]))
     assert report.verdict == (
-        "2 of 2 routers, lm_head and the embeddings are quantized: vLLM will refuse to load this "
-        "checkpoint."
+        "2 of 2 routers, lm_head and the embeddings are quantized: vLLM 0.32 will refuse to load "
+        "this checkpoint."
     )
     assert set(rules(report)) == {"router-quantized", "embedding-quantized", "head-quantized"}
 
 
 def test_a_quantized_head_alone_is_an_error(judge: Judge) -> None:
     report = judge(quantized(NVFP4A16, "lm_head"), compressed(KEPT[1:]))
-    assert report.verdict == "lm_head is quantized: vLLM will refuse to load this checkpoint."
+    assert report.verdict == "lm_head is quantized: vLLM 0.32 will refuse to load this checkpoint."
     assert rules(report) == {"head-quantized": "error"}
 
 
@@ -188,7 +179,8 @@ def test_a_lone_scale_beside_a_plain_router_is_refused(judge: Judge) -> None:
 
     report = judge(edit, compressed(KEPT))
     assert (
-        report.verdict == "1 of 2 routers are quantized: vLLM will refuse to load this checkpoint."
+        report.verdict
+        == "1 of 2 routers are quantized: vLLM 0.32 will refuse to load this checkpoint."
     )
     assert report.quantized[0][2] == ("weight_scale",)
 
@@ -283,8 +275,9 @@ def test_other_layouts_have_the_same_errors(judge: Judge, style: str) -> None:
     key = "ignore" if style == "modelopt" else "modules_to_not_convert"
     o_proj = "model.layers.1.self_attn.o_proj"
     experts = "model.layers.1.mlp.experts"
-    kept = {"quant_method": style, key: ["lm_head", *GATES]}
-    ignored = {"quant_method": style, key: ["lm_head", *GATES, o_proj, experts]}
+    config = MODELOPT_CONFIG if style == "modelopt" else FP8_CONFIG
+    kept = {**config, key: ["lm_head", *GATES]}
+    ignored = {**config, key: ["lm_head", *GATES, o_proj, experts]}
     both = (o_proj, "layers.1.block_sparse_moe.experts")
     assert rules(judge(quantized(suffixes, but=both), ignored)) == {}
     assert rules(judge(quantized(suffixes), ignored)) == {"ignored-but-quantized": "error"}
@@ -292,7 +285,7 @@ def test_other_layouts_have_the_same_errors(judge: Judge, style: str) -> None:
 
 
 def test_modelopt_must_exclude_lm_head(judge: Judge) -> None:
-    report = judge(quantized(MODELOPT), {"quant_method": "modelopt", "ignore": GATES})
+    report = judge(quantized(MODELOPT), {**MODELOPT_CONFIG, "ignore": GATES})
     assert rules(report) == {"kept-but-not-ignored": "error", "ignore-uncovered": "warning"}
 
 
@@ -300,7 +293,7 @@ def test_modelopt_must_exclude_lm_head(judge: Judge) -> None:
 def test_a_third_of_q_k_v_cannot_be_ignored(judge: Judge, entry: str) -> None:
     report = judge(quantized(NVFP4A16, but=("q_proj",)), compressed([*KEPT, entry]))
     assert rules(report)["fused-set-split"] == "error"
-    assert report.verdict.startswith("vLLM will not load this")
+    assert report.verdict.startswith("vLLM 0.32 will not load this")
 
 
 @pytest.mark.parametrize(
@@ -316,7 +309,8 @@ def test_a_third_of_q_k_v_cannot_be_ignored(judge: Judge, entry: str) -> None:
             ["re:.*self_attn.*_proj$", r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"],
             {"quantized-not-targeted": "error"},
         ),
-        (["re:.*[kvo]_proj$", r"re:.*mlp\.experts.*"], {"fused-set-split": "error"}),
+        (["re:.*[kvo]_proj$", r"re:.*mlp\.experts.*"], {}),  # qkv_proj matches, too
+        ([r"re:.*attn\.[kvo]_proj$", r"re:.*mlp\.experts.*"], {"fused-set-split": "error"}),
         ([], {"quantized-not-targeted": "error"}),
         (["re:("], {"quantized-not-targeted": "error", "ignore-bad-entry": "error"}),
     ],
@@ -355,13 +349,18 @@ def test_entries_that_match_nothing_are_a_warning(judge: Judge) -> None:
     assert [entry.hub for entry in report.entries[-3:]] == [0, 0, 0]
 
 
-@pytest.mark.parametrize(
-    "ignore", [["re:(", *KEPT], [*KEPT, 7], "lm_head", {"lm_head": 1}, [["lm_head"], *KEPT]]
-)
+@pytest.mark.parametrize("ignore", [["re:(", *KEPT], [*KEPT, 7], [["lm_head"], *KEPT]])
 def test_entries_that_vllm_cannot_read_are_an_error(judge: Judge, ignore: Any) -> None:
     report = judge(quantized(NVFP4A16), compressed(ignore))
     assert rules(report)["ignore-bad-entry"] == "error"
-    assert report.verdict.startswith("vLLM will not load this")
+    assert report.verdict.startswith("vLLM 0.32 will not load this")
+
+
+@pytest.mark.parametrize("ignore", ["lm_head", {"lm_head": 1}])
+def test_what_is_no_list_is_a_warning_if_vllm_goes_through_it(judge: Judge, ignore: Any) -> None:
+    report = judge(quantized(NVFP4A16), compressed(ignore))
+    assert rules(report)["ignore-bad-entry"] == "warning"
+    assert report.verdict == GOOD
 
 
 def test_an_overlong_entry_cannot_be_judged(judge: Judge) -> None:
@@ -379,20 +378,23 @@ def test_unusable_config_groups_are_an_error(judge: Judge, groups: Any) -> None:
 
 
 def test_an_unknown_family_is_judged_by_usual_names(judge: Judge) -> None:
-    report = judge(quantized(NVFP4A16), compressed(["lm_head"]), model_type="odd")
+    report = judge(quantized(NVFP4A16), compressed(["lm_head"]), model_type="olmo2")
     assert rules(report) == {"ignore-uncovered": "warning"}
-    assert "model_type 'odd' is of no family that mquant knows" in report.undecided
+    assert "model_type 'olmo2' is of no family that mquant knows" in report.undecided
     assert report.verdict == (
         "lm_head and the embeddings are kept; routers of an unknown family cannot be judged."
     )
-    bad = judge(quantized(NVFP4A16, "lm_head"), compressed(["lm_head"]), model_type="odd")
-    assert bad.verdict == "lm_head is quantized: vLLM will refuse to load this checkpoint."
+    bad = judge(quantized(NVFP4A16, "lm_head"), compressed(["lm_head"]), model_type="olmo2")
+    assert bad.verdict == "lm_head is quantized: vLLM 0.32 will refuse to load this checkpoint."
+
+
+def test_a_model_type_that_vllm_does_not_know_is_an_error(judge: Judge) -> None:
+    report = judge(quantized(NVFP4A16), compressed(["lm_head"]), model_type="odd")
+    assert "model_type 'odd', which vLLM does not know" in message(report, "vllm-refuses")
 
 
 def test_an_unknown_method_is_judged_by_its_tensors(judge: Judge) -> None:
-    suffixes = {"qweight": "I8", "qzeros": "I8", "scales": "F16"}
-    report = judge(quantized(suffixes), {"quant_method": "awq"})
-    assert rules(report) == {}
-    assert "what vLLM makes of quant_method 'awq' is not known" in report.undecided
-    assert "was not judged" in report.verdict
-    assert "router-quantized" in rules(judge(quantized(suffixes, ".gate"), {"quant_method": "awq"}))
+    report = judge(quantized(AWQ), {"quant_method": "awq"})
+    assert rules(report) == {} and "was not judged" in report.verdict
+    assert "what vLLM makes of the quantization method auto_awq is not known" in report.undecided
+    assert "router-quantized" in rules(judge(quantized(AWQ, ".gate"), {"quant_method": "awq"}))

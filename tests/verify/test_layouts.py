@@ -10,7 +10,7 @@ import pytest
 from judges import data, model_free_ptq, one_shard, opened, read_json
 from make import Edit, Row, make_row, without, write_json, write_shard
 from mquant.checkpoint import CONFIG_NAME
-from mquant.family import load_families
+from mquant.family import Family, load_families
 from mquant.loader_model.modules import MODELOPT_NAME, read_modules
 from mquant.synth import Precision, Sizes, synth
 from mquant.verify.ignore_report import IgnoreReport, check_ignore
@@ -25,9 +25,18 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.1.w1"
 GATE = "model.layers.1.block_sparse_moe.gate"
 KEPT = ["lm_head", "model.embed_tokens"]
 ROUTERS = r"re:.*block_sparse_moe\.gate$"
-LOADS = "nothing in ignore stops vLLM from loading this checkpoint."
+LOADS = "nothing in ignore stops vLLM 0.32 from loading this checkpoint."
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+
+def resized(family: Family, **sizes: int) -> Family:
+    """Return a family whose tiny model has other sizes, if the family has such keys."""
+    tiny = family.synth.tiny
+    fresh = {key: size for key, size in sizes.items() if key in tiny}
+    return family.model_copy(
+        update={"synth": family.synth.model_copy(update={"tiny": {**tiny, **fresh}})}
+    )
 
 
 class Built:
@@ -40,9 +49,10 @@ class Built:
         self.modelopt = cache(self._modelopt)
 
     def _parent(self, family: str) -> Path:
-        # 256 is a multiple of the groups and blocks of 128.
+        # 256 is a multiple of the groups and blocks of 128, as are two heads of 64.
         src = self.folder / f"{family}-synth"
-        synth(src, load_families()[family], sizes=Sizes(hidden=256, intermediate=256))
+        sizes = Sizes(hidden=256, intermediate=256)
+        synth(src, resized(load_families()[family], head_dim=64), sizes=sizes)
         return one_shard(src, self.folder / family)
 
     def _upstream(self, family: str, scheme: str) -> Path:
@@ -140,6 +150,7 @@ def test_modelopts_layout_is_clean(built: Built, family: str) -> None:
 
 def test_modelopts_config_may_be_in_config_json(built: Built, tmp_path: Path) -> None:
     table = read_json(built.modelopt("llama") / MODELOPT_NAME)["quantization"]
+    table["ignore"] = table.pop("exclude_modules")  # the key there
     config = {"quantization_config": {"quant_method": "modelopt", **table}}
     out = mutated(built.modelopt("llama"), tmp_path, config=config)
     (out / MODELOPT_NAME).unlink()
@@ -149,7 +160,16 @@ def test_modelopts_config_may_be_in_config_json(built: Built, tmp_path: Path) ->
 
 @pytest.mark.parametrize("family", sorted(load_families()))
 def test_fp8_in_blocks_is_clean(family: str, tmp_path: Path) -> None:
-    synth(tmp_path / "out", load_families()[family], precision=Precision.FP8_BLOCK)
+    sizes = {
+        "hidden_size": 512,  # so that the heads of every family are multiples of a block
+        "head_dim": 128,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 256,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+    }
+    other = resized(load_families()[family], **sizes)
+    synth(tmp_path / "out", other, precision=Precision.FP8_BLOCK)
     assert judged(tmp_path / "out", depth=Depth.NUMBERS) == {}
 
 
@@ -195,7 +215,8 @@ def test_a_router_that_modelopt_quantized_is_found(built: Built, tmp_path: Path)
 
     report = judge_ignore(mutated(built.modelopt("minimax_m2"), tmp_path, edit=edit))
     assert (
-        report.verdict == "1 of 2 routers are quantized: vLLM will refuse to load this checkpoint."
+        report.verdict
+        == "1 of 2 routers are quantized: vLLM 0.32 will refuse to load this checkpoint."
     )
     suffixes = ("input_scale", "weight", "weight_scale", "weight_scale_2")
     assert [(name, parts) for name, _, parts in report.quantized] == [(GATE, suffixes)]
@@ -265,12 +286,24 @@ def test_a_missing_quantization_config_is_found(built: Built, tmp_path: Path, sc
 
 
 def test_groups_of_packed_integers_may_differ(built: Built, tmp_path: Path) -> None:
+    """Of two groups vLLM takes the one with the module's name before the one with its class."""
+    wide = opened(built.upstream("llama", "W8A16"))
+
+    def from_wide(row: Row) -> Row:
+        info = wide.tensors[row[0]]
+        return info.name, info.dtype, info.shape, data(wide, info.name)
+
+    def edit(rows: list[Row]) -> list[Row]:
+        return [from_wide(row) if ".down_proj." in row[0] else row for row in rows]
+
     config = weights(built, "W4A16")
     groups = config["quantization_config"]["config_groups"]
     other = {**groups["W4A16"], "targets": ["re:.*down_proj"]}
     groups["more"] = {**other, "weights": {**other["weights"], "num_bits": 8}}
-    findings = judged(mutated(built.upstream("llama", "W4A16"), tmp_path, config=config))
-    assert findings == {}
+    good = mutated(built.upstream("llama", "W4A16"), tmp_path, edit=edit, config=config)
+    assert judged(good) == {}
+    bad = mutated(built.upstream("llama", "W4A16"), tmp_path / "bad", config=config)
+    assert "down_proj" in judged(bad)["vllm-refuses"]
 
 
 # --- FP8, broken
@@ -322,5 +355,8 @@ def test_a_global_scale_of_zero_is_beyond_every_bound(built: Built, tmp_path: Pa
 
 
 def test_missing_architectures_are_found(built: Built, tmp_path: Path) -> None:
-    bad = mutated(built.parent("llama"), tmp_path, config={"architectures": ...})
+    """Without the key, vLLM builds the model without a head; of Llama vLLM builds the same."""
+    config = {"architectures": ...}
+    bad = mutated(built.parent("minimax_m2"), tmp_path, config=config)
     assert "no architectures" in judged(bad)["config-key-missing"]
+    assert judged(mutated(built.parent("llama"), tmp_path / "llama", config=config)) == {}

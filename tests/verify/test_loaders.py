@@ -6,6 +6,7 @@ A script stands in for vLLM; scripts/test-loaders.sh runs vLLM itself.
 import fcntl
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ import pytest
 from safetensors import safe_open
 from typer.testing import CliRunner
 
+from judges import read_json
+from loaders import fake_python
 from make import make_checkpoint
 from mquant.checkpoint import Folder
 from mquant.cli.app import app
 from mquant.errors import LoaderError
 from mquant.family import load_families
-from mquant.verify.judge import verify
+from mquant.verify.judge import Depth, verify
 from mquant.verify.loaders.ask_vllm import read_verdict
 from mquant.verify.loaders.install import environment, find_python, install
+from mutate import mutated
 
 DONE = {"vllm": "0.32.0", "stage": "done", "counts": {}}
 
@@ -32,12 +36,11 @@ def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Return the folder of `answer`, of the input (`given`), and of the environment (`env`).
     """
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    stand_in = tmp_path / "python"
-    stand_in.write_text(
-        f'#!/bin/sh\ncat\ncp -r --sparse=always "$3" {tmp_path}/given\nenv > {tmp_path}/env\n'
-        f'cp {tmp_path}/answer "$4"\n'
+    stand_in = fake_python(
+        tmp_path / "python",
+        f'cat\ncp -r --sparse=always "$1" {tmp_path}/given\nenv > {tmp_path}/env\n'
+        f'cp {tmp_path}/answer "$2"\n',
     )
-    stand_in.chmod(0o755)
     monkeypatch.setenv("MQUANT_VLLM_PYTHON", str(stand_in))
     (tmp_path / "answer").write_text(json.dumps(DONE))
     return tmp_path
@@ -46,7 +49,7 @@ def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_vllm_gets_only_headers_and_json(fake_vllm: Path) -> None:
     src = make_checkpoint(fake_vllm / "src", shards=2)
     (src / "modeling.py").write_text("raise SystemExit")
-    report = verify(Folder(src), load_families(), ask_vllm=True)
+    report = verify(Folder(src), load_families(), vllm=find_python())
     given = fake_vllm / "given"
     assert {path.name for path in given.iterdir()} == {
         "config.json",
@@ -138,7 +141,7 @@ def test_a_failure_of_the_machine_is_a_warning(answer: dict[str, object]) -> Non
 
 def test_a_malformed_answer_is_a_warning(fake_vllm: Path) -> None:
     (fake_vllm / "answer").write_text('{"vllm": ')
-    report = verify(Folder(make_checkpoint(fake_vllm / "src")), load_families(), ask_vllm=True)
+    report = verify(Folder(make_checkpoint(fake_vllm / "src")), load_families(), vllm=find_python())
     assert [f.rule for f in report.findings if f.severity != "info"] == ["vllm-not-asked"]
 
 
@@ -151,8 +154,54 @@ def test_without_vllm_one_sentence_says_how_to_install_vllm(
         find_python()
     assert caught.value.fix.startswith("Run: mquant loader install vllm")
     monkeypatch.setenv("MQUANT_VLLM_PYTHON", str(tmp_path / "none"))
-    with pytest.raises(LoaderError, match="which is no file"):
+    with pytest.raises(LoaderError, match="there is no such program"):
         find_python()
+
+
+def test_a_loader_may_be_any_python_that_has_vllm(fake_vllm: Path) -> None:
+    answer = {**DONE, "vllm": "0.35.1"}
+    (fake_vllm / "answer").write_text(json.dumps(answer))
+    other = fake_python(fake_vllm / "other", f'cat\ncp {fake_vllm}/answer "$2"')
+    src = make_checkpoint(fake_vllm / "src")
+    run = CliRunner().invoke(app, ["verify", str(src), "--loader", str(other), "--format", "json"])
+    document = json.loads(run.stdout)
+    assert run.exit_code == 0
+    assert document["stands_for"] == {"name": "vllm", "version": "0.35.1", "how": "asked"}
+    assert document["verdict"].startswith("Clean for vLLM 0.35.1: ")
+    assert not (fake_vllm / "given").exists()  # the vLLM of MQUANT_VLLM_PYTHON was not asked
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [("echo False", "has no vLLM"), ("exit 1", "is no Python that can be run")],
+)
+def test_a_python_without_vllm_is_one_sentence(tmp_path: Path, body: str, what: str) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{body}\n")
+    python.chmod(0o755)
+    src = make_checkpoint(tmp_path / "src")
+    run = CliRunner().invoke(app, ["verify", str(src), "--loader", str(python)])
+    assert run.exit_code == 1
+    assert run.stderr.splitlines() == [
+        f"Error: {python} {what}.",
+        "Name the Python of an environment that has vLLM, such as VENV/bin/python.",
+    ]
+
+
+def test_this_python_has_no_vllm() -> None:
+    with pytest.raises(LoaderError, match="has no vLLM"):
+        find_python(sys.executable)
+
+
+def test_what_another_vllm_loads_is_clean_whatever_the_model_says(
+    good: Path, fake_vllm: Path
+) -> None:
+    quantization = {**read_json(good / "config.json")["quantization_config"], "ignore": []}
+    quantization["config_groups"]["group_0"]["targets"] = ["re:.*mlp.*"]
+    bad = mutated(good, fake_vllm / "bad", config={"quantization_config": quantization})
+    assert verify(Folder(bad), load_families(), Depth.STRUCTURE).count("error")
+    report = verify(Folder(bad), load_families(), Depth.STRUCTURE, vllm=find_python())
+    assert report.verdict.startswith(("Clean for vLLM 0.32.0: ", "Sound for vLLM 0.32.0, "))
 
 
 def test_an_installation_that_fails_says_where_the_log_is(

@@ -74,6 +74,14 @@ def test_an_invalid_number_is_found(
     assert len(findings) == 1
 
 
+def test_a_global_scale_without_a_reciprocal_is_found(good: Path, tmp_path: Path) -> None:
+    bad = mutated(good, tmp_path, edit=changed(GLOBAL, data=scalar(1e-40)))
+    findings = judged(bad, depth=Depth.NUMBERS)
+    assert findings["global-scale-invalid"].startswith(
+        f"{GLOBAL} is 9.99995e-41, whose reciprocal F32 cannot hold"
+    )
+
+
 def test_global_scales_that_are_all_reciprocals_are_an_error(good: Path, tmp_path: Path) -> None:
     def inverted(rows: list[Row]) -> list[Row]:
         return [

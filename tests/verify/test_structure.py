@@ -75,9 +75,9 @@ def test_a_plain_checkpoint_is_clean(parent: Path) -> None:
         ),
         (adding(f"{EXPERT}w1.weight_zero_point"), "part-unexpected", "no part of a module"),
         (
-            adding(f"{EXPERT}w1.input_global_scale", dtype="F32", shape=(1,)),
+            adding(f"{LAYER}self_attn.o_proj.input_global_scale", dtype="F32", shape=(1,)),
             "activation-scales-undeclared",
-            f"{EXPERT}w1 has a scale of its input",
+            f"{LAYER}self_attn.o_proj has a scale of its input",
         ),
         (adding(f"{EXPERT}w1.weight", shape=(32, 64)), "weight-stored-twice", "both weight and"),
         (changed(f"{EXPERT}w1.weight_scale", dtype="U8"), "part-dtype", "is U8; NVFP4 has F8"),

@@ -10,7 +10,8 @@ from make import make_checkpoint, make_row, without, write_index, write_json, wr
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME
 from mquant.data_files import folder
 from mquant.family import load_families
-from mquant.output.finish import config_json, index_json
+from mquant.output.finish import index_json
+from mquant.plan import config_json
 from mquant.runs.quantize import quantize
 from mquant.synth import Precision, Sizes, synth
 from mutate import judged, mutated
@@ -154,10 +155,51 @@ def test_only_quantized_layers_limit_the_sizes(tmp_path: Path) -> None:
     assert "(not 16: model.layers.1.self_attn.o_proj reads 128, 8 a rank, " in message
 
 
-def test_only_nvfp4_checkpoints_report_sizes(parent: Path, tmp_path: Path) -> None:
-    fp8 = synth(tmp_path, FAMILIES["minimax_m2"], precision=Precision.FP8_BLOCK).path
-    for checkpoint in (parent, fp8):
+def test_layouts_without_groups_report_no_sizes(parent: Path, tmp_path: Path) -> None:
+    src = make_checkpoint(tmp_path / "src", layers=1, experts=2)
+    quantize(plan_of(src, "fp8-dynamic"), tmp_path / "fp8")
+    for checkpoint in (parent, tmp_path / "fp8"):
         assert "tensor-parallel" not in facts(checkpoint)
+
+
+SIZED: dict[str, Any] = {
+    "layers": 1,
+    "experts": 4,
+    "hidden": 256,
+    "intermediate": 512,
+    "heads": 4,
+    "kv_heads": 4,
+    "head_dim": 128,
+}
+
+
+def test_fp8_in_blocks_reports_the_sizes_with_whole_blocks(tmp_path: Path) -> None:
+    src = make_checkpoint(tmp_path / "src", **SIZED)
+    quantize(plan_of(src, "fp8-block"), tmp_path / "out")
+    assert facts(tmp_path / "out")["tensor-parallel"] == (
+        "By tensor-parallel size: vLLM 0.32 with 1, 2, 4 "
+        "(not 8: 4 attention heads do not divide by 8)."
+    )
+    narrow = make_checkpoint(tmp_path / "narrow", **{**SIZED, "head_dim": 64})
+    quantize(plan_of(narrow, "fp8-block"), tmp_path / "half")
+    assert facts(tmp_path / "half")["tensor-parallel"] == (
+        "By tensor-parallel size: vLLM 0.32 with 1, 2 (not 4: on a rank, "
+        "model.layers.0.self_attn.qkv_proj writes 64, no multiple of 128)."
+    )
+
+
+def test_a_release_in_fp8_blocks_has_experts_in_smaller_blocks(tmp_path: Path) -> None:
+    """16 ranks have 96 of 1,536 channels each: vLLM makes of a block of 128 four of 32."""
+    fp8 = synth(
+        tmp_path / "fp8",
+        FAMILIES["minimax_m2"],
+        sizes=Sizes(layers=1, experts=16),
+        precision=Precision.FP8_BLOCK,
+        shapes_only=True,
+    ).path
+    assert facts(fp8)["tensor-parallel"] == (
+        "By tensor-parallel size: vLLM 0.32 with 1, 2, 4, 8, 16."
+    )
 
 
 def test_checkpoints_with_wrong_shapes_report_no_sizes(good: Path, tmp_path: Path) -> None:

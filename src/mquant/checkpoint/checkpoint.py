@@ -32,12 +32,14 @@ SHARD_DAMAGED: Final = rule(
     "Every shard's header is valid and describes the file as it is, to its last byte.",
     "A truncated or damaged shard does not load, or loads wrong numbers.",
     "Download the shard again.",
+    if_loads="error",
 )
 SHARD_MISSING: Final = rule(
     "shard-missing",
     "Every shard that the index names exists.",
     "Loaders stop, or leave the shard's tensors uninitialised.",
     "Download the missing shards.",
+    if_loads="error",
 )
 INDEX_MISSING: Final = rule(
     "index-missing",

@@ -74,6 +74,7 @@ def card(
         from mquant.output import Document
         from mquant.publish.card import MARK, gather, read_about, render
         from mquant.verify.judge import Depth
+        from mquant.verify.loaders.install import find_python
 
         document = Document(path, "-o", MARK.encode())
         document.check()
@@ -87,7 +88,7 @@ def card(
                 measured=measured,
                 about=about,
                 depth=None if depth is None else Depth(depth),
-                ask_vllm=loader == "vllm",
+                vllm=None if loader is None else find_python(loader),
                 emit=emit,
             )
         out.put(verdict=card_facts.report.verdict)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from mquant.verify.inspect import Inspection, Portion
 
 
+_ROUTERS = {None: "none", True: "quantized", False: "not quantized"}
+
+
 def inspect(
     src: Src = None,
     family: FamilyFile = None,
@@ -52,6 +55,8 @@ def render(inspection: "Inspection") -> RenderableType:
 
 
 def _facts(inspection: "Inspection") -> list[tuple[str, str]]:
+    from mquant.loader_model.vllm.predict import VERSION
+
     family = inspection.family or f"unknown (model_type {inspection.model_type})"
     experts = _count(inspection.experts)
     if inspection.pruned:
@@ -65,6 +70,9 @@ def _facts(inspection: "Inspection") -> list[tuple[str, str]]:
     return [
         ("Family", family),
         ("Quantized", inspection.quantization or "no"),
+        *_precisions(inspection),
+        ("Routers", _ROUTERS[inspection.routers_quantized]),
+        (f"vLLM {VERSION}", clean(inspection.vllm)),
         ("Layers", _count(inspection.layers)),
         ("Experts", experts),
         ("Top-k", _count(inspection.experts_per_token)),
@@ -74,6 +82,19 @@ def _facts(inspection: "Inspection") -> list[tuple[str, str]]:
         ("Tensors", f"{inspection.tensors:,} in {shards}"),
         ("Bytes", both_sizes(inspection.bytes)),
     ]
+
+
+def _precisions(inspection: "Inspection") -> list[tuple[str, str]]:
+    """Return a line for all roles that are stored alike, in the order of the roles."""
+    lines: dict[str, list[str]] = {}
+    for each in inspection.precisions:
+        stored = " and ".join(each.formats) or "not known"
+        plain = each.bits is None or each.bits in (16.0, 32.0)
+        lines.setdefault(stored if plain else f"{stored} ({each.bits:g} bits a weight)", []).append(
+            each.role.replace("_", " ")
+        )
+    rows = [f"{stored}: {', '.join(roles)}" for stored, roles in lines.items()]
+    return [("Weights" if number == 0 else "", row) for number, row in enumerate(rows)]
 
 
 def _count(value: int | None, unit: str = "") -> str:

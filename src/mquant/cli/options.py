@@ -69,10 +69,11 @@ DepthChoice = Annotated[
     ),
 ]
 LoaderChoice = Annotated[
-    Literal["vllm"] | None,
+    str | None,
     typer.Option(
-        help="Also load the headers with this loader's own code, without a GPU "
-        "(see: mquant loader install)."
+        metavar="LOADER",
+        help="Also have a loader's own code load the headers, without a GPU: vllm (see: mquant "
+        "loader install), or the path of a Python that has vLLM.",
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")]
@@ -83,7 +84,9 @@ MaxShardSize = Annotated[
 AllowUnsafe = Annotated[
     bool,
     typer.Option(
-        "--allow-unsafe", help="Also quantize a router, embeddings or head that the recipe names."
+        "--allow-unsafe",
+        help="Also quantize a router, embeddings or head that the recipe names, and make what "
+        "vLLM would not load.",
     ),
 ]
 Workers = Annotated[

@@ -26,7 +26,8 @@ from mquant.cli.progress import progress
 from mquant.cli.source import default_out, example, open_source
 from mquant.cli.tables import facts
 from mquant.errors import UsageError
-from mquant.text import plural, size
+from mquant.loader_model.vllm.predict import VERSION
+from mquant.text import names, plural, size
 
 if TYPE_CHECKING:
     from mquant.checkpoint import Source
@@ -56,7 +57,8 @@ def repair(
 ) -> None:
     """Repair a broken checkpoint with its parent; only the needed tensors of the parent are read.
 
-    Tensors that loaders refuse quantized, or that are missing, downcast, renamed or wrong, are
+    If vLLM loads the tensors with another config.json, only config.json is mended. Otherwise
+    tensors that loaders refuse quantized, or that are missing, downcast, renamed or wrong, are
     replaced by the tensors of a correct run, in their old shards. Unchanged shards are hard-linked.
     For a hub repo only the files to upload are written.
 
@@ -139,7 +141,9 @@ def _tell(out: Output, diagnosis: "Diagnosis") -> None:
         },
     )
     if not diagnosis.needed:
-        out.show(Text("Nothing to repair: SRC is what a correct run writes.", "bold green"))
+        known = plan.right.family.vllm is not None
+        why = f"vLLM {VERSION} loads every tensor of SRC" if known else "SRC has no fault"
+        out.show(Text(f"Nothing to repair: {why}.", "bold green"))
         return
     out.show(facts(list(_facts(diagnosis))))
 
@@ -154,10 +158,12 @@ def _facts(diagnosis: "Diagnosis") -> Iterator[tuple[str, str]]:
         yield "Renamed", f"{plural(len(plan.renamed), 'tensor')} ({old} is {new})"
     if plan.dropped:
         first = plan.dropped[0]
-        yield "Left out", f"{plural(len(plan.dropped), 'tensor')} that do not belong ({first})"
+        tensors_left = plural(len(plan.dropped), "tensor")
+        yield "Left out", f"{tensors_left} that are wrong or do not belong ({first})"
     if diagnosis.missing:
         yield "Side files", ", ".join(diagnosis.missing)
-    yield "config.json", "the parent's, and quantization_config as quantize writes it"
+    changes = diagnosis.config_changes
+    yield "config.json", f"changes in {names(changes)}" if changes else "stays as it is"
     count, rewritten = len(plan.kept), plan.rewritten
     bytes_ = size(rewritten.file_bytes)
     yield "Shards", f"{count} stay, {len(rewritten.shards)} written ({bytes_})"

@@ -65,11 +65,12 @@ def verify(
             from mquant.family import load_families
             from mquant.verify.judge import Depth
             from mquant.verify.judge import verify as judge
+            from mquant.verify.loaders.install import find_python
 
+            vllm = None if loader is None else find_python(loader)
             with progress(out) as emit:
                 chosen = None if depth is None else Depth(depth)
-                ask = loader == "vllm"
-                report = judge(source, load_families(family), chosen, parent, emit, ask_vllm=ask)
+                report = judge(source, load_families(family), chosen, parent, emit, vllm=vllm)
             out.put(verdict=report.verdict, **report.to_json())
             _show(out, report)
             out.report(report.findings, failing=failing)
@@ -84,6 +85,7 @@ def verify(
 def _show(out: Output, report: "Report") -> None:
     """Show the verification to a person, without the findings."""
     from mquant.verify.not_judged import in_words
+    from mquant.verify.stands_for import not_modelled
 
     good = not report.count("error") and not report.undecided
     out.show(Text(clean(report.verdict), "bold green" if good else "bold red"))
@@ -92,5 +94,4 @@ def _show(out: Output, report: "Report") -> None:
     if report.bytes_read is not None:
         amount = size(report.bytes_read)
         out.show(f"Read {amount} in {plural(report.requests or 0, 'request')} from the hub.")
-    if words := in_words(report.not_judged):
-        out.show(clean(words))
+    out.show(clean(" ".join(filter(None, [in_words(report.not_judged), not_modelled()]))))

@@ -6,17 +6,20 @@ The tensors on disk decide first, because a loader reads these tensors; config.j
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from sys import intern
 from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo, read_json
 from mquant.errors import SourceError
 from mquant.family import Family, Role, TensorRole, family_of
+from mquant.loader_model.vllm.load import Outcome
+from mquant.loader_model.vllm.predict import MODELOPT_FILE, predict
 from mquant.schemes import QUANTIZED_SUFFIXES
 
 MAX_MODULES: Final = 150_000
 """Twice as many modules as the largest known model has: 61 layers of 384 experts."""
-MODELOPT_NAME: Final = "hf_quant_config.json"
+MODELOPT_NAME: Final = MODELOPT_FILE
 FP8_DTYPES: Final = ("F8_E4M3", "F8_E5M2")
 _CODE_DTYPES: Final = ("U8", "I8", *FP8_DTYPES)
 """Dtypes of a `weight` that holds codes: ModelOpt and FP8 layouts keep the name `weight`."""
@@ -67,6 +70,11 @@ class ModuleView:
     def of(self, *roles: Role) -> tuple[Module, ...]:
         """Return the modules of some roles."""
         return tuple(module for module in self.modules.values() if module.role in roles)
+
+    @cached_property
+    def outcome(self) -> Outcome:
+        """What vLLM does with the checkpoint, or why it is not known."""
+        return predict(self.checkpoint, self.family)
 
     @property
     def ignore(self) -> tuple[str, ...]:

@@ -101,7 +101,8 @@ def recognize(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> S
     weight, packed = tensors.get("weight"), tensors.get("weight_packed")
     dtype = weight.dtype if weight else ""
     fp8 = StorageFormat.FP8
-    if SUFFIXES[StorageFormat.FP8_BLOCK].scale in tensors or config.get("quant_method") == "fp8":
+    blocks = config.get("quant_method") == "fp8" and "weight_scale" not in tensors
+    if blocks or SUFFIXES[StorageFormat.FP8_BLOCK].scale in tensors:
         fp8 = StorageFormat.FP8_BLOCK
     if "weight_shape" in tensors or (packed is not None and packed.dtype == "I32"):
         return StorageFormat.INT

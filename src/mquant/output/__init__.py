@@ -5,7 +5,6 @@ from mquant.output.document import Document
 from mquant.output.finish import (
     LAST,
     RECIPE_NAME,
-    config_json,
     file_names,
     finish,
     index_json,
@@ -28,6 +27,7 @@ from mquant.output.shared_run import (
     read_shared_run,
     take_share,
 )
+from mquant.plan import config_json
 
 __all__ = [
     "JOURNAL",

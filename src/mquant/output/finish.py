@@ -29,7 +29,7 @@ from mquant.output.disk import PARTIAL, out_of_space, write_whole
 from mquant.output.folder import is_inside
 from mquant.output.ledger import SHARES, is_ledger
 from mquant.output.mquant_json import RECORD
-from mquant.plan import Action, Plan
+from mquant.plan import Action, Plan, config_json
 from mquant.text import names
 
 LAST: Final = (INDEX_NAME, CONFIG_NAME)
@@ -140,13 +140,6 @@ def index_json(plan: Plan) -> dict[str, Any]:
         "metadata": {"total_size": plan.output_bytes},
         "weight_map": {name: table[name] for name in sorted(table)},
     }
-
-
-def config_json(plan: Plan) -> dict[str, Any]:
-    """Return all keys of the parent's config.json, with the plan's quantization config, if any."""
-    key = "quantization_config"
-    kept = {k: value for k, value in plan.survey.checkpoint.config.items() if k != key}
-    return {**kept, key: plan.quantization_config} if plan.quantization_config else kept
 
 
 def recipe_yaml(plan: Plan) -> str:

@@ -11,6 +11,7 @@ from mquant.family import Family, FusedSet, Role
 from mquant.findings import Finding, rule
 from mquant.loader_model.storage import StorageFormat
 from mquant.plan.awq import scaled, unscalable
+from mquant.plan.loadable import checked
 from mquant.plan.members import Member
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit
 from mquant.plan.never_quantized import natural, unsafe
@@ -53,6 +54,7 @@ FUSED_SET_MIXED: Final = rule(
     "Loaders build one matrix of the members, quantized in one way, or refuse the set.",
     "Quantize all members, or put all of them in ignore.",
     knowing=("family",),
+    if_loads="nothing",
 )
 EXPERTS_MIXED: Final = rule(
     "experts-mixed",
@@ -60,6 +62,7 @@ EXPERTS_MIXED: Final = rule(
     "Engines run a layer's experts in one kernel: one BF16 expert among quantized ones is refused.",
     "Quantize all experts of the layer, or none.",
     knowing=("family",),
+    if_loads="nothing",
 )
 NOTHING_TO_QUANTIZE: Final = rule(
     "nothing-to-quantize",
@@ -90,7 +93,8 @@ def make_plan(
     """Decide what happens to every tensor.
 
     Problems are `findings` of the plan. A plan with an error must not be carried out.
-    `allow_unsafe` turns the refusal of quantized routers, embeddings and head into a warning.
+    `allow_unsafe` turns the refusals of quantized routers, embeddings and head, and of an output
+    that vLLM does not load, into warnings.
     Raises Refused if the family is unknown: then there is no plan to show.
     """
     surveyed = survey(checkpoint, families, (StorageFormat.FP8_BLOCK,))
@@ -118,7 +122,7 @@ def make_plan(
             *_nothing(actions, recipe),
             *unscalable(family, recipe),
         ]
-    return Plan(
+    plan = Plan(
         survey=surveyed,
         family=family,
         recipe=recipe,
@@ -135,6 +139,7 @@ def make_plan(
         ),
         findings=tuple(findings),
     )
+    return checked(plan, "tolerated" if allow_unsafe else "source")
 
 
 def _action(

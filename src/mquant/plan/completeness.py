@@ -20,6 +20,7 @@ CONFIG_KEY_UNUSABLE: Final = rule(
     "No loader can build the model without these numbers.",
     "Take config.json from the model's repo.",
     knowing=("family",),
+    if_loads="nothing",
 )
 EXPERT_GAP: Final = rule(
     "expert-gap",
@@ -28,6 +29,7 @@ EXPERT_GAP: Final = rule(
     "uninitialised, and the model generates nonsense.",
     "Number the experts without gaps, or get the missing shards.",
     knowing=("family",),
+    if_loads="nothing",
 )
 EXPERTS_DISAGREE: Final = rule(
     "experts-disagree",
@@ -35,6 +37,7 @@ EXPERTS_DISAGREE: Final = rule(
     "vLLM loads more or fewer experts without an error; the router then selects wrong experts.",
     "Set the number in config.json to what the shards hold, or get the right shards.",
     knowing=("family",),
+    if_loads="nothing",
 )
 TENSOR_MISSING: Final = rule(
     "tensor-missing",
@@ -43,6 +46,7 @@ TENSOR_MISSING: Final = rule(
     "uninitialised, and the model generates nonsense.",
     "Get the checkpoint again.",
     knowing=("family",),
+    if_loads="nothing",
 )
 LAYERS_DISAGREE: Final = rule(
     "layers-disagree",
@@ -50,6 +54,7 @@ LAYERS_DISAGREE: Final = rule(
     "Loaders refuse or drop layers beyond the number.",
     "Set the number in config.json to what the shards hold, or get the right shards.",
     knowing=("family",),
+    if_loads="nothing",
 )
 BLOCK_DISAGREES: Final = rule(
     "block-disagrees",
@@ -58,6 +63,7 @@ BLOCK_DISAGREES: Final = rule(
     "another layer.",
     "Take config.json and shards from the same checkpoint.",
     knowing=("family",),
+    if_loads="nothing",
 )
 FUSED_SET_INCOMPLETE: Final = rule(
     "fused-set-incomplete",
@@ -66,6 +72,7 @@ FUSED_SET_INCOMPLETE: Final = rule(
     "uninitialised, and the model generates nonsense.",
     "Get the missing shards.",
     knowing=("family",),
+    if_loads="nothing",
 )
 SHAPE_DISAGREES: Final = rule(
     "shape-disagrees",
@@ -73,6 +80,7 @@ SHAPE_DISAGREES: Final = rule(
     "Loaders refuse the tensor, or copy the part that fits: for experts without an error.",
     "Take config.json and shards from the same checkpoint.",
     knowing=("family",),
+    if_loads="nothing",
 )
 
 

@@ -8,6 +8,7 @@ from mquant.errors import Refused
 from mquant.family import Family
 from mquant.findings import Finding, rule
 from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, dequantizes
+from mquant.plan.loadable import checked
 from mquant.plan.members import Member
 from mquant.plan.model import Action, Plan, ShardPlan, WorkUnit
 from mquant.plan.stored import READABLE
@@ -42,7 +43,7 @@ def make_bf16_plan(
         raise Refused(surveyed.findings)
     units = [WorkUnit((_action(member),)) for member in surveyed.members]
     cut = cut_shards(units, lambda unit: unit.output_bytes, max_shard_bytes)
-    return Plan(
+    plan = Plan(
         survey=surveyed,
         family=surveyed.family,
         recipe=BF16,
@@ -50,6 +51,7 @@ def make_bf16_plan(
         ignore=(),
         findings=(*surveyed.findings, *dequantizes(surveyed), *_nothing(surveyed)),
     )
+    return checked(plan)
 
 
 def _action(member: Member) -> Action:

@@ -16,6 +16,7 @@ from mquant.family import Family
 from mquant.findings import rule
 from mquant.loader_model.storage import GROUP, SUFFIXES, StorageFormat
 from mquant.plan.build import kept_modules
+from mquant.plan.loadable import checked
 from mquant.plan.members import Member
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit, declaration
 from mquant.plan.survey import Survey, survey
@@ -51,6 +52,7 @@ ACTIVATION_SCALES_MISSING: Final = rule(
     "vLLM loads without the scales and multiplies by uninitialised memory.",
     "Calibrate again, or declare weights only (input_activations: null).",
     knowing=("layout",),
+    if_loads="nothing",
 )
 
 
@@ -149,7 +151,7 @@ def make_export_plan(
     ignore = kept_modules(kept, family, surveyed.checkpoint.config)
     w4a4 = any(member.stored and member.stored.input for member in surveyed.members)
     if declared is None:
-        declared = (_to_modelopt if target is Target.MODELOPT else _to_ct)(ignore, w4a4=w4a4)
+        declared = (modelopt_config if target is Target.MODELOPT else _to_ct)(ignore, w4a4=w4a4)
     actions = {
         action.source.name: action
         for member in surveyed.members
@@ -160,7 +162,7 @@ def make_export_plan(
         ShardPlan(name, tuple(_work_units(group)))
         for name, group in groupby(tensors, key=lambda action: action.source.shard)
     )
-    return Plan(
+    plan = Plan(
         survey=surveyed,
         family=family,
         recipe=_RECIPES[target],
@@ -169,6 +171,7 @@ def make_export_plan(
         findings=surveyed.findings,
         declared=declared,
     )
+    return checked(plan)
 
 
 def hf_quant_config(plan: Plan) -> dict[str, Any]:
@@ -185,7 +188,8 @@ def hf_quant_config(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _to_modelopt(ignore: tuple[str, ...], *, w4a4: bool) -> dict[str, Any]:
+def modelopt_config(ignore: tuple[str, ...], *, w4a4: bool) -> dict[str, Any]:
+    """Return the config of ModelOpt for NVFP4, with or without quantized activations."""
     group = {"input_activations": _FP4} if w4a4 else {}
     return {
         "config_groups": {"group_0": {**group, "weights": _FP4, "targets": ["Linear"]}},

@@ -315,6 +315,13 @@ class Plan:
         return declaration(groups, used, self.ignore)
 
 
+def config_json(plan: Plan) -> dict[str, Any]:
+    """Return all keys of the parent's config.json, with the plan's quantization config, if any."""
+    key = "quantization_config"
+    kept = {k: value for k, value in plan.survey.checkpoint.config.items() if k != key}
+    return {**kept, key: plan.quantization_config} if plan.quantization_config else kept
+
+
 def declaration(
     groups: Sequence[Mapping[str, Any]], storage_format: str, ignore: Sequence[str]
 ) -> dict[str, Any]:

@@ -22,6 +22,7 @@ ROUTER_QUANTIZED: Final = rule(
     "an ignore list that names the routers.",
     if_tolerated="warning",
     knowing=("family",),
+    if_loads="warning",
 )
 HEAD_QUANTIZED: Final = rule(
     "head-quantized",
@@ -30,6 +31,7 @@ HEAD_QUANTIZED: Final = rule(
     "Take lm_head from the parent: `mquant repair SRC --from PARENT`. Or quantize again, with "
     "an ignore list that names lm_head.",
     if_tolerated="warning",
+    if_loads="warning",
 )
 EMBEDDING_QUANTIZED: Final = rule(
     "embedding-quantized",
@@ -38,6 +40,7 @@ EMBEDDING_QUANTIZED: Final = rule(
     "Take the embeddings from the parent: `mquant repair SRC --from PARENT`. Or quantize again, "
     "with an ignore list that names the embeddings.",
     if_tolerated="warning",
+    if_loads="warning",
 )
 QUANTIZED: Final[dict[Role, Rule]] = {
     Role.ROUTER: ROUTER_QUANTIZED,

@@ -13,8 +13,13 @@ from functools import cached_property
 from typing import Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo, is_shard
-from mquant.family import Family
+from mquant.errors import Refused
+from mquant.family import Family, Role
+from mquant.loader_model.storage import StorageFormat
+from mquant.plan.declare import KV_CACHE, KV_SCALES
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit
+from mquant.plan.survey import survey
+from mquant.recipe import Recipe
 
 BAD: Final = "bad/"
 PARENT: Final = "parent/"
@@ -62,10 +67,14 @@ class RepairPlan:
         return sum(action.source_bytes for action in self.replaced)
 
 
-def make_repair_plan(right: Plan, bad: Checkpoint, wrong: Collection[str]) -> RepairPlan:
+def make_repair_plan(
+    right: Plan, bad: Checkpoint, wrong: Collection[str], extras: Collection[str] = ()
+) -> RepairPlan:
     """Decide for every tensor of `right` where the tensor comes from.
 
-    `wrong` are tensors of `bad` that must not be trusted, whatever their headers say.
+    `wrong` are tensors of `bad` that must not be trusted, whatever their headers say. `extras` are
+    tensors of `bad` that `right` does not have, and that stay. If scales of a KV cache are among
+    them, the quantization config declares the cache.
     """
     broken = _Broken(right.family, bad, wrong)
     shards: dict[str, list[WorkUnit]] = defaultdict(list)
@@ -85,6 +94,12 @@ def make_repair_plan(right: Plan, bad: Checkpoint, wrong: Collection[str]) -> Re
         else:
             home = broken.home(unit) or home
             shards[home].append(from_parent(unit))
+    outputs |= {*extras}
+    for name in extras:
+        info = bad.tensors[name]
+        shards[info.shard].append(WorkUnit((_as_it_is(right.family, info),)))
+    if any(name.rpartition(".")[2] in KV_SCALES for name in extras):
+        right = replace(right, declared={**right.quantization_config, "kv_cache_scheme": KV_CACHE})
     plan = replace(right, shards=tuple(ShardPlan(n, tuple(shards[n])) for n in sorted(shards)))
     return RepairPlan(
         right=right,
@@ -92,7 +107,56 @@ def make_repair_plan(right: Plan, bad: Checkpoint, wrong: Collection[str]) -> Re
         kept=frozenset(shard.name for shard in plan.shards if broken.holds_just(shard)),
         sound=sound,
         renamed=renamed,
-        dropped=tuple(n for n in bad.tensors if broken.hub_name[n] not in outputs),
+        dropped=tuple(n for n in bad.tensors if {n, broken.hub_name[n]}.isdisjoint(outputs)),
+    )
+
+
+def make_config_plan(
+    mended: Checkpoint, bad: Checkpoint, recipe: Recipe, families: Mapping[str, Family]
+) -> RepairPlan:
+    """Return the plan that keeps all tensors of `bad` and replaces config.json.
+
+    `mended` is the parent with the config.json of the result. Raises Refused if the family is
+    unknown.
+    """
+    surveyed = survey(mended, families, (StorageFormat.FP8_BLOCK,))
+    family = surveyed.family
+    if family is None:
+        raise Refused(surveyed.findings)
+    shards: dict[str, list[WorkUnit]] = {}
+    for info in bad.tensors.values():
+        shards.setdefault(info.shard, []).append(WorkUnit((_as_it_is(family, info),)))
+    plan = Plan(
+        survey=surveyed,
+        family=family,
+        recipe=recipe,
+        shards=tuple(ShardPlan(name, tuple(units)) for name, units in shards.items()),
+        ignore=(),
+        findings=(),
+        declared=mended.config.get("quantization_config") or {},
+    )
+    return RepairPlan(
+        right=plan,
+        plan=plan,
+        kept=frozenset(shards),
+        sound={name: _under(BAD, info) for name, info in bad.tensors.items()},
+        renamed={},
+        dropped=(),
+    )
+
+
+def _as_it_is(family: Family, info: TensorInfo) -> Action:
+    """Return the action that copies a tensor of the broken checkpoint."""
+    tensor_role = family.classify(info.name)
+    return Action(
+        source=_under(BAD, info),
+        role=tensor_role.row.role if tensor_role else Role.OTHER,
+        module=_module(info.name),
+        layer=tensor_role.layer if tensor_role else None,
+        expert=tensor_role.expert if tensor_role else None,
+        scheme=None,
+        reason="as it should be",
+        outputs=(OutputTensor(info.name, info.dtype, info.shape),),
     )
 
 

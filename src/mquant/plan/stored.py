@@ -42,6 +42,7 @@ PART_MISSING: Final = rule(
     "uninitialised, and the model generates nonsense.",
     "Quantize again, with a tool that writes the whole module.",
     knowing=("layout",),
+    if_loads="warning",
 )
 PART_SHAPE: Final = rule(
     "part-shape",
@@ -49,6 +50,7 @@ PART_SHAPE: Final = rule(
     "vLLM copies the part of an expert's scales that fits, without an error.",
     "Quantize again, with a tool that writes the whole module.",
     knowing=("layout",),
+    if_loads="nothing",
 )
 
 

@@ -42,6 +42,7 @@ TENSOR_UNKNOWN: Final = rule(
     "Loaders refuse the tensor, or drop it without a message.",
     "Remove the tensor, or, if it belongs to the model, add its name to the family's file.",
     knowing=("family",),
+    if_loads="nothing",
 )
 
 

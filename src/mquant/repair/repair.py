@@ -14,7 +14,7 @@ from mquant.checkpoint.hashing import sha256_of
 from mquant.engines.importance import importance_fingerprint, weigher
 from mquant.errors import SourceError
 from mquant.events import Emit, Note, silent
-from mquant.output import WORK, apply, as_table, is_staged, known_table, link, side_files, stage
+from mquant.output import WORK, apply, as_table, is_staged, known_table, link, stage
 from mquant.plan import BAD
 from mquant.repair.diagnose import Diagnosis, assemble
 from mquant.runs.run import Result, Run, RunOptions, RunSpec
@@ -82,7 +82,7 @@ class _Repair:
     @cached_property
     def spec(self) -> RunSpec:
         repair_plan, parent = self.diagnosis.repair_plan, self.diagnosis.parent.source
-        own = side_files(self.bad, cards=True)
+        own = self.diagnosis.own_files
         sides = dict.fromkeys(own if self.whole else (), self.bad.source)
         return RunSpec(
             plan=repair_plan.right,
@@ -163,7 +163,7 @@ class _Repair:
         source = self.bad.source
         names = list(self.kept)
         if not self.whole:
-            names += side_files(self.bad, cards=True)
+            names += self.diagnosis.own_files
         known = getattr(source, "sha256", {})
         unknown = {name: source.files[name] for name in names if name not in known}
         digests = {**known, **dict(sha256_of(source, unknown, emit))}
@@ -206,7 +206,7 @@ class _Repair:
     def _judge(self, run: Run, made: Source) -> None:
         """Judge the structure of the whole repaired checkpoint, also of shards outside of OUT."""
         parts = {path: (made, path) for path in made.files}
-        own = () if self.whole else side_files(self.bad, cards=True)
+        own = () if self.whole else self.diagnosis.own_files
         names = (*self.kept, *own)
         parts |= {name: (self.bad.source, name) for name in names if name not in parts}
         run.judge(Assembly(made.name, parts))

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Unpack
 
 from mquant.checkpoint import Source, reader_of
 from mquant.events import Note
+from mquant.findings import RULES
 from mquant.output import ShardObserver, ShardSet
 from mquant.plan import Plan
+from mquant.plan.loadable import OUTPUT_NOT_LOADABLE
 from mquant.runs.run import Result, Run, RunOptions
 from mquant.runs.scratch import check_scratch, check_side_files, least_scratch, spooled
 from mquant.runs.spec import Engine, QuantizeSpec, check_engine, prepare
@@ -85,11 +87,14 @@ def judge(run: Run, spec: QuantizeSpec, made: Source) -> None:
 
     If the stream engine ran, judge the structure only: reading the numbers back would take longer
     than the quantization. Errors of rules that the plan's findings name already, such as those that
-    --allow-unsafe allows, do not count. Raises SourceError for a side file that is not the hub's,
+    --allow-unsafe allows, do not count; nor do errors that say why vLLM does not load the output,
+    if the plan says that it does not. Raises SourceError for a side file that is not the hub's,
     EngineError for any other error.
     """
     check_side_files(run)
     rules = {finding.rule for finding in spec.plan.findings}
+    if OUTPUT_NOT_LOADABLE.id in rules:
+        rules |= {r.id for r in RULES.values() if r.if_loads or r.needs == "loader"}
     run.judge(made, ignoring=rules, parent=None if spec.kind is Engine.STREAM else run.source)
 
 

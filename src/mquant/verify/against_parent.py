@@ -16,6 +16,7 @@ from mquant.family import Role
 from mquant.findings import Finding, Rule, rule
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.loader_model.storage import format_of
+from mquant.verify.after_loading import KV_SCALES
 from mquant.verify.against_parent_files import check_config, check_side_files
 from mquant.verify.awq import Scaling, scaled
 from mquant.verify.numbers import PIECE, THREADS, in_order
@@ -139,6 +140,8 @@ def _tasks(
 ) -> Iterator[WorkUnit]:
     local = not any(isinstance(side.checkpoint.source, HubRepo) for side in (view, parent))
     for name in sorted(view.modules.keys() - parent.modules.keys()):
+        if view.modules[name].tensors.keys() <= KV_SCALES:
+            continue  # quantization adds them: no parent has them
         tally.add(PARENT_LACKS_TENSOR, name, f"The parent has no {name}")
     layers = [
         m.tensor_role.layer for m in view.modules.values() if m.tensor_role and m.tensor_role.layer
@@ -205,7 +208,7 @@ def _kept(
             spans = list(_spans(info.nbytes, whole))
             size = sum(end - start for start, end in spans)
             yield size, partial(_equal, view, parent, info, original, spans)
-    for suffix in module.tensors.keys() - origin.tensors.keys():
+    for suffix in module.tensors.keys() - origin.tensors.keys() - KV_SCALES:
         name = f"{module.name}.{suffix}"
         tally.add(PARENT_LACKS_TENSOR, name, f"The parent has no {name}")
 

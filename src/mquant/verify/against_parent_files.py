@@ -15,6 +15,7 @@ MOST_BYTES: Final = 1_000_000_000
 """The largest side file that is compared: the largest tokenizers have 40 MB."""
 # Keys that writers stamp or rename, and on which no loader depends.
 _STAMPS: Final = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
+_ROPE: Final = "rope_parameters"
 _NEEDED: Final = (
     "tokenizer.json",
     "tokenizer.model",
@@ -69,6 +70,8 @@ LICENCE_MISSING: Final = rule(
 
 def check_config(config: Mapping[str, Any], parent: Mapping[str, Any]) -> Iterator[Finding]:
     """Yield findings about keys that config.json lost, and keys whose values differ."""
+    if _ROPE in config or _ROPE in parent:
+        config, parent = _with_rope(config), _with_rope(parent)
     keys = [key for key in parent if key not in (*_STAMPS, "quantization_config")]
     lost = [key for key in keys if key not in config]
     changed = [key for key in keys if key in config and config[key] != parent[key]]
@@ -78,6 +81,20 @@ def check_config(config: Mapping[str, Any], parent: Mapping[str, Any]) -> Iterat
         yield CONFIG_KEY_DIFFERS.finding(
             "config.json", f"config.json differs from the parent's in {names(changed)}."
         )
+
+
+def _with_rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return config.json as transformers 5 writes it: all that says RoPE in one table.
+
+    transformers 5 moves rope_theta and rope_scaling into rope_parameters.
+    """
+    scaling, table = config.get("rope_scaling"), config.get(_ROPE)
+    rope = {**(scaling if isinstance(scaling, dict) else {})}
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope |= {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
+    rope |= table if isinstance(table, dict) else {}
+    rest = {k: v for k, v in config.items() if k not in ("rope_theta", "rope_scaling", _ROPE)}
+    return {**rest, _ROPE: rope}
 
 
 def check_side_files(view: ModuleView, parent: ModuleView) -> Iterator[Finding]:

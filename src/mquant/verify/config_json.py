@@ -17,6 +17,7 @@ CONFIG_KEY_MISSING: Final = rule(
     "vLLM and SGLang stop when they load the model.",
     "Take the key from config.json of the original release.",
     as_fact="warning",
+    if_loads="nothing",
 )
 QUANTIZATION_UNUSED: Final = rule(
     "quantization-unused",
@@ -30,6 +31,7 @@ QUANTIZATION_CONFIG_INVALID: Final = rule(
     "Loaders can parse the quantization_config.",
     "vLLM stops at a value it cannot parse.",
     "Take the quantization_config that the tool wrote.",
+    if_loads="nothing",
 )
 WEIGHTS_MISDECLARED: Final = rule(
     "weights-misdeclared",
@@ -37,6 +39,7 @@ WEIGHTS_MISDECLARED: Final = rule(
     "vLLM chooses the kernel by these keys: vLLM stops, or expects other shapes.",
     "Take the quantization_config that the tool wrote.",
     knowing=("layout",),
+    if_loads="warning",
 )
 LAYOUT_NOT_JUDGED: Final = rule(
     "layout-not-judged",

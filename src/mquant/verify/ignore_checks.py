@@ -20,6 +20,7 @@ EXPERT_NAMES: Final = rule(
     "skips such names without an error, and every expert is left uninitialised.",
     "Rename the tensors, which `mquant repair SRC --from PARENT` does.",
     knowing=("family",),
+    if_loads="nothing",
 )
 KEPT_BUT_NOT_IGNORED: Final = rule(
     "kept-but-not-ignored",
@@ -27,14 +28,16 @@ KEPT_BUT_NOT_IGNORED: Final = rule(
     "vLLM builds a quantized layer for every target that is not ignored. vLLM then refuses the "
     "plain weight, or leaves the layer uninitialised.",
     "Add the layers' names to `ignore` in config.json; for experts, add vLLM's names.",
-    knowing=("family", "list"),
+    knowing=("family", "loader"),
+    if_loads="nothing",
 )
 IGNORED_BUT_QUANTIZED: Final = rule(
     "ignored-but-quantized",
     "A layer that is quantized on disk is not in `ignore`.",
     "vLLM builds ignored layers plain, and refuses scales and packed weights for them.",
     "Remove the layers' names from `ignore` in config.json.",
-    knowing=("family", "list"),
+    knowing=("family", "loader"),
+    if_loads="nothing",
 )
 QUANTIZED_NOT_TARGETED: Final = rule(
     "quantized-not-targeted",
@@ -42,7 +45,8 @@ QUANTIZED_NOT_TARGETED: Final = rule(
     "vLLM builds layers that no target matches plain, and refuses their scales. vLLM matches "
     'experts by its own names; `targets: ["Linear"]` matches all.',
     'Set `targets` in config.json to ["Linear"].',
-    knowing=("family", "list"),
+    knowing=("family", "loader"),
+    if_loads="nothing",
 )
 FUSED_SET_SPLIT: Final = rule(
     "fused-set-split",
@@ -50,20 +54,23 @@ FUSED_SET_SPLIT: Final = rule(
     "vLLM fuses q, k and v into one layer, and all experts into one: vLLM refuses a fused layer"
     " that `ignore` or `targets` cut in two.",
     "Name all layers of the fused set, or no layer of the set.",
-    knowing=("family", "list"),
+    knowing=("family", "loader"),
+    if_loads="nothing",
 )
 QUANTIZATION_UNDECLARED: Final = rule(
     "quantization-undeclared",
     "If tensors are quantized, config.json declares the quantization.",
     "Without `quantization_config` a loader builds every layer plain, and refuses the scales.",
     "Write the `quantization_config` that the tensors were made with.",
+    if_loads="nothing",
 )
 IGNORE_BAD_ENTRY: Final = rule(
     "ignore-bad-entry",
     "Every entry of `ignore` and `targets` is a string; `re:` precedes a regular expression.",
     "vLLM compiles every expression, and stops at the first invalid one.",
     "Correct the list in config.json, with exact names; `mquant plan` shows them.",
-    knowing=("list",),
+    knowing=("loader",),
+    if_loads="warning",
 )
 IGNORE_UNCOVERED: Final = rule(
     "ignore-uncovered",
@@ -72,7 +79,7 @@ IGNORE_UNCOVERED: Final = rule(
     "the same list, may quantize these layers.",
     "Add the layers' exact names to `ignore` in config.json.",
     severity="warning",
-    knowing=("list",),
+    knowing=("loader",),
 )
 IGNORE_UNMATCHED: Final = rule(
     "ignore-unmatched",
@@ -81,7 +88,7 @@ IGNORE_UNMATCHED: Final = rule(
     "expression is anchored at the start by mistake.",
     "Correct the list in config.json, with exact names; `mquant plan` shows them.",
     severity="warning",
-    knowing=("family", "list"),
+    knowing=("family", "loader"),
 )
 IGNORE_HUB_ONLY: Final = rule(
     "ignore-hub-only",
@@ -90,7 +97,7 @@ IGNORE_HUB_ONLY: Final = rule(
     "another name or another expert has no effect.",
     "Write the entry for vLLM's name, too.",
     severity="warning",
-    knowing=("family", "list"),
+    knowing=("family", "loader"),
 )
 IGNORE_RULES: Final = (
     *QUANTIZED.values(),

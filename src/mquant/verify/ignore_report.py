@@ -12,7 +12,9 @@ from mquant.loader_model.modules import ModuleView
 from mquant.loader_model.vllm_view import Judged, VllmView, vllm_view_of
 from mquant.plan.never_quantized import QUANTIZED
 from mquant.verify.ignore_checks import EXPERT_NAMES, IGNORE_RULES, findings_of
+from mquant.verify.loading import with_outcome
 from mquant.verify.not_judged import ASK_VLLM, not_judged, to_json, undecided, unknown
+from mquant.verify.stands_for import NOT_MODELLED, VLLM, StandsFor, stands_for
 
 _PLURAL: Final = {Role.ROUTER: "routers", Role.EMBEDDING: "embeddings", Role.HEAD: "heads"}
 
@@ -57,6 +59,7 @@ class IgnoreReport:
     findings: tuple[Finding, ...]
     not_judged: Mapping[str, str]
     undecided: str
+    stands_for: StandsFor | None = None
 
     def raise_if_undecided(self) -> None:
         """Raise NotJudged if what was not judged decides whether a loader takes the checkpoint."""
@@ -95,6 +98,8 @@ class IgnoreReport:
                 for entry in self.entries
             ],
             "uncovered": list(self.uncovered),
+            "stands_for": self.stands_for.to_json() if self.stands_for else None,
+            "not_modelled": list(NOT_MODELLED),
             "not_judged": to_json(self.not_judged),
         }
 
@@ -105,9 +110,9 @@ def check_ignore(view: ModuleView) -> IgnoreReport:
     Raises SourceError if the ignore list takes too long to match.
     """
     vllm_view = vllm_view_of(view)
-    quantized = [j for j in vllm_view.judged if j.role.refused_by_loaders and j.module.quantized]
-    uncovered = _uncovered(vllm_view)
-    findings = findings_of(vllm_view, quantized, uncovered)
+    quantized, uncovered = _refused(vllm_view), _uncovered(vllm_view)
+    explained = findings_of(vllm_view, quantized, uncovered)
+    findings = with_outcome(explained, view.outcome, refusal_only=True)
     kinds, clauses = _kinds(vllm_view), unknown(view)
     return IgnoreReport(
         verdict=_verdict(vllm_view, kinds, findings),
@@ -121,7 +126,18 @@ def check_ignore(view: ModuleView) -> IgnoreReport:
         findings=tuple(findings),
         not_judged=not_judged(clauses, IGNORE_RULES, ("structure",), findings),
         undecided=undecided(view, clauses),
+        stands_for=stands_for(view.outcome),
     )
+
+
+def ignore_findings(view: ModuleView) -> list[Finding]:
+    """Return the findings of `check_ignore`, whatever vLLM does with the checkpoint."""
+    vllm_view = vllm_view_of(view)
+    return findings_of(vllm_view, _refused(vllm_view), _uncovered(vllm_view))
+
+
+def _refused(vllm_view: VllmView) -> list[Judged]:
+    return [j for j in vllm_view.judged if j.role.refused_by_loaders and j.module.quantized]
 
 
 def _kinds(vllm_view: VllmView) -> tuple[RoleCount, ...]:
@@ -167,14 +183,14 @@ def _verdict(vllm_view: VllmView, kinds: tuple[RoleCount, ...], findings: list[F
     refused = [kind for kind in kinds if kind.role in QUANTIZED and kind.quantized]
     if refused:
         are = _are([_part(kind, kind.quantized) for kind in refused])
-        return f"{are} quantized: vLLM will refuse to load this checkpoint."
+        return f"{are} quantized: {VLLM} will refuse to load this checkpoint."
     if EXPERT_NAMES.id in rules:
         return (
-            "The experts have names that vLLM does not know: vLLM will load this checkpoint "
+            f"The experts have names that {VLLM} does not know: vLLM will load this checkpoint "
             "without an error and leave the experts uninitialised."
         )
     if rules:
-        return "vLLM will not load this checkpoint: its config.json and its tensors disagree."
+        return f"{VLLM} will not load this checkpoint: its config.json and its tensors disagree."
     parts = [_part(kind, kind.found) for kind in kinds if kind.role in QUANTIZED]
     kept = f"{_are(parts)} kept" if parts else "No router, lm_head or embeddings were found"
     if not vllm_view.view.method:
@@ -183,7 +199,7 @@ def _verdict(vllm_view: VllmView, kinds: tuple[RoleCount, ...], findings: list[F
         return f"{kept}; routers of an unknown family cannot be judged."
     if vllm_view.style is None:
         return f"{kept}; what the ignore list means was not judged."
-    return f"{kept}: nothing in ignore stops vLLM from loading this checkpoint."
+    return f"{kept}: nothing in ignore stops {VLLM} from loading this checkpoint."
 
 
 def _part(kind: RoleCount, count: int) -> tuple[str, bool]:

@@ -1,13 +1,17 @@
 """Describe a checkpoint, and what is unusual about it, from headers and config.json alone."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.family import Family, FusedSet, Role, TensorRole
 from mquant.findings import Finding, in_context, rule
+from mquant.loader_model.modules import Module, ModuleView, read_modules
+from mquant.loader_model.storage import format_of, weight_shape
+from mquant.loader_model.vllm.words import in_words
 from mquant.plan import survey
 from mquant.schemes import QUANTIZED_SUFFIXES
 from mquant.text import names
@@ -64,10 +68,24 @@ class Portion:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """How the weights of a role are stored: the formats, most modules first, and bits a weight.
+
+    `bits` counts scales too; None if the number of weights is not known.
+    """
+
+    role: str
+    formats: tuple[str, ...]
+    bits: float | None
+
+
 @dataclass(frozen=True)
 class Inspection:
     """The description of a checkpoint. None means that config.json or the family does not say.
 
+    `precisions` are those of the roles with matrices. `routers_quantized` is None without a router.
+    `vllm` is what vLLM does with the checkpoint: "loads it", "refuses it: ...", "not judged: ...".
     `unpruned_experts` is the number in the family's releases. `bytes` counts tensors, `file_bytes`
     whole shards. `parameters` is None if weights are packed.
     """
@@ -89,6 +107,9 @@ class Inspection:
     shards: int
     dtypes: tuple[Portion, ...]
     roles: tuple[Portion, ...]
+    precisions: tuple[Precision, ...]
+    routers_quantized: bool | None
+    vllm: str
     findings: tuple[Finding, ...]
 
     @property
@@ -111,6 +132,8 @@ def inspect(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Inspectio
     family = result.family
     known, unknown = _classify(checkpoint, family)
     config = checkpoint.config
+    view = read_modules(checkpoint, families)
+    routers = view.of(Role.ROUTER)
 
     def config_number(key: str) -> int | None:
         value = config.get(key) if key else None
@@ -134,6 +157,9 @@ def inspect(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Inspectio
         shards=len(checkpoint.shards),
         dtypes=_shares((info, info.dtype) for info in checkpoint.tensors.values()),
         roles=_role_shares(known, unknown),
+        precisions=_precisions(view),
+        routers_quantized=any(m.quantized for m in routers) if routers else None,
+        vllm=in_words(view.outcome)[1] or f"not judged: {view.outcome.unknown}",
         findings=(),
     )
     return replace(
@@ -161,6 +187,26 @@ def _classify(
         else:
             known.append((info, tensor_role))
     return known, unknown
+
+
+def _precisions(view: ModuleView) -> tuple[Precision, ...]:
+    roles = (role for role in Role if role.linear or role is Role.EMBEDDING)
+    return tuple(_precision(view, role, group) for role in roles if (group := view.of(role)))
+
+
+def _precision(view: ModuleView, role: Role, group: Iterable[Module]) -> Precision:
+    formats, bits, weights = Counter[str](), 0, 0
+    for module in group:
+        if storage := format_of(view, module):
+            formats[storage.short] += 1
+            if shape := weight_shape(storage, module, view):
+                weights += prod(shape)
+                bits += 8 * sum(info.nbytes for info in module.tensors.values())
+        elif plain := module.tensors.get("weight"):
+            formats[plain.dtype] += 1
+            weights, bits = weights + plain.elements, bits + 8 * plain.nbytes
+    stored = tuple(name for name, _ in formats.most_common())
+    return Precision(role.value, stored, round(bits / weights, 2) if weights else None)
 
 
 def _shares(items: Iterable[tuple[TensorInfo, str]]) -> tuple[Portion, ...]:

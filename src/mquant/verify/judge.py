@@ -2,9 +2,9 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Final
 
 from mquant.checkpoint import Source, open_checkpoint
@@ -14,19 +14,22 @@ from mquant.events import Emit, silent
 from mquant.family import Family
 from mquant.findings import RULES, VERIFIED, Finding, Severity
 from mquant.loader_model.modules import ModuleView, read_modules
+from mquant.loader_model.vllm.load import Outcome
 from mquant.output import as_table, known_table
 from mquant.text import plural
+from mquant.verify.after_loading import check_after_loading
 from mquant.verify.against_parent import check_against
 from mquant.verify.digests import check_digests
-from mquant.verify.ignore_report import check_ignore
+from mquant.verify.ignore_report import ignore_findings
 from mquant.verify.loaders.ask_vllm import Verdict, ask
-from mquant.verify.loaders.install import find_python
+from mquant.verify.loading import with_outcome
 from mquant.verify.not_judged import ASK_VLLM, not_judged, to_json, undecided, unknown
 from mquant.verify.numbers import (
     GLOBAL_SCALE_INVERTED,
     GLOBAL_SCALES_RECIPROCAL,
     check_numbers,
 )
+from mquant.verify.stands_for import NOT_MODELLED, StandsFor, outcome_of, stands_for
 from mquant.verify.structure import check_structure
 from mquant.verify.tensor_parallel import check_parallel
 
@@ -50,8 +53,9 @@ class Report:
     sha256 are those in mquant.json. `checked` names what was judged: `structure`, `numbers`,
     `against` (the parent, `sampled` or not) and `vllm`. `bytes_read` and `requests` count the
     downloads of both checkpoints; None if no checkpoint is a hub repo. `loader` is a real loader's
-    verdict. `not_judged` says why rules were not applied. `undecided` is a sentence if an
-    unknown fact decides whether a loader takes the checkpoint, and no loader judged the checkpoint.
+    verdict. `stands_for` is the loader that the whole verdict stands for; None if it is not known
+    what a loader does. `not_judged` says why rules were not applied. `undecided` is a sentence if
+    an unknown fact decides whether a loader takes the checkpoint, and no loader judged it.
     """
 
     source: str
@@ -68,6 +72,7 @@ class Report:
     bytes_read: int | None = None
     requests: int | None = None
     loader: Verdict | None = None
+    stands_for: StandsFor | None = None
     not_judged: Mapping[str, str] = field(default_factory=dict)
     undecided: str = ""
 
@@ -85,6 +90,7 @@ class Report:
             how = "a sample of its weights" if self.sampled else "all of its weights"
             extent += f", compared with {self.parent} ({how})"
         counts = f"{plural(self.tensors, 'tensor')}, {plural(self.quantized, 'quantized module')}"
+        loader = f" for {self.stands_for}" if self.stands_for else ""
         errors, warnings = self.count("error"), self.count("warning")
         wrong = [
             plural(count, noun)
@@ -92,13 +98,13 @@ class Report:
             if count
         ]
         if errors:
-            return f"Broken: {', '.join(wrong)} in {counts}; checked {extent}."
+            return f"Broken{loader}: {', '.join(wrong)} in {counts}; checked {extent}."
         if self.undecided:
             warned = f", {wrong[0]}" if wrong else ""
             return f"Not judged: {counts}{warned}, checked {extent}. {self.undecided}"
         if warnings:
-            return f"Sound, with {wrong[0]}: {counts}, checked {extent}."
-        return f"Clean: {counts}, checked {extent}."
+            return f"Sound{loader}, with {wrong[0]}: {counts}, checked {extent}."
+        return f"Clean{loader}: {counts}, checked {extent}."
 
     def raise_if_undecided(self) -> None:
         """Raise NotJudged if what was not judged decides whether a loader takes the checkpoint."""
@@ -121,6 +127,8 @@ class Report:
             "bytes_read": self.bytes_read,
             "requests": self.requests,
             "loader": self.loader.to_json() if self.loader else None,
+            "stands_for": self.stands_for.to_json() if self.stands_for else None,
+            "not_modelled": list(NOT_MODELLED),
             "not_judged": to_json(self.not_judged),
         }
 
@@ -132,41 +140,37 @@ def verify(
     parent: Source | None = None,
     emit: Emit = silent,
     *,
-    ask_vllm: bool = False,
+    vllm: Path | None = None,
 ) -> Report:
     """Judge a checkpoint; if `parent` is given, also whether it was made from the parent.
 
-    `depth` None: `numbers` for a folder, `structure` for a hub repo. `ask_vllm`: vLLM loads the
-    headers too. Raises SourceError if there is no checkpoint or it cannot be read, LoaderError if
-    there is no vLLM.
+    `depth` None: `numbers` for a folder, `structure` for a hub repo. `vllm` is the Python of a
+    vLLM that loads the headers too: its answer counts, not that of mquant's model. Raises
+    SourceError if there is no checkpoint or it cannot be read, LoaderError if the disk is full.
     """
-    if ask_vllm:
-        find_python()  # so that a missing vLLM is reported before data is read
-    if depth is None:
-        depth = Depth.STRUCTURE if isinstance(source, HubRepo) else Depth.NUMBERS
+    depth = depth or (Depth.STRUCTURE if isinstance(source, HubRepo) else Depth.NUMBERS)
     view = read_modules(open_checkpoint(source, tolerant=True), families)
     original = read_modules(open_checkpoint(parent), families) if parent else None
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(ask, source, view.checkpoint.shards) if ask_vllm else None
-        compared = check_digests(source, emit, data=depth is not Depth.STRUCTURE)
-        all_findings = [*check_structure(view), *_ignore(view), *compared.findings]
-        checked, wrong = ["structure"], _stored_in(compared.shards, view)
-        if depth is not Depth.STRUCTURE:
-            numbers = check_numbers(view, emit)
-            all_findings += numbers.findings()
-            checked, wrong = [*checked, "numbers"], wrong | numbers.places
-        if original is not None:
-            checked += ["against"]
-            all_findings = _with_parent(all_findings, _against(view, original, depth, emit))
-        loader = answer.result() if answer else None
+    loader = ask(source, view.checkpoint.shards, vllm) if vllm else None
+    outcome = outcome_of(view.outcome, loader)
+    compared = check_digests(source, emit, data=depth is not Depth.STRUCTURE)
+    all_findings = [*check_headers(view, outcome), *compared.findings]
+    checked, wrong = ["structure"], _stored_in(compared.shards, view)
+    if depth is not Depth.STRUCTURE:
+        numbers = check_numbers(view, emit)
+        all_findings += numbers.findings()
+        checked, wrong = [*checked, "numbers"], wrong | numbers.places
+    if original is not None:
+        checked += ["against"]
+        all_findings = _with_parent(all_findings, _against(view, original, depth, emit))
     all_findings += loader.findings if loader else ()
-    judged_by_loader = loader is not None and loader.verdict != "not asked"
+    judged_by_loader = loader is not None and loader.answered
     checked += ["vllm"] if judged_by_loader else []
     if not any(finding.severity == "error" for finding in all_findings):
         all_findings += check_parallel(view)
     needs = {"loader" if name == "vllm" else name for name in checked}
     rules, clauses = [rule for rule in RULES.values() if rule.needs in VERIFIED], unknown(view)
-    hubs = [side for side in (source, parent) if isinstance(side, HubRepo)]
+    bytes_read, requests = _downloaded(source, parent)
     return Report(
         source=source.name,
         family=view.family.name if view.family else None,
@@ -179,12 +183,30 @@ def verify(
         findings=_sorted(all_findings),
         wrong=wrong,
         as_recorded=compared.same,
-        bytes_read=sum(hub.bytes_read for hub in hubs) if hubs else None,
-        requests=sum(hub.requests for hub in hubs) if hubs else None,
+        bytes_read=bytes_read,
+        requests=requests,
         loader=loader,
+        stands_for=stands_for(view.outcome, loader),
         not_judged=not_judged({**clauses, **compared.unknown}, rules, needs, all_findings),
         undecided="" if judged_by_loader else undecided(view, clauses),
     )
+
+
+def check_headers(view: ModuleView, outcome: Outcome | None = None) -> list[Finding]:
+    """Judge a checkpoint by its headers and JSON files, and by what vLLM does with them.
+
+    `outcome` is what vLLM does; None: what mquant's model of vLLM says.
+    """
+    findings = with_outcome([*check_structure(view), *_ignore(view)], outcome or view.outcome)
+    return [*findings, *check_after_loading(view)]
+
+
+def _downloaded(*sides: Source | None) -> tuple[int, int] | tuple[None, None]:
+    """Return the bytes and requests of both checkpoints' downloads."""
+    hubs = [side for side in sides if isinstance(side, HubRepo)]
+    if not hubs:
+        return None, None
+    return sum(hub.bytes_read for hub in hubs), sum(hub.requests for hub in hubs)
 
 
 def _stored_in(shards: Collection[str], view: ModuleView) -> frozenset[str]:
@@ -215,7 +237,7 @@ def _with_parent(findings: list[Finding], against: tuple[Finding, ...]) -> list[
 
 def _ignore(view: ModuleView) -> list[Finding]:
     # Entries that match nothing may concern tensors of a lost shard.
-    findings = check_ignore(view).findings
+    findings = ignore_findings(view)
     return [f for f in findings if f.severity == "error" or not view.checkpoint.lost_shards]
 
 

@@ -18,6 +18,7 @@ TENSOR_RENAMED: Final = rule(
     "vLLM knows the original names only, and refuses or drops other names.",
     "Save again with the original names, or quantize with mquant, which keeps the original names.",
     knowing=("family",),
+    if_loads="nothing",
 )
 DTYPE_NOT_FLOAT: Final = rule(
     "dtype-not-float",

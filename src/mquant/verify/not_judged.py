@@ -12,7 +12,6 @@ from mquant.family import Role
 from mquant.findings import Finding, Knowledge, Needs, Rule
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.loader_model.storage import StorageFormat, format_of
-from mquant.loader_model.vllm_methods import KNOWN_METHODS, unknown_config
 from mquant.text import plural
 
 Unknown = Mapping[Knowledge, str]
@@ -27,21 +26,15 @@ _UNREAD: Final[Mapping[Needs, str]] = {
 def unknown(view: ModuleView) -> dict[Knowledge, str]:
     """Return what mquant does not know about a checkpoint: a clause for each kind of knowledge."""
     clauses: dict[Knowledge, str] = {}
-    config = view.checkpoint.config
-    declared = config.get("architectures", "none")  # `config-key-missing`, if there are none
     if view.family is None:
-        model_type = str(config.get("model_type"))[:60]
+        model_type = str(view.checkpoint.config.get("model_type"))[:60]
         clauses["family"] = f"model_type {model_type!r} is of no family that mquant knows"
-    elif declared not in ("none", view.family.synth.config.get("architectures", declared)):
-        clauses["family"] = f"architectures {str(declared)[:60]} is not {view.family.title}'s"
-    if view.method and view.method not in KNOWN_METHODS:
-        clauses["list"] = f"what vLLM makes of quant_method {view.method[:60]!r} is not known"
+    elif view.outcome.unknown:
+        clauses["loader"] = f"what vLLM makes of {view.outcome.unknown} is not known"
     other = [m.name for m in view.modules.values() if _unknown_layout(view, m)]
     if other:
         modules = plural(len(other), "module")
         clauses["layout"] = f"the layout of {modules} is not known (first: {other[0]})"
-    elif why := unknown_config(view):
-        clauses["layout"] = why
     return clauses
 
 
@@ -79,9 +72,10 @@ def not_judged(
 def undecided(view: ModuleView, clauses: Unknown) -> str:
     """Return one sentence if an unknown fact decides whether a loader takes the checkpoint.
 
-    Empty if no fact is unknown, or if neither tensors nor config.json show a quantization.
+    Empty if vLLM's loader is known to take the checkpoint, or to refuse it. Empty also if the
+    user's own family file does not say what vLLM builds: then the file answers for the names.
     """
-    if not clauses or not (view.method or view.quantized or "layout" in clauses):
+    if not view.outcome.unknown or (view.family and view.family.vllm is None):
         return ""
     why = "; ".join(clauses.values())
     return f"Whether vLLM takes {view.checkpoint.source.name} could not be judged: {why}."

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from mquant.checkpoint import TensorInfo
 from mquant.events import Emit, Progress, silent
-from mquant.family import FusedSet
+from mquant.family import FusedSet, Role
 from mquant.findings import Rule, rule
 from mquant.loader_model.modules import FP8_DTYPES, Module, ModuleView
 from mquant.loader_model.storage import (
@@ -28,6 +28,8 @@ from mquant.loader_model.storage import (
     format_of,
     integer_bits,
 )
+from mquant.verify.after_loading import KV_SCALES
+from mquant.verify.expert_inputs import check_input_scales
 from mquant.verify.tally import Tally
 from mquant.weights.decode import Floats, floats
 from mquant.weights.stored_weight import read, weight_of
@@ -91,11 +93,19 @@ PACKED_SHAPE_DIFFERS: Final = rule(
 )
 GLOBAL_SCALE_INVALID: Final = rule(
     "global-scale-invalid",
-    "Global scales and activation scales are finite and positive.",
-    "vLLM loads infinity and NaN without an error; the module's output is then infinity or NaN.",
+    "Global scales and activation scales, and their reciprocals, are finite and positive in F32.",
+    "vLLM loads such a scale without an error, and computes with the scale or its reciprocal: the "
+    "module's output is then infinity or NaN.",
     _AGAIN,
     needs="numbers",
     knowing=("layout",),
+)
+KV_SCALE_INVALID: Final = rule(
+    "kv-scale-invalid",
+    "Scales of a KV cache are finite and positive.",
+    "vLLM loads the scale and stops afterwards, or serves NaN.",
+    "Calibrate the scales again, or remove them and kv_cache_scheme.",
+    needs="numbers",
 )
 GLOBAL_SCALE_DIFFERS: Final = rule(
     "global-scale-differs",
@@ -133,13 +143,15 @@ GLOBAL_SCALES_RECIPROCAL: Final = rule(
 class _Result:
     """The result of one task: broken rules, and the name and bytes of the module's global scale.
 
-    `divisor` is the name and value of the module's weight_global_scale, if there is one; `inverted`
-    says whether the value looks like a divisor's reciprocal.
+    `input_scale` is the name and value of the scale of an FP8 module's input. `divisor` is the name
+    and value of the module's weight_global_scale, if there is one; `inverted` says whether the
+    value looks like a divisor's reciprocal.
     """
 
     module: Module | None = None
     breaks: list[tuple[Rule, str, str]] = field(default_factory=list)
     global_scale: tuple[str, bytes] | None = None
+    input_scale: tuple[str, float] | None = None
     divisor: tuple[str, float] | None = None
     inverted: bool = False
 
@@ -154,6 +166,7 @@ def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
     done = reported = 0
     tally = Tally()
     scales: dict[FusedSet, list[tuple[str, bytes]]] = defaultdict(list)
+    inputs: dict[FusedSet, dict[str, float]] = defaultdict(dict)
     divisors: dict[str, float] = {}
     inverted = 0
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
@@ -170,6 +183,9 @@ def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
                 fused_set = tensor_role.fused_set if tensor_role else None
                 if fused_set and result.global_scale:
                     scales[fused_set].append(result.global_scale)
+                expert = tensor_role is not None and tensor_role.row.role is Role.EXPERT
+                if fused_set and result.input_scale and expert:
+                    inputs[fused_set].update([result.input_scale])
                 done += size
                 if done - reported >= PIECE or done == total:
                     reported = done
@@ -178,6 +194,8 @@ def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
             pool.shutdown(cancel_futures=True)
             raise
     _fused(scales.values(), tally)
+    if view.method == "compressed-tensors":
+        check_input_scales(view, inputs.values(), tally)
     largest = max(divisors.values(), default=1.0)
     if len(divisors) > 1 and largest < 1 and inverted * 2 > len(divisors):
         tally.places.update(divisors)
@@ -203,6 +221,8 @@ def _tasks(view: ModuleView) -> Iterator[tuple[int, Callable[[], _Result]]]:
 
 def _plain(view: ModuleView, info: TensorInfo, result: _Result | None = None) -> _Result:
     result = result or _Result()
+    if info.name.rpartition(".")[2] in KV_SCALES:
+        return _kv_scale(view, info, result)
     if info.dtype not in _NOT_FINITE:
         return result
     kind, exponent = _NOT_FINITE[info.dtype]
@@ -212,6 +232,15 @@ def _plain(view: ModuleView, info: TensorInfo, result: _Result | None = None) ->
         if bad:
             result.add(VALUE_NOT_FINITE, info, "holds NaN or infinity")
             break
+    return result
+
+
+def _kv_scale(view: ModuleView, info: TensorInfo, result: _Result) -> _Result:
+    if info.dtype in ("F32", "BF16", "F16") and info.elements <= PIECE:
+        values = floats(read(view, info), info.dtype)
+        if not (np.isfinite(values) & (values > 0)).all():
+            worst = float(values[~(np.isfinite(values) & (values > 0))][0])
+            result.add(KV_SCALE_INVALID, info, f"is {worst:g}")
     return result
 
 
@@ -252,10 +281,19 @@ def _scalar(view: ModuleView, info: TensorInfo, suffix: str, result: _Result) ->
     value = float(floats(raw, info.dtype)[0])
     if not np.isfinite(value) or value <= 0:
         result.add(GLOBAL_SCALE_INVALID, info, f"is {value:g}")
+    elif not np.isfinite(_reciprocal(value)):
+        result.add(GLOBAL_SCALE_INVALID, info, f"is {value:g}, whose reciprocal F32 cannot hold")
+    if suffix == "input_scale":
+        result.input_scale = (info.name, value)
     if suffix == "weight_global_scale":
         result.divisor = (info.name, value)
     if suffix in SECOND_SCALES:
         result.global_scale = (info.name, raw)
+
+
+def _reciprocal(value: float) -> float:
+    with np.errstate(all="ignore"):
+        return float(np.float32(1) / np.float32(value))
 
 
 def _inverted(view: ModuleView, module: Module, result: _Result) -> None:

@@ -27,6 +27,7 @@ PART_UNEXPECTED: Final = rule(
     "vLLM refuses parameters that the layer does not have; under experts vLLM drops them.",
     "Remove the tensor, or quantize again.",
     knowing=("layout",),
+    if_loads="nothing",
 )
 PART_DTYPE: Final = rule(
     "part-dtype",
@@ -34,6 +35,7 @@ PART_DTYPE: Final = rule(
     "vLLM converts the numbers by value without an error: U8 scales become other scales.",
     "Quantize again, with a tool that writes the whole module.",
     knowing=("layout",),
+    if_loads="nothing",
 )
 WEIGHT_STORED_TWICE: Final = rule(
     "weight-stored-twice",
@@ -41,6 +43,7 @@ WEIGHT_STORED_TWICE: Final = rule(
     "The loader decides which weight is loaded.",
     "Remove the weight that config.json does not describe.",
     knowing=("layout",),
+    if_loads="nothing",
 )
 ACTIVATION_SCALES_UNDECLARED: Final = rule(
     "activation-scales-undeclared",
@@ -48,6 +51,7 @@ ACTIVATION_SCALES_UNDECLARED: Final = rule(
     "Loaders of weight-only layouts have no parameter for the scales and refuse them.",
     "Declare input_activations, or remove the tensors.",
     knowing=("layout",),
+    if_loads="nothing",
 )
 Kinds = Mapping[str, StorageFormat]
 """Module name -> storage format, for every quantized module."""

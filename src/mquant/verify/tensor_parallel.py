@@ -1,9 +1,15 @@
-"""Find over how many GPUs vLLM and SGLang can split an NVFP4 checkpoint, from its weights' shapes.
+"""Find over how many GPUs loaders can split a checkpoint, from its weights' shapes.
 
-Both loaders run NVFP4 weights with FP4 Marlin kernels if activations stay in 16 bits, or if the GPU
-has no FP4 units. Both loaders split a model over the ranks of a tensor-parallel group alike: q, k,
-v, gate and up by their outputs, o and down by their inputs. The conditions for the shapes were read
-in the code of vLLM 0.32.0 and SGLang 0.5.23:
+FP8 in blocks and packed integers: mquant's model of vLLM builds the layers of one rank, with the
+checks that vLLM makes there. A rank must hold whole blocks and groups: `validate_fp8_block_shape`,
+`validate_fp8_block_shape_moe` (for which vLLM makes the blocks of experts smaller),
+`verify_group_size_divides_partition` and `CompressedTensorsWNA16MoEMethod.create_weights`. vLLM
+0.32 pads layers to the tiles of its kernels for integers (marlin_utils.py, `marlin_padded_nk`).
+
+NVFP4: vLLM and SGLang run the weights with FP4 Marlin kernels if activations stay in 16 bits, or if
+the GPU has no FP4 units. Both loaders split a model over the ranks of a tensor-parallel group
+alike: q, k, v, gate and up by their outputs, o and down by their inputs. The conditions for the
+shapes were read in the code of vLLM 0.32.0 and SGLang 0.5.23:
 
 - Attention heads are shared out evenly. vLLM: config/model.py, `verify_with_parallel_config`; both:
   `QKVParallelLinear`. Key and value heads are shared out evenly, or each goes to as many ranks.
@@ -27,18 +33,30 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from mquant.checkpoint import Checkpoint
 from mquant.family import Family, Role, TensorRow
 from mquant.findings import Finding, rule
 from mquant.loader_model.modules import Module, ModuleView
-from mquant.loader_model.storage import GROUP, NVFP4S, StorageFormat, format_of, weight_shape
+from mquant.loader_model.storage import (
+    FP8S,
+    GROUP,
+    NVFP4S,
+    StorageFormat,
+    format_of,
+    weight_args,
+    weight_shape,
+)
+from mquant.loader_model.vllm.predict import split
 
 SIZES: Final = (1, 2, 4, 8, 16)
+_BLOCKS: Final = FP8S | {StorageFormat.INT}
 
 TENSOR_PARALLEL: Final = rule(
     "tensor-parallel",
-    "An NVFP4 checkpoint can be split over 1, 2, 4, 8 and 16 GPUs.",
-    "Heads, groups and the tiles of FP4 Marlin kernels cannot be cut in two: a server stops "
-    "after loading everything, or computes with the scales of other weights.",
+    "A checkpoint in NVFP4, FP8 in blocks or packed integers can be split over 1, 2, 4, 8 and 16 "
+    "GPUs.",
+    "Heads, groups, blocks and the tiles of FP4 Marlin kernels cannot be cut in two: a server "
+    "stops, often after loading everything, or computes with the scales of other weights.",
     "Nothing to do: serve the checkpoint with one of these tensor-parallel sizes.",
     severity="info",
     knowing=("family",),
@@ -77,15 +95,38 @@ class SplitWeight:
 
 
 def check_parallel(view: ModuleView) -> Iterator[Finding]:
-    """Yield the finding on the tensor-parallel sizes that work; none for other layouts than NVFP4.
+    """Yield the finding on the tensor-parallel sizes that work; none for layouts without limits.
 
     The checkpoint must have no errors: otherwise the shapes may be wrong.
     """
-    family, config = view.family, view.checkpoint.config
+    family = view.family
     kinds = {m.name: kind for m in view.modules.values() if (kind := format_of(view, m))}
     used = set(kinds.values())
-    if family is None or not used or not used <= NVFP4S:
+    if family is None or not used:
         return
+    if used <= NVFP4S:
+        yield from _nvfp4(view, family, kinds)
+    elif used <= _BLOCKS and view.outcome.loads and not (FP8S & used and not _has_blocks(view)):
+        reasons = {n: _ranks_reason(n, family, view.checkpoint) for n in SIZES}
+        sizes = _in_words([n for n, reason in reasons.items() if not reason], reasons)
+        message = f"By tensor-parallel size: {VLLM.name} with {sizes}."
+        yield TENSOR_PARALLEL.finding("config.json", message)
+
+
+def _has_blocks(view: ModuleView) -> bool:
+    strategy = weight_args(StorageFormat.FP8, view).get("strategy")
+    return bool(view.config.get("weight_block_size")) or strategy == "block"
+
+
+def _ranks_reason(ranks: int, family: Family, checkpoint: Checkpoint) -> str:
+    heads = _heads_reason(ranks, family, checkpoint.config)
+    return heads or (split(checkpoint, family, ranks) if ranks > 1 else "")
+
+
+def _nvfp4(
+    view: ModuleView, family: Family, kinds: Mapping[str, StorageFormat]
+) -> Iterator[Finding]:
+    config, used = view.checkpoint.config, set(kinds.values())
     weights = _weights(view, kinds)
     loaders = [VLLM]
     # SGLang has other code for ModelOpt's layout, and for latent attention, which splits kv_b.
@@ -134,6 +175,12 @@ def _reason(
     weights: list[SplitWeight],
 ) -> str:
     """Return why a loader cannot run the model on `ranks` GPUs, as a sentence's end; else empty."""
+    reasons = (_cut(loader, ranks, family, weight) for weight in weights)
+    return _heads_reason(ranks, family, config) or next(filter(None, reasons), "")
+
+
+def _heads_reason(ranks: int, family: Family, config: Mapping[str, Any]) -> str:
+    """Return why ranks cannot share heads or experts, as a sentence's end; empty if they can."""
     keys = family.config
     heads = family.value(keys.heads, config) or 0
     if heads % ranks:
@@ -144,8 +191,7 @@ def _reason(
     experts = family.value(keys.experts, config) or ranks
     if family.tp_within_experts and ranks > experts:
         return f"{ranks} ranks are more than {experts} experts"
-    reasons = (_cut(loader, ranks, family, weight) for weight in weights)
-    return next(filter(None, reasons), "")
+    return ""
 
 
 def _cut(loader: KernelLimits, ranks: int, family: Family, weight: SplitWeight) -> str:

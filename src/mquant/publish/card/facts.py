@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from mquant.checkpoint import Source, open_checkpoint
@@ -80,11 +81,12 @@ def gather(
     measured: Measured | None = None,
     about: About | None = None,
     depth: Depth | None = None,
-    ask_vllm: bool = False,
+    vllm: Path | None = None,
     emit: Emit = silent,
 ) -> Card:
     """Read a checkpoint, verify it against the `given` parent, and read the parent's card.
 
+    `vllm` is the Python of a vLLM that loads the headers too.
     Raises SourceError if the checkpoint is not quantized, or cannot be read.
     """
     checkpoint = open_checkpoint(source, tolerant=True)
@@ -96,7 +98,7 @@ def gather(
         )
     record = read_record(source)
     parent = find_parent(record, given, emit)
-    report = verify(source, families, depth, given, emit, ask_vllm=ask_vllm)
+    report = verify(source, families, depth, given, emit, vllm=vllm)
     roles = _roles(view)
     parameters = sum(role.parameters for role in roles) if roles else None
     inspection = inspect(checkpoint, families)

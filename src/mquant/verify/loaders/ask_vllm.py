@@ -21,7 +21,6 @@ from mquant.errors import HeaderError, LoaderError
 from mquant.findings import Finding, Rule, rule
 from mquant.loader_model.modules import MODELOPT_NAME
 from mquant.untrusted import parse_json
-from mquant.verify.loaders.install import find_python
 
 PROBE: Final = Path(__file__).with_name("inside_vllm.py")
 _JSON: Final = (CONFIG_NAME, INDEX_NAME, GENERATION, MODELOPT_NAME)
@@ -105,6 +104,11 @@ class Verdict:
     words: str
     findings: tuple[Finding, ...]
 
+    @property
+    def answered(self) -> bool:
+        """Whether vLLM judged the checkpoint."""
+        return self.verdict != "not asked"
+
     def to_json(self) -> dict[str, str]:
         """Return the value of the key `loader` of `mquant.verify/1`."""
         return {
@@ -115,12 +119,11 @@ class Verdict:
         }
 
 
-def ask(source: Source, shards: tuple[str, ...]) -> Verdict:
-    """Ask vLLM about a checkpoint, by its headers and JSON alone.
+def ask(source: Source, shards: tuple[str, ...], python: Path) -> Verdict:
+    """Ask the vLLM of a Python about a checkpoint, by its headers and JSON alone.
 
-    Raises LoaderError if there is no vLLM, and the errors of reading the source.
+    Raises the errors of reading the source, and LoaderError if the disk is full.
     """
-    python = find_python()
     with temporary_folder() as scratch:
         folder, result = Path(scratch, "checkpoint"), Path(scratch, "result.json")
         why = _run(python, folder, result, lambda: _materialise(source, shards, folder))
@@ -218,8 +221,8 @@ def _run(python: Path, folder: Path, result: Path, materialise: Callable[[], Non
     """
     # No tokens, no proxies, no settings of this process; vLLM writes to a home of its own.
     keep = {"PATH": os.environ.get("PATH", ""), "HOME": str(result.parent), "LC_ALL": "C.UTF-8"}
-    # -P: without this flag, `import vllm` would import this file, which is beside the probe.
-    command = [str(python), "-P", str(PROBE), str(folder), str(result)]
+    # -I: modules are those of the user's Python, not files beside the probe.
+    command = [str(python), "-I", str(PROBE), str(folder), str(result)]
     null = subprocess.DEVNULL
     try:
         probe = subprocess.Popen(  # noqa: S603  (the user's own Python)

@@ -13,7 +13,7 @@ long. RESULT becomes a JSON object; each load runs in a process of its own:
     vllm            version
     stage           the last stage that was reached: start, config, model, weights, done
     error, kind     vLLM's message and the exception's class, if vLLM stopped
-    dropped         names of tensors that were not, or not wholly, copied
+    dropped         names of tensors that were not, or not wholly, copied, but should be
     unset           [parameter, missing elements] of parameters not, or not wholly, loaded
     reshaped        [tensor, its shape, the shape of the target]
     converted       [tensor, its dtype, the dtype of the target], if the bytes lose their meaning
@@ -23,14 +23,16 @@ long. RESULT becomes a JSON object; each load runs in a process of its own:
 If the process dies, RESULT has the last stage that was reached.
 """
 
+import gc
+import importlib
 import json
 import math
 import os
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +42,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",
     VLLM_NO_USAGE_STATS="1",
-    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_CONFIGURE_LOGGING="0",  # every child would clear the caches of 270 loggers
     VLLM_USE_RAY_COMPILED_DAG="0",
     CUDA_VISIBLE_DEVICES="",
 )
@@ -50,6 +52,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 MEMORY = 16 << 30
 """The bytes that vLLM may allocate, because a config.json can ask for a billion layers."""
+_COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+PIPE = 60_000  # bytes that a pipe holds, so that a child need not wait for its parent
+OFTEN = ("vllm.", "compressed_tensors", "transformers.")  # the packages of modules to preload
 MOST = 200  # entries of each list; `counts` has the true numbers
 
 
@@ -73,6 +78,11 @@ class Copies:
         self.mark(tensor, name)
         self._sizes[name] = tensor.numel()
         self._dtypes[name] = tensor.dtype
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of all offered tensors."""
+        return self._sizes.keys()
 
     def mark(self, tensor: torch.Tensor, name: str) -> None:
         """Record that a tensor's storage comes from the offered tensor `name`."""
@@ -98,14 +108,31 @@ class Copies:
         if _loses(self._dtypes[name], target.dtype) and not name.endswith(".weight_shape"):
             row = (name, str(self._dtypes[name]), str(target.dtype))
             self.converted.setdefault(name, row)
-        place = (int(target.storage_offset()), tuple(target.shape), tuple(target.stride()))
-        self._written[_storage(target)].add(place)
+        self.write(target)
         if self.of(target) is None:
             self._kept.append(target.untyped_storage())
 
-    def dropped(self) -> list[str]:
-        """Return the names of tensors that were not, or not wholly, copied."""
-        return [name for name, size in self._sizes.items() if self._used[name] < size]
+    def write(self, target: torch.Tensor) -> None:
+        """Record that a place has a value, from the checkpoint or the padding of a vocabulary."""
+        place = (int(target.storage_offset()), tuple(target.shape), tuple(target.stride()))
+        self._written[_storage(target)].add(place)
+
+    def dropped(self, model: torch.nn.Module) -> list[str]:
+        """Return the names of tensors that were not, or not wholly, copied.
+
+        Left out is what vLLM passes over on purpose: a head that is tied to the embeddings, tables
+        that vLLM computes, and the order of activations, which its kernels do not need.
+        """
+        own = {name for name, _ in model.named_parameters()}
+        every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        rows = (name for name, size in self._sizes.items() if self._used[name] < size)
+        return [
+            name
+            for name in rows
+            if name not in every - own
+            and not any(table in name for table in _COMPUTED)
+            and not name.endswith(".g_idx")
+        ]
 
     def unset(self, model: torch.nn.Module) -> list[tuple[str, int]]:
         """Return parameters that are not wholly loaded, and the number of missing elements."""
@@ -134,17 +161,40 @@ def glance(copies: Copies) -> Iterator[None]:
             copies.copy(self[key], value)
         _SETITEM(self, key, value)
 
-    # Loaders copy with these two methods. torch's hook for copies, in `Watch` below, is slow.
-    # torch.Tensor inherits both methods, so `del` restores the inherited methods.
+    def fill_(self: torch.Tensor, value: Any) -> torch.Tensor:
+        copies.write(self)
+        return _FILL(self, value)
+
+    # Loaders write with these methods. torch's hook for copies, in `Watch` below, is slow.
+    # torch.Tensor inherits the methods, so `del` restores the inherited methods.
+    torch.Tensor.fill_ = fill_  # type: ignore[method-assign, assignment]
     torch.Tensor.copy_ = copy_  # type: ignore[method-assign, assignment]
     torch.Tensor.__setitem__ = setitem  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        del torch.Tensor.copy_, torch.Tensor.__setitem__
+        del torch.Tensor.copy_, torch.Tensor.__setitem__, torch.Tensor.fill_
 
 
-_COPY, _SETITEM = torch.Tensor.copy_, torch.Tensor.__setitem__
+_COPY, _SETITEM, _FILL = torch.Tensor.copy_, torch.Tensor.__setitem__, torch.Tensor.fill_
+_BOOL = torch.Tensor.__bool__
+
+
+@contextmanager
+def no_difference() -> Iterator[None]:
+    """Let comparisons of tensors that have no data find no difference.
+
+    vLLM's loader of experts compares the input scales of w1 and w3, and refuses different ones.
+    """
+
+    def truth(self: torch.Tensor) -> bool:
+        return False if self.is_meta else _BOOL(self)
+
+    torch.Tensor.__bool__ = truth  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del torch.Tensor.__bool__
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -163,6 +213,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         of = self._copies.of
         if name == "copy_":
             self._copies.copy(args[0], args[1])
+            return args[0]
+        if name == "fill_":
+            self._copies.write(args[0])
             return args[0]
         if name in ("_local_scalar_dense", "item"):
             raise RuntimeError("the value of a tensor was asked for; only headers are here")
@@ -244,9 +297,12 @@ def stub() -> None:
         module.init_nvfp4_linear_kernel = kernel
     for module in (moe, modelopt):
         module.select_nvfp4_moe_backend = lambda **_: (nvfp4.NvFp4MoeBackend.MARLIN, None)
-    fp8.init_fp8_linear_kernel = linear_fp8.init_fp8_linear_kernel = kernel
-    for module in (fp8, moe_fp8):
+    for module in (fp8, linear_fp8, modelopt):
+        module.init_fp8_linear_kernel = kernel
+    modelopt.init_mxfp8_linear_kernel = kernel
+    for module in (fp8, moe_fp8, modelopt):
         module.select_fp8_moe_backend = lambda **_: (fp8_moe.Fp8MoeBackend.MARLIN, None)
+    modelopt.select_mxfp8_moe_backend = modelopt.select_fp8_moe_backend
     integers.select_wna16_moe_backend = of_integers
 
 
@@ -292,10 +348,11 @@ def load(folder: str, result: dict[str, Any], report_stage: Any, *, closely: boo
                     copies.offer(name, tensor)
                     yield name, tensor
 
-        with Watch(copies) if closely else glance(copies):
+        with no_difference(), Watch(copies) if closely else glance(copies):
             model.load_weights(offered())
+    passed_over = mtp_layers(config.model_config.hf_text_config, copies.names)
     lists: dict[str, list[Any]] = {
-        "dropped": copies.dropped(),
+        "dropped": [n for n in copies.dropped(model) if not n.startswith(passed_over)],
         "unset": copies.unset(model),
         "reshaped": list(copies.reshaped.values()),
         "converted": list(copies.converted.values()),
@@ -306,15 +363,30 @@ def load(folder: str, result: dict[str, Any], report_stage: Any, *, closely: boo
     report_stage("done")
 
 
+def mtp_layers(config: Any, names: Collection[str]) -> tuple[str, ...]:
+    """Return the prefixes of the layers for multi-token prediction that the config announces.
+
+    vLLM passes over these layers on purpose: another model, for speculative decoding, loads them.
+    vLLM passes over every layer with such a number; here a layer without `eh_proj`, which joins
+    state and token, is a layer that the model has lost.
+    """
+    keys = ("num_nextn_predict_layers", "num_mtp_modules")
+    count = next((getattr(config, key) for key in keys if getattr(config, key, 0)), 0)
+    first = config.num_hidden_layers
+    layers = (f"model.layers.{first + number}." for number in range(count))
+    return tuple(layer for layer in layers if f"{layer}eh_proj.weight" in names)
+
+
 def headers(file: str) -> Any:
     """Yield every tensor of a shard, without data, as safetensors' reader describes the tensor."""
     from safetensors import safe_open
     from safetensors.torch import _TYPES
 
+    types = {"F8_E8M0": torch.float8_e8m0fnu, **_TYPES}  # the reader's own code knows both
     with safe_open(file, framework="pt", device="cpu") as shard:
         for name in shard.keys():  # noqa: SIM118  (not a dict)
             part = shard.get_slice(name)
-            dtype = _TYPES[part.get_dtype()]
+            dtype = types[part.get_dtype()]
             yield name, torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
@@ -335,14 +407,36 @@ def judge(folder: str, path: str, *, closely: bool) -> bool:
     return closely or not any(result.get("counts", {}).values())
 
 
-def in_child(folder: str, path: str, *, closely: bool) -> bool:
-    """Run `judge` in a child process, which may die; return whether no closer load is needed."""
+def in_child(folder: str, path: str, *, closely: bool) -> tuple[bool, set[str]]:
+    """Run `judge` in a child process, which may die.
+
+    Return whether no closer load is needed, and the names of the modules that the child imported.
+    """
+    known = set(sys.modules)
+    gc.freeze()  # so that the child does not copy what it only looks through
+    reading, writing = os.pipe()
     child = os.fork()
     if not child:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         complete = judge(folder, path, closely=closely)
+        os.write(writing, "\n".join(sys.modules.keys() - known).encode()[:PIPE])
         os._exit(0 if complete else 1)  # vLLM leaves threads behind
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 1
+    os.close(writing)
+    status = os.waitpid(child, 0)[1]
+    with os.fdopen(reading, encoding="utf-8") as pipe:
+        imported = set(pipe.read().splitlines())
+    return os.waitstatus_to_exitcode(status) != 1, imported
+
+
+def preload(names: set[str]) -> None:
+    """Import vLLM's own modules that a child imported: later children then need not.
+
+    A child imports for two seconds, mostly quantization methods and the model's class, and loads a
+    small checkpoint in half a second.
+    """
+    for name in sorted(name for name in names if name.startswith(OFTEN)):
+        with suppress(Exception):  # the last name of a full pipe may be cut off
+            importlib.import_module(name)
 
 
 def main() -> None:
@@ -351,9 +445,14 @@ def main() -> None:
     import vllm.model_executor.model_loader  # noqa: F401  (takes seconds, so once for all folders)
 
     sys.stdin.read()
-    for folder, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-        if not in_child(folder, path, closely=False):
-            in_child(folder, path, closely=True)
+    pairs = list(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
+    for number, (folder, path) in enumerate(pairs, 1):
+        complete, imported = in_child(folder, path, closely=False)
+        if not complete:
+            _, more = in_child(folder, path, closely=True)
+            imported |= more
+        if number < len(pairs):
+            preload(imported)
 
 
 if __name__ == "__main__":

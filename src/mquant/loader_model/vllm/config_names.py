@@ -1,0 +1,46 @@
+"""The model that vLLM builds of a config.json, by the names there."""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from mquant.data_files import read_yaml
+from mquant.family import load_families
+from mquant.loader_model.vllm.config_types import said
+from mquant.loader_model.vllm.tensors import LoadRefused, Unknown
+from mquant.loader_rows import VllmRows
+
+_FILE: Final = "config.json"
+
+
+def built_as(config: Mapping[str, Any], read_as: VllmRows | None) -> VllmRows:
+    """Return what vLLM builds: by `architectures`, or by the model_type without architectures.
+
+    `read_as` are the rows of the model_type's family; None if mquant knows no such family. Raises
+    LoadRefused for names that vLLM does not know, and Unknown for those that mquant does not know.
+    """
+    kind, named = config.get("model_type"), config.get("architectures")
+    if read_as is None:
+        if not isinstance(kind, str) or kind not in _known()["model_types"]:
+            raise LoadRefused(_FILE, f"says model_type {said(kind)}, which vLLM does not know")
+        raise Unknown(f"model_type {said(kind)}")
+    if not named:
+        return read_as
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise LoadRefused(_FILE, f"says architectures {said(named)}, not a list of names")
+    if named[0] in (*read_as.architectures, read_as.bare):
+        return read_as
+    shipped = (family.vllm for family in load_families().values())
+    other = next((r for r in shipped if r and named[0] in (*r.architectures, r.bare)), None)
+    if other is not None:
+        return other
+    if not any(name in _known()["architectures"] for name in named):
+        raise LoadRefused(_FILE, f"says architectures {said(named)}, which vLLM does not know")
+    raise Unknown(f"architectures {said(named)}")
+
+
+@cache
+def _known() -> Mapping[str, frozenset[str]]:
+    data = read_yaml(Path(__file__).with_name("known_names.yaml"))
+    return {key: frozenset(map(str, names)) for key, names in data.items()}

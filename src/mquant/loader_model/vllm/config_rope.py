@@ -1,0 +1,208 @@
+"""The rotary embedding: what transformers and vLLM refuse of its config keys.
+
+The sources are transformers 5.19's `modeling_rope_utils.py` and vLLM 0.32's `rotary_embedding/`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+from mquant.loader_model.vllm.config_types import is_number, said
+from mquant.loader_model.vllm.tensors import LoadRefused, Unknown
+from mquant.loader_rows import Settings, VllmRows
+
+_FILE: Final = "config.json"
+_REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+"""The keys that transformers wants for each type of scaling."""
+_FROM_LENGTH: Final = ("llama3", "yarn", "longrope")
+"""The types that know the length before scaling, which is the model's length without the key."""
+_DEEPSEEK: Final = ("deepseek_yarn", "deepseek_llama_scaling")
+_UNSCALED_LENGTH: Final = (*_FROM_LENGTH, *_DEEPSEEK)
+_UNMODELLED: Final = ("mrope", "bailing_mrope", "openpangu", "mllama4")
+_OTHERS: Final = frozenset({"rotary_emb_base", "rotary_pct", "rotary_emb_fraction"})
+_LEAST_ODD_HEAD: Final = 5
+_LONGEST: Final = 1 << 26
+"""The longest context of which vLLM's table surely fits into memory."""
+
+
+def check_rope(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -> float | int:
+    """Check the rotary embedding; return the factor by which it stretches the model's length.
+
+    Raises LoadRefused if transformers or vLLM stops, and Unknown.
+    """
+    params = _parameters(config, rows, settings)
+    kind = params["rope_type"]
+    _check_by_transformers(params, kind, settings)
+    _check_head(params, settings)
+    stretch = 1.0
+    if kind not in _UNSCALED_LENGTH:
+        stretch = params.get("factor", 1.0)
+        if stretch is None:
+            stretch = 1.0
+        if not is_number(stretch):
+            raise LoadRefused(_FILE, f"says the rotary factor {said(stretch)}, not a number")
+    if kind in _DEEPSEEK or (rows.rope.scaled == "deepseek" and kind != "default"):
+        kind = "deepseek"
+    if settings.number("num_hidden_layers"):
+        if rows.rope.rotates and "partial_rotary_factor" not in params:
+            raise LoadRefused(_FILE, f"says no {rows.rope.rotates}")
+        _check_by_vllm(params, kind, settings)
+    return stretch
+
+
+def _parameters(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -> dict[str, Any]:
+    """Return the parameters as transformers puts them into `rope_parameters`."""
+    if other := sorted(_OTHERS & config.keys()):
+        raise Unknown(f"{other[0]} of config.json")
+    scaling = config.get("rope_scaling")
+    if scaling and not isinstance(scaling, dict):
+        raise LoadRefused(_FILE, f"says rope_scaling {said(scaling)}, not a table")
+    params = dict(scaling or config.get("rope_parameters") or {})
+    layer_types = config.get("layer_types")
+    if isinstance(layer_types, list) and any(key in layer_types for key in params):
+        raise Unknown("rope_parameters for each type of layer")
+    if "full_attention" in params or "sliding_attention" in params:
+        raise Unknown("rope_parameters for each type of layer")
+    params.setdefault("rope_theta", config.get("rope_theta", rows.rope.theta))
+    share = _share(config, rows, settings)
+    if share is not None:
+        params.setdefault("partial_rotary_factor", share)
+    legacy = params.get("type", "default")
+    kind = params.setdefault("rope_type", legacy)
+    if "type" in params and kind != legacy:
+        raise LoadRefused(_FILE, f"says rope_type {said(kind)} and type {said(legacy)}")
+    if kind == "mrope" and "mrope_section" not in params:
+        raise LoadRefused(_FILE, "says rope_type mrope without mrope_section")
+    if kind in _UNMODELLED or (rows.rope.scaled and not isinstance(kind, str)):
+        raise Unknown(f"rope_type {said(kind)}")
+    if kind == "su":
+        kind = params["rope_type"] = "longrope"
+    if kind in _FROM_LENGTH:
+        length = settings.values.get("max_position_embeddings")
+        params.setdefault("original_max_position_embeddings", length)
+    return params
+
+
+def _share(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -> Any:
+    """Return the part of a head that is rotated; None if no key says it."""
+    key = rows.rope.rotates
+    rotated = config.get(key) if key else None
+    if rotated is None:
+        return config.get("partial_rotary_factor")
+    head = settings.number("head_dim")
+    if not is_number(rotated) or not head:
+        raise LoadRefused(_FILE, f"says {key} {said(rotated)} and head_dim {head}")
+    return config.get("partial_rotary_factor", rotated / head)
+
+
+def _check_by_transformers(params: dict[str, Any], kind: Any, settings: Settings) -> None:
+    """Raise LoadRefused if transformers' checks of a type of scaling fail."""
+    for key in _REQUIRED.get(kind, ()) if isinstance(kind, str) else ():
+        if key not in params:
+            raise LoadRefused(_FILE, f"says rope_type {kind} without {key}")
+    if kind == "longrope":
+        raise Unknown("rope_type longrope")
+    key = "original_max_position_embeddings"
+    if kind in _FROM_LENGTH:
+        params[key] = settings.values.get(key, params[key])
+        if not is_number(params[key]) or (kind == "yarn" and not params[key]):
+            raise LoadRefused(_FILE, f"says {key} {said(params[key])}")
+    if kind == "llama3":
+        _numbers(params, "low_freq_factor", "high_freq_factor")
+    if kind == "yarn":
+        for key in ("beta_fast", "beta_slow"):
+            if params.get(key) and not is_number(params[key]):
+                raise LoadRefused(_FILE, f"says {key} {said(params[key])}, not a number")
+
+
+def _check_head(params: Mapping[str, Any], settings: Settings) -> None:
+    """Raise LoadRefused if a head of an odd size is rotated as a whole."""
+    head = settings.values.get("head_dim", settings.values.get("qk_rope_head_dim"))
+    if head is None:
+        return
+    if not is_number(head):
+        raise LoadRefused(_FILE, f"says head_dim {said(head)}, not a number")
+    if head < _LEAST_ODD_HEAD or not head % 2:
+        return
+    share = params.get("partial_rotary_factor", 1.0)
+    if not is_number(share) or not math.isfinite(share):
+        raise LoadRefused(_FILE, f"says partial_rotary_factor {said(share)}")
+    if int(head * share) == head:
+        raise LoadRefused(_FILE, f"has an odd head_dim, {head}, which cannot be rotated")
+
+
+def _check_by_vllm(params: Mapping[str, Any], kind: Any, settings: Settings) -> None:
+    """Raise LoadRefused if vLLM cannot build the rotary embedding, and Unknown."""
+    if "mrope_section" in params or params.get("use_fope") or params.get("rope_dim"):
+        raise Unknown("the rotary embedding of config.json")
+    for key, value in params.items():
+        entries = value if isinstance(value, list) else [value]
+        if any(isinstance(entry, dict | list) for entry in entries):
+            raise LoadRefused(_FILE, f"says {key} {said(value)}, which vLLM cannot compare")
+    share = params.get("partial_rotary_factor", 1.0)
+    if not is_number(share) or not 0.0 < share <= 1.0:
+        raise LoadRefused(_FILE, f"says partial_rotary_factor {said(share)}, not 0 to 1")
+    base = params["rope_theta"]
+    if not is_number(base):
+        raise LoadRefused(_FILE, f"says rope_theta {said(base)}, not a number")
+    if kind == "default":
+        return
+    if kind == "llama3":
+        _numbers(params, "factor")
+        if not params["low_freq_factor"] or not params["high_freq_factor"]:
+            raise LoadRefused(_FILE, "says a frequency factor of 0")
+    elif kind in ("yarn", "deepseek"):
+        _check_yarn(params, deepseek=kind == "deepseek")
+    elif kind == "linear":
+        if not isinstance(params["factor"], float):
+            raise LoadRefused(_FILE, f"says the factor {said(params['factor'])}, without a point")
+    elif kind == "dynamic":
+        if "alpha" in params or "max_trained_positions" in params:
+            raise Unknown("rope_type dynamic with another key")
+        _numbers(params, "factor")
+    elif kind == "ntk":
+        _numbers(params, "factor")
+        if params.get("mixed_b") is not None or params["factor"] < 0:
+            raise Unknown("rope_type ntk with a value that is not known")
+    elif kind != "proportional":
+        raise LoadRefused(_FILE, f"says rope_type {said(kind)}, which vLLM does not know")
+
+
+def _check_yarn(params: Mapping[str, Any], *, deepseek: bool) -> None:
+    """Raise LoadRefused if YaRN's formulas cannot be computed, and Unknown of odd values."""
+    for key in ("factor", "original_max_position_embeddings"):
+        if key not in params:
+            raise LoadRefused(_FILE, f"has no {key} for the rotary embedding")
+    _numbers(params, "factor", "original_max_position_embeddings")
+    base, factor = params["rope_theta"], params["factor"]
+    length = params["original_max_position_embeddings"]
+    if base <= 0 or base == 1 or length <= 0:
+        raise LoadRefused(_FILE, "has a rotary embedding without a logarithm")
+    for key in ("beta_fast", "beta_slow"):
+        beta = params.get(key, 1)
+        if not is_number(beta) or beta <= 0:
+            raise LoadRefused(_FILE, f"says {key} {said(beta)}, not a positive number")
+    if factor < 0:
+        raise LoadRefused(_FILE, f"says the rotary factor {factor}")
+    if not factor or not factor * length <= _LONGEST:
+        raise Unknown(f"YaRN from length {length} by factor {factor}")
+    for key in ("mscale", "mscale_all_dim", "attention_factor"):
+        value = params.get(key)
+        if value is None and (not deepseek or key not in params):
+            continue
+        if isinstance(value, str) or (not deepseek and not is_number(value)):
+            raise Unknown(f"YaRN with {key} {said(value)}")
+        if not is_number(value) and key != "attention_factor":
+            raise LoadRefused(_FILE, f"says {key} {said(value)}, not a number")
+
+
+def _numbers(params: Mapping[str, Any], *keys: str) -> None:
+    for key in keys:
+        if not is_number(params.get(key)):
+            raise LoadRefused(_FILE, f"says {key} {said(params.get(key))}, not a number")

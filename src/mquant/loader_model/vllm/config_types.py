@@ -1,0 +1,69 @@
+"""The types of config keys, as transformers' strict config classes and pydantic check them."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeGuard
+
+from mquant.loader_model.vllm.tensors import LoadRefused
+from mquant.loader_rows import VllmRows
+
+_NUMERAL: Final = re.compile(r"\s{0,9}[+-]?[0-9]{1,4000}(\.0{0,99})?\s{0,9}")
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Return whether a value is a whole number; `true` is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Return whether Python computes with a value; `true` counts as 1."""
+    return isinstance(value, int | float)
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, float) and 0.0 <= value <= 1.0
+
+
+def _list_of(check: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def _is(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kind)
+
+
+TYPES: Final[Mapping[str, Callable[[object], bool]]] = {
+    "int": is_integer,
+    "float": _is(float),
+    "fraction": _is_fraction,
+    "bool": _is(bool),
+    "str": _is(str),
+    "dict": _is(dict),
+    "None": lambda value: value is None,
+    "list[int]": _list_of(is_integer),
+    "list[str]": _list_of(_is(str)),
+}
+
+
+def check_types(config: Mapping[str, Any], rows: VllmRows) -> None:
+    """Raise LoadRefused if a key has a type that transformers' config class does not take."""
+    for text, keys in rows.types.items():
+        checks = [TYPES[part] for part in text.split(" | ")]
+        for key in keys:
+            if key in config and not any(check(config[key]) for check in checks):
+                raise LoadRefused("config.json", f"says {key} {said(config[key])}, not {text}")
+
+
+def whole(key: str, value: object) -> int:
+    """Return a value as pydantic reads a whole number. Raises LoadRefused if pydantic does not."""
+    if is_number(value) and value == value // 1:
+        return int(value)
+    if isinstance(value, str) and _NUMERAL.fullmatch(value):
+        return int(value.strip().partition(".")[0])
+    raise LoadRefused("config.json", f"says {key} {said(value)}, not a whole number")
+
+
+def said(value: object) -> str:
+    """Return a value as a short text."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

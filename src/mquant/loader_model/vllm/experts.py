@@ -1,0 +1,205 @@
+"""The routed experts of a layer, without data, and how vLLM loads them (`routed_experts.py`).
+
+vLLM keeps all experts of a layer in one parameter: `w13_` holds gate and up one above the other,
+`w2_` holds down.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from mquant.loader_model.vllm.layers import Layer, Shard
+from mquant.loader_model.vllm.tensors import (
+    MODEL_DTYPE,
+    Copies,
+    Loaded,
+    LoadRefused,
+    Parameter,
+    Unknown,
+    View,
+)
+
+_NUMBERED: Final = re.compile(r"(\d+)\.([^.]+)\.(.+)")
+_PARTS: Final = ("w1", "w2", "w3")
+_FUSED: Final = {"gate_proj": "gate_up_proj", "w1": "w13"}
+"""The name of the gate on disk -> the name of gate and up in one tensor."""
+_DIMENSION: Final = {"w1": 0, "w2": 1, "w3": 0}
+
+
+@dataclass(eq=False)
+class Experts(Layer):
+    """The experts of a layer. `names` are gate, down and up on disk.
+
+    `intermediate` is that of one rank; `ranks` is the number of ranks that share every expert.
+    `layout` names the quantization method whose own way of loading scales vLLM follows: `modelopt`,
+    `compressed-tensors`, or empty.
+    """
+
+    count: int = 0
+    hidden: int = 0
+    intermediate: int = 0
+    ranks: int = 1
+    names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")
+    layout: str = ""
+    repeats: tuple[int, int] | None = None
+    """How often vLLM repeats the rows and columns of block scales, for smaller blocks."""
+    loads_itself = True
+
+    def build(self, parameters: Iterable[Parameter] | None) -> None:
+        """Create the parameters: those of a quantization method, or plain weights."""
+        if parameters is None:
+            parameters = (
+                Parameter(
+                    "w13_weight", MODEL_DTYPE, (self.count, 2 * self.intermediate, self.hidden)
+                ),
+                Parameter("w2_weight", MODEL_DTYPE, (self.count, self.hidden, self.intermediate)),
+            )
+        self.add(*parameters)
+
+    def add(self, *parameters: Parameter) -> None:
+        """Add parameters, which vLLM names after the module that holds all experts."""
+        for parameter in parameters:
+            self.parameters[parameter.name] = parameter
+            parameter.name = f"{self.name}.routed_experts.{parameter.name}"
+
+    def load(self, copies: Copies, last: str, loaded: Loaded, shard: Shard) -> None:
+        """Copy one expert's tensor; `last` is `<number>.<projection>.<suffix>`.
+
+        vLLM passes over names that its map of experts lacks: numbers beyond the count, and other
+        projections.
+        """
+        match = _NUMBERED.fullmatch(last)
+        if match is None:
+            self._other(last, loaded)
+            return
+        number, projection, suffix = int(match[1]), match[2], match[3]
+        if projection == _FUSED.get(self.names[0]):
+            raise Unknown(f"experts with a fused {projection} ({loaded.name})")
+        if number >= self.count or str(number) != match[1] or projection not in self.names:
+            return
+        part = _PARTS[self.names.index(projection)]
+        key = ("w2_" if part == "w2" else "w13_") + suffix
+        if key not in self.parameters:
+            if key in ("w13_bias", "w2_bias"):
+                return
+            raise LoadRefused(
+                loaded.name, f"vLLM's {self.name} has no parameter {key.partition('_')[2]}"
+            )
+        self._load(copies, self.parameters[key], loaded, number, part)
+
+    def _other(self, last: str, loaded: Loaded) -> None:
+        """Judge a tensor that is not of one expert: experts fused in one tensor, or no expert."""
+        known = _FUSED.get(self.names[0], "gate_up_proj")
+        if any(f"experts.{name}" in f"experts.{last}" for name in (known, self.names[1])):
+            raise Unknown(f"experts in one tensor ({loaded.name})")
+
+    def _load(
+        self, copies: Copies, parameter: Parameter, loaded: Loaded, number: int, part: str
+    ) -> None:
+        suffix = parameter.name.rpartition(".")[2].partition("_")[2]
+        if parameter.transposed:
+            if len(loaded.shape) > 2:
+                raise LoadRefused(loaded.name, f"has shape {list(loaded.shape)}")
+            loaded = replace(loaded, shape=loaded.shape[::-1])
+        dim = _DIMENSION[part] ^ parameter.transposed
+        target = parameter.whole()
+        if len(loaded.shape) == 3:
+            dim += 1
+        else:
+            target = target.index(number)
+        strategy = parameter.quant_method
+        if "input_scale" in suffix:
+            self._input_scale(copies, parameter, loaded, number, part)
+        elif self.layout == "modelopt":
+            self._modelopt(copies, parameter, target, loaded, number, part)
+        elif "scale" in suffix or "zero" in suffix or "offset" in suffix:
+            if strategy == "tensor":
+                self._scalar(copies, parameter, loaded, number, part)
+            elif strategy == "channel" and part == "w2":
+                copies.copy(_narrowed(target, loaded, *_hidden_first(dim, target)), loaded)
+            elif strategy in ("channel", "group", "block"):
+                if self.repeats and strategy == "block":
+                    loaded = loaded.repeat(*self.repeats)
+                self._matrix(copies, target, loaded, dim, part)
+            else:
+                raise LoadRefused(loaded.name, "vLLM knows no strategy for the scale")
+        elif "weight_shape" in suffix:
+            copies.assign(parameter.whole().index(number), loaded)
+        elif "weight" in suffix:
+            self._matrix(copies, target, loaded, dim, part)
+
+    def _input_scale(
+        self, copies: Copies, parameter: Parameter, loaded: Loaded, number: int, part: str
+    ) -> None:
+        if self.layout == "modelopt" and len(parameter.shape) == 2 and part != "w2":
+            place = parameter.whole().index(number).index(0 if part == "w1" else 1)
+            copies.copy(place, loaded.reshape(()))
+        else:
+            copies.assign(parameter.whole().index(number), loaded)
+
+    def _modelopt(
+        self,
+        copies: Copies,
+        parameter: Parameter,
+        target: View,
+        loaded: Loaded,
+        number: int,
+        part: str,
+    ) -> None:
+        suffix = parameter.name.rpartition(".")[2].partition("_")[2]
+        per_tensor = parameter.quant_method == "tensor"
+        if per_tensor:
+            self._scalar(copies, parameter, loaded, number, part)
+            return
+        dim = _DIMENSION[part] + (len(loaded.shape) == 3)
+        if part != "w2" and suffix == "weight_scale":
+            if len(loaded.shape) < 2:
+                raise LoadRefused(loaded.name, f"has shape {list(loaded.shape)}, not rows")
+            if loaded.shape[-2] == parameter.shape[-2]:  # gate and up in one tensor
+                copies.copy(target, loaded.narrow(dim, 0, target.shape[dim]))
+                return
+        self._matrix(copies, target, loaded, dim, part)
+
+    @staticmethod
+    def _scalar(
+        copies: Copies, parameter: Parameter, loaded: Loaded, number: int, part: str
+    ) -> None:
+        place = parameter.whole().index(number)
+        if part != "w2":
+            place = place.index(0 if part == "w1" else 1)
+        copies.assign(place, loaded.reshape(()))
+
+    @staticmethod
+    def _matrix(copies: Copies, target: View, loaded: Loaded, dim: int, part: str) -> None:
+        """Copy a weight, or its scales; a larger target is filled in part."""
+        if loaded.shape:
+            if dim >= len(loaded.shape):
+                raise LoadRefused(
+                    loaded.name, f"has shape {list(loaded.shape)}, and vLLM splits dimension {dim}"
+                )
+            if not loaded.shape[dim]:
+                return
+        if part != "w2":
+            half = target.shape[dim] // 2
+            target = target.narrow(dim, 0 if part == "w1" else half, half)
+        copies.copy(_narrowed(target, loaded, *_hidden_first(dim, target)), loaded)
+
+
+def _hidden_first(dim: int, target: View) -> tuple[int, int]:
+    """Return the dimension of the hidden size, and that of the intermediate size."""
+    dims = len(target.shape)
+    if dims < 2:
+        return 0, dim
+    if dim not in (dims - 2, dims - 1):
+        raise LoadRefused(target.parameter.name, f"has no dimension {dim} to split")
+    return (dims - 1 if dim == dims - 2 else dims - 2), dim
+
+
+def _narrowed(target: View, loaded: Loaded, *dims: int) -> View:
+    """Return the part of the target that a smaller tensor fills."""
+    for dim in dims if loaded.shape else ():
+        inside = 0 <= dim < min(len(target.shape), len(loaded.shape))
+        if inside and target.shape[dim] > loaded.shape[dim]:
+            target = target.narrow(dim, 0, loaded.shape[dim])
+    return target

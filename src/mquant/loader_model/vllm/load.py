@@ -1,0 +1,96 @@
+"""Load a checkpoint's headers as vLLM does, and say what happened."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from mquant.errors import HeaderError
+from mquant.loader_model.vllm.model import Model
+from mquant.loader_model.vllm.names import place
+from mquant.loader_model.vllm.table import Table
+from mquant.loader_model.vllm.tensors import Copies, Loaded, LoadRefused, Shape, Unknown
+
+_UNREAD: Final = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
+"""The dtypes that safetensors' Python table lacks, so that the real loader was not asked."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What vLLM does with a checkpoint.
+
+    `refused` is where and why vLLM stops. Without it: tensors that are not, or not wholly, copied;
+    parameters with the number of elements that nothing fills; tensors that are spread over a larger
+    place; tensors whose bytes lose their meaning. `unknown` is a clause if it is not known what
+    vLLM does.
+    """
+
+    refused: tuple[str, str] | None = None
+    dropped: tuple[str, ...] = ()
+    unset: tuple[tuple[str, int], ...] = ()
+    reshaped: tuple[tuple[str, Shape, Shape], ...] = ()
+    converted: tuple[tuple[str, str, str], ...] = ()
+    unknown: str = ""
+
+    @property
+    def loads(self) -> bool:
+        """Whether vLLM loads the checkpoint, every tensor into its place."""
+        return self == Outcome()
+
+
+def load(build: Callable[[], Model], tensors: Iterable[Loaded]) -> Outcome:
+    """Build the model, and copy every tensor, in the order of the files."""
+    copies = Copies()
+    sizes: dict[str, int] = {}
+    try:
+        model = build()
+        table = Table(model) if model.rows.walks == "parameters" else None
+        for loaded in tensors:
+            _check_dtype(loaded)
+            sizes[loaded.name] = loaded.numel
+            if loaded.name in model.aliases:
+                copies.used[loaded.name] += loaded.numel  # vLLM fills the place from the other name
+                continue
+            if table:
+                table.place(copies, loaded)
+            else:
+                place(model.modules, model.renaming, copies, loaded)
+    except LoadRefused as stop:
+        return Outcome(refused=(stop.where, stop.why))
+    except HeaderError as error:
+        return Outcome(refused=("the shards", error.message))
+    except Unknown as gap:
+        return Outcome(unknown=str(gap))
+    return Outcome(
+        dropped=_dropped(model, copies, sizes),
+        unset=_unset(model),
+        reshaped=tuple(copies.reshaped.values()),
+        converted=tuple(copies.converted.values()),
+    )
+
+
+def _dropped(model: Model, copies: Copies, sizes: dict[str, int]) -> tuple[str, ...]:
+    """Return the tensors that were not, or not wholly, copied.
+
+    Left out is what vLLM passes over on purpose. A layer after the last belongs to multi-token
+    prediction only if it has `eh_proj`; else the model has lost the layer. A model without a head
+    has lost the head.
+    """
+    later = model.renaming["model"].drops
+    lost = tuple(f"model.{each}" for each in later if f"model.{each}eh_proj.weight" not in sizes)
+    lost += model.renaming[""].drops
+    return tuple(
+        name
+        for name, size in sizes.items()
+        if copies.used[name] < size or (lost and name.startswith(lost))
+    )
+
+
+def _unset(model: Model) -> tuple[tuple[str, int], ...]:
+    parameters = {id(each): each for each in model.parameters()}.values()
+    rows = ((each.name, each.missing) for each in parameters if not each.optional)
+    return tuple((name, missing) for name, missing in rows if missing)
+
+
+def _check_dtype(loaded: Loaded) -> None:
+    if loaded.dtype in _UNREAD:
+        raise Unknown(f"tensors of the dtype {loaded.dtype}")

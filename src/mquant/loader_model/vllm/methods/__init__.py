@@ -1,0 +1,1 @@
+"""The quantization methods of vLLM 0.32, one file each."""

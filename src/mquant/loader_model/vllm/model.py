@@ -1,0 +1,272 @@
+"""vLLM's model of a checkpoint: the layers that an architecture builds under a config.json."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from mquant.loader_model.vllm.config_stage import check
+from mquant.loader_model.vllm.experts import Experts
+from mquant.loader_model.vllm.layers import (
+    Attention,
+    Bare,
+    Column,
+    Embedding,
+    Layer,
+    Linear,
+    Merged,
+    Qkv,
+    Replicated,
+    Row,
+)
+from mquant.loader_model.vllm.names import Modules, Renaming
+from mquant.loader_model.vllm.tensors import LoadRefused, Parameter, Unknown
+from mquant.loader_rows import LayerRow, Settings, VllmRows
+
+MOST_LAYERS: Final = 1_000
+_LINEAR: Final[Mapping[str, tuple[type[Linear], str]]] = {
+    "qkv": (Qkv, "QKVParallelLinear"),
+    "merged": (Merged, "MergedColumnParallelLinear"),
+    "column": (Column, "ColumnParallelLinear"),
+    "row": (Row, "RowParallelLinear"),
+    "replicated": (Replicated, "ReplicatedLinear"),
+}
+_SPLIT: Final = ("qkv", "merged", "column", "row", "experts")
+
+
+class Method(Protocol):
+    """A quantization method under one quantization config, as vLLM parses it.
+
+    Every function is asked in the order in which vLLM builds the layers. Each returns the
+    parameters of the layer, or None for a plain layer. Each raises LoadRefused where vLLM stops,
+    and Unknown where it is not known what vLLM does.
+    """
+
+    fused: Mapping[str, tuple[str, ...]]
+    """Last part of a fused layer's name -> the last parts on disk (`packed_modules_mapping`)."""
+    suffixes: tuple[tuple[str, str], ...]
+    """Ends of tensors' names that the method renames, to scales of the KV cache."""
+    renames: tuple[tuple[str, str], ...] | None
+    """Parts of names on disk -> vLLM's, which vLLM replaces in the config's names of modules too;
+    None if the model's class has no mapper of names."""
+    asked: frozenset[str]
+    """The names for which vLLM will ask: of layers, and of the matrices of a first expert."""
+
+    def linear(self, layer: Linear) -> Iterable[Parameter] | None:
+        """Return the parameters of a linear layer."""
+
+    def embedding(self, layer: Embedding, *, head: bool) -> Iterable[Parameter] | None:
+        """Return the parameters of the embeddings, or of the head."""
+
+    def experts(self, layer: Experts) -> Iterable[Parameter] | None:
+        """Return the parameters of the experts of a layer; the method may set `layer.layout`."""
+
+    def attention(self, layer: Attention, kv_heads: int) -> Iterable[Parameter]:
+        """Return the parameters of an attention layer: scales of the KV cache."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The layers of vLLM's model in the order in which vLLM builds them, and how names reach them.
+
+    `aliases`: parameters that share another parameter, which vLLM does not load on their own.
+    """
+
+    layers: tuple[Layer, ...]
+    modules: Modules
+    renaming: Mapping[str, Renaming]
+    aliases: Mapping[str, str]
+    rows: VllmRows
+    settings: Settings
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Yield every parameter."""
+        for layer in self.layers:
+            yield from layer.parameters.values()
+
+
+def build(rows: VllmRows, settings: Settings, method: Method | None, ranks: int = 1) -> Model:
+    """Build vLLM's model, or the part of one of several ranks that share the model.
+
+    Raises LoadRefused if vLLM stops, at config.json too, and Unknown.
+    """
+    check(settings, rows)
+    for key in rows.required:
+        if key not in settings.values:
+            raise LoadRefused("config.json", f"has no {key}")
+    if method:
+        method.fused = {
+            name: parts
+            for name, parts in rows.fused.items()
+            if settings.has(rows.fused_if.get(name, ""))
+        }
+        # A class that looks every name up in one table has no mapper of names.
+        method.renames = rows.renames if rows.walks == "modules" else None
+        method.asked = frozenset(_asked(rows, settings))
+    layers, modules = [], Modules()
+    act = settings.values.get("hidden_act")
+    for row, number in _every(rows, settings):
+        if row.kind == "merged" and rows.activations and act not in rows.activations:
+            raise LoadRefused("config.json", f"says hidden_act {act!r}")
+        layer = _layer(row, number, _Sizes(settings, ranks), method)
+        layers.append(layer)
+        modules.add(layer)
+    if rows.needs_experts and not any(isinstance(layer, Experts) for layer in layers):
+        raise LoadRefused("config.json", "says that no layer has experts")
+    aliases = _tied(rows, settings, layers)
+    return Model(tuple(layers), modules, _renaming(rows, settings, method), aliases, rows, settings)
+
+
+def _every(rows: VllmRows, settings: Settings) -> Iterator[tuple[LayerRow, int | None]]:
+    """Yield the rows of the model with the number of the decoder layer, if there is one."""
+    count = settings.number("num_hidden_layers")
+    if count is None or not 0 <= count <= MOST_LAYERS:
+        raise Unknown("num_hidden_layers in config.json")
+    head = [row for row in rows.model_rows if row.kind == "head"]
+    for row in rows.model_rows:
+        if row not in head:
+            yield row, None
+    for number in range(count):
+        for row in rows.layer_rows:
+            if settings.has(row.when, number):
+                yield row, number
+    for row in () if settings.headless else head:
+        yield row, None
+
+
+def _asked(rows: VllmRows, settings: Settings) -> Iterator[str]:
+    for row, number in _every(rows, settings):
+        asked = _prefix(row, number)
+        if row.heeds and row.kind == "experts":
+            yield from (f"{asked}.0.{matrix}" for matrix in row.names)
+        elif row.heeds and row.kind not in ("norm", "bare"):
+            yield asked
+
+
+def _prefix(row: LayerRow, number: int | None) -> str:
+    """Return the name under which vLLM asks the quantization config."""
+    asked = row.name if row.asked_as is None else row.asked_as
+    return asked.replace("{layer}", str(number))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The sizes of layers on one rank of `ranks`."""
+
+    settings: Settings
+    ranks: int
+
+    def of(self, row: LayerRow, name: str) -> tuple[tuple[int, ...], int, int]:
+        """Return the rows and columns of a row, and the number of ranks that share the layer.
+
+        Raises LoadRefused if the ranks cannot share the layer evenly.
+        """
+        rows = tuple(_size(self.settings, text) for text in row.rows)
+        columns, ranks = _size(self.settings, row.columns), self.ranks
+        if ranks == 1 or not row.split or row.kind not in _SPLIT:
+            return rows, columns, 1
+        if row.kind == "row":
+            return rows, _share(name, "reads", columns, ranks), ranks
+        if row.kind == "experts":
+            return (rows[0], _share(name, "has", rows[1], ranks)), columns, ranks
+        # Of fewer KV heads than ranks, several ranks have the same.
+        kv_heads = self.settings.number("num_key_value_heads") or ranks
+        shares = [ranks] * len(rows)
+        if row.kind == "qkv":
+            shares[1:] = [min(ranks, kv_heads)] * 2
+        pairs = zip(rows, shares, strict=True)
+        return tuple(_share(name, "writes", size, share) for size, share in pairs), columns, ranks
+
+
+def _share(name: str, does: str, size: int, ranks: int) -> int:
+    if size % ranks:
+        raise LoadRefused(name, f"{does} a part of {size}, which {ranks} does not divide")
+    return size // ranks
+
+
+def _layer(row: LayerRow, number: int | None, sizes_of: _Sizes, method: Method | None) -> Layer:
+    name = row.name.replace("{layer}", str(number))
+    asked = _prefix(row, number)
+    sizes, columns, ranks = sizes_of.of(row, name)
+    method = method if row.heeds else None
+    if row.kind in _LINEAR:
+        made, class_name = _LINEAR[row.kind]
+        bias = bool(row.bias) and sizes_of.settings.has(row.bias, number)
+        class_name = row.class_name or class_name
+        linear = made(
+            name, asked, class_name, outputs=sizes, inputs=columns, ranks=ranks, bias=bias
+        )
+        linear.build(method.linear(linear) if method else None)
+        return linear
+    if row.kind in ("embedding", "head"):
+        head = row.kind == "head"
+        class_name = "ParallelLMHead" if head else "VocabParallelEmbedding"
+        embedding = Embedding(name, asked, class_name, vocabulary=sizes[0], inputs=columns)
+        embedding.build(method.embedding(embedding, head=head) if method else None)
+        return embedding
+    if row.kind == "experts":
+        experts = Experts(
+            name,
+            asked,
+            "RoutedExperts",
+            count=sizes[0],
+            hidden=columns,
+            intermediate=sizes[1],
+            ranks=ranks,
+            names=row.names,
+        )
+        experts.build(method.experts(experts) if method else None)
+        return experts
+    if row.kind in ("attention", "mla"):
+        attention = Attention(name, asked, "MLAAttention" if row.kind == "mla" else "Attention")
+        attention.add(*(method.attention(attention, sizes[0]) if method else ()))
+        return attention
+    if row.kind == "bare":
+        bare = Bare(name, asked)
+        bare.parameters[""] = Parameter(name, row.dtype, sizes)
+        return bare
+    norm = Layer(name, asked, "RMSNorm")
+    norm.add(Parameter("weight", "BF16", sizes))
+    return norm
+
+
+def _size(settings: Settings, text: str) -> int:
+    size = settings.size(text)
+    if size is None or size < 0:
+        raise Unknown(f"{text} of config.json")
+    return size
+
+
+def _tied(rows: VllmRows, settings: Settings, layers: list[Layer]) -> dict[str, str]:
+    """Return the head's parameters that are those of the embeddings."""
+    if (
+        settings.headless
+        or not rows.ties_head
+        or settings.values.get("tie_word_embeddings") is not True
+    ):
+        return {}
+    head = next(layer for layer in layers if layer.class_name == "ParallelLMHead")
+    embedding = next(layer for layer in layers if layer.class_name == "VocabParallelEmbedding")
+    if embedding.parameters.keys() != {"weight"}:
+        raise Unknown("tied embeddings that are quantized")
+    head.parameters["weight"] = embedding.parameters["weight"]
+    return {f"{head.name}.weight": f"{embedding.name}.weight"}
+
+
+def _renaming(rows: VllmRows, settings: Settings, method: Method | None) -> dict[str, Renaming]:
+    quantized = method is not None
+    drops: tuple[str, ...] = ()
+    if rows.mtp and (count := settings.number(rows.mtp)):
+        base = settings.number("num_hidden_layers") or 0
+        drops = tuple(f"layers.{base + number}." for number in range(min(count, MOST_LAYERS)))
+    suffixes = method.suffixes if method else ()
+    inner = Renaming(
+        rows.stacked,
+        rows.renames,
+        drops,
+        rows.ignores,
+        quantized and rows.inner_quantization,
+        suffixes if rows.inner_quantization else (),
+    )
+    head = ("lm_head.",) if settings.headless else ()
+    outer = Renaming(drops=head, quantized=quantized, suffixes=suffixes)
+    return {"": outer, "model": inner}

@@ -1,0 +1,93 @@
+"""What vLLM does with a checkpoint, predicted from its headers and config.json."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatch
+from typing import Any, Final
+
+from mquant.checkpoint import Checkpoint, read_header, read_json
+from mquant.errors import SourceError
+from mquant.family import Family
+from mquant.loader_model.vllm.config_names import built_as
+from mquant.loader_model.vllm.load import Outcome, load
+from mquant.loader_model.vllm.methods.choose import read_method
+from mquant.loader_model.vllm.model import Model, build
+from mquant.loader_model.vllm.tensors import Loaded, LoadRefused, Unknown
+from mquant.loader_rows import Settings
+
+VERSION: Final = "0.32"
+"""The vLLM that the model follows."""
+MODELOPT_FILE: Final = "hf_quant_config.json"
+_MISTRAL: Final = "consolidated*.safetensors"
+
+
+def predict(checkpoint: Checkpoint, family: Family | None) -> Outcome:
+    """Return what vLLM does with a checkpoint, or the reason why it is not known.
+
+    `family` is that of the model_type in config.json.
+    """
+    tensors, hf_quant_config = _in_order(checkpoint), _of_modelopt(checkpoint)
+    return predict_of(checkpoint.config, family, tensors, hf_quant_config)
+
+
+def predict_of(
+    config: Mapping[str, Any],
+    family: Family | None,
+    tensors: Iterable[Loaded],
+    hf_quant_config: Any = None,
+) -> Outcome:
+    """Return what vLLM does with a config.json and tensors in this order, as `predict` does.
+
+    `hf_quant_config` is the content of ModelOpt's file, None without the file.
+    """
+    if family is not None and family.vllm is None:
+        return Outcome(unknown=f"{family.title}, whose file does not say what vLLM builds")
+    return load(lambda: _model(family, config, hf_quant_config), tensors)
+
+
+def split(checkpoint: Checkpoint, family: Family, ranks: int) -> str:
+    """Return why several ranks cannot share vLLM's model of a checkpoint; empty if they can."""
+    try:
+        _model(family, checkpoint.config, _of_modelopt(checkpoint), ranks)
+    except LoadRefused as stop:
+        return f"on a rank, {stop.where} {stop.why}"
+    except Unknown as gap:
+        return f"what vLLM makes of {gap} is not known"
+    return ""
+
+
+def _model(
+    family: Family | None, config: Mapping[str, Any], hf_quant_config: Any, ranks: int = 1
+) -> Model:
+    read_as = family.vllm if family else None
+    rows = built_as(config, read_as)
+    settings = Settings(rows, config, read_as)
+    heads = settings.number("num_attention_heads") or 0
+    heads_of = heads, settings.number("num_key_value_heads") or heads
+    method = read_method(config, hf_quant_config, heads_of)
+    return build(rows, settings, method, ranks)
+
+
+def _of_modelopt(checkpoint: Checkpoint) -> Any:
+    """Return the content of ModelOpt's file; no table if vLLM cannot read the file."""
+    if MODELOPT_FILE not in checkpoint.source.files:
+        return None
+    try:
+        return read_json(checkpoint.source, MODELOPT_FILE)
+    except SourceError:
+        return ()
+
+
+def _in_order(checkpoint: Checkpoint) -> Iterator[Loaded]:
+    """Yield every tensor in the order in which vLLM reads the files.
+
+    If there are files of Mistral's own format, vLLM reads no others.
+    """
+    source = checkpoint.source
+    if own := sorted(path for path in source.files if fnmatch(path, _MISTRAL)):
+        for info in (info for path in own for info in read_header(source, path)):
+            yield Loaded(info.name, info.dtype, tuple(info.shape))
+        return
+    number = {shard: place for place, shard in enumerate(checkpoint.shards)}
+    tensors = [*checkpoint.tensors.values(), *checkpoint.again]
+    for info in sorted(tensors, key=lambda each: number.get(each.shard, 0)):
+        yield Loaded(info.name, info.dtype, tuple(info.shape))

@@ -1,0 +1,90 @@
+"""The loader of models that look every name up in one table of parameters.
+
+The source is vLLM 0.32's `DeepseekV2Model.load_weights`. Names are those below `model.`.
+"""
+
+import re
+from typing import Final
+
+from mquant.loader_model.vllm.experts import Experts
+from mquant.loader_model.vllm.layers import Bare, Layer
+from mquant.loader_model.vllm.model import Model
+from mquant.loader_model.vllm.names import place
+from mquant.loader_model.vllm.tensors import Copies, Loaded, LoadRefused
+
+_EXPERT: Final = re.compile(r"(.*\bexperts)\.((\d+)\.([^.]+)\.(.+))")
+_CACHE: Final = re.compile(r"\.[qkv](?:_scale|_zero_point)$")
+_OUTER: Final = "model."
+
+
+class Table:
+    """The parameters of vLLM's model by name, and how a tensor's name reaches one."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._parameters: dict[str, tuple[Layer, str]] = {}
+        self._experts: dict[str, Experts] = {}
+        for layer in model.layers:
+            name = layer.name.removeprefix(_OUTER)
+            if isinstance(layer, Experts):
+                self._experts[name] = layer
+            for key in layer.parameters:
+                self._parameters[f"{name}.{key}" if key else name] = (layer, key)
+
+    def place(self, copies: Copies, loaded: Loaded) -> None:
+        """Copy a tensor into its parameter. Raises LoadRefused if vLLM stops at the tensor."""
+        model = self._model
+        outer = model.renaming[""](loaded.name)
+        if outer is None:
+            copies.used[loaded.name] += loaded.numel  # vLLM passes over the tensor on purpose
+            return
+        if not outer[0].startswith(_OUTER):
+            place(model.modules, model.renaming, copies, loaded)
+            return
+        name = outer[0].removeprefix(_OUTER)
+        inner = model.renaming["model"]
+        if name.startswith(inner.drops or ("\0",)):
+            copies.used[loaded.name] += loaded.numel
+            return
+        for old, new, shard in inner.stacked:
+            if old not in name or ("mlp.experts." in name and name not in self._parameters):
+                continue
+            mapped = name.replace(old, new)
+            if new == "fused_qkv_a_proj" and mapped not in self._parameters:
+                continue
+            name = mapped
+            if name.endswith(".bias") and name not in self._parameters:
+                continue
+            layer, key = self._find(name, loaded)
+            layer.load(copies, key, loaded, shard)
+            return
+        if self._expert(copies, name, loaded):
+            return
+        if name not in self._parameters and (name.endswith(".bias") or _CACHE.search(name)):
+            return
+        layer, key = self._find(name, loaded)
+        layer.load(copies, key, loaded, None)
+
+    def _expert(self, copies: Copies, name: str, loaded: Loaded) -> bool:
+        """Load a tensor of an expert that the model has; return whether it is one."""
+        match = _EXPERT.fullmatch(name)
+        experts = self._experts.get(match[1]) if match else None
+        if match is None or experts is None or match[4] not in experts.names:
+            return False
+        if int(match[3]) >= experts.count or str(int(match[3])) != match[3]:
+            return False
+        key = ("w2_" if match[4] == experts.names[1] else "w13_") + match[5]
+        if key not in experts.parameters:
+            raise LoadRefused(loaded.name, f"vLLM's {experts.name} has no parameter {match[5]}")
+        experts.load(copies, match[2], loaded, None)
+        return True
+
+    def _find(self, name: str, loaded: Loaded) -> tuple[Layer, str]:
+        if name not in self._parameters:
+            raise LoadRefused(loaded.name, f"vLLM builds no parameter {name}")
+        layer, key = self._parameters[name]
+        if isinstance(layer, Experts):
+            raise LoadRefused(loaded.name, "is a parameter of the loaded model's experts")
+        if isinstance(layer, Bare):
+            return layer, ""
+        return layer, key

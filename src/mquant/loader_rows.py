@@ -1,0 +1,200 @@
+"""What vLLM builds of a model family: the key `vllm` of a family file.
+
+The rows are vLLM's layers, under the names of vLLM's model. Sizes and conditions refer to config
+keys, as transformers' config class of the family reads config.json: with its aliases and defaults.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from mquant.formulas import check_condition, check_size, evaluate, holds
+
+Size = Annotated[str, Field(max_length=200), AfterValidator(check_size)]
+Condition = Annotated[str, AfterValidator(check_condition)]
+Place = Literal["q", "k", "v", 0, 1, 2]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LayerRow(_Data):
+    """A layer of vLLM's model, with `{layer}` for the number.
+
+    `kind` is the class: `qkv` and `merged` are fused of several matrices on disk. `rows` has the
+    rows of each matrix, `columns` the columns of all; `mla` is multi-head latent attention.
+    `asked_as` is the name under which vLLM asks the quantization config, if it is not `name`.
+    """
+
+    name: str
+    kind: Literal[
+        "qkv",
+        "merged",
+        "column",
+        "row",
+        "replicated",
+        "embedding",
+        "head",
+        "experts",
+        "norm",
+        "bare",
+        "attention",
+        "mla",
+    ]
+    rows: tuple[Size, ...] = ()
+    columns: Size = "1"
+    bias: str = ""
+    """A key of `blocks`; if that condition holds, the layer has a bias."""
+    heeds: bool = True
+    """Whether vLLM gives the layer the quantization config."""
+    asked_as: str | None = None
+    class_name: str = ""
+    """The name of vLLM's class, if it is not that of the kind; targets may match the name."""
+    split: bool = True
+    """Whether tensor parallelism splits the layer; a `replicated` layer is never split."""
+    when: str = ""
+    """A key of `blocks`, with `not` before it or without; other layers do not have the row."""
+    names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")
+    """Gate, down and up of an expert on disk."""
+    dtype: Literal["BF16", "F32"] = "BF16"
+
+
+class RopeRow(_Data):
+    """How transformers and vLLM read the rotary embedding of a family.
+
+    `theta` is the base without `rope_theta`. `rotates` is the key of the number of dimensions of a
+    head that are rotated. `scaled`: whether every type but `default` is DeepSeek's YaRN.
+    """
+
+    theta: float = 10_000.0
+    rotates: str = ""
+    scaled: Literal["", "deepseek"] = ""
+
+
+class VllmRows(_Data):
+    """What vLLM builds of a family, and how vLLM names the tensors on disk."""
+
+    architectures: tuple[str, ...]
+    bare: str = ""
+    """The architecture without a head, which vLLM also builds of a config.json without one."""
+    aliases: Mapping[str, str] = Field(default_factory=dict)
+    """Other names of config keys. If both are there, the one that is no key of `types` wins."""
+    types: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Type -> the keys that transformers' config class takes in this type only."""
+    rope: RopeRow = RopeRow()
+    divides: tuple[tuple[str, str], ...] = ()
+    """Pairs of keys: transformers refuses a first number that does not divide the second."""
+    divisors: tuple[str, ...] = ()
+    """Keys that vLLM divides layers by."""
+    counts: tuple[str, ...] = ()
+    """Keys that transformers does not know, and that vLLM compares with 0."""
+    numbers: tuple[str, ...] = ()
+    """Keys that transformers lets be null, and vLLM does not."""
+    positive: tuple[str, ...] = ()
+    """Keys of which it is not known what vLLM builds if they are 0."""
+    needs_experts: bool = False
+    """Whether vLLM refuses a model in which no layer has experts."""
+    window: str = ""
+    """The key that must be there if a layer has sliding attention."""
+    windowed_from: str = ""
+    """The key of the first layer with a sliding window; vLLM takes layers of one kind only, or this
+    number must be the number of layers."""
+    unmodelled: tuple[str, ...] = ()
+    """Keys with which vLLM builds something that is not told here."""
+    settings: Mapping[str, Any] = Field(default_factory=dict)
+    """The values for keys that config.json leaves out: a value, an earlier key, or a size. A size
+    also counts for a key that is null."""
+    quiet: Mapping[str, Any] = Field(default_factory=dict)
+    """Keys whose default in vLLM is not what any release of the family says."""
+    required: tuple[str, ...] = ()
+    """Keys without which vLLM does not build the model."""
+    blocks: Mapping[str, Condition] = Field(default_factory=dict)
+    """Name -> the layers that have a block, or whether the model has it."""
+    stacked: tuple[tuple[str, str, Place], ...] = ()
+    """Part of a name on disk, the part of vLLM's fused layer, and the place of the matrix there."""
+    renames: tuple[tuple[str, str], ...] = ()
+    fused: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Last part of a fused layer's name -> the last parts on disk, for `ignore` and targets."""
+    fused_if: Mapping[str, str] = Field(default_factory=dict)
+    """Fused layers that vLLM lists in `fused` only under a condition of `blocks`."""
+    ignores: tuple[str, ...] = ()
+    """Ends of names that vLLM passes over if the model has no such parameter."""
+    mtp: str = ""
+    """The key of the number of layers after the last, which vLLM leaves out."""
+    walks: Literal["modules", "parameters"] = "modules"
+    """Whether vLLM finds a tensor's parameter module by module, or in one table of all names."""
+    inner_quantization: bool = True
+    """Whether the model below `model.` knows the quantization config, and so KV scales."""
+    ties_head: bool = True
+    """Whether vLLM honours tie_word_embeddings."""
+    activations: tuple[str, ...] = ()
+    """The values of hidden_act that vLLM takes for merged layers; empty if vLLM does not look."""
+    layers: tuple[LayerRow, ...]
+
+    @model_validator(mode="after")
+    def _known_blocks(self) -> "VllmRows":
+        for row in self.layers:
+            for block in (row.bias, row.when.removeprefix("not ")):
+                if block and block not in self.blocks:
+                    raise ValueError(f"{row.name} names {block}, which blocks lacks")
+        return self
+
+    @cached_property
+    def layer_rows(self) -> tuple[LayerRow, ...]:
+        """The rows of every decoder layer."""
+        return tuple(row for row in self.layers if "{layer}" in row.name)
+
+    @cached_property
+    def model_rows(self) -> tuple[LayerRow, ...]:
+        """The rows that the model has once."""
+        return tuple(row for row in self.layers if "{layer}" not in row.name)
+
+
+class Settings:
+    """config.json as transformers' config class reads it: aliases resolved, defaults filled in.
+
+    `config` is config.json itself.
+    """
+
+    def __init__(
+        self, rows: VllmRows, config: Mapping[str, Any], read_as: VllmRows | None = None
+    ) -> None:
+        """`rows` are what vLLM builds; `read_as` is the family whose config class is read."""
+        self.read_as = read_as or rows
+        self.config, self.values = config, {**config}
+        typed = {key for keys in self.read_as.types.values() for key in keys}
+        for alias, key in self.read_as.aliases.items():
+            present = [name for name in (alias, key) if name in config]
+            if present:
+                self.values[key] = config[min(present, key=typed.__contains__)]
+        for key, default in self.read_as.settings.items():
+            formula = isinstance(default, str) and " " in default
+            if key not in self.values or (formula and self.values[key] is None):
+                self.values[key] = (
+                    self.size(default) if formula else self.values.get(str(default), default)
+                )
+        self._rows = rows
+        named = config.get("architectures")
+        first = named[0] if named and isinstance(named, list) else None
+        self.headless = bool(rows.bare) and (not named or first == rows.bare)
+        """Whether vLLM builds the model without a head."""
+
+    def number(self, key: str) -> int | None:
+        """Return the whole number of a key; None without one."""
+        value = self.values.get(key)
+        return value if type(value) is int else None
+
+    def size(self, text: str) -> int | None:
+        """Return the value of a size; None if a key has no number."""
+        return evaluate(text, self.number)
+
+    def has(self, block: str, layer: int | None = None) -> bool:
+        """Return whether a block's condition holds of a layer; `not ` before it reverses it."""
+        if not block:
+            return True
+        name = block.removeprefix("not ")
+        answer = holds(self._rows.blocks[name], layer, self.values, self.number)
+        return answer is (name == block)

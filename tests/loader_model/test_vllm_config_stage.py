@@ -1,0 +1,369 @@
+"""What transformers 5.19 and vLLM 0.32 refuse of a config.json, for the families that ship."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mquant.family import load_families
+from mquant.loader_model.vllm.config_names import built_as
+from mquant.loader_model.vllm.config_stage import check
+from mquant.loader_model.vllm.load import Outcome, load
+from mquant.loader_model.vllm.model import build
+from mquant.loader_model.vllm.tensors import Loaded, LoadRefused, Unknown
+from mquant.loader_rows import Settings
+
+FAMILIES = load_families()
+DROP = object()
+
+
+def config_of(family: str, **changes: Any) -> dict[str, Any]:
+    """Return a family's config.json with changes; a value DROP leaves the key out."""
+    synth = FAMILIES[family].synth
+    assert synth is not None
+    config = copy.deepcopy({**synth.config, **synth.tiny}) | changes
+    return {key: value for key, value in config.items() if value is not DROP}
+
+
+def judge(family: str, **changes: Any) -> str:
+    """Return `taken`, or the reason why config.json is refused or not judged."""
+    config, read_as = config_of(family, **changes), FAMILIES[family].vllm
+    try:
+        rows = built_as(config, read_as)
+        check(Settings(rows, config, read_as), rows)
+    except LoadRefused as stop:
+        return f"refused: {stop.why}"
+    except Unknown as gap:
+        return f"unknown: {gap}"
+    return "taken"
+
+
+def each_family(test: Callable[..., None]) -> Callable[..., None]:
+    marked: Callable[..., None] = pytest.mark.parametrize("family", sorted(FAMILIES))(test)
+    return marked
+
+
+@each_family
+def test_the_configs_of_the_releases_are_taken(family: str) -> None:
+    assert judge(family) == "taken"
+
+
+# --- types, as transformers' strict classes check them
+
+
+@each_family
+@pytest.mark.parametrize("value", ["2", 2.5, 2.0, True, None, [2], {}])
+def test_a_count_is_a_whole_number(family: str, value: object) -> None:
+    assert judge(family, num_hidden_layers=value).startswith("refused: says num_hidden_layers")
+
+
+@each_family
+@pytest.mark.parametrize("value", [1, "0.00001", None])
+def test_a_number_with_a_point_is_not_written_without(family: str, value: object) -> None:
+    assert judge(family, rms_norm_eps=value).startswith("refused: says rms_norm_eps")
+
+
+@each_family
+@pytest.mark.parametrize("value", [0, 1, "false", None])
+def test_a_switch_is_true_or_false(family: str, value: object) -> None:
+    assert judge(family, tie_word_embeddings=value).startswith("refused: says tie_word")
+
+
+@each_family
+def test_a_key_that_is_left_out_has_a_default(family: str) -> None:
+    assert judge(family, rms_norm_eps=DROP, vocab_size=DROP, eos_token_id=DROP) == "taken"
+
+
+@each_family
+def test_a_key_that_nobody_knows_is_taken_in_any_type(family: str) -> None:
+    assert judge(family, a_new_key={"a": [None]}, transformers_version=5) == "taken"
+
+
+def test_null_is_taken_where_the_class_of_the_family_takes_null() -> None:
+    assert judge("llama", head_dim=None, num_key_value_heads=None) == "taken"
+    assert judge("qwen3", head_dim=None) == "refused: says head_dim None, not int"
+    assert judge("mixtral", num_key_value_heads=None).startswith("refused")
+    assert judge("deepseek_v3", num_key_value_heads=None, n_group=None) == "taken"
+
+
+def test_null_is_refused_where_only_transformers_takes_null() -> None:
+    why = judge("deepseek_v3", first_k_dense_replace=None)
+
+    assert why == "refused: says first_k_dense_replace None, not a whole number"
+
+
+def test_an_alias_is_not_checked_by_transformers_but_by_vllm() -> None:
+    assert judge("mixtral", num_local_experts="8").startswith("refused: says num_local_experts")
+    assert judge("mixtral", num_experts="x").startswith("refused: says the number of experts")
+
+
+def test_of_two_names_for_the_experts_the_one_outside_the_class_wins() -> None:
+    rows = FAMILIES["qwen3_moe"].vllm
+    assert rows is not None
+
+    settings = Settings(rows, config_of("qwen3_moe", num_experts=8, num_local_experts=4))
+    assert settings.number("num_local_experts") == 4
+
+
+# --- what every config class has
+
+
+@each_family
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32", None])
+def test_dtypes_of_torch_are_taken(family: str, name: object) -> None:
+    assert judge(family, torch_dtype=name) == judge(family, dtype=name) == "taken"
+
+
+@each_family
+@pytest.mark.parametrize("name", ["auto", "torch.bfloat16", "BF16", ["bfloat16"]])
+def test_other_dtypes_are_refused(family: str, name: object) -> None:
+    assert judge(family, torch_dtype=name).startswith("refused: says the dtype")
+
+
+@each_family
+def test_dtype_wins_over_torch_dtype(family: str) -> None:
+    assert judge(family, torch_dtype="auto", dtype="bfloat16") == "taken"
+
+
+@each_family
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"auto_map": None},
+        {"id2label": ["a"]},
+        {"id2label": {"a": "b"}},
+        {"num_labels": "2"},
+        {"layer_types": ["full_attention"]},
+        {"layer_types": 4},
+        {"per_layer_config": []},
+        {"text_config": {}},
+        {"quantization_config": "fp8"},
+        {"is_encoder_decoder": "maybe"},
+        {"output_attentions": True, "attn_implementation": "sdpa"},
+        {"model_max_length": "4096"},
+        {"max_position_embeddings": 32},
+    ],
+)
+def test_wrong_keys_of_every_class_are_refused(family: str, changes: dict[str, Any]) -> None:
+    assert judge(family, **changes).startswith("refused")
+
+
+@pytest.mark.parametrize("kind", [None, 1, ["llama"]])
+def test_a_config_without_a_model_type_is_refused(kind: object) -> None:
+    with pytest.raises(LoadRefused, match="model_type"):
+        built_as({"model_type": kind}, None)
+
+
+def test_a_model_type_of_no_known_family_is_not_judged() -> None:
+    with pytest.raises(Unknown, match="model_type 'gpt2'"):
+        built_as({"model_type": "gpt2"}, None)
+
+
+# --- architectures
+
+
+@each_family
+def test_architectures_are_a_list_of_names(family: str) -> None:
+    assert judge(family, architectures="LlamaForCausalLM").startswith("refused")
+    assert judge(family, architectures=[1]).startswith("refused")
+
+
+@each_family
+def test_architectures_that_are_not_the_familys_are_not_judged(family: str) -> None:
+    assert judge(family, architectures=["GPT2LMHeadModel"]).startswith("unknown")
+
+
+@each_family
+def test_an_architecture_that_vllm_does_not_know_is_refused(family: str) -> None:
+    assert judge(family, architectures=["NoSuchModel"]).startswith("refused")
+
+
+def test_architectures_decide_what_is_built_and_the_model_type_what_is_read() -> None:
+    rows = built_as({"architectures": ["Qwen3ForCausalLM"]}, FAMILIES["llama"].vllm)
+
+    assert rows is FAMILIES["qwen3"].vllm
+
+
+def test_a_model_type_that_vllm_does_not_know_is_refused() -> None:
+    with pytest.raises(LoadRefused, match="'no_such_model', which vLLM does not know"):
+        built_as({"model_type": "no_such_model"}, None)
+
+
+def outcome(**changes: Any) -> Outcome:
+    """Load one tensor, the head, into a Qwen3 without layers."""
+    config = config_of("qwen3", num_hidden_layers=0, hidden_size=64, vocab_size=64, **changes)
+    rows = FAMILIES["qwen3"].vllm
+    assert rows is not None
+    head = Loaded("lm_head.weight", "BF16", (64, 64))
+    return load(lambda: build(rows, Settings(rows, config), None), [head])
+
+
+@pytest.mark.parametrize("named", [DROP, None, [], ["Qwen3Model"]])
+def test_vllm_drops_the_head_of_a_model_without_architecture(named: object) -> None:
+    bare = outcome(architectures=named)
+
+    assert bare.dropped == ("lm_head.weight",)
+    assert "lm_head.weight" not in dict(bare.unset)
+    assert not outcome().dropped
+
+
+# --- the rotary embedding
+
+
+@each_family
+@pytest.mark.parametrize("theta", ["10000", None, [10000]])
+def test_the_base_of_the_rotary_embedding_is_a_number(family: str, theta: object) -> None:
+    assert judge(family, rope_theta=theta).startswith("refused: says rope_theta")
+
+
+@each_family
+@pytest.mark.parametrize("scaling", ["yarn", 8, [8.0]])
+def test_rope_scaling_is_a_table(family: str, scaling: object) -> None:
+    assert judge(family, rope_scaling=scaling) == (
+        f"refused: says rope_scaling {scaling!r}, not a table"
+    )
+
+
+@each_family
+def test_empty_rope_scaling_of_any_type_is_none(family: str) -> None:
+    assert judge(family, rope_scaling=[]) == judge(family, rope_scaling=None) == "taken"
+
+
+@each_family
+def test_transformers_5_writes_one_table(family: str) -> None:
+    table = {"rope_type": "default", "rope_theta": 10000.0}
+
+    assert judge(family, rope_scaling=DROP, rope_theta=DROP, rope_parameters=table) == "taken"
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
+def test_every_type_of_scaling_needs_its_keys(kind: str) -> None:
+    why = judge("qwen3", rope_scaling={"rope_type": kind})
+
+    assert why == f"refused: says rope_type {kind} without factor"
+
+
+def test_a_linear_factor_has_a_point() -> None:
+    assert judge("qwen3", rope_scaling={"type": "linear", "factor": 2.0}) == "taken"
+    assert judge("qwen3", rope_scaling={"type": "linear", "factor": 2}).startswith("refused")
+
+
+def test_two_names_for_the_type_must_agree() -> None:
+    tables = {"rope_type": "yarn", "type": "linear", "factor": 4.0}
+
+    assert judge("qwen3", rope_scaling=tables).startswith("refused: says rope_type 'yarn' and type")
+
+
+def test_an_unknown_type_is_refused_but_deepseek_takes_any_for_yarn() -> None:
+    scaling = {"type": "new", "factor": 4.0, "original_max_position_embeddings": 4096}
+
+    assert judge("qwen3", rope_scaling=scaling).endswith("which vLLM does not know")
+    assert judge("deepseek_v3", rope_scaling=scaling) == "taken"
+
+
+def test_minimax_needs_to_know_how_much_of_a_head_is_rotated() -> None:
+    assert judge("minimax_m2", rotary_dim=None) == "refused: says no rotary_dim"
+    assert judge("minimax_m2", rotary_dim=None, partial_rotary_factor=0.5) == "taken"
+    assert judge("minimax_m2", rotary_dim=64, head_dim=32).endswith("not 0 to 1")
+
+
+# --- numbers that do not go together
+
+
+def test_attention_heads_are_shared_evenly_by_kv_heads() -> None:
+    assert judge("qwen3", num_attention_heads=4, num_key_value_heads=3) == (
+        "refused: has 4 attention heads for 3 KV heads"
+    )
+    assert judge("qwen3", num_key_value_heads=0).startswith("refused")
+    assert judge("deepseek_v3", num_key_value_heads=3) == "taken"
+
+
+def test_only_llama_wants_heads_that_divide_the_hidden_size() -> None:
+    numbers = {"hidden_size": 256, "num_attention_heads": 6, "num_key_value_heads": 2}
+
+    assert "does not divide hidden_size" in judge("llama", **numbers, head_dim=32)
+    assert judge("mixtral", **numbers, head_dim=32) == "taken"
+
+
+@pytest.mark.parametrize(
+    ("family", "key"), [("mixtral", "num_local_experts"), ("deepseek_v3", "n_routed_experts")]
+)
+def test_a_model_with_experts_has_at_least_one(family: str, key: str) -> None:
+    assert judge(family, **{key: 0}) == "refused: says that there are no experts"
+
+
+def test_vllm_loads_a_top_k_above_the_number_of_experts() -> None:
+    assert judge("mixtral", num_local_experts=4, num_experts_per_tok=5) == "taken"
+
+
+@pytest.mark.parametrize(
+    ("family", "key"), [("qwen3_moe", "decoder_sparse_step"), ("deepseek_v3", "moe_layer_freq")]
+)
+def test_the_step_between_layers_with_experts_is_not_zero(family: str, key: str) -> None:
+    assert judge(family, **{key: 0}).endswith(f"vLLM divides by {key}")
+
+
+@each_family
+def test_sizes_are_not_negative(family: str) -> None:
+    assert judge(family, intermediate_size=-1) in ("refused: says intermediate_size -1",)
+
+
+@pytest.mark.parametrize("key", ["to_dict", "use_return_dict", "__class__"])
+def test_a_key_that_replaces_a_part_of_the_class_is_not_judged(key: str) -> None:
+    assert judge("llama", **{key: "x"}) == f"unknown: {key!r} of config.json"
+
+
+@pytest.mark.parametrize("key", ["index_topk", "vision_config", "head_dtype"])
+def test_keys_with_which_vllm_builds_more_are_not_judged(key: str) -> None:
+    assert judge("deepseek_v3", **{key: 1}) == f"unknown: {key} of config.json"
+
+
+# --- sliding windows
+
+
+@each_family
+def test_layer_types_have_a_type_for_every_layer(family: str) -> None:
+    kinds = ["full_attention"] * int(config_of(family)["num_hidden_layers"])
+
+    assert judge(family, layer_types=kinds) == "taken"
+    assert judge(family, layer_types=[*kinds, "full_attention"]).startswith("refused")
+    assert judge(family, layer_types=["x" for _ in kinds]).startswith("refused")
+
+
+def test_qwen3_takes_a_sliding_window_for_all_layers_or_none() -> None:
+    layers = int(config_of("qwen3")["num_hidden_layers"])
+
+    for first, verdict in ((0, "taken"), (layers, "taken"), (1, "refused")):
+        changes = {"use_sliding_window": True, "sliding_window": DROP, "max_window_layers": first}
+        assert judge("qwen3", **changes).startswith(verdict), first
+    assert judge("qwen3", sliding_window=64, max_window_layers=1) == "taken"
+
+
+def test_llama_needs_the_window_of_layers_with_sliding_attention() -> None:
+    kinds = ["sliding_attention"] * int(config_of("llama")["num_hidden_layers"])
+
+    assert judge("llama", layer_types=kinds) == (
+        "refused: has sliding attention without sliding_window"
+    )
+    assert judge("llama", layer_types=kinds, sliding_window=64) == "taken"
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_some_families_need_a_layer_with_experts(family: str) -> None:
+    rows = FAMILIES[family].vllm
+    assert rows is not None
+    settings = Settings(rows, config_of(family, num_hidden_layers=0))
+
+    with pytest.raises(LoadRefused, match="no layer has experts"):
+        build(rows, settings, None)
+
+
+def test_a_shared_expert_is_built_where_its_size_is_told() -> None:
+    rows = FAMILIES["qwen3_moe"].vllm
+    assert rows is not None
+    config = config_of("qwen3_moe", shared_expert_intermediate_size=64)
+
+    names = {layer.name for layer in build(rows, Settings(rows, config), None).layers}
+    assert "model.layers.0.mlp.shared_expert.down_proj" in names
+    assert judge("qwen3_moe", shared_expert_intermediate_size=None).startswith("refused")
