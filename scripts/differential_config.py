@@ -219,7 +219,7 @@ def _nested_modelopt(draft: Draft, _: Random) -> None:
     inner = {key: table[key] for key in keep if key in table}
     inner["exclude_modules"] = table.get("ignore", [])
     draft.config["quantization_config"] = {
-        "producer": table["producer"],
+        "producer": table.get("producer", {"name": "modelopt"}),
         "quant_method": "modelopt",
         "quantization": inner,
     }
