@@ -58,15 +58,13 @@ class Linear(Layer):
     """A linear layer of one matrix, or of several matrices fused along the outputs.
 
     `outputs` are the rows of each matrix and `inputs` the columns of all, of one rank; `ranks` is
-    the number of ranks that share the layer. `heed`: whether the layer is given the quantization
-    config. `fused` are the names of the matrices on disk, by vLLM's map.
+    the number of ranks that share the layer.
     """
 
     outputs: tuple[int, ...] = ()
     inputs: int = 0
     ranks: int = 1
     bias: bool = False
-    heed: bool = True
 
     def check_blocks(self, high: int, wide: int) -> None:
         """Raise LoadRefused if the ranks that share the layer would cut a block of the weight.
@@ -132,7 +130,6 @@ class Merged(Linear):
     """vLLM's MergedColumnParallelLinear: matrices fused along the outputs."""
 
     loads_itself = True
-    shards: tuple[Shard, ...] | None = None
 
     def load(self, copies: Copies, last: str, loaded: Loaded, shard: Shard) -> None:
         """Copy a tensor as vLLM's layer does."""
@@ -207,7 +204,6 @@ class Embedding(Layer):
 
     vocabulary: int = 0
     inputs: int = 0
-    heed: bool = True
 
     @property
     def rows(self) -> int:
