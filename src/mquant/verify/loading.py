@@ -4,11 +4,13 @@ The model says whether vLLM loads the checkpoint; other rules of structure say w
 the words of a publisher. So a rule that explains a refusal counts only if vLLM does not load.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Final
 
 from mquant.findings import RULES, Finding, Rule, if_loaded
 from mquant.loader_model.vllm.load import Outcome
 from mquant.loader_model.vllm.predict import VERSION
+from mquant.loader_model.vllm.words import faults_of, in_words
 from mquant.verify.loaders.ask_vllm import (
     VLLM_CONVERTS,
     VLLM_DROPS,
@@ -16,6 +18,13 @@ from mquant.verify.loaders.ask_vllm import (
     VLLM_REFUSES,
     VLLM_RESHAPES,
 )
+
+_RULES: Final[Mapping[str, Rule]] = {
+    "dropped": VLLM_DROPS,
+    "unset": VLLM_LEAVES_UNSET,
+    "reshaped": VLLM_RESHAPES,
+    "converted": VLLM_CONVERTS,
+}
 
 
 def with_outcome(
@@ -41,22 +50,8 @@ def with_outcome(
 def _of(outcome: Outcome) -> Iterable[Finding]:
     """Yield one finding for each way in which vLLM does not load a checkpoint."""
     if outcome.refused:
-        where, why = outcome.refused
-        yield _finding(VLLM_REFUSES, where, f"refuses the checkpoint: {where} {why}", 1)
-    for name in outcome.dropped[:1]:
-        yield _finding(VLLM_DROPS, name, f"drops {name}", len(outcome.dropped))
-    for name, missing in outcome.unset[:1]:
-        message = f"leaves {missing:,} of {name}'s elements unset"
-        yield _finding(VLLM_LEAVES_UNSET, name, message, len(outcome.unset))
-    for name, shape, target in outcome.reshaped[:1]:
-        message = f"spreads {name}, {list(shape)}, over {list(target)}"
-        yield _finding(VLLM_RESHAPES, name, message, len(outcome.reshaped))
-    for name, dtype, target_dtype in outcome.converted[:1]:
-        message = f"converts {name} from {dtype} to {target_dtype}"
-        yield _finding(VLLM_CONVERTS, name, message, len(outcome.converted))
-
-
-def _finding(broken: Rule, where: str, message: str, count: int) -> Finding:
-    more = f" (and {count - 1:,} more)" if count > 1 else ""
-    silent = "" if broken is VLLM_REFUSES else ", without a word"
-    return broken.finding(where, f"vLLM {VERSION} {message}{more}{silent}.")
+        where, clause = in_words(outcome, "the checkpoint")
+        yield VLLM_REFUSES.finding(where, f"vLLM {VERSION} {clause}.")
+    for fault in faults_of(outcome):
+        message = f"vLLM {VERSION} {fault.clause}, without a word."
+        yield _RULES[fault.kind].finding(fault.where, message)

@@ -1,6 +1,32 @@
 """What vLLM does with a checkpoint, in words."""
 
+from collections.abc import Iterator, Sized
+from typing import Literal, NamedTuple
+
 from mquant.loader_model.vllm.load import Outcome
+
+
+class Fault(NamedTuple):
+    """A way in which vLLM loads a checkpoint wrongly: the kind, the first name, and a clause."""
+
+    kind: Literal["dropped", "unset", "reshaped", "converted"]
+    where: str
+    clause: str
+
+
+def faults_of(outcome: Outcome) -> Iterator[Fault]:
+    """Yield each way in which vLLM loads a checkpoint wrongly, once; the clauses are vLLM's."""
+    for name in outcome.dropped[:1]:
+        yield Fault("dropped", name, f"drops {name}" + _more(outcome.dropped))
+    for name, missing in outcome.unset[:1]:
+        clause = f"leaves {missing:,} of {name}'s elements unset"
+        yield Fault("unset", name, clause + _more(outcome.unset))
+    for name, shape, target in outcome.reshaped[:1]:
+        clause = f"spreads {name}, {list(shape)}, over {list(target)}"
+        yield Fault("reshaped", name, clause + _more(outcome.reshaped))
+    for name, dtype, into in outcome.converted[:1]:
+        clause = f"converts {name} from {dtype} to {into}"
+        yield Fault("converted", name, clause + _more(outcome.converted))
 
 
 def in_words(outcome: Outcome, what: str = "it") -> tuple[str, str]:
@@ -14,20 +40,10 @@ def in_words(outcome: Outcome, what: str = "it") -> tuple[str, str]:
     if outcome.refused:
         where, why = outcome.refused
         return where, f"refuses {what}: {where} {why}"
-    for name in outcome.dropped[:1]:
-        return name, _wrongly(what, f"drops {name}", len(outcome.dropped))
-    for name, missing in outcome.unset[:1]:
-        clause = f"leaves {missing:,} of {name}'s elements unset"
-        return name, _wrongly(what, clause, len(outcome.unset))
-    for name, shape, target in outcome.reshaped[:1]:
-        clause = f"spreads {name}, {list(shape)}, over {list(target)}"
-        return name, _wrongly(what, clause, len(outcome.reshaped))
-    for name, dtype, into in outcome.converted[:1]:
-        clause = f"converts {name} from {dtype} to {into}"
-        return name, _wrongly(what, clause, len(outcome.converted))
+    for fault in faults_of(outcome):
+        return fault.where, f"loads {what} wrongly: it {fault.clause}"
     return "", f"loads {what}"
 
 
-def _wrongly(what: str, clause: str, count: int) -> str:
-    more = f" (and {count - 1:,} more)" if count > 1 else ""
-    return f"loads {what} wrongly: it {clause}{more}"
+def _more(names: Sized) -> str:
+    return f" (and {len(names) - 1:,} more)" if len(names) > 1 else ""
