@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from bench_search import tensor as as_tensor
 from bench_search import theirs, values
 from mquant.checkpoint import Folder, open_checkpoint
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.plan import Plan, make_plan
 from mquant.recipe import find_recipe, load_recipes
 from perplexity import load_model

@@ -231,7 +231,7 @@ def compare(mquant: "Checkpoint", other: "Checkpoint", *, quantized: bool) -> st
 def make_source(path: Path, size: float) -> "Checkpoint":
     """Open a checkpoint of about `size` GB with the real model's shapes; write it if missing."""
     if not (path / "config.json").exists():
-        from mquant.family import load_families
+        from mquant.family_files import load_families
         from mquant.synth import Sizes, synth
 
         family = load_families()["minimax_m2"]

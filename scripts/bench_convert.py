@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from bench import LAYER_BYTES, Runs, command_of, opened, prepare, run
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.synth import Precision, Sizes, synth
 
 # Title, verb with options, source folder, and the folder name to keep the output for later steps.

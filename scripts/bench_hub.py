@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.output.finish import index_json
 from mquant.plan import config_json
 from mquant.synth import Sizes, synth

@@ -22,7 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mquant.checkpoint import Folder, open_checkpoint
-from mquant.family import Role, load_families
+from mquant.family_files import load_families
+from mquant.family_rows import Role
 from mquant.output import config_json, index_json
 from mquant.plan import OutputTensor, Plan, ShardPlan
 from mquant.schemes import NVFP4A16

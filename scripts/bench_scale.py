@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from mquant.checkpoint import Folder, open_checkpoint
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.plan import Plan, make_plan, shares
 from mquant.recipe import find_recipe
 from mquant.synth import Sizes, synth

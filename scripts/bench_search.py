@@ -38,7 +38,7 @@ from llmcompressor.modifiers.quantization.calibration import (
 from llmcompressor.observers.helpers import fuse_weight_observers
 
 from mquant.checkpoint import Checkpoint, Folder, open_checkpoint
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.numerics.floats import BF16, E2M1, E4M3, FLOATS, Array
 from mquant.plan import WorkUnit, make_plan
 from mquant.recipe import find_recipe

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from mquant.checkpoint import Folder
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.verify.judge import Depth, verify
 from mquant.verify.loaders.ask_vllm import PROBE, read_verdict
 

@@ -5,7 +5,7 @@ from random import Random
 from typing import Any, Final
 
 from differential_draft import Draft, Unfit, by_method, mutation, pick
-from mquant.family import Role
+from mquant.family_rows import Role
 
 CT, MODELOPT, FP8 = "compressed-tensors", "modelopt", "fp8"
 _quantized = by_method(CT, MODELOPT, FP8)

@@ -13,7 +13,8 @@ from typing import Any, Final, TypeVar
 
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, build_header
 from mquant.dtypes import nbytes
-from mquant.family import Family, Role
+from mquant.family import Family
+from mquant.family_rows import Role
 
 Header = tuple[str, tuple[int, ...]]
 """A tensor's safetensors dtype and shape."""

@@ -24,7 +24,9 @@ from differential_layouts import (
     packed,
 )
 from mquant.checkpoint import Checkpoint, Folder, open_checkpoint
-from mquant.family import Family, Role, load_families
+from mquant.family import Family
+from mquant.family_files import load_families
+from mquant.family_rows import Role
 from mquant.plan import (
     Plan,
     Target,

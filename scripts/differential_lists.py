@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from differential_draft import Draft, Unfit, by_method, mutation, pick
 from differential_formats import args
-from mquant.family import Role
+from mquant.family_rows import Role
 from mquant.schemes import FP8_DYNAMIC, NVFP4, NVFP4A16, W4A16
 
 _LISTS: Final = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules")

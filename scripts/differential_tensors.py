@@ -5,7 +5,7 @@ from typing import Final
 
 from differential_draft import Draft, Header, Unfit, by_method, mutation, pick
 from differential_formats import LINEAR, args
-from mquant.family import Role
+from mquant.family_rows import Role
 
 _quantized = by_method("compressed-tensors", "modelopt", "fp8")
 _SCALES: Final = ("scale", "scale_inv", "scale_2", "zero_point", "g_idx", "weight_shape", "packed")

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mquant.checkpoint import Folder
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.verify.judge import Depth, verify
 from mquant.verify.loaders.ask_vllm import PROBE, Verdict, read_verdict
 from mquant.verify.loaders.install import find_python

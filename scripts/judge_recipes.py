@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from mquant.checkpoint import Folder, open_checkpoint
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.plan import Plan, make_plan
 from mquant.recipe import Calibration, Recipe, load_recipes
 from mquant.runs.quantize import quantize

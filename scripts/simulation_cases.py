@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from mquant.checkpoint import Folder, open_checkpoint
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.plan import DEFAULT_SHARD_BYTES, Plan, ShardPlan, cut_shards, make_plan, shares
 from mquant.recipe import find_recipe
 from mquant.synth import Sizes, synth

@@ -14,7 +14,7 @@ import pytest
 from mquant.checkpoint import Folder
 from mquant.engines import stream
 from mquant.events import silent
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.output import LEDGER, ShardSet
 from mquant.repair.diagnose import diagnose
 from mquant.repair.repair import repair_in_place

@@ -11,7 +11,9 @@ import ml_dtypes
 import numpy as np
 
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, build_header
-from mquant.family import Family, Role, TensorRow, load_families
+from mquant.family import Family
+from mquant.family_files import load_families
+from mquant.family_rows import Role, TensorRow
 
 Row = tuple[str, str, tuple[int, ...], bytes]
 """name, dtype, shape, data"""

@@ -15,7 +15,7 @@ import numpy as np
 from judges import data, opened, read_json
 from make import Edit, Row, write_index, write_json, write_shard
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Folder
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.findings import RULES, Severity
 from mquant.output import RECORD
 from mquant.verify.judge import Depth, verify

@@ -8,7 +8,7 @@ from corpus import OF_NVFP4A16, Case
 from judges import data, opened
 from mquant.checkpoint import Folder
 from mquant.errors import Refused
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.findings import Finding
 from mquant.repair.diagnose import Diagnosis, diagnose
 from mquant.repair.repair import repair

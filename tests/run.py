@@ -6,7 +6,7 @@ from pathlib import Path
 from make import make_checkpoint
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.events import Emit, silent
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.plan import Plan, make_plan
 from mquant.recipe import find_recipe
 from mquant.runs.job_spec import JobSpec

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mquant.checkpoint import Checkpoint, Folder, open_checkpoint
-from mquant.family import Family, load_families
+from mquant.family import Family
+from mquant.family_files import load_families
 from mquant.synth import synth
 
 

@@ -10,7 +10,8 @@ import yaml
 from make import make_config, make_names, minimax_m2
 from mquant.data_files import folder
 from mquant.errors import DataFileError
-from mquant.family import Role, family_of, load_families, load_family
+from mquant.family_files import family_of, load_families, load_family
+from mquant.family_rows import Role
 
 LISTING = Path(__file__).parent / "data" / "minimax-m2.7-reap-154.tensors.tsv.gz"
 ROLES = "{} or {}.".format(", ".join(f"'{role}'" for role in [*Role][:-1]), f"'{[*Role][-1]}'")

@@ -5,7 +5,7 @@ import pytest
 from make import minimax_m2
 from mquant import name_patterns
 from mquant.errors import SourceError
-from mquant.family import Role
+from mquant.family_rows import Role
 from mquant.name_patterns import Style, match
 
 GATE = "model.layers.0.block_sparse_moe.gate"

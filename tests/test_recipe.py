@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mquant.errors import DataFileError, UsageError
-from mquant.family import Role
+from mquant.family_rows import Role
 from mquant.recipe import data_file, find_recipe, load_recipe, load_recipes
 from mquant.schemes import NVFP4A16
 from recipe_files import OURS, SCHEMES, complaint, loaded, written

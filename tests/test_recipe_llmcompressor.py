@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mquant.errors import DataFileError
-from mquant.family import Role
+from mquant.family_rows import Role
 from mquant.recipe import Recipe, load_recipe
 from recipe_files import SCHEMES, complaint, foreign, loaded, written
 

@@ -6,7 +6,8 @@ import pytest
 
 from make import make_checkpoint
 from mquant.checkpoint import Folder, open_checkpoint
-from mquant.family import Role, load_families
+from mquant.family_files import load_families
+from mquant.family_rows import Role
 from mquant.findings import Finding
 from mquant.plan import Plan, make_plan
 from mquant.recipe import Recipe

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from mquant.family import Family, Role, load_families
+from mquant.family import Family
+from mquant.family_files import load_families
+from mquant.family_rows import Role
 from mquant.plan import survey
 from mquant.synth import Sizes, Synthetic, synth
 from synthetic import family, numbers, opened, tiny
@@ -55,7 +57,7 @@ def test_real_shapes_plan_in_a_gigabyte_of_memory(full: Path) -> None:
 import json, sys
 from pathlib import Path
 from mquant.checkpoint import Folder, open_checkpoint
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.plan import make_plan
 from mquant.recipe import find_recipe
 plan = make_plan(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mquant.errors import UsageError
-from mquant.family import Family, load_families
+from mquant.family import Family
+from mquant.family_files import load_families
 from mquant.plan import survey
 from mquant.synth import Precision, Sizes, synth
 from synthetic import content, family, numbers, opened, tiny

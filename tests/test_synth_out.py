@@ -139,7 +139,7 @@ def test_large_tensors_take_little_memory(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.synth import Sizes, synth
 def peak():
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from mquant.data_files import folder, read_yaml
 from mquant.errors import DataFileError, UsageError
-from mquant.family import Role
+from mquant.family_rows import Role
 from mquant.name_patterns import MAX_LENGTH, Matches, Style, match
 from mquant.schemes import SCHEMES, Scheme
 from mquant.text import names

@@ -25,7 +25,8 @@ from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, build_header
 from mquant.dtypes import nbytes
 from mquant.errors import DataFileError, UsageError
 from mquant.events import Emit, Progress, silent
-from mquant.family import Family, Role, TensorRow
+from mquant.family import Family
+from mquant.family_rows import Role, TensorRow
 from mquant.output.disk import open_own, out_of_space, write_whole
 from mquant.output.staging import staging
 from mquant.plan import DEFAULT_SHARD_BYTES, cut_shards
@@ -123,7 +124,7 @@ def synth(
     tensors = list(make_tensors(family, config, precision))
     shards = cut_shards(tensors, lambda tensor: tensor.nbytes, max_shard_bytes)
     total = sum(tensor.nbytes for tensor in tensors)
-    side = _side_files(config[family.config.vocabulary])
+    side = _side_files(family.value(family.config.vocabulary, config) or 0)
     names = (*shards, *side, INDEX_NAME, CONFIG_NAME)
     with staging(out, 0 if shapes_only else total, names) as folder:
         done = 0
@@ -144,7 +145,8 @@ def make_config(
     family: Family, sizes: Sizes, precision: Precision, *, tiny: bool
 ) -> dict[str, Any]:
     """Return the config.json of `synth`. Raises UsageError for sizes that the family lacks."""
-    config = {**family.synth.config, **(family.synth.tiny if tiny else {})}
+    config = family.with_settings(family.synth.config, family.synth.tiny if tiny else {})
+    changes: dict[str, Any] = {}
     for option, key, value in (
         ("--layers", family.config.layers, sizes.layers),
         ("--experts", family.config.experts, sizes.experts),
@@ -158,12 +160,17 @@ def make_config(
             raise UsageError(f"{family.title} has no experts.", f"Leave {option} out.")
         if value < 1:
             raise UsageError(f"{option} is {value}; it must be 1 or more.", f"Correct {option}.")
-        config[key] = value
-    experts, top_k = family.config.experts, family.config.top_k
-    if experts and top_k:
-        config[top_k] = min(config[top_k], config[experts])
-    layers = config[family.config.layers]
-    config |= {key: [value] * layers for key, value in family.synth.per_layer.items()}
+        changes[key] = value
+    config = family.with_settings(config, changes)
+    experts, top_k = (
+        family.value(key, config) if key else None
+        for key in (family.config.experts, family.config.top_k)
+    )
+    if experts and top_k and top_k > experts:
+        config = family.with_settings(config, {family.config.top_k: experts})
+    layers = family.value(family.config.layers, config) or 0
+    per_layer = {key: [value] * layers for key, value in family.synth.per_layer.items()}
+    config = family.with_settings(config, per_layer)
     for key in ("torch_dtype", "dtype"):
         if key in config:
             config[key] = _DTYPES[precision][1]
@@ -182,8 +189,8 @@ def make_tensors(
     family: Family, config: Mapping[str, Any], precision: Precision
 ) -> Iterator[SynthTensor]:
     """Yield every tensor of a synthetic checkpoint, in the order of real releases."""
-    layers = config[family.config.layers] + family.mtp_layers(config)
-    experts = config[family.config.experts] if family.config.experts else 0
+    layers = (family.value(family.config.layers, config) or 0) + family.mtp_layers(config)
+    experts = family.value(family.config.experts, config) or 0 if family.config.experts else 0
     for per_layer, rows in groupby(family.tensors, key=lambda row: "{layer}" in row.name):
         group = [row for row in rows if not family.may_lack(row, config)]
         for layer in range(layers) if per_layer else (None,):
@@ -193,13 +200,13 @@ def make_tensors(
                 for expert in range(experts) if per_expert else (None,):
                     for row in members:
                         name = row.format(layer, expert)
-                        yield from _tensor(family, row, name, config, precision)
+                        shape = family.shape(row, config, layer)
+                        yield from _tensor(family, row, name, shape, precision)
 
 
 def _tensor(
-    family: Family, row: TensorRow, name: str, config: Mapping[str, Any], precision: Precision
+    family: Family, row: TensorRow, name: str, shape: tuple[int, ...] | None, precision: Precision
 ) -> Iterator[SynthTensor]:
-    shape = family.shape(row, config)
     if shape is None or min(shape) < 1:
         raise DataFileError(
             f"{family.name}.yaml: synth.config does not give the shape of {row.name}.",

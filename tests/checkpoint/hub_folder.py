@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.synth import Sizes, synth
 
 REPO = "org/tiny"

@@ -15,7 +15,7 @@ from mquant.checkpoint.download import download
 from mquant.checkpoint.hub import HubRepo
 from mquant.errors import SourceError
 from mquant.events import Event, Progress, silent
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.synth import Sizes, synth
 
 __all__ = ["fast_retries", "folder", "hub"]

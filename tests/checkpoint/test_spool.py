@@ -17,7 +17,7 @@ from mquant.checkpoint.hub import HubRepo
 from mquant.checkpoint.spool import Spool, least_room, parts_of
 from mquant.errors import OutputError, SourceError
 from mquant.events import Event, Progress, silent
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.synth import Sizes, synth
 
 __all__ = ["hub"]

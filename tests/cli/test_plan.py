@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from make import make_checkpoint, without
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.cli.app import app
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.plan import make_plan
 from mquant.recipe import find_recipe
 from mquant.runs import forecast

@@ -13,7 +13,7 @@ from fakehub import FakeHub, hub, writable
 from judges import hashes
 from mquant.checkpoint import Folder
 from mquant.events import silent
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.publish import push as push_module
 from pushing import REPO, on_the_hub, quantized, run, src
 from run import TRAINED, quantize_nvfp4

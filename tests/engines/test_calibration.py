@@ -11,7 +11,7 @@ from judges import data, differences, model_free_ptq, one_shard, opened
 from mquant.checkpoint import Folder
 from mquant.errors import DataFileError, UsageError
 from mquant.events import Event, Note
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.output.finish import recipe_yaml
 from mquant.recipe import Calibration
 from mquant.runs.quantize import quantize

@@ -12,7 +12,7 @@ from judges import data, differences, model_free_ptq, opened, read_json
 from make import Row, make_checkpoint, write_json
 from mquant.checkpoint import Folder
 from mquant.events import Event, Note
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.numerics.floats import FLOATS
 from mquant.plan import DEFAULT_SHARD_BYTES, make_bf16_plan
 from mquant.runs.convert import convert

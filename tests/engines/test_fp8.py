@@ -11,7 +11,7 @@ from judges import data, differences, hashes, model_free_ptq, one_shard, opened,
 from make import Row, make_checkpoint
 from mquant.checkpoint import Folder
 from mquant.errors import SourceError
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.runs.quantize import quantize
 from mquant.runs.spec import Engine
 from mquant.verify.judge import Depth, verify

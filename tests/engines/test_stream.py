@@ -12,7 +12,7 @@ from judges import differences, hashes, model_free_ptq, one_shard, opened, quant
 from make import Row, make_checkpoint
 from mquant.checkpoint import Reader
 from mquant.errors import SourceError
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.runs.quantize import quantize
 from mquant.runs.spec import Engine
 from mquant.synth import Precision, Sizes, synth

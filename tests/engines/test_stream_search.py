@@ -13,7 +13,7 @@ from mquant.checkpoint import Folder
 from mquant.engines.importance import open_importance
 from mquant.errors import DataFileError, OutputError, SourceError, UsageError
 from mquant.events import Emit, Event, Progress, silent
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.loader_model.modules import read_modules
 from mquant.numerics.floats import BF16, FLOATS, Array, Floats
 from mquant.runs.quantize import quantize

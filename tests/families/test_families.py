@@ -16,7 +16,9 @@ import pytest
 from family_cases import FAMILY_CASES
 from judges import data, differences, model_free_ptq, one_shard, opened, quantized_names, read_json
 from mquant.checkpoint import Folder
-from mquant.family import Family, FusedSet, Role, load_families
+from mquant.family import Family, FusedSet
+from mquant.family_files import load_families
+from mquant.family_rows import Role
 from mquant.plan import Plan, Target
 from mquant.runs.export import export
 from mquant.synth import Precision, Sizes, make_config, make_tensors, synth

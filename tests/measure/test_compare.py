@@ -17,7 +17,7 @@ from make import Edit, make_checkpoint, without
 from mquant.checkpoint import Folder, Reader, reader_of
 from mquant.checkpoint.hub import HubRepo
 from mquant.events import Event, Note, Progress
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.loader_model.modules import read_modules
 from mquant.measure.comparison import Comparison, ErrorStats, compare, error_stats
 from mquant.measure.comparison_cache import ComparisonCache

@@ -13,7 +13,7 @@ from judges import opened, read_json
 from make import make_checkpoint, write_json
 from mquant.checkpoint import Folder, reader_of
 from mquant.errors import DataFileError, SourceError
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.forward.decoder import Model, shape_of
 from mquant.loader_model.modules import read_modules
 from mquant.measure import perplexity as scoring

@@ -6,7 +6,8 @@ from typing import Any
 
 from make import Edit, Row, make_row
 from mquant.checkpoint import Folder, open_checkpoint
-from mquant.family import Role, load_families
+from mquant.family_files import load_families
+from mquant.family_rows import Role
 from mquant.findings import Finding
 from mquant.plan import DEFAULT_SHARD_BYTES, Plan, make_plan
 from mquant.recipe import Recipe, find_recipe

@@ -8,7 +8,7 @@ import pytest
 
 from make import write_json
 from mquant.checkpoint import CONFIG_NAME, Folder, open_checkpoint, read_json
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.findings import Finding
 from mquant.plan import make_bf16_plan, make_plan
 from mquant.plan.loadable import checked

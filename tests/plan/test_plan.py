@@ -8,7 +8,7 @@ import pytest
 
 from make import make_checkpoint
 from mquant.checkpoint import Folder, open_checkpoint
-from mquant.family import Role
+from mquant.family_rows import Role
 from mquant.plan import Plan, natural
 from mquant.recipe import KeptLayers, Recipe, find_recipe
 from plan.planning import own_recipe, planned

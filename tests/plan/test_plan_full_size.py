@@ -10,7 +10,7 @@ from make import make_config
 from mquant.checkpoint import Checkpoint, Stamp, TensorInfo
 from mquant.dtypes import nbytes
 from mquant.events import Emit
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.plan import DEFAULT_SHARD_BYTES, Plan, make_plan
 from mquant.recipe import find_recipe
 

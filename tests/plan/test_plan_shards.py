@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from make import NUMPY, make_checkpoint, write_index, write_shard
 from make import make_row as row
 from mquant.checkpoint import Folder, TensorInfo, open_checkpoint, read_header
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.plan import DEFAULT_SHARD_BYTES, make_plan
 from mquant.recipe import find_recipe
 from plan.planning import planned, with_odd_norm

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from make import without
-from mquant.family import Role
+from mquant.family_rows import Role
 from mquant.findings import Finding
 from mquant.recipe import Recipe, find_recipe, load_recipe
 from plan.planning import ATTENTION, MOE, Make, own_recipe, planned, refusal, swapped

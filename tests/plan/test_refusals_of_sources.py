@@ -6,7 +6,7 @@ from checkpoint.two_shards import weight_map
 from make import adding, renamed, without, write_index
 from mquant.checkpoint import INDEX_NAME
 from mquant.errors import Refused
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.findings import Finding
 from plan.planning import ATTENTION, MOE, Make, first_refusal, planned, refusal, swapped
 

@@ -13,7 +13,7 @@ from make import Edit, Row, without, write_json
 from mquant.checkpoint import Folder
 from mquant.errors import Refused, SourceError, UsageError
 from mquant.events import Event, Progress
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.plan import Plan, make_bf16_plan
 from mquant.repair.diagnose import diagnose
 from mquant.repair.repair import repair

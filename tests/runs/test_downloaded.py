@@ -15,7 +15,7 @@ from mquant.checkpoint import Folder, open_checkpoint
 from mquant.checkpoint.hub import HubRepo
 from mquant.errors import SourceError
 from mquant.events import Emit, Event, Progress, silent
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.plan import make_plan
 from mquant.recipe import find_recipe
 from mquant.runs.quantize import quantize

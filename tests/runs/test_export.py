@@ -19,7 +19,7 @@ from judges import (
 from make import Row, make_checkpoint, without, write_index, write_json
 from mquant.checkpoint import INDEX_NAME, Folder
 from mquant.errors import Refused
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.numerics.reciprocal import reciprocal, recovered
 from mquant.plan import Target
 from mquant.runs.export import export

@@ -20,7 +20,7 @@ from mquant.checkpoint.upload import HubWriter
 from mquant.cli.app import app
 from mquant.errors import MquantError, OutputError
 from mquant.events import Event, Note
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.output import LEDGER, read_ledger
 from mquant.plan import Plan, make_plan
 from mquant.recipe import find_recipe

@@ -19,7 +19,7 @@ from mquant.checkpoint.hub import HubRepo
 from mquant.cli.app import app
 from mquant.errors import OutputError, SourceError
 from mquant.events import Emit, silent
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.plan import Plan, make_plan
 from mquant.recipe import find_recipe
 from mquant.runs.quantize import quantize

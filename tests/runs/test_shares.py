@@ -12,7 +12,7 @@ from killed import finish_and_die, make_shares, share_and_die
 from mquant.checkpoint import open_checkpoint
 from mquant.checkpoint.hub import HubRepo
 from mquant.events import Event, Note, Progress
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.output import SHARES, ledger_name, read_ledger
 from mquant.plan import make_plan
 from mquant.recipe import find_recipe

@@ -15,7 +15,7 @@ from make import make_checkpoint, write_json
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.errors import OutputError, SourceError
 from mquant.events import Event, Note, Progress, silent
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.plan import Target, make_bf16_plan
 from mquant.runs.convert import convert
 from mquant.runs.export import export

@@ -7,7 +7,7 @@ import pytest
 
 from judges import read_json
 from make import Edit, make_row
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.synth import synth
 from mquant.verify.judge import Depth
 from mutate import judged, mutated, scalar

@@ -11,7 +11,7 @@ import pytest
 from judges import opened, read_json
 from make import NUMPY, Edit, Row, adding, make_checkpoint, without, write_json
 from mquant.errors import SourceError
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.findings import RULES
 from mquant.loader_model.modules import read_modules
 from mquant.output import RECORD

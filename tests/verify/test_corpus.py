@@ -10,7 +10,7 @@ import pytest
 
 from corpus import CASES, Case
 from mquant.checkpoint import Folder
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.verify.judge import Depth, verify
 from run import TRAINED, quantize_nvfp4
 

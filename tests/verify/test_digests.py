@@ -12,7 +12,7 @@ from make import write_json
 from mquant.checkpoint import Folder
 from mquant.checkpoint.hub import HubRepo
 from mquant.events import silent
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.findings import Finding
 from mquant.publish.card import gather, render
 from mquant.verify.digests import check_digests

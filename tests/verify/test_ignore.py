@@ -9,7 +9,7 @@ import pytest
 from make import Edit, Row, make_checkpoint, make_names, make_row, minimax_m2, renamed, write_json
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.errors import SourceError
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.loader_model.modules import MODELOPT_NAME, read_modules
 from mquant.verify.ignore_report import IgnoreReport, check_ignore
 from quantized_rows import (

@@ -10,7 +10,8 @@ import pytest
 from judges import data, model_free_ptq, one_shard, opened, read_json
 from make import Edit, Row, make_row, without, write_json, write_shard
 from mquant.checkpoint import CONFIG_NAME
-from mquant.family import Family, load_families
+from mquant.family import Family
+from mquant.family_files import load_families
 from mquant.loader_model.modules import MODELOPT_NAME, read_modules
 from mquant.synth import Precision, Sizes, synth
 from mquant.verify.ignore_report import IgnoreReport, check_ignore

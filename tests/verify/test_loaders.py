@@ -20,7 +20,7 @@ from make import make_checkpoint
 from mquant.checkpoint import Folder
 from mquant.cli.app import app
 from mquant.errors import LoaderError
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.verify.judge import Depth, verify
 from mquant.verify.loaders.ask_vllm import read_verdict
 from mquant.verify.loaders.install import environment, find_python, install

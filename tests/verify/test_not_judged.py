@@ -13,7 +13,7 @@ from judges import read_json
 from loaders import fake_python
 from make import Edit, Row, make_checkpoint
 from mquant.checkpoint import Folder, open_checkpoint
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.loader_model.modules import read_modules
 from mquant.verify.judge import Depth, Report, verify
 from mutate import mutated

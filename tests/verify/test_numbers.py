@@ -9,7 +9,7 @@ from judges import opened
 from make import Edit, Row, make_checkpoint, without
 from mquant.checkpoint import Folder
 from mquant.events import Event, Progress
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.findings import RULES
 from mquant.verify import numbers
 from mquant.verify.judge import Depth, verify

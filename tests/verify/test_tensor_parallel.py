@@ -9,7 +9,7 @@ from judges import opened, read_json
 from make import make_checkpoint, make_row, without, write_index, write_json, write_shard
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME
 from mquant.data_files import folder
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.output.finish import index_json
 from mquant.plan import config_json
 from mquant.runs.quantize import quantize

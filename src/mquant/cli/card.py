@@ -70,7 +70,7 @@ def card(
         source = open_source(src, revision, example(card))
         original = None if parent is None else open_source(parent, None, example(card))
         path = _path(source, file)
-        from mquant.family import load_families
+        from mquant.family_files import load_families
         from mquant.output import Document
         from mquant.publish.card import MARK, gather, read_about, render
         from mquant.verify.judge import Depth

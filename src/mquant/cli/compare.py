@@ -52,7 +52,7 @@ def compare(
         if against is None:
             raise UsageError("--against is missing.", example(compare))
         parent = open_source(against, None, example(compare))
-        from mquant.family import load_families
+        from mquant.family_files import load_families
         from mquant.measure.comparison import compare as measure
 
         with progress(out) as emit:

@@ -50,7 +50,7 @@ def dequantize(
         limit = None if max_shard_size is None else parse_size(max_shard_size)
         source = open_source(src, revision, example(dequantize))
         from mquant.checkpoint import open_checkpoint
-        from mquant.family import load_families
+        from mquant.family_files import load_families
         from mquant.plan import DEFAULT_SHARD_BYTES, make_bf16_plan
 
         plan = make_bf16_plan(

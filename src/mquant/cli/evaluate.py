@@ -53,7 +53,7 @@ def evaluate(
         if text is None:
             raise UsageError("--text is missing.", example(evaluate))
         parent = None if against is None else open_source(against, None, example(evaluate))
-        from mquant.family import load_families
+        from mquant.family_files import load_families
         from mquant.measure.evaluation import evaluate as run
 
         with progress(out) as emit:

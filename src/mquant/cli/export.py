@@ -37,7 +37,7 @@ def export(
         if to is None:
             raise UsageError("--to is missing: modelopt or compressed-tensors.", example(export))
         source = open_source(src, revision, example(export))
-        from mquant.family import load_families
+        from mquant.family_files import load_families
         from mquant.runs.export import export as carry_out
 
         path = out_folder or default_out(source, _SUFFIX[to])

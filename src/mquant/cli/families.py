@@ -28,7 +28,7 @@ def families(context: typer.Context, output_format: FormatChoice = Format.HUMAN)
     if context.invoked_subcommand is not None:
         return
     with output("families", output_format) as out:
-        from mquant.family import load_families
+        from mquant.family_files import load_families
 
         known = load_families()
         out.put(
@@ -52,6 +52,6 @@ def show(name: Name = None, output_format: FormatChoice = Format.HUMAN) -> None:
     Example: mquant families show minimax_m2
     """
     with output("families.show", output_format) as out:
-        from mquant.family import load_families
+        from mquant.family_files import load_families
 
         show_file(out, "families", name, load_families())

@@ -38,7 +38,7 @@ def check(file: File, output_format: FormatChoice = Format.HUMAN) -> None:
     """
     with output("families.check", output_format) as out:
         from mquant.data_files import temporary_folder
-        from mquant.family import load_families
+        from mquant.family_files import load_families
 
         family = load_families(file)[str(file)]
         out.put(**_described(family))

@@ -31,7 +31,7 @@ def inspect(
     with output("inspect", output_format) as out:
         source = open_source(src, revision, example(inspect))
         from mquant.checkpoint import open_checkpoint
-        from mquant.family import load_families
+        from mquant.family_files import load_families
         from mquant.verify.inspect import inspect as look
 
         inspection = look(open_checkpoint(source), load_families(family))

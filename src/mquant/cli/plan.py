@@ -72,7 +72,7 @@ def make(
         raise UsageError("--recipe is missing.", f"{example(verb)}  (mquant recipes lists them)")
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     from mquant.checkpoint import open_checkpoint
-    from mquant.family import load_families
+    from mquant.family_files import load_families
     from mquant.plan import DEFAULT_SHARD_BYTES, make_plan
     from mquant.recipe import find_recipe
 
@@ -168,7 +168,7 @@ def _roles(roles: list[dict[str, Any]]) -> Table:
 
 
 def _what(role: dict[str, Any]) -> Text:
-    from mquant.family import Role
+    from mquant.family_rows import Role
 
     if role["scheme"] is None:
         return Text(clean(role["reason"]))

@@ -48,7 +48,7 @@ def push(
             raise UsageError(f"{clean(repo[:96])!r} is no hub repo id.", example(push))
         source = open_source(src, None, example(push))
         from mquant.checkpoint import Folder
-        from mquant.family import load_families
+        from mquant.family_files import load_families
         from mquant.publish.push import load
         from mquant.publish.push import push as publish
 

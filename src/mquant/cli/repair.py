@@ -67,7 +67,7 @@ def repair(
     with output("repair", output_format) as out:
         source = _source(src, parent, revision, out_folder, in_place=in_place)
         from mquant.checkpoint import Folder
-        from mquant.family import load_families
+        from mquant.family_files import load_families
         from mquant.repair.diagnose import diagnose
         from mquant.repair.repair import finish_in_place, repair_in_place
         from mquant.repair.repair import repair as repair_into

@@ -59,7 +59,7 @@ def report(
         parent = None if against is None else open_source(against, None, example(report))
         if text is not None and evaluation is not None:
             raise UsageError("--text and --eval exclude each other.", example(report))
-        from mquant.family import load_families
+        from mquant.family_files import load_families
         from mquant.output import Document
         from mquant.publish.report import MARK, Wanted
         from mquant.publish.report import report as write

@@ -75,7 +75,7 @@ def synth(
             raise UsageError("OUT is missing.", example(synth))
         limit = None if max_shard_size is None else parse_size(max_shard_size)
         # numpy is slow to import, and --help needs no numpy.
-        from mquant.family import load_families
+        from mquant.family_files import load_families
         from mquant.plan import DEFAULT_SHARD_BYTES
         from mquant.synth import Precision, Sizes
         from mquant.synth import synth as write
@@ -113,7 +113,7 @@ def synth(
 
 
 def _choose(name: str | None, families: "Iterable[Family]") -> "Family":
-    from mquant.family import load_family
+    from mquant.family_files import load_family
     from mquant.untrusted import is_file
 
     known = {family.name: family for family in families}

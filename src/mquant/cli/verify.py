@@ -62,7 +62,7 @@ def verify(
         with junit(junit_file, src or ".") as suite:
             source = open_source(src, revision, example(verify))
             parent = None if against is None else open_source(against, None, example(verify))
-            from mquant.family import load_families
+            from mquant.family_files import load_families
             from mquant.verify.judge import Depth
             from mquant.verify.judge import verify as judge
             from mquant.verify.loaders.install import find_python

@@ -39,7 +39,7 @@ def verify_ignore(
         source = open_source(src, revision, example(verify_ignore))
         from mquant.checkpoint import open_checkpoint
         from mquant.checkpoint.hub import HubRepo
-        from mquant.family import load_families
+        from mquant.family_files import load_families
         from mquant.loader_model.modules import read_modules
         from mquant.verify.ignore_report import check_ignore
         from mquant.verify.not_judged import in_words

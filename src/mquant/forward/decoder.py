@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mquant.errors import SourceError
-from mquant.family import Family, Forward
+from mquant.family import Family
+from mquant.family_rows import Forward
 from mquant.loader_model.modules import ModuleView
 from mquant.weights.decode import Floats
 from mquant.weights.matrix import AnyReader, Matrix, Workers, matrix_of, plain

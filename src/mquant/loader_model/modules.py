@@ -12,7 +12,9 @@ from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo, read_json
 from mquant.errors import SourceError
-from mquant.family import Family, Role, TensorRole, family_of
+from mquant.family import Family, TensorRole
+from mquant.family_files import family_of
+from mquant.family_rows import Role
 from mquant.loader_model.vllm.load import Outcome
 from mquant.loader_model.vllm.predict import MODELOPT_FILE, predict
 from mquant.schemes import QUANTIZED_SUFFIXES
@@ -92,7 +94,7 @@ def read_modules(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Modu
 
     Raises SourceError if there are more modules than a model can have.
     """
-    family = family_of(checkpoint.config, families)
+    family = family_of(checkpoint.config, families, checkpoint.tensors)
     grouped = by_module(checkpoint)
     if len(grouped) > MAX_MODULES:
         raise SourceError(

@@ -11,7 +11,8 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, Final
 
-from mquant.family import Family, FusedSet, Role, TensorRole
+from mquant.family import Family, FusedSet, TensorRole
+from mquant.family_rows import Role
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.loader_model.storage import groups
 from mquant.name_patterns import Matches, Style, match

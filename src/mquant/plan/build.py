@@ -7,7 +7,8 @@ from typing import Any, Final, TypeVar
 from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.dtypes import FLOAT_WEIGHTS
 from mquant.errors import Refused
-from mquant.family import Family, FusedSet, Role
+from mquant.family import Family, FusedSet
+from mquant.family_rows import Role
 from mquant.findings import Finding, rule
 from mquant.loader_model.storage import StorageFormat
 from mquant.plan.awq import scaled, unscalable

@@ -8,9 +8,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from mquant.family import Family, TensorRole, TensorRow
+from mquant.family import Family, TensorRole
+from mquant.family_rows import TensorRow
 from mquant.findings import Finding, rule
-from mquant.formulas import MOST_LAYERS
+from mquant.formulas import MOST_LAYERS, find
 from mquant.plan.members import Member
 from mquant.text import names
 
@@ -93,24 +94,28 @@ def completeness(family: Family, members: list[Member], config: Mapping[str, Any
     counts = [key for key in (family.config.layers, family.config.experts) if key]
     if family.mtp_layers(config):
         counts.append(family.config.mtp)
+    settings = family.settings(config)
     for key in (*counts, *family.needed_keys(config)):
-        value = config.get(key)
+        value = family.value(key, config)
         # No checkpoint has more layers or experts than tensors; a false number must not cost a long
         # loop.
         most = len(members) if key == family.config.experts else min(len(members), MOST_LAYERS)
         limit = max(most, 1) if key in counts else 2**53
-        if type(value) is not int or not 0 <= value <= limit:
-            fault = f"says {key} {json.dumps(value)[:40]}, which cannot be"
+        if value is None or not 0 <= value <= limit:
+            stated = find(settings, key)
+            fault = f"says {key} {json.dumps(stated)[:40]}, which cannot be"
+            lacks = stated is None and key not in settings
             return [
                 CONFIG_KEY_UNUSABLE.finding(
                     "config.json",
-                    f"config.json {fault if key in config else f'has no {key}'}.",
+                    f"config.json {f'has no {key}' if lacks else fault}.",
                     "Take config.json from the model's repo.",
                 )
             ]
-    layers = config[family.config.layers]
+    layers = family.value(family.config.layers, config) or 0
+    experts = family.value(family.config.experts, config) or 0 if family.config.experts else 0
     return [
-        *_expert_findings(family, members, config.get(family.config.experts, 0)),
+        *_expert_findings(family, members, experts),
         *_missing(family, members, layers, config),
         *_layers_findings(family, members, layers, layers + family.mtp_layers(config)),
         *_block_findings(family, members, config),
@@ -294,28 +299,27 @@ def _fused_findings(
 def _shape_findings(
     family: Family, members: list[Member], config: Mapping[str, Any]
 ) -> list[Finding]:
-    expected: dict[str, tuple[int, ...] | None] = {
-        row.key: family.shape(row, config) for row in family.tensors
-    }
-    wrong: dict[str, list[Member]] = defaultdict(list)
+    rows = {row.key: row for row in family.tensors}
+    varies = {key for key, row in rows.items() if row.varies}
+    expected = {key: family.shape(row, config) for key, row in rows.items() if key not in varies}
+    wrong: dict[tuple[str, tuple[int, ...]], list[Member]] = defaultdict(list)
     for member in members:
-        shape = expected[member.tensor_role.row.key]
+        row, layer = member.tensor_role.row, member.tensor_role.layer
+        shape = family.shape(row, config, layer) if row.key in varies else expected.get(row.key)
         if shape is not None and member.info.shape != shape:
-            wrong[member.tensor_role.row.key].append(member)
+            wrong[row.key, shape].append(member)
     return [
-        _shape_finding(group[0].tensor_role.row, group, expected[key])
-        for key, group in wrong.items()
+        _shape_finding(group[0].tensor_role.row, group, shape)
+        for (_, shape), group in wrong.items()
     ]
 
 
-def _shape_finding(
-    row: TensorRow, group: list[Member], expected: tuple[int, ...] | None
-) -> Finding:
+def _shape_finding(row: TensorRow, group: list[Member], expected: tuple[int, ...]) -> Finding:
     info = group[0].info
     more = f", and {len(group) - 1:,} more like it" if len(group) > 1 else ""
     return SHAPE_DISAGREES.finding(
         info.name,
-        f"{info.name} is {list(info.shape)}, but config.json implies {list(expected or ())} "
+        f"{info.name} is {list(info.shape)}, but config.json implies {list(expected)} "
         f"({', '.join(row.shape)}){more}.",
         "Take config.json and shards from the same checkpoint.",
     )

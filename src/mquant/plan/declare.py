@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo
-from mquant.family import Family, Role, TensorRole
+from mquant.family import Family, TensorRole
+from mquant.family_rows import Role
 from mquant.loader_model.modules import by_module, quantized_suffixes
 from mquant.loader_model.storage import (
     GROUP,

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from mquant.checkpoint import TensorInfo
-from mquant.family import Role, TensorRole
+from mquant.family import TensorRole
+from mquant.family_rows import Role
 from mquant.plan.stored import Stored
 
 

@@ -10,7 +10,8 @@ from typing import Any, Literal, Self
 
 from mquant.checkpoint import TensorInfo, build_header
 from mquant.dtypes import BITS, nbytes
-from mquant.family import Family, Role
+from mquant.family import Family
+from mquant.family_rows import Role
 from mquant.findings import Finding
 from mquant.plan.members import Member
 from mquant.plan.stored import Stored

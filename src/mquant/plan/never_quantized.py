@@ -6,7 +6,8 @@ from typing import Final
 
 import yaml
 
-from mquant.family import Family, Role
+from mquant.family import Family
+from mquant.family_rows import Role
 from mquant.findings import Finding, Rule, rule
 from mquant.plan.model import Action
 from mquant.recipe import Recipe

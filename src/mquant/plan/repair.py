@@ -14,7 +14,8 @@ from typing import Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo, is_shard
 from mquant.errors import Refused
-from mquant.family import Family, Role
+from mquant.family import Family
+from mquant.family_rows import Role
 from mquant.loader_model.storage import StorageFormat
 from mquant.plan.declare import KV_CACHE, KV_SCALES
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint
-from mquant.family import Family, Role, TensorRow, family_of
+from mquant.family import Family
+from mquant.family_files import family_of
+from mquant.family_rows import Role, TensorRow
 from mquant.findings import Finding, rule
 from mquant.loader_model.storage import StorageFormat
 from mquant.plan.completeness import completeness
@@ -79,7 +81,7 @@ def survey(
     weights = quantized.weights if quantized else {}
     unreadable = quantized.findings if quantized else _already_quantized(checkpoint, formats)
     findings = [*checkpoint.findings, *unreadable]
-    family = family_of(checkpoint.config, families)
+    family = family_of(checkpoint.config, families, checkpoint.tensors)
     if family is None:
         kind = checkpoint.config.get("model_type")
         findings.append(
@@ -122,15 +124,15 @@ def _mtp_kept(family: Family, members: list[Member], config: Mapping[str, Any]) 
     layers = family.value(family.config.layers, config)
     if layers is None or not family.mtp_layers(config):
         return members
-    kept: dict[TensorRow, TensorRow] = {}
+    kept: dict[str, TensorRow] = {}
 
     def keep(member: Member) -> Member:
         row, layer = member.tensor_role.row, member.tensor_role.layer
         if layer is None or layer < layers:
             return member
-        if row not in kept:
-            kept[row] = row.model_copy(update={"role": Role.OTHER, "fused": ""})
-        return replace(member, tensor_role=replace(member.tensor_role, row=kept[row]))
+        if row.name not in kept:
+            kept[row.name] = row.model_copy(update={"role": Role.OTHER, "fused": ""})
+        return replace(member, tensor_role=replace(member.tensor_role, row=kept[row.name]))
 
     return [keep(member) for member in members]
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo
-from mquant.family import Family, family_of
+from mquant.family import Family
+from mquant.family_files import family_of
 from mquant.findings import Finding
 from mquant.loader_model.modules import ModuleView, declared_config, read_modules
 from mquant.output import config_json
@@ -82,7 +83,10 @@ def _candidates(
     checkpoint: Checkpoint, parent: Checkpoint, families: Mapping[str, Family]
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield configs with the checkpoint's own groups, then configs written from the tensors."""
-    family, declared = family_of(parent.config, families), declared_config(checkpoint)
+    family, declared = (
+        family_of(parent.config, families, parent.tensors),
+        declared_config(checkpoint),
+    )
     own, theirs = (
         {key: value for key, value in each.config.items() if key not in _KEYS}
         for each in (checkpoint, parent)

@@ -18,7 +18,8 @@ from mquant.checkpoint.checkpoint import TENSOR_STORED_TWICE
 from mquant.engines.importance import Importance, read_importance
 from mquant.errors import NotJudged, Refused
 from mquant.events import Emit, silent
-from mquant.family import Family, Role
+from mquant.family import Family
+from mquant.family_rows import Role
 from mquant.findings import Finding, rule
 from mquant.loader_model.modules import (
     FP8_DTYPES,

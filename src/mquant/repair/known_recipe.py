@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from mquant.checkpoint import Assembly, AssemblyReader, Checkpoint, Source
 from mquant.engines.importance import Importance, weigher
 from mquant.errors import Refused
-from mquant.family import Family, FusedSet, Role
+from mquant.family import Family, FusedSet
+from mquant.family_rows import Role
 from mquant.findings import Finding, rule
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.output import known_table

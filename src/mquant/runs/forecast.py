@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mquant.errors import OutputError
-from mquant.family import Role
+from mquant.family_rows import Role
 from mquant.findings import Finding, rule
 from mquant.output import examine, free_disk
 from mquant.plan import Action, Plan

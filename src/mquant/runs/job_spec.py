@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mquant.checkpoint import Folder, Source, open_checkpoint
 from mquant.errors import SourceError, UsageError
-from mquant.family import Family, load_families
+from mquant.family import Family
+from mquant.family_files import load_families
 from mquant.plan import Plan, make_plan
 from mquant.recipe import Recipe
 

@@ -12,7 +12,7 @@ import numpy as np
 from mquant.checkpoint import TensorInfo
 from mquant.checkpoint.hub import HubRepo
 from mquant.events import Emit, Progress, silent
-from mquant.family import Role
+from mquant.family_rows import Role
 from mquant.findings import Finding, Rule, rule
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.loader_model.storage import format_of
@@ -183,8 +183,9 @@ def _in_sample(module: Module, last: int, parent: ModuleView) -> bool:
         return True
     if tensor_role.row.role is not Role.EXPERT:
         return tensor_role.layer in (0, last)
-    experts = parent.checkpoint.config.get(parent.family.config.experts) if parent.family else None
-    count = experts if type(experts) is int and experts > 0 else 1
+    family = parent.family
+    experts = family.value(family.config.experts, parent.checkpoint.config) if family else None
+    count = experts if experts and experts > 0 else 1
     return tensor_role.expert == zlib.crc32(str(tensor_role.layer).encode()) % count
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mquant.family import Role
+from mquant.family_rows import Role
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.verify.numbers import PIECE
 from mquant.weights.decode import READABLE, Floats, floats

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from typing import Final
 
-from mquant.family import Role
+from mquant.family_rows import Role
 from mquant.findings import Finding, Rule, rule
 from mquant.loader_model.modules import ModuleView
 from mquant.loader_model.vllm_view import Group, Judged, VllmView

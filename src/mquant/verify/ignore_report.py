@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mquant.errors import NotJudged
-from mquant.family import Role
+from mquant.family_rows import Role
 from mquant.findings import Finding
 from mquant.loader_model.modules import ModuleView
 from mquant.loader_model.vllm_view import Judged, VllmView, vllm_view_of

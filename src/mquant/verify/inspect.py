@@ -7,7 +7,8 @@ from math import prod
 from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo
-from mquant.family import Family, FusedSet, Role, TensorRole
+from mquant.family import Family, FusedSet, TensorRole
+from mquant.family_rows import Role
 from mquant.findings import Finding, in_context, rule
 from mquant.loader_model.modules import Module, ModuleView, read_modules
 from mquant.loader_model.storage import format_of, weight_shape
@@ -136,8 +137,8 @@ def inspect(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Inspectio
     routers = view.of(Role.ROUTER)
 
     def config_number(key: str) -> int | None:
-        value = config.get(key) if key else None
-        return value if type(value) is int and 0 <= value < 2**53 else None
+        value = family.value(key, config) if family and key else None
+        return value if value is not None and 0 <= value < 2**53 else None
 
     inspection = Inspection(
         name=checkpoint.source.name,

@@ -25,8 +25,8 @@ def check_mtp(
     `named_roles` are names of tensors or modules, and the role that the family gives each name.
     """
     key = family.config.mtp
-    count = config.get(key) if key else None
-    if type(count) is not int or not 0 < count < 2**53:
+    count = family.value(key, config) if key else None
+    if count is None or not 0 < count < 2**53:
         return
     layers = family.value(family.config.layers, config) or 0
     # MTP modules are numbered after the last layer, or have their own prefix.

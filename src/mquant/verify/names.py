@@ -3,7 +3,8 @@
 from typing import Final
 
 from mquant.dtypes import PLAIN_DTYPES
-from mquant.family import Family, Role
+from mquant.family import Family
+from mquant.family_rows import Role
 from mquant.findings import rule
 from mquant.loader_model.modules import ModuleView
 from mquant.plan.survey import TENSOR_UNKNOWN

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from mquant.dtypes import PLAIN_DTYPES
-from mquant.family import Role
+from mquant.family_rows import Role
 from mquant.findings import Finding, Knowledge, Needs, Rule
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.loader_model.storage import StorageFormat, format_of

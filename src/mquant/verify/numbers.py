@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from mquant.checkpoint import TensorInfo
 from mquant.events import Emit, Progress, silent
-from mquant.family import FusedSet, Role
+from mquant.family import FusedSet
+from mquant.family_rows import Role
 from mquant.findings import Rule, rule
 from mquant.loader_model.modules import FP8_DTYPES, Module, ModuleView
 from mquant.loader_model.storage import (

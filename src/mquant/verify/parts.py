@@ -4,7 +4,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Final
 
-from mquant.family import FusedSet, Role
+from mquant.family import FusedSet
+from mquant.family_rows import Role
 from mquant.findings import Rule, rule
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.loader_model.storage import (

@@ -75,7 +75,9 @@ def _members(view: ModuleView, kinds: Kinds) -> list[Member]:
                 members.append(Member(replace(info, name=name), tensor_role))
         tensor_role = _classify(family, f"{module.name}.weight")
         if kind is not None and tensor_role is not None:
-            shape = weight_shape(kind, module, view) or family.shape(tensor_role.row, config)
+            shape = weight_shape(kind, module, view) or family.shape(
+                tensor_role.row, config, tensor_role.layer
+            )
             name = tensor_role.row.format(tensor_role.layer, tensor_role.expert)
             any_part = next(iter(module.tensors.values()))
             members.append(Member(replace(any_part, name=name, shape=shape or ()), tensor_role))

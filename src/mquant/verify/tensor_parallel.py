@@ -34,7 +34,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint
-from mquant.family import Family, Role, TensorRow
+from mquant.family import Family
+from mquant.family_rows import Role, TensorRow
 from mquant.findings import Finding, rule
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.loader_model.storage import (

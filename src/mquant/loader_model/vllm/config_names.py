@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mquant.data_files import read_yaml
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.loader_model.vllm.config_types import said
 from mquant.loader_model.vllm.tensors import LoadRefused, Unknown
 from mquant.loader_rows import VllmRows

@@ -12,7 +12,8 @@ from mquant.checkpoint import Source, open_checkpoint
 from mquant.checkpoint.generation_config import read_sampling
 from mquant.errors import SourceError
 from mquant.events import Emit, silent
-from mquant.family import Family, Role
+from mquant.family import Family
+from mquant.family_rows import Role
 from mquant.loader_model.modules import ModuleView, read_modules
 from mquant.loader_model.storage import FP8S, StorageFormat, format_of, groups, weight_shape
 from mquant.output import Record, read_record

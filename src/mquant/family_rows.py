@@ -1,0 +1,211 @@
+"""The parts of a family file: rows of tensors, keys of config.json, data for synthetic models."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from enum import StrEnum
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from mquant.formulas import check_condition, check_size, depends_on_layer, size_keys
+
+EVERY_LAYER = "layer"
+"""The block that every layer has."""
+NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")
+_ROW_NAME = r"^[\w.-]+(\{layer\}[\w.-]+(\{expert\}[\w.-]+)?)?(\.\*)?$"
+
+
+class Role(StrEnum):
+    """The use of a tensor. Recipes refer to roles, never to names."""
+
+    EXPERT = "expert"
+    SHARED_EXPERT = "shared_expert"
+    MLP = "mlp"
+    ATTENTION = "attention"
+    ROUTER = "router"
+    ROUTING_BIAS = "routing_bias"
+    LINEAR_ATTENTION = "linear_attention"
+    MAMBA = "mamba"
+    INDEXER = "indexer"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    NORM = "norm"
+    VISION = "vision"
+    MTP = "mtp"
+    OTHER = "other"
+
+    @property
+    def linear(self) -> bool:
+        """Whether the role is the weight of a linear layer (what `targets: Linear` means)."""
+        return self not in (
+            Role.ROUTING_BIAS,
+            Role.EMBEDDING,
+            Role.NORM,
+            Role.VISION,
+            Role.MTP,
+            Role.OTHER,
+        )
+
+    @property
+    def refused_by_loaders(self) -> bool:
+        """Whether loaders refuse, or load wrongly, a checkpoint that has the role quantized."""
+        return self in (Role.ROUTER, Role.EMBEDDING, Role.HEAD)
+
+
+def distinct(rows: "tuple[TensorRow, ...]") -> "tuple[TensorRow, ...]":
+    """Return the rows. Raises ValueError if two rows have one name."""
+    repeated = [key for key, count in Counter(row.key for row in rows).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{repeated[0]} has two rows")
+    return rows
+
+
+def in_order(defaults: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the defaults. Raises ValueError if one refers to a later one."""
+    known: set[str] = set()
+    for key, default in defaults.items():
+        later = size_keys(default) & (defaults.keys() - known)
+        if later:
+            raise ValueError(f"{key} refers to {min(later)}, which must stand above {key}")
+        known.add(key)
+    return defaults
+
+
+Size = Annotated[str, Field(max_length=200), AfterValidator(check_size)]
+Condition = Annotated[str, AfterValidator(check_condition)]
+Key = Annotated[str, Field(min_length=1)]
+RowName = Annotated[str, Field(max_length=200, pattern=_ROW_NAME)]
+
+
+class Data(BaseModel):
+    """A part of a family file: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorRow(Data):
+    """One row of a family's `tensors`: a name, with {layer} and {expert} for numbers.
+
+    A name that ends in `.*` is a prefix: the row stands for all tensors below the prefix, which a
+    checkpoint may have, and which are copied. Digits that are parts of a name stand for themselves.
+    """
+
+    name: RowName
+    role: Role
+    shape: tuple[Size, ...] = ()
+    shapes: Mapping[str, tuple[Size, ...]] = Field(default_factory=dict)
+    """Block -> the shape in layers that have the block, if it is not `shape` in every layer."""
+    dtype: Literal["BF16", "F16", "F32"] = "BF16"
+    fused: str = ""
+    block: str = EVERY_LAYER
+    """The block of the row: a layer has all rows of a block or no row of the block. The family's
+    `blocks` says which layers have a block; any layer may have a block that `blocks` lacks."""
+    optional: bool = False
+    """Whether a complete checkpoint may leave the tensor out."""
+    unless: str = ""
+    """A key of config.json; if the key is true, a complete checkpoint may leave the tensor out."""
+
+    @cached_property
+    def key(self) -> str:
+        """The name with `#` for every placeholder."""
+        return self.name.replace("{layer}", "#").replace("{expert}", "#")
+
+    @cached_property
+    def numberless(self) -> str:
+        """The name with `#` for every number, also for digits of the family's own names."""
+        return NUMBER.sub("#", self.key)
+
+    @property
+    def prefix(self) -> str | None:
+        """What all names of the row begin with, if the row stands for all tensors below a name."""
+        return self.name[:-1] if self.name.endswith(".*") else None
+
+    @property
+    def varies(self) -> bool:
+        """Whether the shape differs from layer to layer."""
+        return bool(self.shapes) or any(depends_on_layer(size) for size in self.shape)
+
+    @property
+    def short(self) -> str:
+        """The last part of the module's name."""
+        return self.name.removesuffix(".weight").rpartition(".")[2]
+
+    def renamed(self, name: str, *, optional: bool = False) -> "TensorRow":
+        """Return the row with another name."""
+        row = self.model_copy(update={"name": name, "optional": optional or self.optional})
+        for cached in ("key", "numberless"):
+            row.__dict__.pop(cached, None)
+        return row
+
+    def format(self, layer: int | None, expert: int | None) -> str:
+        """Return the tensor's name in a layer, for an expert."""
+        return self.name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+
+    def patterns(self, *names: Callable[[str], str]) -> Iterator[str]:
+        """Yield entries for `ignore` or `targets` that match the row's module in every layer.
+
+        Each of `names` maps the hub's name to a name; each distinct result gives one entry.
+        """
+        module = self.name.removesuffix(".weight")
+        for name in dict.fromkeys(rename(module) for rename in names):
+            if "{" in name or name.endswith(".*"):
+                end = "" if name.endswith(".*") else "$"
+                escaped = name.removesuffix("*").replace(".", r"\.")
+                yield "re:" + re.sub(r"\{(layer|expert)\}", r"\\d+", escaped) + end
+            else:
+                yield name
+
+
+class Wrapping(Data):
+    """The names of the same model inside a larger one, as multimodal models have.
+
+    `names` is prefix in the rows -> prefix on disk. `in_vllm` is prefix on disk -> vLLM's, which is
+    replaced before the family's `in_vllm`.
+    """
+
+    names: Mapping[str, str]
+    in_vllm: tuple[tuple[str, str], ...] = ()
+
+    def rename(self, name: str) -> str:
+        """Return the name on disk for a name in the rows."""
+        for old, new in self.names.items():
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name
+
+
+class ConfigKeys(Data):
+    """The keys of config.json by meaning; a key is empty if the family has no such thing."""
+
+    layers: Key
+    context: Key
+    vocabulary: Key
+    hidden: Key
+    heads: Key
+    intermediate: Key
+    kv_heads: str = ""
+    experts: str = ""
+    top_k: str = ""
+    mtp: str = ""
+
+
+class Forward(Data):
+    """The facts about the forward pass of a family that names and shapes do not show."""
+
+    qk_norm: Literal["none", "all heads", "each head"] = "none"
+    """The span of the norm of q and k: the whole projection, or each head."""
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    """The function from router logits to routing weights. A routing bias only selects experts."""
+    normalised: str = ""
+    """A key of config.json; if the key is true, or this field is empty, the chosen experts' weights
+    are scaled to add up to 1."""
+
+
+class SynthData(Data):
+    """The config.json of `mquant synth`: the real model's, and the changes for a tiny model."""
+
+    config: dict[str, Any]
+    tiny: dict[str, Any]
+    per_layer: dict[str, Any] = Field(default_factory=dict)
