@@ -1,4 +1,4 @@
-"""A family file says what differs from another family; models inside larger models have a prefix."""
+"""A family file says what differs from another family; inner models have names with a prefix."""
 
 from pathlib import Path
 from typing import Any
