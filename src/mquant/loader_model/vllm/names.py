@@ -85,10 +85,14 @@ class Modules:
         """Put a layer at the place that the layer's name says."""
         *path, last = layer.name.split(".")
         node = self
-        for part in path:
+        for place, part in enumerate(path, 1):
             child = node.children.setdefault(part, Modules())
             if not isinstance(child, Modules):
-                return  # a layer inside a layer: loaded by the outer layer
+                # A layer inside a layer is loaded by the outer layer; so is a parameter that
+                # vLLM's model puts into a layer.
+                if isinstance(layer, Bare) and place == len(path):
+                    child.parameters[last] = layer.parameters.pop("")
+                return
             node = child
         node.children[last] = layer
 
