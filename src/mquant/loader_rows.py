@@ -176,6 +176,9 @@ class Settings:
                 self.values[key] = (
                     self.size(default) if formula else self.values.get(str(default), default)
                 )
+        for alias, key in self.read_as.aliases.items():
+            if key in self.values:
+                self.values[alias] = self.values[key]  # vLLM may read the one or the other
         self._rows = rows
         named = config.get("architectures")
         first = named[0] if named and isinstance(named, list) else None

@@ -28,7 +28,7 @@ quant_stage:
 """
 ROUTER_MESSAGE = (
     "Recipe reap would quantize 2 routers (model.layers.0.block_sparse_moe.gate, "
-    "model.layers.1.block_sparse_moe.gate); vLLM refuses such a checkpoint."
+    "model.layers.1.block_sparse_moe.gate); vLLM 0.32 refuses such a checkpoint."
 )
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from fakehub import FakeHub, hub
 from judges import differences, opened, read_json
-from make import make_checkpoint
+from make import make_checkpoint, write_json
 from mquant.cli.app import app
 from mquant.output import LEDGER
 from run import TRAINED
@@ -90,6 +90,18 @@ def test_a_refused_plan_is_shown_and_nothing_is_written(model: Path) -> None:
     assert result.exit_code == 1
     assert "would quantize 2 routers" in result.stderr
     assert not Path("model-BAD").exists()
+
+
+def test_an_output_that_cannot_be_judged_is_written_and_said_at_both_ends(model: Path) -> None:
+    write_json(model / "config.json", {**read_json(model / "config.json"), "max_model_len": 4096})
+
+    result = quantize("model", "--recipe", "nvfp4", "-o", "out")
+
+    assert result.exit_code == 0
+    unknown = "what vLLM 0.32 makes of max_model_len of config.json is not known."
+    assert f"recipe nvfp4 is not judged: {unknown}" in result.output
+    assert "Whether vLLM takes out could not be judged" in result.output
+    assert Path("out/config.json").is_file()
 
 
 def test_running_again_says_already_done(model: Path) -> None:

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
-from mquant.loader_model.vllm.methods.choose import choose
-from mquant.loader_model.vllm.tensors import LoadRefused, Unknown
+from mquant.loader_model.vllm.experts import Experts
+from mquant.loader_model.vllm.layers import Linear
+from mquant.loader_model.vllm.methods.choose import choose, read_method
+from mquant.loader_model.vllm.tensors import Copies, Loaded, LoadRefused, Unknown
 
 NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
 FILE = {
@@ -143,10 +145,37 @@ def test_a_deprecated_method_is_refused() -> None:
         choose(quantized(quant_method="fbgemm_fp8"))
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq", "mxfp4", "auto-round", "quark"])
+_READ: dict[str, dict[str, Any]] = {
+    "awq": {"bits": 4, "group_size": 128, "zero_point": True},
+    "gptq": {"bits": 4, "group_size": 128, "desc_act": False, "sym": True},
+    "auto-round": {"bits": 4, "group_size": 128},
+    "quark": {"export": {}},
+}
+"""Methods that are not modelled, and the keys that each reads."""
+
+
+@pytest.mark.parametrize("name", _READ)
 def test_the_other_methods_of_vllm_are_not_judged(name: str) -> None:
     with pytest.raises(Unknown, match="quantization method"):
-        choose(quantized(quant_method=name))
+        choose(quantized(quant_method=name, **_READ[name]))
+
+
+@pytest.mark.parametrize("name", _READ)
+def test_another_method_is_refused_without_a_key_that_it_reads(name: str) -> None:
+    for missing in _READ[name]:
+        keys = {key: value for key, value in _READ[name].items() if key != missing}
+        with pytest.raises(LoadRefused, match=f"has no .*{missing}"):
+            choose(quantized(quant_method=name, **keys))
+
+
+def test_mxfp4_keeps_linear_layers_plain_and_its_experts_are_not_known() -> None:
+    method = read_method(quantized(quant_method="mxfp4"), None, (4, 2))
+    assert method is not None
+    assert method.linear(Linear("model.o_proj", "model.o_proj", outputs=(8,), inputs=8)) is None
+    experts = Experts("model.experts", "model.experts")
+    experts.build(method.experts(experts))
+    with pytest.raises(Unknown, match="experts of the quantization method mxfp4"):
+        experts.load(Copies(), "0.w1.weight", Loaded("x", "U8", (8,)), None)
 
 
 def test_rules_of_gptq_that_are_no_table_stop_any_method() -> None:

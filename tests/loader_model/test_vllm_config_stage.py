@@ -9,6 +9,7 @@ import pytest
 from mquant.family_files import load_families
 from mquant.loader_model.vllm.config_names import built_as
 from mquant.loader_model.vllm.config_stage import check
+from mquant.loader_model.vllm.experts import Experts
 from mquant.loader_model.vllm.load import Outcome, load
 from mquant.loader_model.vllm.model import build
 from mquant.loader_model.vllm.tensors import Loaded, LoadRefused, Unknown
@@ -183,6 +184,26 @@ def test_architectures_decide_what_is_built_and_the_model_type_what_is_read() ->
     rows = built_as({"architectures": ["Qwen3ForCausalLM"]}, FAMILIES["llama"].vllm)
 
     assert rows is FAMILIES["qwen3"].vllm
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "mixtral", "deepseek_v3"])
+def test_an_architecture_finds_its_experts_in_the_config_of_another_model_type(kind: str) -> None:
+    config = config_of("qwen3_moe", model_type=kind, norm_topk_prob=True)
+    read_as, rows = FAMILIES[kind].vllm, FAMILIES["qwen3_moe"].vllm
+    assert read_as is not None
+    assert rows is not None
+    model = build(rows, Settings(rows, config, read_as), None)
+    experts = [layer.count for layer in model.layers if isinstance(layer, Experts)]
+    assert experts == [config["num_experts"]] * config["num_hidden_layers"]
+
+
+def test_an_architecture_with_experts_needs_their_number() -> None:
+    config = config_of("qwen3_moe", model_type="qwen3", num_experts=DROP)
+    read_as, rows = FAMILIES["qwen3"].vllm, FAMILIES["qwen3_moe"].vllm
+    assert read_as is not None
+    assert rows is not None
+    with pytest.raises(LoadRefused, match="has no num_experts"):
+        build(rows, Settings(rows, config, read_as), None)
 
 
 def test_a_model_type_that_vllm_does_not_know_is_refused() -> None:

@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 
 from make import write_json
-from mquant.checkpoint import CONFIG_NAME, Folder, open_checkpoint, read_json
+from mquant.checkpoint import CONFIG_NAME, Checkpoint, Folder, open_checkpoint, read_json
 from mquant.family_files import load_families
+from mquant.family_rows import Role
 from mquant.findings import Finding
 from mquant.plan import make_bf16_plan, make_plan
 from mquant.plan.loadable import checked
 from mquant.recipe import load_recipes
 from mquant.synth import Precision, synth
-from plan.planning import Make, planned, refusal
+from plan.planning import Make, own_recipe, planned, refusal
 
 FAMILIES = load_families()
 SOURCE_FIX = (
@@ -96,23 +97,93 @@ def test_the_source_of_a_dequantization_is_blamed(tmp_path: Path) -> None:
     assert found.fix == "Correct config.json of the source: the output gets all its keys."
 
 
+def test_a_plan_says_that_it_is_not_known_what_vllm_does(make: Make) -> None:
+    plan = planned(make(config={"max_model_len": 4096}))
+
+    assert plan.findings == (
+        Finding(
+            "output-not-judged",
+            "warning",
+            "src",
+            "Whether vLLM loads the output of recipe nvfp4 is not judged: what vLLM 0.32 makes of "
+            "max_model_len of config.json is not known.",
+            "Have vLLM itself judge the output of a run: mquant verify OUT --loader vllm",
+        ),
+    )
+
+
 def test_a_family_that_does_not_say_what_vllm_builds_is_not_judged(make: Make) -> None:
     family = FAMILIES["minimax_m2"].model_copy(update={"vllm": None})
     checkpoint = open_checkpoint(Folder(make(config={"num_experts": 256})))
 
-    plan = make_plan(checkpoint, load_recipes()["nvfp4"], {family.name: family})
+    (found,) = make_plan(checkpoint, load_recipes()["nvfp4"], {family.name: family}).findings
 
-    assert plan.findings == ()
+    assert (found.rule, found.severity) == ("output-not-judged", "warning")
+
+
+def changed(
+    out: Path, name: str, precision: Precision = Precision.BF16, **config: Any
+) -> Checkpoint:
+    """Return a tiny checkpoint of a family with other values in config.json."""
+    family = FAMILIES[name]
+    tiny = {**family.synth.tiny, **config}
+    other = family.model_copy(update={"synth": family.synth.model_copy(update={"tiny": tiny})})
+    return open_checkpoint(Folder(synth(out, other, precision=precision).path))
+
+
+def test_quantized_routers_are_no_refusal_where_vllm_loads_them(tmp_path: Path) -> None:
+    recipe = own_recipe(Role.EXPERT, Role.ATTENTION, Role.ROUTER)
+
+    plan = make_plan(changed(tmp_path / "src", "qwen3_moe"), recipe, FAMILIES)
+
+    assert plan.findings == (
+        Finding(
+            "router-quantized",
+            "warning",
+            "model.layers.0.mlp.gate",
+            "Recipe mine would quantize 2 routers (model.layers.0.mlp.gate, "
+            "model.layers.1.mlp.gate); vLLM 0.32 loads such a checkpoint, and other loaders may "
+            "not.",
+            r"Use ignore: [lm_head, model.embed_tokens, 're:model\.layers\.\d+\.mlp\.gate$'].",
+        ),
+    )
+
+
+def test_a_quantized_head_is_a_target_by_name_and_loads(make: Make) -> None:
+    plan = planned(make(), own_recipe(Role.EXPERT, Role.ATTENTION, Role.HEAD))
+
+    assert plan.quantization_config["config_groups"]["group_0"]["targets"] == ["Linear", "lm_head"]
+    assert [(found.rule, found.severity) for found in plan.findings] == [
+        ("head-quantized", "warning")
+    ]
+
+
+@pytest.mark.parametrize("roles", [(Role.EXPERT,), (Role.MLP,), (Role.EXPERT, Role.ATTENTION)])
+def test_lists_name_what_vllm_asks_for_in_a_dense_layer(
+    tmp_path: Path, roles: tuple[Role, ...]
+) -> None:
+    source = changed(tmp_path / "src", "qwen3_moe", mlp_only_layers=[0])
+
+    assert make_plan(source, own_recipe(*roles), FAMILIES).findings == ()
+
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in FAMILIES),
+    *((name, {"tie_word_embeddings": True}) for name in ("llama", "mixtral", "qwen3")),
+    ("qwen3_moe", {"tie_word_embeddings": True, "mlp_only_layers": [0]}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("deepseek_v3", {"first_k_dense_replace": 0, "n_shared_experts": 2}),
+    ("deepseek_v3", {"first_k_dense_replace": 2, "q_lora_rank": None}),
+    ("deepseek_v3", {"num_nextn_predict_layers": 1}),
+]
 
 
 @pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP8_BLOCK])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "config"), VARIANTS)
 def test_no_shipped_recipe_makes_what_vllm_would_not_load(
-    tmp_path: Path, name: str, precision: Precision
+    tmp_path: Path, name: str, config: dict[str, Any], precision: Precision
 ) -> None:
-    checkpoint = open_checkpoint(
-        Folder(synth(tmp_path / "src", FAMILIES[name], precision=precision).path)
-    )
+    checkpoint = changed(tmp_path / "src", name, precision, **config)
     for recipe in load_recipes().values():
         rules = {finding.rule for finding in make_plan(checkpoint, recipe, FAMILIES).findings}
-        assert "output-not-loadable" not in rules, recipe.name
+        assert rules.isdisjoint({"output-not-loadable", "output-not-judged"}), recipe.name

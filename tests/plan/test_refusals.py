@@ -34,7 +34,7 @@ def test_ignoring_lm_head_alone_would_quantize_every_router(make: Make, tmp_path
         "error",
         "model.layers.0.block_sparse_moe.gate",
         "Recipe card would quantize 62 routers (model.layers.0.block_sparse_moe.gate, "
-        "model.layers.1.block_sparse_moe.gate and 60 more); vLLM refuses such a checkpoint.",
+        "model.layers.1.block_sparse_moe.gate and 60 more); vLLM 0.32 refuses such a checkpoint.",
         UNSAFE_FIX,
     )
 
@@ -87,7 +87,7 @@ def test_a_recipe_that_ignores_nothing_would_quantize_lm_head_too(
         "head-quantized",
         "error",
         "lm_head",
-        "Recipe card would quantize 1 output head (lm_head); vLLM refuses such a checkpoint.",
+        "Recipe card would quantize 1 output head (lm_head); vLLM 0.32 refuses such a checkpoint.",
         UNSAFE_FIX,
     )
 
@@ -97,8 +97,8 @@ def test_a_recipe_that_quantizes_the_embeddings_is_refused(make: Make) -> None:
         "embedding-quantized",
         "error",
         "model.embed_tokens",
-        "Recipe mine would quantize 1 embedding (model.embed_tokens); vLLM refuses such a "
-        "checkpoint.",
+        "Recipe mine would quantize 1 embedding (model.embed_tokens); vLLM 0.32 refuses such "
+        "a checkpoint.",
         UNSAFE_FIX,
     )
 

@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import Any, Final
 
 from mquant.checkpoint import TensorInfo
-from mquant.findings import RULES, Context, Finding, rule
+from mquant.findings import RULES, Context, Finding, if_loaded, rule
 from mquant.loader_model.routing import check_top_k
 from mquant.loader_model.vllm.load import Outcome
 from mquant.loader_model.vllm.predict import VERSION, predict_of
 from mquant.loader_model.vllm.tensors import Loaded
 from mquant.loader_model.vllm.words import in_words
 from mquant.plan.model import OutputTensor, Plan, config_json
+from mquant.plan.never_quantized import ANYWAY, QUANTIZED
 
 OUTPUT_NOT_LOADABLE: Final = rule(
     "output-not-loadable",
@@ -27,21 +28,58 @@ OUTPUT_NOT_LOADABLE: Final = rule(
 )
 
 
-def checked(plan: Plan, context: Context = "source") -> Plan:
-    """Return the plan with a finding if vLLM does not load the output.
+OUTPUT_NOT_JUDGED: Final = rule(
+    "output-not-judged",
+    "It is known whether vLLM loads the checkpoint that the plan makes.",
+    "mquant's model of vLLM's loader does not cover every key and value of config.json.",
+    "Have vLLM itself judge the output of a run: mquant verify OUT --loader vllm",
+    severity="warning",
+    needs="plan",
+)
+_UNSAFE: Final = frozenset(rule.id for rule in QUANTIZED.values())
 
-    The plan is as it is if it has an error, if a finding already says why vLLM does not load the
-    output, and if it is not known what vLLM does.
+
+def checked(plan: Plan, context: Context = "source") -> Plan:
+    """Return the plan with findings if vLLM does not load the output, or if that is not known.
+
+    A finding about quantized routers, embeddings or heads says what vLLM does with the output, and
+    is no error if vLLM loads the output. The plan is as it is if it has another error, or a finding
+    that already says why vLLM does not load the output.
     """
-    if any(f.severity == "error" or RULES[f.rule].if_loads for f in plan.findings):
+    others = [f for f in plan.findings if f.rule not in _UNSAFE]
+    if any(f.severity == "error" or RULES[f.rule].if_loads for f in others):
         return plan
     config = config_json(plan)
     outputs = (output for unit in plan.units for output in unit.outputs)
     outcome = _predict(plan, config, outputs)
-    findings = [*check_top_k(plan.family, config, context)]
-    if not outcome.loads and not outcome.unknown:
+    findings = [_with_outcome(f, outcome) if f.rule in _UNSAFE else f for f in plan.findings]
+    findings += check_top_k(plan.family, config, context)
+    if outcome.unknown:
+        findings.append(_not_judged(plan, outcome))
+    elif not outcome.loads and len(others) == len(plan.findings):
         findings.append(_finding(plan, config, outcome, context))
-    return replace(plan, findings=(*plan.findings, *findings))
+    return replace(plan, findings=tuple(findings))
+
+
+def _with_outcome(finding: Finding, outcome: Outcome) -> Finding:
+    """Return a finding of `unsafe` that says what vLLM does; the finding if that is not known."""
+    if outcome.unknown:
+        return finding
+    says = f"{finding.message.removesuffix('.')}; vLLM {VERSION}"
+    if outcome.loads:
+        message = f"{says} loads such a checkpoint, and other loaders may not."
+        fix = finding.fix.replace(ANYWAY, "")
+        return replace(if_loaded(finding) or finding, message=message, fix=fix)
+    wrong = "refuses such a checkpoint" if outcome.refused else "loads such a checkpoint wrongly"
+    return replace(finding, message=f"{says} {wrong}.")
+
+
+def _not_judged(plan: Plan, outcome: Outcome) -> Finding:
+    return OUTPUT_NOT_JUDGED.finding(
+        plan.survey.checkpoint.source.name,
+        f"Whether vLLM loads the output of recipe {plan.recipe.name} is not judged: what vLLM "
+        f"{VERSION} makes of {outcome.unknown} is not known.",
+    )
 
 
 def _predict(
@@ -53,7 +91,7 @@ def _predict(
 
 def _finding(plan: Plan, config: Mapping[str, Any], outcome: Outcome, context: Context) -> Finding:
     """Return the finding, which blames the source if vLLM does not load the source in BF16."""
-    anyway = " (or --allow-unsafe to do so anyway)" if plan.recipe.roles else ""
+    anyway = ANYWAY if plan.recipe.roles else ""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     in_bf16 = _predict(plan, plain, (member.info for member in plan.survey.members))
     if in_bf16.loads or in_bf16.unknown:

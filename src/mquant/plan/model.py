@@ -231,15 +231,18 @@ class Plan:
     def targets(self, scheme: Scheme, *names: Callable[[str], str]) -> list[str]:
         """Return the targets of a scheme's config group. `ignore` excludes the kept modules.
 
-        A plan's only scheme has the target "Linear". If the plan has several schemes, the targets
+        A plan's only scheme has the target "Linear", and names a quantized head, which has another
+        class in vLLM. If the plan has several schemes, the targets
         of each are patterns of module names, under every name that a function of `names` makes of
         a hub name. A role has one scheme, so the targets are whole rows of the family.
         """
-        if len(self.schemes) == 1:
-            return ["Linear"]
         roles = {action.role for action in self.actions if action.scheme == scheme}
+        classes = []
+        if len(self.schemes) == 1:
+            classes, roles = ["Linear"], roles & {Role.HEAD}
         rows = [row for row in self.family.tensors if row.role in roles]
-        return list(dict.fromkeys(entry for row in rows for entry in row.patterns(*names)))
+        named = (entry for row in rows for entry in row.patterns(*names))
+        return list(dict.fromkeys([*classes, *named]))
 
     @cached_property
     def source_bytes(self) -> int:

@@ -16,9 +16,9 @@ from mquant.text import names
 ROUTER_QUANTIZED: Final = rule(
     "router-quantized",
     "No router has tensors of a quantized layer.",
-    "Loaders build routers plain, whatever config.json says: vLLM stops at the first scale or "
-    "packed weight without a parameter. Tools that select layers by name take routers for "
-    "linear layers, so `ignore` must name the routers when the checkpoint is made.",
+    "Loaders build the routers of most families plain, whatever config.json says: vLLM stops at "
+    "the first scale or packed weight without a parameter. Tools that select layers by name take "
+    "routers for linear layers, so `ignore` must name the routers when the checkpoint is made.",
     "Take the routers from the parent: `mquant repair SRC --from PARENT`. Or quantize again, with "
     "an ignore list that names the routers.",
     if_tolerated="warning",
@@ -28,7 +28,7 @@ ROUTER_QUANTIZED: Final = rule(
 HEAD_QUANTIZED: Final = rule(
     "head-quantized",
     "lm_head has no tensors of a quantized layer.",
-    "vLLM builds lm_head plain and refuses scales for it.",
+    "vLLM builds lm_head plain, unless a target names lm_head, and refuses scales for it.",
     "Take lm_head from the parent: `mquant repair SRC --from PARENT`. Or quantize again, with "
     "an ignore list that names lm_head.",
     if_tolerated="warning",
@@ -49,6 +49,7 @@ QUANTIZED: Final[dict[Role, Rule]] = {
     Role.EMBEDDING: EMBEDDING_QUANTIZED,
 }
 """The rule for each role that loaders refuse quantized."""
+ANYWAY: Final = " (or --allow-unsafe to do so anyway)"
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -61,7 +62,10 @@ def natural(name: str) -> list[tuple[int, str]]:
 def unsafe(
     actions: list[Action], family: Family, recipe: Recipe, *, allow_unsafe: bool
 ) -> list[Finding]:
-    """Return findings if a recipe quantizes routers, embeddings or the output head."""
+    """Return findings if a recipe quantizes routers, embeddings or the output head.
+
+    `checked` adds what vLLM does with the output.
+    """
     findings = []
     nouns = {Role.ROUTER: "router", Role.EMBEDDING: "embedding", Role.HEAD: "output head"}
     for role, noun in nouns.items():
@@ -72,9 +76,8 @@ def unsafe(
             QUANTIZED[role].finding(
                 modules[0],
                 f"Recipe {recipe.name} would quantize {len(modules)} {noun}"
-                f"{'s' if len(modules) > 1 else ''} ({names(modules, 2)}); "
-                "vLLM refuses such a checkpoint.",
-                f"Use ignore: {safe_ignore(family, recipe)} (or --allow-unsafe to do so anyway).",
+                f"{'s' if len(modules) > 1 else ''} ({names(modules, 2)}).",
+                f"Use ignore: {safe_ignore(family, recipe)}{ANYWAY}.",
                 "tolerated" if allow_unsafe else "source",
             )
         )

@@ -37,6 +37,7 @@ from mquant.output import (
     source_notes,
 )
 from mquant.plan import Plan
+from mquant.plan.loadable import OUTPUT_NOT_JUDGED
 from mquant.runs.checks import check_headers_as_planned
 from mquant.runs.unchanged import (
     accept_touched,
@@ -49,6 +50,7 @@ from mquant.runs.workers import default_workers
 from mquant.text import names, size
 from mquant.verify.config_json import CONFIG_KEY_MISSING
 from mquant.verify.judge import Depth, verify
+from mquant.verify.not_judged import ASK_VLLM
 
 _MOST_TOUCHES: Final = 10
 """The limit on repetitions of a run: a file that changes all the time is no source."""
@@ -369,12 +371,15 @@ class Run:
         The judgement reads headers and JSON; with `parent`, also all numbers. Errors of the rules
         in `ignoring` are emitted but do not count. A key that config.json lacks does not count
         either: the result has the parent's config.json, key by key. Raises NotJudged if what
-        decides cannot be judged, EngineError for any other error.
+        decides cannot be judged and the plan does not say so, EngineError for any other error.
         """
         families = {self.spec.plan.family.name: self.spec.plan.family}
         depth = Depth.NUMBERS if parent else Depth.STRUCTURE
         report = verify(made, families, depth, parent=parent, emit=self.emit)
-        report.raise_if_undecided()
+        if report.undecided and OUTPUT_NOT_JUDGED.id in {f.rule for f in self.spec.plan.findings}:
+            self.emit(Note("warning", f"{report.undecided} {ASK_VLLM}"))
+        else:
+            report.raise_if_undecided()
         for finding in report.findings:
             known = finding.rule in ignoring or finding.rule == CONFIG_KEY_MISSING.id
             if finding.severity == "error" and not known:

@@ -112,7 +112,7 @@ def _invalid(view: ModuleView) -> Iterator[str]:
         return
     if isinstance(stated, dict) and not isinstance(stated.get("quant_method"), str):
         yield "has no quant_method"
-    elif isinstance(stated, dict) and view.method not in METHODS:
+    elif isinstance(stated, dict) and view.method.lower() not in METHODS:  # as vLLM reads it
         yield f"has the unknown quant_method {view.method[:40]!r}"
     if view.method != "compressed-tensors":
         return

@@ -33,7 +33,7 @@ class Experts(Layer):
 
     `intermediate` is that of one rank; `ranks` is the number of ranks that share every expert.
     `layout` names the quantization method whose own way of loading scales vLLM follows: `modelopt`,
-    `compressed-tensors`, or empty.
+    `compressed-tensors`, or empty. `unknown` is a clause if it is not known how vLLM loads them.
     """
 
     count: int = 0
@@ -42,6 +42,7 @@ class Experts(Layer):
     ranks: int = 1
     names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")
     layout: str = ""
+    unknown: str = ""
     repeats: tuple[int, int] | None = None
     """How often vLLM repeats the rows and columns of block scales, for smaller blocks."""
     loads_itself = True
@@ -69,6 +70,8 @@ class Experts(Layer):
         vLLM passes over names that its map of experts lacks: numbers beyond the count, and other
         projections.
         """
+        if self.unknown:
+            raise Unknown(self.unknown)
         match = _NUMBERED.fullmatch(last)
         if match is None:
             self._other(last, loaded)
@@ -133,8 +136,7 @@ class Experts(Layer):
         self, copies: Copies, parameter: Parameter, loaded: Loaded, number: int, part: str
     ) -> None:
         if self.layout == "modelopt" and len(parameter.shape) == 2 and part != "w2":
-            place = parameter.whole().index(number).index(0 if part == "w1" else 1)
-            copies.copy(place, loaded.reshape(()))
+            self._scalar(copies, parameter, loaded, number, part)
         else:
             copies.assign(parameter.whole().index(number), loaded)
 
@@ -148,8 +150,7 @@ class Experts(Layer):
         part: str,
     ) -> None:
         suffix = parameter.name.rpartition(".")[2].partition("_")[2]
-        per_tensor = parameter.quant_method == "tensor"
-        if per_tensor:
+        if parameter.quant_method == "tensor":
             self._scalar(copies, parameter, loaded, number, part)
             return
         dim = _DIMENSION[part] + (len(loaded.shape) == 3)

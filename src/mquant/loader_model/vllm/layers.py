@@ -24,6 +24,11 @@ _QKV: Final = {"q": 0, "k": 1, "v": 2}
 _VOCABULARY_PADDING: Final = 64
 
 
+def _same_or_scalar(copies: Copies, target: View, loaded: Loaded) -> None:
+    """Copy a tensor of the same shape, or a scalar into a vector of one element."""
+    copies.same(target, loaded.scalar_as_vector() if target.shape == (1,) else loaded)
+
+
 @dataclass(eq=False)
 class Layer:
     """A layer with parameters of its own, by the last part of the name.
@@ -144,7 +149,7 @@ class Merged(Linear):
             for number in range(parameter.shape[0]):
                 self._load_shard(copies, parameter, loaded, number)
         elif parameter.kind in (Kind.ROW, Kind.WHOLE) or parameter.output_dim is None:
-            self._assert(copies, parameter.whole(), loaded)
+            _same_or_scalar(copies, parameter.whole(), loaded)
         else:
             for number, (start, size) in enumerate(self._spans(parameter)):
                 part = loaded.narrow(parameter.output_dim, start, size)
@@ -180,18 +185,12 @@ class Merged(Linear):
                 loaded = loaded.first()
             copies.same(parameter.whole().index(number), loaded)
         elif parameter.output_dim is None:
-            self._assert(copies, parameter.whole(), loaded)
+            _same_or_scalar(copies, parameter.whole(), loaded)
         else:
             start, size = list(self._spans(parameter))[number]
             dim = parameter.output_dim
             part = parameter.whole().narrow(dim, start, size)
             copies.same(part, loaded.narrow(dim, 0, size))
-
-    @staticmethod
-    def _assert(copies: Copies, target: View, loaded: Loaded) -> None:
-        if target.shape == (1,) and not loaded.shape:
-            loaded = loaded.scalar_as_vector()
-        copies.same(target, loaded)
 
 
 class Qkv(Merged):
@@ -222,9 +221,7 @@ class Embedding(Layer):
         parameter = self.parameters[last]
         target, dim = parameter.whole(), parameter.output_dim
         if dim is None:
-            if target.shape == (1,) and not loaded.shape:
-                loaded = loaded.scalar_as_vector()
-            copies.same(target, loaded)
+            _same_or_scalar(copies, target, loaded)
             return
         wanted = self.vocabulary
         if parameter.packed_dim == dim:

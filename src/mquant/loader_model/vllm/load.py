@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mquant.errors import HeaderError
+from mquant.loader_model.vllm.experts import Experts
 from mquant.loader_model.vllm.model import Model
 from mquant.loader_model.vllm.names import place
 from mquant.loader_model.vllm.table import Table
@@ -54,6 +55,7 @@ def load(build: Callable[[], Model], tensors: Iterable[Loaded]) -> Outcome:
                 table.place(copies, loaded)
             else:
                 place(model.modules, model.renaming, copies, loaded)
+        _check_experts(model)
     except LoadRefused as stop:
         return Outcome(refused=(stop.where, stop.why))
     except HeaderError as error:
@@ -94,3 +96,9 @@ def _unset(model: Model) -> tuple[tuple[str, int], ...]:
 def _check_dtype(loaded: Loaded) -> None:
     if loaded.dtype in _UNREAD:
         raise Unknown(f"tensors of the dtype {loaded.dtype}")
+
+
+def _check_experts(model: Model) -> None:
+    for layer in model.layers:
+        if isinstance(layer, Experts) and layer.unknown:
+            raise Unknown(layer.unknown)

@@ -11,6 +11,7 @@ from typing import Any, Final
 from mquant.loader_model.vllm.methods import modelopt
 from mquant.loader_model.vllm.methods.compressed_tensors import CompressedTensors
 from mquant.loader_model.vllm.methods.fp8 import Fp8
+from mquant.loader_model.vllm.methods.mxfp4 import ExpertsOnly
 from mquant.loader_model.vllm.model import Method
 from mquant.loader_model.vllm.tensors import LoadRefused, Unknown
 
@@ -21,23 +22,25 @@ _MODELOPT: Final = (
     "mxfp8",
     "modelopt_mixed",
 )
-_UNMODELLED: Final = (
-    "awq",
-    "auto_awq",
-    "awq_marlin",
-    "gptq",
-    "auto_gptq",
-    "gptq_marlin",
-    "humming",
-    "experts_int8",
-    "quark",
-    "moe_wna16",
-    "torchao",
-    "inc",
-    "mxfp4",
-    "gpt_oss_mxfp4",
-    "deepseek_v4_fp8",
-)
+_GPTQ: Final = (("bits",), ("group_size",), ("desc_act",), ("sym",))
+_AWQ: Final = (("w_bit", "bits"), ("q_group_size", "group_size"), ("zero_point",))
+_UNMODELLED: Final[Mapping[str, tuple[tuple[str, ...], ...]]] = {
+    "awq": _AWQ,
+    "auto_awq": _AWQ,
+    "awq_marlin": _AWQ,
+    "gptq": _GPTQ,
+    "auto_gptq": _GPTQ,
+    "gptq_marlin": _GPTQ,
+    "humming": (),
+    "quark": (("export",),),
+    "moe_wna16": (("bits",), ("group_size",)),
+    "torchao": (("quant_type",),),
+    "inc": (("bits",), ("group_size",)),
+    "gpt_oss_mxfp4": (),
+    "deepseek_v4_fp8": (),
+}
+"""Methods that are not modelled, and the keys (one of each) without which vLLM refuses them."""
+_EXPERTS_ONLY: Final = ("mxfp4", "experts_int8")
 _DEPRECATED: Final = ("fbgemm_fp8", "fp_quant")
 _ONLINE: Final = (
     "online",
@@ -56,7 +59,7 @@ _BY_PRODUCER: Final = {
     "NVFP4": "modelopt_fp4",
 }
 """ModelOpt's algorithm in a file of its own -> the method."""
-_MXFP8: Final = ("modelopt_mxfp8", "mxfp8")
+_NO_FLOAT16: Final = ("modelopt_mxfp8", "mxfp8", "mxfp4")
 _WHERE: Final = "config.json"
 _FILE: Final = "hf_quant_config.json"
 
@@ -91,10 +94,13 @@ def choose(config: Mapping[str, Any], hf_quant_config: Any = None) -> Chosen | N
     if method in _ONLINE:
         raise LoadRefused(where, f"asks for {method}, which vLLM takes from no checkpoint")
     if method in _UNMODELLED:
+        for keys in _UNMODELLED[method]:
+            if table.keys().isdisjoint(keys):
+                raise LoadRefused(where, f"has no {' or '.join(keys)}, which {method} reads")
         raise Unknown(f"the quantization method {method}")
-    if method not in (*_MODELOPT, "fp8", "compressed-tensors"):
+    if method not in (*_MODELOPT, *_EXPERTS_ONLY, "fp8", "compressed-tensors"):
         raise LoadRefused(where, f"asks for the quantization method {method!r}")
-    if method in _MXFP8 and config.get("dtype", config.get("torch_dtype")) == "float16":
+    if method in _NO_FLOAT16 and config.get("dtype", config.get("torch_dtype")) == "float16":
         raise LoadRefused(_WHERE, f"has torch_dtype float16, and {method} takes bfloat16 only")
     if method == "modelopt_mixed" and "quantized_layers" not in table:
         return Chosen(method, _from_file(hf_quant_config))
@@ -187,4 +193,6 @@ def read_method(
         return CompressedTensors.parse(chosen.config, *heads)
     if chosen.method == "fp8":
         return Fp8.parse(chosen.config)
+    if chosen.method in _EXPERTS_ONLY:
+        return ExpertsOnly(chosen.method)
     raise Unknown(f"the quantization method {chosen.method}")
