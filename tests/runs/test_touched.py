@@ -16,7 +16,7 @@ from make import make_checkpoint, without
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.errors import SourceError
 from mquant.events import Emit, Event, Note, Progress, silent
-from mquant.family import load_families
+from mquant.family_files import load_families
 from mquant.plan import Plan, make_plan
 from mquant.recipe import find_recipe
 from mquant.repair.diagnose import diagnose
