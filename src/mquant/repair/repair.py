@@ -24,7 +24,8 @@ from mquant.events import Emit, Note, silent
 from mquant.output import WORK, ShardSet, apply, as_table, is_staged, known_table, link, stage
 from mquant.plan import BAD, PARENT
 from mquant.repair.diagnose import Diagnosis, assemble
-from mquant.runs.run import Result, Run, RunOptions, RunSpec
+from mquant.runs.run import Result, Run, RunOptions
+from mquant.runs.run_spec import RunSpec
 from mquant.runs.unchanged import Origin, digests_now, refuse_changed
 
 _NAMED: Final = 1000

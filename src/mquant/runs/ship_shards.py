@@ -30,7 +30,8 @@ from mquant.output.ledger import (
     sources_line,
 )
 from mquant.plan import Plan, ShardPlan
-from mquant.runs.run import Run, RunSpec
+from mquant.runs.run import Run
+from mquant.runs.run_spec import RunSpec
 from mquant.text import names
 
 _AGAIN: Final = "Run the same command again: the run resumes."
