@@ -105,6 +105,16 @@ def loads_as(model: Any, own: Tensors, names: Any) -> dict[str, str]:
     return result
 
 
+def with_prefixes(model: Any, stored: Tensors) -> Tensors:
+    """Return the tensors on disk with each prefix that transformers drops if it is there."""
+    every = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
+    if not any(isinstance(row, core_model_loading.PrefixChange) for row in every):
+        return {}
+    model._weight_conversions = every  # `revert_weight_conversion` then leaves no row out
+    result: Tensors = core_model_loading.revert_weight_conversion(model, dict(stored))
+    return result
+
+
 def rows(tensors: Tensors) -> dict[str, list[Any]]:
     """Return `{name: [shape, dtype]}`."""
     return {n: [list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in tensors.items()}
@@ -117,16 +127,16 @@ def answer(config: Config) -> dict[str, Any]:
     twins = tied(model, own)
     stored = {name: tensor for name, tensor in own.items() if name not in twins}
     hub = core_model_loading.revert_weight_conversion(model, dict(stored))
-    hub = {name: tensor for name, tensor in hub.items() if isinstance(tensor, torch.Tensor)}
     back = loads_as(model, own, hub)
-    others = {name: tensor for name, tensor in stored.items() if name not in hub}
-    as_they_are = {n: t for n, t in loads_as(model, own, others).items() if n == t}
+    # Experts lie fused in transformers' model, and some prefixes may be on disk or not.
+    as_they_are = {n: t for n, t in loads_as(model, own, stored).items() if n == t}
+    others = with_prefixes(model, stored) | {name: stored[name] for name in as_they_are}
     return {
         "verdict": "ok",
         "class": type(model).__name__,
         "tensors": rows(hub),
         "tied": twins,
-        "accepts": rows({name: others[name] for name in as_they_are}),
+        "accepts": rows({name: tensor for name, tensor in others.items() if name not in hub}),
         "not_loaded": [name for name in hub if name not in back],
         "ignored": sorted(model._keys_to_ignore_on_load_unexpected or ()),
     }

@@ -14,8 +14,9 @@ answer small and quick. The keys of an answer:
     class         the class of the model
     tensors       {name on disk: [shape, dtype]}
     tied          {parameter's name: the parameter that is on disk in its stead}
-    accepts       {name: [shape, dtype]}: further names that loading takes as they are, such as
-                  experts fused in one tensor, if `tensors` has one for each expert
+    accepts       {name: [shape, dtype]}: further names that loading takes: experts fused in one
+                  tensor, if `tensors` has one for each expert, and names with a prefix that
+                  loading drops (Gemma 3 has it on the hub, Qwen3.5's text model may have it)
     not_loaded    names in `tensors` that transformers would not load again: its undoing errs
     ignored       patterns of names that transformers passes over on purpose, such as MTP
 
