@@ -64,8 +64,9 @@ def build(config: Config) -> Any:
     if kind not in CONFIG_MAPPING:
         raise NoModelError(f"transformers {transformers.__version__} knows no model_type {kind}")
     read = CONFIG_MAPPING[kind].from_dict(plain(config))
+    dtype = read.dtype or read.get_text_config().dtype or torch.bfloat16
     with torch.device("meta"):
-        return model_class(config, read)._from_config(read)
+        return model_class(config, read)._from_config(read, dtype=dtype)
 
 
 def keep_precise(model: Any, tensors: Tensors) -> Tensors:

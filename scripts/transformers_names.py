@@ -5,7 +5,7 @@
 needs `mquant loader install transformers`. For every config.json a line of JSON tells what
 transformers' model of it has on the meta device, with its conversion undone: what `save_pretrained`
 would write. A small depth (num_hidden_layers, and the lists that have one entry a layer) makes an
-answer small and quick. The keys of an answer:
+answer small and quick. The dtype is BF16 if the config states none. The keys of an answer:
 
     id            the path of the config.json
     transformers  the version
