@@ -106,12 +106,18 @@ def loads_as(model: Any, own: Tensors, names: Any) -> dict[str, str]:
     return result
 
 
-def with_prefixes(model: Any, stored: Tensors) -> Tensors:
-    """Return the tensors on disk with each prefix that transformers drops if it is there."""
+def as_released(model: Any, stored: Tensors) -> Tensors:
+    """Return the tensors on disk as releases may have them, though `save_pretrained` does not.
+
+    Each prefix that loading drops if it is there is there, and each tensor that loading transposes
+    if its shape asks for it is transposed.
+    """
     every = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
-    if not any(isinstance(row, core_model_loading.PrefixChange) for row in every):
-        return {}
-    model._weight_conversions = every  # `revert_weight_conversion` then leaves no row out
+    for row in every:
+        for step in getattr(row, "operations", ()):
+            if isinstance(step, core_model_loading.Transpose):
+                step.check_dims = False
+    model._weight_conversions = every or None  # `revert_weight_conversion` leaves no row out
     result: Tensors = core_model_loading.revert_weight_conversion(model, dict(stored))
     return result
 
@@ -129,15 +135,18 @@ def answer(config: Config) -> dict[str, Any]:
     stored = {name: tensor for name, tensor in own.items() if name not in twins}
     hub = core_model_loading.revert_weight_conversion(model, dict(stored))
     back = loads_as(model, own, hub)
-    # Experts lie fused in transformers' model, and some prefixes may be on disk or not.
+    # Experts lie fused in transformers' model.
     as_they_are = {n: t for n, t in loads_as(model, own, stored).items() if n == t}
-    others = with_prefixes(model, stored) | {name: stored[name] for name in as_they_are}
+    released = as_released(model, stored)
+    others = {n: stored[n] for n in as_they_are if n not in hub} | {
+        name: t for name, t in released.items() if name not in hub or t.shape != hub[name].shape
+    }
     return {
         "verdict": "ok",
         "class": type(model).__name__,
         "tensors": rows(hub),
         "tied": twins,
-        "accepts": rows({name: tensor for name, tensor in others.items() if name not in hub}),
+        "accepts": rows(others),
         "not_loaded": [name for name in hub if name not in back],
         "ignored": sorted(model._keys_to_ignore_on_load_unexpected or ()),
     }

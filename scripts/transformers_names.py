@@ -14,9 +14,10 @@ answer small and quick. The dtype is BF16 if the config states none. The keys of
     class         the class of the model
     tensors       {name on disk: [shape, dtype]}
     tied          {parameter's name: the parameter that is on disk in its stead}
-    accepts       {name: [shape, dtype]}: further names that loading takes: experts fused in one
-                  tensor, if `tensors` has one for each expert, and names with a prefix that
-                  loading drops (Gemma 3 has it on the hub, Qwen3.5's text model may have it)
+    accepts       {name: [shape, dtype]}: what loading takes too: experts fused in one tensor, if
+                  `tensors` has one for each expert; names with a prefix that loading drops (so has
+                  the hub Gemma 3); the transposed shape of a name in `tensors`, if loading
+                  transposes such (so has the hub Qwen3-VL's experts)
     not_loaded    names in `tensors` that transformers would not load again: its undoing errs
     ignored       patterns of names that transformers passes over on purpose, such as MTP
 

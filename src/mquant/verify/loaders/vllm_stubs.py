@@ -96,6 +96,7 @@ def stub_kernels() -> None:
     process; the subprocess takes as long as the whole load.
     """
     from vllm.model_executor.layers.fused_moe import config as experts
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as plain
     from vllm.model_executor.layers.fused_moe.oracle import fp8 as fp8_moe
     from vllm.model_executor.layers.fused_moe.oracle import int_wna16, nvfp4
     from vllm.model_executor.layers.quantization import fp8, modelopt
@@ -137,6 +138,7 @@ def stub_kernels() -> None:
     for module in (fp8, linear_fp8, modelopt):
         module.init_fp8_linear_kernel = kernel
     modelopt.init_mxfp8_linear_kernel = kernel
+    plain.select_unquantized_moe_backend = lambda **_: (plain.UnquantizedMoeBackend.TRITON, None)
     for module in (fp8, moe_fp8, modelopt):
         module.select_fp8_moe_backend = lambda **_: (fp8_moe.Fp8MoeBackend.MARLIN, None)
     modelopt.select_mxfp8_moe_backend = modelopt.select_fp8_moe_backend
