@@ -245,9 +245,13 @@ def _area(places: set[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> int:
 
 
 def _loses(source: torch.dtype, target: torch.dtype) -> bool:
-    """Return whether a copy changes the bytes' meaning: no between floats of 16 bits and more."""
-    usual = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
-    return source != target and not {source, target} <= usual
+    """Return whether a copy changes values: no between floats of 16 bits and more, or indices."""
+    floats = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
+    indices = {
+        torch.int32,
+        torch.int64,
+    }  # DeepSeek-V4's table of experts; no layout's codes are I64
+    return source != target and not ({source, target} <= floats or {source, target} <= indices)
 
 
 def _needless(model: torch.nn.Module, name: str) -> bool:
