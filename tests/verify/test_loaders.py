@@ -131,6 +131,8 @@ def test_a_silent_fault_of_vllm_is_an_error(
             "error": "No Int8 MoE backend supports the deployment configuration (weight_key=...).",
         },
         {"vllm": "0.32.0", "stage": "model", "kind": "ImportError", "error": "no triton"},
+        {"vllm": "0.32.0", "stage": "model", "error": "Cannot copy out of meta tensor; no data!"},
+        {"vllm": "0.32.0", "stage": "config", "error": "['X'] failed to be inspected."},
     ],
 )
 def test_a_failure_of_the_machine_is_a_warning(answer: dict[str, object]) -> None:

@@ -250,7 +250,7 @@ def _loses(source: torch.dtype, target: torch.dtype) -> bool:
     indices = {
         torch.int32,
         torch.int64,
-    }  # DeepSeek-V4's table of experts; no layout's codes are I64
+    }  # DeepSeek-V4's table of experts
     return source != target and not ({source, target} <= floats or {source, target} <= indices)
 
 
