@@ -23,7 +23,6 @@ from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Folder, checkpoint, open_
 from mquant.data_files import read_yaml
 from mquant.errors import DataFileError, MquantError
 from mquant.events import Event, Note
-from mquant.family_files import load_families
 from mquant.name_patterns import Style, match
 from mquant.recipe import find_recipe
 from mquant.untrusted import TooMuch, parse_json
