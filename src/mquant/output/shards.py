@@ -253,6 +253,8 @@ class ShardSet:
         for index, (shard, numbers) in enumerate(
             zip(self._plan.shards, self._plan.numbers, strict=True)
         ):
+            if shard.name in self._away:
+                continue
             final, partial = self._out / shard.name, self._out / (shard.name + PARTIAL)
             units = set(numbers) & valid
             with out_of_space(partial, shard.file_bytes):

@@ -9,16 +9,24 @@ from pathlib import Path
 from typing import Any, Final, Unpack, cast
 
 from mquant import __version__
-from mquant.checkpoint import Assembly, AssemblyReader, Checkpoint, Source
+from mquant.checkpoint import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    Assembly,
+    AssemblyReader,
+    Checkpoint,
+    Source,
+)
 from mquant.checkpoint.hashing import sha256_of
 from mquant.engines.importance import importance_fingerprint, weigher
 from mquant.errors import SourceError
 from mquant.events import Emit, Note, silent
-from mquant.output import WORK, apply, as_table, is_staged, known_table, link, stage
-from mquant.plan import BAD
+from mquant.output import WORK, ShardSet, apply, as_table, is_staged, known_table, link, stage
+from mquant.plan import BAD, PARENT
 from mquant.repair.diagnose import Diagnosis, assemble
-from mquant.runs.run import Result, Run, RunOptions, RunSpec
-from mquant.runs.unchanged import refuse_changed
+from mquant.runs.run import Result, Run, RunOptions
+from mquant.runs.run_spec import RunSpec
+from mquant.runs.unchanged import Origin, digests_now, refuse_changed
 
 _NAMED: Final = 1000
 """The most modules that a repair's record names: all routers of any model, not all experts."""
@@ -64,6 +72,19 @@ def _engine(bad: Source) -> dict[str, Any]:
     return {"name": "stream", "versions": {}, **as_table(known_table(bad).get("engine"))}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _RepairSpec(RunSpec):
+    """The specification of a repair, which reads two checkpoints."""
+
+    bad: Origin
+    good: Origin
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """The broken checkpoint, and its parent."""
+        return self.bad, self.good
+
+
 @dataclass(frozen=True)
 class _Repair:
     """A repair into OUT: if `whole`, of all files, else of the files that change."""
@@ -84,7 +105,9 @@ class _Repair:
         repair_plan, parent = self.diagnosis.repair_plan, self.diagnosis.parent.source
         own = self.diagnosis.own_files
         sides = dict.fromkeys(own if self.whole else (), self.bad.source)
-        return RunSpec(
+        return _RepairSpec(
+            bad=Origin(self.bad, self.bad.source.identity(), BAD),
+            good=Origin(self.diagnosis.parent, parent.identity(), PARENT),
             plan=repair_plan.right,
             written=repair_plan.rewritten,
             indexed=repair_plan.plan,
@@ -107,15 +130,28 @@ class _Repair:
 
         weigh = weigher(self.spec.plan.recipe, self.diagnosis.importance)
         self._check_parent(run)
-        with closing(AssemblyReader(cast(Assembly, run.source))) as reader:
-            run.write_shards(
-                lambda output: stream.run(reader, output, run.threads, weigh, run.emit)
-            )
-            parent_bytes = reader.bytes_read.get(self.diagnosis.parent.source, 0)
+        run.source_digests = digests_now(run.source, self._diagnosed(), run.emit)
+        parent_bytes = 0
+
+        def engine(output: ShardSet) -> None:
+            nonlocal parent_bytes
+            with closing(AssemblyReader(cast(Assembly, run.source))) as reader:
+                stream.run(reader, output, run.threads, weigh, run.emit)
+                parent_bytes += reader.bytes_read.get(self.diagnosis.parent.source, 0)
+
+        run.write_shards(engine)
         self._compare(run)
         self._link(run)
         result = run.finish(partial(self._judge, run), self._kept_files(run.emit))
         return replace(result, parent_bytes=parent_bytes)
+
+    def _diagnosed(self) -> list[str]:
+        """Return the files of the broken checkpoint, as diagnosed, that the run reads."""
+        if not self.bad.source.folders:
+            return []  # the hub lists the digests
+        others = (*self.diagnosis.own_files, CONFIG_NAME, INDEX_NAME)
+        paths = [path for path in self.spec.read if path.startswith(BAD)]
+        return [*paths, *(BAD + name for name in others if name in self.bad.source.files)]
 
     def _check_parent(self, run: Run) -> None:
         """Raise SourceError if a file that the parent gives is not as its mquant.json says."""

@@ -9,7 +9,8 @@ from mquant.checkpoint import Overlay, Source, reader_of
 from mquant.errors import Refused
 from mquant.output import ShardSet, side_files
 from mquant.plan import Plan
-from mquant.runs.run import Result, Run, RunOptions, RunSpec
+from mquant.runs.run import Result, Run, RunOptions
+from mquant.runs.run_spec import RunSpec
 
 
 def convert(

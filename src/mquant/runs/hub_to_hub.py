@@ -54,8 +54,7 @@ def quantize_to_hub(
             )
         if not to.done:
             to.open()
-            with Shipper(to, run, shards) as shipper:
-                run_engine(run, spec, files, shipper, shipper.sent)
+            run_engine(run, spec, files, partial(Shipper, to, run, shards), to.current)
             run.assemble(partial(_judge, run, spec, to))
             seal(to, run)
         discard(out, spec.files)

@@ -1,7 +1,7 @@
 """Carry out a plan: check the options, claim OUT, run the engine, complete the checkpoint."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -15,6 +15,7 @@ from mquant.plan.loadable import OUTPUT_NOT_LOADABLE
 from mquant.runs.run import Result, Run, RunOptions
 from mquant.runs.scratch import check_scratch, check_side_files, least_scratch, spooled
 from mquant.runs.spec import Engine, QuantizeSpec, check_engine, prepare
+from mquant.runs.unchanged import digests_now
 
 if TYPE_CHECKING:
     from mquant.engines.stream import Reader
@@ -54,30 +55,36 @@ def run_engine(
     run: Run,
     spec: QuantizeSpec,
     scratch: int | None = None,
-    observer: ShardObserver | None = None,
-    away: Mapping[str, str] | None = None,
+    ship: Callable[[], AbstractContextManager[ShardObserver]] | None = None,
+    away: Callable[[], Mapping[str, str]] | None = None,
     files: tuple[str, ...] | None = None,
 ) -> None:
     """Write all shards of a claimed run.
 
-    `scratch` is the most bytes of a hub's files that are in OUT at a time. `observer` follows the
-    shards; `away` and `files` are as for `Run.write_shards`.
+    `scratch` is the most bytes of a hub's files that are in OUT at a time. `ship` returns an
+    observer of the shards, which is left when all shards are complete; `away` and `files` are as
+    for `Run.write_shards`.
     """
 
     def engines(output: ShardSet) -> None:
         from mquant.engines import stream  # numba
         from mquant.engines.importance import weigher
 
-        if observer is not None:
-            output.observe(observer)
         if spec.kind is Engine.ONESHOT:
             from mquant.engines import oneshot  # torch and transformers: seconds, and optional
 
+            # A read of all shards is short beside the engine, which cannot resume.
+            run.source_digests = digests_now(run.source, spec.read, run.emit)
             oneshot.run(run.plan, run.source, output.write, run.emit, _samples(run, spec))
+            run.accept_touched()
         # After oneshot only the copied tensors are left to write.
         weigh = weigher(run.plan.recipe, spec.importance)
-        with _reading(run, output, scratch) as reader:
-            stream.run(reader, output, run.threads, weigh, run.emit)
+        with ship() if ship else nullcontext() as observer:
+            if observer is not None:
+                output.observe(observer)
+            with _reading(run, output, scratch) as reader:
+                stream.run(reader, output, run.threads, weigh, run.emit)
+            output.finish()
 
     run.write_shards(engines, away, files)
 

@@ -3,8 +3,7 @@
     with Run.claim(out, spec, **options) as run:
         if run.done:
             return run.result(fresh=False)
-        with closing(reader_of(run.source)) as reader:
-            run.write_shards(engine)
+        run.write_shards(engine)
         return run.finish(run.judge)
 
 Every verb that writes a checkpoint is such a run. `finish` writes config.json last, so that an
@@ -14,12 +13,12 @@ unfinished OUT does not look like a checkpoint.
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Final, Self, TypedDict, Unpack
 
-from mquant import __version__
-from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Folder, Source, Stamp, changed
+from mquant.checkpoint import Folder, Source, changed
 from mquant.errors import EngineError, SourceError
 from mquant.events import Emit, Note, Progress, silent
 from mquant.output import (
@@ -31,7 +30,6 @@ from mquant.output import (
     check_disk,
     discard,
     examine,
-    file_names,
     finish,
     index_json,
     source_notes,
@@ -39,11 +37,13 @@ from mquant.output import (
 from mquant.plan import Plan
 from mquant.plan.loadable import OUTPUT_NOT_JUDGED
 from mquant.runs.checks import check_headers_as_planned
+from mquant.runs.run_spec import RunSpec
 from mquant.runs.unchanged import (
     accept_touched,
     check_unchanged,
     described_by,
     refuse_changed,
+    tell_touched,
     tell_unread,
 )
 from mquant.runs.workers import default_workers
@@ -74,81 +74,6 @@ class RunOptions(TypedDict, total=False):
     emit: Emit
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunSpec:
-    """The specification of what a run makes, and the fingerprint that tells the run from others.
-
-    `plan` decides what config.json, recipe.yaml and mquant.json say. `source` holds the tensors of
-    the work units, `parent` is the identity of the parent. `fingerprint` is equal exactly for runs
-    that make the same bytes. `side_files` maps each side file to the source that holds it.
-    `written` is the plan of the shards to write, and `indexed` the plan of all shards in the index,
-    if these are not the shards of `plan`. `beside` are files of the result that the run links into
-    OUT instead of writing them, `elsewhere` are files of the result that OUT never holds.
-    `protected` are folders that OUT must not overlap. `engine` and `extra_record` go into
-    mquant.json.
-    """
-
-    plan: Plan
-    source: Source
-    parent: dict[str, str]
-    fingerprint: dict[str, str]
-    side_files: Mapping[str, Source]
-    engine: Mapping[str, Any]
-    stage: str
-    protected: tuple[Path, ...]
-    written: Plan | None = None
-    indexed: Plan | None = None
-    beside: tuple[str, ...] = ()
-    elsewhere: tuple[str, ...] = ()
-    extra_record: Mapping[str, Any] = field(default_factory=dict)
-    resumes: bool = True
-    """Whether the engine can resume from the work units in the ledger."""
-
-    @property
-    def shards(self) -> Plan:
-        """The plan of the shards to write."""
-        return self.written or self.plan
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The names of all files that OUT holds in the end."""
-        return (*self.beside, *file_names(self.shards, self.side_files))
-
-    @property
-    def file_bytes(self) -> int:
-        """The bytes of the shards and side files that the run writes."""
-        side_bytes = sum(source.files[path] for path, source in self.side_files.items())
-        return self.shards.file_bytes + side_bytes
-
-    @cached_property
-    def read(self) -> tuple[str, ...]:
-        """The files that the work units read, sorted."""
-        return tuple(sorted({path for unit in self.shards.units for path in unit.files}))
-
-    @property
-    def stamps(self) -> Mapping[str, Stamp]:
-        """The stamps of the files that the work units read; equal on all machines."""
-        return {path: self.source.stamps[path] for path in self.read}
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """The content of mquant.json without the files: equal for equal runs on any machine."""
-        plan = self.plan
-        return {
-            "mquant": __version__,
-            "source": self.parent,
-            "family": plan.family.name,
-            "recipe": plan.recipe.model_dump(mode="json"),
-            "engine": dict(self.engine),
-            "fingerprint": self.fingerprint,
-            "totals": {
-                "source": {"tensors": len(plan.survey.members), "bytes": plan.source_bytes},
-                "output": {"tensors": plan.output_tensors, "bytes": plan.output_bytes},
-            },
-            **self.extra_record,
-        }
-
-
 @dataclass(frozen=True)
 class Result:
     """A finished checkpoint. `fresh` is False if an earlier run had finished the checkpoint.
@@ -172,7 +97,7 @@ class Run:
 
     `source` is where the tensors are read: the local copy if the run downloaded the files. `found`
     is the state of OUT at the claim. `plan` has the shards to write: all shards of the spec, or a
-    share of them.
+    share of them. `digests` are those of the shards, `source_digests` are known ones of the source.
     """
 
     out: Path
@@ -184,6 +109,7 @@ class Run:
     emit: Emit = silent
     workers: int | None = None
     digests: dict[str, str] = field(default_factory=dict)
+    source_digests: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     @contextmanager
@@ -254,32 +180,31 @@ class Run:
     def write_shards(
         self,
         engine: Callable[[ShardSet], None],
-        away: Mapping[str, str] | None = None,
+        away: Callable[[], Mapping[str, str]] | None = None,
         files: tuple[str, ...] | None = None,
     ) -> None:
         """Write the shards with `engine`, except the shards that an earlier run completed.
 
-        If `away` is given, shards do not stay in OUT: `away` maps the shards that are complete
-        elsewhere to their sha256. `files` are the names in the ledger, which a later run may
-        delete; None: the spec's files. What was made from a source file that was touched meanwhile
-        (see `accept_touched`) is made again. Raises EngineError if a written header is not as
-        planned.
+        If `away` is given, shards do not stay in OUT: `away` returns the sha256 of the shards that
+        are complete elsewhere, made from the source as it is now. `files` are the names in the
+        ledger, which a later run may delete; None: the spec's files. What was made from a source
+        file that was touched meanwhile (see `accept_touched`) is made again. Raises EngineError if
+        a written header is not as planned.
         """
         spec, plan, ledger = self.spec, self.plan, self.claimed
-        recorded = self.found.recorded if spec.resumes else None
-        shards = {shard.name for shard in plan.shards} if recorded else set()
-        discard(self.out, [name for name in self.found.files if name not in shards])
-        ledger.begin(spec.fingerprint, files or spec.files, afresh=recorded is None)
-        touches = 0
-        while touched := self._write(engine, recorded, away):
-            touches += 1
+        shards = {shard.name for shard in plan.shards}
+        recorded, old = self.found.recorded, {*self.found.files}
+        for touches in count(1):
+            recorded = recorded if spec.resumes else None
+            discard(self.out, old - shards if recorded else old)
+            ledger.begin(spec.fingerprint, files or spec.files, afresh=recorded is None)
+            touched = self._write(engine, recorded, None if away is None else away())
+            if not touched:
+                break
             if touches > _MOST_TOUCHES:
-                raise changed(names(touched))
-            what = f"{names(touched)}: ctime or inode changed (a chmod, a hard link or a copy?)"
-            local = bool(spec.source.folders)
-            then = "what was made from changed shards is made again" if local else "no byte changed"
-            self.emit(Note("warning", f"{what}; {then}."))
-            recorded = ledger.recorded
+                raise changed(names([*touched]))
+            tell_touched(touched, self.emit)
+            recorded, old = ledger.recorded, shards
         if away is None:
             check_headers_as_planned(Folder(self.out), plan)
 
@@ -288,7 +213,7 @@ class Run:
         engine: Callable[[ShardSet], None],
         recorded: Recorded | None,
         away: Mapping[str, str] | None,
-    ) -> list[str]:
+    ) -> dict[str, bool]:
         """Do the work units that are not `recorded`; return touched files, if some do not count."""
         spec, plan, ledger = self.spec, self.plan, self.claimed
         ledger.read_from(spec.stamps)
@@ -298,7 +223,7 @@ class Run:
         try:
             self._tell(output, "were done before")
             self.emit(Progress(spec.stage, output.done_bytes, plan.source_bytes))
-            touched = self._make(engine, output, again=spec.resumes and away is None)
+            touched = self._make(engine, output)
         except BaseException:
             self._tell(output, "are done; the same command resumes from there")
             raise
@@ -307,30 +232,25 @@ class Run:
         self.digests = output.digests
         return touched
 
-    def _make(
-        self, engine: Callable[[ShardSet], None], output: ShardSet, *, again: bool
-    ) -> list[str]:
-        """Fill `output`. Return files that were touched meanwhile, if what was made does not count.
-
-        Raises SourceError in place of this if not `again`: no work unit can be made again.
-        """
-        spec = self.spec
-        read = (*spec.read, *spec.side_files, CONFIG_NAME, INDEX_NAME)
-        accept = partial(
-            accept_touched, spec.plan.survey.checkpoint, self.source, read, spec.parent
-        )
+    def _make(self, engine: Callable[[ShardSet], None], output: ShardSet) -> dict[str, bool]:
+        """Fill `output`. Return touched files if what was made does not count."""
         try:
             engine(output)
             output.finish()
         except SourceError:
-            touched = accept() if again else []
-            if touched:
+            if touched := self.accept_touched():
                 return touched
             raise
-        known = not spec.source.folders  # the hub's digests
-        touched = [path for path in accept() if path in spec.read and not known]
-        if touched and not again:
-            raise changed(touched[0])
+        return self.accept_touched(unknown=True)
+
+    def accept_touched(self, *, unknown: bool = False) -> dict[str, bool]:
+        """Return touched files; if `unknown`, those that units read and whose digest is unknown."""
+        spec, touched = self.spec, dict[str, bool]()
+        for origin in spec.origins:
+            sides = [n for n, s in spec.side_files.items() if s is origin.checkpoint.source]
+            touched |= accept_touched(origin, self.source, spec.read, sides, self.source_digests)
+        if unknown:
+            return {p: known for p, known in touched.items() if p in spec.read and not known}
         return touched
 
     def finish(self, judge: Callable[[Source], None], kept: Kept | None = None) -> Result:
@@ -359,6 +279,8 @@ class Run:
 
         def judge_and_check(made: Source) -> None:
             judge(made)
+            if touched := self.accept_touched(unknown=True):
+                raise changed(names([*touched]))
             check_unchanged([*read, *described_by(checkpoint.source)])
 
         finish(self.out, spec.plan, index, shards, sides, spec.record, judge_and_check)

@@ -12,18 +12,26 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Condition, Thread
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from mquant.checkpoint import Folder, is_shard
+from mquant.checkpoint import Folder, Stamp, is_shard
 from mquant.checkpoint.hub import HubRepo
 from mquant.checkpoint.upload import HubWriter
 from mquant.errors import MquantError, OutputError
 from mquant.events import Emit, Progress
 from mquant.output import LAST, LEDGER, RECORD, ShardObserver, known_table, read_record
 from mquant.output.folder import differences
-from mquant.output.ledger import MOST_BYTES, head_line, parse_ledger, shard_line
+from mquant.output.ledger import (
+    MOST_BYTES,
+    Recorded,
+    head_line,
+    parse_ledger,
+    shard_line,
+    sources_line,
+)
 from mquant.plan import Plan, ShardPlan
-from mquant.runs.run import Run, RunSpec
+from mquant.runs.run import Run
+from mquant.runs.run_spec import RunSpec
 from mquant.text import names
 
 _AGAIN: Final = "Run the same command again: the run resumes."
@@ -35,23 +43,45 @@ again, at most.
 """
 
 
+class Shipped(NamedTuple):
+    """A shard in the repo: its sha256, and the stamps of the source files that it is made from."""
+
+    sha256: str
+    sources: Mapping[str, Stamp]
+
+
 @dataclass(frozen=True)
 class Destination:
     """A hub repo that a run fills: without a checkpoint, with a part of this run, or complete.
 
-    `away` maps the names of the shards in the repo to their sha256.
+    `away` has the shards in the repo by name, also those that are made from files that were touched
+    since. These are made again, and sent if they differ.
     """
 
     writer: HubWriter
     spec: RunSpec
     public: bool
-    away: Mapping[str, str] = field(default_factory=dict)
+    away: dict[str, Shipped] = field(default_factory=dict)
     done: bool = False
 
     def open(self) -> None:
         """Create the repo, if there is none."""
         if self.writer.repo is None:
             self.writer.create(private=not self.public)
+
+    def current(self) -> dict[str, str]:
+        """Return the sha256 of the shards in the repo that are made from the source as it is."""
+        now = sources_of(self.spec)
+        return {n: shipped.sha256 for n, shipped in self.away.items() if shipped.sources == now[n]}
+
+
+def sources_of(spec: RunSpec) -> dict[str, dict[str, Stamp]]:
+    """Return the stamps of the source files that each shard is made from, as they are now."""
+    stamps = spec.stamps
+    return {
+        shard.name: {path: stamps[path] for unit in shard.units for path in unit.files}
+        for shard in spec.plan.shards
+    }
 
 
 def open_destination(repo_id: str, spec: RunSpec, *, public: bool, emit: Emit) -> Destination:
@@ -73,14 +103,18 @@ def open_destination(repo_id: str, spec: RunSpec, *, public: bool, emit: Emit) -
         recorded = parse_ledger(_read(repo, LEDGER))
         _refuse_other(repo_id, recorded.fingerprint, spec.fingerprint)
         away = _away(spec.plan, repo, recorded.shards)
-        return Destination(writer, spec, public, away)
+        return Destination(writer, spec, public, _made_from(spec.plan, away, recorded))
     if table := known_table(repo):
         _refuse_other(repo_id, table.get("fingerprint"), spec.fingerprint)
         done = all(name in repo.files for name in LAST)
         # The ledger went with a commit that lost a file.
         record = None if done else read_record(repo)
         digests = {n: sha for n, (_, sha) in record.files.items()} if record else {}
-        return Destination(writer, spec, public, _away(spec.plan, repo, digests), done)
+        away, now = _away(spec.plan, repo, digests), sources_of(spec)
+        if spec.source.folders and len(away) < len(now):
+            away = {}  # the source may have changed since: no output of both
+        shipped = {name: Shipped(sha256, now[name]) for name, sha256 in away.items()}
+        return Destination(writer, spec, public, shipped, done)
     foreign = [name for name in repo.files if is_shard(name) or name in (*LAST, RECORD)]
     if foreign:
         raise OutputError(f"{repo_id} holds {names(foreign)} already.", "Give another repo.")
@@ -98,6 +132,12 @@ def _away(plan: Plan, repo: HubRepo, digests: Mapping[str, str]) -> dict[str, st
     }
 
 
+def _made_from(plan: Plan, away: Mapping[str, str], recorded: Recorded) -> dict[str, Shipped]:
+    """Add the stamps that the ledger has beside each shard; a ledger may lack them."""
+    first = {s.name: units.start for s, units in zip(plan.shards, plan.numbers, strict=True)}
+    return {n: Shipped(sha256, recorded.units.get(first[n], {})) for n, sha256 in away.items()}
+
+
 class Shipper(ShardObserver):
     """An observer that uploads the shards of a run in a thread, one after another.
 
@@ -113,10 +153,10 @@ class Shipper(ShardObserver):
         plan = destination.spec.plan
         self._shards = {shard.name: shard for shard in plan.shards}
         self._unit_numbers = dict(zip(self._shards, plan.numbers, strict=True))
-        self.sent = dict(destination.away)
+        self._sources = sources_of(destination.spec)
         self._changed = Condition()
         self._waiting: deque[tuple[ShardPlan, str]] = deque()
-        self._held: dict[str, str] = {}  # uploaded, not committed
+        self._held: dict[str, Shipped] = {}  # uploaded, not committed
         self._due, self._blocked = 0.0, False
         self._local: set[str] = set()
         self._failure: BaseException | None = None
@@ -125,7 +165,7 @@ class Shipper(ShardObserver):
 
     def __enter__(self) -> "Shipper":
         """Start the thread, and delete local shards that are in the repo already."""
-        for name in self.sent:
+        for name in self._to.current():
             (self._out / name).unlink(missing_ok=True)  # a killed run left this file
         self._tell()
         self._thread.start()
@@ -167,9 +207,7 @@ class Shipper(ShardObserver):
         return taken + shard.file_bytes <= self._room
 
     def completed(self, shard: ShardPlan, sha256: str) -> None:
-        """Upload the shard, unless the shard is in the repo already."""
-        if shard.name in self.sent:
-            return
+        """Upload the shard; the hub asks for no bytes that the repo has already."""
         with self._changed:
             self._local.add(shard.name)
             self._waiting.append((shard, sha256))
@@ -210,7 +248,7 @@ class Shipper(ShardObserver):
         """Upload a shard, and commit if a commit is full or due."""
         self._to.writer.upload(shard.name, self._out / shard.name, sha256)
         self._due = self._due if self._held else time.monotonic() + COMMIT_SECONDS
-        self._held[shard.name] = sha256
+        self._held[shard.name] = Shipped(sha256, self._sources[shard.name])
         self._tell()
         if self._to.writer.full or time.monotonic() >= self._due:
             self._commit()
@@ -220,22 +258,24 @@ class Shipper(ShardObserver):
         if not self._held:
             return
         held, self._held = self._held, {}
-        self.sent |= held
-        self._to.writer.upload(LEDGER, self._ledger())
+        away = self._to.away | held
+        self._to.writer.upload(LEDGER, self._ledger(away))
         self._to.writer.commit(f"Add {names([*held])}")
+        self._to.away.update(away)
         for name in held:
             (self._out / name).unlink()
         with self._changed:
             self._local -= held.keys()
             self._changed.notify_all()
 
-    def _ledger(self) -> bytes:
+    def _ledger(self, away: Mapping[str, Shipped]) -> bytes:
         lines = [head_line(self._to.spec.fingerprint, self._names)]
-        lines += [shard_line(name, self.sent[name], self._unit_numbers[name]) for name in self.sent]
+        for name, (sha256, sources) in away.items():
+            lines += [sources_line(sources), shard_line(name, sha256, self._unit_numbers[name])]
         return b"".join(lines)
 
     def _tell(self) -> None:
-        sent = sum(self._shards[name].file_bytes for name in (*self.sent, *self._held))
+        sent = sum(self._shards[name].file_bytes for name in self._to.away | self._held)
         self._emit(Progress("upload", sent, self._to.spec.plan.file_bytes))
 
 

@@ -12,7 +12,7 @@ from mquant.output import side_files
 from mquant.plan import Plan
 from mquant.recipe import Recipe, data_file
 from mquant.runs.checks import check_plain
-from mquant.runs.run import RunSpec
+from mquant.runs.run_spec import RunSpec
 from mquant.schemes import SCHEMES
 from mquant.untrusted import open_named
 

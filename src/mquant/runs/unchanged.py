@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from mquant.checkpoint import (
     CONFIG_NAME,
@@ -13,7 +14,7 @@ from mquant.checkpoint import (
     Source,
     open_checkpoint,
 )
-from mquant.checkpoint.hashing import differing
+from mquant.checkpoint.hashing import differing, sha256_of
 from mquant.checkpoint.hub import HubRepo
 from mquant.errors import MquantError, SourceError
 from mquant.events import Emit, Note, silent
@@ -43,40 +44,89 @@ def check_unchanged(read: Iterable[Read]) -> None:
             folder.check([name])
 
 
-def accept_touched(
-    checkpoint: Checkpoint, local: Source, paths: Iterable[str], identity: Mapping[str, str]
-) -> list[str]:
-    """Return the files of `paths` whose ctime or inode has changed, and take their stamps anew.
+class Origin(NamedTuple):
+    """A checkpoint that a run reads, and its identity when the run was planned.
 
-    A hard link, a chmod or a copy changes ctime or inode, and no byte. `checkpoint` is what the
-    plan was made from, and `identity` is its source's; `local` has its files on this machine. If a
-    file has another size, mtime, header, JSON, sample or known digest, return none, and take no
-    stamp. The other bytes of a shard without a known digest may have changed.
+    `prefix` stands before the names of its files in the source of the run.
     """
-    if not isinstance(local, Folder):
-        return []
+
+    checkpoint: Checkpoint
+    identity: Mapping[str, str]
+    prefix: str = ""
+
+
+def digests_now(source: Source, paths: Iterable[str], emit: Emit) -> dict[str, str]:
+    """Return the sha256 of the files on this machine. Raises as `check_unchanged`.
+
+    If a file is touched later, its digest decides (see `accept_touched`).
+    """
+    sizes = {path: source.files[path] for path in paths if any(_local(source, path))}
+    digests = dict(sha256_of(source, sizes, emit))
+    check_unchanged((source, path) for path in sizes)
+    return digests
+
+
+def accept_touched(
+    origin: Origin,
+    source: Source,
+    read: Iterable[str],
+    sides: Iterable[str],
+    digests: Mapping[str, str],
+) -> dict[str, bool]:
+    """Return the files whose ctime or inode has changed, and take their stamps anew.
+
+    A hard link, a chmod or a copy changes ctime or inode, and no byte. `source` has the files of
+    `origin` on this machine. `read` are the files in `source` that work units read, `sides` the
+    names of side files, `digests` are known sha256 of files in `source`. If a file has another
+    size, mtime, digest, header, JSON or sample, return none, and take no stamp. A file maps to True
+    if its digest is known, so that no byte has changed; else bytes without a sample may have
+    changed.
+    """
+    others = [origin.prefix + name for name in (*sides, CONFIG_NAME, INDEX_NAME)]
+    found = [
+        (folder, name, path)
+        for path in (*read, *others)
+        if path.startswith(origin.prefix) and path in source.files
+        for folder, name in _local(source, path)
+    ]
+    if not found:
+        return {}
+    local, by_name = found[0][0], {name: path for _, name, path in found}
     before = local.stamps
-    touched = local.look_again(path for path in paths if path in local.files)
-    if touched and not _is_same(checkpoint, local, touched, identity):
+    touched = local.look_again(by_name)
+    known = {name: _digest(origin, name) or digests.get(by_name[name], "") for name in touched}
+    known = {name: digest for name, digest in known.items() if digest}
+    unknown = [name for name in touched if name not in known]
+    if any(differing(local, known, silent)) or not _is_same(origin, local, unknown):
         local.stamps = before
-        return []
-    return touched
+        return {}
+    return {by_name[name]: name in known for name in touched}
 
 
-def _is_same(
-    checkpoint: Checkpoint, local: Folder, touched: Collection[str], identity: Mapping[str, str]
-) -> bool:
+def tell_touched(touched: Mapping[str, bool], emit: Emit) -> None:
+    """Say which files were touched, and what follows; `touched` as `accept_touched` returns it."""
+    what = f"{names([*touched])}: ctime or inode changed (a chmod, a hard link or a copy?)"
+    again = "what was made from changed shards is made again"
+    emit(Note("warning", f"{what}; {'no byte changed' if all(touched.values()) else again}."))
+
+
+def _digest(origin: Origin, name: str) -> str:
+    source = origin.checkpoint.source
+    return source.digest(name) if isinstance(source, HubRepo) else ""
+
+
+def _is_same(origin: Origin, local: Folder, touched: Collection[str]) -> bool:
     """Return whether the touched files are, as far as known, those that the plan was made from."""
-    if isinstance(checkpoint.source, HubRepo):
-        known = {path: checkpoint.source.digest(path) for path in touched}
-        return not any(differing(local, known, silent))
+    if not touched:
+        return True
     try:
         refuse_changed(local, silent, touched)
         now = open_checkpoint(local)
     except MquantError:
         return False
-    json = (now.config, now.index) == (checkpoint.config, checkpoint.index)
-    return json and now.tensors == checkpoint.tensors and local.identity() == identity
+    planned = origin.checkpoint
+    json = (now.config, now.index) == (planned.config, planned.index)
+    return json and now.tensors == planned.tensors and local.identity() == origin.identity
 
 
 def tell_unread(source: Source, paths: Iterable[str], emit: Emit, out: Path | None = None) -> None:

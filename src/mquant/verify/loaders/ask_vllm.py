@@ -45,6 +45,8 @@ _NOT_HERE: Final = (
     "min_capability",
     "current platform",
     "device type",
+    "meta tensor",  # a model that needs values, which the probe does not have
+    "failed to be inspected",  # a model whose packages are not here
 )
 
 VLLM_REFUSES: Final = rule(

@@ -34,7 +34,6 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 # Before vLLM is imported: no compilation, no telemetry, no network, the CPU.
@@ -49,6 +48,9 @@ os.environ.update(
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.append(str(Path(__file__).parent))  # -I leaves the folder out; last, so it shadows nothing
+from vllm_stubs import stub_kernels, stub_packages
 
 MEMORY = 16 << 30
 """The bytes that vLLM may allocate, because a config.json can ask for a billion layers."""
@@ -154,11 +156,12 @@ def glance(copies: Copies) -> Iterator[None]:
 
     def copy_(self: torch.Tensor, source: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
         copies.copy(self, source)
-        return _COPY(self, source, *rest, **more)
+        return _COPY(self, blank(source, self), *rest, **more)
 
     def setitem(self: torch.Tensor, key: Any, value: Any) -> None:
         if isinstance(value, torch.Tensor):
             copies.copy(self[key], value)
+            value = blank(value, self)
         _SETITEM(self, key, value)
 
     def fill_(self: torch.Tensor, value: Any) -> torch.Tensor:
@@ -178,6 +181,11 @@ def glance(copies: Copies) -> Iterator[None]:
 
 _COPY, _SETITEM, _FILL = torch.Tensor.copy_, torch.Tensor.__setitem__, torch.Tensor.fill_
 _BOOL = torch.Tensor.__bool__
+
+
+def blank(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return a source that can be copied: some models put parameters on the CPU, by its name."""
+    return torch.zeros_like(source, device=target.device) if source.is_meta else source
 
 
 @contextmanager
@@ -237,9 +245,13 @@ def _area(places: set[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> int:
 
 
 def _loses(source: torch.dtype, target: torch.dtype) -> bool:
-    """Return whether a copy changes the bytes' meaning: no between floats of 16 bits and more."""
-    usual = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
-    return source != target and not {source, target} <= usual
+    """Return whether a copy changes values: no between floats of 16 bits and more, or indices."""
+    floats = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
+    indices = {
+        torch.int32,
+        torch.int64,
+    }  # DeepSeek-V4's table of experts
+    return source != target and not ({source, target} <= floats or {source, target} <= indices)
 
 
 def _needless(model: torch.nn.Module, name: str) -> bool:
@@ -255,57 +267,6 @@ def _needless(model: torch.nn.Module, name: str) -> bool:
     return isinstance(method, BaseKVCacheMethod)  # optional, with defaults
 
 
-def stub() -> None:
-    """Replace vLLM's choice of kernels, which needs a GPU, and its inspection of the model's class.
-
-    vLLM chooses the kernel while vLLM builds a layer; the layer's parameters are the same for every
-    kernel. vLLM inspects the model's class in a subprocess, so as not to touch a GPU in the main
-    process; the subprocess takes as long as the whole load.
-    """
-    from vllm.model_executor.layers.fused_moe.oracle import fp8 as fp8_moe
-    from vllm.model_executor.layers.fused_moe.oracle import int_wna16, nvfp4
-    from vllm.model_executor.layers.quantization import fp8, modelopt
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
-        compressed_tensors_moe_w4a4_nvfp4 as moe,
-    )
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
-        compressed_tensors_moe_w8a8_fp8 as moe_fp8,
-    )
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
-        compressed_tensors_moe_wna16 as integers,
-    )
-    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
-        compressed_tensors_w4a4_nvfp4 as linear,
-    )
-    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
-        compressed_tensors_w8a8_fp8 as linear_fp8,
-    )
-    from vllm.model_executor.models import registry
-
-    registry._run_in_subprocess = lambda action: action()
-
-    def kernel(**_: Any) -> Any:
-        return SimpleNamespace(input_quant_key=lambda: None)
-
-    def of_integers(quant_config: Any, **_: Any) -> Any:
-        # Only Marlin takes scales per channel; only the other kernels take all shapes with groups.
-        grouped = quant_config.strategy == "group"
-        kernels = int_wna16.WNA16MoEBackend
-        return kernels.TRITON if grouped else kernels.MARLIN, None
-
-    for module in (linear, modelopt):
-        module.init_nvfp4_linear_kernel = kernel
-    for module in (moe, modelopt):
-        module.select_nvfp4_moe_backend = lambda **_: (nvfp4.NvFp4MoeBackend.MARLIN, None)
-    for module in (fp8, linear_fp8, modelopt):
-        module.init_fp8_linear_kernel = kernel
-    modelopt.init_mxfp8_linear_kernel = kernel
-    for module in (fp8, moe_fp8, modelopt):
-        module.select_fp8_moe_backend = lambda **_: (fp8_moe.Fp8MoeBackend.MARLIN, None)
-    modelopt.select_mxfp8_moe_backend = modelopt.select_fp8_moe_backend
-    integers.select_wna16_moe_backend = of_integers
-
-
 def load(folder: str, result: dict[str, Any], report_stage: Any, *, closely: bool) -> None:
     """Load the headers as vLLM does; put the version and the lists of tensors into `result`."""
     import tempfile
@@ -319,7 +280,7 @@ def load(folder: str, result: dict[str, Any], report_stage: Any, *, closely: boo
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     result["vllm"] = __version__
-    stub()
+    stub_kernels()
     report_stage("config")
     arguments = EngineArgs(
         model=folder, skip_tokenizer_init=True, enforce_eager=True, max_model_len=64, max_num_seqs=1
@@ -441,6 +402,7 @@ def preload(names: set[str]) -> None:
 
 def main() -> None:
     """Wait for the end of standard input, then load each FOLDER and write its RESULT."""
+    stub_packages()
     import vllm.engine.arg_utils
     import vllm.model_executor.model_loader  # noqa: F401  (takes seconds, so once for all folders)
 
