@@ -93,7 +93,6 @@ EXPERTS_IN_TWO_LAYOUTS: Final = rule(
     "The order of files decides which of the two loaders take.",
     "Remove the tensors that do not belong to this checkpoint.",
     knowing=("family",),
-    if_loads="nothing",
 )
 
 
@@ -114,7 +113,7 @@ def layouts(family: Family, checkpoint: Checkpoint) -> list[Finding]:
     for info in checkpoint.tensors.values() if family.stacks else ():
         found = family.stack_of(info.name)
         if found and not is_stack(info, found[0]):
-            held = names([name.rpartition("experts.{expert}.")[2] for name in found[0].holds])
+            held = " and ".join(name.partition("{expert}.")[2] for name in found[0].holds)
             findings.append(
                 SHAPE_DISAGREES.finding(
                     info.name,
