@@ -93,7 +93,7 @@ def test_the_oneshot_engine_reads_experts_out_of_one_tensor(tmp_path: Path) -> N
 
 def test_biases_are_kept_as_tensors_of_each_expert(tmp_path: Path) -> None:
     layout = (*BOTH, *OF_BIASES)
-    own = family(tmp_path, layout, tensors=BIASES)
+    own = family(tmp_path, layout, tensors=BIASES, vllm=None)
     src = of_each_expert(tmp_path / "each", own)
     stacked = with_stacks(src, tmp_path / "stacked", layout)
     tensors, weights = quantized(stacked, tmp_path / "out", own), arrays(src)
@@ -109,7 +109,8 @@ def test_experts_that_are_not_quantized_stay_in_one_tensor(tmp_path: Path, layou
     src = with_stacks(of_each_expert(tmp_path / "each"), tmp_path / "stacked", layout)
     recipe = tmp_path / "attention.yaml"
     recipe.write_text("name: attention\nsuffix: X\nroles: {attention: NVFP4A16}\n")
-    tensors = quantized(src, tmp_path / "out", family(tmp_path, layout), str(recipe))
+    own = family(tmp_path, layout, vllm=None)
+    tensors = quantized(src, tmp_path / "out", own, str(recipe))
     originals = arrays(src)
 
     for stack in layout:

@@ -150,6 +150,31 @@ def test_synth_writes_stacks_but_not_in_fp8(tmp_path: Path) -> None:
     assert STACK not in fp8
 
 
+def test_vllm_takes_stacks_as_its_model_says(tmp_path: Path) -> None:
+    each = of_each_expert(tmp_path / "each")
+    for layout in (ROWS, TRANSPOSED):
+        transposed = layout is TRANSPOSED
+        row = {
+            "name": "model.layers.{layer}.mlp.experts",
+            "kind": "experts",
+            "rows": ["num_local_experts", "moe_intermediate_size"],
+            "columns": "hidden_size",
+            "when": "moe",
+            "transposed": transposed,
+        }
+        own = {"own": family(tmp_path, layout, vllm={"layers": [row]})}
+        src = with_stacks(each, tmp_path / f"{transposed}", layout)
+        assert verify(Folder(src), own, Depth.STRUCTURE).verdict.startswith("Clean for vLLM")
+
+
+def test_vllms_own_layout_decides_whether_a_stack_loads(tmp_path: Path) -> None:
+    each = of_each_expert(tmp_path / "each")
+    src = with_stacks(each, tmp_path / "src", TRANSPOSED)
+    report = verify(Folder(src), {"own": family(tmp_path, TRANSPOSED)}, Depth.STRUCTURE)
+
+    assert [finding.rule for finding in report.findings] == ["vllm-refuses"]
+
+
 @pytest.mark.parametrize("layout", [ROWS, TRANSPOSED], ids=["rows", "transposed"])
 def test_a_swapped_expert_is_noticed_against_the_parent(tmp_path: Path, layout: Layout) -> None:
     parent = with_stacks(of_each_expert(tmp_path / "each"), tmp_path / "stacked", layout)
