@@ -163,6 +163,11 @@ class Family(Data):
             return None
         return stack, meaning.layer
 
+    def held_by(self, stack: Stack, layer: int | None) -> TensorRole:
+        """Return the meaning of a stack: that of the first tensor in it, but of no one expert."""
+        row = next(row for row in self.tensors if row.name == stack.holds[0])
+        return TensorRole(row, layer, None)
+
     @cached_property
     def _rows(self) -> dict[str, tuple[TensorRow, ...]]:
         rows: dict[str, tuple[TensorRow, ...]] = defaultdict(tuple)

@@ -15,7 +15,7 @@ from mquant.checkpoint.reader import RangeReader
 from mquant.checkpoint.source import Source
 from mquant.dtypes import BITS
 
-_PIECE: Final = 1 << 20
+_PIECE: Final = 1 << 19  # a cache holds the rows whose columns become rows
 _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _NONE: Final = np.empty(0, np.uint8)
 
