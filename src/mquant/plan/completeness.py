@@ -89,8 +89,8 @@ SHAPE_DISAGREES: Final = rule(
 
 EXPERTS_IN_TWO_LAYOUTS: Final = rule(
     "experts-in-two-layouts",
-    "A layer has its experts in one tensor, or has a tensor of each expert.",
-    "The order of files decides which of the two loaders take.",
+    "A layer has tensors of all its experts, or tensors of each expert, not both.",
+    "If an expert is in both, the order of files decides which one is loaded.",
     "Remove the tensors that do not belong to this checkpoint.",
     knowing=("family",),
 )
