@@ -58,6 +58,10 @@ _SIZES: Final[dict[str, dict[str, Any]]] = {
     "mixtral": {"intermediate_size": 128},
     "llama": {"intermediate_size": 256},
     "qwen3": {"head_dim": 64, "intermediate_size": 256},
+    "glm4_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
+    "mistral": {"head_dim": 64, "intermediate_size": 256},
+    "qwen2": {"intermediate_size": 256},
+    "olmoe": {"intermediate_size": 128},
 }
 _TIED: Final = {"tie_word_embeddings": True}
 _BIASED: Final = {"attention_bias": True}
@@ -74,6 +78,10 @@ VARIANTS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
     "mixtral": (_TIED,),
     "llama": (_TIED, _BIASED, {"mlp_bias": True}),
     "qwen3": (_TIED, _BIASED),
+    "glm4_moe": (_BIASED, {"use_qk_norm": False}, {"first_k_dense_replace": 0}),
+    "mistral": (_TIED,),
+    "qwen2": (_TIED,),
+    "olmoe": (),
 }
 _FORMATS: Final[dict[str, Callable[[Draft, Random], Draft]]] = {}
 
@@ -89,9 +97,9 @@ def parent(family: Family, random: Random, precision: Precision = Precision.BF16
     config = make_config(
         family, Sizes(layers=random.choice((2, 3)), experts=experts), precision, tiny=True
     )
-    config |= {**_COMMON, **_SIZES[family.name]}
-    if random.random() < 0.4:
-        config |= random.choice(VARIANTS[family.name])
+    config = family.with_settings(config, {**_COMMON, **_SIZES[family.name]})
+    if VARIANTS[family.name] and random.random() < 0.4:
+        config = family.with_settings(config, random.choice(VARIANTS[family.name]))
     plain = _headers(family, config, Precision.BF16)
     tensors = _headers(family, config, precision)
     draft = Draft(family, PLAIN, config, tensors, plain)

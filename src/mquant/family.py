@@ -24,6 +24,7 @@ from mquant.family_rows import (
     Forward,
     Role,
     Size,
+    Stack,
     SynthData,
     TensorRow,
     Wrapping,
@@ -85,6 +86,8 @@ class Family(Data):
     wrapped: tuple[Wrapping, ...] = ()
     """The names of the same model inside larger ones."""
     tensors: Annotated[tuple[TensorRow, ...], AfterValidator(distinct)]
+    stacks: tuple[Stack, ...] = ()
+    """Tensors that may be on disk instead of the tensors of each expert."""
     in_memory: tuple[tuple[str, str], ...] = ()
     in_vllm: tuple[tuple[str, str], ...] = ()
     unpruned_experts: int | None = None
@@ -130,6 +133,41 @@ class Family(Data):
                 raise ValueError(f"there is no module {name}")
         return smoothing
 
+    @field_validator("stacks")
+    @classmethod
+    def _of_experts(cls, stacks: tuple[Stack, ...], info: Info) -> tuple[Stack, ...]:
+        known = {row.name for row in info.data.get("tensors", ())}
+        for stack in stacks:
+            if "{expert}" in stack.name or not all("{expert}" in name for name in stack.holds):
+                raise ValueError(f"{stack.name} must hold rows with {{expert}}, and have none")
+            for name in stack.holds:
+                if name not in known:
+                    raise ValueError(f"there is no row {name}")
+        return stacks
+
+    @cached_property
+    def _stacks(self) -> dict[str, tuple[TensorRow, Stack]]:
+        rows = ((TensorRow(name=each.name, role=Role.EXPERT), each) for each in self.stacks)
+        return {row.numberless: (row, stack) for row, stack in rows}
+
+    @cached_property
+    def stacked_rows(self) -> frozenset[str]:
+        """The names of the rows that a stack may hold."""
+        return frozenset(name for stack in self.stacks for name in stack.holds)
+
+    def stack_of(self, name: str) -> tuple[Stack, int | None] | None:
+        """Return the stack of a tensor's name, and its layer; None if the name is no stack's."""
+        row, stack = self._stacks.get(NUMBER.sub("#", name), (None, None))
+        meaning = _meaning(row, name)
+        if stack is None or meaning is None or meaning.name != name:
+            return None
+        return stack, meaning.layer
+
+    def held_by(self, stack: Stack, layer: int | None) -> TensorRole:
+        """Return the meaning of a stack: that of the first tensor in it, but of no one expert."""
+        row = next(row for row in self.tensors if row.name == stack.holds[0])
+        return TensorRole(row, layer, None)
+
     @cached_property
     def _rows(self) -> dict[str, tuple[TensorRow, ...]]:
         rows: dict[str, tuple[TensorRow, ...]] = defaultdict(tuple)
@@ -152,7 +190,11 @@ class Family(Data):
     def _inside(self, wrapping: Wrapping) -> "Family":
         rows = (row.renamed(wrapping.rename(row.name)) for row in self.tensors)
         values = {name: getattr(self, name) for name in type(self).model_fields}
-        changed = {"tensors": tuple(rows), "in_vllm": (*wrapping.in_vllm, *self.in_vllm)}
+        changed = {
+            "tensors": tuple(rows),
+            "stacks": tuple(stack.renamed(wrapping.rename) for stack in self.stacks),
+            "in_vllm": (*wrapping.in_vllm, *self.in_vllm),
+        }
         return Family.model_construct(**{**values, **changed})
 
     def named_as(self, names: Collection[str]) -> "Family":

@@ -107,6 +107,10 @@ class TensorRow(Data):
     unless: str = ""
     """A key of config.json; if the key is true, a complete checkpoint may leave the tensor out."""
 
+    def __hash__(self) -> int:
+        """Hash the name; `shapes` is a table, which has no hash."""
+        return hash(self.name)
+
     @cached_property
     def key(self) -> str:
         """The name with `#` for every placeholder."""
@@ -156,6 +160,25 @@ class TensorRow(Data):
                 yield "re:" + re.sub(r"\{(layer|expert)\}", r"\\d+", escaped) + end
             else:
                 yield name
+
+
+class Stack(Data):
+    """A tensor on disk that holds the tensors of all experts of a layer: [experts, rows, columns].
+
+    `holds` are the names of rows of `tensors`, in the order in which an expert's part of the tensor
+    holds their rows: all rows of one after all rows of the other, or, if `interleaved`, a row of
+    each in turn. If `transposed`, an expert's part has the rows as its columns.
+    """
+
+    name: RowName
+    holds: Annotated[tuple[RowName, ...], Field(min_length=1)]
+    interleaved: bool = False
+    transposed: bool = False
+
+    def renamed(self, rename: Callable[[str], str]) -> "Stack":
+        """Return the same stack under another name, with rows under other names."""
+        names = {"name": rename(self.name), "holds": tuple(map(rename, self.holds))}
+        return self.model_copy(update=names)
 
 
 class Wrapping(Data):

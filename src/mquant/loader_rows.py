@@ -59,6 +59,8 @@ class LayerRow(_Data):
     """A key of `blocks`, with `not` before it or without; other layers do not have the row."""
     names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")
     """Gate, down and up of an expert on disk."""
+    transposed: bool = False
+    """Whether vLLM takes tensors of all experts as [experts, columns, rows]."""
     dtype: Literal["BF16", "F32"] = "BF16"
 
 

@@ -9,8 +9,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache
 from itertools import groupby
@@ -188,9 +188,22 @@ def make_config(
 def make_tensors(
     family: Family, config: Mapping[str, Any], precision: Precision
 ) -> Iterator[SynthTensor]:
-    """Yield every tensor of a synthetic checkpoint, in the order of real releases."""
-    layers = (family.value(family.config.layers, config) or 0) + family.mtp_layers(config)
+    """Yield every tensor of a synthetic checkpoint, in the order of real releases.
+
+    Tensors that hold all experts of a layer are written instead of tensors for each expert.
+    """
     experts = family.value(family.config.experts, config) or 0 if family.config.experts else 0
+    tensors = _each(family, config, precision, experts)
+    # Releases in FP8 have a tensor for each expert.
+    stacked = family.stacks and precision is not Precision.FP8_BLOCK
+    yield from _stacked(family, tensors, experts) if stacked else tensors
+
+
+def _each(
+    family: Family, config: Mapping[str, Any], precision: Precision, experts: int
+) -> Iterator[SynthTensor]:
+    """Yield every tensor, with tensors for each expert."""
+    layers = (family.value(family.config.layers, config) or 0) + family.mtp_layers(config)
     for per_layer, rows in groupby(family.tensors, key=lambda row: "{layer}" in row.name):
         group = [row for row in rows if not family.may_lack(row, config)]
         for layer in range(layers) if per_layer else (None,):
@@ -202,6 +215,26 @@ def make_tensors(
                         name = row.format(layer, expert)
                         shape = family.shape(row, config, layer)
                         yield from _tensor(family, row, name, shape, precision)
+
+
+def _stacked(family: Family, tensors: Iterable[SynthTensor], experts: int) -> Iterator[SynthTensor]:
+    """Yield the tensors; of those that one tensor on disk holds, yield that tensor once."""
+    holders = {name: stack for stack in family.stacks for name in stack.holds}
+    written: set[str] = set()
+    for tensor in tensors:
+        role = family.classify(tensor.name) if holders else None
+        stack = holders.get(role.row.name) if role else None
+        if role is None or stack is None:
+            yield tensor
+            continue
+        name = stack.name.replace("{layer}", str(role.layer))
+        if name in written:
+            continue
+        written.add(name)
+        rows, *columns = tensor.shape
+        part = (rows * len(stack.holds), *columns)
+        shape = part[::-1] if stack.transposed else part
+        yield replace(tensor, name=name, shape=(experts, *shape))
 
 
 def _tensor(

@@ -14,7 +14,7 @@ from mquant.checkpoint.checkpoint import (
     read_header,
     read_json,
 )
-from mquant.checkpoint.headers import TensorInfo, build_header, header_length, parse_header
+from mquant.checkpoint.headers import Held, TensorInfo, build_header, header_length, parse_header
 from mquant.checkpoint.reader import RangeReader, Reader, reader_of
 from mquant.checkpoint.source import Folder, Overlay, Source, Stamp, changed, stamp
 
@@ -26,6 +26,7 @@ __all__ = [
     "AssemblyReader",
     "Checkpoint",
     "Folder",
+    "Held",
     "Overlay",
     "RangeReader",
     "Reader",

@@ -27,7 +27,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a shard. `start` and `end` are byte positions in the file itself."""
+    """One tensor of a shard. `start` and `end` are byte positions in the file itself.
+
+    `held` is given if a tensor on disk holds this tensor and others. If the tensor's bytes are not
+    one after another (`held.scattered`), the tensor's bytes are somewhere in [start, end).
+    """
 
     name: str
     dtype: str
@@ -35,11 +39,19 @@ class TensorInfo:
     shard: str
     start: int
     end: int
+    held: "Held | None" = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor's data."""
+        if self.held is not None and self.held.scattered:
+            return nbytes(self.dtype, self.shape)
         return self.end - self.start
+
+    @property
+    def scattered(self) -> bool:
+        """Whether the tensor's bytes are not one after another in the file."""
+        return self.held is not None and self.held.scattered
 
     @property
     def elements(self) -> int:
@@ -48,6 +60,28 @@ class TensorInfo:
         for size in self.shape:
             count *= size
         return count
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The place of a tensor in a tensor on disk that holds the tensors of all experts.
+
+    `by` is the tensor on disk. An expert's part of it has `rows` and `columns`. The expert's tensor
+    is every `step`-th row of the part, `first` being the first; if `transposed`, every `step`-th
+    column, and the columns are the tensor's rows.
+    """
+
+    by: TensorInfo
+    rows: int
+    columns: int
+    first: int = 0
+    step: int = 1
+    transposed: bool = False
+
+    @property
+    def scattered(self) -> bool:
+        """Whether the tensor's bytes are not one after another in the file."""
+        return self.transposed or self.step > 1
 
 
 def header_length(prefix: bytes, file_size: int, shard: str) -> int:

@@ -21,6 +21,7 @@ from mquant.engines.offloaded_model import attach, build_model
 from mquant.engines.oneshot import calibrate, quiet
 from mquant.errors import EngineError
 from mquant.events import Emit, silent
+from mquant.loader_model.stacks import unstacked
 from mquant.numerics.floats import Floats
 from mquant.plan import Plan
 
@@ -33,7 +34,8 @@ def mean_squares(
     Raises EngineError if transformers builds another model than the planned one.
     """
     checkpoint, in_memory = plan.survey.checkpoint, plan.family.in_memory_name
-    tensors = {in_memory(info.name): info for info in checkpoint.tensors.values()}
+    stored = {**checkpoint.tensors, **unstacked(checkpoint, plan.family)}
+    tensors = {in_memory(name): info for name, info in stored.items()}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(temporary_folder()))
         stack.enter_context(quiet(emit))

@@ -19,6 +19,7 @@ from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mquant.checkpoint import Source, TensorInfo
+from mquant.checkpoint.slices import read_bytes
 from mquant.engines.replaced import replaced
 from mquant.errors import EngineError
 
@@ -171,7 +172,7 @@ def attach(model: PreTrainedModel, source: Source, tensors: Mapping[str, TensorI
 
 def read_tensor(source: Source, info: TensorInfo) -> torch.Tensor:
     """Read one tensor. The file is not memory-mapped, so that the memory can be freed."""
-    data = bytearray(source.read(info.shard, info.start, info.end))
+    data = bytearray(read_bytes(source, info))
     return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(info.shape)
 
 

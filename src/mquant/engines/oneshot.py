@@ -43,6 +43,7 @@ from mquant.engines.offloaded_model import ParentCache, attach, build_model
 from mquant.engines.replaced import replaced
 from mquant.errors import EngineError
 from mquant.events import Emit, Note, silent
+from mquant.loader_model.stacks import unstacked
 from mquant.plan import Plan
 from mquant.text import names
 
@@ -75,7 +76,8 @@ def run(
     """
     checkpoint = plan.survey.checkpoint
     in_memory = plan.family.in_memory_name
-    tensors = {in_memory(info.name): info for info in checkpoint.tensors.values()}
+    stored = {**checkpoint.tensors, **unstacked(checkpoint, plan.family)}
+    tensors = {in_memory(name): info for name, info in stored.items()}
     planned = {in_memory(a.module): a.module for a in plan.actions if a.scheme}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(temporary_folder()))

@@ -19,7 +19,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from mquant.checkpoint import TensorInfo
+from mquant.checkpoint.slices import forget, read_part, read_pieces
 from mquant.engines.dequantized_rows import open_rows
 from mquant.errors import OutputError, SourceError
 from mquant.events import Emit, Note, silent
@@ -214,6 +214,7 @@ class Worker:
                 self._encode(action)
         else:
             self._quantize(unit)
+        forget()
         for path in unit.files:
             self._reader.check(path)
 
@@ -229,9 +230,9 @@ class Worker:
                 self._write(output.name, rows.data)
             self.not_finite += [output.name] if bad else []
             return
-        for start in range(source.start, source.end, PIECE) or [source.start]:
-            part = self._weights[: min(PIECE, source.end - start)].data
-            self._reader.read_into(source.shard, start, part)
+        for start in range(0, source.nbytes, PIECE) or [0]:
+            part = self._weights[: min(PIECE, source.nbytes - start)].data
+            read_part(self._reader, source, start, part)
             self._write(output.name, part)
 
     def _encode(self, action: Action) -> None:
@@ -250,8 +251,8 @@ class Worker:
             if stored:
                 stored.read(first, last, part.view(float_format.word))
             else:
-                start = source.start + first * columns * float_format.word.itemsize
-                self._reader.read_into(source.shard, start, part.data)
+                start = first * columns * float_format.word.itemsize
+                read_part(self._reader, source, start, part.data)
             # The source codes are decoded already, so the new codes reuse their buffer.
             words, codes = part.view(float_format.word).reshape(-1, columns), self._codes[:count]
             part_scales, bad = encode_into(words, float_format, block, codes.reshape(-1, columns))
@@ -298,20 +299,14 @@ class Worker:
         """Read a weight into its buffers; return its absolute maximum, a scalar in its dtype."""
         source, float_format = action.source, FLOATS[action.source.dtype]
         largest = bad = first = 0
-        for part in self._decoded(action, weight) if action.stored else self._plain(source, weight):
+        plain = read_pieces(self._reader, source, weight, PIECE)
+        for part in self._decoded(action, weight) if action.stored else plain:
             words = part.view(float_format.word)
             last = first + len(words) // GROUP
             magnitude, nonfinite = block_maxima(words, float_format, maxima[first:last])
             largest, bad, first = max(largest, magnitude), bad + nonfinite, last
         _refuse(action, bad)
         return float_format.values(np.array(largest, float_format.word))
-
-    def _plain(self, source: TensorInfo, weight: Bytes) -> Iterator[Bytes]:
-        """Yield a weight piece by piece; read each piece from the source just before."""
-        for start in range(0, len(weight), PIECE):
-            part = weight[start : start + PIECE]
-            self._reader.read_into(source.shard, source.start + start, part.data)
-            yield part
 
     def _decoded(self, action: Action, weight: Bytes, *, again: bool = False) -> Iterator[Bytes]:
         """Yield a weight that is stored quantized, in BF16, in pieces of whole rows.

@@ -14,6 +14,7 @@ from mquant.checkpoint import Checkpoint, TensorInfo, read_json
 from mquant.family import Family, TensorRole
 from mquant.family_files import family_of
 from mquant.family_rows import Role
+from mquant.loader_model.stacks import unstacked
 from mquant.loader_model.vllm.load import Outcome
 from mquant.loader_model.vllm.predict import MODELOPT_FILE, predict
 from mquant.schemes import QUANTIZED_SUFFIXES
@@ -50,6 +51,8 @@ class Module:
 @dataclass(frozen=True)
 class ModuleView:
     """A checkpoint's modules and its quantization method.
+
+    Experts that lie in one tensor on disk are modules of their own.
 
     `method` is `compressed-tensors`, `modelopt`, `fp8`, another name in config.json, or empty if
     nothing says that the checkpoint is quantized. `config` is the quantization config.
@@ -91,16 +94,16 @@ def read_modules(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Modu
     family = family_of(checkpoint.config, families, checkpoint.tensors)
     modules = {
         name: Module(name, tensors, family.classify(f"{name}.weight") if family else None)
-        for name, tensors in by_module(checkpoint).items()
+        for name, tensors in by_module(unstacked(checkpoint, family)).items()
     }
     method, config = _method(checkpoint)
     return ModuleView(checkpoint, family, modules, method, config)
 
 
-def by_module(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
+def by_module(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
     """Return the tensors of a checkpoint by the name of their module and by suffix."""
     grouped: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
-    for info in checkpoint.tensors.values():
+    for info in tensors.values():
         module, _, suffix = info.name.rpartition(".")
         grouped[module][intern(suffix)] = info
     return grouped

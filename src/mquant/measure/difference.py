@@ -12,6 +12,7 @@ from typing import Final, cast
 
 import numpy as np
 
+from mquant.checkpoint.slices import read_part
 from mquant.events import Emit, Progress, silent
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.loader_model.storage import GROUP
@@ -248,8 +249,8 @@ def _equal(weight: Matrix, reference: Matrix, scratch: Scratch, tile: int) -> bo
     for start in range(0, info.nbytes, 2 * tile):
         count = min(2 * tile, info.nbytes - start)
         buffer, parent_buffer = scratch.bytes("mine", count), scratch.bytes("reference", count)
-        weight.reader.read_into(info.shard, info.start + start, buffer.data)
-        reference.reader.read_into(original.shard, original.start + start, parent_buffer.data)
+        read_part(weight.reader, info, start, buffer.data)
+        read_part(reference.reader, original, start, parent_buffer.data)
         if not np.array_equal(buffer, parent_buffer):
             return False
     return True

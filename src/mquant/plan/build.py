@@ -13,7 +13,7 @@ from mquant.findings import Finding, rule
 from mquant.loader_model.storage import StorageFormat
 from mquant.plan.awq import scaled, unscalable
 from mquant.plan.loadable import checked
-from mquant.plan.members import Member
+from mquant.plan.members import Member, apart, as_stored
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit
 from mquant.plan.never_quantized import natural, unsafe
 from mquant.plan.survey import Survey, survey
@@ -108,7 +108,7 @@ def make_plan(
     actions = [_action(m, pairs[m.module], choice, family, layers) for m in surveyed.members]
     if recipe.smoothing == "awq":
         actions = scaled(surveyed.members, actions, family)
-    units = _work_units(surveyed.members, actions)
+    units = _work_units(*_as_stored(surveyed.members, actions))
     findings = [
         *surveyed.findings,
         *dequantizes(surveyed),
@@ -165,7 +165,7 @@ def dequantizes(surveyed: Survey) -> list[Finding]:
     if not stored or not surveyed.readable:
         return []
     formats = " and ".join(sorted({weight.format.value for weight in stored}))
-    left_out = len(surveyed.checkpoint.tensors) - len(surveyed.members)
+    left_out = len(surveyed.checkpoint.tensors) - len(as_stored(surveyed.members))
     return [
         SOURCE_DEQUANTIZED.finding(
             stored[0].codes.name,
@@ -218,7 +218,21 @@ def _unquantizable(
     ]
 
 
-def _work_units(members: tuple[Member, ...], actions: list[Action]) -> list[WorkUnit]:
+def _as_stored(
+    members: tuple[Member, ...], actions: list[Action]
+) -> tuple[list[Member], list[Action]]:
+    """Return members and actions, with one copy of a tensor on disk that holds many kept tensors.
+
+    If an expert's weight is quantized, its bias, which is kept, is written as a tensor of its own.
+    """
+    split = apart(members, {a.module for a in actions if a.scheme})
+    known = {action.source.name: action for action in actions}
+    reasons = {a.source.held.by.name: a.reason for a in actions if a.source.held}
+    stored = as_stored(members, split)
+    return stored, [known.get(m.info.name) or Action.kept(m, reasons[m.info.name]) for m in stored]
+
+
+def _work_units(members: list[Member], actions: list[Action]) -> list[WorkUnit]:
     """Group the actions by fused set; a set takes the place of its first member in the source."""
     groups: dict[FusedSet | str, list[Action]] = {}
     for member, action in zip(members, actions, strict=True):

@@ -8,10 +8,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from mquant.checkpoint import Checkpoint
 from mquant.family import Family, TensorRole
 from mquant.family_rows import TensorRow
 from mquant.findings import Finding, rule
 from mquant.formulas import MOST_LAYERS, find
+from mquant.loader_model.stacks import in_two_layouts, is_stack
 from mquant.plan.members import Member
 from mquant.text import names
 
@@ -83,6 +85,43 @@ SHAPE_DISAGREES: Final = rule(
     knowing=("family",),
     if_loads="nothing",
 )
+
+
+EXPERTS_IN_TWO_LAYOUTS: Final = rule(
+    "experts-in-two-layouts",
+    "A layer has tensors of all its experts, or tensors of each expert, not both.",
+    "If an expert is in both, the order of files decides which one is loaded.",
+    "Remove the tensors that do not belong to this checkpoint.",
+    knowing=("family",),
+)
+
+
+def layouts(family: Family, checkpoint: Checkpoint) -> list[Finding]:
+    """Return findings if tensors that hold all experts have no such shape, or are not alone."""
+    findings: list[Finding] = []
+    both = list(in_two_layouts(checkpoint.tensors, family))
+    if both:
+        stack, tensor = both[0]
+        findings.append(
+            EXPERTS_IN_TWO_LAYOUTS.finding(
+                stack,
+                f"The shards hold {stack}, which has all experts of the layer, and {tensor}"
+                f"{_elsewhere(len(both) - 1)}.",
+                "Remove the tensors that do not belong to this checkpoint.",
+            )
+        )
+    for info in checkpoint.tensors.values() if family.stacks else ():
+        found = family.stack_of(info.name)
+        if found and not is_stack(info, found[0]):
+            held = " and ".join(name.partition("{expert}.")[2] for name in found[0].holds)
+            findings.append(
+                SHAPE_DISAGREES.finding(
+                    info.name,
+                    f"{info.name} is {list(info.shape)}, but must hold {held} of each expert.",
+                    "Take config.json and shards from the same checkpoint.",
+                )
+            )
+    return findings
 
 
 def completeness(family: Family, members: list[Member], config: Mapping[str, Any]) -> list[Finding]:

@@ -13,6 +13,7 @@ from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.family import Family, TensorRole
 from mquant.family_rows import Role
 from mquant.loader_model.modules import by_module, quantized_suffixes
+from mquant.loader_model.stacks import unstacked
 from mquant.loader_model.storage import (
     GROUP,
     SUFFIXES,
@@ -58,7 +59,8 @@ def declarations(
     stored: list[_Stored] = []
     kept: list[tuple[str, int | None, TensorInfo]] = []
     scaled = False
-    for module, tensors in by_module(checkpoint).items():
+    originals = unstacked(parent, family)
+    for module, tensors in by_module(unstacked(checkpoint, family)).items():
         scaled |= not KV_SCALES.isdisjoint(tensors)
         tensor_role = family.classify(f"{module}.weight")
         if not quantized_suffixes(tensors):
@@ -68,7 +70,7 @@ def declarations(
             if not KV_SCALES.issuperset(quantized_suffixes(tensors)):
                 return
         elif (storage := recognize(tensors, {})) is not None:
-            group = _group(storage, tensors, parent.tensors.get(f"{module}.weight"))
+            group = _group(storage, tensors, originals.get(f"{module}.weight"))
             stored.append(_Stored(module, storage, tensor_role, tensors, group))
     if not stored or _some_inputs(stored):
         return

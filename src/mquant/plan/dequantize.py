@@ -9,7 +9,7 @@ from mquant.family import Family
 from mquant.findings import Finding, rule
 from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, dequantizes
 from mquant.plan.loadable import checked
-from mquant.plan.members import Member
+from mquant.plan.members import Member, as_stored
 from mquant.plan.model import Action, Plan, ShardPlan, WorkUnit
 from mquant.plan.stored import READABLE
 from mquant.plan.survey import Survey, survey
@@ -41,7 +41,7 @@ def make_bf16_plan(
     surveyed = survey(checkpoint, families, READABLE)
     if surveyed.family is None:
         raise Refused(surveyed.findings)
-    units = [WorkUnit((_action(member),)) for member in surveyed.members]
+    units = [WorkUnit((_action(member),)) for member in as_stored(surveyed.members)]
     cut = cut_shards(units, lambda unit: unit.output_bytes, max_shard_bytes)
     plan = Plan(
         survey=surveyed,

@@ -17,7 +17,7 @@ from mquant.findings import rule
 from mquant.loader_model.storage import GROUP, SUFFIXES, StorageFormat
 from mquant.plan.build import kept_modules
 from mquant.plan.loadable import checked
-from mquant.plan.members import Member
+from mquant.plan.members import Member, as_stored
 from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit, declaration
 from mquant.plan.survey import Survey, survey
 from mquant.recipe import Recipe
@@ -90,7 +90,7 @@ def survey_for(checkpoint: Checkpoint, families: Mapping[str, Family], target: T
     """
     surveyed = survey(checkpoint, families, (SOURCE[target],))
     stored = [member.stored for member in surveyed.members if member.stored]
-    known = {info.name for member in surveyed.members for info in _parts(member)}
+    known = {info.name for member in as_stored(surveyed.members) for info in _parts(member)}
     unstorable = [name for name in checkpoint.tensors if name not in known]
     with_input = [weight for weight in stored if weight.input]
     findings = [finding for finding in surveyed.findings if finding.severity == "error"]
@@ -154,7 +154,7 @@ def make_export_plan(
         declared = (modelopt_config if target is Target.MODELOPT else _to_ct)(ignore, w4a4=w4a4)
     actions = {
         action.source.name: action
-        for member in surveyed.members
+        for member in as_stored(surveyed.members)
         for action in _actions(member, target, values)
     }
     tensors = (actions[name] for name in surveyed.checkpoint.tensors)

@@ -14,6 +14,7 @@ from mquant.loader_model.vllm.load import Outcome
 from mquant.loader_model.vllm.predict import VERSION, predict_of
 from mquant.loader_model.vllm.tensors import Loaded
 from mquant.loader_model.vllm.words import in_words
+from mquant.plan.members import as_stored
 from mquant.plan.model import OutputTensor, Plan, config_json
 from mquant.plan.never_quantized import ANYWAY, QUANTIZED
 
@@ -93,7 +94,7 @@ def _finding(plan: Plan, config: Mapping[str, Any], outcome: Outcome, context: C
     """Return the finding, which blames the source if vLLM does not load the source in BF16."""
     anyway = ANYWAY if plan.recipe.roles else ""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    in_bf16 = _predict(plan, plain, (member.info for member in plan.survey.members))
+    in_bf16 = _predict(plan, plain, (member.info for member in as_stored(plan.survey.members)))
     if in_bf16.loads or in_bf16.unknown:
         where, clause = in_words(outcome, f"the output of recipe {plan.recipe.name}")
         fix = "Correct the recipe's roles, targets or ignore"

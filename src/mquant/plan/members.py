@@ -1,6 +1,7 @@
 """A tensor of a checkpoint, with the role that the family gives the tensor's name."""
 
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 
 from mquant.checkpoint import TensorInfo
 from mquant.family import TensorRole
@@ -29,3 +30,25 @@ class Member:
     def module(self) -> str:
         """The hub name of the module that owns the tensor."""
         return self.info.name.rpartition(".")[0]
+
+
+def apart(members: Iterable[Member], modules: Collection[str]) -> set[str]:
+    """Return the tensors on disk that hold a tensor of one of `modules`, beside others."""
+    return {m.info.held.by.name for m in members if m.info.held and m.module in modules}
+
+
+def as_stored(members: Iterable[Member], split: Collection[str] = ()) -> list[Member]:
+    """Return the members, with one member for each tensor on disk that holds many of them.
+
+    A tensor that `split` names stays many members.
+    """
+    stored: dict[str, Member] = {}
+    for member in members:
+        held = member.info.held
+        if held is None or held.by.name in split:
+            stored[member.info.name] = member
+        elif held.by.name not in stored:
+            row = member.tensor_role.row.renamed(held.by.name).model_copy(update={"fused": ""})
+            role = replace(member.tensor_role, row=row, expert=None)
+            stored[held.by.name] = Member(held.by, role)
+    return list(stored.values())

@@ -300,6 +300,9 @@ class Plan:
                 source = action.source
                 scheme = action.scheme.name if action.scheme else action.kind
                 digest.update(f"{source.name} {source.dtype} {source.shape} {scheme}\n".encode())
+                if (held := source.held) is not None:
+                    layout = (held.first, held.step, held.transposed)
+                    digest.update(f"{held.by.name} {held.by.shape} {layout}\n".encode())
                 if action.stored:
                     digest.update(f"{action.stored.format} {action.stored.block}\n".encode())
                 if action.value is not None:

@@ -109,7 +109,7 @@ def find_stored(checkpoint: Checkpoint, formats: Collection[StorageFormat]) -> S
     weights: dict[str, tuple[TensorInfo, Stored]] = {}
     others: set[str] = set()
     broken: list[Finding] = []
-    for module, tensors in by_module(checkpoint).items():
+    for module, tensors in by_module(checkpoint.tensors).items():
         others.update(i.name for i in tensors.values() if i.name.endswith(_OF_CACHE))
         storage = recognize(tensors, config)
         if storage is None:

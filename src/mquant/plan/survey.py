@@ -14,8 +14,9 @@ from mquant.family import Family
 from mquant.family_files import family_of
 from mquant.family_rows import Role, TensorRow
 from mquant.findings import Finding, rule
+from mquant.loader_model.stacks import unstacked
 from mquant.loader_model.storage import StorageFormat
-from mquant.plan.completeness import completeness
+from mquant.plan.completeness import completeness, layouts
 from mquant.plan.members import Member
 from mquant.plan.stored import READABLE, find_stored
 from mquant.schemes import QUANTIZED_SUFFIXES
@@ -97,12 +98,14 @@ def survey(
         return Survey(checkpoint, None, (), 0, 0, tuple(findings))
     members: list[Member] = []
     unknown: list[str] = []
-    for tensor in checkpoint.tensors.values():
+    for tensor in unstacked(checkpoint, family).values():
         info, stored = weights.get(tensor.name, (tensor, None))
         tensor_role = family.classify(info.name)
         if tensor_role is not None:
             members.append(Member(info, tensor_role, stored))
-        elif not quantized or tensor.name not in quantized.others:
+        elif not family.stack_of(tensor.name) and (
+            not quantized or tensor.name not in quantized.others
+        ):
             unknown.append(info.name)
     if unknown and not unreadable:
         findings.append(_unknown(unknown, family))
@@ -110,6 +113,7 @@ def survey(
     experts = _count(member.tensor_role.expert for member in members)
     if not unreadable:
         findings += completeness(family, members, checkpoint.config)
+    findings += layouts(family, checkpoint)
     members = _mtp_kept(family, members, checkpoint.config)
     return Survey(
         checkpoint, family, tuple(members), layers, experts, tuple(findings), not unreadable

@@ -181,6 +181,8 @@ def _classify(
     unknown: list[TensorInfo] = []
     for info in checkpoint.tensors.values():
         tensor_role = family.classify(info.name) if family else None
+        if family and (found := family.stack_of(info.name)):
+            tensor_role = family.held_by(*found)
         if tensor_role is None and family and info.name.endswith(QUANTIZED_SUFFIXES):
             tensor_role = family.classify(info.name.rpartition(".")[0] + ".weight")
         if tensor_role is None:

@@ -44,6 +44,8 @@ def check_names(view: ModuleView, family: Family, tally: Tally) -> None:
                         DTYPE_NOT_FLOAT, info.name, f"{info.name} is {info.dtype}, not floats"
                     )
                 continue
+            if family.stack_of(info.name):
+                continue  # `layouts` reports its shape
             part = f".{suffix}" in QUANTIZED_SUFFIXES or suffix == "weight_g_idx"
             if module.tensor_role is not None and part:
                 continue

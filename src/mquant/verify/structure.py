@@ -10,7 +10,7 @@ from mquant.loader_model.modules import ModuleView
 from mquant.loader_model.storage import format_of, weight_shape
 from mquant.plan import Member, completeness
 from mquant.plan.build import FUSED_SET_MIXED
-from mquant.plan.completeness import SHAPE_DISAGREES
+from mquant.plan.completeness import SHAPE_DISAGREES, layouts
 from mquant.plan.stored import PART_MISSING
 from mquant.plan.survey import FAMILY_UNKNOWN
 from mquant.verify.config_json import check_config_json
@@ -44,6 +44,7 @@ def check_structure(view: ModuleView) -> tuple[Finding, ...]:
         return (*findings, *tally.findings())
     check_names(view, view.family, tally)
     check_alike(view, kinds, tally)
+    findings += layouts(view.family, view.checkpoint)
     whole = [*completeness(view.family, _members(view, kinds), view.checkpoint.config)]
     if view.checkpoint.lost_shards:
         # Tensors of a lost shard are not reported one by one.

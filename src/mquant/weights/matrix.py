@@ -15,6 +15,7 @@ from typing import Any, Final, Self, TypeVar, cast
 import numpy as np
 
 from mquant.checkpoint import RangeReader, Reader, TensorInfo
+from mquant.checkpoint.slices import read_part
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.loader_model.storage import FP8S, NVFP4S, SUFFIXES, StorageFormat, Suffixes, fp8_block
 from mquant.weights.decode import READABLE, Bytes, Floats, floats
@@ -232,5 +233,5 @@ def _rows(
     """Return the bytes of rows [first, last) of a tensor that has `rows` rows."""
     row = info.nbytes // rows if rows else 0
     raw = scratch.bytes(info.dtype, (last - first) * row)
-    reader.read_into(info.shard, info.start + first * row, raw.data)
+    read_part(reader, info, first * row, raw.data)
     return raw

@@ -20,6 +20,7 @@ from typing import Final
 import numpy as np
 
 from mquant.checkpoint import TensorInfo
+from mquant.checkpoint.slices import read_bytes
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.loader_model.storage import (
     FP8S,
@@ -183,5 +184,4 @@ def _amax(values: Floats, group: int) -> Floats:
 
 def read(view: ModuleView, info: TensorInfo, start: int = 0, end: int | None = None) -> bytes:
     """Read bytes [start, end) of a tensor's data."""
-    end = info.nbytes if end is None else end
-    return view.checkpoint.source.read(info.shard, info.start + start, info.start + end)
+    return read_bytes(view.checkpoint.source, info, start, end)

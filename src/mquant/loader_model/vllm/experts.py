@@ -34,6 +34,7 @@ class Experts(Layer):
     `intermediate` is that of one rank; `ranks` is the number of ranks that share every expert.
     `layout` names the quantization method whose own way of loading scales vLLM follows: `modelopt`,
     `compressed-tensors`, or empty. `unknown` is a clause if it is not known how vLLM loads them.
+    `transposed`: tensors of all experts have columns before rows.
     """
 
     count: int = 0
@@ -41,6 +42,7 @@ class Experts(Layer):
     intermediate: int = 0
     ranks: int = 1
     names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")
+    transposed: bool = False
     layout: str = ""
     unknown: str = ""
     repeats: tuple[int, int] | None = None
@@ -74,7 +76,7 @@ class Experts(Layer):
             raise Unknown(self.unknown)
         match = _NUMBERED.fullmatch(last)
         if match is None:
-            self._other(last, loaded)
+            self._other(copies, last, loaded)
             return
         number, projection, suffix = int(match[1]), match[2], match[3]
         if projection == _FUSED.get(self.names[0]):
@@ -91,11 +93,35 @@ class Experts(Layer):
             )
         self._load(copies, self.parameters[key], loaded, number, part)
 
-    def _other(self, last: str, loaded: Loaded) -> None:
-        """Judge a tensor that is not of one expert: experts fused in one tensor, or no expert."""
+    def _other(self, copies: Copies, last: str, loaded: Loaded) -> None:
+        """Load a tensor that is not of one expert: experts fused in one tensor, or no expert."""
         known = _FUSED.get(self.names[0], "gate_up_proj")
+        if len(loaded.shape) == 3 and not self.layout and self.names[0] in _FUSED:
+            if last == known and self._is_plain("w13_weight"):
+                self._all(copies, loaded, "w1", "w3")
+                return
+            if last == self.names[1] and self._is_plain("w2_weight"):
+                self._all(copies, loaded, "w2")
+                return
         if any(f"experts.{name}" in f"experts.{last}" for name in (known, self.names[1])):
             raise Unknown(f"experts in one tensor ({loaded.name})")
+
+    def _is_plain(self, key: str) -> bool:
+        return key in self.parameters and self.parameters[key].dtype == MODEL_DTYPE
+
+    def _all(self, copies: Copies, loaded: Loaded, *parts: str) -> None:
+        """Copy a tensor of all experts, which holds the rows of each part."""
+        experts, rows, columns = loaded.shape
+        if self.transposed:
+            rows, columns = columns, rows
+        first = -(-rows // len(parts))
+        for part, height in zip(parts, (first, rows - first), strict=False):
+            if not height:
+                raise LoadRefused(loaded.name, f"has no rows of {part}")
+            expert = Loaded(loaded.name, loaded.dtype, (height, columns))
+            parameter = self.parameters["w2_weight" if part == "w2" else "w13_weight"]
+            for number in range(experts):
+                self._load(copies, parameter, expert, number, part)
 
     def _load(
         self, copies: Copies, parameter: Parameter, loaded: Loaded, number: int, part: str

@@ -213,6 +213,7 @@ def _layer(row: LayerRow, number: int | None, sizes_of: _Sizes, method: Method |
             intermediate=sizes[1],
             ranks=ranks,
             names=row.names,
+            transposed=row.transposed,
         )
         experts.build(method.experts(experts) if method else None)
         return experts

@@ -1,0 +1,95 @@
+"""Experts that lie in one tensor on disk: the tensors of each expert, and what is wrong with them.
+
+A family's `stacks` say which tensors hold the experts of a layer. Everything else sees a tensor for
+each expert, under the name that the tensor has in a checkpoint with a tensor for each expert.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from mquant.checkpoint import Checkpoint, Held, TensorInfo
+from mquant.dtypes import BITS
+from mquant.errors import SourceError
+from mquant.family import Family
+from mquant.family_rows import Stack
+from mquant.untrusted import MAX_TENSORS
+
+
+def unstacked(checkpoint: Checkpoint, family: Family | None) -> Mapping[str, TensorInfo]:
+    """Return the tensors of a checkpoint by name, with those of each expert instead of stacks.
+
+    A stack of another shape than [experts, rows, columns] stays. Raises SourceError if there are
+    more tensors than a model can have.
+    """
+    if family is None or not family.stacks:
+        return checkpoint.tensors
+    left = MAX_TENSORS
+    tensors: dict[str, TensorInfo] = {}
+    for info in checkpoint.tensors.values():
+        found = family.stack_of(info.name)
+        if found is None or not is_stack(info, found[0]):
+            tensors[info.name] = info
+            continue
+        stack, layer = found
+        left -= info.shape[0] * len(stack.holds)
+        if left < 0:
+            raise SourceError(
+                f"{checkpoint.source.name} has more than {MAX_TENSORS:,} tensors of experts.",
+                "Remove the tensors that do not belong to the model.",
+            )
+        for tensor in _experts(info, stack, layer):
+            if tensor.name not in checkpoint.tensors:
+                tensors[tensor.name] = tensor
+    return tensors
+
+
+def is_stack(info: TensorInfo, stack: Stack) -> bool:
+    """Return whether a tensor's shape can be that of a stack: rows of each tensor, or numbers."""
+    if len(info.shape) not in (2, 3) or 0 in info.shape or BITS[info.dtype] % 8:
+        return False
+    across = info.shape[-1] if stack.transposed or len(info.shape) == 2 else info.shape[1]
+    return across % len(stack.holds) == 0
+
+
+def in_two_layouts(tensors: Mapping[str, TensorInfo], family: Family) -> Iterator[tuple[str, str]]:
+    """Yield a stack and a tensor of one expert, for each layer that has both."""
+    if not family.stacks:
+        return
+    stacks: dict[int | None, str] = {}
+    experts: dict[int | None, str] = {}
+    for name in tensors:
+        if found := family.stack_of(name):
+            stacks.setdefault(found[1], name)
+            continue
+        role = family.classify(name) or family.classify(f"{name.rpartition('.')[0]}.weight")
+        if role and role.row.name in family.stacked_rows:
+            experts.setdefault(role.layer, name)
+    for layer in stacks.keys() & experts.keys():
+        yield stacks[layer], experts[layer]
+
+
+def _experts(info: TensorInfo, stack: Stack, layer: int | None) -> Iterator[TensorInfo]:
+    """Yield the tensors that a stack holds, expert by expert."""
+    count, matrix = len(stack.holds), len(info.shape) == 3
+    # A vector of each expert is a matrix of one column.
+    rows, columns = info.shape[1:] if matrix else (info.shape[1], 1)
+    transposed = stack.transposed and matrix
+    across, along = (columns, rows) if transposed else (rows, columns)
+    size = across // count
+    shape = (size, along) if matrix else (size,)
+    nbytes = info.nbytes // info.shape[0]
+    step = count if stack.interleaved else 1
+    if transposed or step > 1:
+        firsts = range(count) if step > 1 else range(0, across, size)
+        helds = [Held(info, rows, columns, first, step, transposed) for first in firsts]
+        lengths = [0] * count
+    else:
+        helds, lengths = [Held(info, rows, columns)] * count, [nbytes // count] * count
+    for expert in range(info.shape[0]):
+        start = info.start + expert * nbytes
+        for name, held, (number, length) in zip(
+            stack.holds, helds, enumerate(lengths), strict=True
+        ):
+            first = start + number * length
+            own = name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+            end = first + (length or nbytes)
+            yield TensorInfo(own, info.dtype, shape, info.shard, first, end, held)
