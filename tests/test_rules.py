@@ -14,7 +14,14 @@ from mquant.findings import RULES, Finding, in_context, rule
 ROOT = Path(mquant.__file__).parent
 HOME = ROOT / "findings.py"
 TREES = {path: ast.parse(path.read_text("utf-8")) for path in ROOT.rglob("*.py") if path != HOME}
-HEAVY = ("engines.oneshot", "ray_cluster", "inside_vllm", "__main__", "offloaded_model")
+HEAVY = (
+    "engines.oneshot",
+    "ray_cluster",
+    "inside_vllm",
+    "vllm_stubs",
+    "__main__",
+    "offloaded_model",
+)
 
 
 def calls(tree: ast.AST) -> Iterator[ast.Call]:

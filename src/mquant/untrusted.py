@@ -7,7 +7,6 @@ every later walk. So brackets, colons and commas of the text are counted first.
 import json
 import os
 import stat
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -16,19 +15,23 @@ from typing import Any, Final
 
 from mquant.errors import DataFileError
 
-MAX_TENSORS: Final = 290_000
-"""Limit on tensors. The largest known checkpoint (61 layers, 384 experts, NVFP4) has 280,000."""
+MAX_TENSORS: Final = 1_000_000
+"""Limit on tensors: twice as many as the largest known checkpoint has, Kimi-K3 with 497,387."""
 MAX_DEPTH: Final = 50
 MAX_TEXT_BYTES: Final = 100_000_000  # in memory: one emoji makes every character take 4 bytes
+MAX_INDEX_BYTES: Final = 160_000_000
+_SPARE: Final = 10_000
 HEADER: Final = {
-    "{": MAX_TENSORS + 10_000,
-    "[": 2 * MAX_TENSORS + 10_000,
-    ":": 4 * MAX_TENSORS + 10_000,
+    "{": MAX_TENSORS + _SPARE,
+    "[": 2 * MAX_TENSORS + _SPARE,
+    ":": 4 * MAX_TENSORS + _SPARE,
     ",": 9 * MAX_TENSORS,
 }
 """Limits of a header: per tensor an object, two lists, four keys and numbers; plus __metadata__."""
-RECORD: Final = {"{": MAX_TENSORS, "[": MAX_TENSORS, ":": 3 * MAX_TENSORS, ",": 3 * MAX_TENSORS}
-"""Limits of config.json, an index, a hub's listing and mquant's own records."""
+RECORD: Final = {"{": 290_000, "[": 290_000, ":": 870_000, ",": 870_000}
+"""Limits of config.json, a hub's listing and mquant's own records."""
+INDEX: Final = RECORD | {":": MAX_TENSORS + _SPARE, ",": MAX_TENSORS + _SPARE}
+"""Limits of an index: a name and a file per tensor, and metadata."""
 
 
 class TooMuch(ValueError):
@@ -67,18 +70,21 @@ def parse_json(
     raw: bytes,
     most: dict[str, int] = RECORD,
     *,
+    most_bytes: int = MAX_TEXT_BYTES,
     parse_int: Callable[[str], Any] | None = None,
     object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
 ) -> Any:
     """Return the value of a JSON text in UTF-8.
 
-    Raises TooMuch if the text takes more than MAX_TEXT_BYTES, or has more of some character than
+    Raises TooMuch if the text could take more than `most_bytes`, or has more of some character than
     `most` allows, and ValueError if the text is no JSON, is nested deeper than MAX_DEPTH, or holds
     half of a surrogate pair, which UTF-8 cannot encode.
     """
-    text = raw.decode("utf-8")
-    if sys.getsizeof(text) > MAX_TEXT_BYTES or any(text.count(c) > most[c] for c in most):
+    width = 1 if raw.isascii() else 4
+    if width * len(raw) > most_bytes or any(raw.count(c.encode()) > most[c] for c in most):
         raise TooMuch
+    text = raw.decode("utf-8")
+    del raw  # a text and its bytes may be 160 MB each
     try:
         value = json.loads(text, parse_int=parse_int, object_pairs_hook=object_pairs_hook)
     except RecursionError:
@@ -90,7 +96,7 @@ def parse_json(
             break
     else:
         raise ValueError("nested too deeply")
-    if "\\ud" in text.lower():
+    if "\\ud" in text or "\\uD" in text:
         json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return value
 

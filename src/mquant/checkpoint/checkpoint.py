@@ -1,6 +1,6 @@
 """A checkpoint as its headers, index and config describe it; no weight is read."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -12,17 +12,22 @@ from mquant.checkpoint.source import Source
 from mquant.errors import HeaderError, SourceError
 from mquant.findings import Finding, Rule, rule
 from mquant.text import names
-from mquant.untrusted import MAX_TENSORS, TooMuch, parse_json
+from mquant.untrusted import INDEX, MAX_INDEX_BYTES, MAX_TENSORS, RECORD, TooMuch, parse_json
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 CONFIG_NAME: Final = "config.json"
-MAX_JSON_BYTES: Final = 64_000_000
 MAX_CONFIG_BYTES: Final = 8_000_000
-# Header bytes of all shards: 290,000 tensors, plus half as much for long names.
-MAX_HEADER_BYTES_IN_ALL: Final = 64_000_000
+MAX_TOKENIZER_BYTES: Final = 64_000_000
+# Header bytes of all shards: 1,000,000 tensors, plus half as much for long names.
+MAX_HEADER_BYTES_IN_ALL: Final = 200_000_000
 MAX_SHARDS: Final = 10_000
 # Prefix and header usually come together, in one request to a hub or one local read.
 FIRST_READ: Final = 64 * 1024
+
+_FEWER_SHARDS: Final = (
+    "Remove the shards that do not belong to the checkpoint; the largest known model has 497,387 "
+    "tensors."
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -163,15 +168,16 @@ def open_checkpoint(source: Source, *, tolerant: bool = False) -> Checkpoint:
         )
     tensors: dict[str, TensorInfo] = {}
     again: list[TensorInfo] = []
-    headers, unreadable = _read_headers(source, shards, tolerant=tolerant)
-    findings += unreadable
-    for tensor in (tensor for header in headers for tensor in header):
+    unreadable: list[Finding] = []
+    for tensor in _read_headers(source, shards, unreadable if tolerant else None):
         if tensor.name in tensors:
             findings.append(_stored_twice(tensor, tensors[tensor.name]))
             again.append(tensor)
         else:
             tensors[tensor.name] = tensor
+    findings += sorted(unreadable, key=lambda finding: finding.where)
     if index is not None:
+        index = _with_names_of(tensors, index)
         damaged = {finding.where for finding in unreadable}
         readable = {name: shard for name, shard in index.items() if shard not in damaged}
         findings += _index_findings(readable, tensors, source.files)
@@ -198,7 +204,7 @@ def is_weights(path: str) -> bool:
 def has_chat_template(source: Source) -> bool:
     """Return whether tokenizer_config.json holds a chat template, as older tools wrote it."""
     name = "tokenizer_config.json"
-    if not 0 < source.files.get(name, 0) <= MAX_JSON_BYTES:
+    if not 0 < source.files.get(name, 0) <= MAX_TOKENIZER_BYTES:
         return False
     return b'"chat_template"' in source.read(name)
 
@@ -208,29 +214,28 @@ def read_header(source: Source, shard: str) -> tuple[TensorInfo, ...]:
     return parse_header(read_first(source, shard)[PREFIX_BYTES:], source.files[shard], shard)
 
 
-def read_first(source: Source, shard: str, allowed: "_Allowance | None" = None) -> bytes:
-    """Return a shard's bytes before its data, from one read, or from two if the header is long.
+def read_first(source: Source, shard: str) -> bytes:
+    """Return a shard's bytes before its data.
 
-    Raises HeaderError if the header's length cannot be true, SourceError if `allowed` is less.
+    Raises HeaderError if the header's length cannot be true.
     """
-    size = source.files[shard]
-    first = source.read(shard, 0, min(FIRST_READ, size))
-    end = PREFIX_BYTES + header_length(first[:PREFIX_BYTES], size, shard)
-    if allowed is not None:
-        allowed.spend(nbytes=end)
-    return first[:end] + source.read(shard, len(first), end) if end > len(first) else first[:end]
+    first, end = _beginning(source, shard)
+    return first[:end] if end <= len(first) else source.read(shard, 0, end)
 
 
 def read_json(source: Source, path: str) -> dict[str, Any]:
     """Read a JSON object of the checkpoint. Raises SourceError if the file holds something else."""
-    most = MAX_JSON_BYTES if path == INDEX_NAME else MAX_CONFIG_BYTES
-    too_large = SourceError(f"{path} is too large to be valid.", "Get the file again.")
+    most, limits, too_large = MAX_CONFIG_BYTES, RECORD, f"{path} is too large to be valid."
+    fix = "Get the file again."
+    if path == INDEX_NAME:
+        most, limits, fix = MAX_INDEX_BYTES, INDEX, _FEWER_SHARDS
+        too_large = f"{path} is too large: mquant reads {MAX_TENSORS:,} tensors at most."
     if source.files.get(path, 0) > most:
-        raise too_large
+        raise SourceError(too_large, fix)
     try:
-        value = parse_json(source.read(path))
+        value = parse_json(source.read(path), limits, most_bytes=most)
     except TooMuch:
-        raise too_large from None
+        raise SourceError(too_large, fix) from None
     except ValueError:
         raise SourceError(f"{path} is not valid JSON.", "Get the file again.") from None
     if not isinstance(value, dict):
@@ -238,27 +243,48 @@ def read_json(source: Source, path: str) -> dict[str, Any]:
     return value
 
 
+def _beginning(source: Source, shard: str) -> tuple[bytes, int]:
+    """Return a shard's first bytes, and the end of its header, which may lie beyond these bytes."""
+    size = source.files[shard]
+    first = source.read(shard, 0, min(FIRST_READ, size))
+    return first, PREFIX_BYTES + header_length(first[:PREFIX_BYTES], size, shard)
+
+
 def _read_headers(
-    source: Source, shards: tuple[str, ...], *, tolerant: bool
-) -> tuple[list[tuple[TensorInfo, ...]], list[Finding]]:
-    # A network or disk error still raises: such an error says nothing about the shard.
-    findings: list[Finding] = []
+    source: Source, shards: tuple[str, ...], unreadable: list[Finding] | None
+) -> Iterator[TensorInfo]:
+    """Yield every tensor of the shards, or add a finding to `unreadable` for an invalid header.
+
+    The headers of all shards are counted before the first is parsed, because parsed headers take
+    several times as much memory; then one after the other is parsed. Without `unreadable`, an
+    invalid header raises HeaderError. A network or disk error always raises: such an error says
+    nothing about the shard.
+    """
     allowed = _Allowance(source.name)
 
-    def read(shard: str) -> tuple[TensorInfo, ...]:
+    def read(shard: str) -> bytes | HeaderError:
         try:
-            raw = read_first(source, shard, allowed)[PREFIX_BYTES:]
-            tensors = parse_header(raw, source.files[shard], shard)
-            allowed.spend(tensors=len(tensors))
-            return tensors
+            first, end = _beginning(source, shard)
         except HeaderError as error:
-            if not tolerant:
-                raise
-            findings.append(SHARD_DAMAGED.finding(shard, error.message, error.fix))
-            return ()
+            return error
+        allowed.spend(nbytes=end)
+        read_whole = end > len(first)
+        raw = source.read(shard, PREFIX_BYTES, end) if read_whole else first[PREFIX_BYTES:end]
+        allowed.spend(tensors=raw.count(b"{") - 2)  # the header's own, and that of its metadata
+        return raw
 
-    headers = _map(read, shards)
-    return headers, sorted(findings, key=lambda finding: finding.where)
+    raws = _map(read, shards)
+    raws.reverse()
+    for shard in shards:
+        raw = raws.pop()
+        try:
+            if isinstance(raw, HeaderError):
+                raise raw
+            yield from parse_header(raw, source.files[shard], shard)
+        except HeaderError as error:
+            if unreadable is None:
+                raise
+            unreadable.append(SHARD_DAMAGED.finding(shard, error.message, error.fix))
 
 
 class _Allowance:
@@ -272,13 +298,22 @@ class _Allowance:
     def spend(self, *, nbytes: int = 0, tensors: int = 0) -> None:
         with self._lock:
             self._nbytes -= nbytes
-            self._tensors -= tensors
+            self._tensors -= max(tensors, 0)
             if self._nbytes < 0 or self._tensors < 0:
                 raise SourceError(
                     f"The headers of {self._name} hold more than any checkpoint's: more than "
                     f"{MAX_TENSORS:,} tensors, or {MAX_HEADER_BYTES_IN_ALL:,} bytes.",
-                    "Remove the shards that do not belong to the checkpoint.",
+                    _FEWER_SHARDS,
                 )
+
+
+def _with_names_of(tensors: Mapping[str, TensorInfo], index: Mapping[str, str]) -> dict[str, str]:
+    """Return the index with the tensors' own strings: JSON has a string for each name and shard."""
+    shards: dict[str, str] = {}
+    return {
+        tensors[name].name if name in tensors else name: shards.setdefault(shard, shard)
+        for name, shard in index.items()
+    }
 
 
 def _read_index(source: Source) -> tuple[dict[str, str] | None, int | None]:

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from sys import intern
 from typing import Any, Final
 
 from mquant.dtypes import BITS, RANK, nbytes
@@ -19,6 +20,9 @@ from mquant.untrusted import HEADER, TooMuch, parse_json
 MAX_HEADER_BYTES: Final = 100_000_000  # safetensors' own limit
 MAX_NAME_LENGTH: Final = 1024
 PREFIX_BYTES: Final = 8
+_KEYS: Final = {"dtype", "shape", "data_offsets"}
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +81,12 @@ def parse_header(raw: bytes, file_size: int, shard: str) -> tuple[TensorInfo, ..
     Raises HeaderError on invalid JSON, duplicate or absurd names, unknown dtypes, shapes that
     disagree with offsets, holes, overlaps, and data that ends before or after the file does.
     """
+    base = PREFIX_BYTES + len(raw)
     entries = _load(raw, shard)
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(shard, "__metadata__ is not a table of strings")
-    base = PREFIX_BYTES + len(raw)
     tensors = [_tensor(name, entry, base, shard) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
     _check_layout(tensors, base, file_size, shard)
@@ -115,18 +119,26 @@ def build_header(
 
 
 def _load(raw: bytes, shard: str) -> dict[str, Any]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the header's object, with a tuple (dtype, shape, start, end) for each sound entry.
+
+    Entries become tuples while the text is parsed: a dict and two lists for every tensor of a shard
+    would take several times the memory of the result.
+    """
+    shapes: dict[Shape, Shape] = {}  # one object for equal shapes
+
+    def from_pairs(pairs: list[tuple[str, Any]]) -> object:
         table = dict(pairs)
         if len(table) != len(pairs):
             name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
             raise _damaged(shard, f"{name[:60]!r} appears twice")
-        return table
+        return table if _fault(table) else _compact(table, shapes)
 
     def integer(text: str) -> int:
         return -1 if text.startswith("-") else int(text)  # safetensors refuses -0, too
 
+    number = integer if b"-" in raw else None  # None: json's own, which is faster
     try:
-        entries = parse_json(raw, HEADER, object_pairs_hook=no_duplicates, parse_int=integer)
+        entries = parse_json(raw, HEADER, object_pairs_hook=from_pairs, parse_int=number)
     except TooMuch:
         raise _damaged(shard, "it holds more than any checkpoint's") from None
     except ValueError:
@@ -136,27 +148,41 @@ def _load(raw: bytes, shard: str) -> dict[str, Any]:
     return entries
 
 
+def _fault(entry: object) -> str:
+    """Return why an entry is not of a tensor, as the end of a sentence; empty if it is."""
+    if not isinstance(entry, dict) or entry.keys() != _KEYS:
+        return "has other keys than dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        return f"has the unknown dtype {str(dtype)[:40]!r}"
+    if not _naturals(shape) or len(shape) > 8 or math.prod(filter(None, shape)) >= 2**53:
+        return "has an invalid shape"
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return "has invalid data_offsets"
+    return ""
+
+
+def _compact(entry: dict[str, Any], shapes: dict[Shape, Shape]) -> tuple[str, Shape, int, int]:
+    shape = tuple(entry["shape"])
+    start, end = entry["data_offsets"]
+    return intern(entry["dtype"]), shapes.setdefault(shape, shape), start, end
+
+
 def _tensor(name: str, entry: object, base: int, shard: str) -> TensorInfo:
     if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise _damaged(shard, f"{name[:60]!r} is no tensor name")
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(shard, f"{name} has other keys than dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in BITS:
-        raise _damaged(shard, f"{name} has the unknown dtype {str(dtype)[:40]!r}")
-    if not _naturals(shape) or len(shape) > 8 or math.prod(filter(None, shape)) >= 2**53:
-        raise _damaged(shard, f"{name} has an invalid shape")
-    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _damaged(shard, f"{name} has invalid data_offsets")
+    if not isinstance(entry, tuple):
+        raise _damaged(shard, f"{name} {_fault(entry)}")
+    dtype, shape, start, end = entry
     try:
-        size = nbytes(dtype, tuple(shape))
+        size = nbytes(dtype, shape)
     except ValueError:
         raise _damaged(shard, f"{name} does not fill whole bytes") from None
-    if size != offsets[1] - offsets[0]:
+    if size != end - start:
         raise _damaged(
-            shard, f"{name} is {dtype} {shape}, {size:,} bytes, but has {offsets[1] - offsets[0]:,}"
+            shard, f"{name} is {dtype} {list(shape)}, {size:,} bytes, but has {end - start:,}"
         )
-    return TensorInfo(name, dtype, tuple(shape), shard, base + offsets[0], base + offsets[1])
+    return TensorInfo(name, dtype, shape, shard, base + start, base + end)
 
 
 def _naturals(value: object) -> bool:

@@ -11,7 +11,6 @@ from sys import intern
 from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo, read_json
-from mquant.errors import SourceError
 from mquant.family import Family, TensorRole
 from mquant.family_files import family_of
 from mquant.family_rows import Role
@@ -19,8 +18,6 @@ from mquant.loader_model.vllm.load import Outcome
 from mquant.loader_model.vllm.predict import MODELOPT_FILE, predict
 from mquant.schemes import QUANTIZED_SUFFIXES
 
-MAX_MODULES: Final = 150_000
-"""Twice as many modules as the largest known model has: 61 layers of 384 experts."""
 MODELOPT_NAME: Final = MODELOPT_FILE
 FP8_DTYPES: Final = ("F8_E4M3", "F8_E5M2")
 _CODE_DTYPES: Final = ("U8", "I8", *FP8_DTYPES)
@@ -90,21 +87,11 @@ class ModuleView:
 
 
 def read_modules(checkpoint: Checkpoint, families: Mapping[str, Family]) -> ModuleView:
-    """Group a checkpoint's tensors by module and find out how it was quantized.
-
-    Raises SourceError if there are more modules than a model can have.
-    """
+    """Group a checkpoint's tensors by module and find out how it was quantized."""
     family = family_of(checkpoint.config, families, checkpoint.tensors)
-    grouped = by_module(checkpoint)
-    if len(grouped) > MAX_MODULES:
-        raise SourceError(
-            f"{checkpoint.source.name} has {len(grouped):,} modules; no model has more than "
-            f"{MAX_MODULES:,}.",
-            "Remove the tensors that do not belong to the model.",
-        )
     modules = {
         name: Module(name, tensors, family.classify(f"{name}.weight") if family else None)
-        for name, tensors in grouped.items()
+        for name, tensors in by_module(checkpoint).items()
     }
     method, config = _method(checkpoint)
     return ModuleView(checkpoint, family, modules, method, config)

@@ -164,16 +164,24 @@ class ShardPlan:
         from front to back. If this order misaligns a tensor (its offset is no multiple of its
         element size), all tensors are stored in safetensors' own order, which is by dtype.
         """
+        return self._layout()
+
+    @property
+    def header(self) -> bytes:
+        """The file's first bytes. The layout is not kept: `plan` asks every shard of a model."""
+        return (self.layout if "layout" in vars(self) else self._layout())[0]
+
+    @cached_property
+    def file_bytes(self) -> int:
+        """The file's size, header included."""
+        return len(self.header) + sum(unit.output_bytes for unit in self.units)
+
+    def _layout(self) -> tuple[bytes, dict[str, int]]:
         outputs = [(o.name, o.dtype, o.shape) for unit in self.units for o in unit.outputs]
         first, places = build_header(outputs, keep_order=True)
         if any(places[name] * 8 % BITS[dtype] for name, dtype, _ in outputs):
             return build_header(outputs)
         return first, places
-
-    @cached_property
-    def file_bytes(self) -> int:
-        """The file's size, header included."""
-        return len(self.layout[0]) + sum(unit.output_bytes for unit in self.units)
 
     @property
     def tensors(self) -> int:
@@ -287,7 +295,7 @@ class Plan:
         if self.family.own:
             digest.update(self.family.model_dump_json().encode())
         for shard in self.shards:
-            digest.update(f"{shard.name}\n".encode() + shard.layout[0])
+            digest.update(f"{shard.name}\n".encode() + shard.header)
             for action in (action for unit in shard.units for action in unit.actions):
                 source = action.source
                 scheme = action.scheme.name if action.scheme else action.kind

@@ -1,6 +1,6 @@
 """Load a checkpoint's headers as vLLM does, and say what happened."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -41,20 +41,23 @@ class Outcome:
 def load(build: Callable[[], Model], tensors: Iterable[Loaded]) -> Outcome:
     """Build the model, and copy every tensor, in the order of the files."""
     copies = Copies()
-    sizes: dict[str, int] = {}
+    apart: dict[str, bool] = {}  # name -> whether it was not wholly copied: few of many tensors
     try:
         model = build()
+        later = _later(model)
         table = Table(model) if model.rows.walks == "parameters" else None
         for loaded in tensors:
             _check_dtype(loaded)
-            sizes[loaded.name] = loaded.numel
+            copies.used = 0
             if loaded.name in model.aliases:
-                copies.used[loaded.name] += loaded.numel  # vLLM fills the place from the other name
-                continue
-            if table:
+                copies.used = loaded.numel  # vLLM fills the place from the other name
+            elif table:
                 table.place(copies, loaded)
             else:
                 place(model.modules, model.renaming, copies, loaded)
+            whole = copies.used >= loaded.numel
+            if not whole or loaded.name.startswith(later):
+                apart[loaded.name] = not whole
         _check_experts(model)
     except LoadRefused as stop:
         return Outcome(refused=(stop.where, stop.why))
@@ -63,28 +66,27 @@ def load(build: Callable[[], Model], tensors: Iterable[Loaded]) -> Outcome:
     except Unknown as gap:
         return Outcome(unknown=str(gap))
     return Outcome(
-        dropped=_dropped(model, copies, sizes),
+        dropped=_dropped(model, apart),
         unset=_unset(model),
         reshaped=tuple(copies.reshaped.values()),
         converted=tuple(copies.converted.values()),
     )
 
 
-def _dropped(model: Model, copies: Copies, sizes: dict[str, int]) -> tuple[str, ...]:
+def _later(model: Model) -> tuple[str, ...]:
+    """Return the beginnings of the names that vLLM leaves out on purpose."""
+    return (*(f"model.{each}" for each in model.renaming["model"].drops), *model.renaming[""].drops)
+
+
+def _dropped(model: Model, apart: Mapping[str, bool]) -> tuple[str, ...]:
     """Return the tensors that were not, or not wholly, copied.
 
     Left out is what vLLM passes over on purpose. A layer after the last belongs to multi-token
     prediction only if it has `eh_proj`; else the model has lost the layer. A model without a head
     has lost the head.
     """
-    later = model.renaming["model"].drops
-    lost = tuple(f"model.{each}" for each in later if f"model.{each}eh_proj.weight" not in sizes)
-    lost += model.renaming[""].drops
-    return tuple(
-        name
-        for name, size in sizes.items()
-        if copies.used[name] < size or (lost and name.startswith(lost))
-    )
+    lost = tuple(each for each in _later(model) if f"{each}eh_proj.weight" not in apart)
+    return tuple(name for name, wanting in apart.items() if wanting or name.startswith(lost))
 
 
 def _unset(model: Model) -> tuple[tuple[str, int], ...]:

@@ -112,7 +112,7 @@ def place(
     if isinstance(inner, Modules):
         loader, modules, renamed = renaming[first], inner, renaming[first](rest)
     if renamed is None:
-        copies.used[loaded.name] += loaded.numel  # vLLM passes over the tensor on purpose
+        copies.used += loaded.numel  # vLLM passes over the tensor on purpose
     else:
         _walk(modules, loader, copies, loaded, *renamed)
 

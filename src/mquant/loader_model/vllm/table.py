@@ -36,7 +36,7 @@ class Table:
         model = self._model
         outer = model.renaming[""](loaded.name)
         if outer is None:
-            copies.used[loaded.name] += loaded.numel  # vLLM passes over the tensor on purpose
+            copies.used += loaded.numel  # vLLM passes over the tensor on purpose
             return
         if not outer[0].startswith(_OUTER):
             place(model.modules, model.renaming, copies, loaded)
@@ -44,7 +44,7 @@ class Table:
         name = outer[0].removeprefix(_OUTER)
         inner = model.renaming["model"]
         if name.startswith(inner.drops or ("\0",)):
-            copies.used[loaded.name] += loaded.numel
+            copies.used += loaded.numel
             return
         for old, new, shard in inner.stacked:
             if old not in name or ("mlp.experts." in name and name not in self._parameters):

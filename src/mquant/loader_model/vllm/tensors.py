@@ -5,7 +5,6 @@ Here the same operations act on shapes, raise where torch or vLLM raises, and ar
 """
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from fractions import Fraction
@@ -110,7 +109,8 @@ class Parameter:
     optional: bool = False
     transposed: bool = False
     quant_method: str = ""
-    _places: dict[tuple[Shape, Shape], int] = field(default_factory=dict)
+    _places: dict[Shape, set[int]] = field(default_factory=dict)
+    """Shape -> the first elements of the places, which are many: two for each expert."""
 
     @property
     def numel(self) -> int:
@@ -120,7 +120,7 @@ class Parameter:
     @property
     def missing(self) -> int:
         """The number of elements that nothing was copied into."""
-        return max(0, self.numel - sum(self._places.values()))
+        return max(0, self.numel - sum(math.prod(s) * len(f) for s, f in self._places.items()))
 
     def whole(self) -> "View":
         """Return the parameter as a view."""
@@ -128,7 +128,10 @@ class Parameter:
 
     def written(self, offset: Shape, shape: Shape) -> None:
         """Note that elements were copied to a place; a place counts once."""
-        self._places[offset, shape] = math.prod(shape)
+        first = 0
+        for place, size in zip(offset, self.shape, strict=True):
+            first = first * size + place
+        self._places.setdefault(shape, set()).add(first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +164,8 @@ class View:
 class Copies:
     """The copies of one load, which show what was dropped, spread and converted."""
 
-    used: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    used: int = 0
+    """The elements of the tensor being loaded that were copied, or passed over on purpose."""
     reshaped: dict[str, tuple[str, Shape, Shape]] = field(default_factory=dict)
     converted: dict[str, tuple[str, str, str]] = field(default_factory=dict)
 
@@ -194,7 +198,7 @@ class Copies:
         scalar = source.numel == 1 and math.prod(target.shape) <= 1
         if not (alike or scalar) and _without_ones(source.shape) != _without_ones(target.shape):
             self.reshaped.setdefault(name, (name, source.shape, target.shape))
-        self.used[name] += source.numel
+        self.used += source.numel
         dtype = target.parameter.dtype
         loses = source.dtype != dtype and not {source.dtype, dtype} <= _CONVERTIBLE
         # Experts' weight_shape goes into a parameter that nothing reads.

@@ -50,7 +50,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.append(str(Path(__file__).parent))  # -I leaves the folder out; last, so it shadows nothing
-from vllm_stubs import stub_kernels, stub_packages
+from vllm_stubs import stub_kernels, stub_packages  # type: ignore[import-not-found]
 
 MEMORY = 16 << 30
 """The bytes that vLLM may allocate, because a config.json can ask for a billion layers."""

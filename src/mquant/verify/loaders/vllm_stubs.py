@@ -73,7 +73,7 @@ class _Finder:
 def stub_packages() -> None:
     """Let models with a vision tower import torchvision, if the environment has none."""
     if importlib.util.find_spec("torchvision") is None:
-        sys.meta_path.append(_Finder())  # type: ignore[arg-type]
+        sys.meta_path.append(_Finder())
 
 
 def stub_device() -> None:
@@ -81,7 +81,7 @@ def stub_device() -> None:
     move = torch.nn.Module.to
 
     def to(self: torch.nn.Module, *arguments: Any, **more: Any) -> torch.nn.Module:
-        _, dtype, *_ = torch._C._nn._parse_to(*arguments, **more)  # type: ignore[attr-defined]
+        _, dtype, *_ = torch._C._nn._parse_to(*arguments, **more)
         return move(self, dtype) if dtype else self
 
     torch.nn.Module.to = to  # type: ignore[assignment]
