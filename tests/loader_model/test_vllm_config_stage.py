@@ -50,6 +50,16 @@ def test_the_configs_of_the_releases_are_taken(family: str) -> None:
     assert judge(family) == "taken"
 
 
+@pytest.mark.parametrize("own", [32, DROP])
+def test_another_class_builds_the_heads_of_deepseek_in_the_size_of_the_rotated_part(
+    own: object,
+) -> None:
+    config = config_of("deepseek_v3", architectures=["LlamaForCausalLM"], head_dim=own)
+    read_as = FAMILIES["deepseek_v3"].vllm
+    size = Settings(built_as(config, read_as), config, read_as).number("head_dim")
+    assert size == (config["qk_rope_head_dim"] if own is DROP else own)
+
+
 # --- types, as transformers' strict classes check them
 
 
