@@ -1,5 +1,6 @@
 """Mutations of ModelOpt's lists, of its file of its own, and of its KV cache."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from random import Random
 from typing import Any, Final
@@ -15,7 +16,7 @@ _ALGOS: Final = ("FP8", "NVFP4", "W4A16_NVFP4", "FP8_PB_WO", "MXFP8", "MIXED_PRE
 
 def nested(table: dict[str, Any]) -> dict[str, Any]:
     """Return a flat config of ModelOpt as hf_quant_config.json has it."""
-    inner = {key: deepcopy(table[key]) for key in _KEPT if key in table}
+    inner: dict[str, Any] = {key: deepcopy(table[key]) for key in _KEPT if key in table}
     inner["exclude_modules"] = list(table.get("ignore", []))
     inner.setdefault("kv_cache_quant_algo", None)
     return {"producer": {"name": "modelopt", "version": "0.41.0"}, "quantization": inner}
@@ -94,7 +95,7 @@ def _wildcard(draft: Draft, random: Random) -> str:
 @mutation("modules that a wildcard excludes are plain", fits=_of_modelopt, weight=3)
 def _plain_wildcard(draft: Draft, random: Random) -> str:
     table, key = _list(draft)
-    some = {
+    some: dict[str, Callable[[str], bool]] = {
         "model.layers.0*": lambda name: name.startswith("model.layers.0"),
         "model.layers.0.*": lambda name: name.startswith("model.layers.0."),
         "*self_attn*": lambda name: "self_attn" in name,
@@ -155,7 +156,11 @@ def _groups(draft: Draft, random: Random) -> str:
 )
 def _stray_file(draft: Draft, random: Random) -> str:
     algo = pick(random, ("NVFP4", "FP8", "MIXED_PRECISION", None, "INT4_AWQ"))
-    inner = {"quant_algo": algo, "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]}
+    inner: dict[str, Any] = {
+        "quant_algo": algo,
+        "kv_cache_quant_algo": None,
+        "exclude_modules": ["lm_head"],
+    }
     if algo == "NVFP4":
         inner["group_size"] = 16
     producer = pick(random, ({"name": "modelopt"}, {"name": "other"}, {}))
