@@ -41,7 +41,17 @@ def predict_of(
     """
     if family is not None and family.vllm is None:
         return Outcome(unknown=f"{family.title}, whose file does not say what vLLM builds")
+    tensors = list(tensors)
+    config = _untied(config, tensors)
     return load(lambda: _model(family, config, hf_quant_config), tensors)
+
+
+def _untied(config: Mapping[str, Any], tensors: Iterable[Loaded]) -> Mapping[str, Any]:
+    """Return the config after vLLM's `maybe_untie_word_embeddings`: a head on disk is loaded."""
+    if config.get("tie_word_embeddings") is not True:
+        return config
+    stored = any(loaded.name.endswith("lm_head.weight") for loaded in tensors)
+    return {**config, "tie_word_embeddings": False} if stored else config
 
 
 def split(checkpoint: Checkpoint, family: Family, ranks: int) -> str:
