@@ -4,7 +4,7 @@
                                    [--loader PYTHON]
 
 A case is a checkpoint of a family that ships, in one of the formats of differential_formats.py,
-changed by up to three mutations (differential_config, _lists, _tensors, _files). At least a third
+changed by up to three mutations (differential_config, _lists, ...). At least a third
 of the cases are good: unchanged, or changed in ways that loaders do not mind. Checkpoints consist
 of headers and JSON, so `verify` judges their structure, and vLLM loads headers only.
 
@@ -31,13 +31,24 @@ from typing import get_args
 import differential_config
 import differential_files
 import differential_lists
+import differential_modelopt
+import differential_parts
+import differential_schemes
 import differential_tensors
 from differential_ask import Agreement, Answer, Asker, Judgement, compare, judge, vllm
 from differential_draft import MUTATIONS, Draft, Unfit, chance
 from differential_formats import base, families, forms
 from mquant.verify.loaders.install import find_python
 
-REGISTERED = (differential_config, differential_files, differential_lists, differential_tensors)
+REGISTERED = (
+    differential_config,
+    differential_files,
+    differential_lists,
+    differential_modelopt,
+    differential_parts,
+    differential_schemes,
+    differential_tensors,
+)
 BATCH = 400  # cases of one round of vLLM processes, whose start takes seconds
 SHRUNK = 150  # disagreements that are made smaller; more would take longer than the run itself
 GOOD = 0.4

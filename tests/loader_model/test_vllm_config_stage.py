@@ -12,6 +12,7 @@ from mquant.loader_model.vllm.config_stage import check
 from mquant.loader_model.vllm.experts import Experts
 from mquant.loader_model.vllm.load import Outcome, load
 from mquant.loader_model.vllm.model import build
+from mquant.loader_model.vllm.predict import predict_of
 from mquant.loader_model.vllm.tensors import Loaded, LoadRefused, Unknown
 from mquant.loader_rows import Settings
 
@@ -48,6 +49,24 @@ def each_family(test: Callable[..., None]) -> Callable[..., None]:
 @each_family
 def test_the_configs_of_the_releases_are_taken(family: str) -> None:
     assert judge(family) == "taken"
+
+
+@pytest.mark.parametrize("own", [32, DROP])
+def test_another_class_builds_the_heads_of_deepseek_in_the_size_of_the_rotated_part(
+    own: object,
+) -> None:
+    config = config_of("deepseek_v3", architectures=["LlamaForCausalLM"], head_dim=own)
+    read_as = FAMILIES["deepseek_v3"].vllm
+    size = Settings(built_as(config, read_as), config, read_as).number("head_dim")
+    assert size == (config["qk_rope_head_dim"] if own is DROP else own)
+
+
+@pytest.mark.parametrize("rows", [256, 320])
+def test_a_head_on_disk_is_loaded_whatever_tie_word_embeddings_says(rows: int) -> None:
+    config = config_of("llama", tie_word_embeddings=True)
+    sizes = (rows, config["hidden_size"])
+    outcome = predict_of(config, FAMILIES["llama"], [Loaded("lm_head.weight", "BF16", sizes)])
+    assert (outcome.refused is None) == (rows == config["vocab_size"])
 
 
 # --- types, as transformers' strict classes check them

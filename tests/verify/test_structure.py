@@ -165,6 +165,12 @@ def test_a_config_that_breaks_a_rule_is_found(
     assert words in judged(mutated(good, tmp_path, config=config))[rule]
 
 
+def test_quant_method_may_be_written_in_any_case(good: Path, tmp_path: Path) -> None:
+    awq = {"quant_method": "AWQ", "w_bit": 4, "q_group_size": 128, "zero_point": True}
+    config = {"quantization_config": awq}
+    assert "quantization-config-invalid" not in judged(mutated(good, tmp_path, config=config))
+
+
 def test_missing_activation_scales_are_found(good: Path, tmp_path: Path) -> None:
     group = group_of(good, input_activations={"num_bits": 4, "dynamic": "local"})
     findings = judged(mutated(good, tmp_path, config=grouped(group)))

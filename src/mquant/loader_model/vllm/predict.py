@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, read_header, read_json
-from mquant.errors import SourceError
+from mquant.errors import HeaderError, SourceError
 from mquant.family import Family
 from mquant.loader_model.vllm.config_names import built_as
 from mquant.loader_model.vllm.load import Outcome, load
@@ -41,7 +41,20 @@ def predict_of(
     """
     if family is not None and family.vllm is None:
         return Outcome(unknown=f"{family.title}, whose file does not say what vLLM builds")
+    try:
+        tensors = list(tensors)
+    except HeaderError as error:
+        return Outcome(refused=("the shards", error.message))
+    config = _untied(config, tensors)
     return load(lambda: _model(family, config, hf_quant_config), tensors)
+
+
+def _untied(config: Mapping[str, Any], tensors: Iterable[Loaded]) -> Mapping[str, Any]:
+    """Return the config after vLLM's `maybe_untie_word_embeddings`: a head on disk is loaded."""
+    if config.get("tie_word_embeddings") is not True:
+        return config
+    stored = any(loaded.name.endswith("lm_head.weight") for loaded in tensors)
+    return {**config, "tie_word_embeddings": False} if stored else config
 
 
 def split(checkpoint: Checkpoint, family: Family, ranks: int) -> str:

@@ -48,6 +48,7 @@ _NOT_HERE: Final = (
     "meta tensor",  # a model that needs values, which the probe does not have
     "failed to be inspected",  # a model whose packages are not here
 )
+_KINDS_NOT_HERE: Final = ("ImportError", "MemoryError", "Killed")
 
 VLLM_REFUSES: Final = rule(
     "vllm-refuses",
@@ -146,7 +147,8 @@ def read_verdict(reported: Mapping[str, Any], why: str = "") -> Verdict:
     kind = reported.get("kind", "")
     quoted = f"{kind}: {words}" if kind else words
     doing = _STAGES.get(stage, stage)
-    if stage == "start" or kind == "ImportError" or any(w in words.lower() for w in _NOT_HERE):
+    of_machine = kind in _KINDS_NOT_HERE or any(w in words.lower() for w in _NOT_HERE)
+    if stage == "start" or of_machine:
         message = f"vLLM {version} could not be asked: vLLM stopped while {doing}: {quoted}"
         findings = (VLLM_NOT_ASKED.finding("vLLM", _sentence(message)),)
         return Verdict(version, "not asked", quoted, findings)

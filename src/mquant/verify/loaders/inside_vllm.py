@@ -20,7 +20,7 @@ long. RESULT becomes a JSON object; each load runs in a process of its own:
     counts          the true lengths of the four lists, which are cut off
     tensors         the number of tensors that were offered
 
-If the process dies, RESULT has the last stage that was reached.
+If the process dies, RESULT has the last stage that was reached, and the kind is Killed.
 """
 
 import gc
@@ -52,8 +52,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.append(str(Path(__file__).parent))  # -I leaves the folder out; last, so it shadows nothing
 from vllm_stubs import stub_kernels, stub_packages  # type: ignore[import-not-found]
 
-MEMORY = 16 << 30
-"""The bytes that vLLM may allocate, because a config.json can ask for a billion layers."""
+MEMORY = 6 << 30
+"""The bytes that vLLM may allocate: a config.json can ask for a billion layers; few need 1 GB."""
+SECONDS = 240  # of the processor's time, for one load
 _COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 PIPE = 60_000  # bytes that a pipe holds, so that a child need not wait for its parent
 OFTEN = ("vllm.", "compressed_tensors", "transformers.")  # the packages of modules to preload
@@ -364,6 +365,9 @@ def judge(folder: str, path: str, *, closely: bool) -> bool:
         load(folder, result, report_stage, closely=closely)
     except Exception as error:  # noqa: BLE001  (every exception is vLLM's verdict)
         result["error"], result["kind"] = str(error), type(error).__name__
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's words
+            result["kind"] = "MemoryError"
+            result["error"] = f"vLLM needed more than {MEMORY >> 30} GB of memory"
         report_stage(result["stage"])
     return closely or not any(result.get("counts", {}).values())
 
@@ -379,6 +383,7 @@ def in_child(folder: str, path: str, *, closely: bool) -> tuple[bool, set[str]]:
     child = os.fork()
     if not child:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         complete = judge(folder, path, closely=closely)
         os.write(writing, "\n".join(sys.modules.keys() - known).encode()[:PIPE])
         os._exit(0 if complete else 1)  # vLLM leaves threads behind
@@ -386,7 +391,13 @@ def in_child(folder: str, path: str, *, closely: bool) -> tuple[bool, set[str]]:
     status = os.waitpid(child, 0)[1]
     with os.fdopen(reading, encoding="utf-8") as pipe:
         imported = set(pipe.read().splitlines())
-    return os.waitstatus_to_exitcode(status) != 1, imported
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:  # often C++ code that lacks memory
+        with suppress(OSError, ValueError):
+            result = json.loads(Path(path).read_text())
+            result |= {"kind": "Killed", "error": f"its process died of signal {-code}"}
+            Path(path).write_text(json.dumps(result))
+    return code != 1, imported
 
 
 def preload(names: set[str]) -> None:
