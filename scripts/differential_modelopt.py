@@ -6,7 +6,7 @@ from random import Random
 from typing import Any, Final
 
 from differential_draft import Draft, Unfit, by_method, mutation, pick
-from mquant.family import Role
+from mquant.family_rows import Role
 
 FILE: Final = "hf_quant_config.json"
 _of_modelopt = by_method("modelopt")

@@ -4,7 +4,7 @@ from random import Random
 from typing import Final
 
 from differential_draft import Draft, Unfit, by_method, mutation, pick
-from mquant.family import Role
+from mquant.family_rows import Role
 
 _quantized = by_method("compressed-tensors", "modelopt", "fp8")
 _DTYPES: Final = ("BF16", "F16", "F32", "U8", "F8_E4M3", "F8_E8M0", "I32", "I8", "F64", "BOOL")

@@ -8,7 +8,7 @@ from typing import Any, Final
 from differential_draft import Draft, Unfit, by_method, mutation, pick
 from differential_formats import args
 from differential_layouts import packed
-from mquant.family import Role
+from mquant.family_rows import Role
 from mquant.schemes import FP8_DYNAMIC, NVFP4, NVFP4A16, W4A16
 
 _quantized = by_method("compressed-tensors", "modelopt", "fp8")
