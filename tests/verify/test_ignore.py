@@ -150,7 +150,7 @@ def test_quantized_routers_are_an_error(judge: Judge, suffixes: Suffixes, config
     assert rules(report) == {"router-quantized": "error"}
     assert message(report, "router-quantized") == (
         f"2 router modules are quantized ({', '.join(GATES)}), with "
-        f"{', '.join(sorted(suffixes))} on disk; vLLM refuses to load the checkpoint."
+        f"{', '.join(sorted(suffixes))} on disk; vLLM 0.32 refuses such a checkpoint."
     )
     assert [(name, parts) for name, _, parts in report.quantized] == [
         (gate, tuple(sorted(suffixes))) for gate in GATES
@@ -170,6 +170,18 @@ def test_a_quantized_head_alone_is_an_error(judge: Judge) -> None:
     report = judge(quantized(NVFP4A16, "lm_head"), compressed(KEPT[1:]))
     assert report.verdict == "lm_head is quantized: vLLM 0.32 will refuse to load this checkpoint."
     assert rules(report) == {"head-quantized": "error"}
+
+
+def test_a_quantized_head_that_a_target_names_loads(judge: Judge) -> None:
+    config = compressed(KEPT[1:])
+    (group,) = config["config_groups"].values()
+    group["targets"] = ["Linear", "lm_head"]
+    report = judge(quantized(NVFP4A16, "lm_head"), config)
+    assert report.verdict == (
+        "lm_head is quantized: vLLM 0.32 will load this checkpoint, and other loaders may not."
+    )
+    assert rules(report) == {"head-quantized": "warning"}
+    assert "; vLLM 0.32 loads such a checkpoint" in message(report, "head-quantized")
 
 
 def test_a_lone_scale_beside_a_plain_router_is_refused(judge: Judge) -> None:
@@ -385,7 +397,10 @@ def test_an_unknown_family_is_judged_by_usual_names(judge: Judge) -> None:
         "lm_head and the embeddings are kept; routers of an unknown family cannot be judged."
     )
     bad = judge(quantized(NVFP4A16, "lm_head"), compressed(["lm_head"]), model_type="olmo2")
-    assert bad.verdict == "lm_head is quantized: vLLM 0.32 will refuse to load this checkpoint."
+    assert bad.verdict == (
+        "lm_head is quantized: loaders may refuse this checkpoint; what vLLM 0.32 does with it is "
+        "not known."
+    )
 
 
 def test_a_model_type_that_vllm_does_not_know_is_an_error(judge: Judge) -> None:
@@ -394,7 +409,8 @@ def test_a_model_type_that_vllm_does_not_know_is_an_error(judge: Judge) -> None:
 
 
 def test_an_unknown_method_is_judged_by_its_tensors(judge: Judge) -> None:
-    report = judge(quantized(AWQ), {"quant_method": "awq"})
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
+    report = judge(quantized(AWQ), awq)
     assert rules(report) == {} and "was not judged" in report.verdict
     assert "what vLLM makes of the quantization method auto_awq is not known" in report.undecided
-    assert "router-quantized" in rules(judge(quantized(AWQ, ".gate"), {"quant_method": "awq"}))
+    assert "router-quantized" in rules(judge(quantized(AWQ, ".gate"), awq))

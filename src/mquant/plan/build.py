@@ -26,10 +26,10 @@ T = TypeVar("T")
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 
 _KEPT_BECAUSE: Final = {
-    Role.ROUTER: "loaders refuse a quantized router",
+    Role.ROUTER: "loaders may refuse a quantized router",
     Role.ROUTING_BIAS: "not a weight; it steers the routing",
-    Role.EMBEDDING: "loaders refuse quantized embeddings",
-    Role.HEAD: "loaders refuse a quantized lm_head",
+    Role.EMBEDDING: "loaders may refuse quantized embeddings",
+    Role.HEAD: "loaders may refuse a quantized lm_head",
     Role.NORM: "norms are vectors",
     Role.OTHER: "not known to be a linear layer",
 }

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from mquant.checkpoint import TensorInfo
-from mquant.findings import RULES, Context, Finding, if_loaded, rule
+from mquant.findings import RULES, Context, Finding, rule
 from mquant.loader_model.routing import check_top_k
 from mquant.loader_model.vllm.load import Outcome
 from mquant.loader_model.vllm.predict import VERSION, predict_of
@@ -16,7 +16,7 @@ from mquant.loader_model.vllm.tensors import Loaded
 from mquant.loader_model.vllm.words import in_words
 from mquant.plan.members import as_stored
 from mquant.plan.model import OutputTensor, Plan, config_json
-from mquant.plan.never_quantized import ANYWAY, QUANTIZED
+from mquant.plan.never_quantized import ANYWAY, IDS, saying_outcome
 
 OUTPUT_NOT_LOADABLE: Final = rule(
     "output-not-loadable",
@@ -37,7 +37,6 @@ OUTPUT_NOT_JUDGED: Final = rule(
     severity="warning",
     needs="plan",
 )
-_UNSAFE: Final = frozenset(rule.id for rule in QUANTIZED.values())
 
 
 def checked(plan: Plan, context: Context = "source") -> Plan:
@@ -47,32 +46,19 @@ def checked(plan: Plan, context: Context = "source") -> Plan:
     is no error if vLLM loads the output. The plan is as it is if it has another error, or a finding
     that already says why vLLM does not load the output.
     """
-    others = [f for f in plan.findings if f.rule not in _UNSAFE]
+    others = [f for f in plan.findings if f.rule not in IDS]
     if any(f.severity == "error" or RULES[f.rule].if_loads for f in others):
         return plan
     config = config_json(plan)
     outputs = (output for unit in plan.units for output in unit.outputs)
     outcome = _predict(plan, config, outputs)
-    findings = [_with_outcome(f, outcome) if f.rule in _UNSAFE else f for f in plan.findings]
+    findings = [saying_outcome(f, outcome) for f in plan.findings]
     findings += check_top_k(plan.family, config, context)
     if outcome.unknown:
         findings.append(_not_judged(plan, outcome))
     elif not outcome.loads and len(others) == len(plan.findings):
         findings.append(_finding(plan, config, outcome, context))
     return replace(plan, findings=tuple(findings))
-
-
-def _with_outcome(finding: Finding, outcome: Outcome) -> Finding:
-    """Return a finding of `unsafe` that says what vLLM does; the finding if that is not known."""
-    if outcome.unknown:
-        return finding
-    says = f"{finding.message.removesuffix('.')}; vLLM {VERSION}"
-    if outcome.loads:
-        message = f"{says} loads such a checkpoint, and other loaders may not."
-        fix = finding.fix.replace(ANYWAY, "")
-        return replace(if_loaded(finding) or finding, message=message, fix=fix)
-    wrong = "refuses such a checkpoint" if outcome.refused else "loads such a checkpoint wrongly"
-    return replace(finding, message=f"{says} {wrong}.")
 
 
 def _not_judged(plan: Plan, outcome: Outcome) -> Finding:

@@ -2,13 +2,16 @@
 
 import math
 import re
+from dataclasses import replace
 from typing import Final
 
 import yaml
 
 from mquant.family import Family
 from mquant.family_rows import Role
-from mquant.findings import Finding, Rule, rule
+from mquant.findings import Finding, Rule, if_loaded, rule
+from mquant.loader_model.vllm.load import Outcome
+from mquant.loader_model.vllm.predict import VERSION
 from mquant.plan.model import Action
 from mquant.recipe import Recipe
 from mquant.text import names
@@ -49,6 +52,7 @@ QUANTIZED: Final[dict[Role, Rule]] = {
     Role.EMBEDDING: EMBEDDING_QUANTIZED,
 }
 """The rule for each role that loaders refuse quantized."""
+IDS: Final = frozenset(rule.id for rule in QUANTIZED.values())
 ANYWAY: Final = " (or --allow-unsafe to do so anyway)"
 
 
@@ -64,7 +68,7 @@ def unsafe(
 ) -> list[Finding]:
     """Return findings if a recipe quantizes routers, embeddings or the output head.
 
-    `checked` adds what vLLM does with the output.
+    `saying_outcome` adds what vLLM does with the output.
     """
     findings = []
     nouns = {Role.ROUTER: "router", Role.EMBEDDING: "embedding", Role.HEAD: "output head"}
@@ -82,6 +86,22 @@ def unsafe(
             )
         )
     return findings
+
+
+def saying_outcome(finding: Finding, outcome: Outcome) -> Finding:
+    """Return a finding about a quantized router, embedding or head that says what vLLM does.
+
+    Other findings, and all findings if it is not known what vLLM does, stay as they are.
+    """
+    if outcome.unknown or finding.rule not in IDS:
+        return finding
+    says = f"{finding.message.removesuffix('.')}; vLLM {VERSION}"
+    if outcome.loads:
+        message = f"{says} loads such a checkpoint, and other loaders may not."
+        fix = finding.fix.replace(ANYWAY, "")
+        return replace(if_loaded(finding) or finding, message=message, fix=fix)
+    wrong = "refuses such a checkpoint" if outcome.refused else "loads such a checkpoint wrongly"
+    return replace(finding, message=f"{says} {wrong}.")
 
 
 def safe_ignore(family: Family, recipe: Recipe) -> str:

@@ -138,7 +138,7 @@ def _refused(quantized: list[Judged]) -> Iterator[Finding]:
             yield refused.finding(
                 modules[0],
                 f"{_are(modules, f'{role.value} module')} quantized ({names(modules)}), with "
-                f"{names(suffixes, 6)} on disk; vLLM refuses to load the checkpoint.",
+                f"{names(suffixes, 6)} on disk.",
             )
 
 

@@ -1,4 +1,4 @@
-"""Judge the ignore list: quantized modules that loaders refuse, and entries without effect."""
+"""Judge the ignore list: quantized modules that loaders may refuse, and entries without effect."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from mquant.errors import NotJudged
 from mquant.family_rows import Role
 from mquant.findings import Finding
 from mquant.loader_model.modules import ModuleView
+from mquant.loader_model.vllm.load import Outcome
 from mquant.loader_model.vllm_view import Judged, VllmView, vllm_view_of
 from mquant.plan.never_quantized import QUANTIZED
 from mquant.verify.ignore_checks import EXPERT_NAMES, IGNORE_RULES, findings_of
@@ -44,7 +45,7 @@ class Entry:
 class IgnoreReport:
     """The result of `verify-ignore`.
 
-    `verdict` is one sentence. `quantized` are quantized modules that loaders refuse, with their
+    `verdict` is one sentence. `quantized` are quantized modules that loaders may refuse, with their
     suffixes on disk. `uncovered` are plain modules that the list does not name.
     """
 
@@ -183,7 +184,7 @@ def _verdict(vllm_view: VllmView, kinds: tuple[RoleCount, ...], findings: list[F
     refused = [kind for kind in kinds if kind.role in QUANTIZED and kind.quantized]
     if refused:
         are = _are([_part(kind, kind.quantized) for kind in refused])
-        return f"{are} quantized: {VLLM} will refuse to load this checkpoint."
+        return f"{are} quantized: {_consequence(vllm_view.view.outcome)}."
     if EXPERT_NAMES.id in rules:
         return (
             f"The experts have names that {VLLM} does not know: vLLM will load this checkpoint "
@@ -200,6 +201,17 @@ def _verdict(vllm_view: VllmView, kinds: tuple[RoleCount, ...], findings: list[F
     if vllm_view.style is None:
         return f"{kept}; what the ignore list means was not judged."
     return f"{kept}: nothing in ignore stops {VLLM} from loading this checkpoint."
+
+
+def _consequence(outcome: Outcome) -> str:
+    """Return what loaders do with quantized routers, heads or embeddings, as a clause."""
+    if outcome.unknown:
+        return f"loaders may refuse this checkpoint; what {VLLM} does with it is not known"
+    if outcome.loads:
+        return f"{VLLM} will load this checkpoint, and other loaders may not"
+    if outcome.refused:
+        return f"{VLLM} will refuse to load this checkpoint"
+    return f"{VLLM} will load this checkpoint wrongly"
 
 
 def _part(kind: RoleCount, count: int) -> tuple[str, bool]:

@@ -11,6 +11,7 @@ from mquant.findings import RULES, Finding, Rule, if_loaded
 from mquant.loader_model.vllm.load import Outcome
 from mquant.loader_model.vllm.predict import VERSION
 from mquant.loader_model.vllm.words import faults_of, in_words
+from mquant.plan.never_quantized import saying_outcome
 from mquant.verify.loaders.ask_vllm import (
     VLLM_CONVERTS,
     VLLM_DROPS,
@@ -34,7 +35,7 @@ def with_outcome(
 
     `refusal_only`: of what the findings do not explain, only that vLLM stops.
     """
-    findings = list(findings)
+    findings = [saying_outcome(finding, outcome) for finding in findings]
     if outcome.unknown:
         return findings
     if outcome.loads:
