@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from mquant.errors import UsageError
+from mquant.events import Event, Note
 from mquant.family import Family
 from mquant.family_files import load_families
+from mquant.loader_model.modules import read_modules
 from mquant.plan import survey
 from mquant.synth import Precision, Sizes, synth
 from synthetic import content, family, numbers, opened, tiny
@@ -143,3 +145,22 @@ def test_impossible_sizes_are_refused(tmp_path: Path, family: Family) -> None:
     with pytest.raises(UsageError, match="MiniMax-M2 has no experts"):
         synth(tmp_path / "out", dense, sizes=Sizes(experts=4))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", list(load_families()))
+def test_a_tiny_checkpoint_in_fp8_blocks_is_one_that_vllm_loads(tmp_path: Path, name: str) -> None:
+    synth(tmp_path / "out", load_families()[name], precision=Precision.FP8_BLOCK)
+    assert read_modules(opened(tmp_path / "out"), load_families()).outcome.loads
+
+
+def test_sizes_that_cut_a_block_are_a_warning(tmp_path: Path, family: Family) -> None:
+    notes: list[Event] = []
+    synth(
+        tmp_path / "out",
+        family,
+        sizes=Sizes(intermediate=192),
+        precision=Precision.FP8_BLOCK,
+        emit=notes.append,
+    )
+    (note,) = [note for note in notes if isinstance(note, Note)]
+    assert note.message.startswith("vLLM 0.32 refuses this checkpoint: ")

@@ -227,8 +227,12 @@ class Forward(Data):
 
 
 class SynthData(Data):
-    """The config.json of `mquant synth`: the real model's, and the changes for a tiny model."""
+    """The config.json of `mquant synth`: the real model's, and the changes for a tiny model.
+
+    `tiny_in_blocks` are further changes for a tiny model in FP8 blocks, which must divide its rows.
+    """
 
     config: dict[str, Any]
     tiny: dict[str, Any]
+    tiny_in_blocks: dict[str, Any] = Field(default_factory=dict)
     per_layer: dict[str, Any] = Field(default_factory=dict)

@@ -24,9 +24,12 @@ import numpy as np
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, build_header
 from mquant.dtypes import nbytes
 from mquant.errors import DataFileError, UsageError
-from mquant.events import Emit, Progress, silent
+from mquant.events import Emit, Note, Progress, silent
 from mquant.family import Family
 from mquant.family_rows import Role, TensorRow
+from mquant.loader_model.vllm.predict import VERSION, predict_of
+from mquant.loader_model.vllm.tensors import Loaded
+from mquant.loader_model.vllm.words import in_words
 from mquant.output.disk import open_own, out_of_space, write_whole
 from mquant.output.staging import staging
 from mquant.plan import DEFAULT_SHARD_BYTES, cut_shards
@@ -116,12 +119,16 @@ def synth(
     """Write a synthetic checkpoint of `family` into `out`, which must be empty or not exist.
 
     The dimensions are the family's tiny ones, or with `shapes_only` its real ones, changed by
-    `sizes`. The same arguments give the same bytes. Files appear in `out` when all files are
-    complete, config.json last. A failure leaves `out` unchanged. Raises UsageError for dimensions
-    that the family lacks, OutputError if `out` cannot be written.
+    `sizes`. If vLLM does not load FP8 blocks with `sizes`, a warning says why. The same arguments
+    give the same bytes. Files appear in `out` when all files are complete, config.json last. A
+    failure leaves `out` unchanged. Raises UsageError for dimensions that the family lacks,
+    OutputError if `out` cannot be written.
     """
-    config = make_config(family, sizes or Sizes(), precision, tiny=not shapes_only)
+    sizes = sizes or Sizes()
+    config = make_config(family, sizes, precision, tiny=not shapes_only)
     tensors = list(make_tensors(family, config, precision))
+    if precision is Precision.FP8_BLOCK and sizes != Sizes():
+        _warn_if_refused(family, config, tensors, emit)
     shards = cut_shards(tensors, lambda tensor: tensor.nbytes, max_shard_bytes)
     total = sum(tensor.nbytes for tensor in tensors)
     side = _side_files(family.value(family.config.vocabulary, config) or 0)
@@ -141,11 +148,24 @@ def synth(
     )
 
 
+def _warn_if_refused(
+    family: Family, config: Mapping[str, Any], tensors: list[SynthTensor], emit: Emit
+) -> None:
+    """Emit a warning if vLLM does not load a checkpoint: its sizes may cut a block."""
+    loaded = (Loaded(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
+    outcome = predict_of(config, family, loaded)
+    if not (outcome.loads or outcome.unknown):
+        emit(Note("warning", f"vLLM {VERSION} {in_words(outcome, 'this checkpoint')[1]}."))
+
+
 def make_config(
     family: Family, sizes: Sizes, precision: Precision, *, tiny: bool
 ) -> dict[str, Any]:
     """Return the config.json of `synth`. Raises UsageError for sizes that the family lacks."""
-    config = family.with_settings(family.synth.config, family.synth.tiny if tiny else {})
+    tiny_changes = dict(family.synth.tiny) if tiny else {}
+    if tiny and precision is Precision.FP8_BLOCK:
+        tiny_changes |= family.synth.tiny_in_blocks
+    config = family.with_settings(family.synth.config, tiny_changes)
     changes: dict[str, Any] = {}
     for option, key, value in (
         ("--layers", family.config.layers, sizes.layers),
