@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+import schemes
 from corpus import EXPERT
 from judges import hashes, opened, read_json
-from make import Row, without, write_json
+from make import Edit, Row, without, write_json
 from mquant.checkpoint import Folder
 from mquant.errors import NotJudged, Refused
 from mquant.loader_model.modules import read_modules
@@ -205,3 +206,49 @@ def test_what_the_model_does_not_know_is_not_judged(right: Path, tmp_path: Path)
     bad = configured(right, tmp_path / "bad", odd)
     with pytest.raises(NotJudged, match="llm_config"):
         diagnosis_of(bad, parent)
+
+
+LAYOUTS: dict[str, tuple[Edit | None, Callable[[Config], object]]] = {
+    "FP8 per channel": (schemes.FP8_CHANNEL, schemes.fp8_channel),
+    "FP8 in blocks of 64": (schemes.FP8_BLOCKS, schemes.fp8_blocks),
+    "INT4": (schemes.INT4, schemes.int4),
+    "INT8": (schemes.INT8, schemes.int8),
+    "ModelOpt NVFP4": (schemes.as_modelopt, schemes.modelopt),
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def other(right: Path, tmp_path_factory: pytest.TempPathFactory, request: Any) -> Path:
+    """A sound checkpoint in another layout."""
+    edit, declare = LAYOUTS[request.param]
+    folder = tmp_path_factory.mktemp("other")
+    made = configured(mutated(right, folder, edit=edit), folder / "good", declare)
+    assert outcome(made).loads
+    return made
+
+
+def renamed_list(config: Config) -> None:
+    """Write the list of plain modules under a key that the method does not read."""
+    table = quantization(config)
+    key = "modules_to_not_convert" if "ignore" in table else "exclude_modules"
+    table[key] = table.pop("ignore", None) or table.pop("modules_to_not_convert")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda c: c.pop("quantization_config"), id="no quantization config"),
+        pytest.param(lambda c: quantization(c).pop("quant_method"), id="no method"),
+        pytest.param(lambda c: quantization(c).update(quant_method="awq"), id="another method"),
+        pytest.param(renamed_list, id="the list under another key"),
+    ],
+)
+def test_config_json_of_every_layout_is_mended(
+    other: Path, tmp_path: Path, change: Callable[[Config], object]
+) -> None:
+    bad = configured(other, tmp_path / "bad", change)
+    diagnosis = diagnosis_of(bad)
+    assert diagnosis.needed or outcome(bad).loads
+    out = repaired(bad, tmp_path / "out")
+    assert outcome(out).loads
+    assert tensors(out) == tensors(other)

@@ -31,7 +31,15 @@ _TENSOR: Final = {**FP8_DYNAMIC.config_group["weights"], "strategy": "tensor"}
 KV_CACHE: Final = dict(_TENSOR)
 """The `kv_cache_scheme` of static scales in FP8."""
 _KV_CACHE_OF_MODELOPT: Final = {"dynamic": False, "num_bits": 8, "type": "float"}
+_INT8: Final = {
+    **FP8_DYNAMIC.config_group,
+    "format": "int-quantized",
+    "weights": {**FP8_DYNAMIC.config_group["weights"], "type": "int"},
+    "input_activations": {**FP8_DYNAMIC.config_group["input_activations"], "type": "int"},
+}
 _BITS_OF_I32: Final = 32
+_BLOCKS: Final = (128, 64, 32, 16, 256, 512)
+"""The sizes of a block, the usual size first; small weights do not tell sizes apart."""
 _MODELOPT: Final = frozenset({StorageFormat.MODELOPT_NVFP4, StorageFormat.FP8})
 _PRODUCER: Final = {"name": "modelopt", "version": "0.41.0"}
 
@@ -113,6 +121,8 @@ def _fp8_group(tensors: Mapping[str, TensorInfo]) -> Mapping[str, Any] | None:
     codes, scale = tensors.get("weight"), tensors.get("weight_scale")
     if codes is None or scale is None or len(codes.shape) != 2:
         return None
+    if codes.dtype == "I8":
+        return _INT8 if scale.shape == (codes.shape[0], 1) else None
     inputs: Mapping[str, Any] = FP8_DYNAMIC.config_group["input_activations"]
     if "input_scale" in tensors:
         inputs = _TENSOR
@@ -211,11 +221,20 @@ def _of_modelopt(
 def _fp8(stored: Sequence[_Stored], ignore: Sequence[str]) -> dict[str, Any]:
     """Return the config of the method fp8, as original releases have it."""
     blocks = any(each.format is StorageFormat.FP8_BLOCK for each in stored)
+    block = next((size for size in _BLOCKS if all(_in_blocks(s, size) for s in stored)), 128)
     static = not blocks and all("input_scale" in each.tensors for each in stored)
     return {
         "activation_scheme": "static" if static else "dynamic",
         "fmt": "e4m3",
         "quant_method": "fp8",
-        **({"weight_block_size": [128, 128]} if blocks else {}),
+        **({"weight_block_size": [block, block]} if blocks else {}),
         "modules_to_not_convert": list(ignore),
     }
+
+
+def _in_blocks(stored: _Stored, block: int) -> bool:
+    """Return whether a module has a scale for each block of a size, or has no blocks."""
+    codes, scale = stored.tensors.get("weight"), stored.tensors.get("weight_scale_inv")
+    if codes is None or scale is None:
+        return True
+    return scale.shape == tuple(-(-size // block) for size in codes.shape)
