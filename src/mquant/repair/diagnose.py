@@ -256,7 +256,11 @@ def _other_layout(view: ModuleView) -> str:
     static = activations(common, view) and inputs * 2 > len(view.quantized)
     if common is StorageFormat.NVFP4 and not static:
         return ""
-    return "NVFP4 with quantized activations" if common is StorageFormat.NVFP4 else common.short
+    layouts = {
+        StorageFormat.NVFP4: "NVFP4 with quantized activations",
+        StorageFormat.OTHER: "something that mquant does not know",
+    }
+    return layouts.get(common, common.short)
 
 
 def _as_in_parent(view: ModuleView, parent: Checkpoint) -> bool:
