@@ -13,7 +13,6 @@ from mquant.family_files import load_families
 from mquant.loader_model.modules import MODELOPT_NAME, read_modules
 from mquant.verify.ignore_report import IgnoreReport, check_ignore
 from quantized_rows import (
-    AWQ,
     FP8,
     FP8_BLOCK,
     FP8_CONFIG,
@@ -384,33 +383,3 @@ def test_an_overlong_entry_cannot_be_judged(judge: Judge) -> None:
 def test_unusable_config_groups_are_an_error(judge: Judge, groups: Any) -> None:
     config = {**compressed(KEPT), "config_groups": groups}
     assert rules(judge(quantized(NVFP4A16), config)) == {"quantized-not-targeted": "error"}
-
-
-# --- unknown families and methods
-
-
-def test_an_unknown_family_is_judged_by_usual_names(judge: Judge) -> None:
-    report = judge(quantized(NVFP4A16), compressed(["lm_head"]), model_type="olmo2")
-    assert rules(report) == {"ignore-uncovered": "warning"}
-    assert "model_type 'olmo2' is of no family that mquant knows" in report.undecided
-    assert report.verdict == (
-        "lm_head and the embeddings are kept; routers of an unknown family cannot be judged."
-    )
-    bad = judge(quantized(NVFP4A16, "lm_head"), compressed(["lm_head"]), model_type="olmo2")
-    assert bad.verdict == (
-        "lm_head is quantized: loaders may refuse this checkpoint; what vLLM 0.32 does with it is "
-        "not known."
-    )
-
-
-def test_a_model_type_that_vllm_does_not_know_is_an_error(judge: Judge) -> None:
-    report = judge(quantized(NVFP4A16), compressed(["lm_head"]), model_type="odd")
-    assert "model_type 'odd', which vLLM does not know" in message(report, "vllm-refuses")
-
-
-def test_an_unknown_method_is_judged_by_its_tensors(judge: Judge) -> None:
-    awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
-    report = judge(quantized(AWQ), awq)
-    assert rules(report) == {} and "was not judged" in report.verdict
-    assert "what vLLM makes of the quantization method auto_awq is not known" in report.undecided
-    assert "router-quantized" in rules(judge(quantized(AWQ, ".gate"), awq))

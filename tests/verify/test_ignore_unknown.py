@@ -1,0 +1,71 @@
+"""What `verify-ignore` says of families and methods that mquant does not know."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from make import Edit, make_checkpoint
+from mquant.checkpoint import Folder, open_checkpoint
+from mquant.family_files import load_families
+from mquant.loader_model.modules import read_modules
+from mquant.verify.ignore_report import IgnoreReport, check_ignore
+from quantized_rows import (
+    AWQ,
+    NVFP4A16,
+    compressed,
+    quantized,
+)
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> Callable[..., IgnoreReport]:
+    """Return a function that writes a checkpoint and judges its ignore list."""
+
+    def judged(edit: Edit | None, config: Any = ..., **keys: Any) -> IgnoreReport:
+        keys |= {"quantization_config": config}
+        folder = make_checkpoint(tmp_path / "model", edit=edit, config=keys)
+        return check_ignore(read_modules(open_checkpoint(Folder(folder)), load_families()))
+
+    return judged
+
+
+Judge = Callable[..., IgnoreReport]
+
+
+def rules(report: IgnoreReport) -> dict[str, str]:
+    return {finding.rule: finding.severity for finding in report.findings}
+
+
+def message(report: IgnoreReport, rule: str) -> str:
+    (finding,) = [finding for finding in report.findings if finding.rule == rule]
+    assert finding.fix
+    return finding.message
+
+
+def test_an_unknown_family_is_judged_by_usual_names(judge: Judge) -> None:
+    report = judge(quantized(NVFP4A16), compressed(["lm_head"]), model_type="olmo2")
+    assert rules(report) == {"ignore-uncovered": "warning"}
+    assert "model_type 'olmo2' is of no family that mquant knows" in report.undecided
+    assert report.verdict == (
+        "lm_head and the embeddings are kept; routers of an unknown family cannot be judged."
+    )
+    bad = judge(quantized(NVFP4A16, "lm_head"), compressed(["lm_head"]), model_type="olmo2")
+    assert bad.verdict == (
+        "lm_head is quantized: loaders may refuse this checkpoint; what vLLM 0.32 does with it is "
+        "not known."
+    )
+
+
+def test_a_model_type_that_vllm_does_not_know_is_an_error(judge: Judge) -> None:
+    report = judge(quantized(NVFP4A16), compressed(["lm_head"]), model_type="odd")
+    assert "model_type 'odd', which vLLM does not know" in message(report, "vllm-refuses")
+
+
+def test_an_unknown_method_is_judged_by_its_tensors(judge: Judge) -> None:
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
+    report = judge(quantized(AWQ), awq)
+    assert rules(report) == {} and "was not judged" in report.verdict
+    assert "what vLLM makes of the quantization method auto_awq is not known" in report.undecided
+    assert "router-quantized" in rules(judge(quantized(AWQ, ".gate"), awq))
