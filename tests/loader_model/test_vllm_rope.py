@@ -1,0 +1,65 @@
+"""What transformers 5.19 and vLLM 0.32 refuse of the rotary embedding in config.json."""
+
+import pytest
+
+from config_stages import DROP, each_family, judge
+
+
+@each_family
+@pytest.mark.parametrize("theta", ["10000", None, [10000]])
+def test_the_base_of_the_rotary_embedding_is_a_number(family: str, theta: object) -> None:
+    assert judge(family, rope_theta=theta).startswith("refused: says rope_theta")
+
+
+@each_family
+@pytest.mark.parametrize("scaling", ["yarn", 8, [8.0]])
+def test_rope_scaling_is_a_table(family: str, scaling: object) -> None:
+    assert judge(family, rope_scaling=scaling) == (
+        f"refused: says rope_scaling {scaling!r}, not a table"
+    )
+
+
+@each_family
+def test_empty_rope_scaling_of_any_type_is_none(family: str) -> None:
+    assert judge(family, rope_scaling=[]) == judge(family, rope_scaling=None) == "taken"
+
+
+@each_family
+def test_transformers_5_writes_one_table(family: str) -> None:
+    table = {"rope_type": "default", "rope_theta": 10000.0}
+
+    assert judge(family, rope_scaling=DROP, rope_theta=DROP, rope_parameters=table) == "taken"
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
+def test_every_type_of_scaling_needs_its_keys(kind: str) -> None:
+    why = judge("qwen3", rope_scaling={"rope_type": kind})
+
+    assert why == f"refused: says rope_type {kind} without factor"
+
+
+def test_a_linear_factor_has_a_point() -> None:
+    assert judge("qwen3", rope_scaling={"type": "linear", "factor": 2.0}) == "taken"
+    assert judge("qwen3", rope_scaling={"type": "linear", "factor": 2}).startswith("refused")
+
+
+def test_two_names_for_the_type_must_agree() -> None:
+    tables = {"rope_type": "yarn", "type": "linear", "factor": 4.0}
+
+    assert judge("qwen3", rope_scaling=tables).startswith("refused: says rope_type 'yarn' and type")
+
+
+def test_an_unknown_type_is_refused_but_deepseek_takes_any_for_yarn() -> None:
+    scaling = {"type": "new", "factor": 4.0, "original_max_position_embeddings": 4096}
+
+    assert judge("qwen3", rope_scaling=scaling).endswith("which vLLM does not know")
+    assert judge("deepseek_v3", rope_scaling=scaling) == "taken"
+
+
+def test_minimax_needs_to_know_how_much_of_a_head_is_rotated() -> None:
+    assert judge("minimax_m2", rotary_dim=None) == "refused: says no rotary_dim"
+    assert judge("minimax_m2", rotary_dim=None, partial_rotary_factor=0.5) == "taken"
+    assert judge("minimax_m2", rotary_dim=64, head_dim=32).endswith("not 0 to 1")
+
+
+# --- numbers that do not go together
