@@ -28,7 +28,7 @@ LAYERS = (
     {"loader_rows"},
     {"checkpoint", "schemes", "data_files", "formulas", "name_patterns"},
     {"dtypes", "events", "untrusted", "text", "compiled"},
-    {"errors"},
+    {"errors", "synth_side_files"},
     {"findings"},
 )
 HEIGHT = {name: -depth for depth, layer in enumerate(LAYERS) for name in layer}

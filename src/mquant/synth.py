@@ -33,6 +33,7 @@ from mquant.loader_model.vllm.words import in_words
 from mquant.output.disk import open_own, out_of_space, write_whole
 from mquant.output.staging import staging
 from mquant.plan import DEFAULT_SHARD_BYTES, cut_shards
+from mquant.synth_side_files import side_files
 
 FP8_BLOCK: Final = 128
 _CHUNK: Final = 1 << 20  # elements computed at once: a few MB for a tensor of any size
@@ -131,7 +132,7 @@ def synth(
         _warn_if_refused(family, config, tensors, emit)
     shards = cut_shards(tensors, lambda tensor: tensor.nbytes, max_shard_bytes)
     total = sum(tensor.nbytes for tensor in tensors)
-    side = _side_files(family.value(family.config.vocabulary, config) or 0)
+    side = side_files(family.value(family.config.vocabulary, config) or 0)
     names = (*shards, *side, INDEX_NAME, CONFIG_NAME)
     with staging(out, 0 if shapes_only else total, names) as folder:
         done = 0
@@ -347,58 +348,6 @@ def _quantiles(dtype: str, mean: float, std: float) -> "np.ndarray[Any, np.dtype
     normal = NormalDist(mean, std)
     values = np.array([normal.inv_cdf((i + 0.5) / 65536) for i in range(65536)], np.float32)
     return values.astype(_NUMPY[dtype]).view(f"u{nbytes(dtype, (1,))}")
-
-
-def _side_files(vocabulary: int) -> dict[str, dict[str, Any]]:
-    """Return the files beside the weights on the hub that mquant can generate."""
-    files: dict[str, dict[str, Any]] = {
-        "generation_config.json": {
-            "do_sample": True,
-            "temperature": 1.0,
-            "top_k": 40,
-            "top_p": 0.95,
-        }
-    }
-    if vocabulary >= 256:
-        files["tokenizer.json"] = _byte_tokenizer()
-        files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    return files
-
-
-def _byte_tokenizer() -> dict[str, Any]:
-    """Return a tokenizer without merges: every byte of the text is a token, its id the byte."""
-    # GPT-2's alphabet: printable bytes are themselves, other bytes the characters from 256 on.
-    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    vocabulary = {chr(byte if byte in plain else next(others)): byte for byte in range(256)}
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": False,
-    }
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocabulary,
-            "merges": [],
-        },
-    }
 
 
 def _index(shards: Mapping[str, list[SynthTensor]], total: int) -> dict[str, Any]:
