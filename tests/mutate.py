@@ -4,6 +4,7 @@ bad = mutated(good, tmp_path, edit=without(".w1.weight_scale"))
 bad = mutated(good, tmp_path, config={"rotary_dim": ...})
 """
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -61,6 +62,14 @@ def mutated(
         table = {**read_json(bad / CONFIG_NAME), **config}
         write_json(bad / CONFIG_NAME, {k: v for k, v in table.items() if v is not ...})
     return bad
+
+
+def flip(path: Path) -> None:
+    """Change a bit of a file's last byte; size and mtime stay."""
+    content, status = bytearray(path.read_bytes()), path.stat()
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def forget_digests(folder: Path) -> Path:

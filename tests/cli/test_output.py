@@ -130,6 +130,27 @@ def test_a_full_disk_under_stdout_is_one_sentence() -> None:
     )
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_disk_that_fills_in_the_middle_of_the_result_is_an_error(
+    tmp_path: Path, unbuffered: str
+) -> None:
+    """Unbuffered, a stream drops what the disk did not take, and raises nothing."""
+    limited = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (100, 100)); "
+    command = [sys.executable, "-c", f"{limited}from mquant.cli import main; main()", "recipes"]
+    with (tmp_path / "out").open("w") as out:
+        done = subprocess.run(
+            command,
+            stdout=out,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            text=True,
+            check=False,
+        )
+    assert (tmp_path / "out").stat().st_size == 100
+    assert done.returncode == 1
+    assert done.stderr == "Error: The result cannot be written to stdout: File too large.\n"
+
+
 # --- formats
 
 

@@ -15,6 +15,7 @@ from judges import hashes, opened, read_json
 from mquant.checkpoint import FIRST_READ
 from mquant.cli.app import app
 from mquant.output import WORK
+from mutate import flip
 from run import TRAINED, quantize_nvfp4
 
 __all__ = ["hub"]
@@ -45,6 +46,17 @@ def document(*arguments: object, code: int = 0) -> dict[str, Any]:
 
 def shown(result: Result) -> str:
     return " ".join(result.stdout.split())
+
+
+def test_a_changed_shard_is_made_again_whole_and_the_output_says_why(
+    right: Path, tmp_path: Path
+) -> None:
+    why = "all tensors of a changed shard are made again"
+    bad = Path(shutil.copytree(right, tmp_path / "bad"))
+    flip(sorted(bad.glob("*.safetensors"))[1])
+    assert why in shown(run(bad, "--from", TRAINED, "--dry-run"))
+    routers = broken(right, tmp_path / "other", "the origin bug: all routers quantized")
+    assert why not in shown(run(routers, "--from", TRAINED, "--dry-run"))
 
 
 def test_the_output_names_the_damage_and_the_repairs(right: Path, tmp_path: Path) -> None:

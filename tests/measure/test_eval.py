@@ -259,7 +259,9 @@ def test_a_router_that_gives_nan_or_infinity_is_named(
         values[:4] = np.frombuffer(value, np.uint8)
 
     edit = changed(f"model.layers.1.block_sparse_moe.{part}", data=change)
-    with pytest.raises(SourceError, match="layer 1's router gives NaN or infinity"):
+    name = f"model.layers.1.block_sparse_moe.{part}"
+    fault = f"layer 1's router gives NaN or infinity: {name} holds such numbers"
+    with pytest.raises(SourceError, match=fault):
         run(mutated(TRAINED, tmp_path / "bad", edit=edit), tokens=64)
 
 
@@ -267,3 +269,25 @@ def test_embeddings_of_nan_are_named(tmp_path: Path) -> None:
     edit = changed("model.embed_tokens.weight", data=setting(slice(None), 0xFF))
     with pytest.raises(SourceError, match="the embeddings give NaN or infinity"):
         run(mutated(TRAINED, tmp_path / "bad", edit=edit), tokens=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("model.layers.1.self_attn.o_proj.weight", "layer 1 gives"),
+        ("model.layers.1.block_sparse_moe.gate.weight", "layer 1's router gives"),
+        ("lm_head.weight", "the logits give"),
+    ],
+)
+def test_finite_weights_whose_results_overflow_are_not_called_infinite(
+    name: str, where: str, tmp_path: Path
+) -> None:
+    largest = np.frombuffer(b"\x7f\x7f", np.uint8)  # BF16's largest number
+
+    def change(values: Any) -> None:
+        values.reshape(-1, 2)[:] = largest
+
+    bad = mutated(TRAINED, tmp_path / "bad", edit=changed(name, data=change))
+    with pytest.raises(SourceError, match=f"{where} NaN or infinity, although the weights") as told:
+        run(bad, tokens=64)
+    assert told.value.message.endswith(f"e+38, in {name}.")

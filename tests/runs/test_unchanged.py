@@ -241,7 +241,7 @@ def test_a_shard_unlike_its_record_is_refused(
         verb(made, tmp_path / "out")
     now = hashes(made)[shard.name]
     assert caught.value.message == (
-        f"{shard.name} has changed: its sha256 is {now}; mquant.json says {before}."
+        f"In {made.name}, {shard.name} has changed: its sha256 is {now}; mquant.json says {before}."
     )
     assert not (tmp_path / "out").exists()
 
@@ -253,7 +253,7 @@ def test_a_side_file_that_was_edited_is_a_warning_and_its_own_digest_is_recorded
     notes: list[Event] = []
     dequantized(made, tmp_path / "out", notes.append)
     warnings = [n.message for n in notes if isinstance(n, Note) and n.level == "warning"]
-    assert warnings == ["tokenizer.json has 3 bytes; mquant.json says 2."]
+    assert warnings == [f"In {made.name}, tokenizer.json has 3 bytes; mquant.json says 2."]
     recorded = read_json(tmp_path / "out/mquant.json")["files"]["tokenizer.json"]["sha256"]
     assert recorded == hashes(tmp_path / "out")["tokenizer.json"]
 

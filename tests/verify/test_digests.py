@@ -1,6 +1,5 @@
 """`verify` and `card` compare files with the sizes and digests in mquant.json."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -11,12 +10,14 @@ from judges import hashes, read_json
 from make import write_json
 from mquant.checkpoint import Folder
 from mquant.checkpoint.hub import HubRepo
+from mquant.errors import SourceError
 from mquant.events import silent
 from mquant.family_files import load_families
 from mquant.findings import Finding
 from mquant.publish.card import gather, render
 from mquant.verify.digests import check_digests
 from mquant.verify.judge import Depth, Report, verify
+from mutate import flip
 
 __all__ = ["hub"]
 
@@ -30,14 +31,6 @@ def copy(good: Path, tmp_path: Path) -> Path:
 
 def shard_of(folder: Path) -> Path:
     return sorted(folder.glob("*.safetensors"))[1]
-
-
-def flip(path: Path) -> None:
-    """Change a bit of the last byte; size and mtime stay."""
-    content, status = bytearray(path.read_bytes()), path.stat()
-    content[-1] ^= 1
-    path.write_bytes(content)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def judged(folder: Path, depth: Depth = Depth.NUMBERS) -> Report:
@@ -66,6 +59,12 @@ def test_shards_that_were_not_read_are_not_judged(copy: Path) -> None:
     why = judged(copy, Depth.STRUCTURE).not_judged["shard-not-as-recorded"]
     assert why == "the shards were not read at this depth"
     assert found(copy) == []
+
+
+def test_a_parent_that_is_read_whole_and_has_changed_is_no_measure(copy: Path) -> None:
+    flip(shard_of(copy))
+    with pytest.raises(SourceError, match=f"In copy, {shard_of(copy).name} has changed"):
+        verify(Folder(copy), FAMILIES, Depth.FULL, Folder(copy))
 
 
 def test_a_shard_of_another_size_is_found_without_reading(copy: Path) -> None:

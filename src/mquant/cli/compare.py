@@ -43,7 +43,7 @@ def compare(
 
     Both checkpoints are read whole, once. If interrupted, run the same command again: it resumes.
     The JSON has a row for each tensor. Exit code 3: tensors are missing, unknown, or
-    changed without being quantized.
+    changed without being quantized, or a file is not the file in mquant.json.
 
     Example: mquant compare ./MiniMax-M2.7-REAP-NVFP4 --against ./MiniMax-M2.7-REAP
     """

@@ -44,7 +44,8 @@ def evaluate(
     """Measure perplexity, KL divergence from the parent, and router agreement on your text.
 
     Both models run in float32 on the CPU, a layer at a time, with weights from disk: a model of any
-    size needs the memory of one layer. Activations are not quantized.
+    size needs the memory of one layer. Activations are not quantized. Exit code 3: a file is not
+    the file in mquant.json.
 
     Example: mquant eval ./Model-NVFP4 --against ./Model --text wiki.txt
     """
@@ -69,6 +70,8 @@ def evaluate(
         out.put(**evaluated.to_json())
         out.show(render(evaluated))
         out.report(evaluated.findings)
+        if any(finding.severity == "error" for finding in evaluated.findings):
+            raise typer.Exit(3)
 
 
 def render(evaluated: "Evaluation") -> RenderableType:

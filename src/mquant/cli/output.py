@@ -8,6 +8,7 @@
 However the block ends, `output` prints the error if any, and the envelope, and sets the exit code.
 """
 
+import errno
 import io
 import json
 import os
@@ -194,8 +195,7 @@ def write(text: str, *, stderr: bool = False) -> None:
     """
     stream = sys.stderr if stderr else sys.stdout
     try:
-        stream.write(text)
-        stream.flush()
+        _write_whole(stream, text)
     except BrokenPipeError:
         _abandon(stream)
     except OSError as error:
@@ -204,6 +204,22 @@ def write(text: str, *, stderr: bool = False) -> None:
             raise OutputError(
                 f"The result cannot be written to stdout: {error.strerror}."
             ) from error
+
+
+def _write_whole(stream: TextIO, text: str) -> None:
+    if not isinstance(stream, io.TextIOWrapper):  # rich's, above a progress bar
+        stream.write(text)
+        stream.flush()
+        return
+    # With PYTHONUNBUFFERED a stream writes once, and drops what a full disk did not take.
+    stream.flush()
+    left = memoryview(text.encode(stream.encoding, stream.errors or "strict"))
+    while left:
+        written = stream.buffer.write(left)
+        if not written:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        left = left[written:]
+    stream.flush()
 
 
 def _abandon(stream: TextIO) -> None:

@@ -149,10 +149,18 @@ def _tell(out: Output, diagnosis: "Diagnosis") -> None:
 
 
 def _facts(diagnosis: "Diagnosis") -> Iterator[tuple[str, str]]:
+    from mquant.verify.digests import SHARD_NOT_AS_RECORDED
+
     plan = diagnosis.repair_plan
     for role, count in plan.replaced_by_role.items():
         tensors = [action.source_bytes for action in plan.replaced if action.role.value == role]
         yield f"From the parent: {role}", f"{plural(count, 'tensor')}, {size(sum(tensors))}"
+    if plan.replaced and any(f.rule == SHARD_NOT_AS_RECORDED.id for f in diagnosis.report.findings):
+        yield (
+            "Why so much",
+            "mquant.json has a sha256 for each shard, none for a tensor: "
+            "all tensors of a changed shard are made again",
+        )
     if plan.renamed:
         old, new = next(iter(plan.renamed.items()))
         yield "Renamed", f"{plural(len(plan.renamed), 'tensor')} ({old} is {new})"

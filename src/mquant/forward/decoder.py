@@ -17,6 +17,7 @@ import numpy.typing as npt
 from mquant.errors import SourceError
 from mquant.family import Family
 from mquant.family_rows import Forward
+from mquant.forward.not_finite import not_finite
 from mquant.loader_model.modules import ModuleView
 from mquant.weights.decode import Floats
 from mquant.weights.matrix import AnyReader, Matrix, Workers, matrix_of, plain
@@ -173,12 +174,14 @@ class Model:
         vector: Floats = self.weight(name, "vector")[0].copy()
         return vector
 
-    def not_finite(self, gives: str) -> SourceError:
-        """Return the error that says what part of the model `gives` NaN or infinity."""
-        return SourceError(
-            f"{self.view.checkpoint.source.name} cannot be evaluated: {gives} NaN or infinity.",
-            "Run mquant verify --depth numbers, which names weights that hold NaN or infinity.",
-        )
+    def not_finite(self, gives: str, *prefixes: str) -> SourceError:
+        """Return the error that says why a part of the model `gives` NaN or infinity.
+
+        The names of the part's weights, as transformers has them, start with `prefixes`.
+        """
+        part = [matrix for name, matrix in self._matrices.items() if name.startswith(prefixes)]
+        source = self.view.checkpoint.source.name
+        return not_finite(source, gives, part, self._workers.scratch)
 
     def nbytes(self, prefix: str) -> int:
         """Return the bytes of all tensors whose hub names start with `prefix`."""
@@ -284,7 +287,7 @@ class Model:
         # then the attention is to blame, and the layer's result shows it.
         finite = np.isfinite(logits).all() and np.isfinite(choice).all()
         if not finite and np.isfinite(inner).all():
-            raise self.not_finite(f"layer {number}'s router gives")
+            raise self.not_finite(f"layer {number}'s router gives", f"{at}.gate.", bias)
         top = self.shape.top_k
         chosen = np.argpartition(-choice, top - 1, axis=1)[:, :top].astype(np.int64)
         weights: Floats = np.take_along_axis(scores, chosen, axis=1)

@@ -18,6 +18,7 @@ from mquant.measure.comparison_cache import ComparisonCache
 from mquant.measure.difference import Difference, compare_pairs, pairs
 from mquant.text import plural
 from mquant.verify.against_parent import KEPT_TENSOR_DIFFERS
+from mquant.verify.digests import check_measured
 from mquant.verify.tally import Tally
 from mquant.weights.decode import READABLE
 
@@ -227,16 +228,19 @@ def compare(
     families: Mapping[str, Family],
     *,
     workers: int | None = None,
+    digests: bool = True,
     emit: Emit = silent,
 ) -> Comparison:
     """Compare all weights of a checkpoint with its parent's.
 
     `workers` None: cores + 1; 6 if a source is a hub repo. A rerun after an interruption resumes:
-    tensors of the same files that were compared are not compared again. Raises SourceError if a
-    checkpoint is missing or cannot be read.
+    tensors of the same files that were compared are not compared again. `digests` False: the
+    caller has compared the files with mquant.json. Raises SourceError if a checkpoint is missing
+    or cannot be read, or if the parent's files are not as its mquant.json says.
     """
     view = read_modules(open_checkpoint(source, tolerant=True), families)
     original = read_modules(open_checkpoint(parent), families)
+    changed = check_measured(source, parent, emit) if digests else ()
     tally = Tally()
     hubs = [repo for repo in (source, parent) if isinstance(repo, HubRepo)]
     with closing(reader_of(source)) as reader, closing(reader_of(parent)) as parent_reader:
@@ -267,7 +271,7 @@ def compare(
         parent=parent.name,
         family=view.family.name if view.family else None,
         tensors=tuple(differences.values()),
-        findings=tally.findings(),
+        findings=(*changed, *tally.findings()),
         bytes_compared=sum(pair.nbytes for pair in all_pairs),
         bytes_read=sum(hub.bytes_read for hub in hubs) if hubs else None,
         requests=sum(hub.requests for hub in hubs) if hubs else None,

@@ -21,6 +21,7 @@ from mquant.loader_model.storage import activations, format_of, groups
 from mquant.measure.perplexity import Doubles, score
 from mquant.measure.text_tokens import read_tokens
 from mquant.text import size
+from mquant.verify.digests import check_measured
 from mquant.weights.decode import Floats
 from mquant.weights.matrix import Workers
 
@@ -121,15 +122,18 @@ def evaluate(
     *,
     context: int = CONTEXT,
     tokens: int = TOKENS,
+    digests: bool = True,
     emit: Emit = silent,
 ) -> Evaluation:
     """Measure the perplexity of a checkpoint on a text, and its routing.
 
     With a parent, also measure the parent's perplexity and routing, and the KL divergence.
+    `digests` False: the caller has compared the files with mquant.json.
 
     Raises DataFileError if the text cannot be read, and SourceError if tokenizer or checkpoint
-    cannot be read, if the architecture is unknown, if both vocabularies differ in size, or if a
-    model computes a number that is not finite.
+    cannot be read, if the architecture is unknown, if both vocabularies differ in size, if
+    the parent's files are not as its mquant.json says, or if a model computes a number that is not
+    finite.
     """
     sources = [source] if parent is None else [source, parent]
     with _fitting(sources), Workers(os.cpu_count() or 1) as workers:
@@ -143,12 +147,12 @@ def evaluate(
         ids = read.ids
         _check_ids(ids, models[0])
         count = min(tokens, len(ids) - 1)
-        total = len(ids) - 1 if read.whole else None
-        emit(Note("info", _plan(count, total, context, models)))
+        emit(Note("info", _plan(count, len(ids) - 1 if read.whole else None, context, models)))
+        changed = check_measured(source, parent, emit) if digests else ()
         windows = [slice(at, min(at + context, count)) for at in range(0, count, context)]
         hidden = [model.embed(ids[:count]) for model in models]
         with np.errstate(all="ignore"):  # numbers that are not finite are an error, no warning
-            _check_finite(models, hidden, "the embeddings give")
+            _check_finite(models, hidden, "the embeddings give", "model.embed_tokens.")
             routing = _run(models, hidden, windows, emit)
             for model, states in zip(models, hidden, strict=True):
                 states[:] = model.norm(states, "model.norm.weight")
@@ -168,7 +172,7 @@ def evaluate(
         kl=None if scores.divergence is None else float(scores.divergence.mean()),
         agreement=None if scores.agree is None else float(scores.agree.mean()),
         routing=routing,
-        findings=tuple(_activations(models[0].view)),
+        findings=(*changed, *_activations(models[0].view)),
     )
 
 
@@ -185,7 +189,7 @@ def _run(
             model.layer(number, states, windows)
             for model, states in zip(models, hidden, strict=True)
         ]
-        _check_finite(models, hidden, f"layer {number} gives")
+        _check_finite(models, hidden, f"layer {number} gives", f"model.layers.{number}.")
         routed = [experts for experts in chosen if experts is not None]
         if routed:
             routing.append(_routing(number, routed, models[0].shape.experts))
@@ -253,11 +257,11 @@ def _fitting(sources: list[Source]) -> Iterator[None]:
 def _perplexity(model: Model, losses: Doubles) -> float:
     loss = float(losses.mean())
     if not loss < _MOST_NATS:  # also NaN
-        raise model.not_finite("the logits give")
+        raise model.not_finite("the logits give", "model.norm.", model.head())
     return math.exp(loss)
 
 
-def _check_finite(models: list[Model], hidden: list[Floats], gives: str) -> None:
+def _check_finite(models: list[Model], hidden: list[Floats], gives: str, part: str) -> None:
     for model, states in zip(models, hidden, strict=True):
         if not np.isfinite(states.sum(axis=1, dtype=np.float64)).all():
-            raise model.not_finite(gives)
+            raise model.not_finite(gives, part)

@@ -13,13 +13,14 @@ from mquant.errors import SourceError
 from mquant.events import Emit, silent
 from mquant.family import Family
 from mquant.measure.comparison import compare
-from mquant.measure.evaluation import CONTEXT, TOKENS, evaluate
+from mquant.measure.evaluation import CONTEXT, TOKENS, Evaluation, evaluate
 from mquant.output.document import Document
 from mquant.output.finish import RECIPE_NAME
 from mquant.output.mquant_json import read_table
 from mquant.publish.html_report import Evidence, render
 from mquant.publish.html_report.sections import Size
 from mquant.untrusted import MAX_TEXT_BYTES, open_named, parse_json
+from mquant.verify.digests import refuse_changed
 from mquant.verify.inspect import inspect
 from mquant.verify.judge import Report, verify
 from mquant.verify.not_judged import in_words
@@ -75,18 +76,12 @@ def report(
     comparison = _read_result(inputs.comparison, "compare", source)
     evaluation = _read_result(inputs.evaluation, "eval", source)
     verification = verify(source, families, None, parent, emit)
+    if parent is not None and (comparison is None or inputs.text is not None):
+        refuse_changed(parent, emit)
     if comparison is None and parent is not None:
-        comparison = compare(source, parent, families, emit=emit).to_json()
+        comparison = compare(source, parent, families, digests=False, emit=emit).to_json()
     if evaluation is None and inputs.text is not None:
-        evaluation = evaluate(
-            source,
-            parent,
-            families,
-            inputs.text,
-            context=inputs.context,
-            tokens=inputs.tokens,
-            emit=emit,
-        ).to_json()
+        evaluation = _evaluate(source, parent, families, inputs, inputs.text, emit).to_json()
     checkpoint = open_checkpoint(source, tolerant=True)
     parent_checkpoint = open_checkpoint(parent) if parent else None
     evidence = Evidence(
@@ -117,6 +112,19 @@ def report(
     raw = page.encode()
     document.write([raw])
     return Made(len(raw), verification, comparison, evaluation)
+
+
+def _evaluate(
+    source: Source,
+    parent: Source | None,
+    families: Mapping[str, Family],
+    inputs: Wanted,
+    text: Path,
+    emit: Emit,
+) -> Evaluation:
+    """Evaluate files that were compared with mquant.json before."""
+    numbers = {"context": inputs.context, "tokens": inputs.tokens}
+    return evaluate(source, parent, families, text, **numbers, digests=False, emit=emit)
 
 
 def _severity(verification: Report) -> str:

@@ -26,7 +26,8 @@ from mquant.plan import BAD, PARENT
 from mquant.repair.diagnose import Diagnosis, assemble
 from mquant.runs.run import Result, Run, RunOptions
 from mquant.runs.run_spec import RunSpec
-from mquant.runs.unchanged import Origin, digests_now, refuse_changed
+from mquant.runs.unchanged import Origin, digests_now
+from mquant.verify.digests import refuse_changed
 
 _NAMED: Final = 1000
 """The most modules that a repair's record names: all routers of any model, not all experts."""

@@ -14,7 +14,7 @@ from mquant.output import Document
 from mquant.plan import Plan
 from mquant.recipe import data_file
 from mquant.runs.checks import check_plain
-from mquant.runs.unchanged import refuse_changed
+from mquant.verify.digests import refuse_changed
 
 
 @dataclass(frozen=True)

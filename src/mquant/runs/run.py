@@ -42,13 +42,13 @@ from mquant.runs.unchanged import (
     accept_touched,
     check_unchanged,
     described_by,
-    refuse_changed,
     tell_touched,
     tell_unread,
 )
 from mquant.runs.workers import default_workers
 from mquant.text import names, size
 from mquant.verify.config_json import CONFIG_KEY_MISSING
+from mquant.verify.digests import refuse_changed
 from mquant.verify.judge import Depth, verify
 from mquant.verify.not_judged import ASK_VLLM
 

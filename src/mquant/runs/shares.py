@@ -40,8 +40,9 @@ from mquant.runs.job_spec import JobSpec
 from mquant.runs.quantize import judge, run_engine
 from mquant.runs.run import Result, Run
 from mquant.runs.spec import Engine, QuantizeSpec, prepare
-from mquant.runs.unchanged import refuse_changed, tell_unread
+from mquant.runs.unchanged import tell_unread
 from mquant.text import names, size
+from mquant.verify.digests import refuse_changed
 
 
 @dataclass(frozen=True)

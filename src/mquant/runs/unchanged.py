@@ -16,25 +16,13 @@ from mquant.checkpoint import (
 )
 from mquant.checkpoint.hashing import differing, sha256_of
 from mquant.checkpoint.hub import HubRepo
-from mquant.errors import MquantError, SourceError
+from mquant.errors import MquantError
 from mquant.events import Emit, Note, silent
 from mquant.text import names
-from mquant.verify.digests import check_digests
+from mquant.verify.digests import refuse_changed
 
 Read = tuple[Source, str]
 """A source, and a file that was read from it."""
-
-
-def refuse_changed(source: Source, emit: Emit, only: Collection[str] | None = None) -> None:
-    """Raise SourceError if a shard, the index or config.json is not the file in mquant.json.
-
-    Another side file may have been edited on purpose: that is a warning. `only`: the files to
-    compare; None: all. A source without mquant.json is not compared.
-    """
-    for finding in check_digests(source, emit, data=True, only=only).findings:
-        if finding.severity == "error":
-            raise SourceError(finding.message, finding.fix)
-        emit(Note("warning", finding.message))
 
 
 def check_unchanged(read: Iterable[Read]) -> None:

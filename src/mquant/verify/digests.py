@@ -12,7 +12,7 @@ from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, Source, is_shard
 from mquant.checkpoint.hashing import differing
 from mquant.checkpoint.hub import HubRepo
 from mquant.errors import SourceError
-from mquant.events import Emit, silent
+from mquant.events import Emit, Note, silent
 from mquant.findings import Finding, Knowledge, rule
 from mquant.output import RECORD, read_record
 from mquant.verify.tally import Tally
@@ -96,6 +96,30 @@ def check_digests(
         _add(tally, path, _unlike(path, digest, known[path]))
     shards = frozenset(filter(is_shard, tally.places))
     return Compared(tally.findings(), frozenset(same - tally.places), shards, unknown)
+
+
+def check_measured(source: Source, parent: Source | None, emit: Emit) -> tuple[Finding, ...]:
+    """Compare two checkpoints that are measured whole with their mquant.json.
+
+    A changed file of `source` is a finding: a damage may be measured, but not unmentioned. Raises
+    SourceError for a changed file of `parent`, by which `source` is measured.
+    """
+    if parent is not None:
+        refuse_changed(parent, emit)
+    return check_digests(source, emit, data=True).findings
+
+
+def refuse_changed(source: Source, emit: Emit, only: Collection[str] | None = None) -> None:
+    """Raise SourceError if a shard, the index or config.json is not the file in mquant.json.
+
+    Another side file may have been edited on purpose: that is a warning. `only`: the files to
+    compare; None: all. A source without mquant.json is not compared.
+    """
+    for finding in check_digests(source, emit, data=True, only=only).findings:
+        message = f"In {source.name}, {finding.message}"
+        if finding.severity == "error":
+            raise SourceError(message, finding.fix)
+        emit(Note("warning", message))
 
 
 def _add(tally: Tally, path: str, message: str) -> None:

@@ -19,7 +19,7 @@ from mquant.output import as_table, known_table
 from mquant.text import plural
 from mquant.verify.after_loading import check_after_loading
 from mquant.verify.against_parent import check_against
-from mquant.verify.digests import check_digests
+from mquant.verify.digests import check_digests, refuse_changed
 from mquant.verify.ignore_report import ignore_findings
 from mquant.verify.loaders.ask_vllm import Verdict, ask
 from mquant.verify.loading import with_outcome
@@ -146,7 +146,8 @@ def verify(
 
     `depth` None: `numbers` for a folder, `structure` for a hub repo. `vllm` is the Python of a
     vLLM that loads the headers too: its answer counts, not that of mquant's model. Raises
-    SourceError if there is no checkpoint or it cannot be read, LoaderError if the disk is full.
+    SourceError if there is no checkpoint or it cannot be read, or if a parent that is read whole is
+    not as its mquant.json says; LoaderError if the disk is full.
     """
     depth = depth or (Depth.STRUCTURE if isinstance(source, HubRepo) else Depth.NUMBERS)
     view = read_modules(open_checkpoint(source, tolerant=True), families)
@@ -160,8 +161,10 @@ def verify(
         numbers = check_numbers(view, emit)
         all_findings += numbers.findings()
         checked, wrong = [*checked, "numbers"], wrong | numbers.places
-    if original is not None:
+    if parent is not None and original is not None:
         checked += ["against"]
+        if depth is Depth.FULL:  # at other depths the parent's shards are sampled
+            refuse_changed(parent, emit)
         all_findings = _with_parent(all_findings, _against(view, original, depth, emit))
     all_findings += loader.findings if loader else ()
     judged_by_loader = loader is not None and loader.answered
