@@ -97,11 +97,15 @@ class RopeRow(_Data):
 
     `theta` is the base without `rope_theta`. `rotates` is the key of the number of dimensions of a
     head that are rotated. `scaled`: whether every type but `default` is DeepSeek's YaRN.
+    `share` is the part of a head that is rotated if no key says it. `sections`: whether vLLM reads
+    `mrope_section`, the parts of a head for time, height and width.
     """
 
     theta: float = 10_000.0
     rotates: str = ""
     scaled: Literal["", "deepseek"] = ""
+    share: float | None = None
+    sections: bool = False
 
 
 class VllmRows(_Data):
@@ -132,6 +136,8 @@ class VllmRows(_Data):
     windowed_from: str = ""
     """The key of the first layer with a sliding window; vLLM takes layers of one kind only, or this
     number must be the number of layers."""
+    fixed: Mapping[str, bool] = Field(default_factory=dict)
+    """Keys of which only this value, or no value, is told here."""
     unmodelled: tuple[str, ...] = ()
     """Keys with which vLLM builds something that is not told here."""
     settings: Mapping[str, Any] = Field(default_factory=dict)

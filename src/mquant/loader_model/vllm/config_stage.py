@@ -121,6 +121,9 @@ def check(settings: Settings, rows: VllmRows) -> None:
     config, read_as = settings.config, settings.read_as
     _check_nesting(settings, rows)
     _check_known(config, (*_UNMODELLED, *rows.unmodelled, *read_as.unmodelled))
+    for key, value in rows.fixed.items():
+        if config.get(key, value) is not value:
+            raise Unknown(f"{key} {said(config[key])}")
     check_types(config, read_as.types)
     _check_general(config)
     _check_layer_types(config, read_as, settings)
