@@ -210,6 +210,15 @@ class Family(Data):
                 return family
         return self
 
+    def named_for(self, config: Mapping[str, Any]) -> "Family":
+        """Return the family with its rows named as in the release of a config.json.
+
+        A larger model has the text model's keys in a table, and the names of the first entry of
+        `wrapped`.
+        """
+        larger = self._wrappings and self.settings(config) is not config
+        return self._wrappings[0] if larger else self
+
     def settings(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the keys of the text model: those of config.json, and of its nested table."""
         table = config.get(self.nested) if self.nested else None

@@ -80,6 +80,8 @@ class WrappingRows(_Data):
     architectures: tuple[str, ...]
     types: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
     """The types of keys outside the table."""
+    ties_outside: bool = False
+    """Whether vLLM reads tie_word_embeddings outside the table."""
     inside: str
     """vLLM's name of the text model in the larger model."""
     renames: Renames = ()
@@ -231,6 +233,8 @@ class Settings:
             tables = {key: part for key, part in config.items() if isinstance(part, Mapping)}
             config = tables.get(inner.key, {})
         self.config, self.values = config, {**tables, **config}
+        if self.wrapping and self.wrapping.ties_outside:
+            self.values["tie_word_embeddings"] = self.outer.get("tie_word_embeddings", False)
         typed = {key for keys in self.read_as.types.values() for key in keys}
         for alias, key in self.read_as.aliases.items():
             present = [name for name in (alias, key) if name in config]
