@@ -107,7 +107,7 @@ class VllmView:
 
     @cached_property
     def _outside(self) -> frozenset[str]:
-        """vLLM's names of the modules of towers and of multi-token prediction."""
+        """The names, for vLLM, of modules of towers and of multi-token prediction."""
         family, modules = self.view.family, self.view.modules.values()
         roles = ((m.name, m.tensor_role.row.role) for m in modules if m.tensor_role)
         kept = [name for name, role in roles if role in (Role.VISION, Role.MTP)]
