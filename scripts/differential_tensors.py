@@ -177,7 +177,7 @@ def _kv(draft: Draft, random: Random) -> str:
     if draft.family.name == "deepseek_v3":
         raise Unfit
     shape = pick(random, ((1,), ()))
-    layers = range(draft.config["num_hidden_layers"])
+    layers = range(draft.family.settings(draft.config)["num_hidden_layers"])
     where = pick(random, ("self_attn.{}_scale", "self_attn.{}_proj.{}_scale"))
     for layer in layers:
         for part in "kv":
