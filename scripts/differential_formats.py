@@ -129,7 +129,8 @@ def parent(family: Family, random: Random, precision: Precision = Precision.BF16
 
 
 def _headers(family: Family, config: dict[str, Any], precision: Precision) -> dict[str, Header]:
-    family = family.model_copy(update={"stacks": ()})  # the formats quantize each expert's tensors
+    # The formats quantize the tensors of each expert.
+    family = family.named_for(config).model_copy(update={"stacks": (), "wrapped": ()})
     return {t.name: (t.dtype, t.shape) for t in make_tensors(family, config, precision)}
 
 
