@@ -20,22 +20,32 @@ class FamilyCase:
 
 QKV = {"qkv": ["q_proj", "k_proj", "v_proj"]}
 GATE_UP = ["gate_proj", "up_proj"]
+DEEPSEEK_SETS = {
+    "qkv_a": ["q_a_proj", "kv_a_proj_with_mqa"],
+    "gate_up": GATE_UP,
+    "expert_gate_up": GATE_UP,
+    "shared_gate_up": GATE_UP,
+}
 TIED = {"tie_word_embeddings": True}
 
 # MiniMax-M2 has tests of its own.
 FAMILY_CASES = {
     "deepseek_v3": FamilyCase(
-        fused_sets={
-            "qkv_a": ["q_a_proj", "kv_a_proj_with_mqa"],
-            "gate_up": GATE_UP,
-            "expert_gate_up": GATE_UP,
-            "shared_gate_up": GATE_UP,
-        },
+        fused_sets=DEEPSEEK_SETS,
         parameters=684_489_845_504,
         routers=[f"model.layers.{layer}.mlp.gate" for layer in (1, 2)],
         variants={
             "whole query": {"q_lora_rank": None},
             "two shared experts": {"n_shared_experts": 2},
+            "multi-token prediction": {"num_nextn_predict_layers": 1},
+        },
+    ),
+    "glm4_moe_lite": FamilyCase(
+        fused_sets=DEEPSEEK_SETS,
+        parameters=31_221_488_576,
+        routers=[f"model.layers.{layer}.mlp.gate" for layer in (1, 2)],
+        variants={
+            "whole query": {"q_lora_rank": None},
             "multi-token prediction": {"num_nextn_predict_layers": 1},
         },
     ),
