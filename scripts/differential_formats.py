@@ -80,6 +80,8 @@ _SIZES: Final[dict[str, dict[str, Any]]] = {
     "qwen3_5_moe": {"moe_intermediate_size": 128, **_DELTA_NET},
     "qwen3_5": {"intermediate_size": 256, **_DELTA_NET},
     "qwen3_vl_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
+    "afmoe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
+    "ernie4_5_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
 }
 _TIED: Final = {"tie_word_embeddings": True}
 _BIASED: Final = {"attention_bias": True}
@@ -109,6 +111,8 @@ VARIANTS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
     "qwen3_5_moe": ({"linear_num_value_heads": 2}, _TIED, {"full_attention_interval": 1}),
     "qwen3_5": ({"linear_num_value_heads": 2}, _TIED),
     "qwen3_vl_moe": (_BIASED, {"mlp_only_layers": [0]}),
+    "ernie4_5_moe": ({"moe_num_shared_experts": 0}, {"moe_layer_start_index": 0}),
+    "afmoe": ({"num_shared_experts": 2}, {"num_dense_layers": 0}),
 }
 _FORMATS: Final[dict[str, Callable[[Draft, Random], Draft]]] = {}
 

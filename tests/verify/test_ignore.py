@@ -60,6 +60,19 @@ def message(report: IgnoreReport, rule: str) -> str:
     return finding.message
 
 
+def test_a_good_ignore_list_does_not_say_that_vllm_loads_what_is_not_known(tmp_path: Path) -> None:
+    families = load_families()
+    untold = families["minimax_m2"].model_copy(update={"vllm": None})
+    config = {"quantization_config": compressed(KEPT, scheme="NVFP4A16")}
+    folder = make_checkpoint(tmp_path / "model", edit=quantized(NVFP4A16), config=config)
+    opened = open_checkpoint(Folder(folder))
+    report = check_ignore(read_modules(opened, {**families, "minimax_m2": untold}))
+    assert report.verdict == (
+        "All 2 routers, lm_head and the embeddings are kept; whether vLLM 0.32 loads this "
+        "checkpoint is not known."
+    )
+
+
 # --- layouts
 
 

@@ -27,6 +27,7 @@ GATE = "model.layers.1.block_sparse_moe.gate"
 KEPT = ["lm_head", "model.embed_tokens"]
 ROUTERS = r"re:.*block_sparse_moe\.gate$"
 LOADS = "nothing in ignore stops vLLM 0.32 from loading this checkpoint."
+UNTOLD = "whether vLLM 0.32 loads this checkpoint is not known."
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
@@ -124,11 +125,13 @@ def rolled(values: Bytes) -> Bytes:
 
 @pytest.mark.parametrize("family", sorted(load_families()))
 def test_mquants_output_of_every_family_is_clean(family: str, tmp_path: Path) -> None:
-    synth(tmp_path / "src", load_families()[family])
+    shipped = load_families()[family]
+    synth(tmp_path / "src", shipped)
     out = quantize_nvfp4(tmp_path / "src", tmp_path / "out")
     assert judged(out, tmp_path / "src", Depth.FULL) == {}
     report = judge_ignore(out)
-    assert (report.verdict.endswith(LOADS), report.findings) == (True, ())
+    assert report.verdict.endswith(LOADS if shipped.vllm else UNTOLD)
+    assert report.findings == ()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "minimax_m2"])

@@ -133,6 +133,7 @@ def test_a_silent_fault_of_vllm_is_an_error(
         {"vllm": "0.32.0", "stage": "model", "kind": "ImportError", "error": "no triton"},
         {"vllm": "0.32.0", "stage": "model", "error": "Cannot copy out of meta tensor; no data!"},
         {"vllm": "0.32.0", "stage": "config", "error": "['X'] failed to be inspected."},
+        {"vllm": "0.32.0", "stage": "config", "error": "The repository contains custom code."},
         {"vllm": "0.32.0", "stage": "model", "kind": "MemoryError", "error": "more than 6 GB"},
         {"vllm": "0.32.0", "stage": "model", "kind": "Killed", "error": "died of signal 6"},
     ],

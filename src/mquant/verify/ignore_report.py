@@ -200,6 +200,8 @@ def _verdict(vllm_view: VllmView, kinds: tuple[RoleCount, ...], findings: list[F
         return f"{kept}; routers of an unknown family cannot be judged."
     if vllm_view.style is None:
         return f"{kept}; what the ignore list means was not judged."
+    if vllm_view.view.outcome.unknown:
+        return f"{kept}; whether {VLLM} loads this checkpoint is not known."
     return f"{kept}: nothing in ignore stops {VLLM} from loading this checkpoint."
 
 

@@ -32,7 +32,7 @@ _STAGES: Final = {
     "model": "building the model",
     "weights": "loading the weights",
 }
-# Messages of vLLM whose cause is this machine, not the checkpoint.
+# Messages of vLLM whose cause is this machine or the probe, not the checkpoint.
 _NOT_HERE: Final = (
     "not supported on",
     "no kernel",
@@ -47,6 +47,7 @@ _NOT_HERE: Final = (
     "device type",
     "meta tensor",  # a model that needs values, which the probe does not have
     "failed to be inspected",  # a model whose packages are not here
+    "contains custom code",  # the probe runs no code of a checkpoint
 )
 _KINDS_NOT_HERE: Final = ("ImportError", "MemoryError", "Killed")
 
