@@ -18,6 +18,8 @@ from run import plan_of, quantize_nvfp4
 
 FAMILIES = load_families()
 KEPT = (Role.ROUTER, Role.EMBEDDING, Role.HEAD)
+# What vLLM 0.32 does not load of any recipe that quantizes experts.
+BROKEN = {"gpt_oss": {"expert-bias"}}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,8 @@ def test_the_result_is_judged_clean_and_keeps_routers_embeddings_and_head(
     out = quantize_nvfp4(src, tmp_path / "out")
     report = verify(Folder(out), FAMILIES)
 
-    assert not [finding for finding in report.findings if finding.severity == "error"]
+    errors = {finding.rule for finding in report.findings if finding.severity == "error"}
+    assert errors == BROKEN.get(name, set())
     assert bool(report.undecided) is (FAMILIES[name].vllm is None)
     ignore = set(read_json(out / "config.json")["quantization_config"]["ignore"])
     checkpoint = open_checkpoint(Folder(src))

@@ -9,6 +9,8 @@ import yaml
 from mquant.data_files import folder
 from mquant.errors import DataFileError
 from mquant.family_files import load_families, load_family
+from mquant.synth import synth
+from run import plan_of
 
 FAMILIES = load_families()
 KEYS: dict[str, Any] = {
@@ -172,3 +174,12 @@ def test_a_row_has_another_shape_in_the_layers_of_a_block() -> None:
     row = family.tensors[0].model_copy(update={"shape": ("a",), "shapes": {"linear": ("b",)}})
 
     assert [family.shape(row, KEYS, layer) for layer in (0, 1)] == [(6,), (4,)]
+
+
+def test_a_model_without_experts_needs_no_number_of_experts(tmp_path: Path) -> None:
+    family = load_families()["gemma4"]
+    tiny = {**family.synth.tiny, "enable_moe_block": False, "num_experts": None}
+    data = family.synth.model_copy(update={"tiny": tiny})
+    src = synth(tmp_path / "src", family.model_copy(update={"synth": data})).path
+
+    assert not [f for f in plan_of(src).findings if f.severity == "error"]

@@ -65,6 +65,16 @@ EXPERTS_MIXED: Final = rule(
     knowing=("family",),
     if_loads="nothing",
 )
+EXPERT_BIAS: Final = rule(
+    "expert-bias",
+    "Experts in NVFP4 or FP8 have no bias.",
+    "vLLM's layers of such experts have no parameter for a bias: vLLM stops while loading the "
+    "weights, or passes over the bias without a word.",
+    "Keep the experts as they are: leave expert out of the recipe's roles, or ignore them.",
+    as_source="warning",
+    knowing=("family", "layout"),
+    if_loads="nothing",
+)
 NOTHING_TO_QUANTIZE: Final = rule(
     "nothing-to-quantize",
     "The recipe quantizes some tensor of the checkpoint.",
@@ -120,6 +130,7 @@ def make_plan(
         findings += [
             *_unquantizable(surveyed.members, actions, family),
             *(_split_sets(units) or _unlike_experts(actions)),
+            *_biased_experts(actions),
             *_nothing(actions, recipe),
             *unscalable(family, recipe),
         ]
@@ -274,6 +285,24 @@ def _unlike_experts(actions: list[Action]) -> list[Finding]:
             f"The recipe keeps {names(modules)} of layer {mixed[0]} and quantizes its other "
             "experts; vLLM refuses such a checkpoint.",
             "Quantize all experts of a layer, or list all of them in ignore.",
+        )
+    ]
+
+
+def _biased_experts(actions: list[Action]) -> list[Finding]:
+    """Return a warning if experts with a bias are quantized so that vLLM does not take the bias."""
+    quantized = (a for a in actions if a.role is Role.EXPERT and a.scheme)
+    modules = {a.module for a in quantized if a.scheme and a.scheme.format != "pack-quantized"}
+    biased = [a.module for a in actions if a.source.name == f"{a.module}.bias"]
+    biased = [module for module in biased if module in modules]
+    if not biased:
+        return []
+    return [
+        EXPERT_BIAS.finding(
+            biased[0],
+            f"The recipe quantizes {names(biased)}, which have biases; vLLM takes no bias of such "
+            "experts.",
+            context="source",
         )
     ]
 

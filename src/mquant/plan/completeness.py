@@ -130,7 +130,10 @@ def completeness(family: Family, members: list[Member], config: Mapping[str, Any
     `members` may stand for tensors in another storage format: `verify` passes the weight that a
     quantized module holds as the module's member.
     """
-    counts = [key for key in (family.config.layers, family.config.experts) if key]
+    counts = [family.config.layers]
+    expert_rows = (row for row in family.tensors if "{expert}" in row.name)
+    if any(family.has_block(row.block, None, config) is not False for row in expert_rows):
+        counts.append(family.config.experts)
     if family.mtp_layers(config):
         counts.append(family.config.mtp)
     settings = family.settings(config)

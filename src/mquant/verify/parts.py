@@ -9,14 +9,16 @@ from mquant.family_rows import Role
 from mquant.findings import Rule, rule
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.loader_model.storage import (
+    FP8S,
     INPUT_SCALES,
+    NVFP4S,
     SUFFIXES,
     StorageFormat,
     activations,
     parts,
     weight_shape,
 )
-from mquant.plan.build import EXPERTS_MIXED, FUSED_SET_MIXED
+from mquant.plan.build import EXPERT_BIAS, EXPERTS_MIXED, FUSED_SET_MIXED
 from mquant.plan.export import ACTIVATION_SCALES_MISSING
 from mquant.plan.stored import PART_MISSING, PART_SHAPE
 from mquant.schemes import QUANTIZED_SUFFIXES
@@ -125,7 +127,7 @@ def _inputs(module: Module, kind: StorageFormat, declared: bool | None, tally: T
 
 
 def check_alike(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
-    """Judge whether fused sets and experts are quantized alike."""
+    """Judge whether fused sets and experts are quantized alike, and without biases."""
     sets: dict[FusedSet, list[Module]] = defaultdict(list)
     experts: dict[int | None, list[Module]] = defaultdict(list)
     for module in view.modules.values():
@@ -136,6 +138,8 @@ def check_alike(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
             sets[fused_set].append(module)
         if row.role is Role.EXPERT:
             experts[layer].append(module)
+            if "bias" in module.tensors and kinds.get(module.name) in FP8S | NVFP4S:
+                tally.add(EXPERT_BIAS, module.name, f"{module.name} is quantized, and has a bias")
     for broken, groups_ in ((FUSED_SET_MIXED, sets.values()), (EXPERTS_MIXED, experts.values())):
         for group in groups_:
             _alike(broken, group, kinds, tally)
