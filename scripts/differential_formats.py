@@ -44,6 +44,13 @@ from mquant.synth import Precision, Sizes, make_config, make_tensors
 LINEAR: Final = (Role.EXPERT, Role.SHARED_EXPERT, Role.MLP, Role.ATTENTION)
 PLAIN, ORIGINAL = "BF16", "FP8 original"
 _COMMON: Final = {"hidden_size": 256, "vocab_size": 256}
+_DELTA_NET: Final = {
+    "head_dim": 32,
+    "full_attention_interval": 2,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "shared_expert_intermediate_size": 128,
+}
 _SIZES: Final[dict[str, dict[str, Any]]] = {
     "minimax_m2": {"intermediate_size": 128, "head_dim": 64, "rotary_dim": 32},
     "qwen3_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
@@ -62,6 +69,10 @@ _SIZES: Final[dict[str, dict[str, Any]]] = {
     "mistral": {"head_dim": 64, "intermediate_size": 256},
     "qwen2": {"intermediate_size": 256},
     "olmoe": {"intermediate_size": 128},
+    "qwen3_next": {"moe_intermediate_size": 128, **_DELTA_NET},
+    "qwen3_5_moe": {"moe_intermediate_size": 128, **_DELTA_NET},
+    "qwen3_5": {"intermediate_size": 256, **_DELTA_NET},
+    "qwen3_vl_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
 }
 _TIED: Final = {"tie_word_embeddings": True}
 _BIASED: Final = {"attention_bias": True}
@@ -82,6 +93,10 @@ VARIANTS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
     "mistral": (_TIED,),
     "qwen2": (_TIED,),
     "olmoe": (),
+    "qwen3_next": ({"mlp_only_layers": [0]}, {"linear_num_value_heads": 2}),
+    "qwen3_5_moe": ({"linear_num_value_heads": 2}, _TIED, {"full_attention_interval": 1}),
+    "qwen3_5": ({"linear_num_value_heads": 2}, _TIED),
+    "qwen3_vl_moe": (_BIASED, {"mlp_only_layers": [0]}),
 }
 _FORMATS: Final[dict[str, Callable[[Draft, Random], Draft]]] = {}
 
@@ -114,6 +129,8 @@ def parent(family: Family, random: Random, precision: Precision = Precision.BF16
 
 
 def _headers(family: Family, config: dict[str, Any], precision: Precision) -> dict[str, Header]:
+    # The formats quantize the tensors of each expert.
+    family = family.named_for(config).model_copy(update={"stacks": (), "wrapped": ()})
     return {t.name: (t.dtype, t.shape) for t in make_tensors(family, config, precision)}
 
 

@@ -102,7 +102,7 @@ def _head(draft: Draft, random: Random) -> str:
     draft.config["tie_word_embeddings"] = tied
     if random.random() < 0.15:
         del draft.config["tie_word_embeddings"]
-    shape = draft.plain["model.embed_tokens.weight"]
+    shape = next(of for n, of in draft.plain.items() if n.endswith("embed_tokens.weight"))
     draft.strip("lm_head")
     if stored:
         rows = shape[1][0] + pick(random, (0, 0, 0, 64, -1))

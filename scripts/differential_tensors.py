@@ -163,7 +163,7 @@ def _pruned(draft: Draft, random: Random) -> str:
 
 @mutation("MiniMax's MTP layers are there", good=True, fits=lambda d: d.family.name == "minimax_m2")
 def _mtp(draft: Draft, random: Random) -> str:
-    count, old = draft.config["num_hidden_layers"], ".layers.0."
+    count, old = draft.family.settings(draft.config)["num_hidden_layers"], ".layers.0."
     draft.config["num_mtp_modules"] = 1
     for name in [name for name in draft.plain if old in name]:
         draft.tensors[name.replace(old, f".layers.{count}.")] = draft.plain[name]
@@ -177,7 +177,7 @@ def _kv(draft: Draft, random: Random) -> str:
     if draft.family.name == "deepseek_v3":
         raise Unfit
     shape = pick(random, ((1,), ()))
-    layers = range(draft.config["num_hidden_layers"])
+    layers = range(draft.family.settings(draft.config)["num_hidden_layers"])
     where = pick(random, ("self_attn.{}_scale", "self_attn.{}_proj.{}_scale"))
     for layer in layers:
         for part in "kv":

@@ -58,4 +58,49 @@ FAMILY_CASES = {
         routers=[f"model.layers.{layer}.mlp.gate" for layer in (0, 1)],
         variants={"a dense layer": {"mlp_only_layers": [1]}},
     ),
+    "qwen3_next": FamilyCase(
+        fused_sets={
+            **QKV,
+            "gate_up": GATE_UP,
+            "expert_gate_up": GATE_UP,
+            "shared_gate_up": GATE_UP,
+        },
+        parameters=79_674_391_296,
+        routers=[
+            f"model.layers.{layer}.mlp.{name}"
+            for layer in range(4)
+            for name in ("gate", "shared_expert_gate")
+        ],
+        variants={
+            "a dense layer": {"mlp_only_layers": [1]},
+            "more full attention": {"full_attention_interval": 2},
+            "types of layers": {"layer_types": ["full_attention"] + ["linear_attention"] * 3},
+        },
+    ),
+    "qwen3_5_moe": FamilyCase(
+        fused_sets={
+            **QKV,
+            "expert_gate_up": GATE_UP,
+            "shared_gate_up": GATE_UP,
+            "linear_qkvz": ["in_proj_qkv", "in_proj_z"],
+            "linear_ba": ["in_proj_b", "in_proj_a"],
+        },
+        parameters=34_660_610_688,
+        routers=[
+            f"model.layers.{layer}.mlp.{name}"
+            for layer in range(4)
+            for name in ("gate", "shared_expert_gate")
+        ],
+        variants={"tied": TIED, "more full attention": {"full_attention_interval": 2}},
+    ),
+    "qwen3_5": FamilyCase(
+        fused_sets={
+            **QKV,
+            "gate_up": GATE_UP,
+            "linear_qkvz": ["in_proj_qkv", "in_proj_z"],
+            "linear_ba": ["in_proj_b", "in_proj_a"],
+        },
+        parameters=26_895_998_464,
+        variants={"tied": TIED},
+    ),
 }

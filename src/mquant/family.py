@@ -202,17 +202,22 @@ class Family(Data):
 
         The checkpoint has the names of the rows, or of one entry of `wrapped`.
         """
-        own = self.wrapped and {row.name for row in self.tensors if "{" not in row.name}
-        if not own or any(name in names for name in own):
-            return self
-        return next(
-            (
-                family
-                for family, wrapping in zip(self._wrappings, self.wrapped, strict=True)
-                if any(wrapping.rename(name) in names for name in own)
-            ),
-            self,
-        )
+        own = [row.name for row in self.tensors if "{" not in row.name] if self.wrapped else ()
+        for family, wrapping in zip(self._wrappings, self.wrapped, strict=True):
+            renamed = {name: wrapping.rename(name) for name in own}
+            # Names that both have, such as lm_head.weight, say nothing.
+            if any(new in names for name, new in renamed.items() if new != name):
+                return family
+        return self
+
+    def named_for(self, config: Mapping[str, Any]) -> "Family":
+        """Return the family with its rows named as in the release of a config.json.
+
+        A larger model has the text model's keys in a table, and the names of the first entry of
+        `wrapped`.
+        """
+        larger = self._wrappings and self.settings(config) is not config
+        return self._wrappings[0] if larger else self
 
     def settings(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the keys of the text model: those of config.json, and of its nested table."""

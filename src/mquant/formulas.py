@@ -4,9 +4,10 @@ A size is a sum of products and quotients: `num_attention_heads * head_dim`, `kv
 qk_rope_head_dim`, `len(layer_types)`, `heads_per_layer[layer] * head_dim`. A condition selects
 layers, in clauses joined by `and`, and such groups of clauses joined by `or`: `KEY`, `not KEY`,
 `KEY is VALUE`, `layer < SIZE`, `layer >= SIZE`, `layer in KEY`, `layer not in KEY`, `layer + 1 in
-KEY`, `KEY divides layer`, `KEY divides layer + SIZE`, `KEY divides layer - SIZE`, `KEY[layer]`,
-`not KEY[layer]`, `KEY[layer] is VALUE`, where SIZE is one key or number. `KEY[layer]` is the item
-of a list, or the character of a string, at the layer's number. A KEY with dots is in nested tables.
+KEY`, `KEY divides layer`, `KEY divides layer + SIZE`, `KEY divides layer - SIZE`, `not`
+before these three, `KEY[layer]`, `not KEY[layer]`, `KEY[layer] is VALUE`, where SIZE is one key or
+number. `KEY[layer]` is the item of a list, or the character of a string, at the layer's number. A
+KEY with dots is in nested tables.
 """
 
 import re
@@ -26,7 +27,8 @@ _PARTS: Final = re.compile(rf"(?P<length>len\()?(?P<key>{_KEY})(?P<item>\[layer\
 _CLAUSE: Final = re.compile(
     rf"layer (?P<operator><|>=) (?P<limit>{_WORD})"
     rf"|layer(?P<after> \+ 1)? (?P<within>in|not in) (?P<list>{_KEY})"
-    rf"|(?P<divisor>{_WORD}) divides layer(?: (?P<sign>[+-]) (?P<offset>{_WORD}))?"
+    rf"|(?P<undivided>not )?(?P<divisor>(?!not\b){_WORD}) divides"
+    rf" layer(?: (?P<sign>[+-]) (?P<offset>{_WORD}))?"
     rf"|(?P<named>(?!layer\b){_KEY})(?P<named_item>\[layer\])? is (?P<value>\S+)"
     rf"|(?P<not>not )?(?P<key>(?!(?:layer|not)\b){_KEY})(?P<item>\[layer\])?"
 )
@@ -160,7 +162,8 @@ def _of_layer(match: re.Match[str], layer: int, config: Mapping[str, Any], looku
         divisor, offset = size(match["divisor"]), size(match["offset"] or "0")
         if divisor is None or divisor <= 0 or offset is None:
             return False
-        return (layer + (offset if match["sign"] == "+" else -offset)) % divisor == 0
+        rest = (layer + (offset if match["sign"] == "+" else -offset)) % divisor
+        return bool(rest) is bool(match["undivided"])
     if match["within"]:
         listed = find(config, match["list"])
         if isinstance(listed, str):

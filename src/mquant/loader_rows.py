@@ -4,17 +4,20 @@ The rows are vLLM's layers, under the names of vLLM's model. Sizes and condition
 keys, as transformers' config class of the family reads config.json: with its aliases and defaults.
 """
 
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from mquant.formulas import check_condition, check_size, evaluate, holds
+from mquant.formulas import check_condition, check_size, evaluate, holds, number
 
 Size = Annotated[str, Field(max_length=200), AfterValidator(check_size)]
 Condition = Annotated[str, AfterValidator(check_condition)]
-Place = Literal["q", "k", "v", 0, 1, 2]
+Place = Literal["q", "k", "v", 0, 1, 2, 3] | tuple[int, ...]
+Renames = tuple[tuple[str, str | None], ...]
+"""Part of a name -> vLLM's; `^` before the part: names that begin so. None: passed over."""
 
 
 class _Data(BaseModel):
@@ -62,6 +65,33 @@ class LayerRow(_Data):
     transposed: bool = False
     """Whether vLLM takes tensors of all experts as [experts, columns, rows]."""
     dtype: Literal["BF16", "F32"] = "BF16"
+    count: str = "num_hidden_layers"
+    """The key of the number of layers that have the row, if `name` has `{layer}`."""
+
+
+class WrappingRows(_Data):
+    """The larger, multimodal model around the text model.
+
+    config.json of one of the `model_types` has the text model's keys in the table `key`.
+    """
+
+    key: str = "text_config"
+    model_types: tuple[str, ...]
+    architectures: tuple[str, ...]
+    types: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
+    """The types of keys outside the table."""
+    ties_outside: bool = False
+    """Whether vLLM reads tie_word_embeddings outside the table."""
+    inside: str
+    """vLLM's name of the text model in the larger model."""
+    renames: Renames = ()
+    accepts: tuple[str, ...] = ()
+    """What names of modules begin with, after renaming, of which no layers are told: plain tensors
+    count as loaded."""
+    fused: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
+    """The entries of vLLM's `packed_modules_mapping` that the text model does not have."""
+    layers: tuple[LayerRow, ...] = ()
+    """The layers outside the text model."""
 
 
 class RopeRow(_Data):
@@ -69,11 +99,15 @@ class RopeRow(_Data):
 
     `theta` is the base without `rope_theta`. `rotates` is the key of the number of dimensions of a
     head that are rotated. `scaled`: whether every type but `default` is DeepSeek's YaRN.
+    `share` is the part of a head that is rotated if no key says it. `sections`: whether vLLM reads
+    `mrope_section`, the parts of a head for time, height and width.
     """
 
     theta: float = 10_000.0
     rotates: str = ""
     scaled: Literal["", "deepseek"] = ""
+    share: float | None = None
+    sections: bool = False
 
 
 class VllmRows(_Data):
@@ -104,6 +138,8 @@ class VllmRows(_Data):
     windowed_from: str = ""
     """The key of the first layer with a sliding window; vLLM takes layers of one kind only, or this
     number must be the number of layers."""
+    fixed: Mapping[str, bool] = Field(default_factory=dict)
+    """Keys of which only this value, or no value, is told here."""
     unmodelled: tuple[str, ...] = ()
     """Keys with which vLLM builds something that is not told here."""
     settings: Mapping[str, Any] = Field(default_factory=dict)
@@ -117,7 +153,12 @@ class VllmRows(_Data):
     """Name -> the layers that have a block, or whether the model has it."""
     stacked: tuple[tuple[str, str, Place], ...] = ()
     """Part of a name on disk, the part of vLLM's fused layer, and the place of the matrix there."""
-    renames: tuple[tuple[str, str], ...] = ()
+    renames: Renames = ()
+    """What vLLM replaces below `model.`; if `outer_renames` is empty, also in the names of modules
+    in the quantization config."""
+    outer_renames: Renames = ()
+    """What vLLM replaces in whole names, and in the names of modules in the quantization config."""
+    wrapped: WrappingRows | None = None
     fused: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
     """Last part of a fused layer's name -> the last parts on disk, for `ignore` and targets."""
     fused_if: Mapping[str, str] = Field(default_factory=dict)
@@ -138,11 +179,25 @@ class VllmRows(_Data):
 
     @model_validator(mode="after")
     def _known_blocks(self) -> "VllmRows":
-        for row in self.layers:
+        for row in (*self.layers, *(self.wrapped.layers if self.wrapped else ())):
             for block in (row.bias, row.when.removeprefix("not ")):
                 if block and block not in self.blocks:
                     raise ValueError(f"{row.name} names {block}, which blocks lacks")
         return self
+
+    @cached_property
+    def every_architecture(self) -> tuple[str, ...]:
+        """The names for which vLLM builds the model, alone or inside a larger one."""
+        larger = self.wrapped.architectures if self.wrapped else ()
+        return tuple(filter(None, (*self.architectures, self.bare, *larger)))
+
+    @cached_property
+    def kinds_of_layer(self) -> frozenset[str]:
+        """The values of `layer_types` that `blocks` names."""
+        found = (
+            re.findall(r"layer_types\[layer\] is (\w+)", text) for text in self.blocks.values()
+        )
+        return frozenset(kind for kinds in found for kind in kinds)
 
     @cached_property
     def layer_rows(self) -> tuple[LayerRow, ...]:
@@ -158,7 +213,8 @@ class VllmRows(_Data):
 class Settings:
     """config.json as transformers' config class reads it: aliases resolved, defaults filled in.
 
-    `config` is config.json itself.
+    `outer` is config.json itself. `config` has the text model's keys: config.json, or a table of
+    it. `wrapping` are the rows of the larger model that vLLM builds, if vLLM builds one.
     """
 
     def __init__(
@@ -166,7 +222,19 @@ class Settings:
     ) -> None:
         """`rows` are what vLLM builds; `read_as` is the family whose config class is read."""
         self.read_as = read_as or rows
-        self.config, self.values = config, {**config}
+        self.outer, named = config, config.get("architectures")
+        first = named[0] if named and isinstance(named, list) else None
+        larger, inner = rows.wrapped, self.read_as.wrapped
+        self.nested = inner is not None and config.get("model_type") in inner.model_types
+        """Whether the text model's keys are in a table of config.json."""
+        self.wrapping = larger if larger and first in larger.architectures else None
+        tables: Mapping[str, Any] = {}
+        if inner is not None and self.nested:
+            tables = {key: part for key, part in config.items() if isinstance(part, Mapping)}
+            config = tables.get(inner.key, {})
+        self.config, self.values = config, {**tables, **config}
+        if self.wrapping and self.wrapping.ties_outside:
+            self.values["tie_word_embeddings"] = self.outer.get("tie_word_embeddings", False)
         typed = {key for keys in self.read_as.types.values() for key in keys}
         for alias, key in self.read_as.aliases.items():
             present = [name for name in (alias, key) if name in config]
@@ -182,14 +250,13 @@ class Settings:
             if key in self.values:
                 self.values[alias] = self.values[key]  # vLLM may read the one or the other
         self._rows = rows
-        named = config.get("architectures")
-        first = named[0] if named and isinstance(named, list) else None
         self.headless = bool(rows.bare) and (not named or first == rows.bare)
         """Whether vLLM builds the model without a head."""
 
     def number(self, key: str) -> int | None:
-        """Return the whole number of a key; None without one."""
-        value = self.values.get(key)
+        """Return the whole number of a key, or the length of a list; None without one."""
+        found = number(self.values, key)
+        value = self.values.get(key) if found is None and "." in key else found
         return value if type(value) is int else None
 
     def size(self, text: str) -> int | None:

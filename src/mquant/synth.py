@@ -213,6 +213,7 @@ def make_tensors(
 
     Tensors that hold all experts of a layer are written instead of tensors for each expert.
     """
+    family = family.named_for(config)
     experts = family.value(family.config.experts, config) or 0 if family.config.experts else 0
     tensors = _each(family, config, precision, experts)
     # Releases in FP8 have a tensor for each expert.

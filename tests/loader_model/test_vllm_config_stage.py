@@ -100,13 +100,13 @@ def test_of_two_names_for_the_experts_the_one_outside_the_class_wins() -> None:
 @each_family
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float32", None])
 def test_dtypes_of_torch_are_taken(family: str, name: object) -> None:
-    assert judge(family, torch_dtype=name) == judge(family, dtype=name) == "taken"
+    assert judge(family, dtype=DROP, torch_dtype=name) == judge(family, dtype=name) == "taken"
 
 
 @each_family
 @pytest.mark.parametrize("name", ["auto", "torch.bfloat16", "BF16", ["bfloat16"]])
 def test_other_dtypes_are_refused(family: str, name: object) -> None:
-    assert judge(family, torch_dtype=name).startswith("refused: says the dtype")
+    assert judge(family, dtype=DROP, torch_dtype=name).startswith("refused: says the dtype")
 
 
 @each_family
@@ -251,7 +251,7 @@ def test_the_step_between_layers_with_experts_is_not_zero(family: str, key: str)
 
 @each_family
 def test_sizes_are_not_negative(family: str) -> None:
-    assert judge(family, intermediate_size=-1) in ("refused: says intermediate_size -1",)
+    assert judge(family, vocab_size=-1) in ("refused: says vocab_size -1",)
 
 
 @pytest.mark.parametrize("key", ["to_dict", "use_return_dict", "__class__"])

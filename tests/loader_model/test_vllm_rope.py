@@ -8,7 +8,8 @@ from config_stages import DROP, each_family, judge
 @each_family
 @pytest.mark.parametrize("theta", ["10000", None, [10000]])
 def test_the_base_of_the_rotary_embedding_is_a_number(family: str, theta: object) -> None:
-    assert judge(family, rope_theta=theta).startswith("refused: says rope_theta")
+    config = {"rope_theta": theta, "rope_parameters": DROP}
+    assert judge(family, **config).startswith("refused: says rope_theta")
 
 
 @each_family

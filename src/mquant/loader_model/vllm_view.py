@@ -103,7 +103,15 @@ class VllmView:
     @cached_property
     def vllm(self) -> frozenset[str]:
         """Every name under which vLLM looks a module up."""
-        return frozenset(name for judged in self.judged for name in judged.vllm)
+        return self._outside.union(name for judged in self.judged for name in judged.vllm)
+
+    @cached_property
+    def _outside(self) -> frozenset[str]:
+        """The names, for vLLM, of modules of towers and of multi-token prediction."""
+        family, modules = self.view.family, self.view.modules.values()
+        roles = ((m.name, m.tensor_role.row.role) for m in modules if m.tensor_role)
+        kept = [name for name, role in roles if role in (Role.VISION, Role.MTP)]
+        return frozenset(map(family.in_vllm_name, kept)) if family else frozenset()
 
     @cached_property
     def ignore(self) -> Matches:

@@ -29,10 +29,10 @@ def built_as(config: Mapping[str, Any], read_as: VllmRows | None) -> VllmRows:
         return read_as
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise LoadRefused(_FILE, f"says architectures {said(named)}, not a list of names")
-    if named[0] in (*read_as.architectures, read_as.bare):
+    if named[0] in read_as.every_architecture:
         return read_as
     shipped = (family.vllm for family in load_families().values())
-    other = next((r for r in shipped if r and named[0] in (*r.architectures, r.bare)), None)
+    other = next((r for r in shipped if r and named[0] in r.every_architecture), None)
     if other is not None:
         return other
     if not any(name in _known()["architectures"] for name in named):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from mquant.loader_model.vllm.config_types import is_number, said
+from mquant.loader_model.vllm.config_types import is_integer, is_number, said
 from mquant.loader_model.vllm.tensors import LoadRefused, Unknown
 from mquant.loader_rows import Settings, VllmRows
 
@@ -70,6 +70,8 @@ def _parameters(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -
     if "full_attention" in params or "sliding_attention" in params:
         raise Unknown("rope_parameters for each type of layer")
     params.setdefault("rope_theta", config.get("rope_theta", rows.rope.theta))
+    if "mrope_section" in params and not rows.rope.sections:
+        raise Unknown("mrope_section of config.json")
     share = _share(config, rows, settings)
     if share is not None:
         params.setdefault("partial_rotary_factor", share)
@@ -94,7 +96,7 @@ def _share(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -> Any
     key = rows.rope.rotates
     rotated = config.get(key) if key else None
     if rotated is None:
-        return config.get("partial_rotary_factor")
+        return config.get("partial_rotary_factor", rows.rope.share)
     head = settings.number("head_dim")
     if not is_number(rotated) or not head:
         raise LoadRefused(_FILE, f"says {key} {said(rotated)} and head_dim {head}")
@@ -139,7 +141,9 @@ def _check_head(params: Mapping[str, Any], settings: Settings) -> None:
 
 def _check_by_vllm(params: Mapping[str, Any], kind: Any, settings: Settings) -> None:
     """Raise LoadRefused if vLLM cannot build the rotary embedding, and Unknown."""
-    if "mrope_section" in params or params.get("use_fope") or params.get("rope_dim"):
+    if "mrope_section" in params:
+        _check_sections(params, kind, settings)
+    if params.get("use_fope") or params.get("rope_dim"):
         raise Unknown("the rotary embedding of config.json")
     for key, value in params.items():
         entries = value if isinstance(value, list) else [value]
@@ -172,6 +176,18 @@ def _check_by_vllm(params: Mapping[str, Any], kind: Any, settings: Settings) -> 
             raise Unknown("rope_type ntk with a value that is not known")
     elif kind != "proportional":
         raise LoadRefused(_FILE, f"says rope_type {said(kind)}, which vLLM does not know")
+
+
+def _check_sections(params: Mapping[str, Any], kind: Any, settings: Settings) -> None:
+    """Raise LoadRefused if the parts of a head for time, height and width do not fill it."""
+    sections, share = params["mrope_section"], params.get("partial_rotary_factor", 1.0)
+    head = settings.number("head_dim")
+    if kind != "default" or head is None or not is_number(share):
+        raise Unknown(f"mrope_section with rope_type {said(kind)}")
+    if not isinstance(sections, list) or not all(map(is_integer, sections)):
+        raise Unknown(f"mrope_section {said(sections)}")
+    if sections and sum(sections) != int(head * share) // 2:
+        raise LoadRefused(_FILE, f"says mrope_section {said(sections)} for a head of {head}")
 
 
 def _check_yarn(params: Mapping[str, Any], *, deepseek: bool) -> None:

@@ -4,7 +4,7 @@ The sources are transformers 5.19's config classes, and vLLM 0.32's `config/mode
 `transformers_utils/config.py` and `transformers_utils/model_arch_config_convertor.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from mquant.loader_model.vllm.config_attributes import ATTRIBUTES
@@ -119,18 +119,47 @@ def check(settings: Settings, rows: VllmRows) -> None:
     `rows` are those of the model that vLLM builds.
     """
     config, read_as = settings.config, settings.read_as
-    for key in (*_UNMODELLED, *rows.unmodelled, *read_as.unmodelled):
-        if config.get(key) is not None:
-            raise Unknown(f"{key} of config.json")
-    if taken := [key for key in config if key in ATTRIBUTES or key.startswith("__")]:
-        raise Unknown(f"{said(taken[0])} of config.json")
-    check_types(config, read_as)
+    _check_nesting(settings, rows)
+    _check_known(config, (*_UNMODELLED, *rows.unmodelled, *read_as.unmodelled))
+    for key, value in rows.fixed.items():
+        if config.get(key, value) is not value:
+            raise Unknown(f"{key} {said(config[key])}")
+    check_types(config, read_as.types)
     _check_general(config)
     _check_layer_types(config, read_as, settings)
     stretch = check_rope(config, read_as, settings)
     _check_counts(config, read_as, settings)
     _check_length(config, stretch)
     _check_model(rows, settings)
+
+
+def _check_known(config: Mapping[str, Any], unmodelled: Iterable[str]) -> None:
+    """Raise Unknown if there is a key with which it is not known what happens."""
+    for key in unmodelled:
+        if config.get(key) is not None:
+            raise Unknown(f"{key} of config.json")
+    if taken := [key for key in config if key in ATTRIBUTES or key.startswith("__")]:
+        raise Unknown(f"{said(taken[0])} of config.json")
+
+
+def _check_nesting(settings: Settings, rows: VllmRows) -> None:
+    """Check the keys outside the table of the text model's keys, if there is a table."""
+    config, around = settings.outer, settings.read_as.wrapped
+    if around is None or not settings.nested:
+        if settings.wrapping:
+            raise LoadRefused(_FILE, f"says {config.get('model_type')}, a text model's model_type")
+        if config.get("text_config") is not None:
+            raise LoadRefused(_FILE, "has a text_config, which vLLM takes for the model's config")
+        return
+    table = config.get(around.key)
+    if table is not None and not isinstance(table, dict):
+        raise LoadRefused(_FILE, f"says {around.key} {said(table)}, not a table")
+    if not config.get("architectures"):
+        raise Unknown("config.json without architectures")
+    tables = (around.key, "vision_config")
+    _check_known(config, (key for key in _UNMODELLED if key not in tables))
+    check_types(config, around.types)
+    _check_general(config)
 
 
 def _check_general(config: Mapping[str, Any]) -> None:
@@ -154,8 +183,6 @@ def _check_general(config: Mapping[str, Any]) -> None:
         if isinstance(layers, dict):
             raise Unknown("per_layer_config of config.json")
         raise LoadRefused(_FILE, f"says per_layer_config {said(layers)}, not a table")
-    if config.get("text_config") is not None:
-        raise LoadRefused(_FILE, "has a text_config, which vLLM takes for the model's config")
     quantization = config.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
         raise LoadRefused(_FILE, f"says quantization_config {said(quantization)}, not a table")
@@ -198,11 +225,11 @@ def _check_layer_types(config: Mapping[str, Any], rows: VllmRows, settings: Sett
     else:
         kinds = set()
         for kind in map(str, listed):
-            if kind in _OTHER_KINDS:
-                raise Unknown(f"a layer of type {kind}")
-            if kind not in _KINDS_OF_LAYER:
+            if kind not in (_KINDS_OF_LAYER.keys() | _OTHER_KINDS):
                 raise LoadRefused(_FILE, f"has a layer of type {said(kind)}")
-            kinds.add(_KINDS_OF_LAYER[kind])
+            if kind not in (rows.kinds_of_layer or _KINDS_OF_LAYER):
+                raise Unknown(f"a layer of type {kind}")
+            kinds.add(_KINDS_OF_LAYER.get(kind, kind))
     if "sliding_attention" in kinds and rows.window and rows.window not in config:
         raise LoadRefused(_FILE, f"has sliding attention without {rows.window}")
     count = settings.number("num_hidden_layers")

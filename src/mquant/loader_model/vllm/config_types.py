@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeGuard
 
 from mquant.loader_model.vllm.tensors import LoadRefused
-from mquant.loader_rows import VllmRows
 
 _NUMERAL: Final = re.compile(r"\s{0,9}[+-]?[0-9]{1,4000}(\.0{0,99})?\s{0,9}")
 
@@ -45,9 +44,9 @@ TYPES: Final[Mapping[str, Callable[[object], bool]]] = {
 }
 
 
-def check_types(config: Mapping[str, Any], rows: VllmRows) -> None:
+def check_types(config: Mapping[str, Any], types: Mapping[str, tuple[str, ...]]) -> None:
     """Raise LoadRefused if a key has a type that transformers' config class does not take."""
-    for text, keys in rows.types.items():
+    for text, keys in types.items():
         checks = [TYPES[part] for part in text.split(" | ")]
         for key in keys:
             if key in config and not any(check(config[key]) for check in checks):

@@ -19,7 +19,7 @@ from mquant.loader_model.vllm.tensors import (
     View,
 )
 
-Shard = str | int | None
+Shard = str | int | tuple[int, ...] | None
 _QKV: Final = {"q": 0, "k": 1, "v": 2}
 _VOCABULARY_PADDING: Final = 64
 
@@ -143,23 +143,32 @@ class Merged(Linear):
                 return  # vLLM passes over the biases of a layer without biases
             raise LoadRefused(loaded.name, f"vLLM's {self.name} has no parameter {last}")
         parameter = self.parameters[last]
-        if shard is not None:
-            self._load_shard(copies, parameter, loaded, self._number(shard))
+        numbers = self._numbers(shard)
+        if shard is not None and not isinstance(shard, tuple):
+            self._load_shard(copies, parameter, loaded, numbers[0])
         elif parameter.kind is Kind.SCALES:
-            for number in range(parameter.shape[0]):
+            for number in numbers if shard is not None else range(parameter.shape[0]):
                 self._load_shard(copies, parameter, loaded, number)
         elif parameter.kind in (Kind.ROW, Kind.WHOLE) or parameter.output_dim is None:
             _same_or_scalar(copies, parameter.whole(), loaded)
         else:
-            for number, (start, size) in enumerate(self._spans(parameter)):
-                part = loaded.narrow(parameter.output_dim, start, size)
+            # The matrices of a tensor that holds several stand one above the other.
+            spans = list(self._spans(parameter))
+            first = spans[numbers[0]][0]
+            for number in numbers:
+                start, size = spans[number]
+                part = loaded.narrow(parameter.output_dim, start - first, size)
                 self._load_shard(copies, parameter, part, number)
 
-    def _number(self, shard: Shard) -> int:
-        number = _QKV.get(shard, -1) if isinstance(shard, str) else shard
-        if number is None or not 0 <= number < len(self.outputs):
+    def _numbers(self, shard: Shard) -> tuple[int, ...]:
+        """Return the numbers of the matrices that a tensor holds."""
+        if shard is None:
+            return tuple(range(len(self.outputs)))
+        numbers = (_QKV.get(shard, -1),) if isinstance(shard, str) else shard
+        numbers = numbers if isinstance(numbers, tuple) else (numbers,)
+        if not all(0 <= number < len(self.outputs) for number in numbers):
             raise LoadRefused(self.name, f"has no part {shard}")
-        return number
+        return numbers
 
     def _spans(self, parameter: Parameter) -> Iterator[tuple[int, int]]:
         """Yield where each matrix starts, and its size, along the parameter's outputs."""

@@ -7,7 +7,7 @@ from typing import Final
 from mquant.errors import HeaderError
 from mquant.loader_model.vllm.experts import Experts
 from mquant.loader_model.vllm.model import Model
-from mquant.loader_model.vllm.names import place
+from mquant.loader_model.vllm.names import place, rename
 from mquant.loader_model.vllm.table import Table
 from mquant.loader_model.vllm.tensors import Copies, Loaded, LoadRefused, Shape, Unknown
 
@@ -56,7 +56,7 @@ def load(build: Callable[[], Model], tensors: Iterable[Loaded]) -> Outcome:
             else:
                 place(model.modules, model.renaming, copies, loaded)
             whole = copies.used >= loaded.numel
-            if not whole or loaded.name.startswith(later):
+            if not whole or (later and _outer_name(model, loaded.name).startswith(later)):
                 apart[loaded.name] = not whole
         _check_experts(model)
     except LoadRefused as stop:
@@ -74,8 +74,14 @@ def load(build: Callable[[], Model], tensors: Iterable[Loaded]) -> Outcome:
 
 
 def _later(model: Model) -> tuple[str, ...]:
-    """Return the beginnings of the names that vLLM leaves out on purpose."""
-    return (*(f"model.{each}" for each in model.renaming["model"].drops), *model.renaming[""].drops)
+    """Return the beginnings of the names, in vLLM's model, that vLLM leaves out on purpose."""
+    text = f"{model.inside}model"
+    return (*(f"{text}.{each}" for each in model.renaming[text].drops), *model.renaming[""].drops)
+
+
+def _outer_name(model: Model, name: str) -> str:
+    """Return a tensor's name in vLLM's model; empty if the model has no place for the tensor."""
+    return rename(name, model.renaming[""].renames) or ""
 
 
 def _dropped(model: Model, apart: Mapping[str, bool]) -> tuple[str, ...]:
@@ -85,8 +91,13 @@ def _dropped(model: Model, apart: Mapping[str, bool]) -> tuple[str, ...]:
     prediction only if it has `eh_proj`; else the model has lost the layer. A model without a head
     has lost the head.
     """
-    lost = tuple(each for each in _later(model) if f"{each}eh_proj.weight" not in apart)
-    return tuple(name for name, wanting in apart.items() if wanting or name.startswith(lost))
+    there = {_outer_name(model, name) for name in apart}
+    lost = tuple(each for each in _later(model) if f"{each}eh_proj.weight" not in there)
+    return tuple(
+        name
+        for name, wanting in apart.items()
+        if wanting or _outer_name(model, name).startswith(lost)
+    )
 
 
 def _unset(model: Model) -> tuple[tuple[str, int], ...]:

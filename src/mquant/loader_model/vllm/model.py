@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Final, Protocol
 
 from mquant.loader_model.vllm.config_stage import check
@@ -20,7 +21,7 @@ from mquant.loader_model.vllm.layers import (
 )
 from mquant.loader_model.vllm.names import Modules, Renaming
 from mquant.loader_model.vllm.tensors import LoadRefused, Parameter, Unknown
-from mquant.loader_rows import LayerRow, Settings, VllmRows
+from mquant.loader_rows import LayerRow, Renames, Settings, VllmRows
 
 MOST_LAYERS: Final = 1_000
 _LINEAR: Final[Mapping[str, tuple[type[Linear], str]]] = {
@@ -45,7 +46,7 @@ class Method(Protocol):
     """Last part of a fused layer's name -> the last parts on disk (`packed_modules_mapping`)."""
     suffixes: tuple[tuple[str, str], ...]
     """Ends of tensors' names that the method renames, to scales of the KV cache."""
-    renames: tuple[tuple[str, str], ...] | None
+    renames: Renames | None
     """Parts of names on disk -> vLLM's, which vLLM replaces in the config's names of modules too;
     None if the model's class has no mapper of names."""
     asked: frozenset[str]
@@ -78,6 +79,12 @@ class Model:
     rows: VllmRows
     settings: Settings
 
+    @property
+    def inside(self) -> str:
+        """What the names of the text model begin with, in vLLM's model."""
+        around = self.settings.wrapping
+        return f"{around.inside}." if around else ""
+
     def parameters(self) -> Iterator[Parameter]:
         """Yield every parameter."""
         for layer in self.layers:
@@ -94,20 +101,13 @@ def build(rows: VllmRows, settings: Settings, method: Method | None, ranks: int 
         if key not in settings.values:
             raise LoadRefused("config.json", f"has no {key}")
     if method:
-        method.fused = {
-            name: parts
-            for name, parts in rows.fused.items()
-            if settings.has(rows.fused_if.get(name, ""))
-        }
-        # A class that looks every name up in one table has no mapper of names.
-        method.renames = rows.renames if rows.walks == "modules" else None
-        method.asked = frozenset(_asked(rows, settings))
+        _tell(method, rows, settings)
     layers, modules = [], Modules()
     act = settings.values.get("hidden_act")
-    for row, number in _every(rows, settings):
-        if row.kind == "merged" and rows.activations and act not in rows.activations:
+    for place in _every(rows, settings):
+        if place.row.kind == "merged" and rows.activations and act not in rows.activations:
             raise LoadRefused("config.json", f"says hidden_act {act!r}")
-        layer = _layer(row, number, _Sizes(settings, ranks), method)
+        layer = _layer(place, _Sizes(settings, ranks), method)
         layers.append(layer)
         modules.add(layer)
     if rows.needs_experts and not any(isinstance(layer, Experts) for layer in layers):
@@ -116,36 +116,80 @@ def build(rows: VllmRows, settings: Settings, method: Method | None, ranks: int 
     return Model(tuple(layers), modules, _renaming(rows, settings, method), aliases, rows, settings)
 
 
-def _every(rows: VllmRows, settings: Settings) -> Iterator[tuple[LayerRow, int | None]]:
-    """Yield the rows of the model with the number of the decoder layer, if there is one."""
-    count = settings.number("num_hidden_layers")
-    if count is None or not 0 <= count <= MOST_LAYERS:
-        raise Unknown("num_hidden_layers in config.json")
+def _tell(method: Method, rows: VllmRows, settings: Settings) -> None:
+    """Tell the method what vLLM's class of the model says of names."""
+    around = settings.wrapping
+    method.fused = {
+        **{
+            name: of for name, of in rows.fused.items() if settings.has(rows.fused_if.get(name, ""))
+        },
+        **(around.fused if around else {}),
+    }
+    # A class that looks every name up in one table has no mapper of names.
+    own = rows.outer_renames or rows.renames if rows.walks == "modules" else None
+    renames = around.renames if around else own
+    if renames is not None:
+        method.renames = tuple((old, new) for old, new in renames if new is not None)
+    method.asked = frozenset(_asked(rows, settings))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A layer of the model: its row, and the number of the decoder layer, if there is one.
+
+    `inside` is what the layer's name begins with if the model is a part of a larger one.
+    """
+
+    row: LayerRow
+    number: int | None = None
+    inside: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.inside + self.row.name.replace("{layer}", str(self.number))
+
+    @property
+    def asked(self) -> str:
+        """The name under which vLLM asks the quantization config."""
+        asked = self.row.asked_as
+        return self.name if asked is None else asked.replace("{layer}", str(self.number))
+
+
+def _every(rows: VllmRows, settings: Settings) -> Iterator[_Place]:
+    """Yield every layer of the model."""
+    inside = ""
+    if settings.wrapping:
+        yield from _repeated(settings.wrapping.layers, settings)
+        inside = f"{settings.wrapping.inside}."
     head = [row for row in rows.model_rows if row.kind == "head"]
-    for row in rows.model_rows:
-        if row not in head:
-            yield row, None
-    for number in range(count):
-        for row in rows.layer_rows:
-            if settings.has(row.when, number):
-                yield row, number
+    others = [row for row in rows.model_rows if row not in head]
+    yield from _repeated((*others, *rows.layer_rows), settings, inside)
     for row in () if settings.headless else head:
-        yield row, None
+        yield _Place(row, None, inside)
+
+
+def _repeated(rows: Iterable[LayerRow], settings: Settings, inside: str = "") -> Iterator[_Place]:
+    """Yield the layers of the rows; rows of one count are repeated together."""
+    for count, group in groupby(rows, lambda row: row.count if "{layer}" in row.name else ""):
+        if not count:
+            yield from (_Place(row, None, inside) for row in group)
+            continue
+        size, together = settings.size(count), tuple(group)
+        if size is None or not 0 <= size <= MOST_LAYERS:
+            raise Unknown(f"{count} in config.json")
+        for number in range(size):
+            for row in together:
+                if settings.has(row.when, number):
+                    yield _Place(row, number, inside)
 
 
 def _asked(rows: VllmRows, settings: Settings) -> Iterator[str]:
-    for row, number in _every(rows, settings):
-        asked = _prefix(row, number)
+    for place in _every(rows, settings):
+        row = place.row
         if row.heeds and row.kind == "experts":
-            yield from (f"{asked}.0.{matrix}" for matrix in row.names)
+            yield from (f"{place.asked}.0.{matrix}" for matrix in row.names)
         elif row.heeds and row.kind not in ("norm", "bare"):
-            yield asked
-
-
-def _prefix(row: LayerRow, number: int | None) -> str:
-    """Return the name under which vLLM asks the quantization config."""
-    asked = row.name if row.asked_as is None else row.asked_as
-    return asked.replace("{layer}", str(number))
+            yield place.asked
 
 
 @dataclass(frozen=True)
@@ -183,14 +227,13 @@ def _share(name: str, does: str, size: int, ranks: int) -> int:
     return size // ranks
 
 
-def _layer(row: LayerRow, number: int | None, sizes_of: _Sizes, method: Method | None) -> Layer:
-    name = row.name.replace("{layer}", str(number))
-    asked = _prefix(row, number)
+def _layer(place: _Place, sizes_of: _Sizes, method: Method | None) -> Layer:
+    row, name, asked = place.row, place.name, place.asked
+    bias = bool(row.bias) and sizes_of.settings.has(row.bias, place.number)
     sizes, columns, ranks = sizes_of.of(row, name)
     method = method if row.heeds else None
     if row.kind in _LINEAR:
         made, class_name = _LINEAR[row.kind]
-        bias = bool(row.bias) and sizes_of.settings.has(row.bias, number)
         class_name = row.class_name or class_name
         linear = made(
             name, asked, class_name, outputs=sizes, inputs=columns, ranks=ranks, bias=bias
@@ -226,7 +269,7 @@ def _layer(row: LayerRow, number: int | None, sizes_of: _Sizes, method: Method |
         bare.parameters[""] = Parameter(name, row.dtype, sizes)
         return bare
     norm = Layer(name, asked, "RMSNorm")
-    norm.add(Parameter("weight", "BF16", sizes))
+    norm.add(*(Parameter(each, "BF16", sizes) for each in ("weight", "bias")[: 1 + bias]))
     return norm
 
 
@@ -254,7 +297,7 @@ def _tied(rows: VllmRows, settings: Settings, layers: list[Layer]) -> dict[str, 
 
 
 def _renaming(rows: VllmRows, settings: Settings, method: Method | None) -> dict[str, Renaming]:
-    quantized = method is not None
+    quantized, around = method is not None, settings.wrapping
     drops: tuple[str, ...] = ()
     if rows.mtp and (count := settings.number(rows.mtp)):
         base = settings.number("num_hidden_layers") or 0
@@ -269,5 +312,8 @@ def _renaming(rows: VllmRows, settings: Settings, method: Method | None) -> dict
         suffixes if rows.inner_quantization else (),
     )
     head = ("lm_head.",) if settings.headless else ()
-    outer = Renaming(drops=head, quantized=quantized, suffixes=suffixes)
-    return {"": outer, "model": inner}
+    outer = Renaming((), rows.outer_renames, head, (), quantized, suffixes)
+    if around is None:
+        return {"": outer, "model": inner}
+    larger = Renaming((), around.renames, (), (), quantized, suffixes, around.accepts)
+    return {"": larger, around.inside: outer, f"{around.inside}.model": inner}

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from mquant.loader_model.vllm.layers import Bare, Layer, Shard
-from mquant.loader_model.vllm.tensors import Copies, Loaded, LoadRefused
+from mquant.loader_model.vllm.tensors import Copies, Loaded, LoadRefused, Unknown
+from mquant.loader_rows import Renames
 
+_PLAIN: Final = ("BF16", "F16", "F32")
 _CACHE_SCALES: Final = (
     (r"\.kv_scale$", ".attn.k_scale"),
     (r"\.self_attn\.[kv]_proj\.([kv])_scale$", r".self_attn.attn.\1_scale"),
@@ -40,20 +42,24 @@ class Renaming:
     """
 
     stacked: tuple[tuple[str, str, Shard], ...] = ()
-    renames: tuple[tuple[str, str], ...] = ()
+    renames: Renames = ()
     drops: tuple[str, ...] = ()
     ignores: tuple[str, ...] = ()
     quantized: bool = False
     suffixes: tuple[tuple[str, str], ...] = ()
     """Ends of names that the quantization method renames."""
+    accepts: tuple[str, ...] = ()
+    """Beginnings of names that count as loaded, because the model has no layers there."""
 
     def __call__(self, name: str) -> tuple[str, Shard] | None:
         """Return vLLM's name and the place in a fused layer; None if vLLM leaves the tensor out."""
         if self.quantized and name.endswith(_CACHE_ENDS):
             for pattern, new in _CACHE_NAMES:
                 name = pattern.sub(new, name)
-        for old, new in self.renames:
-            name = name.replace(old, new, 1)
+        renamed = rename(name, self.renames)
+        if renamed is None:
+            return None
+        name = renamed
         if "rotary_" in name and any(part in name for part in _UNUSED):
             return None
         shard: Shard = None
@@ -73,6 +79,17 @@ class Renaming:
         """Return whether the loader passes over a module or parameter that the model lacks."""
         suffixes = (".bias", *self.ignores, *(_CACHE_SUFFIXES if self.quantized else ()))
         return name.endswith(suffixes) or f"{name}.".endswith(suffixes)
+
+
+def rename(name: str, renames: Renames) -> str | None:
+    """Return a name after vLLM's mapper of names; None if the mapper leaves the name out."""
+    for old, new in renames:
+        found = name.startswith(old[1:]) if old.startswith("^") else old in name
+        if found:
+            if new is None:
+                return None
+            name = name.replace(old.removeprefix("^"), new, 1)
+    return name
 
 
 @dataclass
@@ -102,19 +119,22 @@ def place(
 ) -> None:
     """Copy a tensor into the parameter that vLLM copies the tensor into, if there is one.
 
-    `renaming` is that of the whole model, under the empty name, and that of the model below
-    `model.`. Raises LoadRefused if vLLM stops at the tensor.
+    `renaming` is that of every module with a loader of its own, by name; the whole model has the
+    empty name. Raises LoadRefused if vLLM stops at the tensor, and Unknown.
     """
-    loader = renaming[""]
+    name, loader = "", renaming[""]
     renamed = loader(loaded.name)
-    first, _, rest = renamed[0].partition(".") if renamed else ("", "", "")
-    inner = modules.children.get(first) if first in renaming and rest else None
-    if isinstance(inner, Modules):
-        loader, modules, renamed = renaming[first], inner, renaming[first](rest)
-    if renamed is None:
-        copies.used += loaded.numel  # vLLM passes over the tensor on purpose
-    else:
-        _walk(modules, loader, copies, loaded, *renamed)
+    while renamed and not (loader.accepts and renamed[0].startswith(loader.accepts)):
+        first, _, rest = renamed[0].partition(".")
+        name = f"{name}.{first}" if name else first
+        inner = modules.children.get(first) if name in renaming and rest else None
+        if not isinstance(inner, Modules):
+            _walk(modules, loader, copies, loaded, *renamed)
+            return
+        loader, modules, renamed = renaming[name], inner, renaming[name](rest)
+    if renamed and (loaded.dtype not in _PLAIN or loaded.name.endswith("_scale")):
+        raise Unknown(f"the quantized tensor {loaded.name}")
+    copies.used += loaded.numel  # vLLM passes over the tensor on purpose, or takes it
 
 
 def _walk(

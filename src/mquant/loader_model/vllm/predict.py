@@ -76,7 +76,8 @@ def _model(
     settings = Settings(rows, config, read_as)
     heads = settings.number("num_attention_heads") or 0
     heads_of = heads, settings.number("num_key_value_heads") or heads
-    method = read_method(config, hf_quant_config, heads_of)
+    text = settings.config if settings.nested else None
+    method = read_method(config, hf_quant_config, heads_of, text)
     return build(rows, settings, method, ranks)
 
 

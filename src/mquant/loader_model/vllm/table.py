@@ -1,6 +1,7 @@
 """The loader of models that look every name up in one table of parameters.
 
-The source is vLLM 0.32's `DeepseekV2Model.load_weights`. Names are those below `model.`.
+The source is vLLM 0.32's `DeepseekV2Model.load_weights`. Names are those below the
+text model's `model.`.
 """
 
 import re
@@ -24,8 +25,9 @@ class Table:
         self._model = model
         self._parameters: dict[str, tuple[Layer, str]] = {}
         self._experts: dict[str, Experts] = {}
+        self._outer = model.inside + _OUTER
         for layer in model.layers:
-            name = layer.name.removeprefix(_OUTER)
+            name = layer.name.removeprefix(self._outer)
             if isinstance(layer, Experts):
                 self._experts[name] = layer
             for key in layer.parameters:
@@ -38,11 +40,11 @@ class Table:
         if outer is None:
             copies.used += loaded.numel  # vLLM passes over the tensor on purpose
             return
-        if not outer[0].startswith(_OUTER):
+        if not outer[0].startswith(self._outer):
             place(model.modules, model.renaming, copies, loaded)
             return
-        name = outer[0].removeprefix(_OUTER)
-        inner = model.renaming["model"]
+        name = outer[0].removeprefix(self._outer)
+        inner = model.renaming[f"{model.inside}model"]
         if name.startswith(inner.drops or ("\0",)):
             copies.used += loaded.numel
             return

@@ -313,6 +313,9 @@ def load(folder: str, result: dict[str, Any], report_stage: Any, *, closely: boo
         with no_difference(), Watch(copies) if closely else glance(copies):
             model.load_weights(offered())
     passed_over = mtp_layers(config.model_config.hf_text_config, copies.names)
+    mapper = getattr(type(model), "hf_to_vllm_mapper", None)
+    prefixes = getattr(mapper, "orig_to_new_prefix", {})
+    passed_over += tuple(prefix for prefix, new in prefixes.items() if new is None)
     lists: dict[str, list[Any]] = {
         "dropped": [n for n in copies.dropped(model) if not n.startswith(passed_over)],
         "unset": copies.unset(model),

@@ -72,13 +72,18 @@ class Chosen:
     config: Mapping[str, Any]
 
 
-def choose(config: Mapping[str, Any], hf_quant_config: Any = None) -> Chosen | None:
+def choose(
+    config: Mapping[str, Any], hf_quant_config: Any = None, text: Mapping[str, Any] | None = None
+) -> Chosen | None:
     """Return the method and its config; None if vLLM takes the checkpoint for unquantized.
 
-    `hf_quant_config` is the content of that file, None without the file. Raises LoadRefused if vLLM
+    `hf_quant_config` is the content of that file, None without the file. `text` is the table with
+    the text model's keys, None without a table. Raises LoadRefused if vLLM
     stops, and Unknown for a method that is not modelled.
     """
     where, table = _find(config, hf_quant_config)
+    if table is None and text is not None:
+        where, table = _find(text, None)
     if table is None:
         return None
     name = table.get("quant_method", "")
@@ -177,14 +182,17 @@ def _from_file(hf_quant_config: Any) -> Mapping[str, Any]:
 
 
 def read_method(
-    config: Mapping[str, Any], hf_quant_config: Any, heads: tuple[int, int]
+    config: Mapping[str, Any],
+    hf_quant_config: Any,
+    heads: tuple[int, int],
+    text: Mapping[str, Any] | None = None,
 ) -> Method | None:
     """Return the method that vLLM builds; None if vLLM takes the checkpoint for unquantized.
 
-    `heads` are the numbers of query heads and KV heads. Raises LoadRefused if vLLM stops, and
-    Unknown.
+    `heads` are the numbers of query heads and KV heads; `text` is as for `choose`. Raises
+    LoadRefused if vLLM stops, and Unknown.
     """
-    chosen = choose(config, hf_quant_config)
+    chosen = choose(config, hf_quant_config, text)
     if chosen is None:
         return None
     if chosen.method in _MODELOPT:

@@ -26,7 +26,9 @@ from mquant.loader_model.vllm.methods.compressed_tensors_schemes import (
     linear_parameters,
     quantizes_activations,
 )
+from mquant.loader_model.vllm.names import rename
 from mquant.loader_model.vllm.tensors import MODEL_DTYPE, LoadRefused, Parameter, Unknown
+from mquant.loader_rows import Renames
 
 _EXPERTS: Final = "RoutedExperts"
 _CLASSES: Final = frozenset(
@@ -43,6 +45,7 @@ _CLASSES: Final = frozenset(
         _EXPERTS,
     }
 )
+
 _CACHE_STRATEGIES: Final = ("tensor", "attn_head")
 
 
@@ -58,7 +61,7 @@ class CompressedTensors:
     cache: object
     heads: tuple[int, int]
     fused: Mapping[str, tuple[str, ...]]
-    renames: tuple[tuple[str, str], ...] | None = None
+    renames: Renames | None = None
     asked: frozenset[str] = frozenset()
     suffixes: tuple[tuple[str, str], ...] = ()
     _names: tuple[Patterns, Patterns] | None = None
@@ -183,8 +186,7 @@ class CompressedTensors:
 
     def _renamed(self, name: str) -> str:
         if "." in name and not name.startswith("re:"):
-            for old, new in self.renames or ():
-                name = name.replace(old, new, 1)
+            return rename(name, self.renames or ()) or name
         return name
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final, Self
 
 from mquant.loader_model.vllm.experts import Experts
 from mquant.loader_model.vllm.layers import Attention, Embedding, Linear
+from mquant.loader_model.vllm.names import rename
 from mquant.loader_model.vllm.tensors import (
     MODEL_DTYPE,
     Kind,
@@ -17,6 +18,7 @@ from mquant.loader_model.vllm.tensors import (
     Parameter,
     Unknown,
 )
+from mquant.loader_rows import Renames
 
 _WHERE: Final = "quantization_config"
 _FP8: Final = "F8_E4M3"
@@ -44,7 +46,7 @@ class Fp8:
         self, *, static: bool, ignored: Collection[Any], block: list[Any] | None, store: Any = None
     ) -> None:
         self.fused: Mapping[str, tuple[str, ...]] = {}
-        self.renames: tuple[tuple[str, str], ...] | None = None
+        self.renames: Renames | None = None
         self._static, self._ignored, self._block, self._store = static, ignored, block, store
 
     @classmethod
@@ -182,9 +184,7 @@ class Fp8:
         for entry in self._ignored:
             if self.renames is not None and not isinstance(entry, str):
                 raise LoadRefused(_WHERE, f"ignores {entry!r}, which is no name")
-            for old, new in self.renames or ():
-                entry = entry.replace(old, new, 1)
-            names.append(entry)
+            names.append(rename(entry, self.renames) if self.renames else entry)
         return frozenset(name for name in names if isinstance(name, str)), tuple(names)
 
 

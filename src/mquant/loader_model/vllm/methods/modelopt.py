@@ -19,6 +19,7 @@ from mquant.loader_model.vllm.methods.modelopt_args import (
     read,
 )
 from mquant.loader_model.vllm.tensors import MODEL_DTYPE, Kind, LoadRefused, Parameter, Unknown
+from mquant.loader_rows import Renames
 
 _BLOCK: Final = 128
 _MX_BLOCK: Final = 32
@@ -30,7 +31,7 @@ class ModelOpt:
     """A `Method` under one ModelOpt config."""
 
     fused: Mapping[str, tuple[str, ...]]
-    renames: tuple[tuple[str, str], ...] | None
+    renames: Renames | None
     asked: frozenset[str] = frozenset()
     suffixes: tuple[tuple[str, str], ...] = ()
 

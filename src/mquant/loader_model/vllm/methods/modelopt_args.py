@@ -12,7 +12,9 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any, Final
 
+from mquant.loader_model.vllm.names import rename
 from mquant.loader_model.vllm.tensors import LoadRefused, Unknown
+from mquant.loader_rows import Renames
 
 _WHERE: Final = "the quantization config"
 _OWNED: Final[Mapping[str, tuple[str, ...]]] = {
@@ -120,13 +122,13 @@ class Arguments:
         """Whether each layer has an algorithm of its own."""
         return self.algo == _MIXED
 
-    def renamed(self, renames: tuple[tuple[str, str], ...]) -> "Arguments":
+    def renamed(self, renames: Renames) -> "Arguments":
         """Return the config after the model's mapper renamed its names."""
         if not all(isinstance(entry, str) for entry in self.exclude):
             raise LoadRefused(_WHERE, "excludes a module whose name is no string")
         names = (part for entry in self.exclude for part in _split(entry))
-        exclude = tuple(_rename(name, renames) for name in names)
-        layers = {_rename(name, renames): info for name, info in self.layers.items()}
+        exclude = tuple(rename(name, renames) for name in names)
+        layers = {rename(name, renames) or name: info for name, info in self.layers.items()}
         return replace(self, exclude=exclude, layers=layers)
 
     def algo_of(self, prefix: str, fused: Mapping[str, tuple[str, ...]]) -> str | None:
@@ -308,12 +310,6 @@ def _split(entry: str) -> tuple[str, ...]:
     if len(entry) >= 2 and entry[-1] == "*" and entry[-2] != ".":
         return entry[:-1], entry[:-1] + ".*"
     return (entry,)
-
-
-def _rename(name: str, renames: tuple[tuple[str, str], ...]) -> str:
-    for old, new in renames:
-        name = name.replace(old, new, 1)
-    return name
 
 
 def _candidates(prefix: str) -> Iterator[str]:

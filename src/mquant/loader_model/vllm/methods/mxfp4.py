@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from mquant.loader_model.vllm.experts import Experts
 from mquant.loader_model.vllm.layers import Attention, Embedding, Linear
 from mquant.loader_model.vllm.tensors import Parameter
+from mquant.loader_rows import Renames
 
 
 class ExpertsOnly:
@@ -19,7 +20,7 @@ class ExpertsOnly:
 
     def __init__(self, name: str) -> None:
         self.fused: Mapping[str, tuple[str, ...]] = {}
-        self.renames: tuple[tuple[str, str], ...] | None = None
+        self.renames: Renames | None = None
         self._name = name
 
     def linear(self, layer: Linear) -> Iterable[Parameter] | None:
