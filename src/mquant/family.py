@@ -259,12 +259,14 @@ class Family(Data):
 
     def needed_keys(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the keys of config.json that decide which tensors exist, and the shapes."""
-        sizes = {
-            size
-            for row in self.tensors
-            for size in (*row.shape, *(size for shape in row.shapes.values() for size in shape))
-            if self.has_block(row.block, None, config) is not False
-        }
+        rows = [row for row in self.tensors if self.has_block(row.block, None, config) is not False]
+        of_blocks = (
+            shape
+            for row in rows
+            for block, shape in row.shapes.items()
+            if self.has_block(block, None, config) is not False
+        )
+        sizes = {size for shape in (*(row.shape for row in rows), *of_blocks) for size in shape}
         keys = {key for size in sizes for key in size_keys(size)}
         keys = keys.union(*map(condition_keys, self.blocks.values()))
         settings = self.settings(config)

@@ -29,6 +29,7 @@ class Role(StrEnum):
     LINEAR_ATTENTION = "linear_attention"
     MAMBA = "mamba"
     INDEXER = "indexer"
+    LATENT = "latent"
     EMBEDDING = "embedding"
     HEAD = "head"
     NORM = "norm"

@@ -3,11 +3,11 @@
 A size is a sum of products and quotients: `num_attention_heads * head_dim`, `kv_lora_rank +
 qk_rope_head_dim`, `len(layer_types)`, `heads_per_layer[layer] * head_dim`. A condition selects
 layers, in clauses joined by `and`, and such groups of clauses joined by `or`: `KEY`, `not KEY`,
-`KEY is VALUE`, `layer < SIZE`, `layer >= SIZE`, `layer in KEY`, `layer not in KEY`, `layer + 1 in
-KEY`, `KEY divides layer`, `KEY divides layer + SIZE`, `KEY divides layer - SIZE`, `not`
-before these three, `KEY[layer]`, `not KEY[layer]`, `KEY[layer] is VALUE`, where SIZE is one key or
-number. `KEY[layer]` is the item of a list, or the character of a string, at the layer's number. A
-KEY with dots is in nested tables.
+`layer < SIZE`, `layer >= SIZE`, `layer in KEY`, `layer not in KEY`, `layer + 1 in KEY`, `KEY is
+VALUE`, `KEY divides layer`, `KEY divides layer + SIZE`, `KEY divides layer - SIZE`, `not` before
+these four, `KEY[layer]`, `not KEY[layer]`, `KEY[layer] is VALUE`, `not KEY[layer] is VALUE`, where
+SIZE is one key or number. `KEY[layer]` is the item of a list, or the character of a string, at the
+layer's number. A KEY with dots is in nested tables.
 """
 
 import re
@@ -29,7 +29,8 @@ _CLAUSE: Final = re.compile(
     rf"|layer(?P<after> \+ 1)? (?P<within>in|not in) (?P<list>{_KEY})"
     rf"|(?P<undivided>not )?(?P<divisor>(?!not\b){_WORD}) divides"
     rf" layer(?: (?P<sign>[+-]) (?P<offset>{_WORD}))?"
-    rf"|(?P<named>(?!layer\b){_KEY})(?P<named_item>\[layer\])? is (?P<value>\S+)"
+    rf"|(?P<other>not )?(?P<named>(?!(?:layer|not)\b){_KEY})(?P<named_item>\[layer\])?"
+    r" is (?P<value>\S+)"
     rf"|(?P<not>not )?(?P<key>(?!(?:layer|not)\b){_KEY})(?P<item>\[layer\])?"
 )
 
@@ -147,7 +148,7 @@ def _clause(text: str, layer: int | None, config: Mapping[str, Any], lookup: Loo
         else:
             value = item(config, key, layer)
         if match["named"]:
-            return str(value) == match["value"]
+            return (str(value) == match["value"]) is not bool(match["other"])
         return bool(value) is not bool(match["not"])
     return layer is None or _of_layer(match, layer, config, lookup)
 

@@ -39,6 +39,13 @@ def test_a_file_has_its_familys_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_the_config_of_a_release_has_every_key_that_its_own_blocks_need(name: str) -> None:
+    family = FAMILIES[name]
+    config = family.synth.config
+    assert not [key for key in family.needed_keys(config) if family.value(key, config) is None]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_tiny_checkpoint_is_whole_and_can_be_quantized(
     tiny: Callable[[str], Path], name: str
 ) -> None:

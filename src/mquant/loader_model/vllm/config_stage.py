@@ -148,8 +148,9 @@ def _check_nesting(settings: Settings, rows: VllmRows) -> None:
     if around is None or not settings.nested:
         if settings.wrapping:
             raise LoadRefused(_FILE, f"says {config.get('model_type')}, a text model's model_type")
-        if config.get("text_config") is not None:
-            raise LoadRefused(_FILE, "has a text_config, which vLLM takes for the model's config")
+        for key in ("text_config", "llm_config"):
+            if config.get(key) is not None:
+                raise LoadRefused(_FILE, f"has a {key}, which vLLM takes for the model's config")
         return
     table = config.get(around.key)
     if table is not None and not isinstance(table, dict):
