@@ -51,25 +51,24 @@ _DELTA_NET: Final = {
     "linear_value_head_dim": 64,
     "shared_expert_intermediate_size": 128,
 }
+_LATENT: Final = {
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "kv_lora_rank": 128,
+    "q_lora_rank": 128,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+}
+_SPARSE: Final = {**_LATENT, "index_head_dim": 64, "index_n_heads": 4}
 _SIZES: Final[dict[str, dict[str, Any]]] = {
     "minimax_m2": {"intermediate_size": 128, "head_dim": 64, "rotary_dim": 32},
     "qwen3_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
-    "deepseek_v3": {
-        "intermediate_size": 256,
-        "moe_intermediate_size": 128,
-        "kv_lora_rank": 128,
-        "q_lora_rank": 128,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 32,
-    },
-    "deepseek_v2": {
-        "intermediate_size": 256,
-        "moe_intermediate_size": 128,
-        "kv_lora_rank": 128,
-        "q_lora_rank": 128,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 32,
-    },
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": _SPARSE,
+    "glm_moe_dsa": _SPARSE,
+    "glm4_moe_lite": _LATENT,
+    "kimi_k2": _LATENT,
     "mixtral": {"intermediate_size": 128},
     "llama": {"intermediate_size": 256},
     "qwen3": {"head_dim": 64, "intermediate_size": 256},
@@ -84,17 +83,21 @@ _SIZES: Final[dict[str, dict[str, Any]]] = {
 }
 _TIED: Final = {"tie_word_embeddings": True}
 _BIASED: Final = {"attention_bias": True}
+_EXPERTS: Final = (
+    {"num_nextn_predict_layers": 1},
+    {"n_shared_experts": 2},
+    {"first_k_dense_replace": 0},
+)
 # Legal variations of a family's config.json; the tensors follow.
 VARIANTS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
     "minimax_m2": ({"num_key_value_heads": 4},),
     "qwen3_moe": (_TIED, _BIASED, {"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}),
-    "deepseek_v3": (
-        {"q_lora_rank": None},
-        {"num_nextn_predict_layers": 1},
-        {"n_shared_experts": 2},
-        {"first_k_dense_replace": 0},
-    ),
     "deepseek_v2": ({"q_lora_rank": None}, {"n_shared_experts": 1}, {"topk_method": "noaux_tc"}),
+    "deepseek_v3": ({"q_lora_rank": None}, *_EXPERTS),
+    "deepseek_v32": _EXPERTS,
+    "glm_moe_dsa": (*_EXPERTS, {"index_topk_freq": 1}, {"index_topk_pattern": "FSS"}),
+    "glm4_moe_lite": ({"q_lora_rank": None}, *_EXPERTS),
+    "kimi_k2": ({"q_lora_rank": None}, *_EXPERTS),
     "mixtral": (_TIED,),
     "llama": (_TIED, _BIASED, {"mlp_bias": True}),
     "qwen3": (_TIED, _BIASED),

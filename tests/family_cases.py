@@ -14,28 +14,60 @@ class FamilyCase:
     """The number of parameters of the release that `synth.config` describes."""
     routers: list[str] = field(default_factory=list)
     """The router modules of the tiny checkpoint."""
+    kept: list[str] = field(default_factory=list)
+    """The further linear modules of the tiny checkpoint that recipe nvfp4 keeps."""
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name of a variant -> the keys of the tiny config.json that change the list of tensors."""
 
 
 QKV = {"qkv": ["q_proj", "k_proj", "v_proj"]}
 GATE_UP = ["gate_proj", "up_proj"]
+DEEPSEEK_SETS = {
+    "qkv_a": ["q_a_proj", "kv_a_proj_with_mqa"],
+    "gate_up": GATE_UP,
+    "expert_gate_up": GATE_UP,
+    "shared_gate_up": GATE_UP,
+}
+INDEXER = [f"self_attn.indexer.{part}" for part in ("wq_b", "wk", "weights_proj")]
 TIED = {"tie_word_embeddings": True}
 
 # MiniMax-M2 has tests of its own.
 FAMILY_CASES = {
     "deepseek_v3": FamilyCase(
-        fused_sets={
-            "qkv_a": ["q_a_proj", "kv_a_proj_with_mqa"],
-            "gate_up": GATE_UP,
-            "expert_gate_up": GATE_UP,
-            "shared_gate_up": GATE_UP,
-        },
+        fused_sets=DEEPSEEK_SETS,
         parameters=684_489_845_504,
         routers=[f"model.layers.{layer}.mlp.gate" for layer in (1, 2)],
         variants={
             "whole query": {"q_lora_rank": None},
             "two shared experts": {"n_shared_experts": 2},
+            "multi-token prediction": {"num_nextn_predict_layers": 1},
+        },
+    ),
+    "deepseek_v32": FamilyCase(
+        fused_sets=DEEPSEEK_SETS,
+        parameters=685_355_329_792,
+        routers=[f"model.layers.{layer}.mlp.gate" for layer in (1, 2)],
+        kept=[f"model.layers.{layer}.{part}" for layer in (0, 1, 2) for part in INDEXER],
+        variants={"multi-token prediction": {"num_nextn_predict_layers": 1}},
+    ),
+    "glm_moe_dsa": FamilyCase(
+        fused_sets=DEEPSEEK_SETS,
+        parameters=755_233_105_920,
+        routers=[f"model.layers.{layer}.mlp.gate" for layer in (1, 2)],
+        kept=[f"model.layers.{layer}.{part}" for layer in (0, 2) for part in INDEXER],
+        variants={
+            "an indexer in every layer": {"index_topk_freq": 1},
+            "indexers by a list": {"indexer_types": ["full", "shared", "full"]},
+            "indexers by a pattern": {"index_topk_pattern": "FSF"},
+            "multi-token prediction": {"num_nextn_predict_layers": 1},
+        },
+    ),
+    "glm4_moe_lite": FamilyCase(
+        fused_sets=DEEPSEEK_SETS,
+        parameters=31_221_488_576,
+        routers=[f"model.layers.{layer}.mlp.gate" for layer in (1, 2)],
+        variants={
+            "whole query": {"q_lora_rank": None},
             "multi-token prediction": {"num_nextn_predict_layers": 1},
         },
     ),

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from mquant.data_files import folder, read_yaml
 from mquant.errors import DataFileError
 from mquant.family import Family
+from mquant.formulas import find
 
 _REPLACED_WHOLE: Final = ("synth", "config")
 _MOST_LIKES: Final = 5
@@ -146,8 +147,10 @@ def family_of(
 ) -> Family | None:
     """Return the family whose `model_types` holds the config's model_type, or None.
 
-    `names` are the names of the checkpoint's tensors, which say how the rows are named on disk.
+    If none does, the model_type of a larger model's text model counts. `names` are the names of the
+    checkpoint's tensors, which say how the rows are named on disk.
     """
-    kind = config.get("model_type")
-    family = next((f for f in families.values() if kind in f.model_types), None)
+    kinds = ((f, config.get("model_type")) for f in families.values())
+    inner = ((f, find(config, f"{f.nested}.model_type")) for f in families.values() if f.nested)
+    family = next((f for f, kind in (*kinds, *inner) if kind in f.model_types), None)
     return family and family.named_as(names)

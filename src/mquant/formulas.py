@@ -7,7 +7,7 @@ layers, in clauses joined by `and`, and such groups of clauses joined by `or`: `
 VALUE`, `KEY divides layer`, `KEY divides layer + SIZE`, `KEY divides layer - SIZE`, `not` before
 these four, `KEY[layer]`, `not KEY[layer]`, `KEY[layer] is VALUE`, `not KEY[layer] is VALUE`, where
 SIZE is one key or number. `KEY[layer]` is the item of a list, or the character of a string, at the
-layer's number. A KEY with dots is in nested tables.
+layer's number. A KEY with dots is in nested tables. `KEY divides layer + 1 - SIZE` counts from 1.
 """
 
 import re
@@ -28,7 +28,7 @@ _CLAUSE: Final = re.compile(
     rf"layer (?P<operator><|>=) (?P<limit>{_WORD})"
     rf"|layer(?P<after> \+ 1)? (?P<within>in|not in) (?P<list>{_KEY})"
     rf"|(?P<undivided>not )?(?P<divisor>(?!not\b){_WORD}) divides"
-    rf" layer(?: (?P<sign>[+-]) (?P<offset>{_WORD}))?"
+    rf" layer(?P<counted> \+ 1(?= [+-] ))?(?: (?P<sign>[+-]) (?P<offset>{_WORD}))?"
     rf"|(?P<other>not )?(?P<named>(?!(?:layer|not)\b){_KEY})(?P<named_item>\[layer\])?"
     r" is (?P<value>\S+)"
     rf"|(?P<not>not )?(?P<key>(?!(?:layer|not)\b){_KEY})(?P<item>\[layer\])?"
@@ -163,6 +163,7 @@ def _of_layer(match: re.Match[str], layer: int, config: Mapping[str, Any], looku
         divisor, offset = size(match["divisor"]), size(match["offset"] or "0")
         if divisor is None or divisor <= 0 or offset is None:
             return False
+        layer += bool(match["counted"])
         rest = (layer + (offset if match["sign"] == "+" else -offset)) % divisor
         return bool(rest) is bool(match["undivided"])
     if match["within"]:

@@ -88,6 +88,9 @@ class WrappingRows(_Data):
     accepts: tuple[str, ...] = ()
     """What names of modules begin with, after renaming, of which no layers are told: plain tensors
     count as loaded."""
+    asked: tuple[str, ...] = ()
+    """Linear modules there for which vLLM asks every quantization config but compressed-tensors'.
+    What vLLM makes of a config that quantizes one is not known."""
     fused: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
     """The entries of vLLM's `packed_modules_mapping` that the text model does not have."""
     layers: tuple[LayerRow, ...] = ()

@@ -253,3 +253,11 @@ def test_a_folder_without_config_is_no_checkpoint(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["error"]["message"] == (
         f"{tmp_path.name} has no config.json, so it is no checkpoint."
     )
+
+
+def test_a_quantization_config_in_the_text_models_table_is_read(tmp_path: Path) -> None:
+    table = {"text_config": {"quantization_config": {"quant_method": "compressed-tensors"}}}
+
+    assert document(make_checkpoint(tmp_path / "m", config=table))["quantization"] == (
+        "compressed-tensors"
+    )

@@ -62,6 +62,7 @@ def test_the_result_is_judged_clean_and_keeps_routers_embeddings_and_head(
     report = verify(Folder(out), FAMILIES)
 
     assert not [finding for finding in report.findings if finding.severity == "error"]
+    assert bool(report.undecided) is (FAMILIES[name].vllm is None)
     ignore = set(read_json(out / "config.json")["quantization_config"]["ignore"])
     checkpoint = open_checkpoint(Folder(src))
     family = family_of(checkpoint.config, FAMILIES, checkpoint.tensors)

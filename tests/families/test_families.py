@@ -107,12 +107,12 @@ def test_a_synthetic_checkpoint_plans_clean(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_only_routers_head_embeddings_and_linear_attention_are_kept(
+def test_only_what_a_family_says_is_kept_beside_head_and_embeddings(
     tmp_path: Path, name: str
 ) -> None:
-    plan = plan_of(make(tmp_path / "src", name))
+    plan, case = plan_of(make(tmp_path / "src", name)), FAMILY_CASES[name]
     linear = [module for module in plan.ignore if ".linear_attn." in module]
-    kept = {"lm_head", "model.embed_tokens", *FAMILY_CASES[name].routers, *linear}
+    kept = {"lm_head", "model.embed_tokens", *case.routers, *case.kept, *linear}
 
     assert set(plan.ignore) == kept
 

@@ -100,6 +100,7 @@ def test_a_malformed_size_is_refused(tmp_path: Path, text: str) -> None:
         ("absent[layer] is linear", []),
         ("not absent and 2 divides layer + 1", [1, 3, 5]),
         ("b divides layer - 1", [1, 5]),
+        ("b divides layer + 1 - 2", [1, 5]),
         ("b divides layer - absent", []),
         ("not b divides layer - 1", [0, 2, 3, 4]),
         ("not kinds[layer] is linear", [0, 2, 4]),

@@ -119,6 +119,17 @@ def test_a_model_inside_a_larger_one_has_its_names_with_a_prefix(tmp_path: Path)
     assert family_of({"model_type": "mine"}, {"mine": mine}, {"model.norm.weight"}) is mine
 
 
+def test_a_larger_model_that_no_family_names_has_the_family_of_its_text_model(
+    tmp_path: Path,
+) -> None:
+    mine = family(tmp_path, nested="text_config")
+    other = {"model_type": "larger", "text_config": {"model_type": "mine"}}
+
+    assert family_of(other, {"qwen3_moe": QWEN, "mine": mine}) is mine
+    assert family_of({**other, "model_type": "qwen3_moe"}, {"mine": mine, "q": QWEN}) is QWEN
+    assert family_of(other, {"mine": family(tmp_path)}) is None
+
+
 def test_a_row_stands_for_all_tensors_below_a_prefix(tmp_path: Path) -> None:
     mine = family(tmp_path, tensors=[{"name": "model.visual.*", "role": "vision"}])
     role = mine.classify("model.visual.blocks.0.attn.qkv.weight")

@@ -8,6 +8,8 @@ from mquant.family_files import load_families
 from mquant.loader_model.vllm.load import Outcome
 from mquant.loader_model.vllm.predict import predict_of
 from mquant.loader_model.vllm.tensors import Loaded
+from mquant.schemes import NVFP4A16
+from mquant.synth import Precision, Sizes, make_config
 
 FAMILY = load_families()["qwen3_5_moe"]
 OUTER = "model.language_model."
@@ -140,3 +142,22 @@ def test_names_in_the_quantization_config_are_renamed_as_tensors_are() -> None:
     tensors = {**text_tensors(OUTER), **TOWER}
     assert outcome(ignoring(*names, *experts), tensors).loads
     assert not outcome(ignoring(*(names - {f"{BLOCK}.attn.proj"}), *experts), tensors).loads
+
+
+def test_a_tower_that_vllm_asks_a_config_about_is_judged_only_if_the_config_leaves_it_plain() -> (
+    None
+):
+    family = load_families()["kimi_k25"]
+    config = make_config(family, Sizes(), Precision.BF16, tiny=True)
+
+    def unknown(**quantization: Any) -> str:
+        told = {**config, "quantization_config": quantization}
+        return predict_of(told, family, ()).unknown
+
+    groups = {"group_0": {**NVFP4A16.config_group, "targets": ["Linear"]}}
+    packed = {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": ["lm_head"]}
+    exported = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["vision_tower*"]}
+    assert "a quantized vision_tower." in unknown(**FP8)
+    assert "a quantized mm_projector." in unknown(**exported)
+    assert not unknown(**packed)
+    assert not unknown(**{**exported, "ignore": ["vision_tower*", "mm_projector*"]})

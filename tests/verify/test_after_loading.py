@@ -1,5 +1,6 @@
 """`verify` finds what goes wrong only after a loader has taken every tensor."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,10 @@ import pytest
 
 from judges import read_json
 from make import Edit, make_row
+from mquant.checkpoint import Folder
 from mquant.family_files import load_families
 from mquant.synth import synth
-from mquant.verify.judge import Depth
+from mquant.verify.judge import Depth, verify
 from mutate import judged, mutated, scalar
 
 pytestmark = pytest.mark.upstream
@@ -47,6 +49,20 @@ def test_a_default_that_no_release_uses_is_a_warning(tmp_path: Path) -> None:
         "config-default-taken": "config.json lacks norm_topk_prob, rope_theta: vLLM takes False "
         "for norm_topk_prob and 10000 for rope_theta."
     }
+
+
+def test_a_larger_models_defaults_are_those_of_its_text_model(tmp_path: Path) -> None:
+    src = synth(tmp_path / "src", load_families()["kimi_k25"]).path
+    config = read_json(src / "config.json")
+    text = {key: value for key, value in config["text_config"].items() if key != "scoring_func"}
+
+    def rules(**changes: Any) -> set[str]:
+        (src / "config.json").write_text(json.dumps({**config, **changes}))
+        report = verify(Folder(src), load_families(), Depth.STRUCTURE)
+        return {finding.rule for finding in report.findings}
+
+    assert "config-default-taken" not in rules()
+    assert "config-default-taken" in rules(text_config=text)
 
 
 def test_declared_kv_scales_that_are_missing_are_a_warning(good: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from mutate import mutated
 pytestmark = pytest.mark.upstream
 
 GATE = "model.layers.0.block_sparse_moe.gate.weight"
+IN_GROUPS = {"bits": 4, "group_size": 128, "zero_point": True, "desc_act": False, "sym": True}
 
 
 def report_of(folder: Path) -> Report:
@@ -161,7 +162,7 @@ def test_a_method_that_vllm_does_not_have_is_an_error(
 def test_a_method_that_the_model_of_vllm_lacks_is_not_judged(
     good: Path, tmp_path: Path, method: str
 ) -> None:
-    report = judged(good, tmp_path, {"quant_method": method, "bits": 4})
+    report = judged(good, tmp_path, {"quant_method": method, **IN_GROUPS})
     clause = f"what vLLM makes of the quantization method auto_{method} is not known"
     assert clause in report.undecided
     assert clause in report.not_judged["fused-set-split"]
@@ -199,7 +200,7 @@ def test_integers_in_an_unknown_family_are_not_judged(parent: Path, tmp_path: Pa
 
 
 def test_a_quantization_config_under_another_key_is_read(tmp_path: Path) -> None:
-    awq = {"quant_method": "awq", "bits": 4}
+    awq = {"quant_method": "awq", **IN_GROUPS}
     report = report_of(make_checkpoint(tmp_path / "a", config={"compression_config": awq}))
     assert report.method == "awq"
     assert "the quantization method auto_awq is not known" in report.undecided

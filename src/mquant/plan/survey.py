@@ -14,6 +14,7 @@ from mquant.family import Family
 from mquant.family_files import family_of
 from mquant.family_rows import Role, TensorRow
 from mquant.findings import Finding, rule
+from mquant.loader_model.modules import declared_config
 from mquant.loader_model.stacks import unstacked
 from mquant.loader_model.storage import StorageFormat
 from mquant.plan.completeness import completeness, layouts
@@ -148,7 +149,7 @@ def _count(numbers: Iterable[int | None]) -> int:
 def _already_quantized(
     checkpoint: Checkpoint, formats: Collection[StorageFormat]
 ) -> Sequence[Finding]:
-    config = checkpoint.config.get("quantization_config")
+    config = declared_config(checkpoint)
     traces = [name for name in checkpoint.tensors if name.endswith(QUANTIZED_SUFFIXES)]
     if not traces and not config:
         return []

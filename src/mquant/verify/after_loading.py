@@ -50,11 +50,12 @@ def _defaults(family: Family, config: dict[str, Any]) -> Iterator[Finding]:
     rows = family.vllm
     if rows is None:
         return
-    rope = isinstance(config.get("rope_parameters"), dict)
+    settings = family.settings(config)
+    rope = isinstance(settings.get("rope_parameters"), dict)
     lost = {
         key: value
         for key, value in rows.quiet.items()
-        if config.get(key) is None and not (rope and key == "rope_theta")
+        if settings.get(key) is None and not (rope and key == "rope_theta")
     }
     if lost:
         taken = " and ".join(f"{value!r} for {key}" for key, value in lost.items())

@@ -6,7 +6,7 @@ from typing import Final
 
 from mquant.family_rows import Role
 from mquant.findings import Finding, Rule, rule
-from mquant.loader_model.modules import ModuleView
+from mquant.loader_model.modules import ModuleView, declared_config
 from mquant.loader_model.vllm_view import Group, Judged, VllmView
 from mquant.plan.never_quantized import QUANTIZED
 from mquant.text import names
@@ -154,7 +154,7 @@ def _misnamed(vllm_view: VllmView) -> Iterator[Finding]:
 
 def _undeclared(view: ModuleView) -> Iterator[Finding]:
     modules = [module.name for module in view.quantized]
-    if modules and not view.method and view.checkpoint.config.get("quantization_config") is None:
+    if modules and not view.method and declared_config(view.checkpoint) is None:
         yield QUANTIZATION_UNDECLARED.finding(
             "config.json",
             f"{_are(modules, 'module')} quantized ({names(modules)}), but config.json has no "

@@ -10,7 +10,7 @@ from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.family import Family, FusedSet, TensorRole
 from mquant.family_rows import Role
 from mquant.findings import Finding, in_context, rule
-from mquant.loader_model.modules import Module, ModuleView, read_modules
+from mquant.loader_model.modules import Module, ModuleView, declared_config, read_modules
 from mquant.loader_model.storage import format_of, weight_shape
 from mquant.loader_model.vllm.words import in_words
 from mquant.plan import survey
@@ -230,7 +230,7 @@ def _role_shares(known: list[Known], unknown: list[TensorInfo]) -> tuple[Portion
 
 
 def _quantization(checkpoint: Checkpoint) -> str | None:
-    config = checkpoint.config.get("quantization_config")
+    config = declared_config(checkpoint)
     method = config.get("quant_method") if isinstance(config, dict) else None
     if isinstance(method, str):
         return method

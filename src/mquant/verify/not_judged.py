@@ -72,10 +72,9 @@ def not_judged(
 def undecided(view: ModuleView, clauses: Unknown) -> str:
     """Return one sentence if an unknown fact decides whether a loader takes the checkpoint.
 
-    Empty if vLLM's loader is known to take the checkpoint, or to refuse it. Empty also if the
-    user's own family file does not say what vLLM builds: then the file answers for the names.
+    Empty if vLLM's loader is known to take the checkpoint, or to refuse it.
     """
-    if not view.outcome.unknown or (view.family and view.family.vllm is None):
+    if not view.outcome.unknown:
         return ""
     why = "; ".join(clauses.values())
     return f"Whether vLLM takes {view.checkpoint.source.name} could not be judged: {why}."

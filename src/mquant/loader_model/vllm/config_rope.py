@@ -179,7 +179,7 @@ def _check_by_vllm(params: Mapping[str, Any], kind: Any, settings: Settings) -> 
 
 
 def _check_sections(params: Mapping[str, Any], kind: Any, settings: Settings) -> None:
-    """Raise LoadRefused if the parts of a head for time, height and width do not fill it."""
+    """Raise Unknown if the parts of a head for time, height and width do not fill it."""
     sections, share = params["mrope_section"], params.get("partial_rotary_factor", 1.0)
     head = settings.number("head_dim")
     if kind != "default" or head is None or not is_number(share):
@@ -187,7 +187,7 @@ def _check_sections(params: Mapping[str, Any], kind: Any, settings: Settings) ->
     if not isinstance(sections, list) or not all(map(is_integer, sections)):
         raise Unknown(f"mrope_section {said(sections)}")
     if sections and sum(sections) != int(head * share) // 2:
-        raise LoadRefused(_FILE, f"says mrope_section {said(sections)} for a head of {head}")
+        raise Unknown(f"mrope_section {said(sections)} for a head of {head}")
 
 
 def _check_yarn(params: Mapping[str, Any], *, deepseek: bool) -> None:

@@ -31,6 +31,7 @@ _LINEAR: Final[Mapping[str, tuple[type[Linear], str]]] = {
     "row": (Row, "RowParallelLinear"),
     "replicated": (Replicated, "ReplicatedLinear"),
 }
+_ANY: Final = 1024  # a size that every format takes
 _SPLIT: Final = ("qkv", "merged", "column", "row", "experts")
 
 
@@ -42,6 +43,8 @@ class Method(Protocol):
     and Unknown where it is not known what vLLM does.
     """
 
+    kind: str
+    """The quantization method, as `quant_method` names it."""
     fused: Mapping[str, tuple[str, ...]]
     """Last part of a fused layer's name -> the last parts on disk (`packed_modules_mapping`)."""
     suffixes: tuple[tuple[str, str], ...]
@@ -131,6 +134,10 @@ def _tell(method: Method, rows: VllmRows, settings: Settings) -> None:
     if renames is not None:
         method.renames = tuple((old, new) for old, new in renames if new is not None)
     method.asked = frozenset(_asked(rows, settings))
+    for name in around.asked if around and method.kind != "compressed-tensors" else ():
+        layer = Replicated(name, name, "ReplicatedLinear", outputs=(_ANY,), inputs=_ANY)
+        if method.linear(layer) is not None:
+            raise Unknown(f"a quantized {name}")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ text model's `model.`.
 """
 
 import re
+from collections import defaultdict
+from dataclasses import replace
 from typing import Final
 
 from mquant.loader_model.vllm.experts import Experts
@@ -16,6 +18,7 @@ from mquant.loader_model.vllm.tensors import Copies, Loaded, LoadRefused
 _EXPERT: Final = re.compile(r"(.*\bexperts)\.((\d+)\.([^.]+)\.(.+))")
 _CACHE: Final = re.compile(r"\.[qkv](?:_scale|_zero_point)$")
 _OUTER: Final = "model."
+_INDEXER_KEY: Final = re.compile(r"(.*indexer\.)wk\.(.*)")
 
 
 class Table:
@@ -26,6 +29,7 @@ class Table:
         self._parameters: dict[str, tuple[Layer, str]] = {}
         self._experts: dict[str, Experts] = {}
         self._outer = model.inside + _OUTER
+        self._waiting: dict[str, dict[bool, Loaded]] = defaultdict(dict)
         for layer in model.layers:
             name = layer.name.removeprefix(self._outer)
             if isinstance(layer, Experts):
@@ -48,6 +52,8 @@ class Table:
         if name.startswith(inner.drops or ("\0",)):
             copies.used += loaded.numel
             return
+        if self._dequantized(copies, name, loaded):
+            return
         for old, new, shard in inner.stacked:
             if old not in name or ("mlp.experts." in name and name not in self._parameters):
                 continue
@@ -66,6 +72,25 @@ class Table:
             return
         layer, key = self._find(name, loaded)
         layer.load(copies, key, loaded, None)
+
+    def _dequantized(self, copies: Copies, name: str, loaded: Loaded) -> bool:
+        """Load an indexer's key in FP8, which vLLM dequantizes; return whether it is one.
+
+        vLLM waits until it has both the weight and the scales; without one, the place stays empty.
+        """
+        match = _INDEXER_KEY.fullmatch(name)
+        scale = match is not None and "weight_scale" in match[2]
+        weight = match is not None and name.endswith(".weight") and loaded.dtype == "F8_E4M3"
+        if match is None or not (weight or scale):
+            return False
+        both = self._waiting[match[1]]
+        both[weight] = loaded
+        if len(both) == 2:
+            del self._waiting[match[1]]
+            layer, key = self._find(f"{match[1]}wk_weights_proj.weight", loaded)
+            layer.load(copies, key, replace(both[True], dtype="BF16"), 0)
+        copies.used = loaded.numel
+        return True
 
     def _expert(self, copies: Copies, name: str, loaded: Loaded) -> bool:
         """Load a tensor of an expert that the model has; return whether it is one."""

@@ -88,6 +88,31 @@ def stub_device() -> None:
     torch.cuda.Event = torch.cuda.Stream = _Device  # type: ignore[assignment, misc]
 
 
+def stub_sparse_attention() -> None:
+    """Let a CPU build models with sparse attention: as others, with the indexer beside.
+
+    The indexer and its parameters are layers of the model, not of the attention's kernel.
+    """
+    from vllm.model_executor.layers.attention.mla_attention import MLACommonImpl
+    from vllm.platforms.cpu import CpuPlatform
+
+    choose, init = CpuPlatform.get_attn_backend_cls.__func__, MLACommonImpl.__init__
+
+    def dense(value: Any) -> Any:
+        return value._replace(use_sparse=False) if hasattr(value, "use_sparse") else value
+
+    def chosen(cls: Any, *arguments: Any, **more: Any) -> Any:
+        return choose(cls, *map(dense, arguments), **{key: dense(x) for key, x in more.items()})
+
+    def initialise(self: Any, *arguments: Any, **more: Any) -> None:
+        for key in ("topk_indices_buffer", "index_group_builder"):
+            more.pop(key, None)
+        init(self, *arguments, **more)
+
+    CpuPlatform.get_attn_backend_cls = classmethod(chosen)
+    MLACommonImpl.__init__ = initialise
+
+
 def stub_kernels() -> None:
     """Replace vLLM's choice of kernels, which needs a GPU, and its inspection of the model's class.
 
@@ -118,6 +143,7 @@ def stub_kernels() -> None:
     from vllm.model_executor.models import registry
 
     stub_device()
+    stub_sparse_attention()
     # Experts without gate_proj need a GPU's kernels, not other parameters.
     experts.current_platform = _OnGpu(experts.current_platform)
     registry._run_in_subprocess = lambda action: action()

@@ -56,6 +56,7 @@ class CompressedTensors:
     `heads` are the numbers of query heads and KV heads; 0 where vLLM does not know the numbers.
     """
 
+    kind = "compressed-tensors"
     schemes: dict[str, Scheme]
     ignore: Sequence[str]
     cache: object

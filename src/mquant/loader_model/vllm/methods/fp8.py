@@ -34,6 +34,7 @@ class Fp8:
     `block` is the rows and columns that share a scale; None if a matrix has one scale.
     """
 
+    kind = "fp8"
     asked: frozenset[str] = frozenset()
     suffixes: tuple[tuple[str, str], ...] = (
         (".k_proj.output_scale", ".attn.k_scale"),

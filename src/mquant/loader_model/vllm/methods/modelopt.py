@@ -30,6 +30,7 @@ _Matrices = Linear | Embedding
 class ModelOpt:
     """A `Method` under one ModelOpt config."""
 
+    kind = "modelopt"
     fused: Mapping[str, tuple[str, ...]]
     renames: Renames | None
     asked: frozenset[str] = frozenset()

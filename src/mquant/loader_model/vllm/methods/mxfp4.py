@@ -15,6 +15,7 @@ from mquant.loader_rows import Renames
 class ExpertsOnly:
     """A method that quantizes experts only, by its name. `fused` and `renames` are never read."""
 
+    kind = "mxfp4"
     asked: frozenset[str] = frozenset()
     suffixes: tuple[tuple[str, str], ...] = ()
 

@@ -1,0 +1,37 @@
+"""The loader of models that look every name up in one table: what vLLM 0.32 does on the way."""
+
+from mquant.family_files import load_families
+from mquant.loader_model.vllm.load import Outcome, load
+from mquant.loader_model.vllm.model import build
+from mquant.loader_model.vllm.tensors import Loaded
+from mquant.loader_rows import Settings
+from mquant.synth import Precision, Sizes, make_config, make_tensors
+
+FAMILY = load_families()["deepseek_v32"]
+CONFIG = make_config(FAMILY, Sizes(), Precision.BF16, tiny=True)
+KEY = "model.layers.1.self_attn.indexer.wk.weight"
+
+
+def loaded(key: list[Loaded]) -> Outcome:
+    """Return what vLLM does with a tiny checkpoint whose key of one indexer is given."""
+    assert FAMILY.vllm
+    rows, settings = FAMILY.vllm, Settings(FAMILY.vllm, CONFIG)
+    made = make_tensors(FAMILY, CONFIG, Precision.BF16)
+    tensors = [Loaded(each.name, each.dtype, each.shape) for each in made if each.name != KEY]
+    return load(lambda: build(rows, settings, None), [*tensors, *key])
+
+
+def test_an_indexers_key_in_fp8_is_dequantized_beside_a_plain_one() -> None:
+    weight, scale = Loaded(KEY, "F8_E4M3", (32, 128)), Loaded(f"{KEY}_scale_inv", "F32", (1, 1))
+
+    assert loaded([Loaded(KEY, "BF16", (32, 128))]).loads
+    assert loaded([weight, scale]).loads
+    assert loaded([scale, weight]).loads
+
+
+def test_an_indexers_key_in_fp8_without_scales_stays_unset() -> None:
+    outcome = loaded([Loaded(KEY, "F8_E4M3", (32, 128))])
+
+    assert [name for name, _ in outcome.unset] == [
+        "model.layers.1.self_attn.indexer.wk_weights_proj.weight"
+    ]
