@@ -43,7 +43,8 @@ Written by `scripts/prove_families.py`; do not edit. `scripts/test-loaders.sh` c
 - **vLLM**: what vLLM 0.32 does with the headers of the tiny checkpoint (BF16), and of what each
   recipe that needs no data plans for it. *Not asked*: vLLM's CPU build cannot build the model.
   *Unproven*: vLLM has no such model, or the family's file does not say what vLLM builds;
-  `mquant verify` of such a checkpoint says "not judged".
+  `mquant verify` of such a checkpoint says "not judged". Synthetic checkpoints have no towers:
+  vLLM then leaves a tower unset.
 - **Kept**: the roles that the recipe nvfp4 keeps as they are, besides norms and biases. Loaders
   refuse quantized routers and embeddings, or gain nothing by them; small projections of linear
   attention, Mamba and indexers decide much and weigh little; towers and multi-token prediction are
@@ -73,26 +74,21 @@ class Proof:
         return f"| {' | '.join(cells)} |\n"
 
     def _vllm(self, answers: Mapping[Path, Answer]) -> str:
-        if self.family.vllm is None:
-            modelled = "; unproven: the file does not say what vLLM builds"
-        else:
-            modelled = ""
-        said = {form: answers[path] for form, path in self.folders.items()}
-        loads = [form for form, answer in said.items() if answer.verdict == "loads"]
-        others = [
-            f"{form} {answer.verdict}: {_short(answer.words)}"
-            for form, answer in said.items()
-            if answer.verdict != "loads"
-        ]
-        if len(others) > 1 and len({text.partition(" ")[2] for text in others}) == 1:
-            others = [others[0].partition(" ")[2]]
-        refused = [f"{form} is refused: {_short(why)}" for form, why in self.refused.items()]
-        first = f"loads {', '.join(loads)}" if loads else ""
-        return "; ".join(text for text in (first, *others, *refused) if text) + modelled
+        said: dict[str, list[str]] = {}
+        for form, path in self.folders.items():
+            answer = answers[path]
+            words = "loads" if answer.verdict == "loads" else f"{answer.verdict}: {answer.words}"
+            said.setdefault(_short(words), []).append(form)
+        for form, why in self.refused.items():
+            cut = "do not divide into blocks" in why
+            said.setdefault("shapes too small" if cut else _short(f"plan refuses: {why}"), [form])
+        cells = [f"{', '.join(forms)}: {words}" for words, forms in said.items()]
+        unproven = [] if self.family.vllm else ["unproven: the file does not say what vLLM builds"]
+        return "; ".join([*cells, *unproven])
 
 
 def _short(text: str) -> str:
-    return " ".join(text.replace("|", "/").split())[:110]
+    return " ".join(text.replace("|", "/").split())[:120]
 
 
 def prepare(family: Family, folder: Path) -> Proof:
