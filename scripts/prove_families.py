@@ -1,0 +1,205 @@
+"""Prove every shipped family by transformers' model and by vLLM's loader; write docs/families.md.
+
+    python scripts/prove_families.py [--check] [NAME ...]
+
+needs `mquant loader install vllm` and `mquant loader install transformers`. For every family the
+tiny checkpoint of `mquant synth` is held to transformers' own model on the meta device, with its
+conversion undone: equal names and shapes. vLLM loads the headers of that checkpoint, and of what
+every recipe that needs no data plans for it. `--check` writes nothing, and fails if a row differs
+from the page's; with names, only these families are proven.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+from differential_ask import Answer, vllm
+from mquant.checkpoint import CONFIG_NAME, Folder, open_checkpoint
+from mquant.errors import MquantError
+from mquant.family import Family
+from mquant.family_files import load_families
+from mquant.family_rows import Role
+from mquant.plan import Plan, config_json, make_plan
+from mquant.recipe import Recipe, load_recipes
+from mquant.synth import Precision, Sizes, make_config, make_tensors, synth
+from mquant.verify.loaders.install import find_python
+from transformers_names import ask
+
+PAGE: Final = Path(__file__).parent.parent / "docs/families.md"
+HEAD: Final = """# The families, and what proves them
+
+Written by `scripts/prove_families.py`; do not edit. `scripts/test-loaders.sh` checks some rows.
+
+- **Release**: the parameters of the release whose config.json the family's file holds.
+- **transformers**: the names and shapes of the tiny checkpoint of `mquant synth` are those of
+  transformers {version}'s own model on the meta device, with its conversion undone. Where
+  transformers writes other names than the hub has, and loads both, the hub's are right.
+- **vLLM**: what vLLM 0.32 does with the headers of the tiny checkpoint (BF16), and of what each
+  recipe that needs no data plans for it. *Not asked*: vLLM's CPU build cannot build the model.
+  *Unproven*: vLLM has no such model, or the family's file does not say what vLLM builds;
+  `mquant verify` of such a checkpoint says "not judged". Synthetic checkpoints have no towers:
+  vLLM then leaves a tower unset.
+- **Kept**: the roles that the recipe nvfp4 keeps as they are, besides norms and biases. Loaders
+  refuse quantized routers and embeddings, or gain nothing by them; small projections of linear
+  attention, Mamba and indexers decide much and weigh little; towers and multi-token prediction are
+  not in the text model that recipes are made for.
+
+| family | model_type | release | transformers | vLLM | kept by nvfp4 |
+| --- | --- | --- | --- | --- | --- |
+"""
+SMALL: Final = (Role.NORM, Role.OTHER, Role.ROUTING_BIAS)
+
+
+@dataclass
+class Proof:
+    """What is known of a family: the cells of its row, and the folders that vLLM is asked about."""
+
+    family: Family
+    release: str = ""
+    names: str = ""
+    kept: str = ""
+    folders: dict[str, Path] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def row(self, answers: Mapping[Path, Answer]) -> str:
+        """Return the family's row of the page."""
+        types = ", ".join(f"`{kind}`" for kind in self.family.model_types)
+        cells = (self.family.title, types, self.release, self.names, self._vllm(answers), self.kept)
+        return f"| {' | '.join(cells)} |\n"
+
+    def _vllm(self, answers: Mapping[Path, Answer]) -> str:
+        said: dict[str, list[str]] = {}
+        for form, path in self.folders.items():
+            answer = answers[path]
+            words = "loads" if answer.verdict == "loads" else f"{answer.verdict}: {answer.words}"
+            said.setdefault(_short(words), []).append(form)
+        for form, why in self.refused.items():
+            cut = "do not divide into blocks" in why
+            said.setdefault("shapes too small" if cut else _short(f"plan refuses: {why}"), [form])
+        cells = [f"{', '.join(forms)}: {words}" for words, forms in said.items()]
+        unproven = [] if self.family.vllm else ["unproven: the file does not say what vLLM builds"]
+        return "; ".join([*cells, *unproven])
+
+
+def _short(text: str) -> str:
+    return " ".join(text.replace("|", "/").split())[:120]
+
+
+def prepare(family: Family, folder: Path) -> Proof:
+    """Write the tiny checkpoint, and the headers of what recipes plan for it."""
+    proof = Proof(family)
+    config = make_config(family, Sizes(), Precision.BF16, tiny=False)
+    sizes = (prod(tensor.shape) for tensor in make_tensors(family, config, Precision.BF16))
+    proof.release = f"{sum(sizes) / 1e9:,.1f} B"
+    tiny = {**family.synth.tiny, **family.synth.tiny_in_blocks}
+    small = family.model_copy(update={"synth": family.synth.model_copy(update={"tiny": tiny})})
+    src = synth(folder / family.name / "BF16", small).path
+    proof.folders["BF16"] = src
+    for name, recipe in load_recipes().items():
+        if recipe.needs_data:
+            continue
+        try:
+            plan = make_plan(open_checkpoint(Folder(src)), recipe, load_families())
+        except MquantError as error:
+            proof.refused[name] = error.message
+            continue
+        if name == "nvfp4":
+            proof.kept = _kept(family, recipe)
+        if plan.refusals:
+            proof.refused[name] = plan.refusals[0].message
+        else:
+            proof.folders[name] = write_headers(plan, folder / family.name / name)
+    return proof
+
+
+def _kept(family: Family, recipe: Recipe) -> str:
+    roles = {row.role for row in family.tensors} - recipe.roles.keys()
+    return ", ".join(sorted(role.value for role in roles if role not in SMALL))
+
+
+def write_headers(plan: Plan, folder: Path) -> Path:
+    """Write the result of a plan with holes for data: vLLM's probe reads headers only."""
+    folder.mkdir(parents=True)
+    for shard in plan.shards:
+        with (folder / shard.name).open("xb") as file:
+            file.write(shard.header)
+            file.truncate(shard.file_bytes)
+    (folder / CONFIG_NAME).write_text(json.dumps(config_json(plan)))
+    return folder
+
+
+def compare_names(proof: Proof, answer: Mapping[str, Any]) -> str:
+    """Return how the names and shapes of the tiny checkpoint compare with transformers' model."""
+    if answer["verdict"] == "no model":
+        return "no such model"
+    if answer["verdict"] != "ok":
+        return f"not asked: {_short(answer['why'])}"
+    checkpoint = open_checkpoint(Folder(proof.folders["BF16"]))
+    own = {info.name: list(info.shape) for info in checkpoint.tensors.values()}
+    theirs = {name: shape for name, (shape, _) in answer["tensors"].items()}
+    also = {name: shape for name, (shape, _) in answer.get("accepts", {}).items()}
+    differing = {name for name, shape in own.items() if theirs.get(name) != shape}
+    unlike = sorted(name for name in differing if also.get(name) != own[name])
+    if not unlike and not differing:
+        lacking = [name for name in theirs if name not in own and not _tower(proof.family, name)]
+        return "equal" if not lacking else f"lacks {lacking[0]}"
+    if not unlike:
+        return "equal, by what it also loads"
+    return (
+        f"differs: {unlike[0]}, and {len(unlike) - 1} more"
+        if unlike[1:]
+        else f"differs: {unlike[0]}"
+    )
+
+
+def _tower(family: Family, name: str) -> bool:
+    """Return whether a tensor is of a part that synthetic checkpoints leave out."""
+    role = family.classify(name)
+    return role is not None and (role.row.prefix is not None or role.row.optional)
+
+
+def main() -> int:
+    """Prove families and write the page, or compare it; return the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    python = find_python()
+    families = load_families()
+    chosen = [families[name] for name in options.names or families]
+    with tempfile.TemporaryDirectory() as where:
+        proofs = [prepare(family, Path(where)) for family in chosen]
+        configs = {
+            p.family.name: json.loads((p.folders["BF16"] / CONFIG_NAME).read_text()) for p in proofs
+        }
+        answers = ask(configs)
+        for proof in proofs:
+            proof.names = compare_names(proof, answers[proof.family.name])
+        folders = [path for proof in proofs for path in proof.folders.values()]
+        said = dict(zip(folders, vllm(python)(folders), strict=True))
+    rows = {proof.family.name: proof.row(said) for proof in proofs}
+    print("".join(rows.values()), end="")
+    if not options.check:
+        if not options.names:
+            version = next(iter(answers.values()))["transformers"]
+            PAGE.write_text(HEAD.format(version=version) + "".join(rows.values()), "utf-8")
+        return 0
+    return behind(rows.values())
+
+
+def behind(rows: Iterable[str]) -> int:
+    """Print the rows that the page lacks; return 1 if there are any."""
+    page = PAGE.read_text("utf-8")
+    missing = [row for row in rows if row not in page]
+    print("".join(f"docs/families.md lacks this row: {row}" for row in missing), end="")
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
