@@ -20,7 +20,7 @@ _SYNONYMS: Final[Mapping[str, str]] = {
     "k_proj": "key_value head_dim",
     "v_proj": "key_value head_dim",
     "q_norm": "head_dim",
-    "k_norm": "head_dim",
+    "k_norm": "key_value head_dim",
     "layernorm": "hidden",
     "norm": "hidden",
 }
@@ -98,8 +98,7 @@ class Sizes:
         The size is a number if no key gives it. `place` is 0 for rows, 1 for columns.
         """
         single = [key for key, number in self.keys.items() if number == value]
-        texts = [*single, *self._products.get(value, ())]
-        texts = texts or self._sums.get(value, [])
+        texts = [*single, *self._products.get(value, ()), *self._sums.get(value, ())]
         if value == 1:
             return "1", []
         scored = sorted((self._cost(text, role, name, place), text) for text in texts)
@@ -112,8 +111,8 @@ class Sizes:
         """Return how unlikely a size is: long, and with no word that suits the tensor."""
         short = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
         words = f"{_BY_ROLE.get(role, '')} {_SYNONYMS.get(short.rpartition('_layer')[2], '')} "
-        words += _SYNONYMS.get(short, "") + (" hidden" if "norm" in short else "")
-        cost = 4 * (len(text.split(" ")) - 1)
+        words += "hidden" if "norm" in short and short not in _SYNONYMS else ""
+        cost = 2 * (len(text.split(" ")) - 1) + 4 * text.count(" + ")
         hits = {word for word in words.split() if word in text}
         cost -= 3 * len(hits)
         # A matrix that reads the residual stream has its columns; one that writes it, its rows.
@@ -130,8 +129,11 @@ class Sizes:
         # A key of one kind of layers says nothing about another kind.
         for word in ("linear", "mamba", "index", "vision", "shared", "moe", "lora", "mtp"):
             if word in text and word not in f"{role.value} {name} {words}":
-                cost += 4
-        return cost
+                cost += 9
+        if role is Role.LINEAR_ATTENTION or "linear_attn" in name:
+            keys = re.findall(r"[A-Za-z_]\w*", text)
+            cost += 6 * sum("linear" not in key and key != self.hidden for key in keys)
+        return cost + 12 * (f"{self.hidden} *" in text)
 
 
 def size_keys(settings: Mapping[str, Any], defaults: Mapping[str, int]) -> dict[str, int]:
