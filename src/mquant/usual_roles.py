@@ -5,8 +5,8 @@ families that nobody has written, and the drafts of family files.
 """
 
 import re
-from collections.abc import Collection
-from typing import Final
+from collections.abc import Collection, Mapping
+from typing import Any, Final
 
 from mquant.family_rows import Role
 
@@ -14,6 +14,11 @@ ROUTERS: Final = frozenset(
     {"gate", "router", "shared_expert_gate", "wg", "classifier", "weights_proj"}
 )
 """The last parts of routers' names, also of gates that models treat as routers do."""
+EXPERT_KEYS: Final = (
+    *("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
+    *("num_routed_experts", "n_experts"),
+)
+"""The keys of config.json that usually have the number of experts, the likeliest first."""
 _INSIDE_ROUTERS: Final = frozenset({"gate", "proj", "classifier", "layer", "weight"})
 _EMBEDDINGS: Final = frozenset(
     {"embed_tokens", "embeddings", "word_embeddings", "embed", "wte", "tok_embeddings", "embed_in"}
@@ -60,6 +65,13 @@ def usual_role(name: str, shape: Collection[int], experts: int = 0) -> Role | No
     if not any(part.isdecimal() for part in parts):
         return _outside_layers(short)
     return _in_layers(parts, short, tuple(shape), experts)
+
+
+def experts_of(config: Mapping[str, Any]) -> int:
+    """Return the number of experts that config.json, or a table in it, says; 0 without one."""
+    tables = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    numbers = (table.get(key) for table in tables for key in EXPERT_KEYS)
+    return next((number for number in numbers if type(number) is int and number > 0), 0)
 
 
 def tower(parts: list[str]) -> bool:

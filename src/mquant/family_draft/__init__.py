@@ -20,13 +20,11 @@ from mquant.family_rows import Role
 from mquant.formulas import size_keys as keys_in
 from mquant.plan.stored import READABLE, find_stored
 from mquant.schemes import QUANTIZED_SUFFIXES
+from mquant.usual_roles import EXPERT_KEYS
 
 _MEANINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "layers": ("num_hidden_layers", "n_layers", "num_layers", "n_layer"),
-    "experts": (
-        "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts",
-        "num_routed_experts", "n_experts",
-    ),
+    "experts": EXPERT_KEYS,
     "top_k": (
         "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k",
         "experts_per_token", "top_k_experts", "top_k",
