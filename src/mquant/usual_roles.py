@@ -13,7 +13,7 @@ from mquant.family_rows import Role
 ROUTERS: Final = frozenset(
     {"gate", "router", "shared_expert_gate", "wg", "classifier", "weights_proj"}
 )
-"""The last parts of routers' names, also of gates that models treat as routers do."""
+"""The last parts of the names of routers, and of gates that loaders treat as routers."""
 EXPERT_KEYS: Final = (
     *("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
     *("num_routed_experts", "n_experts"),
@@ -49,7 +49,8 @@ def usual_role(name: str, shape: Collection[int], experts: int = 0) -> Role | No
     `experts` is the number of experts in config.json, or 0.
     """
     parts = name.split(".")
-    short = parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
+    module = parts[:-1] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts
+    short = next((part for part in reversed(module) if not part.isdecimal()), "")
     if tower(parts):
         return Role.VISION
     if not _MTP.isdisjoint(parts):
@@ -57,11 +58,9 @@ def usual_role(name: str, shape: Collection[int], experts: int = 0) -> Role | No
     if "correction_bias" in name or short in ("expert_bias", "expert_biases"):
         return Role.ROUTING_BIAS
     if len(shape) == 1:
-        routed = tuple(shape) == (experts,) and parts[-1] == "bias" and _routes(parts, short)
-        if routed and "router" not in parts and parts[-2] != "gate":
+        if tuple(shape) == (experts,) and parts[-1] == "bias" and short == "gate":
             return Role.ROUTING_BIAS
-        bias = name.endswith("bias")
-        return Role.NORM if _NORM.fullmatch(short) and not bias else Role.OTHER
+        return Role.NORM if _NORM.fullmatch(short) and parts[-1] != "bias" else Role.OTHER
     if not any(part.isdecimal() for part in parts):
         return _outside_layers(short)
     return _in_layers(parts, short, tuple(shape), experts)
@@ -87,15 +86,19 @@ def _outside_layers(short: str) -> Role | None:
 
 
 def _in_layers(parts: list[str], short: str, shape: tuple[int, ...], experts: int) -> Role | None:
-    if _routes(parts, short):
+    if parts[-1] == "weight" and _routes(parts, short):
         return Role.ROUTER
     if any(_SHARED.fullmatch(part) for part in parts):
         return Role.SHARED_EXPERT
     if "experts" in parts:
         return Role.EXPERT
-    if len(shape) != 2:
-        return Role.OTHER
     role = _of_matrix(parts[:-1] if parts[-1] == "weight" else parts)
+    if len(shape) == 3 and shape[0] == experts > 1 and role in (None, Role.MLP):
+        return Role.EXPERT
+    if parts[-1] != "weight" and parts[-2] == "gate":
+        return Role.ROUTING_BIAS
+    if len(shape) != 2 or parts[-1] != "weight":
+        return Role.OTHER
     # A matrix with a row for each expert, and no other use, chooses experts.
     return Role.ROUTER if shape[0] == experts > 1 and role in (None, Role.MLP) else role
 
@@ -117,7 +120,7 @@ def _routes(parts: list[str], short: str) -> bool:
     module = parts[:-1] if parts[-1] in ("weight", "bias") else parts
     attention = (_ROLES[Role.ATTENTION], _ROLES[Role.LINEAR_ATTENTION], _ROLES[Role.INDEXER])
     if any(pattern.fullmatch(part) for part in module[:-1] for pattern in attention):
-        return short == "weights_proj"
+        return False
     if "experts" in module:
         return False
     return short in ROUTERS or ("router" in module and short in _INSIDE_ROUTERS)

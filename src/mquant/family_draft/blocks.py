@@ -8,6 +8,7 @@ from mquant.formulas import check_condition, holds, number
 
 Layers = frozenset[int]
 _MOST_PAIRS: Final = 60
+_MOST_KINDS: Final = 12
 
 
 def condition_of(layers: Layers, total: int, settings: Mapping[str, Any]) -> str:
@@ -68,15 +69,23 @@ def _clauses(settings: Mapping[str, Any], total: int) -> Iterator[str]:
 
 
 def _unchecked(settings: Mapping[str, Any], total: int) -> Iterator[str]:
-    integers = {k: v for k, v in settings.items() if type(v) is int and 0 < v <= total}
+    # A number of layers that is the number of all layers tells no layers apart.
+    integers = {
+        k: v
+        for k, v in settings.items()
+        if type(v) is int and 0 < v <= total and not (v == total and k.startswith("n"))
+    }
     for key, value in settings.items():
-        if isinstance(value, list | str) and len(value) == total:
+        # A string with small letters is a word, such as `silu`, and no pattern.
+        pattern = isinstance(value, str) and value.upper() == value
+        if (isinstance(value, list) or pattern) and len(value) == total:
             items = sorted({str(item) for item in value})
             if {*items} <= {"0", "1", "True", "False"}:
                 yield from (f"{key}[layer]", f"not {key}[layer]")
-            elif len(items) < total:
+            elif 1 < len(items) <= _MOST_KINDS:
                 yield from (f"{key}[layer] is {item}" for item in items if " " not in item)
-        if isinstance(value, list) and all(type(item) is int for item in value) and value:
+        listed = isinstance(value, list) and all(type(item) is int for item in value)
+        if listed and value and "layer" in key:
             yield from (f"layer in {key}", f"layer not in {key}", f"layer + 1 in {key}")
     # Keys that name layers come first: another key may be the same number by accident.
     for key in sorted(integers, key=lambda key: not any(w in key for w in _OF_LAYERS)):

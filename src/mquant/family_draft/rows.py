@@ -25,11 +25,11 @@ _STACKED: Final[Mapping[str, tuple[str, ...]]] = {
     "w13": ("w1", "w3"),
     "w13_weight": ("w1", "w3"),
     "w2_weight": ("w2",),
+    "input_linear": ("gate_proj", "up_proj"),
+    "output_linear": ("down_proj",),
 }
 """Last part of a tensor of all experts -> the tensors of an expert in it. Others hold their own."""
-_STACK: Final = re.compile(
-    r"(?P<before>.+\.experts)\.(?P<part>\w+?)(?P<bias>_bias|\.bias)?(\.weight)?"
-)
+_STACK: Final = re.compile(r"(?P<before>.+?)\.(?P<part>\w+?)(?P<bias>_bias|\.bias)?(\.weight)?")
 
 
 @dataclass
@@ -152,7 +152,7 @@ def _add_stack(
         _add(found, name, layer, dtype, shape, None)
         return
     held = _STACKED.get(match["part"], (match["part"],))
-    before = f"{match['before']}.{{expert}}."
+    before = f"{match['before'].removesuffix('.experts')}.experts.{{expert}}."
     holds = [before + part + (".bias" if match["bias"] else ".weight") for part in held]
     transposed, unsure = False, []
     if len(shape) == 3:

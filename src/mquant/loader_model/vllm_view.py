@@ -16,7 +16,7 @@ from mquant.family_rows import NUMBER, Role
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.loader_model.storage import groups
 from mquant.name_patterns import Matches, Style, match
-from mquant.usual_roles import experts_of, usual_role
+from mquant.usual_roles import ROUTERS, experts_of, usual_role
 
 COVER_STYLES: Final = {
     "compressed-tensors": Style.NAMES,
@@ -220,6 +220,8 @@ def _usual(view: ModuleView) -> Iterator[Judged]:
         if key not in known:
             known[key] = usual_role(*key, experts)
         role = known[key]
+        if role is Role.INDEXER and name.rpartition(".")[2] in ROUTERS:
+            role = Role.ROUTER
         if role is not None and role.refused_by_loaders:
             yield Judged(module, role, False, (name,), (name, None, None))
 
