@@ -15,7 +15,7 @@ from make import make_checkpoint
 ROOT = Path(mquant.__file__).parent
 LAYERS = (
     {"cli"},
-    {"publish", "repair", "smoke", "synth"},
+    {"family_draft", "publish", "repair", "smoke", "synth"},
     {"runs", "measure"},
     {"verify"},
     {"engines", "output", "forward"},
@@ -23,7 +23,7 @@ LAYERS = (
     {"loader_model"},
     {"recipe"},
     {"family_files"},
-    {"family"},
+    {"family", "usual_roles"},
     {"family_rows"},
     {"loader_rows"},
     {"checkpoint", "schemes", "data_files", "formulas", "name_patterns"},

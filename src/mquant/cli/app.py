@@ -13,6 +13,7 @@ from mquant.cli.dequantize import dequantize
 from mquant.cli.evaluate import evaluate
 from mquant.cli.export import export
 from mquant.cli.families_check import check
+from mquant.cli.families_draft import draft
 from mquant.cli.finish import finish
 from mquant.cli.inspect import inspect
 from mquant.cli.plan import plan
@@ -81,7 +82,9 @@ app.command("card")(card)
 app.command("push")(push)
 app.command("smoke")(smoke)
 _group("recipes", recipes.recipes, recipes.show)
-_group("families", families.families, families.show).command("check")(check)
+_families = _group("families", families.families, families.show)
+_families.command("draft")(draft)
+_families.command("check")(check)
 app.command("synth")(synth)
 _loader = typer.Typer(
     rich_markup_mode="rich", no_args_is_help=True, help="Install the real loaders that verify runs."

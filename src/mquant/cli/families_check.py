@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -10,13 +11,14 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from mquant.cli.options import FormatChoice
-from mquant.cli.output import Format, output
+from mquant.cli.output import Format, Output, output
+from mquant.cli.source import open_source
 from mquant.cli.tables import facts, table
 from mquant.errors import DataFileError, Refused
 from mquant.text import clean, plural, size
 
 if TYPE_CHECKING:
-    from mquant.checkpoint import Checkpoint
+    from mquant.checkpoint import Checkpoint, Source
     from mquant.family import Family
     from mquant.findings import Finding
 
@@ -25,14 +27,23 @@ _MOST_BYTES: Final = 1_000_000_000
 _MOST_TENSORS: Final = 100_000
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The family file.")]
+AgainstSrc = Annotated[
+    str | None,
+    typer.Option(
+        "--against", metavar="SRC", help="A checkpoint: also say what of the file does not fit it."
+    ),
+]
 Refusals = dict[str, tuple["Finding", ...]]
 
 
-def check(file: File, output_format: FormatChoice = Format.HUMAN) -> None:
+def check(
+    file: File, against: AgainstSrc = None, output_format: FormatChoice = Format.HUMAN
+) -> None:
     """Check a family file: its keys and rows, and whether recipes accept its tiny checkpoint.
 
     `mquant synth --family FILE` writes the same checkpoint. Recipes that need data are left out.
-    Exit code 1: the file is wrong, or nvfp4 refuses the checkpoint.
+    With --against, every tensor of SRC is compared with the rows: names, layers and shapes. Exit
+    code 1: the file is wrong, or does not fit SRC, or nvfp4 refuses the checkpoint.
 
     Example: mquant families check ./my_model.yaml
     """
@@ -43,6 +54,8 @@ def check(file: File, output_format: FormatChoice = Format.HUMAN) -> None:
         family = load_families(file)[str(file)]
         out.put(**_described(family))
         out.show(_render(family))
+        if against is not None:
+            _compare(out, family, file, open_source(against, None))
         with temporary_folder() as folder:
             checkpoint = _tiny(family, Path(folder) / "tiny")
             refusals = _refusals(checkpoint, family)
@@ -56,6 +69,26 @@ def check(file: File, output_format: FormatChoice = Format.HUMAN) -> None:
         out.show(_recipes(checkpoint, refusals))
         if refusals[_DECIDING]:
             raise Refused(refusals[_DECIDING])
+
+
+def _compare(out: Output, family: "Family", file: Path, source: "Source") -> None:
+    """Say what of a family file does not fit a checkpoint. Raises DataFileError if anything."""
+    from mquant.checkpoint import open_checkpoint
+    from mquant.family_draft.against import differences
+
+    found = differences(family, open_checkpoint(source))
+    out.put(against=source.name, differences=[asdict(each) for each in found])
+    if not found:
+        out.show("", Text(clean(f"The file fits every tensor of {source.name}."), "green"))
+        return
+    rows = table(("difference", "left"), ("tensors", "right"), ("row or tensor", "left"))
+    for each in found:
+        rows.add_row(each.kind, f"{each.count:,}", clean(f"{each.name}: {each.says}"))
+    out.show("", rows)
+    raise DataFileError(
+        f"{file.name} does not fit {source.name}: {plural(len(found), 'difference')}.",
+        "Correct the family file.",
+    )
 
 
 def _described(family: "Family") -> dict[str, Any]:

@@ -12,10 +12,11 @@ from itertools import chain
 from typing import Any, Final
 
 from mquant.family import Family, FusedSet, TensorRole
-from mquant.family_rows import Role
+from mquant.family_rows import NUMBER, Role
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.loader_model.storage import groups
 from mquant.name_patterns import Matches, Style, match
+from mquant.usual_roles import ROUTERS, experts_of, usual_role
 
 COVER_STYLES: Final = {
     "compressed-tensors": Style.NAMES,
@@ -24,15 +25,8 @@ COVER_STYLES: Final = {
 }
 """The matching style of each method's ignore list. Lists of other methods are not judged."""
 
-# Modules that can be recognized by name if the family is unknown.
-_USUAL: Final = {
-    "lm_head": Role.HEAD,
-    "embed_tokens": Role.EMBEDDING,
-    "model.embed_tokens": Role.EMBEDDING,
-    "language_model.lm_head": Role.HEAD,
-    "language_model.model.embed_tokens": Role.EMBEDDING,
-    "model.language_model.embed_tokens": Role.EMBEDDING,
-}
+# The tensors that have a row for each row of the weight, whatever the method.
+_WITH_ROWS: Final = ("weight", "weight_packed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,9 +211,19 @@ def _vllm_names(
 
 
 def _usual(view: ModuleView) -> Iterator[Judged]:
-    for name, role in _USUAL.items():
-        if name in view.modules:
-            yield Judged(view.modules[name], role, False, (name,), (name, None, None))
+    """Yield the modules of an unknown family that names or shapes tell to be kept by loaders."""
+    experts = experts_of(view.checkpoint.config)
+    known: dict[tuple[str, Any], Role | None] = {}  # experts are many, and their names alike
+    for name, module in view.modules.items():
+        shape = next((t.shape for s, t in module.tensors.items() if s in _WITH_ROWS), ())
+        key = (NUMBER.sub("0", f"{name}.weight"), shape)
+        if key not in known:
+            known[key] = usual_role(*key, experts)
+        role = known[key]
+        if role is Role.INDEXER and name.rpartition(".")[2] in ROUTERS:
+            role = Role.ROUTER
+        if role is not None and role.refused_by_loaders:
+            yield Judged(module, role, False, (name,), (name, None, None))
 
 
 def _targets(config: Mapping[str, Any]) -> list[str]:

@@ -197,7 +197,9 @@ def _verdict(vllm_view: VllmView, kinds: tuple[RoleCount, ...], findings: list[F
     if not vllm_view.view.method:
         return f"Nothing is quantized, so there is no ignore list to judge. {kept}."
     if vllm_view.view.family is None:
-        return f"{kept}; routers of an unknown family cannot be judged."
+        found = any(kind.role is Role.ROUTER for kind in kinds)
+        known = "are known by usual names and shapes alone" if found else "cannot be judged"
+        return f"{kept}; routers of an unknown family {known}."
     if vllm_view.style is None:
         return f"{kept}; what the ignore list means was not judged."
     if vllm_view.view.outcome.unknown:
