@@ -128,7 +128,7 @@ def _with_quantized_routers(shard: ShardPlan) -> ShardPlan:
         actions = tuple(
             replace(
                 action,
-                outputs=tuple(
+                made=tuple(
                     OutputTensor(*output)
                     for output in NVFP4A16.outputs(
                         action.module, action.source.shape, action.source.dtype

@@ -377,4 +377,5 @@ def _replaced(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
         grown = len(probe) + probe.count(old) * (len(new) - len(old))
         if old and grown <= max(len(probe), _LONGEST_NAME):  # anybody may write the pairs
             probe = probe.replace(old, new)
-    return probe[:-1]
+    changed = probe[:-1]
+    return name if changed == name else changed  # one object for equal names

@@ -62,10 +62,12 @@ def match(entries: Sequence[str], names: Iterable[str], style: Style) -> Matches
             f"of more than {MAX_LENGTH:,} characters.",
             "Write fewer and shorter entries, such as `re:` patterns.",
         )
-    known = sorted(set(names))
-    present = frozenset(known)
+    if not entries:
+        return Matches({}, {})
+    present = frozenset(names)
     distinct = list(dict.fromkeys(entries))
     slow = [entry for entry in distinct if not _is_plain(entry, style)]
+    known = sorted(present) if slow else []
     answers = dict(zip(slow, _ask(slow, known, style), strict=True)) if slow else {}
     by_entry: dict[str, frozenset[str]] = {}
     bad: dict[str, str] = {}

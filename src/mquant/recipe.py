@@ -97,7 +97,7 @@ class Recipe(BaseModel):
 
         Raises SourceError if the entries cannot be matched in reasonable time.
         """
-        known = frozenset(names)
+        known = frozenset(names) if self.targets or self.ignore else frozenset()
         return Choice(
             self, match(self.targets, known, Style.NAMES), match(self.ignore, known, Style.NAMES)
         )

@@ -45,6 +45,8 @@ def test_the_json_document_describes_the_checkpoint(model: Path) -> None:
         "family": "minimax_m2",
         "model_type": "minimax_m2",
         "quantization": None,
+        "kv_cache": None,
+        "excluded": [],
         "layers": 2,
         "experts": 4,
         "unpruned_experts": 256,
@@ -106,6 +108,19 @@ def test_a_quantized_checkpoint_s_roles_have_a_format_and_bits(model: Path, tmp_
     assert 4.5 <= precisions["expert"]["bits"] < 4.6
     assert precisions["head"] == {"role": "head", "formats": ["BF16"], "bits": 16.0}
     assert document(out)["routers_quantized"] is False
+
+
+def test_modelopt_s_own_file_is_read(model: Path) -> None:
+    table = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    content = {"producer": {"name": "modelopt"}, "quantization": table}
+    (model / "hf_quant_config.json").write_text(json.dumps(content))
+
+    report = document(model)
+    assert (report["quantization"], report["kv_cache"]) == ("modelopt", "FP8")
+    assert report["excluded"] == ["lm_head"]
+    lines = inspect(model).stdout.splitlines()
+    assert "KV cache    FP8" in lines
+    assert "Excluded    1 entry: lm_head" in lines
 
 
 def test_what_vllm_refuses_is_said(tmp_path: Path) -> None:
@@ -213,7 +228,7 @@ def test_a_quantized_checkpoint(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", config=declared, edit=pack)
     report = document(model)
     assert report["quantization"] == "compressed-tensors"
-    assert report["parameters"] is None
+    assert report["parameters"] == document(make_checkpoint(tmp_path / "parent"))["parameters"]
     assert {s["name"]: s["tensors"] for s in report["roles"]}["expert"] == 3 * 24
     assert messages(model)["source-quantized"] == (
         'model is already quantized (config.json says "compressed-tensors").'

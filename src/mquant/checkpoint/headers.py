@@ -137,15 +137,20 @@ def build_header(
     spaces to 8 bytes. With `keep_order` the tensors are stored in the order given.
     """
     ordered = tensors if keep_order else sorted(tensors, key=lambda t: (-RANK[t[1]], t[0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # Put together from texts: a dict and two lists for each tensor take several times the memory.
+    entries = ['{"__metadata__":{"format":"pt"}']
     position = 0
     offsets: dict[str, int] = {}
     for name, dtype, shape in ordered:
         end = position + nbytes(dtype, shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        sizes = ",".join(map(str, shape))
+        entries.append(
+            f'{json.dumps(name, ensure_ascii=False)}:{{"dtype":"{dtype}","shape":[{sizes}],'
+            f'"data_offsets":[{position},{end}]}}'
+        )
         offsets[name] = position
         position = end
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw = (",".join(entries) + "}").encode()
     raw += b" " * (-len(raw) % 8)
     base = PREFIX_BYTES + len(raw)
     first = len(raw).to_bytes(PREFIX_BYTES, "little") + raw

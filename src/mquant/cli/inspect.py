@@ -9,7 +9,7 @@ from mquant.cli.options import FamilyFile, FormatChoice, Revision, Src
 from mquant.cli.output import Format, output
 from mquant.cli.source import example, open_source
 from mquant.cli.tables import facts, table
-from mquant.text import both_sizes, clean, plural, size
+from mquant.text import both_sizes, clean, names, plural, size
 
 if TYPE_CHECKING:
     from mquant.verify.inspect import Inspection, Portion
@@ -70,6 +70,8 @@ def _facts(inspection: "Inspection") -> list[tuple[str, str]]:
     return [
         ("Family", family),
         ("Quantized", inspection.quantization or "no"),
+        *([("KV cache", clean(inspection.kv_cache))] if inspection.kv_cache else []),
+        *([("Excluded", _excluded(inspection))] if inspection.excluded else []),
         *_precisions(inspection),
         ("Routers", _ROUTERS[inspection.routers_quantized]),
         (f"vLLM {VERSION}", clean(inspection.vllm)),
@@ -82,6 +84,12 @@ def _facts(inspection: "Inspection") -> list[tuple[str, str]]:
         ("Tensors", f"{inspection.tensors:,} in {shards}"),
         ("Bytes", both_sizes(inspection.bytes)),
     ]
+
+
+def _excluded(inspection: "Inspection") -> str:
+    count = len(inspection.excluded)
+    entries = "1 entry" if count == 1 else f"{count:,} entries"
+    return f"{entries}: {clean(names(inspection.excluded))}"
 
 
 def _precisions(inspection: "Inspection") -> list[tuple[str, str]]:

@@ -140,6 +140,10 @@ def _method(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]]:
         method = config.get("quant_method")
         return (method if isinstance(method, str) else "unknown"), config
     if MODELOPT_NAME in checkpoint.source.files:
-        table = read_json(checkpoint.source, MODELOPT_NAME).get("quantization")
-        return "modelopt", table if isinstance(table, dict) else {}
+        content = read_json(checkpoint.source, MODELOPT_NAME)
+        # Newer releases of ModelOpt write the keys flat, as in config.json.
+        table = content.get("quantization", content)
+        table = table if isinstance(table, dict) else {}
+        method = table.get("quant_method")
+        return (method if isinstance(method, str) else "modelopt"), table
     return "", {}

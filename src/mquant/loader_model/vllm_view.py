@@ -34,7 +34,8 @@ class Judged:
     """A linear module, or the embeddings.
 
     `misnamed`: the family knows the module by transformers' name only. `vllm` are the names under
-    which vLLM looks the module up. vLLM builds the modules of one `group` as one layer.
+    which vLLM looks the module up, if it looks anything up. vLLM builds the modules of one `group`
+    as one layer.
     """
 
     module: Module
@@ -110,8 +111,11 @@ class VllmView:
     @cached_property
     def ignore(self) -> Matches:
         """The ignore list, matched against all names by the rules of its method."""
+        entries = self.view.ignore
+        if not entries:  # then the names are not needed: a checkpoint has a million
+            return Matches({}, {})
         names = self.hub | self.vllm | frozenset(self.in_memory.values())
-        return match(self.view.ignore, names, self.style or Style.EXACT)
+        return match(entries, names, self.style or Style.EXACT)
 
     @cached_property
     def ignored_by_vllm(self) -> frozenset[str]:
@@ -178,6 +182,7 @@ def vllm_view_of(view: ModuleView) -> VllmView:
 
 def _known(view: ModuleView, family: Family, method: str) -> Iterator[Judged]:
     shared: dict[Any, Any] = {}  # one object for equal values: experts are many
+    looked_up = method in COVER_STYLES or bool(view.ignore)
     # vLLM builds a head even if the head is tied to the embeddings.
     tied = family.tied_heads(view.checkpoint.config)
     absent = [n for n in tied if n not in view.modules]
@@ -190,7 +195,7 @@ def _known(view: ModuleView, family: Family, method: str) -> Iterator[Judged]:
         if not (role.linear or role is Role.EMBEDDING):
             continue
         group = tensor_role.loaded_with
-        names = _vllm_names(module, tensor_role, family, method)
+        names = _vllm_names(module, tensor_role, family, method) if looked_up else ()
         names, group = shared.setdefault(names, names), shared.setdefault(group, group)
         yield Judged(module, role, module.tensor_role is None, names, group)
 

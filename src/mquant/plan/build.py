@@ -14,12 +14,13 @@ from mquant.loader_model.storage import StorageFormat
 from mquant.plan.awq import scaled, unscalable
 from mquant.plan.loadable import checked
 from mquant.plan.members import Member, apart, as_stored
-from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit
+from mquant.plan.model import Action, Plan, ShardPlan, WorkUnit
 from mquant.plan.never_quantized import natural, unsafe
 from mquant.plan.survey import Survey, survey
 from mquant.recipe import Choice, Recipe
 from mquant.schemes import Scheme
 from mquant.text import names
+from mquant.untrusted import MAX_TENSORS
 
 T = TypeVar("T")
 
@@ -82,6 +83,13 @@ NOTHING_TO_QUANTIZE: Final = rule(
     "Check the recipe's roles, targets and ignore.",
     needs="plan",
 )
+OUTPUT_TOO_MANY: Final = rule(
+    "output-too-many",
+    "The output has no more tensors than mquant opens.",
+    "A run could not judge its own output, and no other command could read it.",
+    "Take a recipe that stores fewer tensors for a weight, such as fp8-dynamic.",
+    needs="plan",
+)
 ENTRY_UNMATCHED: Final = rule(
     "entry-unmatched",
     "Every entry of the recipe's ignore and targets matches a module.",
@@ -112,10 +120,9 @@ def make_plan(
     family = surveyed.family
     if family is None:
         raise Refused(surveyed.findings)
-    pairs = {m.module: (m.module, family.in_memory_name(m.module)) for m in surveyed.members}
-    choice = recipe.on(name for pair in pairs.values() for name in pair)
+    choice = recipe.on(name for m in surveyed.members for name in _module_names(m, family))
     layers = family.value(family.config.layers, checkpoint.config) or surveyed.layers
-    actions = [_action(m, pairs[m.module], choice, family, layers) for m in surveyed.members]
+    actions = [_action(member, choice, family, layers) for member in surveyed.members]
     if recipe.smoothing == "awq":
         actions = scaled(surveyed.members, actions, family)
     units = _work_units(*_as_stored(surveyed.members, actions))
@@ -123,7 +130,7 @@ def make_plan(
         *surveyed.findings,
         *dequantizes(surveyed),
         *unsafe(actions, family, recipe, allow_unsafe=allow_unsafe),
-        *_unmatched(surveyed, pairs, choice),
+        *_unmatched(surveyed, family, choice),
     ]
     # If the source's weights cannot be read, no further check applies.
     if surveyed.readable:
@@ -132,6 +139,7 @@ def make_plan(
             *(_split_sets(units) or _unlike_experts(actions)),
             *_biased_experts(actions),
             *_nothing(actions, recipe),
+            *_too_many(actions, recipe),
             *unscalable(family, recipe),
         ]
     plan = Plan(
@@ -154,20 +162,21 @@ def make_plan(
     return checked(plan, "tolerated" if allow_unsafe else "source")
 
 
-def _action(
-    member: Member, module_names: tuple[str, str], choice: Choice, family: Family, layers: int
-) -> Action:
-    info, layer, recipe = member.info, member.tensor_role.layer, choice.recipe
-    scheme = choice.scheme(member.role, module_names)
+def _module_names(member: Member, family: Family) -> tuple[str, str]:
+    """Return the names of a tensor's module on the hub and in transformers."""
+    return (member.module, family.in_memory_name(member.module))
+
+
+def _action(member: Member, choice: Choice, family: Family, layers: int) -> Action:
+    layer, recipe = member.tensor_role.layer, choice.recipe
+    scheme = choice.scheme(member.role, _module_names(member, family))
     reason = _KEPT_BECAUSE.get(member.role, f"{recipe.name} keeps it")
     if scheme and recipe.keeps_layer(layer, layers):
         scheme, reason = None, f"{recipe.name} keeps the layers at the ends"
     if scheme is None:
         return Action.kept(member, reason)
-    fits = not _obstacle(member, scheme, family)
-    outputs = scheme.outputs(member.module, info.shape, info.dtype) if fits else ()
-    tensors = tuple(OutputTensor(*output) for output in outputs)
-    return replace(Action.kept(member, ""), scheme=scheme, outputs=tensors)
+    made = () if _obstacle(member, scheme, family) else None
+    return replace(Action.kept(member, ""), scheme=scheme, made=made)
 
 
 def dequantizes(surveyed: Survey) -> list[Finding]:
@@ -319,6 +328,20 @@ def _nothing(actions: list[Action], recipe: Recipe) -> list[Finding]:
     ]
 
 
+def _too_many(actions: list[Action], recipe: Recipe) -> list[Finding]:
+    count = sum(len(action.scheme.parts) if action.scheme else 1 for action in actions)
+    if count <= MAX_TENSORS:
+        return []
+    return [
+        OUTPUT_TOO_MANY.finding(
+            recipe.name,
+            f"The output of recipe {recipe.name} would have {count:,} tensors, and mquant opens "
+            f"checkpoints of at most {MAX_TENSORS:,}.",
+            "Take a recipe that stores fewer tensors for a weight, such as fp8-dynamic.",
+        )
+    ]
+
+
 def cut_shards(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> dict[str, list[T]]:
     """Cut items into shards as full as `limit` bytes allow: final shard name -> items, in order.
 
@@ -358,13 +381,13 @@ def _is_matrix(info: TensorInfo) -> bool:
     return info.name.endswith(".weight") and len(info.shape) == 2
 
 
-def _unmatched(
-    surveyed: Survey, pairs: Mapping[str, tuple[str, str]], choice: Choice
-) -> list[Finding]:
+def _unmatched(surveyed: Survey, family: Family, choice: Choice) -> list[Finding]:
     """Return findings for entries that match no module: typos, or usual in foreign recipes."""
     recipe = choice.recipe
-    modules = {m.module for m in surveyed.members if m.info.name.endswith(".weight")}
-    known = {name for module in modules for name in pairs[module]}
+    if not (choice.ignore.by_entry or choice.targets.by_entry):
+        return []
+    weights = (m for m in surveyed.members if m.info.name.endswith(".weight"))
+    known = {name for member in weights for name in _module_names(member, family)}
     return [
         ENTRY_UNMATCHED.finding(
             entry,

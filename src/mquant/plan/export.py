@@ -225,7 +225,7 @@ def _actions(member: Member, target: Target, values: Mapping[str, bytes]) -> Ite
         yield replace(
             Action.kept(member, "as it is" if value is None else "the reciprocal"),
             source=info,
-            outputs=(OutputTensor(name, info.dtype, shape),),
+            made=(OutputTensor(name, info.dtype, shape),),
             stored=None,
             value=value,
         )

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, Literal, Self
 
@@ -17,7 +17,7 @@ from mquant.plan.members import Member
 from mquant.plan.stored import Stored
 from mquant.plan.survey import Survey
 from mquant.recipe import Recipe
-from mquant.schemes import FORMAT_VERSION, Scheme
+from mquant.schemes import FORMAT_VERSION, Scheme, Shape
 
 ActionKind = Literal["copy", "quantize", "dequantize", "scale"]
 
@@ -36,6 +36,17 @@ class OutputTensor:
         return nbytes(self.dtype, self.shape)
 
 
+@lru_cache(maxsize=1_000)
+def _parts(scheme: Scheme, shape: Shape, dtype: str) -> tuple[tuple[str, str, Shape], ...]:
+    """Return the outputs of a quantized weight, with the end of the name alone."""
+    return scheme.outputs("", shape, dtype)
+
+
+@lru_cache(maxsize=1_000)
+def _parts_bytes(scheme: Scheme, shape: Shape, dtype: str) -> int:
+    return sum(nbytes(kind, size) for _, kind, size in _parts(scheme, shape, dtype))
+
+
 @dataclass(frozen=True, slots=True)
 class Action:
     """What happens to one source tensor, and which output tensors the source tensor becomes.
@@ -48,7 +59,8 @@ class Action:
     | scale | a norm or router that AWQ scales | the same name, dtype and shape; new bytes |
 
     `source` of a `stored` weight is the weight in BF16 at the place of its codes; such a weight may
-    also be quantized. `scheme` is None if the tensor is kept; `reason` says why.
+    also be quantized. `scheme` is None if the tensor is kept; `reason` says why. `made` are the
+    outputs if they are others than those in the table.
     """
 
     source: TensorInfo
@@ -58,7 +70,7 @@ class Action:
     expert: int | None
     scheme: Scheme | None
     reason: str
-    outputs: tuple[OutputTensor, ...]
+    made: tuple[OutputTensor, ...] | None = None
     stored: Stored | None = None
     value: bytes | None = None
     scaled: bool = False
@@ -75,9 +87,23 @@ class Action:
             expert=tensor_role.expert,
             scheme=None,
             reason=reason,
-            outputs=(OutputTensor(info.name, info.dtype, info.shape),),
             stored=member.stored,
         )
+
+    @property
+    def outputs(self) -> tuple[OutputTensor, ...]:
+        """The output tensors, as in the table of `Action`.
+
+        They are made when they are asked for: a plan has half a million actions, and three outputs
+        with names of their own take more memory than the rest of an action.
+        """
+        if self.made is not None:
+            return self.made
+        source = self.source
+        if self.scheme is None:
+            return (OutputTensor(source.name, source.dtype, source.shape),)
+        parts = _parts(self.scheme, source.shape, source.dtype)
+        return tuple(OutputTensor(self.module + end, dtype, size) for end, dtype, size in parts)
 
     @property
     def kind(self) -> ActionKind:
@@ -106,6 +132,8 @@ class Action:
     @property
     def output_bytes(self) -> int:
         """Bytes of all outputs."""
+        if self.made is None and self.scheme:
+            return _parts_bytes(self.scheme, self.source.shape, self.source.dtype)
         return sum(output.nbytes for output in self.outputs)
 
 
@@ -178,15 +206,25 @@ class ShardPlan:
 
     def _layout(self) -> tuple[bytes, dict[str, int]]:
         outputs = [(o.name, o.dtype, o.shape) for unit in self.units for o in unit.outputs]
-        first, places = build_header(outputs, keep_order=True)
-        if any(places[name] * 8 % BITS[dtype] for name, dtype, _ in outputs):
-            return build_header(outputs)
-        return first, places
+        return build_header(outputs, keep_order=_aligned(outputs))
 
     @property
     def tensors(self) -> int:
         """The number of tensors that the shard holds."""
         return sum(len(action.outputs) for unit in self.units for action in unit.actions)
+
+
+def _aligned(outputs: Sequence[tuple[str, str, Shape]]) -> bool:
+    """Return whether each tensor is at a multiple of its element's size, in this order.
+
+    The data begin at a multiple of 8, to which a header is padded.
+    """
+    position = 0
+    for _, dtype, shape in outputs:
+        if position * 8 % BITS[dtype]:
+            return False
+        position += nbytes(dtype, shape)
+    return True
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ def _as_it_is(family: Family, info: TensorInfo) -> Action:
         expert=tensor_role.expert if tensor_role else None,
         scheme=None,
         reason="as it should be",
-        outputs=(OutputTensor(info.name, info.dtype, info.shape),),
+        made=(OutputTensor(info.name, info.dtype, info.shape),),
     )
 
 
@@ -205,7 +205,7 @@ class _Broken:
                         stored=None,
                         scheme=None,
                         reason="as it should be",
-                        outputs=(output,),
+                        made=(output,),
                     )
                 )
         return ((shard, WorkUnit(tuple(actions))) for shard, actions in shards.items())

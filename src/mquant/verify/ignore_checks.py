@@ -234,7 +234,7 @@ def _uncovered(modules: list[str]) -> Iterator[Finding]:
 
 
 def _unmatched(vllm_view: VllmView) -> Iterator[Finding]:
-    if vllm_view.style is None or vllm_view.view.family is None:
+    if vllm_view.style is None or vllm_view.view.family is None or not vllm_view.ignore.by_entry:
         return
     known = vllm_view.hub | vllm_view.vllm
     idle = [entry for entry, matches in vllm_view.ignore.by_entry.items() if not matches & known]

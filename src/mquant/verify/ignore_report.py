@@ -156,6 +156,8 @@ def _kinds(vllm_view: VllmView) -> tuple[RoleCount, ...]:
 
 
 def _entries(vllm_view: VllmView) -> tuple[Entry, ...]:
+    if not vllm_view.ignore.by_entry:
+        return ()
     in_memory = frozenset(vllm_view.in_memory.values())
     return tuple(
         Entry(

@@ -10,7 +10,8 @@ from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.family import Family, FusedSet, TensorRole
 from mquant.family_rows import Role
 from mquant.findings import Finding, in_context, rule
-from mquant.loader_model.modules import Module, ModuleView, declared_config, read_modules
+from mquant.loader_model.modules import Module, ModuleView, read_modules
+from mquant.loader_model.parameters import count_parameters
 from mquant.loader_model.storage import format_of, weight_shape
 from mquant.loader_model.vllm.words import in_words
 from mquant.plan import survey
@@ -19,8 +20,6 @@ from mquant.text import names
 from mquant.verify.config_json import CONFIG_KEY_MISSING
 from mquant.verify.mtp import check_mtp
 
-# Several weights in one stored element: only the scheme knows how many.
-_PACKED: Final = (".weight_packed", ".qweight")
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 EXPERT_PRUNED: Final = rule(
@@ -88,13 +87,16 @@ class Inspection:
     `precisions` are those of the roles with matrices. `routers_quantized` is None without a router.
     `vllm` is what vLLM does with the checkpoint: "loads it", "refuses it: ...", "not judged: ...".
     `unpruned_experts` is the number in the family's releases. `bytes` counts tensors, `file_bytes`
-    whole shards. `parameters` is None if weights are packed.
+    whole shards. `parameters` is None if config.json does not say how wide packed codes are.
+    `excluded` are the entries that keep modules from being quantized.
     """
 
     name: str
     family: str | None
     model_type: str | None
     quantization: str | None
+    kv_cache: str | None
+    excluded: tuple[str, ...]
     layers: int | None
     experts: int | None
     unpruned_experts: int | None
@@ -144,14 +146,16 @@ def inspect(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Inspectio
         name=checkpoint.source.name,
         family=family.name if family else None,
         model_type=kind if isinstance(kind := config.get("model_type"), str) else None,
-        quantization=_quantization(checkpoint),
+        quantization=_quantization(view),
+        kv_cache=_kv_cache(view.config),
+        excluded=view.ignore,
         layers=config_number(family.config.layers) if family else None,
         experts=config_number(family.config.experts) if family else None,
         unpruned_experts=family.unpruned_experts if family else None,
         experts_per_token=config_number(family.config.top_k) if family else None,
         context=config_number(family.config.context) if family else None,
         vocabulary=config_number(family.config.vocabulary) if family else None,
-        parameters=_parameters(checkpoint),
+        parameters=count_parameters(view),
         tensors=len(checkpoint.tensors),
         bytes=checkpoint.nbytes,
         file_bytes=sum(checkpoint.source.files[shard] for shard in checkpoint.shards),
@@ -229,20 +233,21 @@ def _role_shares(known: list[Known], unknown: list[TensorInfo]) -> tuple[Portion
     )
 
 
-def _quantization(checkpoint: Checkpoint) -> str | None:
-    config = declared_config(checkpoint)
-    method = config.get("quant_method") if isinstance(config, dict) else None
-    if isinstance(method, str):
-        return method
-    traces = any(name.endswith(QUANTIZED_SUFFIXES) for name in checkpoint.tensors)
-    return "undeclared" if config or traces else None
+def _quantization(view: ModuleView) -> str | None:
+    if view.method not in ("", "unknown"):
+        return view.method
+    traces = any(name.endswith(QUANTIZED_SUFFIXES) for name in view.checkpoint.tensors)
+    return "undeclared" if view.config or traces else None
 
 
-def _parameters(checkpoint: Checkpoint) -> int | None:
-    if any(name.endswith(_PACKED) for name in checkpoint.tensors):
+def _kv_cache(config: Mapping[str, Any]) -> str | None:
+    """Return the format of the KV cache, in ModelOpt's words; None if it is not quantized."""
+    algorithm, scheme = config.get("kv_cache_quant_algo"), config.get("kv_cache_scheme")
+    if isinstance(algorithm, str):
+        return algorithm[:40]
+    if not isinstance(scheme, dict) or type(bits := scheme.get("num_bits")) is not int:
         return None
-    weights = checkpoint.tensors.values()
-    return sum(info.elements for info in weights if not info.name.endswith(QUANTIZED_SUFFIXES))
+    return f"{'INT' if scheme.get('type') == 'int' else 'FP'}{bits:d}"[:40]
 
 
 def _unusual(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
+from itertools import chain, islice
 from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, read_header, read_json
@@ -41,12 +42,14 @@ def predict_of(
     """
     if family is not None and family.vllm is None:
         return Outcome(unknown=f"{family.title}, whose file does not say what vLLM builds")
+    rest = iter(tensors)
     try:
-        tensors = list(tensors)
+        # All tensors only if they decide something: a list of a million takes 70 MB.
+        first = list(rest if config.get("tie_word_embeddings") is True else islice(rest, 1))
     except HeaderError as error:
         return Outcome(refused=("the shards", error.message))
-    config = _untied(config, tensors)
-    return load(lambda: _model(family, config, hf_quant_config), tensors)
+    config = _untied(config, first)
+    return load(lambda: _model(family, config, hf_quant_config), chain(first, rest))
 
 
 def _untied(config: Mapping[str, Any], tensors: Iterable[Loaded]) -> Mapping[str, Any]:
@@ -98,7 +101,7 @@ def _in_order(checkpoint: Checkpoint) -> Iterator[Loaded]:
     """
     source = checkpoint.source
     if own := sorted(path for path in source.files if fnmatch(path, _MISTRAL)):
-        for info in (info for path in own for info in read_header(source, path)):
+        for info in [info for path in own for info in read_header(source, path)]:
             yield Loaded(info.name, info.dtype, tuple(info.shape))
         return
     number = {shard: place for place, shard in enumerate(checkpoint.shards)}
