@@ -11,6 +11,7 @@ from the page's; with names, only these families are proven.
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -88,7 +89,9 @@ class Proof:
 
 
 def _short(text: str) -> str:
-    return " ".join(text.replace("|", "/").split())[:120]
+    """Return the beginning of a text, without the folders of this machine."""
+    text = re.sub(r"/\S+/", "", text.replace("|", "/"))
+    return " ".join(text.split())[:120]
 
 
 def prepare(family: Family, folder: Path) -> Proof:

@@ -15,7 +15,7 @@ from mquant.plan.awq import scaled, unscalable
 from mquant.plan.loadable import checked
 from mquant.plan.members import Member, apart, as_stored
 from mquant.plan.model import Action, Plan, ShardPlan, WorkUnit
-from mquant.plan.never_quantized import natural, unsafe
+from mquant.plan.never_quantized import KEPT_BECAUSE, natural, unsafe
 from mquant.plan.survey import Survey, survey
 from mquant.recipe import Choice, Recipe
 from mquant.schemes import Scheme
@@ -25,15 +25,6 @@ from mquant.untrusted import MAX_TENSORS
 T = TypeVar("T")
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
-
-_KEPT_BECAUSE: Final = {
-    Role.ROUTER: "loaders may refuse a quantized router",
-    Role.ROUTING_BIAS: "not a weight; it steers the routing",
-    Role.EMBEDDING: "loaders may refuse quantized embeddings",
-    Role.HEAD: "loaders may refuse a quantized lm_head",
-    Role.NORM: "norms are vectors",
-    Role.OTHER: "not known to be a linear layer",
-}
 
 SOURCE_DEQUANTIZED: Final = rule(
     "source-dequantized",
@@ -170,7 +161,7 @@ def _module_names(member: Member, family: Family) -> tuple[str, str]:
 def _action(member: Member, choice: Choice, family: Family, layers: int) -> Action:
     layer, recipe = member.tensor_role.layer, choice.recipe
     scheme = choice.scheme(member.role, _module_names(member, family))
-    reason = _KEPT_BECAUSE.get(member.role, f"{recipe.name} keeps it")
+    reason = KEPT_BECAUSE.get(member.role, f"{recipe.name} keeps it")
     if scheme and recipe.keeps_layer(layer, layers):
         scheme, reason = None, f"{recipe.name} keeps the layers at the ends"
     if scheme is None:

@@ -16,6 +16,22 @@ from mquant.plan.model import Action
 from mquant.recipe import Recipe
 from mquant.text import names
 
+KEPT_BECAUSE: Final = {
+    Role.ROUTER: "loaders may refuse a quantized router",
+    Role.ROUTING_BIAS: "not a weight; it steers the routing",
+    Role.EMBEDDING: "loaders may refuse quantized embeddings",
+    Role.HEAD: "loaders may refuse a quantized lm_head",
+    Role.NORM: "norms are vectors",
+    Role.LINEAR_ATTENTION: "errors add up in the state of linear attention",
+    Role.MAMBA: "errors add up in the state of Mamba",
+    Role.INDEXER: "loaders build parts of indexers plain, and an index weighs little",
+    Role.LATENT: "every routed expert reads or writes through it",
+    Role.VISION: "recipes are made for the text model",
+    Role.MTP: "loaders take multi-token prediction as released",
+    Role.OTHER: "not known to be a linear layer",
+}
+"""Why a role is kept by recipes that do not name the role."""
+
 ROUTER_QUANTIZED: Final = rule(
     "router-quantized",
     "No router has tensors of a quantized layer.",
