@@ -95,7 +95,7 @@ def _alias(draft: Draft, random: Random) -> str:
 
 @mutation("config.json has an alias beside a key")
 def _both_aliases(draft: Draft, random: Random) -> str:
-    old, new = pick(random, (pair for pair in _ALIASES if pair[0] in draft.config))
+    old, new = pick(random, (pair for pair in _ALIASES if draft.config.get(pair[0])))
     value = draft.config[old]
     draft.config[new] = pick(random, (value, value * 2, 256))
     return f"{new}: {draft.config[new]} beside {old}: {value}"
