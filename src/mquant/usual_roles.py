@@ -30,7 +30,7 @@ _TOWERS: Final = frozenset(
     | {"multi_modal_projector", "mm_projector", "patch_merge_mlp", "merger"}
 )
 _MTP: Final = frozenset({"mtp", "mtp_layers", "mtp_block", "nextn"})
-_SHARED: Final = re.compile(r"shared_?(expert|mlp)s?|shared_mlp|mlp_shared")
+_SHARED: Final = re.compile(r"shared?_?(expert|mlp)s?|shared_mlp|mlp_shared")
 _ROLES: Final = {
     Role.INDEXER: re.compile(r"indexer|index_\w+_proj"),
     Role.LINEAR_ATTENTION: re.compile(r"linear_attn|linear_attention|\w*delta\w*|lightning\w*"),
@@ -55,7 +55,7 @@ def usual_role(name: str, shape: Collection[int], experts: int = 0) -> Role | No
         return Role.VISION
     if not _MTP.isdisjoint(parts):
         return Role.MTP
-    if "correction_bias" in name or short in ("expert_bias", "expert_biases"):
+    if "correction_bias" in name or short in ("expert_bias", "expert_biases", "router_bias"):
         return Role.ROUTING_BIAS
     if len(shape) == 1:
         if tuple(shape) == (experts,) and parts[-1] == "bias" and short == "gate":

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Any, Final
 
+from mquant.family_draft.tiny import is_pattern
 from mquant.formulas import check_condition, holds, number
 
 Layers = frozenset[int]
@@ -77,8 +78,7 @@ def _unchecked(settings: Mapping[str, Any], total: int) -> Iterator[str]:
     }
     for key, value in settings.items():
         # A string with small letters is a word, such as `silu`, and no pattern.
-        pattern = isinstance(value, str) and value.upper() == value
-        if (isinstance(value, list) or pattern) and len(value) == total:
+        if (isinstance(value, list) or is_pattern(value)) and len(value) == total:
             items = sorted({str(item) for item in value})
             if {*items} <= {"0", "1", "True", "False"}:
                 yield from (f"{key}[layer]", f"not {key}[layer]")

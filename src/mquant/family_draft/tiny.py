@@ -1,7 +1,7 @@
 """The changes of config.json that make a model small, with every kind of layer."""
 
 from collections.abc import Collection, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from mquant.family import Family
 
@@ -27,7 +27,9 @@ def tiny_of(
         layers = _layers(total, kinds)
         changes[keys["layers"]] = layers
         for key, value in settings.items():
-            if isinstance(value, list | str) and len(value) == total > layers and total > 3:
+            # A word of as many letters as there are layers (`silu`) is no pattern of layers.
+            per_layer = isinstance(value, list) or is_pattern(value)
+            if per_layer and len(value) == total > layers and total > 3:
                 changes[key] = value[:layers]
     for meaning, most in _SIZES.items():
         _shrink(changes, settings, keys.get(meaning, ""), most)
@@ -43,11 +45,17 @@ def tiny_of(
         most = _DIMENSION if dimension else _HEADS
         _shrink(changes, settings, key, most)
     for key, value in settings.items():
-        if key.endswith("_token_id") and isinstance(value, int | list) and value:
+        largest = max(value, default=0) if isinstance(value, list) else value
+        if key.endswith("_token_id") and type(largest) is int and largest >= _SIZES["vocabulary"]:
             changes[key] = 1
     if keys.get("mtp"):
         changes[keys["mtp"]] = 0
     return {key: value for key, value in changes.items() if settings.get(key) != value}
+
+
+def is_pattern(value: object) -> TypeGuard[str]:
+    """Return whether a text may have a letter or sign for every layer, as `M-E*` has."""
+    return isinstance(value, str) and value.upper() == value
 
 
 def fits(family: Family) -> bool:

@@ -47,6 +47,7 @@ _NOT_HERE: Final = (
     "device type",
     "meta tensor",  # a model that needs values, which the probe does not have
     "failed to be inspected",  # a model whose packages are not here
+    "module 'triton' has no attribute",  # a kernel of GPUs; the environment's triton is a stub
     "contains custom code",  # the probe runs no code of a checkpoint
 )
 _KINDS_NOT_HERE: Final = ("ImportError", "MemoryError", "Killed")
