@@ -76,7 +76,7 @@ def test_show_prints_nothing_in_quiet() -> None:
         (
             ("families", "show", "../recipes/nvfp4"),
             "Error: There is no family '../recipes/nvfp4'.\n"
-            f"Take one of: {FAMILIES}. Example: mquant families show deepseek_v3\n",
+            f"Take one of: {FAMILIES}. Example: mquant families show afmoe\n",
         ),
         (
             ("recipes", "show"),
