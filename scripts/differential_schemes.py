@@ -147,7 +147,10 @@ def _blocks(draft: Draft, random: Random) -> str:
             else []
         )
     for name in names:
-        rows, columns = draft.plain[f"{name.rpartition('.')[0]}.weight"][1]
+        weight = f"{name.rpartition('.')[0]}.weight"
+    if weight not in draft.plain:
+        raise Unfit  # another mutation renamed the module
+    rows, columns = draft.plain[weight][1]
         dtype, _ = draft.tensors[name]
         draft.tensors[name] = (dtype, (-(-rows // high), -(-columns // wide)))
     if not names:
