@@ -148,9 +148,9 @@ def _blocks(draft: Draft, random: Random) -> str:
         )
     for name in names:
         weight = f"{name.rpartition('.')[0]}.weight"
-    if weight not in draft.plain:
-        raise Unfit  # another mutation renamed the module
-    rows, columns = draft.plain[weight][1]
+        if weight not in draft.plain:
+            raise Unfit  # another mutation renamed the module
+        rows, columns = draft.plain[weight][1]
         dtype, _ = draft.tensors[name]
         draft.tensors[name] = (dtype, (-(-rows // high), -(-columns // wide)))
     if not names:
