@@ -31,6 +31,10 @@ DEEPSEEK_SETS = {
 INDEXER = [f"self_attn.indexer.{part}" for part in ("wq_b", "wk", "weights_proj")]
 TIED = {"tie_word_embeddings": True}
 
+# The families whose every behaviour is tested; test_every_family.py has what holds of all.
+DEEP: tuple[str, ...] = ("deepseek_v3", "glm4_moe", "llama", "minimax_m2", "mistral")
+DEEP += ("mixtral", "olmoe", "qwen2", "qwen3", "qwen3_moe")
+
 # MiniMax-M2 has tests of its own.
 FAMILY_CASES = {
     "deepseek_v3": FamilyCase(

@@ -300,7 +300,7 @@ def strange(tmp_path: Path) -> Path:
     def edit(rows: list[Row]) -> list[Row]:
         edited: list[Row] = []
         for row in rows:
-            if not row[0].endswith("gate.weight"):
+            if not row[0].endswith("o_proj.weight"):
                 edited.append(row)
                 continue
             module = row[0].removesuffix(".weight")

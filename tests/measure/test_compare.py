@@ -200,7 +200,7 @@ def test_a_stopped_comparison_resumes(
     events: list[Event] = []
     assert compared(trained, emit=events.append) == complete
     assert len(seen) == 70 + len(complete.tensors) - 69
-    assert "69 tensors were compared before" in str(events[0])
+    assert any("69 tensors were compared before" in str(event) for event in events)
     assert isinstance(events[-1], Progress)
     assert events[-1].done == events[-1].total
     assert list(cache.iterdir()) == []
@@ -285,7 +285,7 @@ def test_tensors_of_a_hub_repo_are_downloaded_once(hub: FakeHub, trained: Path) 
     local = compared(trained)
     assert result.tensors == local.tensors
     assert result.bytes_read is not None
-    assert result.bytes_read < local.bytes_compared + 500_000  # headers and JSON
+    assert result.bytes_read < local.bytes_compared + 600_000  # headers, JSON and mquant.json
 
 
 def test_files_are_closed_when_a_comparison_fails(
@@ -306,4 +306,4 @@ def test_files_are_closed_when_a_comparison_fails(
     monkeypatch.setattr(ComparisonCache, "add", fail)
     with pytest.raises(KeyboardInterrupt):
         compared(trained)
-    assert len(closed) == 2
+    assert len(closed) == 3  # of the checkpoint, of the parent, and of the digests

@@ -216,8 +216,8 @@ def test_an_unknown_configuration_is_refused(
 
 
 def test_an_unknown_model_type_is_refused(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path / "src", config={"model_type": "gpt_oss"})
-    with pytest.raises(SourceError, match="model_type gpt_oss cannot be evaluated"):
+    folder = make_checkpoint(tmp_path / "src", config={"model_type": "unheard_of"})
+    with pytest.raises(SourceError, match="model_type unheard_of cannot be evaluated"):
         run(folder)
 
 

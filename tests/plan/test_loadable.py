@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from family_cases import DEEP
 from make import write_json
 from mquant.checkpoint import CONFIG_NAME, Checkpoint, Folder, open_checkpoint, read_json
 from mquant.family_files import load_families
@@ -168,7 +169,7 @@ def test_lists_name_what_vllm_asks_for_in_a_dense_layer(
 
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in FAMILIES),
+    *((name, {}) for name in DEEP),
     *((name, {"tie_word_embeddings": True}) for name in ("llama", "mixtral", "qwen3")),
     ("qwen3_moe", {"tie_word_embeddings": True, "mlp_only_layers": [0]}),
     ("llama", {"attention_bias": True, "mlp_bias": True}),

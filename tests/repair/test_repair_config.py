@@ -200,11 +200,11 @@ def test_what_repair_cannot_mend_is_told_in_vllm_s_words(mixed: Path, tmp_path: 
 
 def test_what_the_model_does_not_know_is_not_judged(right: Path, tmp_path: Path) -> None:
     def odd(config: Config) -> None:
-        config["llm_config"] = {"a": 1}
+        config["thinker_config"] = {"a": 1}
 
     parent = configured(TRAINED, tmp_path / "parent", odd)
     bad = configured(right, tmp_path / "bad", odd)
-    with pytest.raises(NotJudged, match="llm_config"):
+    with pytest.raises(NotJudged, match="thinker_config"):
         diagnosis_of(bad, parent)
 
 

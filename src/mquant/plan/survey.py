@@ -149,7 +149,8 @@ def _count(numbers: Iterable[int | None]) -> int:
 def _already_quantized(
     checkpoint: Checkpoint, formats: Collection[StorageFormat]
 ) -> Sequence[Finding]:
-    config = declared_config(checkpoint)
+    # A quantization config that is no table also says that the source is quantized.
+    config = declared_config(checkpoint) or checkpoint.config.get("quantization_config")
     traces = [name for name in checkpoint.tensors if name.endswith(QUANTIZED_SUFFIXES)]
     if not traces and not config:
         return []
