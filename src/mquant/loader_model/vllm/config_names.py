@@ -26,6 +26,8 @@ def built_as(config: Mapping[str, Any], read_as: VllmRows | None) -> VllmRows:
             raise LoadRefused(_FILE, f"says model_type {said(kind)}, which vLLM does not know")
         raise Unknown(f"model_type {said(kind)}")
     if not named:
+        if read_as.wrapped:
+            raise Unknown("config.json without architectures")
         return read_as
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise LoadRefused(_FILE, f"says architectures {said(named)}, not a list of names")
