@@ -58,6 +58,18 @@ class Draft:
     cuts: int = 1
     edits: list[Callable[[Files], None]] = field(default_factory=list)
 
+    @property
+    def experts(self) -> int:
+        """The number of experts on disk, by their largest number. Raises Unfit without experts."""
+        numbers = [
+            int(name.partition(".experts.")[2].partition(".")[0])
+            for name in self.tensors
+            if ".experts." in name
+        ]
+        if not numbers:
+            raise Unfit
+        return max(numbers) + 1
+
     def copy(self) -> "Draft":
         """Return a copy whose change leaves this draft as it is."""
         return Draft(

@@ -58,20 +58,9 @@ def _both(draft: Draft, random: Random) -> str:
     return f"{old} and {new}"
 
 
-def _experts(draft: Draft) -> int:
-    numbers = [
-        int(name.partition(".experts.")[2].partition(".")[0])
-        for name in draft.tensors
-        if ".experts." in name
-    ]
-    if not numbers:
-        raise Unfit
-    return max(numbers) + 1
-
-
 @mutation("experts of config.json are not those on disk", weight=2)
 def _count(draft: Draft, random: Random) -> str:
-    count = _experts(draft)
+    count = draft.experts
     key = draft.family.config.experts
     new = pick(random, (count - 1, count + 1, count // 2, count * 2, 1))
     draft.config[key or ""] = new
@@ -84,7 +73,7 @@ def _count(draft: Draft, random: Random) -> str:
 
 @mutation("one expert is lost or of another layout", fits=_quantized, weight=2)
 def _one_expert(draft: Draft, random: Random) -> str:
-    number = random.randrange(_experts(draft))
+    number = random.randrange(draft.experts)
     inside = f".layers.{random.choice((0, 1))}."
     end = f".experts.{number}."
     names = [name for name in draft.quantized() if end in name and inside in name]

@@ -131,14 +131,7 @@ def _layer(draft: Draft, random: Random) -> str:
 
 @mutation("an expert more on disk")
 def _expert(draft: Draft, random: Random) -> str:
-    numbers = [
-        int(name.partition(".experts.")[2].partition(".")[0])
-        for name in draft.tensors
-        if ".experts." in name
-    ]
-    if not numbers:
-        raise Unfit
-    last = max(numbers)
+    last = draft.experts - 1
     _copied(draft, f".experts.{last}.", f".experts.{last + 1}.")
     return f"expert {last + 1}"
 
