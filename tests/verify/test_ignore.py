@@ -1,17 +1,17 @@
 """`verify-ignore` judges the ignore lists of checkpoints in every published layout."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from make import Edit, Row, make_checkpoint, make_names, make_row, minimax_m2, renamed, write_json
+from ignore_reports import Judge, judge, message, rules
+from make import Row, make_checkpoint, make_names, make_row, minimax_m2, renamed, write_json
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.errors import SourceError
 from mquant.family_files import load_families
 from mquant.loader_model.modules import MODELOPT_NAME, read_modules
-from mquant.verify.ignore_report import IgnoreReport, check_ignore
+from mquant.verify.ignore_report import check_ignore
 from quantized_rows import (
     FP8,
     FP8_BLOCK,
@@ -26,38 +26,17 @@ from quantized_rows import (
     quantized,
 )
 
+__all__ = ["judge"]  # the fixture
+
 GATES = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(2)]
 KEPT = ["lm_head", "model.embed_tokens", *GATES]
 HUB_EXPERT = "model.layers.0.block_sparse_moe.experts.{}.{}"
 
 
-@pytest.fixture
-def judge(tmp_path: Path) -> Callable[..., IgnoreReport]:
-    """Return a function that writes a checkpoint and judges its ignore list."""
-
-    def judged(edit: Edit | None, config: Any = ..., **keys: Any) -> IgnoreReport:
-        keys |= {"quantization_config": config}
-        folder = make_checkpoint(tmp_path / "model", edit=edit, config=keys)
-        return check_ignore(read_modules(open_checkpoint(Folder(folder)), load_families()))
-
-    return judged
-
-
-Judge = Callable[..., IgnoreReport]
 GOOD = (
     "All 2 routers, lm_head and the embeddings are kept: nothing in ignore stops vLLM 0.32 from "
     "loading this checkpoint."
 )
-
-
-def rules(report: IgnoreReport) -> dict[str, str]:
-    return {finding.rule: finding.severity for finding in report.findings}
-
-
-def message(report: IgnoreReport, rule: str) -> str:
-    (finding,) = [finding for finding in report.findings if finding.rule == rule]
-    assert finding.fix
-    return finding.message
 
 
 def test_a_good_ignore_list_does_not_say_that_vllm_loads_what_is_not_known(tmp_path: Path) -> None:

@@ -1,16 +1,9 @@
 """What `verify-ignore` says of families and methods that mquant does not know."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
-from make import Edit, make_checkpoint, renamed
-from mquant.checkpoint import Folder, open_checkpoint
-from mquant.family_files import load_families
-from mquant.loader_model.modules import read_modules
-from mquant.verify.ignore_report import IgnoreReport, check_ignore
+from ignore_reports import Judge, judge, message, rules
+from make import Edit, renamed
 from quantized_rows import (
     AWQ,
     MODELOPT,
@@ -20,30 +13,7 @@ from quantized_rows import (
     quantized,
 )
 
-
-@pytest.fixture
-def judge(tmp_path: Path) -> Callable[..., IgnoreReport]:
-    """Return a function that writes a checkpoint and judges its ignore list."""
-
-    def judged(edit: Edit | None, config: Any = ..., **keys: Any) -> IgnoreReport:
-        keys |= {"quantization_config": config}
-        folder = make_checkpoint(tmp_path / "model", edit=edit, config=keys)
-        return check_ignore(read_modules(open_checkpoint(Folder(folder)), load_families()))
-
-    return judged
-
-
-Judge = Callable[..., IgnoreReport]
-
-
-def rules(report: IgnoreReport) -> dict[str, str]:
-    return {finding.rule: finding.severity for finding in report.findings}
-
-
-def message(report: IgnoreReport, rule: str) -> str:
-    (finding,) = [finding for finding in report.findings if finding.rule == rule]
-    assert finding.fix
-    return finding.message
+__all__ = ["judge"]  # the fixture
 
 
 def test_an_unknown_family_is_judged_by_usual_names(judge: Judge) -> None:
