@@ -23,6 +23,7 @@ _BF16, _NVFP4, _BROKEN = "../kept/bf16", "../kept/nvfp4", "../kept/broken"
 _TRAINED, _DATA = "../kept/trained", ("--data", "../kept/text.jsonl")
 _COMPARED: Final = ("../kept/trained-nvfp4", "--against", _TRAINED)
 _GPTQ: Final = ("--recipe", "nvfp4-gptq", "--max-shard-size", "140KB", *_DATA)
+_AWQ: Final = ("--recipe", "w4a16-awq", "--max-shard-size", "300KB", *_DATA)
 _SEARCH: Final = (*_QUANTIZE, "--recipe", "nvfp4-opt")
 _TO_HUB = ("quantize", "org/bf16", "-o", "out", *_QUANTIZE, "--push-to", "org/out")
 
@@ -63,7 +64,13 @@ CASES: Final = (
     Case("hub-scratch", ("quantize", "org/bf16", "-o", "out", *_QUANTIZE, "--scratch", "200KB")),
     Case("push-to", _TO_HUB, repo="org/out"),
     Case("push-to-scratch", (*_TO_HUB, "--scratch", "300KB"), repo="org/out"),
+    Case(
+        "push-to-local",
+        ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--push-to", "org/out"),
+        repo="org/out",
+    ),
     Case("gptq", ("quantize", "../kept/small", "-o", "out", *_GPTQ), sampled=False),
+    Case("awq", ("quantize", "../kept/square", "-o", "out", *_AWQ), sampled=False),
     Case("share", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--share", "1/2")),
     Case("share-last", ("quantize", _BF16, "-o", "out", *_QUANTIZE, "--share", "2/2"), begin="one"),
     Case("finish", ("finish", "out"), begin="both"),
@@ -107,6 +114,7 @@ CASES: Final = (
         ("synth", "out", "--family", "llama", "--max-shard-size", "200KB"),
     ),
     Case("check", ("families", "check", "../kept/family.yaml"), result=""),
+    Case("draft", ("families", "draft", _BF16, "-o", "family.yaml"), result="family.yaml"),
     Case("push", ("push", _NVFP4, "org/pushed"), result="", repo="org/pushed"),
     Case(
         "loader-install",
@@ -140,9 +148,21 @@ class Inputs:
             json.dumps({"text": "A router picks experts. " * 4}) + "\n"
         )
         shutil.copytree(TRAINED, kept / "trained")
-        make_checkpoint(kept / "small", layers=1, experts=2, hidden=32, intermediate=16, vocab=2048)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copyfile(TRAINED / name, kept / "small" / name)
+        for name, hidden, intermediate, head_dim in (
+            ("small", 32, 16, 16),
+            ("square", 128, 128, 32),  # AWQ has groups of 128
+        ):
+            make_checkpoint(
+                kept / name,
+                layers=1,
+                experts=2,
+                hidden=hidden,
+                intermediate=intermediate,
+                head_dim=head_dim,
+                vocab=2048,
+            )
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copyfile(TRAINED / file, kept / name / file)
         _write_importance(kept / "importance", bf16)
         _write_wheel(self.where / "wheels")
         shutil.copyfile(folder("configs") / "minimax_m2.yaml", kept / "family.yaml")
