@@ -106,6 +106,27 @@ def test_restart_deletes_only_recorded_files(tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["notes.txt"]
 
 
+@pytest.mark.parametrize("deleted", [0, 1, 2])
+def test_a_restart_that_was_killed_while_it_deleted_can_be_run_again(
+    tmp_path: Path, deleted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    finished(out, {"source": "other"})
+    files, left, unlink = examine(out, [], RUN, restart=True).files, [deleted], Path.unlink
+
+    def until_killed(path: Path) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        unlink(path)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "unlink", until_killed)
+        discard(out, reversed(files))
+    assert examine(out, [], RUN, restart=True).state is State.UNFINISHED
+    assert deleted == 0 or not (out / "config.json").exists()
+
+
 def test_an_unfinished_run_can_be_resumed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     unfinished(out, RUN)

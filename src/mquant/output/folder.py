@@ -98,8 +98,11 @@ def examine(
 
 
 def discard(out: Path, files: Iterable[str]) -> None:
-    """Delete `files`, config.json first: the remaining files must not look like a checkpoint."""
-    for name in sorted(files, key=lambda name: name != "config.json"):
+    """Delete `files`: config.json first, for the rest must not look like a checkpoint.
+
+    mquant.json goes last: it says that the rest is mquant's.
+    """
+    for name in sorted(files, key=lambda name: (name == RECORD, name != CONFIG_NAME, name)):
         for path in (out / name, out / (name + PARTIAL)):
             if path.is_file() or path.is_symlink():
                 path.unlink()

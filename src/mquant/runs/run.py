@@ -22,6 +22,7 @@ from mquant.checkpoint import Folder, Source, changed
 from mquant.errors import EngineError, SourceError
 from mquant.events import Emit, Note, Progress, silent
 from mquant.output import (
+    RECORD,
     Claim,
     Ledger,
     Recorded,
@@ -196,8 +197,10 @@ class Run:
         recorded, old = self.found.recorded, {*self.found.files}
         for touches in count(1):
             recorded = recorded if spec.resumes else None
-            discard(self.out, old - shards if recorded else old)
+            old = old - shards if recorded else old
+            discard(self.out, old - {RECORD})
             ledger.begin(spec.fingerprint, files or spec.files, afresh=recorded is None)
+            discard(self.out, old & {RECORD})  # until the ledger is there, it says whose OUT is
             touched = self._write(engine, recorded, None if away is None else away())
             if not touched:
                 break
