@@ -127,7 +127,7 @@ class VllmRows(_Data):
     divides: tuple[tuple[str, str], ...] = ()
     """Pairs of keys: transformers refuses a first number that does not divide the second."""
     divisors: tuple[str, ...] = ()
-    """Keys that vLLM divides layers by."""
+    """Keys that vLLM divides layers by: by 1 without a key, if `required` does not name it."""
     counts: tuple[str, ...] = ()
     """Keys that transformers does not know, and that vLLM compares with 0."""
     numbers: tuple[str, ...] = ()
@@ -249,6 +249,8 @@ class Settings:
                 self.values[key] = (
                     self.size(default) if formula else self.values.get(str(default), default)
                 )
+        for key in set(rows.divisors).difference(rows.required):
+            self.values.setdefault(key, 1)
         for alias, key in self.read_as.aliases.items():
             if key in self.values:
                 self.values[alias] = self.values[key]  # vLLM may read the one or the other

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from config_stages import DROP, FAMILIES, config_of, each_family, judge
-from mquant.loader_model.vllm.config_names import built_as
+from mquant.loader_model.vllm.config_names import built_as, config_class
+from mquant.loader_model.vllm.config_stage import check
 from mquant.loader_model.vllm.experts import Experts
 from mquant.loader_model.vllm.load import Outcome, load
 from mquant.loader_model.vllm.model import build
@@ -168,7 +169,8 @@ def test_an_architecture_that_vllm_does_not_know_is_refused(family: str) -> None
 
 
 def test_architectures_decide_what_is_built_and_the_model_type_what_is_read() -> None:
-    rows = built_as({"architectures": ["Qwen3ForCausalLM"]}, FAMILIES["llama"].vllm)
+    config = {"model_type": "llama", "architectures": ["Qwen3ForCausalLM"]}
+    rows = built_as(config, FAMILIES["llama"].vllm)
 
     assert rows is FAMILIES["qwen3"].vllm
 
@@ -191,6 +193,29 @@ def test_an_architecture_with_experts_needs_their_number() -> None:
     assert rows is not None
     with pytest.raises(LoadRefused, match="has no num_experts"):
         build(rows, Settings(rows, config, read_as), None)
+
+
+def test_a_config_class_without_a_family_is_read_too() -> None:
+    config = config_of("minimax_m2", model_type="minimax", intermediate_size="64")
+    rows, read_as = FAMILIES["minimax_m2"].vllm, config_class("minimax")
+    assert built_as(config, read_as) is rows
+    with pytest.raises(LoadRefused, match="says intermediate_size '64', not int"):
+        check(Settings(rows, config, read_as), rows)
+
+
+def test_the_types_of_layers_that_another_config_class_makes_are_not_known() -> None:
+    config = config_of("qwen3_next", model_type="minimax")
+    rows, read_as = FAMILIES["qwen3_next"].vllm, config_class("minimax")
+    assert rows is not None
+    with pytest.raises(Unknown, match="layer_types"):
+        check(Settings(rows, config, read_as), rows)
+
+
+def test_without_a_number_that_vllm_divides_layers_by_it_divides_by_1() -> None:
+    config = config_of("deepseek_v3", model_type="minimax", moe_layer_freq=DROP)
+    rows = FAMILIES["deepseek_v3"].vllm
+    assert rows is not None
+    assert Settings(rows, config, config_class("minimax")).has("moe", 1)
 
 
 def test_a_model_type_that_vllm_does_not_know_is_refused() -> None:

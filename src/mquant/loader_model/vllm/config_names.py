@@ -21,9 +21,9 @@ def built_as(config: Mapping[str, Any], read_as: VllmRows | None) -> VllmRows:
     LoadRefused for names that vLLM does not know, and Unknown for those that mquant does not know.
     """
     kind, named = config.get("model_type"), config.get("architectures")
+    if not isinstance(kind, str) or kind not in _known()["model_types"]:
+        raise LoadRefused(_FILE, f"says model_type {said(kind)}, which vLLM does not know")
     if read_as is None:
-        if not isinstance(kind, str) or kind not in _known()["model_types"]:
-            raise LoadRefused(_FILE, f"says model_type {said(kind)}, which vLLM does not know")
         raise Unknown(f"model_type {said(kind)}")
     if not named:
         if read_as.wrapped:
@@ -40,6 +40,17 @@ def built_as(config: Mapping[str, Any], read_as: VllmRows | None) -> VllmRows:
     if not any(name in _known()["architectures"] for name in named):
         raise LoadRefused(_FILE, f"says architectures {said(named)}, which vLLM does not know")
     raise Unknown(f"architectures {said(named)}")
+
+
+def config_class(kind: Any) -> VllmRows | None:
+    """Return how transformers reads a model_type that no family has; None if it is not told."""
+    read = _classes().get(kind) if isinstance(kind, str) else None
+    return None if read is None else VllmRows(**{"architectures": (), "layers": (), **read})
+
+
+@cache
+def _classes() -> Mapping[str, Any]:
+    return read_yaml(Path(__file__).with_name("config_classes.yaml"))
 
 
 @cache

@@ -126,6 +126,8 @@ def check(settings: Settings, rows: VllmRows) -> None:
             raise Unknown(f"{key} {said(config[key])}")
     check_types(config, read_as.types)
     _check_general(config)
+    if rows is not read_as and rows.kinds_of_layer and config.get("layer_types") is None:
+        raise Unknown("the layer_types that another model's config class makes")
     _check_layer_types(config, read_as, settings)
     stretch = check_rope(config, read_as, settings)
     _check_counts(config, read_as, settings)

@@ -8,7 +8,7 @@ from typing import Any, Final
 from mquant.checkpoint import Checkpoint, read_header, read_json
 from mquant.errors import HeaderError, SourceError
 from mquant.family import Family
-from mquant.loader_model.vllm.config_names import built_as
+from mquant.loader_model.vllm.config_names import built_as, config_class
 from mquant.loader_model.vllm.load import Outcome, load
 from mquant.loader_model.vllm.methods.choose import read_method
 from mquant.loader_model.vllm.model import Model, build
@@ -74,7 +74,7 @@ def split(checkpoint: Checkpoint, family: Family, ranks: int) -> str:
 def _model(
     family: Family | None, config: Mapping[str, Any], hf_quant_config: Any, ranks: int = 1
 ) -> Model:
-    read_as = family.vllm if family else None
+    read_as = family.vllm if family else config_class(config.get("model_type"))
     rows = built_as(config, read_as)
     settings = Settings(rows, config, read_as)
     heads = settings.number("num_attention_heads") or 0
