@@ -42,6 +42,7 @@ from mquant.schemes import FP8_DYNAMIC, NVFP4, W4A16
 from mquant.synth import Precision, Sizes, make_config, make_tensors
 
 LINEAR: Final = (Role.EXPERT, Role.SHARED_EXPERT, Role.MLP, Role.ATTENTION)
+_KEPT: Final = (Role.ROUTER, Role.LINEAR_ATTENTION, Role.MAMBA, Role.LATENT)
 PLAIN, ORIGINAL = "BF16", "FP8 original"
 _COMMON: Final = {"hidden_size": 256, "vocab_size": 256}
 _DELTA_NET: Final = {
@@ -82,6 +83,11 @@ _SIZES: Final[dict[str, dict[str, Any]]] = {
     "qwen3_vl_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
     "afmoe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
     "ernie4_5_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
+    "granitemoehybrid": {
+        "intermediate_size": 128,
+        "mamba_d_head": 32,
+        "shared_intermediate_size": 128,
+    },
 }
 _TIED: Final = {"tie_word_embeddings": True}
 _BIASED: Final = {"attention_bias": True}
@@ -113,6 +119,12 @@ VARIANTS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
     "qwen3_vl_moe": (_BIASED, {"mlp_only_layers": [0]}),
     "ernie4_5_moe": ({"moe_num_shared_experts": 0}, {"moe_layer_start_index": 0}),
     "afmoe": ({"num_shared_experts": 2}, {"num_dense_layers": 0}),
+    "granitemoehybrid": (
+        _TIED,
+        _BIASED,
+        {"mamba_proj_bias": True, "mamba_conv_bias": False},
+        {"num_local_experts": 0},
+    ),
 }
 _FORMATS: Final[dict[str, Callable[[Draft, Random], Draft]]] = {}
 
@@ -254,7 +266,9 @@ def _modelopt_w4a4(draft: Draft, random: Random) -> Draft:
 
 def _kept(draft: Draft) -> list[str]:
     """Return an ignore list of all plain linear modules, embeddings left out as tools do."""
-    return [*draft.modules(Role.ROUTER), "lm_head", *_mtp_kept(draft)]
+    kept = [*draft.modules(*_KEPT), "lm_head", *_mtp_kept(draft)]
+    # A module also under the name that vLLM looks up, if the names differ.
+    return list(dict.fromkeys((*kept, *map(draft.family.in_vllm_name, kept))))
 
 
 def _mtp_kept(draft: Draft) -> list[str]:

@@ -17,7 +17,7 @@ from mquant.loader_model.vllm.config_types import (
     whole,
 )
 from mquant.loader_model.vllm.tensors import LoadRefused, Unknown
-from mquant.loader_rows import Settings, VllmRows
+from mquant.loader_rows import NEWEST_KIND, Settings, VllmRows
 
 _FILE: Final = "config.json"
 _LENGTH: Final = 64
@@ -41,19 +41,13 @@ _TOP_K: Final = (
     "moe_topk",
     "moe_top_k",
 )
-_KINDS_OF_LAYER: Final = {
-    "full_attention": "full_attention",
-    "attention": "full_attention",
-    "sliding_attention": "sliding_attention",
-}
-"""The types of layer of which it is known what vLLM builds, under transformers' newest name."""
+_KINDS_OF_LAYER: Final = frozenset({"full_attention", "sliding_attention"})
+"""The types of layer of which it is known what vLLM builds in families that name no types."""
 _OTHER_KINDS: Final = frozenset(
     {
         "chunked_attention",
         "window_attention",
         "indexed_attention",
-        "deepseek_sparse_attention",
-        "qwen_sparse_attention",
         "compressed_sparse_attention",
         "heavily_compressed_attention",
         "minimax_m3_sparse",
@@ -62,7 +56,6 @@ _OTHER_KINDS: Final = frozenset(
         "hybrid",
         "hybrid_sliding",
         "linear_attention",
-        "mamba",
     }
 )
 """The other types of layer that transformers takes."""
@@ -226,11 +219,12 @@ def _check_layer_types(config: Mapping[str, Any], rows: VllmRows, settings: Sett
     else:
         kinds = set()
         for kind in map(str, listed):
-            if kind not in (_KINDS_OF_LAYER.keys() | _OTHER_KINDS):
+            newest = NEWEST_KIND.get(kind, kind)
+            if newest not in _KINDS_OF_LAYER | _OTHER_KINDS:
                 raise LoadRefused(_FILE, f"has a layer of type {said(kind)}")
-            if kind not in (rows.kinds_of_layer or _KINDS_OF_LAYER):
+            if newest not in (rows.kinds_of_layer or _KINDS_OF_LAYER):
                 raise Unknown(f"a layer of type {kind}")
-            kinds.add(_KINDS_OF_LAYER.get(kind, kind))
+            kinds.add(newest)
     if "sliding_attention" in kinds and rows.window and rows.window not in config:
         raise LoadRefused(_FILE, f"has sliding attention without {rows.window}")
     count = settings.number("num_hidden_layers")
@@ -269,7 +263,7 @@ def _check_counts(config: Mapping[str, Any], rows: VllmRows, settings: Settings)
     window = config.get("sliding_window")
     if window is not None and "use_sliding_window" not in _typed(rows):
         whole("sliding_window", window)
-    if any(row.kind == "experts" for row in rows.layers) and count <= 0:
+    if count <= 0 and any(r.kind == "experts" and settings.has(r.when) for r in rows.layers):
         raise LoadRefused(_FILE, "says that there are no experts")
 
 
@@ -293,9 +287,10 @@ def _check_length(config: Mapping[str, Any], stretch: float) -> None:
 def _check_model(rows: VllmRows, settings: Settings) -> None:
     """Check the numbers by which vLLM divides and of which vLLM builds layers."""
     values = settings.values
-    for key, other in rows.divides:
-        if not values[key] or values[other] % values[key]:
-            raise LoadRefused(_FILE, f"says {key} {values[key]}, which does not divide {other}")
+    for part, whole_size in rows.divides:
+        size, other = settings.size(part), settings.size(whole_size)
+        if size is not None and other is not None and (not size or other % size):
+            raise LoadRefused(_FILE, f"says {part} {size}, which does not divide {whole_size}")
     for key in rows.numbers:
         if not is_integer(values.get(key)):
             raise LoadRefused(_FILE, f"says {key} {said(values.get(key))}, not a whole number")

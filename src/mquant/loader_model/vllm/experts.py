@@ -5,8 +5,8 @@ vLLM keeps all experts of a layer in one parameter: `w13_` holds gate and up one
 """
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from mquant.loader_model.vllm.layers import Layer, Shard
@@ -22,6 +22,7 @@ from mquant.loader_model.vllm.tensors import (
 
 _NUMBERED: Final = re.compile(r"(\d+)\.([^.]+)\.(.+)")
 _PARTS: Final = ("w1", "w2", "w3")
+_STACKED: Final = dict(zip(("gate", "down", "up"), _PARTS, strict=True))
 _FUSED: Final = {"gate_proj": "gate_up_proj", "w1": "w13"}
 """The name of the gate on disk -> the name of gate and up in one tensor."""
 _DIMENSION: Final = {"w1": 0, "w2": 1, "w3": 0}
@@ -42,6 +43,8 @@ class Experts(Layer):
     intermediate: int = 0
     ranks: int = 1
     names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")
+    stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of modules that hold parts of all experts -> the parts, in order."""
     transposed: bool = False
     layout: str = ""
     unknown: str = ""
@@ -105,6 +108,18 @@ class Experts(Layer):
                 return
         if any(f"experts.{name}" in f"experts.{last}" for name in (known, self.names[1])):
             raise Unknown(f"experts in one tensor ({loaded.name})")
+
+    def load_stack(self, copies: Copies, name: str, loaded: Loaded, suffix: str) -> None:
+        """Copy a tensor of all experts; `name` is that of a module in `stacks`.
+
+        vLLM passes over a tensor for which the experts have no parameter.
+        """
+        parts = tuple(_STACKED[part] for part in self.stacks[name])
+        if ("w2_" if parts[0] == "w2" else "w13_") + suffix not in self.parameters:
+            return
+        if suffix != "weight" or len(loaded.shape) != 3:
+            raise Unknown(f"experts in one tensor ({loaded.name})")
+        self._all(copies, loaded, *parts)
 
     def _is_plain(self, key: str) -> bool:
         return key in self.parameters and self.parameters[key].dtype == MODEL_DTYPE
