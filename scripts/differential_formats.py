@@ -83,7 +83,17 @@ _SIZES: Final[dict[str, dict[str, Any]]] = {
     "qwen3_vl_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
     "afmoe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
     "ernie4_5_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
+    "nemotron_h": {
+        "num_hidden_layers": 4,
+        "head_dim": 64,
+        "intermediate_size": 256,
+        "mamba_head_dim": 32,
+        "moe_intermediate_size": 128,
+        "moe_latent_size": 128,
+        "moe_shared_expert_intermediate_size": 128,
+    },
     "granitemoehybrid": {
+        "num_hidden_layers": 2,
         "intermediate_size": 128,
         "mamba_d_head": 32,
         "shared_intermediate_size": 128,
@@ -119,11 +129,22 @@ VARIANTS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
     "qwen3_vl_moe": (_BIASED, {"mlp_only_layers": [0]}),
     "ernie4_5_moe": ({"moe_num_shared_experts": 0}, {"moe_layer_start_index": 0}),
     "afmoe": ({"num_shared_experts": 2}, {"num_dense_layers": 0}),
+    "nemotron_h": (
+        {"use_bias": True, "use_conv_bias": False},
+        {"mlp_bias": True},
+        {"moe_latent_size": None},
+        {"hybrid_override_pattern": "*E", "num_hidden_layers": 2},
+        {
+            "hybrid_override_pattern": None,
+            "layers_block_type": ["mamba", "mlp", "moe", "attention"],
+        },
+    ),
     "granitemoehybrid": (
         _TIED,
         _BIASED,
         {"mamba_proj_bias": True, "mamba_conv_bias": False},
         {"num_local_experts": 0},
+        {"layer_types": ["full_attention", "mamba", "mamba"], "num_hidden_layers": 3},
     ),
 }
 _FORMATS: Final[dict[str, Callable[[Draft, Random], Draft]]] = {}

@@ -67,8 +67,8 @@ class LayerRow(_Data):
     """Whether tensor parallelism splits the layer; a `replicated` layer is never split."""
     when: str = ""
     """A key of `blocks`, with `not` before it or without; other layers do not have the row."""
-    names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")
-    """Gate, down and up of an expert on disk."""
+    names: tuple[str, str, str] | tuple[str, str] = ("gate_proj", "down_proj", "up_proj")
+    """Gate, down and up of an expert on disk, or up and down of an expert without a gate."""
     stacks: Mapping[str, tuple[Literal["gate", "down", "up"], ...]] = Field(default_factory=dict)
     """Names of modules on disk, beside `name`, that hold these parts of all experts, if a table of
     parameters finds them."""
@@ -107,6 +107,17 @@ class WrappingRows(_Data):
     """The layers outside the text model."""
 
 
+class PatternRow(_Data):
+    """A text in config.json with a letter for each layer, which counts without `layer_types`.
+
+    `default` is the text without the key. The number of layers is that of the types.
+    """
+
+    key: str
+    letters: Mapping[str, str]
+    default: str
+
+
 class RopeRow(_Data):
     """How transformers and vLLM read the rotary embedding of a family.
 
@@ -134,6 +145,7 @@ class VllmRows(_Data):
     types: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
     """Type -> the keys that transformers' config class takes in this type only."""
     rope: RopeRow = RopeRow()
+    pattern: PatternRow | None = None
     divides: tuple[tuple[Size, Size], ...] = ()
     """Pairs of sizes: transformers refuses a first number that does not divide the second."""
     divisors: tuple[str, ...] = ()
@@ -261,8 +273,14 @@ class Settings:
                 self.values[key] = (
                     self.size(default) if formula else self.values.get(str(default), default)
                 )
+        if pattern := self.read_as.pattern:
+            letters = self.values.get(pattern.key, pattern.default)
+            if self.values.get("layer_types") is None and isinstance(letters, str):
+                self.values["layer_types"] = [pattern.letters.get(each, each) for each in letters]
         if isinstance(kinds := self.values.get("layer_types"), list):
             self.values["layer_types"] = [NEWEST_KIND.get(str(kind), kind) for kind in kinds]
+            if self.read_as.pattern:
+                self.values["num_hidden_layers"] = len(kinds)
         for alias, key in self.read_as.aliases.items():
             if key in self.values:
                 self.values[alias] = self.values[key]  # vLLM may read the one or the other

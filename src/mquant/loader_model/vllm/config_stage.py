@@ -7,6 +7,7 @@ The sources are transformers 5.19's config classes, and vLLM 0.32's `config/mode
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from mquant.formulas import MOST_LAYERS
 from mquant.loader_model.vllm.config_attributes import ATTRIBUTES
 from mquant.loader_model.vllm.config_rope import check_rope
 from mquant.loader_model.vllm.config_types import (
@@ -17,7 +18,7 @@ from mquant.loader_model.vllm.config_types import (
     whole,
 )
 from mquant.loader_model.vllm.tensors import LoadRefused, Unknown
-from mquant.loader_rows import NEWEST_KIND, Settings, VllmRows
+from mquant.loader_rows import Settings, VllmRows
 
 _FILE: Final = "config.json"
 _LENGTH: Final = 64
@@ -209,7 +210,7 @@ def _check_labels(config: Mapping[str, Any]) -> None:
 
 def _check_layer_types(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -> None:
     """Check `layer_types`, which transformers reads in every family."""
-    listed = config.get("layer_types")
+    listed = settings.values.get("layer_types")
     if listed is None:
         kinds = _windows(rows, settings)
     elif not isinstance(listed, list | dict | str):
@@ -219,12 +220,11 @@ def _check_layer_types(config: Mapping[str, Any], rows: VllmRows, settings: Sett
     else:
         kinds = set()
         for kind in map(str, listed):
-            newest = NEWEST_KIND.get(kind, kind)
-            if newest not in _KINDS_OF_LAYER | _OTHER_KINDS:
+            if kind not in _KINDS_OF_LAYER | _OTHER_KINDS | rows.kinds_of_layer:
                 raise LoadRefused(_FILE, f"has a layer of type {said(kind)}")
-            if newest not in (rows.kinds_of_layer or _KINDS_OF_LAYER):
+            if kind not in (rows.kinds_of_layer or _KINDS_OF_LAYER):
                 raise Unknown(f"a layer of type {kind}")
-            kinds.add(newest)
+            kinds.add(kind)
     if "sliding_attention" in kinds and rows.window and rows.window not in config:
         raise LoadRefused(_FILE, f"has sliding attention without {rows.window}")
     count = settings.number("num_hidden_layers")
@@ -263,7 +263,9 @@ def _check_counts(config: Mapping[str, Any], rows: VllmRows, settings: Settings)
     window = config.get("sliding_window")
     if window is not None and "use_sliding_window" not in _typed(rows):
         whole("sliding_window", window)
-    if count <= 0 and any(r.kind == "experts" and settings.has(r.when) for r in rows.layers):
+    of_experts = (row.when for row in rows.layers if row.kind == "experts")
+    layers = range(min(settings.number("num_hidden_layers") or 0, MOST_LAYERS))
+    if count <= 0 and any(settings.has(when, layer) for when in of_experts for layer in layers):
         raise LoadRefused(_FILE, "says that there are no experts")
 
 

@@ -30,7 +30,7 @@ _DIMENSION: Final = {"w1": 0, "w2": 1, "w3": 0}
 
 @dataclass(eq=False)
 class Experts(Layer):
-    """The experts of a layer. `names` are gate, down and up on disk.
+    """The experts of a layer. `names` are gate, down and up on disk, or up and down without a gate.
 
     `intermediate` is that of one rank; `ranks` is the number of ranks that share every expert.
     `layout` names the quantization method whose own way of loading scales vLLM follows: `modelopt`,
@@ -42,7 +42,7 @@ class Experts(Layer):
     hidden: int = 0
     intermediate: int = 0
     ranks: int = 1
-    names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")
+    names: tuple[str, ...] = ("gate_proj", "down_proj", "up_proj")
     stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Names of modules that hold parts of all experts -> the parts, in order."""
     transposed: bool = False
@@ -52,12 +52,34 @@ class Experts(Layer):
     """How often vLLM repeats the rows and columns of block scales, for smaller blocks."""
     loads_itself = True
 
+    @property
+    def gated(self) -> bool:
+        """Whether an expert has a gate beside up."""
+        return len(self.names) == 3
+
+    @property
+    def shards(self) -> int:
+        """The number of matrices in `w13_`: gate and up, or up alone."""
+        return 2 if self.gated else 1
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The names of an expert's matrices for which vLLM asks the quantization config."""
+        return asked_matrices(self.names)
+
+    @property
+    def _fused(self) -> str | None:
+        """The name on disk of gate and up, or of up alone, of all experts."""
+        return _FUSED.get(self.names[0]) if self.gated else self.names[0]
+
     def build(self, parameters: Iterable[Parameter] | None) -> None:
         """Create the parameters: those of a quantization method, or plain weights."""
         if parameters is None:
             parameters = (
                 Parameter(
-                    "w13_weight", MODEL_DTYPE, (self.count, 2 * self.intermediate, self.hidden)
+                    "w13_weight",
+                    MODEL_DTYPE,
+                    (self.count, self.shards * self.intermediate, self.hidden),
                 ),
                 Parameter("w2_weight", MODEL_DTYPE, (self.count, self.hidden, self.intermediate)),
             )
@@ -82,7 +104,7 @@ class Experts(Layer):
             self._other(copies, last, loaded)
             return
         number, projection, suffix = int(match[1]), match[2], match[3]
-        if projection == _FUSED.get(self.names[0]):
+        if self.gated and projection == self._fused:
             raise Unknown(f"experts with a fused {projection} ({loaded.name})")
         if number >= self.count or str(number) != match[1] or projection not in self.names:
             return
@@ -98,10 +120,10 @@ class Experts(Layer):
 
     def _other(self, copies: Copies, last: str, loaded: Loaded) -> None:
         """Load a tensor that is not of one expert: experts fused in one tensor, or no expert."""
-        known = _FUSED.get(self.names[0], "gate_up_proj")
-        if len(loaded.shape) == 3 and not self.layout and self.names[0] in _FUSED:
+        known = self._fused or "gate_up_proj"
+        if len(loaded.shape) == 3 and not self.layout and self._fused:
             if last == known and self._is_plain("w13_weight"):
-                self._all(copies, loaded, "w1", "w3")
+                self._all(copies, loaded, *("w1", "w3")[: self.shards])
                 return
             if last == self.names[1] and self._is_plain("w2_weight"):
                 self._all(copies, loaded, "w2")
@@ -212,8 +234,7 @@ class Experts(Layer):
             place = place.index(0 if part == "w1" else 1)
         copies.assign(place, loaded.reshape(()))
 
-    @staticmethod
-    def _matrix(copies: Copies, target: View, loaded: Loaded, dim: int, part: str) -> None:
+    def _matrix(self, copies: Copies, target: View, loaded: Loaded, dim: int, part: str) -> None:
         """Copy a weight, or its scales; a larger target is filled in part."""
         if loaded.shape:
             if dim >= len(loaded.shape):
@@ -222,10 +243,15 @@ class Experts(Layer):
                 )
             if not loaded.shape[dim]:
                 return
-        if part != "w2":
+        if part != "w2" and self.gated:
             half = target.shape[dim] // 2
             target = target.narrow(dim, 0 if part == "w1" else half, half)
         copies.copy(_narrowed(target, loaded, *_hidden_first(dim, target)), loaded)
+
+
+def asked_matrices(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the matrices of an expert for which vLLM asks: without a gate also one named None."""
+    return (*names, "None")[:3]
 
 
 def _hidden_first(dim: int, target: View) -> tuple[int, int]:

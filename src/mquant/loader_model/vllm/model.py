@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Final, Protocol
 
 from mquant.loader_model.vllm.config_stage import check
-from mquant.loader_model.vllm.experts import Experts
+from mquant.loader_model.vllm.experts import Experts, asked_matrices
 from mquant.loader_model.vllm.layers import (
     Attention,
     Bare,
@@ -194,7 +194,7 @@ def _asked(rows: VllmRows, settings: Settings) -> Iterator[str]:
     for place in _every(rows, settings):
         row = place.row
         if row.heeds and row.kind == "experts":
-            yield from (f"{place.asked}.0.{matrix}" for matrix in row.names)
+            yield from (f"{place.asked}.0.{matrix}" for matrix in asked_matrices(row.names))
         elif row.heeds and row.kind not in ("norm", "bare"):
             yield place.asked
 
