@@ -41,6 +41,7 @@ SIZES: Final[dict[str, dict[str, Any]]] = {
     "qwen3_vl_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
     "afmoe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
     "ernie4_5_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
+    "jamba": {"intermediate_size": 128},
     "nemotron_h": {
         "num_hidden_layers": 4,
         "head_dim": 64,
@@ -87,6 +88,12 @@ VARIANTS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
     "qwen3_vl_moe": (_BIASED, {"mlp_only_layers": [0]}),
     "ernie4_5_moe": ({"moe_num_shared_experts": 0}, {"moe_layer_start_index": 0}),
     "afmoe": ({"num_shared_experts": 2}, {"num_dense_layers": 0}),
+    "jamba": (
+        _TIED,
+        {"mamba_proj_bias": True, "mamba_conv_bias": False},
+        {"num_experts": 1},
+        {"expert_layer_period": 1, "expert_layer_offset": 0},
+    ),
     "nemotron_h": (
         {"use_bias": True, "use_conv_bias": False},
         {"mlp_bias": True},
