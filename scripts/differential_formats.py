@@ -23,6 +23,7 @@ from differential_layouts import (
     modelopt_w4a4,
     packed,
 )
+from differential_sizes import COMMON, SIZES, VARIANTS
 from mquant.checkpoint import Checkpoint, Folder, open_checkpoint
 from mquant.family import Family
 from mquant.family_files import load_families
@@ -42,84 +43,14 @@ from mquant.schemes import FP8_DYNAMIC, NVFP4, W4A16
 from mquant.synth import Precision, Sizes, make_config, make_tensors
 
 LINEAR: Final = (Role.EXPERT, Role.SHARED_EXPERT, Role.MLP, Role.ATTENTION)
+_KEPT: Final = (Role.ROUTER, Role.LINEAR_ATTENTION, Role.MAMBA, Role.LATENT)
 PLAIN, ORIGINAL = "BF16", "FP8 original"
-_COMMON: Final = {"hidden_size": 256, "vocab_size": 256}
-_DELTA_NET: Final = {
-    "head_dim": 32,
-    "full_attention_interval": 2,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
-    "shared_expert_intermediate_size": 128,
-}
-_LATENT: Final = {
-    "intermediate_size": 256,
-    "moe_intermediate_size": 128,
-    "kv_lora_rank": 128,
-    "q_lora_rank": 128,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
-}
-_SPARSE: Final = {**_LATENT, "index_head_dim": 64, "index_n_heads": 4}
-_SIZES: Final[dict[str, dict[str, Any]]] = {
-    "minimax_m2": {"intermediate_size": 128, "head_dim": 64, "rotary_dim": 32},
-    "qwen3_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
-    "deepseek_v2": _LATENT,
-    "deepseek_v3": _LATENT,
-    "deepseek_v32": _SPARSE,
-    "glm_moe_dsa": _SPARSE,
-    "glm4_moe_lite": _LATENT,
-    "kimi_k2": _LATENT,
-    "mixtral": {"intermediate_size": 128},
-    "llama": {"intermediate_size": 256},
-    "qwen3": {"head_dim": 64, "intermediate_size": 256},
-    "glm4_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
-    "mistral": {"head_dim": 64, "intermediate_size": 256},
-    "qwen2": {"intermediate_size": 256},
-    "olmoe": {"intermediate_size": 128},
-    "qwen3_next": {"moe_intermediate_size": 128, **_DELTA_NET},
-    "qwen3_5_moe": {"moe_intermediate_size": 128, **_DELTA_NET},
-    "qwen3_5": {"intermediate_size": 256, **_DELTA_NET},
-    "qwen3_vl_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
-    "afmoe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
-    "ernie4_5_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
-}
-_TIED: Final = {"tie_word_embeddings": True}
-_BIASED: Final = {"attention_bias": True}
-_EXPERTS: Final = (
-    {"num_nextn_predict_layers": 1},
-    {"n_shared_experts": 2},
-    {"first_k_dense_replace": 0},
-)
-# Legal variations of a family's config.json; the tensors follow.
-VARIANTS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
-    "minimax_m2": ({"num_key_value_heads": 4},),
-    "qwen3_moe": (_TIED, _BIASED, {"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}),
-    "deepseek_v2": ({"q_lora_rank": None}, {"n_shared_experts": 1}, {"topk_method": "noaux_tc"}),
-    "deepseek_v3": ({"q_lora_rank": None}, *_EXPERTS),
-    "deepseek_v32": _EXPERTS,
-    "glm_moe_dsa": (*_EXPERTS, {"index_topk_freq": 1}, {"index_topk_pattern": "FSS"}),
-    "glm4_moe_lite": ({"q_lora_rank": None}, *_EXPERTS),
-    "kimi_k2": ({"q_lora_rank": None}, *_EXPERTS),
-    "mixtral": (_TIED,),
-    "llama": (_TIED, _BIASED, {"mlp_bias": True}),
-    "qwen3": (_TIED, _BIASED),
-    "glm4_moe": (_BIASED, {"use_qk_norm": False}, {"first_k_dense_replace": 0}),
-    "mistral": (_TIED,),
-    "qwen2": (_TIED,),
-    "olmoe": (),
-    "qwen3_next": ({"mlp_only_layers": [0]}, {"linear_num_value_heads": 2}),
-    "qwen3_5_moe": ({"linear_num_value_heads": 2}, _TIED, {"full_attention_interval": 1}),
-    "qwen3_5": ({"linear_num_value_heads": 2}, _TIED),
-    "qwen3_vl_moe": (_BIASED, {"mlp_only_layers": [0]}),
-    "ernie4_5_moe": ({"moe_num_shared_experts": 0}, {"moe_layer_start_index": 0}),
-    "afmoe": ({"num_shared_experts": 2}, {"num_dense_layers": 0}),
-}
 _FORMATS: Final[dict[str, Callable[[Draft, Random], Draft]]] = {}
 
 
 def families() -> dict[str, Family]:
     """Return the families that ship and that have sizes here."""
-    return {name: family for name, family in load_families().items() if name in _SIZES}
+    return {name: family for name, family in load_families().items() if name in SIZES}
 
 
 def parent(family: Family, random: Random, precision: Precision = Precision.BF16) -> Draft:
@@ -128,7 +59,7 @@ def parent(family: Family, random: Random, precision: Precision = Precision.BF16
     config = make_config(
         family, Sizes(layers=random.choice((2, 3)), experts=experts), precision, tiny=True
     )
-    config = family.with_settings(config, {**_COMMON, **_SIZES[family.name]})
+    config = family.with_settings(config, {**COMMON, **SIZES[family.name]})
     if VARIANTS[family.name] and random.random() < 0.4:
         config = family.with_settings(config, random.choice(VARIANTS[family.name]))
     plain = _headers(family, config, Precision.BF16)
@@ -254,7 +185,9 @@ def _modelopt_w4a4(draft: Draft, random: Random) -> Draft:
 
 def _kept(draft: Draft) -> list[str]:
     """Return an ignore list of all plain linear modules, embeddings left out as tools do."""
-    return [*draft.modules(Role.ROUTER), "lm_head", *_mtp_kept(draft)]
+    kept = [*draft.modules(*_KEPT), "lm_head", *_mtp_kept(draft)]
+    # A module also under the name that vLLM looks up, if the names differ.
+    return list(dict.fromkeys((*kept, *map(draft.family.in_vllm_name, kept))))
 
 
 def _mtp_kept(draft: Draft) -> list[str]:

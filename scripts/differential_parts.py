@@ -91,7 +91,7 @@ def _head(draft: Draft, random: Random) -> str:
     draft.config["tie_word_embeddings"] = tied
     if random.random() < 0.15:
         del draft.config["tie_word_embeddings"]
-    shape = next(of for n, of in draft.plain.items() if n.endswith("embed_tokens.weight"))
+    shape = draft.plain[f"{draft.modules(Role.EMBEDDING)[0]}.weight"]
     draft.strip("lm_head")
     if stored:
         rows = shape[1][0] + pick(random, (0, 0, 0, 64, -1))

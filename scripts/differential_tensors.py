@@ -170,12 +170,13 @@ def _kv(draft: Draft, random: Random) -> str:
     if draft.family.name == "deepseek_v3":
         raise Unfit
     shape = pick(random, ((1,), ()))
-    layers = range(draft.family.settings(draft.config)["num_hidden_layers"])
-    where = pick(random, ("self_attn.{}_scale", "self_attn.{}_proj.{}_scale"))
-    for layer in layers:
+    count = draft.family.settings(draft.config)["num_hidden_layers"]
+    where = pick(random, ("{}_scale", "{}_proj.{}_scale"))
+    keys = [name for name in draft.modules(Role.ATTENTION) if name.endswith(".k_proj")]
+    usual = [f"model.layers.{layer}.self_attn" for layer in range(count)]
+    for module in [name.removesuffix(".k_proj") for name in keys] or usual:
         for part in "kv":
-            name = f"model.layers.{layer}.{where.format(part, part)}"
-            draft.tensors[name] = ("F32", shape)
+            draft.tensors[f"{module}.{where.format(part, part)}"] = ("F32", shape)
     if draft.method == "compressed-tensors":
         draft.quant["kv_cache_scheme"] = args()
     elif draft.method == "modelopt":

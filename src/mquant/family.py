@@ -7,7 +7,7 @@ checkpoint with unknown tensors, and names the tensors.
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Annotated, Any, Final
@@ -337,6 +337,23 @@ class Family(Data):
     def in_vllm_name(self, name: str) -> str:
         """Return the name by which vLLM looks a tensor or module up in `ignore` and `targets`."""
         return _replaced(name, self.in_vllm)
+
+    @property
+    def looked_up_by(self) -> tuple[Callable[[str], str], ...]:
+        """The functions that make of a hub name the names by which loaders look a module up."""
+        return str, self.in_vllm_name, self.third_in_vllm, self.in_memory_name
+
+    def third_in_vllm(self, name: str) -> str:
+        """Return the name of the third matrix that vLLM asks for if an expert has two, or `name`'s.
+
+        vLLM asks for gate, down and up of the first expert. Without a gate, one is named `None`.
+        """
+        name = self.in_vllm_name(name)
+        rows = self.vllm.layers if self.vllm and ".experts." in name else ()
+        for row in (row for row in rows if row.kind == "experts" and len(row.names) == 2):
+            if name.endswith(end := f".{row.names[0]}"):
+                return f"{name.removesuffix(end)}.None"
+        return name
 
     def shape(
         self, row: TensorRow, config: Mapping[str, Any], layer: int | None = None

@@ -7,7 +7,7 @@ keys, as transformers' config class of the family reads config.json: with its al
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -18,6 +18,13 @@ Condition = Annotated[str, AfterValidator(check_condition)]
 Place = Literal["q", "k", "v", 0, 1, 2, 3] | tuple[int, ...]
 Renames = tuple[tuple[str, str | None], ...]
 """Part of a name -> vLLM's; `^` before the part: names that begin so. None: passed over."""
+NEWEST_KIND: Final[Mapping[str, str]] = {
+    "attention": "full_attention",
+    "mamba": "linear_attention",
+    "deepseek_sparse_attention": "indexed_attention",
+    "qwen_sparse_attention": "indexed_attention",
+}
+"""Old types of layer -> the names that transformers puts into `layer_types` instead."""
 
 
 class _Data(BaseModel):
@@ -60,8 +67,11 @@ class LayerRow(_Data):
     """Whether tensor parallelism splits the layer; a `replicated` layer is never split."""
     when: str = ""
     """A key of `blocks`, with `not` before it or without; other layers do not have the row."""
-    names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")
-    """Gate, down and up of an expert on disk."""
+    names: tuple[str, str, str] | tuple[str, str] = ("gate_proj", "down_proj", "up_proj")
+    """Gate, down and up of an expert on disk, or up and down of an expert without a gate."""
+    stacks: Mapping[str, tuple[Literal["gate", "down", "up"], ...]] = Field(default_factory=dict)
+    """Names of modules on disk, beside `name`, that hold these parts of all experts, if a table of
+    parameters finds them."""
     transposed: bool = False
     """Whether vLLM takes tensors of all experts as [experts, columns, rows]."""
     dtype: Literal["BF16", "F32"] = "BF16"
@@ -97,6 +107,17 @@ class WrappingRows(_Data):
     """The layers outside the text model."""
 
 
+class PatternRow(_Data):
+    """A text in config.json with a letter for each layer, which counts without `layer_types`.
+
+    `default` is the text without the key. The number of layers is that of the types.
+    """
+
+    key: str
+    letters: Mapping[str, str]
+    default: str
+
+
 class RopeRow(_Data):
     """How transformers and vLLM read the rotary embedding of a family.
 
@@ -124,8 +145,9 @@ class VllmRows(_Data):
     types: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
     """Type -> the keys that transformers' config class takes in this type only."""
     rope: RopeRow = RopeRow()
-    divides: tuple[tuple[str, str], ...] = ()
-    """Pairs of keys: transformers refuses a first number that does not divide the second."""
+    pattern: PatternRow | None = None
+    divides: tuple[tuple[Size, Size], ...] = ()
+    """Pairs of sizes: transformers refuses a first number that does not divide the second."""
     divisors: tuple[str, ...] = ()
     """Keys that vLLM divides layers by: by 1 without a key, if `required` does not name it."""
     counts: tuple[str, ...] = ()
@@ -172,6 +194,8 @@ class VllmRows(_Data):
     """The key of the number of layers after the last, which vLLM leaves out."""
     walks: Literal["modules", "parameters"] = "modules"
     """Whether vLLM finds a tensor's parameter module by module, or in one table of all names."""
+    expert_parts: tuple[str, ...] = ()
+    """What the names of experts' parameters begin with, if a table's loader finds no others."""
     inner_quantization: bool = True
     """Whether the model below `model.` knows the quantization config, and so KV scales."""
     ties_head: bool = True
@@ -251,6 +275,14 @@ class Settings:
                 )
         for key in set(rows.divisors).difference(rows.required):
             self.values.setdefault(key, 1)
+        if pattern := self.read_as.pattern:
+            letters = self.values.get(pattern.key, pattern.default)
+            if self.values.get("layer_types") is None and isinstance(letters, str):
+                self.values["layer_types"] = [pattern.letters.get(each, each) for each in letters]
+        if isinstance(kinds := self.values.get("layer_types"), list):
+            self.values["layer_types"] = [NEWEST_KIND.get(str(kind), kind) for kind in kinds]
+            if self.read_as.pattern:
+                self.values["num_hidden_layers"] = len(kinds)
         for alias, key in self.read_as.aliases.items():
             if key in self.values:
                 self.values[alias] = self.values[key]  # vLLM may read the one or the other

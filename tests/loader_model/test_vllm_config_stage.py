@@ -44,13 +44,16 @@ def test_a_head_on_disk_is_loaded_whatever_tie_word_embeddings_says(rows: int) -
 @each_family
 @pytest.mark.parametrize("value", ["2", 2.5, 2.0, True, None, [2], {}])
 def test_a_count_is_a_whole_number(family: str, value: object) -> None:
-    assert judge(family, num_hidden_layers=value).startswith("refused: says num_hidden_layers")
+    assert judge(family, hidden_size=value).startswith("refused: says hidden_size")
 
 
 @each_family
 @pytest.mark.parametrize("value", [1, "0.00001", None])
 def test_a_number_with_a_point_is_not_written_without(family: str, value: object) -> None:
-    assert judge(family, rms_norm_eps=value).startswith("refused: says rms_norm_eps")
+    rows = FAMILIES[family].vllm
+    assert rows
+    key = next(key for key in rows.types["float"] if key.endswith(("norm_eps", "norm_epsilon")))
+    assert judge(family, **{key: value}).startswith(f"refused: says {key}")
 
 
 @each_family
@@ -123,7 +126,7 @@ def test_dtype_wins_over_torch_dtype(family: str) -> None:
         {"id2label": ["a"]},
         {"id2label": {"a": "b"}},
         {"num_labels": "2"},
-        {"layer_types": ["full_attention"]},
+        {"layer_types": ["no_attention"]},
         {"layer_types": 4},
         {"per_layer_config": []},
         {"text_config": {}},
@@ -296,9 +299,58 @@ def test_keys_with_which_vllm_builds_more_are_not_judged(key: str) -> None:
 def test_layer_types_have_a_type_for_every_layer(family: str) -> None:
     kinds = ["full_attention"] * int(config_of(family)["num_hidden_layers"])
 
-    assert judge(family, layer_types=kinds) == "taken"
-    assert judge(family, layer_types=[*kinds, "full_attention"]).startswith("refused")
+    rows = FAMILIES[family].vllm
+    assert rows
+    a_property = "layer_types" in rows.types.get("nothing", ())
+    verdict = judge(family, layer_types=kinds)
+    assert verdict.startswith("refused") if a_property else verdict == "taken"
     assert judge(family, layer_types=["x" for _ in kinds]).startswith("refused")
+    more = judge(family, layer_types=[*kinds, "full_attention"])
+    # After a pattern, the number of layers follows from the types.
+    assert more == "taken" if rows.pattern else more.startswith("refused")
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({"hybrid_override_pattern": "M*E"}, 3),
+        ({"hybrid_override_pattern": DROP}, 4),
+        ({"layer_types": ["mamba", "attention"]}, 2),
+        ({"layers_block_type": ["mlp"], "num_hidden_layers": DROP}, 1),
+    ],
+)
+def test_a_pattern_of_layers_says_their_number(changes: dict[str, Any], layers: int) -> None:
+    rows, config = FAMILIES["nemotron_h"].vllm, config_of("nemotron_h", **changes)
+    assert rows
+    assert Settings(rows, config).number("num_hidden_layers") == layers
+    assert judge("nemotron_h", **changes) == "taken"
+
+
+def test_a_letter_that_stands_for_no_layer_is_refused() -> None:
+    assert judge("nemotron_h", hybrid_override_pattern="MX") == "refused: has a layer of type 'X'"
+
+
+def test_old_types_of_layer_are_the_new_ones() -> None:
+    old, new = ["mamba", "attention"], ["linear_attention", "full_attention"]
+
+    assert judge("granitemoehybrid", layer_types=old) == "taken"
+    assert judge("granitemoehybrid", layer_types=new) == "taken"
+    assert judge("granitemoehybrid", layer_types=["mamba", "mlp"]).startswith("refused")
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({"mamba_d_head": DROP}, "taken"),
+        ({"mamba_d_head": "auto"}, "taken"),
+        ({"mamba_d_head": 32}, "refused: says mamba_d_head * mamba_n_heads 512"),
+        ({"mamba_n_heads": 3}, "refused: says mamba_n_heads 3"),
+        ({"num_local_experts": 0}, "taken"),
+        ({"num_local_experts": None}, "refused: says num_local_experts None"),
+    ],
+)
+def test_the_sizes_of_granite_fit_each_other(changes: dict[str, Any], verdict: str) -> None:
+    assert judge("granitemoehybrid", **changes).startswith(verdict)
 
 
 def test_qwen3_takes_a_sliding_window_for_all_layers_or_none() -> None:

@@ -35,3 +35,37 @@ def test_an_indexers_key_in_fp8_without_scales_stays_unset() -> None:
     assert [name for name, _ in outcome.unset] == [
         "model.layers.1.self_attn.indexer.wk_weights_proj.weight"
     ]
+
+
+def stacked(name: str = "", shape: tuple[int, ...] = ()) -> Outcome:
+    """Return what vLLM does with a tiny Granite 4.0, whose tensor of a name has another shape."""
+    family = load_families()["granitemoehybrid"]
+    config = make_config(family, Sizes(), Precision.BF16, tiny=True)
+    assert family.vllm
+    rows, settings = family.vllm, Settings(family.vllm, config)
+    tensors = [
+        Loaded(each.name, each.dtype, shape if each.name == name else each.shape)
+        for each in make_tensors(family, config, Precision.BF16)
+    ]
+    return load(lambda: build(rows, settings, None), tensors)
+
+
+def test_tensors_of_all_experts_beside_the_experts_are_loaded() -> None:
+    up, down = (f"model.layers.0.block_sparse_moe.{x}put_linear.weight" for x in ("in", "out"))
+
+    assert stacked().loads
+    assert stacked(up, (7, 128, 128)).unset  # the last of eight experts
+    assert stacked(up, (9, 128, 128)).refused
+    assert stacked(down, (8, 128, 128)).refused
+    assert stacked(down, (128, 64)).unknown
+
+
+def test_a_loader_that_finds_only_some_parameters_of_experts_refuses_others() -> None:
+    family = load_families()["granitemoehybrid"]
+    assert family.vllm
+    rows = family.vllm.model_copy(update={"expert_parts": ("input_scale",)})
+    config = make_config(family, Sizes(), Precision.BF16, tiny=True)
+    name = "model.layers.0.block_sparse_moe.experts.0.up_proj.weight"
+    outcome = load(lambda: build(rows, Settings(rows, config), None), [Loaded(name, "BF16", ())])
+
+    assert outcome.refused and outcome.refused[0] == name

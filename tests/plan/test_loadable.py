@@ -171,6 +171,7 @@ def test_lists_name_what_vllm_asks_for_in_a_dense_layer(
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in DEEP),
     *((name, {"tie_word_embeddings": True}) for name in ("llama", "mixtral", "qwen3")),
+    ("nemotron_h", {}),
     ("qwen3_moe", {"tie_word_embeddings": True, "mlp_only_layers": [0]}),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("deepseek_v3", {"first_k_dense_replace": 0, "n_shared_experts": 2}),
@@ -188,3 +189,20 @@ def test_no_shipped_recipe_makes_what_vllm_would_not_load(
     for recipe in load_recipes().values():
         rules = {finding.rule for finding in make_plan(checkpoint, recipe, FAMILIES).findings}
         assert rules.isdisjoint({"output-not-loadable", "output-not-judged"}), recipe.name
+
+
+@pytest.mark.parametrize("roles", [(Role.EXPERT,), (Role.ATTENTION,)])
+def test_lists_name_what_vllm_asks_for_in_experts_without_a_gate(
+    tmp_path: Path, roles: tuple[Role, ...]
+) -> None:
+    source = changed(tmp_path / "src", "nemotron_h")
+
+    assert make_plan(source, own_recipe(*roles), FAMILIES).findings == ()
+
+
+def test_what_vllm_cannot_load_of_a_family_is_refused(tmp_path: Path) -> None:
+    source = changed(tmp_path / "src", "granitemoehybrid")
+    findings = make_plan(source, load_recipes()["nvfp4-w4a4"], FAMILIES).findings
+
+    assert [finding.rule for finding in findings] == ["output-not-loadable"]
+    assert "has no parameter input_global_scale" in findings[0].message

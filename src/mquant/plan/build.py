@@ -364,7 +364,12 @@ def kept_modules(
     matrices = [entry for entry in kept if _is_matrix(entry[2])]
     hub = {module for module, _, _ in matrices} | {*family.tied_heads(config)}
     # vLLM looks up only the first expert of a layer.
-    vllm = {family.in_vllm_name(module) for module, expert, _ in matrices if not expert}
+    vllm = {
+        name(module)
+        for module, expert, _ in matrices
+        for name in (family.in_vllm_name, family.third_in_vllm)
+        if not expert
+    }
     return tuple(sorted(hub | vllm, key=natural))
 
 

@@ -178,7 +178,6 @@ def _targets(stored: Sequence[_Stored], group: Mapping[str, Any], family: Family
 
     The names are those of the hub, of vLLM and of transformers, as a plan writes them.
     """
-    names = (str, family.in_vllm_name, family.in_memory_name)
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for each in stored:
         of_row = groups.setdefault(each.tensor_role.row.name, [])
@@ -190,7 +189,7 @@ def _targets(stored: Sequence[_Stored], group: Mapping[str, Any], family: Family
         if len(groups[row.name]) > 1:
             name = row.name.replace("{layer}", str(each.tensor_role.layer))
             row = row.model_copy(update={"name": name})
-        targets |= dict.fromkeys(row.patterns(*names))
+        targets |= dict.fromkeys(row.patterns(*family.looked_up_by))
     return list(targets)
 
 

@@ -362,7 +362,7 @@ class Plan:
         if not self.schemes:
             return {}
         formats = {scheme.format for scheme in self.schemes}
-        names = (str, self.family.in_vllm_name, self.family.in_memory_name)
+        names = self.family.looked_up_by
         groups = [{**s.config_group, "targets": self.targets(s, *names)} for s in self.schemes]
         used = formats.pop() if len(formats) == 1 else "mixed-precision"
         return declaration(groups, used, self.ignore)

@@ -7,6 +7,7 @@ The sources are transformers 5.19's config classes, and vLLM 0.32's `config/mode
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from mquant.formulas import MOST_LAYERS
 from mquant.loader_model.vllm.config_attributes import ATTRIBUTES
 from mquant.loader_model.vllm.config_rope import check_rope
 from mquant.loader_model.vllm.config_types import (
@@ -41,19 +42,13 @@ _TOP_K: Final = (
     "moe_topk",
     "moe_top_k",
 )
-_KINDS_OF_LAYER: Final = {
-    "full_attention": "full_attention",
-    "attention": "full_attention",
-    "sliding_attention": "sliding_attention",
-}
-"""The types of layer of which it is known what vLLM builds, under transformers' newest name."""
+_KINDS_OF_LAYER: Final = frozenset({"full_attention", "sliding_attention"})
+"""The types of layer of which it is known what vLLM builds in families that name no types."""
 _OTHER_KINDS: Final = frozenset(
     {
         "chunked_attention",
         "window_attention",
         "indexed_attention",
-        "deepseek_sparse_attention",
-        "qwen_sparse_attention",
         "compressed_sparse_attention",
         "heavily_compressed_attention",
         "minimax_m3_sparse",
@@ -62,7 +57,6 @@ _OTHER_KINDS: Final = frozenset(
         "hybrid",
         "hybrid_sliding",
         "linear_attention",
-        "mamba",
     }
 )
 """The other types of layer that transformers takes."""
@@ -218,7 +212,7 @@ def _check_labels(config: Mapping[str, Any]) -> None:
 
 def _check_layer_types(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -> None:
     """Check `layer_types`, which transformers reads in every family."""
-    listed = config.get("layer_types")
+    listed = settings.values.get("layer_types")
     if listed is None:
         kinds = _windows(rows, settings)
     elif not isinstance(listed, list | dict | str):
@@ -228,11 +222,11 @@ def _check_layer_types(config: Mapping[str, Any], rows: VllmRows, settings: Sett
     else:
         kinds = set()
         for kind in map(str, listed):
-            if kind not in (_KINDS_OF_LAYER.keys() | _OTHER_KINDS):
+            if kind not in _KINDS_OF_LAYER | _OTHER_KINDS | rows.kinds_of_layer:
                 raise LoadRefused(_FILE, f"has a layer of type {said(kind)}")
             if kind not in (rows.kinds_of_layer or _KINDS_OF_LAYER):
                 raise Unknown(f"a layer of type {kind}")
-            kinds.add(_KINDS_OF_LAYER.get(kind, kind))
+            kinds.add(kind)
     if "sliding_attention" in kinds and rows.window and rows.window not in config:
         raise LoadRefused(_FILE, f"has sliding attention without {rows.window}")
     count = settings.number("num_hidden_layers")
@@ -271,7 +265,9 @@ def _check_counts(config: Mapping[str, Any], rows: VllmRows, settings: Settings)
     window = config.get("sliding_window")
     if window is not None and "use_sliding_window" not in _typed(rows):
         whole("sliding_window", window)
-    if any(row.kind == "experts" for row in rows.layers) and count <= 0:
+    of_experts = (row.when for row in rows.layers if row.kind == "experts")
+    layers = range(min(settings.number("num_hidden_layers") or 0, MOST_LAYERS))
+    if count <= 0 and any(settings.has(when, layer) for when in of_experts for layer in layers):
         raise LoadRefused(_FILE, "says that there are no experts")
 
 
@@ -295,9 +291,10 @@ def _check_length(config: Mapping[str, Any], stretch: float) -> None:
 def _check_model(rows: VllmRows, settings: Settings) -> None:
     """Check the numbers by which vLLM divides and of which vLLM builds layers."""
     values = settings.values
-    for key, other in rows.divides:
-        if not values[key] or values[other] % values[key]:
-            raise LoadRefused(_FILE, f"says {key} {values[key]}, which does not divide {other}")
+    for part, whole_size in rows.divides:
+        size, other = settings.size(part), settings.size(whole_size)
+        if size is not None and other is not None and (not size or other % size):
+            raise LoadRefused(_FILE, f"says {part} {size}, which does not divide {whole_size}")
     for key in rows.numbers:
         if not is_integer(values.get(key)):
             raise LoadRefused(_FILE, f"says {key} {said(values.get(key))}, not a whole number")

@@ -39,6 +39,7 @@ TYPES: Final[Mapping[str, Callable[[object], bool]]] = {
     "str": _is(str),
     "dict": _is(dict),
     "None": lambda value: value is None,
+    "nothing": lambda _: False,
     "list[int]": _list_of(is_integer),
     "list[str]": _list_of(_is(str)),
 }

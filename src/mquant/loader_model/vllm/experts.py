@@ -5,8 +5,8 @@ vLLM keeps all experts of a layer in one parameter: `w13_` holds gate and up one
 """
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from mquant.loader_model.vllm.layers import Layer, Shard
@@ -22,6 +22,7 @@ from mquant.loader_model.vllm.tensors import (
 
 _NUMBERED: Final = re.compile(r"(\d+)\.([^.]+)\.(.+)")
 _PARTS: Final = ("w1", "w2", "w3")
+_STACKED: Final = dict(zip(("gate", "down", "up"), _PARTS, strict=True))
 _FUSED: Final = {"gate_proj": "gate_up_proj", "w1": "w13"}
 """The name of the gate on disk -> the name of gate and up in one tensor."""
 _DIMENSION: Final = {"w1": 0, "w2": 1, "w3": 0}
@@ -29,7 +30,7 @@ _DIMENSION: Final = {"w1": 0, "w2": 1, "w3": 0}
 
 @dataclass(eq=False)
 class Experts(Layer):
-    """The experts of a layer. `names` are gate, down and up on disk.
+    """The experts of a layer. `names` are gate, down and up on disk, or up and down without a gate.
 
     `intermediate` is that of one rank; `ranks` is the number of ranks that share every expert.
     `layout` names the quantization method whose own way of loading scales vLLM follows: `modelopt`,
@@ -41,7 +42,9 @@ class Experts(Layer):
     hidden: int = 0
     intermediate: int = 0
     ranks: int = 1
-    names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")
+    names: tuple[str, ...] = ("gate_proj", "down_proj", "up_proj")
+    stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of modules that hold parts of all experts -> the parts, in order."""
     transposed: bool = False
     layout: str = ""
     unknown: str = ""
@@ -49,12 +52,34 @@ class Experts(Layer):
     """How often vLLM repeats the rows and columns of block scales, for smaller blocks."""
     loads_itself = True
 
+    @property
+    def gated(self) -> bool:
+        """Whether an expert has a gate beside up."""
+        return len(self.names) == 3
+
+    @property
+    def shards(self) -> int:
+        """The number of matrices in `w13_`: gate and up, or up alone."""
+        return 2 if self.gated else 1
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The names of an expert's matrices for which vLLM asks the quantization config."""
+        return asked_matrices(self.names)
+
+    @property
+    def _fused(self) -> str | None:
+        """The name on disk of gate and up, or of up alone, of all experts."""
+        return _FUSED.get(self.names[0]) if self.gated else self.names[0]
+
     def build(self, parameters: Iterable[Parameter] | None) -> None:
         """Create the parameters: those of a quantization method, or plain weights."""
         if parameters is None:
             parameters = (
                 Parameter(
-                    "w13_weight", MODEL_DTYPE, (self.count, 2 * self.intermediate, self.hidden)
+                    "w13_weight",
+                    MODEL_DTYPE,
+                    (self.count, self.shards * self.intermediate, self.hidden),
                 ),
                 Parameter("w2_weight", MODEL_DTYPE, (self.count, self.hidden, self.intermediate)),
             )
@@ -79,7 +104,7 @@ class Experts(Layer):
             self._other(copies, last, loaded)
             return
         number, projection, suffix = int(match[1]), match[2], match[3]
-        if projection == _FUSED.get(self.names[0]):
+        if self.gated and projection == self._fused:
             raise Unknown(f"experts with a fused {projection} ({loaded.name})")
         if number >= self.count or str(number) != match[1] or projection not in self.names:
             return
@@ -95,16 +120,28 @@ class Experts(Layer):
 
     def _other(self, copies: Copies, last: str, loaded: Loaded) -> None:
         """Load a tensor that is not of one expert: experts fused in one tensor, or no expert."""
-        known = _FUSED.get(self.names[0], "gate_up_proj")
-        if len(loaded.shape) == 3 and not self.layout and self.names[0] in _FUSED:
+        known = self._fused or "gate_up_proj"
+        if len(loaded.shape) == 3 and not self.layout and self._fused:
             if last == known and self._is_plain("w13_weight"):
-                self._all(copies, loaded, "w1", "w3")
+                self._all(copies, loaded, *("w1", "w3")[: self.shards])
                 return
             if last == self.names[1] and self._is_plain("w2_weight"):
                 self._all(copies, loaded, "w2")
                 return
         if any(f"experts.{name}" in f"experts.{last}" for name in (known, self.names[1])):
             raise Unknown(f"experts in one tensor ({loaded.name})")
+
+    def load_stack(self, copies: Copies, name: str, loaded: Loaded, suffix: str) -> None:
+        """Copy a tensor of all experts; `name` is that of a module in `stacks`.
+
+        vLLM passes over a tensor for which the experts have no parameter.
+        """
+        parts = tuple(_STACKED[part] for part in self.stacks[name])
+        if ("w2_" if parts[0] == "w2" else "w13_") + suffix not in self.parameters:
+            return
+        if suffix != "weight" or len(loaded.shape) != 3:
+            raise Unknown(f"experts in one tensor ({loaded.name})")
+        self._all(copies, loaded, *parts)
 
     def _is_plain(self, key: str) -> bool:
         return key in self.parameters and self.parameters[key].dtype == MODEL_DTYPE
@@ -197,8 +234,7 @@ class Experts(Layer):
             place = place.index(0 if part == "w1" else 1)
         copies.assign(place, loaded.reshape(()))
 
-    @staticmethod
-    def _matrix(copies: Copies, target: View, loaded: Loaded, dim: int, part: str) -> None:
+    def _matrix(self, copies: Copies, target: View, loaded: Loaded, dim: int, part: str) -> None:
         """Copy a weight, or its scales; a larger target is filled in part."""
         if loaded.shape:
             if dim >= len(loaded.shape):
@@ -207,10 +243,15 @@ class Experts(Layer):
                 )
             if not loaded.shape[dim]:
                 return
-        if part != "w2":
+        if part != "w2" and self.gated:
             half = target.shape[dim] // 2
             target = target.narrow(dim, 0 if part == "w1" else half, half)
         copies.copy(_narrowed(target, loaded, *_hidden_first(dim, target)), loaded)
+
+
+def asked_matrices(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the matrices of an expert for which vLLM asks: without a gate also one named None."""
+    return (*names, "None")[:3]
 
 
 def _hidden_first(dim: int, target: View) -> tuple[int, int]:

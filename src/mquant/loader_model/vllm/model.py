@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Final, Protocol
 
 from mquant.loader_model.vllm.config_stage import check
-from mquant.loader_model.vllm.experts import Experts
+from mquant.loader_model.vllm.experts import Experts, asked_matrices
 from mquant.loader_model.vllm.layers import (
     Attention,
     Bare,
@@ -128,8 +128,8 @@ def _tell(method: Method, rows: VllmRows, settings: Settings) -> None:
         },
         **(around.fused if around else {}),
     }
-    # A class that looks every name up in one table has no mapper of names.
-    own = rows.outer_renames or rows.renames if rows.walks == "modules" else None
+    # A table's own renames are in no mapper of names.
+    own = rows.outer_renames or (rows.renames if rows.walks == "modules" else None)
     renames = around.renames if around else own
     if renames is not None:
         method.renames = tuple((old, new) for old, new in renames if new is not None)
@@ -194,7 +194,7 @@ def _asked(rows: VllmRows, settings: Settings) -> Iterator[str]:
     for place in _every(rows, settings):
         row = place.row
         if row.heeds and row.kind == "experts":
-            yield from (f"{place.asked}.0.{matrix}" for matrix in row.names)
+            yield from (f"{place.asked}.0.{matrix}" for matrix in asked_matrices(row.names))
         elif row.heeds and row.kind not in ("norm", "bare"):
             yield place.asked
 
@@ -263,6 +263,7 @@ def _layer(place: _Place, sizes_of: _Sizes, method: Method | None) -> Layer:
             intermediate=sizes[1],
             ranks=ranks,
             names=row.names,
+            stacks=row.stacks,
             transposed=row.transposed,
         )
         experts.build(method.experts(experts) if method else None)

@@ -1,7 +1,7 @@
 """The loader of models that look every name up in one table of parameters.
 
-The source is vLLM 0.32's `DeepseekV2Model.load_weights`. Names are those below the
-text model's `model.`.
+The sources are vLLM 0.32's `DeepseekV2Model.load_weights` and
+`GraniteMoeHybridModel.load_weights`. Names are those below the text model's `model.`.
 """
 
 import re
@@ -12,12 +12,12 @@ from typing import Final
 from mquant.loader_model.vllm.experts import Experts
 from mquant.loader_model.vllm.layers import Bare, Layer
 from mquant.loader_model.vllm.model import Model
-from mquant.loader_model.vllm.names import place
+from mquant.loader_model.vllm.names import Renaming, place, rename
 from mquant.loader_model.vllm.tensors import Copies, Loaded, LoadRefused
 
 _EXPERT: Final = re.compile(r"(.*\bexperts)\.((\d+)\.([^.]+)\.(.+))")
-_CACHE: Final = re.compile(r"\.[qkv](?:_scale|_zero_point)$")
 _OUTER: Final = "model."
+_PAIR: Final = ("w13_", "w2_")
 _INDEXER_KEY: Final = re.compile(r"(.*indexer\.)wk\.(.*)")
 
 
@@ -28,12 +28,16 @@ class Table:
         self._model = model
         self._parameters: dict[str, tuple[Layer, str]] = {}
         self._experts: dict[str, Experts] = {}
+        self._stacks: dict[str, tuple[Experts, str]] = {}
+        self._found = tuple(f"{w}{part}" for part in model.rows.expert_parts for w in _PAIR)
         self._outer = model.inside + _OUTER
         self._waiting: dict[str, dict[bool, Loaded]] = defaultdict(dict)
         for layer in model.layers:
             name = layer.name.removeprefix(self._outer)
             if isinstance(layer, Experts):
                 self._experts[name] = layer
+                above = name.rpartition(".")[0]
+                self._stacks |= {f"{above}.{stack}": (layer, stack) for stack in layer.stacks}
             for key in layer.parameters:
                 self._parameters[f"{name}.{key}" if key else name] = (layer, key)
 
@@ -52,7 +56,8 @@ class Table:
         if name.startswith(inner.drops or ("\0",)):
             copies.used += loaded.numel
             return
-        if self._dequantized(copies, name, loaded):
+        name = rename(name, inner.renames) or name
+        if self._dequantized(copies, name, loaded) or self._stack(copies, name, loaded):
             return
         for old, new, shard in inner.stacked:
             if old not in name or ("mlp.experts." in name and name not in self._parameters):
@@ -61,17 +66,29 @@ class Table:
             if new == "fused_qkv_a_proj" and mapped not in self._parameters:
                 continue
             name = mapped
-            if name.endswith(".bias") and name not in self._parameters:
+            if name.endswith(".bias") and self._passes_over(name, inner):
                 continue
             layer, key = self._find(name, loaded)
             layer.load(copies, key, loaded, shard)
             return
         if self._expert(copies, name, loaded):
             return
-        if name not in self._parameters and (name.endswith(".bias") or _CACHE.search(name)):
+        if self._passes_over(name, inner):
             return
         layer, key = self._find(name, loaded)
         layer.load(copies, key, loaded, None)
+
+    def _passes_over(self, name: str, inner: Renaming) -> bool:
+        return name not in self._parameters and name.endswith(inner.ignores)
+
+    def _stack(self, copies: Copies, name: str, loaded: Loaded) -> bool:
+        """Load a tensor of all experts; return whether it is one."""
+        module, _, suffix = name.rpartition(".")
+        if module not in self._stacks:
+            return False
+        experts, stack = self._stacks[module]
+        experts.load_stack(copies, stack, loaded, suffix)
+        return True
 
     def _dequantized(self, copies: Copies, name: str, loaded: Loaded) -> bool:
         """Load an indexer's key in FP8, which vLLM dequantizes; return whether it is one.
@@ -101,7 +118,7 @@ class Table:
         if int(match[3]) >= experts.count or str(int(match[3])) != match[3]:
             return False
         key = ("w2_" if match[4] == experts.names[1] else "w13_") + match[5]
-        if key not in experts.parameters:
+        if key not in experts.parameters or not key.startswith(self._found or ("",)):
             raise LoadRefused(loaded.name, f"vLLM's {experts.name} has no parameter {match[5]}")
         experts.load(copies, match[2], loaded, None)
         return True

@@ -107,7 +107,7 @@ class CompressedTensors:
             self.schemes[_EXPERTS] = self.schemes["Linear"]
             self._names = None
         gate, down, up = (
-            self._scheme(f"{layer.prefix}.0.{name}", _EXPERTS) for name in layer.names
+            self._scheme(f"{layer.prefix}.0.{name}", _EXPERTS) for name in layer.asked
         )
         if not gate == up == down:
             raise LoadRefused(layer.name, "has matrices of different schemes")

@@ -38,7 +38,7 @@ class _Pair:
     def __iter__(self) -> Iterator[tuple[str, int, int]]:
         """Yield the prefix of the parameters' names, rows and columns."""
         hidden, intermediate = self.layer.hidden, self.layer.intermediate
-        yield "w13_", 2 * intermediate, hidden
+        yield "w13_", self.layer.shards * intermediate, hidden
         yield "w2_", hidden, intermediate
 
     def matrices(
@@ -66,7 +66,7 @@ class _Pair:
     def blocks(self, high: int, wide: int) -> list[Parameter]:
         """Return the scales of blocks, which divide gate; the last blocks may be cut elsewhere."""
         hidden, intermediate, count = self.layer.hidden, self.layer.intermediate, self.layer.count
-        first = (count, 2 * intermediate // high, -(-hidden // wide))
+        first = (count, self.layer.shards * intermediate // high, -(-hidden // wide))
         second = (count, -(-hidden // high), -(-intermediate // wide))
         return [
             Parameter("w13_weight_scale", "F32", first, quant_method="block"),
@@ -76,7 +76,7 @@ class _Pair:
     def scalars(self, name: str, *, optional: bool = False) -> list[Parameter]:
         """Return scales, one for gate, one for up and one for down."""
         count = self.layer.count
-        shapes = {"w13_": (count, 2), "w2_": (count,)}
+        shapes = {"w13_": (count, self.layer.shards), "w2_": (count,)}
         return [
             Parameter(prefix + name, "F32", shape, optional=optional, quant_method="tensor")
             for prefix, shape in shapes.items()
@@ -165,7 +165,8 @@ def _packed(args: QuantizationArgs, pair: _Pair) -> list[Parameter]:
     elif not size or layer.hidden % size or layer.intermediate % size:
         raise LoadRefused(layer.name, f"has matrices that groups of {size} do not fill")
     made = pair.matrices("weight_packed", "I32", wide=per_word)
-    if not args.symmetric and (2 * layer.intermediate % per_word or layer.hidden % per_word):
+    rows = layer.shards * layer.intermediate
+    if not args.symmetric and (rows % per_word or layer.hidden % per_word):
         raise LoadRefused(layer.name, f"has rows that {per_word} zero points in a word do not fill")
     made += pair.matrices("weight_scale", MODEL_DTYPE, wide=size, how=args.strategy or "")
     if not args.symmetric:

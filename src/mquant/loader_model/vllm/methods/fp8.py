@@ -103,12 +103,12 @@ class Fp8:
             raise Unknown("store_dtype mxfp4 under the method fp8")
         count, hidden, middle = layer.count, layer.hidden, layer.intermediate
         weights = [
-            Parameter("w13_weight", _FP8, (count, 2 * middle, hidden)),
+            Parameter("w13_weight", _FP8, (count, layer.shards * middle, hidden)),
             Parameter("w2_weight", _FP8, (count, hidden, middle)),
         ]
         if self._block is None:
             scales = [
-                Parameter("w13_weight_scale", "F32", (count, 2), quant_method="tensor"),
+                Parameter("w13_weight_scale", "F32", (count, layer.shards), quant_method="tensor"),
                 Parameter("w2_weight_scale", "F32", (count,), quant_method="tensor"),
             ]
             inputs = [Parameter(f"{part}_input_scale", "F32", (count,)) for part in ("w13", "w2")]
@@ -118,7 +118,7 @@ class Fp8:
         def blocks(size: int, block: int) -> int:
             return _blocks(layer.name, size, block)
 
-        up = (count, 2 * blocks(middle, rows), blocks(hidden, columns))
+        up = (count, layer.shards * blocks(middle, rows), blocks(hidden, columns))
         down = (count, blocks(hidden, rows), blocks(middle, columns))
         return [
             *weights,

@@ -191,7 +191,7 @@ _LINEAR: Final[Mapping[str | None, Callable[[_Matrices, Any], list[Parameter]]]]
 
 def _weights(layer: Experts, suffix: str, dtype: str, divisors: tuple[int, int]) -> list[Parameter]:
     """Return a parameter of gate and up, and one of down; `divisors` divide the columns."""
-    rows, hidden = 2 * layer.intermediate, layer.hidden
+    rows, hidden = layer.shards * layer.intermediate, layer.hidden
     first, second = hidden // divisors[0], layer.intermediate // divisors[1]
     return [
         Parameter(f"w13_{suffix}", dtype, (layer.count, rows, first)),
@@ -201,7 +201,7 @@ def _weights(layer: Experts, suffix: str, dtype: str, divisors: tuple[int, int])
 
 def _tensor_scales(layer: Experts, suffix: str, *, parts: bool) -> list[Parameter]:
     """Return one scale for every expert; `parts`: gate and up have a scale each."""
-    shape = (layer.count, 2) if parts else (layer.count,)
+    shape = (layer.count, layer.shards) if parts else (layer.count,)
     return [
         Parameter(f"w13_{suffix}", "F32", shape, quant_method="tensor"),
         Parameter(f"w2_{suffix}", "F32", (layer.count,), quant_method="tensor"),
