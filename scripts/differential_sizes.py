@@ -33,7 +33,7 @@ SIZES: Final[dict[str, dict[str, Any]]] = {
     "qwen3": {"head_dim": 64, "intermediate_size": 256},
     "glm4_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
     "mistral": {"head_dim": 64, "intermediate_size": 256},
-    "qwen2": {"intermediate_size": 256},
+    "qwen2": {"head_dim": 64, "intermediate_size": 256},
     "olmoe": {"head_dim": 64, "intermediate_size": 128},
     "qwen3_next": {"moe_intermediate_size": 128, **_DELTA_NET},
     "qwen3_5_moe": {"moe_intermediate_size": 128, **_DELTA_NET},
