@@ -42,6 +42,19 @@ SIZES: Final[dict[str, dict[str, Any]]] = {
     "afmoe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
     "ernie4_5_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
     "jamba": {"intermediate_size": 128},
+    "step3p5": {
+        "num_hidden_layers": 2,
+        "attention_other_setting": {
+            "attention_type": "sliding_attention",
+            "head_dim": 64,
+            "num_attention_groups": 2,
+            "num_attention_heads": 8,
+        },
+        "head_dim": 64,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+        "share_expert_dim": 128,
+    },
     "nemotron_h": {
         "num_hidden_layers": 4,
         "head_dim": 64,
@@ -93,6 +106,14 @@ VARIANTS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
         {"mamba_proj_bias": True, "mamba_conv_bias": False},
         {"num_experts": 1},
         {"expert_layer_period": 1, "expert_layer_offset": 0},
+    ),
+    "step3p5": (
+        {"attention_other_setting": None},
+        {
+            "num_nextn_predict_layers": 1,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+        {"moe_layers_enum": "0,1", "rope_theta": [5000000.0, 10000.0]},
     ),
     "nemotron_h": (
         {"use_bias": True, "use_conv_bias": False},

@@ -124,7 +124,8 @@ class RopeRow(_Data):
     `theta` is the base without `rope_theta`. `rotates` is the key of the number of dimensions of a
     head that are rotated. `scaled`: whether every type but `default` is DeepSeek's YaRN.
     `share` is the part of a head that is rotated if no key says it. `sections`: whether vLLM reads
-    `mrope_section`, the parts of a head for time, height and width.
+    `mrope_section`, the parts of a head for time, height and width. `by_layer`: the base may be a
+    list with one for every layer.
     """
 
     theta: float = 10_000.0
@@ -132,6 +133,7 @@ class RopeRow(_Data):
     scaled: Literal["", "deepseek"] = ""
     share: float | None = None
     sections: bool = False
+    by_layer: bool = False
 
 
 class VllmRows(_Data):
@@ -158,12 +160,14 @@ class VllmRows(_Data):
     """Keys of which it is not known what vLLM builds if they are 0."""
     needs_experts: bool = False
     """Whether vLLM refuses a model in which no layer has experts."""
+    cuts_types: bool = False
+    """Whether the config class leaves out the types of layer beyond the last layer."""
     window: str = ""
     """The key that must be there if a layer has sliding attention."""
     windowed_from: str = ""
     """The key of the first layer with a sliding window; vLLM takes layers of one kind only, or this
     number must be the number of layers."""
-    fixed: Mapping[str, bool] = Field(default_factory=dict)
+    fixed: Mapping[str, bool | str] = Field(default_factory=dict)
     """Keys of which only this value, or no value, is told here."""
     unmodelled: tuple[str, ...] = ()
     """Keys with which vLLM builds something that is not told here."""
@@ -194,6 +198,8 @@ class VllmRows(_Data):
     """The key of the number of layers after the last, which vLLM leaves out."""
     walks: Literal["modules", "parameters"] = "modules"
     """Whether vLLM finds a tensor's parameter module by module, or in one table of all names."""
+    skips_unknown: bool = False
+    """Whether such a table's loader passes over every name that it does not find."""
     expert_parts: tuple[str, ...] = ()
     """What the names of experts' parameters begin with, if a table's loader finds no others."""
     inner_quantization: bool = True
@@ -283,6 +289,8 @@ class Settings:
             self.values["layer_types"] = [NEWEST_KIND.get(str(kind), kind) for kind in kinds]
             if self.read_as.pattern:
                 self.values["num_hidden_layers"] = len(kinds)
+            if self.read_as.cuts_types and (count := self.number("num_hidden_layers")):
+                self.values["layer_types"] = self.values["layer_types"][:count]
         for alias, key in self.read_as.aliases.items():
             if key in self.values:
                 self.values[alias] = self.values[key]  # vLLM may read the one or the other

@@ -114,9 +114,10 @@ def check(settings: Settings, rows: VllmRows) -> None:
     """
     config, read_as = settings.config, settings.read_as
     _check_nesting(settings, rows)
-    _check_known(config, (*_UNMODELLED, *rows.unmodelled, *read_as.unmodelled))
+    unknown = (key for key in _UNMODELLED if key not in read_as.settings)
+    _check_known(config, (*unknown, *rows.unmodelled, *read_as.unmodelled))
     for key, value in rows.fixed.items():
-        if config.get(key, value) is not value:
+        if config.get(key, value) != value or type(config.get(key, value)) is not type(value):
             raise Unknown(f"{key} {said(config[key])}")
     check_types(config, read_as.types)
     _check_general(config)

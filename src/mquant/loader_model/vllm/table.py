@@ -30,6 +30,7 @@ class Table:
         self._experts: dict[str, Experts] = {}
         self._stacks: dict[str, tuple[Experts, str]] = {}
         self._found = tuple(f"{w}{part}" for part in model.rows.expert_parts for w in _PAIR)
+        self._lenient = model.rows.skips_unknown
         self._outer = model.inside + _OUTER
         self._waiting: dict[str, dict[bool, Loaded]] = defaultdict(dict)
         for layer in model.layers:
@@ -65,6 +66,8 @@ class Table:
             mapped = name.replace(old, new)
             if new == "fused_qkv_a_proj" and mapped not in self._parameters:
                 continue
+            if self._lenient and self._passes_over(mapped, inner):
+                continue
             name = mapped
             if name.endswith(".bias") and self._passes_over(name, inner):
                 continue
@@ -79,7 +82,7 @@ class Table:
         layer.load(copies, key, loaded, None)
 
     def _passes_over(self, name: str, inner: Renaming) -> bool:
-        return name not in self._parameters and name.endswith(inner.ignores)
+        return name not in self._parameters and (self._lenient or name.endswith(inner.ignores))
 
     def _stack(self, copies: Copies, name: str, loaded: Loaded) -> bool:
         """Load a tensor of all experts; return whether it is one."""
@@ -118,6 +121,8 @@ class Table:
         if int(match[3]) >= experts.count or str(int(match[3])) != match[3]:
             return False
         key = ("w2_" if match[4] == experts.names[1] else "w13_") + match[5]
+        if key not in experts.parameters and self._lenient:
+            return True
         if key not in experts.parameters or not key.startswith(self._found or ("",)):
             raise LoadRefused(loaded.name, f"vLLM's {experts.name} has no parameter {match[5]}")
         experts.load(copies, match[2], loaded, None)
