@@ -170,8 +170,6 @@ def test_synth_writes_every_tensor_of_a_tower() -> None:
         tensors = make_tensors(family, config, Precision.BF16)
         loaded = [Loaded(each.name, each.dtype, each.shape) for each in tensors]
         assert predict_of(config, family, loaded).loads
-        tower = [each for each in loaded if family.named_for(config).classify(each.name)]
-        assert len(tower) == len(loaded)
 
 
 def test_a_text_models_class_does_not_find_keys_in_a_table() -> None:
