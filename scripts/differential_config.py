@@ -46,10 +46,17 @@ _SWITCHES: Final[dict[str, tuple[Any, ...]]] = {
 
 @mutation("config.json lacks a key", weight=3)
 def _drop_key(draft: Draft, random: Random) -> str:
-    keys = [key for key in draft.config if key != "quantization_config"]
-    key = pick(random, keys)
-    del draft.config[key]
-    return key
+    keys = [(draft.config, key) for key in draft.config if key != "quantization_config"]
+    if draft.text is not draft.config:  # the tables of the text model and of the tower too
+        tables = [
+            part
+            for name, part in draft.config.items()
+            if isinstance(part, dict) and name != "quantization_config"
+        ]
+        keys += [(table, key) for table in tables for key in table]
+    table, key = pick(random, keys)
+    del table[key]
+    return str(key)
 
 
 @mutation("config.json has another count", weight=3)
@@ -57,20 +64,20 @@ def _count(draft: Draft, random: Random) -> str:
     config = draft.family.config
     keys = [getattr(config, name) for name in _COUNTS] + [config.vocabulary]
     keys += ["moe_intermediate_size", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim"]
-    key = pick(random, (key for key in keys if key and isinstance(draft.config.get(key), int)))
-    old = draft.config[key]
+    key = pick(random, (key for key in keys if key and isinstance(draft.text.get(key), int)))
+    old = draft.text[key]
     new = pick(random, {old + 1, max(old - 1, 0), old * 2, old // 2} - {old})
-    draft.config[key] = new
+    draft.text[key] = new
     return f"{key}: {old} -> {new}"
 
 
 @mutation("a switch of config.json is flipped", weight=4)
 def _switch(draft: Draft, random: Random) -> str:
-    known = [key for key in _SWITCHES if key in draft.config]
+    known = [key for key in _SWITCHES if key in draft.text]
     key = pick(random, known if random.random() < 0.7 else _SWITCHES)
-    old = draft.config.get(key)
+    old = draft.text.get(key)
     new = pick(random, (value for value in _SWITCHES[key] if value != old))
-    draft.config[key] = new
+    draft.text[key] = new
     return f"{key}: {old} -> {new}"
 
 
@@ -88,22 +95,22 @@ _ALIASES: Final = (
 
 @mutation("a key of config.json goes by an alias")
 def _alias(draft: Draft, random: Random) -> str:
-    old, new = pick(random, (pair for pair in _ALIASES if pair[0] in draft.config))
-    draft.config[new] = draft.config.pop(old)
+    old, new = pick(random, (pair for pair in _ALIASES if pair[0] in draft.text))
+    draft.text[new] = draft.text.pop(old)
     return f"{old} -> {new}"
 
 
 @mutation("config.json has an alias beside a key")
 def _both_aliases(draft: Draft, random: Random) -> str:
-    old, new = pick(random, (pair for pair in _ALIASES if draft.config.get(pair[0])))
-    value = draft.config[old]
-    draft.config[new] = pick(random, (value, value * 2, 256))
-    return f"{new}: {draft.config[new]} beside {old}: {value}"
+    old, new = pick(random, (pair for pair in _ALIASES if draft.text.get(pair[0])))
+    value = draft.text[old]
+    draft.text[new] = pick(random, (value, value * 2, 256))
+    return f"{new}: {draft.text[new]} beside {old}: {value}"
 
 
 @mutation("config.json as transformers 5 saves it", good=True, weight=2)
 def _transformers_5(draft: Draft, random: Random) -> None:
-    config = draft.config
+    config = draft.text
     if "rope_theta" not in config:
         raise Unfit
     scaling = config.pop("rope_scaling", None) or {"rope_type": "default"}
@@ -168,8 +175,8 @@ def _number(draft: Draft, random: Random) -> str:
         "router_aux_loss_coef": 0.0,
         "initializer_range": 0.01,
     }
-    key = pick(random, (key for key in changes if key in draft.config))
-    draft.config[key] = changes[key]
+    key = pick(random, (key for key in changes if key in draft.text))
+    draft.text[key] = changes[key]
     return key
 
 

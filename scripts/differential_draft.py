@@ -85,6 +85,12 @@ class Draft:
         )
 
     @property
+    def text(self) -> dict[str, Any]:
+        """The table of config.json with the text model's keys: config.json itself, mostly."""
+        table = self.config.get(self.family.nested) if self.family.nested else None
+        return table if isinstance(table, dict) else self.config
+
+    @property
     def quant(self) -> dict[str, Any]:
         """config.json's quantization_config. Raises Unfit if there is none."""
         table = self.config.get("quantization_config")

@@ -43,7 +43,7 @@ from mquant.schemes import FP8_DYNAMIC, NVFP4, W4A16
 from mquant.synth import Precision, Sizes, make_config, make_tensors
 
 LINEAR: Final = (Role.EXPERT, Role.SHARED_EXPERT, Role.MLP, Role.ATTENTION)
-_KEPT: Final = (Role.ROUTER, Role.LINEAR_ATTENTION, Role.MAMBA, Role.LATENT)
+_KEPT: Final = (Role.ROUTER, Role.LINEAR_ATTENTION, Role.MAMBA, Role.LATENT, Role.VISION)
 PLAIN, ORIGINAL = "BF16", "FP8 original"
 _FORMATS: Final[dict[str, Callable[[Draft, Random], Draft]]] = {}
 
@@ -64,7 +64,7 @@ def parent(family: Family, random: Random, precision: Precision = Precision.BF16
         config = family.with_settings(config, random.choice(VARIANTS[family.name]))
     plain = _headers(family, config, Precision.BF16)
     tensors = _headers(family, config, precision)
-    draft = Draft(family, PLAIN, config, tensors, plain)
+    draft = Draft(family.named_for(config), PLAIN, config, tensors, plain)
     if precision is Precision.FP8_BLOCK:
         draft.form = ORIGINAL
         draft.layouts = {

@@ -63,7 +63,7 @@ def _count(draft: Draft, random: Random) -> str:
     count = draft.experts
     key = draft.family.config.experts
     new = pick(random, (count - 1, count + 1, count // 2, count * 2, 1))
-    draft.config[key or ""] = new
+    draft.text[key or ""] = new
     for name, (dtype, shape) in list(draft.tensors.items()):
         router = draft.role(name) in (Role.ROUTER, Role.ROUTING_BIAS)
         if router and shape[:1] == (count,):
@@ -88,25 +88,28 @@ def _one_expert(draft: Draft, random: Random) -> str:
 @mutation("the head and whether it is tied", weight=3)
 def _head(draft: Draft, random: Random) -> str:
     tied, stored = random.random() < 0.6, random.random() < 0.6
-    draft.config["tie_word_embeddings"] = tied
+    config, text = draft.config, draft.text
+    table = config if text is config else pick(random, (config, text))
+    table["tie_word_embeddings"] = tied
     if random.random() < 0.15:
-        del draft.config["tie_word_embeddings"]
+        del table["tie_word_embeddings"]
     shape = draft.plain[f"{draft.modules(Role.EMBEDDING)[0]}.weight"]
-    draft.strip("lm_head")
+    head = next(iter(draft.modules(Role.HEAD)), "lm_head")
+    draft.strip(head)
     if stored:
         rows = shape[1][0] + pick(random, (0, 0, 0, 64, -1))
-        draft.tensors["lm_head.weight"] = (shape[0], (rows, *shape[1][1:]))
+        draft.tensors[f"{head}.weight"] = (shape[0], (rows, *shape[1][1:]))
     return f"tied {tied}, {'stored' if stored else 'not stored'}"
 
 
 @mutation("layers of config.json are not those on disk")
 def _layers(draft: Draft, random: Random) -> str:
     key = draft.family.config.layers
-    count = draft.config.get(key)
+    count = draft.text.get(key)
     if not isinstance(count, int):
         raise Unfit
-    draft.config[key] = count + random.choice((-1, 1, 2))
-    return f"{count} -> {draft.config[key]}"
+    draft.text[key] = count + random.choice((-1, 1, 2))
+    return f"{count} -> {draft.text[key]}"
 
 
 @mutation("the quantization config lies elsewhere", fits=_quantized, weight=3)

@@ -274,7 +274,7 @@ def _cache(draft: Draft, random: Random) -> str:
     )
     where = pick(random, kinds)
     shape = pick(random, ((1,), (), (2,), (4, 1)))
-    for layer in range(draft.config.get("num_hidden_layers", 0)) if where else ():
+    for layer in range(draft.text.get("num_hidden_layers", 0)) if where else ():
         for part in "kv":
             draft.tensors[f"model.layers.{layer}.{where.format(part)}"] = ("F32", shape)
     return f"{where} {shape} {[scheme[k] for k in ('num_bits', 'type', 'strategy', 'dynamic')]}"
@@ -296,7 +296,7 @@ def _cache_scales(draft: Draft, random: Random) -> str:
     )
     dtype = pick(random, ("F32", "BF16", "F16", "F8_E4M3"))
     shape = pick(random, ((1,), (), (2,)))
-    for layer in range(draft.config.get("num_hidden_layers", 0)):
+    for layer in range(draft.text.get("num_hidden_layers", 0)):
         for part in "kv":
             name = f"model.layers.{layer}.{where.format(part, part)}"
             draft.tensors.setdefault(name, (dtype, shape))

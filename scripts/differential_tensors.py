@@ -121,7 +121,7 @@ def _copied(draft: Draft, old: str, new: str) -> None:
 
 @mutation("a layer more on disk")
 def _layer(draft: Draft, random: Random) -> str:
-    count = draft.config.get(draft.family.config.layers)
+    count = draft.text.get(draft.family.config.layers)
     if not isinstance(count, int) or count < 1:
         raise Unfit
     number = count + random.choice((0, 0, 5))
@@ -139,11 +139,11 @@ def _expert(draft: Draft, random: Random) -> str:
 @mutation("an expert less on disk and in config.json")
 def _pruned(draft: Draft, random: Random) -> str:
     key = draft.family.config.experts
-    if not key or not isinstance(draft.config.get(key), int):
+    if not key or not isinstance(draft.text.get(key), int):
         raise Unfit
-    count = draft.config[key]
+    count = draft.text[key]
     gates = random.random() < 0.7
-    draft.config[key] = count - 1
+    draft.text[key] = count - 1
     for name in [name for name in draft.tensors if f".experts.{count - 1}." in name]:
         del draft.tensors[name]
         draft.layouts.pop(name.rpartition(".")[0], None)

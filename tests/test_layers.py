@@ -17,7 +17,7 @@ LAYERS = (
     {"cli"},
     {"family_draft", "publish", "repair", "smoke", "synth"},
     {"runs", "measure"},
-    {"verify"},
+    {"verify", "synth_tower"},
     {"engines", "output", "forward"},
     {"weights", "plan", "numerics"},
     {"loader_model"},

@@ -296,14 +296,21 @@ class Family(Data):
 
     def may_lack(self, row: TensorRow, config: Mapping[str, Any]) -> bool:
         """Return whether a checkpoint with this config.json may leave the row out."""
-        left_out = bool(row.unless) and find(self.settings(config), row.unless) is True
-        return row.optional or row.prefix is not None or left_out
+        return row.optional or row.prefix is not None or self._left_out(row, config)
+
+    def _left_out(self, row: TensorRow, config: Mapping[str, Any]) -> bool:
+        """Return whether config.json, or its config class without a word, leaves the row out."""
+        if not row.unless:
+            return False
+        value = find(self.settings(config), row.unless)
+        if value is None and self.vllm:
+            value = self.vllm.settings.get(row.unless)
+        return value is True
 
     def tied_heads(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the heads that share the embeddings' weight, and have no tensor of their own."""
-        heads = (row for row in self.tensors if row.role is Role.HEAD and row.unless)
-        settings = self.settings(config)
-        tied = (row for row in heads if find(settings, row.unless) is True)
+        heads = (row for row in self.tensors if row.role is Role.HEAD)
+        tied = (row for row in heads if self._left_out(row, config))
         return tuple(row.name.removesuffix(".weight") for row in tied)
 
     def mtp_layers(self, config: Mapping[str, Any]) -> int:

@@ -60,6 +60,8 @@ class LayerRow(_Data):
     """A key of `blocks`; if that condition holds, the layer has a bias."""
     heeds: bool = True
     """Whether vLLM gives the layer the quantization config."""
+    spared_by: str = ""
+    """The quantization method whose config vLLM does not give the layer."""
     asked_as: str | None = None
     class_name: str = ""
     """The name of vLLM's class, if it is not that of the kind; targets may match the name."""
@@ -95,12 +97,8 @@ class WrappingRows(_Data):
     inside: str
     """vLLM's name of the text model in the larger model."""
     renames: Renames = ()
-    accepts: tuple[str, ...] = ()
-    """What names of modules begin with, after renaming, of which no layers are told: plain tensors
-    count as loaded."""
-    asked: tuple[str, ...] = ()
-    """Linear modules there for which vLLM asks every quantization config but compressed-tensors'.
-    What vLLM makes of a config that quantizes one is not known."""
+    stacked: tuple[tuple[str, str, Place], ...] = ()
+    """As `stacked` of the text model, for fused layers outside the text model."""
     fused: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
     """The entries of vLLM's `packed_modules_mapping` that the text model does not have."""
     layers: tuple[LayerRow, ...] = ()
@@ -124,8 +122,12 @@ class RopeRow(_Data):
     `theta` is the base without `rope_theta`. `rotates` is the key of the number of dimensions of a
     head that are rotated. `scaled`: whether every type but `default` is DeepSeek's YaRN.
     `share` is the part of a head that is rotated if no key says it. `sections`: whether vLLM reads
-    `mrope_section`, the parts of a head for time, height and width. `by_layer`: the base may be a
-    list with one for every layer.
+    `mrope_section`, the parts of a head for time, height and width. `stretches`: whether a factor
+    makes the model's length longer. `by_layer`: the base may be a list with one for every layer.
+
+    `each` has the types of layer with a table each in `rope_parameters`, and the tables that
+    transformers makes without the key. `bases` are older keys, with the type of layer whose base
+    the key tells; then `rope_scaling` changes the table of full attention.
     """
 
     theta: float = 10_000.0
@@ -134,6 +136,9 @@ class RopeRow(_Data):
     share: float | None = None
     sections: bool = False
     by_layer: bool = False
+    stretches: bool = True
+    each: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
+    bases: Mapping[str, str] = Field(default_factory=dict)
 
 
 class VllmRows(_Data):
@@ -208,6 +213,8 @@ class VllmRows(_Data):
     """Whether vLLM honours tie_word_embeddings."""
     activations: tuple[str, ...] = ()
     """The values of hidden_act that vLLM takes for merged layers; empty if vLLM does not look."""
+    activation: str = "hidden_act"
+    """The key of the activation."""
     layers: tuple[LayerRow, ...]
 
     @model_validator(mode="after")
@@ -267,7 +274,8 @@ class Settings:
             config = tables.get(inner.key, {})
         self.config, self.values = config, {**tables, **config}
         if self.wrapping and self.wrapping.ties_outside:
-            self.values["tie_word_embeddings"] = self.outer.get("tie_word_embeddings", False)
+            usual = self.read_as.settings.get("tie_word_embeddings", False)
+            self.values["tie_word_embeddings"] = self.outer.get("tie_word_embeddings", usual)
         typed = {key for keys in self.read_as.types.values() for key in keys}
         for alias, key in self.read_as.aliases.items():
             present = [name for name in (alias, key) if name in config]

@@ -34,10 +34,12 @@ from mquant.output.disk import open_own, out_of_space, write_whole
 from mquant.output.staging import staging
 from mquant.plan import DEFAULT_SHARD_BYTES, cut_shards
 from mquant.synth_side_files import side_files
+from mquant.synth_tower import tower_tensors
 
 FP8_BLOCK: Final = 128
 _CHUNK: Final = 1 << 20  # elements computed at once: a few MB for a tensor of any size
 _STD: Final = 0.02
+_NORM: Final = (1.0, 0.05)
 # The largest number, 4.33 deviations out, is then near 448, the largest E4M3 number.
 _FP8_STD: Final = 100.0
 
@@ -190,6 +192,7 @@ def make_config(
     if experts and top_k and top_k > experts:
         config = family.with_settings(config, {family.config.top_k: experts})
     layers = family.value(family.config.layers, config) or 0
+    config = family.with_settings(config, _kinds(family.settings(config), layers))
     per_layer = {key: [value] * layers for key, value in family.synth.per_layer.items()}
     config = family.with_settings(config, per_layer)
     for key in ("torch_dtype", "dtype"):
@@ -199,11 +202,21 @@ def make_config(
         config["quantization_config"] = {
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
-            "modules_to_not_convert": _not_converted(family, layers),
+            "modules_to_not_convert": _not_converted(family.named_for(config), config, layers),
             "quant_method": "fp8",
             "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
         }
     return dict(sorted(config.items()))
+
+
+def _kinds(settings: Mapping[str, Any], layers: int) -> dict[str, list[Any]]:
+    """Return the lists of the layers' types, as many as there are layers: repeated, or cut."""
+    lists = {
+        key: value
+        for key, value in settings.items()
+        if key.endswith("layer_types") and isinstance(value, list) and value
+    }
+    return {key: (value * layers)[:layers] for key, value in lists.items()}
 
 
 def make_tensors(
@@ -214,11 +227,22 @@ def make_tensors(
     Tensors that hold all experts of a layer are written instead of tensors for each expert.
     """
     family = family.named_for(config)
+    yield from _outside(family, config, precision)
     experts = family.value(family.config.experts, config) or 0 if family.config.experts else 0
     tensors = _each(family, config, precision, experts)
     # Releases in FP8 have a tensor for each expert.
     stacked = family.stacks and precision is not Precision.FP8_BLOCK
     yield from _stacked(family, tensors, experts) if stacked else tensors
+
+
+def _outside(
+    family: Family, config: Mapping[str, Any], precision: Precision
+) -> Iterator[SynthTensor]:
+    """Yield the tensors of a larger model outside the text model, which no release quantizes."""
+    for tensor in tower_tensors(family, config):
+        dtype = "F32" if tensor.dtype == "F32" else _DTYPES[precision][0]
+        mean, std = _NORM if tensor.norm else (0.0, _STD)
+        yield SynthTensor(tensor.name, dtype, tensor.shape, mean, std)
 
 
 def _each(
@@ -267,7 +291,7 @@ def _tensor(
             f"{family.name}.yaml: synth.config does not give the shape of {row.name}.",
             f"Add {' and '.join(row.shape) or 'a shape'} to the family file.",
         )
-    mean, std = (1.0, 0.05) if row.role is Role.NORM else (0.0, _STD)
+    mean, std = _NORM if row.role is Role.NORM else (0.0, _STD)
     block = row.role in _IN_FP8 and name.endswith(".weight")
     if precision is Precision.FP8_BLOCK and block and len(shape) == 2 and row.dtype != "F32":
         # Codes and scales have separate seeds, so that each can be written alone.
@@ -280,11 +304,11 @@ def _tensor(
     yield SynthTensor(name, dtype, shape, mean, std)
 
 
-def _not_converted(family: Family, layers: int) -> list[str]:
+def _not_converted(family: Family, config: Mapping[str, Any], layers: int) -> list[str]:
     """Return the modules that FP8 releases keep, named as in those releases.
 
     A name is the last part alone. If vLLM asks the list for a module, which takes whole names, the
-    module is named in every layer.
+    module is named in every layer. Modules outside the text model are named one by one.
     """
     kept = (Role.ROUTER, Role.ROUTING_BIAS, Role.HEAD)
     modules = [row.name.removesuffix(".weight") for row in family.tensors if row.role in kept]
@@ -296,7 +320,10 @@ def _not_converted(family: Family, layers: int) -> list[str]:
         else [module.rpartition(".")[2]]
         for module in modules
     )
-    return list(dict.fromkeys(name for group in names for name in group))
+    tower = [
+        each.name.removesuffix(".weight") for each in tower_tensors(family, config) if each.linear
+    ]
+    return list(dict.fromkeys([*(name for group in names for name in group), *tower]))
 
 
 def _write_shard(

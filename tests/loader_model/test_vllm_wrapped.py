@@ -9,7 +9,7 @@ from mquant.loader_model.vllm.load import Outcome
 from mquant.loader_model.vllm.predict import predict_of
 from mquant.loader_model.vllm.tensors import Loaded
 from mquant.schemes import NVFP4A16
-from mquant.synth import Precision, Sizes, make_config
+from mquant.synth import Precision, Sizes, make_config, make_tensors
 
 FAMILY = load_families()["qwen3_5_moe"]
 OUTER = "model.language_model."
@@ -144,20 +144,33 @@ def test_names_in_the_quantization_config_are_renamed_as_tensors_are() -> None:
     assert not outcome(ignoring(*(names - {f"{BLOCK}.attn.proj"}), *experts), tensors).loads
 
 
-def test_a_tower_that_vllm_asks_a_config_about_is_judged_only_if_the_config_leaves_it_plain() -> (
-    None
-):
+def test_vllm_gives_a_tower_every_config_but_that_of_a_method_that_spares_it() -> None:
     family = load_families()["kimi_k25"]
     config = make_config(family, Sizes(), Precision.BF16, tiny=True)
 
-    def unknown(**quantization: Any) -> str:
-        told = {**config, "quantization_config": quantization}
-        return predict_of(told, family, ()).unknown
+    def unset(**quantization: Any) -> bool:
+        """Whether vLLM creates other parameters than a weight for the tower or the projector."""
+        found = predict_of({**config, "quantization_config": quantization}, family, ()).unset
+        names = [name for name, _ in found if not name.startswith("language_model.")]
+        return any(not name.endswith((".weight", ".bias")) for name in names)
 
     groups = {"group_0": {**NVFP4A16.config_group, "targets": ["Linear"]}}
     packed = {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": ["lm_head"]}
-    exported = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["vision_tower*"]}
-    assert "a quantized vision_tower." in unknown(**FP8)
-    assert "a quantized mm_projector." in unknown(**exported)
-    assert not unknown(**packed)
-    assert not unknown(**{**exported, "ignore": ["vision_tower*", "mm_projector*"]})
+    ignored = ["vision_tower*", "mm_projector*"]
+    exported = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ignored}
+    assert unset(**{**exported, "ignore": ignored[:1]})
+    assert not unset(**exported)
+    assert not unset(**packed)
+
+
+def test_synth_writes_every_tensor_of_a_tower() -> None:
+    for name in ("gemma3", "kimi_k25", "qwen3_vl", "qwen3_vl_moe"):
+        family = load_families()[name]
+        config = make_config(family, Sizes(layers=3), Precision.BF16, tiny=True)
+        tensors = make_tensors(family, config, Precision.BF16)
+        loaded = [Loaded(each.name, each.dtype, each.shape) for each in tensors]
+        assert predict_of(config, family, loaded).loads
+
+
+def test_a_text_models_class_does_not_find_keys_in_a_table() -> None:
+    assert "text_config" in refusal(larger_config(architectures=["MixtralForCausalLM"]), {})

@@ -4,7 +4,7 @@ The sources are transformers 5.19's `modeling_rope_utils.py` and vLLM 0.32's `ro
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from mquant.loader_model.vllm.config_types import is_integer, is_number, said
@@ -36,12 +36,19 @@ def check_rope(config: Mapping[str, Any], rows: VllmRows, settings: Settings) ->
 
     Raises LoadRefused if transformers or vLLM stops, and Unknown.
     """
-    params = _parameters(config, rows, settings)
+    if rows.rope.each:
+        tables = _tables(config, rows, settings)
+        return max((_check_table(table, rows, settings) for table in tables), default=1.0)
+    return _check_table(_parameters(config, rows, settings), rows, settings)
+
+
+def _check_table(params: dict[str, Any], rows: VllmRows, settings: Settings) -> float | int:
+    """Check one table of parameters; return the factor by which it stretches the length."""
     kind = params["rope_type"]
     _check_by_transformers(params, kind, settings)
     _check_head(params, settings)
     stretch = 1.0
-    if kind not in _UNSCALED_LENGTH:
+    if kind not in _UNSCALED_LENGTH and rows.rope.stretches:
         stretch = params.get("factor", 1.0)
         if stretch is None:
             stretch = 1.0
@@ -78,6 +85,41 @@ def _parameters(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -
     share = _share(config, rows, settings)
     if share is not None:
         params.setdefault("partial_rotary_factor", share)
+    return _standard(params, rows, settings)
+
+
+def _tables(
+    config: Mapping[str, Any], rows: VllmRows, settings: Settings
+) -> Iterator[dict[str, Any]]:
+    """Yield the parameters of each type of layer that the model has."""
+    rope, given = rows.rope, config.get("rope_parameters")
+    tables: dict[str, Any] = dict(rope.each if given is None else given)
+    for kind, usual in rope.each.items():
+        table = tables.get(kind)
+        if table is None and not rope.bases:
+            raise Unknown(f"rope_parameters without {kind}")
+        if table is not None and not isinstance(table, Mapping):
+            raise LoadRefused(_FILE, f"says rope_parameters of {kind} {said(table)}, not a table")
+        tables[kind] = {**(usual if given is None else {}), **(table or {})}
+    for key, kind in rope.bases.items():
+        if given is not None and "rope_theta" in tables[kind]:
+            continue
+        tables[kind]["rope_theta"] = config.get(key, rope.each[kind]["rope_theta"])
+    scaling = config.get("rope_scaling") if rope.bases else None
+    if scaling is not None:
+        if not isinstance(scaling, dict):
+            raise LoadRefused(_FILE, f"says rope_scaling {said(scaling)}, not a table")
+        if given is not None and not isinstance(given.get("full_attention"), dict):
+            raise LoadRefused(_FILE, "has rope_scaling, and no full_attention in rope_parameters")
+        tables["full_attention"] |= scaling
+    listed = config.get("layer_types")
+    for kind in rope.each:
+        if not isinstance(listed, list) or kind in listed:
+            yield _standard(tables[kind], rows, settings)
+
+
+def _standard(params: dict[str, Any], rows: VllmRows, settings: Settings) -> dict[str, Any]:
+    """Return the parameters with `rope_type`, as transformers names it."""
     legacy = params.get("type", "default")
     kind = params.setdefault("rope_type", legacy)
     if "type" in params and kind != legacy:

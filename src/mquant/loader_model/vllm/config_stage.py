@@ -149,6 +149,9 @@ def _check_nesting(settings: Settings, rows: VllmRows) -> None:
             if config.get(key) is not None:
                 raise LoadRefused(_FILE, f"has a {key}, which vLLM takes for the model's config")
         return
+    if not settings.wrapping and rows is not settings.read_as:
+        # The class of the text model looks for the keys outside the table.
+        raise LoadRefused(_FILE, f"has its keys in {around.key}, and names a text model's class")
     table = config.get(around.key)
     if table is not None and not isinstance(table, dict):
         raise LoadRefused(_FILE, f"says {around.key} {said(table)}, not a table")

@@ -31,7 +31,6 @@ _LINEAR: Final[Mapping[str, tuple[type[Linear], str]]] = {
     "row": (Row, "RowParallelLinear"),
     "replicated": (Replicated, "ReplicatedLinear"),
 }
-_ANY: Final = 1024  # a size that every format takes
 _SPLIT: Final = ("qkv", "merged", "column", "row", "experts")
 
 
@@ -106,10 +105,10 @@ def build(rows: VllmRows, settings: Settings, method: Method | None, ranks: int 
     if method:
         _tell(method, rows, settings)
     layers, modules = [], Modules()
-    act = settings.values.get("hidden_act")
+    act = settings.values.get(rows.activation)
     for place in _every(rows, settings):
         if place.row.kind == "merged" and rows.activations and act not in rows.activations:
-            raise LoadRefused("config.json", f"says hidden_act {act!r}")
+            raise LoadRefused("config.json", f"says {rows.activation} {act!r}")
         layer = _layer(place, _Sizes(settings, ranks), method)
         layers.append(layer)
         modules.add(layer)
@@ -133,11 +132,7 @@ def _tell(method: Method, rows: VllmRows, settings: Settings) -> None:
     renames = around.renames if around else own
     if renames is not None:
         method.renames = tuple((old, new) for old, new in renames if new is not None)
-    method.asked = frozenset(_asked(rows, settings))
-    for name in around.asked if around and method.kind != "compressed-tensors" else ():
-        layer = Replicated(name, name, "ReplicatedLinear", outputs=(_ANY,), inputs=_ANY)
-        if method.linear(layer) is not None:
-            raise Unknown(f"a quantized {name}")
+    method.asked = frozenset(_asked(rows, settings, method.kind))
 
 
 @dataclass(frozen=True)
@@ -175,6 +170,13 @@ def _every(rows: VllmRows, settings: Settings) -> Iterator[_Place]:
         yield _Place(row, None, inside)
 
 
+def layers_outside(settings: Settings) -> Iterator[tuple[LayerRow, Layer]]:
+    """Yield the rows and layers of a larger model outside the text model, all plain."""
+    rows = settings.wrapping.layers if settings.wrapping else ()
+    for place in _repeated(rows, settings):
+        yield place.row, _layer(place, _Sizes(settings, 1), None)
+
+
 def _repeated(rows: Iterable[LayerRow], settings: Settings, inside: str = "") -> Iterator[_Place]:
     """Yield the layers of the rows; rows of one count are repeated together."""
     for count, group in groupby(rows, lambda row: row.count if "{layer}" in row.name else ""):
@@ -190,12 +192,14 @@ def _repeated(rows: Iterable[LayerRow], settings: Settings, inside: str = "") ->
                     yield _Place(row, number, inside)
 
 
-def _asked(rows: VllmRows, settings: Settings) -> Iterator[str]:
+def _asked(rows: VllmRows, settings: Settings, kind: str) -> Iterator[str]:
     for place in _every(rows, settings):
         row = place.row
-        if row.heeds and row.kind == "experts":
+        if not row.heeds or row.spared_by == kind:
+            continue
+        if row.kind == "experts":
             yield from (f"{place.asked}.0.{matrix}" for matrix in asked_matrices(row.names))
-        elif row.heeds and row.kind not in ("norm", "bare"):
+        elif row.kind not in ("norm", "bare"):
             yield place.asked
 
 
@@ -238,7 +242,7 @@ def _layer(place: _Place, sizes_of: _Sizes, method: Method | None) -> Layer:
     row, name, asked = place.row, place.name, place.asked
     bias = bool(row.bias) and sizes_of.settings.has(row.bias, place.number)
     sizes, columns, ranks = sizes_of.of(row, name)
-    method = method if row.heeds else None
+    method = method if row.heeds and method and method.kind != row.spared_by else None
     if row.kind in _LINEAR:
         made, class_name = _LINEAR[row.kind]
         class_name = row.class_name or class_name
@@ -323,5 +327,5 @@ def _renaming(rows: VllmRows, settings: Settings, method: Method | None) -> dict
     outer = Renaming((), rows.outer_renames, head, (), quantized, suffixes)
     if around is None:
         return {"": outer, "model": inner}
-    larger = Renaming((), around.renames, (), (), quantized, suffixes, around.accepts)
+    larger = Renaming(around.stacked, around.renames, (), (), quantized, suffixes)
     return {"": larger, around.inside: outer, f"{around.inside}.model": inner}

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from mquant.loader_model.vllm.layers import Bare, Layer, Shard
-from mquant.loader_model.vllm.tensors import Copies, Loaded, LoadRefused, Unknown
+from mquant.loader_model.vllm.tensors import Copies, Loaded, LoadRefused
 from mquant.loader_rows import Renames
 
-_PLAIN: Final = ("BF16", "F16", "F32")
 _CACHE_SCALES: Final = (
     (r"\.kv_scale$", ".attn.k_scale"),
     (r"\.self_attn\.[kv]_proj\.([kv])_scale$", r".self_attn.attn.\1_scale"),
@@ -48,8 +47,6 @@ class Renaming:
     quantized: bool = False
     suffixes: tuple[tuple[str, str], ...] = ()
     """Ends of names that the quantization method renames."""
-    accepts: tuple[str, ...] = ()
-    """Beginnings of names that count as loaded, because the model has no layers there."""
 
     def __call__(self, name: str) -> tuple[str, Shard] | None:
         """Return vLLM's name and the place in a fused layer; None if vLLM leaves the tensor out."""
@@ -124,17 +121,18 @@ def place(
     """
     name, loader = "", renaming[""]
     renamed = loader(loaded.name)
-    while renamed and not (loader.accepts and renamed[0].startswith(loader.accepts)):
+    while renamed:
         first, _, rest = renamed[0].partition(".")
         name = f"{name}.{first}" if name else first
         inner = modules.children.get(first) if name in renaming and rest else None
         if not isinstance(inner, Modules):
             _walk(modules, loader, copies, loaded, *renamed)
             return
-        loader, modules, renamed = renaming[name], inner, renaming[name](rest)
-    if renamed and (loaded.dtype not in _PLAIN or loaded.name.endswith("_scale")):
-        raise Unknown(f"the quantized tensor {loaded.name}")
-    copies.used += loaded.numel  # vLLM passes over the tensor on purpose, or takes it
+        loader, modules, shard = renaming[name], inner, renamed[1]
+        renamed = loader(rest)
+        if renamed and renamed[1] is None:
+            renamed = renamed[0], shard  # a place that an outer loader has found stays
+    copies.used += loaded.numel  # vLLM passes over the tensor on purpose
 
 
 def _walk(

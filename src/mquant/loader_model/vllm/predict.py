@@ -18,6 +18,7 @@ from mquant.loader_rows import Settings
 VERSION: Final = "0.32"
 """The vLLM that the model follows."""
 MODELOPT_FILE: Final = "hf_quant_config.json"
+_TIES: Final = "tie_word_embeddings"
 _MISTRAL: Final = "consolidated*.safetensors"
 
 
@@ -45,19 +46,24 @@ def predict_of(
     rest = iter(tensors)
     try:
         # All tensors only if they decide something: a list of a million takes 70 MB.
-        first = list(rest if config.get("tie_word_embeddings") is True else islice(rest, 1))
+        ties = _ties(config, family)
+        first = list(rest if ties else islice(rest, 1))
     except HeaderError as error:
         return Outcome(refused=("the shards", error.message))
-    config = _untied(config, first)
+    config = _untied(config, first) if ties else config
     return load(lambda: _model(family, config, hf_quant_config), chain(first, rest))
+
+
+def _ties(config: Mapping[str, Any], family: Family | None) -> bool:
+    """Return whether config.json ties the embeddings, or its config class without a word."""
+    usual = family.vllm.settings.get(_TIES) if family and family.vllm else False
+    return config.get(_TIES, usual) is True
 
 
 def _untied(config: Mapping[str, Any], tensors: Iterable[Loaded]) -> Mapping[str, Any]:
     """Return the config after vLLM's `maybe_untie_word_embeddings`: a head on disk is loaded."""
-    if config.get("tie_word_embeddings") is not True:
-        return config
     stored = any(loaded.name.endswith("lm_head.weight") for loaded in tensors)
-    return {**config, "tie_word_embeddings": False} if stored else config
+    return {**config, _TIES: False} if stored else config
 
 
 def split(checkpoint: Checkpoint, family: Family, ranks: int) -> str:
