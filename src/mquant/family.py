@@ -30,19 +30,13 @@ from mquant.family_rows import (
     Wrapping,
     distinct,
     in_order,
+    replaced,
 )
-from mquant.formulas import (
-    condition_keys,
-    evaluate,
-    find,
-    holds,
-    number,
-    size_keys,
-)
+from mquant.formulas import condition_keys, evaluate, find, holds, number, size_keys
 from mquant.loader_rows import VllmRows
 
 _MTP: Final = "mtp"
-_MOST_LAYERS, _MOST_SIZE, _LONGEST_NAME = 1_000, 10_000_000, 1_000
+_MOST_LAYERS, _MOST_SIZE = 1_000, 10_000_000
 
 FusedSet = tuple[str, int | None, int | None]
 """The name of a fused set, its layer and its expert."""
@@ -339,11 +333,11 @@ class Family(Data):
 
     def in_memory_name(self, name: str) -> str:
         """Return the name of the same tensor, or module, in a model that transformers loaded."""
-        return _replaced(name, self.in_memory)
+        return replaced(name, self.in_memory)
 
     def in_vllm_name(self, name: str) -> str:
         """Return the name by which vLLM looks a tensor or module up in `ignore` and `targets`."""
-        return _replaced(name, self.in_vllm)
+        return replaced(name, self.in_vllm)
 
     @property
     def looked_up_by(self) -> tuple[Callable[[str], str], ...]:
@@ -392,14 +386,3 @@ def _meaning(row: TensorRow | None, name: str) -> TensorRole | None:
     layer = numbers.pop(0) if "{layer}" in row.name else None
     expert = numbers.pop(0) if "{expert}" in row.name else None
     return TensorRole(row, layer, expert)
-
-
-def _replaced(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    # Add a dot, so that a pattern that ends in a dot matches the name's last part, too.
-    probe = f"{name}."
-    for old, new in pairs:
-        grown = len(probe) + probe.count(old) * (len(new) - len(old))
-        if old and grown <= max(len(probe), _LONGEST_NAME):  # anybody may write the pairs
-            probe = probe.replace(old, new)
-    changed = probe[:-1]
-    return name if changed == name else changed  # one object for equal names

@@ -14,6 +14,7 @@ from mquant.formulas import check_condition, check_size, depends_on_layer, size_
 EVERY_LAYER = "layer"
 """The block that every layer has."""
 NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")
+_LONGEST_NAME = 1_000
 _ROW_NAME = r"^[\w.-]+(\{layer\}[\w.-]+(\{expert\}[\w.-]+)?)?(\.\*)?$"
 
 
@@ -237,3 +238,15 @@ class SynthData(Data):
     tiny: dict[str, Any]
     tiny_in_blocks: dict[str, Any] = Field(default_factory=dict)
     per_layer: dict[str, Any] = Field(default_factory=dict)
+
+
+def replaced(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    """Return a name with the parts of `pairs` replaced in order: `.old.` by `.new.`."""
+    # Add a dot, so that a pattern that ends in a dot matches the name's last part, too.
+    probe = f"{name}."
+    for old, new in pairs:
+        grown = len(probe) + probe.count(old) * (len(new) - len(old))
+        if old and grown <= max(len(probe), _LONGEST_NAME):  # anybody may write the pairs
+            probe = probe.replace(old, new)
+    changed = probe[:-1]
+    return name if changed == name else changed  # one object for equal names
