@@ -3,8 +3,9 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from math import prod
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.family import Family, FusedSet, TensorRole
@@ -131,12 +132,11 @@ class Inspection:
 
 def inspect(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Inspection:
     """Inspect a checkpoint: complete or not, quantized or not, of a known family or not."""
-    result = survey(checkpoint, families)
-    family = result.family
+    # What is held of every tensor is let go before the next step: a million takes 300 MB each time.
+    family, facts = _surveyed(checkpoint, families)
+    stored = _stored(checkpoint, families)
     known, unknown = _classify(checkpoint, family)
     config = checkpoint.config
-    view = read_modules(checkpoint, families)
-    routers = view.of(Role.ROUTER)
 
     def config_number(key: str) -> int | None:
         value = family.value(key, config) if family and key else None
@@ -146,34 +146,61 @@ def inspect(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Inspectio
         name=checkpoint.source.name,
         family=family.name if family else None,
         model_type=kind if isinstance(kind := config.get("model_type"), str) else None,
-        quantization=_quantization(view),
-        kv_cache=_kv_cache(view.config),
-        excluded=view.ignore,
         layers=config_number(family.config.layers) if family else None,
         experts=config_number(family.config.experts) if family else None,
         unpruned_experts=family.unpruned_experts if family else None,
         experts_per_token=config_number(family.config.top_k) if family else None,
         context=config_number(family.config.context) if family else None,
         vocabulary=config_number(family.config.vocabulary) if family else None,
-        parameters=count_parameters(view),
         tensors=len(checkpoint.tensors),
         bytes=checkpoint.nbytes,
         file_bytes=sum(checkpoint.source.files[shard] for shard in checkpoint.shards),
         shards=len(checkpoint.shards),
         dtypes=_shares((info, info.dtype) for info in checkpoint.tensors.values()),
         roles=_role_shares(known, unknown),
-        precisions=_precisions(view),
-        routers_quantized=any(m.quantized for m in routers) if routers else None,
-        vllm=in_words(view.outcome)[1] or f"not judged: {view.outcome.unknown}",
         findings=(),
+        **stored._asdict(),
     )
     return replace(
         inspection,
         findings=(
-            *(in_context(f, "fact") for f in result.findings),
+            *facts,
             *(_unusual(inspection, checkpoint, family, known, unknown) if family else ()),
             *_tokenizer(checkpoint),
         ),
+    )
+
+
+def _surveyed(
+    checkpoint: Checkpoint, families: Mapping[str, Family]
+) -> tuple[Family | None, list[Finding]]:
+    result = survey(checkpoint, families)
+    return result.family, [in_context(finding, "fact") for finding in result.findings]
+
+
+class _Stored(NamedTuple):
+    """The fields of an Inspection that say how weights are stored."""
+
+    quantization: str | None
+    kv_cache: str | None
+    excluded: tuple[str, ...]
+    parameters: int | None
+    precisions: tuple[Precision, ...]
+    routers_quantized: bool | None
+    vllm: str
+
+
+def _stored(checkpoint: Checkpoint, families: Mapping[str, Family]) -> _Stored:
+    view = read_modules(checkpoint, families)
+    routers = view.of(Role.ROUTER)
+    return _Stored(
+        quantization=_quantization(view),
+        kv_cache=_kv_cache(view.config),
+        excluded=view.ignore,
+        parameters=count_parameters(view),
+        precisions=_precisions(view),
+        routers_quantized=any(m.quantized for m in routers) if routers else None,
+        vllm=in_words(view.outcome)[1] or f"not judged: {view.outcome.unknown}",
     )
 
 
@@ -263,7 +290,7 @@ def _unusual(
             f"The checkpoint has {inspection.experts} of the family's "
             f"{inspection.unpruned_experts} experts: it looks expert-pruned.",
         )
-    tensors = [*((info.name, m) for info, m in known), *((info.name, None) for info in unknown)]
+    tensors = chain(((info.name, m) for info, m in known), ((info.name, None) for info in unknown))
     yield from check_mtp(family, checkpoint.config, tensors)
     yield from _dtypes(inspection, known)
     missing = [key for key in family.required_config if key not in checkpoint.config]
@@ -297,13 +324,14 @@ def _dtypes(inspection: Inspection, known: list[Known]) -> Iterable[Finding]:
 
 
 def _cut_sets(known: list[Known]) -> Iterable[Finding]:
-    shards: dict[FusedSet, set[str]] = defaultdict(set)
+    shards: dict[FusedSet, str] = {}
+    cut: set[FusedSet] = set()
     for info, tensor_role in known:
-        if fused_set := tensor_role.fused_set:
-            shards[fused_set].add(info.shard)
-    cut = [key for key, files in shards.items() if len(files) > 1]
+        fused_set = tensor_role.fused_set
+        if fused_set and shards.setdefault(fused_set, info.shard) != info.shard:
+            cut.add(fused_set)
     if cut:
-        fused, layer, expert = cut[0]
+        fused, layer, expert = next(each for each in shards if each in cut)
         place = f"{fused} of layer {layer}" + ("" if expert is None else f", expert {expert}")
         yield FUSED_SET_CUT.finding(
             place,
