@@ -172,8 +172,14 @@ class VllmRows(_Data):
     windowed_from: str = ""
     """The key of the first layer with a sliding window; vLLM takes layers of one kind only, or this
     number must be the number of layers."""
-    fixed: Mapping[str, bool | str] = Field(default_factory=dict)
+    demands: Mapping[str, tuple[bool | str, ...]] = Field(default_factory=dict)
+    """Keys of which vLLM refuses every value but these, or no value."""
+    demands_of_items: Mapping[str, tuple[float | None, ...]] = Field(default_factory=dict)
+    """Keys of lists of which vLLM refuses every item but these."""
+    fixed: Mapping[str, bool] = Field(default_factory=dict)
     """Keys of which only this value, or no value, is told here."""
+    needs_architectures: bool = False
+    """Whether vLLM does not know the architecture by the model_type."""
     unmodelled: tuple[str, ...] = ()
     """Keys with which vLLM builds something that is not told here."""
     settings: Mapping[str, Any] = Field(default_factory=dict)

@@ -77,8 +77,10 @@ def _parameters(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -
     if "full_attention" in params or "sliding_attention" in params:
         raise Unknown("rope_parameters for each type of layer")
     params.setdefault("rope_theta", config.get("rope_theta", rows.rope.theta))
-    bases = params["rope_theta"]
-    if rows.rope.by_layer and isinstance(bases, list) and bases:
+    bases, layers = params["rope_theta"], settings.number("num_hidden_layers") or 0
+    if rows.rope.by_layer and isinstance(bases, list):
+        if len(bases) < layers or not all(map(is_number, bases[:layers])):
+            raise LoadRefused(_FILE, f"says rope_theta {said(bases)}, not a number for each layer")
         params["rope_theta"] = bases[0]
     if "mrope_section" in params and not rows.rope.sections:
         raise Unknown("mrope_section of config.json")

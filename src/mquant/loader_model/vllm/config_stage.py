@@ -117,7 +117,7 @@ def check(settings: Settings, rows: VllmRows) -> None:
     unknown = (key for key in _UNMODELLED if key not in read_as.settings)
     _check_known(config, (*unknown, *rows.unmodelled, *read_as.unmodelled))
     for key, value in rows.fixed.items():
-        if config.get(key, value) != value or type(config.get(key, value)) is not type(value):
+        if config.get(key, value) is not value:
             raise Unknown(f"{key} {said(config[key])}")
     check_types(config, read_as.types)
     _check_general(config)
@@ -127,6 +127,7 @@ def check(settings: Settings, rows: VllmRows) -> None:
     stretch = check_rope(config, read_as, settings)
     _check_counts(config, read_as, settings)
     _check_length(config, stretch)
+    _check_demands(config, rows)
     _check_model(rows, settings)
 
 
@@ -290,6 +291,17 @@ def _check_length(config: Mapping[str, Any], stretch: float) -> None:
     # A whole number may be too large for a float.
     if min(length, 2**62) * stretch < _LENGTH and (named is None or named < _LENGTH):
         raise LoadRefused(_FILE, f"gives the model a length of {length * stretch}")
+
+
+def _check_demands(config: Mapping[str, Any], rows: VllmRows) -> None:
+    """Raise LoadRefused if a key has a value that vLLM's code of the model does not take."""
+    for key, allowed in rows.demands.items():
+        if key in config and config[key] not in allowed:
+            raise LoadRefused(_FILE, f"says {key} {said(config[key])}, which vLLM does not take")
+    for key, items in rows.demands_of_items.items():
+        value = config.get(key)
+        if isinstance(value, list) and any(each not in items for each in value):
+            raise LoadRefused(_FILE, f"says {key} {said(value)}, which vLLM does not take")
 
 
 def _check_model(rows: VllmRows, settings: Settings) -> None:
