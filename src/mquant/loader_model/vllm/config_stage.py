@@ -117,7 +117,7 @@ def check(settings: Settings, rows: VllmRows) -> None:
     unknown = (key for key in _UNMODELLED if key not in read_as.settings)
     _check_known(config, (*unknown, *rows.unmodelled, *read_as.unmodelled))
     for key, value in rows.fixed.items():
-        if config.get(key, value) is not value:
+        if config.get(key, value) != value or type(config.get(key, value)) is not type(value):
             raise Unknown(f"{key} {said(config[key])}")
     check_types(config, read_as.types)
     _check_general(config)
@@ -226,8 +226,10 @@ def _check_layer_types(config: Mapping[str, Any], rows: VllmRows, settings: Sett
         raise LoadRefused(_FILE, f"has {len(listed)} layer_types, and another number of layers")
     else:
         kinds = set()
+        # A class with a pattern has types of its own.
+        known = rows.kinds_of_layer if rows.pattern else _KINDS_OF_LAYER | _OTHER_KINDS
         for kind in map(str, listed):
-            if kind not in _KINDS_OF_LAYER | _OTHER_KINDS | rows.kinds_of_layer:
+            if kind not in known:
                 raise LoadRefused(_FILE, f"has a layer of type {said(kind)}")
             if kind not in (rows.kinds_of_layer or _KINDS_OF_LAYER):
                 raise Unknown(f"a layer of type {kind}")
@@ -318,7 +320,8 @@ def _check_model(rows: VllmRows, settings: Settings) -> None:
         value = values.get(key)
         if not is_number(value) or not value:
             raise LoadRefused(_FILE, f"says {key} {said(value)}, and vLLM divides by {key}")
-        if not is_integer(value) or value < 0:
+        of_layers = any(f"{key} divides" in text for text in rows.blocks.values())
+        if of_layers and (not is_integer(value) or value < 0):
             raise Unknown(f"{key} {said(value)}")
     for key in rows.positive:
         if values.get(key) is not None and not (is_integer(values[key]) and values[key]):

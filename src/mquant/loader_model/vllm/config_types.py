@@ -47,6 +47,7 @@ TYPES: Final[Mapping[str, Callable[[object], bool]]] = {
     "indices": _is_indices,
     "nothing": lambda _: False,
     "list[int]": _list_of(is_integer),
+    "list[float]": _list_of(_is(float)),
     "list[str]": _list_of(_is(str)),
 }
 
