@@ -124,6 +124,7 @@ class RopeRow(_Data):
     `share` is the part of a head that is rotated if no key says it. `sections`: whether vLLM reads
     `mrope_section`, the parts of a head for time, height and width. `stretches`: whether a factor
     makes the model's length longer. `by_layer`: the base may be a list with one for every layer.
+    `built`: whether vLLM builds a rotary embedding.
 
     `each` has the types of layer with a table each in `rope_parameters`, and the tables that
     transformers makes without the key. `bases` are older keys, with the type of layer whose base
@@ -139,6 +140,7 @@ class RopeRow(_Data):
     stretches: bool = True
     each: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
     bases: Mapping[str, str] = Field(default_factory=dict)
+    built: bool | Condition = True
 
 
 class VllmRows(_Data):
@@ -156,9 +158,9 @@ class VllmRows(_Data):
     divides: tuple[tuple[Size, Size], ...] = ()
     """Pairs of sizes: transformers refuses a first number that does not divide the second."""
     divisors: tuple[str, ...] = ()
-    """Keys that vLLM divides layers by: by 1 without a key, if `required` does not name it."""
+    """Keys that vLLM divides by: by 1 without a key, if `required` does not name it."""
     counts: tuple[str, ...] = ()
-    """Keys that transformers does not know, and that vLLM compares with 0."""
+    """Keys that vLLM compares with numbers; it is not known what vLLM builds below 0."""
     numbers: tuple[str, ...] = ()
     """Keys that transformers lets be null, and vLLM does not."""
     positive: tuple[str, ...] = ()
@@ -172,8 +174,14 @@ class VllmRows(_Data):
     windowed_from: str = ""
     """The key of the first layer with a sliding window; vLLM takes layers of one kind only, or this
     number must be the number of layers."""
+    demands: Mapping[str, tuple[bool | str, ...]] = Field(default_factory=dict)
+    """Keys of which vLLM refuses every value but these, or no value."""
+    demands_of_items: Mapping[str, tuple[float | str | None, ...]] = Field(default_factory=dict)
+    """Keys of lists of which vLLM refuses every item but these."""
     fixed: Mapping[str, bool | str] = Field(default_factory=dict)
     """Keys of which only this value, or no value, is told here."""
+    needs_architectures: bool = False
+    """Whether vLLM does not know the architecture by the model_type."""
     unmodelled: tuple[str, ...] = ()
     """Keys with which vLLM builds something that is not told here."""
     settings: Mapping[str, Any] = Field(default_factory=dict)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from config_stages import DROP, FAMILIES, config_of, each_family, judge
+from config_stages import DROP, FAMILIES, config_of, each_family, each_typed_family, judge
 from mquant.loader_model.vllm.config_names import built_as, config_class
 from mquant.loader_model.vllm.config_stage import check
 from mquant.loader_model.vllm.experts import Experts
@@ -47,7 +47,7 @@ def test_a_count_is_a_whole_number(family: str, value: object) -> None:
     assert judge(family, hidden_size=value).startswith("refused: says hidden_size")
 
 
-@each_family
+@each_typed_family
 @pytest.mark.parametrize("value", [1, "0.00001", None])
 def test_a_number_with_a_point_is_not_written_without(family: str, value: object) -> None:
     rows = FAMILIES[family].vllm
@@ -56,7 +56,7 @@ def test_a_number_with_a_point_is_not_written_without(family: str, value: object
     assert judge(family, **{key: value}).startswith(f"refused: says {key}")
 
 
-@each_family
+@each_typed_family
 @pytest.mark.parametrize("value", [0, 1, "false", None])
 def test_a_switch_is_true_or_false(family: str, value: object) -> None:
     assert judge(family, tie_word_embeddings=value).startswith("refused: says tie_word")
@@ -307,7 +307,8 @@ def test_layer_types_have_a_type_for_every_layer(family: str) -> None:
     assert judge(family, layer_types=["x" for _ in kinds]).startswith("refused")
     more = judge(family, layer_types=[*kinds, "full_attention"])
     # After a pattern, the number of layers follows from the types.
-    assert more == "taken" if rows.pattern else more.startswith("refused")
+    taken = rows.pattern or rows.cuts_types
+    assert more == "taken" if taken else more.startswith("refused")
 
 
 @pytest.mark.parametrize(
@@ -328,6 +329,26 @@ def test_a_pattern_of_layers_says_their_number(changes: dict[str, Any], layers: 
 
 def test_a_letter_that_stands_for_no_layer_is_refused() -> None:
     assert judge("nemotron_h", hybrid_override_pattern="MX") == "refused: has a layer of type 'X'"
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({"att_impl_type": "MFA"}, "refused: says att_impl_type 'MFA'"),
+        ({"att_impl_type": DROP, "need_fp32_gate": DROP}, "taken"),
+        ({"partial_rotary_factors": [0.5, 1.0], "swiglu_limits": [0.0, 7.0]}, "taken"),
+        ({"partial_rotary_factors": [0.25, 1.0]}, "refused: says partial_rotary_factors"),
+        ({"swiglu_limits": [0.0, 5.0]}, "refused: says swiglu_limits"),
+        ({"rope_theta": [5e6, 1e4, 1e4]}, "taken"),
+        ({"rope_theta": [5e6]}, "refused: says rope_theta"),
+        ({"moe_layers_enum": "1,"}, "refused: says moe_layers_enum"),
+        ({"architectures": []}, "refused: names no architectures"),
+    ],
+)
+def test_values_that_the_code_of_the_model_does_not_take_are_refused(
+    changes: dict[str, Any], verdict: str
+) -> None:
+    assert judge("step3p5", **changes).startswith(verdict)
 
 
 def test_old_types_of_layer_are_the_new_ones() -> None:

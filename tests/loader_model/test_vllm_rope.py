@@ -2,14 +2,25 @@
 
 import pytest
 
-from config_stages import DROP, each_family, judge
+from config_stages import DROP, FAMILIES, each_family, judge
 
 
 @each_family
 @pytest.mark.parametrize("theta", ["10000", None, [10000]])
 def test_the_base_of_the_rotary_embedding_is_a_number(family: str, theta: object) -> None:
     config = {"rope_theta": theta, "rope_parameters": DROP}
-    assert judge(family, **config).startswith("refused: says rope_theta")
+    rows = FAMILIES[family].vllm
+    assert rows
+    if rows.rope.built is True:
+        assert judge(family, **config).startswith("refused: says rope_theta")
+    else:
+        assert judge(family, **config) == "taken"
+
+
+@pytest.mark.parametrize(("kind", "verdict"), [("nope", "taken"), ("rope", "refused")])
+def test_granite_rotates_heads_if_config_json_says_so(kind: str, verdict: str) -> None:
+    config = {"rope_theta": "10000", "position_embedding_type": kind}
+    assert judge("granitemoehybrid", **config).startswith(verdict)
 
 
 @each_family

@@ -1,5 +1,7 @@
 """The loader of models that look every name up in one table: what vLLM 0.32 does on the way."""
 
+import pytest
+
 from mquant.family_files import load_families
 from mquant.loader_model.vllm.load import Outcome, load
 from mquant.loader_model.vllm.model import build
@@ -69,3 +71,16 @@ def test_a_loader_that_finds_only_some_parameters_of_experts_refuses_others() ->
     outcome = load(lambda: build(rows, Settings(rows, config), None), [Loaded(name, "BF16", ())])
 
     assert outcome.refused and outcome.refused[0] == name
+
+
+@pytest.mark.parametrize("part", ["note", "experts.0.note", "experts.8.up_proj.weight"])
+def test_a_loader_that_skips_unknown_names_drops_what_others_refuse(part: str) -> None:
+    family = load_families()["step3p5"]
+    config = make_config(family, Sizes(), Precision.BF16, tiny=True)
+    assert family.vllm
+    rows, settings = family.vllm, Settings(family.vllm, config)
+    made = make_tensors(family, config, Precision.BF16)
+    extra = Loaded(f"model.layers.1.moe.{part}", "BF16", (8,))
+    tensors = [*(Loaded(each.name, each.dtype, each.shape) for each in made), extra]
+
+    assert load(lambda: build(rows, settings, None), tensors).dropped == (extra.name,)

@@ -26,6 +26,8 @@ def built_as(config: Mapping[str, Any], read_as: VllmRows | None) -> VllmRows:
     if read_as is None:
         raise Unknown(f"model_type {said(kind)}")
     if not named:
+        if read_as.needs_architectures:
+            raise LoadRefused(_FILE, "names no architectures")
         if read_as.wrapped:
             raise Unknown("config.json without architectures")
         return read_as

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from mquant.formulas import holds
 from mquant.loader_model.vllm.config_types import is_integer, is_number, said
 from mquant.loader_model.vllm.tensors import LoadRefused, Unknown
 from mquant.loader_rows import Settings, VllmRows
@@ -56,7 +57,10 @@ def _check_table(params: dict[str, Any], rows: VllmRows, settings: Settings) -> 
             raise LoadRefused(_FILE, f"says the rotary factor {said(stretch)}, not a number")
     if kind in _DEEPSEEK or (rows.rope.scaled == "deepseek" and kind != "default"):
         kind = "deepseek"
-    if settings.number("num_hidden_layers"):
+    built = rows.rope.built
+    if isinstance(built, str):
+        built = holds(built, None, settings.values, settings.number)
+    if built and settings.number("num_hidden_layers"):
         if rows.rope.rotates and "partial_rotary_factor" not in params:
             raise LoadRefused(_FILE, f"says no {rows.rope.rotates}")
         _check_by_vllm(params, kind, settings)
@@ -77,8 +81,10 @@ def _parameters(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -
     if "full_attention" in params or "sliding_attention" in params:
         raise Unknown("rope_parameters for each type of layer")
     params.setdefault("rope_theta", config.get("rope_theta", rows.rope.theta))
-    bases = params["rope_theta"]
-    if rows.rope.by_layer and isinstance(bases, list) and bases:
+    bases, layers = params["rope_theta"], settings.number("num_hidden_layers") or 0
+    if rows.rope.by_layer and isinstance(bases, list):
+        if len(bases) < layers or not all(map(is_number, bases[:layers])):
+            raise LoadRefused(_FILE, f"says rope_theta {said(bases)}, not a number for each layer")
         params["rope_theta"] = bases[0]
     if "mrope_section" in params and not rows.rope.sections:
         raise Unknown("mrope_section of config.json")

@@ -127,6 +127,7 @@ def check(settings: Settings, rows: VllmRows) -> None:
     stretch = check_rope(config, read_as, settings)
     _check_counts(config, read_as, settings)
     _check_length(config, stretch)
+    _check_demands(config, rows)
     _check_model(rows, settings)
 
 
@@ -225,8 +226,10 @@ def _check_layer_types(config: Mapping[str, Any], rows: VllmRows, settings: Sett
         raise LoadRefused(_FILE, f"has {len(listed)} layer_types, and another number of layers")
     else:
         kinds = set()
+        # A class with a pattern has types of its own.
+        known = rows.kinds_of_layer if rows.pattern else _KINDS_OF_LAYER | _OTHER_KINDS
         for kind in map(str, listed):
-            if kind not in _KINDS_OF_LAYER | _OTHER_KINDS | rows.kinds_of_layer:
+            if kind not in known:
                 raise LoadRefused(_FILE, f"has a layer of type {said(kind)}")
             if kind not in (rows.kinds_of_layer or _KINDS_OF_LAYER):
                 raise Unknown(f"a layer of type {kind}")
@@ -292,6 +295,17 @@ def _check_length(config: Mapping[str, Any], stretch: float) -> None:
         raise LoadRefused(_FILE, f"gives the model a length of {length * stretch}")
 
 
+def _check_demands(config: Mapping[str, Any], rows: VllmRows) -> None:
+    """Raise LoadRefused if a key has a value that vLLM's code of the model does not take."""
+    for key, allowed in rows.demands.items():
+        if key in config and config[key] not in allowed:
+            raise LoadRefused(_FILE, f"says {key} {said(config[key])}, which vLLM does not take")
+    for key, items in rows.demands_of_items.items():
+        value = config.get(key)
+        if isinstance(value, list) and any(each not in items for each in value):
+            raise LoadRefused(_FILE, f"says {key} {said(value)}, which vLLM does not take")
+
+
 def _check_model(rows: VllmRows, settings: Settings) -> None:
     """Check the numbers by which vLLM divides and of which vLLM builds layers."""
     values = settings.values
@@ -306,7 +320,8 @@ def _check_model(rows: VllmRows, settings: Settings) -> None:
         value = values.get(key)
         if not is_number(value) or not value:
             raise LoadRefused(_FILE, f"says {key} {said(value)}, and vLLM divides by {key}")
-        if not is_integer(value) or value < 0:
+        of_layers = any(f"{key} divides" in text for text in rows.blocks.values())
+        if of_layers and (not is_integer(value) or value < 0):
             raise Unknown(f"{key} {said(value)}")
     for key in rows.positive:
         if values.get(key) is not None and not (is_integer(values[key]) and values[key]):

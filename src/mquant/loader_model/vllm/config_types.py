@@ -31,6 +31,11 @@ def _is(kind: type) -> Callable[[object], bool]:
     return lambda value: isinstance(value, kind)
 
 
+def _is_indices(value: object) -> bool:
+    """Return whether a value is a text of numbers with commas."""
+    return isinstance(value, str) and all(part.strip().isdecimal() for part in value.split(","))
+
+
 TYPES: Final[Mapping[str, Callable[[object], bool]]] = {
     "int": is_integer,
     "float": _is(float),
@@ -39,8 +44,10 @@ TYPES: Final[Mapping[str, Callable[[object], bool]]] = {
     "str": _is(str),
     "dict": _is(dict),
     "None": lambda value: value is None,
+    "indices": _is_indices,
     "nothing": lambda _: False,
     "list[int]": _list_of(is_integer),
+    "list[float]": _list_of(_is(float)),
     "list[str]": _list_of(_is(str)),
 }
 
