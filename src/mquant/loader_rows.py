@@ -60,8 +60,12 @@ class LayerRow(_Data):
     """A key of `blocks`; if that condition holds, the layer has a bias."""
     heeds: bool = True
     """Whether vLLM gives the layer the quantization config."""
-    spared_by: str = ""
-    """The quantization method whose config vLLM does not give the layer."""
+    spared_by: tuple[str, ...] = ()
+    """The quantization methods whose config vLLM does not give the layer."""
+    doubles: bool = False
+    """Whether the tensors of k also fill v, which is not on disk."""
+    optional: bool = False
+    """Whether no checkpoint must fill the parameter: a buffer, say."""
     asked_as: str | None = None
     class_name: str = ""
     """The name of vLLM's class, if it is not that of the kind; targets may match the name."""
@@ -99,6 +103,10 @@ class WrappingRows(_Data):
     renames: Renames = ()
     stacked: tuple[tuple[str, str, Place], ...] = ()
     """As `stacked` of the text model, for fused layers outside the text model."""
+    required: tuple[str, ...] = ()
+    """Keys outside the table without which vLLM does not build the model."""
+    unmodelled: tuple[str, ...] = ()
+    """Keys outside the table, or of other tables, with which vLLM builds what is not told here."""
     fused: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
     """The entries of vLLM's `packed_modules_mapping` that the text model does not have."""
     layers: tuple[LayerRow, ...] = ()
@@ -172,7 +180,7 @@ class VllmRows(_Data):
     windowed_from: str = ""
     """The key of the first layer with a sliding window; vLLM takes layers of one kind only, or this
     number must be the number of layers."""
-    fixed: Mapping[str, bool | str] = Field(default_factory=dict)
+    fixed: Mapping[str, bool | int | str] = Field(default_factory=dict)
     """Keys of which only this value, or no value, is told here."""
     unmodelled: tuple[str, ...] = ()
     """Keys with which vLLM builds something that is not told here."""
