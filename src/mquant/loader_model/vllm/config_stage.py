@@ -7,8 +7,7 @@ The sources are transformers 5.19's config classes, and vLLM 0.32's `config/mode
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from mquant.formulas import MOST_LAYERS
-from mquant.formulas import find
+from mquant.formulas import MOST_LAYERS, find
 from mquant.loader_model.vllm.config_attributes import ATTRIBUTES
 from mquant.loader_model.vllm.config_rope import check_rope
 from mquant.loader_model.vllm.config_types import (
