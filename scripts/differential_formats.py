@@ -260,6 +260,8 @@ def _mixed(draft: Draft, _: Random) -> Draft:
     _all(draft, _of_scheme(NVFP4.outputs), (Role.EXPERT, Role.MLP, Role.SHARED_EXPERT))
     fp8 = {**FP8_DYNAMIC.config_group, "targets": attention}
     rest = {**NVFP4.config_group, "targets": [r"re:.*mlp\..*(gate|up|down)_proj$"]}
+    if not all(".mlp." in module for module in draft.quantized(Role.EXPERT)):
+        rest["targets"] = [r"re:.*\.(mlp|experts|feed_forward)\..*(gate|up|down)_proj$"]
     if any(".w1" in module for module in draft.layouts):
         rest["targets"] = [r"re:.*experts\.\d+\.w[123]$"]
     declared(draft, [fp8, rest], "mixed-precision")

@@ -101,6 +101,8 @@ class WrappingRows(_Data):
     inside: str
     """vLLM's name of the text model in the larger model."""
     renames: Renames = ()
+    maps: bool = True
+    """Whether vLLM also replaces `renames` in the names of modules in the quantization config."""
     stacked: tuple[tuple[str, str, Place], ...] = ()
     """As `stacked` of the text model, for fused layers outside the text model."""
     required: tuple[str, ...] = ()
@@ -209,6 +211,9 @@ class VllmRows(_Data):
     """Ends of names that vLLM passes over if the model has no such parameter."""
     mtp: str = ""
     """The key of the number of layers after the last, which vLLM leaves out."""
+    turned: Mapping[str, str] = Field(default_factory=dict)
+    """Modules of which vLLM reorders the rows, and the key of the number of heads; if a table of
+    parameters finds them."""
     walks: Literal["modules", "parameters"] = "modules"
     """Whether vLLM finds a tensor's parameter module by module, or in one table of all names."""
     skips_unknown: bool = False

@@ -129,7 +129,7 @@ def _tell(method: Method, rows: VllmRows, settings: Settings) -> None:
     }
     # A table's own renames are in no mapper of names.
     own = rows.outer_renames or (rows.renames if rows.walks == "modules" else None)
-    renames = around.renames if around else own
+    renames = own if around is None else around.renames if around.maps else None
     if renames is not None:
         method.renames = tuple((old, new) for old, new in renames if new is not None)
     method.asked = frozenset(_asked(rows, settings, method.kind))
