@@ -56,6 +56,8 @@ def families() -> dict[str, Family]:
 def parent(family: Family, random: Random, precision: Precision = Precision.BF16) -> Draft:
     """Return an unquantized checkpoint of a family, or with FP8_BLOCK one as first released."""
     experts = random.choice((4, 8)) if family.config.experts else None
+    if family.nested in family.synth.config and family.vllm and family.vllm.architectures:
+        family = _alone(family) if random.random() < 0.25 else family
     config = make_config(
         family, Sizes(layers=random.choice((2, 3)), experts=experts), precision, tiny=True
     )
@@ -73,6 +75,18 @@ def parent(family: Family, random: Random, precision: Precision = Precision.BF16
             if name.endswith(".weight_scale_inv")
         }
     return draft
+
+
+def _alone(family: Family) -> Family:
+    """Return the family with the text model's own config.json for that of the larger model."""
+    given, rows = family.synth, family.vllm
+    table = {
+        **given.config[family.nested],
+        "architectures": list(rows.architectures if rows else ()),
+    }
+    tiny = {key: value for key, value in given.tiny.items() if key != "vision_config"}
+    synth = given.model_copy(update={"config": table, "tiny": tiny})
+    return family.model_copy(update={"synth": synth})
 
 
 def _headers(family: Family, config: dict[str, Any], precision: Precision) -> dict[str, Header]:
@@ -260,6 +274,8 @@ def _mixed(draft: Draft, _: Random) -> Draft:
     _all(draft, _of_scheme(NVFP4.outputs), (Role.EXPERT, Role.MLP, Role.SHARED_EXPERT))
     fp8 = {**FP8_DYNAMIC.config_group, "targets": attention}
     rest = {**NVFP4.config_group, "targets": [r"re:.*mlp\..*(gate|up|down)_proj$"]}
+    if not all(".mlp." in module for module in draft.quantized(Role.EXPERT)):
+        rest["targets"] = [r"re:.*\.(mlp|experts|feed_forward)\..*(gate|up|down)_proj$"]
     if any(".w1" in module for module in draft.layouts):
         rest["targets"] = [r"re:.*experts\.\d+\.w[123]$"]
     declared(draft, [fp8, rest], "mixed-precision")

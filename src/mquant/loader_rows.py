@@ -60,8 +60,12 @@ class LayerRow(_Data):
     """A key of `blocks`; if that condition holds, the layer has a bias."""
     heeds: bool = True
     """Whether vLLM gives the layer the quantization config."""
-    spared_by: str = ""
-    """The quantization method whose config vLLM does not give the layer."""
+    spared_by: tuple[str, ...] = ()
+    """The quantization methods whose config vLLM does not give the layer."""
+    doubles: bool = False
+    """Whether the tensors of k also fill v, which is not on disk."""
+    optional: bool = False
+    """Whether no checkpoint must fill the parameter: a buffer, say."""
     asked_as: str | None = None
     class_name: str = ""
     """The name of vLLM's class, if it is not that of the kind; targets may match the name."""
@@ -97,8 +101,14 @@ class WrappingRows(_Data):
     inside: str
     """vLLM's name of the text model in the larger model."""
     renames: Renames = ()
+    maps: bool = True
+    """Whether vLLM also replaces `renames` in the names of modules in the quantization config."""
     stacked: tuple[tuple[str, str, Place], ...] = ()
     """As `stacked` of the text model, for fused layers outside the text model."""
+    required: tuple[str, ...] = ()
+    """Keys outside the table without which vLLM does not build the model."""
+    unmodelled: tuple[str, ...] = ()
+    """Keys outside the table, or of other tables, with which vLLM builds what is not told here."""
     fused: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
     """The entries of vLLM's `packed_modules_mapping` that the text model does not have."""
     layers: tuple[LayerRow, ...] = ()
@@ -178,7 +188,7 @@ class VllmRows(_Data):
     """Keys of which vLLM refuses every value but these, or no value."""
     demands_of_items: Mapping[str, tuple[float | str | None, ...]] = Field(default_factory=dict)
     """Keys of lists of which vLLM refuses every item but these."""
-    fixed: Mapping[str, bool | str] = Field(default_factory=dict)
+    fixed: Mapping[str, bool | int | str] = Field(default_factory=dict)
     """Keys of which only this value, or no value, is told here."""
     needs_architectures: bool = False
     """Whether vLLM does not know the architecture by the model_type."""
@@ -209,6 +219,9 @@ class VllmRows(_Data):
     """Ends of names that vLLM passes over if the model has no such parameter."""
     mtp: str = ""
     """The key of the number of layers after the last, which vLLM leaves out."""
+    turned: Mapping[str, str] = Field(default_factory=dict)
+    """Modules of which vLLM reorders the rows, and the key of the number of heads; if a table of
+    parameters finds them."""
     walks: Literal["modules", "parameters"] = "modules"
     """Whether vLLM finds a tensor's parameter module by module, or in one table of all names."""
     skips_unknown: bool = False

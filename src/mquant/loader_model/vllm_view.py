@@ -85,7 +85,7 @@ class VllmView:
 
     @cached_property
     def hub(self) -> frozenset[str]:
-        """Every name on disk that an entry may mean: modules, and parameters other than weights."""
+        """Every hub name that an entry may mean: modules, tied heads, parameters but weights."""
         bare = (
             info.name
             for module in self.view.modules.values()
@@ -93,7 +93,8 @@ class VllmView:
             for suffix, info in module.tensors.items()
             if suffix != "weight"
         )
-        return frozenset((*self.view.modules, *bare))
+        judged = (judged.module.name for judged in self.judged)
+        return frozenset((*self.view.modules, *bare, *judged))
 
     @cached_property
     def vllm(self) -> frozenset[str]:

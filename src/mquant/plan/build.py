@@ -362,7 +362,8 @@ def kept_modules(
     exact names alike: the hub's name, and vLLM's own name if the two differ.
     """
     matrices = [entry for entry in kept if _is_matrix(entry[2])]
-    hub = {module for module, _, _ in matrices} | {*family.tied_heads(config)}
+    tied = family.tied_heads(config)
+    hub = {*tied, *(module for module, _, _ in matrices)}
     # vLLM looks up only the first expert of a layer.
     vllm = {
         name(module)
@@ -370,7 +371,7 @@ def kept_modules(
         for name in (family.in_vllm_name, family.third_in_vllm)
         if not expert
     }
-    return tuple(sorted(hub | vllm, key=natural))
+    return tuple(sorted(hub | vllm | {*map(family.in_vllm_name, tied)}, key=natural))
 
 
 def _is_matrix(info: TensorInfo) -> bool:

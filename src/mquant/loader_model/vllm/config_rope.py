@@ -106,7 +106,8 @@ def _tables(
             raise Unknown(f"rope_parameters without {kind}")
         if table is not None and not isinstance(table, Mapping):
             raise LoadRefused(_FILE, f"says rope_parameters of {kind} {said(table)}, not a table")
-        tables[kind] = {**(usual if given is None else {}), **(table or {})}
+        known = usual if given is None else {} if rope.bases else {"rope_theta": None}
+        tables[kind] = {**known, **(table or {})}
     for key, kind in rope.bases.items():
         if given is not None and "rope_theta" in tables[kind]:
             continue

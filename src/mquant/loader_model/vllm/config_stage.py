@@ -7,7 +7,7 @@ The sources are transformers 5.19's config classes, and vLLM 0.32's `config/mode
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from mquant.formulas import MOST_LAYERS
+from mquant.formulas import MOST_LAYERS, find
 from mquant.loader_model.vllm.config_attributes import ATTRIBUTES
 from mquant.loader_model.vllm.config_rope import check_rope
 from mquant.loader_model.vllm.config_types import (
@@ -160,6 +160,12 @@ def _check_nesting(settings: Settings, rows: VllmRows) -> None:
         raise Unknown("config.json without architectures")
     tables = (around.key, "vision_config")
     _check_known(config, (key for key in _UNMODELLED if key not in tables))
+    for key in around.required:
+        if config.get(key) is None:
+            raise LoadRefused(_FILE, f"has no {key}")
+    for key in around.unmodelled:
+        if find(config, key):
+            raise Unknown(f"{key} of config.json")
     check_types(config, around.types)
     _check_general(config)
 

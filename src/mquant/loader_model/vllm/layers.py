@@ -202,8 +202,19 @@ class Merged(Linear):
             copies.same(part, loaded.narrow(dim, 0, size))
 
 
+@dataclass(eq=False)
 class Qkv(Merged):
-    """vLLM's QKVParallelLinear: q, k and v."""
+    """vLLM's QKVParallelLinear: q, k and v. `doubles`: the tensors of k fill v too."""
+
+    doubles: bool = False
+
+    def load(self, copies: Copies, last: str, loaded: Loaded, shard: Shard) -> None:
+        """Copy a tensor as vLLM's layer does."""
+        if self.doubles and shard == "v":
+            raise LoadRefused(loaded.name, f"vLLM's {self.name} takes its keys for its values")
+        super().load(copies, last, loaded, shard)
+        if self.doubles and shard == "k":
+            super().load(copies, last, loaded, "v")
 
 
 @dataclass(eq=False)

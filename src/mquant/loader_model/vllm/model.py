@@ -129,7 +129,7 @@ def _tell(method: Method, rows: VllmRows, settings: Settings) -> None:
     }
     # A table's own renames are in no mapper of names.
     own = rows.outer_renames or (rows.renames if rows.walks == "modules" else None)
-    renames = around.renames if around else own
+    renames = own if around is None else around.renames if around.maps else None
     if renames is not None:
         method.renames = tuple((old, new) for old, new in renames if new is not None)
     method.asked = frozenset(_asked(rows, settings, method.kind))
@@ -181,7 +181,7 @@ def _repeated(rows: Iterable[LayerRow], settings: Settings, inside: str = "") ->
     """Yield the layers of the rows; rows of one count are repeated together."""
     for count, group in groupby(rows, lambda row: row.count if "{layer}" in row.name else ""):
         if not count:
-            yield from (_Place(row, None, inside) for row in group)
+            yield from (_Place(row, None, inside) for row in group if settings.has(row.when))
             continue
         size, together = settings.size(count), tuple(group)
         if size is None or not 0 <= size <= MOST_LAYERS:
@@ -195,7 +195,7 @@ def _repeated(rows: Iterable[LayerRow], settings: Settings, inside: str = "") ->
 def _asked(rows: VllmRows, settings: Settings, kind: str) -> Iterator[str]:
     for place in _every(rows, settings):
         row = place.row
-        if not row.heeds or row.spared_by == kind:
+        if not row.heeds or kind in row.spared_by:
             continue
         if row.kind == "experts":
             yield from (f"{place.asked}.0.{matrix}" for matrix in asked_matrices(row.names))
@@ -242,13 +242,15 @@ def _layer(place: _Place, sizes_of: _Sizes, method: Method | None) -> Layer:
     row, name, asked = place.row, place.name, place.asked
     bias = bool(row.bias) and sizes_of.settings.has(row.bias, place.number)
     sizes, columns, ranks = sizes_of.of(row, name)
-    method = method if row.heeds and method and method.kind != row.spared_by else None
+    method = method if row.heeds and method and method.kind not in row.spared_by else None
     if row.kind in _LINEAR:
         made, class_name = _LINEAR[row.kind]
         class_name = row.class_name or class_name
         linear = made(
             name, asked, class_name, outputs=sizes, inputs=columns, ranks=ranks, bias=bias
         )
+        if isinstance(linear, Qkv):
+            linear.doubles = row.doubles
         linear.build(method.linear(linear) if method else None)
         return linear
     if row.kind in ("embedding", "head"):
@@ -278,7 +280,7 @@ def _layer(place: _Place, sizes_of: _Sizes, method: Method | None) -> Layer:
         return attention
     if row.kind == "bare":
         bare = Bare(name, asked)
-        bare.parameters[""] = Parameter(name, row.dtype, sizes)
+        bare.parameters[""] = Parameter(name, row.dtype, sizes, optional=row.optional)
         return bare
     norm = Layer(name, asked, "RMSNorm")
     norm.add(*(Parameter(each, "BF16", sizes) for each in ("weight", "bias")[: 1 + bias]))

@@ -32,6 +32,8 @@ class Table:
         self._found = tuple(f"{w}{part}" for part in model.rows.expert_parts for w in _PAIR)
         self._lenient = model.rows.skips_unknown
         self._outer = model.inside + _OUTER
+        # Fused layers outside the text model may have the names of the text model's.
+        self._outermost = replace(model.renaming[""], stacked=())
         self._waiting: dict[str, dict[bool, Loaded]] = defaultdict(dict)
         for layer in model.layers:
             name = layer.name.removeprefix(self._outer)
@@ -45,13 +47,14 @@ class Table:
     def place(self, copies: Copies, loaded: Loaded) -> None:
         """Copy a tensor into its parameter. Raises LoadRefused if vLLM stops at the tensor."""
         model = self._model
-        outer = model.renaming[""](loaded.name)
+        outer = self._outermost(loaded.name)
         if outer is None:
             copies.used += loaded.numel  # vLLM passes over the tensor on purpose
             return
         if not outer[0].startswith(self._outer):
             place(model.modules, model.renaming, copies, loaded)
             return
+        self._check_turned(loaded)
         name = outer[0].removeprefix(self._outer)
         inner = model.renaming[f"{model.inside}model"]
         if name.startswith(inner.drops or ("\0",)):
@@ -61,7 +64,7 @@ class Table:
         if self._dequantized(copies, name, loaded) or self._stack(copies, name, loaded):
             return
         for old, new, shard in inner.stacked:
-            if old not in name or ("mlp.experts." in name and name not in self._parameters):
+            if old not in name or (".experts." in name and name not in self._parameters):
                 continue
             mapped = name.replace(old, new)
             if new == "fused_qkv_a_proj" and mapped not in self._parameters:
@@ -81,12 +84,31 @@ class Table:
         layer, key = self._find(name, loaded)
         layer.load(copies, key, loaded, None)
 
+    def _check_turned(self, loaded: Loaded) -> None:
+        """Raise LoadRefused if vLLM cannot reorder the rows of a head, two by two."""
+        model, (*path, last) = self._model, loaded.name.split(".")
+        scale = last == "weight_scale" and loaded.numel > 1
+        if not (scale or last in ("weight", "weight_packed")):
+            return
+        for module, key in model.rows.turned.items():
+            heads = model.settings.number(key) or 0
+            if module not in path:
+                continue
+            rows = loaded.shape[0] if len(loaded.shape) in (1, 2) else 0
+            if not heads or not rows or rows % (2 * heads):
+                shape = list(loaded.shape)
+                raise LoadRefused(
+                    loaded.name, f"has shape {shape}, no pairs of rows of {heads} heads"
+                )
+
     def _passes_over(self, name: str, inner: Renaming) -> bool:
         return name not in self._parameters and (self._lenient or name.endswith(inner.ignores))
 
     def _stack(self, copies: Copies, name: str, loaded: Loaded) -> bool:
         """Load a tensor of all experts; return whether it is one."""
         module, _, suffix = name.rpartition(".")
+        if name in self._stacks:
+            module, suffix = name, "weight"
         if module not in self._stacks:
             return False
         experts, stack = self._stacks[module]
