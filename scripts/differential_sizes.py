@@ -51,6 +51,28 @@ SIZES: Final[dict[str, dict[str, Any]]] = {
     "llama4": {"head_dim": 64, "intermediate_size": 128, "intermediate_size_mlp": 256},
     "afmoe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
     "ernie4_5_moe": {"head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128},
+    "phi3": {"intermediate_size": 256},
+    "phimoe": {"intermediate_size": 128},
+    "hy_v3": {
+        "head_dim": 64,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+        "expert_hidden_dim": 128,
+    },
+    "hunyuan_v1_moe": {
+        "head_dim": 64,
+        "intermediate_size": 128,
+        "moe_intermediate_size": [128] * 3,
+        "moe_topk": [2] * 3,
+    },
+    "mistral4": _LATENT,
+    "mimo_v2_flash": {
+        "head_dim": 64,
+        "swa_head_dim": 64,
+        "v_head_dim": 32,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+    },
     "jamba": {"intermediate_size": 128},
     "step3p5": {
         "num_hidden_layers": 2,
@@ -88,6 +110,13 @@ _EXPERTS: Final = (
     {"n_shared_experts": 2},
     {"first_k_dense_replace": 0},
 )
+_LONGROPE: Final = {
+    "rope_scaling": {
+        "type": "longrope",
+        **dict.fromkeys(("short_factor", "long_factor"), [1.0] * 32),
+        **dict.fromkeys(("short_mscale", "long_mscale"), 1.2),
+    },
+}
 # Legal variations of a family's config.json; the tensors follow.
 VARIANTS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
     "minimax_m2": ({"num_key_value_heads": 4},),
@@ -121,6 +150,17 @@ VARIANTS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
     "kimi_k25": ({"q_lora_rank": None}, *_EXPERTS[1:]),
     "ernie4_5_moe": ({"moe_num_shared_experts": 0}, {"moe_layer_start_index": 0}),
     "afmoe": ({"num_shared_experts": 2}, {"num_dense_layers": 0}),
+    "phi3": (_TIED, _LONGROPE),
+    "phimoe": (_LONGROPE,),
+    "hy_v3": (_TIED, {"num_shared_experts": 2}, {"num_nextn_predict_layers": 1}),
+    "hunyuan_v1_moe": ({"tie_word_embeddings": False},),
+    "mistral4": (
+        _TIED,
+        {"q_lora_rank": None},
+        {"n_shared_experts": 2},
+        {"first_k_dense_replace": 0},
+    ),
+    "mimo_v2_flash": (),
     "jamba": (
         _TIED,
         {"mamba_proj_bias": True, "mamba_conv_bias": False},

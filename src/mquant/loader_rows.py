@@ -75,6 +75,8 @@ class LayerRow(_Data):
     """A key of `blocks`, with `not` before it or without; other layers do not have the row."""
     names: tuple[str, str, str] | tuple[str, str] = ("gate_proj", "down_proj", "up_proj")
     """Gate, down and up of an expert on disk, or up and down of an expert without a gate."""
+    also: tuple[str, str, str] | None = None
+    """Other names that vLLM takes for gate, down and up."""
     stacks: Mapping[str, tuple[Literal["gate", "down", "up"], ...]] = Field(default_factory=dict)
     """Names of modules on disk, beside `name`, that hold these parts of all experts, if a table of
     parameters finds them."""
@@ -139,6 +141,11 @@ class RopeRow(_Data):
     `each` has the types of layer with a table each in `rope_parameters`, and the tables that
     transformers makes without the key. `bases` are older keys, with the type of layer whose base
     the key tells; then `rope_scaling` changes the table of full attention.
+
+    `longrope`: whether transformers takes no scaling but LongRoPE (`only`), or wants LongRoPE's
+    factors of attention with any scaling (`factors`); what other families make of LongRoPE is not
+    told. `alpha`: whether transformers' own code rotates, and knows `alpha` as the factor of the
+    type `dynamic`.
     """
 
     theta: float = 10_000.0
@@ -151,6 +158,8 @@ class RopeRow(_Data):
     each: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
     bases: Mapping[str, str] = Field(default_factory=dict)
     built: bool | Condition = True
+    longrope: Literal["", "only", "factors"] = ""
+    alpha: bool = False
 
 
 class VllmRows(_Data):
@@ -171,6 +180,8 @@ class VllmRows(_Data):
     """Keys that vLLM divides by: by 1 without a key, if `required` does not name it."""
     counts: tuple[str, ...] = ()
     """Keys that vLLM compares with numbers; it is not known what vLLM builds below 0."""
+    per_layer: tuple[str, ...] = ()
+    """Lists of which vLLM reads the item of every layer. A number stands for all layers."""
     numbers: tuple[str, ...] = ()
     """Keys that transformers lets be null, and vLLM does not."""
     positive: tuple[str, ...] = ()
@@ -214,9 +225,11 @@ class VllmRows(_Data):
     fused: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
     """Last part of a fused layer's name -> the last parts on disk, for `ignore` and targets."""
     fused_if: Mapping[str, str] = Field(default_factory=dict)
-    """Fused layers that vLLM lists in `fused` only under a condition of `blocks`."""
+    """Fused layers, of `fused` and `stacked`, that vLLM has only under a condition of `blocks`."""
     ignores: tuple[str, ...] = ()
     """Ends of names that vLLM passes over if the model has no such parameter."""
+    untold: tuple[str, ...] = ()
+    """Parts of names of which it is not told how vLLM loads the tensor."""
     mtp: str = ""
     """The key of the number of layers after the last, which vLLM leaves out."""
     turned: Mapping[str, str] = Field(default_factory=dict)
@@ -327,15 +340,15 @@ class Settings:
         self.headless = bool(rows.bare) and (not named or first == rows.bare)
         """Whether vLLM builds the model without a head."""
 
-    def number(self, key: str) -> int | None:
-        """Return the whole number of a key, or the length of a list; None without one."""
-        found = number(self.values, key)
+    def number(self, key: str, layer: int | None = None) -> int | None:
+        """Return the number of a key, the length of a list, or a layer's item; None without."""
+        found = number(self.values, key, layer)
         value = self.values.get(key) if found is None and "." in key else found
         return value if type(value) is int else None
 
-    def size(self, text: str) -> int | None:
+    def size(self, text: str, layer: int | None = None) -> int | None:
         """Return the value of a size; None if a key has no number."""
-        return evaluate(text, self.number)
+        return evaluate(text, lambda key: self.number(key, layer))
 
     def has(self, block: str, layer: int | None = None) -> bool:
         """Return whether a block's condition holds of a layer; `not ` before it reverses it."""

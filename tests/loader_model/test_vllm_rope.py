@@ -75,3 +75,41 @@ def test_minimax_needs_to_know_how_much_of_a_head_is_rotated() -> None:
 
 
 # --- numbers that do not go together
+
+
+# --- LongRoPE
+
+
+def longrope(**changes: object) -> dict[str, object]:
+    return {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 16,
+        "long_factor": [2.0] * 16,
+    } | changes
+
+
+def test_phi_3_knows_longrope_and_takes_its_old_names() -> None:
+    assert judge("phi3", rope_scaling=longrope()) == "taken"
+    assert judge("phi3", rope_scaling=longrope(rope_type="yarn")) == "taken"
+    assert judge("phi3", rope_scaling=longrope(rope_type="su")).startswith("refused: says rope_typ")
+    assert judge("phi3", rope_scaling=longrope(rope_type="linear", factor=2.0)).startswith(
+        "refused"
+    )
+
+
+def test_longrope_has_a_factor_for_every_pair_of_dimensions() -> None:
+    why = judge("phi3", rope_scaling=longrope(long_factor=[1.0] * 15))
+
+    assert why == "refused: has 15 numbers in long_factor, not 16"
+    assert judge("phi3", rope_scaling=longrope(short_mscale="1")).startswith("refused")
+
+
+def test_the_length_before_scaling_is_a_key_of_phi_3() -> None:
+    key = "original_max_position_embeddings"
+
+    assert judge("phi3", rope_scaling=longrope(), **{key: 0}) == f"refused: says {key} 0"
+    assert judge("phi3", rope_scaling=longrope(**{key: 0}), **{key: 4096}) == "taken"
+
+
+def test_longrope_of_other_families_is_not_judged() -> None:
+    assert judge("llama", rope_scaling=longrope()) == "unknown: rope_type longrope"

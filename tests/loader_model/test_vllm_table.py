@@ -9,7 +9,8 @@ from mquant.loader_model.vllm.tensors import Loaded
 from mquant.loader_rows import Settings
 from mquant.synth import Precision, Sizes, make_config, make_tensors
 
-FAMILY = load_families()["deepseek_v32"]
+FAMILIES = load_families()
+FAMILY = FAMILIES["deepseek_v32"]
 CONFIG = make_config(FAMILY, Sizes(), Precision.BF16, tiny=True)
 KEY = "model.layers.1.self_attn.indexer.wk.weight"
 
@@ -41,7 +42,7 @@ def test_an_indexers_key_in_fp8_without_scales_stays_unset() -> None:
 
 def stacked(name: str = "", shape: tuple[int, ...] = ()) -> Outcome:
     """Return what vLLM does with a tiny Granite 4.0, whose tensor of a name has another shape."""
-    family = load_families()["granitemoehybrid"]
+    family = FAMILIES["granitemoehybrid"]
     config = make_config(family, Sizes(), Precision.BF16, tiny=True)
     assert family.vllm
     rows, settings = family.vllm, Settings(family.vllm, config)
@@ -63,7 +64,7 @@ def test_tensors_of_all_experts_beside_the_experts_are_loaded() -> None:
 
 
 def test_a_loader_that_finds_only_some_parameters_of_experts_refuses_others() -> None:
-    family = load_families()["granitemoehybrid"]
+    family = FAMILIES["granitemoehybrid"]
     assert family.vllm
     rows = family.vllm.model_copy(update={"expert_parts": ("input_scale",)})
     config = make_config(family, Sizes(), Precision.BF16, tiny=True)
@@ -84,3 +85,31 @@ def test_a_loader_that_skips_unknown_names_drops_what_others_refuse(part: str) -
     tensors = [*(Loaded(each.name, each.dtype, each.shape) for each in made), extra]
 
     assert load(lambda: build(rows, settings, None), tensors).dropped == (extra.name,)
+
+
+def renamed(family: str, old: str, new: str) -> Outcome:
+    """Return what vLLM does with a tiny checkpoint of a family, parts of whose names differ."""
+    own = FAMILIES[family]
+    assert own.vllm
+    rows, config = own.vllm, make_config(own, Sizes(), Precision.BF16, tiny=True)
+    made = make_tensors(own, config, Precision.BF16)
+    tensors = [Loaded(each.name.replace(old, new), each.dtype, each.shape) for each in made]
+    return load(lambda: build(rows, Settings(rows, config), None), tensors)
+
+
+def test_the_head_below_the_text_model_is_not_the_head() -> None:
+    assert renamed("deepseek_v32", "lm_head.", "model.lm_head.").refused
+
+
+def test_a_loader_may_pass_over_every_name_that_the_model_lacks() -> None:
+    outcome = renamed("mimo_v2_flash", ".o_proj.", ".out_proj.")
+
+    assert outcome.dropped[0] == "model.layers.0.self_attn.out_proj.weight"
+    assert outcome.unset[0][0] == "model.layers.0.self_attn.o_proj.weight"
+    assert not outcome.refused
+
+
+def test_a_tensor_of_which_the_rows_do_not_tell_is_not_judged() -> None:
+    outcome = renamed("mimo_v2_flash", ".q_proj.", ".qkv_proj.")
+
+    assert outcome.unknown == "the tensor model.layers.0.self_attn.qkv_proj.weight"

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from mquant.formulas import holds
+from mquant.loader_model.vllm.config_longrope import LONGEST, check_longrope, check_only_longrope
 from mquant.loader_model.vllm.config_types import is_integer, is_number, said
 from mquant.loader_model.vllm.tensors import LoadRefused, Unknown
 from mquant.loader_rows import Settings, VllmRows
@@ -28,8 +29,6 @@ _UNSCALED_LENGTH: Final = (*_FROM_LENGTH, *_DEEPSEEK)
 _UNMODELLED: Final = ("mrope", "bailing_mrope", "openpangu", "mllama4")
 _OTHERS: Final = frozenset({"rotary_emb_base", "rotary_pct", "rotary_emb_fraction"})
 _LEAST_ODD_HEAD: Final = 5
-_LONGEST: Final = 1 << 26
-"""The longest context of which vLLM's table surely fits into memory."""
 
 
 def check_rope(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -> float | int:
@@ -46,7 +45,9 @@ def check_rope(config: Mapping[str, Any], rows: VllmRows, settings: Settings) ->
 def _check_table(params: dict[str, Any], rows: VllmRows, settings: Settings) -> float | int:
     """Check one table of parameters; return the factor by which it stretches the length."""
     kind = params["rope_type"]
-    _check_by_transformers(params, kind, settings)
+    if rows.rope.longrope == "only":
+        kind = check_only_longrope(params, settings)
+    _check_by_transformers(params, kind, rows, settings)
     _check_head(params, settings)
     stretch = 1.0
     if kind not in _UNSCALED_LENGTH and rows.rope.stretches:
@@ -63,7 +64,7 @@ def _check_table(params: dict[str, Any], rows: VllmRows, settings: Settings) -> 
     if built and settings.number("num_hidden_layers"):
         if rows.rope.rotates and "partial_rotary_factor" not in params:
             raise LoadRefused(_FILE, f"says no {rows.rope.rotates}")
-        _check_by_vllm(params, kind, settings)
+        _check_by_vllm(params, kind, rows, settings)
     return stretch
 
 
@@ -133,10 +134,11 @@ def _standard(params: dict[str, Any], rows: VllmRows, settings: Settings) -> dic
         raise LoadRefused(_FILE, f"says rope_type {said(kind)} and type {said(legacy)}")
     if kind == "mrope" and "mrope_section" not in params:
         raise LoadRefused(_FILE, "says rope_type mrope without mrope_section")
-    if kind in _UNMODELLED or (rows.rope.scaled and not isinstance(kind, str)):
-        raise Unknown(f"rope_type {said(kind)}")
-    if kind == "su":
-        kind = params["rope_type"] = "longrope"
+    if rows.rope.longrope != "only":
+        if kind in _UNMODELLED or (rows.rope.scaled and not isinstance(kind, str)):
+            raise Unknown(f"rope_type {said(kind)}")
+        if kind == "su":
+            kind = params["rope_type"] = "longrope"
     if kind in _FROM_LENGTH:
         length = settings.values.get("max_position_embeddings")
         params.setdefault("original_max_position_embeddings", length)
@@ -155,16 +157,21 @@ def _share(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -> Any
     return config.get("partial_rotary_factor", rotated / head)
 
 
-def _check_by_transformers(params: dict[str, Any], kind: Any, settings: Settings) -> None:
+def _check_by_transformers(
+    params: dict[str, Any], kind: Any, rows: VllmRows, settings: Settings
+) -> None:
     """Raise LoadRefused if transformers' checks of a type of scaling fail."""
+    if rows.rope.longrope == "factors" and kind != "default":
+        _numbers(params, "short_mscale", "long_mscale")
     for key in _REQUIRED.get(kind, ()) if isinstance(kind, str) else ():
         if key not in params:
             raise LoadRefused(_FILE, f"says rope_type {kind} without {key}")
-    if kind == "longrope":
+    if kind == "longrope" and not rows.rope.longrope:
         raise Unknown("rope_type longrope")
     key = "original_max_position_embeddings"
     if kind in _FROM_LENGTH:
-        params[key] = settings.values.get(key, params[key])
+        if rows.rope.longrope != "factors":
+            params[key] = settings.values.get(key, params.get(key))
         if not is_number(params[key]) or (kind == "yarn" and not params[key]):
             raise LoadRefused(_FILE, f"says {key} {said(params[key])}")
     if kind == "llama3":
@@ -191,7 +198,9 @@ def _check_head(params: Mapping[str, Any], settings: Settings) -> None:
         raise LoadRefused(_FILE, f"has an odd head_dim, {head}, which cannot be rotated")
 
 
-def _check_by_vllm(params: Mapping[str, Any], kind: Any, settings: Settings) -> None:
+def _check_by_vllm(
+    params: Mapping[str, Any], kind: Any, rows: VllmRows, settings: Settings
+) -> None:
     """Raise LoadRefused if vLLM cannot build the rotary embedding, and Unknown."""
     if "mrope_section" in params:
         _check_sections(params, kind, settings)
@@ -209,7 +218,9 @@ def _check_by_vllm(params: Mapping[str, Any], kind: Any, settings: Settings) -> 
         raise LoadRefused(_FILE, f"says rope_theta {said(base)}, not a number")
     if kind == "default":
         return
-    if kind == "llama3":
+    if kind == "longrope":
+        check_longrope(params, settings)
+    elif kind == "llama3":
         _numbers(params, "factor")
         if not params["low_freq_factor"] or not params["high_freq_factor"]:
             raise LoadRefused(_FILE, "says a frequency factor of 0")
@@ -219,7 +230,9 @@ def _check_by_vllm(params: Mapping[str, Any], kind: Any, settings: Settings) -> 
         if not isinstance(params["factor"], float):
             raise LoadRefused(_FILE, f"says the factor {said(params['factor'])}, without a point")
     elif kind == "dynamic":
-        if "alpha" in params or "max_trained_positions" in params:
+        if rows.rope.alpha:
+            _numbers(params, "factor", *(["alpha"] if params.get("alpha") else []))
+        elif "alpha" in params or "max_trained_positions" in params:
             raise Unknown("rope_type dynamic with another key")
         _numbers(params, "factor")
     elif kind == "ntk":
@@ -258,7 +271,7 @@ def _check_yarn(params: Mapping[str, Any], *, deepseek: bool) -> None:
             raise LoadRefused(_FILE, f"says {key} {said(beta)}, not a positive number")
     if factor < 0:
         raise LoadRefused(_FILE, f"says the rotary factor {factor}")
-    if not factor or not factor * length <= _LONGEST:
+    if not factor or not factor * length <= LONGEST:
         raise Unknown(f"YaRN from length {length} by factor {factor}")
     for key in ("mscale", "mscale_all_dim", "attention_factor"):
         value = params.get(key)

@@ -114,7 +114,8 @@ def check(settings: Settings, rows: VllmRows) -> None:
     """
     config, read_as = settings.config, settings.read_as
     _check_nesting(settings, rows)
-    unknown = (key for key in _UNMODELLED if key not in read_as.settings)
+    told = {*_typed(read_as), *read_as.settings}
+    unknown = (key for key in _UNMODELLED if key not in told)
     _check_known(config, (*unknown, *rows.unmodelled, *read_as.unmodelled))
     for key, value in rows.fixed.items():
         if config.get(key, value) != value or type(config.get(key, value)) is not type(value):
@@ -224,6 +225,8 @@ def _check_labels(config: Mapping[str, Any]) -> None:
 def _check_layer_types(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -> None:
     """Check `layer_types`, which transformers reads in every family."""
     listed = settings.values.get("layer_types")
+    if listed is not None or "layer_types" in _typed(rows):
+        _check_mlp_types(config.get("mlp_layer_types"), settings)
     if listed is None:
         kinds = _windows(rows, settings)
     elif not isinstance(listed, list | dict | str):
@@ -245,6 +248,16 @@ def _check_layer_types(config: Mapping[str, Any], rows: VllmRows, settings: Sett
     count = settings.number("num_hidden_layers")
     if rows.windowed_from and len(kinds) > 1 and settings.number(rows.windowed_from) != count:
         raise LoadRefused(_FILE, "has a sliding window for some layers only")
+
+
+def _check_mlp_types(listed: list[str] | None, settings: Settings) -> None:
+    """Check `mlp_layer_types`, which transformers reads only beside `layer_types`."""
+    if listed is None:
+        return
+    if not {"dense", "sparse"}.issuperset(listed):
+        raise LoadRefused(_FILE, f"says mlp_layer_types {said(listed)}")
+    if len(listed) != settings.number("num_hidden_layers"):
+        raise LoadRefused(_FILE, f"has {len(listed)} mlp_layer_types, not one for every layer")
 
 
 def _windows(rows: VllmRows, settings: Settings) -> set[str]:
@@ -329,6 +342,8 @@ def _check_model(rows: VllmRows, settings: Settings) -> None:
         of_layers = any(f"{key} divides" in text for text in rows.blocks.values())
         if of_layers and (not is_integer(value) or value < 0):
             raise Unknown(f"{key} {said(value)}")
+    for key in rows.per_layer:
+        _check_list(key, values, settings)
     for key in rows.positive:
         if values.get(key) is not None and not (is_integer(values[key]) and values[key]):
             raise Unknown(f"{key} {said(values.get(key))}")
@@ -350,6 +365,13 @@ def _check_model(rows: VllmRows, settings: Settings) -> None:
                 value = values.get(key)
                 if isinstance(value, int) and value < 0:
                     raise LoadRefused(_FILE, f"says {key} {value}")
+
+
+def _check_list(key: str, values: Mapping[str, Any], settings: Settings) -> None:
+    """Raise LoadRefused if a key has no item for some layer."""
+    found, count = values.get(key, 0), settings.number("num_hidden_layers") or 0
+    if not is_number(found) and (not isinstance(found, list) or len(found) < count):
+        raise LoadRefused(_FILE, f"says {key} {said(found)}, without an item for every layer")
 
 
 def _check_heads(rows: VllmRows, settings: Settings) -> None:

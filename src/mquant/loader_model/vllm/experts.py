@@ -32,6 +32,8 @@ _DIMENSION: Final = {"w1": 0, "w2": 1, "w3": 0}
 class Experts(Layer):
     """The experts of a layer. `names` are gate, down and up on disk, or up and down without a gate.
 
+    `also` are other names of gate, down and up.
+
     `intermediate` is that of one rank; `ranks` is the number of ranks that share every expert.
     `layout` names the quantization method whose own way of loading scales vLLM follows: `modelopt`,
     `compressed-tensors`, or empty. `unknown` is a clause if it is not known how vLLM loads them.
@@ -43,6 +45,7 @@ class Experts(Layer):
     intermediate: int = 0
     ranks: int = 1
     names: tuple[str, ...] = ("gate_proj", "down_proj", "up_proj")
+    also: tuple[str, ...] | None = None
     stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Names of modules that hold parts of all experts -> the parts, in order."""
     transposed: bool = False
@@ -68,9 +71,12 @@ class Experts(Layer):
         return asked_matrices(self.names)
 
     @property
-    def _fused(self) -> str | None:
-        """The name on disk of gate and up, or of up alone, of all experts."""
-        return _FUSED.get(self.names[0]) if self.gated else self.names[0]
+    def _every_names(self) -> tuple[tuple[str, ...], ...]:
+        return (self.names, self.also) if self.also else (self.names,)
+
+    def _fused(self, names: tuple[str, ...]) -> str | None:
+        """Return the name on disk of gate and up, or of up alone, of all experts."""
+        return _FUSED.get(names[0]) if self.gated else names[0]
 
     def build(self, parameters: Iterable[Parameter] | None) -> None:
         """Create the parameters: those of a quantization method, or plain weights."""
@@ -104,11 +110,12 @@ class Experts(Layer):
             self._other(copies, last, loaded)
             return
         number, projection, suffix = int(match[1]), match[2], match[3]
-        if self.gated and projection == self._fused:
+        if self.gated and projection in map(self._fused, self._every_names):
             raise Unknown(f"experts with a fused {projection} ({loaded.name})")
-        if number >= self.count or str(number) != match[1] or projection not in self.names:
+        names = next((names for names in self._every_names if projection in names), None)
+        if number >= self.count or str(number) != match[1] or names is None:
             return
-        part = _PARTS[self.names.index(projection)]
+        part = _PARTS[names.index(projection)]
         key = ("w2_" if part == "w2" else "w13_") + suffix
         if key not in self.parameters:
             if key in ("w13_bias", "w2_bias"):
@@ -120,16 +127,18 @@ class Experts(Layer):
 
     def _other(self, copies: Copies, last: str, loaded: Loaded) -> None:
         """Load a tensor that is not of one expert: experts fused in one tensor, or no expert."""
-        known = self._fused or "gate_up_proj"
-        if len(loaded.shape) == 3 and not self.layout and self._fused:
-            if last == known and self._is_plain("w13_weight"):
-                self._all(copies, loaded, *("w1", "w3")[: self.shards])
-                return
-            if last == self.names[1] and self._is_plain("w2_weight"):
-                self._all(copies, loaded, "w2")
-                return
-        if any(f"experts.{name}" in f"experts.{last}" for name in (known, self.names[1])):
-            raise Unknown(f"experts in one tensor ({loaded.name})")
+        for names in self._every_names:
+            fused = self._fused(names)
+            known = fused or "gate_up_proj"
+            if len(loaded.shape) == 3 and not self.layout and fused:
+                if last == known and self._is_plain("w13_weight"):
+                    self._all(copies, loaded, *("w1", "w3")[: self.shards])
+                    return
+                if last == names[1] and self._is_plain("w2_weight"):
+                    self._all(copies, loaded, "w2")
+                    return
+            if any(f"experts.{name}" in f"experts.{last}" for name in (known, names[1])):
+                raise Unknown(f"experts in one tensor ({loaded.name})")
 
     def load_stack(self, copies: Copies, name: str, loaded: Loaded, suffix: str) -> None:
         """Copy a tensor of all experts; `name` is that of a module in `stacks`.

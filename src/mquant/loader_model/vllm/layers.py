@@ -223,6 +223,7 @@ class Embedding(Layer):
 
     vocabulary: int = 0
     inputs: int = 0
+    bias: bool = False
 
     @property
     def rows(self) -> int:
@@ -235,6 +236,8 @@ class Embedding(Layer):
         """Create the parameters: those of a quantization method, or a plain weight."""
         plain = Parameter("weight", MODEL_DTYPE, (self.rows, self.inputs), Kind.PLAIN, 0, 1)
         self.add(*([plain] if parameters is None else parameters))
+        if self.bias:
+            self.add(Parameter("bias", MODEL_DTYPE, (self.rows,), Kind.PLAIN, 0))
 
     def load(self, copies: Copies, last: str, loaded: Loaded, shard: Shard) -> None:
         """Copy a tensor as vLLM's layer does."""

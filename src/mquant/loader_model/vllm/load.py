@@ -47,7 +47,7 @@ def load(build: Callable[[], Model], tensors: Iterable[Loaded]) -> Outcome:
         later = _later(model)
         table = Table(model) if model.rows.walks == "parameters" else None
         for loaded in tensors:
-            _check_dtype(loaded)
+            _check_known(loaded, model.rows.untold)
             copies.used = 0
             if loaded.name in model.aliases:
                 copies.used = loaded.numel  # vLLM fills the place from the other name
@@ -106,9 +106,11 @@ def _unset(model: Model) -> tuple[tuple[str, int], ...]:
     return tuple((name, missing) for name, missing in rows if missing)
 
 
-def _check_dtype(loaded: Loaded) -> None:
+def _check_known(loaded: Loaded, untold: Iterable[str]) -> None:
     if loaded.dtype in _UNREAD:
         raise Unknown(f"tensors of the dtype {loaded.dtype}")
+    if any(part in loaded.name for part in untold):
+        raise Unknown(f"the tensor {loaded.name}")
 
 
 def _check_experts(model: Model) -> None:

@@ -210,13 +210,14 @@ class _Sizes:
     settings: Settings
     ranks: int
 
-    def of(self, row: LayerRow, name: str) -> tuple[tuple[int, ...], int, int]:
-        """Return the rows and columns of a row, and the number of ranks that share the layer.
+    def of(self, place: _Place) -> tuple[tuple[int, ...], int, int]:
+        """Return the rows and columns of a layer, and the number of ranks that share the layer.
 
         Raises LoadRefused if the ranks cannot share the layer evenly.
         """
-        rows = tuple(_size(self.settings, text) for text in row.rows)
-        columns, ranks = _size(self.settings, row.columns), self.ranks
+        row, name = place.row, place.name
+        rows = tuple(_size(self.settings, text, place.number) for text in row.rows)
+        columns, ranks = _size(self.settings, row.columns, place.number), self.ranks
         if ranks == 1 or not row.split or row.kind not in _SPLIT:
             return rows, columns, 1
         if row.kind == "row":
@@ -241,7 +242,7 @@ def _share(name: str, does: str, size: int, ranks: int) -> int:
 def _layer(place: _Place, sizes_of: _Sizes, method: Method | None) -> Layer:
     row, name, asked = place.row, place.name, place.asked
     bias = bool(row.bias) and sizes_of.settings.has(row.bias, place.number)
-    sizes, columns, ranks = sizes_of.of(row, name)
+    sizes, columns, ranks = sizes_of.of(place)
     method = method if row.heeds and method and method.kind not in row.spared_by else None
     if row.kind in _LINEAR:
         made, class_name = _LINEAR[row.kind]
@@ -256,7 +257,9 @@ def _layer(place: _Place, sizes_of: _Sizes, method: Method | None) -> Layer:
     if row.kind in ("embedding", "head"):
         head = row.kind == "head"
         class_name = "ParallelLMHead" if head else "VocabParallelEmbedding"
-        embedding = Embedding(name, asked, class_name, vocabulary=sizes[0], inputs=columns)
+        embedding = Embedding(
+            name, asked, class_name, vocabulary=sizes[0], inputs=columns, bias=bias
+        )
         embedding.build(method.embedding(embedding, head=head) if method else None)
         return embedding
     if row.kind == "experts":
@@ -270,6 +273,7 @@ def _layer(place: _Place, sizes_of: _Sizes, method: Method | None) -> Layer:
             ranks=ranks,
             names=row.names,
             stacks=row.stacks,
+            also=row.also,
             transposed=row.transposed,
         )
         experts.build(method.experts(experts) if method else None)
@@ -287,8 +291,8 @@ def _layer(place: _Place, sizes_of: _Sizes, method: Method | None) -> Layer:
     return norm
 
 
-def _size(settings: Settings, text: str) -> int:
-    size = settings.size(text)
+def _size(settings: Settings, text: str, layer: int | None) -> int:
+    size = settings.size(text, layer)
     if size is None or size < 0:
         raise Unknown(f"{text} of config.json")
     return size
@@ -317,8 +321,9 @@ def _renaming(rows: VllmRows, settings: Settings, method: Method | None) -> dict
         base = settings.number("num_hidden_layers") or 0
         drops = tuple(f"layers.{base + number}." for number in range(min(count, MOST_LAYERS)))
     suffixes = method.suffixes if method else ()
+    apart = {name for name, block in rows.fused_if.items() if not settings.has(block)}
     inner = Renaming(
-        rows.stacked,
+        tuple(row for row in rows.stacked if row[1].rpartition(".")[2] not in apart),
         rows.renames,
         drops,
         rows.ignores,

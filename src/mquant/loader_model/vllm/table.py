@@ -36,6 +36,8 @@ class Table:
         self._outermost = replace(model.renaming[""], stacked=())
         self._waiting: dict[str, dict[bool, Loaded]] = defaultdict(dict)
         for layer in model.layers:
+            if not layer.name.startswith(self._outer):
+                continue
             name = layer.name.removeprefix(self._outer)
             if isinstance(layer, Experts):
                 self._experts[name] = layer
@@ -67,8 +69,6 @@ class Table:
             if old not in name or (".experts." in name and name not in self._parameters):
                 continue
             mapped = name.replace(old, new)
-            if new == "fused_qkv_a_proj" and mapped not in self._parameters:
-                continue
             if self._lenient and self._passes_over(mapped, inner):
                 continue
             name = mapped
