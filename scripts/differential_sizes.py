@@ -67,10 +67,12 @@ SIZES: Final[dict[str, dict[str, Any]]] = {
     },
     "mistral4": _LATENT,
     "mimo_v2_flash": {
-        "head_dim": 64,
-        "swa_head_dim": 64,
-        "v_head_dim": 32,
+        "head_dim": 128,
         "intermediate_size": 256,
+        "num_key_value_heads": 2,
+        "swa_head_dim": 128,
+        "swa_v_head_dim": 64,
+        "v_head_dim": 64,
         "moe_intermediate_size": 128,
     },
     "jamba": {"intermediate_size": 128},
@@ -117,6 +119,7 @@ _LONGROPE: Final = {
         **dict.fromkeys(("short_mscale", "long_mscale"), 1.2),
     },
 }
+_ALPHA: Final = {"rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}}
 # Legal variations of a family's config.json; the tensors follow.
 VARIANTS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
     "minimax_m2": ({"num_key_value_heads": 4},),
@@ -153,14 +156,14 @@ VARIANTS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
     "phi3": (_TIED, _LONGROPE),
     "phimoe": (_LONGROPE,),
     "hy_v3": (_TIED, {"num_shared_experts": 2}, {"num_nextn_predict_layers": 1}),
-    "hunyuan_v1_moe": ({"tie_word_embeddings": False},),
+    "hunyuan_v1_moe": ({"tie_word_embeddings": False}, _BIASED, _ALPHA),
     "mistral4": (
         _TIED,
         {"q_lora_rank": None},
         {"n_shared_experts": 2},
         {"first_k_dense_replace": 0},
     ),
-    "mimo_v2_flash": (),
+    "mimo_v2_flash": ({"add_swa_attention_sink_bias": False}, {"moe_layer_freq": [0, 0, 0]}),
     "jamba": (
         _TIED,
         {"mamba_proj_bias": True, "mamba_conv_bias": False},
