@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from family_cases import DEEP
 from mquant.family_files import load_families
 from mquant.loader_model.vllm.config_names import built_as
 from mquant.loader_model.vllm.config_stage import check
