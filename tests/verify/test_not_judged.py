@@ -227,6 +227,15 @@ def test_fp8_reads_ignored_layers_before_modules_to_not_convert(tmp_path: Path) 
         assert read_modules(checkpoint, load_families()).ignore == (ignored,)
 
 
+def test_a_checkpoint_with_mistrals_own_config_is_not_judged(good: Path, tmp_path: Path) -> None:
+    folder = mutated(good, tmp_path)
+    (folder / "params.json").write_text("{}")
+    assert not report_of(folder).undecided
+    (folder / "consolidated.safetensors").symlink_to(min(folder.glob("*.safetensors")))
+
+    assert "params.json, which vLLM reads instead of config.json" in report_of(folder).undecided
+
+
 def test_a_loader_that_did_not_answer_has_judged_nothing(good: Path, tmp_path: Path) -> None:
     dies = fake_python(tmp_path / "python", "exit 1")
     report = verify(Folder(good), load_families(), Depth.STRUCTURE, vllm=dies)

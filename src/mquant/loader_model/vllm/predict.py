@@ -20,6 +20,7 @@ VERSION: Final = "0.32"
 MODELOPT_FILE: Final = "hf_quant_config.json"
 _TIES: Final = "tie_word_embeddings"
 _MISTRAL: Final = "consolidated*.safetensors"
+_MISTRAL_CONFIG: Final = "params.json"
 
 
 def predict(checkpoint: Checkpoint, family: Family | None) -> Outcome:
@@ -27,6 +28,8 @@ def predict(checkpoint: Checkpoint, family: Family | None) -> Outcome:
 
     `family` is that of the model_type in config.json.
     """
+    if _MISTRAL_CONFIG in checkpoint.source.files and _of_mistral(checkpoint):
+        return Outcome(unknown=f"{_MISTRAL_CONFIG}, which vLLM reads instead of config.json")
     tensors, hf_quant_config = _in_order(checkpoint), _of_modelopt(checkpoint)
     return predict_of(checkpoint.config, family, tensors, hf_quant_config)
 
@@ -100,13 +103,18 @@ def _of_modelopt(checkpoint: Checkpoint) -> Any:
         return ()
 
 
+def _of_mistral(checkpoint: Checkpoint) -> list[str]:
+    """Return the shards of Mistral's own format."""
+    return sorted(path for path in checkpoint.source.files if fnmatch(path, _MISTRAL))
+
+
 def _in_order(checkpoint: Checkpoint) -> Iterator[Loaded]:
     """Yield every tensor in the order in which vLLM reads the files.
 
     If there are files of Mistral's own format, vLLM reads no others.
     """
     source = checkpoint.source
-    if own := sorted(path for path in source.files if fnmatch(path, _MISTRAL)):
+    if own := _of_mistral(checkpoint):
         for info in [info for path in own for info in read_header(source, path)]:
             yield Loaded(info.name, info.dtype, tuple(info.shape))
         return
