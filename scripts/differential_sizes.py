@@ -102,6 +102,7 @@ SIZES: Final[dict[str, dict[str, Any]]] = {
         "mamba_d_head": 32,
         "shared_intermediate_size": 128,
     },
+    "longcat_flash": {**_LATENT, "ffn_hidden_size": 256, "expert_ffn_hidden_size": 128},
 }
 _TIED: Final = {"tie_word_embeddings": True}
 _BIASED: Final = {"attention_bias": True}
@@ -192,4 +193,5 @@ VARIANTS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
         {"num_local_experts": 0},
         {"layer_types": ["full_attention", "mamba", "mamba"], "num_hidden_layers": 3},
     ),
+    "longcat_flash": ({"zero_expert_num": 0}, {"mla_scale_q_lora": False}),
 }
