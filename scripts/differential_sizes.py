@@ -103,6 +103,7 @@ SIZES: Final[dict[str, dict[str, Any]]] = {
         "shared_intermediate_size": 128,
     },
     "longcat_flash": {**_LATENT, "ffn_hidden_size": 256, "expert_ffn_hidden_size": 128},
+    "gpt_oss": {"intermediate_size": 128},
 }
 _TIED: Final = {"tie_word_embeddings": True}
 _BIASED: Final = {"attention_bias": True}
@@ -194,4 +195,5 @@ VARIANTS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
         {"layer_types": ["full_attention", "mamba", "mamba"], "num_hidden_layers": 3},
     ),
     "longcat_flash": ({"zero_expert_num": 0}, {"mla_scale_q_lora": False}),
+    "gpt_oss": ({"sliding_window": None},),
 }

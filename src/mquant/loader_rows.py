@@ -17,7 +17,8 @@ Size = Annotated[str, Field(max_length=200), AfterValidator(check_size)]
 Condition = Annotated[str, AfterValidator(check_condition)]
 Place = Literal["q", "k", "v", 0, 1, 2, 3] | tuple[int, ...]
 Renames = tuple[tuple[str, str | None], ...]
-"""Part of a name -> vLLM's; `^` before the part: names that begin so. None: passed over."""
+"""Part of a name -> vLLM's; `^` before the part: names that begin so, `$` after it: names that end
+so. None: passed over."""
 NEWEST_KIND: Final[Mapping[str, str]] = {
     "attention": "full_attention",
     "mamba": "linear_attention",
@@ -132,7 +133,8 @@ class RopeRow(_Data):
     """How transformers and vLLM read the rotary embedding of a family.
 
     `theta` is the base without `rope_theta`. `rotates` is the key of the number of dimensions of a
-    head that are rotated. `scaled`: whether every type but `default` is DeepSeek's YaRN.
+    head that are rotated. `scaled`: whether every type but `default` is DeepSeek's YaRN, or vLLM
+    reads the keys of YaRN whatever the type. `default` are the parameters if no key says any.
     `share` is the part of a head that is rotated if no key says it. `sections`: whether vLLM reads
     `mrope_section`, the parts of a head for time, height and width. `stretches`: whether a factor
     makes the model's length longer. `by_layer`: the base may be a list with one for every layer.
@@ -150,7 +152,8 @@ class RopeRow(_Data):
 
     theta: float = 10_000.0
     rotates: str = ""
-    scaled: Literal["", "deepseek"] = ""
+    scaled: Literal["", "deepseek", "yarn"] = ""
+    default: Mapping[str, Any] = Field(default_factory=dict)
     share: float | None = None
     sections: bool = False
     by_layer: bool = False
@@ -235,8 +238,9 @@ class VllmRows(_Data):
     turned: Mapping[str, str] = Field(default_factory=dict)
     """Modules of which vLLM reorders the rows, and the key of the number of heads; if a table of
     parameters finds them."""
-    walks: Literal["modules", "parameters"] = "modules"
-    """Whether vLLM finds a tensor's parameter module by module, or in one table of all names."""
+    walks: Literal["modules", "parameters", "whole experts"] = "modules"
+    """Whether vLLM finds a tensor's parameter module by module, or in one table of all names; or in
+    a table, where a tensor has the experts of a layer, with biases, as [experts, columns, rows]."""
     skips_unknown: bool = False
     """Whether such a table's loader passes over every name that it does not find."""
     expert_parts: tuple[str, ...] = ()

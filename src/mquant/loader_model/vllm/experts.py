@@ -37,7 +37,8 @@ class Experts(Layer):
     `intermediate` is that of one rank; `ranks` is the number of ranks that share every expert.
     `layout` names the quantization method whose own way of loading scales vLLM follows: `modelopt`,
     `compressed-tensors`, or empty. `unknown` is a clause if it is not known how vLLM loads them.
-    `transposed`: tensors of all experts have columns before rows.
+    `transposed`: tensors of all experts have columns before rows. `biased`: the experts have
+    biases; not all quantization methods create them.
     """
 
     count: int = 0
@@ -49,6 +50,7 @@ class Experts(Layer):
     stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Names of modules that hold parts of all experts -> the parts, in order."""
     transposed: bool = False
+    biased: bool = False
     layout: str = ""
     unknown: str = ""
     repeats: tuple[int, int] | None = None
@@ -88,8 +90,14 @@ class Experts(Layer):
                     (self.count, self.shards * self.intermediate, self.hidden),
                 ),
                 Parameter("w2_weight", MODEL_DTYPE, (self.count, self.hidden, self.intermediate)),
+                *self.biases(),
             )
         self.add(*parameters)
+
+    def biases(self) -> list[Parameter]:
+        """Return the parameters of the biases, if the experts have biases."""
+        sizes = {"w13_bias": 2 * self.intermediate, "w2_bias": self.hidden} if self.biased else {}
+        return [Parameter(name, MODEL_DTYPE, (self.count, size)) for name, size in sizes.items()]
 
     def add(self, *parameters: Parameter) -> None:
         """Add parameters, which vLLM names after the module that holds all experts."""

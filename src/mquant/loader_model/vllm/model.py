@@ -275,6 +275,7 @@ def _layer(place: _Place, sizes_of: _Sizes, method: Method | None) -> Layer:
             stacks=row.stacks,
             also=row.also,
             transposed=row.transposed,
+            biased=bias,
         )
         experts.build(method.experts(experts) if method else None)
         return experts
