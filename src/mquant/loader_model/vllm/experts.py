@@ -32,7 +32,8 @@ _DIMENSION: Final = {"w1": 0, "w2": 1, "w3": 0}
 class Experts(Layer):
     """The experts of a layer. `names` are gate, down and up on disk, or up and down without a gate.
 
-    `also` are other names of gate, down and up.
+    `also` are other names of gate, down and up. `asked_names` are those for which vLLM asks the
+    quantization config.
 
     `intermediate` is that of one rank; `ranks` is the number of ranks that share every expert.
     `layout` names the quantization method whose own way of loading scales vLLM follows: `modelopt`,
@@ -47,6 +48,7 @@ class Experts(Layer):
     ranks: int = 1
     names: tuple[str, ...] = ("gate_proj", "down_proj", "up_proj")
     also: tuple[str, ...] | None = None
+    asked_names: tuple[str, ...] = ()
     stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Names of modules that hold parts of all experts -> the parts, in order."""
     transposed: bool = False
@@ -70,7 +72,7 @@ class Experts(Layer):
     @property
     def asked(self) -> tuple[str, ...]:
         """The names of an expert's matrices for which vLLM asks the quantization config."""
-        return asked_matrices(self.names)
+        return asked_matrices(self.asked_names or self.names)
 
     @property
     def _every_names(self) -> tuple[tuple[str, ...], ...]:
