@@ -61,11 +61,8 @@ class Draft:
     @property
     def experts(self) -> int:
         """The number of experts on disk, by their largest number. Raises Unfit without experts."""
-        numbers = [
-            int(name.partition(".experts.")[2].partition(".")[0])
-            for name in self.tensors
-            if ".experts." in name
-        ]
+        parts = (name.partition(".experts.")[2].partition(".")[0] for name in self.tensors)
+        numbers = [int(part) for part in parts if part.isdecimal()]
         if not numbers:
             raise Unfit
         return max(numbers) + 1
@@ -139,15 +136,22 @@ class Draft:
 
     def store(self, module: str, layout: Layout) -> None:
         """Store a module in a layout, at the end of the checkpoint."""
-        shape = self.plain[f"{module}.weight"][1]
+        shape = self._of_parent(module)[1]
         self.strip(module)
         self.tensors |= layout(module, shape)
         self.layouts[module] = layout
 
     def keep(self, module: str) -> None:
         """Store a module as the parent stores it."""
+        weight = self._of_parent(module)
         self.strip(module)
-        self.tensors[f"{module}.weight"] = self.plain[f"{module}.weight"]
+        self.tensors[f"{module}.weight"] = weight
+
+    def _of_parent(self, module: str) -> Header:
+        """Return the parent's weight. Raises Unfit if the parent has it in a larger tensor."""
+        if f"{module}.weight" not in self.plain:
+            raise Unfit
+        return self.plain[f"{module}.weight"]
 
     def placed(self) -> Files:
         """Return the shards and the index, with the edits of files."""

@@ -90,9 +90,14 @@ def _alone(family: Family) -> Family:
 
 
 def _headers(family: Family, config: dict[str, Any], precision: Precision) -> dict[str, Header]:
-    # The formats quantize the tensors of each expert.
-    family = family.named_for(config).model_copy(update={"stacks": (), "wrapped": ()})
+    # The formats quantize the tensors of each expert, which some of vLLM's models do not take.
+    stacks = family.stacks if _has_whole_experts(family) else ()
+    family = family.named_for(config).model_copy(update={"stacks": stacks, "wrapped": ()})
     return {t.name: (t.dtype, t.shape) for t in make_tensors(family, config, precision)}
+
+
+def _has_whole_experts(family: Family) -> bool:
+    return family.vllm is not None and family.vllm.walks == "whole experts"
 
 
 def form(name: str) -> Callable[[Callable[[Draft, Random], Draft]], Any]:
@@ -142,7 +147,7 @@ def _planned(draft: Draft, plan: Plan) -> Draft:
 def _by_recipe(recipe: Recipe) -> Callable[[Draft, Random], Draft]:
     def make(draft: Draft, _: Random) -> Draft:
         with tempfile.TemporaryDirectory() as folder:
-            plan = make_plan(_opened(draft, folder), recipe, families())
+            plan = make_plan(_opened(draft, folder), recipe, families(), allow_unsafe=True)
         made = _planned(draft, plan)
         for action in plan.actions:
             if action.scheme:
@@ -201,11 +206,20 @@ def _kept(draft: Draft) -> list[str]:
     """Return an ignore list of all plain linear modules, embeddings left out as tools do."""
     kept = [*draft.modules(*_KEPT), "lm_head", *_mtp_kept(draft)]
     # A module also under the name that vLLM looks up, if the names differ.
-    return list(dict.fromkeys((*kept, *map(draft.family.in_vllm_name, kept))))
+    names = dict.fromkeys((*kept, *map(draft.family.in_vllm_name, kept)))
+    return [*names, *_whole_kept(draft)]
 
 
 def _mtp_kept(draft: Draft) -> list[str]:
     return [name for name in draft.modules(Role.OTHER) if name.endswith((".eh_proj", ".head"))]
+
+
+def _whole_kept(draft: Draft) -> list[str]:
+    """Return entries for experts in one tensor, as every tool reads them."""
+    if not _has_whole_experts(draft.family):
+        return []
+    stacks = sorted({name.rpartition(".")[0] for name in draft.plain if ".experts." in name})
+    return [*stacks, r"re:.*\.experts\..*"]
 
 
 def _all(draft: Draft, layout: Layout, roles: tuple[Role, ...] = LINEAR) -> None:

@@ -104,6 +104,22 @@ SIZES: Final[dict[str, dict[str, Any]]] = {
         "mamba_d_head": 32,
         "shared_intermediate_size": 128,
     },
+    "longcat_flash": {**_LATENT, "ffn_hidden_size": 256, "expert_ffn_hidden_size": 128},
+    "gpt_oss": {"intermediate_size": 128},
+    "minimax_m3_vl": {
+        "head_dim": 64,
+        "intermediate_size": 128,
+        "dense_intermediate_size": 256,
+        "shared_intermediate_size": 128,
+        "moe_layer_freq": [0, 1, 1],
+        "sparse_attention_config": {
+            "sparse_attention_freq": [0, 1, 1],
+            "sparse_block_size": 128,
+            "sparse_index_dim": 64,
+            "sparse_num_index_heads": 2,
+            "sparse_topk_blocks": 16,
+        },
+    },
 }
 _TIED: Final = {"tie_word_embeddings": True}
 _BIASED: Final = {"attention_bias": True}
@@ -195,4 +211,7 @@ VARIANTS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
         {"num_local_experts": 0},
         {"layer_types": ["full_attention", "mamba", "mamba"], "num_hidden_layers": 3},
     ),
+    "longcat_flash": ({"zero_expert_num": 0}, {"mla_scale_q_lora": False}),
+    "gpt_oss": ({"sliding_window": None},),
+    "minimax_m3_vl": ({"n_shared_experts": 2}, {"moe_layer_freq": [1, 1, 1]}),
 }

@@ -170,7 +170,7 @@ def _kv(draft: Draft, random: Random) -> str:
     if draft.family.name == "deepseek_v3":
         raise Unfit
     shape = pick(random, ((1,), ()))
-    count = draft.family.settings(draft.config)["num_hidden_layers"]
+    count = draft.family.settings(draft.config)[draft.family.config.layers]
     where = pick(random, ("{}_scale", "{}_proj.{}_scale"))
     keys = [name for name in draft.modules(Role.ATTENTION) if name.endswith(".k_proj")]
     usual = [f"model.layers.{layer}.self_attn" for layer in range(count)]

@@ -26,6 +26,7 @@ from mquant.errors import MquantError
 from mquant.family import Family
 from mquant.family_files import load_families
 from mquant.family_rows import Role
+from mquant.findings import Finding
 from mquant.plan import Plan, config_json, make_plan
 from mquant.recipe import Recipe, load_recipes
 from mquant.synth import Precision, Sizes, make_config, make_tensors, synth
@@ -81,8 +82,7 @@ class Proof:
             words = "loads" if answer.verdict == "loads" else f"{answer.verdict}: {answer.words}"
             said.setdefault(_short(words), []).append(form)
         for form, why in self.refused.items():
-            cut = "do not divide into blocks" in why
-            said.setdefault("shapes too small" if cut else _short(f"plan refuses: {why}"), [form])
+            said.setdefault(_short(why), []).append(form)
         cells = [f"{', '.join(forms)}: {words}" for words, forms in said.items()]
         unproven = [] if self.family.vllm else ["unproven: the file does not say what vLLM builds"]
         return "; ".join([*cells, *unproven])
@@ -115,10 +115,16 @@ def prepare(family: Family, folder: Path) -> Proof:
         if name == "nvfp4":
             proof.kept = _kept(family, recipe)
         if plan.refusals:
-            proof.refused[name] = plan.refusals[0].message
+            proof.refused[name] = _why(plan.refusals[0])
         else:
             proof.folders[name] = write_headers(plan, folder / family.name / name)
     return proof
+
+
+def _why(refusal: Finding) -> str:
+    """Return why there is no output, shortly."""
+    cut = "do not divide into blocks" in refusal.message
+    return "shapes too small" if cut else f"plan refuses ({refusal.rule})"
 
 
 def _kept(family: Family, recipe: Recipe) -> str:

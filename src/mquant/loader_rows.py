@@ -15,9 +15,10 @@ from mquant.formulas import check_condition, check_size, evaluate, holds, number
 
 Size = Annotated[str, Field(max_length=200), AfterValidator(check_size)]
 Condition = Annotated[str, AfterValidator(check_condition)]
-Place = Literal["q", "k", "v", 0, 1, 2, 3] | tuple[int, ...]
+Place = Literal["q", "k", "v", "index_q", "index_k", 0, 1, 2, 3] | tuple[int, ...]
 Renames = tuple[tuple[str, str | None], ...]
-"""Part of a name -> vLLM's; `^` before the part: names that begin so. None: passed over."""
+"""Part of a name -> vLLM's; `^` before the part: names that begin so, `$` after it: names that end
+so. None: passed over."""
 NEWEST_KIND: Final[Mapping[str, str]] = {
     "attention": "full_attention",
     "mamba": "linear_attention",
@@ -34,7 +35,8 @@ class _Data(BaseModel):
 class LayerRow(_Data):
     """A layer of vLLM's model, with `{layer}` for the number.
 
-    `kind` is the class: `qkv` and `merged` are fused of several matrices on disk. `rows` has the
+    `kind` is the class: `qkv` and `merged` are fused of several matrices on disk; `indexed_qkv` has
+    two more, which select what attention reads. `rows` has the
     rows of each matrix, `columns` the columns of all; `mla` is multi-head latent attention.
     `asked_as` is the name under which vLLM asks the quantization config, if it is not `name`.
     """
@@ -42,6 +44,7 @@ class LayerRow(_Data):
     name: str
     kind: Literal[
         "qkv",
+        "indexed_qkv",
         "merged",
         "column",
         "row",
@@ -77,6 +80,8 @@ class LayerRow(_Data):
     """Gate, down and up of an expert on disk, or up and down of an expert without a gate."""
     also: tuple[str, str, str] | None = None
     """Other names that vLLM takes for gate, down and up."""
+    asked_names: tuple[str, ...] = ()
+    """The names of the same for which vLLM asks the quantization config, if these are others."""
     stacks: Mapping[str, tuple[Literal["gate", "down", "up"], ...]] = Field(default_factory=dict)
     """Names of modules on disk, beside `name`, that hold these parts of all experts, if a table of
     parameters finds them."""
@@ -102,6 +107,10 @@ class WrappingRows(_Data):
     """Whether vLLM reads tie_word_embeddings outside the table."""
     inside: str
     """vLLM's name of the text model in the larger model."""
+    reads: tuple[str, ...] = ()
+    """Keys outside the tables that sizes of `layers` name."""
+    needs: tuple[str, ...] = ()
+    """Keys of tables, `TABLE.KEY`, without which vLLM does not build the model."""
     renames: Renames = ()
     maps: bool = True
     """Whether vLLM also replaces `renames` in the names of modules in the quantization config."""
@@ -132,7 +141,8 @@ class RopeRow(_Data):
     """How transformers and vLLM read the rotary embedding of a family.
 
     `theta` is the base without `rope_theta`. `rotates` is the key of the number of dimensions of a
-    head that are rotated. `scaled`: whether every type but `default` is DeepSeek's YaRN.
+    head that are rotated. `scaled`: whether every type but `default` is DeepSeek's YaRN, or vLLM
+    reads the keys of YaRN whatever the type. `default` are the parameters if no key says any.
     `share` is the part of a head that is rotated if no key says it. `sections`: whether vLLM reads
     `mrope_section`, the parts of a head for time, height and width. `stretches`: whether a factor
     makes the model's length longer. `by_layer`: the base may be a list with one for every layer.
@@ -150,7 +160,8 @@ class RopeRow(_Data):
 
     theta: float = 10_000.0
     rotates: str = ""
-    scaled: Literal["", "deepseek"] = ""
+    scaled: Literal["", "deepseek", "yarn"] = ""
+    default: Mapping[str, Any] = Field(default_factory=dict)
     share: float | None = None
     sections: bool = False
     by_layer: bool = False
@@ -235,8 +246,9 @@ class VllmRows(_Data):
     turned: Mapping[str, str] = Field(default_factory=dict)
     """Modules of which vLLM reorders the rows, and the key of the number of heads; if a table of
     parameters finds them."""
-    walks: Literal["modules", "parameters"] = "modules"
-    """Whether vLLM finds a tensor's parameter module by module, or in one table of all names."""
+    walks: Literal["modules", "parameters", "whole experts"] = "modules"
+    """Whether vLLM finds a tensor's parameter module by module, or in one table of all names; or in
+    a table, where a tensor has the experts of a layer, with biases, as [experts, columns, rows]."""
     skips_unknown: bool = False
     """Whether such a table's loader passes over every name that it does not find."""
     expert_parts: tuple[str, ...] = ()
@@ -307,6 +319,8 @@ class Settings:
             tables = {key: part for key, part in config.items() if isinstance(part, Mapping)}
             config = tables.get(inner.key, {})
         self.config, self.values = config, {**tables, **config}
+        reads = self.wrapping.reads if self.wrapping else ()
+        self.values |= {key: self.outer[key] for key in reads if key in self.outer}
         if self.wrapping and self.wrapping.ties_outside:
             usual = self.read_as.settings.get("tie_word_embeddings", False)
             self.values["tie_word_embeddings"] = self.outer.get("tie_word_embeddings", usual)
@@ -339,6 +353,15 @@ class Settings:
         self._rows = rows
         self.headless = bool(rows.bare) and (not named or first == rows.bare)
         """Whether vLLM builds the model without a head."""
+
+    def lacks(self, key: str) -> bool:
+        """Return whether a key, also one of a nested table, is not there."""
+        table: Any = self.values
+        for part in key.split("."):
+            if not isinstance(table, Mapping) or part not in table:
+                return True
+            table = table[part]
+        return False
 
     def number(self, key: str, layer: int | None = None) -> int | None:
         """Return the number of a key, the length of a list, or a layer's item; None without."""

@@ -64,9 +64,9 @@ def _parts(layer: Layer, around: WrappingRows) -> Iterator[tuple[str, str, tuple
 def _on_disk(name: str, family: Family, around: WrappingRows) -> str:
     """Return the name on disk of vLLM's name: the one that the family knows as a tower's."""
     before = [
-        old[1:] + name.removeprefix(new)
+        name.replace(new, old.removeprefix("^"), 1)
         for old, new in around.renames
-        if new and old.startswith("^") and name.startswith(new)
+        if new and (name.startswith(new) if old.startswith("^") else new in name)
     ]
     roles = ((each, family.classify(each)) for each in (*before, name))
     return next((each for each, found in roles if found and found.row.role is Role.VISION), name)

@@ -51,11 +51,11 @@ def test_the_config_of_a_release_has_every_key_that_its_own_blocks_need(name: st
 def test_the_tiny_checkpoint_is_whole_and_can_be_quantized(
     tiny: Callable[[str], Path], name: str
 ) -> None:
-    errors = [finding for finding in plan_of(tiny(name)).findings if finding.severity == "error"]
-    assert not errors
+    findings = plan_of(tiny(name)).findings
+    assert {f.rule for f in findings if f.severity == "error"} == BROKEN.get(name, set())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES.keys() - BROKEN.keys())
 def test_the_result_is_judged_clean_and_keeps_routers_embeddings_and_head(
     tiny: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
@@ -63,8 +63,7 @@ def test_the_result_is_judged_clean_and_keeps_routers_embeddings_and_head(
     out = quantize_nvfp4(src, tmp_path / "out")
     report = verify(Folder(out), FAMILIES)
 
-    errors = {finding.rule for finding in report.findings if finding.severity == "error"}
-    assert errors == BROKEN.get(name, set())
+    assert not [finding for finding in report.findings if finding.severity == "error"]
     assert bool(report.undecided) is (FAMILIES[name].vllm is None)
     ignore = set(read_json(out / "config.json")["quantization_config"]["ignore"])
     checkpoint = open_checkpoint(Folder(src))

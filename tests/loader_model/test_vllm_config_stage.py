@@ -197,7 +197,10 @@ def test_keys_with_which_vllm_builds_more_are_not_judged(key: str) -> None:
 
 @each_family
 def test_layer_types_have_a_type_for_every_layer(family: str) -> None:
-    kinds = ["full_attention"] * int(config_of(family)["num_hidden_layers"])
+    rows = FAMILIES[family].vllm
+    assert rows is not None
+    count = Settings(rows, config_of(family)).number("num_hidden_layers")
+    kinds = ["full_attention"] * (count or 0)
 
     rows = FAMILIES[family].vllm
     assert rows

@@ -38,7 +38,9 @@ def test_empty_rope_scaling_of_any_type_is_none(family: str) -> None:
 
 @each_family
 def test_transformers_5_writes_one_table(family: str) -> None:
-    table = {"rope_type": "default", "rope_theta": 10000.0}
+    rows = FAMILIES[family].vllm
+    assert rows is not None
+    table = {"rope_type": "default", "rope_theta": 10000.0, **rows.rope.default}
 
     assert judge(family, rope_scaling=DROP, rope_theta=DROP, rope_parameters=table) == "taken"
 

@@ -1,5 +1,6 @@
 """Survey x Recipe -> Plan. Pure: no weight is read, nothing is written."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final, TypeVar
@@ -15,7 +16,7 @@ from mquant.plan.awq import scaled, unscalable
 from mquant.plan.loadable import checked
 from mquant.plan.members import Member, apart, as_stored
 from mquant.plan.model import Action, Plan, ShardPlan, WorkUnit
-from mquant.plan.never_quantized import KEPT_BECAUSE, natural, unsafe
+from mquant.plan.never_quantized import KEPT_BECAUSE, biased_experts, natural, unsafe
 from mquant.plan.survey import Survey, survey
 from mquant.recipe import Choice, Recipe
 from mquant.schemes import Scheme
@@ -55,16 +56,6 @@ EXPERTS_MIXED: Final = rule(
     "Engines run a layer's experts in one kernel: one BF16 expert among quantized ones is refused.",
     "Quantize all experts of the layer, or none.",
     knowing=("family",),
-    if_loads="nothing",
-)
-EXPERT_BIAS: Final = rule(
-    "expert-bias",
-    "Experts in NVFP4 or FP8 have no bias.",
-    "vLLM's layers of such experts have no parameter for a bias: vLLM stops while loading the "
-    "weights, or passes over the bias without a word.",
-    "Keep the experts as they are: leave expert out of the recipe's roles, or ignore them.",
-    as_source="warning",
-    knowing=("family", "layout"),
     if_loads="nothing",
 )
 NOTHING_TO_QUANTIZE: Final = rule(
@@ -128,7 +119,7 @@ def make_plan(
         findings += [
             *_unquantizable(surveyed.members, actions, family),
             *(_split_sets(units) or _unlike_experts(actions)),
-            *_biased_experts(actions),
+            *biased_experts(actions, recipe, allow_unsafe=allow_unsafe),
             *_nothing(actions, recipe),
             *_too_many(actions, recipe),
             *unscalable(family, recipe),
@@ -289,24 +280,6 @@ def _unlike_experts(actions: list[Action]) -> list[Finding]:
     ]
 
 
-def _biased_experts(actions: list[Action]) -> list[Finding]:
-    """Return a warning if experts with a bias are quantized so that vLLM does not take the bias."""
-    quantized = (a for a in actions if a.role is Role.EXPERT and a.scheme)
-    modules = {a.module for a in quantized if a.scheme and a.scheme.format != "pack-quantized"}
-    biased = [a.module for a in actions if a.source.name == f"{a.module}.bias"]
-    biased = [module for module in biased if module in modules]
-    if not biased:
-        return []
-    return [
-        EXPERT_BIAS.finding(
-            biased[0],
-            f"The recipe quantizes {names(biased)}, which have biases; vLLM takes no bias of such "
-            "experts.",
-            context="source",
-        )
-    ]
-
-
 def _nothing(actions: list[Action], recipe: Recipe) -> list[Finding]:
     if any(action.scheme for action in actions):
         return []
@@ -359,7 +332,8 @@ def kept_modules(
 
     The result also has a head that is tied to the embeddings. Without these names,
     `targets: ["Linear"]` would claim the modules. The names are exact, because every loader reads
-    exact names alike: the hub's name, and vLLM's own name if the two differ.
+    exact names alike: the hub's name, and vLLM's own name if the two differ. A name that vLLM would
+    rename to that of a tensor is an `re:` entry, which vLLM leaves as it is.
     """
     matrices = [entry for entry in kept if _is_matrix(entry[2])]
     tied = family.tied_heads(config)
@@ -371,6 +345,9 @@ def kept_modules(
         for name in (family.in_vllm_name, family.third_in_vllm)
         if not expert
     }
+    renames = family.vllm.outer_renames if family.vllm else ()
+    ends = tuple(old.removesuffix("$") for old, _ in renames if old.endswith("$"))
+    vllm = {f"re:{re.escape(each)}$" if each.endswith(ends) else each for each in vllm}
     return tuple(sorted(hub | vllm | {*map(family.in_vllm_name, tied)}, key=natural))
 
 

@@ -62,6 +62,16 @@ EMBEDDING_QUANTIZED: Final = rule(
     if_tolerated="warning",
     if_loads="warning",
 )
+EXPERT_BIAS: Final = rule(
+    "expert-bias",
+    "Experts in NVFP4 or FP8 have no bias.",
+    "vLLM's layers of such experts have no parameter for a bias: vLLM stops while loading the "
+    "weights, or passes over the bias without a word.",
+    "Keep the experts as they are: leave expert out of the recipe's roles, or ignore them.",
+    if_tolerated="warning",
+    knowing=("family", "layout"),
+    if_loads="nothing",
+)
 QUANTIZED: Final[dict[Role, Rule]] = {
     Role.ROUTER: ROUTER_QUANTIZED,
     Role.HEAD: HEAD_QUANTIZED,
@@ -102,6 +112,25 @@ def unsafe(
             )
         )
     return findings
+
+
+def biased_experts(actions: list[Action], recipe: Recipe, *, allow_unsafe: bool) -> list[Finding]:
+    """Return an error if experts with a bias are quantized so that vLLM does not take the bias."""
+    quantized = (a for a in actions if a.role is Role.EXPERT and a.scheme)
+    modules = {a.module for a in quantized if a.scheme and a.scheme.format != "pack-quantized"}
+    biased = [a.module for a in actions if a.source.name == f"{a.module}.bias"]
+    biased = [module for module in biased if module in modules]
+    if not biased:
+        return []
+    return [
+        EXPERT_BIAS.finding(
+            biased[0],
+            f"Recipe {recipe.name} quantizes {names(biased)}, which have biases; vLLM takes no "
+            "bias of such experts.",
+            f"{EXPERT_BIAS.fix.removesuffix('.')}{ANYWAY}.",
+            "tolerated" if allow_unsafe else "source",
+        )
+    ]
 
 
 def saying_outcome(finding: Finding, outcome: Outcome) -> Finding:

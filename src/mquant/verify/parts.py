@@ -18,8 +18,9 @@ from mquant.loader_model.storage import (
     parts,
     weight_shape,
 )
-from mquant.plan.build import EXPERT_BIAS, EXPERTS_MIXED, FUSED_SET_MIXED
+from mquant.plan.build import EXPERTS_MIXED, FUSED_SET_MIXED
 from mquant.plan.export import ACTIVATION_SCALES_MISSING
+from mquant.plan.never_quantized import EXPERT_BIAS
 from mquant.plan.stored import PART_MISSING, PART_SHAPE
 from mquant.schemes import QUANTIZED_SUFFIXES
 from mquant.verify.tally import Tally

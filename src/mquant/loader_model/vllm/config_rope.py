@@ -58,6 +58,9 @@ def _check_table(params: dict[str, Any], rows: VllmRows, settings: Settings) -> 
             raise LoadRefused(_FILE, f"says the rotary factor {said(stretch)}, not a number")
     if kind in _DEEPSEEK or (rows.rope.scaled == "deepseek" and kind != "default"):
         kind = "deepseek"
+    if rows.rope.scaled == "yarn":
+        kind = "yarn"
+        _numbers(params, "beta_fast", "beta_slow")
     built = rows.rope.built
     if isinstance(built, str):
         built = holds(built, None, settings.values, settings.number)
@@ -75,7 +78,7 @@ def _parameters(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -
     scaling = config.get("rope_scaling")
     if scaling and not isinstance(scaling, dict):
         raise LoadRefused(_FILE, f"says rope_scaling {said(scaling)}, not a table")
-    params = dict(scaling or config.get("rope_parameters") or {})
+    params = dict(scaling or config.get("rope_parameters") or rows.rope.default)
     layer_types = config.get("layer_types")
     if isinstance(layer_types, list) and any(key in layer_types for key in params):
         raise Unknown("rope_parameters for each type of layer")

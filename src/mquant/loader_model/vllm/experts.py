@@ -32,12 +32,14 @@ _DIMENSION: Final = {"w1": 0, "w2": 1, "w3": 0}
 class Experts(Layer):
     """The experts of a layer. `names` are gate, down and up on disk, or up and down without a gate.
 
-    `also` are other names of gate, down and up.
+    `also` are other names of gate, down and up. `asked_names` are those for which vLLM asks the
+    quantization config.
 
     `intermediate` is that of one rank; `ranks` is the number of ranks that share every expert.
     `layout` names the quantization method whose own way of loading scales vLLM follows: `modelopt`,
     `compressed-tensors`, or empty. `unknown` is a clause if it is not known how vLLM loads them.
-    `transposed`: tensors of all experts have columns before rows.
+    `transposed`: tensors of all experts have columns before rows. `biased`: the experts have
+    biases; not all quantization methods create them.
     """
 
     count: int = 0
@@ -46,9 +48,11 @@ class Experts(Layer):
     ranks: int = 1
     names: tuple[str, ...] = ("gate_proj", "down_proj", "up_proj")
     also: tuple[str, ...] | None = None
+    asked_names: tuple[str, ...] = ()
     stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Names of modules that hold parts of all experts -> the parts, in order."""
     transposed: bool = False
+    biased: bool = False
     layout: str = ""
     unknown: str = ""
     repeats: tuple[int, int] | None = None
@@ -68,7 +72,7 @@ class Experts(Layer):
     @property
     def asked(self) -> tuple[str, ...]:
         """The names of an expert's matrices for which vLLM asks the quantization config."""
-        return asked_matrices(self.names)
+        return asked_matrices(self.asked_names or self.names)
 
     @property
     def _every_names(self) -> tuple[tuple[str, ...], ...]:
@@ -88,8 +92,14 @@ class Experts(Layer):
                     (self.count, self.shards * self.intermediate, self.hidden),
                 ),
                 Parameter("w2_weight", MODEL_DTYPE, (self.count, self.hidden, self.intermediate)),
+                *self.biases(),
             )
         self.add(*parameters)
+
+    def biases(self) -> list[Parameter]:
+        """Return the parameters of the biases, if the experts have biases."""
+        sizes = {"w13_bias": 2 * self.intermediate, "w2_bias": self.hidden} if self.biased else {}
+        return [Parameter(name, MODEL_DTYPE, (self.count, size)) for name, size in sizes.items()]
 
     def add(self, *parameters: Parameter) -> None:
         """Add parameters, which vLLM names after the module that holds all experts."""

@@ -20,7 +20,7 @@ from mquant.loader_model.vllm.tensors import (
 )
 
 Shard = str | int | tuple[int, ...] | None
-_QKV: Final = {"q": 0, "k": 1, "v": 2}
+_QKV: Final = {"q": 0, "k": 1, "v": 2, "index_q": 3, "index_k": 4}
 _VOCABULARY_PADDING: Final = 64
 
 
@@ -215,6 +215,17 @@ class Qkv(Merged):
         super().load(copies, last, loaded, shard)
         if self.doubles and shard == "k":
             super().load(copies, last, loaded, "v")
+
+
+class IndexedQkv(Qkv):
+    """vLLM's MinimaxM3QKVParallelLinearWithIndexer: q, k, v, and q and k of an index."""
+
+    def load(self, copies: Copies, last: str, loaded: Loaded, shard: Shard) -> None:
+        """Copy a tensor as vLLM's layer does: of one matrix, and no scale of an index's matrix."""
+        scalar = last in self.parameters and self.parameters[last].kind is Kind.SCALES
+        if shard is None or (scalar and shard not in ("q", "k", "v")):
+            raise LoadRefused(loaded.name, f"vLLM's {self.name} takes no {last} of the matrix")
+        super().load(copies, last, loaded, shard)
 
 
 @dataclass(eq=False)

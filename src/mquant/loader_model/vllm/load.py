@@ -10,9 +10,12 @@ from mquant.loader_model.vllm.model import Model
 from mquant.loader_model.vllm.names import place, rename
 from mquant.loader_model.vllm.table import Table
 from mquant.loader_model.vllm.tensors import Copies, Loaded, LoadRefused, Shape, Unknown
+from mquant.loader_model.vllm.whole_experts import WholeExperts
 
 _UNREAD: Final = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 """The dtypes that safetensors' Python table lacks, so that the real loader was not asked."""
+
+_TABLES: Final[Mapping[str, type[Table]]] = {"parameters": Table, "whole experts": WholeExperts}
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def load(build: Callable[[], Model], tensors: Iterable[Loaded]) -> Outcome:
     try:
         model = build()
         later = _later(model)
-        table = Table(model) if model.rows.walks == "parameters" else None
+        table = _TABLES[model.rows.walks](model) if model.rows.walks in _TABLES else None
         for loaded in tensors:
             _check_known(loaded, model.rows.untold)
             copies.used = 0

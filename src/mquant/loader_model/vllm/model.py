@@ -12,6 +12,7 @@ from mquant.loader_model.vllm.layers import (
     Bare,
     Column,
     Embedding,
+    IndexedQkv,
     Layer,
     Linear,
     Merged,
@@ -26,12 +27,13 @@ from mquant.loader_rows import LayerRow, Renames, Settings, VllmRows
 MOST_LAYERS: Final = 1_000
 _LINEAR: Final[Mapping[str, tuple[type[Linear], str]]] = {
     "qkv": (Qkv, "QKVParallelLinear"),
+    "indexed_qkv": (IndexedQkv, "MinimaxM3QKVParallelLinearWithIndexer"),
     "merged": (Merged, "MergedColumnParallelLinear"),
     "column": (Column, "ColumnParallelLinear"),
     "row": (Row, "RowParallelLinear"),
     "replicated": (Replicated, "ReplicatedLinear"),
 }
-_SPLIT: Final = ("qkv", "merged", "column", "row", "experts")
+_SPLIT: Final = ("qkv", "indexed_qkv", "merged", "column", "row", "experts")
 
 
 class Method(Protocol):
@@ -99,8 +101,9 @@ def build(rows: VllmRows, settings: Settings, method: Method | None, ranks: int 
     Raises LoadRefused if vLLM stops, at config.json too, and Unknown.
     """
     check(settings, rows)
-    for key in rows.required:
-        if key not in settings.values:
+    needs = settings.wrapping.needs if settings.wrapping else ()
+    for key in (*rows.required, *needs):
+        if settings.lacks(key):
             raise LoadRefused("config.json", f"has no {key}")
     if method:
         _tell(method, rows, settings)
@@ -198,7 +201,8 @@ def _asked(rows: VllmRows, settings: Settings, kind: str) -> Iterator[str]:
         if not row.heeds or kind in row.spared_by:
             continue
         if row.kind == "experts":
-            yield from (f"{place.asked}.0.{matrix}" for matrix in asked_matrices(row.names))
+            names = asked_matrices(row.asked_names or row.names)
+            yield from (f"{place.asked}.0.{matrix}" for matrix in names)
         elif row.kind not in ("norm", "bare"):
             yield place.asked
 
@@ -227,8 +231,8 @@ class _Sizes:
         # Of fewer KV heads than ranks, several ranks have the same.
         kv_heads = self.settings.number("num_key_value_heads") or ranks
         shares = [ranks] * len(rows)
-        if row.kind == "qkv":
-            shares[1:] = [min(ranks, kv_heads)] * 2
+        if row.kind in ("qkv", "indexed_qkv"):
+            shares[1:] = [*[min(ranks, kv_heads)] * 3, 1][: len(rows) - 1]
         pairs = zip(rows, shares, strict=True)
         return tuple(_share(name, "writes", size, share) for size, share in pairs), columns, ranks
 
@@ -272,9 +276,11 @@ def _layer(place: _Place, sizes_of: _Sizes, method: Method | None) -> Layer:
             intermediate=sizes[1],
             ranks=ranks,
             names=row.names,
+            asked_names=row.asked_names,
             stacks=row.stacks,
             also=row.also,
             transposed=row.transposed,
+            biased=bias,
         )
         experts.build(method.experts(experts) if method else None)
         return experts

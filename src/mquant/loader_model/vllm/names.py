@@ -81,11 +81,16 @@ class Renaming:
 def rename(name: str, renames: Renames) -> str | None:
     """Return a name after vLLM's mapper of names; None if the mapper leaves the name out."""
     for old, new in renames:
-        found = name.startswith(old[1:]) if old.startswith("^") else old in name
-        if found:
-            if new is None:
-                return None
-            name = name.replace(old.removeprefix("^"), new, 1)
+        part = old.removeprefix("^").removesuffix("$")
+        if old.startswith("^"):
+            found = name.startswith(part)
+        else:
+            found = name.endswith(part) if old.endswith("$") else part in name
+        if found and new is None:
+            return None
+        if found and new is not None:
+            end = old.endswith("$")
+            name = name.removesuffix(part) + new if end else name.replace(part, new, 1)
     return name
 
 

@@ -57,12 +57,16 @@ class Table:
             place(model.modules, model.renaming, copies, loaded)
             return
         self._check_turned(loaded)
-        name = outer[0].removeprefix(self._outer)
         inner = model.renaming[f"{model.inside}model"]
-        if name.startswith(inner.drops or ("\0",)):
+        name = rename(outer[0].removeprefix(self._outer), inner.renames)
+        if name is None or name.startswith(inner.drops or ("\0",)):
             copies.used += loaded.numel
             return
-        name = rename(name, inner.renames) or name
+        self.place_below(copies, name, loaded)
+
+    def place_below(self, copies: Copies, name: str, loaded: Loaded) -> None:
+        """Copy a tensor of the model below `model.`, by its name there, as `load_weights` does."""
+        inner = self._model.renaming[f"{self._model.inside}model"]
         if self._dequantized(copies, name, loaded) or self._stack(copies, name, loaded):
             return
         for old, new, shard in inner.stacked:

@@ -50,7 +50,7 @@ _NOT_HERE: Final = (
     "module 'triton' has no attribute",  # a kernel of GPUs; the environment's triton is a stub
     "contains custom code",  # the probe runs no code of a checkpoint
 )
-_KINDS_NOT_HERE: Final = ("ImportError", "MemoryError", "Killed")
+_KINDS_NOT_HERE: Final = ("ImportError", "ModuleNotFoundError", "MemoryError", "Killed")
 
 VLLM_REFUSES: Final = rule(
     "vllm-refuses",

@@ -333,13 +333,15 @@ def mtp_layers(config: Any, names: Collection[str]) -> tuple[str, ...]:
 
     vLLM passes over these layers on purpose: another model, for speculative decoding, loads them.
     vLLM passes over every layer with such a number; here a layer without `eh_proj`, which joins
-    state and token, is a layer that the model has lost.
+    state and token, is a layer that the model has lost. Some models have such layers under a
+    name of their own.
     """
     keys = ("num_nextn_predict_layers", "num_mtp_modules")
     count = next((getattr(config, key) for key in keys if getattr(config, key, 0)), 0)
     first = config.num_hidden_layers
     layers = (f"model.layers.{first + number}." for number in range(count))
-    return tuple(layer for layer in layers if f"{layer}eh_proj.weight" in names)
+    found = (layer for layer in layers if f"{layer}eh_proj.weight" in names)
+    return "model.mtp.", "language_model.model.mtp.", *found
 
 
 def headers(file: str) -> Any:

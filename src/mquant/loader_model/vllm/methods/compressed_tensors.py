@@ -34,6 +34,7 @@ _EXPERTS: Final = "RoutedExperts"
 _CLASSES: Final = frozenset(
     {
         "QKVParallelLinear",
+        "MinimaxM3QKVParallelLinearWithIndexer",
         "MergedColumnParallelLinear",
         "ColumnParallelLinear",
         "RowParallelLinear",

@@ -115,7 +115,7 @@ def expert_parameters(scheme: Scheme, layer: Experts) -> list[Parameter]:
         if weights.strategy != "channel":
             raise LoadRefused(layer.name, "has INT8 weights without a scale per channel")
         scales = pair.matrices("weight_scale", "F32", wide=0, how="channel")
-        return [*pair.matrices("weight", "I8"), *scales]
+        return [*pair.matrices("weight", "I8"), *scales, *layer.biases()]
     if is_int4_with(scheme, "float"):
         raise Unknown("experts with INT4 weights and FP8 activations")
     # vLLM has INT4 experts with INT8 activations, but on CPUs only.
@@ -171,4 +171,4 @@ def _packed(args: QuantizationArgs, pair: _Pair) -> list[Parameter]:
     made += pair.matrices("weight_scale", MODEL_DTYPE, wide=size, how=args.strategy or "")
     if not args.symmetric:
         made += pair.matrices("weight_zero_point", "I32", per_word, size, how=args.strategy or "")
-    return [*made, *pair.of_experts("weight_shape", MODEL_DTYPE, 2)]
+    return [*made, *pair.of_experts("weight_shape", MODEL_DTYPE, 2), *layer.biases()]

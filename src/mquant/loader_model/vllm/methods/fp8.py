@@ -105,6 +105,7 @@ class Fp8:
         weights = [
             Parameter("w13_weight", _FP8, (count, layer.shards * middle, hidden)),
             Parameter("w2_weight", _FP8, (count, hidden, middle)),
+            *layer.biases(),
         ]
         if self._block is None:
             scales = [

@@ -25,6 +25,8 @@ _BLOCK: Final = 128
 _MX_BLOCK: Final = 32
 _FP8: Final = "F8_E4M3"
 _Matrices = Linear | Embedding
+_TOWERS: Final = ("vision_tower", "vision_model", "vit_large_projector")
+"""Parts of names of layers that vLLM leaves plain unless the config lists every layer."""
 
 
 class ModelOpt:
@@ -55,7 +57,8 @@ class ModelOpt:
         if self._excluded.exclude(prefix):
             return None
         if not self._arguments.mixed:
-            return self._arguments.algo
+            tower = any(part in prefix for part in _TOWERS)
+            return None if tower else self._arguments.algo
         algo = self._arguments.algo_of(prefix, self.fused)
         if algo in BLOCK_CODECS:
             raise Unknown(f"{algo} in MIXED_PRECISION ({prefix})")
