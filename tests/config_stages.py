@@ -43,10 +43,3 @@ def each_family(test: Callable[..., None]) -> Callable[..., None]:
     names = [name for name in DEEP if FAMILIES[name].vllm]
     marked: Callable[..., None] = pytest.mark.parametrize("family", names)(test)
     return marked
-
-
-def each_typed_family(test: Callable[..., None]) -> Callable[..., None]:
-    """Run a test for every family whose config class checks types."""
-    typed = [n for n, f in FAMILIES.items() if f.vllm and not f.nested and "float" in f.vllm.types]
-    marked: Callable[..., None] = pytest.mark.parametrize("family", typed)(test)
-    return marked

@@ -253,6 +253,8 @@ class VllmRows(_Data):
     """Whether such a table's loader passes over every name that it does not find."""
     expert_parts: tuple[str, ...] = ()
     """What the names of experts' parameters begin with, if a table's loader finds no others."""
+    outer_quantization: bool = True
+    """Whether the loader of the whole model knows the quantization config, and so KV scales."""
     inner_quantization: bool = True
     """Whether the model below `model.` knows the quantization config, and so KV scales."""
     ties_head: bool = True

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from config_stages import DROP, FAMILIES, config_of, each_family, each_typed_family, judge
+from config_stages import DROP, FAMILIES, config_of, each_family, judge
 from mquant.loader_model.vllm.config_names import built_as
 from mquant.loader_model.vllm.model import build
 from mquant.loader_model.vllm.predict import predict_of
@@ -44,7 +44,7 @@ def test_a_count_is_a_whole_number(family: str, value: object) -> None:
     assert judge(family, hidden_size=value).startswith("refused: says hidden_size")
 
 
-@each_typed_family
+@each_family
 @pytest.mark.parametrize("value", [1, "0.00001", None])
 def test_a_number_with_a_point_is_not_written_without(family: str, value: object) -> None:
     rows = FAMILIES[family].vllm
@@ -53,7 +53,7 @@ def test_a_number_with_a_point_is_not_written_without(family: str, value: object
     assert judge(family, **{key: value}).startswith(f"refused: says {key}")
 
 
-@each_typed_family
+@each_family
 @pytest.mark.parametrize("value", [0, 1, "false", None])
 def test_a_switch_is_true_or_false(family: str, value: object) -> None:
     assert judge(family, tie_word_embeddings=value).startswith("refused: says tie_word")
@@ -202,16 +202,16 @@ def test_layer_types_have_a_type_for_every_layer(family: str) -> None:
     count = Settings(rows, config_of(family)).number("num_hidden_layers")
     kinds = ["full_attention"] * (count or 0)
 
-    rows = FAMILIES[family].vllm
-    assert rows
-    a_property = "layer_types" in rows.types.get("nothing", ())
-    verdict = judge(family, layer_types=kinds)
-    assert verdict.startswith("refused") if a_property else verdict == "taken"
+    assert judge(family, layer_types=kinds) == "taken"
+    assert judge(family, layer_types=[*kinds, "full_attention"]).startswith("refused")
     assert judge(family, layer_types=["x" for _ in kinds]).startswith("refused")
-    more = judge(family, layer_types=[*kinds, "full_attention"])
-    # After a pattern, the number of layers follows from the types.
-    taken = rows.pattern or rows.cuts_types
-    assert more == "taken" if taken else more.startswith("refused")
+
+
+def test_layer_types_that_only_some_classes_take() -> None:
+    kinds = ["full_attention", "sliding_attention", "x"]
+    assert judge("step3p5", layer_types=kinds) == "taken"  # layer 2 is beyond the last
+    assert judge("jamba", layer_types=["mamba"] * 3).startswith("refused")  # a property
+    assert judge("nemotron_h", layer_types=["sliding_attention"]).startswith("refused")
 
 
 @pytest.mark.parametrize(

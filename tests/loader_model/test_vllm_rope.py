@@ -2,19 +2,19 @@
 
 import pytest
 
-from config_stages import DROP, FAMILIES, each_family, judge
+from config_stages import DROP, each_family, judge
 
 
 @each_family
 @pytest.mark.parametrize("theta", ["10000", None, [10000]])
 def test_the_base_of_the_rotary_embedding_is_a_number(family: str, theta: object) -> None:
     config = {"rope_theta": theta, "rope_parameters": DROP}
-    rows = FAMILIES[family].vllm
-    assert rows
-    if rows.rope.built is True:
-        assert judge(family, **config).startswith("refused: says rope_theta")
-    else:
-        assert judge(family, **config) == "taken"
+    assert judge(family, **config).startswith("refused: says rope_theta")
+
+
+@pytest.mark.parametrize("family", ["jamba", "nemotron_h"])
+def test_hybrid_models_have_no_rotary_embedding(family: str) -> None:
+    assert judge(family, rope_theta="10000") == "taken"
 
 
 @pytest.mark.parametrize(("kind", "verdict"), [("nope", "taken"), ("rope", "refused")])

@@ -113,3 +113,14 @@ def test_a_tensor_of_which_the_rows_do_not_tell_is_not_judged() -> None:
     outcome = renamed("mimo_v2_flash", ".q_proj.", ".qkv_proj.")
 
     assert outcome.unknown == "the tensor model.layers.0.self_attn.qkv_proj.weight"
+
+
+def test_a_loader_that_knows_no_quantization_config_passes_over_no_names() -> None:
+    family = load_families()["jamba"]
+    config = make_config(family, Sizes(), Precision.BF16, tiny=True)
+    assert family.vllm
+    rows = family.vllm
+    name = "model.layers.0.feed_forward.down_proj.g_idx"
+    outcome = load(lambda: build(rows, Settings(rows, config), None), [Loaded(name, "I32", (64,))])
+
+    assert outcome.refused and outcome.refused[0] == name

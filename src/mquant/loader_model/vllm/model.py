@@ -337,7 +337,14 @@ def _renaming(rows: VllmRows, settings: Settings, method: Method | None) -> dict
         suffixes if rows.inner_quantization else (),
     )
     head = ("lm_head.",) if settings.headless else ()
-    outer = Renaming((), rows.outer_renames, head, (), quantized, suffixes)
+    outer = Renaming(
+        (),
+        rows.outer_renames,
+        head,
+        (),
+        quantized and rows.outer_quantization,
+        suffixes if rows.outer_quantization else (),
+    )
     if around is None:
         return {"": outer, "model": inner}
     larger = Renaming(around.stacked, around.renames, (), (), quantized, suffixes)
