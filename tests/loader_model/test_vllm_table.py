@@ -4,6 +4,7 @@ import pytest
 
 from mquant.family_files import load_families
 from mquant.loader_model.vllm.load import Outcome, load
+from mquant.loader_model.vllm.methods.choose import read_method
 from mquant.loader_model.vllm.model import build
 from mquant.loader_model.vllm.tensors import Loaded
 from mquant.loader_rows import Settings
@@ -115,12 +116,16 @@ def test_a_tensor_of_which_the_rows_do_not_tell_is_not_judged() -> None:
     assert outcome.unknown == "the tensor model.layers.0.self_attn.qkv_proj.weight"
 
 
-def test_a_loader_that_knows_no_quantization_config_passes_over_no_names() -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_a_loader_passes_over_g_idx_if_it_knows_the_quantization_config(known: bool) -> None:
     family = load_families()["jamba"]
     config = make_config(family, Sizes(), Precision.BF16, tiny=True)
     assert family.vllm
-    rows = family.vllm
+    rows = family.vllm.model_copy(update={"outer_quantization": known})
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    method = read_method({"quantization_config": fp8}, None, (4, 2))
     name = "model.layers.0.feed_forward.down_proj.g_idx"
-    outcome = load(lambda: build(rows, Settings(rows, config), None), [Loaded(name, "I32", (64,))])
+    tensors = [Loaded(name, "I32", (64,))]
 
-    assert outcome.refused and outcome.refused[0] == name
+    outcome = load(lambda: build(rows, Settings(rows, config), method), tensors)
+    assert (outcome.refused is None) is known
