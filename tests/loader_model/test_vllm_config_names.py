@@ -106,3 +106,8 @@ def test_vllm_drops_the_head_of_a_model_without_architecture(named: object) -> N
     assert bare.dropped == ("lm_head.weight",)
     assert "lm_head.weight" not in dict(bare.unset)
     assert not outcome().dropped
+
+
+def test_a_model_of_a_family_that_this_vllm_does_not_have_is_not_judged() -> None:
+    with pytest.raises(Unknown, match="'minimax_m3', which vLLM does not have"):
+        built_as({"model_type": "minimax_m3"}, FAMILIES["minimax_m3_vl"].vllm)

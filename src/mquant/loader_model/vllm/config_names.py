@@ -22,6 +22,8 @@ def built_as(config: Mapping[str, Any], read_as: VllmRows | None) -> VllmRows:
     """
     kind, named = config.get("model_type"), config.get("architectures")
     if not isinstance(kind, str) or kind not in _known()["model_types"]:
+        if read_as is not None:  # a model of today that this vLLM lacks: no fault of config.json
+            raise Unknown(f"model_type {said(kind)}, which vLLM does not have")
         raise LoadRefused(_FILE, f"says model_type {said(kind)}, which vLLM does not know")
     if read_as is None:
         raise Unknown(f"model_type {said(kind)}")
