@@ -2,7 +2,7 @@
 
 import pytest
 
-from config_stages import DROP, each_family, judge
+from config_stages import DROP, FAMILIES, each_family, judge
 
 
 @each_family
