@@ -55,6 +55,14 @@ Written by `scripts/prove_families.py`; do not edit. `scripts/test-loaders.sh` c
 | family | model_type | release | transformers | vLLM | kept by nvfp4 |
 | --- | --- | --- | --- | --- | --- |
 """
+NOT_ASKED: Final = {"deepseek_v4": "vLLM has another model of it for CPUs"}
+"""Families that vLLM's CPU build tells nothing about, and why."""
+SHORTER: Final = {
+    "contains custom code": "config.json names code of its own",
+    "--mamba-block-size": "vLLM's CPU build takes no blocks of states",
+    "trying to load has model type": "no such model",
+}
+"""Words of vLLM's messages -> what the page says instead."""
 SMALL: Final = (Role.NORM, Role.OTHER, Role.ROUTING_BIAS)
 
 
@@ -77,9 +85,12 @@ class Proof:
 
     def _vllm(self, answers: Mapping[Path, Answer]) -> str:
         said: dict[str, list[str]] = {}
+        why = NOT_ASKED.get(self.family.name)
         for form, path in self.folders.items():
-            answer = answers[path]
-            words = "loads" if answer.verdict == "loads" else f"{answer.verdict}: {answer.words}"
+            answer = Answer("not asked", "", why) if why else answers[path]
+            shorter = (text for part, text in SHORTER.items() if part in answer.words)
+            words = f"{answer.verdict}: {next(shorter, answer.words)}"
+            words = "loads" if answer.verdict == "loads" else words
             said.setdefault(_short(words), []).append(form)
         for form, why in self.refused.items():
             said.setdefault(_short(why), []).append(form)

@@ -45,6 +45,7 @@ _NOT_HERE: Final = (
     "min_capability",
     "current platform",
     "device type",
+    "--mamba-block-size",  # a model whose state has blocks, which vLLM's CPU build does not take
     "meta tensor",  # a model that needs values, which the probe does not have
     "failed to be inspected",  # a model whose packages are not here
     "module 'triton' has no attribute",  # a kernel of GPUs; the environment's triton is a stub
