@@ -25,7 +25,8 @@ from mquant.verify.loaders.install import find_python
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
 
-from corpus import CASES, Case  # noqa: E402  (the tests' folder is no package)
+from corpus import Case  # noqa: E402  (the tests' folder is no package)
+from corpus_found import CASES  # noqa: E402
 from run import TRAINED, quantize_nvfp4  # noqa: E402
 
 PAGE, DATA = ROOT / "docs/loaders.md", ROOT / "tests/data/vllm-verdicts.json"
@@ -97,7 +98,8 @@ def judge(folder: Path) -> list[tuple[Case, dict[str, str], Verdict]]:
         bad = case.make(good, place)
         report = verify(Folder(bad), families, Depth.NUMBERS)
         shown = [f for f in report.findings if f.severity != "info" or f.rule in case.rules]
-        rules_of.append({finding.rule: finding.severity for finding in shown})
+        rules = {finding.rule: finding.severity for finding in shown}
+        rules_of.append(rules | ({"(not judged)": ""} if report.undecided else {}))
         pairs.append((bad, place / "vllm.json"))
     cores = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(cores) as pool:

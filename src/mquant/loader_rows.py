@@ -177,6 +177,8 @@ class VllmRows(_Data):
     """What vLLM builds of a family, and how vLLM names the tensors on disk."""
 
     architectures: tuple[str, ...]
+    lacks: tuple[str, ...] = ()
+    """The model_types of the family that vLLM has no config class for."""
     bare: str = ""
     """The architecture without a head, which vLLM also builds of a config.json without one."""
     aliases: Mapping[str, str] = Field(default_factory=dict)

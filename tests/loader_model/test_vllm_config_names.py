@@ -111,3 +111,9 @@ def test_vllm_drops_the_head_of_a_model_without_architecture(named: object) -> N
 def test_a_model_of_a_family_that_this_vllm_does_not_have_is_not_judged() -> None:
     with pytest.raises(Unknown, match="'minimax_m3', which vLLM does not have"):
         built_as({"model_type": "minimax_m3"}, FAMILIES["minimax_m3_vl"].vllm)
+
+
+def test_a_model_type_whose_code_is_in_the_repo_is_not_judged() -> None:
+    config = {"model_type": "no_such_model", "auto_map": {"AutoConfig": "own.Config"}}
+    with pytest.raises(Unknown, match="'no_such_model', whose code is in the repo"):
+        built_as(config, None)

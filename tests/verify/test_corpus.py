@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from corpus import CASES, Case
+from corpus import Case
+from corpus_found import CASES
 from mquant.checkpoint import Folder
 from mquant.family_files import load_families
 from mquant.verify.judge import Depth, verify

@@ -21,12 +21,14 @@ def built_as(config: Mapping[str, Any], read_as: VllmRows | None) -> VllmRows:
     LoadRefused for names that vLLM does not know, and Unknown for those that mquant does not know.
     """
     kind, named = config.get("model_type"), config.get("architectures")
-    if not isinstance(kind, str) or kind not in _known()["model_types"]:
-        if read_as is not None:  # a model of today that this vLLM lacks: no fault of config.json
-            raise Unknown(f"model_type {said(kind)}, which vLLM does not have")
-        raise LoadRefused(_FILE, f"says model_type {said(kind)}, which vLLM does not know")
     if read_as is None:
-        raise Unknown(f"model_type {said(kind)}")
+        if isinstance(kind, str) and kind in _known()["model_types"]:
+            raise Unknown(f"model_type {said(kind)}")
+        if config.get("auto_map"):
+            raise Unknown(f"model_type {said(kind)}, whose code is in the repo")
+        raise LoadRefused(_FILE, f"says model_type {said(kind)}, which vLLM does not know")
+    if kind in read_as.lacks:  # no fault of config.json
+        raise Unknown(f"model_type {said(kind)}, which vLLM does not have")
     if not named:
         if read_as.needs_architectures:
             raise LoadRefused(_FILE, "names no architectures")
