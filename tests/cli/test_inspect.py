@@ -131,7 +131,7 @@ def test_what_vllm_refuses_is_said(tmp_path: Path) -> None:
 
 
 def test_a_model_that_mquant_does_not_know_is_not_judged(tmp_path: Path) -> None:
-    model = make_checkpoint(tmp_path / "model", config={"model_type": "gpt_oss"})
+    model = make_checkpoint(tmp_path / "model", config={"model_type": "gpt2"})
 
     assert document(model)["vllm"].startswith("not judged: ")
 

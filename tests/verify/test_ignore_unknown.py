@@ -84,7 +84,7 @@ def test_a_quantized_head_of_an_unknown_family_is_an_error(judge: Judge, name: s
 
 
 def test_a_model_type_that_vllm_does_not_know_is_an_error(judge: Judge) -> None:
-    report = judge(quantized(NVFP4A16), compressed(["lm_head"]), model_type="odd")
+    report = judge(quantized(NVFP4A16), compressed(["lm_head"]), model_type="odd", auto_map=...)
     assert "model_type 'odd', which vLLM does not know" in message(report, "vllm-refuses")
 
 
