@@ -7,7 +7,6 @@ descriptions.
 import json
 import tempfile
 from collections.abc import Callable
-from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -65,7 +64,6 @@ def parent(family: Family, random: Random, precision: Precision = Precision.BF16
     config = family.with_settings(config, {**COMMON, **SIZES[family.name]})
     if VARIANTS[family.name] and random.random() < 0.4:
         config = family.with_settings(config, random.choice(VARIANTS[family.name]))
-    config = deepcopy(config)  # its tables are the family's, and mutations change tables
     plain = _headers(family, config, Precision.BF16)
     tensors = _headers(family, config, precision)
     draft = Draft(family.named_for(config), PLAIN, config, tensors, plain)
