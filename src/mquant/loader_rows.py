@@ -146,7 +146,8 @@ class RopeRow(_Data):
     `share` is the part of a head that is rotated if no key says it. `sections`: whether vLLM reads
     `mrope_section`, the parts of a head for time, height and width. `stretches`: whether a factor
     makes the model's length longer. `by_layer`: the base may be a list with one for every layer.
-    `built`: whether vLLM builds a rotary embedding.
+    `built`: whether vLLM builds a rotary embedding. `mixed_in`: whether the config class has
+    transformers' RotaryEmbeddingConfigMixin, which fills in the length before scaling.
 
     `each` has the types of layer with a table each in `rope_parameters`, and the tables that
     transformers makes without the key. `bases` are older keys, with the type of layer whose base
@@ -171,6 +172,7 @@ class RopeRow(_Data):
     built: bool | Condition = True
     longrope: Literal["", "only", "factors"] = ""
     alpha: bool = False
+    mixed_in: bool = True
 
 
 class VllmRows(_Data):

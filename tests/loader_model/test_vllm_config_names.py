@@ -10,6 +10,7 @@ from mquant.loader_model.vllm.config_stage import check
 from mquant.loader_model.vllm.experts import Experts
 from mquant.loader_model.vllm.load import Outcome, load
 from mquant.loader_model.vllm.model import build
+from mquant.loader_model.vllm.predict import predict_of
 from mquant.loader_model.vllm.tensors import Loaded, LoadRefused, Unknown
 from mquant.loader_rows import Settings
 
@@ -117,3 +118,34 @@ def test_a_model_type_whose_code_is_in_the_repo_is_not_judged() -> None:
     config = {"model_type": "no_such_model", "auto_map": {"AutoConfig": "own.Config"}}
     with pytest.raises(Unknown, match="'no_such_model', whose code is in the repo"):
         built_as(config, None)
+
+
+def test_an_architecture_of_another_task_is_not_judged() -> None:
+    assert judge("phimoe", architectures=["PhiMoEForConditionalGeneration"]).startswith("unknown")
+
+
+@pytest.mark.parametrize("key", ["num_heads", "hidden_act"])
+def test_null_in_the_config_of_a_tower_is_not_judged(key: str) -> None:
+    config = config_of("qwen3_vl_moe")
+    outcome = predict_of({**config, "vision_config": {key: None}}, FAMILIES["qwen3_vl_moe"], [])
+    assert outcome.unknown == f"vision_config.{key} null"
+
+
+@pytest.mark.parametrize(
+    ("family", "table", "key"),
+    [
+        ("qwen3_vl_moe", "text_config", "norm_topk_prob"),
+        ("minimax_m3_vl", "text_config.sparse_attention_config", "sparse_num_index_heads"),
+    ],
+)
+def test_a_key_that_vllm_reads_without_a_default_must_be_there(
+    family: str, table: str, key: str
+) -> None:
+    config = config_of(family)
+    inner = config
+    for name in table.split("."):
+        inner = inner[name]
+    del inner[key]
+    outcome = predict_of(config, FAMILIES[family], [])
+    assert outcome.refused is not None
+    assert key in outcome.refused[1]

@@ -115,3 +115,14 @@ def test_the_length_before_scaling_is_a_key_of_phi_3() -> None:
 
 def test_longrope_of_other_families_is_not_judged() -> None:
     assert judge("llama", rope_scaling=longrope()) == "unknown: rope_type longrope"
+
+
+@pytest.mark.parametrize("family", ["jamba", "mimo_v2_flash"])
+def test_a_config_class_without_the_mixin_does_not_know_the_length_before_scaling(
+    family: str,
+) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    assert judge(family, rope_scaling=yarn, rope_parameters=DROP) == (
+        "refused: says rope_type yarn without original_max_position_embeddings"
+    )
+    assert judge("llama", rope_scaling=yarn, rope_parameters=DROP) == "taken"

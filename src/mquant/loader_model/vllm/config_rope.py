@@ -116,7 +116,9 @@ def _tables(
         if given is not None and "rope_theta" in tables[kind]:
             continue
         tables[kind]["rope_theta"] = config.get(key, rope.each[kind]["rope_theta"])
-    scaling = config.get("rope_scaling") if rope.bases else None
+    scaling = config.get("rope_scaling")
+    if not rope.bases and "rope_scaling" in config and (scaling is not None or given is None):
+        raise Unknown("rope_scaling of a model with rope_parameters for each type of layer")
     if scaling is not None:
         if not isinstance(scaling, dict):
             raise LoadRefused(_FILE, f"says rope_scaling {said(scaling)}, not a table")
@@ -142,7 +144,7 @@ def _standard(params: dict[str, Any], rows: VllmRows, settings: Settings) -> dic
             raise Unknown(f"rope_type {said(kind)}")
         if kind == "su":
             kind = params["rope_type"] = "longrope"
-    if kind in _FROM_LENGTH:
+    if kind in _FROM_LENGTH and rows.rope.mixed_in:
         length = settings.values.get("max_position_embeddings")
         params.setdefault("original_max_position_embeddings", length)
     return params
@@ -152,6 +154,8 @@ def _share(config: Mapping[str, Any], rows: VllmRows, settings: Settings) -> Any
     """Return the part of a head that is rotated; None if no key says it."""
     key = rows.rope.rotates
     rotated = config.get(key) if key else None
+    if not rows.rope.mixed_in and config.get("partial_rotary_factor", 1.0) is None:
+        raise Unknown("partial_rotary_factor null")
     if rotated is None:
         return config.get("partial_rotary_factor", rows.rope.share)
     head = settings.number("head_dim")
@@ -173,6 +177,8 @@ def _check_by_transformers(
         raise Unknown("rope_type longrope")
     key = "original_max_position_embeddings"
     if kind in _FROM_LENGTH:
+        if not rows.rope.mixed_in and key not in params:
+            raise LoadRefused(_FILE, f"says rope_type {kind} without {key}")
         if rows.rope.longrope != "factors":
             params[key] = settings.values.get(key, params.get(key))
         if not is_number(params[key]) or (kind == "yarn" and not params[key]):

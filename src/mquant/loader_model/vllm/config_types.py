@@ -8,6 +8,9 @@ from mquant.loader_model.vllm.tensors import LoadRefused
 
 _NUMERAL: Final = re.compile(r"\s{0,9}[+-]?[0-9]{1,4000}(\.0{0,99})?\s{0,9}")
 
+_EMPTY: Final = ("architectures", "problem_type", "dtype", "torch_dtype", "pad_token_id")
+"""Keys of every config class that may be null."""
+
 
 def is_integer(value: object) -> TypeGuard[int]:
     """Return whether a value is a whole number; `true` is none."""
@@ -74,3 +77,19 @@ def said(value: object) -> str:
     """Return a value as a short text."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def check_nulls(config: Mapping[str, Any], usual: Mapping[str, Any], text: str) -> None:
+    """Raise Unknown if a key in a table outside the text model's is null, and not in `usual`.
+
+    `usual` is the config.json of a release, `text` the key of the text model's table.
+    """
+    tables = ((key, part) for key, part in config.items() if key.endswith("_config"))
+    for key, part in tables:
+        if isinstance(part, Mapping) and key not in (text, "quantization_config"):
+            theirs = usual.get(key)
+            theirs = theirs if isinstance(theirs, Mapping) else {}
+            for inner, value in part.items():
+                if value is None and inner not in _EMPTY and theirs.get(inner, ...) is not None:
+                    raise Unknown(f"{key}.{inner} null")
+            check_nulls(part, theirs, "")

@@ -9,6 +9,7 @@ from mquant.checkpoint import Checkpoint, read_header, read_json
 from mquant.errors import HeaderError, SourceError
 from mquant.family import Family
 from mquant.loader_model.vllm.config_names import built_as, config_class
+from mquant.loader_model.vllm.config_types import check_nulls
 from mquant.loader_model.vllm.load import Outcome, load
 from mquant.loader_model.vllm.methods.choose import read_method
 from mquant.loader_model.vllm.model import Model, build
@@ -89,6 +90,8 @@ def _model(
     heads = settings.number("num_attention_heads") or 0
     heads_of = heads, settings.number("num_key_value_heads") or heads
     text = settings.config if settings.nested else None
+    if family and family.nested:
+        check_nulls(config, family.synth.config, family.nested)
     method = read_method(config, hf_quant_config, heads_of, text)
     return build(rows, settings, method, ranks)
 
