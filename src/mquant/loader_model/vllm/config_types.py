@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeGuard
 
-from mquant.loader_model.vllm.tensors import LoadRefused
+from mquant.loader_model.vllm.tensors import LoadRefused, Unknown
 
 _NUMERAL: Final = re.compile(r"\s{0,9}[+-]?[0-9]{1,4000}(\.0{0,99})?\s{0,9}")
 
