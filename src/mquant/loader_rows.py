@@ -191,6 +191,8 @@ class VllmRows(_Data):
     pattern: PatternRow | None = None
     divides: tuple[tuple[Size, Size], ...] = ()
     """Pairs of sizes: transformers refuses a first number that does not divide the second."""
+    below: tuple[tuple[str, str], ...] = ()
+    """Pairs of keys: transformers refuses a first number that is not below the second."""
     divisors: tuple[str, ...] = ()
     """Keys that vLLM divides by: by 1 without a key, if `required` does not name it."""
     counts: tuple[str, ...] = ()

@@ -152,6 +152,17 @@ def test_attention_heads_are_shared_evenly_by_kv_heads() -> None:
     assert judge("deepseek_v3", num_key_value_heads=3) == "taken"
 
 
+@pytest.mark.parametrize("kind", ["attn", "expert"])
+def test_an_offset_of_jambas_layers_is_below_its_period(kind: str) -> None:
+    changes = {f"{kind}_layer_offset": 8}
+    assert f"says {kind}_layer_offset 8, which is not below" in judge("jamba", **changes)
+
+
+def test_glm_reads_the_size_of_heads_without_a_default() -> None:
+    outcome = predict_of(config_of("glm4_moe", head_dim=DROP), FAMILIES["glm4_moe"], [])
+    assert outcome.refused == ("config.json", "has no head_dim")
+
+
 def test_only_llama_wants_heads_that_divide_the_hidden_size() -> None:
     numbers = {"hidden_size": 256, "num_attention_heads": 6, "num_key_value_heads": 2}
 

@@ -331,7 +331,12 @@ def _check_model(rows: VllmRows, settings: Settings) -> None:
     for part, whole_size in rows.divides:
         size, other = settings.size(part), settings.size(whole_size)
         if size is not None and other is not None and (not size or other % size):
-            raise LoadRefused(_FILE, f"says {part} {size}, which does not divide {whole_size}")
+            what = f"{whole_size} {other}, and {part}" if part.isdecimal() else f"{part} {size}"
+            raise LoadRefused(_FILE, f"says {what}, which does not divide {whole_size}")
+    for key, most in rows.below:
+        low, high = settings.number(key), settings.number(most)
+        if low is not None and high is not None and low >= high:
+            raise LoadRefused(_FILE, f"says {key} {low}, which is not below {most}")
     for key in rows.numbers:
         if not is_integer(values.get(key)):
             raise LoadRefused(_FILE, f"says {key} {said(values.get(key))}, not a whole number")
