@@ -232,12 +232,14 @@ class SynthData(Data):
     """The config.json of `mquant synth`: the real model's, and the changes for a tiny model.
 
     `tiny_in_blocks` are further changes for a tiny model in FP8 blocks, which must divide its rows.
+    `releases` are those with whose config.json `mquant plan` was tried, at their real shapes.
     """
 
     config: dict[str, Any]
     tiny: dict[str, Any]
     tiny_in_blocks: dict[str, Any] = Field(default_factory=dict)
     per_layer: dict[str, Any] = Field(default_factory=dict)
+    releases: tuple[str, ...] = ()
 
 
 def replaced(name: str, pairs: tuple[tuple[str, str], ...]) -> str:

@@ -120,8 +120,9 @@ def test_a_model_type_whose_code_is_in_the_repo_is_not_judged() -> None:
         built_as(config, None)
 
 
-def test_an_architecture_of_another_task_is_not_judged() -> None:
-    assert judge("phimoe", architectures=["PhiMoEForConditionalGeneration"]).startswith("unknown")
+@pytest.mark.parametrize("name", ["PhiMoEForConditionalGeneration", "PhimoeForCausalLM"])
+def test_an_architecture_of_another_task_or_of_transformers_is_not_judged(name: str) -> None:
+    assert judge("phimoe", architectures=[name]).startswith("unknown")
 
 
 @pytest.mark.parametrize("key", ["num_heads", "hidden_act"])

@@ -43,16 +43,18 @@ def built_as(config: Mapping[str, Any], read_as: VllmRows | None) -> VllmRows:
     other = next((r for r in shipped if r and named[0] in r.every_architecture), None)
     if other is not None:
         return other
-    if any(_stem(name) in map(_stem, _known()["architectures"]) for name in named):
-        raise Unknown(f"architectures {said(named)}")  # vLLM may take the class of another task
+    # vLLM may take the class of another task, or build transformers' class of the model_type.
+    like = {*map(_stem, _known()["architectures"]), str(kind).replace("_", "")}
+    if not like.isdisjoint(map(_stem, named)):
+        raise Unknown(f"architectures {said(named)}")
     if not any(name in _known()["architectures"] for name in named):
         raise LoadRefused(_FILE, f"says architectures {said(named)}, which vLLM does not know")
     raise Unknown(f"architectures {said(named)}")
 
 
 def _stem(architecture: str) -> str:
-    """Return the name of an architecture without its task: `Qwen3` of `Qwen3ForCausalLM`."""
-    return architecture.partition("For")[0]
+    """Return the name of an architecture without its task: `qwen3` of `Qwen3ForCausalLM`."""
+    return architecture.partition("For")[0].lower()
 
 
 def config_class(kind: Any) -> VllmRows | None:

@@ -10,6 +10,7 @@ _NUMERAL: Final = re.compile(r"\s{0,9}[+-]?[0-9]{1,4000}(\.0{0,99})?\s{0,9}")
 
 _EMPTY: Final = ("architectures", "problem_type", "dtype", "torch_dtype", "pad_token_id")
 """Keys of every config class that may be null."""
+_OF_METHODS: Final = ("quantization_config", "compression_config")
 
 
 def is_integer(value: object) -> TypeGuard[int]:
@@ -86,7 +87,7 @@ def check_nulls(config: Mapping[str, Any], usual: Mapping[str, Any], text: str) 
     """
     tables = ((key, part) for key, part in config.items() if key.endswith("_config"))
     for key, part in tables:
-        if isinstance(part, Mapping) and key not in (text, "quantization_config"):
+        if isinstance(part, Mapping) and key not in (text, *_OF_METHODS):
             theirs = usual.get(key)
             theirs = theirs if isinstance(theirs, Mapping) else {}
             for inner, value in part.items():
