@@ -38,7 +38,9 @@ HEAD: Final = """# The families, and what proves them
 
 Written by `scripts/prove_families.py`; do not edit. `scripts/test-loaders.sh` checks some rows.
 
-- **Release**: the parameters of the release whose config.json the family's file holds.
+- **Release**: the parameters of the release whose config.json the family's file holds, and the
+  releases with whose config.json `mquant plan --recipe nvfp4` was tried, at their real shapes: it
+  works with all of them.
 - **transformers**: the names and shapes of the tiny checkpoint of `mquant synth` are those of
   transformers {version}'s own model on the meta device, with its conversion undone. Where
   transformers writes other names than the hub has, and loads both, the hub's are right.
@@ -120,7 +122,7 @@ def prepare(family: Family, folder: Path) -> Proof:
     proof = Proof(family)
     config = make_config(family, Sizes(), Precision.BF16, tiny=False)
     sizes = (prod(tensor.shape) for tensor in make_tensors(family, config, Precision.BF16))
-    proof.release = f"{sum(sizes) / 1e9:,.1f} B"
+    proof.release = "; ".join([f"{sum(sizes) / 1e9:,.1f} B", *family.synth.releases])
     tiny = {**family.synth.tiny, **family.synth.tiny_in_blocks}
     small = family.model_copy(update={"synth": family.synth.model_copy(update={"tiny": tiny})})
     src = synth(folder / family.name / "BF16", small).path
