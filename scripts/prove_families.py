@@ -39,16 +39,16 @@ HEAD: Final = """# The families, and what proves them
 Written by `scripts/prove_families.py`; do not edit. `scripts/test-loaders.sh` checks some rows.
 
 - **Release**: the parameters of the release whose config.json the family's file holds, and the
-  releases with whose config.json `mquant plan --recipe nvfp4` was tried, at their real shapes: it
-  works with all of them.
+  releases with whose config.json `mquant plan --recipe nvfp4` was tried, at their real shapes, in
+  BF16 or in FP8 blocks: it works with all of them.
 - **transformers**: the names and shapes of the tiny checkpoint of `mquant synth` are those of
   transformers {version}'s own model on the meta device, with its conversion undone. Where
   transformers writes other names than the hub has, and loads both, the hub's are right.
 - **vLLM**: what vLLM 0.32 does with the headers of the tiny checkpoint (BF16), and of what each
   recipe that needs no data plans for it. *Not asked*: vLLM's CPU build cannot build the model.
   *Unproven*: vLLM has no such model, or the family's file does not say what vLLM builds;
-  `mquant verify` of such a checkpoint says "not judged". Synthetic checkpoints have no towers:
-  vLLM then leaves a tower unset.
+  `mquant verify` of such a checkpoint says "not judged". The tiny checkpoint has a tower
+  where the file tells the tower's layers.
 - **Kept**: the roles that the recipe nvfp4 keeps as they are, besides norms and biases. Loaders
   refuse quantized routers and embeddings, or gain nothing by them; small projections of linear
   attention, Mamba and indexers decide much and weigh little; towers and multi-token prediction are
