@@ -137,7 +137,7 @@ def _opened(draft: Draft, folder: str) -> Checkpoint:
 def _planned(draft: Draft, plan: Plan) -> Draft:
     """Return the draft of a plan's output."""
     if any(refusal.rule != OUTPUT_NOT_LOADABLE.id for refusal in plan.refusals):
-        raise Unfit
+        raise Unfit(", ".join(sorted(each.rule for each in plan.refusals)))
     made = draft.copy()
     made.tensors = {o.name: (o.dtype, o.shape) for unit in plan.units for o in unit.outputs}
     made.config["quantization_config"] = plan.quantization_config

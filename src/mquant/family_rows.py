@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -86,6 +86,13 @@ class Data(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with changes; what was derived of the old values is derived anew."""
+        copied = super().model_copy(update=update, deep=deep)
+        for cached in copied.__dict__.keys() - type(self).model_fields.keys():
+            del copied.__dict__[cached]
+        return copied
+
 
 class TensorRow(Data):
     """One row of a family's `tensors`: a name, with {layer} and {expert} for numbers.
@@ -140,10 +147,7 @@ class TensorRow(Data):
 
     def renamed(self, name: str, *, optional: bool = False) -> "TensorRow":
         """Return the row with another name."""
-        row = self.model_copy(update={"name": name, "optional": optional or self.optional})
-        for cached in ("key", "numberless"):
-            row.__dict__.pop(cached, None)
-        return row
+        return self.model_copy(update={"name": name, "optional": optional or self.optional})
 
     def format(self, layer: int | None, expert: int | None) -> str:
         """Return the tensor's name in a layer, for an expert."""

@@ -374,3 +374,11 @@ def test_fp8_releases_have_every_linear_layer_in_blocks(tmp_path: Path) -> None:
     }
 
     assert roles == {Role.EXPERT, Role.SHARED_EXPERT, Role.MLP, Role.ATTENTION}
+
+
+def test_a_copy_derives_its_names_anew() -> None:
+    family = load_families()["qwen3_vl"]
+    inside = family.named_for(family.synth.config)
+    assert inside.named_for(family.synth.config) is not inside  # now the names are known
+    alone = inside.model_copy(update={"wrapped": ()})
+    assert alone.named_for(family.synth.config) is alone
