@@ -150,3 +150,15 @@ def test_a_key_that_vllm_reads_without_a_default_must_be_there(
     outcome = predict_of(config, FAMILIES[family], [])
     assert outcome.refused is not None
     assert key in outcome.refused[1]
+
+
+def test_a_model_that_loads_in_the_config_class_of_another_is_not_judged() -> None:
+    family, config = FAMILIES["llama"], config_of("llama", num_hidden_layers=0)
+    sizes = (config["vocab_size"], config["hidden_size"])
+    tensors = [
+        Loaded(f"{name}.weight", "BF16", sizes) for name in ("model.embed_tokens", "lm_head")
+    ]
+    tensors.append(Loaded("model.norm.weight", "BF16", sizes[1:]))
+    assert predict_of(config, family, tensors).loads
+    outcome = predict_of({**config, "model_type": "mistral"}, FAMILIES["mistral"], tensors)
+    assert outcome.unknown == "config.json in the config class of another model"

@@ -14,7 +14,7 @@ from mquant.loader_model.vllm.load import Outcome, load
 from mquant.loader_model.vllm.methods.choose import read_method
 from mquant.loader_model.vllm.model import Model, build
 from mquant.loader_model.vllm.tensors import Loaded, LoadRefused, Unknown
-from mquant.loader_rows import Settings
+from mquant.loader_rows import Settings, VllmRows
 
 VERSION: Final = "0.32"
 """The vLLM that the model follows."""
@@ -55,7 +55,15 @@ def predict_of(
     except HeaderError as error:
         return Outcome(refused=("the shards", error.message))
     config = _untied(config, first) if ties else config
-    return load(lambda: _model(family, config, hf_quant_config), chain(first, rest))
+    outcome = load(lambda: _model(family, config, hf_quant_config), chain(first, rest))
+    if outcome.loads and _reads(config, family) is not built_as(config, _reads(config, family)):
+        return Outcome(unknown="config.json in the config class of another model")
+    return outcome
+
+
+def _reads(config: Mapping[str, Any], family: Family | None) -> VllmRows | None:
+    """Return how transformers reads config.json: by its model_type, whatever vLLM builds."""
+    return family.vllm if family else config_class(config.get("model_type"))
 
 
 def _ties(config: Mapping[str, Any], family: Family | None) -> bool:
@@ -84,7 +92,7 @@ def split(checkpoint: Checkpoint, family: Family, ranks: int) -> str:
 def _model(
     family: Family | None, config: Mapping[str, Any], hf_quant_config: Any, ranks: int = 1
 ) -> Model:
-    read_as = family.vllm if family else config_class(config.get("model_type"))
+    read_as = _reads(config, family)
     rows = built_as(config, read_as)
     settings = Settings(rows, config, read_as)
     heads = settings.number("num_attention_heads") or 0
