@@ -1,6 +1,7 @@
 """`quantize --push-to` needs a bounded folder only, and commits index and config.json last."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import mquant.checkpoint.spool as spool_module
 from fakehub import FakeHub, hub, writable
 from judges import hashes, held, largest
 from make import make_checkpoint, make_larger
-from mquant.checkpoint import open_checkpoint
+from mquant.checkpoint import Folder, open_checkpoint
 from mquant.checkpoint.hub import HubRepo
 from mquant.checkpoint.upload import HubWriter
 from mquant.cli.app import app
@@ -275,6 +276,30 @@ def test_a_folder_can_be_quantized_into_a_repo_too(
     assert {k: v for k, v in digests.items() if k != "mquant.json"} == {
         k: v for k, v in expected.items() if k != "mquant.json"
     }
+
+
+def test_a_shard_of_a_folder_touched_while_the_repo_is_judged_costs_no_byte(
+    hub: FakeHub, src: Path, tmp_path: Path
+) -> None:
+    own = shutil.copytree(src, tmp_path / "src")
+    touched: list[Event] = []
+
+    def emit(event: Event) -> None:
+        if isinstance(event, Note) and "no licence" in event.message and not touched:
+            touched.append(event)  # all shards are in the repo, config.json is not
+            for path in own.glob("*-00003-*.safetensors"):
+                path.chmod(0o600)
+
+    plan = make_plan(
+        open_checkpoint(Folder(own)),
+        find_recipe("nvfp4"),
+        load_families(),
+        max_shard_bytes=SHARD,
+    )
+    quantize_to_hub(plan, tmp_path / "out", "org/untouched")
+    quantize_to_hub(plan, tmp_path / "out", REPO, emit=emit)
+    assert touched
+    assert on_the_hub(hub) == on_the_hub(hub, "org/untouched")
 
 
 def test_public_repos_and_filled_repos_are_refused(hub: FakeHub, src: Path, tmp_path: Path) -> None:

@@ -126,6 +126,40 @@ def test_a_chmod_a_hard_link_or_a_copy_of_a_file_during_the_run_costs_time_and_n
     ]
 
 
+def all_shards_are_written(event: Event) -> bool:
+    """Return whether this is the event between the last shard and config.json."""
+    return isinstance(event, Note) and event.message.startswith("The source has no licence")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_chmod_while_the_result_is_judged_costs_time_and_no_byte(
+    src: Path, tmp_path: Path, times: int
+) -> None:
+    expected = hashes(quantize_nvfp4(src, tmp_path / "new", silent, SMALL))
+    touched = 0
+
+    def emit(event: Event) -> None:
+        nonlocal touched
+        if all_shards_are_written(event) and touched < times:
+            touched += 1
+            (src / SHARD).chmod(0o600)
+
+    out = quantize_nvfp4(src, tmp_path / "out", emit, SMALL)
+    assert touched == times
+    assert hashes(out) == expected
+
+
+def test_a_file_that_is_touched_at_every_judgement_stops_the_run(src: Path, tmp_path: Path) -> None:
+    def emit(event: Event) -> None:
+        if all_shards_are_written(event):
+            (src / SHARD).chmod(0o600)
+
+    with pytest.raises(SourceError) as caught:
+        quantize_nvfp4(src, tmp_path / "out", emit, SMALL)
+    assert caught.value.message == f"{SHARD} changed while it was read."
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 def test_a_chmod_of_all_files_during_the_run_costs_no_byte(src: Path, tmp_path: Path) -> None:
     expected = hashes(quantize_nvfp4(src, tmp_path / "new", silent, SMALL))
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any, Final, Self, TypedDict, Unpack
 
@@ -75,6 +74,14 @@ class RunOptions(TypedDict, total=False):
     emit: Emit
 
 
+class _TouchedError(Exception):
+    """Files were touched (as `accept_touched` returns them) while the result was judged."""
+
+    def __init__(self, touched: Mapping[str, bool]) -> None:
+        super().__init__(*touched)
+        self.touched = touched
+
+
 @dataclass(frozen=True)
 class Result:
     """A finished checkpoint. `fresh` is False if an earlier run had finished the checkpoint.
@@ -99,6 +106,7 @@ class Run:
     `source` is where the tensors are read: the local copy if the run downloaded the files. `found`
     is the state of OUT at the claim. `plan` has the shards to write: all shards of the spec, or a
     share of them. `digests` are those of the shards, `source_digests` are known ones of the source.
+    `_again` writes the shards again, if this run wrote them; `_touches` counts how often it did.
     """
 
     out: Path
@@ -111,6 +119,8 @@ class Run:
     workers: int | None = None
     digests: dict[str, str] = field(default_factory=dict)
     source_digests: dict[str, str] = field(default_factory=dict)
+    _again: Callable[[Recorded | None, set[str]], None] | None = None
+    _touches: int = 0
 
     @classmethod
     @contextmanager
@@ -192,10 +202,21 @@ class Run:
         file that was touched meanwhile (see `accept_touched`) is made again. Raises EngineError if
         a written header is not as planned.
         """
+        self._again = partial(self._write_until_untouched, engine, away, files)
+        self._again(self.found.recorded, {*self.found.files})
+
+    def _write_until_untouched(
+        self,
+        engine: Callable[[ShardSet], None],
+        away: Callable[[], Mapping[str, str]] | None,
+        files: tuple[str, ...] | None,
+        recorded: Recorded | None,
+        old: set[str],
+    ) -> None:
+        """Do `write_shards` after a run that did what is `recorded` and made the files `old`."""
         spec, plan, ledger = self.spec, self.plan, self.claimed
         shards = {shard.name for shard in plan.shards}
-        recorded, old = self.found.recorded, {*self.found.files}
-        for touches in count(1):
+        while True:
             recorded = recorded if spec.resumes else None
             old = old - shards if recorded else old
             discard(self.out, old - {RECORD})
@@ -204,12 +225,17 @@ class Run:
             touched = self._write(engine, recorded, None if away is None else away())
             if not touched:
                 break
-            if touches > _MOST_TOUCHES:
-                raise changed(names([*touched]))
-            tell_touched(touched, self.emit)
+            self._count_touch(touched)
             recorded, old = ledger.recorded, shards
         if away is None:
             check_headers_as_planned(Folder(self.out), plan)
+
+    def _count_touch(self, touched: Mapping[str, bool]) -> None:
+        """Say that files were touched. Raises SourceError if that happened too often."""
+        self._touches += 1
+        if self._touches > _MOST_TOUCHES:
+            raise changed(names([*touched]))
+        tell_touched(touched, self.emit)
 
     def _write(
         self,
@@ -266,8 +292,22 @@ class Run:
         """Write all files but the shards. `judge` sees the checkpoint before config.json exists.
 
         `kept` are the files of the result that the run does not write. If `judge` raises, or if a
-        file that was read has changed since, OUT has no index and no config.json.
+        file that was read has changed since, OUT has no index and no config.json. If a file was
+        touched since, what the run made from the file is made again, and the rest is done again.
         """
+        while True:
+            try:
+                self._assemble(judge, kept)
+            except _TouchedError as error:
+                if self._again is None:  # other runs wrote the shards
+                    raise changed(names([*error.touched])) from None
+                self._count_touch(error.touched)
+                self._again(self.claimed.recorded, {shard.name for shard in self.plan.shards})
+            else:
+                return
+
+    def _assemble(self, judge: Callable[[Source], None], kept: Kept | None) -> None:
+        """Do `assemble` once. Raises _TouchedError if what was made does not count."""
         spec = self.spec
         shards = dict(kept or {})
         for shard in spec.shards.shards:
@@ -283,7 +323,7 @@ class Run:
         def judge_and_check(made: Source) -> None:
             judge(made)
             if touched := self.accept_touched(unknown=True):
-                raise changed(names([*touched]))
+                raise _TouchedError(touched)
             check_unchanged([*read, *described_by(checkpoint.source)])
 
         finish(self.out, spec.plan, index, shards, sides, spec.record, judge_and_check)
