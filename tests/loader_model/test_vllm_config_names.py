@@ -152,7 +152,17 @@ def test_a_key_that_vllm_reads_without_a_default_must_be_there(
     assert key in outcome.refused[1]
 
 
-def test_a_model_that_loads_in_the_config_class_of_another_is_not_judged() -> None:
+@pytest.mark.parametrize(
+    ("model_type", "dropped", "loads"),
+    [
+        ("mistral", (), True),
+        ("mistral", ("rms_norm_eps",), False),  # a default of another class
+        ("olmoe", (), False),  # vLLM was not asked
+    ],
+)
+def test_a_model_in_the_config_class_of_another_is_judged_if_the_pair_is_proven(
+    model_type: str, dropped: tuple[str, ...], loads: bool
+) -> None:
     family, config = FAMILIES["llama"], config_of("llama", num_hidden_layers=0)
     sizes = (config["vocab_size"], config["hidden_size"])
     tensors = [
@@ -160,5 +170,7 @@ def test_a_model_that_loads_in_the_config_class_of_another_is_not_judged() -> No
     ]
     tensors.append(Loaded("model.norm.weight", "BF16", sizes[1:]))
     assert predict_of(config, family, tensors).loads
-    outcome = predict_of({**config, "model_type": "mistral"}, FAMILIES["mistral"], tensors)
-    assert outcome.unknown == "config.json in the config class of another model"
+    config = {k: v for k, v in config.items() if k not in dropped} | {"model_type": model_type}
+    outcome = predict_of(config, FAMILIES[model_type], tensors)
+    assert outcome.loads is loads
+    assert outcome.unknown == ("" if loads else "config.json in the config class of another model")

@@ -63,6 +63,37 @@ def config_class(kind: Any) -> VllmRows | None:
     return None if read is None else VllmRows(**{"architectures": (), "layers": (), **read})
 
 
+def is_proven(config: Mapping[str, Any]) -> bool:
+    """Return whether it is known what vLLM builds of a config.json in another model's config class.
+
+    The class has other attributes and defaults, so config.json must have every key of the released
+    config.json of the architecture. scripts/prove_config_classes.py asks vLLM about each pair of
+    model_type and architecture.
+    """
+    kind, named = config.get("model_type"), config.get("architectures")
+    pairs, first = _pairs(), named[0] if isinstance(named, list) and named else None
+    if kind not in pairs["model_types"] or first not in pairs["architectures"]:
+        return False
+    return any(
+        _has_keys(config, family.synth.config)
+        for family in load_families().values()
+        if family.vllm and first in family.vllm.every_architecture
+    )
+
+
+def _has_keys(config: Any, released: Mapping[str, Any]) -> bool:
+    """Return whether a table has the keys of a released table, and so have the tables inside."""
+    return isinstance(config, Mapping) and all(
+        key in config and (not isinstance(value, Mapping) or _has_keys(config[key], value))
+        for key, value in released.items()
+    )
+
+
+@cache
+def _pairs() -> Mapping[str, list[str]]:
+    return read_yaml(Path(__file__).with_name("config_pairs.yaml"))
+
+
 @cache
 def _classes() -> Mapping[str, Any]:
     return read_yaml(Path(__file__).with_name("config_classes.yaml"))

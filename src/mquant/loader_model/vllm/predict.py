@@ -8,7 +8,7 @@ from typing import Any, Final
 from mquant.checkpoint import Checkpoint, read_header, read_json
 from mquant.errors import HeaderError, SourceError
 from mquant.family import Family
-from mquant.loader_model.vllm.config_names import built_as, config_class
+from mquant.loader_model.vllm.config_names import built_as, config_class, is_proven
 from mquant.loader_model.vllm.config_types import check_nulls
 from mquant.loader_model.vllm.load import Outcome, load
 from mquant.loader_model.vllm.methods.choose import read_method
@@ -56,8 +56,10 @@ def predict_of(
         return Outcome(refused=("the shards", error.message))
     config = _untied(config, first) if ties else config
     outcome = load(lambda: _model(family, config, hf_quant_config), chain(first, rest))
-    if outcome.loads and _reads(config, family) is not built_as(config, _reads(config, family)):
-        return Outcome(unknown="config.json in the config class of another model")
+    if outcome.loads and not is_proven(config):
+        read_as = _reads(config, family)
+        if read_as is not built_as(config, read_as):
+            return Outcome(unknown="config.json in the config class of another model")
     return outcome
 
 
