@@ -38,7 +38,6 @@ MODEL_TYPES = (
     "deepseek_v2",
     "deepseek_v3",
     "llama",
-    "minimax",
     "mistral",
     "mixtral",
     "qwen2",
