@@ -103,6 +103,8 @@ class WrappingRows(_Data):
     architectures: tuple[str, ...]
     types: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
     """The types of keys outside the table."""
+    text_types: tuple[str, ...] = ()
+    """The model_types in the table of which it is told what vLLM reads; empty: all."""
     ties_outside: bool = False
     """Whether vLLM reads tie_word_embeddings outside the table."""
     inside: str

@@ -36,6 +36,12 @@ def test_a_lost_matrix_stays_unset(name: str) -> None:
     assert len(outcome(without=name).unset) == 1
 
 
+def test_a_cache_in_nvfp4_is_not_judged() -> None:
+    config = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
+    cache = {"kv_cache_scheme": {"dynamic": False, "num_bits": 4, "type": "float"}}
+    assert "NVFP4" in outcome(quantization_config={**config, **cache}).unknown
+
+
 def test_a_name_that_the_model_lacks_is_passed_over() -> None:
     note = Loaded(f"{INSIDE}self_attn.note.weight", "BF16", (4,))
     assert outcome(note).dropped == (note.name,)

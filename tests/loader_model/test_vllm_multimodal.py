@@ -122,3 +122,16 @@ def test_embeddings_are_tied_without_a_word(ties: bool) -> None:
     family = load_families()["gemma3"]
     assert predict_of(config, family, tensors.values()).loads is ties
     assert family.tied_heads(config) == (("lm_head",) if ties else ())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "known"), [("deepseek_v3", True), ("zeta", False), (7, False)]
+)
+def test_a_text_model_that_kimi_k25_does_not_have_is_not_judged(
+    model_type: object, *, known: bool
+) -> None:
+    family = load_families()["kimi_k25"]
+    config = make_config(family, Sizes(), Precision.BF16, tiny=True)
+    config = {**config, "text_config": {**config["text_config"], "model_type": model_type}}
+    outcome = predict_of(config, family, [])
+    assert ("text_config of model_type" not in outcome.unknown) is known

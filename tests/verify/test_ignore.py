@@ -296,7 +296,7 @@ def test_modelopt_must_exclude_lm_head(judge: Judge) -> None:
 def test_a_third_of_q_k_v_cannot_be_ignored(judge: Judge, entry: str) -> None:
     report = judge(quantized(NVFP4A16, but=("q_proj",)), compressed([*KEPT, entry]))
     assert rules(report)["fused-set-split"] == "error"
-    assert report.verdict.startswith("vLLM 0.32 will not load this")
+    assert report.verdict.startswith("vLLM 0.32 refuses this checkpoint: ")
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_entries_that_match_nothing_are_a_warning(judge: Judge) -> None:
 def test_entries_that_vllm_cannot_read_are_an_error(judge: Judge, ignore: Any) -> None:
     report = judge(quantized(NVFP4A16), compressed(ignore))
     assert rules(report)["ignore-bad-entry"] == "error"
-    assert report.verdict.startswith("vLLM 0.32 will not load this")
+    assert report.verdict.startswith("vLLM 0.32 refuses this checkpoint: ")
 
 
 @pytest.mark.parametrize("ignore", ["lm_head", {"lm_head": 1}])

@@ -11,7 +11,7 @@ import pytest
 
 from judges import read_json
 from loaders import fake_python
-from make import Edit, Row, make_checkpoint
+from make import Edit, Row, adding, make_checkpoint
 from mquant.checkpoint import Folder, open_checkpoint
 from mquant.family_files import load_families
 from mquant.loader_model.modules import read_modules
@@ -234,6 +234,52 @@ def test_a_checkpoint_with_mistrals_own_config_is_not_judged(good: Path, tmp_pat
     (folder / "consolidated.safetensors").symlink_to(min(folder.glob("*.safetensors")))
 
     assert "params.json, which vLLM reads instead of config.json" in report_of(folder).undecided
+
+
+def test_a_folder_of_mistrals_own_format_hides_the_weights(good: Path, tmp_path: Path) -> None:
+    folder = mutated(good, tmp_path)
+    (folder / "original").mkdir()
+    (folder / "original" / "consolidated.00.safetensors").write_bytes(b"")
+    refused = [f.message for f in report_of(folder).findings if f.rule == "vllm-refuses"]
+    assert refused == [
+        "vLLM 0.32 refuses the checkpoint: the shards lie beside "
+        "original/consolidated.00.safetensors, for which vLLM takes all weights for Mistral's "
+        "format."
+    ]
+
+
+def test_an_index_without_tensors_hides_the_weights(good: Path, tmp_path: Path) -> None:
+    folder = mutated(good, tmp_path)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    refused = [f.message for f in report_of(folder).findings if f.rule == "vllm-refuses"]
+    assert refused == [
+        "vLLM 0.32 refuses the checkpoint: the shards are not in model.safetensors.index.json, "
+        "which is empty."
+    ]
+
+
+def test_a_model_of_sentence_transformers_is_not_judged(good: Path, tmp_path: Path) -> None:
+    folder = mutated(good, tmp_path)
+    (folder / "modules.json").write_text("[]")
+    assert "modules.json of sentence-transformers" in report_of(folder).undecided
+
+
+def test_input_scales_of_a_mixed_model_are_no_error_if_the_loader_is_not_known(
+    tmp_path: Path,
+) -> None:
+    quantization = {
+        "quant_method": "modelopt",
+        "quant_algo": "MIXED_PRECISION",
+        "quantized_layers": {"model.layers.0.mlp": {"quant_algo": "NVFP4"}},
+    }
+    config = {"quantization_config": quantization, "head_dtype": "float32"}
+    parts = [
+        f"model.layers.0.self_attn.q_proj.{part}" for part in ("weight_scale_2", "input_scale")
+    ]
+    edit = adding(*parts, dtype="F32", shape=(1,))
+    report = report_of(make_checkpoint(tmp_path / "mixed", config=config, edit=edit))
+    assert "head_dtype" in report.undecided
+    assert "activation-scales-undeclared" not in {finding.rule for finding in report.findings}
 
 
 def test_a_loader_that_did_not_answer_has_judged_nothing(good: Path, tmp_path: Path) -> None:

@@ -195,13 +195,15 @@ def misdeclared(storage: StorageFormat, view: ModuleView) -> str:
 
 
 def activations(storage: StorageFormat, view: ModuleView) -> bool | None:
-    """Return whether config.json declares static activation scales; None if groups disagree."""
+    """Return whether config.json declares static activation scales; None if modules differ."""
     static = set()
     for group in _groups_of(storage, view) or groups(view.config):
         args = group.get("input_activations")
         # Dynamic per token needs no tensor; NVFP4's "local" needs the global scale.
         static.add(isinstance(args, dict) and args.get("dynamic") in (False, "local"))
     algorithm = view.config.get("quant_algo")
+    if algorithm == "MIXED_PRECISION":  # each layer has an algorithm of its own
+        return None
     if algorithm in ("NVFP4", "FP8"):
         static.add(True)
     elif isinstance(algorithm, str):

@@ -146,6 +146,10 @@ def completeness(family: Family, members: list[Member], config: Mapping[str, Any
         if value is None or not 0 <= value <= limit:
             stated = find(settings, key)
             fault = f"says {key} {json.dumps(stated)[:40]}, which cannot be"
+            if value is not None and key in counts and limit < value <= MOST_LAYERS:
+                fault = (
+                    f"says {key} {value:,}, but {len(members):,} tensors have the family's names"
+                )
             lacks = stated is None and key not in settings
             return [
                 CONFIG_KEY_UNUSABLE.finding(

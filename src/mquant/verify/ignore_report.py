@@ -10,6 +10,7 @@ from mquant.family_rows import Role
 from mquant.findings import Finding
 from mquant.loader_model.modules import ModuleView
 from mquant.loader_model.vllm.load import Outcome
+from mquant.loader_model.vllm.words import in_words
 from mquant.loader_model.vllm_view import Judged, VllmView, vllm_view_of
 from mquant.plan.never_quantized import QUANTIZED
 from mquant.verify.ignore_checks import EXPERT_NAMES, IGNORE_RULES, findings_of
@@ -192,6 +193,8 @@ def _verdict(vllm_view: VllmView, kinds: tuple[RoleCount, ...], findings: list[F
             f"The experts have names that {VLLM} does not know: vLLM will load this checkpoint "
             "without an error and leave the experts uninitialised."
         )
+    if rules and vllm_view.view.outcome.refused:
+        return f"{VLLM} {in_words(vllm_view.view.outcome, 'this checkpoint')[1]}."
     if rules:
         return f"{VLLM} will not load this checkpoint: its config.json and its tensors disagree."
     parts = [_part(kind, kind.found) for kind in kinds if kind.role in QUANTIZED]

@@ -157,6 +157,11 @@ def _check_nesting(settings: Settings, rows: VllmRows) -> None:
     table = config.get(around.key)
     if table is not None and not isinstance(table, dict):
         raise LoadRefused(_FILE, f"says {around.key} {said(table)}, not a table")
+    inner = (table or {}).get("model_type", "")
+    if not isinstance(inner, str) or (
+        inner and around.text_types and inner not in around.text_types
+    ):
+        raise Unknown(f"{around.key} of model_type {said(inner)}")
     if not config.get("architectures"):
         raise Unknown("config.json without architectures")
     tables = (around.key, "vision_config")

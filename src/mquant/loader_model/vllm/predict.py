@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 from itertools import chain, islice
 from typing import Any, Final
 
-from mquant.checkpoint import Checkpoint, read_header, read_json
+from mquant.checkpoint import INDEX_NAME, Checkpoint, read_header, read_json
 from mquant.errors import HeaderError, SourceError
 from mquant.family import Family
 from mquant.loader_model.vllm.config_names import built_as, config_class, is_proven
@@ -22,6 +22,8 @@ MODELOPT_FILE: Final = "hf_quant_config.json"
 _TIES: Final = "tie_word_embeddings"
 _MISTRAL: Final = "consolidated*.safetensors"
 _MISTRAL_CONFIG: Final = "params.json"
+_MISTRAL_INDEX: Final = "consolidated.safetensors.index.json"
+_POOLING: Final = "modules.json"
 
 
 def predict(checkpoint: Checkpoint, family: Family | None) -> Outcome:
@@ -29,8 +31,10 @@ def predict(checkpoint: Checkpoint, family: Family | None) -> Outcome:
 
     `family` is that of the model_type in config.json.
     """
-    if _MISTRAL_CONFIG in checkpoint.source.files and _of_mistral(checkpoint):
-        return Outcome(unknown=f"{_MISTRAL_CONFIG}, which vLLM reads instead of config.json")
+    if gap := _unread(checkpoint):
+        return Outcome(unknown=gap)
+    if fault := _no_weights(checkpoint):
+        return Outcome(refused=("the shards", fault))
     tensors, hf_quant_config = _in_order(checkpoint), _of_modelopt(checkpoint)
     return predict_of(checkpoint.config, family, tensors, hf_quant_config)
 
@@ -106,6 +110,29 @@ def _model(
     return build(rows, settings, method, ranks)
 
 
+def _unread(checkpoint: Checkpoint) -> str:
+    """Return the file from which vLLM takes what is not told here; empty if there is none."""
+    files = checkpoint.source.files
+    if _MISTRAL_CONFIG in files and _of_mistral(checkpoint):
+        return f"{_MISTRAL_CONFIG}, which vLLM reads instead of config.json"
+    if _MISTRAL_INDEX in files and _of_mistral(checkpoint):
+        return _MISTRAL_INDEX
+    return f"{_POOLING} of sentence-transformers" if _POOLING in files else ""
+
+
+def _no_weights(checkpoint: Checkpoint) -> str:
+    """Return why vLLM finds no file of weights; empty if vLLM finds one.
+
+    vLLM looks for files of Mistral's format in every folder, but reads those in the first.
+    """
+    if own := _of_mistral(checkpoint):
+        if all("/" in path for path in own):
+            return f"lie beside {own[0]}, for which vLLM takes all weights for Mistral's format"
+    elif INDEX_NAME in checkpoint.source.files and not checkpoint.index:
+        return f"are not in {INDEX_NAME}, which is empty"
+    return ""
+
+
 def _of_modelopt(checkpoint: Checkpoint) -> Any:
     """Return the content of ModelOpt's file; no table if vLLM cannot read the file."""
     if MODELOPT_FILE not in checkpoint.source.files:
@@ -117,8 +144,9 @@ def _of_modelopt(checkpoint: Checkpoint) -> Any:
 
 
 def _of_mistral(checkpoint: Checkpoint) -> list[str]:
-    """Return the shards of Mistral's own format."""
-    return sorted(path for path in checkpoint.source.files if fnmatch(path, _MISTRAL))
+    """Return the shards of Mistral's own format, in all folders."""
+    paths = checkpoint.source.files
+    return sorted(path for path in paths if fnmatch(path.rpartition("/")[2], _MISTRAL))
 
 
 def _in_order(checkpoint: Checkpoint) -> Iterator[Loaded]:
@@ -128,7 +156,8 @@ def _in_order(checkpoint: Checkpoint) -> Iterator[Loaded]:
     """
     source = checkpoint.source
     if own := _of_mistral(checkpoint):
-        for info in [info for path in own for info in read_header(source, path)]:
+        first = [path for path in own if "/" not in path]
+        for info in [info for path in first for info in read_header(source, path)]:
             yield Loaded(info.name, info.dtype, tuple(info.shape))
         return
     number = {shard: place for place, shard in enumerate(checkpoint.shards)}

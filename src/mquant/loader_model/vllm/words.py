@@ -39,7 +39,7 @@ def in_words(outcome: Outcome, what: str = "it") -> tuple[str, str]:
         return "", ""
     if outcome.refused:
         where, why = outcome.refused
-        return where, f"refuses {what}: {where} {why}"
+        return where, f"refuses {what}: {where}{':' * why.startswith('vLLM ')} {why}"
     for fault in faults_of(outcome):
         return fault.where, f"loads {what} wrongly: it {fault.clause}"
     return "", f"loads {what}"

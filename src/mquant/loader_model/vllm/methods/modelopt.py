@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from mquant.loader_model.vllm.experts import Experts
-from mquant.loader_model.vllm.layers import Attention, Embedding, Linear
+from mquant.loader_model.vllm.layers import Attention, Embedding, IndexedQkv, Linear
 from mquant.loader_model.vllm.methods.fp8 import Fp8
 from mquant.loader_model.vllm.methods.modelopt_args import (
     BLOCK_CODECS,
@@ -66,6 +66,8 @@ class ModelOpt:
 
     def linear(self, layer: Linear) -> Iterable[Parameter] | None:
         """Return the parameters of a linear layer."""
+        if isinstance(layer, IndexedQkv) and self._arguments.cache_fp4:
+            raise Unknown("a KV cache in NVFP4 of sparse attention, which some GPUs have")
         return self._matrices(layer)
 
     def embedding(self, layer: Embedding, *, head: bool) -> Iterable[Parameter] | None:
