@@ -1,5 +1,6 @@
-"""Further cases of the corpus: kinds that scripts/differential.py found judged wrongly once."""
+"""Further cases of the corpus: kinds that differential.py or a person found judged wrongly once."""
 
+from pathlib import Path
 from typing import Any, Final
 
 import schemes
@@ -31,6 +32,11 @@ def _suffixed(rows: list[Row]) -> list[Row]:
     return renamed(rows, scale, f"{scale}s")
 
 
+def _beside_mistrals(folder: Path) -> None:
+    (folder / "original").mkdir()
+    (folder / "original" / "consolidated.safetensors").write_bytes(b"")
+
+
 FOUND: Final = (
     _case("the model_type of another config class", "family-unknown", config={"model_type": "minimax"}),
     _case("a model_type that nobody knows", "family-unknown", config={"model_type": "no_such_model"}),
@@ -41,5 +47,7 @@ FOUND: Final = (
     _case("embeddings said to be tied, with a head on disk", config={"tie_word_embeddings": True}),
     _case("integers in the order of activations", "vllm-refuses", edit=schemes.INT4, config=_ordered),
     _case("a suffix that nobody reads", "part-missing", edit=_suffixed),
+    _case("a folder of Mistral's format beside the shards", "vllm-refuses", files=_beside_mistrals),
+    _case("an index without tensors", "vllm-refuses", "tensor-not-in-index", index=lambda _: {}),
 )  # fmt: skip
 CASES: Final = FIRST + FOUND
