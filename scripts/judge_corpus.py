@@ -127,7 +127,7 @@ def words(verdict: Verdict) -> str:
     text = verdict.words or " ".join(finding.message for finding in verdict.findings)
     text = text.partition(" For further information")[0]
     return " ".join(
-        "PATH" if part.startswith(("/", "'/", "{'/")) else part for part in text.split()
+        "PATH" if part.lstrip("'`{").startswith("/") else part for part in text.split()
     )[:160]
 
 

@@ -7,6 +7,7 @@ import schemes
 from corpus import ATTENTION, Case
 from corpus import CASES as FIRST
 from make import Row, renamed
+from mquant.checkpoint import INDEX_NAME
 
 
 def _case(name: str, *rules: str, **how: Any) -> Case:
@@ -37,6 +38,10 @@ def _beside_mistrals(folder: Path) -> None:
     (folder / "original" / "consolidated.safetensors").write_bytes(b"")
 
 
+def _no_tensors(folder: Path) -> None:
+    (folder / INDEX_NAME).write_text('{"weight_map": {}}')
+
+
 FOUND: Final = (
     _case("the model_type of another config class", "family-unknown", config={"model_type": "minimax"}),
     _case("a model_type that nobody knows", "family-unknown", config={"model_type": "no_such_model"}),
@@ -48,6 +53,6 @@ FOUND: Final = (
     _case("integers in the order of activations", "vllm-refuses", edit=schemes.INT4, config=_ordered),
     _case("a suffix that nobody reads", "part-missing", edit=_suffixed),
     _case("a folder of Mistral's format beside the shards", "vllm-refuses", files=_beside_mistrals),
-    _case("an index without tensors", "vllm-refuses", "tensor-not-in-index", index=lambda _: {}),
+    _case("an index without tensors", "vllm-refuses", "tensor-not-in-index", files=_no_tensors),
 )  # fmt: skip
 CASES: Final = FIRST + FOUND
