@@ -75,6 +75,7 @@ def judge_plan(right: Plan, plan: Plan, families: Mapping[str, Family]) -> Judge
         tensors=tensors,
         shards=tuple(shard.name for shard in plan.shards),
         findings=(),
+        index={each.name: each.shard for each in tensors.values()},
     )
     return _judge(planned, families)
 
