@@ -288,7 +288,7 @@ def _nested(config: Mapping[str, Any]) -> str:
 
 def _plain(checkpoint: Checkpoint) -> list[tuple[str, str, tuple[int, ...]]]:
     """Return name, dtype and shape of every tensor, with the weights that are stored as codes."""
-    stored = find_stored(checkpoint, READABLE)
+    stored = find_stored(checkpoint, checkpoint.tensors, READABLE)
     weights = stored.weights if stored else {}
     others = stored.others if stored else frozenset()
     infos = [

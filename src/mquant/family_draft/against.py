@@ -44,12 +44,13 @@ def differences(family: Family, checkpoint: Checkpoint) -> list[Difference]:
 
 
 def _tensors(family: Family, checkpoint: Checkpoint) -> list[TensorInfo]:
-    stored = find_stored(checkpoint, READABLE)
+    tensors = unstacked(checkpoint, family)
+    stored = find_stored(checkpoint, tensors, READABLE)
     others = stored.others if stored else frozenset()
     weights = stored.weights if stored else {}
     return [
         weights[info.name][0] if info.name in weights else info
-        for info in unstacked(checkpoint, family).values()
+        for info in tensors.values()
         if info.name not in others
     ]
 

@@ -114,7 +114,9 @@ def quantized_suffixes(tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     suffixes = [suffix for suffix in tensors if f".{suffix}" in QUANTIZED_SUFFIXES]
     weight = tensors.get("weight")
     if weight is not None and weight.dtype in _CODE_DTYPES:
-        suffixes.append("weight")
+        suffixes += ["weight", "scale"] if "scale" in tensors else ["weight"]
+    if "blocks" in tensors and "scales" in tensors:
+        suffixes.append("blocks")
     return tuple(sorted(suffixes))
 
 

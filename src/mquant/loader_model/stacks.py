@@ -2,9 +2,16 @@
 
 A family's `stacks` say which tensors hold the experts of a layer. Everything else sees a tensor for
 each expert, under the name that the tensor has in a checkpoint with a tensor for each expert.
+
+gpt-oss stores a stack in MXFP4 as two tensors: `NAME_blocks`, [experts, rows, groups, 16] bytes of
+two codes each, and `NAME_scales`, [experts, rows, groups]. The rows are those of the weights, never
+transposed. An expert's `weight` is then its `blocks`, [out, in / 2], and its `scales`, [out, in /
+32].
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Final
 
 from mquant.checkpoint import Checkpoint, Held, TensorInfo
 from mquant.dtypes import BITS
@@ -12,6 +19,13 @@ from mquant.errors import SourceError
 from mquant.family import Family
 from mquant.family_rows import Stack
 from mquant.untrusted import MAX_TENSORS
+
+CODED: Final = ("blocks", "scales")
+"""The ends of the names of the two tensors that store a stack in MXFP4."""
+_BLOCK: Final = 16
+
+Found = tuple[Stack, int | None]
+"""A stack, and its layer."""
 
 
 def unstacked(checkpoint: Checkpoint, family: Family | None) -> Mapping[str, TensorInfo]:
@@ -25,8 +39,8 @@ def unstacked(checkpoint: Checkpoint, family: Family | None) -> Mapping[str, Ten
     left = MAX_TENSORS
     tensors: dict[str, TensorInfo] = {}
     for info in checkpoint.tensors.values():
-        found = family.stack_of(info.name)
-        if found is None or not is_stack(info, found[0]):
+        whole, found = _coded(info, family) or (info, family.stack_of(info.name))
+        if found is None or not is_stack(whole, found[0]):
             tensors[info.name] = info
             continue
         stack, layer = found
@@ -36,10 +50,26 @@ def unstacked(checkpoint: Checkpoint, family: Family | None) -> Mapping[str, Ten
                 f"{checkpoint.source.name} has more than {MAX_TENSORS:,} tensors of experts.",
                 "Remove the tensors that do not belong to the model.",
             )
-        for tensor in _experts(info, stack, layer):
+        for tensor in _experts(whole, stack, layer):
             if tensor.name not in checkpoint.tensors:
                 tensors[tensor.name] = tensor
     return tensors
+
+
+def _coded(info: TensorInfo, family: Family) -> tuple[TensorInfo, Found] | None:
+    """Return blocks or scales as [experts, rows, bytes], with their stack and layer; else None."""
+    stem, _, end = info.name.rpartition("_")
+    found = family.stack_of(stem) if end in CODED and info.dtype == "U8" else None
+    if found is None or len(info.shape) != (4 if end == "blocks" else 3):
+        return None
+    experts, rows, groups = info.shape[:3]
+    if end == "blocks" and info.shape[3] != _BLOCK:
+        return None
+    stack, layer = found
+    holds = tuple(f"{name.removesuffix('.weight')}.{end}" for name in stack.holds)
+    stack = stack.model_copy(update={"holds": holds, "transposed": False})
+    width = groups * (_BLOCK if end == "blocks" else 1)
+    return replace(info, shape=(experts, rows, width)), (stack, layer)
 
 
 def is_stack(info: TensorInfo, stack: Stack) -> bool:

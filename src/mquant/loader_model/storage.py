@@ -18,6 +18,10 @@ GROUP: Final = 16
 """Elements along a row that share an NVFP4 block scale."""
 SCALAR: Final[tuple[Shape, ...]] = ((1,), ())
 DEFAULT_BLOCK: Final = (128, 128)
+MX_GROUP: Final = 32
+"""Elements along a row that share a scale in the MX formats."""
+E8M0S: Final = ("U8", "F8_E8M0")
+"""The dtypes of E8M0 scales: a byte e is the scale 2^(e - 127), and 255 is NaN."""
 _FLOATS: Final = ("F32", "BF16", "F16")
 
 
@@ -25,24 +29,43 @@ class StorageFormat(StrEnum):
     """How the weight of a quantized module is stored. OTHER: in a format that mquant does not know.
 
     The value is the name that plans state and digest. FP8_BLOCK has its scales under
-    `weight_scale_inv`. FP8 has its scales, of blocks or not, under `weight_scale`.
+    `weight_scale_inv`, FP8 under `weight_scale`, FP8_SCALE, the FP8 of DeepSeek-V4, under `scale`.
+    The three have scales of blocks or not.
+
+    MXFP4 has two E2M1 codes a byte, the even element in the low nibble, and an E8M0 scale for 32
+    elements: under compressed-tensors' names, under those of DeepSeek-V4 (MXFP4_SCALE), or as
+    gpt-oss stores the experts of a layer (MXFP4_BLOCKS). MXFP8 has E4M3 codes under E8M0 scales.
     """
 
     FP8_BLOCK = "FP8 in blocks"
     FP8 = "compressed-tensors FP8"
+    FP8_SCALE = "DeepSeek FP8"
     NVFP4 = "compressed-tensors NVFP4"
     MODELOPT_NVFP4 = "ModelOpt NVFP4"
+    MXFP4 = "compressed-tensors MXFP4"
+    MXFP4_SCALE = "DeepSeek MXFP4"
+    MXFP4_BLOCKS = "gpt-oss MXFP4"
+    MXFP8 = "MXFP8"
     INT = "packed integers"
     OTHER = "other"
 
     @property
     def short(self) -> str:
-        """The name for reports and comparisons: FP8 for both kinds of FP8."""
+        """The name for reports and comparisons: FP8 and MXFP4 for all kinds of FP8 and MXFP4."""
+        if self in MXFP4S:
+            return "MXFP4"
         return "FP8" if self in FP8S else self.value.removeprefix("compressed-tensors ")
 
 
-FP8S: Final = frozenset({StorageFormat.FP8_BLOCK, StorageFormat.FP8})
+FP8S: Final = frozenset({StorageFormat.FP8_BLOCK, StorageFormat.FP8, StorageFormat.FP8_SCALE})
 NVFP4S: Final = frozenset({StorageFormat.NVFP4, StorageFormat.MODELOPT_NVFP4})
+MXFP4S: Final = frozenset(
+    {StorageFormat.MXFP4, StorageFormat.MXFP4_SCALE, StorageFormat.MXFP4_BLOCKS}
+)
+E4M3S: Final = FP8S | {StorageFormat.MXFP8}
+"""The formats with a code of 8 bits for each element."""
+FP4S: Final = NVFP4S | MXFP4S
+"""The formats with two E2M1 codes a byte."""
 
 
 class Suffixes(NamedTuple):
@@ -60,12 +83,17 @@ class Suffixes(NamedTuple):
 SUFFIXES: Final[dict[StorageFormat, Suffixes]] = {
     StorageFormat.FP8_BLOCK: Suffixes("weight", "weight_scale_inv", "", "input_scale"),
     StorageFormat.FP8: Suffixes("weight", "weight_scale", "", "input_scale"),
+    StorageFormat.FP8_SCALE: Suffixes("weight", "scale"),
     StorageFormat.NVFP4: Suffixes(
         "weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"
     ),
     StorageFormat.MODELOPT_NVFP4: Suffixes(
         "weight", "weight_scale", "weight_scale_2", "input_scale"
     ),
+    StorageFormat.MXFP4: Suffixes("weight_packed", "weight_scale", "", "input_global_scale"),
+    StorageFormat.MXFP4_SCALE: Suffixes("weight", "scale"),
+    StorageFormat.MXFP4_BLOCKS: Suffixes("blocks", "scales"),
+    StorageFormat.MXFP8: Suffixes("weight", "weight_scale"),
     StorageFormat.INT: Suffixes("weight_packed", "weight_scale"),
 }
 SCALES: Final = frozenset(names.scale for names in SUFFIXES.values())
@@ -74,6 +102,8 @@ INPUT_SCALES: Final = frozenset(names.input for names in SUFFIXES.values() if na
 
 _DECLARED: Final[dict[StorageFormat, dict[str, object]]] = {
     StorageFormat.NVFP4: {"type": "float", "num_bits": 4, "group_size": GROUP},
+    StorageFormat.MXFP4: {"type": "float", "num_bits": 4, "group_size": MX_GROUP},
+    StorageFormat.MXFP8: {"type": "float", "num_bits": 8, "group_size": MX_GROUP},
     **{fp8: {"type": "float", "num_bits": 8} for fp8 in FP8S},
     StorageFormat.INT: {"type": "int"},
 }
@@ -100,21 +130,46 @@ def recognize(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> S
         return None
     weight, packed = tensors.get("weight"), tensors.get("weight_packed")
     dtype = weight.dtype if weight else ""
-    fp8 = StorageFormat.FP8
-    blocks = config.get("quant_method") == "fp8" and "weight_scale" not in tensors
-    if blocks or SUFFIXES[StorageFormat.FP8_BLOCK].scale in tensors:
-        fp8 = StorageFormat.FP8_BLOCK
+    if "blocks" in tensors:
+        return StorageFormat.MXFP4_BLOCKS
+    if "scale" in tensors:
+        fp8 = dtype in FP8_DTYPES
+        return StorageFormat.FP8_SCALE if fp8 else StorageFormat.MXFP4_SCALE
     if "weight_shape" in tensors or (packed is not None and packed.dtype == "I32"):
         return StorageFormat.INT
     if dtype in FP8_DTYPES:
-        return fp8
+        return _fp8_format(tensors, config)
     if SUFFIXES[StorageFormat.MODELOPT_NVFP4].second in tensors or dtype == "U8":
         return StorageFormat.MODELOPT_NVFP4
     if packed is not None or says_nvfp4(tensors, config):
-        return StorageFormat.NVFP4
+        return StorageFormat.MXFP4 if _in_mxfp4(tensors, config) else StorageFormat.NVFP4
     if {"qweight", "qzeros", "scales", "g_idx"} & tensors.keys():
         return StorageFormat.OTHER
-    return fp8 if SCALES & tensors.keys() else StorageFormat.OTHER
+    return _fp8_format(tensors, config) if SCALES & tensors.keys() else StorageFormat.OTHER
+
+
+def _fp8_format(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> StorageFormat:
+    """Return the format of FP8 codes, or of scales without codes."""
+    if SUFFIXES[StorageFormat.FP8_BLOCK].scale in tensors:
+        return StorageFormat.FP8_BLOCK
+    weight, scale = tensors.get("weight"), tensors.get("weight_scale")
+    if weight and scale and scale.dtype in E8M0S and len(weight.shape) == 2:
+        rows, columns = weight.shape
+        if scale.shape == (rows, -(-columns // MX_GROUP)):
+            return StorageFormat.MXFP8
+    blocks = config.get("quant_method") == "fp8" and scale is None
+    return StorageFormat.FP8_BLOCK if blocks else StorageFormat.FP8
+
+
+def _in_mxfp4(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> bool:
+    """Return whether the scales, or config.json, mark compressed-tensors' FP4 codes as MXFP4."""
+    scale, formats = tensors.get("weight_scale"), declared_formats(config)
+    says_mxfp4 = "mxfp4-pack-quantized" in formats
+    if SUFFIXES[StorageFormat.NVFP4].second in tensors:
+        return False
+    if scale is not None and scale.dtype in E8M0S:
+        return says_mxfp4 or "nvfp4-pack-quantized" not in formats
+    return says_mxfp4 and scale is None
 
 
 def format_of(view: ModuleView, module: Module) -> StorageFormat | None:
@@ -123,9 +178,9 @@ def format_of(view: ModuleView, module: Module) -> StorageFormat | None:
     The result is OTHER also if config.json names a format that `parts` does not know.
     """
     storage = recognize(module.tensors, view.config)
-    if storage in (None, StorageFormat.INT):
+    if storage in (None, StorageFormat.INT, *MXFP4S, StorageFormat.MXFP8):
         return storage
-    unjudged = ("mxfp", "int-", "naive", "marlin")
+    unjudged = ("mxfp6", "int-", "naive", "marlin")
     if any(name.startswith(unjudged) for name in declared_formats(view.config)):
         return StorageFormat.OTHER
     return storage
@@ -222,7 +277,7 @@ def weight_shape(
     if storage is StorageFormat.INT:
         bits = integer_bits(view)
         return (rows, columns * 32 // bits) if bits else None
-    return (rows, columns if storage in FP8S else columns * 2)
+    return (rows, columns if storage in E4M3S else columns * 2)
 
 
 def parts(
@@ -242,13 +297,34 @@ def parts(
             suffixes.second: ExpectedTensor(("F32",), SCALAR),
             suffixes.input: ExpectedTensor(("F32",), SCALAR, False),
         }
-    if suffixes and storage in FP8S:
+    if suffixes and storage in MXFP4S:
+        codes = ("I8", "U8") if storage is StorageFormat.MXFP4_SCALE else ("U8",)
         return {
-            suffixes.codes: ExpectedTensor(FP8_DTYPES, (shape,)),
-            suffixes.scale: ExpectedTensor(_FLOATS, _fp8_scales(rows, columns, view)),
-            suffixes.input: ExpectedTensor(_FLOATS, SCALAR, False),
+            suffixes.codes: ExpectedTensor(codes, ((rows, columns // 2),)),
+            suffixes.scale: ExpectedTensor(E8M0S, ((rows, columns // MX_GROUP),)),
         }
+    if storage is StorageFormat.MXFP8:
+        return {
+            "weight": ExpectedTensor(("F8_E4M3",), (shape,)),
+            "weight_scale": ExpectedTensor(E8M0S, ((rows, -(-columns // MX_GROUP)),)),
+        }
+    if suffixes and storage in FP8S:
+        expected = {
+            suffixes.codes: ExpectedTensor(FP8_DTYPES, (shape,)),
+            suffixes.scale: ExpectedTensor(
+                fp8_scale_dtypes(view.config), _fp8_scales(rows, columns, view)
+            ),
+        }
+        if suffixes.input:
+            expected[suffixes.input] = ExpectedTensor(_FLOATS, SCALAR, False)
+        return expected
     return _integers(rows, columns, view) if storage is StorageFormat.INT else {}
+
+
+def fp8_scale_dtypes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the dtypes of FP8 scales: bytes are E8M0 only if config.json says so."""
+    e8m0 = config.get("scale_fmt") == "ue8m0" or config.get("quant_method") == "mxfp8"
+    return (*_FLOATS, *(E8M0S if e8m0 else E8M0S[1:]))
 
 
 def fp8_block(view: ModuleView) -> tuple[int, int]:

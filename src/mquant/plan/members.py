@@ -50,5 +50,6 @@ def as_stored(members: Iterable[Member], split: Collection[str] = ()) -> list[Me
         elif held.by.name not in stored:
             row = member.tensor_role.row.renamed(held.by.name).model_copy(update={"fused": ""})
             role = replace(member.tensor_role, row=row, expert=None)
-            stored[held.by.name] = Member(held.by, role)
+            whole = member.stored.whole if member.stored else None
+            stored[held.by.name] = Member(held.by, role, whole)
     return list(stored.values())

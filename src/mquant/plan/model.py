@@ -117,7 +117,7 @@ class Action:
     @property
     def read(self) -> tuple[TensorInfo, ...]:
         """All tensors that are read for the action."""
-        return (self.source, *(self.stored.parts if self.stored else ()))
+        return (self.stored.codes, *self.stored.parts) if self.stored else (self.source,)
 
     @property
     def source_bytes(self) -> int:

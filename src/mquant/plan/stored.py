@@ -6,14 +6,19 @@ each other.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.findings import Finding, Rule, rule
 from mquant.loader_model.modules import FP8_DTYPES, by_module, declared_config, quantized_suffixes
 from mquant.loader_model.storage import (
-    FP8S,
+    E4M3S,
+    E8M0S,
+    FP4S,
     GROUP,
+    MX_GROUP,
+    MXFP4S,
     NVFP4S,
     SCALAR,
     SUFFIXES,
@@ -23,17 +28,21 @@ from mquant.loader_model.storage import (
     recognize,
     says_nvfp4,
 )
-from mquant.schemes import QUANTIZED_SUFFIXES
 
 # llmcompressor writes F16 scales for models in F16; nobody writes them as weight_scale_inv.
 _SCALES: Final = {
     StorageFormat.FP8: ("F32", "BF16", "F16"),
     StorageFormat.FP8_BLOCK: ("F32", "BF16"),
 }
+_CODES: Final = {
+    **dict.fromkeys(FP4S, ("U8",)),
+    StorageFormat.MXFP4_SCALE: ("I8", "U8"),
+    **dict.fromkeys(E4M3S, ("F8_E4M3",)),
+}
 # Scales of activations and of the KV cache: useless once the weight is dequantized.
 _OF_CACHE: Final = (".k_scale", ".v_scale", ".q_scale", ".output_scale")
 
-READABLE: Final = (*FP8S, *NVFP4S)
+READABLE: Final = (StorageFormat.FP8_BLOCK, StorageFormat.FP8, *NVFP4S, *MXFP4S)
 """The formats that mquant can dequantize."""
 PART_MISSING: Final = rule(
     "part-missing",
@@ -58,6 +67,7 @@ PART_SHAPE: Final = rule(
 class Stored:
     """How the source stores one quantized weight.
 
+    `codes` and `scale` are [out, ...] also where one tensor on disk holds those of all experts.
     `block` are the rows and columns that share an element of `scale`. `second` is the scale of the
     whole weight, or None; `input` is the scale of the activations, or None.
     """
@@ -73,6 +83,18 @@ class Stored:
     def parts(self) -> tuple[TensorInfo, ...]:
         """The tensors that are read besides the codes: the scales of the weight."""
         return (self.scale, self.second) if self.second else (self.scale,)
+
+    @property
+    def whole(self) -> "Stored":
+        """How the tensors on disk that hold the weights of all experts store these weights.
+
+        Codes and scales are [experts, rows, ...]; the experts' weights are in BF16 [experts, in,
+        rows], as transformers' `convert_moe_packed_tensors` makes them.
+        """
+        codes, scale = self.codes.held, self.scale.held
+        if codes is None or scale is None:
+            raise TypeError(f"{self.codes.name} is a tensor of its own")
+        return Stored(self.format, codes.by, scale.by, self.block)
 
     def under(self, prefix: str) -> "Stored":
         """Return the same weight, with `prefix` before the names of its files."""
@@ -103,31 +125,49 @@ class StoredWeights:
     findings: tuple[Finding, ...]
 
 
-def find_stored(checkpoint: Checkpoint, formats: Collection[StorageFormat]) -> StoredWeights | None:
-    """Return the weights stored in `formats`; None if there are none, or one in another format."""
+def find_stored(
+    checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], formats: Collection[StorageFormat]
+) -> StoredWeights | None:
+    """Return the weights stored in `formats`; None if there are none, or one in another format.
+
+    `tensors` are those of the checkpoint, with those of each expert instead of stacks.
+    """
     config = declared_config(checkpoint) or {}
     weights: dict[str, tuple[TensorInfo, Stored]] = {}
     others: set[str] = set()
     broken: list[Finding] = []
-    for module, tensors in by_module(checkpoint.tensors).items():
-        others.update(i.name for i in tensors.values() if i.name.endswith(_OF_CACHE))
-        storage = recognize(tensors, config)
+    for module, parts in by_module(tensors).items():
+        others.update(i.name for i in parts.values() if i.name.endswith(_OF_CACHE))
+        storage = recognize(parts, config)
         if storage is None:
             continue
-        if storage not in formats or not _readable(storage, tensors, config):
+        if storage not in formats or not _readable(storage, parts, config):
             return None
-        stored = _stored(storage, module, tensors, config)
+        stored = _stored(storage, module, parts, config)
         if isinstance(stored, Finding):
             broken.append(stored)
         else:
-            columns = stored.codes.shape[1] * (2 if storage in NVFP4S else 1)
-            shape = (stored.codes.shape[0], columns)
-            weight = replace(stored.codes, name=f"{module}.weight", dtype="BF16", shape=shape)
-            weights[stored.codes.name] = (weight, stored)
-        others.update(i.name for s, i in tensors.items() if f".{s}" in QUANTIZED_SUFFIXES)
+            weights[stored.codes.name] = (_in_bf16(f"{module}.weight", stored), stored)
+        others.update(parts[suffix].name for suffix in quantized_suffixes(parts))
     if not weights and not broken:
         return None
     return StoredWeights(weights, frozenset(others - weights.keys()), _first(broken))
+
+
+def _in_bf16(name: str, stored: Stored) -> TensorInfo:
+    """Return a weight in BF16, at the place of its codes."""
+    codes = stored.codes
+    shape = (codes.shape[0], codes.shape[1] * (2 if stored.format in FP4S else 1))
+    held = replace(codes.held, by=_stack_in_bf16(codes.held.by)) if codes.held else None
+    return replace(codes, name=name, dtype="BF16", shape=shape, held=held)
+
+
+@lru_cache(maxsize=8)  # the experts of a layer follow each other, and share one object
+def _stack_in_bf16(blocks: TensorInfo) -> TensorInfo:
+    """Return the tensor in BF16 [experts, in, rows] that the codes of all experts stand for."""
+    experts, rows, width = blocks.shape
+    name = blocks.name.removesuffix("_blocks")
+    return replace(blocks, name=name, dtype="BF16", shape=(experts, width * 2, rows))
 
 
 def _first(broken: list[Finding]) -> tuple[Finding, ...]:
@@ -169,15 +209,21 @@ def _stored(
 ) -> Stored | Finding:
     """Return how a module's weight is stored, or a finding if its parts do not fit each other."""
     suffix, scale_suffix, second_suffix, input_suffix = SUFFIXES[storage]
-    dtype = "U8" if storage in NVFP4S else "F8_E4M3"
     for needed in filter(None, (suffix, scale_suffix, second_suffix)):
         if needed not in tensors:
             present = ", ".join(sorted(tensors))
             return _broken(module, PART_MISSING, f"{module} has no {needed} beside {present}")
     codes, scale, second = tensors[suffix], tensors[scale_suffix], tensors.get(second_suffix)
-    if codes.dtype != dtype or len(codes.shape) != 2 or 0 in codes.shape:
-        return _misfit(codes, f"{dtype} with two dimensions")
-    if storage in NVFP4S:
+    dtypes = _CODES[storage]
+    if codes.dtype not in dtypes or len(codes.shape) != 2 or 0 in codes.shape:
+        return _misfit(codes, f"{' or '.join(dtypes)} with two dimensions")
+    if storage in MXFP4S:
+        expected = (codes.shape[0], codes.shape[1] * 2 // MX_GROUP)
+        if codes.shape[1] * 2 % MX_GROUP or scale.dtype not in E8M0S or scale.shape != expected:
+            fit = f"{' or '.join(E8M0S)} {list(expected)} for codes {list(codes.shape)}"
+            return _misfit(scale, fit)
+        block = (1, MX_GROUP)
+    elif storage in NVFP4S:
         expected = (codes.shape[0], codes.shape[1] * 2 // GROUP)
         if codes.shape[1] * 2 % GROUP or (scale.dtype, scale.shape) != ("F8_E4M3", expected):
             return _misfit(scale, f"F8_E4M3 {list(expected)} for codes {list(codes.shape)}")
@@ -188,8 +234,8 @@ def _stored(
     else:
         fp8 = _fp8_block(storage, codes, scale, config)
         if fp8 is None:
-            dtypes = " or ".join(_SCALES[storage])
-            return _misfit(scale, f"{dtypes}, one for each block of {list(codes.shape)}")
+            kinds = " or ".join(_SCALES[storage])
+            return _misfit(scale, f"{kinds}, one for each block of {list(codes.shape)}")
         block = fp8
     return Stored(storage, codes, scale, block, second, tensors.get(input_suffix))
 

@@ -79,11 +79,12 @@ def survey(
     If every quantized weight is stored in one of `formats`, the members are the weights that the
     codes hold. Any other quantized checkpoint is a finding.
     """
-    quantized = find_stored(checkpoint, formats) if formats else None
+    family = family_of(checkpoint.config, families, checkpoint.tensors)
+    tensors = unstacked(checkpoint, family)
+    quantized = find_stored(checkpoint, tensors, formats) if formats else None
     weights = quantized.weights if quantized else {}
     unreadable = quantized.findings if quantized else _already_quantized(checkpoint, formats)
     findings = [*checkpoint.findings, *unreadable]
-    family = family_of(checkpoint.config, families, checkpoint.tensors)
     if family is None:
         kind = checkpoint.config.get("model_type")
         findings.append(
@@ -99,7 +100,7 @@ def survey(
         return Survey(checkpoint, None, (), 0, 0, tuple(findings))
     members: list[Member] = []
     unknown: list[str] = []
-    for tensor in unstacked(checkpoint, family).values():
+    for tensor in tensors.values():
         info, stored = weights.get(tensor.name, (tensor, None))
         tensor_role = family.classify(info.name)
         if tensor_role is not None:
