@@ -10,7 +10,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.entrypoints.convert import FP8BlockDequantizer
 from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
 
-from mquant.numerics.dequantize import decode_fp8, decode_nvfp4, nvfp4_table
+from mquant.numerics.dequantize import decode_fp4, decode_fp8, mxfp4_table, nvfp4_table
 from mquant.numerics.floats import E2M1
 
 pytestmark = pytest.mark.upstream
@@ -129,7 +129,7 @@ def test_every_fp4_code_under_every_block_scale_equals_upstreams(
     scales = np.repeat(ALL[:, None], 32, axis=1)
     words = np.empty((256, 512), np.uint16)
     table = nvfp4_table(second, divide=not modelopt)
-    decode_nvfp4(packed.reshape(-1), scales.reshape(-1), table, words.reshape(-1))
+    decode_fp4(packed.reshape(-1), scales.reshape(-1), table, words.reshape(-1))
     single = torch.tensor([second], dtype=torch.float32)
     if modelopt:  # the formula of ModelOpt's `NVFP4QTensor.dequantize`
         values = torch.from_numpy(np.concatenate([E2M1, -E2M1])).to(torch.bfloat16)
@@ -165,4 +165,51 @@ def test_arrays_that_do_not_fit_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match="codes into"):
         decode_fp8(codes, np.ones((1, 1), np.float32), (128, 128), 0, words[1:])
     with pytest.raises(ValueError, match="scales into"):
-        decode_nvfp4(codes[0], codes[1], nvfp4_table(1.0, divide=True), words[:64])
+        decode_fp4(codes[0], codes[1], nvfp4_table(1.0, divide=True), words[:64])
+
+
+def mx_scheme(weights: QuantizationArgs) -> Any:
+    scheme = preset_name_to_scheme("NVFP4A16", ["Linear"])
+    scheme.weights = weights
+    return scheme
+
+
+MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+
+
+def mxfp4(packed: npt.NDArray[np.uint8], scales: npt.NDArray[np.uint8]) -> Words:
+    words = np.empty(packed.size * 2, np.uint16)
+    decode_fp4(packed.reshape(-1), scales.reshape(-1), mxfp4_table(), words, 32)
+    return words.reshape(len(packed), -1)
+
+
+def every_mxfp4() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Return all bytes of two codes under every scale that is a number: 0 to 254."""
+    return np.tile(ALL, (255, 1)), np.repeat(ALL[:255, None], 16, axis=1)
+
+
+def test_every_mxfp4_code_under_every_scale_equals_compressed_tensors() -> None:
+    packed, scales = every_mxfp4()
+    compressor = BaseCompressor.get_value_from_registry("mxfp4-pack-quantized")
+    state = {"weight_packed": torch.from_numpy(packed), "weight_scale": torch.from_numpy(scales)}
+    expected = compressor.decompress(state, mx_scheme(QuantizationArgs(**MXFP4)))["weight"]
+    assert (mxfp4(packed, scales) == bits(expected)).all()
+
+
+def test_every_mxfp4_code_under_every_scale_equals_what_gpt_oss_unpacks() -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    packed, scales = every_mxfp4()
+    blocks = torch.from_numpy(packed.reshape(1, 255, 16, 16))
+    unpacked = convert_moe_packed_tensors(blocks, torch.from_numpy(scales[None]))
+    assert (mxfp4(packed, scales) == bits(unpacked[0].T)).all()
+
+
+def test_every_mxfp4_code_under_every_scale_equals_deepseeks() -> None:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    packed, scales = every_mxfp4()
+    codes = torch.from_numpy(packed.view(np.int8))
+    exponents = torch.from_numpy(scales).view(torch.float8_e8m0fnu)
+    expected = Fp8Dequantize(None)._dequantize_one(codes, exponents)
+    assert (mxfp4(packed, scales) == bits(expected)).all()

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from mquant.checkpoint.headers import TensorInfo
+from mquant.checkpoint.headers import Held, TensorInfo
 from mquant.checkpoint.reader import RangeReader
 from mquant.checkpoint.source import Source
 from mquant.dtypes import BITS
@@ -64,11 +64,15 @@ def read_part(
 ) -> None:
     """Fill `buffer` with a tensor's bytes from `start` on. Raises SourceError as the reader does.
 
-    A scattered tensor is read whole, and kept until the thread reads another one in parts. `owner`
+    A transposed tensor is read whole, and kept until the thread reads another one in parts. `owner`
     is what the bytes belong to, if not the reader.
     """
-    if not info.scattered:
+    held = info.held
+    if held is None or not held.scattered:
         reader.read_into(info.shard, info.start + start, buffer)
+        return
+    if not held.transposed:
+        _read_rows(reader, info, held, start, buffer)
         return
     key = (owner or reader, info)
     if _last.key is None or _last.key[0] is not key[0] or _last.key[1] != info:
@@ -76,6 +80,25 @@ def read_part(
         read_whole(reader, info, _last.data.data)
         _last.key = key
     buffer[:] = _last.data[start : start + len(buffer)].data
+
+
+def _read_rows(
+    reader: ReadInto, info: TensorInfo, held: Held, start: int, buffer: memoryview
+) -> None:
+    """Fill `buffer` with the bytes from `start` on of a tensor whose rows lie between others."""
+    width = held.columns * BITS[info.dtype] // 8
+    at_once = max(1, _PIECE // (width * held.step)) * width
+    target = np.frombuffer(buffer, np.uint8)
+    end = start + len(buffer)
+    while start < end:
+        row, skipped = divmod(start, width)
+        stop = min(end, row * width + at_once)
+        rows = np.empty((-(-stop // width) - row, held.step, width), np.uint8)
+        first = info.start + row * held.step * width
+        reader.read_into(info.shard, first, rows.reshape(-1).data)
+        own = rows[:, held.first].reshape(-1)[skipped : skipped + stop - start]
+        target[: len(own)] = own
+        target, start = target[len(own) :], stop
 
 
 def forget() -> None:

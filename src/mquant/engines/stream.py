@@ -20,7 +20,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from mquant.checkpoint.slices import forget, read_part, read_pieces
-from mquant.engines.dequantized_rows import open_rows
+from mquant.engines.dequantized_rows import decoded, open_rows, room
 from mquant.errors import OutputError, SourceError
 from mquant.events import Emit, Note, silent
 from mquant.numerics.dequantize import not_finite, prepare_decoding
@@ -193,12 +193,15 @@ class Worker:
         self._write = write
         self._importance = importance
         sets = [unit for unit in units if unit.scheme and not _is_fp8(unit)]
-        rows = [a.source.shape[1] for unit in units for a in unit.actions if a.stored]
+        stored = [action for unit in units for action in unit.actions if action.stored]
         stripes = [_stripe(action)[0] for unit in units if _is_fp8(unit) for action in unit.actions]
         # Counted in elements of 16 bits: a buffer of the same bytes holds fewer F32 elements.
-        widest = max([PIECE // 2, *rows, *(stripe // 2 for stripe in stripes)])
-        self._weights = np.empty(max([2 * widest, *(unit.weight_bytes for unit in sets)]), np.uint8)
-        self._codes = np.empty(widest if rows or stripes else 0, np.uint8)
+        columns = (action.source.shape[1] for action in stored)
+        widest = max([PIECE // 2, *columns, *(stripe // 2 for stripe in stripes)])
+        rooms = (room(action, PIECE) for action in stored)
+        nbytes = max([2 * widest, *rooms, *(unit.weight_bytes for unit in sets)])
+        self._weights = np.empty(nbytes, np.uint8)
+        self._codes = np.empty(widest if stored or stripes else 0, np.uint8)
         self._maxima = np.empty(max([0, *map(_blocks, sets)]), np.uint32)
         self._packed = np.empty(PIECE // 4, np.uint8)  # for a 16-bit source; F32 fills half
         self._scales = np.empty(PIECE // 2 // GROUP, np.uint8)
@@ -242,7 +245,9 @@ class Worker:
         height, block = _stripe(action)
         rows, columns = source.shape
         step = max(1, PIECE // height) * block[0]
-        stored = open_rows(self._reader, action, self._codes) if action.stored else None
+        stored = (
+            open_rows(self._reader, action.stored, columns, self._codes) if action.stored else None
+        )
         scales = []
         for first in range(0, rows, step):
             last = min(first + step, rows)
@@ -309,19 +314,8 @@ class Worker:
         return float_format.values(np.array(largest, float_format.word))
 
     def _decoded(self, action: Action, weight: Bytes, *, again: bool = False) -> Iterator[Bytes]:
-        """Yield a weight that is stored quantized, in BF16, in pieces of whole rows.
-
-        `again`: every piece is written to the front of `weight`, over the previous piece.
-        """
-        rows, columns = action.source.shape
-        stored, width = open_rows(self._reader, action, self._codes), columns * BF16.word.itemsize
-        at_once = max(1, PIECE // width)
-        for first in range(0, rows, at_once):
-            last = min(first + at_once, rows)
-            place = 0 if again else first * width
-            part = weight[place : place + (last - first) * width]
-            stored.read(first, last, part.view(BF16.word))
-            yield part
+        """Yield a weight that is stored quantized, in BF16, in pieces of whole rows."""
+        return decoded(self._reader, action, weight, self._codes, PIECE, again=again)
 
     def _pack(
         self,

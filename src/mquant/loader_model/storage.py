@@ -331,7 +331,8 @@ def fp8_block(view: ModuleView) -> tuple[int, int]:
     """Return the rows and columns that share a scale in FP8 weights with blocks."""
     declared = block_of(view.config.get("weight_block_size"))
     from_groups = block_of(weight_args(StorageFormat.FP8, view).get("block_structure"))
-    return declared or from_groups or DEFAULT_BLOCK
+    mx = (1, MX_GROUP) if view.config.get("quant_method") == "mxfp8" else None
+    return declared or from_groups or mx or DEFAULT_BLOCK
 
 
 def block_of(value: object) -> tuple[int, int] | None:

@@ -5,11 +5,13 @@
 | FP8 in blocks (`weight_scale_inv`), compressed-tensors FP8 (`weight_scale`) | code * scale |
 | compressed-tensors NVFP4 | code * (block scale / global scale) |
 | ModelOpt NVFP4 | code * (block scale * second scale) |
+| MXFP4, MXFP8, FP8 with E8M0 scales | code * 2^(scale - 127) |
 
 Each operation is done in F32, and the result is rounded to BF16, to nearest even, as in
-compressed-tensors' `FP8BlockDequantizer`, the `decompress` of its compressors, and ModelOpt's
-`NVFP4QTensor.dequantize`. (For FP8 with scales in BF16 upstream multiplies in BF16: the result is
-the same, because F32 holds the product exactly. For FP8 with scales in F16 upstream rounds the
+compressed-tensors' `FP8BlockDequantizer`, the `decompress` of its compressors, ModelOpt's
+`NVFP4QTensor.dequantize`, and transformers' `convert_moe_packed_tensors` (gpt-oss) and
+`Fp8Dequantize` (DeepSeek-V4). (For FP8 with scales in BF16 upstream multiplies in BF16: the result
+is the same, because F32 holds the product exactly. For FP8 with scales in F16 upstream rounds the
 product, which F32 also holds exactly, to F16 first.)
 
 Engines quantize, and dequantize to, the numbers of this decoder. `verify` has another decoder,
@@ -21,13 +23,13 @@ multiplies by the scale, which IEEE 754 defines to the bit, and rounds with inte
 codes of FP8 become NaN.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Final
 
 import numpy as np
 
 from mquant.compiled import compiled
-from mquant.numerics.floats import BF16, E2M1, E4M3, Array, Bytes, Floats, Words
+from mquant.numerics.floats import BF16, E2M1, E4M3, E8M0, Array, Bytes, Floats, Words
 from mquant.numerics.nvfp4 import GROUP
 
 _NAN: Final = np.array([np.nan], np.float32)
@@ -42,7 +44,7 @@ def prepare_decoding() -> None:
     """Compile the kernels, or take them from numba's cache."""
     codes, words = np.zeros(GROUP, np.uint8), np.empty(GROUP, np.uint16)
     decode_fp8(codes[None], np.ones((1, 1), np.float32), (1, GROUP), 0, words)
-    decode_nvfp4(codes[: GROUP // 2], codes[:1], nvfp4_table(1.0, divide=True), words)
+    decode_fp4(codes[: GROUP // 2], codes[:1], nvfp4_table(1.0, divide=True), words)
     not_finite(words)
 
 
@@ -55,6 +57,17 @@ def nvfp4_table(second: float, *, divide: bool) -> Words:
     exact = np.float32(second)
     with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
         scales = _E4M3_SIGNED / exact if divide else _E4M3_SIGNED * exact
+    return _fp4_table(scales)
+
+
+@cache
+def mxfp4_table() -> Words:
+    """Return the number of every FP4 code under every E8M0 scale: BF16 words [256, 16]."""
+    return _fp4_table(E8M0)
+
+
+def _fp4_table(scales: Floats) -> Words:
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         values = _E2M1_SIGNED * scales[:, None]
         words = values.astype(BF16.value).view(BF16.word)
     return np.where(np.isnan(values), _NAN_WORD, words)
@@ -84,11 +97,18 @@ def decode_fp8(
     _decode_fp8(codes, scales, first, high, wide, words.reshape(rows, columns))
 
 
-def decode_nvfp4(packed: Bytes, scales: Bytes, table: Words, words: Words) -> None:
-    """Decode FP4 codes, uint8 [n / 2], into `words`, BF16 [n]; `scales` are uint8 [n / 16]."""
-    if not len(packed) * 2 == len(scales) * GROUP == len(words):
+def decode_fp4(
+    packed: Bytes, scales: Bytes, table: Words, words: Words, group: int = GROUP
+) -> None:
+    """Decode FP4 codes, uint8 [n / 2], into `words`, BF16 [n]; `scales` are uint8 [n / group].
+
+    `table` has the number of every code under every scale. `group` is a multiple of 16.
+    """
+    if not len(packed) * 2 == len(scales) * group == len(words):
         raise ValueError(f"{packed.shape} bytes, {scales.shape} scales into {words.shape}")
-    _decode_nvfp4(packed, scales, table, words)
+    if group > GROUP:  # the kernel is fast because its blocks have 16 codes
+        scales = np.repeat(scales, group // GROUP)
+    _decode_fp4(packed, scales, table, words)
 
 
 @compiled
@@ -148,7 +168,7 @@ def _round(bits: Array, words: Array) -> None:
 
 
 @compiled
-def _decode_nvfp4(packed: Array, scales: Array, table: Array, words: Array) -> None:
+def _decode_fp4(packed: Array, scales: Array, table: Array, words: Array) -> None:
     for block in range(scales.size):
         row = table[scales[block]]
         for i in range(block * 8, block * 8 + 8):

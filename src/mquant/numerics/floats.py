@@ -1,4 +1,4 @@
-"""Number formats: E2M1 and E4M3 as tables of values, BF16, F16 and F32 as views of raw bytes."""
+"""Number formats: E2M1, E4M3, E8M0 as tables of values, BF16, F16, F32 as views of raw bytes."""
 
 from dataclasses import dataclass
 from typing import Any, Final
@@ -79,6 +79,11 @@ E4M3: Final = _magnitudes(3, bias=7, count=127)
 """float32 [127]: the values of FP8 E4M3 (`fn`: no infinities) without sign or NaN, 0 to 448."""
 E4M3_EDGES: Final = _edges(E4M3)
 """float32 [126]: the smallest numbers that round to codes 1 to 126."""
+
+
+E8M0: Final[Floats] = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))
+"""float32 [256]: the value of every OCP E8M0 code, 2^(code - 127); 255 is NaN. 0 is subnormal."""
+E8M0_NAN: Final = 255
 
 
 def e2m1_codes(absolute: Array) -> Bytes:

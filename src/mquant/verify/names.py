@@ -8,7 +8,6 @@ from mquant.family_rows import Role
 from mquant.findings import rule
 from mquant.loader_model.modules import ModuleView
 from mquant.plan.survey import TENSOR_UNKNOWN
-from mquant.schemes import QUANTIZED_SUFFIXES
 from mquant.verify.tally import Tally
 
 # Loaders accept KV cache scales beside any attention, and work without such scales.
@@ -46,7 +45,7 @@ def check_names(view: ModuleView, family: Family, tally: Tally) -> None:
                 continue
             if family.stack_of(info.name):
                 continue  # `layouts` reports its shape
-            part = f".{suffix}" in QUANTIZED_SUFFIXES or suffix == "weight_g_idx"
+            part = suffix in module.quantized or suffix == "weight_g_idx"
             if module.tensor_role is not None and part:
                 continue
             if renamed is not None and (part or suffix == "weight"):

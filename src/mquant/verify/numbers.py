@@ -20,6 +20,7 @@ from mquant.family_rows import Role
 from mquant.findings import Rule, rule
 from mquant.loader_model.modules import FP8_DTYPES, Module, ModuleView
 from mquant.loader_model.storage import (
+    E8M0S,
     GROUP,
     INPUT_SCALES,
     NVFP4S,
@@ -62,7 +63,8 @@ VALUE_NOT_FINITE: Final = rule(
 )
 SCALE_NOT_FINITE: Final = rule(
     "scale-not-finite",
-    "Scales of blocks, channels and tensors are finite numbers (in E4M3: not 7f or ff).",
+    "Scales of blocks, channels and tensors are finite numbers (in E4M3: not 7f or ff; in E8M0: "
+    "not ff).",
     "One such scale makes NaN of a whole block, and then of the model's output.",
     _AGAIN,
     needs="numbers",
@@ -251,7 +253,7 @@ def _quantized(view: ModuleView, module: Module, kind: StorageFormat | None) -> 
         if suffix in SECOND_SCALES | INPUT_SCALES:
             _scalar(view, info, suffix, result)
         elif suffix in SCALES:
-            _scales(view, info, result)
+            _scales(view, info, kind, result)
         elif info.dtype in FP8_DTYPES or suffix not in ("weight", "weight_packed"):
             _plain(view, info, result)
     if kind in NVFP4S:
@@ -316,11 +318,14 @@ def _inverted(view: ModuleView, module: Module, result: _Result) -> None:
         )
 
 
-def _scales(view: ModuleView, info: TensorInfo, result: _Result) -> None:
-    if info.dtype not in ("F8_E4M3", "F32", "BF16", "F16"):
+def _scales(
+    view: ModuleView, info: TensorInfo, kind: StorageFormat | None, result: _Result
+) -> None:
+    e8m0 = info.dtype in E8M0S and kind not in NVFP4S
+    if info.dtype not in ("F8_E4M3", "F32", "BF16", "F16") and not e8m0:
         return
     for raw in pieces(view, info):
-        values: Floats = floats(raw, info.dtype)
+        values: Floats = floats(raw, "F8_E8M0" if e8m0 else info.dtype)
         if not np.isfinite(values).all():
             result.add(SCALE_NOT_FINITE, info, "holds NaN or infinity")
         if (values < 0).any():

@@ -22,7 +22,6 @@ from mquant.plan.build import EXPERTS_MIXED, FUSED_SET_MIXED
 from mquant.plan.export import ACTIVATION_SCALES_MISSING
 from mquant.plan.never_quantized import EXPERT_BIAS
 from mquant.plan.stored import PART_MISSING, PART_SHAPE
-from mquant.schemes import QUANTIZED_SUFFIXES
 from mquant.verify.tally import Tally
 
 PART_UNEXPECTED: Final = rule(
@@ -103,7 +102,7 @@ def _parts(view: ModuleView, module: Module, kind: StorageFormat, tally: Tally) 
             )
     known = {*expected, *INPUT_SCALES, "weight"}
     for suffix, info in module.tensors.items():
-        if f".{suffix}" in QUANTIZED_SUFFIXES and suffix not in known:
+        if suffix in module.quantized and suffix not in known:
             tally.add(
                 PART_UNEXPECTED, info.name, f"{info.name} is no part of a module in {kind.short}"
             )

@@ -1,6 +1,6 @@
 """Decode bytes to numbers for `verify`, as the formats' definitions say.
 
-mquant has two decoders of NVFP4 and FP8 on purpose. This decoder, and the compiled loops of
+mquant has two decoders of each format on purpose. This decoder, and the compiled loops of
 `kernels`, which use its tables, serve `verify`, `compare` and `eval`. With the other decoder,
 `numerics.dequantize`, engines write BF16 as upstream does. A verifier that shared the engines'
 decoder would repeat its mistakes. So this module imports neither the engines, nor `numerics`, nor
@@ -34,6 +34,7 @@ def _e4m3(code: int) -> float:
 
 
 _E4M3: Final[Floats] = np.array([_e4m3(code) for code in range(256)], np.float32)
+_E8M0: Final[Floats] = np.array([2.0 ** (code - 127) for code in range(255)] + [np.nan], np.float32)
 _E2M1_SIGNED: Final[Floats] = np.concatenate([E2M1, -E2M1])
 
 _DTYPES: Final[dict[str, Any]] = {
@@ -42,6 +43,7 @@ _DTYPES: Final[dict[str, Any]] = {
     "F32": "<f4",
     "F64": "<f8",
     "F8_E4M3": "u1",
+    "F8_E8M0": "u1",
     "U8": "u1",
     "I8": "i1",
     "I32": "<i4",
@@ -57,12 +59,19 @@ def floats(raw: bytes, dtype: str) -> Floats:
         return (values.astype(np.uint32) << 16).view(np.float32)
     if dtype == "F8_E4M3":
         return e4m3(values)
+    if dtype == "F8_E8M0":
+        return e8m0(values)
     return values.astype(np.float32)
 
 
 def e4m3(codes: Bytes) -> Floats:
     """Return the values of FP8 E4M3 codes (the `fn` variant, without infinities)."""
     return _E4M3[codes]
+
+
+def e8m0(codes: Bytes) -> Floats:
+    """Return the values of E8M0 codes: 2 to the power of code - 127; 255 is NaN."""
+    return _E8M0[codes]
 
 
 def e2m1(packed: Bytes) -> Floats:

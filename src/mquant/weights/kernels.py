@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mquant.compiled import compiled
-from mquant.loader_model.storage import GROUP
-from mquant.weights.decode import Floats, e2m1, e4m3
+from mquant.loader_model.storage import GROUP, MX_GROUP
+from mquant.weights.decode import Floats, e2m1, e4m3, e8m0
 
 Array = npt.NDArray[Any]
 
@@ -23,6 +23,7 @@ _BYTES: Final = np.arange(256, dtype=np.uint8)
 _PAIRS: Final[Array] = e2m1(_BYTES[:, None]).view(np.uint64).reshape(256)
 """The two E2M1 values of a byte, as one word."""
 _E4M3: Final[Floats] = e4m3(_BYTES)
+_E8M0: Final[Floats] = e8m0(_BYTES)
 
 
 Stored = tuple[Array, Array, float]
@@ -39,6 +40,14 @@ def unpack_nvfp4(packed: Array, scales: Array, factor: float, out: Floats) -> No
     if not len(packed) * 2 == len(scales) * GROUP == len(out):
         raise ValueError(f"{len(packed)} bytes and {len(scales)} scales into {len(out)}")
     _nvfp4(packed, scales, np.float32(factor), _PAIRS, _E4M3, out.view(np.uint64), out)
+
+
+def unpack_mxfp4(packed: Array, scales: Array, out: Floats) -> None:
+    """Decode E2M1 codes [n / 2] under E8M0 codes [n / 32] into float32 [n]."""
+    if not len(packed) * 2 == len(scales) * MX_GROUP == len(out):
+        raise ValueError(f"{len(packed)} bytes and {len(scales)} scales into {len(out)}")
+    twice = np.repeat(scales, MX_GROUP // GROUP)
+    _nvfp4(packed, twice, np.float32(1), _PAIRS, _E8M0, out.view(np.uint64), out)
 
 
 def unpack_e4m3(codes: Array, out: Floats) -> None:
@@ -72,12 +81,12 @@ def _bf16(words: Array, out: Array) -> None:
 
 @compiled
 def _nvfp4(
-    packed: Array, scales: Array, factor: Any, pairs: Array, e4m3_: Array, out: Array, flat: Array
+    packed: Array, scales: Array, factor: Any, pairs: Array, table: Array, out: Array, flat: Array
 ) -> None:
     for block in range(scales.size):
         for i in range(8):
             out[block * 8 + i] = pairs[packed[block * 8 + i]]
-        scale = e4m3_[scales[block]]
+        scale = table[scales[block]]
         for i in range(16):
             flat[block * 16 + i] = flat[block * 16 + i] * scale * factor
 

@@ -15,12 +15,19 @@ from typing import Any, Final, Self, TypeVar, cast
 import numpy as np
 
 from mquant.checkpoint import RangeReader, Reader, TensorInfo
-from mquant.checkpoint.slices import read_part
+from mquant.checkpoint.slices import read_part, read_whole
 from mquant.loader_model.modules import Module, ModuleView
-from mquant.loader_model.storage import FP8S, NVFP4S, SUFFIXES, StorageFormat, Suffixes, fp8_block
+from mquant.loader_model.storage import (
+    E4M3S,
+    MXFP4S,
+    NVFP4S,
+    SUFFIXES,
+    StorageFormat,
+    Suffixes,
+)
 from mquant.weights.decode import READABLE, Bytes, Floats, floats
-from mquant.weights.kernels import Stored, unpack_bf16, unpack_e4m3, unpack_nvfp4
-from mquant.weights.stored_weight import StoredWeight, weight_of
+from mquant.weights.kernels import Stored, unpack_bf16, unpack_e4m3, unpack_mxfp4, unpack_nvfp4
+from mquant.weights.stored_weight import StoredWeight, e4m3_block, scale_dtype, weight_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -131,15 +138,15 @@ class _Stored(Matrix):
     def _suffixes(self) -> Suffixes:
         return SUFFIXES[self.weight.format or StorageFormat.NVFP4]
 
-    def _part(self, suffix: str, first: int, last: int, scratch: Scratch) -> Bytes:
+    def _part(self, suffix: str, first: int, last: int, scratch: Scratch, use: str = "") -> Bytes:
         info = self.weight.module.tensors[suffix]
-        return _rows(self.reader, info, info.shape[0], first, last, scratch)
+        return _rows(self.reader, info, info.shape[0], first, last, scratch, use)
 
     def _values(self, suffix: str) -> Floats:
         info = self.weight.module.tensors[suffix]
         raw = np.empty(info.nbytes, np.uint8)
-        self.reader.read_into(info.shard, info.start, raw.data)
-        return floats(raw.tobytes(), info.dtype)
+        read_whole(self.reader, info, raw.data)
+        return floats(raw.tobytes(), scale_dtype(info))
 
 
 class Nvfp4(_Stored):
@@ -163,6 +170,17 @@ class Nvfp4(_Stored):
             return float(second)
         with np.errstate(all="ignore"):  # a scale of zero gives infinity
             return float(np.float64(1) / np.float64(second))
+
+
+class _Mxfp4(_Stored):
+    """E2M1 codes under E8M0 scales."""
+
+    def read(self, first: int, last: int, out: Floats, scratch: Scratch) -> None:
+        """Read and decode rows."""
+        packed = self._part(self._suffixes.codes, first, last, scratch)
+        # Codes and scales may have the same dtype, and so the same buffer.
+        scales = self._part(self._suffixes.scale, first, last, scratch, "scales")
+        unpack_mxfp4(packed.view(np.uint8), scales.view(np.uint8), out.reshape(-1))
 
 
 class _Fp8(_Stored):
@@ -190,7 +208,7 @@ class _Fp8(_Stored):
             return values.reshape(1, 1), (rows, columns)
         if info.shape in ((rows,), (rows, 1)):
             return values.reshape(rows, 1), (1, columns)
-        return values.reshape(info.shape), fp8_block(self.weight.view)
+        return values.reshape(info.shape), e4m3_block(self.weight.format, self.weight.view)
 
 
 class _Other(_Stored):
@@ -221,17 +239,28 @@ def matrix_of(view: ModuleView, module: Module, reader: AnyReader) -> Matrix | N
     kind: Any = _Other
     if weight.format in NVFP4S:
         kind = Nvfp4
-    elif weight.format in FP8S:
+    elif weight.format in MXFP4S:
+        kind = _Mxfp4
+    elif weight.format in E4M3S:
         kind = _Fp8
     name, tensors = f"{module.name}.weight", tuple(module.tensors.values())
     return cast(Matrix, kind(name, weight.format.short, weight.shape, tensors, reader, weight))
 
 
 def _rows(
-    reader: AnyReader, info: TensorInfo, rows: int, first: int, last: int, scratch: Scratch
+    reader: AnyReader,
+    info: TensorInfo,
+    rows: int,
+    first: int,
+    last: int,
+    scratch: Scratch,
+    use: str = "",
 ) -> Bytes:
-    """Return the bytes of rows [first, last) of a tensor that has `rows` rows."""
+    """Return the bytes of rows [first, last) of a tensor that has `rows` rows.
+
+    The buffer is that of `use`, or of the tensor's dtype.
+    """
     row = info.nbytes // rows if rows else 0
-    raw = scratch.bytes(info.dtype, (last - first) * row)
+    raw = scratch.bytes(use or info.dtype, (last - first) * row)
     read_part(reader, info, first * row, raw.data)
     return raw

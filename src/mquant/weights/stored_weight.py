@@ -8,6 +8,9 @@ has a block's smallest squared error). So no choice of scale moves an element fu
 amax / 3 * 17/16 from the parent's. The scales of blocks far below the tensor's amax are below the
 smallest E4M3 scale, 2**-9, or below half of it and become zero: this adds 6 * 2**-9 / global scale.
 
+MXFP4 has scales of powers of two, of which amax / 6 needs two thirds to four thirds: the bound is
+NVFP4's, without that of small scales.
+
 FP8 moves an element by 1/16 of itself (3 bits of mantissa), or by half of the smallest step, 2**-9
 of the scale; integers of b bits by amax / (2**b - 1). The bounds are twice as large, for searched
 scales, and FP8's bound has 2**-8 of the scale in addition.
@@ -23,8 +26,11 @@ from mquant.checkpoint import TensorInfo
 from mquant.checkpoint.slices import read_bytes
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.loader_model.storage import (
-    FP8S,
+    E4M3S,
+    E8M0S,
     GROUP,
+    MX_GROUP,
+    MXFP4S,
     SUFFIXES,
     StorageFormat,
     format_of,
@@ -42,6 +48,9 @@ TYPICAL: Final[dict[StorageFormat | None, float]] = {
     StorageFormat.INT: 0.25,
     StorageFormat.FP8_BLOCK: 0.08,
     StorageFormat.FP8: 0.08,
+    StorageFormat.FP8_SCALE: 0.08,
+    StorageFormat.MXFP8: 0.08,
+    **dict.fromkeys(MXFP4S, 0.25),
     None: 0.01,
 }
 """The relative L2 error that no rounding of a whole weight reaches; NVFP4's error is about 0.1."""
@@ -70,8 +79,8 @@ class StoredWeight:
         read_rows = {
             StorageFormat.NVFP4: self._nvfp4,
             StorageFormat.MODELOPT_NVFP4: self._nvfp4,
-            StorageFormat.FP8_BLOCK: self._fp8,
-            StorageFormat.FP8: self._fp8,
+            **dict.fromkeys(MXFP4S, self._mxfp4),
+            **dict.fromkeys(E4M3S, self._fp8),
             StorageFormat.INT: self._integers,
         }
         if self.format is None:
@@ -89,9 +98,13 @@ class StoredWeight:
         info, raw = self._raw(suffix, first, last)
         return floats(raw, info.dtype).reshape(last - first, -1)
 
+    def _scales(self, suffix: str, first: int, last: int) -> Floats:
+        info, raw = self._raw(suffix, first, last)
+        return floats(raw, scale_dtype(info)).reshape(last - first, -1)
+
     def _scalar(self, suffix: str) -> float:
         info = self.module.tensors[suffix]
-        return float(floats(read(self.view, info), info.dtype)[0])
+        return float(floats(read(self.view, info), scale_dtype(info))[0])
 
     def _nvfp4(self, first: int, last: int) -> Rows:
         suffixes = SUFFIXES[self.format or StorageFormat.NVFP4]
@@ -106,6 +119,13 @@ class StoredWeight:
         floor = 6 * 2.0**-9 * factor
         return Rows(values, lambda parent: _amax(parent, GROUP) * SEARCHED + np.float32(floor))
 
+    def _mxfp4(self, first: int, last: int) -> Rows:
+        suffixes = SUFFIXES[self.format or StorageFormat.MXFP4]
+        _, raw = self._raw(suffixes.codes, first, last)
+        codes = e2m1(np.frombuffer(raw, np.uint8).reshape(last - first, -1))
+        values = scaled(codes, self._scales(suffixes.scale, first, last), (1, MX_GROUP))
+        return Rows(values, lambda parent: _amax(parent, MX_GROUP) * np.float32(SEARCHED))
+
     def _fp8(self, first: int, last: int) -> Rows:
         _, raw = self._raw("weight", first, last)
         codes = e4m3(np.frombuffer(raw, np.uint8).reshape(last - first, -1))
@@ -119,9 +139,9 @@ class StoredWeight:
         if info.elements == 1:
             return np.full((1, 1), self._scalar(suffix), np.float32)
         if info.shape in ((self.shape[0],), (self.shape[0], 1)):
-            return self._part(suffix, first, last)
-        high, wide = fp8_block(self.view)
-        table = self._part(suffix, first // high, -(-last // high))
+            return self._scales(suffix, first, last)
+        high, wide = e4m3_block(self.format, self.view)
+        table = self._scales(suffix, first // high, -(-last // high))
         # The block size is config.json's; the lookup gives a result of the size of the rows.
         rows = np.arange(first, last) // high - first // high
         columns = np.arange(self.shape[1]) // wide
@@ -163,12 +183,22 @@ def weight_of(view: ModuleView, module: Module) -> StoredWeight | None:
     return StoredWeight(view, module, kind, shape)
 
 
+def scale_dtype(info: TensorInfo) -> str:
+    """Return the dtype by which a tensor of scales is decoded: bytes are E8M0."""
+    return "F8_E8M0" if info.dtype in E8M0S else info.dtype
+
+
+def e4m3_block(kind: StorageFormat | None, view: ModuleView) -> tuple[int, int]:
+    """Return the rows and columns that share a scale in a format with codes in E4M3."""
+    return (1, MX_GROUP) if kind is StorageFormat.MXFP8 else fp8_block(view)
+
+
 def decodable(kind: StorageFormat | None, module: Module, view: ModuleView) -> bool:
     """Return whether the module's layout and parts can be decoded."""
     if kind is StorageFormat.INT:
         plain = not {"weight_zero_point", "weight_g_idx"} & module.tensors.keys()
         return plain and integer_bits(view) in (4, 8)
-    if kind in FP8S:
+    if kind in E4M3S:
         return "weight" not in module.tensors or module.tensors["weight"].dtype == "F8_E4M3"
     return kind is not StorageFormat.OTHER
 
