@@ -11,18 +11,13 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
-from functools import cache
 from itertools import groupby
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, Final
 
-import ml_dtypes
 import numpy as np
 
 from mquant.checkpoint import CONFIG_NAME, INDEX_NAME, build_header
-from mquant.dtypes import nbytes
 from mquant.errors import DataFileError, UsageError
 from mquant.events import Emit, Note, Progress, silent
 from mquant.family import Family
@@ -33,41 +28,39 @@ from mquant.loader_model.vllm.words import in_words
 from mquant.output.disk import open_own, out_of_space, write_whole
 from mquant.output.staging import staging
 from mquant.plan import DEFAULT_SHARD_BYTES, cut_shards
+from mquant.synth_formats import (
+    STACKED,
+    STD,
+    Precision,
+    SynthTensor,
+    check_groups,
+    in_blocks,
+    quantization,
+    quantized_roles,
+    stored_weight,
+    value_table,
+)
 from mquant.synth_side_files import side_files
 from mquant.synth_tower import tower_tensors
 
-FP8_BLOCK: Final = 128
+__all__ = [
+    "Precision",
+    "Sizes",
+    "SynthTensor",
+    "Synthetic",
+    "make_config",
+    "make_tensors",
+    "synth",
+]
+
 _CHUNK: Final = 1 << 20  # elements computed at once: a few MB for a tensor of any size
-_STD: Final = 0.02
 _NORM: Final = (1.0, 0.05)
-# The largest number, 4.33 deviations out, is then near 448, the largest E4M3 number.
-_FP8_STD: Final = 100.0
-
-
-class Precision(StrEnum):
-    """The dtype of the weights. Tensors that the family stores in F32 stay F32."""
-
-    BF16 = "bf16"
-    FP16 = "fp16"
-    FP32 = "fp32"
-    FP8_BLOCK = "fp8-block"
-
-
-# The safetensors dtype of weights that are not FP8, and its name in config.json.
+# The safetensors dtype of weights that are not quantized, and its name in config.json.
 _DTYPES: Final = {
-    Precision.BF16: ("BF16", "bfloat16"),
     Precision.FP16: ("F16", "float16"),
     Precision.FP32: ("F32", "float32"),
-    Precision.FP8_BLOCK: ("BF16", "bfloat16"),
 }
-# The roles that FP8 releases store in FP8: every linear layer but routers and head.
-_IN_FP8: Final = (Role.EXPERT, Role.SHARED_EXPERT, Role.MLP, Role.ATTENTION)
-_NUMPY: Final = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-}
+_BF16: Final = ("BF16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,22 +72,6 @@ class Sizes:
     hidden: int | None = None
     intermediate: int | None = None
     vocab: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SynthTensor:
-    """One tensor of a synthetic checkpoint: name, dtype, shape, mean and standard deviation."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    mean: float
-    std: float
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return nbytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +143,7 @@ def make_config(
 ) -> dict[str, Any]:
     """Return the config.json of `synth`. Raises UsageError for sizes that the family lacks."""
     tiny_changes = dict(family.synth.tiny) if tiny else {}
-    if tiny and precision is Precision.FP8_BLOCK:
+    if tiny and precision in (Precision.FP8_BLOCK, Precision.MXFP4_FP8):
         tiny_changes |= family.synth.tiny_in_blocks
     config = family.with_settings(family.synth.config, tiny_changes)
     changes: dict[str, Any] = {}
@@ -197,15 +174,12 @@ def make_config(
     config = family.with_settings(config, per_layer)
     for key in ("torch_dtype", "dtype"):
         if key in config:
-            config[key] = _DTYPES[precision][1]
-    if precision is Precision.FP8_BLOCK:
-        config["quantization_config"] = {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "modules_to_not_convert": _not_converted(family.named_for(config), config, layers),
-            "quant_method": "fp8",
-            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-        }
+            config[key] = _DTYPES.get(precision, _BF16)[1]
+    declared = quantization(precision, family, config, layers)
+    if declared and family.nested and declared["quant_method"] == "compressed-tensors":
+        config = family.with_settings(config, {"quantization_config": declared})
+    elif declared:
+        config["quantization_config"] = declared
     return dict(sorted(config.items()))
 
 
@@ -231,8 +205,8 @@ def make_tensors(
     experts = family.value(family.config.experts, config) or 0 if family.config.experts else 0
     tensors = _each(family, config, precision, experts)
     # Releases in FP8 have a tensor for each expert.
-    stacked = family.stacks and precision is not Precision.FP8_BLOCK
-    yield from _stacked(family, tensors, experts) if stacked else tensors
+    stacked = family.stacks and precision in STACKED
+    yield from _stacked(family, tensors, experts, precision) if stacked else tensors
 
 
 def _outside(
@@ -240,8 +214,8 @@ def _outside(
 ) -> Iterator[SynthTensor]:
     """Yield the tensors of a larger model outside the text model, which no release quantizes."""
     for tensor in tower_tensors(family, config):
-        dtype = "F32" if tensor.dtype == "F32" else _DTYPES[precision][0]
-        mean, std = _NORM if tensor.norm else (0.0, _STD)
+        dtype = "F32" if tensor.dtype == "F32" else _DTYPES.get(precision, _BF16)[0]
+        mean, std = _NORM if tensor.norm else (0.0, STD)
         yield SynthTensor(tensor.name, dtype, tensor.shape, mean, std)
 
 
@@ -263,7 +237,9 @@ def _each(
                         yield from _tensor(family, row, name, shape, precision)
 
 
-def _stacked(family: Family, tensors: Iterable[SynthTensor], experts: int) -> Iterator[SynthTensor]:
+def _stacked(
+    family: Family, tensors: Iterable[SynthTensor], experts: int, precision: Precision
+) -> Iterator[SynthTensor]:
     """Yield the tensors; of those that one tensor on disk holds, yield that tensor once."""
     holders = {name: stack for stack in family.stacks for name in stack.holds}
     written: set[str] = set()
@@ -278,6 +254,10 @@ def _stacked(family: Family, tensors: Iterable[SynthTensor], experts: int) -> It
             continue
         written.add(name)
         rows, *columns = tensor.shape
+        if precision is Precision.MXFP4_BLOCKS and columns:
+            check_groups(name, columns[0])
+            yield from in_blocks(tensor, name, experts, rows * len(stack.holds))
+            continue
         part = (rows * len(stack.holds), *columns)
         shape = part[::-1] if stack.transposed else part
         yield replace(tensor, name=name, shape=(experts, *shape))
@@ -291,39 +271,14 @@ def _tensor(
             f"{family.name}.yaml: synth.config does not give the shape of {row.name}.",
             f"Add {' and '.join(row.shape) or 'a shape'} to the family file.",
         )
-    mean, std = _NORM if row.role is Role.NORM else (0.0, _STD)
-    block = row.role in _IN_FP8 and name.endswith(".weight")
-    if precision is Precision.FP8_BLOCK and block and len(shape) == 2 and row.dtype != "F32":
-        # Codes and scales have separate seeds, so that each can be written alone.
-        yield SynthTensor(name, "F8_E4M3", shape, 0.0, _FP8_STD)
-        blocks = tuple(-(-size // FP8_BLOCK) for size in shape)
-        scale = _STD / _FP8_STD
-        yield SynthTensor(f"{name}_scale_inv", "F32", blocks, scale, scale / 20)
+    mean, std = _NORM if row.role is Role.NORM else (0.0, STD)
+    quantized = row.role in quantized_roles(precision, family) and name.endswith(".weight")
+    if precision not in STACKED and quantized and len(shape) == 2 and row.dtype != "F32":
+        module = name.removesuffix(".weight")
+        yield from stored_weight(precision, row.role, module, (shape[0], shape[1]))
         return
-    dtype = "F32" if row.dtype == "F32" else _DTYPES[precision][0]
+    dtype = "F32" if row.dtype == "F32" else _DTYPES.get(precision, _BF16)[0]
     yield SynthTensor(name, dtype, shape, mean, std)
-
-
-def _not_converted(family: Family, config: Mapping[str, Any], layers: int) -> list[str]:
-    """Return the modules that FP8 releases keep, named as in those releases.
-
-    A name is the last part alone. If vLLM asks the list for a module, which takes whole names, the
-    module is named in every layer. Modules outside the text model are named one by one.
-    """
-    kept = (Role.ROUTER, Role.ROUTING_BIAS, Role.HEAD)
-    modules = [row.name.removesuffix(".weight") for row in family.tensors if row.role in kept]
-    rows = family.vllm.layer_rows if family.vllm else ()
-    asked = {row.name for row in rows if row.heeds and row.kind != "bare"}
-    names = (
-        [module.replace("{layer}", str(layer)) for layer in range(layers)]
-        if module in asked
-        else [module.rpartition(".")[2]]
-        for module in modules
-    )
-    tower = [
-        each.name.removesuffix(".weight") for each in tower_tensors(family, config) if each.linear
-    ]
-    return list(dict.fromkeys([*(name for group in names for name in group), *tower]))
 
 
 def _write_shard(
@@ -357,8 +312,11 @@ def _values(tensor: SynthTensor, seed: int) -> Iterator[memoryview]:
     """
     digest = hashlib.sha256(f"{seed}\0{tensor.name}".encode()).digest()
     random = np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
-    table = _quantiles(tensor.dtype, tensor.mean, tensor.std)
-    left = _elements(tensor.shape)
+    table = value_table(tensor.dtype, tensor.mean, tensor.std, tensor.kind)
+    if tensor.kind == "shape":
+        yield table.data.cast("B")
+        return
+    left = tensor.nbytes // table.itemsize
     values = np.empty(min(left, _CHUNK), table.dtype)
     while left:
         values = values[:left]
@@ -368,14 +326,6 @@ def _values(tensor: SynthTensor, seed: int) -> Iterator[memoryview]:
         np.take(table, indexes, out=values, mode="clip")
         yield values.data.cast("B")
         left -= len(values)
-
-
-@cache
-def _quantiles(dtype: str, mean: float, std: float) -> "np.ndarray[Any, np.dtype[Any]]":
-    """Return 65,536 quantiles of a normal distribution, as the bits of `dtype`."""
-    normal = NormalDist(mean, std)
-    values = np.array([normal.inv_cdf((i + 0.5) / 65536) for i in range(65536)], np.float32)
-    return values.astype(_NUMPY[dtype]).view(f"u{nbytes(dtype, (1,))}")
 
 
 def _index(shards: Mapping[str, list[SynthTensor]], total: int) -> dict[str, Any]:

@@ -40,8 +40,24 @@ Hidden = Annotated[int | None, typer.Option(help="Hidden size.")]
 Intermediate = Annotated[int | None, typer.Option(help="Intermediate size of an expert.")]
 Vocab = Annotated[int | None, typer.Option(help="Size of the vocabulary.")]
 Dtype = Annotated[
-    Literal["bf16", "fp16", "fp32", "fp8-block"],
-    typer.Option(help="The dtype of weights; fp8-block: with a scale for each 128 x 128 block."),
+    Literal[
+        "bf16",
+        "fp16",
+        "fp32",
+        "fp8-block",
+        "fp8-channel",
+        "fp8-tensor",
+        "mxfp8",
+        "mxfp4",
+        "mxfp4-blocks",
+        "mxfp4-fp8",
+        "int4",
+        "int8",
+    ],
+    typer.Option(
+        help="The dtype of weights, or the format of a release; fp8-block: with a scale for each "
+        "128 x 128 block; mxfp4-blocks: as gpt-oss; mxfp4-fp8: as DeepSeek-V4."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same bytes.")]
 ShapesOnly = Annotated[

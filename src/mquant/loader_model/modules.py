@@ -20,9 +20,12 @@ from mquant.loader_model.vllm.predict import MODELOPT_FILE, predict
 from mquant.schemes import QUANTIZED_SUFFIXES
 
 MODELOPT_NAME: Final = MODELOPT_FILE
+_PLACES: Final = ("quantization_config", "compression_config")
 FP8_DTYPES: Final = ("F8_E4M3", "F8_E5M2")
 _CODE_DTYPES: Final = ("U8", "I8", *FP8_DTYPES)
 """Dtypes of a `weight` that holds codes: ModelOpt and FP8 layouts keep the name `weight`."""
+_BESIDE_CODES: Final = ("scale", "activation_scale")
+"""Suffixes that are those of scales beside codes, and may be those of plain parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ def read_modules(checkpoint: Checkpoint, families: Mapping[str, Family]) -> Modu
         name: Module(name, tensors, family.classify(f"{name}.weight") if family else None)
         for name, tensors in by_module(unstacked(checkpoint, family)).items()
     }
-    method, config = _method(checkpoint)
+    method, config = method_of(checkpoint)
     return ModuleView(checkpoint, family, modules, method, config)
 
 
@@ -114,7 +117,7 @@ def quantized_suffixes(tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     suffixes = [suffix for suffix in tensors if f".{suffix}" in QUANTIZED_SUFFIXES]
     weight = tensors.get("weight")
     if weight is not None and weight.dtype in _CODE_DTYPES:
-        suffixes += ["weight", "scale"] if "scale" in tensors else ["weight"]
+        suffixes += ["weight", *(suffix for suffix in _BESIDE_CODES if suffix in tensors)]
     if "blocks" in tensors and "scales" in tensors:
         suffixes.append("blocks")
     return tuple(sorted(suffixes))
@@ -127,16 +130,30 @@ def declared_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     """
     config = checkpoint.config
     nested = config.get("text_config")
+    first, last = _PLACES
     places = (
-        config.get("quantization_config"),
-        nested.get("quantization_config") if isinstance(nested, dict) else None,
-        config.get("compression_config"),
+        config.get(first),
+        nested.get(first) if isinstance(nested, dict) else None,
+        config.get(last),
     )
     declared = next((each for each in places if each is not None), None)
     return declared if isinstance(declared, dict) else None
 
 
-def _method(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]]:
+def undeclared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json without its quantization config, wherever `declared_config` finds it."""
+    plain = {key: value for key, value in config.items() if key not in _PLACES}
+    nested = config.get("text_config")
+    if isinstance(nested, dict) and _PLACES[0] in nested:
+        plain["text_config"] = {key: value for key, value in nested.items() if key != _PLACES[0]}
+    return plain
+
+
+def method_of(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]]:
+    """Return the quantization method and config, of config.json or of ModelOpt's own file.
+
+    The method is empty, and the config too, if nothing says that the checkpoint is quantized.
+    """
     config = declared_config(checkpoint)
     if config is not None:
         method = config.get("quant_method")

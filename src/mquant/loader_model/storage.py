@@ -98,7 +98,9 @@ SUFFIXES: Final[dict[StorageFormat, Suffixes]] = {
 }
 SCALES: Final = frozenset(names.scale for names in SUFFIXES.values())
 SECOND_SCALES: Final = frozenset(names.second for names in SUFFIXES.values() if names.second)
-INPUT_SCALES: Final = frozenset(names.input for names in SUFFIXES.values() if names.input)
+INPUT_SCALES: Final = frozenset(
+    {*(names.input for names in SUFFIXES.values() if names.input), "activation_scale"}
+)
 
 _DECLARED: Final[dict[StorageFormat, dict[str, object]]] = {
     StorageFormat.NVFP4: {"type": "float", "num_bits": 4, "group_size": GROUP},

@@ -13,6 +13,7 @@ from mquant.dtypes import BITS, nbytes
 from mquant.family import Family
 from mquant.family_rows import Role
 from mquant.findings import Finding
+from mquant.loader_model.modules import undeclared
 from mquant.plan.members import Member
 from mquant.plan.stored import Stored
 from mquant.plan.survey import Survey
@@ -370,9 +371,8 @@ class Plan:
 
 def config_json(plan: Plan) -> dict[str, Any]:
     """Return all keys of the parent's config.json, with the plan's quantization config, if any."""
-    key = "quantization_config"
-    kept = {k: value for k, value in plan.survey.checkpoint.config.items() if k != key}
-    return {**kept, key: plan.quantization_config} if plan.quantization_config else kept
+    kept, declared = undeclared(plan.survey.checkpoint.config), plan.quantization_config
+    return {**kept, "quantization_config": declared} if declared else kept
 
 
 def declaration(

@@ -7,7 +7,7 @@ from typing import Any, Final
 from mquant.checkpoint import Source, has_chat_template
 from mquant.errors import SourceError
 from mquant.findings import Finding, rule
-from mquant.loader_model.modules import ModuleView
+from mquant.loader_model.modules import ModuleView, undeclared
 from mquant.text import names
 from mquant.verify.numbers import PIECE
 
@@ -72,7 +72,8 @@ def check_config(config: Mapping[str, Any], parent: Mapping[str, Any]) -> Iterat
     """Yield findings about keys that config.json lost, and keys whose values differ."""
     if _ROPE in config or _ROPE in parent:
         config, parent = _with_rope(config), _with_rope(parent)
-    keys = [key for key in parent if key not in (*_STAMPS, "quantization_config")]
+    config, parent = undeclared(config), undeclared(parent)
+    keys = [key for key in parent if key not in _STAMPS]
     lost = [key for key in keys if key not in config]
     changed = [key for key in keys if key in config and config[key] != parent[key]]
     if lost:
