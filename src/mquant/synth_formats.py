@@ -202,16 +202,15 @@ def quantization(
     """Return the quantization config of releases; empty if the precision is a dtype."""
     if precision in PLAIN:
         return {}
-    kept = _not_converted(family.named_for(config), config, layers)
+    family = family.named_for(config)
     if precision is Precision.MXFP4_BLOCKS:
-        return {
-            "modules_to_not_convert": _kept_patterns(precision, family),
-            "quant_method": "mxfp4",
-        }
+        patterns = _kept_patterns(precision, family, config)
+        return {"modules_to_not_convert": patterns, "quant_method": "mxfp4"}
+    if precision in _COMPRESSED:
+        return _compressed(precision, _kept_patterns(precision, family, config))
+    kept = _not_converted(family, config, layers)
     if precision is Precision.MXFP8:
         return {"ignored_layers": kept, "quant_method": "mxfp8"}
-    if precision in _COMPRESSED:
-        return _compressed(precision, family.named_for(config))
     table: dict[str, Any] = {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
@@ -245,7 +244,7 @@ _COMPRESSED: Final[dict[Precision, tuple[str, dict[str, Any], dict[str, Any] | N
 """The format, the weights and the input activations of compressed-tensors' group."""
 
 
-def _compressed(precision: Precision, family: Family) -> dict[str, Any]:
+def _compressed(precision: Precision, ignore: list[str]) -> dict[str, Any]:
     named, weights, inputs = _COMPRESSED[precision]
     group = {
         "format": named,
@@ -257,18 +256,25 @@ def _compressed(precision: Precision, family: Family) -> dict[str, Any]:
     return {
         "config_groups": {"group_0": group},
         "format": named,
-        "ignore": _kept_patterns(precision, family),
+        "ignore": ignore,
         "kv_cache_scheme": None,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
     }
 
 
-def _kept_patterns(precision: Precision, family: Family) -> list[str]:
+def _kept_patterns(precision: Precision, family: Family, config: Mapping[str, Any]) -> list[str]:
     """Return patterns of the matrices that are not quantized, under every name of loaders."""
     quantized = quantized_roles(precision, family)
-    rows = [row for row in family.tensors if row.role not in quantized and row.role.linear]
-    rows += [row for row in family.tensors if row.role in (Role.VISION, Role.ROUTER, Role.HEAD)]
+    others = (Role.EMBEDDING, Role.ROUTER, Role.HEAD)
+    rows = [
+        row
+        for row in family.tensors
+        if (row.role in others or (row.role.linear and row.role not in quantized))
+        and not family.may_lack(row, config)
+    ]
+    if any(tower_tensors(family, config)):
+        rows += [row for row in family.tensors if row.role is Role.VISION]
     named = (each for row in rows for each in row.patterns(*family.looked_up_by))
     return list(dict.fromkeys(named))
 

@@ -15,7 +15,13 @@ from mquant.checkpoint import TensorInfo
 from mquant.checkpoint.slices import read_part, read_whole
 from mquant.errors import SourceError
 from mquant.loader_model.storage import E8M0S, FP4S, GROUP, MX_GROUP, MXFP4S, StorageFormat
-from mquant.numerics.dequantize import decode_fp4, decode_fp8, mxfp4_table, nvfp4_table
+from mquant.numerics.dequantize import (
+    decode_fp4,
+    decode_fp8,
+    decode_integers,
+    mxfp4_table,
+    nvfp4_table,
+)
 from mquant.numerics.floats import BF16, E8M0, E8M0_NAN, FLOATS, Array, Bytes, Words
 from mquant.plan import Action, Stored
 
@@ -44,6 +50,8 @@ def open_rows(source: Source, stored: Stored, columns: int, scratch: Bytes) -> R
     """
     if stored.format in FP4S:
         return _FP4(source, stored, columns, scratch)
+    if stored.format is StorageFormat.INT:
+        return _Integers(source, stored, columns, scratch)
     return _FP8(source, stored, columns, scratch)
 
 
@@ -157,16 +165,73 @@ class _FP4:
         decode_fp4(packed, scales, self._table, words, self._group)
 
 
+class _Integers:
+    def __init__(self, source: Source, stored: Stored, columns: int, scratch: Bytes) -> None:
+        self._source, self._stored, self._scratch = source, stored, scratch
+        self._packed, self._wide = columns * stored.bits // 8, stored.block[1]
+        self._groups: Array | None = None
+        rows, scales = stored.codes.shape[0], stored.scale.shape[1]
+        self._zeros = np.zeros((rows, scales), np.int8)
+        if stored.zeros is not None:
+            raw = _bytes(source, stored.zeros)
+            self._zeros = _zero_points(raw, stored.zeros, stored.bits, rows)
+        if stored.order is not None:
+            groups = _bytes(source, stored.order).view("<i4")
+            if (groups >= scales).any():
+                raise SourceError(
+                    f"{stored.order.name} holds {groups.max()}; there are {scales} groups.",
+                    "Get the checkpoint again.",
+                )
+            # -1 stands for the order of the columns, as in compressed-tensors.
+            self._groups = None if (groups < 0).any() else groups
+
+    def read(self, first: int, last: int, words: Words) -> None:
+        stored, rows = self._stored, last - first
+        codes = self._scratch[: rows * self._packed]
+        read_part(self._source, stored.codes, first * self._packed, codes.data)
+        scales = _read_rows(self._source, stored.scale, first, last)
+        zeros, wide = self._zeros[first:last], self._wide
+        if self._groups is not None:  # each column has a scale of its own
+            scales, zeros, wide = scales[:, self._groups], zeros[:, self._groups], 1
+        decode_integers(codes.reshape(rows, -1), stored.bits, scales, zeros, wide, words)
+
+
+def _zero_points(raw: Bytes, info: TensorInfo, bits: int, rows: int) -> Array:
+    """Return zero points, int8 [rows, groups]; an int32 holds those of several rows."""
+    groups = info.shape[1]
+    if info.dtype == "I8":
+        return raw.view(np.int8).reshape(rows, groups)
+    packed = raw.view("<u4").reshape(-1, 1, groups)
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)[:, None]
+    codes = (packed >> shifts) & np.uint32(2**bits - 1)
+    signed = codes.astype(np.int32) - (1 << (bits - 1))
+    return signed.astype(np.int8).reshape(-1, groups)[:rows]
+
+
+def _read_rows(source: Source, info: TensorInfo, first: int, last: int) -> Array:
+    """Read rows of scales: F16 in F16, because upstream rounds twice, all others in F32."""
+    float_format, columns = FLOATS[info.dtype], info.shape[1]
+    width = columns * float_format.word.itemsize
+    raw = bytearray((last - first) * width)
+    read_part(source, info, first * width, memoryview(raw))
+    values = float_format.values(float_format.words(raw)).reshape(-1, columns)
+    return values if info.dtype == "F16" else values.astype(np.float32)
+
+
+def _bytes(source: Source, info: TensorInfo) -> Bytes:
+    raw = np.empty(info.nbytes, np.uint8)
+    read_whole(source, info, raw.data)
+    return raw
+
+
 def _read(source: Source, info: TensorInfo) -> Array:
     """Read a small tensor in its own dtype; E8M0 scales in F32."""
-    raw = bytearray(info.nbytes)
-    read_whole(source, info, memoryview(raw))
+    raw = _bytes(source, info)
     if info.dtype in E8M0S:
-        codes = np.frombuffer(raw, np.uint8)
-        _refuse_nan(info, codes)
-        return E8M0[codes].reshape(info.shape)
+        _refuse_nan(info, raw)
+        return E8M0[raw].reshape(info.shape)
     float_format = FLOATS[info.dtype]
-    return float_format.values(float_format.words(raw)).reshape(info.shape)
+    return float_format.values(float_format.words(raw.data)).reshape(info.shape)
 
 
 def _refuse_nan(info: TensorInfo, scales: Bytes) -> None:

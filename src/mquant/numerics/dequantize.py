@@ -6,6 +6,7 @@
 | compressed-tensors NVFP4 | code * (block scale / global scale) |
 | ModelOpt NVFP4 | code * (block scale * second scale) |
 | MXFP4, MXFP8, FP8 with E8M0 scales | code * 2^(scale - 127) |
+| integers of 4 or 8 bits | (code - zero point) * scale |
 
 Each operation is done in F32, and the result is rounded to BF16, to nearest even, as in
 compressed-tensors' `FP8BlockDequantizer`, the `decompress` of its compressors, ModelOpt's
@@ -45,6 +46,8 @@ def prepare_decoding() -> None:
     codes, words = np.zeros(GROUP, np.uint8), np.empty(GROUP, np.uint16)
     decode_fp8(codes[None], np.ones((1, 1), np.float32), (1, GROUP), 0, words)
     decode_fp4(codes[: GROUP // 2], codes[:1], nvfp4_table(1.0, divide=True), words)
+    scales, zeros = np.ones((1, 1), np.float32), np.zeros((1, 1), np.int8)
+    decode_integers(codes[None], 8, scales, zeros, GROUP, words)
     not_finite(words)
 
 
@@ -111,6 +114,34 @@ def decode_fp4(
     _decode_fp4(packed, scales, table, words)
 
 
+def decode_integers(
+    codes: Bytes, bits: int, scales: Array, zeros: Array, wide: int, words: Words
+) -> None:
+    """Decode integers of 4 or 8 bits, uint8 [rows, bytes], to BF16 into `words` [rows * columns].
+
+    A code is stored plus half of the codes' range; of two codes in a byte the low one is first.
+    `scales`, float32 or float16, and `zeros`, the zero points, int8, are [rows, groups]; a group
+    has `wide` columns.
+    """
+    rows, columns = len(codes), codes.shape[1] * 8 // bits
+    groups = (rows, -(-columns // wide))
+    if scales.shape != groups or zeros.shape != groups:
+        raise ValueError(f"{scales.shape} scales and {zeros.shape} zero points for {groups} groups")
+    if words.shape != (rows * columns,):
+        raise ValueError(f"{codes.shape} codes into {words.shape}")
+    if scales.dtype != np.float16:
+        _decode_integers(codes, bits, scales, zeros, wide, words.reshape(rows, columns))
+        return
+    # In F16 upstream rounds the product to F16 first. BF16 and F16 hold code - zero exactly.
+    numbers = np.empty((rows, columns), np.uint16)
+    _decode_integers(codes, bits, np.ones(groups, np.float32), zeros, wide, numbers)
+    wider = np.repeat(scales, wide, axis=1)[:, :columns]
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        values = numbers.view(BF16.value).astype(np.float16) * wider
+    rounded = values.astype(BF16.value).view(BF16.word)
+    words[:] = np.where(np.isnan(values), _NAN_WORD, rounded).reshape(-1)
+
+
 @compiled
 def not_finite(words: Array) -> int:
     """Return how many BF16 numbers are NaN or infinite: all bits of the exponent are set."""
@@ -133,6 +164,41 @@ def _decode_fp8(
             part = values[block * wide : min((block + 1) * wide, columns)]
             _multiply(part, scales[(first + row) // high, block])
         _round(bits, words[row])
+
+
+@compiled
+def _decode_integers(
+    codes: Array, bits: int, scales: Array, zeros: Array, wide: int, words: Array
+) -> None:
+    values = np.empty(words.shape[1], np.float32)
+    for row in range(codes.shape[0]):
+        if bits == 4:
+            _nibbles(codes[row], values)
+        else:
+            _bytes(codes[row], values)
+        for group in range(scales.shape[1]):
+            part = values[group * wide : min((group + 1) * wide, values.size)]
+            _scale(part, np.float32(zeros[row, group]), scales[row, group])
+        _round(values.view(np.uint32), words[row])
+
+
+@compiled
+def _nibbles(codes: Array, values: Array) -> None:
+    for i in range(codes.size):
+        values[2 * i] = np.float32(codes[i] & np.uint8(15)) - np.float32(8)
+        values[2 * i + 1] = np.float32(codes[i] >> np.uint8(4)) - np.float32(8)
+
+
+@compiled
+def _bytes(codes: Array, values: Array) -> None:
+    for i in range(codes.size):
+        values[i] = np.float32(codes[i]) - np.float32(128)
+
+
+@compiled
+def _scale(values: Array, zero: Any, scale: Any) -> None:
+    for i in range(values.size):
+        values[i] = (values[i] - zero) * scale
 
 
 @compiled

@@ -13,7 +13,9 @@ from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.findings import Finding
 from mquant.loader_model.modules import by_module, method_of, quantized_suffixes
 from mquant.loader_model.storage import E4M3S, FP4S, StorageFormat, recognize
-from mquant.plan.stored_parts import PART_MISSING, PART_SHAPE, Stored, readable, stored_as
+from mquant.plan.stored_floats import stored_floats
+from mquant.plan.stored_integers import ORDER, IntegerGroups, stored_integers
+from mquant.plan.stored_parts import PART_MISSING, PART_SHAPE, Stored
 
 __all__ = [
     "PART_MISSING",
@@ -27,7 +29,7 @@ __all__ = [
 # Scales of activations and of the KV cache: useless once the weight is dequantized.
 _OF_CACHE: Final = (".k_scale", ".v_scale", ".q_scale", ".output_scale")
 
-READABLE: Final = (*E4M3S, *FP4S)
+READABLE: Final = (*E4M3S, *FP4S, StorageFormat.INT)
 """The formats that mquant can dequantize."""
 
 
@@ -57,19 +59,27 @@ def find_stored(
     weights: dict[str, tuple[TensorInfo, Stored]] = {}
     others: set[str] = set()
     broken: list[Finding] = []
-    for module, parts in by_module(tensors).items():
+    modules = by_module(tensors)
+    integers = IntegerGroups(config, modules.keys())
+    for module, parts in modules.items():
         others.update(i.name for i in parts.values() if i.name.endswith(_OF_CACHE))
         storage = recognize(parts, config)
         if storage is None:
             continue
-        if storage not in formats or not readable(storage, parts, config):
+        if storage not in formats:
             return None
-        stored = stored_as(storage, module, parts, config)
+        if storage is StorageFormat.INT:
+            stored = stored_integers(module, parts, integers)
+        else:
+            stored = stored_floats(storage, module, parts, config)
+        if stored is None:
+            return None
         if isinstance(stored, Finding):
             broken.append(stored)
         else:
             weights[stored.codes.name] = (_in_bf16(f"{module}.weight", stored), stored)
-        others.update(parts[suffix].name for suffix in quantized_suffixes(parts))
+        suffixes = (*quantized_suffixes(parts), ORDER)
+        others.update(info.name for suffix, info in parts.items() if suffix in suffixes)
     if not weights and not broken:
         return None
     return StoredWeights(weights, frozenset(others - weights.keys()), _first(broken))

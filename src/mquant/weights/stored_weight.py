@@ -21,9 +21,11 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from mquant.checkpoint import TensorInfo
 from mquant.checkpoint.slices import read_bytes
+from mquant.errors import SourceError
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.loader_model.storage import (
     E4M3S,
@@ -41,6 +43,7 @@ from mquant.loader_model.storage import (
 )
 from mquant.weights.decode import READABLE, Floats, e2m1, e4m3, floats, integers, scaled
 
+Groups = npt.NDArray[np.int32]
 SEARCHED: Final = 17 / 16 / 3
 TYPICAL: Final[dict[StorageFormat | None, float]] = {
     StorageFormat.NVFP4: 0.25,
@@ -153,8 +156,43 @@ class StoredWeight:
         codes = integers(np.frombuffer(raw, "<i4").reshape(last - first, -1), bits)
         scales = self._part("weight_scale", first, last)
         group = -(-codes.shape[1] // scales.shape[1])
-        values = scaled(codes, scales, (1, group))
-        return Rows(values, lambda parent: _amax(parent, group) * np.float32(2 / (2**bits - 1)))
+        step = np.float32(2 / (2**bits - 1))
+        order = self._order(scales.shape[1])
+        if "weight_zero_point" in self.module.tensors:
+            zeros = self._zero_points(first, last, bits)
+            wide = np.arange(codes.shape[1]) // group if order is None else order
+            codes -= zeros[:, wide]
+        if order is None:
+            values = scaled(codes, scales, (1, group))
+            return Rows(values, lambda parent: _amax(parent, group) * step)
+        return Rows(codes * scales[:, order], lambda parent: _amax_of_groups(parent, order) * step)
+
+    def _order(self, groups: int) -> Groups | None:
+        """Return the group of each column; None if they follow each other, for which -1 stands."""
+        info = self.module.tensors.get("weight_g_idx")
+        if info is None:
+            return None
+        order = np.frombuffer(read(self.view, info), "<i4")
+        if (order < 0).any():
+            return None
+        if order.max() >= groups:
+            raise SourceError(
+                f"{info.name} holds {order.max()}, but there are {groups} groups.",
+                "Get the checkpoint again.",
+            )
+        return order
+
+    def _zero_points(self, first: int, last: int, bits: int) -> Floats:
+        """Return the zero points of rows; packed ones have several rows in an int32."""
+        info = self.module.tensors["weight_zero_point"]
+        if info.dtype == "I8":
+            return self._part("weight_zero_point", first, last)
+        per = 32 // bits
+        width = info.nbytes // info.shape[0]
+        raw = read(self.view, info, first // per * width, -(-last // per) * width)
+        packed = np.ascontiguousarray(np.frombuffer(raw, "<i4").reshape(-1, info.shape[1]).T)
+        start = first - first // per * per
+        return integers(packed, bits).T[start : start + last - first]
 
 
 def weight_of(view: ModuleView, module: Module) -> StoredWeight | None:
@@ -196,11 +234,23 @@ def e4m3_block(kind: StorageFormat | None, view: ModuleView) -> tuple[int, int]:
 def decodable(kind: StorageFormat | None, module: Module, view: ModuleView) -> bool:
     """Return whether the module's layout and parts can be decoded."""
     if kind is StorageFormat.INT:
-        plain = not {"weight_zero_point", "weight_g_idx"} & module.tensors.keys()
-        return plain and integer_bits(view) in (4, 8)
+        bits, codes = integer_bits(view), module.tensors.get("weight_packed")
+        zeros = module.tensors.get("weight_zero_point")
+        if bits not in (4, 8) or codes is None or zeros is None:
+            return bits in (4, 8)
+        rows = {"I32": -(-codes.shape[0] * bits // 32), "I8": codes.shape[0]}
+        return len(zeros.shape) == 2 and zeros.shape[0] == rows.get(zeros.dtype)
     if kind in E4M3S:
         return "weight" not in module.tensors or module.tensors["weight"].dtype == "F8_E4M3"
     return kind is not StorageFormat.OTHER
+
+
+def _amax_of_groups(values: Floats, order: Groups) -> Floats:
+    """Return, for every element, the largest magnitude of its group; `order` has the groups."""
+    columns = np.argsort(order, kind="stable")
+    _, starts, place = np.unique(order[columns], return_index=True, return_inverse=True)
+    largest = np.maximum.reduceat(np.abs(values)[:, columns], starts, axis=1)
+    return largest[:, place[np.argsort(columns)]]
 
 
 def _amax(values: Floats, group: int) -> Floats:

@@ -1,0 +1,229 @@
+"""Checkpoints in the formats of releases become the BF16 that the releases' own code makes.
+
+Codes are random, and scales take every value: the smallest and the largest of E8M0 too.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from judges import converted_by, data, hashes, opened, read_json
+from make import Row
+from mquant.checkpoint import Folder, reader_of
+from mquant.errors import SourceError
+from mquant.family_files import load_families
+from mquant.loader_model.modules import read_modules
+from mquant.measure.comparison import compare
+from mquant.plan import Plan, make_bf16_plan
+from mquant.runs.convert import convert
+from mquant.synth import Precision, synth
+from mquant.verify.judge import Depth, verify
+from mquant.weights.matrix import Scratch, matrix_of
+from mutate import changed, mutated, setting
+
+FAMILIES = load_families()
+Upstream = Callable[[Path], dict[str, Any]]
+"""The weights that upstream's code makes of a checkpoint, by name: tensors of torch in BF16."""
+
+
+def compressed_tensors(src: Path) -> dict[str, Any]:
+    from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer
+    from safetensors.torch import load_file
+
+    out = converted_by(CompressedTensorsDequantizer(src), src, src.parent / "theirs")
+    return load_file(out / "model.safetensors")
+
+
+def transformers(src: Path) -> dict[str, Any]:
+    """Dequantize FP8, and FP4 in I8, by `weight_scale_inv`, `weight_scale` or `scale`."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    tensors, made = loaded(src), {}
+    for name, codes in tensors.items():
+        scales = (f"{name}_scale_inv", f"{name}_scale", name.removesuffix("weight") + "scale")
+        scale = next((tensors[each] for each in scales if each in tensors), None)
+        if name.endswith(".weight") and scale is not None:
+            made[name] = Fp8Dequantize(None)._dequantize_one(codes, scale)
+    return made
+
+
+def gpt_oss(src: Path) -> dict[str, Any]:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    tensors = loaded(src)
+    return {
+        name.removesuffix("_blocks"): convert_moe_packed_tensors(
+            blocks, tensors[name.replace("_blocks", "_scales")]
+        )
+        for name, blocks in tensors.items()
+        if name.endswith("_blocks")
+    }
+
+
+def loaded(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    (shard,) = folder.glob("*.safetensors")
+    return load_file(shard)
+
+
+CASES: dict[Precision, tuple[str, Upstream]] = {
+    Precision.MXFP4: ("qwen3_moe", compressed_tensors),
+    Precision.MXFP4_BLOCKS: ("gpt_oss", gpt_oss),
+    Precision.MXFP4_FP8: ("deepseek_v4", transformers),
+    Precision.MXFP8: ("minimax_m3_vl", transformers),
+    Precision.FP8_TENSOR: ("mistral", transformers),
+    Precision.FP8_CHANNEL: ("qwen3_moe", compressed_tensors),
+    Precision.INT4: ("kimi_k2", compressed_tensors),
+    Precision.INT8: ("qwen3_moe", compressed_tensors),
+}
+PRECISIONS = pytest.mark.parametrize("precision", CASES, ids=str)
+GPT_OSS = "model.layers.0.mlp.experts.down_proj"
+
+
+def hard(rows: list[Row]) -> list[Row]:
+    """Return the tensors with random codes and scales instead of codes and scales."""
+    return [(name, dtype, shape, _hard(name, dtype, raw)) for name, dtype, shape, raw in rows]
+
+
+def _hard(name: str, dtype: str, raw: bytes) -> bytes:
+    random = np.random.default_rng(len(name))
+    last = name.rpartition(".")[2]
+    if last.endswith("scales") or (dtype in ("U8", "F8_E8M0") and "scale" in last):
+        return random.integers(0, 255, len(raw), np.uint8).tobytes()  # no NaN
+    if dtype in ("U8", "I8", "I32"):
+        return random.integers(0, 256, len(raw), np.uint8).tobytes()
+    if dtype == "F8_E4M3":
+        codes = random.integers(0, 256, len(raw), np.uint8)
+        codes[codes & 0x7F == 0x7F] = 0  # NaN
+        return codes.tobytes()
+    if dtype == "BF16" and "scale" in last:
+        return random.integers(0, 0x7F80, len(raw) // 2, np.uint16).tobytes()
+    return raw
+
+
+def bf16_plan(src: Path) -> Plan:
+    return make_bf16_plan(opened(src), FAMILIES)
+
+
+def dequantized(src: Path, out: Path) -> Path:
+    return convert(bf16_plan(src), out, "dequantize").out
+
+
+def source(folder: Path, precision: Precision) -> Path:
+    return synth(folder, FAMILIES[CASES[precision][0]], precision=precision).path
+
+
+def words(tensor: Any) -> Any:
+    import torch
+
+    return tensor.to(torch.bfloat16).contiguous().view(torch.int16)
+
+
+@pytest.mark.upstream
+@PRECISIONS
+def test_every_weight_is_what_upstream_makes_of_it(tmp_path: Path, precision: Precision) -> None:
+    src = mutated(source(tmp_path / "src", precision), tmp_path, edit=hard)
+    ours, theirs = loaded(dequantized(src, tmp_path / "ours")), CASES[precision][1](src)
+    weights = {m.info.held.by.name if m.info.held else m.info.name for m in stored(src)}
+    assert weights and weights <= theirs.keys()
+    assert [n for n in weights if not (words(ours[n]) == words(theirs[n])).all()] == []
+
+
+def stored(src: Path) -> list[Any]:
+    return [member for member in bf16_plan(src).survey.members if member.stored]
+
+
+@PRECISIONS
+def test_the_result_has_the_tensors_and_the_config_of_a_bf16_checkpoint(
+    tmp_path: Path, precision: Precision
+) -> None:
+    family = FAMILIES[CASES[precision][0]]
+    src = source(tmp_path / "src", precision)
+    plain = opened(synth(tmp_path / "plain", family).path)
+    out = opened(dequantized(src, tmp_path / "out"))
+    same_sizes = {**plain.config, **{k: out.config[k] for k in out.config if "size" in k}}
+    assert out.config == same_sizes
+    assert out.tensors.keys() == plain.tensors.keys()
+    assert {info.dtype for info in out.tensors.values()} <= {"BF16", "F32"}
+
+
+@PRECISIONS
+def test_memory_holds_rows_not_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
+) -> None:
+    src = mutated(source(tmp_path / "src", precision), tmp_path, edit=hard)
+    whole = hashes(dequantized(src, tmp_path / "whole"))
+    monkeypatch.setattr("mquant.engines.stream.PIECE", 640)
+    assert hashes(dequantized(src, tmp_path / "rows")) == whole
+
+
+@PRECISIONS
+def test_the_judge_s_decoder_agrees_with_the_engines(tmp_path: Path, precision: Precision) -> None:
+    """The two decoders share no code."""
+    src = source(tmp_path / "src", precision)
+    out = dequantized(src, tmp_path / "out")
+    report = verify(Folder(out), FAMILIES, Depth.FULL, Folder(src))
+    assert [f for f in report.findings if f.severity == "error"] == []
+    assert not {"weight-not-compared", "part-shape"} & {f.rule for f in report.findings}
+    difference = compare(Folder(out), Folder(src), FAMILIES)
+    # BF16 has 8 bits: a rounded number is off by 2^-9 of itself at most.
+    assert all(each.error <= each.power * 2.0**-18 for each in difference.tensors)
+
+
+@PRECISIONS
+def test_rows_are_read_one_by_one_as_all_together(tmp_path: Path, precision: Precision) -> None:
+    view = read_modules(opened(source(tmp_path / "src", precision)), FAMILIES)
+    reader, scratch = reader_of(view.checkpoint.source), Scratch()
+    for module in view.quantized[:8]:
+        matrix = matrix_of(view, module, reader)
+        assert matrix is not None
+        rows, columns = matrix.shape
+        whole, row = (np.empty((n, columns), np.float32) for n in (rows, 1))
+        matrix.read(0, rows, whole, scratch)
+        for number in range(0, rows, 7):
+            matrix.read(number, number + 1, row, scratch)
+            assert (row[0] == whole[number]).all()
+
+
+# --- what is wrong is said
+
+
+@pytest.mark.parametrize(
+    ("precision", "scale"),
+    [
+        (Precision.MXFP4, "model.layers.0.mlp.experts.0.up_proj.weight_scale"),
+        (Precision.MXFP4_BLOCKS, f"{GPT_OSS}_scales"),
+        (Precision.MXFP4_FP8, "layers.0.attn.wkv.scale"),
+    ],
+    ids=str,
+)
+def test_the_nan_of_e8m0_is_refused(tmp_path: Path, precision: Precision, scale: str) -> None:
+    src = source(tmp_path / "src", precision)
+    bad = mutated(src, tmp_path, edit=changed(scale, data=setting(3, 255)))
+    with pytest.raises(SourceError) as caught:
+        dequantized(bad, tmp_path / "out")
+    sentence = " holds a scale that is 255, which is NaN in E8M0: the weights are unknown."
+    assert caught.value.message.startswith(scale)
+    assert caught.value.message.endswith(sentence)
+    report = verify(Folder(bad), FAMILIES, Depth.NUMBERS)
+    assert "scale-not-finite" in {finding.rule for finding in report.findings}
+
+
+def test_scales_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    src = source(tmp_path / "src", Precision.MXFP4_BLOCKS)
+    half = changed(f"{GPT_OSS}_scales", shape=(8, 128, 1), data=lambda raw: raw[: 8 * 128])
+    (refusal,) = bf16_plan(mutated(src, tmp_path, edit=half)).refusals
+    words = "must be U8 or F8_E8M0 [128, 2] for codes [128, 32] (and 7 more modules like it)."
+    assert refusal.message.endswith(words)
+
+
+def test_the_quantization_of_the_text_model_is_left_out(tmp_path: Path) -> None:
+    src = synth(tmp_path / "src", FAMILIES["kimi_k25"], precision=Precision.INT4).path
+    assert "quantization_config" in read_json(src / "config.json")["text_config"]
+    config = read_json(dequantized(src, tmp_path / "out") / "config.json")
+    assert "quantization_config" not in {**config, **config["text_config"]}
+    assert data(opened(tmp_path / "out"), "language_model.lm_head.weight")
