@@ -328,8 +328,12 @@ def test_a_parent_in_fp8_repairs_a_checkpoint(original: Path, tmp_path: Path) ->
 # --- layouts that are refused
 
 
-def test_integers_stay_refused(nvfp4: Path, tmp_path: Path) -> None:
-    src = stored_as(nvfp4, tmp_path, INT4, int4)
+def test_integers_of_no_declared_group_stay_refused(nvfp4: Path, tmp_path: Path) -> None:
+    def undeclared(config: dict[str, Any]) -> None:
+        int4(config)
+        config["quantization_config"]["config_groups"] = {}
+
+    src = stored_as(nvfp4, tmp_path, INT4, undeclared)
     assert refused(src) == 'bad is already quantized (config.json says "compressed-tensors").'
     (refusal,) = bf16_plan(src).refusals
     assert refusal.fix == "Start from the BF16 checkpoint that the source was made from."
