@@ -106,7 +106,7 @@ class TensorRow(Data):
     shape: tuple[Size, ...] = ()
     shapes: Mapping[str, tuple[Size, ...]] = Field(default_factory=dict)
     """Block -> the shape in layers that have the block, if it is not `shape` in every layer."""
-    dtype: Literal["BF16", "F16", "F32"] = "BF16"
+    dtype: Literal["BF16", "F16", "F32", "I64"] = "BF16"
     fused: str = ""
     block: str = EVERY_LAYER
     """The block of the row: a layer has all rows of a block or no row of the block. The family's

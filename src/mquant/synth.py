@@ -277,6 +277,9 @@ def _tensor(
         module = name.removesuffix(".weight")
         yield from stored_weight(precision, row.role, module, (shape[0], shape[1]))
         return
+    if row.dtype == "I64":
+        yield SynthTensor(name, row.dtype, shape, 0.0, 0.0, "zeros")
+        return
     dtype = "F32" if row.dtype == "F32" else _DTYPES.get(precision, _BF16)[0]
     yield SynthTensor(name, dtype, shape, mean, std)
 

@@ -24,7 +24,7 @@ from mquant.synth_tower import tower_tensors
 
 Shape = tuple[int, ...]
 Array = np.ndarray[Any, np.dtype[Any]]
-Kind = Literal["numbers", "fp4 pairs", "exponents", "int4 pairs", "int8", "shape"]
+Kind = Literal["numbers", "fp4 pairs", "exponents", "int4 pairs", "int8", "shape", "zeros"]
 
 STD: Final = 0.02
 FP8_BLOCK: Final = 128
@@ -312,7 +312,7 @@ _NUMPY: Final = {
 @cache
 def value_table(dtype: str, mean: float, std: float, kind: Kind) -> Array:
     """Return 65,536 equally likely values of a tensor, as bits: of one element, or of one byte."""
-    if kind == "shape":
+    if kind in ("shape", "zeros"):
         return np.array([mean, std], "<i8")
     if kind in ("fp4 pairs", "int4 pairs"):
         codes = _nibbles(kind, NormalDist(mean, std))

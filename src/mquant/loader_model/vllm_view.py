@@ -152,7 +152,16 @@ class VllmView:
         """
         if role is Role.HEAD:
             return self.method == "modelopt"
+        if role is Role.INDEXER and self._model_decides:
+            return False
         return role.linear and not role.refused_by_loaders
+
+    @property
+    def _model_decides(self) -> bool:
+        """Whether the model's own code says what is plain, as with DeepSeek-V4: no list does."""
+        family = self.view.family
+        known = family is not None and family.vllm is not None
+        return self.method == "fp8" and not self.view.ignore and not known
 
     def _group(self, members: tuple[Judged, ...]) -> Group:
         ignored = {not self.ignored_by_vllm.isdisjoint(judged.vllm) for judged in members}

@@ -22,7 +22,7 @@ TENSOR_RENAMED: Final = rule(
 )
 DTYPE_NOT_FLOAT: Final = rule(
     "dtype-not-float",
-    "A tensor that is not quantized has a dtype of floats.",
+    "A tensor that is not quantized has a dtype of floats, or the family's dtype.",
     "vLLM converts integers and 8-bit codes to floats by value, without an error.",
     "Take the tensor from the parent, or quantize again.",
     knowing=("family",),
@@ -36,9 +36,9 @@ def check_names(view: ModuleView, family: Family, tally: Tally) -> None:
         for suffix, info in module.tensors.items():
             if suffix in _HARMLESS:
                 continue
-            if family.classify(info.name) is not None:
+            if (tensor_role := family.classify(info.name)) is not None:
                 codes = suffix == "weight" and module.quantized
-                if not codes and info.dtype not in PLAIN_DTYPES:
+                if not codes and info.dtype not in PLAIN_DTYPES | {tensor_role.row.dtype}:
                     tally.add(
                         DTYPE_NOT_FLOAT, info.name, f"{info.name} is {info.dtype}, not floats"
                     )
