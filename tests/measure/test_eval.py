@@ -19,6 +19,8 @@ from mquant.loader_model.modules import read_modules
 from mquant.measure import perplexity as scoring
 from mquant.measure.evaluation import Evaluation, evaluate
 from mquant.measure.perplexity import score
+from mquant.plan import make_bf16_plan
+from mquant.runs.convert import convert
 from mquant.synth import Precision, Sizes, synth
 from mquant.weights.matrix import Workers
 from mutate import changed, mutated, setting
@@ -105,6 +107,19 @@ def test_every_family_computes_the_states_of_transformers(case: str, tmp_path: P
         for window in (slice(0, 64), slice(64, 100)):
             expected = whole.model(input_ids=torch.tensor(ids[window])[None]).last_hidden_state[0]
             np.testing.assert_allclose(states[window], expected.numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", [Precision.MXFP4, Precision.MXFP8])
+def test_a_release_computes_the_states_of_its_weights_in_bf16(
+    tmp_path: Path, precision: Precision
+) -> None:
+    """BF16 holds E2M1 and E4M3 codes times powers of two exactly."""
+    families = load_families()
+    src = synth(tmp_path / "src", families["qwen3_moe"], precision=precision).path
+    out = convert(make_bf16_plan(opened(src), families), tmp_path / "out", "dequantize").out
+    ids, windows = np.random.default_rng(0).integers(0, 256, 64), [slice(0, 64)]
+    states = [final_states(model_of(folder), ids, windows) for folder in (src, out)]
+    assert (states[0][windows[0]] == states[1][windows[0]]).all()
 
 
 def test_a_model_agrees_with_itself(trained: Path) -> None:
