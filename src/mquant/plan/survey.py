@@ -100,14 +100,15 @@ def survey(
         return Survey(checkpoint, None, (), 0, 0, tuple(findings))
     members: list[Member] = []
     unknown: list[str] = []
+    others = quantized.others if quantized else frozenset()
     for tensor in tensors.values():
+        if tensor.name in others:
+            continue  # also where the family knows every name below a prefix
         info, stored = weights.get(tensor.name, (tensor, None))
         tensor_role = family.classify(info.name)
         if tensor_role is not None:
             members.append(Member(info, tensor_role, stored))
-        elif not family.stack_of(tensor.name) and (
-            not quantized or tensor.name not in quantized.others
-        ):
+        elif not family.stack_of(tensor.name):
             unknown.append(info.name)
     if unknown and not unreadable:
         findings.append(_unknown(unknown, family))

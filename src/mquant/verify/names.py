@@ -37,8 +37,8 @@ def check_names(view: ModuleView, family: Family, tally: Tally) -> None:
             if suffix in _HARMLESS:
                 continue
             if (tensor_role := family.classify(info.name)) is not None:
-                codes = suffix == "weight" and module.quantized
-                if not codes and info.dtype not in PLAIN_DTYPES | {tensor_role.row.dtype}:
+                part = suffix in module.quantized
+                if not part and info.dtype not in PLAIN_DTYPES | {tensor_role.row.dtype}:
                     tally.add(
                         DTYPE_NOT_FLOAT, info.name, f"{info.name} is {info.dtype}, not floats"
                     )
