@@ -14,7 +14,7 @@ from mquant.schemes import QUANTIZED_SUFFIXES
 
 _CODES: Final = frozenset({"weight", "weight_packed", "qweight"})
 _NO_PARAMETERS: Final = frozenset(suffix[1:] for suffix in QUANTIZED_SUFFIXES) - _CODES | {
-    *("weight_g_idx", "input_zero_point", "pre_quant_scale", "output_scale"),
+    *("weight_g_idx", "input_zero_point", "pre_quant_scale", "output_scale", "activation_scale"),
     *("k_scale", "v_scale", "q_scale", "prob_scale", "kv_scale"),
     # bitsandbytes' tables of a weight
     *("absmax", "nested_absmax", "quant_map", "nested_quant_map", "SCB"),
@@ -42,9 +42,10 @@ def _count(module: Module, suffix: str, info: TensorInfo, config: Mapping[str, A
     weight = tensors.get("weight")
     if suffix == "scale" and weight is not None and weight.dtype in ("U8", "I8", *FP8_DTYPES):
         return 0
-    if suffix.endswith("_scales") and suffix.removesuffix("scales") + "blocks" in tensors:
+    # Of all experts, or of one expert if the family is known: gate_up_proj_blocks, blocks.
+    if suffix.endswith("scales") and suffix.removesuffix("scales") + "blocks" in tensors:
         return 0
-    if suffix.endswith("_blocks") and suffix.removesuffix("blocks") + "scales" in tensors:
+    if suffix.endswith("blocks") and suffix.removesuffix("blocks") + "scales" in tensors:
         return elements * 2  # MXFP4
     if suffix not in _CODES or info.dtype not in ("U8", "I8", "I32", "U32"):
         return elements
