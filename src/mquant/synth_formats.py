@@ -4,7 +4,7 @@ Each format is that of a release: its names, dtypes and shapes, and what config.
 The values are made up: codes and scales of normally distributed weights.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -17,7 +17,7 @@ import numpy as np
 from mquant.dtypes import nbytes
 from mquant.errors import UsageError
 from mquant.family import Family
-from mquant.family_rows import Role
+from mquant.family_rows import Role, TensorRow
 from mquant.loader_model.stacks import CODED
 from mquant.loader_model.storage import MX_GROUP
 from mquant.synth_tower import tower_tensors
@@ -204,13 +204,14 @@ def quantization(
         return {}
     family = family.named_for(config)
     if precision is Precision.MXFP4_BLOCKS:
-        patterns = _kept_patterns(precision, family, config)
+        patterns = _kept_patterns(precision, family, config, layers)
         return {"modules_to_not_convert": patterns, "quant_method": "mxfp4"}
     if precision in _COMPRESSED:
-        return _compressed(precision, _kept_patterns(precision, family, config))
-    kept = _not_converted(family, config, layers)
+        return _compressed(precision, _kept_patterns(precision, family, config, layers))
     if precision is Precision.MXFP8:
+        kept = _kept_globs(_kept_rows(precision, family, config, layers), family, config)
         return {"ignored_layers": kept, "quant_method": "mxfp8"}
+    kept = _not_converted(family, config, layers)
     table: dict[str, Any] = {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
@@ -263,20 +264,37 @@ def _compressed(precision: Precision, ignore: list[str]) -> dict[str, Any]:
     }
 
 
-def _kept_patterns(precision: Precision, family: Family, config: Mapping[str, Any]) -> list[str]:
-    """Return patterns of the matrices that are not quantized, under every name of loaders."""
+def _kept_rows(
+    precision: Precision, family: Family, config: Mapping[str, Any], layers: int
+) -> list[TensorRow]:
+    """Return the rows of matrices that are not quantized."""
     quantized = quantized_roles(precision, family)
     others = (Role.EMBEDDING, Role.ROUTER, Role.HEAD)
-    rows = [
+    return [
         row
         for row in family.tensors
         if (row.role in others or (row.role.linear and row.role not in quantized))
         and not family.may_lack(row, config)
+        and any(family.has_block(row.block, n, config) is not False for n in range(layers))
     ]
+
+
+def _kept_patterns(
+    precision: Precision, family: Family, config: Mapping[str, Any], layers: int
+) -> list[str]:
+    """Return `re:` patterns of the modules that are kept, under every name of loaders."""
+    rows = _kept_rows(precision, family, config, layers)
     if any(tower_tensors(family, config)):
         rows += [row for row in family.tensors if row.role is Role.VISION]
     named = (each for row in rows for each in row.patterns(*family.looked_up_by))
     return list(dict.fromkeys(named))
+
+
+def _kept_globs(rows: Iterable[TensorRow], family: Family, config: Mapping[str, Any]) -> list[str]:
+    """Return globs of the modules that are kept, under every name of loaders."""
+    modules = [row.name.removesuffix(".weight").replace("{layer}", "*") for row in rows]
+    modules += [tensor.name.removesuffix(".weight") for tensor in tower_tensors(family, config)]
+    return list(dict.fromkeys(rename(each) for each in modules for rename in family.looked_up_by))
 
 
 def _not_converted(family: Family, config: Mapping[str, Any], layers: int) -> list[str]:
