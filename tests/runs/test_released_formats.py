@@ -347,6 +347,28 @@ def in_eight_bits(rows: list[Row]) -> list[Row]:
     return made
 
 
+def in_wider_groups(rows: list[Row]) -> list[Row]:
+    """Return packed integers with those of down_proj in 8 bits, under the same scales."""
+    return [
+        (name, dtype, (shape[0], shape[1] * 2), raw * 2)
+        if "down_proj" in name and name.endswith("weight_packed")
+        else (name, dtype, shape, raw)
+        for name, dtype, shape, raw in rows
+    ]
+
+
+def test_integers_of_four_and_eight_bits_are_read_by_both_decoders(tmp_path: Path) -> None:
+    plain = source(tmp_path / "src", Precision.INT4)
+    config = read_json(plain / "config.json")
+    groups = config["quantization_config"]["config_groups"]
+    eight = {**groups["group_0"]["weights"], "num_bits": 8}
+    groups["group_1"] = {**groups["group_0"], "targets": ["re:.*down_proj"], "weights": eight}
+    src = mutated(plain, tmp_path, edit=in_wider_groups, config=config)
+    out = dequantized(src, tmp_path / "out")
+    report = verify(Folder(out), FAMILIES, Depth.FULL, Folder(src))
+    assert {f.rule for f in report.findings if f.severity != "info"} == set()
+
+
 def test_the_targets_tell_which_of_two_groups_a_module_has(tmp_path: Path) -> None:
     plain = source(tmp_path / "src", Precision.INT4)
     config = read_json(plain / "config.json")
@@ -358,4 +380,5 @@ def test_the_targets_tell_which_of_two_groups_a_module_has(tmp_path: Path) -> No
     src = mutated(plain, tmp_path, edit=in_eight_bits, config=config)
     bits = {(m.stored.bits, "down_proj" in m.info.name) for m in stored(src)}
     assert bits == {(4, False), (8, True)}
-    assert bf16_plan(src).refusals == ()
+    out = dequantized(src, tmp_path / "out")
+    assert not any(f.severity == "error" for f in verify(Folder(out), FAMILIES).findings)

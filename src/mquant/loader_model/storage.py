@@ -213,9 +213,28 @@ def weight_args(storage: StorageFormat, view: ModuleView) -> Mapping[str, Any]:
     return candidates[0] if candidates and all(args == candidates[0] for args in candidates) else {}
 
 
-def integer_bits(view: ModuleView) -> int | None:
+def integer_args(module: Module, view: ModuleView) -> Mapping[str, Any]:
+    """Return what config.json says of a module's integers; of several groups, the one that fits."""
+    if common := weight_args(StorageFormat.INT, view):
+        return common
+    groups_ = (group["weights"] for group in _groups_of(StorageFormat.INT, view))
+    fitting = [args for args in groups_ if _fits(args, module)]
+    return fitting[0] if fitting and all(args == fitting[0] for args in fitting) else {}
+
+
+def _fits(args: Mapping[str, Any], module: Module) -> bool:
+    codes, scale = (module.tensors.get(suffix) for suffix in SUFFIXES[StorageFormat.INT][:2])
+    bits, size = args.get("num_bits"), args.get("group_size")
+    if codes is None or scale is None or type(bits) is not int or bits < 1:
+        return True  # another rule judges what is missing
+    columns = codes.shape[-1] * 32 // bits if codes.shape else 0
+    groups_ = -(-columns // size) if type(size) is int and size > 0 else 1
+    return scale.shape[-1:] == (groups_,)
+
+
+def integer_bits(module: Module, view: ModuleView) -> int | None:
     """Return the bits of packed integers in config.json; None if the number is unusable."""
-    bits = weight_args(StorageFormat.INT, view).get("num_bits")
+    bits = integer_args(module, view).get("num_bits")
     return bits if type(bits) is int and bits in (2, 4, 8) else None
 
 
@@ -277,15 +296,15 @@ def weight_shape(
         return None
     rows, columns = codes.shape
     if storage is StorageFormat.INT:
-        bits = integer_bits(view)
+        bits = integer_bits(module, view)
         return (rows, columns * 32 // bits) if bits else None
     return (rows, columns if storage in E4M3S else columns * 2)
 
 
 def parts(
-    storage: StorageFormat, shape: tuple[int, int], view: ModuleView
+    storage: StorageFormat, shape: tuple[int, int], module: Module, view: ModuleView
 ) -> dict[str, ExpectedTensor]:
-    """Return the tensors of a module with a weight of [out, in], by suffix, as loaders accept them.
+    """Return the tensors of a module with a weight [out, in], by suffix, as loaders accept them.
 
     Loaders accept more than `plan` reads (E5M2 codes, weight_scale_inv in F16): upstream has no
     reference bytes for such tensors.
@@ -320,7 +339,7 @@ def parts(
         if suffixes.input:
             expected[suffixes.input] = ExpectedTensor(_FLOATS, SCALAR, False)
         return expected
-    return _integers(rows, columns, view) if storage is StorageFormat.INT else {}
+    return _integers(rows, columns, module, view) if storage is StorageFormat.INT else {}
 
 
 def fp8_scale_dtypes(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -357,9 +376,11 @@ def _fp8_scales(rows: int, columns: int, view: ModuleView) -> tuple[Shape, ...]:
     return (*SCALAR, (rows, 1), (rows,), blocks)
 
 
-def _integers(rows: int, columns: int, view: ModuleView) -> dict[str, ExpectedTensor]:
-    args = weight_args(StorageFormat.INT, view)
-    bits, size = integer_bits(view), args.get("group_size")
+def _integers(
+    rows: int, columns: int, module: Module, view: ModuleView
+) -> dict[str, ExpectedTensor]:
+    args = integer_args(module, view)
+    bits, size = integer_bits(module, view), args.get("group_size")
     if bits is None or not columns:
         # The number of codes per integer is unknown, or the codes are missing.
         scales: tuple[Shape, ...] = ()

@@ -266,7 +266,7 @@ def _quantized(view: ModuleView, module: Module, kind: StorageFormat | None) -> 
 
 def _stated_shape(view: ModuleView, module: Module, result: _Result) -> None:
     codes, info = module.tensors.get("weight_packed"), module.tensors.get("weight_shape")
-    bits = integer_bits(view)
+    bits = integer_bits(module, view)
     kinds = {"I64": "<i8", "I32": "<i4"}
     if codes is None or info is None or bits is None or len(codes.shape) != 2:
         return

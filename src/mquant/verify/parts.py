@@ -77,7 +77,7 @@ def check_modules(view: ModuleView, kinds: Kinds, tally: Tally) -> None:
 def _parts(view: ModuleView, module: Module, kind: StorageFormat, tally: Tally) -> None:
     shape = weight_shape(kind, module, view)
     # Without codes the shapes of the other parts are unknown.
-    expected = parts(kind, shape or (0, 0), view)
+    expected = parts(kind, shape or (0, 0), module, view)
     present = ", ".join(sorted(s for s in module.tensors if s in expected))
     for suffix, part in expected.items():
         info = module.tensors.get(suffix)

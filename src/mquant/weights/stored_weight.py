@@ -152,7 +152,7 @@ class StoredWeight:
 
     def _integers(self, first: int, last: int) -> Rows:
         _, raw = self._raw("weight_packed", first, last)
-        bits = integer_bits(self.view) or 4
+        bits = integer_bits(self.module, self.view) or 4
         codes = integers(np.frombuffer(raw, "<i4").reshape(last - first, -1), bits)
         scales = self._part("weight_scale", first, last)
         group = -(-codes.shape[1] // scales.shape[1])
@@ -210,7 +210,7 @@ def weight_of(view: ModuleView, module: Module) -> StoredWeight | None:
     shape = weight_shape(kind, module, view)
     if shape is None or 0 in shape or not decodable(kind, module, view):
         return None
-    for suffix, part in parts(kind, shape, view).items():
+    for suffix, part in parts(kind, shape, module, view).items():
         info = module.tensors.get(suffix)
         if info is None and part.required:
             return None
@@ -234,7 +234,7 @@ def e4m3_block(kind: StorageFormat | None, view: ModuleView) -> tuple[int, int]:
 def decodable(kind: StorageFormat | None, module: Module, view: ModuleView) -> bool:
     """Return whether the module's layout and parts can be decoded."""
     if kind is StorageFormat.INT:
-        bits, codes = integer_bits(view), module.tensors.get("weight_packed")
+        bits, codes = integer_bits(module, view), module.tensors.get("weight_packed")
         zeros = module.tensors.get("weight_zero_point")
         if bits not in (4, 8) or codes is None or zeros is None:
             return bits in (4, 8)
