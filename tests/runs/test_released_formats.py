@@ -245,6 +245,26 @@ def test_scales_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     assert refusal.message.endswith(words)
 
 
+def test_codes_of_all_experts_need_scales_of_all_experts(tmp_path: Path) -> None:
+    def apart(rows: list[Row]) -> list[Row]:
+        name = "model.layers.0.mlp.experts.{}.down_proj.scales"
+        scales = [(name.format(n), "U8", (128, 2), b"\x78" * 256) for n in range(8)]
+        return [*(row for row in rows if row[0] != f"{GPT_OSS}_scales"), *scales]
+
+    src = source(tmp_path / "src", Precision.MXFP4_BLOCKS)
+    refusals = bf16_plan(mutated(src, tmp_path, edit=apart)).refusals
+    assert any("both in a tensor of all experts, or neither" in r.message for r in refusals)
+
+
+def test_experts_in_codes_and_in_bf16_are_refused(tmp_path: Path) -> None:
+    def twice(rows: list[Row]) -> list[Row]:
+        return [*rows, (GPT_OSS, "BF16", (8, 64, 128), bytes(8 * 64 * 128 * 2))]
+
+    src = source(tmp_path / "src", Precision.MXFP4_BLOCKS)
+    (refusal,) = bf16_plan(mutated(src, tmp_path, edit=twice)).refusals
+    assert refusal.rule == "source-quantized"
+
+
 def test_the_quantization_of_the_text_model_is_left_out(tmp_path: Path) -> None:
     src = synth(tmp_path / "src", FAMILIES["kimi_k25"], precision=Precision.INT4).path
     assert "quantization_config" in read_json(src / "config.json")["text_config"]

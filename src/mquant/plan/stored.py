@@ -12,7 +12,7 @@ from typing import Any, Final
 from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.findings import Finding
 from mquant.loader_model.modules import by_module, method_of, quantized_suffixes
-from mquant.loader_model.storage import E4M3S, FP4S, StorageFormat, recognize
+from mquant.loader_model.storage import E4M3S, FP4S, SUFFIXES, StorageFormat, recognize
 from mquant.plan.stored_floats import stored_floats
 from mquant.plan.stored_integers import ORDER, IntegerGroups, stored_integers
 from mquant.plan.stored_parts import PART_MISSING, PART_SHAPE, Stored
@@ -66,7 +66,8 @@ def find_stored(
         storage = recognize(parts, config)
         if storage is None:
             continue
-        if storage not in formats:
+        twice = "weight" in parts and storage in SUFFIXES and SUFFIXES[storage].codes != "weight"
+        if storage not in formats or twice:
             return None
         if storage is StorageFormat.INT:
             stored = stored_integers(module, parts, integers)

@@ -89,6 +89,8 @@ def stored_floats(
     inputs = tensors.get(input_suffix) or tensors.get("activation_scale")
     if codes.dtype not in _CODES[storage] or len(codes.shape) != 2 or 0 in codes.shape:
         return misfit(codes, f"{_either(_CODES[storage])} with two dimensions")
+    if (codes.held is None) is not (scale.held is None):
+        return misfit(scale, "stored as its codes: both in a tensor of all experts, or neither")
     if storage in FP4S:
         group, dtypes = (MX_GROUP, E8M0S) if storage in MXFP4S else (GROUP, _E4M3)
         expected = (codes.shape[0], codes.shape[1] * 2 // group)
