@@ -189,6 +189,59 @@ def test_rows_are_read_one_by_one_as_all_together(tmp_path: Path, precision: Pre
             assert (row[0] == whole[number]).all()
 
 
+def scales_in(dtype: str) -> Callable[[list[Row]], list[Row]]:
+    """Return an edit that writes the scales of blocks in another dtype, with random values."""
+
+    def edit(rows: list[Row]) -> list[Row]:
+        made, random = list[Row](), np.random.default_rng(3)
+        for name, old, shape, raw in rows:
+            if name.endswith("_scale_inv"):
+                count = int(np.prod(shape))
+                most, kind = (0x7A00, np.uint16) if dtype == "BF16" else (255, np.uint8)
+                made.append((name, dtype, shape, random.integers(0, most, count, kind).tobytes()))
+            else:
+                made.append((name, old, shape, raw))
+        return made
+
+    return edit
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("dtype", ["BF16", "F8_E8M0", "U8"])
+def test_scales_of_fp8_blocks_may_be_bf16_and_powers_of_two(tmp_path: Path, dtype: str) -> None:
+    plain = synth(tmp_path / "src", FAMILIES["minimax_m2"], precision=Precision.FP8_BLOCK).path
+    config = read_json(plain / "config.json")
+    if dtype != "BF16":
+        config["quantization_config"]["scale_fmt"] = "ue8m0"
+    src = mutated(plain, tmp_path, edit=scales_in(dtype), config=config)
+    ours, theirs = loaded(dequantized(src, tmp_path / "ours")), transformers(src)
+    assert [n for n in theirs if not (words(ours[n]) == words(theirs[n])).all()] == []
+    report = verify(Folder(tmp_path / "ours"), FAMILIES, Depth.FULL, Folder(src))
+    assert not {"weight-not-compared", "weight-beyond-bound"} & {f.rule for f in report.findings}
+
+
+def test_fp8_in_groups_is_what_config_json_declares(tmp_path: Path) -> None:
+    plain = source(tmp_path / "src", Precision.FP8_CHANNEL)
+
+    def grouped(rows: list[Row]) -> list[Row]:
+        tensors = {row[0]: row for row in rows}
+        return [
+            (name, dtype, (shape[0], tensors[name[: -len("_scale")]][2][1] // 64), raw * 2)
+            if name.endswith("up_proj.weight_scale")
+            else (name, dtype, shape, raw)
+            for name, dtype, shape, raw in rows
+        ]
+
+    config = read_json(plain / "config.json")
+    groups = config["quantization_config"]["config_groups"]
+    weights = {**groups["group_0"]["weights"], "strategy": "group", "group_size": 64}
+    groups["group_1"] = {**groups["group_0"], "weights": weights}
+    src = mutated(plain, tmp_path, edit=grouped, config=config)
+    blocks = {m.stored.block for m in stored(src) if "up_proj" in m.info.name}
+    assert blocks == {(1, 64)}
+    assert dequantized(src, tmp_path / "out")
+
+
 def with_mtp(rows: list[Row]) -> list[Row]:
     """Return the tensors with an expert of multi-token prediction, stored as the others."""
     expert = "layers.0.ffn.experts.0."
