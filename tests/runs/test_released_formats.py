@@ -197,8 +197,10 @@ def scales_in(dtype: str) -> Callable[[list[Row]], list[Row]]:
         for name, old, shape, raw in rows:
             if name.endswith("_scale_inv"):
                 count = int(np.prod(shape))
-                most, kind = (0x7A00, np.uint16) if dtype == "BF16" else (255, np.uint8)
-                made.append((name, dtype, shape, random.integers(0, most, count, kind).tobytes()))
+                scales = random.integers(0, 255, count, np.uint8)
+                if dtype == "BF16":  # 2^-31 to 2^33: the products are normal numbers
+                    scales = random.integers(0x3000, 0x5000, count, np.uint16)
+                made.append((name, dtype, shape, scales.tobytes()))
             else:
                 made.append((name, old, shape, raw))
         return made
