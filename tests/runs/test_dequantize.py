@@ -31,7 +31,6 @@ from schemes import (
     as_modelopt,
     fp8_blocks,
     fp8_channel,
-    int4,
     modelopt,
     w4a4,
     with_input_scales,
@@ -329,11 +328,7 @@ def test_a_parent_in_fp8_repairs_a_checkpoint(original: Path, tmp_path: Path) ->
 
 
 def test_integers_of_no_declared_group_stay_refused(nvfp4: Path, tmp_path: Path) -> None:
-    def undeclared(config: dict[str, Any]) -> None:
-        int4(config)
-        config["quantization_config"]["config_groups"] = {}
-
-    src = stored_as(nvfp4, tmp_path, INT4, undeclared)
+    src = stored_as(nvfp4, tmp_path, INT4, fp8_channel)
     assert refused(src) == 'bad is already quantized (config.json says "compressed-tensors").'
     (refusal,) = bf16_plan(src).refusals
     assert refusal.fix == "Start from the BF16 checkpoint that the source was made from."

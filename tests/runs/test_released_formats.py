@@ -5,122 +5,35 @@ Codes are random, and scales take every value: the smallest and the largest of E
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from judges import converted_by, data, hashes, opened, read_json
+from judges import data, hashes, opened, read_json
 from make import Row
 from mquant.checkpoint import Folder, reader_of
 from mquant.errors import SourceError
-from mquant.family_files import load_families
 from mquant.loader_model.modules import read_modules
 from mquant.measure.comparison import compare
-from mquant.plan import Plan, make_bf16_plan
-from mquant.runs.convert import convert
 from mquant.synth import Precision, synth
 from mquant.verify.judge import Depth, verify
 from mquant.weights.matrix import Scratch, matrix_of
 from mutate import changed, mutated, setting
+from released import (
+    CASES,
+    FAMILIES,
+    bf16_plan,
+    dequantized,
+    hard,
+    loaded,
+    source,
+    stored,
+    transformers,
+    words,
+)
 
-FAMILIES = load_families()
-Upstream = Callable[[Path], dict[str, Any]]
-"""The weights that upstream's code makes of a checkpoint, by name: tensors of torch in BF16."""
-
-
-def compressed_tensors(src: Path) -> dict[str, Any]:
-    from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer
-    from safetensors.torch import load_file
-
-    out = converted_by(CompressedTensorsDequantizer(src), src, src.parent / "theirs")
-    return load_file(out / "model.safetensors")
-
-
-def transformers(src: Path) -> dict[str, Any]:
-    """Dequantize FP8, and FP4 in I8, by `weight_scale_inv`, `weight_scale` or `scale`."""
-    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-
-    tensors, made = loaded(src), {}
-    for name, codes in tensors.items():
-        scales = (f"{name}_scale_inv", f"{name}_scale", name.removesuffix("weight") + "scale")
-        scale = next((tensors[each] for each in scales if each in tensors), None)
-        if name.endswith(".weight") and scale is not None:
-            made[name] = Fp8Dequantize(None)._dequantize_one(codes, scale)
-    return made
-
-
-def gpt_oss(src: Path) -> dict[str, Any]:
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    tensors = loaded(src)
-    return {
-        name.removesuffix("_blocks"): convert_moe_packed_tensors(
-            blocks, tensors[name.replace("_blocks", "_scales")]
-        )
-        for name, blocks in tensors.items()
-        if name.endswith("_blocks")
-    }
-
-
-def loaded(folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    (shard,) = folder.glob("*.safetensors")
-    return load_file(shard)
-
-
-CASES: dict[Precision, tuple[str, Upstream]] = {
-    Precision.MXFP4: ("qwen3_moe", compressed_tensors),
-    Precision.MXFP4_BLOCKS: ("gpt_oss", gpt_oss),
-    Precision.MXFP4_FP8: ("deepseek_v4", transformers),
-    Precision.MXFP8: ("minimax_m3_vl", transformers),
-    Precision.FP8_TENSOR: ("mistral", transformers),
-    Precision.FP8_CHANNEL: ("qwen3_moe", compressed_tensors),
-    Precision.INT4: ("kimi_k2", compressed_tensors),
-    Precision.INT8: ("qwen3_moe", compressed_tensors),
-}
 PRECISIONS = pytest.mark.parametrize("precision", CASES, ids=str)
 GPT_OSS = "model.layers.0.mlp.experts.down_proj"
-
-
-def hard(rows: list[Row]) -> list[Row]:
-    """Return the tensors with random codes and scales instead of codes and scales."""
-    return [(name, dtype, shape, _hard(name, dtype, raw)) for name, dtype, shape, raw in rows]
-
-
-def _hard(name: str, dtype: str, raw: bytes) -> bytes:
-    random = np.random.default_rng(len(name))
-    last = name.rpartition(".")[2]
-    if last.endswith("scales") or (dtype in ("U8", "F8_E8M0") and "scale" in last):
-        return random.integers(0, 255, len(raw), np.uint8).tobytes()  # no NaN
-    if dtype in ("U8", "I8", "I32"):
-        return random.integers(0, 256, len(raw), np.uint8).tobytes()
-    if dtype == "F8_E4M3":
-        codes = random.integers(0, 256, len(raw), np.uint8)
-        codes[codes & 0x7F == 0x7F] = 0  # NaN
-        return codes.tobytes()
-    if dtype == "BF16" and "scale" in last:
-        return random.integers(0, 0x7F80, len(raw) // 2, np.uint16).tobytes()
-    return raw
-
-
-def bf16_plan(src: Path) -> Plan:
-    return make_bf16_plan(opened(src), FAMILIES)
-
-
-def dequantized(src: Path, out: Path) -> Path:
-    return convert(bf16_plan(src), out, "dequantize").out
-
-
-def source(folder: Path, precision: Precision) -> Path:
-    return synth(folder, FAMILIES[CASES[precision][0]], precision=precision).path
-
-
-def words(tensor: Any) -> Any:
-    import torch
-
-    return tensor.to(torch.bfloat16).contiguous().view(torch.int16)
 
 
 @pytest.mark.upstream
@@ -128,13 +41,9 @@ def words(tensor: Any) -> Any:
 def test_every_weight_is_what_upstream_makes_of_it(tmp_path: Path, precision: Precision) -> None:
     src = mutated(source(tmp_path / "src", precision), tmp_path, edit=hard)
     ours, theirs = loaded(dequantized(src, tmp_path / "ours")), CASES[precision][1](src)
-    weights = {m.info.held.by.name if m.info.held else m.info.name for m in stored(src)}
+    weights = {info.held.by.name if info.held else info.name for info, _ in stored(src)}
     assert weights and weights <= theirs.keys()
     assert [n for n in weights if not (words(ours[n]) == words(theirs[n])).all()] == []
-
-
-def stored(src: Path) -> list[Any]:
-    return [member for member in bf16_plan(src).survey.members if member.stored]
 
 
 @PRECISIONS
@@ -239,7 +148,7 @@ def test_fp8_in_groups_is_what_config_json_declares(tmp_path: Path) -> None:
     weights = {**groups["group_0"]["weights"], "strategy": "group", "group_size": 64}
     groups["group_1"] = {**groups["group_0"], "weights": weights}
     src = mutated(plain, tmp_path, edit=grouped, config=config)
-    blocks = {m.stored.block for m in stored(src) if "up_proj" in m.info.name}
+    blocks = {weight.block for info, weight in stored(src) if "up_proj" in info.name}
     assert blocks == {(1, 64)}
     assert dequantized(src, tmp_path / "out")
 
@@ -326,134 +235,3 @@ def test_the_quantization_of_the_text_model_is_left_out(tmp_path: Path) -> None:
     config = read_json(dequantized(src, tmp_path / "out") / "config.json")
     assert "quantization_config" not in {**config, **config["text_config"]}
     assert data(opened(tmp_path / "out"), "language_model.lm_head.weight")
-
-
-# --- integers with zero points, with an order of the columns, and of several config groups
-
-
-def with_zeros_and_order(rows: list[Row]) -> list[Row]:
-    """Return packed integers of 4 bits with random zero points, and a random order of columns."""
-    random, more = np.random.default_rng(7), list[Row]()
-    for name, dtype, shape, raw in rows:
-        module = name.removesuffix(".weight_packed")
-        if module == name:
-            more.append((name, dtype, shape, raw))
-            continue
-        groups = shape[1] * 8 // 32
-        zeros = random.integers(0, 2**32, (-(-shape[0] // 8), groups), np.uint32)
-        order = random.permutation(np.repeat(np.arange(groups, dtype=np.int32), 32))
-        more += [
-            (name, dtype, shape, raw),
-            (f"{module}.weight_zero_point", "I32", zeros.shape, zeros.tobytes()),
-            (f"{module}.weight_g_idx", "I32", order.shape, order.tobytes()),
-        ]
-    return more
-
-
-def asymmetric(config: dict[str, Any]) -> dict[str, Any]:
-    config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = False
-    return config
-
-
-@pytest.mark.upstream
-def test_each_column_has_the_scale_and_zero_point_of_its_group(tmp_path: Path) -> None:
-    """Upstream decompresses the columns in the order of their groups."""
-    import torch
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.compressors.pack_quantized.helpers import (
-        pack_to_int32,
-        unpack_from_int32,
-    )
-    from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
-
-    plain = source(tmp_path / "src", Precision.INT4)
-    config = asymmetric(read_json(plain / "config.json"))
-    src = mutated(plain, tmp_path, edit=with_zeros_and_order, config=config)
-    ours, tensors = loaded(dequantized(src, tmp_path / "ours")), loaded(src)
-    scheme = preset_name_to_scheme("W4A16", ["Linear"])
-    scheme.weights = QuantizationArgs(
-        num_bits=4, type="int", strategy="group", group_size=32, symmetric=False
-    )
-    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
-    for name, packed in tensors.items():
-        if not name.endswith(".weight_packed"):
-            continue
-        module = name.removesuffix(".weight_packed")
-        parts = {end: tensors[f"{module}.weight_{end}"] for end in ("scale", "shape", "zero_point")}
-        columns = torch.argsort(tensors[f"{module}.weight_g_idx"], stable=True)
-        codes = unpack_from_int32(packed, 4, torch.Size(parts["shape"].tolist()))
-        state = {f"weight_{end}": value for end, value in parts.items()}
-        state["weight_packed"] = pack_to_int32(codes[:, columns].contiguous(), 4)
-        made = compressor.decompress(state, scheme)["weight"]
-        expected = torch.empty_like(made)
-        expected[:, columns] = made
-        assert (words(ours[f"{module}.weight"]) == words(expected)).all()
-    report = verify(Folder(tmp_path / "ours"), FAMILIES, Depth.FULL, Folder(src))
-    assert {f.rule for f in report.findings if f.severity == "error"} == set()
-
-
-def test_an_order_beyond_the_groups_is_refused(tmp_path: Path) -> None:
-    plain = source(tmp_path / "src", Precision.INT4)
-    config = asymmetric(read_json(plain / "config.json"))
-    src = mutated(plain, tmp_path, edit=with_zeros_and_order, config=config)
-    name = next(name for name in opened(src).tensors if name.endswith("g_idx"))
-    bad = mutated(src, tmp_path / "again", edit=changed(name, data=setting(0, 99)))
-    with pytest.raises(SourceError, match=f"{name} holds 99; there are . groups"):
-        dequantized(bad, tmp_path / "out")
-
-
-def test_zero_points_that_config_json_does_not_declare_are_refused(tmp_path: Path) -> None:
-    src = mutated(source(tmp_path / "src", Precision.INT4), tmp_path, edit=with_zeros_and_order)
-    (refusal,) = bf16_plan(src).refusals
-    assert "must be left out: config.json says that the integers are symmetric" in refusal.message
-
-
-def in_eight_bits(rows: list[Row]) -> list[Row]:
-    """Return packed integers with those of down_proj in 8 bits and groups of 16.
-
-    The shapes of codes and scales are also those of 4 bits, and groups of 32, of twice the columns.
-    """
-    made = list[Row]()
-    for name, dtype, shape, raw in rows:
-        if "down_proj" in name and name.endswith(("weight_packed", "weight_scale")):
-            made.append((name, dtype, (shape[0], shape[1] * 2), raw * 2))
-        else:
-            made.append((name, dtype, shape, raw))
-    return made
-
-
-def in_wider_groups(rows: list[Row]) -> list[Row]:
-    """Return packed integers with those of down_proj in 8 bits, under the same scales."""
-    return [
-        (name, dtype, (shape[0], shape[1] * 2), raw * 2)
-        if "down_proj" in name and name.endswith("weight_packed")
-        else (name, dtype, shape, raw)
-        for name, dtype, shape, raw in rows
-    ]
-
-
-def test_integers_of_four_and_eight_bits_are_read_by_both_decoders(tmp_path: Path) -> None:
-    plain = source(tmp_path / "src", Precision.INT4)
-    config = read_json(plain / "config.json")
-    groups = config["quantization_config"]["config_groups"]
-    eight = {**groups["group_0"]["weights"], "num_bits": 8}
-    groups["group_1"] = {**groups["group_0"], "targets": ["re:.*down_proj"], "weights": eight}
-    src = mutated(plain, tmp_path, edit=in_wider_groups, config=config)
-    out = dequantized(src, tmp_path / "out")
-    report = verify(Folder(out), FAMILIES, Depth.FULL, Folder(src))
-    assert {f.rule for f in report.findings if f.severity != "info"} == set()
-
-
-def test_the_targets_tell_which_of_two_groups_a_module_has(tmp_path: Path) -> None:
-    plain = source(tmp_path / "src", Precision.INT4)
-    config = read_json(plain / "config.json")
-    groups = config["quantization_config"]["config_groups"]
-    weights = groups["group_0"]["weights"]
-    groups["group_0"]["targets"] = [r"re:.*(gate|up)_proj"]
-    eight = {**weights, "num_bits": 8, "group_size": 16}
-    groups["group_1"] = {**groups["group_0"], "targets": ["re:.*down_proj"], "weights": eight}
-    src = mutated(plain, tmp_path, edit=in_eight_bits, config=config)
-    bits = {(m.stored.bits, "down_proj" in m.info.name) for m in stored(src)}
-    assert bits == {(4, False), (8, True)}
-    out = dequantized(src, tmp_path / "out")
-    assert not any(f.severity == "error" for f in verify(Folder(out), FAMILIES).findings)
