@@ -131,6 +131,32 @@ def test_scales_of_fp8_blocks_may_be_bf16_and_powers_of_two(tmp_path: Path, dtyp
     assert not {"weight-not-compared", "weight-beyond-bound"} & {f.rule for f in report.findings}
 
 
+@pytest.mark.upstream
+@pytest.mark.parametrize("table", [{"quant_algo": "FP8"}, {"quant_method": "fp8"}], ids=str)
+def test_fp8_with_a_scale_for_each_weight_and_for_its_input(
+    tmp_path: Path, table: dict[str, str]
+) -> None:
+    """ModelOpt's layout, whose config.json may lack quant_method, and AutoFP8's."""
+
+    def per_tensor(rows: list[Row]) -> list[Row]:
+        one, made = np.float32(0.003).tobytes(), list[Row]()
+        for name, dtype, shape, raw in rows:
+            if name.endswith(".weight_scale"):
+                inputs = name.replace("weight_scale", "input_scale")
+                made += [(name, "F32", (), one), (inputs, "F32", (), one)]
+            else:
+                made.append((name, dtype, shape, raw))
+        return made
+
+    plain = source(tmp_path / "src", Precision.FP8_CHANNEL)
+    config = {"quantization_config": table}
+    src = mutated(plain, tmp_path, edit=per_tensor, config=config)
+    assert all(weight.input for _, weight in stored(src))
+    ours, theirs = loaded(dequantized(src, tmp_path / "ours")), transformers(src)
+    assert [n for n in theirs if not (words(ours[n]) == words(theirs[n])).all()] == []
+    assert not any(name.endswith("_scale") for name in ours)
+
+
 def test_fp8_in_groups_is_what_config_json_declares(tmp_path: Path) -> None:
     plain = source(tmp_path / "src", Precision.FP8_CHANNEL)
 

@@ -56,7 +56,7 @@ def _readable(
             certain = method == "mxfp8" or (method == "fp8" and block is not None)
         case StorageFormat.FP8:
             codes = "weight" in tensors and tensors["weight"].dtype in FP8_DTYPES
-            certain = codes and method in _FP8_METHODS
+            certain = codes and (method in _FP8_METHODS or config.get("quant_algo") == "FP8")
         case StorageFormat.NVFP4:
             certain = says_nvfp4(tensors, config)
         case _:
