@@ -126,7 +126,8 @@ def test_targets_narrow_a_recipe_and_ignore_wins(tmp_path: Path) -> None:
         ("1: 9", "mine.yaml: 1: Keys should be strings."),
         (
             "roles: {expert: NVFP3}",
-            f"mine.yaml: roles.expert: unknown scheme 'NVFP3'; the schemes are {SCHEMES}.",
+            f"mine.yaml: roles.expert: unknown scheme 'NVFP3'; the schemes are {SCHEMES}, and "
+            "source.",
         ),
         (
             "ignore: ['re:[']",

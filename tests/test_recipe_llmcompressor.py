@@ -92,7 +92,12 @@ ONE_GROUP = f"mine.yaml: its config group is none of mquant's schemes ({SCHEMES}
     [
         (
             "{scheme: W8A16}",
-            f"mine.yaml: roles.expert: unknown scheme 'W8A16'; the schemes are {SCHEMES}.",
+            f"mine.yaml: roles.expert: unknown scheme 'W8A16'; the schemes are {SCHEMES}, and "
+            "source.",
+        ),
+        (
+            "{scheme: source}",
+            "mine.yaml: llmcompressor has no scheme 'source'.",
         ),
         ("{targets: [Linear]}", "mine.yaml: mquant needs one scheme or one config group."),
         (

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,10 +22,15 @@ from mquant.schemes import SCHEMES, Scheme
 from mquant.text import names
 from mquant.untrusted import is_file
 
+AS_STORED: Final = "source"
+"""The wish of a role whose weights stay as the source stores them, quantized or not."""
+
 
 def _known_scheme(name: str) -> str:
-    if name not in SCHEMES:
-        raise ValueError(f"unknown scheme {name!r}; the schemes are {', '.join(SCHEMES)}")
+    if name not in SCHEMES and name != AS_STORED:
+        raise ValueError(
+            f"unknown scheme {name!r}; the schemes are {', '.join(SCHEMES)}, and {AS_STORED}"
+        )
     return name
 
 
@@ -64,7 +69,11 @@ class Calibration(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A table of role -> scheme. A role that is not named keeps the parent's bytes.
+    """A table of role -> scheme. A role that is not named keeps the parent's numbers.
+
+    The value `source` stands for a scheme: what the source stores quantized stays as it is stored,
+    and what it stores plain stays plain. A weight that a role without a value stores quantized is
+    dequantized to BF16.
 
     `targets` and `ignore` narrow the recipe by module name: an exact name, or `re:` and a regular
     expression that is matched from the start of the name, as in compressed-tensors and vLLM. Either
@@ -105,8 +114,13 @@ class Recipe(BaseModel):
     @property
     def needs_data(self) -> bool:
         """Whether text must go through the model."""
-        measured = any(SCHEMES[scheme].needs_data for scheme in self.roles.values())
+        measured = any(scheme.needs_data for scheme in self.schemes)
         return measured or self.rounding == "gptq" or self.smoothing == "awq"
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The schemes of the roles, in the order of the roles."""
+        return tuple(SCHEMES[name] for name in self.roles.values() if name != AS_STORED)
 
     def keeps_layer(self, layer: int | None, layers: int) -> bool:
         """Return whether the layer, one of `layers`, keeps the parent's bytes."""
@@ -126,12 +140,20 @@ class Choice:
 
     def scheme(self, role: Role, module_names: tuple[str, ...]) -> Scheme | None:
         """Return the scheme for a module of this role and these names; None to keep its bytes."""
-        scheme = self.recipe.roles.get(role)
-        if scheme is None or not self.ignore.names.isdisjoint(module_names):
+        wish = self._wish(role, module_names)
+        return None if wish is None or wish == AS_STORED else SCHEMES[wish]
+
+    def as_stored(self, role: Role, module_names: tuple[str, ...]) -> bool:
+        """Return whether a module of this role and these names stays as the source stores it."""
+        return self._wish(role, module_names) == AS_STORED
+
+    def _wish(self, role: Role, module_names: tuple[str, ...]) -> str | None:
+        wish = self.recipe.roles.get(role)
+        if wish is None or not self.ignore.names.isdisjoint(module_names):
             return None
         if self.recipe.targets and self.targets.names.isdisjoint(module_names):
             return None
-        return SCHEMES[scheme]
+        return wish
 
 
 def load_recipes() -> dict[str, Recipe]:
@@ -221,6 +243,10 @@ def _from_llmcompressor(body: Mapping[str, Any], path: Path) -> dict[str, Any]:
             "Remove the key, or run the recipe with llmcompressor.",
         )
     scheme, targets = _scheme_and_targets(body, path.name)
+    if scheme == AS_STORED:
+        raise DataFileError(
+            f"{path.name}: llmcompressor has no scheme {scheme!r}.", "Correct the recipe."
+        )
     # "Linear" means every linear layer: also the router, which is linear in the hub's model code
     # and to every tool that goes by tensor names.
     return {

@@ -151,9 +151,36 @@ W4A16: Final = Scheme(
     streamed=False,
 )
 
+_MX: Final = {
+    "group_size": 32,
+    "scale_dtype": "torch.uint8",
+    "strategy": "group",
+    "zp_dtype": "torch.uint8",
+}
+_MX_SCALE: Final = SchemeTensor("weight_scale", "U8", lambda rows, columns: (rows, columns // 32))
+# Two E2M1 codes a byte as in NVFP4, one E8M0 scale per 32. mquant only keeps such weights.
+MXFP4A16: Final = Scheme(
+    "MXFP4A16",
+    (_NVFP4_PARTS[0], _MX_SCALE),
+    _group("mxfp4-pack-quantized", _args(num_bits=4, **_MX), None),
+    columns=32,
+    streamed=False,
+)
+# E4M3 codes, one E8M0 scale per 32; activations in groups of 32. mquant only keeps such weights.
+MXFP8: Final = Scheme(
+    "MXFP8",
+    (_FP8_WEIGHT, _MX_SCALE),
+    _group("mxfp8-quantized", _args(**_MX), _args(dynamic=True, **_MX)),
+    columns=32,
+    streamed=False,
+)
+
 SCHEMES: Final[dict[str, Scheme]] = {
     scheme.name: scheme for scheme in (NVFP4A16, NVFP4, FP8_DYNAMIC, FP8_BLOCK, W4A16)
 }
+"""The schemes that a recipe can ask for, by name."""
+KNOWN: Final = (*SCHEMES.values(), MXFP4A16, MXFP8)
+"""The schemes with a name: those of `SCHEMES`, and those that mquant only keeps."""
 
 # Endings of tensors that only a quantized checkpoint holds, in any of the common layouts
 # (compressed-tensors, FP8-block, ModelOpt, GPTQ and AWQ).

@@ -69,7 +69,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 TO_FP8 = [
     "{expert: FP8_DYNAMIC, attention: FP8_DYNAMIC}",
-    "{expert: FP8_BLOCK}",
     "{expert: NVFP4A16, attention: FP8_DYNAMIC}",
 ]
 
@@ -254,7 +253,7 @@ def test_fp8_to_fp8_equals_dequantizing_first(
     assert at_once == in_two
 
 
-@pytest.mark.parametrize("roles", TO_FP8)
+@pytest.mark.parametrize("roles", [*TO_FP8, "{expert: FP8_BLOCK}"])
 def test_an_fp8_checkpoint_is_dequantized(tmp_path: Path, roles: str) -> None:
     recipe = written(tmp_path, roles)
     src = synthetic(tmp_path / "src", Precision.BF16)
@@ -282,15 +281,6 @@ def test_fp8_weights_that_the_recipe_keeps_become_bf16(original: Path, tmp_path:
     bf16 = dequantized(original, tmp_path / "bf16")
     assert differences(tmp_path / "out", bf16, {f"{KEY}.weight"}) == []
     assert KEY in plan.ignore
-
-
-def test_the_plan_says_what_is_dequantized_and_left_out(original: Path) -> None:
-    (finding,) = plan_of(original).findings
-    assert (finding.rule, finding.severity) == ("source-dequantized", "info")
-    assert finding.message == (
-        "original is quantized (FP8 in blocks): 26 weights are dequantized to BF16 as they are "
-        "read; 26 tensors that only these weights need, and quantization_config, are left out."
-    )
 
 
 def test_the_oneshot_engine_does_not_read_fp8(original: Path, tmp_path: Path) -> None:

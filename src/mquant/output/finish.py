@@ -30,6 +30,7 @@ from mquant.output.folder import is_inside
 from mquant.output.ledger import SHARES, is_ledger
 from mquant.output.mquant_json import RECORD
 from mquant.plan import Action, Plan, config_json
+from mquant.schemes import SCHEMES
 from mquant.text import names
 
 LAST: Final = (INDEX_NAME, CONFIG_NAME)
@@ -150,7 +151,7 @@ def recipe_yaml(plan: Plan) -> str:
     """
     ignore = [*_ignore_patterns(plan)]
     modifier: dict[str, Any]
-    if len(plan.schemes) == 1:
+    if len(plan.schemes) == 1 and plan.schemes[0].name in SCHEMES:
         modifier = {"targets": ["Linear"], "scheme": plan.schemes[0].name, "ignore": ignore}
     else:
         modifier = {"config_groups": plan.quantization_config["config_groups"], "ignore": ignore}
@@ -166,6 +167,8 @@ def recipe_yaml(plan: Plan) -> str:
         modifiers = {"AWQModifier": {"mappings": table}, **modifiers}
     recipe = {"quant_stage": {"quant_modifiers": modifiers}}
     head = f"# What mquant did (recipe {plan.recipe.name}), as a recipe for llmcompressor.\n"
+    if any(action.already for action in plan.actions):
+        head += "# mquant kept quantized modules as the source stored them.\n"
     if plan.recipe.scales == "search":
         head += "# mquant searched the scales; llmcompressor computes others for these modules.\n"
     return head + yaml.safe_dump(recipe, sort_keys=False)
@@ -194,7 +197,7 @@ def _ignore_patterns(plan: Plan) -> Iterator[str]:
             rows.setdefault(meaning.row.name, []).append(action)
     for row in family.tensors:
         actions = rows.get(row.name, [])
-        kept = [action.module for action in actions if action.scheme is None]
+        kept = [action.module for action in actions if action.stored_in is None]
         if kept and len(kept) == len(actions):
             yield from row.patterns(str, family.in_memory_name)
         else:

@@ -1,12 +1,13 @@
 """Checkpoint x Family x Recipe -> Plan: the only place that decides what happens to a tensor."""
 
+from mquant.plan.action import Action, OutputTensor, WorkUnit
 from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, make_plan
 from mquant.plan.completeness import completeness
 from mquant.plan.declare import KV_SCALES, declarations
 from mquant.plan.dequantize import make_bf16_plan
 from mquant.plan.export import Target, hf_quant_config, make_export_plan, scalars, survey_for
 from mquant.plan.members import Member
-from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit, config_json
+from mquant.plan.model import Plan, ShardPlan, config_json
 from mquant.plan.never_quantized import natural
 from mquant.plan.repair import (
     BAD,

@@ -7,8 +7,8 @@ from typing import Final
 
 from mquant.family import Family
 from mquant.findings import Finding, rule
+from mquant.plan.action import Action
 from mquant.plan.members import Member
-from mquant.plan.model import Action
 from mquant.recipe import Recipe
 
 NOT_SCALABLE: Final = rule(

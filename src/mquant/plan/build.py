@@ -11,12 +11,18 @@ from mquant.errors import Refused
 from mquant.family import Family, FusedSet
 from mquant.family_rows import Role
 from mquant.findings import Finding, rule
-from mquant.loader_model.storage import StorageFormat
+from mquant.loader_model.modules import declared_config
+from mquant.plan.action import Action, WorkUnit
+from mquant.plan.as_source import Layouts, copies
+from mquant.plan.as_source import refusals as not_as_stored
 from mquant.plan.awq import scaled, unscalable
+from mquant.plan.cast import with_casts
 from mquant.plan.loadable import checked
 from mquant.plan.members import Member, apart, as_stored
-from mquant.plan.model import Action, Plan, ShardPlan, WorkUnit
+from mquant.plan.model import Plan, ShardPlan
 from mquant.plan.never_quantized import KEPT_BECAUSE, biased_experts, natural, unsafe
+from mquant.plan.starts_from import starts_from
+from mquant.plan.stored import READABLE
 from mquant.plan.survey import Survey, survey
 from mquant.recipe import Choice, Recipe
 from mquant.schemes import Scheme
@@ -27,14 +33,6 @@ T = TypeVar("T")
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 
-SOURCE_DEQUANTIZED: Final = rule(
-    "source-dequantized",
-    "The source's weights are not quantized.",
-    "A quantized source was already rounded once.",
-    "",
-    severity="info",
-    needs="plan",
-)
 NOT_QUANTIZABLE: Final = rule(
     "not-quantizable",
     "A weight that the recipe quantizes has a dtype and a shape that its scheme can store.",
@@ -98,19 +96,16 @@ def make_plan(
     that vLLM does not load, into warnings.
     Raises Refused if the family is unknown: then there is no plan to show.
     """
-    surveyed = survey(checkpoint, families, (StorageFormat.FP8_BLOCK,))
+    surveyed = survey(checkpoint, families, READABLE)
     family = surveyed.family
     if family is None:
         raise Refused(surveyed.findings)
     choice = recipe.on(name for m in surveyed.members for name in _module_names(m, family))
-    layers = family.value(family.config.layers, checkpoint.config) or surveyed.layers
-    actions = [_action(member, choice, family, layers) for member in surveyed.members]
-    if recipe.smoothing == "awq":
-        actions = scaled(surveyed.members, actions, family)
+    actions = _actions(surveyed, choice, family)
     units = _work_units(*_as_stored(surveyed.members, actions))
     findings = [
         *surveyed.findings,
-        *dequantizes(surveyed),
+        *starts_from(surveyed, actions),
         *unsafe(actions, family, recipe, allow_unsafe=allow_unsafe),
         *_unmatched(surveyed, family, choice),
     ]
@@ -118,6 +113,7 @@ def make_plan(
     if surveyed.readable:
         findings += [
             *_unquantizable(surveyed.members, actions, family),
+            *not_as_stored(actions),
             *(_split_sets(units) or _unlike_experts(actions)),
             *biased_experts(actions, recipe, allow_unsafe=allow_unsafe),
             *_nothing(actions, recipe),
@@ -135,7 +131,7 @@ def make_plan(
             ).items()
         ),
         ignore=kept_modules(
-            ((a.module, a.expert, a.source) for a in actions if not a.scheme),
+            ((a.module, a.expert, a.source) for a in actions if not a.stored_in),
             family,
             checkpoint.config,
         ),
@@ -149,33 +145,36 @@ def _module_names(member: Member, family: Family) -> tuple[str, str]:
     return (member.module, family.in_memory_name(member.module))
 
 
-def _action(member: Member, choice: Choice, family: Family, layers: int) -> Action:
+def _actions(surveyed: Survey, choice: Choice, family: Family) -> list[Action]:
+    """Return the action of each member."""
+    config, members = surveyed.checkpoint.config, surveyed.members
+    layers = family.value(family.config.layers, config) or surveyed.layers
+    layouts = Layouts(declared_config(surveyed.checkpoint) or {})
+    actions = [_action(member, choice, family, layers, layouts) for member in members]
+    if choice.recipe.smoothing == "awq":
+        actions = scaled(members, actions, family)
+    return with_casts(members, actions)
+
+
+def _action(
+    member: Member, choice: Choice, family: Family, layers: int, layouts: Layouts
+) -> Action:
     layer, recipe = member.tensor_role.layer, choice.recipe
-    scheme = choice.scheme(member.role, _module_names(member, family))
+    module_names = _module_names(member, family)
+    scheme = choice.scheme(member.role, module_names)
+    as_stored = choice.as_stored(member.role, module_names)
     reason = KEPT_BECAUSE.get(member.role, f"{recipe.name} keeps it")
-    if scheme and recipe.keeps_layer(layer, layers):
-        scheme, reason = None, f"{recipe.name} keeps the layers at the ends"
+    if (scheme or as_stored) and recipe.keeps_layer(layer, layers):
+        scheme, as_stored, reason = None, False, f"{recipe.name} keeps the layers at the ends"
+    if member.stored and (scheme or as_stored):
+        already = layouts.scheme(member.stored, scheme)
+        if already or as_stored:
+            reason = f"as the source stores it: {already.name}" if already else ""
+            return replace(Action.kept(member, reason), as_stored=True, already=already)
     if scheme is None:
         return Action.kept(member, reason)
     made = () if _obstacle(member, scheme, family) else None
     return replace(Action.kept(member, ""), scheme=scheme, made=made)
-
-
-def dequantizes(surveyed: Survey) -> list[Finding]:
-    """Return a finding that names the formats to dequantize, if the source is quantized."""
-    stored = [member.stored for member in surveyed.members if member.stored]
-    if not stored or not surveyed.readable:
-        return []
-    formats = " and ".join(sorted({weight.format.value for weight in stored}))
-    left_out = len(surveyed.checkpoint.tensors) - len(as_stored(surveyed.members))
-    return [
-        SOURCE_DEQUANTIZED.finding(
-            stored[0].codes.name,
-            f"{surveyed.checkpoint.source.name} is quantized ({formats}): {len(stored):,} weights "
-            f"are dequantized to BF16 as they are read; {left_out:,} tensors that only these "
-            "weights need, and quantization_config, are left out.",
-        )
-    ]
 
 
 def _obstacle(member: Member, scheme: Scheme, family: Family) -> str:
@@ -205,7 +204,7 @@ def _unquantizable(
     unfit = [
         (action, obstacle)
         for member, action in zip(members, actions, strict=True)
-        if action.scheme and (obstacle := _obstacle(member, action.scheme, family))
+        if action.stored_in and (obstacle := _obstacle(member, action.stored_in, family))
     ]
     if not unfit:
         return []
@@ -227,7 +226,7 @@ def _as_stored(
 
     If an expert's weight is quantized, its bias, which is kept, is written as a tensor of its own.
     """
-    split = apart(members, {a.module for a in actions if a.scheme})
+    split = apart(members, {a.module for a in actions if a.stored_in})
     known = {action.source.name: action for action in actions}
     reasons = {a.source.held.by.name: a.reason for a in actions if a.source.held}
     stored = as_stored(members, split)
@@ -239,16 +238,15 @@ def _work_units(members: list[Member], actions: list[Action]) -> list[WorkUnit]:
     groups: dict[FusedSet | str, list[Action]] = {}
     for member, action in zip(members, actions, strict=True):
         groups.setdefault(member.tensor_role.fused_set or member.info.name, []).append(action)
-    return [
-        WorkUnit(tuple(sorted(group, key=lambda a: a.source.name))) for group in groups.values()
-    ]
+    ordered = (sorted(group, key=lambda a: a.source.name) for group in groups.values())
+    return [WorkUnit(tuple(each for a in actions for each in copies(a))) for actions in ordered]
 
 
 def _split_sets(units: list[WorkUnit]) -> list[Finding]:
-    split = [unit for unit in units if len({a.scheme for a in unit.actions}) > 1]
+    split = [unit for unit in units if len({a.stored_in for a in unit.actions}) > 1]
     if not split:
         return []
-    kept = [a.module for a in split[0].actions if a.scheme is None]
+    kept = [a.module for a in split[0].actions if a.stored_in is None]
     return [
         FUSED_SET_MIXED.finding(
             split[0].actions[0].source.name,
@@ -263,9 +261,9 @@ def _unlike_experts(actions: list[Action]) -> list[Finding]:
     """Return an error if a layer has both quantized and plain experts, which loaders refuse."""
     kept: dict[int | None, list[Action]] = {}
     for action in actions:
-        if action.role is Role.EXPERT and action.scheme is None:
+        if action.role is Role.EXPERT and action.stored_in is None:
             kept.setdefault(action.layer, []).append(action)
-    quantized = {a.layer for a in actions if a.role is Role.EXPERT and a.scheme}
+    quantized = {a.layer for a in actions if a.role is Role.EXPERT and a.stored_in}
     mixed = [layer for layer in kept if layer in quantized]
     if not mixed:
         return []
@@ -281,7 +279,7 @@ def _unlike_experts(actions: list[Action]) -> list[Finding]:
 
 
 def _nothing(actions: list[Action], recipe: Recipe) -> list[Finding]:
-    if any(action.scheme for action in actions):
+    if any(action.stored_in or (action.stored and action.as_stored) for action in actions):
         return []
     return [
         NOTHING_TO_QUANTIZE.finding(

@@ -7,10 +7,12 @@ from mquant.checkpoint import Checkpoint
 from mquant.errors import Refused
 from mquant.family import Family
 from mquant.findings import Finding, rule
-from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards, dequantizes
+from mquant.plan.action import Action, WorkUnit
+from mquant.plan.build import DEFAULT_SHARD_BYTES, cut_shards
 from mquant.plan.loadable import checked
 from mquant.plan.members import Member, as_stored
-from mquant.plan.model import Action, Plan, ShardPlan, WorkUnit
+from mquant.plan.model import Plan, ShardPlan
+from mquant.plan.starts_from import dequantizes
 from mquant.plan.stored import READABLE
 from mquant.plan.survey import Survey, survey
 from mquant.recipe import Recipe

@@ -15,10 +15,11 @@ from mquant.errors import Refused
 from mquant.family import Family
 from mquant.findings import rule
 from mquant.loader_model.storage import GROUP, SUFFIXES, StorageFormat
+from mquant.plan.action import Action, OutputTensor, WorkUnit
 from mquant.plan.build import kept_modules
 from mquant.plan.loadable import checked
 from mquant.plan.members import Member, as_stored
-from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit, declaration
+from mquant.plan.model import Plan, ShardPlan, declaration
 from mquant.plan.survey import Survey, survey
 from mquant.recipe import Recipe
 from mquant.schemes import NVFP4, NVFP4A16

@@ -14,8 +14,9 @@ from mquant.loader_model.vllm.load import Outcome
 from mquant.loader_model.vllm.predict import VERSION, predict_of
 from mquant.loader_model.vllm.tensors import Loaded
 from mquant.loader_model.vllm.words import in_words
+from mquant.plan.action import OutputTensor
 from mquant.plan.members import as_stored
-from mquant.plan.model import OutputTensor, Plan, config_json
+from mquant.plan.model import Plan, config_json
 from mquant.plan.never_quantized import ANYWAY, IDS, saying_outcome
 
 OUTPUT_NOT_LOADABLE: Final = rule(

@@ -4,178 +4,20 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
-from typing import Any, Literal, Self
+from typing import Any
 
-from mquant.checkpoint import TensorInfo, build_header
+from mquant.checkpoint import build_header
 from mquant.dtypes import BITS, nbytes
 from mquant.family import Family
 from mquant.family_rows import Role
 from mquant.findings import Finding
 from mquant.loader_model.modules import undeclared
-from mquant.plan.members import Member
-from mquant.plan.stored import Stored
+from mquant.plan.action import Action, WorkUnit
 from mquant.plan.survey import Survey
 from mquant.recipe import Recipe
 from mquant.schemes import FORMAT_VERSION, Scheme, Shape
-
-ActionKind = Literal["copy", "quantize", "dequantize", "scale"]
-
-
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
-    """One tensor of the result."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return nbytes(self.dtype, self.shape)
-
-
-@lru_cache(maxsize=1_000)
-def _parts(scheme: Scheme, shape: Shape, dtype: str) -> tuple[tuple[str, str, Shape], ...]:
-    """Return the outputs of a quantized weight, with the end of the name alone."""
-    return scheme.outputs("", shape, dtype)
-
-
-@lru_cache(maxsize=1_000)
-def _parts_bytes(scheme: Scheme, shape: Shape, dtype: str) -> int:
-    return sum(nbytes(kind, size) for _, kind, size in _parts(scheme, shape, dtype))
-
-
-@dataclass(frozen=True, slots=True)
-class Action:
-    """What happens to one source tensor, and which output tensors the source tensor becomes.
-
-    | kind | `source` | `outputs` |
-    | --- | --- | --- |
-    | copy | any tensor | the same name, dtype, shape and bytes; or, with `value`, these bytes |
-    | quantize | a weight in BF16, F16 or F32 | the tensors of `scheme` |
-    | dequantize | a weight in BF16 that is stored quantized, see `stored` | the weight in BF16 |
-    | scale | a norm or router that AWQ scales | the same name, dtype and shape; new bytes |
-
-    `source` of a `stored` weight is the weight in BF16 at the place of its codes; such a weight may
-    also be quantized. `scheme` is None if the tensor is kept; `reason` says why. `made` are the
-    outputs if they are others than those in the table.
-    """
-
-    source: TensorInfo
-    role: Role
-    module: str
-    layer: int | None
-    expert: int | None
-    scheme: Scheme | None
-    reason: str
-    made: tuple[OutputTensor, ...] | None = None
-    stored: Stored | None = None
-    value: bytes | None = None
-    scaled: bool = False
-
-    @classmethod
-    def kept(cls, member: Member, reason: str) -> Self:
-        """Return the action of a tensor that keeps its name, dtype and shape."""
-        info, tensor_role = member.info, member.tensor_role
-        return cls(
-            source=info,
-            role=member.role,
-            module=member.module,
-            layer=tensor_role.layer,
-            expert=tensor_role.expert,
-            scheme=None,
-            reason=reason,
-            stored=member.stored,
-        )
-
-    @property
-    def outputs(self) -> tuple[OutputTensor, ...]:
-        """The output tensors, as in the table of `Action`.
-
-        They are made when they are asked for: a plan has half a million actions, and three outputs
-        with names of their own take more memory than the rest of an action.
-        """
-        if self.made is not None:
-            return self.made
-        source = self.source
-        if self.scheme is None:
-            return (OutputTensor(source.name, source.dtype, source.shape),)
-        parts = _parts(self.scheme, source.shape, source.dtype)
-        return tuple(OutputTensor(self.module + end, dtype, size) for end, dtype, size in parts)
-
-    @property
-    def kind(self) -> ActionKind:
-        """The kind of the action, as in the table of `Action`."""
-        if self.scheme:
-            return "quantize"
-        if self.scaled:
-            return "scale"
-        return "dequantize" if self.stored else "copy"
-
-    @property
-    def read(self) -> tuple[TensorInfo, ...]:
-        """All tensors that are read for the action."""
-        return (self.stored.codes, *self.stored.parts) if self.stored else (self.source,)
-
-    @property
-    def source_bytes(self) -> int:
-        """Bytes of all tensors that are read for the action."""
-        return sum(info.nbytes for info in self.read)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the source tensor in memory: more than the bytes of its codes."""
-        return nbytes(self.source.dtype, self.source.shape)
-
-    @property
-    def output_bytes(self) -> int:
-        """Bytes of all outputs."""
-        if self.made is None and self.scheme:
-            return _parts_bytes(self.scheme, self.source.shape, self.source.dtype)
-        return sum(output.nbytes for output in self.outputs)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkUnit:
-    """The smallest piece of work: a tensor, or a fused set, whose members share a global scale."""
-
-    actions: tuple[Action, ...]
-
-    @property
-    def outputs(self) -> Iterator[OutputTensor]:
-        """All tensors that the work unit makes."""
-        return (output for action in self.actions for output in action.outputs)
-
-    @property
-    def scheme(self) -> Scheme | None:
-        """The scheme that quantizes the unit's tensors; None if no tensor is quantized.
-
-        A plan is refused if the members of a fused set have different schemes.
-        """
-        return self.actions[0].scheme
-
-    @property
-    def source_bytes(self) -> int:
-        """Bytes of all tensors that are read for the work unit."""
-        return sum(action.source_bytes for action in self.actions)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the source tensors in memory."""
-        return sum(action.weight_bytes for action in self.actions)
-
-    @property
-    def files(self) -> frozenset[str]:
-        """The files that hold the tensors that are read."""
-        return frozenset(info.shard for action in self.actions for info in action.read)
-
-    @property
-    def output_bytes(self) -> int:
-        """Bytes of all outputs."""
-        return sum(action.output_bytes for action in self.actions)
 
 
 @dataclass(frozen=True)
@@ -272,7 +114,7 @@ class Plan:
     @property
     def schemes(self) -> tuple[Scheme, ...]:
         """The schemes in use, by name."""
-        by_name = {a.scheme.name: a.scheme for a in self.actions if a.scheme}
+        by_name = {scheme.name: scheme for a in self.actions if (scheme := a.stored_in)}
         return tuple(by_name[name] for name in sorted(by_name))
 
     def targets(self, scheme: Scheme, *names: Callable[[str], str]) -> list[str]:
@@ -283,7 +125,7 @@ class Plan:
         of each are patterns of module names, under every name that a function of `names` makes of
         a hub name. A role has one scheme, so the targets are whole rows of the family.
         """
-        roles = {action.role for action in self.actions if action.scheme == scheme}
+        roles = {action.role for action in self.actions if action.stored_in == scheme}
         classes = []
         if len(self.schemes) == 1:
             classes, roles = ["Linear"], roles & {Role.HEAD}
@@ -342,6 +184,8 @@ class Plan:
                 if (held := source.held) is not None:
                     layout = (held.first, held.step, held.transposed)
                     digest.update(f"{held.by.name} {held.by.shape} {layout}\n".encode())
+                if action.cast:
+                    digest.update(b"cast\n")
                 if action.stored:
                     digest.update(f"{action.stored.format} {action.stored.block}\n".encode())
                 if action.value is not None:

@@ -12,7 +12,7 @@ from mquant.family_rows import Role
 from mquant.findings import Finding, Rule, if_loaded, rule
 from mquant.loader_model.vllm.load import Outcome
 from mquant.loader_model.vllm.predict import VERSION
-from mquant.plan.model import Action
+from mquant.plan.action import Action
 from mquant.recipe import Recipe
 from mquant.text import names
 
@@ -99,7 +99,7 @@ def unsafe(
     findings = []
     nouns = {Role.ROUTER: "router", Role.EMBEDDING: "embedding", Role.HEAD: "output head"}
     for role, noun in nouns.items():
-        modules = [a.module for a in actions if a.role is role and a.scheme]
+        modules = [a.module for a in actions if a.role is role and a.stored_in]
         if not modules:
             continue
         findings.append(
@@ -116,8 +116,8 @@ def unsafe(
 
 def biased_experts(actions: list[Action], recipe: Recipe, *, allow_unsafe: bool) -> list[Finding]:
     """Return an error if experts with a bias are quantized so that vLLM does not take the bias."""
-    quantized = (a for a in actions if a.role is Role.EXPERT and a.scheme)
-    modules = {a.module for a in quantized if a.scheme and a.scheme.format != "pack-quantized"}
+    quantized = ((a.module, a.stored_in) for a in actions if a.role is Role.EXPERT)
+    modules = {module for module, s in quantized if s and s.format != "pack-quantized"}
     biased = [a.module for a in actions if a.source.name == f"{a.module}.bias"]
     biased = [module for module in biased if module in modules]
     if not biased:

@@ -17,8 +17,9 @@ from mquant.errors import Refused
 from mquant.family import Family
 from mquant.family_rows import Role
 from mquant.loader_model.storage import StorageFormat
+from mquant.plan.action import Action, OutputTensor, WorkUnit
 from mquant.plan.declare import KV_CACHE, KV_SCALES
-from mquant.plan.model import Action, OutputTensor, Plan, ShardPlan, WorkUnit
+from mquant.plan.model import Plan, ShardPlan
 from mquant.plan.survey import survey
 from mquant.recipe import Recipe
 

@@ -14,7 +14,8 @@ from mquant.plan.stored_parts import PART_MISSING, Stored, broken, misfit
 _CODES, _SCALE, _ZEROS = "weight_packed", "weight_scale", "weight_zero_point"
 ORDER: Final = "weight_g_idx"
 """The suffix of the group of each column."""
-_PARTS: Final = {_CODES, _SCALE, _ZEROS, ORDER, "weight_shape"}
+_SIZE: Final = "weight_shape"
+_PARTS: Final = {_CODES, _SCALE, _ZEROS, ORDER, _SIZE}
 _FLOATS: Final = ("F32", "BF16", "F16")
 _BITS: Final = (4, 8)
 
@@ -92,8 +93,16 @@ def stored_integers(
     columns = packed * 32 // args.bits
     if order is not None and (order.dtype, order.shape) != ("I32", (columns,)):
         return misfit(order, f"I32 [{columns}]")
-    block = (1, args.wide)
-    return Stored(StorageFormat.INT, codes, scale, block, bits=args.bits, zeros=zeros, order=order)
+    return Stored(
+        StorageFormat.INT,
+        codes,
+        scale,
+        (1, args.wide),
+        bits=args.bits,
+        zeros=zeros,
+        order=order,
+        size=tensors.get(_SIZE),
+    )
 
 
 def _declared(config: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], int]]:

@@ -34,7 +34,8 @@ class Stored:
     `codes` and `scale` are [out, ...] also where one tensor on disk holds those of all experts.
     `block` are the rows and columns that share an element of `scale`. `second` is the scale of the
     whole weight, or None; `input` is the scale of the activations, or None. Integers have `bits`,
-    and may have zero points, and an `order`: the group of each column.
+    and may have zero points, and an `order`: the group of each column. `size` says [out, in] of
+    packed integers; it is not read.
     """
 
     format: StorageFormat
@@ -46,6 +47,7 @@ class Stored:
     bits: int = 0
     zeros: TensorInfo | None = None
     order: TensorInfo | None = None
+    size: TensorInfo | None = None
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
@@ -86,6 +88,7 @@ class Stored:
             input=moved(self.input) if self.input else None,
             zeros=moved(self.zeros) if self.zeros else None,
             order=moved(self.order) if self.order else None,
+            size=moved(self.size) if self.size else None,
         )
 
 

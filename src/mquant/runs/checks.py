@@ -23,8 +23,10 @@ def check_headers_as_planned(made: Source, plan: Plan) -> None:
 
 def check_plain(plan: Plan, reader: str) -> None:
     """Raise UsageError if `reader`, which runs the model, cannot read the source's weights."""
-    if any(action.stored for action in plan.actions):
+    formats = {action.stored.format.short for action in plan.actions if action.stored}
+    if formats or any(action.already for action in plan.actions):
+        stored = " and ".join(sorted(formats)) or "a quantized format"
         raise UsageError(
-            f"{reader} reads BF16, F16 and F32; the source's weights are stored in FP8.",
+            f"{reader} reads BF16, F16 and F32; the source's weights are stored in {stored}.",
             "Make a BF16 checkpoint first: mquant dequantize.",
         )

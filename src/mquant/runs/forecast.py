@@ -69,7 +69,7 @@ def memory_needed(plan: Plan) -> int:
     Only the widest fused set that is quantized counts: copied tensors go through a small buffer.
     """
     units = (unit for unit in plan.units if unit.scheme)
-    widest = max((unit.weight_bytes for unit in units), default=0)
+    widest = max((unit.buffer_bytes for unit in units), default=0)
     return _BASE_MEMORY + int(default_workers() * widest * _PER_WORKER)
 
 
@@ -171,12 +171,13 @@ def _roles(plan: Plan) -> list[dict[str, Any]]:
 def _role(role: Role, scheme: str, reason: str, actions: list[Action]) -> dict[str, Any]:
     after = sum(action.output_bytes for action in actions)
     elements = sum(action.source.elements for action in actions)
+    known = after and elements and not any(action.already for action in actions)
     return {
         "role": role.value,
         "tensors": len(actions),
         "bytes_before": sum(action.source_bytes for action in actions),
         "bytes_after": after,
-        "bits_per_weight": round(after * 8 / elements, 4) if after and elements else None,
+        "bits_per_weight": round(after * 8 / elements, 4) if known else None,
         "scheme": scheme or None,
         "reason": reason,
     }
