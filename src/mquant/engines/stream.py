@@ -8,7 +8,8 @@ however large the model is. If the recipe searches scales, a worker searches bet
 quantizing.
 
 A weight that the source stores quantized is dequantized to BF16 on its way into the buffer. If the
-plan keeps such a weight, the worker writes the weight in BF16 to the output, a piece at a time.
+plan keeps such a weight, the worker writes the weight in BF16 to the output, a piece at a time. A
+fused set that the plan casts from MXFP4 to NVFP4 is not dequantized: see `engines.cast`.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from mquant.checkpoint.slices import forget, read_part, read_pieces
+from mquant.engines.cast import cast_unit
 from mquant.engines.dequantized_rows import decoded, open_rows, room
 from mquant.errors import OutputError, SourceError
 from mquant.events import Emit, Note, silent
@@ -27,6 +29,7 @@ from mquant.numerics.dequantize import not_finite, prepare_decoding
 from mquant.numerics.floats import BF16, FLOATS, Array, Bytes, Floats
 from mquant.numerics.fp8 import encode_into, prepare_fp8
 from mquant.numerics.kernels import block_maxima, pack_into, prepare, quantize_into
+from mquant.numerics.mx_cast import powers_of_two, prepare_cast
 from mquant.numerics.nvfp4 import GROUP, global_scale_of
 from mquant.numerics.scale_search import ALIKE, SearchedWeight, prepare_search, search
 from mquant.numerics.thresholds import Magnitudes, thresholds
@@ -135,9 +138,10 @@ def make(reader: Reader, unit: WorkUnit, importance: Importance | None = None) -
 
 def _prepare(units: list[WorkUnit], importance: Importance | None) -> None:
     """Compile the kernels that the work units need, before the workers start."""
-    kernels = {
-        (_is_fp8(unit), a.source.dtype) for unit in units if unit.scheme for a in unit.actions
-    }
+    if any(unit.cast for unit in units):
+        prepare_cast()
+    quantized = [unit for unit in units if unit.scheme and not unit.cast]
+    kernels = {(_is_fp8(unit), a.source.dtype) for unit in quantized for a in unit.actions}
     for fp8, dtype in sorted(kernels):
         if fp8:
             prepare_fp8(FLOATS[dtype])
@@ -145,7 +149,7 @@ def _prepare(units: list[WorkUnit], importance: Importance | None) -> None:
         prepare(FLOATS[dtype])
         if importance:
             prepare_search(FLOATS[dtype])
-    if any(action.stored for unit in units for action in unit.actions):
+    if any(action.stored for unit in units if not unit.cast for action in unit.actions):
         prepare_decoding()
 
 
@@ -193,16 +197,17 @@ class Worker:
         self._write = write
         self._importance = importance
         sets = [unit for unit in units if unit.scheme and not _is_fp8(unit)]
-        stored = [action for unit in units for action in unit.actions if action.stored]
+        read = [unit for unit in units if not unit.cast]
+        stored = [action for unit in read for action in unit.actions if action.stored]
         stripes = [_stripe(action)[0] for unit in units if _is_fp8(unit) for action in unit.actions]
         # Counted in elements of 16 bits: a buffer of the same bytes holds fewer F32 elements.
         columns = (action.source.shape[1] for action in stored)
         widest = max([PIECE // 2, *columns, *(stripe // 2 for stripe in stripes)])
         rooms = (room(action, PIECE) for action in stored)
-        nbytes = max([2 * widest, *rooms, *(unit.weight_bytes for unit in sets)])
+        nbytes = max([2 * widest, *rooms, *(unit.buffer_bytes for unit in sets)])
         self._weights = np.empty(nbytes, np.uint8)
         self._codes = np.empty(widest if stored or stripes else 0, np.uint8)
-        self._maxima = np.empty(max([0, *map(_blocks, sets)]), np.uint32)
+        self._maxima = np.empty(max([0, *(_blocks(s) for s in sets if not s.cast)]), np.uint32)
         self._packed = np.empty(PIECE // 4, np.uint8)  # for a 16-bit source; F32 fills half
         self._scales = np.empty(PIECE // 2 // GROUP, np.uint8)
         self._searched = np.empty((2, len(self._maxima) if importance else 0), np.uint8)
@@ -212,6 +217,8 @@ class Worker:
         if unit.scheme is None:
             for action in unit.actions:
                 self._keep(action)
+        elif unit.cast:
+            cast_unit(self._reader, unit, self._weights, self._write)
         elif _is_fp8(unit):
             for action in unit.actions:
                 self._encode(action)
@@ -234,9 +241,11 @@ class Worker:
             self.not_finite += [output.name] if bad else []
             return
         for start in range(0, source.nbytes, PIECE) or [0]:
-            part = self._weights[: min(PIECE, source.nbytes - start)].data
-            read_part(self._reader, source, start, part)
-            self._write(output.name, part)
+            part = self._weights[: min(PIECE, source.nbytes - start)]
+            read_part(self._reader, source, start, part.data)
+            if source.dtype == "F8_E8M0" and output.dtype == "F32":
+                part = powers_of_two(part).view(np.uint8)
+            self._write(output.name, part.data)
 
     def _encode(self, action: Action) -> None:
         """Quantize a weight to FP8, a few rows of blocks at a time: blocks share no other value."""
