@@ -89,6 +89,13 @@ AllowUnsafe = Annotated[
         "vLLM would not load.",
     ),
 ]
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        help="Read the scales of weights in MXFP4, and refuse if a block would be rounded again.",
+    ),
+]
 Workers = Annotated[
     int | None,
     typer.Option(

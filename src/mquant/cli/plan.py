@@ -10,6 +10,7 @@ from rich.text import Text
 
 from mquant.cli.options import (
     AllowUnsafe,
+    Exact,
     FamilyFile,
     FormatChoice,
     MaxShardSize,
@@ -37,20 +38,21 @@ def plan(
     out_folder: Out = None,
     max_shard_size: MaxShardSize = None,
     allow_unsafe: AllowUnsafe = False,
+    exact: Exact = False,
     family: FamilyFile = None,
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
     """Show what a recipe would do to every tensor, and the disk and memory that the run needs.
 
-    No weight is read and nothing is written. Exit code 1: `quantize` would refuse.
+    No weight is read (--exact: the scales are), nothing is written. Exit code 1: `quantize` would
+    refuse.
 
     Example: mquant plan MiniMaxAI/MiniMax-M2 --recipe nvfp4
     """
     with output("plan", output_format) as out:
-        planned = make(
-            plan, src, recipe, revision, max_shard_size, family, allow_unsafe=allow_unsafe
-        )
+        checks = {"allow_unsafe": allow_unsafe, "exact": exact}
+        planned = make(plan, src, recipe, revision, max_shard_size, family, **checks)
         show_plan(out, planned, out_folder)
 
 
@@ -63,10 +65,12 @@ def make(
     family: Path | None,
     *,
     allow_unsafe: bool,
+    exact: bool = False,
 ) -> "Plan":
     """Return the plan for the arguments typed after `verb`. The plan may hold refusals.
 
-    Raises UsageError, before SRC is read, if an argument is missing or wrong.
+    If `exact`, a block of MXFP4 that would be rounded again is a refusal. Raises UsageError, before
+    SRC is read, if an argument is missing or wrong.
     """
     if recipe is None:
         raise UsageError("--recipe is missing.", f"{example(verb)}  (mquant recipes lists them)")
@@ -77,13 +81,18 @@ def make(
     from mquant.recipe import find_recipe
 
     parsed_recipe = find_recipe(recipe)
-    return make_plan(
+    planned = make_plan(
         open_checkpoint(open_source(src, revision, example(verb))),
         parsed_recipe,
         load_families(family),
         max_shard_bytes=DEFAULT_SHARD_BYTES if limit is None else limit,
         allow_unsafe=allow_unsafe,
     )
+    if not exact:
+        return planned
+    from mquant.runs.casts import exact as checked
+
+    return checked(planned)
 
 
 def show_plan(out: Output, plan: "Plan", out_folder: Path | None) -> None:

@@ -12,6 +12,7 @@ from mquant.cli.options import (
     AllowUnsafe,
     Data,
     DryRun,
+    Exact,
     FamilyFile,
     FormatChoice,
     Importance,
@@ -95,6 +96,7 @@ def quantize(
     cluster: OnCluster = None,
     restart: Restart = False,
     allow_unsafe: AllowUnsafe = False,
+    exact: Exact = False,
     family: FamilyFile = None,
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
@@ -112,9 +114,8 @@ def quantize(
         parsed_share = None if share is None else parse_share(share)
         _check_options(parsed_share, cluster, engine, push_to, scratch, restart=restart)
         limit = None if scratch is None else parse_size(scratch)
-        plan = make(
-            quantize, src, recipe, revision, max_shard_size, family, allow_unsafe=allow_unsafe
-        )
+        checks = {"allow_unsafe": allow_unsafe, "exact": exact}
+        plan = make(quantize, src, recipe, revision, max_shard_size, family, **checks)
         if dry_run or plan.refusals:
             show_plan(out, plan, out_folder)
             check_data(plan.recipe, data)

@@ -30,6 +30,7 @@ def tell_result(out: Output, result: "Result") -> None:
             "output": plan.output_totals,
         },
         ignore=list(plan.ignore),
+        **({"cast": dict(result.cast)} if result.cast else {}),
     )
     verb = "Quantized" if result.fresh else "Already done:"
     tensors = plan.output_tensors
@@ -40,10 +41,21 @@ def tell_result(out: Output, result: "Result") -> None:
                 ("Source", both_sizes(plan.source_bytes)),
                 ("Output", both_sizes(plan.output_bytes)),
                 ("Tensors", f"{plural(tensors, 'tensor')} in {plural(len(plan.shards), 'shard')}"),
+                *_cast(result),
                 ("Kept", f"{plural(len(plan.ignore), 'module')} in ignore, named in config.json"),
             ]
         ),
     )
+
+
+def _cast(result: "Result") -> list[tuple[str, str]]:
+    """Return the line on the cast from MXFP4 to NVFP4; none if nothing was cast."""
+    if not result.cast:
+        return []
+    blocks, lossless = result.cast.get("blocks"), result.cast.get("lossless")
+    if not isinstance(blocks, int) or not isinstance(lossless, int):
+        return []
+    return [("Cast", f"lossless: {lossless:,} of {blocks:,} blocks")]
 
 
 def tell_share(out: Output, run: "Shares", number: int, *, fresh: bool) -> None:

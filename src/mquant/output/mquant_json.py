@@ -29,7 +29,7 @@ class Record:
     `source` is the identity of the parent. `files` maps each path to its bytes and sha256, but for
     the card, which may be written again later. `inputs` maps the other inputs (`data`,
     `importance`) to the sha256 of the file, or to a dataset's id. `repairs` are the entries that
-    `mquant repair` wrote, oldest first.
+    `mquant repair` wrote, oldest first. `cast` counts the blocks that were cast from MXFP4.
     """
 
     mquant: str
@@ -40,6 +40,7 @@ class Record:
     inputs: Mapping[str, str]
     files: Mapping[str, tuple[int, str]]
     repairs: tuple[Mapping[str, Any], ...]
+    cast: Mapping[str, Any]
 
 
 def read_table(source: Source) -> dict[str, Any]:
@@ -85,6 +86,7 @@ def read_record(source: Source) -> Record | None:
         inputs={key: text for key in _INPUTS if (text := fingerprint.get(key, "none")) != "none"},
         files=_files(value.get("files")),
         repairs=tuple(map(as_table, repairs)) if isinstance(repairs, list) else (),
+        cast=as_table(value.get("cast")),
     )
 
 

@@ -38,7 +38,7 @@ def quantize_to_hub(
     at a time: source files, if the source is a hub repo, and shards; None: no limit. The rest is as
     for `mquant.runs.quantize.quantize`. The last commit brings index and config.json to the repo.
     """
-    check_engine(choose_engine(engine, plan.recipe), "--push-to")
+    check_engine(choose_engine(engine, plan), "--push-to")
     spec, scratch = prepare(plan, engine, importance), options.get("scratch")
     files, shards = _share_out(plan, scratch)
     to = open_destination(repo, spec, public=public, emit=options.get("emit", silent))

@@ -27,11 +27,13 @@ from mquant.output import (
     Recorded,
     ShardSet,
     State,
+    as_table,
     check_disk,
     discard,
     examine,
     finish,
     index_json,
+    own_table,
     source_notes,
 )
 from mquant.plan import Plan
@@ -88,7 +90,8 @@ class Result:
 
     `engine` is the name of the engine that did the arithmetic. `page` is the address of the hub
     repo, if a repo holds the checkpoint instead of `out`. `parent_bytes` is the number of bytes
-    that a repair read of the parent's shards.
+    that a repair read of the parent's shards. `cast` is the entry of mquant.json on the cast from
+    MXFP4 to NVFP4, if there was one.
     """
 
     out: Path
@@ -97,6 +100,7 @@ class Result:
     fresh: bool
     page: str = ""
     parent_bytes: int = 0
+    cast: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -107,6 +111,7 @@ class Run:
     is the state of OUT at the claim. `plan` has the shards to write: all shards of the spec, or a
     share of them. `digests` are those of the shards, `source_digests` are known ones of the source.
     `_again` writes the shards again, if this run wrote them; `_touches` counts how often it did.
+    `measured` is what mquant.json says from a look at the data.
     """
 
     out: Path
@@ -121,6 +126,7 @@ class Run:
     source_digests: dict[str, str] = field(default_factory=dict)
     _again: Callable[[Recorded | None, set[str]], None] | None = None
     _touches: int = 0
+    measured: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     @contextmanager
@@ -186,7 +192,9 @@ class Run:
     def result(self, *, fresh: bool, page: str = "", parent_bytes: int = 0) -> Result:
         """Return the result of the run."""
         name = str(self.spec.engine["name"])
-        return Result(self.out, self.spec.plan, name, fresh, page, parent_bytes)
+        said = self.measured if fresh else own_table(self.out) or {}
+        cast = as_table(said.get("cast")) or None
+        return Result(self.out, self.spec.plan, name, fresh, page, parent_bytes, cast)
 
     def write_shards(
         self,
@@ -320,13 +328,17 @@ class Run:
         read = [(self.source, path) for path in spec.stamps]
         read += [(source, path) for path, source in sides.items()]
 
+        self.measured = spec.measured(self.source, self.emit)
+
         def judge_and_check(made: Source) -> None:
             judge(made)
             if touched := self.accept_touched(unknown=True):
                 raise _TouchedError(touched)
             check_unchanged([*read, *described_by(checkpoint.source)])
 
-        finish(self.out, spec.plan, index, shards, sides, spec.record, judge_and_check)
+        finish(
+            self.out, spec.plan, index, shards, sides, spec.record | self.measured, judge_and_check
+        )
 
     def judge(
         self, made: Source, *, ignoring: Collection[str] = (), parent: Source | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 from mquant import __version__
 from mquant.checkpoint import Source, Stamp
+from mquant.events import Emit
 from mquant.output import file_names
 from mquant.plan import Plan
 from mquant.runs.unchanged import Origin
@@ -92,3 +93,10 @@ class RunSpec:
             },
             **self.extra_record,
         }
+
+    def measured(self, source: Source, emit: Emit) -> dict[str, Any]:
+        """Return what mquant.json says beside `record`, from a look at the data in `source`.
+
+        The shards are complete. `emit` receives what a person should know of it.
+        """
+        return {}

@@ -5,15 +5,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from mquant.checkpoint import Source
 from mquant.errors import MissingExtra, Refused, UsageError
+from mquant.events import Emit
 from mquant.output import side_files
 from mquant.plan import Plan
-from mquant.recipe import Recipe, data_file
+from mquant.recipe import AS_STORED, Recipe, data_file
+from mquant.runs.casts import count_casts
 from mquant.runs.checks import check_plain
+from mquant.runs.cost import measure_cost
 from mquant.runs.run_spec import RunSpec
-from mquant.schemes import SCHEMES
+from mquant.schemes import SCHEMES, Scheme
 from mquant.untrusted import open_named
 
 if TYPE_CHECKING:
@@ -35,12 +39,14 @@ _DECISIVE: Final[dict[Engine, tuple[str, ...]]] = {
 }
 
 
-def choose_engine(requested: Engine, recipe: Recipe) -> Engine:
+def choose_engine(requested: Engine, plan: Plan) -> Engine:
     """Return the engine that will run. `auto` means stream if the stream engine can do the recipe.
 
     The oneshot engine runs recipes that need data, or store a scheme that the stream engine does
-    not make. Raises UsageError for an engine that cannot do the recipe.
+    not make; weights that stay as the source stores them do not count. Raises UsageError for an
+    engine that cannot do the recipe.
     """
+    recipe = plan.recipe
     if recipe.needs_data:
         if requested is Engine.STREAM:
             raise UsageError(
@@ -49,7 +55,7 @@ def choose_engine(requested: Engine, recipe: Recipe) -> Engine:
                 "Leave out --engine, or take recipe nvfp4.",
             )
         return Engine.ONESHOT
-    foreign = [name for name in recipe.roles.values() if not SCHEMES[name].streamed]
+    foreign = [scheme.name for scheme in _made(plan) if not scheme.streamed]
     if foreign:
         if requested is Engine.STREAM:
             raise UsageError(
@@ -65,6 +71,13 @@ def choose_engine(requested: Engine, recipe: Recipe) -> Engine:
     return Engine.STREAM if requested is Engine.AUTO else requested
 
 
+def _made(plan: Plan) -> list[Scheme]:
+    """Return the schemes of the recipe, without those that the source already has throughout."""
+    kept = {a.role for a in plan.actions if a.already} - {a.role for a in plan.actions if a.scheme}
+    schemes = [plan.recipe.roles[role] for role in plan.recipe.roles if role not in kept]
+    return [SCHEMES[name] for name in schemes if name != AS_STORED]
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantizeSpec(RunSpec):
     """The specification of a `mquant quantize` run.
@@ -76,6 +89,17 @@ class QuantizeSpec(RunSpec):
     kind: Engine
     importance: "Importance | None"
     data: str | None
+
+    def measured(self, source: Source, emit: Emit) -> dict[str, Any]:
+        """Return what a cast to NVFP4 keeps and loses; tell what a second rounding costs."""
+        for cost in measure_cost(self.plan, source, self.importance):
+            emit(cost.note)
+        casts = count_casts(self.plan, source)
+        if casts is None:
+            return {}
+        for note in casts.notes():
+            emit(note)
+        return {"cast": casts.to_json()}
 
 
 def prepare(
@@ -92,7 +116,7 @@ def prepare(
 
     if plan.refusals:
         raise Refused(plan.refusals)
-    kind = choose_engine(engine, plan.recipe)
+    kind = choose_engine(engine, plan)
     check_data(plan.recipe, data)
     if kind is Engine.ONESHOT:
         check_plain(plan, "The oneshot engine")

@@ -30,6 +30,8 @@ def made(card: Card) -> str:
         for key, value in record.inputs.items():
             verb = "has the sha256" if _SHA256.fullmatch(value) else "is the dataset"
             parts.append(f"{code(key.upper())} {verb} {code(value)}.\n")
+    if sentence := _cast(record.cast):
+        parts.append(f"{sentence}\n")
     if content := record.source.get("content"):
         parts.append(f"The parent's files, sampled, have the sha256 {code(content)}.\n")
     if record.repairs:
@@ -37,6 +39,19 @@ def made(card: Card) -> str:
         parts.append("### Changes since\n")
         parts.append(table(("", "By", "What was found", "What was done"), rows))
     return "\n".join(parts)
+
+
+def _cast(cast: Mapping[str, Any]) -> str:
+    """Return what the cast from MXFP4 kept; empty if nothing was cast, or for unusable counts."""
+    blocks, lossless = cast.get("blocks"), cast.get("lossless")
+    if type(blocks) is not int or type(lossless) is not int or not 0 <= lossless <= blocks:
+        return ""
+    lost = blocks - lossless
+    again = f" Rounded again: {plural(lost, 'block')}." if lost else ""
+    return (
+        "Weights that the parent stores in MXFP4 became NVFP4 with the same codes, lossless: "
+        f"{lossless:,} of {blocks:,} blocks of 16 weights are equal to the parent's.{again}"
+    )
 
 
 def _command(card: Card, record: Record) -> str:
