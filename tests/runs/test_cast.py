@@ -11,9 +11,13 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import preset_name_to_scheme
 
+import mquant.checkpoint.spool as spool_module
 import mx_sources
+from fakehub import FakeHub, hub
 from judges import hashes, opened, read_json
+from make import without
 from mquant.checkpoint import Folder, open_checkpoint
+from mquant.checkpoint.hub import HubRepo
 from mquant.errors import Refused, SourceError
 from mquant.events import Event, Note
 from mquant.family_files import load_families
@@ -21,14 +25,19 @@ from mquant.family_rows import Role
 from mquant.loader_model.modules import ModuleView, read_modules
 from mquant.plan import make_plan
 from mquant.recipe import find_recipe
+from mquant.repair.diagnose import diagnose
+from mquant.repair.repair import repair
 from mquant.runs.casts import exact
 from mquant.runs.quantize import quantize
 from mquant.runs.shares import finish_shares
 from mquant.synth import Precision, synth
 from mquant.verify.judge import Depth, verify
 from mquant.weights.stored_weight import weight_of
+from mutate import mutated
 from mx_sources import Scales, Shift, in_mxfp4
 from run import plan_of, quantize_nvfp4, shares_of
+
+__all__ = ["hub"]
 
 pytestmark = pytest.mark.upstream
 
@@ -227,6 +236,32 @@ def test_shares_make_the_same_files(tmp_path: Path) -> None:
         shares_of(src, tmp_path / "shares", 2, 500_000).make(number)
     finish_shares(tmp_path / "shares")
     assert hashes(tmp_path / "shares") == hashes(whole)
+
+
+def test_a_run_with_a_scratch_makes_the_same_files(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool_module, "PIECE", 300_000)
+    hub.add("org/mxfp4", source(tmp_path, w1=first_row(97)))
+    plan = make_plan(
+        open_checkpoint(HubRepo("org/mxfp4")),
+        find_recipe("nvfp4"),
+        load_families(),
+        max_shard_bytes=500_000,
+    )
+    scratched = quantize(plan, tmp_path / "scratched", scratch=3_000_000)
+    whole = quantize(plan, tmp_path / "whole")
+    assert hashes(scratched.out) == hashes(whole.out)
+    assert scratched.cast == whole.cast
+    assert scratched.cast
+
+
+def test_a_repair_makes_a_cast_expert_again(tmp_path: Path) -> None:
+    src = source(tmp_path)
+    good = quantize_nvfp4(src, tmp_path / "good")
+    bad = mutated(good, tmp_path / "bad-folder", edit=without(f"{W1}.weight_scale"))
+    repair(diagnose(Folder(bad), Folder(src), load_families()), tmp_path / "repaired")
+    assert unequal(src, tmp_path / "repaired") == {}
 
 
 def test_a_finished_run_tells_its_cast_again(tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ def quantize_on_ray(
             if run.claim() is not State.DONE:
                 _share_out(run, job_spec, todo, workers, emit)
     result = run.finish(emit)
-    return Result(out, plan, Engine.STREAM.value, fresh=result is not None)
+    cast = result.cast if result else None
+    return Result(out, plan, Engine.STREAM.value, fresh=result is not None, cast=cast)
 
 
 def _share_out(
