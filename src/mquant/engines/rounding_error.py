@@ -7,7 +7,7 @@ import numpy as np
 from mquant.engines.dequantized_rows import decoded
 from mquant.engines.stream import PIECE, Importance, Reader, make
 from mquant.numerics.dequantize import decode_fp4, decode_fp8, nvfp4_table
-from mquant.numerics.floats import BF16, FLOATS, Array, Floats
+from mquant.numerics.floats import BF16, FLOATS, Array, Words
 from mquant.plan import Action, WorkUnit
 
 
@@ -16,25 +16,31 @@ def squared_error(
 ) -> tuple[float, float]:
     """Quantize a work unit of stored weights; return sums of squares: of the error, of the source.
 
-    The source counts as BF16, as the engine reads it. Raises SourceError as `make`.
+    The source counts as BF16, as the engine reads it. Memory holds the set three times. Raises
+    SourceError as `make`.
     """
     made = make(reader, unit, importance)
     error = power = 0.0
     for action in unit.actions:
         source, result = _source(reader, action), _result(action, made)
-        error += float(np.sum(np.square(result - source, dtype=np.float64)))
-        power += float(np.sum(np.square(source, dtype=np.float64)))
+        for start in range(0, len(source), PIECE):
+            part = slice(start, start + PIECE)
+            before, after = (
+                BF16.values(words[part]).astype(np.float64) for words in (source, result)
+            )
+            error += float(np.sum(np.square(after - before)))
+            power += float(np.sum(np.square(before)))
     return error, power
 
 
-def _source(reader: Reader, action: Action) -> Floats:
+def _source(reader: Reader, action: Action) -> Words:
     codes = np.empty(max(PIECE // 2, action.source.shape[1]), np.uint8)
     weight = np.empty(action.weight_bytes, np.uint8)
     deque(decoded(reader, action, weight, codes, PIECE, again=False), maxlen=0)
-    return BF16.values(weight.view(BF16.word)).astype(np.float32)
+    return weight.view(BF16.word)
 
 
-def _result(action: Action, made: dict[str, bytes]) -> Floats:
+def _result(action: Action, made: dict[str, bytes]) -> Words:
     words = np.empty(action.source.elements, np.uint16)
     outputs = [(output, made[output.name]) for output in action.outputs]
     codes, scales = (np.frombuffer(raw, np.uint8) for _, raw in outputs[:2])
@@ -48,4 +54,4 @@ def _result(action: Action, made: dict[str, bytes]) -> Floats:
         shape = (block[0], block[1]) if block else (1, action.source.shape[1])
         values = values.astype(np.float32).reshape(output.shape)
         decode_fp8(codes.reshape(action.source.shape), values, shape, 0, words)
-    return BF16.values(words).astype(np.float32)
+    return words

@@ -13,8 +13,10 @@ from mquant.text import plural
 if TYPE_CHECKING:
     from mquant.engines.importance import Importance
 
-_SAMPLED: Final = 3
+_SAMPLED: Final = 8
 """The number of fused sets, spread over the model, that are measured for each format and scheme."""
+_MOST_BYTES: Final = 128_000_000
+"""The most bytes, in BF16, of a set that is measured, if there are smaller sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,7 @@ def measure_cost(plan: Plan, source: Source, importance: "Importance | None") ->
     costs = []
     with closing(reader_of(source)) as reader:
         for (name, scheme), units in sorted(groups.items()):
-            sample = [units[i * (len(units) - 1) // (_SAMPLED - 1)] for i in range(_SAMPLED)]
-            sample = list(dict.fromkeys(sample))
+            sample = _sample(units)
             weigh = weigher(plan.recipe, importance)
             sums = [squared_error(reader, unit, weigh) for unit in sample]
             error, power = (sum(column) for column in zip(*sums, strict=True))
@@ -85,3 +86,11 @@ def measure_cost(plan: Plan, source: Source, importance: "Importance | None") ->
                 )
             )
     return costs
+
+
+def _sample(units: list[WorkUnit]) -> list[WorkUnit]:
+    """Return a few fused sets, the first and the last among them; large sets only if all are."""
+    small = [unit for unit in units if unit.weight_bytes <= _MOST_BYTES]
+    small = small or [min(units, key=lambda unit: unit.weight_bytes)]
+    places = {i * (len(small) - 1) // (_SAMPLED - 1) for i in range(_SAMPLED)}
+    return [small[place] for place in sorted(places)]
