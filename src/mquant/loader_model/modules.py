@@ -17,6 +17,7 @@ from mquant.family_rows import Role
 from mquant.loader_model.stacks import unstacked
 from mquant.loader_model.vllm.load import Outcome
 from mquant.loader_model.vllm.predict import MODELOPT_FILE, predict
+from mquant.loader_model.vllm_methods import INSTEAD
 from mquant.schemes import QUANTIZED_SUFFIXES
 
 MODELOPT_NAME: Final = MODELOPT_FILE
@@ -79,7 +80,15 @@ class ModuleView:
     @cached_property
     def outcome(self) -> Outcome:
         """What vLLM does with the checkpoint, or why it is not known."""
+        if self.vllm_method != self.method:
+            return Outcome(unknown=f"the quantization method {self.vllm_method}")
         return predict(self.checkpoint, self.family)
+
+    @property
+    def vllm_method(self) -> str:
+        """The method that vLLM takes: `method`, or a method of the model_type's own instead."""
+        kind = self.checkpoint.config.get("model_type")
+        return INSTEAD.get(str(kind), {}).get(self.method, self.method)
 
     @property
     def ignore(self) -> tuple[str, ...]:

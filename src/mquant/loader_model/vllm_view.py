@@ -184,7 +184,7 @@ class VllmView:
 
 def vllm_view_of(view: ModuleView) -> VllmView:
     """Return how vLLM sees a checkpoint's modules."""
-    method = "modelopt" if view.method.startswith("modelopt") else view.method
+    method = "modelopt" if view.method.startswith("modelopt") else view.vllm_method
     family = view.family
     judged = _known(view, family, method) if family else _usual(view)
     return VllmView(view, method, tuple(judged))
