@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic import ValidationInfo as Info
 
 from mquant.family_rows import (
+    DRAFTS,
     EVERY_LAYER,
     NUMBER,
     Condition,
@@ -91,7 +92,10 @@ class Family(Data):
     defaults: Annotated[Mapping[str, Size], AfterValidator(in_order)] = Field(default_factory=dict)
     """The sizes for keys that config.json leaves out, or sets to null."""
     blocks: Mapping[str, Condition] = Field(default_factory=dict)
-    """Block -> the layers that have the block. The block `mtp` adds layers after the last layer."""
+    """Block -> the layers that have the block. The block `mtp` adds layers after the last layer; a
+    copy may leave out the block `drafts`, whose layers have numbers of their own."""
+    drafts_in_vllm: str = ""
+    """What vLLM's names of `drafts` begin with, before numbers that go on from the last layer."""
     smoothing: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
     """Last part of a module's name -> the last parts of all modules that read its output, all
     linear: smoothing may divide the output by factors and multiply the readers' columns by them."""
@@ -343,6 +347,14 @@ class Family(Data):
     def looked_up_by(self) -> tuple[Callable[[str], str], ...]:
         """The functions that make of a hub name the names by which loaders look a module up."""
         return str, self.in_vllm_name, self.third_in_vllm, self.in_memory_name
+
+    def draft_in_vllm(self, module: str, config: Mapping[str, Any]) -> str:
+        """Return vLLM's name of a module if the module is of a draft layer, else `module`."""
+        meaning = self.classify(f"{module}.weight") if self.drafts_in_vllm else None
+        if meaning is None or meaning.row.block != DRAFTS:
+            return module
+        number = (self.value(self.config.layers, config) or 0) + (meaning.layer or 0)
+        return f"{self.drafts_in_vllm}{number}.{module.partition(f'.{meaning.layer}.')[2]}"
 
     def third_in_vllm(self, name: str) -> str:
         """Return the name of the third matrix that vLLM asks for if an expert has two, or `name`'s.

@@ -13,6 +13,8 @@ from mquant.formulas import check_condition, check_size, depends_on_layer, size_
 
 EVERY_LAYER = "layer"
 """The block that every layer has."""
+DRAFTS = "drafts"
+"""The block of layers of multi-token prediction that have numbers, and names, of their own."""
 NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")
 _LONGEST_NAME = 1_000
 _ROW_NAME = r"^[\w.-]+(\{layer\}[\w.-]+(\{expert\}[\w.-]+)?)?(\.\*)?$"
@@ -232,6 +234,20 @@ class Forward(Data):
     are scaled to add up to 1."""
 
 
+class ReleasedFormat(Data):
+    """How the family's release stores weights in a format of `mquant synth --dtype`.
+
+    `also` are patterns (`*` for any characters) of rows that the release quantizes, besides the
+    usual roles. `scale` is the suffix of scales, if it is not the usual one. `config` is the
+    release's quantization config; an entry of a list with `{layer}` stands for those in each layer
+    that has such a module.
+    """
+
+    also: tuple[str, ...] = ()
+    scale: str = ""
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
 class SynthData(Data):
     """The config.json of `mquant synth`: the real model's, and the changes for a tiny model.
 
@@ -244,6 +260,7 @@ class SynthData(Data):
     tiny_in_blocks: dict[str, Any] = Field(default_factory=dict)
     per_layer: dict[str, Any] = Field(default_factory=dict)
     releases: tuple[str, ...] = ()
+    formats: Mapping[str, ReleasedFormat] = Field(default_factory=dict)
 
 
 def replaced(name: str, pairs: tuple[tuple[str, str], ...]) -> str:

@@ -35,8 +35,8 @@ from mquant.synth_formats import (
     SynthTensor,
     check_groups,
     in_blocks,
+    is_quantized,
     quantization,
-    quantized_roles,
     stored_weight,
     value_table,
 )
@@ -272,10 +272,10 @@ def _tensor(
             f"Add {' and '.join(row.shape) or 'a shape'} to the family file.",
         )
     mean, std = _NORM if row.role is Role.NORM else (0.0, STD)
-    quantized = row.role in quantized_roles(precision, family) and name.endswith(".weight")
+    quantized = name.endswith(".weight") and is_quantized(precision, family, row)
     if precision not in STACKED and quantized and len(shape) == 2 and row.dtype != "F32":
         module = name.removesuffix(".weight")
-        yield from stored_weight(precision, row.role, module, (shape[0], shape[1]))
+        yield from stored_weight(precision, family, row, module, (shape[0], shape[1]))
         return
     if row.dtype == "I64":
         yield SynthTensor(name, row.dtype, shape, 0.0, 0.0, "zeros")

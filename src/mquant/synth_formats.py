@@ -5,8 +5,9 @@ The values are made up: codes and scales of normally distributed weights.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from functools import cache
 from statistics import NormalDist
 from typing import Any, Final, Literal
@@ -17,7 +18,7 @@ import numpy as np
 from mquant.dtypes import nbytes
 from mquant.errors import UsageError
 from mquant.family import Family
-from mquant.family_rows import Role, TensorRow
+from mquant.family_rows import EVERY_LAYER, Role, TensorRow
 from mquant.loader_model.stacks import CODED
 from mquant.loader_model.storage import MX_GROUP
 from mquant.synth_tower import tower_tensors
@@ -160,16 +161,26 @@ def quantized_roles(precision: Precision, family: Family) -> tuple[Role, ...]:
     return (Role.EXPERT,) if precision in _EXPERTS_ONLY and experts else _LINEAR
 
 
+def is_quantized(precision: Precision, family: Family, row: TensorRow) -> bool:
+    """Return whether the family's releases in a format quantize a row's weight."""
+    released = family.synth.formats.get(precision)
+    also = any(fnmatchcase(row.name, each) for each in released.also) if released else False
+    return also or row.role in quantized_roles(precision, family)
+
+
 def stored_weight(
-    precision: Precision, role: Role, module: str, shape: tuple[int, int]
+    precision: Precision, family: Family, row: TensorRow, module: str, shape: tuple[int, int]
 ) -> Iterator[SynthTensor]:
     """Yield the tensors that store a weight [out, in]. Each has a seed of its own: its name.
 
     Raises UsageError if groups do not divide the columns.
     """
     parts = _STORED[precision]
-    if role is Role.EXPERT:
+    if row.role is Role.EXPERT:
         parts = _OF_EXPERTS.get(precision, parts)
+    released = family.synth.formats.get(precision)
+    if released and released.scale:
+        parts = (parts[0], replace(parts[1], suffix=released.scale), *parts[2:])
     if any(part.shape is _GROUPS for part in parts):
         check_groups(module, shape[1])
     for part in parts:
@@ -203,6 +214,9 @@ def quantization(
     if precision in PLAIN:
         return {}
     family = family.named_for(config)
+    released = family.synth.formats.get(precision)
+    if released and released.config:
+        return _in_layers(released.config, family, config, layers)
     if precision is Precision.MXFP4_BLOCKS:
         patterns = _kept_patterns(precision, family, config, layers)
         return {"modules_to_not_convert": patterns, "quant_method": "mxfp4"}
@@ -225,6 +239,27 @@ def quantization(
         table["scale_fmt"] = "ue8m0"
         del table["modules_to_not_convert"]
     return table
+
+
+def _in_layers(
+    released: Mapping[str, Any], family: Family, config: Mapping[str, Any], layers: int
+) -> dict[str, Any]:
+    """Return a release's quantization config, with entries for the layers of a config.json."""
+
+    def entries(entry: str) -> Iterator[str]:
+        for layer in range(layers) if "{layer}" in entry else (None,):
+            name = entry.replace("{layer}", str(layer))
+            meaning = family.classify(f"{name}.weight")
+            block = meaning.row.block if meaning else EVERY_LAYER
+            if family.has_block(block, layer, config) is not False:
+                yield name
+
+    return {
+        key: [name for entry in value for name in entries(str(entry))]
+        if isinstance(value, list) and any("{layer}" in str(entry) for entry in value)
+        else value
+        for key, value in released.items()
+    }
 
 
 _INT: Final = {"group_size": MX_GROUP, "strategy": "group", "symmetric": True, "type": "int"}

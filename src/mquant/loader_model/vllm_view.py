@@ -106,8 +106,8 @@ class VllmView:
         """The names, for vLLM, of modules of towers and of multi-token prediction."""
         family, modules = self.view.family, self.view.modules.values()
         roles = ((m.name, m.tensor_role.row.role) for m in modules if m.tensor_role)
-        kept = [name for name, role in roles if role in (Role.VISION, Role.MTP)]
-        return frozenset(map(family.in_vllm_name, kept)) if family else frozenset()
+        kept = frozenset(name for name, role in roles if role in (Role.VISION, Role.MTP))
+        return frozenset(_in_vllm(self.view, family, name) for name in kept) if family else kept
 
     @cached_property
     def ignore(self) -> Matches:
@@ -152,16 +152,7 @@ class VllmView:
         """
         if role is Role.HEAD:
             return self.method == "modelopt"
-        if role is Role.INDEXER and self._model_decides:
-            return False
         return role.linear and not role.refused_by_loaders
-
-    @property
-    def _model_decides(self) -> bool:
-        """Whether the model's own code says what is plain, as with DeepSeek-V4: no list does."""
-        family = self.view.family
-        known = family is not None and family.vllm is not None
-        return self.method == "fp8" and not self.view.ignore and not known
 
     def _group(self, members: tuple[Judged, ...]) -> Group:
         ignored = {not self.ignored_by_vllm.isdisjoint(judged.vllm) for judged in members}
@@ -205,20 +196,24 @@ def _known(view: ModuleView, family: Family, method: str) -> Iterator[Judged]:
         if not (role.linear or role is Role.EMBEDDING):
             continue
         group = tensor_role.loaded_with
-        names = _vllm_names(module, tensor_role, family, method) if looked_up else ()
+        names = _vllm_names(module, tensor_role, view, family, method) if looked_up else ()
         names, group = shared.setdefault(names, names), shared.setdefault(group, group)
         yield Judged(module, role, module.tensor_role is None, names, group)
 
 
+def _in_vllm(view: ModuleView, family: Family, name: str) -> str:
+    return family.in_vllm_name(family.draft_in_vllm(name, view.checkpoint.config))
+
+
 def _vllm_names(
-    module: Module, tensor_role: TensorRole, family: Family, method: str
+    module: Module, tensor_role: TensorRole, view: ModuleView, family: Family, method: str
 ) -> tuple[str, ...]:
     if tensor_role.expert is None:
-        return (family.in_vllm_name(module.name),)
+        return (_in_vllm(view, family, module.name),)
     if COVER_STYLES.get(method) is Style.NAMES:
         # vLLM looks up the first expert, and applies the result to the whole layer.
         first = tensor_role.row.format(tensor_role.layer, 0).removesuffix(".weight")
-        return (family.in_vllm_name(first),)
+        return (_in_vllm(view, family, first),)
     whole = tensor_role.row.name.partition(".{expert}")[0].replace(
         "{layer}", str(tensor_role.layer)
     )

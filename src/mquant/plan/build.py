@@ -335,6 +335,7 @@ def kept_modules(
     """
     matrices = [entry for entry in kept if _is_matrix(entry[2])]
     tied = family.tied_heads(config)
+    matrices += [(family.draft_in_vllm(m, config), expert, i) for m, expert, i in matrices]
     hub = {*tied, *(module for module, _, _ in matrices)}
     # vLLM looks up only the first expert of a layer.
     vllm = {

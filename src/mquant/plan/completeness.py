@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint
 from mquant.family import Family, TensorRole
-from mquant.family_rows import TensorRow
+from mquant.family_rows import DRAFTS, TensorRow
 from mquant.findings import Finding, rule
 from mquant.formulas import MOST_LAYERS, find
 from mquant.loader_model.stacks import in_two_layouts, is_stack
@@ -171,17 +171,19 @@ def completeness(family: Family, members: list[Member], config: Mapping[str, Any
 
 
 def _expert_findings(family: Family, members: list[Member], configured: int) -> list[Finding]:
-    numbers: dict[int, set[int]] = defaultdict(set)
+    found: dict[tuple[bool, int], set[int]] = defaultdict(set)
     for member in members:
         if member.tensor_role.expert is not None and member.tensor_role.layer is not None:
-            numbers[member.tensor_role.layer].add(member.tensor_role.expert)
-    gaps = [layer for layer, experts in sorted(numbers.items()) if max(experts) + 1 != len(experts)]
+            drafts = member.tensor_role.row.block == DRAFTS
+            found[drafts, member.tensor_role.layer].add(member.tensor_role.expert)
+    numbers = [(layer, experts) for (_, layer), experts in sorted(found.items())]
+    gaps = [(layer, experts) for layer, experts in numbers if max(experts) + 1 != len(experts)]
     if gaps:
-        layer = gaps[0]
-        last = max(numbers[layer])
+        layer, experts = gaps[0]
+        last = max(experts)
         # A file can name an expert 999,999,999; a false number must not cost a long list.
-        first = next(number for number in range(last) if number not in numbers[layer])
-        missing = last + 1 - len(numbers[layer])
+        first = next(number for number in range(last) if number not in experts)
+        missing = last + 1 - len(experts)
         more = f" and {missing - 1:,} more" if missing > 1 else ""
         return [
             EXPERT_GAP.finding(
@@ -191,13 +193,13 @@ def _expert_findings(family: Family, members: list[Member], configured: int) -> 
                 "Number the experts without gaps, as pruning tools do, or get the missing shards.",
             )
         ]
-    wrong = [layer for layer, experts in sorted(numbers.items()) if len(experts) != configured]
+    wrong = [(layer, experts) for layer, experts in numbers if len(experts) != configured]
     if wrong:
-        layer = wrong[0]
+        layer, experts = wrong[0]
         return [
             EXPERTS_DISAGREE.finding(
                 f"layer {layer}",
-                f"Layer {layer} has {len(numbers[layer])} experts, but config.json says "
+                f"Layer {layer} has {len(experts)} experts, but config.json says "
                 f"{family.config.experts} {configured}{_elsewhere(len(wrong) - 1)}.",
                 f"Set {family.config.experts} to what the shards hold, or get the right shards.",
             )
@@ -226,7 +228,7 @@ def _missing(
         for row in family.tensors
         if not family.may_lack(row, config)
         for layer in ((*range(layers), *mtp) if "{layer}" in row.name else (None,))
-        for name in _expected(row, layer, family.has_block(row.block, layer, config), experts)
+        for name in _expected(row, layer, _needs(family, row, layer, config), experts)
         if name not in present and not _in_started_set(family, name, present, config)
     ]
     if not absent:
@@ -239,6 +241,14 @@ def _missing(
             "Download the missing shards.",
         )
     ]
+
+
+def _needs(
+    family: Family, row: TensorRow, layer: int | None, config: Mapping[str, Any]
+) -> bool | None:
+    """Return whether a whole checkpoint has a row's block in a layer; None if it may have it."""
+    has_block = family.has_block(row.block, layer, config)
+    return None if has_block and row.block == DRAFTS else has_block
 
 
 def _expected(
