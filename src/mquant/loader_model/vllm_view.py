@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any, Final
 
 from mquant.family import Family, FusedSet, TensorRole
-from mquant.family_rows import NUMBER, Role
+from mquant.family_rows import DRAFTS, NUMBER, Role
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.loader_model.storage import groups
 from mquant.name_patterns import Matches, Style, match
@@ -105,8 +105,10 @@ class VllmView:
     def _outside(self) -> frozenset[str]:
         """The names, for vLLM, of modules of towers and of multi-token prediction."""
         family, modules = self.view.family, self.view.modules.values()
-        roles = ((m.name, m.tensor_role.row.role) for m in modules if m.tensor_role)
-        kept = frozenset(name for name, role in roles if role in (Role.VISION, Role.MTP))
+        rows = ((m.name, m.tensor_role.row) for m in modules if m.tensor_role)
+        kept = frozenset(
+            name for name, row in rows if row.role in (Role.VISION, Role.MTP) or row.block == DRAFTS
+        )
         return frozenset(_in_vllm(self.view, family, name) for name in kept) if family else kept
 
     @cached_property
