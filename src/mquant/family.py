@@ -5,7 +5,6 @@ A family lists every tensor that its checkpoints may hold, by exact name with `{
 checkpoint with unknown tensors, and names the tensors.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -346,15 +345,22 @@ class Family(Data):
     @property
     def looked_up_by(self) -> tuple[Callable[[str], str], ...]:
         """The functions that make of a hub name the names by which loaders look a module up."""
-        return str, self.in_vllm_name, self.third_in_vllm, self.in_memory_name
+        in_vllm = (self.in_vllm_name, self.third_in_vllm, self.draft_in_vllm)
+        return str, *in_vllm, self.in_memory_name
 
-    def draft_in_vllm(self, module: str, config: Mapping[str, Any]) -> str:
-        """Return vLLM's name of a module if the module is of a draft layer, else `module`."""
-        meaning = self.classify(f"{module}.weight") if self.drafts_in_vllm else None
+    def draft_in_vllm(self, name: str, config: Mapping[str, Any] | None = None) -> str:
+        """Return vLLM's name of a draft layer's module, with a number if `config` tells, or `name`.
+
+        `name` may have {layer} and {expert}, if there is no `config`.
+        """
+        probe = name.replace("{layer}", "0").replace("{expert}", "0")
+        meaning = self.classify(f"{probe}.weight") if self.drafts_in_vllm else None
         if meaning is None or meaning.row.block != DRAFTS:
-            return module
-        number = (self.value(self.config.layers, config) or 0) + (meaning.layer or 0)
-        return f"{self.drafts_in_vllm}{number}.{module.partition(f'.{meaning.layer}.')[2]}"
+            return name
+        _, number, rest = name.split(".", 2)
+        if config is not None:
+            number = str(int(number) + (self.value(self.config.layers, config) or 0))
+        return f"{self.drafts_in_vllm}{number}.{rest}"
 
     def third_in_vllm(self, name: str) -> str:
         """Return the name of the third matrix that vLLM asks for if an expert has two, or `name`'s.
@@ -387,14 +393,4 @@ class Family(Data):
 
 
 def _meaning(row: TensorRow | None, name: str) -> TensorRole | None:
-    if row is None or "#" in name:
-        return None
-    numbers = [int(number) for number in NUMBER.findall(name)]
-    # Of the row's own digits, each is at the same place in both names.
-    own = NUMBER.findall(row.name.replace("{layer}", "#").replace("{expert}", "#"))
-    if own:
-        places = re.findall(r"\{layer\}|\{expert\}|" + NUMBER.pattern, row.name)
-        numbers = [n for n, place in zip(numbers, places, strict=True) if place[0] == "{"]
-    layer = numbers.pop(0) if "{layer}" in row.name else None
-    expert = numbers.pop(0) if "{expert}" in row.name else None
-    return TensorRole(row, layer, expert)
+    return None if row is None or "#" in name else TensorRole(row, *row.numbers(name))

@@ -151,6 +151,17 @@ class TensorRow(Data):
         """Return the row with another name."""
         return self.model_copy(update={"name": name, "optional": optional or self.optional})
 
+    def numbers(self, name: str) -> tuple[int | None, int | None]:
+        """Return the layer and the expert in a name with the row's `numberless` form."""
+        numbers = [int(number) for number in NUMBER.findall(name)]
+        # Of the row's own digits, each is at the same place in both names.
+        own = NUMBER.findall(self.name.replace("{layer}", "#").replace("{expert}", "#"))
+        if own:
+            places = re.findall(r"\{layer\}|\{expert\}|" + NUMBER.pattern, self.name)
+            numbers = [n for n, place in zip(numbers, places, strict=True) if place[0] == "{"]
+        layer = numbers.pop(0) if "{layer}" in self.name else None
+        return layer, numbers.pop(0) if "{expert}" in self.name else None
+
     def format(self, layer: int | None, expert: int | None) -> str:
         """Return the tensor's name in a layer, for an expert."""
         return self.name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
