@@ -31,6 +31,7 @@ from mquant.plan import Plan, config_json, make_plan
 from mquant.recipe import Recipe, load_recipes
 from mquant.synth import Precision, Sizes, make_config, make_tensors, synth
 from mquant.verify.loaders.install import find_python
+from released_sizes import section
 from transformers_names import ask
 
 PAGE: Final = Path(__file__).parent.parent / "docs/families.md"
@@ -220,7 +221,8 @@ def main() -> int:
     if not options.check:
         if not options.names:
             version = next(iter(answers.values()))["transformers"]
-            PAGE.write_text(HEAD.format(version=version) + "".join(rows.values()), "utf-8")
+            table = HEAD.format(version=version) + "".join(rows.values())
+            PAGE.write_text(table + section(), "utf-8")
         return 0
     return behind(rows.values())
 
