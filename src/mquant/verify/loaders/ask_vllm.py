@@ -49,6 +49,7 @@ _NOT_HERE: Final = (
     "meta tensor",  # a model that needs values, which the probe does not have
     "failed to be inspected",  # a model whose packages are not here
     "module 'triton' has no attribute",  # a kernel of GPUs; the environment's triton is a stub
+    "a model of its own for cpus",
     "contains custom code",  # the probe runs no code of a checkpoint
 )
 _KINDS_NOT_HERE: Final = ("ImportError", "ModuleNotFoundError", "MemoryError", "Killed")

@@ -115,6 +115,16 @@ class Copies:
         if self.of(target) is None:
             self._kept.append(target.untyped_storage())
 
+    def dequantize(self, codes: torch.Tensor, scale: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Return codes in BF16, in place of vLLM's function: both tensors are used."""
+        plain = torch.empty_like(codes, dtype=torch.bfloat16)
+        if name := self.of(codes):
+            self.mark(plain, name)
+            self._dtypes[name] = plain.dtype
+        if name := self.of(scale):
+            self._used[name] = self._sizes[name]
+        return plain
+
     def write(self, target: torch.Tensor) -> None:
         """Record that a place has a value, from the checkpoint or the padding of a vocabulary."""
         place = (int(target.storage_offset()), tuple(target.shape), tuple(target.stride()))
@@ -278,6 +288,7 @@ def load(folder: str, result: dict[str, Any], report_stage: Any, *, closely: boo
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
     from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.model_executor.models import deepseek_v2
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     result["vllm"] = __version__
@@ -296,10 +307,13 @@ def load(folder: str, result: dict[str, Any], report_stage: Any, *, closely: boo
         stack.enter_context(set_default_torch_dtype(config.model_config.dtype))
         with torch.device("meta"):
             model = initialize_model(vllm_config=config)
+        if ".cpu." in type(model).__module__:
+            raise NotImplementedError("vLLM has a model of its own for CPUs, with other names")
         report_stage("weights")
         loader = DefaultModelLoader(config.load_config)
         prepared = loader._prepare_weights(folder, None, None, True, None)
         copies = Copies()
+        deepseek_v2.scaled_dequantize = copies.dequantize  # of an indexer's key in FP8
         count = 0
 
         def offered() -> Any:
