@@ -303,12 +303,11 @@ def _kept_rows(
     precision: Precision, family: Family, config: Mapping[str, Any], layers: int
 ) -> list[TensorRow]:
     """Return the rows of matrices that are not quantized."""
-    quantized = quantized_roles(precision, family)
     others = (Role.EMBEDDING, Role.ROUTER, Role.HEAD)
     return [
         row
         for row in family.tensors
-        if (row.role in others or (row.role.linear and row.role not in quantized))
+        if (row.role in others or (row.role.linear and not is_quantized(precision, family, row)))
         and not family.may_lack(row, config)
         and any(family.has_block(row.block, n, config) is not False for n in range(layers))
     ]

@@ -130,6 +130,12 @@ def test_a_silent_fault_of_vllm_is_an_error(
             "kind": "NotImplementedError",
             "error": "No Int8 MoE backend supports the deployment configuration (weight_key=...).",
         },
+        {
+            "vllm": "0.32.0",
+            "stage": "model",
+            "kind": "NotImplementedError",
+            "error": "vLLM has a model of its own for CPUs, with other names",
+        },
         {"vllm": "0.32.0", "stage": "model", "kind": "ImportError", "error": "no triton"},
         {"vllm": "0.32.0", "stage": "model", "error": "Cannot copy out of meta tensor; no data!"},
         {"vllm": "0.32.0", "stage": "config", "error": "['X'] failed to be inspected."},
