@@ -112,6 +112,9 @@ _DECLARED: Final[dict[StorageFormat, dict[str, object]]] = {
 """The values that keys in `weights` of a config group must have, for each format."""
 
 
+_STATIC_BY_ALGORITHM: Final = {"NVFP4": {True}, "FP8": {True}, "MIXED_PRECISION": {True, False}}
+
+
 @dataclass(frozen=True, slots=True)
 class ExpectedTensor:
     """A tensor of a quantized module: the dtypes and shapes it may have."""
@@ -277,13 +280,8 @@ def activations(storage: StorageFormat, view: ModuleView) -> bool | None:
         args = group.get("input_activations")
         # Dynamic per token needs no tensor; NVFP4's "local" needs the global scale.
         static.add(isinstance(args, dict) and args.get("dynamic") in (False, "local"))
-    algorithm = view.config.get("quant_algo")
-    if algorithm == "MIXED_PRECISION":  # each layer has an algorithm of its own
-        return None
-    if algorithm in ("NVFP4", "FP8"):
-        static.add(True)
-    elif isinstance(algorithm, str):
-        static.add(False)
+    if isinstance(algorithm := view.config.get("quant_algo"), str):
+        static |= _STATIC_BY_ALGORITHM.get(algorithm, {False})
     return static.pop() if len(static) == 1 else None
 
 
