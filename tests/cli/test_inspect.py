@@ -127,7 +127,7 @@ def test_what_vllm_refuses_is_said(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", config={"use_routing_bias": False})
 
     name = "model.layers.0.block_sparse_moe.e_score_correction_bias"
-    assert document(model)["vllm"].startswith(f"refuses it: {name} ")
+    assert document(model)["vllm"].startswith(f"refuses it: {name}: vLLM builds no ")
 
 
 def test_a_model_that_mquant_does_not_know_is_not_judged(tmp_path: Path) -> None:
