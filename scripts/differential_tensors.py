@@ -154,9 +154,17 @@ def _pruned(draft: Draft, random: Random) -> str:
     return f"{count} -> {count - 1}, {'with' if gates else 'without'} the router's rows"
 
 
+def _layers(draft: Draft) -> int:
+    """Return the number of layers. Raises Unfit if config.json has lost the number."""
+    count = draft.family.settings(draft.config).get(draft.family.config.layers)
+    if not isinstance(count, int):
+        raise Unfit
+    return count
+
+
 @mutation("MiniMax's MTP layers are there", good=True, fits=lambda d: d.family.name == "minimax_m2")
 def _mtp(draft: Draft, random: Random) -> str:
-    count, old = draft.family.settings(draft.config)["num_hidden_layers"], ".layers.0."
+    count, old = _layers(draft), ".layers.0."
     draft.config["num_mtp_modules"] = 1
     for name in [name for name in draft.plain if old in name]:
         draft.tensors[name.replace(old, f".layers.{count}.")] = draft.plain[name]
@@ -170,7 +178,7 @@ def _kv(draft: Draft, random: Random) -> str:
     if draft.family.name == "deepseek_v3":
         raise Unfit
     shape = pick(random, ((1,), ()))
-    count = draft.family.settings(draft.config)[draft.family.config.layers]
+    count = _layers(draft)
     where = pick(random, ("{}_scale", "{}_proj.{}_scale"))
     keys = [name for name in draft.modules(Role.ATTENTION) if name.endswith(".k_proj")]
     usual = [f"model.layers.{layer}.self_attn" for layer in range(count)]

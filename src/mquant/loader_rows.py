@@ -203,6 +203,8 @@ class VllmRows(_Data):
     """Lists of which vLLM reads the item of every layer. A number stands for all layers."""
     numbers: tuple[str, ...] = ()
     """Keys that transformers lets be null, and vLLM does not."""
+    tables: tuple[str, ...] = ()
+    """Keys whose value vLLM's model takes for a table if config.json has the key."""
     positive: tuple[str, ...] = ()
     """Keys of which it is not known what vLLM builds if they are 0."""
     needs_experts: bool = False

@@ -29,6 +29,11 @@ def test_the_tensors_of_all_experts_are_loaded() -> None:
     assert outcome({}).loads
 
 
+def test_a_quantization_config_of_null_stops_the_model() -> None:
+    refused = ("config.json", "says quantization_config None, not a table")
+    assert outcome({}, quantization_config=None).refused == refused
+
+
 @pytest.mark.parametrize("last", ["gate_up_proj", "down_proj", "gate_up_proj_bias"])
 def test_a_lost_tensor_stays_unset(last: str) -> None:
     assert len(outcome({f"{EXPERTS}.{last}": None}).unset) == 1

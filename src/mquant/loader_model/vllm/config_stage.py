@@ -324,6 +324,9 @@ def _check_demands(config: Mapping[str, Any], rows: VllmRows) -> None:
     for key, allowed in rows.demands.items():
         if key in config and config[key] not in allowed:
             raise LoadRefused(_FILE, f"says {key} {said(config[key])}, which vLLM does not take")
+    for key in rows.tables:
+        if not isinstance(config.get(key, {}), Mapping):
+            raise LoadRefused(_FILE, f"says {key} {said(config[key])}, not a table")
     for key, items in rows.demands_of_items.items():
         value = config.get(key)
         if isinstance(value, list) and any(each not in items for each in value):
