@@ -147,6 +147,11 @@ def test_integers_are_packed_along_a_row() -> None:
     assert below(QKV, packed(INT4 | {"num_bits": 3}))["weight_packed"] == ("I32", (256, 12))
 
 
+def test_wider_integers_keep_their_values() -> None:
+    codes = Loaded(f"{O_PROJ}.weight_packed", "I64", (128, 16))
+    assert outcome(packed(INT4, "re:.*o_proj"), codes).converted == ()
+
+
 def test_zero_points_are_packed_along_the_outputs() -> None:
     found = packed(INT4 | {"symmetric": False})
 

@@ -125,6 +125,15 @@ def test_an_architecture_of_another_task_or_of_transformers_is_not_judged(name: 
     assert judge("phimoe", architectures=[name]).startswith("unknown")
 
 
+def test_an_activation_is_read_by_layers_of_the_text_model_only() -> None:
+    config = config_of("qwen3_vl_moe")  # no layer without experts, and a tower
+    config = {**config, "text_config": {**config["text_config"], "hidden_act": "swiglu"}}
+    assert predict_of(config, FAMILIES["qwen3_vl_moe"], []).refused is None
+    dense = {**config, "text_config": {**config["text_config"], "mlp_only_layers": [0]}}
+    refused = predict_of(dense, FAMILIES["qwen3_vl_moe"], []).refused
+    assert refused == ("config.json", "says hidden_act 'swiglu'")
+
+
 @pytest.mark.parametrize("key", ["num_heads", "hidden_act"])
 def test_null_in_the_config_of_a_tower_is_not_judged(key: str) -> None:
     config = config_of("qwen3_vl_moe")

@@ -71,14 +71,19 @@ def is_proven(config: Mapping[str, Any]) -> bool:
     model_type and architecture.
     """
     kind, named = config.get("model_type"), config.get("architectures")
-    pairs, first = _pairs(), named[0] if isinstance(named, list) and named else None
-    if kind not in pairs["model_types"] or first not in pairs["architectures"]:
+    first = named[0] if isinstance(named, list) and named else None
+    if not is_known_pair(first, kind):
         return False
     return any(
         _has_keys(config, family.synth.config)
         for family in load_families().values()
         if family.vllm and first in family.vllm.every_architecture
     )
+
+
+def is_known_pair(architecture: Any, model_type: Any) -> bool:
+    """Return whether vLLM was asked about an architecture under a model_type, and did as told."""
+    return isinstance(architecture, str) and model_type in _pairs().get(architecture, ())
 
 
 def _has_keys(config: Any, released: Mapping[str, Any]) -> bool:

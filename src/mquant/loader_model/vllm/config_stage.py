@@ -1,7 +1,7 @@
 """What vLLM refuses of a config.json before vLLM builds a model, or while vLLM builds one.
 
-The sources are transformers 5.19's config classes, and vLLM 0.32's `config/model.py`,
-`transformers_utils/config.py` and `transformers_utils/model_arch_config_convertor.py`.
+Sources: transformers 5.19's config classes; `config/model.py`, and `config.py` and
+`model_arch_config_convertor.py` of `transformers_utils/`, of vLLM 0.32.
 """
 
 from collections.abc import Iterable, Mapping
@@ -158,14 +158,11 @@ def _check_nesting(settings: Settings, rows: VllmRows) -> None:
     if table is not None and not isinstance(table, dict):
         raise LoadRefused(_FILE, f"says {around.key} {said(table)}, not a table")
     inner = (table or {}).get("model_type", "")
-    if not isinstance(inner, str) or (
-        inner and around.text_types and inner not in around.text_types
-    ):
+    if not isinstance(inner, str) or inner not in ("", *(around.text_types or (inner,))):
         raise Unknown(f"{around.key} of model_type {said(inner)}")
     if not config.get("architectures"):
         raise Unknown("config.json without architectures")
-    tables = (around.key, "vision_config")
-    _check_known(config, (key for key in _UNMODELLED if key not in tables))
+    _check_known(config, (key for key in _UNMODELLED if key not in (around.key, "vision_config")))
     for key in around.required:
         if config.get(key) is None:
             raise LoadRefused(_FILE, f"has no {key}")

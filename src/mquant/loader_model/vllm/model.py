@@ -110,7 +110,8 @@ def build(rows: VllmRows, settings: Settings, method: Method | None, ranks: int 
     layers, modules = [], Modules()
     act = settings.values.get(rows.activation)
     for place in _every(rows, settings):
-        if place.row.kind == "merged" and rows.activations and act not in rows.activations:
+        merged = place.row.kind == "merged" and place.row in rows.layers  # none of a tower's
+        if merged and rows.activations and act not in rows.activations:
             raise LoadRefused("config.json", f"says {rows.activation} {act!r}")
         layer = _layer(place, _Sizes(settings, ranks), method)
         layers.append(layer)

@@ -13,7 +13,7 @@ from typing import Final, Self
 Shape = tuple[int, ...]
 MODEL_DTYPE: Final = "BF16"
 """The dtype of parameters that have the model's own dtype: F32, F16 and BF16 are alike here."""
-_CONVERTIBLE: Final = frozenset({"BF16", "F16", "F32", "F64"})
+_CONVERTIBLE: Final = (frozenset({"BF16", "F16", "F32", "F64"}), frozenset({"I32", "I64"}))
 
 
 class LoadRefused(Exception):
@@ -200,7 +200,7 @@ class Copies:
             self.reshaped.setdefault(name, (name, source.shape, target.shape))
         self.used += source.numel
         dtype = target.parameter.dtype
-        loses = source.dtype != dtype and not {source.dtype, dtype} <= _CONVERTIBLE
+        loses = not any({source.dtype, dtype} <= alike for alike in ({dtype}, *_CONVERTIBLE))
         # Experts' weight_shape goes into a parameter that nothing reads.
         if loses and not name.endswith(".weight_shape"):
             self.converted.setdefault(name, (name, source.dtype, dtype))
