@@ -11,8 +11,7 @@ from compressed_tensors.quantization import preset_name_to_scheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mquant.numerics import nvfp4
-from mquant.numerics.floats import BF16, E4M3
+from mquant.numerics.floats import BF16, E2M1, E4M3
 from mquant.numerics.mx_cast import (
     CastBlocks,
     MXWeight,
@@ -113,24 +112,24 @@ def test_a_set_of_17_octaves_is_equal_with_subnormal_block_scales(
     assert not under.plain
 
 
-def test_blocks_beyond_17_octaves_are_requantized_as_nvfp4_quantizes() -> None:
+def test_blocks_beyond_17_octaves_take_the_nearest_numbers_of_the_smallest_scale() -> None:
     source = weight(np.arange(100, 122))
     scales, under, (counts,), (made,) = cast(source)
     assert counts == CastBlocks(44, 8, 6)
     assert (source_words(source) == made)[4 * 32 :].all()
-    values = BF16.values(source_words(source)).reshape(-1, 32)[:4]
-    packed, expected_scales = nvfp4.quantize(values, under.global_scale)
-    expected = decompressed(
-        "NVFP4A16",
-        {
-            "weight_packed": packed,
-            "weight_scale": expected_scales,
-            "weight_global_scale": np.array([under.global_scale], np.float32),
-        },
-        32,
-    )
-    assert (made[: 4 * 32] == expected).all()
-    assert (scales[0][:8] == expected_scales.reshape(-1)).all()
+    assert (E4M3[scales[0][:8]] == np.float32(2.0**-9)).all()
+    values, rounded = BF16.values(source_words(source))[: 4 * 32], BF16.values(made)[: 4 * 32]
+    numbers = np.concatenate([E2M1, -E2M1]) * np.float32(2.0**-9) / under.global_scale
+    nearest = np.abs(values[:, None] - numbers).min(axis=1)
+    assert (np.abs(values - rounded) == nearest).all()
+
+
+def test_one_octave_too_much_costs_a_part_of_a_block_and_not_all_of_it() -> None:
+    source = weight([109, 127], FULL)  # 18 octaves
+    _, _, (counts,), (made,) = cast(source)
+    assert counts.requantized == 2
+    values, rounded = BF16.values(source_words(source))[:32], BF16.values(made)[:32]
+    assert np.linalg.norm(values - rounded) < 0.1 * np.linalg.norm(values)
 
 
 def test_members_of_a_fused_set_share_one_global_scale() -> None:

@@ -14,8 +14,9 @@ for 16 codes, and one divisor, the global scale, for a fused set. E4M3 holds the
 
 The global scale puts the largest exponent on 2^8, or the global scale itself stops at 2^126 and
 2^-126, so that it and its reciprocal are normal F32 numbers. Blocks of zeros have no exponent: they
-take any scale. A requantized block takes scale and codes of the NVFP4 quantizer, under the set's
-global scale: nearest, on the block's BF16 numbers.
+take any scale. A requantized block takes the smallest block scale, 2^-9, and the codes nearest to
+the block's BF16 numbers. (The NVFP4 quantizer would round its scale to 0, and so the block to
+zeros.)
 
 A block whose codes are all at most 3 can be doubled, if its scale is halved: 0, 0.5, 1, 1.5, 2, 3
 become 0, 1, 2, 3, 4, 6. So a block with small codes needs not hold the global scale down. The other
@@ -30,7 +31,7 @@ import numpy as np
 
 from mquant.compiled import compiled
 from mquant.numerics.floats import BF16, E2M1, E4M3, Array, Bytes, Floats
-from mquant.numerics.kernels import block_maxima, prepare, quantize_into
+from mquant.numerics.kernels import pack_into, prepare
 from mquant.numerics.nvfp4 import GROUP
 from mquant.numerics.thresholds import thresholds
 
@@ -44,6 +45,8 @@ SAFE_OCTAVES: Final = _HIGHEST - _NORMAL
 """The largest span of exponents, in octaves, that FP4 Marlin takes."""
 EXACT_OCTAVES: Final = _HIGHEST - _LOWEST
 """The largest span of exponents, in octaves, that NVFP4 holds under one global scale."""
+_SMALLEST: Final = np.uint8(1)
+"""The E4M3 code of 2^-9."""
 _MOST_GLOBAL: Final = 126
 _MOVES: Final = 3  # 0.5 becomes 4 by three octaves, and no code moves further
 _ABSENT: Final = 1000
@@ -220,7 +223,7 @@ def _check(weight: MXWeight) -> None:
 def _requantize(
     weight: MXWeight, beyond: "np.ndarray[Any, Any]", scale: np.float32, scales: Bytes
 ) -> None:
-    """Quantize the blocks `beyond` from BF16, under a global scale, in place."""
+    """Quantize the blocks `beyond` from BF16, under the smallest block scale, in place."""
     packed = weight.packed.reshape(-1, GROUP // 2)
     steps, at_once = thresholds(BF16.name, float(scale)), 1 << 12
     for first in range(0, len(beyond), at_once):
@@ -229,11 +232,10 @@ def _requantize(
         values = np.where(codes & 8, -E2M1[codes & 7], E2M1[codes & 7]).reshape(len(some), GROUP)
         exponents = weight.scales[some * GROUP // MX_GROUP].astype(np.int32) - BIAS
         words = np.ldexp(values, exponents[:, None]).astype(BF16.value).view(BF16.word).reshape(-1)
-        maxima = np.empty(len(some), np.uint32)
-        block_maxima(words, BF16, maxima)
-        new, new_scales = np.empty(len(some) * GROUP // 2, np.uint8), np.empty(len(some), np.uint8)
-        quantize_into(words, maxima, steps, new, new_scales)
-        packed[some], scales[some] = new.reshape(-1, GROUP // 2), new_scales
+        new = np.empty(len(some) * GROUP // 2, np.uint8)
+        scales[some] = _SMALLEST
+        pack_into(words, steps, scales[some], new)
+        packed[some] = new.reshape(-1, GROUP // 2)
 
 
 @compiled
