@@ -40,9 +40,9 @@ def dequantize(
 ) -> None:
     """Write a BF16 checkpoint from a quantized checkpoint, for tools that read only BF16.
 
-    Reads FP8 in blocks (original releases), compressed-tensors' NVFP4, NVFP4A16 and FP8, and
-    ModelOpt's NVFP4. Tensors that are not quantized are copied bit for bit. If interrupted, run
-    the same command again: it resumes.
+    Reads NVFP4, MXFP4, FP8, MXFP8 and packed integers of compressed-tensors, ModelOpt's NVFP4 and
+    FP8, and original releases in FP8 or MXFP4. Tensors that are not quantized are copied bit for
+    bit. If interrupted, run the same command again: it resumes.
 
     Example: mquant dequantize ./MiniMax-M2.7-REAP-NVFP4 -o ./MiniMax-M2.7-REAP-BF16
     """
