@@ -52,6 +52,7 @@ from mquant.schemes import NVFP4A16
 from mquant.text import names
 from mquant.verify.judge import Depth, Report, verify
 
+_NORM_BYTES: Final = 1 << 20  # a vector of more is no norm, and is not read whole
 _TRIED: Final = 3
 """The number of norms to compare as evidence."""
 
@@ -279,7 +280,8 @@ def _unlike_parent(view: ModuleView, parent: Checkpoint, wrong: Iterable[str]) -
     pairs = (
         (tensors[info.name], info)
         for info in parent.tensors.values()
-        if len(info.shape) == 1 and info.name in tensors and info.name not in wrong
+        if len(info.shape) == 1 and info.nbytes <= _NORM_BYTES
+        if info.name in tensors and info.name not in wrong
     )
     alike = (p for p in pairs if (p[0].dtype, p[0].shape) == (p[1].dtype, p[1].shape))
     compared = list(islice(alike, _TRIED))
