@@ -310,6 +310,15 @@ def test_a_changed_norm_is_taken_from_the_parent(right: Path, tmp_path: Path) ->
     assert [action.source.name for action in diagnosis_of(bad).repair_plan.replaced] == [name]
 
 
+def test_a_vector_that_is_too_large_for_a_norm_is_not_read(
+    right: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mquant.repair.diagnose._NORM_BYTES", 8)
+    name = "model.layers.0.input_layernorm.weight"
+    bad = mutated(right, tmp_path, edit=changed(name, data=lambda raw: np.flip(raw).copy()))
+    assert not diagnosis_of(bad).needed
+
+
 def test_a_parent_that_shrinks_is_one_sentence(right: Path, tmp_path: Path) -> None:
     parent = Path(shutil.copytree(TRAINED, tmp_path / "parent"))
     bad = case_of("the origin bug: all routers quantized").make(right, tmp_path)
