@@ -18,7 +18,8 @@ LAYERS = (
     {"family_draft", "publish", "repair", "smoke", "synth"},
     {"runs", "measure"},
     {"verify", "synth_formats"},
-    {"engines", "output", "forward", "synth_tower"},
+    {"engines", "output", "synth_tower"},
+    {"forward"},
     {"weights", "plan", "numerics"},
     {"loader_model"},
     {"recipe"},
@@ -35,7 +36,7 @@ HEIGHT = {name: -depth for depth, layer in enumerate(LAYERS) for name in layer}
 NEVER = {  # although these rooms are lower
     "verify": {"numerics", "engines"},
     "weights": {"numerics"},
-    "forward": {"numerics"},
+    "forward": {"numerics", "plan"},
     "measure": {"numerics", "engines"},
 }
 HEAVY = {"torch", "llmcompressor", "transformers", "compressed_tensors", "accelerate"}

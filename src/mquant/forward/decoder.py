@@ -17,6 +17,7 @@ import numpy.typing as npt
 from mquant.errors import SourceError
 from mquant.family import Family
 from mquant.family_rows import Forward
+from mquant.forward.linears import Linears
 from mquant.forward.not_finite import not_finite
 from mquant.loader_model.modules import ModuleView
 from mquant.weights.decode import Floats
@@ -26,7 +27,8 @@ Integers = npt.NDArray[np.int64]
 
 _MOST: Final = (1_000, 100_000, 1_000, 10_000, 10_000)
 """The most layers, hidden size, heads, size of a head, and experts."""
-_TOKENS_AT_ONCE: Final = 1024  # in a feed-forward block: bounds its intermediate memory
+_TOKENS_AT_ONCE: Final = 1024
+"""Tokens in one product: a fixed number, so that no result depends on the number of workers."""
 
 
 @dataclass(frozen=True)
@@ -210,29 +212,40 @@ class Model:
         """Return the RMS norm over the last axis."""
         return _rms(values, self.vector(name), self.shape.eps)
 
-    def layer(self, number: int, hidden: Floats, windows: list[slice]) -> Integers | None:
+    def layer(
+        self, number: int, hidden: Floats, windows: list[slice], linears: Linears | None = None
+    ) -> Integers | None:
         """Run a decoder layer on `hidden` [n, hidden], in place.
 
-        A token attends only to itself and to earlier tokens of its window. Returns the chosen
+        A token attends only to itself and to earlier tokens of its window. `linears` gives the
+        weights of linear modules, routers aside; None: as they are on disk. Returns the chosen
         experts [n, top_k], sorted; None if the layer has no experts.
         """
+        linears = linears or self
         at = f"model.layers.{number}"
-        hidden += self._attention(
-            f"{at}.self_attn", self.norm(hidden, f"{at}.input_layernorm.weight"), windows
-        )
+        inner = self.norm(hidden, f"{at}.input_layernorm.weight")
+        hidden += self._attention(f"{at}.self_attn", inner, windows, linears)
         inner = self.norm(hidden, f"{at}.post_attention_layernorm.weight")
         if not self.has(f"{at}.mlp.gate.weight"):
-            hidden += self._dense(f"{at}.mlp", inner)
+            hidden += self._dense(f"{at}.mlp", inner, linears)
             return None
         chosen, weights = self._route(number, f"{at}.mlp", inner)
-        self._experts(f"{at}.mlp.experts", inner, chosen, weights, hidden)
+        linears.hear_block(f"{at}.mlp.experts", inner)
+        self._experts(f"{at}.mlp.experts", inner, chosen, weights, hidden, linears)
         return np.sort(chosen, axis=1)
 
-    def _attention(self, at: str, inner: Floats, windows: list[slice]) -> Floats:
+    def weights(self, names: tuple[str, ...], inputs: Floats) -> tuple[Floats, ...]:
+        """Read the weights from disk, as `Linears` says. `inputs` do not matter."""
+        return tuple(self.weight(name, name.rsplit(".", 2)[-2]) for name in names)
+
+    def hear_block(self, experts: str, inputs: Floats) -> None:
+        """Do nothing: weights on disk do not depend on inputs."""
+
+    def _attention(self, at: str, inner: Floats, windows: list[slice], linears: Linears) -> Floats:
         shape, normed = self.shape, self._forward.qk_norm
         wide = shape.heads * shape.head_dim
         out = np.empty((len(inner), wide), np.float32)
-        q, k, v = (self._linear(inner, f"{at}.{part}_proj") for part in "qkv")
+        q, k, v = self._linear(inner, [f"{at}.{part}_proj" for part in "qkv"], linears)
         for values, part in ((q, "q"), (k, "k")):
             if normed == "each head":
                 view = values.reshape(len(inner), -1, shape.head_dim)
@@ -244,30 +257,34 @@ class Model:
             out[window] = _attend(q[window], k[window], v[window], shape)
 
         list(self._workers.map(work, windows))
-        return self._linear(out, f"{at}.o_proj")
+        return self._linear(out, [f"{at}.o_proj"], linears)[0]
 
-    def _linear(self, values: Floats, name: str) -> Floats:
-        """Return `values` [n, in] times a weight [out, in], plus the bias if the layer has one."""
-        weight = self.weight(f"{name}.weight", "linear")
+    def _linear(self, values: Floats, names: list[str], linears: Linears) -> list[Floats]:
+        """Return `values` [n, in] times each weight [out, in], plus the bias if there is one.
+
+        The modules have the same inputs. Each worker takes some tokens.
+        """
+        weights = linears.weights(tuple(f"{name}.weight" for name in names), values)
+        return [self._times(values, *pair) for pair in zip(weights, names, strict=True)]
+
+    def _times(self, values: Floats, weight: Floats, name: str) -> Floats:
         out = np.empty((len(values), len(weight)), np.float32)
 
         def work(start: int) -> None:
-            np.matmul(values[start : start + step], weight.T, out=out[start : start + step])
+            part = slice(start, start + _TOKENS_AT_ONCE)
+            np.matmul(values[part], weight.T, out=out[part])
 
-        step = max(1, -(-len(values) // self._workers.count))
-        list(self._workers.map(work, range(0, len(values), step)))
+        list(self._workers.map(work, range(0, len(values), _TOKENS_AT_ONCE)))
         if self.has(f"{name}.bias"):
             out += self.vector(f"{name}.bias")
         return out
 
-    def _dense(self, at: str, inner: Floats) -> Floats:
-        out = np.empty_like(inner)
+    def _dense(self, at: str, inner: Floats, linears: Linears) -> Floats:
+        gate, up = self._linear(inner, [f"{at}.gate_proj", f"{at}.up_proj"], linears)
         for start in range(0, len(inner), _TOKENS_AT_ONCE):
-            part = inner[start : start + _TOKENS_AT_ONCE]
-            gate = self._linear(part, f"{at}.gate_proj")
-            gate = _silu(gate) * self._linear(part, f"{at}.up_proj")
-            out[start : start + len(part)] = self._linear(gate, f"{at}.down_proj")
-        return out
+            part = slice(start, start + _TOKENS_AT_ONCE)
+            up[part] *= _silu(gate[part])
+        return self._linear(up, [f"{at}.down_proj"], linears)[0]
 
     def _route(self, number: int, at: str, inner: Floats) -> tuple[Integers, Floats]:
         """Return the chosen experts [n, top_k] and their routing weights [n, top_k].
@@ -296,17 +313,25 @@ class Model:
         return chosen, weights
 
     def _experts(
-        self, at: str, inner: Floats, chosen: Integers, weights: Floats, out: Floats
+        self,
+        at: str,
+        inner: Floats,
+        chosen: Integers,
+        weights: Floats,
+        out: Floats,
+        linears: Linears,
     ) -> None:
         """Add the experts' outputs to `out` in the order of experts, in whatever order they end."""
 
         def work(expert: int) -> tuple[Any, Floats]:
             tokens, places = np.nonzero(chosen == expert)
             routed = inner[tokens]
-            gate = routed @ self.weight(f"{at}.{expert}.gate_proj.weight", "gate").T
-            up: Floats = routed @ self.weight(f"{at}.{expert}.up_proj.weight", "up").T
+            names = [f"{at}.{expert}.{part}_proj.weight" for part in ("gate", "up", "down")]
+            gate_weight, up_weight = linears.weights((names[0], names[1]), routed)
+            gate, up = routed @ gate_weight.T, np.asarray(routed @ up_weight.T, np.float32)
             up *= _silu(gate)
-            result: Floats = up @ self.weight(f"{at}.{expert}.down_proj.weight", "down").T
+            (down_weight,) = linears.weights((names[2],), up)
+            result: Floats = up @ down_weight.T
             np.multiply(result, weights[tokens, places, None], out=result)
             return tokens, result
 
