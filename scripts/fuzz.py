@@ -9,9 +9,10 @@ with its answers, as the fake server that `smoke` asks does. `--data` runs only 
 calibrate, whose memory is not limited: torch alone takes 400 MB.
 
 A failure is: an exit code other than 0 to 3, a traceback, a command that takes more than 10 s
-(more on a busy machine) or 500 MB, a file outside OUT that changed, a control character on the
-terminal, JSON with NaN. After a failure, the script keeps the case's folder and prints the command
-that repeats the case.
+(more on a busy machine, and 1 s more for every 300 MB of the case, because some commands read whole
+shards, and a shard of holes may have 137 GB) or 500 MB, a file outside OUT that changed, a control
+character on the terminal, JSON with NaN. After a failure, the script keeps the case's folder and
+prints the command that repeats the case.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 SECONDS, MOST_MB = 10, 500
+READ = 300e6  # bytes a second
 
 
 class TooLong(BaseException):
@@ -82,7 +84,7 @@ class Fuzzer:
 
         self.where, self.seed, self.data = where, seed, data
         self.codes: dict[str, Counter[int]] = {}
-        self.peak = self.slowest = 0.0
+        self.peak = self.slowest = self.reading = 0.0
         self.hub, self.server = FakeHub(), FakeServer()
         # Set the environment first: huggingface_hub reads the environment once, at its import.
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
@@ -114,6 +116,8 @@ class Fuzzer:
         if number % 5 == 4:
             src = self._publish(where, chance)
         commands = self._commands(src, where, chance)  # also writes the files that commands read
+        files = [path for path in where.rglob("*") if path.is_file() and not path.is_symlink()]
+        self.reading = sum(path.stat().st_size for path in files) / READ
         before = hostile.snapshot(where)
         for command in commands:
             if wrong := self._run(command):
@@ -164,14 +168,15 @@ class Fuzzer:
         import hostile
 
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak before this command
-        faulthandler.dump_traceback_later(6 * SECONDS, exit=True)
         start = time.monotonic()
         busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-        signal.alarm(int(SECONDS * busy))
+        limit = int((SECONDS + self.reading) * busy)
+        faulthandler.dump_traceback_later(limit + 5 * SECONDS, exit=True)
+        signal.alarm(limit)
         try:
             code, wrong = hostile.run_command(command)
         except TooLong as late:
-            return [f"took more than {SECONDS} s", repr(late.args)]
+            return [f"took more than {limit} s", repr(late.args)]
         finally:
             signal.alarm(0)
             faulthandler.cancel_dump_traceback_later()
