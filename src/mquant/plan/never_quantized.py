@@ -67,7 +67,7 @@ EXPERT_BIAS: Final = rule(
     "Experts in NVFP4 or FP8 have no bias.",
     "vLLM's layers of such experts have no parameter for a bias: vLLM stops while loading the "
     "weights, or passes over the bias without a word.",
-    "Keep the experts as they are: leave expert out of the recipe's roles, or ignore them.",
+    "Keep the experts unquantized: leave expert out of the recipe's roles, or ignore them.",
     if_tolerated="warning",
     knowing=("family", "layout"),
     if_loads="nothing",
@@ -115,19 +115,33 @@ def unsafe(
 
 
 def biased_experts(actions: list[Action], recipe: Recipe, *, allow_unsafe: bool) -> list[Finding]:
-    """Return an error if experts with a bias are quantized so that vLLM does not take the bias."""
-    quantized = ((a.module, a.stored_in) for a in actions if a.role is Role.EXPERT)
-    modules = {module for module, s in quantized if s and s.format != "pack-quantized"}
+    """Return an error if experts with a bias become such that vLLM does not take the bias.
+
+    The advice says what following the advice does: experts that the source stores quantized become
+    BF16 if the recipe does not name them.
+    """
+    experts = (a for a in actions if a.role is Role.EXPERT)
+    quantized = {
+        a.module: a for a in experts if (s := a.stored_in) and s.format != "pack-quantized"
+    }
     biased = [a.module for a in actions if a.source.name == f"{a.module}.bias"]
-    biased = [module for module in biased if module in modules]
+    biased = [module for module in biased if module in quantized]
     if not biased:
         return []
+    first = quantized[biased[0]]
+    does = f"keeps {names(biased)} as {first.already.name}" if first.already else ""
+    fix = EXPERT_BIAS.fix.removesuffix(".")
+    if first.stored:
+        fix = (
+            "Use the source as it is; or leave expert out of the recipe's roles, or ignore them, "
+            "and the experts become BF16"
+        )
     return [
         EXPERT_BIAS.finding(
             biased[0],
-            f"Recipe {recipe.name} quantizes {names(biased)}, which have biases; vLLM takes no "
-            "bias of such experts.",
-            f"{EXPERT_BIAS.fix.removesuffix('.')}{ANYWAY}.",
+            f"Recipe {recipe.name} {does or f'quantizes {names(biased)}'}, in the layout of "
+            "compressed-tensors. They have biases, and vLLM takes no bias of such experts.",
+            f"{fix}{ANYWAY}.",
             "tolerated" if allow_unsafe else "source",
         )
     ]
