@@ -1,5 +1,6 @@
 """A recipe's `source` keeps quantized weights as they are stored, and config.json says so."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from mquant.runs.export import export
 from mquant.runs.quantize import quantize
 from mquant.synth import Precision, Sizes, synth
 from mquant.verify.judge import Depth, verify
+from mutate import Bytes, changed, forget_digests, judged, mutated
 from run import TRAINED, plan_of, quantize_nvfp4
 from schemes import declaring
 
@@ -282,3 +284,44 @@ def test_the_oneshot_engine_does_not_keep_what_is_stored(tmp_path: Path) -> None
     plan = plan_of(src, recipe(tmp_path, "{attention: source, expert: W4A16}"))
     with pytest.raises(UsageError, match="The oneshot engine reads BF16"):
         quantize(plan, tmp_path / "out")
+
+
+def damaged(out: Path, folder: Path, name: str, change: Callable[[Bytes], None]) -> Path:
+    """Copy a checkpoint without the digests of its files, and change a tensor's bytes."""
+    return forget_digests(mutated(out, folder, edit=changed(name, data=change)))
+
+
+def flip_last(values: Bytes) -> None:
+    values[-1] ^= 1
+
+
+@pytest.mark.parametrize("part", ["weight_packed", "weight_scale"])
+def test_one_changed_bit_of_a_kept_weight_is_found_in_every_expert(
+    tmp_path: Path, part: str
+) -> None:
+    """The judge samples roundings; what stays as the source stores it is compared byte for byte."""
+    src = synthetic(tmp_path, Precision.MXFP4)
+    out = made(tmp_path, src, "{expert: source, attention: NVFP4A16}")
+    for expert in range(3):
+        name = f"model.layers.1.block_sparse_moe.experts.{expert}.w1.{part}"
+        bad = damaged(out, tmp_path / f"{expert}", name, flip_last)
+        assert judged(bad, src, Depth.NUMBERS, ("error",)) == {
+            "kept-tensor-differs": f"{name} is stored as in the parent, but is not equal to the "
+            "parent's."
+        }
+
+
+def test_a_changed_scale_of_fp8_is_found_although_its_dtype_and_name_are_others(
+    tmp_path: Path,
+) -> None:
+    src = synthetic(tmp_path, Precision.MXFP4_FP8, "deepseek_v4", replace(IN_BLOCKS, layers=3))
+    roles = recipe(tmp_path, "{expert: source, shared_expert: source}")
+    out = quantize(plan_of(src, roles), tmp_path / "out").out
+    name = "layers.1.ffn.shared_experts.w1.weight_scale"
+
+    def double(values: Bytes) -> None:
+        values[-4:].view("<f4")[0] *= 2
+
+    bad = damaged(out, tmp_path / "bad", name, double)
+    assert "kept-tensor-differs" not in judged(out, src, Depth.NUMBERS)
+    assert name in judged(bad, src, Depth.NUMBERS)["kept-tensor-differs"]

@@ -16,9 +16,11 @@ from mquant.family_rows import Role
 from mquant.findings import Finding, Rule, rule
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.loader_model.storage import format_of
+from mquant.output import as_table, known_table
 from mquant.verify.after_loading import KV_SCALES
 from mquant.verify.against_parent_files import check_config, check_side_files
 from mquant.verify.awq import Scaling, scaled
+from mquant.verify.kept_as_stored import Pairs, differing, stored_alike
 from mquant.verify.numbers import PIECE, THREADS, in_order
 from mquant.verify.tally import Tally
 from mquant.weights.decode import Floats
@@ -44,8 +46,9 @@ PARENT_LACKS_TENSOR: Final = rule(
 )
 KEPT_TENSOR_DIFFERS: Final = rule(
     "kept-tensor-differs",
-    "Every unquantized tensor is bit-identical to the parent's, dtype included.",
-    "A router cast from F32 to BF16 sends tokens to other experts.",
+    "Every tensor that is not quantized anew is bit-identical to the parent's, dtype included.",
+    "A router cast from F32 to BF16 sends tokens to other experts. Codes that the parent has too "
+    "are the parent's bytes, and no rounding changes bytes.",
     "Copy the tensor from the parent.",
     needs="against",
 )
@@ -93,26 +96,31 @@ WorkUnit = tuple[int, Callable[[], list[Break]]]
 
 
 def check_against(
-    view: ModuleView,
-    parent: ModuleView,
-    *,
-    everything: bool,
-    to_nearest: bool = True,
-    smoothed: bool = False,
-    emit: Emit = silent,
+    view: ModuleView, parent: ModuleView, *, everything: bool, emit: Emit = silent
 ) -> tuple[Finding, ...]:
-    """Compare a checkpoint with its parent.
+    """Compare a checkpoint with its parent: tensors as `compare_tensors`, config and side files."""
+    tally = compare_tensors(view, parent, everything=everything, emit=emit)
+    config, reference = view.checkpoint.config, parent.checkpoint.config
+    return (*tally.findings(), *check_config(config, reference), *check_side_files(view, parent))
+
+
+def compare_tensors(
+    view: ModuleView, parent: ModuleView, *, everything: bool, emit: Emit = silent
+) -> Tally:
+    """Compare the tensors of a checkpoint with its parent's.
 
     Without `everything`, quantized weights are sampled: modules outside of layers, modules except
     experts in the first and last layer, and one expert in each layer, with 64 rows of each module;
     the sample is the same in every run. Other tensors are compared whole; in hub repos large
-    tensors are sampled too. If weights were not rounded `to_nearest` (GPTQ corrects each column's
-    error in the next), a weight's error is judged as a whole and not number by number. If AWQ
-    `smoothed` weights, a scaled weight is compared only if a norm shows the factors of its columns.
-    Raises SourceError if data cannot be read.
+    tensors are sampled too. If mquant.json says that weights were not rounded to nearest (GPTQ
+    corrects each column's error in the next), a weight's error is judged as a whole and not number
+    by number. If it says that AWQ scaled weights, such a weight is compared only if a norm shows
+    the factors of its columns. Raises SourceError if data cannot be read.
     """
     tally = Tally()
-    scaling = Scaling(view, parent) if smoothed else None
+    recipe = as_table(known_table(view.checkpoint.source).get("recipe"))
+    to_nearest = recipe.get("rounding") != "gptq"
+    scaling = Scaling(view, parent) if recipe.get("smoothing") == "awq" else None
     units = list(_tasks(view, parent, everything, to_nearest, scaling, tally))
     done, total = 0, sum(size for size, _ in units)
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
@@ -126,8 +134,7 @@ def check_against(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    config, reference = view.checkpoint.config, parent.checkpoint.config
-    return (*tally.findings(), *check_config(config, reference), *check_side_files(view, parent))
+    return tally
 
 
 def _tasks(
@@ -165,6 +172,9 @@ def _tasks(
         elif foreign := _undecodable(view, module) or _undecodable(parent, origin):
             message = f"{name} was not compared: mquant cannot dequantize {foreign}"
             tally.add(WEIGHT_NOT_COMPARED, name, message)
+        elif pairs := stored_alike(view, module, parent, origin):
+            if everything or local or _in_sample(module, last, parent):
+                yield _as_stored(view, parent, module, origin, pairs, everything or local)
         elif everything or _in_sample(module, last, parent):
             yield from _rounded(view, parent, module, origin, everything, to_nearest)
 
@@ -237,6 +247,29 @@ def _equal(
                 (KEPT_TENSOR_DIFFERS, info.name, f"{info.name} is not bit-equal to the parent's")
             ]
     return []
+
+
+def _as_stored(
+    view: ModuleView, parent: ModuleView, module: Module, origin: Module, pairs: Pairs, whole: bool
+) -> WorkUnit:
+    """Return the unit that compares the bytes of a weight that the parent stores alike.
+
+    If most codes differ, the weight was quantized anew in the same layout: it is then compared as a
+    rounded weight, all of it.
+    """
+    spans = {info.name: list(_spans(info.nbytes, whole)) for info, _ in pairs}
+
+    def unit() -> list[Break]:
+        info, most = differing(view, parent, pairs, spans)
+        if info is None:
+            return []
+        if most:
+            message = f"{info.name} is stored as in the parent, but is not equal to the parent's"
+            return [(KEPT_TENSOR_DIFFERS, info.name, message)]
+        anew = _rounded(view, parent, module, origin, everything=True, to_nearest=True)
+        return [broken for _, compare in anew for broken in compare()]
+
+    return sum(end - start for each in spans.values() for start, end in each), unit
 
 
 def _rounded(

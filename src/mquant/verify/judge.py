@@ -15,7 +15,6 @@ from mquant.family import Family
 from mquant.findings import RULES, VERIFIED, Finding, Severity
 from mquant.loader_model.modules import ModuleView, read_modules
 from mquant.loader_model.vllm.load import Outcome
-from mquant.output import as_table, known_table
 from mquant.text import plural
 from mquant.verify.after_loading import check_after_loading
 from mquant.verify.against_parent import check_against
@@ -165,7 +164,8 @@ def verify(
         checked += ["against"]
         if depth is Depth.FULL:  # at other depths the parent's shards are sampled
             refuse_changed(parent, emit)
-        all_findings = _with_parent(all_findings, _against(view, original, depth, emit))
+        against = check_against(view, original, everything=depth is Depth.FULL, emit=emit)
+        all_findings = _with_parent(all_findings, against)
     all_findings += loader.findings if loader else ()
     judged_by_loader = loader is not None and loader.answered
     checked += ["vllm"] if judged_by_loader else []
@@ -216,18 +216,6 @@ def _stored_in(shards: Collection[str], view: ModuleView) -> frozenset[str]:
     """Return the names of the tensors in some shards."""
     tensors = view.checkpoint.tensors.values()
     return frozenset(info.name for info in tensors if info.shard in shards)
-
-
-def _against(view: ModuleView, parent: ModuleView, depth: Depth, emit: Emit) -> tuple[Finding, ...]:
-    recipe = as_table(known_table(view.checkpoint.source).get("recipe"))
-    return check_against(
-        view,
-        parent,
-        everything=depth is Depth.FULL,
-        to_nearest=recipe.get("rounding") != "gptq",
-        smoothed=recipe.get("smoothing") == "awq",
-        emit=emit,
-    )
 
 
 def _with_parent(findings: list[Finding], against: tuple[Finding, ...]) -> list[Finding]:

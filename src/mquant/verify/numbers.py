@@ -201,7 +201,7 @@ def check_numbers(view: ModuleView, emit: Emit = silent) -> Tally:
         check_input_scales(view, inputs.values(), tally)
     largest = max(divisors.values(), default=1.0)
     if len(divisors) > 1 and largest < 1 and inverted * 2 > len(divisors):
-        tally.places.update(divisors)
+        tally.mark(GLOBAL_SCALES_RECIPROCAL, divisors)
         tally.add(
             GLOBAL_SCALES_RECIPROCAL,
             next(iter(divisors)),
