@@ -316,7 +316,7 @@ def test_a_vector_that_is_too_large_for_a_norm_is_not_read(
     monkeypatch.setattr("mquant.repair.diagnose._NORM_BYTES", 8)
     name = "model.layers.0.input_layernorm.weight"
     bad = mutated(right, tmp_path, edit=changed(name, data=lambda raw: np.flip(raw).copy()))
-    assert not diagnosis_of(bad).needed
+    assert not diagnose(Folder(bad), Folder(TRAINED), FAMILIES, Depth.STRUCTURE).needed
 
 
 def test_a_parent_that_shrinks_is_one_sentence(right: Path, tmp_path: Path) -> None:

@@ -3,13 +3,12 @@
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.text import Text
 
 from mquant.cli.options import (
-    DepthChoice,
     DryRun,
     FamilyFile,
     FormatChoice,
@@ -35,6 +34,15 @@ if TYPE_CHECKING:
     from mquant.runs.run import Result
 
 
+Compared = Annotated[
+    Literal["structure", "numbers", "full"] | None,
+    typer.Option(
+        "--depth",
+        help="structure: verify headers and JSON; numbers: all data too, and compare a sample with "
+        "PARENT; full: compare all. Default: numbers for a folder, structure for a hub repo; "
+        "nothing is compared with a PARENT on the hub.",
+    ),
+]
 InPlace = Annotated[
     bool,
     typer.Option("--in-place", help="Repair SRC itself. If interrupted, run the command again."),
@@ -47,7 +55,7 @@ def repair(
     out_folder: Out = None,
     in_place: InPlace = False,
     dry_run: DryRun = False,
-    depth: DepthChoice = None,
+    depth: Compared = None,
     importance: Importance = None,
     workers: Workers = None,
     restart: Restart = False,
@@ -55,8 +63,9 @@ def repair(
     revision: Revision = None,
     output_format: FormatChoice = Format.HUMAN,
 ) -> None:
-    """Repair a broken checkpoint with its parent; only the needed tensors of the parent are read.
+    """Repair a broken checkpoint with its parent.
 
+    SRC is compared with the parent as `verify --against` does, at the same --depth.
     If vLLM loads the tensors with another config.json, only config.json is mended. Otherwise
     tensors that loaders refuse quantized, or that are missing, downcast, renamed or wrong, are
     replaced by the tensors of a correct run, in their old shards. Unchanged shards are hard-linked.
@@ -143,9 +152,20 @@ def _tell(out: Output, diagnosis: "Diagnosis") -> None:
     if not diagnosis.needed:
         known = plan.right.family.vllm is not None
         why = f"vLLM {VERSION} loads every tensor of SRC" if known else "SRC has no fault"
+        why += _compared(diagnosis)
         out.show(Text(f"Nothing to repair: {why}.", "bold green"))
         return
     out.show(facts(list(_facts(diagnosis))))
+
+
+def _compared(diagnosis: "Diagnosis") -> str:
+    """Return how many weights were compared with the parent's, as the end of a sentence."""
+    report = diagnosis.report
+    if report.parent is None:
+        return "; its weights were not compared with the parent's (--depth numbers does)"
+    weights = "a sample of its weights is" if report.sampled else "all of its weights are"
+    more = " (--depth full compares all)" if report.sampled else ""
+    return f"; {weights} as near to the parent's as rounding allows{more}"
 
 
 def _facts(diagnosis: "Diagnosis") -> Iterator[tuple[str, str]]:

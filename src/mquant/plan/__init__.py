@@ -15,6 +15,7 @@ from mquant.plan.repair import (
     RepairPlan,
     from_parent,
     make_config_plan,
+    make_copy_plan,
     make_repair_plan,
 )
 from mquant.plan.share import share, shares
@@ -43,6 +44,7 @@ __all__ = [
     "hf_quant_config",
     "make_bf16_plan",
     "make_config_plan",
+    "make_copy_plan",
     "make_export_plan",
     "make_plan",
     "make_repair_plan",

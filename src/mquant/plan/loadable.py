@@ -56,13 +56,14 @@ def checked(plan: Plan, context: Context = "source") -> Plan:
     findings = [saying_outcome(f, outcome) for f in plan.findings]
     findings += check_top_k(plan.family, config, context)
     if outcome.unknown:
-        findings.append(_not_judged(plan, outcome))
+        findings.append(not_judged(plan, outcome))
     elif not outcome.loads and len(others) == len(plan.findings):
         findings.append(_finding(plan, config, outcome, context))
     return replace(plan, findings=tuple(findings))
 
 
-def _not_judged(plan: Plan, outcome: Outcome) -> Finding:
+def not_judged(plan: Plan, outcome: Outcome) -> Finding:
+    """Return the finding that it is not known whether vLLM loads the output of a plan."""
     return OUTPUT_NOT_JUDGED.finding(
         plan.survey.checkpoint.source.name,
         f"Whether vLLM loads the output of recipe {plan.recipe.name} is not judged: what vLLM "

@@ -7,7 +7,7 @@ parent. Tensors that `right` does not have are left out.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
@@ -16,10 +16,12 @@ from mquant.checkpoint import Checkpoint, TensorInfo, is_shard
 from mquant.errors import Refused
 from mquant.family import Family
 from mquant.family_rows import Role
-from mquant.loader_model.storage import StorageFormat
+from mquant.loader_model.modules import ModuleView
 from mquant.plan.action import Action, OutputTensor, WorkUnit
 from mquant.plan.declare import KV_CACHE, KV_SCALES
+from mquant.plan.loadable import not_judged
 from mquant.plan.model import Plan, ShardPlan
+from mquant.plan.stored import READABLE
 from mquant.plan.survey import survey
 from mquant.recipe import Recipe
 
@@ -99,7 +101,7 @@ def make_repair_plan(
     outputs |= {*extras}
     for name in extras:
         info = bad.tensors[name]
-        shards[info.shard].append(WorkUnit((_as_it_is(right.family, info),)))
+        shards[info.shard].append(WorkUnit((_as_it_is(right.family, _under(BAD, info)),)))
     if any(name.rpartition(".")[2] in KV_SCALES for name in extras):
         right = replace(right, declared={**right.quantization_config, "kv_cache_scheme": KV_CACHE})
     plan = replace(right, shards=tuple(ShardPlan(n, tuple(shards[n])) for n in sorted(shards)))
@@ -113,6 +115,18 @@ def make_repair_plan(
     )
 
 
+def make_copy_plan(parent: ModuleView, recipe: Recipe, families: Mapping[str, Family]) -> Plan:
+    """Return the plan of a checkpoint that has the parent's own tensors and config.json.
+
+    A finding of the plan says if it is not known whether vLLM loads the parent. Raises Refused if
+    the family is unknown.
+    """
+    checkpoint = parent.checkpoint
+    plan = _copies(checkpoint, checkpoint.tensors.values(), recipe, families)
+    unknown = [not_judged(plan, parent.outcome)] if parent.outcome.unknown else []
+    return replace(plan, findings=(*plan.findings, *unknown))
+
+
 def make_config_plan(
     mended: Checkpoint, bad: Checkpoint, recipe: Recipe, families: Mapping[str, Family]
 ) -> RepairPlan:
@@ -121,39 +135,53 @@ def make_config_plan(
     `mended` is the parent with the config.json of the result. Raises Refused if the family is
     unknown.
     """
-    surveyed = survey(mended, families, (StorageFormat.FP8_BLOCK,))
+    sound = {name: _under(BAD, info) for name, info in bad.tensors.items()}
+    plan = _copies(mended, sound.values(), recipe, families)
+    shards = tuple(replace(shard, name=shard.name.removeprefix(BAD)) for shard in plan.shards)
+    plan = replace(plan, shards=shards)
+    return RepairPlan(
+        right=plan,
+        plan=plan,
+        kept=frozenset(shard.name for shard in shards),
+        sound=sound,
+        renamed={},
+        dropped=(),
+    )
+
+
+def _copies(
+    described: Checkpoint,
+    tensors: Iterable[TensorInfo],
+    recipe: Recipe,
+    families: Mapping[str, Family],
+) -> Plan:
+    """Return the plan that copies tensors in their shards, with the config.json of `described`."""
+    surveyed = survey(described, families, READABLE)
     family = surveyed.family
     if family is None:
         raise Refused(surveyed.findings)
     shards: dict[str, list[WorkUnit]] = {}
-    for info in bad.tensors.values():
+    for info in tensors:
         shards.setdefault(info.shard, []).append(WorkUnit((_as_it_is(family, info),)))
-    plan = Plan(
+    return Plan(
         survey=surveyed,
         family=family,
         recipe=recipe,
         shards=tuple(ShardPlan(name, tuple(units)) for name, units in shards.items()),
         ignore=(),
         findings=(),
-        declared=mended.config.get("quantization_config") or {},
-    )
-    return RepairPlan(
-        right=plan,
-        plan=plan,
-        kept=frozenset(shards),
-        sound={name: _under(BAD, info) for name, info in bad.tensors.items()},
-        renamed={},
-        dropped=(),
+        declared=described.config.get("quantization_config") or {},
     )
 
 
 def _as_it_is(family: Family, info: TensorInfo) -> Action:
-    """Return the action that copies a tensor of the broken checkpoint."""
-    tensor_role = family.classify(info.name)
+    """Return the action that copies a tensor."""
+    module = _module(info.name)
+    tensor_role = family.classify(info.name) or family.classify(f"{module}.weight")
     return Action(
-        source=_under(BAD, info),
+        source=info,
         role=tensor_role.row.role if tensor_role else Role.OTHER,
-        module=_module(info.name),
+        module=module,
         layer=tensor_role.layer if tensor_role else None,
         expert=tensor_role.expert if tensor_role else None,
         scheme=None,

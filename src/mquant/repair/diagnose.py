@@ -1,9 +1,11 @@
 """Diagnose a broken checkpoint, given its parent.
 
-The findings are those of `verify`. If the tensors are right, only config.json is mended: the model
-of the loader says with which config the loader takes the tensors. Otherwise tensors of the parent
-replace the wrong tensors, and the same model judges the plan. `diagnose` reads the parent's
-headers, a few norms, and up to three fused sets.
+The findings are those of `verify`, and what `verify --against` finds in tensors. If the tensors are
+right, only config.json is mended: the model of the loader says with which config the loader takes
+the tensors. Otherwise tensors of the parent replace the wrong tensors, and the same model judges
+the plan. `diagnose` reads the parent as `verify --against` does at the same depth, and up to three
+fused sets. At depth `structure`, and from a hub repo if no depth is given, it reads the parent's
+headers, and a few norms.
 """
 
 from collections import Counter, defaultdict
@@ -15,6 +17,7 @@ from typing import Any, Final
 
 from mquant.checkpoint import Assembly, Checkpoint, Source, is_shard, open_checkpoint
 from mquant.checkpoint.checkpoint import TENSOR_STORED_TWICE
+from mquant.checkpoint.hub import HubRepo
 from mquant.engines.importance import Importance, read_importance
 from mquant.errors import NotJudged, Refused
 from mquant.events import Emit, silent
@@ -37,9 +40,11 @@ from mquant.plan import (
     Plan,
     RepairPlan,
     make_config_plan,
+    make_copy_plan,
     make_plan,
     make_repair_plan,
 )
+from mquant.recipe import Recipe
 from mquant.repair.config import Judged, choose_config, judge_plan
 from mquant.repair.known_recipe import (
     as_found,
@@ -48,6 +53,7 @@ from mquant.repair.known_recipe import (
     scales_known,
     stated_recipe,
 )
+from mquant.repair.likeness import is_copy, roles_as_in_parent, with_differences
 from mquant.schemes import NVFP4A16
 from mquant.text import names
 from mquant.verify.judge import Depth, Report, verify
@@ -158,9 +164,13 @@ def diagnose(
     # config.json of `bad` may be broken; config.json of the parent describes the same model.
     config = {**original.config, **_quantization(checkpoint.config)}
     view = read_modules(replace(checkpoint, config=config), families)
-    stated = stated_recipe(checkpoint)
-    layout = _other_layout(view)
-    recipe = stated or (as_found({}, []) if layout else recipe_of(view, original))
+    theirs = read_modules(original, families)
+    if "numbers" in report.checked and (depth or not isinstance(parent, HubRepo)):
+        report = with_differences(report, view, theirs, depth, emit)
+    stated, copied = stated_recipe(checkpoint), is_copy(view, theirs)
+    as_source = roles_as_in_parent(view, theirs)
+    layout = _other_layout(view, as_source)
+    recipe = stated or (as_found({}, []) if layout else recipe_of(view, original, as_source))
     wrong = report.wrong | {f.where for f in report.findings if f.rule == TENSOR_STORED_TWICE.id}
     wrong |= _unlike_parent(view, original, wrong)
     weights, made_by = None, ""
@@ -172,14 +182,11 @@ def diagnose(
         repair_plan = make_config_plan(mended, checkpoint, recipe, families)
         weights = read_importance(importance, repair_plan.right)
     else:
-        if view.family and layout:
-            raise _beyond_repair(report, layout)
-        if view.family and not recipe.roles:
-            raise Refused([nothing_known(bad)])
-        right = make_plan(original, recipe, families)
-        if right.refusals:
-            raise Refused(right.refusals)
-        repair_plan = _with_tensors(right, checkpoint, wrong, families)
+        right = _right(report, view, theirs, recipe, layout, families, copied=copied)
+        if copied and theirs.outcome.unknown:  # all tensors will be those of the parent
+            repair_plan = make_repair_plan(right, checkpoint, wrong)
+        else:
+            repair_plan = _with_tensors(right, checkpoint, wrong, families)
         weights = read_importance(importance, right)
         if any(action.scheme for action in repair_plan.replaced):
             made_by = "mquant.json" if stated else "reproduced"
@@ -194,6 +201,33 @@ def diagnose(
         importance=weights,
         missing=tuple(path for path in side_files(original) if path not in bad.files),
     )
+
+
+def _right(
+    report: Report,
+    view: ModuleView,
+    parent: ModuleView,
+    recipe: Recipe,
+    layout: str,
+    families: Mapping[str, Family],
+    *,
+    copied: bool,
+) -> Plan:
+    """Return the plan that makes the checkpoint of `view` as it should be from its parent.
+
+    `copied`: the checkpoint is a copy of a quantized parent. Raises Refused and NotJudged as
+    `diagnose`.
+    """
+    if not copied and view.family and layout:
+        raise _beyond_repair(report, layout)
+    if not copied and view.family and not recipe.roles:
+        raise Refused([nothing_known(view.checkpoint.source)])
+    if copied:
+        return make_copy_plan(parent, recipe, families)
+    right = make_plan(parent.checkpoint, recipe, families)
+    if right.refusals:
+        raise Refused(right.refusals)
+    return right
 
 
 def _with_tensors(
@@ -244,12 +278,17 @@ def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key == "quantization_config"}
 
 
-def _other_layout(view: ModuleView) -> str:
-    """Return the layout of most quantized modules of a role; empty if that is NVFP4A16."""
+def _other_layout(view: ModuleView, as_source: Collection[Role]) -> str:
+    """Return the layout of most quantized modules of a role; empty if that is NVFP4A16.
+
+    The roles `as_source` do not count: their weights are stored as the parent stores them.
+    """
     kinds: dict[Role | None, Counter[StorageFormat]] = defaultdict(Counter)
     for module in view.quantized:
         role = module.tensor_role.row.role if module.tensor_role else None
-        if (kind := format_of(view, module)) and not (role and role.refused_by_loaders):
+        if role and (role.refused_by_loaders or role in as_source):
+            continue
+        if kind := format_of(view, module):
             kinds[role][kind] += 1
     most = [counter.most_common(1)[0][0] for counter in kinds.values()]
     common = next((kind for kind in most if kind is not StorageFormat.NVFP4), StorageFormat.NVFP4)

@@ -5,7 +5,7 @@ quantized, and an intact fused set, quantized again, says how scales were chosen
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from typing import Final
@@ -21,7 +21,7 @@ from mquant.findings import Finding, rule
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.output import known_table
 from mquant.plan import RepairPlan, WorkUnit, from_parent
-from mquant.recipe import Recipe, load_recipes
+from mquant.recipe import AS_STORED, Recipe, load_recipes
 from mquant.schemes import NVFP4A16
 from mquant.text import names
 
@@ -49,11 +49,12 @@ def stated_recipe(checkpoint: Checkpoint) -> Recipe | None:
     return recipe.model_copy(update={"roles": roles, "foreign": True})
 
 
-def recipe_of(view: ModuleView, parent: Checkpoint) -> Recipe:
+def recipe_of(view: ModuleView, parent: Checkpoint, as_source: Collection[Role] = ()) -> Recipe:
     """Return a recipe from the checkpoint's own tensors: which modules are quantized.
 
-    The majority decides for modules that loaders treat as one (a layer's experts, a fused set). A
-    missing module counts as most modules of its role.
+    The weights of the roles `as_source` are stored as the parent stores them. The majority decides
+    for modules that loaders treat as one (a layer's experts, a fused set). A missing module counts
+    as most modules of its role.
     """
     family = view.family
     if family is None:
@@ -75,7 +76,8 @@ def recipe_of(view: ModuleView, parent: Checkpoint) -> Recipe:
         for name in members[unit]
     ]
     present = {name.removesuffix(".weight") for name in parent.tensors}
-    return as_found(dict.fromkeys(quantized, NVFP4A16.name), [n for n in kept if n in present])
+    wishes = {role: AS_STORED if role in as_source else NVFP4A16.name for role in quantized}
+    return as_found(wishes, [name for name in kept if name in present])
 
 
 def as_found(roles: Mapping[Role, str], ignore: list[str]) -> Recipe:
@@ -148,7 +150,7 @@ def _candidates(recipe: Recipe) -> list[Recipe]:
 
 
 def _schemes(recipe: Recipe) -> set[str]:
-    return set(recipe.roles.values())
+    return set(recipe.roles.values()) - {AS_STORED}
 
 
 def _reproduced(
