@@ -116,6 +116,7 @@ def _of_expert(stored: Stored, expert: int) -> Stored:
     return replace(stored, codes=part(stored.codes), scale=part(stored.scale))
 
 
+_SIZES: Final = {"I64": "<i8", "I32": "<i4"}
 _WIDTH: Final = BF16.word.itemsize
 
 
@@ -149,6 +150,11 @@ class _FP4:
         if stored.second is None:
             raise TypeError(f"{stored.codes.name} has no second scale")
         second = float(_read(source, stored.second).reshape(-1)[0])
+        if not 0 < second < np.inf:
+            raise SourceError(
+                f"{stored.second.name} is {second:g}, and must be a number above zero.",
+                "Get the checkpoint again.",
+            )
         self._table = nvfp4_table(second, divide=stored.format is StorageFormat.NVFP4)
 
     def read(self, first: int, last: int, words: Words) -> None:
@@ -170,6 +176,10 @@ class _Integers:
         self._source, self._stored, self._scratch = source, stored, scratch
         self._packed, self._wide = columns * stored.bits // 8, stored.block[1]
         self._groups: Array | None = None
+        if stored.size is not None:
+            wrong = wrong_size(stored, _bytes(source, stored.size))
+            if wrong:
+                raise SourceError(f"{wrong}.", "Get the checkpoint again.")
         rows, scales = stored.codes.shape[0], stored.scale.shape[1]
         self._zeros = np.zeros((rows, scales), np.int8)
         if stored.zeros is not None:
@@ -196,6 +206,19 @@ class _Integers:
         decode_integers(codes.reshape(rows, -1), stored.bits, scales, zeros, wide, words)
 
 
+def wrong_size(stored: Stored, raw: Bytes) -> str:
+    """Return how the stated [out, in] of packed integers differs from that of the codes, or ''.
+
+    `raw` are the bytes of `stored.size`, two integers.
+    """
+    if stored.size is None:
+        return ""
+    stated = raw.view(_SIZES[stored.size.dtype]).tolist()
+    if stated == [*stored.shape]:
+        return ""
+    return f"{stored.size.name} is {stated}; the codes unpack to {[*stored.shape]}"
+
+
 def _zero_points(raw: Bytes, info: TensorInfo, bits: int, rows: int) -> Array:
     """Return zero points, int8 [rows, groups]; an int32 holds those of several rows."""
     groups = info.shape[1]
@@ -215,6 +238,7 @@ def _read_rows(source: Source, info: TensorInfo, first: int, last: int) -> Array
     raw = bytearray((last - first) * width)
     read_part(source, info, first * width, memoryview(raw))
     values = float_format.values(float_format.words(raw)).reshape(-1, columns)
+    _refuse_not_finite(info, values)
     return values if info.dtype == "F16" else values.astype(np.float32)
 
 
@@ -231,7 +255,19 @@ def _read(source: Source, info: TensorInfo) -> Array:
         _refuse_nan(info, raw)
         return E8M0[raw].reshape(info.shape)
     float_format = FLOATS[info.dtype]
-    return float_format.values(float_format.words(raw.data)).reshape(info.shape)
+    values = float_format.values(float_format.words(raw.data)).reshape(info.shape)
+    _refuse_not_finite(info, values)
+    return values
+
+
+def _refuse_not_finite(info: TensorInfo, scales: Array) -> None:
+    """Raise SourceError if a scale is NaN or infinite: the weights under the scale are unknown."""
+    if bad := int(np.count_nonzero(~np.isfinite(scales.astype(np.float32)))):
+        count = "a scale that is" if bad == 1 else f"{bad:,} scales that are"
+        raise SourceError(
+            f"{info.name} holds {count} NaN or infinite: the weights are unknown.",
+            "Get the checkpoint again.",
+        )
 
 
 def _refuse_nan(info: TensorInfo, scales: Bytes) -> None:

@@ -18,6 +18,7 @@ _SIZE: Final = "weight_shape"
 _PARTS: Final = {_CODES, _SCALE, _ZEROS, ORDER, _SIZE}
 _FLOATS: Final = ("F32", "BF16", "F16")
 _BITS: Final = (4, 8)
+_SIZES: Final = ("I64", "I32")
 
 
 class _Args(NamedTuple):
@@ -93,6 +94,9 @@ def stored_integers(
     columns = packed * 32 // args.bits
     if order is not None and (order.dtype, order.shape) != ("I32", (columns,)):
         return misfit(order, f"I32 [{columns}]")
+    size = tensors.get(_SIZE)
+    if size is not None and (size.dtype not in _SIZES or size.shape != (2,)):
+        return misfit(size, f"{' or '.join(_SIZES)} [2]")
     return Stored(
         StorageFormat.INT,
         codes,
@@ -101,7 +105,7 @@ def stored_integers(
         bits=args.bits,
         zeros=zeros,
         order=order,
-        size=tensors.get(_SIZE),
+        size=size,
     )
 
 

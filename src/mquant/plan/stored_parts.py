@@ -35,7 +35,7 @@ class Stored:
     `block` are the rows and columns that share an element of `scale`. `second` is the scale of the
     whole weight, or None; `input` is the scale of the activations, or None. Integers have `bits`,
     and may have zero points, and an `order`: the group of each column. `size` says [out, in] of
-    packed integers; it is not read.
+    packed integers; a run refuses a size that is not `shape`.
     """
 
     format: StorageFormat
@@ -51,8 +51,8 @@ class Stored:
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
-        """The tensors that are read besides the codes: scales, zero points, order."""
-        return tuple(filter(None, (self.scale, self.second, self.zeros, self.order)))
+        """The tensors that are read besides the codes: scales, zero points, order, size."""
+        return tuple(filter(None, (self.scale, self.second, self.zeros, self.order, self.size)))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,8 +1,14 @@
 """Checks of a run: the weights that an engine can read, and the headers that the run wrote."""
 
-from mquant.checkpoint import Source, read_header
-from mquant.errors import EngineError, UsageError
+from contextlib import closing
+
+import numpy as np
+
+from mquant.checkpoint import Source, read_header, reader_of
+from mquant.errors import EngineError, Refused, UsageError
 from mquant.plan import Plan
+from mquant.verify.numbers import PACKED_SHAPE_DIFFERS
+from mquant.verify.tally import Tally
 
 
 def check_headers_as_planned(made: Source, plan: Plan) -> None:
@@ -19,6 +25,30 @@ def check_headers_as_planned(made: Source, plan: Plan) -> None:
                 f"{shard.name} in {made.name} differs from the plan ({tensor}).",
                 "Please report this error; no loader will load a folder without config.json.",
             )
+
+
+def check_sizes(plan: Plan) -> None:
+    """Raise Refused if packed integers do not unpack to the shape that `weight_shape` states.
+
+    The sizes of a local source are read, 16 bytes of each weight. Those of a hub repo are read with
+    the weights.
+    """
+    source = plan.survey.checkpoint.source
+    stored = [member.stored for member in plan.survey.members if member.stored]
+    sized = [(each, each.size) for each in stored if each.size]
+    if not sized or not source.folders:
+        return
+    from mquant.engines.dequantized_rows import wrong_size  # numba
+
+    tally = Tally()
+    with closing(reader_of(source)) as reader:
+        for weight, info in sized:
+            raw = np.empty(info.nbytes, np.uint8)
+            reader.read_into(info.shard, info.start, raw.data)
+            if wrong := wrong_size(weight, raw):
+                tally.add(PACKED_SHAPE_DIFFERS, info.name, wrong)
+    if findings := tally.findings():
+        raise Refused(findings)
 
 
 def check_plain(plan: Plan, reader: str) -> None:

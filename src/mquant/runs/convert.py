@@ -9,6 +9,7 @@ from mquant.checkpoint import Overlay, Source, reader_of
 from mquant.errors import Refused
 from mquant.output import ShardSet, side_files
 from mquant.plan import Plan
+from mquant.runs.checks import check_sizes
 from mquant.runs.run import Result, Run, RunOptions
 from mquant.runs.run_spec import RunSpec
 
@@ -31,6 +32,7 @@ def convert(
     """
     if plan.refusals:
         raise Refused(plan.refusals)
+    check_sizes(plan)
     source = plan.survey.checkpoint.source
     identity, extra = source.identity(), dict(files or {})
     sides: dict[str, Source] = dict.fromkeys(side_files(plan.survey.checkpoint), source)

@@ -12,6 +12,7 @@ from mquant.findings import RULES
 from mquant.output import ShardObserver, ShardSet
 from mquant.plan import Plan
 from mquant.plan.loadable import OUTPUT_NOT_LOADABLE
+from mquant.runs.checks import check_sizes
 from mquant.runs.run import Result, Run, RunOptions
 from mquant.runs.scratch import check_scratch, check_side_files, least_scratch, spooled
 from mquant.runs.spec import Engine, QuantizeSpec, check_engine, prepare
@@ -39,6 +40,7 @@ def quantize(
     for an OUT that mquant did not make, that is in use or is too small, and what the engine raises.
     """
     spec, scratch = prepare(plan, engine, importance, data), options.get("scratch")
+    check_sizes(plan)
     if scratch is not None:
         check_engine(spec.kind, "--scratch")
         check_scratch(scratch, least_scratch(plan))
