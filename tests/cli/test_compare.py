@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+import mx_sources
 from make import Row, without
 from mquant.cli.app import app
-from mutate import mutated
-from run import TRAINED
+from mquant.runs.quantize import quantize
+from mutate import Bytes, changed, mutated
+from run import TRAINED, plan_of
 
 SCALE = "model.layers.1.self_attn.o_proj.weight_global_scale"
 
@@ -82,3 +84,36 @@ def test_the_parent_must_be_given(trained: Path) -> None:
     result = run(trained)
     assert result.exit_code == 2
     assert "--against is missing." in result.stderr
+
+
+def test_weights_that_are_the_parents_in_another_format_are_equal_and_not_changed(
+    tmp_path: Path,
+) -> None:
+    src = mx_sources.source(tmp_path / "src")
+    recipe = tmp_path / "experts.yaml"
+    recipe.write_text("{name: experts, suffix: X, roles: {expert: NVFP4A16}}")
+    out = quantize(plan_of(src, str(recipe)), tmp_path / "out").out
+    lines = run(out, "--against", src).stdout.splitlines()
+    assert lines[0] == (
+        f"33 tensors identical to {src.name}, 90 equal in every number, and none changed."
+    )
+    assert lines[2].split()[:4] == ["role", "identical", "equal", "changed"]
+    (expert,) = (line.split() for line in lines if line.startswith("expert "))
+    assert expert == ["expert", "0", "90", "0"]
+    document = json.loads(run(out, "--against", src, "--format", "json").stdout)
+    assert (document["identical"], document["equal"], document["worst"]) == (33, 90, [])
+
+
+def test_a_block_that_is_zero_in_the_parent_is_named_in_words(
+    trained: Path, tmp_path: Path
+) -> None:
+    name = SCALE.removesuffix("_global_scale")
+
+    def zeros(values: Bytes) -> None:
+        values[:] = 0
+
+    parent = mutated(TRAINED, tmp_path, edit=changed(name, data=zeros))
+    result = run(trained, "--against", parent)
+    (line,) = (line for line in result.stdout.splitlines() if name in line)
+    assert line.split("parent is 0")[1].strip().startswith("the parent's is 0 at [")
+    assert "inf" not in result.stdout

@@ -71,11 +71,17 @@ def verdict(comparison: "Comparison") -> str:
     """Return the comparison in one sentence."""
     changed = len(comparison.changed)
     total = comparison.total
-    text = f"{plural(len(comparison.tensors) - changed, 'tensor')} identical to {comparison.parent}"
+    equal = sum(comparison.equal.values())
+    identical = len(comparison.tensors) - changed - equal
+    text = f"{plural(identical, 'tensor')} identical to {comparison.parent}"
+    if equal:
+        text += f", {equal:,} equal in every number"
     if not changed:
         return f"{text}, and none changed."
     if not isfinite(total.error):
         return f"{text}, {changed:,} changed, some of them to or from NaN or infinity."
+    if not total.power:
+        return f"{text}, {changed:,} changed from 0."
     return f"{text}, {changed:,} changed by {_percent(total)} ({_decibel(total)})."
 
 
@@ -84,6 +90,7 @@ def render(comparison: "Comparison") -> RenderableType:
     roles = table(
         ("role", "left"),
         ("identical", "right"),
+        *((("equal", "right"),) if comparison.equal else ()),
         ("changed", "right"),
         ("rel. error", "right"),
         ("SQNR", "right"),
@@ -92,7 +99,9 @@ def render(comparison: "Comparison") -> RenderableType:
     for role, (same, error) in comparison.roles.items():
         numbers = (_percent(error), _decibel(error), f"{error.cosine:.6f}")
         cells = numbers if error.tensors else ("", "", "")
-        roles.add_row(clean(role), f"{same:,}", f"{error.tensors:,}", *cells)
+        equal = (f"{comparison.equal.get(role, 0):,}",) if comparison.equal else ()
+        counts = (f"{same:,}", *equal, f"{error.tensors:,}")
+        roles.add_row(clean(role), *counts, *cells)
     parts: list[RenderableType] = [Text(clean(verdict(comparison)), "bold"), "", roles, ""]
     if comparison.changed:
         parts += [_worst(comparison), ""]
@@ -109,14 +118,18 @@ def _worst(comparison: "Comparison") -> RenderableType:
         error, block = error_stats(difference), ""
         if difference.worst is not None:
             row, column, relative = difference.worst
-            block = f"{relative:.1%} at [{row}, {column}]"
+            zero = "the parent's is 0" if isfinite(difference.error) else "not finite"
+            block = f"{relative:.1%}" if isfinite(relative) else zero
+            block += f" at [{row}, {column}]"
         rows.add_row(_percent(error), _decibel(error), block, clean(difference.name))
     return rows
 
 
 def _percent(error: "ErrorStats") -> str:
-    return f"{error.relative:.2%}" if isfinite(error.error) else "not finite"
+    if not isfinite(error.error):
+        return "not finite"
+    return f"{error.relative:.2%}" if error.power else "parent is 0"
 
 
 def _decibel(error: "ErrorStats") -> str:
-    return f"{error.sqnr:.1f} dB" if isfinite(error.error) else ""
+    return f"{error.sqnr:.1f} dB" if isfinite(error.error) and error.power else ""

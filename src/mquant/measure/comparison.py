@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import astuple, dataclass
@@ -90,8 +90,9 @@ def error_stats(difference: Difference) -> ErrorStats:
 class Comparison:
     """All differences of a checkpoint from its parent, in the order of the parent's files.
 
-    `identical` tensors equal the parent's bit for bit; all others have an error. `bytes_read` and
-    `requests` count the reads from hub repos; None if no source is a hub repo.
+    `identical` tensors equal the parent's bit for bit, `equal` tensors number for number; all
+    others have an error. `bytes_read` and `requests` count the reads from hub repos; None if no
+    source is a hub repo.
     """
 
     source: str
@@ -106,7 +107,7 @@ class Comparison:
     @property
     def changed(self) -> tuple[Difference, ...]:
         """Tensors that differ from the parent's; the largest relative error first."""
-        changed = [difference for difference in self.tensors if not difference.identical]
+        changed = [each for each in self.tensors if not (each.identical or each.equal)]
         return tuple(sorted(changed, key=_badness, reverse=True))
 
     @property
@@ -115,13 +116,21 @@ class Comparison:
         return _sum(self.changed)
 
     @property
+    def equal(self) -> Mapping[str, int]:
+        """Role -> how many tensors have the parent's numbers under other bits; roles with any."""
+        return Counter(difference.role for difference in self.tensors if difference.equal)
+
+    @property
     def roles(self) -> Mapping[str, tuple[int, ErrorStats]]:
-        """Role -> how many tensors are identical, and the error of the others."""
+        """Role -> how many tensors are identical, and the error of those that are not equal."""
         by_role: dict[str, list[Difference]] = defaultdict(list)
         for difference in self.tensors:
             by_role[difference.role].append(difference)
         return {
-            role: (sum(f.identical for f in group), _sum(f for f in group if not f.identical))
+            role: (
+                sum(f.identical for f in group),
+                _sum(f for f in group if not (f.identical or f.equal)),
+            )
             for role, group in by_role.items()
         }
 
@@ -149,9 +158,11 @@ class Comparison:
             "parent": self.parent,
             "family": self.family,
             "identical": sum(difference.identical for difference in self.tensors),
+            "equal": sum(self.equal.values()),
             "changed": self.total.to_json(),
             "roles": [
-                {"role": role, "identical": same, **error.to_json()}
+                {"role": role, "identical": same, "equal": self.equal.get(role, 0)}
+                | error.to_json()
                 for role, (same, error) in self.roles.items()
             ],
             "layers": [{"layer": at, **e.to_json()} for at, e in self.layers.items()],

@@ -67,6 +67,11 @@ class Difference:
     own: float = 0.0
     worst: tuple[int, int, float] | None = None
 
+    @property
+    def equal(self) -> bool:
+        """Whether all numbers are the parent's, under other bits: in another format, or as -0."""
+        return not self.identical and self.error == 0.0
+
 
 @dataclass(frozen=True)
 class Pair:

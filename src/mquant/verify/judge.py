@@ -164,8 +164,7 @@ def verify(
         checked += ["against"]
         if depth is Depth.FULL:  # at other depths the parent's shards are sampled
             refuse_changed(parent, emit)
-        against = check_against(view, original, everything=depth is Depth.FULL, emit=emit)
-        all_findings = _with_parent(all_findings, against)
+        all_findings = _with_parent(all_findings, _against(view, original, depth, emit))
     all_findings += loader.findings if loader else ()
     judged_by_loader = loader is not None and loader.answered
     checked += ["vllm"] if judged_by_loader else []
@@ -216,6 +215,10 @@ def _stored_in(shards: Collection[str], view: ModuleView) -> frozenset[str]:
     """Return the names of the tensors in some shards."""
     tensors = view.checkpoint.tensors.values()
     return frozenset(info.name for info in tensors if info.shard in shards)
+
+
+def _against(view: ModuleView, parent: ModuleView, depth: Depth, emit: Emit) -> tuple[Finding, ...]:
+    return check_against(view, parent, everything=depth is Depth.FULL, emit=emit)
 
 
 def _with_parent(findings: list[Finding], against: tuple[Finding, ...]) -> list[Finding]:

@@ -143,7 +143,8 @@ def _errors(evidence: Evidence) -> Html:
             _number(row["sqnr_db"], "{:.1f} dB"),
             _number(row["cosine"], "{:.6f}"),
         )
-        counts = (row["role"], f"{row['identical']:,}", f"{row['tensors']:,}")
+        equal = f", {row['equal']:,} equal" if row["equal"] else ""
+        counts = (row["role"], f"{row['identical']:,}{equal}", f"{row['tensors']:,}")
         rows.append((*counts, *(numbers if differs else ("", "", ""))))
     heads = ("role", "identical", "changed", "rel. error", "SQNR", "cosine")
     by_role = table(heads, rows, frozenset(range(1, 6)))
