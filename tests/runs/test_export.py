@@ -23,6 +23,8 @@ from mquant.family_files import load_families
 from mquant.numerics.reciprocal import reciprocal, recovered
 from mquant.plan import Target
 from mquant.runs.export import export
+from mquant.runs.quantize import quantize
+from mquant.synth import Precision, synth
 from mquant.verify.judge import Depth, verify
 from mutate import changed, mutated, scalar
 from run import TRAINED, plan_of, quantize_nvfp4
@@ -276,3 +278,34 @@ def test_a_quantized_cache_is_refused(nvfp4a16: Path, tmp_path: Path) -> None:
 
     with pytest.raises(Refused, match=f"mquant does not export {name}"):
         exported(mutated(nvfp4a16, tmp_path, edit=edit), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("family", "precision", "stored"),
+    [
+        ("minimax_m2", "mxfp4", "compressed-tensors MXFP4"),
+        ("minimax_m2", "int4", "packed integers"),
+        ("mistral", "fp8-tensor", "FP8 per tensor"),
+        ("deepseek_v4", "mxfp4-fp8", "DeepSeek FP8 and DeepSeek MXFP4"),
+        ("gpt_oss", "mxfp4-blocks", "gpt-oss MXFP4"),
+    ],
+)
+def test_a_source_in_another_format_is_told_that_only_nvfp4_is_exported(
+    tmp_path: Path, family: str, precision: str, stored: str
+) -> None:
+    src = synth(tmp_path / "src", FAMILIES[family], precision=Precision(precision)).path
+    with pytest.raises(Refused) as caught:
+        exported(src, tmp_path / "out")
+    (finding,) = caught.value.findings
+    assert finding.rule == "nothing-to-export"
+    assert finding.message == (
+        f"src is already quantized, as {stored}; mquant exports NVFP4 only, and to modelopt only "
+        "checkpoints whose quantized weights are all compressed-tensors NVFP4."
+    )
+    assert finding.fix == "Make such a checkpoint first: mquant quantize src --recipe nvfp4."
+
+
+def test_a_checkpoint_that_is_nvfp4_only_in_part_is_not_exported(tmp_path: Path) -> None:
+    mixed = quantize(plan_of(TRAINED, "nvfp4-fp8"), tmp_path / "mixed").out
+    with pytest.raises(Refused, match="as compressed-tensors FP8 and compressed-tensors NVFP4; "):
+        exported(mixed, tmp_path / "out")

@@ -82,7 +82,7 @@ def refusals(actions: list[Action]) -> list[Finding]:
     lost = [a for a in actions if a.stored and a.as_stored and a.already is None]
     if not lost or lost[0].stored is None:
         return []
-    action, storage = lost[0], lost[0].stored.format
+    action, storage = lost[0], lost[0].stored.described
     more = f" (and {len(lost) - 1:,} more like it)" if len(lost) > 1 else ""
     return [
         NOT_AS_STORED.finding(

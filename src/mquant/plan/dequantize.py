@@ -58,7 +58,7 @@ def make_bf16_plan(
 
 def _action(member: Member) -> Action:
     stored = member.stored
-    return Action.kept(member, f"dequantized from {stored.format}" if stored else "as it is")
+    return Action.kept(member, f"dequantized from {stored.described}" if stored else "as it is")
 
 
 def _nothing(surveyed: Survey) -> list[Finding]:

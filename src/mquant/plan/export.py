@@ -13,14 +13,15 @@ from typing import Any, Final
 from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.errors import Refused
 from mquant.family import Family
-from mquant.findings import rule
+from mquant.findings import Finding, rule
 from mquant.loader_model.storage import GROUP, SUFFIXES, StorageFormat
 from mquant.plan.action import Action, OutputTensor, WorkUnit
 from mquant.plan.build import kept_modules
 from mquant.plan.loadable import checked
 from mquant.plan.members import Member, as_stored
 from mquant.plan.model import Plan, ShardPlan, declaration
-from mquant.plan.survey import Survey, survey
+from mquant.plan.stored import READABLE
+from mquant.plan.survey import SOURCE_QUANTIZED, Survey, survey
 from mquant.recipe import Recipe
 from mquant.schemes import NVFP4, NVFP4A16
 from mquant.text import names
@@ -90,6 +91,8 @@ def survey_for(checkpoint: Checkpoint, families: Mapping[str, Family], target: T
     from, or has a tensor that the other layout cannot store.
     """
     surveyed = survey(checkpoint, families, (SOURCE[target],))
+    if any(finding.rule == SOURCE_QUANTIZED.id for finding in surveyed.findings):
+        raise Refused([_other_format(checkpoint, families, target)])
     stored = [member.stored for member in surveyed.members if member.stored]
     known = {info.name for member in as_stored(surveyed.members) for info in _parts(member)}
     unstorable = [name for name in checkpoint.tensors if name not in known]
@@ -125,6 +128,25 @@ def survey_for(checkpoint: Checkpoint, families: Mapping[str, Family], target: T
     if findings:
         raise Refused(findings)
     return surveyed
+
+
+def _other_format(
+    checkpoint: Checkpoint, families: Mapping[str, Family], target: Target
+) -> Finding:
+    """Return the finding that a quantized checkpoint is not, or not all, in NVFP4."""
+    name = checkpoint.source.name
+    members = survey(checkpoint, families, READABLE).members
+    formats = sorted({member.stored.described for member in members if member.stored})
+    how = " and ".join(formats) if formats else "something that mquant cannot read"
+    again = f"mquant quantize {name if formats else 'PARENT'} --recipe nvfp4"
+    return NOTHING_TO_EXPORT.finding(
+        "config.json",
+        f"{name} is already quantized, as {how}; mquant exports NVFP4 only, and to {target} only "
+        f"checkpoints whose quantized weights are all {SOURCE[target]}.",
+        f"Make such a checkpoint first: {again}."
+        if target is Target.MODELOPT
+        else "Give a checkpoint that mquant exported to ModelOpt, or that ModelOpt made.",
+    )
 
 
 def scalars(surveyed: Survey) -> Iterator[TensorInfo]:

@@ -48,7 +48,7 @@ def dequantizes(surveyed: Survey) -> list[Finding]:
     stored = [member.stored for member in surveyed.members if member.stored]
     if not stored or not surveyed.readable:
         return []
-    formats = " and ".join(sorted({weight.format.value for weight in stored}))
+    formats = " and ".join(sorted({weight.described for weight in stored}))
     left_out = len(surveyed.checkpoint.tensors) - len(as_stored(surveyed.members))
     return [
         SOURCE_DEQUANTIZED.finding(
@@ -115,4 +115,4 @@ def _weights(actions: Sequence[Action]) -> str:
 
 
 def _formats(actions: Iterable[Action]) -> set[str]:
-    return {action.stored.format.value for action in actions if action.stored}
+    return {action.stored.described for action in actions if action.stored}

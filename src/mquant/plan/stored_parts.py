@@ -6,7 +6,7 @@ from typing import Final
 from mquant.checkpoint import TensorInfo
 from mquant.dtypes import BITS
 from mquant.findings import Finding, Rule, rule
-from mquant.loader_model.storage import FP4S, StorageFormat
+from mquant.loader_model.storage import FP4S, SCALAR, StorageFormat
 
 PART_MISSING: Final = rule(
     "part-missing",
@@ -48,6 +48,15 @@ class Stored:
     zeros: TensorInfo | None = None
     order: TensorInfo | None = None
     size: TensorInfo | None = None
+
+    @property
+    def described(self) -> str:
+        """The format in words: of FP8 without a tool's name, also what shares a scale."""
+        if self.format is not StorageFormat.FP8_BLOCK:
+            return self.format.value
+        if self.scale.shape in SCALAR:
+            return "FP8 per tensor"
+        return "FP8 per channel" if self.block == (1, self.shape[1]) else self.format.value
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:

@@ -63,7 +63,7 @@ def measure_cost(plan: Plan, source: Source, importance: "Importance | None") ->
         first = unit.actions[0]
         if first.kind == "quantize" and first.scheme and all(a.stored for a in unit.actions):
             stored = first.stored
-            groups[stored.format.value if stored else "", first.scheme.name].append(unit)
+            groups[stored.described if stored else "", first.scheme.name].append(unit)
     if not groups:
         return []
     from mquant.engines.importance import weigher  # numba
