@@ -286,6 +286,21 @@ def test_the_oneshot_engine_does_not_keep_what_is_stored(tmp_path: Path) -> None
         quantize(plan, tmp_path / "out")
 
 
+def test_the_advice_on_kept_weights_that_blocks_do_not_divide_can_be_followed(
+    tmp_path: Path,
+) -> None:
+    src = synth(tmp_path / "src", FAMILIES["deepseek_v4"], precision=Precision.MXFP4_FP8).path
+    roles = "{expert: NVFP4A16, attention: source, shared_expert: source}"
+    (refusal,) = plan_of(src, recipe(tmp_path, roles)).refusals
+    assert refusal.fix.startswith("Leave attention and shared_expert out of the recipe's roles, or")
+    listed = refusal.fix.partition("use ignore: ")[2].removesuffix(". They then become BF16.")
+    path = tmp_path / "ignoring.yaml"
+    path.write_text(f"{{name: mine, suffix: X, roles: {roles}, ignore: {listed}}}")
+
+    assert not plan_of(src, str(path)).refusals
+    assert not plan_of(src, recipe(tmp_path, "{expert: NVFP4A16}")).refusals
+
+
 def damaged(out: Path, folder: Path, name: str, change: Callable[[Bytes], None]) -> Path:
     """Copy a checkpoint without the digests of its files, and change a tensor's bytes."""
     return forget_digests(mutated(out, folder, edit=changed(name, data=change)))

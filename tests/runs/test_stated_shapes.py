@@ -65,7 +65,10 @@ def test_a_stated_shape_that_is_not_that_of_the_codes_is_refused_before_anything
 
     (finding,) = caught.value.findings
     assert (finding.rule, finding.where) == ("packed-shape-differs", name)
-    assert finding.message == f"{name} is {stated}; the codes unpack to {[rows, packed * 8]}."
+    assert finding.message == (
+        f"{name} is {stated}; the codes unpack to {[rows, packed * 8]}, with num_bits 4 of "
+        "config.json."
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -216,7 +216,10 @@ def wrong_size(stored: Stored, raw: Bytes) -> str:
     stated = raw.view(_SIZES[stored.size.dtype]).tolist()
     if stated == [*stored.shape]:
         return ""
-    return f"{stored.size.name} is {stated}; the codes unpack to {[*stored.shape]}"
+    return (
+        f"{stored.size.name} is {stated}; the codes unpack to {[*stored.shape]}, with num_bits "
+        f"{stored.bits} of config.json"
+    )
 
 
 def _zero_points(raw: Bytes, info: TensorInfo, bits: int, rows: int) -> Array:

@@ -20,7 +20,7 @@ from mquant.plan.cast import with_casts
 from mquant.plan.loadable import checked
 from mquant.plan.members import Member, apart, as_stored
 from mquant.plan.model import Plan, ShardPlan
-from mquant.plan.never_quantized import KEPT_BECAUSE, biased_experts, natural, unsafe
+from mquant.plan.never_quantized import KEPT_BECAUSE, biased_experts, in_yaml, natural, unsafe
 from mquant.plan.starts_from import starts_from
 from mquant.plan.stored import READABLE
 from mquant.plan.survey import Survey, survey
@@ -202,19 +202,25 @@ def _unquantizable(
     members: tuple[Member, ...], actions: list[Action], family: Family
 ) -> list[Finding]:
     unfit = [
-        (action, obstacle)
+        (member.tensor_role.row, action, obstacle)
         for member, action in zip(members, actions, strict=True)
         if action.stored_in and (obstacle := _obstacle(member, action.stored_in, family))
     ]
     if not unfit:
         return []
-    action, obstacle = unfit[0]
+    _, action, obstacle = unfit[0]
+    roles, fix = str(action.role), "or list all such modules in ignore"
+    if action.already:  # each module that is ignored becomes BF16, and so must its fused set
+        rows = [each for row, *_ in unfit for each in family.fused_sets.get(row.fused, (row,))]
+        entries = [entry for row in dict.fromkeys(rows) for entry in row.patterns(str)]
+        roles = " and ".join(dict.fromkeys(str(each.role) for _, each, _ in unfit))
+        fix = f"or use ignore: {in_yaml(entries)}. They then become BF16"
     more = f" (and {len(unfit) - 1:,} more like it)" if len(unfit) > 1 else ""
     return [
         NOT_QUANTIZABLE.finding(
             action.source.name,
             f"{action.source.name} {obstacle}{more}.",
-            f"Leave {action.role} out of the recipe's roles, or list all such modules in ignore.",
+            f"Leave {roles} out of the recipe's roles, {fix}.",
         )
     ]
 

@@ -176,4 +176,9 @@ def safe_ignore(family: Family, recipe: Recipe) -> str:
             )
     entries += [e for e in recipe.ignore if e not in entries]
     entries.sort(key=lambda entry: (entry.startswith("re:"), natural(entry)))
+    return in_yaml(entries)
+
+
+def in_yaml(entries: list[str]) -> str:
+    """Return entries of an ignore list as YAML in one line."""
     return yaml.safe_dump(entries, default_flow_style=True, width=math.inf).strip()

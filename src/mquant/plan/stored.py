@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from mquant.checkpoint import Checkpoint, TensorInfo
-from mquant.findings import Finding
+from mquant.findings import Finding, rule
 from mquant.loader_model.modules import by_module, method_of, quantized_suffixes
 from mquant.loader_model.storage import E4M3S, FP4S, SUFFIXES, StorageFormat, recognize
 from mquant.plan.stored_floats import stored_floats
@@ -28,6 +28,21 @@ __all__ = [
 
 # Scales of activations and of the KV cache: useless once the weight is dequantized.
 _OF_CACHE: Final = (".k_scale", ".v_scale", ".q_scale", ".output_scale")
+
+METHOD_DIFFERS: Final = rule(
+    "method-differs",
+    "quant_method of config.json is a method whose layout the quantized weights have.",
+    "Loaders read the tensors as quant_method says, and the codes may mean something else.",
+    "Correct quant_method in config.json, or get the checkpoint again.",
+    needs="plan",
+)
+_METHODS: Final[dict[StorageFormat, tuple[str, ...]]] = {
+    StorageFormat.NVFP4: ("compressed-tensors",),
+    StorageFormat.MXFP4: ("compressed-tensors",),
+    StorageFormat.INT: ("compressed-tensors",),
+    StorageFormat.MXFP4_BLOCKS: ("mxfp4",),
+}
+"""The methods that have a layout of their own. `stored_floats` judges those of FP8."""
 
 READABLE: Final = (*E4M3S, *FP4S, StorageFormat.INT)
 """The formats that mquant can dequantize."""
@@ -69,6 +84,9 @@ def find_stored(
         twice = "weight" in parts and storage in SUFFIXES and SUFFIXES[storage].codes != "weight"
         if storage not in formats or twice:
             return None
+        if method not in (*_METHODS.get(storage, (method,)), "", "unknown"):
+            broken.append(_method_differs(module, storage, method))
+            continue
         if storage is StorageFormat.INT:
             stored = stored_integers(module, parts, integers)
         else:
@@ -84,6 +102,14 @@ def find_stored(
     if not weights and not broken:
         return None
     return StoredWeights(weights, frozenset(others - weights.keys()), _first(broken))
+
+
+def _method_differs(module: str, storage: StorageFormat, method: str) -> Finding:
+    return METHOD_DIFFERS.finding(
+        module,
+        f"config.json says quant_method {method[:40]!r}, but {module} is stored as {storage}.",
+        "Correct quant_method in config.json, or get the checkpoint again.",
+    )
 
 
 def _in_bf16(name: str, stored: Stored) -> TensorInfo:

@@ -17,7 +17,8 @@ ORDER: Final = "weight_g_idx"
 _SIZE: Final = "weight_shape"
 _PARTS: Final = {_CODES, _SCALE, _ZEROS, ORDER, _SIZE}
 _FLOATS: Final = ("F32", "BF16", "F16")
-_BITS: Final = (4, 8)
+BITS: Final = (4, 8)
+"""The bits of integers that can be decoded."""
 _SIZES: Final = ("I64", "I32")
 
 
@@ -81,7 +82,12 @@ def stored_integers(
     args = declared.of(module, codes, scale)
     if args is None or scale.dtype not in _FLOATS:
         dtypes = " or ".join(_FLOATS)
-        return misfit(scale, f"{dtypes}, one for each group that config.json declares")
+        said = " and ".join(dict.fromkeys(_said(group, bits) for group, bits in declared.declared))
+        return misfit(
+            scale,
+            f"{dtypes}, one for each group that config.json declares ({said}) of codes "
+            f"{list(codes.shape)}",
+        )
     zeros, order = tensors.get(_ZEROS), tensors.get(ORDER)
     if zeros is None and not args.symmetric:
         return broken(module, PART_MISSING, f"{module} has no {_ZEROS} beside its codes")
@@ -115,8 +121,13 @@ def _declared(config: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], in
         weights = group.get("weights")
         if isinstance(weights, dict) and weights.get("type") == "int":
             bits = weights.get("num_bits")
-            if type(bits) is int and bits in _BITS:
+            if type(bits) is int and bits in BITS:
                 yield group, bits
+
+
+def _said(group: Mapping[str, Any], bits: int) -> str:
+    size = group["weights"].get("group_size")
+    return f"num_bits {bits}, group_size {size}" if type(size) is int else f"num_bits {bits}"
 
 
 def _entries(group: Mapping[str, Any]) -> list[str]:

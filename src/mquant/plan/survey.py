@@ -16,10 +16,11 @@ from mquant.family_rows import Role, TensorRow
 from mquant.findings import Finding, rule
 from mquant.loader_model.modules import declared_config
 from mquant.loader_model.stacks import unstacked
-from mquant.loader_model.storage import StorageFormat
+from mquant.loader_model.storage import StorageFormat, groups
 from mquant.plan.completeness import completeness, layouts
 from mquant.plan.members import Member
 from mquant.plan.stored import READABLE, find_stored
+from mquant.plan.stored_integers import BITS as BITS_OF_INTEGERS
 from mquant.schemes import QUANTIZED_SUFFIXES
 from mquant.text import names
 
@@ -158,7 +159,9 @@ def _already_quantized(
         return []
     method = config.get("quant_method") if isinstance(config, dict) else None
     how = (
-        f"config.json says {json.dumps(method)[:60]}" if method else f"it holds {names(traces, 1)}"
+        f"config.json says {json.dumps(method)[:60]}{_unreadable(config)}"
+        if method
+        else f"it holds {names(traces, 1)}"
     )
     if not method and not traces:
         how = "config.json has a quantization_config"
@@ -170,6 +173,20 @@ def _already_quantized(
             + ("." if set(READABLE) <= set(formats) else ", or write one: mquant dequantize."),
         )
     ]
+
+
+def _unreadable(config: object) -> str:
+    """Return the format and the bits of a config group of integers that mquant cannot read."""
+    if not isinstance(config, dict):
+        return ""
+    for group in groups(config):
+        weights = group.get("weights")
+        if not isinstance(weights, dict) or weights.get("type") != "int":
+            continue
+        bits, named = weights.get("num_bits"), group.get("format") or config.get("format")
+        if named != "pack-quantized" or bits not in BITS_OF_INTEGERS:
+            return f", format {json.dumps(named)[:60]}, integers, num_bits {json.dumps(bits)[:20]}"
+    return ""
 
 
 def _unknown(unknown: list[str], family: Family) -> Finding:

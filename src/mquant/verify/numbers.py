@@ -274,7 +274,8 @@ def _stated_shape(view: ModuleView, module: Module, result: _Result) -> None:
         rows, columns = np.frombuffer(read(view, info), kinds[info.dtype]).tolist()
         if (rows, -(-columns * bits // 32)) != codes.shape:
             packed = list(codes.shape)
-            result.add(PACKED_SHAPE_DIFFERS, info, f"is {[rows, columns]}; the codes are {packed}")
+            stated = f"is {[rows, columns]}; the codes are {packed}, num_bits is {bits}"
+            result.add(PACKED_SHAPE_DIFFERS, info, stated)
 
 
 def _scalar(view: ModuleView, info: TensorInfo, suffix: str, result: _Result) -> None:
