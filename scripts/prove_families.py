@@ -25,7 +25,7 @@ from mquant.checkpoint import CONFIG_NAME, Folder, open_checkpoint
 from mquant.errors import MquantError
 from mquant.family import Family
 from mquant.family_files import load_families
-from mquant.family_rows import Role
+from mquant.family_rows import EVERY_LAYER, Role
 from mquant.findings import Finding
 from mquant.plan import Plan, config_json, make_plan
 from mquant.recipe import Recipe, load_recipes
@@ -153,7 +153,14 @@ def _why(refusal: Finding) -> str:
 
 def _kept(family: Family, recipe: Recipe) -> str:
     roles = {row.role for row in family.tensors} - recipe.roles.keys()
-    return ", ".join(sorted(role.value for role in roles if role not in SMALL))
+    named = {role: role.value for role in roles if role not in SMALL}
+    drafts = [row for row in family.tensors if row.role is Role.MTP]
+    blocks = {row.block for row in drafts} - {EVERY_LAYER}
+    if any(row.block in blocks and row.role in recipe.roles for row in family.tensors):
+        # The other layers of multi-token prediction change with those of the model.
+        own = (row.name.removesuffix(".weight").rpartition(".")[2] for row in drafts)
+        named[Role.MTP] = f"mtp ({', '.join(name for name in own if name != '*')})"
+    return ", ".join(sorted(named.values()))
 
 
 def write_headers(plan: Plan, folder: Path) -> Path:

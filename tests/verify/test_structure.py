@@ -98,6 +98,11 @@ def test_a_tensor_that_breaks_a_rule_is_found(
     assert words in findings[rule]
 
 
+def test_a_weight_of_another_shape_beside_codes_is_one_fault(good: Path, tmp_path: Path) -> None:
+    bad = mutated(good, tmp_path, edit=adding(f"{EXPERT}w1.weight", shape=(8, 8)))
+    assert set(judged(bad)) == {"weight-stored-twice"}
+
+
 def plain_again(*modules: str) -> Edit:
     """Return an edit that stores some modules as BF16 weights; other modules stay quantized."""
 

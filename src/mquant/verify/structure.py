@@ -71,7 +71,9 @@ def _members(view: ModuleView, kinds: Kinds) -> list[Member]:
         kind = kinds.get(module.name)
         for suffix, info in module.tensors.items():
             tensor_role = _classify(family, info.name)
-            if tensor_role is not None and not (kind and suffix in module.quantized):
+            # A weight beside codes breaks a rule of its own; the codes stand for the weight.
+            of_codes = kind and (suffix in module.quantized or suffix == "weight")
+            if tensor_role is not None and not of_codes:
                 name = tensor_role.row.format(tensor_role.layer, tensor_role.expert)
                 members.append(Member(replace(info, name=name), tensor_role))
         tensor_role = _classify(family, f"{module.name}.weight")
