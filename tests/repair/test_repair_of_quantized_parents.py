@@ -83,6 +83,21 @@ def test_wrong_codes_are_found_and_made_again(
     assert not found(out, src).needed
 
 
+def test_all_weights_are_compared_if_one_of_the_sample_is_wrong(tmp_path: Path) -> None:
+    src = synth(tmp_path / "src", FAMILIES["minimax_m2"], precision=Precision.MXFP4).path
+    good = made_from(src, tmp_path, "{expert: NVFP4A16}")
+    modules = {f"model.layers.1.block_sparse_moe.experts.{n}.w2" for n in range(4, 8)}
+    bad = good
+    for number, module in enumerate(sorted(modules)):
+        edit = changed(f"{module}.{CODES}", data=at_random)
+        bad = mutated(bad, tmp_path / f"{number}", edit=edit)
+    (bad / RECORD).unlink()
+
+    diagnosis = diagnose(Folder(bad), Folder(src), FAMILIES)
+    assert {action.module for action in diagnosis.repair_plan.replaced} == modules
+    assert tensors(repair(diagnosis, tmp_path / "out").out) == tensors(good)
+
+
 def test_an_expert_of_a_copy_of_gpt_oss_costs_the_tensor_of_all_experts(tmp_path: Path) -> None:
     src = synth(tmp_path / "src", FAMILIES["gpt_oss"], precision=Precision.MXFP4_BLOCKS).path
     name = "model.layers.1.mlp.experts.down_proj_blocks"

@@ -1,11 +1,11 @@
 """Diagnose a broken checkpoint, given its parent.
 
-The findings are those of `verify`, and what `verify --against` finds in tensors. If the tensors are
-right, only config.json is mended: the model of the loader says with which config the loader takes
-the tensors. Otherwise tensors of the parent replace the wrong tensors, and the same model judges
-the plan. `diagnose` reads the parent as `verify --against` does at the same depth, and up to three
-fused sets. At depth `structure`, and from a hub repo if no depth is given, it reads the parent's
-headers, and a few norms.
+The findings are those of `verify`, and what `verify --against` finds in tensors. If the tensors
+are right, only config.json is mended: the model of the loader says with which config the loader
+takes the tensors. Otherwise tensors of the parent replace the wrong tensors, and the same model
+judges the plan. `diagnose` reads the parent as `verify --against` does at the same depth, all of a
+local parent if a sample has a wrong weight, and up to three fused sets. At depth `structure`, and
+from a hub repo if no depth is given, it reads the parent's headers, and a few norms.
 """
 
 from collections import Counter, defaultdict

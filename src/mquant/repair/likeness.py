@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 
+from mquant.checkpoint.hub import HubRepo
 from mquant.events import Emit
 from mquant.family_rows import Role
 from mquant.loader_model.modules import Module, ModuleView
@@ -23,9 +24,14 @@ def with_differences(
 ) -> Report:
     """Return a report of `verify` with what `verify --against` finds in the tensors.
 
-    Only tensors that the parent can mend count: those that differ from the parent's.
+    Only tensors that the parent can mend count: those that differ from the parent's. If a sample
+    has such a tensor, all tensors of a local parent are compared.
     """
-    tally = compare_tensors(view, parent, everything=depth is Depth.FULL, emit=emit)
+    whole = depth is Depth.FULL
+    tally = compare_tensors(view, parent, everything=whole, emit=emit)
+    if not whole and any(map(tally.of, _FOUND)):
+        whole = not isinstance(parent.checkpoint.source, HubRepo)
+        tally = compare_tensors(view, parent, everything=True, emit=emit) if whole else tally
     rules = {rule.id for rule in _FOUND}
     found = [finding for finding in tally.findings() if finding.rule in rules]
     names = {name for rule in _FOUND for name in tally.of(rule)}
@@ -47,7 +53,7 @@ def with_differences(
         report,
         parent=parent.checkpoint.source.name,
         checked=(*report.checked, "against"),
-        sampled=depth is not Depth.FULL,
+        sampled=not whole,
         findings=(*report.findings, *found),
         wrong=frozenset(wrong),
     )
