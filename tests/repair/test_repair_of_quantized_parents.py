@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from judges import read_json
+from make import Row
 from mquant.checkpoint import Folder
+from mquant.events import Event, Note
 from mquant.family_files import load_families
 from mquant.output import RECORD
 from mquant.repair.diagnose import Diagnosis, diagnose
@@ -96,6 +98,31 @@ def test_all_weights_are_compared_if_one_of_the_sample_is_wrong(tmp_path: Path) 
     diagnosis = diagnose(Folder(bad), Folder(src), FAMILIES)
     assert {action.module for action in diagnosis.repair_plan.replaced} == modules
     assert tensors(repair(diagnosis, tmp_path / "out").out) == tensors(good)
+
+
+def test_if_most_weights_differ_the_comparison_does_not_count_and_a_note_says_so(
+    tmp_path: Path,
+) -> None:
+    """Tools such as SmoothQuant change most weights on purpose."""
+    src = synth(tmp_path / "src", FAMILIES["minimax_m2"], precision=Precision.MXFP4).path
+    good = made_from(src, tmp_path, "{expert: NVFP4A16}")
+    (good / RECORD).unlink()
+
+    def edit(rows: list[Row]) -> list[Row]:
+        return [
+            (n, d, s, raw[::-1] if n.endswith("w2.weight_packed") or "w1.weight_p" in n else raw)
+            for n, d, s, raw in rows
+        ]
+
+    events: list[Event] = []
+    diagnosis = diagnose(
+        Folder(mutated(good, tmp_path / "b", edit=edit)), Folder(src), FAMILIES, emit=events.append
+    )
+    assert not diagnosis.needed
+    assert [event.message for event in events if isinstance(event, Note)] == [
+        "Most weights differ more from src than rounding explains: they are taken for changed on "
+        "purpose, and not repaired."
+    ]
 
 
 def test_an_expert_of_a_copy_of_gpt_oss_costs_the_tensor_of_all_experts(tmp_path: Path) -> None:

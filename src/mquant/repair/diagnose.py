@@ -165,14 +165,15 @@ def diagnose(
     config = {**original.config, **_quantization(checkpoint.config)}
     view = read_modules(replace(checkpoint, config=config), families)
     theirs = read_modules(original, families)
+    twice = {f.where for f in report.findings if f.rule == TENSOR_STORED_TWICE.id}
+    unlike = _unlike_parent(view, original, report.wrong | twice)
     if "numbers" in report.checked and (depth or not isinstance(parent, HubRepo)):
         report = with_differences(report, view, theirs, depth, emit)
     stated, copied = stated_recipe(checkpoint), is_copy(view, theirs)
     as_source = roles_as_in_parent(view, theirs)
     layout = _other_layout(view, as_source)
     recipe = stated or (as_found({}, []) if layout else recipe_of(view, original, as_source))
-    wrong = report.wrong | {f.where for f in report.findings if f.rule == TENSOR_STORED_TWICE.id}
-    wrong |= _unlike_parent(view, original, wrong)
+    wrong = report.wrong | twice | unlike
     weights, made_by = None, ""
     chosen = None
     if not wrong and view.family and _as_in_parent(view, original):

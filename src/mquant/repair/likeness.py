@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mquant.checkpoint.hub import HubRepo
-from mquant.events import Emit
+from mquant.events import Emit, Note
 from mquant.family_rows import Role
 from mquant.loader_model.modules import Module, ModuleView
 from mquant.verify.against_parent import (
@@ -25,7 +25,8 @@ def with_differences(
     """Return a report of `verify` with what `verify --against` finds in the tensors.
 
     Only tensors that the parent can mend count: those that differ from the parent's. If a sample
-    has such a tensor, all tensors of a local parent are compared.
+    has such a tensor, all tensors of a local parent are compared. If most quantized weights differ,
+    another tool changed them on purpose: the comparison tells nothing, and a note says so.
     """
     whole = depth is Depth.FULL
     tally = compare_tensors(view, parent, everything=whole, emit=emit)
@@ -35,6 +36,12 @@ def with_differences(
     rules = {rule.id for rule in _FOUND}
     found = [finding for finding in tally.findings() if finding.rule in rules]
     names = {name for rule in _FOUND for name in tally.of(rule)}
+    if len(names & {module.name for module in view.quantized}) * 2 > len(view.quantized):
+        few = (
+            f"Most weights differ more from {parent.checkpoint.source.name} than rounding explains"
+        )
+        emit(Note("warning", f"{few}: they are taken for changed on purpose, and not repaired."))
+        return report
     wrong = {
         info.name
         for name in names & view.modules.keys()
