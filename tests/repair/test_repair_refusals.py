@@ -139,3 +139,14 @@ def test_a_broken_parent_is_refused(right: Path, tmp_path: Path) -> None:
     parent = mutated(TRAINED, tmp_path / "parent", edit=without("layers.1.block_sparse_moe.gate."))
     bad = case_of("one router quantized").make(right, tmp_path)
     assert refusal(bad, parent).rule == "tensor-missing"
+
+
+@pytest.mark.parametrize("declared", [[2**62, 4, 0], "nvfp4", 7])
+def test_a_quantization_config_that_is_no_table_counts_as_none(
+    right: Path, tmp_path: Path, declared: object
+) -> None:
+    bad = mutated(right, tmp_path / "bad", edit=without(EXPERT))
+    (bad / RECORD).unlink()
+    config = read_json(bad / "config.json")
+    write_json(bad / "config.json", {**config, "quantization_config": declared})
+    assert refusal(bad, bad).rule == "repair-cannot-mend"

@@ -163,6 +163,7 @@ def _copies(
     shards: dict[str, list[WorkUnit]] = {}
     for info in tensors:
         shards.setdefault(info.shard, []).append(WorkUnit((_as_it_is(family, info),)))
+    declared = described.config.get("quantization_config")
     return Plan(
         survey=surveyed,
         family=family,
@@ -170,7 +171,7 @@ def _copies(
         shards=tuple(ShardPlan(name, tuple(units)) for name, units in shards.items()),
         ignore=(),
         findings=(),
-        declared=described.config.get("quantization_config") or {},
+        declared=declared if isinstance(declared, dict) else {},  # anything may stand there
     )
 
 
