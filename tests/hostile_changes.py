@@ -46,6 +46,9 @@ QUANTIZATIONS: Final[tuple[dict[str, Any], ...]] = (
     },
 )
 
+_MOST_BYTES = 2**36
+"""The most bytes of a shard of holes: 100 times any memory limit, and read in some minutes."""
+
 Change = Callable[[Path, Random], None]
 
 
@@ -86,7 +89,7 @@ def _layout(folder: Path, random: Random) -> None:
             position += bits // 8
     except (ValueError, TypeError, KeyError, AttributeError):
         return
-    if position > 2**42:
+    if type(position) is not int or position > _MOST_BYTES:
         return
     raw = json.dumps(table).encode()
     with path.open("wb") as file:
