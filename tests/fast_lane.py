@@ -23,6 +23,7 @@ ROOMS = {
     "repair": ["repair/test_repair.py::test_a_changed_norm_is_taken_from_the_parent"],
     "runs": ["runs/test_quantize.py"],
     "smoke": ["cli/test_smoke.py"],
+    "tokens": ["tokens/test_overlap.py", "tokens/test_samples.py"],
     "verify": ["verify/test_ignore.py"],
     "weights": ["weights/test_decode.py"],
 }

@@ -20,10 +20,10 @@ from mquant.checkpoint import Folder
 from mquant.cli.app import app
 from mquant.errors import DataFileError, MquantError
 from mquant.events import silent
-from mquant.measure import text_tokens
-from mquant.measure.text_tokens import read_tokens
 from mquant.publish.card.parent import find_parent
 from mquant.smoke.server import Server
+from mquant.tokens import text_tokens
+from mquant.tokens.text_tokens import read_tokens
 from mquant.untrusted import open_named
 from run import FIXTURES, TRAINED, plan_of, quantize_nvfp4
 
@@ -313,14 +313,6 @@ def test_a_damaged_file_of_the_tokenizer_is_named(tmp_path: Path, name: str) -> 
     result = run("calibrate", damaged, "--data", tmp_path / "x.jsonl", "-o", tmp_path / "out")
 
     assert told(result).startswith(f"Error: {name} in {damaged} cannot be understood: ")
-
-
-def test_a_line_separator_inside_a_line_of_data_is_no_end(tmp_path: Path) -> None:
-    from mquant.engines.samples import _rows
-
-    (tmp_path / "x.jsonl").write_text('{"text": "a\u2028b"}\n\n{"text": "c"}\r\n', "utf-8")
-
-    assert [row["text"] for row in _rows(str(tmp_path / "x.jsonl"))] == ["a\u2028b", "c"]
 
 
 def raises(call: Any, *arguments: Any) -> str:

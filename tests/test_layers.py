@@ -20,7 +20,7 @@ LAYERS = (
     {"verify", "synth_formats"},
     {"engines", "output", "synth_tower"},
     {"forward"},
-    {"weights", "plan", "numerics"},
+    {"weights", "plan", "numerics", "tokens"},
     {"loader_model"},
     {"recipe"},
     {"family_files"},

@@ -111,6 +111,15 @@ class Recipe(BaseModel):
             self, match(self.targets, known, Style.NAMES), match(self.ignore, known, Style.NAMES)
         )
 
+    def sampled(self, samples: int | None, length: int | None) -> "Recipe":
+        """Return the recipe with another number or length of calibration samples; None: as it is.
+
+        The same as if the recipe's file said so.
+        """
+        stated = {"samples": samples, "length": length}
+        update = {key: value for key, value in stated.items() if value is not None}
+        return self.model_copy(update={"calibration": self.calibration.model_copy(update=update)})
+
     @property
     def needs_data(self) -> bool:
         """Whether text must go through the model."""
@@ -184,7 +193,7 @@ def data_file(data: str) -> Path | None:
     The hub is never asked for the name of a file: raises DataFileError for a file of another kind.
     """
     path = Path(data)
-    if path.suffix in (".jsonl", ".txt", ".parquet"):
+    if path.name.endswith((".jsonl", ".jsonl.gz", ".txt", ".parquet")):
         return path
     if os.path.lexists(path):
         what = "no .jsonl, .txt or .parquet file" if is_file(path) else "not a regular file"

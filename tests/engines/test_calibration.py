@@ -9,7 +9,7 @@ import pytest
 
 from judges import data, differences, model_free_ptq, one_shard, opened
 from mquant.checkpoint import Folder
-from mquant.errors import DataFileError, UsageError
+from mquant.errors import UsageError
 from mquant.events import Event, Note
 from mquant.family_files import load_families
 from mquant.output.finish import recipe_yaml
@@ -69,7 +69,7 @@ def upstream(name: str, src: Path) -> Any:
     from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 
     from mquant.engines.oneshot import calibrate
-    from mquant.engines.samples import load_samples
+    from mquant.tokens.samples import load_samples
 
     model, parent = loaded("bfloat16", src), opened(src)
     for number, layer in enumerate(model.model.layers):
@@ -95,7 +95,7 @@ def upstream(name: str, src: Path) -> Any:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several threads add up GPTQ's Hessians in another order
     try:
-        calibrate(model, modifiers, load_samples(TEXT, src, FEW))
+        calibrate(model, modifiers, load_samples(TEXT, Folder(src), FEW).ids)
     finally:
         torch.set_num_threads(threads)
     return model
@@ -143,7 +143,7 @@ def test_the_calibrated_model_predicts_like_the_trained_model(tmp_path: Path) ->
     import torch
 
     from mquant.engines.offloaded_model import attach, build_model
-    from mquant.engines.samples import load_samples
+    from mquant.tokens.samples import load_samples
 
     plan = plan_of(TRAINED)
     checkpoint = plan.survey.checkpoint
@@ -154,8 +154,8 @@ def test_the_calibrated_model_predicts_like_the_trained_model(tmp_path: Path) ->
 
     set_onload_device(model, torch.device("cpu"))
     reference = loaded("float32")
-    (ids,) = load_samples(TEXT, TRAINED, Calibration(samples=1, length=256))
-    tokens = torch.tensor([ids])
+    (ids,) = load_samples(TEXT, Folder(TRAINED), Calibration(samples=1, length=256)).ids
+    tokens = torch.tensor(ids)[None]
     with torch.no_grad():
         loss, reference_loss = (
             torch.nn.functional.cross_entropy(m(tokens).logits[0, :-1].float(), tokens[0, 1:])
@@ -163,76 +163,6 @@ def test_the_calibrated_model_predicts_like_the_trained_model(tmp_path: Path) ->
         )
     assert abs(loss - reference_loss) < 0.02  # BF16; with RoPE over the whole head it is 0.5
     assert model.model.layers[0].mlp.gate.weight.dtype == torch.float32
-
-
-def test_samples_are_cut_from_a_text_and_drawn_by_seed() -> None:
-    from mquant.engines.samples import load_samples
-
-    first = load_samples(TEXT, TRAINED, FEW)
-    assert [len(ids) for ids in first] == [48, 48, 48]
-    assert first == load_samples(TEXT, TRAINED, FEW)
-    assert first != load_samples(TEXT, TRAINED, Calibration(samples=3, length=48, seed=2))
-
-
-def test_a_row_has_text_or_messages_for_the_chat_template(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from transformers import AutoTokenizer
-
-    from mquant.engines.samples import load_samples
-
-    messages = [{"role": "user", "content": "Is it far?"}]
-    lines = [json.dumps({"text": "Not far."}), "", json.dumps({"messages": messages})]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    pq.write_table(pa.table({"text": ["Not far."]}), tmp_path / "a.parquet")
-    tokenizer: Any = AutoTokenizer.from_pretrained(TRAINED)
-    text_ids = tokenizer("Not far.", add_special_tokens=False)["input_ids"]
-    chat = tokenizer.apply_chat_template(messages, tokenize=False)
-    chat_ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
-    calibration = Calibration(samples=9, length=999)
-
-    assert sorted(load_samples(str(tmp_path / "a.jsonl"), TRAINED, calibration)) == sorted(
-        [text_ids, chat_ids]
-    )
-    assert load_samples(str(tmp_path / "a.parquet"), TRAINED, calibration) == [text_ids]
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ('{"text": "a"}\n{"text"', "Line 2 of DATA is no JSON."),
-        ('{"prompt": "a"}', "A row of DATA has neither `text` nor `messages`."),
-        ("", "DATA holds no text."),
-        (None, "DATA cannot be read: No such file or directory."),
-    ],
-)
-def test_unusable_data_is_one_sentence(tmp_path: Path, content: str | None, sentence: str) -> None:
-    from mquant.engines.samples import load_samples
-
-    path = tmp_path / "data.jsonl"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(DataFileError) as caught:
-        load_samples(str(path), TRAINED, FEW)
-    assert caught.value.message == sentence.replace("DATA", str(path))
-
-
-def test_a_dataset_that_cannot_be_downloaded_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import datasets
-
-    from mquant.engines.samples import load_samples
-
-    def offline(*_: object, **__: object) -> None:
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(DataFileError) as caught:
-        load_samples("someone/texts", TRAINED, FEW)
-    assert caught.value.message == (
-        "someone/texts is no file, and cannot be loaded as a dataset from the hub: no network."
-    )
 
 
 def test_experts_without_routed_tokens_are_named(tmp_path: Path) -> None:

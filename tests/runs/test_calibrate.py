@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from mquant.checkpoint import Folder
 from mquant.cli.app import app
 from mquant.engines.importance import open_importance
-from mquant.engines.samples import load_samples
 from mquant.errors import OutputError
 from mquant.recipe import Calibration, find_recipe
 from mquant.runs.calibrate import calibrate
 from mquant.runs.quantize import quantize
+from mquant.tokens.samples import load_samples
 from run import FIXTURES, TRAINED, plan_of
 
 pytestmark = pytest.mark.upstream
@@ -63,9 +64,9 @@ def by_transformers(text: str) -> dict[str, Any]:
 
     layer.self_attn.q_proj.register_forward_pre_hook(attention)
     layer.mlp.experts.register_forward_pre_hook(experts)
-    for ids in load_samples(text, TRAINED, find_recipe("nvfp4-opt").calibration):
+    for ids in load_samples(text, Folder(TRAINED), find_recipe("nvfp4-opt").calibration).ids:
         with torch.no_grad():
-            model(torch.tensor([ids]))
+            model(torch.tensor(ids)[None])
     return {name: torch.cat(rows).square().mean(0).numpy() for name, rows in inputs.items()}
 
 
@@ -125,7 +126,7 @@ def test_the_verb_reports_modules_and_tokens(text: str, tmp_path: Path) -> None:
 
     assert document["ok"]
     assert (document["schema"], document["modules"]) == ("mquant.calibrate/1", 102)
-    assert document["tokens"] == sum(len(ids) for ids in load_samples(text, TRAINED, Calibration()))
+    assert document["tokens"] == load_samples(text, Folder(TRAINED), Calibration()).tokens
 
 
 def test_no_line_of_a_library_is_on_stdout_before_the_json(text: str, tmp_path: Path) -> None:

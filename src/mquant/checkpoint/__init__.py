@@ -14,7 +14,14 @@ from mquant.checkpoint.checkpoint import (
     read_header,
     read_json,
 )
-from mquant.checkpoint.headers import Held, TensorInfo, build_header, header_length, parse_header
+from mquant.checkpoint.headers import (
+    Held,
+    TensorInfo,
+    build_header,
+    header_length,
+    parse_header,
+    parse_metadata,
+)
 from mquant.checkpoint.reader import RangeReader, Reader, reader_of
 from mquant.checkpoint.source import Folder, Overlay, Source, Stamp, changed, stamp
 
@@ -41,6 +48,7 @@ __all__ = [
     "is_weights",
     "open_checkpoint",
     "parse_header",
+    "parse_metadata",
     "read_first",
     "read_header",
     "read_json",

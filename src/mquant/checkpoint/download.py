@@ -6,7 +6,7 @@ import shlex
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol
 
 from mquant import __version__
 from mquant.checkpoint.client import causes
@@ -42,6 +42,7 @@ class Downloadable(Protocol):
     """The attributes and methods of a repo that `download` needs; `HubRepo` has all of them."""
 
     repo_id: str
+    repo_type: Literal["model", "dataset"]
     commit: str
     endpoint: str
     files: Mapping[str, int]
@@ -109,6 +110,7 @@ def _snapshot(repo: Downloadable, sizes: Mapping[str, int], emit: Emit) -> Path:
         with quiet():
             folder = snapshot_download(
                 repo.repo_id,
+                repo_type=repo.repo_type,
                 revision=repo.commit,
                 endpoint=repo.endpoint,
                 library_name="mquant",

@@ -8,9 +8,10 @@ anything is allocated or read.
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from sys import intern
+from types import MappingProxyType
 from typing import Any, Final
 
 from mquant.dtypes import BITS, RANK, nbytes
@@ -127,8 +128,17 @@ def parse_header(raw: bytes, file_size: int, shard: str) -> tuple[TensorInfo, ..
     return tuple(tensors)
 
 
+def parse_metadata(raw: bytes, shard: str) -> dict[str, str]:
+    """Return the metadata in a JSON header that `parse_header` takes."""
+    metadata: dict[str, str] = _load(raw, shard).get("__metadata__") or {}
+    return metadata
+
+
 def build_header(
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]], *, keep_order: bool = False
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+    *,
+    keep_order: bool = False,
+    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
 ) -> tuple[bytes, dict[str, int]]:
     """Return a shard's first bytes, and each tensor's position in the file.
 
@@ -138,7 +148,8 @@ def build_header(
     """
     ordered = tensors if keep_order else sorted(tensors, key=lambda t: (-RANK[t[1]], t[0]))
     # Put together from texts: a dict and two lists for each tensor take several times the memory.
-    entries = ['{"__metadata__":{"format":"pt"}']
+    stated = json.dumps(dict(metadata), ensure_ascii=False, separators=(",", ":"))
+    entries = [f'{{"__metadata__":{stated}']
     position = 0
     offsets: dict[str, int] = {}
     for name, dtype, shape in ordered:

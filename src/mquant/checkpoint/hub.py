@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, Literal, NoReturn
 from urllib.parse import quote, urljoin, urlsplit
 
 from mquant import __version__
@@ -55,6 +55,8 @@ class HubRepo:
 
     Raises SourceError if the repo cannot be listed.
     """
+
+    repo_type: Literal["model", "dataset"] = "model"
 
     def __init__(self, repo_id: str, revision: str | None = None) -> None:
         from huggingface_hub import constants
@@ -135,7 +137,7 @@ class HubRepo:
             return b""
         if path in self._kept:
             return self._kept[path][start:end]
-        url = f"{self.endpoint}/{self.repo_id}/resolve/{self.commit}/{quote(path)}"
+        url = f"{self.endpoint}/{self._path}/resolve/{self.commit}/{quote(path)}"
         data = retrying(lambda: self._range(url, path, start, end))
         if end - start == size and self.digest(path) and not self.lists(path, data):
             raise SourceError(
@@ -164,7 +166,7 @@ class HubRepo:
 
     def _list(self) -> Listing:
         revision = quote(self.revision or "main", safe="")
-        url = f"{self.endpoint}/api/models/{self.repo_id}/revision/{revision}?blobs=true"
+        url = f"{self.endpoint}/api/{self.repo_type}s/{self.repo_id}/revision/{revision}?blobs=true"
         try:
             return parse_listing(retrying(lambda: self._whole(url)))
         except ValueError as error:
@@ -344,7 +346,12 @@ class HubRepo:
     @property
     def _page(self) -> str:
         split = urlsplit(self.endpoint)
-        return f"{split.scheme}://{split.netloc.rpartition('@')[2]}/{self.repo_id}"
+        return f"{split.scheme}://{split.netloc.rpartition('@')[2]}/{self._path}"
+
+    @property
+    def _path(self) -> str:
+        """The path of the repo's page on the hub."""
+        return self.repo_id if self.repo_type == "model" else f"datasets/{self.repo_id}"
 
     def nonsense(self, what: str) -> SourceError:
         """Return the error for an answer of the hub that makes no sense."""

@@ -6,9 +6,18 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from mquant.cli.options import Data, FamilyFile, FormatChoice, RecipeName, Revision, Src
+from mquant.cli.options import (
+    Data,
+    FamilyFile,
+    FormatChoice,
+    Length,
+    RecipeName,
+    Revision,
+    Samples,
+    Src,
+)
 from mquant.cli.output import Format, output
-from mquant.cli.plan import make
+from mquant.cli.plan import chosen_recipe, make
 from mquant.cli.progress import progress
 from mquant.cli.source import example
 from mquant.cli.tables import facts
@@ -21,6 +30,8 @@ File = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The 
 def calibrate(
     src: Src = None,
     data: Data = None,
+    samples: Samples = None,
+    length: Length = None,
     recipe: RecipeName = "nvfp4-opt",
     out_file: File = Path("importance.safetensors"),
     family: FamilyFile = None,
@@ -37,7 +48,8 @@ def calibrate(
     with output("calibrate", output_format) as out:
         if data is None:
             raise UsageError("--data is missing.", example(calibrate))
-        plan = make(calibrate, src, recipe, revision, None, family, allow_unsafe=False)
+        chosen = chosen_recipe(calibrate, recipe, samples, length)
+        plan = make(calibrate, src, chosen, revision, None, family, allow_unsafe=False)
         out.report(plan.findings)
         from mquant.runs.calibrate import calibrate as measure
 
@@ -48,6 +60,7 @@ def calibrate(
             modules=result.modules,
             samples=result.samples,
             tokens=result.tokens,
+            data=dict(result.data),
             unseen=list(result.unseen),
         )
         rows = [

@@ -53,6 +53,16 @@ Data = Annotated[
         help="Text to calibrate with: a .jsonl, .txt or .parquet file, or a dataset's id.",
     ),
 ]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="The most samples to calibrate with. Default: the recipe's."
+    ),
+]
+Length = Annotated[
+    int | None,
+    typer.Option(min=2, metavar="N", help="The most tokens of a sample. Default: the recipe's."),
+]
 Against = Annotated[
     str | None,
     typer.Option(metavar="PARENT", help="The folder or hub repo that SRC was made from."),

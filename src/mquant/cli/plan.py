@@ -28,6 +28,7 @@ from mquant.text import both_sizes, clean, compress, plural, size
 
 if TYPE_CHECKING:
     from mquant.plan import Plan
+    from mquant.recipe import Recipe
 
 _SHARDS_SHOWN = 8
 
@@ -52,14 +53,33 @@ def plan(
     """
     with output("plan", output_format) as out:
         checks = {"allow_unsafe": allow_unsafe, "exact": exact}
-        planned = make(plan, src, recipe, revision, max_shard_size, family, **checks)
+        chosen = chosen_recipe(plan, recipe)
+        planned = make(plan, src, chosen, revision, max_shard_size, family, **checks)
         show_plan(out, planned, out_folder)
+
+
+def chosen_recipe(
+    verb: Callable[..., None],
+    name: str | None,
+    samples: int | None = None,
+    length: int | None = None,
+) -> "Recipe":
+    """Return the recipe typed after `verb`, with this number and length of samples.
+
+    None: as the recipe says. Raises UsageError for a missing or unknown recipe, DataFileError for a
+    wrong file.
+    """
+    if name is None:
+        raise UsageError("--recipe is missing.", f"{example(verb)}  (mquant recipes lists them)")
+    from mquant.recipe import find_recipe
+
+    return find_recipe(name).sampled(samples, length)
 
 
 def make(
     verb: Callable[..., None],
     src: str | None,
-    recipe: str | None,
+    recipe: "Recipe",
     revision: str | None,
     max_shard_size: str | None,
     family: Path | None,
@@ -72,18 +92,14 @@ def make(
     If `exact`, a block of MXFP4 that would be rounded again is a refusal. Raises UsageError, before
     SRC is read, if an argument is missing or wrong.
     """
-    if recipe is None:
-        raise UsageError("--recipe is missing.", f"{example(verb)}  (mquant recipes lists them)")
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     from mquant.checkpoint import open_checkpoint
     from mquant.family_files import load_families
     from mquant.plan import DEFAULT_SHARD_BYTES, make_plan
-    from mquant.recipe import find_recipe
 
-    parsed_recipe = find_recipe(recipe)
     planned = make_plan(
         open_checkpoint(open_source(src, revision, example(verb))),
-        parsed_recipe,
+        recipe,
         load_families(family),
         max_shard_bytes=DEFAULT_SHARD_BYTES if limit is None else limit,
         allow_unsafe=allow_unsafe,

@@ -16,28 +16,31 @@ from mquant.cli.options import (
     FamilyFile,
     FormatChoice,
     Importance,
+    Length,
     MaxShardSize,
     Out,
     Public,
     RecipeName,
     Restart,
     Revision,
+    Samples,
     Scratch,
     Src,
     Workers,
 )
 from mquant.cli.output import Format, Output, output
-from mquant.cli.plan import make, show_plan
+from mquant.cli.plan import chosen_recipe, make, show_plan
 from mquant.cli.progress import progress
 from mquant.cli.results import tell_result, tell_share
 from mquant.cli.source import default_out, is_repo_id
 from mquant.cli.text import parse_share, parse_size
 from mquant.errors import UsageError
-from mquant.runs.spec import Engine, check_data
+from mquant.runs.spec import Engine, check_data, check_sampling
 from mquant.text import clean
 
 if TYPE_CHECKING:
     from mquant.plan import Plan
+    from mquant.recipe import Recipe
     from mquant.runs.job_spec import JobSpec
     from mquant.runs.run import Result
 
@@ -86,6 +89,8 @@ def quantize(
     engine: EngineChoice = Engine.AUTO,
     importance: Importance = None,
     data: Data = None,
+    samples: Samples = None,
+    length: Length = None,
     dry_run: DryRun = False,
     max_shard_size: MaxShardSize = None,
     scratch: Scratch = None,
@@ -115,7 +120,8 @@ def quantize(
         _check_options(parsed_share, cluster, engine, push_to, scratch, restart=restart)
         limit = None if scratch is None else parse_size(scratch)
         checks = {"allow_unsafe": allow_unsafe, "exact": exact}
-        plan = make(quantize, src, recipe, revision, max_shard_size, family, **checks)
+        chosen = _chosen_recipe(recipe, data, samples, length)
+        plan = make(quantize, src, chosen, revision, max_shard_size, family, **checks)
         if dry_run or plan.refusals:
             show_plan(out, plan, out_folder)
             check_data(plan.recipe, data)
@@ -123,9 +129,6 @@ def quantize(
         out.report(plan.findings)
         folder = out_folder or default_out(plan.survey.checkpoint.source, plan.recipe.suffix)
         job_spec = _job_spec(plan, max_shard_size, importance, allow_unsafe=allow_unsafe)
-        # A recipe that needs data is checked below: some modes refuse it, with or without --data.
-        if not plan.recipe.needs_data:
-            check_data(plan.recipe, data)
         if parsed_share is not None:
             _make_share(out, plan, job_spec, folder, parsed_share, workers)
             return
@@ -139,6 +142,18 @@ def quantize(
         with progress(out) as emit:
             result = carry_out(workers=workers, scratch=limit, restart=restart, emit=emit)
         tell_result(out, result)
+
+
+def _chosen_recipe(
+    name: str | None, data: str | None, samples: int | None, length: int | None
+) -> "Recipe":
+    """Return the recipe. Raises UsageError for options of data if the recipe needs no data."""
+    recipe = chosen_recipe(quantize, name, samples, length)
+    # A recipe that needs data is checked later: some modes refuse it, with or without --data.
+    if not recipe.needs_data:
+        check_data(recipe, data)
+        check_sampling(recipe, samples=samples, length=length)
+    return recipe
 
 
 def _into_folder(plan: "Plan", folder: Path, **options: Any) -> CarryOut:

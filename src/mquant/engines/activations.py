@@ -24,10 +24,11 @@ from mquant.events import Emit, silent
 from mquant.loader_model.stacks import unstacked
 from mquant.numerics.floats import Floats
 from mquant.plan import Plan
+from mquant.tokens.tokenizer import Integers
 
 
 def mean_squares(
-    plan: Plan, source: Source, samples: list[list[int]], emit: Emit = silent
+    plan: Plan, source: Source, samples: list[Integers], emit: Emit = silent
 ) -> dict[str, Floats | None]:
     """Measure float32 [in] of every module to quantize, by hub name; None if no token reached it.
 

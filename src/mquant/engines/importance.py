@@ -4,34 +4,47 @@ The file is a safetensors file with one F32 vector [in] for every module that is
 the module's hub name without `.weight`: `model.layers.0.self_attn.q_proj`, or, for a routed expert,
 `model.layers.0.block_sparse_moe.experts.3.w1`. A vector holds the mean square of the module's input
 over the tokens that reach the module. Multiplying all vectors of a fused set by one factor does not
-change the result. If a vector is all zeros, all channels count alike.
+change the result. If a vector is all zeros, all channels count alike. The metadata says which
+calibration data the file was measured on.
 """
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
-from mquant.checkpoint import Stamp, TensorInfo, header_length, parse_header, stamp
+from mquant.checkpoint import (
+    Stamp,
+    TensorInfo,
+    header_length,
+    parse_header,
+    parse_metadata,
+    stamp,
+)
 from mquant.checkpoint.headers import PREFIX_BYTES
 from mquant.errors import DataFileError, SourceError, UsageError
 from mquant.numerics.floats import Floats
 from mquant.plan import Plan
 from mquant.recipe import Recipe
 from mquant.text import names
-from mquant.untrusted import open_named
+from mquant.untrusted import open_named, parse_json
 
 _FIX: Final = "Write the file with mquant calibrate, from this checkpoint and this recipe."
+
+
+CALIBRATION: Final = "mquant.calibration"
+"""The key of the metadata that has the record of the samples, as JSON (see `tokens.samples`)."""
 
 
 @dataclass(frozen=True)
 class Importance:
     """An importance file, checked against a plan.
 
+    `calibration` is what the file says of the data that it was measured on; empty if nothing.
     `of` reads one vector at a time: the vectors of a large model are 300 MB.
     """
 
@@ -39,6 +52,7 @@ class Importance:
     sha256: str
     vectors: dict[str, TensorInfo]
     file_stamp: Stamp
+    calibration: Mapping[str, Any]
 
     def of(self, module: str) -> Floats:
         """Read a module's vector, float32 [in]. Any number of threads may call this method.
@@ -104,7 +118,17 @@ def open_importance(path: Path, plan: Plan) -> Importance:
             data = file.read(info.nbytes)
             digest.update(data)
             _check_values(path.name, info, data)
-    return Importance(path, digest.hexdigest(), vectors, file_stamp)
+    return Importance(path, digest.hexdigest(), vectors, file_stamp, _calibration(raw, path.name))
+
+
+def _calibration(raw: bytes, file: str) -> Mapping[str, Any]:
+    try:
+        stated = parse_json(parse_metadata(raw, file).get(CALIBRATION, "{}").encode())
+    except ValueError:
+        stated = None
+    if not isinstance(stated, dict):
+        raise DataFileError(f"{file} says in no valid JSON what it was measured on.", _FIX)
+    return stated
 
 
 def _check_names(file: str, vectors: dict[str, TensorInfo], plan: Plan) -> None:

@@ -46,6 +46,7 @@ from mquant.events import Emit, Note, silent
 from mquant.loader_model.stacks import unstacked
 from mquant.plan import Plan
 from mquant.text import names
+from mquant.tokens.tokenizer import Integers
 
 # Elements per call: compressed-tensors makes a dozen copies of its input.
 _AT_ONCE: Final = 400_000
@@ -65,7 +66,7 @@ def run(
     source: Source,
     write: Write,
     emit: Emit = silent,
-    samples: list[list[int]] | None = None,
+    samples: list[Integers] | None = None,
 ) -> None:
     """Quantize every module that the plan quantizes, and pass each tensor to `write` by hub name.
 
@@ -129,12 +130,12 @@ def _awq(plan: Plan) -> AWQModifier:
 
 
 def calibrate(
-    model: PreTrainedModel, modifiers: Any, samples: list[list[int]] | None, **options: Any
+    model: PreTrainedModel, modifiers: Any, samples: list[Integers] | None, **options: Any
 ) -> None:
     """Run llmcompressor's oneshot with modifiers: without data, or layer by layer with samples."""
     if samples is not None:
         batches = [
-            {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
+            {"input_ids": torch.tensor(ids)[None], "attention_mask": torch.ones(1, len(ids)).long()}
             for ids in samples
         ]
         loader: Any = torch.utils.data.DataLoader

@@ -18,9 +18,11 @@ from mquant.findings import Finding, rule
 from mquant.forward.decoder import Integers, Model
 from mquant.loader_model.modules import ModuleView, read_modules
 from mquant.loader_model.storage import activations, format_of, groups
+from mquant.measure.calibrated_on import calibrated_on
 from mquant.measure.perplexity import Doubles, score
-from mquant.measure.text_tokens import read_tokens
 from mquant.text import size
+from mquant.tokens.text_tokens import read_tokens
+from mquant.tokens.tokenizer import check_ids
 from mquant.verify.digests import check_measured
 from mquant.weights.decode import Floats
 from mquant.weights.matrix import Workers
@@ -145,7 +147,7 @@ def evaluate(
             )
         read = read_tokens(text, sources, tokens + 1)
         ids = read.ids
-        _check_ids(ids, models[0])
+        check_ids([ids], models[0].matrix("model.embed_tokens.weight").shape[0])
         count = min(tokens, len(ids) - 1)
         emit(Note("info", _plan(count, len(ids) - 1 if read.whole else None, context, models)))
         changed = check_measured(source, parent, emit) if digests else ()
@@ -172,7 +174,7 @@ def evaluate(
         kl=None if scores.divergence is None else float(scores.divergence.mean()),
         agreement=None if scores.agree is None else float(scores.agree.mean()),
         routing=routing,
-        findings=(*changed, *_activations(models[0].view)),
+        findings=(*changed, *_remarks(models[0].view, source, text, ids[: count + 1])),
     )
 
 
@@ -211,15 +213,6 @@ def _model(source: Source, families: Mapping[str, Family], context: int, workers
     return Model(view, reader_of(source), context, workers)
 
 
-def _check_ids(ids: Integers, model: Model) -> None:
-    rows = model.matrix("model.embed_tokens.weight").shape[0]
-    if ids.max() >= rows:
-        raise SourceError(
-            f"The tokenizer produces token {ids.max():,}; the model has {rows:,} tokens.",
-            "Use the tokenizer of the model.",
-        )
-
-
 def _plan(count: int, total: int | None, context: int, models: list[Model]) -> str:
     memory = count * models[0].shape.hidden * 4 * len(models)
     whole = "" if count == total else " of more" if total is None else f" of {total:,}"
@@ -227,6 +220,12 @@ def _plan(count: int, total: int | None, context: int, models: list[Model]) -> s
         f"{count:,}{whole} tokens in windows of {context}; hidden states take {size(memory)} "
         "of memory, beside one layer's weights."
     )
+
+
+def _remarks(view: ModuleView, source: Source, text: Path, ids: Integers) -> Iterator[Finding]:
+    """Yield what a reader of the figures must know of the text and of the checkpoint."""
+    yield from calibrated_on(source, text, ids)
+    yield from _activations(view)
 
 
 def _activations(view: ModuleView) -> Iterator[Finding]:

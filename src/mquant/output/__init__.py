@@ -14,7 +14,16 @@ from mquant.output.finish import (
 from mquant.output.folder import Claim, State, discard, examine, is_finished, other_run
 from mquant.output.in_place import JOURNAL, WORK, apply, is_staged, stage
 from mquant.output.ledger import LEDGER, SHARES, Ledger, Recorded, ledger_name, read_ledger
-from mquant.output.mquant_json import RECORD, Record, as_table, known_table, own_table, read_record
+from mquant.output.mquant_json import (
+    CALIBRATION,
+    RECORD,
+    Record,
+    as_table,
+    calibration_of,
+    known_table,
+    own_table,
+    read_record,
+)
 from mquant.output.shards import ShardObserver, ShardSet, complete_shards, units_still_valid
 from mquant.output.shared_run import (
     SharedRun,
@@ -30,6 +39,7 @@ from mquant.output.shared_run import (
 from mquant.plan import config_json
 
 __all__ = [
+    "CALIBRATION",
     "JOURNAL",
     "LAST",
     "LEDGER",
@@ -49,6 +59,7 @@ __all__ = [
     "State",
     "apply",
     "as_table",
+    "calibration_of",
     "check_disk",
     "check_version",
     "claim",

@@ -16,6 +16,7 @@ from mquant.output.disk import is_plain, read_own
 from mquant.untrusted import TooMuch, parse_json
 
 RECORD: Final = "mquant.json"
+CALIBRATION: Final = "calibration"
 _MOST_BYTES: Final = 64_000_000
 _INPUTS: Final = ("data", "importance")
 _CARD: Final = "README.md"
@@ -67,6 +68,15 @@ def own_table(out: Path) -> dict[str, Any] | None:
         return None if raw is None else _parse(raw)
     except SourceError:
         return {}
+
+
+def calibration_of(source: Source) -> dict[str, Any]:
+    """Return the entry of mquant.json on the calibration data; {} if there is none.
+
+    What is made of a calibrated checkpoint says so too.
+    """
+    stated = as_table(known_table(source).get(CALIBRATION))
+    return {CALIBRATION: stated} if stated else {}
 
 
 def read_record(source: Source) -> Record | None:

@@ -21,7 +21,17 @@ from mquant.checkpoint.hashing import sha256_of
 from mquant.engines.importance import importance_fingerprint, weigher
 from mquant.errors import SourceError
 from mquant.events import Emit, Note, silent
-from mquant.output import WORK, ShardSet, apply, as_table, is_staged, known_table, link, stage
+from mquant.output import (
+    WORK,
+    ShardSet,
+    apply,
+    as_table,
+    calibration_of,
+    is_staged,
+    known_table,
+    link,
+    stage,
+)
 from mquant.plan import BAD, PARENT
 from mquant.repair.diagnose import Diagnosis, assemble
 from mquant.runs.run import Result, Run, RunOptions
@@ -238,7 +248,8 @@ class _Repair:
             "dropped": list(plan.dropped[:_NAMED]),
             "parent_bytes": plan.parent_bytes,
         }
-        return {"repairs": [*(repairs if isinstance(repairs, list) else []), entry]}
+        repairs = [*(repairs if isinstance(repairs, list) else []), entry]
+        return {**calibration_of(self.bad.source), "repairs": repairs}
 
     def _judge(self, run: Run, made: Source) -> None:
         """Judge the structure of the whole repaired checkpoint, also of shards outside of OUT."""

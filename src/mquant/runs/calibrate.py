@@ -1,19 +1,23 @@
 """Write an importance file (see `engines.importance`) from text that the model processes."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mquant.checkpoint import build_header
+from mquant.engines.importance import CALIBRATION
 from mquant.errors import MissingExtra, Refused
-from mquant.events import Emit, Note, silent
+from mquant.events import Emit, silent
 from mquant.numerics.floats import Floats
 from mquant.output import Document
 from mquant.plan import Plan
-from mquant.recipe import data_file
 from mquant.runs.checks import check_plain
+from mquant.tokens.calibration_data import find_data
+from mquant.tokens.samples import load_samples
 from mquant.verify.digests import refuse_changed
 
 
@@ -22,12 +26,14 @@ class Calibrated:
     """A written importance file: how many modules the file has, and which of them saw no token.
 
     The vector of a module that saw no token is zero: then all channels of the module count alike.
+    `data` is the record of the samples (see `tokens.samples`).
     """
 
     out: Path
     modules: int
     samples: int
     tokens: int
+    data: Mapping[str, Any]
     unseen: tuple[str, ...]
 
 
@@ -41,32 +47,31 @@ def calibrate(plan: Plan, data: str, out: Path, emit: Emit = silent) -> Calibrat
     if plan.refusals:
         raise Refused(plan.refusals)
     check_plain(plan, "Calibration")
-    data_file(data)
+    found = find_data(data)
     document = Document(out, "-o", b"")
     document.check()
     refuse_changed(plan.survey.checkpoint.source, emit)
     source = plan.survey.checkpoint.source.materialize(emit)
     try:
         from mquant.engines.activations import mean_squares
-        from mquant.engines.samples import load_samples
     except ModuleNotFoundError:
         raise MissingExtra("Calibration", "oneshot") from None
 
-    samples = load_samples(data, source.folders[0], plan.recipe.calibration)
-    tokens = sum(len(ids) for ids in samples)
-    emit(Note("info", f"Calibrating with {len(samples):,} samples, {tokens:,} tokens."))
-    means = mean_squares(plan, source, samples, emit)
+    samples = load_samples(found, source, plan.recipe.calibration, emit)
+    emit(samples.note)
+    means = mean_squares(plan, source, samples.ids, emit)
     widths = {a.module: a.source.shape[1] for a in plan.actions if a.scheme}
     vectors = {
         name: np.zeros(widths[name], "<f4") if mean is None else mean.astype("<f4")
         for name, mean in means.items()
     }
-    document.write(_file(vectors))
+    document.write(_file(vectors, samples.record))
     unseen = tuple(name for name, mean in means.items() if mean is None)
-    return Calibrated(out, len(vectors), len(samples), tokens, unseen)
+    return Calibrated(out, len(vectors), len(samples.ids), samples.tokens, samples.record, unseen)
 
 
-def _file(vectors: dict[str, Floats]) -> Iterator[bytes]:
+def _file(vectors: dict[str, Floats], calibration: Mapping[str, Any]) -> Iterator[bytes]:
     rows = [(name, "F32", vector.shape) for name, vector in vectors.items()]
-    yield build_header(rows, keep_order=True)[0]
+    metadata = {"format": "pt", CALIBRATION: json.dumps(calibration)}
+    yield build_header(rows, keep_order=True, metadata=metadata)[0]
     yield from (vector.tobytes() for vector in vectors.values())

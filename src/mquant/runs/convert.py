@@ -7,7 +7,7 @@ from typing import Any, Unpack
 
 from mquant.checkpoint import Overlay, Source, reader_of
 from mquant.errors import Refused
-from mquant.output import ShardSet, side_files
+from mquant.output import ShardSet, calibration_of, side_files
 from mquant.plan import Plan
 from mquant.runs.checks import check_sizes
 from mquant.runs.run import Result, Run, RunOptions
@@ -45,7 +45,7 @@ def convert(
         engine={"name": "stream", "versions": {}},
         stage=stage,
         protected=source.folders,
-        extra_record=record or {},
+        extra_record={**calibration_of(source), **(record or {})},
     )
     with Run.claim(out, spec, **options) as run:
         if run.done:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from mquant.checkpoint import Source, reader_of
-from mquant.events import Note
 from mquant.findings import RULES
-from mquant.output import ShardObserver, ShardSet
+from mquant.output import CALIBRATION, ShardObserver, ShardSet
 from mquant.plan import Plan
 from mquant.plan.loadable import OUTPUT_NOT_LOADABLE
 from mquant.runs.checks import check_sizes
@@ -17,6 +16,8 @@ from mquant.runs.run import Result, Run, RunOptions
 from mquant.runs.scratch import check_scratch, check_side_files, least_scratch, spooled
 from mquant.runs.spec import Engine, QuantizeSpec, check_engine, prepare
 from mquant.runs.unchanged import digests_now
+from mquant.tokens.samples import load_samples
+from mquant.tokens.tokenizer import Integers
 
 if TYPE_CHECKING:
     from mquant.engines.stream import Reader
@@ -35,7 +36,7 @@ def quantize(
 
     `importance` is a file with the weight of an error in each input channel, for a search of scales
     (see `engines.importance`). `data` is the calibration data of a recipe that needs data (see
-    `engines.samples`). Raises Refused for a plan with errors, UsageError and DataFileError for
+    `tokens.samples`). Raises Refused for a plan with errors, UsageError and DataFileError for
     options that do not go with the plan, MissingExtra without the engine's packages, OutputError
     for an OUT that mquant did not make, that is in use or is too small, and what the engine raises.
     """
@@ -118,12 +119,11 @@ def _reading(run: Run, output: ShardSet, scratch: int | None) -> "Iterator[Reade
             yield spool
 
 
-def _samples(run: Run, spec: QuantizeSpec) -> list[list[int]] | None:
+def _samples(run: Run, spec: QuantizeSpec) -> list[Integers] | None:
+    """Return the samples of a calibrated run, if it is one, and note them for mquant.json."""
     if spec.data is None:
         return None
-    from mquant.engines.samples import load_samples
-
-    samples = load_samples(spec.data, run.source.folders[0], run.plan.recipe.calibration)
-    tokens = sum(len(ids) for ids in samples)
-    run.emit(Note("info", f"Calibrating with {len(samples):,} samples, {tokens:,} tokens."))
-    return samples
+    samples = load_samples(spec.data, run.source, run.plan.recipe.calibration, run.emit)
+    run.used[CALIBRATION] = samples.record
+    run.emit(samples.note)
+    return samples.ids

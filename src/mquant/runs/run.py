@@ -111,7 +111,8 @@ class Run:
     is the state of OUT at the claim. `plan` has the shards to write: all shards of the spec, or a
     share of them. `digests` are those of the shards, `source_digests` are known ones of the source.
     `_again` writes the shards again, if this run wrote them; `_touches` counts how often it did.
-    `measured` is what mquant.json says from a look at the data.
+    `measured` is what mquant.json says from a look at the data, and `used` what it says of the
+    data that the engine used.
     """
 
     out: Path
@@ -127,6 +128,7 @@ class Run:
     _again: Callable[[Recorded | None, set[str]], None] | None = None
     _touches: int = 0
     measured: dict[str, Any] = field(default_factory=dict)
+    used: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     @contextmanager
@@ -328,7 +330,7 @@ class Run:
         read = [(self.source, path) for path in spec.stamps]
         read += [(source, path) for path, source in sides.items()]
 
-        self.measured = spec.measured(self.source, self.emit)
+        self.measured = self.used | spec.measured(self.source, self.emit)
 
         def judge_and_check(made: Source) -> None:
             judge(made)

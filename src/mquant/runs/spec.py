@@ -1,6 +1,5 @@
 """The specification of a `mquant quantize` run: the decisions that do not depend on OUT."""
 
-import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mquant.checkpoint import Source
 from mquant.errors import MissingExtra, Refused, UsageError
 from mquant.events import Emit
-from mquant.output import side_files
+from mquant.output import CALIBRATION, calibration_of, side_files
 from mquant.plan import Plan
 from mquant.recipe import AS_STORED, Recipe, data_file
 from mquant.runs.casts import count_casts
@@ -18,7 +17,7 @@ from mquant.runs.checks import check_plain
 from mquant.runs.cost import measure_cost
 from mquant.runs.run_spec import RunSpec
 from mquant.schemes import SCHEMES, Scheme
-from mquant.untrusted import open_named
+from mquant.tokens.calibration_data import CalibrationData, find_data
 
 if TYPE_CHECKING:
     from mquant.engines.importance import Importance
@@ -88,7 +87,7 @@ class QuantizeSpec(RunSpec):
 
     kind: Engine
     importance: "Importance | None"
-    data: str | None
+    data: CalibrationData | None
 
     def measured(self, source: Source, emit: Emit) -> dict[str, Any]:
         """Return what a cast to NVFP4 keeps and loses; tell what a second rounding costs."""
@@ -124,8 +123,9 @@ def prepare(
     identity, weights = source.identity(), read_importance(importance, plan)
     fingerprint = {**identity, "plan": plan.fingerprint, "engine": kind.value, **versions}
     fingerprint |= importance_fingerprint(plan.recipe, weights)
-    if data is not None:
-        fingerprint["data"] = _identity_of(data)
+    found = None if data is None else find_data(data)
+    if found is not None:
+        fingerprint["data"] = found.identity
     return QuantizeSpec(
         plan=plan,
         source=source,
@@ -138,9 +138,15 @@ def prepare(
         # oneshot cannot resume: it quantizes in the model's order, not the output's.
         resumes=kind is Engine.STREAM,
         kind=kind,
+        extra_record=_calibrated(weights) or calibration_of(source),
         importance=weights,
-        data=data,
+        data=found,
     )
+
+
+def _calibrated(weights: "Importance | None") -> dict[str, Any]:
+    """Return the entry of mquant.json on the data that an importance file was measured on."""
+    return {CALIBRATION: weights.calibration} if weights and weights.calibration else {}
 
 
 def check_engine(engine: Engine, option: str) -> None:
@@ -149,6 +155,16 @@ def check_engine(engine: Engine, option: str) -> None:
         raise UsageError(
             f"{option} needs the stream engine; this recipe or --engine takes {engine.value}.",
             f"Leave {option} out.",
+        )
+
+
+def check_sampling(recipe: Recipe, **given: int | None) -> None:
+    """Raise UsageError if an option of the samples is given, and the recipe needs no data."""
+    option = next((name for name, value in given.items() if value is not None), None)
+    if option is not None and not recipe.needs_data:
+        raise UsageError(
+            f"Recipe {recipe.name} needs no data, so --{option} has no effect.",
+            f"Leave out --{option}.",
         )
 
 
@@ -168,15 +184,6 @@ def check_data(recipe: Recipe, data: str | None) -> None:
         )
     if data is not None:
         data_file(data)
-
-
-def _identity_of(data: str) -> str:
-    """Return the sha256 of a file, or the id of a dataset. Raises DataFileError if unreadable."""
-    path = data_file(data)
-    if path is None:
-        return data
-    with open_named(path, "Correct the path after --data.") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _versions(engine: Engine) -> dict[str, str]:

@@ -12,7 +12,7 @@ TOKENIZE = """
 import pathlib, resource, sys
 from mquant.checkpoint import Folder
 from mquant.errors import MquantError
-from mquant.measure.text_tokens import read_tokens
+from mquant.tokens.text_tokens import read_tokens
 try:
     read_tokens(pathlib.Path(sys.argv[1]), [Folder(pathlib.Path(sys.argv[2]))], 100)
 except MquantError as error:
