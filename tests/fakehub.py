@@ -1,4 +1,4 @@
-"""A hub in this process: an HTTP server on 127.0.0.1 that serves folders as model repos.
+"""A hub in this process: an HTTP server on 127.0.0.1 that serves folders as repos, datasets/ too.
 
 The server speaks the part of the hub's protocol that huggingface_hub 1.33 uses for reading: model
 info and file trees with sizes, HEAD and GET of files with ranges, the error headers, and a "CDN"
@@ -37,9 +37,9 @@ from hub_repos import GOOD_TOKEN, PIECE, POOR_TOKEN, Commit, Repo, Request, etag
 
 Ranges = Literal["served", "ignored", "shifted", "cut short"]
 
-_FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+_FILE = re.compile(r"/(?P<repo>(?:datasets/)?[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 _API = re.compile(
-    r"/api/models/(?P<repo>[^/]+/[^/]+?)"
+    r"/api/(?:models/)?(?P<repo>(?:(?<=/api/)datasets/)?[^/]+/[^/]+?)"
     r"(?:/(?P<kind>revision|tree)/(?P<revision>[^/]+))?"
 )
 

@@ -52,7 +52,7 @@ def listing(folder: Path) -> list[tuple[str, int]]:
 
 
 def is_lfs(path: str) -> bool:
-    return path.endswith((".safetensors", ".bin"))
+    return path.endswith((".safetensors", ".bin", ".parquet"))
 
 
 def etag(path: Path) -> str:

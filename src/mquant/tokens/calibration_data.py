@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -93,8 +94,9 @@ def find_data(data: str) -> CalibrationData:
         repo = DatasetRepo(parts["id"], parts["revision"])
         files = _chosen(data, repo.files, start)
         if not files and parts["revision"] is None:
-            repo = DatasetRepo(parts["id"], _CONVERTED)
-            files = _chosen(data, repo.files, start)
+            with suppress(SourceError):  # the hub converts some datasets only
+                repo = DatasetRepo(parts["id"], _CONVERTED)
+                files = _chosen(data, repo.files, start)
     except SourceError as error:
         raise DataFileError(
             f"{data} is no file, and cannot be read as a dataset of the hub: {error.message}",
