@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from mquant.checkpoint import Folder
 from mquant.cli.app import app
 from mquant.engines.importance import open_importance
-from mquant.errors import OutputError
+from mquant.errors import DataFileError, OutputError
 from mquant.recipe import Calibration, find_recipe
 from mquant.runs.calibrate import calibrate
 from mquant.runs.quantize import quantize
@@ -92,6 +92,40 @@ def test_gate_and_up_have_the_same_inputs_and_experts_their_own(importance: Path
 def test_quantize_takes_the_importance_file(importance: Path, tmp_path: Path) -> None:
     result = quantize(plan_of(TRAINED, "nvfp4-opt"), tmp_path / "out", importance=importance)
     assert result.fresh
+
+
+def test_the_file_and_what_it_weighs_say_what_was_measured(
+    importance: Path, text: str, tmp_path: Path
+) -> None:
+    samples = load_samples(text, Folder(TRAINED), Calibration())
+    assert open_importance(importance, plan_of(TRAINED, "nvfp4-opt")).calibration == samples.record
+
+    quantize(plan_of(TRAINED, "nvfp4-opt"), tmp_path / "out", importance=importance)
+
+    record = json.loads((tmp_path / "out/mquant.json").read_text())
+    assert record["calibration"] == samples.record
+
+
+def test_a_file_that_says_nonsense_of_its_data_is_one_sentence(
+    importance: Path, tmp_path: Path
+) -> None:
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    with safe_open(importance, "np") as file:
+        vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(vectors, tmp_path / "bad.safetensors", {"mquant.calibration": "[1"})
+    with pytest.raises(DataFileError, match="says in no valid JSON what it was measured on"):
+        open_importance(tmp_path / "bad.safetensors", plan_of(TRAINED, "nvfp4-opt"))
+
+
+def test_samples_and_length_may_be_given(text: str, tmp_path: Path) -> None:
+    out = tmp_path / "importance.safetensors"
+    command = ("calibrate", str(TRAINED), "--data", text, "-o", str(out), "--format", "json")
+    result = CliRunner().invoke(app, [*command, "--samples", "2", "--length", "32"])
+
+    document = json.loads(result.stdout)
+    assert (document["samples"], document["tokens"], document["data"]["length"]) == (2, 64, 32)
 
 
 def test_experts_without_a_token_are_named_and_have_zeros(tmp_path: Path) -> None:

@@ -126,6 +126,8 @@ def prepare(
     found = None if data is None else find_data(data)
     if found is not None:
         fingerprint["data"] = found.identity
+        sampling = plan.recipe.calibration  # the plan's fingerprint has it; a person can read this
+        fingerprint["samples"] = f"{sampling.samples:,} of {sampling.length:,} tokens at most"
     return QuantizeSpec(
         plan=plan,
         source=source,
