@@ -57,6 +57,19 @@ def test_samples_are_cut_from_a_text_and_drawn_by_seed() -> None:
     assert first != ids(TEXT, Calibration(samples=3, length=48, seed=2))
 
 
+def test_a_text_in_parts_has_the_tokens_of_the_whole_text(tmp_path: Path) -> None:
+    # 1.2 million characters, with characters of several tokens: three parts.
+    text = ("🙂 " + TEXT.read_text("utf-8") + " 日本語 ") * 17
+    (tmp_path / "long.txt").write_text(text, "utf-8")
+    spec = Calibration(samples=10**6, length=2048)
+
+    pieces = ids(tmp_path / "long.txt", spec)
+
+    whole = tokens(text)
+    expected = [whole[at : at + 2048] for at in range(0, len(whole), 2048)]
+    assert sorted(pieces) == sorted(expected)
+
+
 def test_rows_are_drawn_by_seed_until_there_are_enough_with_text(tmp_path: Path) -> None:
     texts = [f"{number} far" for number in range(30)]
     rows = [{"text": ""}, {"messages": []}, *({"text": text} for text in texts)]
@@ -267,6 +280,18 @@ def test_unusable_data_is_one_sentence(tmp_path: Path, content: str | None, sent
     with pytest.raises(DataFileError) as caught:
         load(path)
     assert caught.value.message == sentence.replace("DATA", str(path))
+
+
+def test_the_row_that_the_template_refuses_is_named(tmp_path: Path) -> None:
+    src = Path(shutil.copytree(TRAINED, tmp_path / "src"))
+    (src / "chat_template.jinja").write_text("{{ messages[0].content + '!' }}")
+    bad = {"messages": [{"role": "user", "content": None}]}
+    path = jsonl(tmp_path / "a.jsonl", {"messages": [MESSAGE]}, {"text": "a"}, bad)
+    with pytest.raises(DataFileError) as caught:
+        load(path, src=src)
+    assert caught.value.message.startswith(
+        f"The chat template cannot format the messages of {path}, row 3: "
+    )
 
 
 @pytest.mark.parametrize("content", [b"\x1f\x8b\x08", b"no gzip", gzip.compress(b"{}")[:-4]])

@@ -10,11 +10,11 @@ The request is a line of JSON, then tokenizer.json, then a row of JSON on each l
 has `bytes` of tokenizer.json, `added`: the tokens to add to the tokenizer, `template`: the chat
 template or null, `tool_template`: the template for rows with tools or null, `names`: the special
 tokens that a template may use, `most`: the most tokens of a row or null, and `ends`: whether to say
-where tokens end. A row has `text`, or `messages` and `tools`.
+where tokens end. A row has `text`, or `messages`, `tools` and perhaps its `number`.
 
 On stdout is, for each row, as int64: the number of tokens, the ids of the tokens, and, if asked
 for, the ends of the tokens in characters. If the process fails, the last line of stderr is JSON:
-what is wrong (`what`), and why (`reason`).
+what is wrong (`what`), why (`reason`), and the `number` of the row.
 """
 
 import json
@@ -24,6 +24,7 @@ import sys
 from array import array
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, Final, NoReturn
 
 FAILED: Final = 3
@@ -32,6 +33,8 @@ MARGIN: Final = 50_000
 """Characters before a cut in a text: the text that was cut off could change the tokens there."""
 CHARACTERS: Final = 32
 """The most characters of a text that are read for a token."""
+PART: Final = 500_000
+"""Characters that are tokenized at a time."""
 _NOW: Final = datetime(2024, 7, 26)
 """The time for templates that tell the model the date: a run must make the same bytes every day.
 
@@ -55,11 +58,15 @@ def main() -> None:
         if text is None:
             template = plain if row["tools"] is None or for_tools is None else for_tools
             text = _rendered(template, row, request["names"])
-        ids, ends = _tokens(tokenizer, text, request["most"])
-        answer.append(len(ids))
-        answer.extend(ids)
         if request["ends"]:
-            answer.extend(ends)
+            encoding = _encoded(tokenizer, text)
+            answer.append(len(encoding.ids))
+            answer.extend(encoding.ids)
+            answer.extend(end for _, end in encoding.offsets)
+        else:
+            ids = _tokens(tokenizer, text, request["most"])
+            answer.append(len(ids))
+            answer.extend(ids)
     sys.stdout.buffer.write(answer.tobytes())
 
 
@@ -86,19 +93,35 @@ def _tokenizer(raw: bytes, added: list[dict[str, Any]]) -> Any:
     return tokenizer
 
 
-def _tokens(tokenizer: Any, text: str, most: int | None) -> tuple[list[int], list[int]]:
-    """Return the ids and ends of a text's tokens, or of its first `most` tokens."""
-    cut = text if most is None else text[: CHARACTERS * most + MARGIN]
+def _encoded(tokenizer: Any, text: str) -> Any:
     try:
-        encoding = tokenizer.encode(cut, add_special_tokens=False)
+        return tokenizer.encode(text, add_special_tokens=False)
     except Exception as error:  # noqa: BLE001 -- tokenizers raises bare Exception
-        _fail("text", str(error))
-    ids: list[int] = encoding.ids
-    ends = [end for _, end in encoding.offsets]
-    if len(cut) < len(text):
-        settled = sum(end <= len(cut) - MARGIN for end in ends)
-        ids, ends = ids[:settled], ends[:settled]
-    return ids[:most], ends[:most]
+        return _fail("text", str(error))
+
+
+def _tokens(tokenizer: Any, text: str, most: int | None) -> "array[int]":
+    """Return the ids of a text's tokens, or of its first `most` tokens.
+
+    A long text is tokenized in parts, each with MARGIN characters before and after it, so that its
+    tokens are those of the whole text. Tokens of a character have the same end, so a token belongs
+    to the part that has its end.
+    """
+    ids, at, end = array("q"), 0, len(text)
+    if most is not None and end > CHARACTERS * most + MARGIN:
+        end = CHARACTERS * most
+    while at < end and (most is None or len(ids) < most):
+        stop, start = min(at + PART, end), max(0, at - MARGIN)
+        encoding = _encoded(tokenizer, text[start : stop + MARGIN])
+        if (start, stop) == (0, len(text)):
+            ids.extend(encoding.ids)
+        else:
+            after = at - start if at else -1  # a token before the first character ends at 0
+            for token, (_, place) in zip(encoding.ids, encoding.offsets, strict=True):
+                if after < place <= stop - start:
+                    ids.append(token)
+        at = stop
+    return ids[:most]
 
 
 def _compiled(template: str | None) -> Any:
@@ -164,19 +187,20 @@ def _rendered(template: Any, row: Mapping[str, Any], names: Mapping[str, str]) -
             **names,
         )
     except MemoryError:
-        _fail("memory")
+        _fail("memory", "", row)
     except Exception as error:  # noqa: BLE001 -- a template is a program: it may raise anything
-        _fail("messages", str(error) or type(error).__name__)
+        _fail("messages", str(error) or type(error).__name__, row)
     for message in row["messages"]:
         content = message.get("content")
         if content and isinstance(content, list) and str(content) in text:
             reason = "it writes a `content` with parts as Python's text of a list"
-            _fail("messages", reason)
+            _fail("messages", reason, row)
     return text
 
 
-def _fail(what: str, reason: str = "") -> NoReturn:
-    sys.stderr.write("\n" + json.dumps({"what": what, "reason": reason[:1000]}))
+def _fail(what: str, reason: str, row: Mapping[str, Any] = MappingProxyType({})) -> NoReturn:
+    failure = {"what": what, "reason": reason[:1000], "number": row.get("number")}
+    sys.stderr.write("\n" + json.dumps(failure))
     raise SystemExit(FAILED)
 
 

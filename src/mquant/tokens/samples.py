@@ -119,7 +119,8 @@ def _from_rows(
         if not numbers:
             break
         read = [_checked(row, shown, spec.length) for row in rows.read(numbers)]
-        batch = [row for row in read if row.get("text") or row.get("messages")]
+        numbered = [{**row, "number": n + 1} for n, row in zip(numbers, read, strict=True)]
+        batch = [row for row in numbered if row.get("text") or row.get("messages")]
         if batch:
             ids += filter(len, tokenizer.encode(batch, shown, spec.length))
             templated |= any("messages" in row for row in batch)

@@ -19,12 +19,12 @@ import numpy.typing as npt
 from mquant.checkpoint import Source
 from mquant.errors import DataFileError, SourceError
 from mquant.text import size
-from mquant.tokens.in_child import FAILED
+from mquant.tokens.in_child import FAILED, MARGIN, PART
 from mquant.untrusted import MAX_TEXT_BYTES, parse_json
 
 Integers = npt.NDArray[np.int64]
 Row = Mapping[str, Any]
-"""`text`, or `messages` and `tools`: what `Tokenizer.encode` takes."""
+"""`text`, or `messages`, `tools` and perhaps the row's `number`: what `Tokenizer.encode` takes."""
 
 TOKENIZER: Final = "tokenizer.json"
 _CONFIG: Final = "tokenizer_config.json"
@@ -40,11 +40,14 @@ _FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _PROGRAM: Final = Path(__file__).with_name("in_child.py")
 _SECONDS: Final = 300
 # Bytes of memory that tokenizing may take, in all, for a byte of tokenizer.json (measured: 21), and
-# for a byte of the longest row (measured: 200 for a text that is one word, 30 for prose).
+# for a byte that is tokenized at a time (measured: 200 for a text that is one word). A byte of a
+# longer row takes its token of 8 bytes, and a character of 4 bytes, each some times over.
 _MEMORY: Final = 100_000_000
 _MEMORY_OF_TOKENIZER: Final = 30
 _MEMORY_OF_TEXT: Final = 320
-_MOST_MEMORY_OF_TEXT: Final = 4_000_000_000
+_MEMORY_OF_BYTE: Final = 32
+_AT_ONCE: Final = 4 * (PART + 2 * MARGIN)
+"""The most bytes that are tokenized at a time."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ class Tokenizer:
         lines = [json.dumps(row).encode() + b"\n" for row in rows]
         read = sum(len(r["text"].encode()) if "text" in r else len(json.dumps(r)) for r in rows)
         head = json.dumps(request).encode() + b"\n" + self.raw
-        answer = self._ask(head, lines, f"{read:,} bytes of {data}", data)
+        memory = _memory(len(head), max(map(len, lines)), whole=ends)
+        answer = self._ask(head + b"".join(lines), memory, f"{read:,} bytes of {data}", data)
         at = 0
         for _ in rows:
             count = int(answer[at])
@@ -113,15 +117,14 @@ class Tokenizer:
             at += 1 + count * (1 + ends)
             yield ids, answer[at - count : at] if ends else ids[:0]
 
-    def _ask(self, head: bytes, lines: Sequence[bytes], amount: str, data: str) -> Integers:
-        text = _MEMORY_OF_TEXT * max(map(len, lines))
-        memory = _MEMORY + _MEMORY_OF_TOKENIZER * len(head) + min(text, _MOST_MEMORY_OF_TEXT)
+    def _ask(self, request: bytes, memory: int, amount: str, data: str) -> Integers:
+        """Return the answer of a child that may take `memory` bytes; `amount` is what it reads."""
         # -P: without this flag, imports would find files beside the program.
         command = [sys.executable, "-P", str(_PROGRAM), str(memory)]
         try:
             done = subprocess.run(  # noqa: S603 -- our own program; untrusted input goes to stdin
                 command,
-                input=head + b"".join(lines),
+                input=request,
                 capture_output=True,
                 timeout=_SECONDS,
                 check=False,
@@ -152,10 +155,11 @@ class Tokenizer:
             raise DataFileError(
                 f"{data} cannot be tokenized: {reason}.", "Give text that the tokenizer knows."
             )
+        row = f", row {failure['number']:,}" if failure["number"] else ""
         if failure["what"] == "memory":
             reason = "it takes more memory than text of this length needs"
         raise DataFileError(
-            f"The chat template cannot format the messages of {data}: {reason}.",
+            f"The chat template cannot format the messages of {data}{row}: {reason}.",
             "Correct the messages, or give rows with `text`.",
         )
 
@@ -196,6 +200,16 @@ def damaged(file: str, place: str, reason: str) -> SourceError:
     return SourceError(
         f"{file} in {place} cannot be understood: {reason}.", "Get the tokenizer's files again."
     )
+
+
+def _memory(head: int, row: int, *, whole: bool) -> int:
+    """Return the bytes of memory for a request's head and its longest row, given in bytes.
+
+    `whole`: the row is not tokenized in parts.
+    """
+    at_once = row if whole else min(row, _AT_ONCE)
+    text = _MEMORY_OF_TEXT * at_once + _MEMORY_OF_BYTE * (row - at_once)
+    return _MEMORY + _MEMORY_OF_TOKENIZER * head + text
 
 
 def _missing(source: Source) -> SourceError:
