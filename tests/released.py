@@ -36,7 +36,7 @@ def transformers(src: Path) -> dict[str, Any]:
     for name, codes in tensors.items():
         scales = (f"{name}_scale_inv", f"{name}_scale", name.removesuffix("weight") + "scale")
         scale = next((tensors[each] for each in scales if each in tensors), None)
-        if name.endswith(".weight") and scale is not None:
+        if scale is not None:
             made[name] = Fp8Dequantize(None)._dequantize_one(codes, scale)
     return made
 
@@ -72,6 +72,8 @@ CASES: Final[dict[Precision, tuple[str, Upstream]]] = {
     Precision.FP8_CHANNEL: ("qwen3_moe", compressed_tensors),
     Precision.INT4: ("kimi_k2", compressed_tensors),
     Precision.INT8: ("qwen3_moe", compressed_tensors),
+    Precision.INT8_CHANNEL: ("qwen3_moe", compressed_tensors),
+    Precision.FP8_STACKS: ("qwen3_vl_moe", transformers),
 }
 
 

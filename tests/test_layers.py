@@ -16,7 +16,7 @@ ROOT = Path(mquant.__file__).parent
 LAYERS = (
     {"cli"},
     {"family_draft", "publish", "repair", "smoke", "synth"},
-    {"runs", "measure"},
+    {"runs", "measure", "synth_quantization"},
     {"verify", "synth_formats"},
     {"engines", "output", "synth_tower"},
     {"forward"},

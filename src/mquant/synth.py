@@ -29,6 +29,7 @@ from mquant.output.disk import open_own, out_of_space, write_whole
 from mquant.output.staging import staging
 from mquant.plan import DEFAULT_SHARD_BYTES, cut_shards
 from mquant.synth_formats import (
+    SCALES_OF_STACKS,
     STACKED,
     STD,
     Precision,
@@ -36,10 +37,10 @@ from mquant.synth_formats import (
     check_groups,
     in_blocks,
     is_quantized,
-    quantization,
     stored_weight,
     value_table,
 )
+from mquant.synth_quantization import quantization
 from mquant.synth_side_files import side_files
 from mquant.synth_tower import tower_tensors
 
@@ -143,7 +144,7 @@ def make_config(
 ) -> dict[str, Any]:
     """Return the config.json of `synth`. Raises UsageError for sizes that the family lacks."""
     tiny_changes = dict(family.synth.tiny) if tiny else {}
-    if tiny and precision in (Precision.FP8_BLOCK, Precision.MXFP4_FP8):
+    if tiny and precision in (Precision.FP8_BLOCK, Precision.FP8_STACKS, Precision.MXFP4_FP8):
         tiny_changes |= family.synth.tiny_in_blocks
     config = family.with_settings(family.synth.config, tiny_changes)
     changes: dict[str, Any] = {}
@@ -204,7 +205,6 @@ def make_tensors(
     yield from _outside(family, config, precision)
     experts = family.value(family.config.experts, config) or 0 if family.config.experts else 0
     tensors = _each(family, config, precision, experts)
-    # Releases in FP8 have a tensor for each expert.
     stacked = family.stacks and precision in STACKED
     yield from _stacked(family, tensors, experts, precision) if stacked else tensors
 
@@ -244,12 +244,14 @@ def _stacked(
     holders = {name: stack for stack in family.stacks for name in stack.holds}
     written: set[str] = set()
     for tensor in tensors:
-        role = family.classify(tensor.name) if holders else None
+        own = tensor.name.removesuffix(SCALES_OF_STACKS)
+        end = tensor.name.removeprefix(own)
+        role = family.classify(own) if holders else None
         stack = holders.get(role.row.name) if role else None
         if role is None or stack is None:
             yield tensor
             continue
-        name = stack.name.replace("{layer}", str(role.layer))
+        name = stack.name.replace("{layer}", str(role.layer)) + end
         if name in written:
             continue
         written.add(name)
@@ -273,7 +275,8 @@ def _tensor(
         )
     mean, std = _NORM if row.role is Role.NORM else (0.0, STD)
     quantized = name.endswith(".weight") and is_quantized(precision, family, row)
-    if precision not in STACKED and quantized and len(shape) == 2 and row.dtype != "F32":
+    coded = precision is Precision.FP8_STACKS or precision not in STACKED
+    if coded and quantized and len(shape) == 2 and row.dtype != "F32":
         module = name.removesuffix(".weight")
         yield from stored_weight(precision, family, row, module, (shape[0], shape[1]))
         return

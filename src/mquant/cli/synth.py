@@ -53,10 +53,13 @@ Dtype = Annotated[
         "mxfp4-fp8",
         "int4",
         "int8",
+        "int8-channel",
+        "fp8-stacks",
     ],
     typer.Option(
         help="The dtype of weights, or the format of a release; fp8-block: with a scale for each "
-        "128 x 128 block; mxfp4-blocks: as gpt-oss; mxfp4-fp8: as DeepSeek-V4."
+        "128 x 128 block; mxfp4-blocks: as gpt-oss; mxfp4-fp8: as DeepSeek-V4; int8-channel: an I8 "
+        "for each weight; fp8-stacks: fp8-block, with all experts of a layer in one tensor."
     ),
 ]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same bytes.")]

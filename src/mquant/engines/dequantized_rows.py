@@ -52,6 +52,8 @@ def open_rows(source: Source, stored: Stored, columns: int, scratch: Bytes) -> R
         return _FP4(source, stored, columns, scratch)
     if stored.format is StorageFormat.INT:
         return _Integers(source, stored, columns, scratch)
+    if stored.format is StorageFormat.INT8:
+        return _Int8(source, stored, columns, scratch)
     return _FP8(source, stored, columns, scratch)
 
 
@@ -92,6 +94,9 @@ def room(action: Action, piece: int) -> int:
 def _experts(
     source: Source, info: TensorInfo, stored: Stored, weight: Bytes, scratch: Bytes, piece: int
 ) -> Iterator[Bytes]:
+    if stored.format is not StorageFormat.MXFP4_BLOCKS:
+        yield from _experts_as_stored(source, info, stored, weight, scratch, piece)
+        return
     experts, columns, rows = info.shape
     size = rows * columns * _WIDTH
     whole = weight[:size]
@@ -107,13 +112,29 @@ def _experts(
         yield whole
 
 
+def _experts_as_stored(
+    source: Source, info: TensorInfo, stored: Stored, weight: Bytes, scratch: Bytes, piece: int
+) -> Iterator[Bytes]:
+    experts, rows, columns = info.shape
+    width = columns * _WIDTH
+    at_once = max(1, piece // width)
+    for expert in range(experts):
+        own = open_rows(source, _of_expert(stored, expert), columns, scratch)
+        for first in range(0, rows, at_once):
+            last = min(first + at_once, rows)
+            words = weight[first * width : last * width].view(BF16.word)
+            own.read(first, last, words)
+        yield weight[: rows * width]
+
+
 def _of_expert(stored: Stored, expert: int) -> Stored:
     def part(info: TensorInfo) -> TensorInfo:
         size = info.nbytes // info.shape[0]
         start = info.start + expert * size
         return replace(info, shape=info.shape[1:], start=start, end=start + size)
 
-    return replace(stored, codes=part(stored.codes), scale=part(stored.scale))
+    scale = stored.scale if stored.scale.elements == 1 else part(stored.scale)
+    return replace(stored, codes=part(stored.codes), scale=scale)
 
 
 _SIZES: Final = {"I64": "<i8", "I32": "<i4"}
@@ -204,6 +225,29 @@ class _Integers:
         if self._groups is not None:  # each column has a scale of its own
             scales, zeros, wide = scales[:, self._groups], zeros[:, self._groups], 1
         decode_integers(codes.reshape(rows, -1), stored.bits, scales, zeros, wide, words)
+
+
+class _Int8:
+    def __init__(self, source: Source, stored: Stored, columns: int, scratch: Bytes) -> None:
+        self._source, self._stored, self._columns = source, stored, columns
+        self._scratch = scratch
+        scales = _read(source, stored.scale)
+        if stored.scale.dtype != "F16":  # in F16 upstream rounds twice
+            scales = scales.astype(np.float32)
+        groups = -(-columns // stored.block[1])
+        self._scales = scales.reshape(-1, groups)
+        self._zeros = np.zeros(self._scales.shape, np.int8)
+        if stored.zeros is not None:
+            self._zeros = _bytes(source, stored.zeros).view(np.int8).reshape(-1, groups)
+
+    def read(self, first: int, last: int, words: Words) -> None:
+        high, wide = self._stored.block
+        codes = self._scratch[: (last - first) * self._columns]
+        read_part(self._source, self._stored.codes, first * self._columns, codes.data)
+        codes ^= 128  # two's complement becomes the code plus half of the codes' range
+        blocks = np.arange(first, last) // high
+        codes = codes.reshape(last - first, self._columns)
+        decode_integers(codes, 8, self._scales[blocks], self._zeros[blocks], wide, words)
 
 
 def wrong_size(stored: Stored, raw: Bytes) -> str:

@@ -7,6 +7,10 @@ gpt-oss stores a stack in MXFP4 as two tensors: `NAME_blocks`, [experts, rows, g
 two codes each, and `NAME_scales`, [experts, rows, groups]. The rows are those of the weights, never
 transposed. An expert's `weight` is then its `blocks`, [out, in / 2], and its `scales`, [out, in /
 32].
+
+A stack in FP8 keeps its name, and has its scales in a second tensor: `NAME_scale_inv` (FP8 of
+transformers), `NAME_scale` (its FBGEMM) or `NAME_weight_scale` (ModelOpt). The tensor has a scale
+for each expert, for each row of `out`, or for each block, which lies as the codes lie.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,6 +27,14 @@ from mquant.untrusted import MAX_TENSORS
 CODED: Final = ("blocks", "scales")
 """The ends of the names of the two tensors that store a stack in MXFP4."""
 _BLOCK: Final = 16
+_ENDS: Final = {
+    "_activation_scale": "activation_scale",
+    "_input_scale": "input_scale",
+    "_weight_scale": "weight_scale",
+    "_scale_inv": "weight_scale_inv",
+    "_scale": "weight_scale",
+}
+"""The end of the name of a tensor of scales -> the suffix of an expert's tensor. Longest first."""
 
 Found = tuple[Stack, int | None]
 """A stack, and its layer."""
@@ -39,6 +51,10 @@ def unstacked(checkpoint: Checkpoint, family: Family | None) -> Mapping[str, Ten
     left = MAX_TENSORS
     tensors: dict[str, TensorInfo] = {}
     for info in checkpoint.tensors.values():
+        if scales := _scales(info, checkpoint.tensors, family):
+            left -= len(scales)
+            tensors |= {scale.name: scale for scale in scales}
+            continue
         whole, found = _coded(info, family) or (info, family.stack_of(info.name))
         if found is None or not is_stack(whole, found[0]):
             tensors[info.name] = info
@@ -70,6 +86,51 @@ def _coded(info: TensorInfo, family: Family) -> tuple[TensorInfo, Found] | None:
     stack = stack.model_copy(update={"holds": holds, "transposed": False})
     width = groups * (_BLOCK if end == "blocks" else 1)
     return replace(info, shape=(experts, rows, width)), (stack, layer)
+
+
+def _scales(
+    info: TensorInfo, tensors: Mapping[str, TensorInfo], family: Family
+) -> list[TensorInfo]:
+    """Return the scales of each expert that a tensor beside a stack in FP8 holds; else nothing."""
+    end = next((end for end in _ENDS if info.name.endswith(end)), None)
+    codes = tensors.get(info.name.removesuffix(end)) if end else None
+    found = family.stack_of(codes.name) if codes else None
+    if end is None or codes is None or found is None or not codes.dtype.startswith("F8_E"):
+        return []
+    stack, layer = found
+    count, shape = len(stack.holds), info.shape
+    if not is_stack(codes, stack) or len(codes.shape) != 3 or BITS[info.dtype] % 8:
+        return []
+    holds = tuple(f"{name.removesuffix('.weight')}.{_ENDS[end]}" for name in stack.holds)
+    stack = stack.model_copy(update={"holds": holds})
+    experts = codes.shape[0]
+    if info.elements == 1 or (info.elements == experts == shape[0]):
+        return list(_of_each(info, stack, layer, experts, (1,)))
+    if len(shape) != 3 or shape[0] != experts or 0 in shape:
+        return []
+    if stack.transposed and end == "_scale" and shape[1:] == (codes.shape[2], 1):
+        stack = stack.model_copy(update={"transposed": False})  # FBGEMM's, for each row of `out`
+    across, along = shape[:0:-1] if stack.transposed else shape[1:]
+    if across == 1 and count > 1:
+        return list(_of_each(info, stack, layer, experts, (1, along)))
+    rows = codes.shape[2] if stack.transposed else codes.shape[1]
+    if across % count or (stack.interleaved and across != rows):
+        return []
+    return list(_experts(info, stack, layer))
+
+
+def _of_each(
+    info: TensorInfo, stack: Stack, layer: int | None, experts: int, shape: tuple[int, ...]
+) -> Iterator[TensorInfo]:
+    """Yield the scales of each expert; all its weights share them."""
+    shared = info.elements == 1
+    size = info.nbytes if shared else info.nbytes // experts
+    for expert in range(experts):
+        start = info.start + (0 if shared else expert * size)
+        for name in stack.holds:
+            own = name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+            held = Held(info, *shape) if len(shape) == 2 else Held(info, 1, 1)
+            yield TensorInfo(own, info.dtype, shape, info.shard, start, start + size, held)
 
 
 def is_stack(info: TensorInfo, stack: Stack) -> bool:

@@ -5,24 +5,27 @@ config.json decides only what the tensors leave open.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
 from mquant.checkpoint import TensorInfo
+from mquant.loader_model.integer_parts import (
+    FLOATS,
+    SCALAR,
+    ExpectedTensor,
+    Shape,
+    byte_parts,
+    packed_parts,
+)
 from mquant.loader_model.modules import FP8_DTYPES, Module, ModuleView, quantized_suffixes
-
-Shape = tuple[int, ...]
 
 GROUP: Final = 16
 """Elements along a row that share an NVFP4 block scale."""
-SCALAR: Final[tuple[Shape, ...]] = ((1,), ())
 DEFAULT_BLOCK: Final = (128, 128)
 MX_GROUP: Final = 32
 """Elements along a row that share a scale in the MX formats."""
 E8M0S: Final = ("U8", "F8_E8M0")
 """The dtypes of E8M0 scales: a byte e is the scale 2^(e - 127), and 255 is NaN."""
-_FLOATS: Final = ("F32", "BF16", "F16")
 
 
 class StorageFormat(StrEnum):
@@ -35,6 +38,7 @@ class StorageFormat(StrEnum):
     MXFP4 has two E2M1 codes a byte, the even element in the low nibble, and an E8M0 scale for 32
     elements: under compressed-tensors' names, under those of DeepSeek-V4 (MXFP4_SCALE), or as
     gpt-oss stores the experts of a layer (MXFP4_BLOCKS). MXFP8 has E4M3 codes under E8M0 scales.
+    INT is compressed-tensors' `pack-quantized`; INT8 is its `int-quantized`, an I8 for each weight.
     """
 
     FP8_BLOCK = "FP8 in blocks"
@@ -47,6 +51,7 @@ class StorageFormat(StrEnum):
     MXFP4_BLOCKS = "gpt-oss MXFP4"
     MXFP8 = "MXFP8"
     INT = "packed integers"
+    INT8 = "compressed-tensors INT8"
     OTHER = "other"
 
     @property
@@ -66,6 +71,7 @@ E4M3S: Final = FP8S | {StorageFormat.MXFP8}
 """The formats with a code of 8 bits for each element."""
 FP4S: Final = NVFP4S | MXFP4S
 """The formats with two E2M1 codes a byte."""
+INTEGERS: Final = (StorageFormat.INT, StorageFormat.INT8)
 
 
 class Suffixes(NamedTuple):
@@ -95,6 +101,7 @@ SUFFIXES: Final[dict[StorageFormat, Suffixes]] = {
     StorageFormat.MXFP4_BLOCKS: Suffixes("blocks", "scales"),
     StorageFormat.MXFP8: Suffixes("weight", "weight_scale"),
     StorageFormat.INT: Suffixes("weight_packed", "weight_scale"),
+    StorageFormat.INT8: Suffixes("weight", "weight_scale", "", "input_scale"),
 }
 SCALES: Final = frozenset(names.scale for names in SUFFIXES.values())
 SECOND_SCALES: Final = frozenset(names.second for names in SUFFIXES.values() if names.second)
@@ -108,20 +115,12 @@ _DECLARED: Final[dict[StorageFormat, dict[str, object]]] = {
     StorageFormat.MXFP8: {"type": "float", "num_bits": 8, "group_size": MX_GROUP},
     **{fp8: {"type": "float", "num_bits": 8} for fp8 in FP8S},
     StorageFormat.INT: {"type": "int"},
+    StorageFormat.INT8: {"type": "int"},
 }
 """The values that keys in `weights` of a config group must have, for each format."""
 
 
 _STATIC_BY_ALGORITHM: Final = {"NVFP4": {True}, "FP8": {True}, "MIXED_PRECISION": {True, False}}
-
-
-@dataclass(frozen=True, slots=True)
-class ExpectedTensor:
-    """A tensor of a quantized module: the dtypes and shapes it may have."""
-
-    dtypes: tuple[str, ...]
-    shapes: tuple[Shape, ...]
-    required: bool = True
 
 
 def recognize(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> StorageFormat | None:
@@ -142,6 +141,8 @@ def recognize(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> S
         return StorageFormat.FP8_SCALE if fp8 else StorageFormat.MXFP4_SCALE
     if "weight_shape" in tensors or (packed is not None and packed.dtype == "I32"):
         return StorageFormat.INT
+    if dtype == "I8" and _says_integers(config):
+        return StorageFormat.INT8
     if dtype in FP8_DTYPES:
         return _fp8_format(tensors, config)
     if SUFFIXES[StorageFormat.MODELOPT_NVFP4].second in tensors or dtype == "U8":
@@ -183,7 +184,7 @@ def format_of(view: ModuleView, module: Module) -> StorageFormat | None:
     The result is OTHER also if config.json names a format that `parts` does not know.
     """
     storage = recognize(module.tensors, view.config)
-    if storage in (None, StorageFormat.INT, *MXFP4S, StorageFormat.MXFP8):
+    if storage in (None, *INTEGERS, *MXFP4S, StorageFormat.MXFP8):
         return storage
     unjudged = ("mxfp6", "int-", "naive", "marlin")
     if any(name.startswith(unjudged) for name in declared_formats(view.config)):
@@ -202,6 +203,12 @@ def groups(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def declared_formats(config: Mapping[str, Any]) -> set[str]:
     """Return every `format` that a quantization config of compressed-tensors names."""
     return {str(table.get("format")) for table in (config, *groups(config))}
+
+
+def _says_integers(config: Mapping[str, Any]) -> bool:
+    """Return whether a config group has weights in integers."""
+    weights = (group.get("weights") for group in groups(config))
+    return any(isinstance(args, dict) and args.get("type") == "int" for args in weights)
 
 
 def says_nvfp4(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> bool:
@@ -296,7 +303,8 @@ def weight_shape(
     if storage is StorageFormat.INT:
         bits = integer_bits(module, view)
         return (rows, columns * 32 // bits) if bits else None
-    return (rows, columns if storage in E4M3S else columns * 2)
+    whole = storage in E4M3S or storage is StorageFormat.INT8
+    return (rows, columns if whole else columns * 2)
 
 
 def parts(
@@ -335,15 +343,19 @@ def parts(
             ),
         }
         if suffixes.input:
-            expected[suffixes.input] = ExpectedTensor(_FLOATS, SCALAR, False)
+            expected[suffixes.input] = ExpectedTensor(FLOATS, SCALAR, False)
         return expected
-    return _integers(rows, columns, module, view) if storage is StorageFormat.INT else {}
+    if storage is StorageFormat.INT8:
+        return byte_parts(rows, columns, weight_args(storage, view))
+    if storage is not StorageFormat.INT:
+        return {}
+    return packed_parts(rows, columns, integer_bits(module, view), integer_args(module, view))
 
 
 def fp8_scale_dtypes(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the dtypes of FP8 scales: bytes are E8M0 only if config.json says so."""
     e8m0 = config.get("scale_fmt") == "ue8m0" or config.get("quant_method") == "mxfp8"
-    return (*_FLOATS, *(E8M0S if e8m0 else E8M0S[1:]))
+    return (*FLOATS, *(E8M0S if e8m0 else E8M0S[1:]))
 
 
 def fp8_block(view: ModuleView) -> tuple[int, int]:
@@ -372,28 +384,3 @@ def _fp8_scales(rows: int, columns: int, view: ModuleView) -> tuple[Shape, ...]:
     if view.config.get("weight_block_size"):
         return (blocks,)
     return (*SCALAR, (rows, 1), (rows,), blocks)
-
-
-def _integers(
-    rows: int, columns: int, module: Module, view: ModuleView
-) -> dict[str, ExpectedTensor]:
-    args = integer_args(module, view)
-    bits, size = integer_bits(module, view), args.get("group_size")
-    if bits is None or not columns:
-        # The number of codes per integer is unknown, or the codes are missing.
-        scales: tuple[Shape, ...] = ()
-        zeros: tuple[Shape, ...] = ()
-        packed: tuple[Shape, ...] = ()
-    else:
-        count = -(-columns // (size if type(size) is int and size > 0 else columns))
-        scales = ((rows, count),)
-        zeros = ((-(-rows * bits // 32), count), (rows, count))
-        packed = ((rows, columns * bits // 32),)
-    symmetric = args.get("symmetric") is not False
-    return {
-        "weight_packed": ExpectedTensor(("I32",), packed),
-        "weight_scale": ExpectedTensor(_FLOATS, scales),
-        "weight_shape": ExpectedTensor(("I64", "I32"), ((2,),)),
-        "weight_zero_point": ExpectedTensor((*_FLOATS, "I32", "I8"), zeros, not symmetric),
-        "weight_g_idx": ExpectedTensor(("I32",), ((columns,),) if packed else (), False),
-    }

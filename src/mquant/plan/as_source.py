@@ -11,12 +11,13 @@ from typing import Any, Final
 
 from mquant.checkpoint import TensorInfo
 from mquant.findings import Finding, rule
+from mquant.loader_model.integer_parts import SCALAR, byte_scales
 from mquant.loader_model.storage import (
     E8M0S,
     FP8S,
+    INTEGERS,
     MX_GROUP,
     MXFP4S,
-    SCALAR,
     SUFFIXES,
     StorageFormat,
     groups,
@@ -128,7 +129,8 @@ def _dtype(info: TensorInfo, layout: StorageFormat) -> str:
     """Return the dtype under which compressed-tensors stores codes or scales in a layout."""
     if layout is StorageFormat.FP8 and info.dtype in E8M0S:
         return "F32"
-    return {"I8": "U8", "F8_E8M0": "U8"}.get(info.dtype, info.dtype)
+    bytes_ = {"F8_E8M0": "U8"} if layout in INTEGERS else {"I8": "U8", "F8_E8M0": "U8"}
+    return bytes_.get(info.dtype, info.dtype)
 
 
 def _strategy(stored: Stored) -> str:
@@ -142,6 +144,8 @@ def _group(stored: Stored, config: Mapping[str, Any]) -> Group | None:
     """Return the config group of a weight; None if there is none, or if many fit and disagree."""
     if stored.format is StorageFormat.INT:
         return _integers(stored, config)
+    if stored.format is StorageFormat.INT8:
+        return _integers_in_bytes(stored, config)
     implied = _implied(stored, config)
     if implied is None or config.get("quant_method") != "compressed-tensors":
         return implied
@@ -179,6 +183,37 @@ def _integers(stored: Stored, config: Mapping[str, Any]) -> Group | None:
             inputs = _inputs(group.get("input_activations"))
             fitting.append({**W4A16.config_group, "weights": args, "input_activations": inputs})
     return fitting[0] if fitting and all(group == fitting[0] for group in fitting) else None
+
+
+def _integers_in_bytes(stored: Stored, config: Mapping[str, Any]) -> Group | None:
+    """Return the config group of integers in I8: the group that is declared, if one fits alone.
+
+    None if activations have zero points too: mquant does not keep tensors of such points.
+    """
+    fitting = []
+    for group in groups(config):
+        weights, inputs = group.get("weights"), _inputs(group.get("input_activations"))
+        if not isinstance(weights, dict) or weights.get("type") != "int":
+            continue
+        if inputs and inputs["symmetric"] is False and inputs["dynamic"] is not True:
+            return None
+        symmetric = weights.get("symmetric") is not False
+        if stored.scale.shape in byte_scales(*stored.shape, weights) and symmetric is not bool(
+            stored.zeros
+        ):
+            args = {
+                **W4A16.config_group["weights"],
+                "group_size": None,
+                **_words(weights, (*_KEYS, "zp_dtype")),
+                **({"block_structure": [*stored.block]} if _blocks(weights) else {}),
+            }
+            named = {"format": "int-quantized", "weights": args, "input_activations": inputs}
+            fitting.append({**W4A16.config_group, **named})
+    return fitting[0] if fitting and all(group == fitting[0] for group in fitting) else None
+
+
+def _blocks(weights: Mapping[str, Any]) -> bool:
+    return weights.get("strategy") == "block"
 
 
 def _inputs(declared: object) -> Mapping[str, Any] | None:

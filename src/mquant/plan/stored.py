@@ -12,7 +12,8 @@ from typing import Any, Final
 from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.findings import Finding, rule
 from mquant.loader_model.modules import by_module, method_of, quantized_suffixes
-from mquant.loader_model.storage import E4M3S, FP4S, SUFFIXES, StorageFormat, recognize
+from mquant.loader_model.storage import E4M3S, FP4S, INTEGERS, SUFFIXES, StorageFormat, recognize
+from mquant.plan.stored_bytes import INPUT_ZERO, stored_bytes
 from mquant.plan.stored_floats import stored_floats
 from mquant.plan.stored_integers import ORDER, IntegerGroups, stored_integers
 from mquant.plan.stored_parts import PART_MISSING, PART_SHAPE, Stored
@@ -40,11 +41,12 @@ _METHODS: Final[dict[StorageFormat, tuple[str, ...]]] = {
     StorageFormat.NVFP4: ("compressed-tensors",),
     StorageFormat.MXFP4: ("compressed-tensors",),
     StorageFormat.INT: ("compressed-tensors",),
+    StorageFormat.INT8: ("compressed-tensors",),
     StorageFormat.MXFP4_BLOCKS: ("mxfp4",),
 }
 """The methods that have a layout of their own. `stored_floats` judges those of FP8."""
 
-READABLE: Final = (*E4M3S, *FP4S, StorageFormat.INT)
+READABLE: Final = (*E4M3S, *FP4S, *INTEGERS)
 """The formats that mquant can dequantize."""
 
 
@@ -89,6 +91,8 @@ def find_stored(
             continue
         if storage is StorageFormat.INT:
             stored = stored_integers(module, parts, integers)
+        elif storage is StorageFormat.INT8:
+            stored = stored_bytes(module, parts, integers)
         else:
             stored = stored_floats(storage, module, parts, config)
         if stored is None:
@@ -97,7 +101,7 @@ def find_stored(
             broken.append(stored)
         else:
             weights[stored.codes.name] = (_in_bf16(f"{module}.weight", stored), stored)
-        suffixes = (*quantized_suffixes(parts), ORDER)
+        suffixes = (*quantized_suffixes(parts), ORDER, INPUT_ZERO)
         others.update(info.name for suffix, info in parts.items() if suffix in suffixes)
     if not weights and not broken:
         return None
@@ -121,7 +125,12 @@ def _in_bf16(name: str, stored: Stored) -> TensorInfo:
 
 @lru_cache(maxsize=8)  # the experts of a layer follow each other, and share one object
 def _stack_in_bf16(blocks: TensorInfo) -> TensorInfo:
-    """Return the tensor in BF16 [experts, in, rows] that the codes of all experts stand for."""
+    """Return the tensor in BF16 that the codes of all experts stand for.
+
+    Of MXFP4 it is [experts, in, rows]; FP8 lies as the weights lie.
+    """
+    if blocks.dtype != "U8":
+        return replace(blocks, dtype="BF16")
     experts, rows, width = blocks.shape
     name = blocks.name.removesuffix("_blocks")
     return replace(blocks, name=name, dtype="BF16", shape=(experts, width * 2, rows))

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from mquant.checkpoint import TensorInfo
 from mquant.findings import Finding
+from mquant.loader_model.integer_parts import SCALAR
 from mquant.loader_model.modules import FP8_DTYPES, quantized_suffixes
 from mquant.loader_model.storage import (
     E4M3S,
@@ -13,7 +14,6 @@ from mquant.loader_model.storage import (
     GROUP,
     MX_GROUP,
     MXFP4S,
-    SCALAR,
     SUFFIXES,
     StorageFormat,
     block_of,
@@ -105,7 +105,11 @@ def stored_floats(
     if block is None or scale.dtype not in _FP8_SCALES[storage]:
         kinds = _either(_FP8_SCALES[storage])
         return misfit(scale, f"{kinds}, one for each block of {list(codes.shape)}")
-    return Stored(storage, codes, scale, block, None, inputs)
+    stored = Stored(storage, codes, scale, block, None, inputs)
+    if not stored.fits_whole and codes.held and scale.held:
+        wanted = f"one for each block {list(block)} of each weight in {codes.held.by.name}"
+        return misfit(scale.held.by, f"{wanted}, {list(codes.held.by.shape)}")
+    return stored
 
 
 def _simple(storage: StorageFormat, tensors: Mapping[str, TensorInfo]) -> tuple[int, int] | None:

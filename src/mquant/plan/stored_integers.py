@@ -6,6 +6,7 @@ from typing import Any, Final, NamedTuple
 
 from mquant.checkpoint import TensorInfo
 from mquant.findings import Finding
+from mquant.loader_model.integer_parts import byte_scales
 from mquant.loader_model.modules import quantized_suffixes
 from mquant.loader_model.storage import StorageFormat, groups
 from mquant.name_patterns import Style, match
@@ -60,6 +61,19 @@ class IntegerGroups:
         if len(fits) < 2:
             return next(iter(fits), None)
         return next((args for args, number in fits.items() if module in self._named[number]), None)
+
+    def of_bytes(
+        self, module: str, codes: TensorInfo, scale: TensorInfo
+    ) -> Mapping[str, Any] | None:
+        """Return what a group says of integers in I8, chosen as `of` chooses; None without one."""
+        fits = [
+            (number, group["weights"])
+            for number, (group, _) in enumerate(self.declared)
+            if scale.shape in byte_scales(codes.shape[0], codes.shape[1], group["weights"])
+        ]
+        if all(args == fits[0][1] for _, args in fits):
+            return fits[0][1] if fits else None
+        return next((args for number, args in fits if module in self._named[number]), None)
 
 
 def stored_integers(

@@ -6,7 +6,8 @@ from typing import Final
 from mquant.checkpoint import TensorInfo
 from mquant.dtypes import BITS
 from mquant.findings import Finding, Rule, rule
-from mquant.loader_model.storage import FP4S, SCALAR, StorageFormat
+from mquant.loader_model.integer_parts import SCALAR
+from mquant.loader_model.storage import FP4S, MXFP4S, StorageFormat
 
 PART_MISSING: Final = rule(
     "part-missing",
@@ -33,7 +34,8 @@ class Stored:
 
     `codes` and `scale` are [out, ...] also where one tensor on disk holds those of all experts.
     `block` are the rows and columns that share an element of `scale`. `second` is the scale of the
-    whole weight, or None; `input` is the scale of the activations, or None. Integers have `bits`,
+    whole weight, or None; `input` is the scale of the activations, or None. Integers have `bits`
+    (those of a code on disk),
     and may have zero points, and an `order`: the group of each column. `size` says [out, in] of
     packed integers; a run refuses a size that is not `shape`.
     """
@@ -66,7 +68,7 @@ class Stored:
     @property
     def shape(self) -> tuple[int, int]:
         """The weight's [out, in]."""
-        rows, width = self.codes.shape
+        *_, rows, width = self.codes.shape
         if self.bits:
             return rows, width * BITS[self.codes.dtype] // self.bits
         return rows, width * (2 if self.format in FP4S else 1)
@@ -76,12 +78,30 @@ class Stored:
         """How the tensors on disk that hold the weights of all experts store these weights.
 
         Codes and scales are [experts, rows, ...]; the experts' weights are in BF16 [experts, in,
-        rows], as transformers' `convert_moe_packed_tensors` makes them.
+        rows], as transformers' `convert_moe_packed_tensors` makes them. Weights in FP8 lie as their
+        codes lie, and `block` is that of the tensor on disk.
         """
         codes, scale = self.codes.held, self.scale.held
         if codes is None or scale is None:
             raise TypeError(f"{self.codes.name} is a tensor of its own")
-        return Stored(self.format, codes.by, scale.by, self.block)
+        block = self.block[::-1] if codes.transposed else self.block
+        if scale.by.elements in (1, codes.by.shape[0]):  # a scale for all of an expert
+            block = codes.rows, codes.columns
+        return Stored(self.format, codes.by, scale.by, block)
+
+    @property
+    def fits_whole(self) -> bool:
+        """Whether the blocks of all experts' tensor are those of each weight in it."""
+        codes, scale = self.codes.held, self.scale.held
+        if codes is None or scale is None or self.format in MXFP4S:
+            return True
+        high, wide = self.whole.block
+        across = codes.columns if codes.transposed else codes.rows
+        shared = self.codes.shape[0] < across
+        groups = -(-codes.rows // high) * -(-codes.columns // wide)
+        cut = shared and across > self.block[0] and self.codes.shape[0] % self.block[0] > 0
+        one = scale.by.elements in (1, codes.by.shape[0])
+        return one or (groups * codes.by.shape[0] == scale.by.elements and not cut)
 
     def under(self, prefix: str) -> "Stored":
         """Return the same weight, with `prefix` before the names of its files."""

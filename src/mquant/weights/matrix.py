@@ -27,7 +27,7 @@ from mquant.loader_model.storage import (
 )
 from mquant.weights.decode import READABLE, Bytes, Floats, floats
 from mquant.weights.kernels import Stored, unpack_bf16, unpack_e4m3, unpack_mxfp4, unpack_nvfp4
-from mquant.weights.stored_weight import StoredWeight, e4m3_block, scale_dtype, weight_of
+from mquant.weights.stored_weight import StoredWeight, byte_block, scale_dtype, weight_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -208,7 +208,9 @@ class _Fp8(_Stored):
             return values.reshape(1, 1), (rows, columns)
         if info.shape in ((rows,), (rows, 1)):
             return values.reshape(rows, 1), (1, columns)
-        return values.reshape(info.shape), e4m3_block(self.weight.format, self.weight.view)
+        return values.reshape(info.shape), byte_block(
+            self.weight.format, self.shape, self.weight.view
+        )
 
 
 class _Other(_Stored):

@@ -31,14 +31,17 @@ from mquant.loader_model.storage import (
     E4M3S,
     E8M0S,
     GROUP,
+    INTEGERS,
     MX_GROUP,
     MXFP4S,
     SUFFIXES,
     StorageFormat,
+    block_of,
     format_of,
     fp8_block,
     integer_bits,
     parts,
+    weight_args,
     weight_shape,
 )
 from mquant.weights.decode import READABLE, Floats, e2m1, e4m3, floats, integers, scaled
@@ -48,7 +51,7 @@ SEARCHED: Final = 17 / 16 / 3
 TYPICAL: Final[dict[StorageFormat | None, float]] = {
     StorageFormat.NVFP4: 0.25,
     StorageFormat.MODELOPT_NVFP4: 0.25,
-    StorageFormat.INT: 0.25,
+    **dict.fromkeys(INTEGERS, 0.25),
     StorageFormat.FP8_BLOCK: 0.08,
     StorageFormat.FP8: 0.08,
     StorageFormat.FP8_SCALE: 0.08,
@@ -85,6 +88,7 @@ class StoredWeight:
             **dict.fromkeys(MXFP4S, self._mxfp4),
             **dict.fromkeys(E4M3S, self._fp8),
             StorageFormat.INT: self._integers,
+            StorageFormat.INT8: self._int8,
         }
         if self.format is None:
             values = self._part("weight", first, last)
@@ -136,14 +140,26 @@ class StoredWeight:
         floor: Floats = np.abs(scales) * np.float32(1 / 256)
         return Rows(codes * scales, lambda parent: np.abs(parent) * np.float32(1 / 8) + floor)
 
+    def _int8(self, first: int, last: int) -> Rows:
+        codes = self._part("weight", first, last)
+        scales = self._of_blocks("weight_scale", first, last)
+        if "weight_zero_point" in self.module.tensors:
+            codes = codes - self._of_blocks("weight_zero_point", first, last)
+        # Of 4 bits or 8, rounded to nearest: half a step, and twice that for searched scales.
+        step: Floats = np.abs(scales)
+        return Rows(codes * scales, lambda _: step)
+
     def _fp8_scales(self, first: int, last: int) -> Floats:
-        suffix = SUFFIXES[self.format or StorageFormat.FP8].scale
+        return self._of_blocks(SUFFIXES[self.format or StorageFormat.FP8].scale, first, last)
+
+    def _of_blocks(self, suffix: str, first: int, last: int) -> Floats:
+        """Return scales, or zero points, of rows: one for the weight, each row, or each block."""
         info = self.module.tensors[suffix]
         if info.elements == 1:
             return np.full((1, 1), self._scalar(suffix), np.float32)
         if info.shape in ((self.shape[0],), (self.shape[0], 1)):
             return self._scales(suffix, first, last)
-        high, wide = e4m3_block(self.format, self.view)
+        high, wide = byte_block(self.format, self.shape, self.view)
         table = self._scales(suffix, first // high, -(-last // high))
         # The block size is config.json's; the lookup gives a result of the size of the rows.
         rows = np.arange(first, last) // high - first // high
@@ -226,9 +242,17 @@ def scale_dtype(info: TensorInfo) -> str:
     return "F8_E8M0" if info.dtype in E8M0S else info.dtype
 
 
-def e4m3_block(kind: StorageFormat | None, view: ModuleView) -> tuple[int, int]:
-    """Return the rows and columns that share a scale in a format with codes in E4M3."""
-    return (1, MX_GROUP) if kind is StorageFormat.MXFP8 else fp8_block(view)
+def byte_block(
+    kind: StorageFormat | None, shape: tuple[int, int], view: ModuleView
+) -> tuple[int, int]:
+    """Return the rows and columns that share a scale, in a format with a byte for each code."""
+    if kind is not StorageFormat.INT8:
+        return (1, MX_GROUP) if kind is StorageFormat.MXFP8 else fp8_block(view)
+    args = weight_args(kind, view)
+    size, block = args.get("group_size"), block_of(args.get("block_structure"))
+    if args.get("strategy") == "group" and type(size) is int:
+        return 1, size
+    return block or shape
 
 
 def decodable(kind: StorageFormat | None, module: Module, view: ModuleView) -> bool:
@@ -240,6 +264,8 @@ def decodable(kind: StorageFormat | None, module: Module, view: ModuleView) -> b
             return bits in (4, 8)
         rows = {"I32": -(-codes.shape[0] * bits // 32), "I8": codes.shape[0]}
         return len(zeros.shape) == 2 and zeros.shape[0] == rows.get(zeros.dtype)
+    if kind is StorageFormat.INT8:
+        return bool(weight_args(kind, view).get("strategy"))
     if kind in E4M3S:
         return "weight" not in module.tensors or module.tensors["weight"].dtype == "F8_E4M3"
     return kind is not StorageFormat.OTHER
