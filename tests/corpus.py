@@ -394,6 +394,6 @@ OF_OTHER_SCHEMES: Final = (
     _case("FP8 with a scale per block, one cut short", "part-shape", edit=_then(schemes.FP8_BLOCKS, _resized(ATTENTION + "o_proj.weight_scale_inv", lambda s: (s[0] // 2, s[1]))), config=schemes.fp8_blocks),
     _case("4-bit integers in groups of 32", edit=schemes.INT4, config=schemes.int4),
     _case("4-bit integers, scales missing", "part-missing", edit=_then(schemes.INT4, _without(EXPERT + "w3.weight_scale")), config=schemes.int4),
-    _case("8-bit integers, activations too", "layout-not-judged", edit=schemes.INT8, config=schemes.int8),
+    _case("8-bit integers, activations too", edit=schemes.INT8, config=schemes.int8),
 )  # fmt: skip
 CASES: Final = OF_NVFP4A16 + OF_OTHER_SCHEMES

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 
 from judges import read_json
-from make import Row, write_json
+from make import write_json
 from mquant.family_files import load_families
 from mquant.findings import Finding
 from mquant.synth import Precision, synth
-from mutate import mutated
 from run import plan_of
 
 FAMILIES = load_families()
@@ -70,24 +69,11 @@ def test_integers_of_three_bits_are_named(tmp_path: Path) -> None:
     )
 
 
-def test_int_quantized_weights_are_named(tmp_path: Path) -> None:
-    def in_int8(rows: list[Row]) -> list[Row]:
-        return [(n, "I8" if kind == "F8_E4M3" else kind, s, raw) for n, kind, s, raw in rows]
-
-    def config(table: dict[str, Any]) -> None:
-        group = table["config_groups"]["group_0"]
-        group["format"] = table["format"] = "int-quantized"
-        group["weights"]["type"] = group["input_activations"]["type"] = "int"
-
-    src = synth(tmp_path / "fp8", FAMILIES["minimax_m2"], precision=Precision.FP8_CHANNEL).path
-    bad = mutated(src, tmp_path, edit=in_int8)
-    table = read_json(bad / "config.json")
-    config(table["quantization_config"])
-    write_json(bad / "config.json", table)
-    (finding,) = plan_of(bad).refusals
+def test_int_quantized_weights_of_other_bits_are_named(tmp_path: Path) -> None:
+    finding = refusal(tmp_path, Precision.INT8_CHANNEL, bits(6))
     assert finding.message == (
-        'bad is already quantized (config.json says "compressed-tensors", format '
-        '"int-quantized", integers, num_bits 8).'
+        'src is already quantized (config.json says "compressed-tensors", format '
+        '"int-quantized", integers, num_bits 6).'
     )
 
 

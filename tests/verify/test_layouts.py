@@ -327,14 +327,26 @@ def test_a_broken_fp8_tensor_is_found(
 # --- layouts that are not judged
 
 
-def test_unknown_layouts_are_not_judged(built: Built) -> None:
-    findings = judged(built.upstream("llama", "W8A8"), built.parent("llama"), Depth.FULL)
-    assert set(findings) == {"layout-not-judged", "weight-not-compared"}
+def as_gptq(rows: list[Row]) -> list[Row]:
+    """Return the tensors under GPTQ's names."""
+    renamed = {".weight_scale": ".scales", "_proj.weight": "_proj.qweight"}
+
+    def own(name: str) -> str:
+        end = next((end for end in renamed if name.endswith(end)), "")
+        return name.removesuffix(end) + renamed.get(end, "")
+
+    return [(own(name), *rest) for name, *rest in rows]  # type: ignore[misc]
+
+
+def test_unknown_layouts_are_not_judged(built: Built, tmp_path: Path) -> None:
+    src = mutated(built.upstream("llama", "W8A8"), tmp_path, edit=as_gptq)
+    findings = judged(src, built.parent("llama"), Depth.FULL)
+    assert set(findings) == {"layout-not-judged", "weight-not-compared", "vllm-refuses"}
     assert "neither parts nor numbers were judged" in findings["layout-not-judged"]
     assert "and 13 more like it" in findings["weight-not-compared"]
 
 
-@pytest.mark.parametrize("scheme", ["MXFP4A16", "MXFP8", "W4A16_ASYM", "W8A16"])
+@pytest.mark.parametrize("scheme", ["MXFP4A16", "MXFP8", "W4A16_ASYM", "W8A16", "W8A8"])
 def test_what_llmcompressor_writes_is_close_to_the_parent(built: Built, scheme: str) -> None:
     assert judged(built.upstream("llama", scheme), built.parent("llama"), Depth.FULL) == {}
 

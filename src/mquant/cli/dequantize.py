@@ -40,7 +40,7 @@ def dequantize(
 ) -> None:
     """Write a BF16 checkpoint from a quantized checkpoint, for tools that read only BF16.
 
-    Reads NVFP4, MXFP4, FP8, MXFP8 and packed integers of compressed-tensors, ModelOpt's NVFP4 and
+    Reads NVFP4, MXFP4, FP8, MXFP8 and integers of compressed-tensors, ModelOpt's NVFP4 and
     FP8, and original releases in FP8 or MXFP4. Tensors that are not quantized are copied bit for
     bit. If interrupted, run the same command again: it resumes.
 

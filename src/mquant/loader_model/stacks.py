@@ -88,6 +88,13 @@ def _coded(info: TensorInfo, family: Family) -> tuple[TensorInfo, Found] | None:
     return replace(info, shape=(experts, rows, width)), (stack, layer)
 
 
+def stack_beside(name: str, family: Family) -> Found | None:
+    """Return the stack whose codes or scales a tensor holds, by its name; else None."""
+    ends = (f"_{end}" for end in (*CODED, *(end.removeprefix("_") for end in _ENDS)))
+    stems = (name.removesuffix(end) for end in ends if name.endswith(end))
+    return next(filter(None, map(family.stack_of, stems)), None)
+
+
 def _scales(
     info: TensorInfo, tensors: Mapping[str, TensorInfo], family: Family
 ) -> list[TensorInfo]:

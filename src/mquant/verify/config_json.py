@@ -44,8 +44,8 @@ WEIGHTS_MISDECLARED: Final = rule(
 LAYOUT_NOT_JUDGED: Final = rule(
     "layout-not-judged",
     "mquant knows the layout of the quantized modules.",
-    "Neither parts nor numbers of other layouts (GPTQ, AWQ, INT8) can be judged.",
-    "mquant knows NVFP4, MXFP4, FP8, MXFP8 and packed integers, under the names of "
+    "Neither parts nor numbers of other layouts (GPTQ, AWQ) can be judged.",
+    "mquant knows NVFP4, MXFP4, FP8, MXFP8, INT8 and packed integers, under the names of "
     "compressed-tensors, ModelOpt and releases.",
     severity="warning",
 )

@@ -13,6 +13,7 @@ from mquant.family_rows import Role
 from mquant.findings import Finding, in_context, rule
 from mquant.loader_model.modules import Module, ModuleView, read_modules
 from mquant.loader_model.parameters import count_parameters
+from mquant.loader_model.stacks import stack_beside
 from mquant.loader_model.storage import format_of, weight_shape
 from mquant.loader_model.vllm.words import in_words
 from mquant.plan import survey
@@ -212,7 +213,7 @@ def _classify(
     unknown: list[TensorInfo] = []
     for info in checkpoint.tensors.values():
         tensor_role = family.classify(info.name) if family else None
-        if family and (found := family.stack_of(info.name)):
+        if family and (found := family.stack_of(info.name) or stack_beside(info.name, family)):
             tensor_role = family.held_by(*found)
         if tensor_role is None and family and info.name.endswith(QUANTIZED_SUFFIXES):
             tensor_role = family.classify(info.name.rpartition(".")[0] + ".weight")
