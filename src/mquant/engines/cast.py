@@ -55,10 +55,10 @@ def cast_unit(
         write(global_name, np.array([scale], "<f4").data.cast("B"))
 
 
-def count_blocks(reader: ReadInto, unit: WorkUnit) -> list[CastBlocks]:
-    """Return the counts of each weight of a fused set that is cast. Raises as `cast_unit`.
+def keeps_all(reader: ReadInto, unit: WorkUnit) -> bool:
+    """Return whether a fused set's scales alone show that every block keeps its codes.
 
-    Only the scales are read if they alone show that every block keeps its codes.
+    Raises SourceError for scales that are NaN, and as the reader.
     """
     stored = [_stored(action) for action in unit.actions]
     spans = []
@@ -68,8 +68,11 @@ def count_blocks(reader: ReadInto, unit: WorkUnit) -> list[CastBlocks]:
         spans.append(_without_nan(action, scale_span(scales)))
     octaves = max(s.highest for s in spans) - min(s.lowest for s in spans)
     # The two highest exponents can hold infinite numbers.
-    if octaves <= SAFE_OCTAVES and max(s.highest for s in spans) < 253:
-        return [CastBlocks(action.source.elements // GROUP) for action in unit.actions]
+    return octaves <= SAFE_OCTAVES and max(s.highest for s in spans) < 253
+
+
+def count_blocks(reader: ReadInto, unit: WorkUnit) -> list[CastBlocks]:
+    """Return the counts of each weight of a fused set that is cast. Raises as `cast_unit`."""
     _, weights = _cast(reader, unit, np.empty(unit.buffer_bytes, np.uint8))
     return [weight.blocks for weight in weights]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
-from mquant.checkpoint import Source, reader_of
+from mquant.checkpoint import RangeReader, Source, reader_of
 from mquant.events import Note
 from mquant.findings import Finding, rule
 from mquant.plan import Plan
@@ -40,6 +40,9 @@ CAST_UNSAFE: Final = rule(
     severity="warning",
     needs="plan",
 )
+
+
+_CONNECTIONS: Final = 32
 
 
 @dataclass(frozen=True)
@@ -111,23 +114,29 @@ class Casts:
 def count_casts(plan: Plan, source: Source, workers: int | None = None) -> Casts | None:
     """Return the counts of a plan's casts; None if the plan casts nothing.
 
-    The scales are read, and the codes of a fused set only if its scales leave open what happens.
+    The scales are read, of a hub repo over many connections, because each read is a request. The
+    codes of a fused set are read only if its scales leave open what happens.
     Raises SourceError for scales that are NaN, and if the source cannot be read.
     """
     units = [unit for unit in plan.units if unit.cast]
     if not units:
         return None
-    from mquant.engines.cast import count_blocks  # numba
+    from mquant.engines.cast import count_blocks, keeps_all  # numba
     from mquant.numerics.mx_cast import prepare_cast
+    from mquant.numerics.nvfp4 import GROUP
 
     prepare_cast()
-    total, requantized, unsafe = 0, dict[str, int](), list[str]()
-    with (
-        closing(reader_of(source)) as reader,
-        ThreadPoolExecutor(workers or default_workers()) as pool,
-    ):
-        for unit, counts in zip(units, pool.map(partial(count_blocks, reader), units), strict=True):
-            total += sum(count.blocks for count in counts)
+    requantized, unsafe = dict[str, int](), list[str]()
+    total = sum(action.source.elements // GROUP for unit in units for action in unit.actions)
+    threads = workers or default_workers()
+    with closing(reader_of(source)) as reader:
+        requests = max(threads, _CONNECTIONS) if isinstance(reader, RangeReader) else threads
+        with ThreadPoolExecutor(requests) as pool:
+            kept = [*pool.map(partial(keeps_all, reader), units)]
+        rest = [unit for unit, keeps in zip(units, kept, strict=True) if not keeps]
+        with ThreadPoolExecutor(threads) as pool:
+            counted = [*pool.map(partial(count_blocks, reader), rest)]
+        for unit, counts in zip(rest, counted, strict=True):
             if any(count.requantized or count.subnormal for count in counts):
                 unsafe.append(unit.actions[0].module)
             for action, count in zip(unit.actions, counts, strict=True):
