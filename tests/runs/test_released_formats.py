@@ -5,6 +5,7 @@ Codes are random, and scales take every value: the smallest and the largest of E
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +47,15 @@ def test_every_weight_is_what_upstream_makes_of_it(tmp_path: Path, precision: Pr
     assert [n for n in weights if not (words(ours[n]) == words(theirs[n])).all()] == []
 
 
+def without_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json without sizes, which blocks must divide."""
+    return {
+        key: without_sizes(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if "size" not in key and "dim" not in key
+    }
+
+
 @PRECISIONS
 def test_the_result_has_the_tensors_and_the_config_of_a_bf16_checkpoint(
     tmp_path: Path, precision: Precision
@@ -54,8 +64,7 @@ def test_the_result_has_the_tensors_and_the_config_of_a_bf16_checkpoint(
     src = source(tmp_path / "src", precision)
     plain = opened(synth(tmp_path / "plain", family).path)
     out = opened(dequantized(src, tmp_path / "out"))
-    same_sizes = {**plain.config, **{k: out.config[k] for k in out.config if "size" in k}}
-    assert out.config == same_sizes
+    assert without_sizes(out.config) == without_sizes(plain.config)
     dtypes = [{info.name: info.dtype for info in each.tensors.values()} for each in (out, plain)]
     assert dtypes[0] == dtypes[1]
 
@@ -79,8 +88,8 @@ def test_the_judge_s_decoder_agrees_with_the_engines(tmp_path: Path, precision: 
     assert [f for f in report.findings if f.severity == "error"] == []
     assert not {"weight-not-compared", "part-shape"} & {f.rule for f in report.findings}
     difference = compare(Folder(out), Folder(src), FAMILIES)
-    # BF16 has 8 bits: a rounded number is off by 2^-9 of itself at most.
-    assert all(each.error <= each.power * 2.0**-18 for each in difference.tensors)
+    # BF16 has 8 bits: a rounded number is off by 2^-8 of itself at most.
+    assert all(each.error <= each.power * 2.0**-16 for each in difference.tensors)
 
 
 @PRECISIONS
