@@ -14,6 +14,7 @@ from mquant.checkpoint import Checkpoint, TensorInfo, read_json
 from mquant.family import Family, TensorRole
 from mquant.family_files import family_of
 from mquant.family_rows import Role
+from mquant.loader_model.declared import declared_config
 from mquant.loader_model.stacks import unstacked
 from mquant.loader_model.vllm.load import Outcome
 from mquant.loader_model.vllm.predict import MODELOPT_FILE, predict
@@ -21,7 +22,6 @@ from mquant.loader_model.vllm_methods import INSTEAD
 from mquant.schemes import QUANTIZED_SUFFIXES
 
 MODELOPT_NAME: Final = MODELOPT_FILE
-_PLACES: Final = ("quantization_config", "compression_config")
 FP8_DTYPES: Final = ("F8_E4M3", "F8_E5M2")
 _CODE_DTYPES: Final = ("U8", "I8", *FP8_DTYPES)
 """Dtypes of a `weight` that holds codes: ModelOpt and FP8 layouts keep the name `weight`."""
@@ -130,32 +130,6 @@ def quantized_suffixes(tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     if "blocks" in tensors and "scales" in tensors:
         suffixes.append("blocks")
     return tuple(sorted(suffixes))
-
-
-def declared_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """Return config.json's quantization config; None if it is missing, or no table of keys.
-
-    The places are those of vLLM 0.32 (`get_quant_config`), in its order.
-    """
-    config = checkpoint.config
-    nested = config.get("text_config")
-    first, last = _PLACES
-    places = (
-        config.get(first),
-        nested.get(first) if isinstance(nested, dict) else None,
-        config.get(last),
-    )
-    declared = next((each for each in places if each is not None), None)
-    return declared if isinstance(declared, dict) else None
-
-
-def undeclared(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json without its quantization config, wherever `declared_config` finds it."""
-    plain = {key: value for key, value in config.items() if key not in _PLACES}
-    nested = config.get("text_config")
-    if isinstance(nested, dict) and _PLACES[0] in nested:
-        plain["text_config"] = {key: value for key, value in nested.items() if key != _PLACES[0]}
-    return plain
 
 
 def method_of(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]]:

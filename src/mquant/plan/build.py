@@ -11,7 +11,7 @@ from mquant.errors import Refused
 from mquant.family import Family, FusedSet
 from mquant.family_rows import Role
 from mquant.findings import Finding, rule
-from mquant.loader_model.modules import declared_config
+from mquant.loader_model.declared import declared_config
 from mquant.plan.action import Action, WorkUnit
 from mquant.plan.as_source import Layouts, copies
 from mquant.plan.as_source import refusals as not_as_stored

@@ -13,7 +13,7 @@ from mquant.dtypes import BITS, nbytes
 from mquant.family import Family
 from mquant.family_rows import Role
 from mquant.findings import Finding
-from mquant.loader_model.modules import undeclared
+from mquant.loader_model.declared import undeclared
 from mquant.plan.action import Action, WorkUnit
 from mquant.plan.survey import Survey
 from mquant.recipe import Recipe

@@ -14,7 +14,7 @@ from mquant.family import Family
 from mquant.family_files import family_of
 from mquant.family_rows import Role, TensorRow
 from mquant.findings import Finding, rule
-from mquant.loader_model.modules import declared_config
+from mquant.loader_model.declared import declared_config
 from mquant.loader_model.stacks import unstacked
 from mquant.loader_model.storage import StorageFormat, groups
 from mquant.plan.completeness import completeness, layouts

@@ -12,7 +12,8 @@ from mquant.checkpoint import Checkpoint, TensorInfo
 from mquant.family import Family
 from mquant.family_files import family_of
 from mquant.findings import Finding
-from mquant.loader_model.modules import ModuleView, declared_config, read_modules
+from mquant.loader_model.declared import declared_config
+from mquant.loader_model.modules import ModuleView, read_modules
 from mquant.output import config_json
 from mquant.plan import Plan, declarations
 from mquant.verify.against_parent_files import check_config

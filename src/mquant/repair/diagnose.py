@@ -24,13 +24,8 @@ from mquant.events import Emit, silent
 from mquant.family import Family
 from mquant.family_rows import Role
 from mquant.findings import Finding, rule
-from mquant.loader_model.modules import (
-    FP8_DTYPES,
-    MODELOPT_NAME,
-    ModuleView,
-    declared_config,
-    read_modules,
-)
+from mquant.loader_model.declared import declared_config
+from mquant.loader_model.modules import FP8_DTYPES, MODELOPT_NAME, ModuleView, read_modules
 from mquant.loader_model.storage import SUFFIXES, StorageFormat, activations, format_of
 from mquant.output import RECIPE_NAME, config_json, side_files
 from mquant.plan import (

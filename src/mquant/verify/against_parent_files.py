@@ -7,7 +7,8 @@ from typing import Any, Final
 from mquant.checkpoint import Source, has_chat_template
 from mquant.errors import SourceError
 from mquant.findings import Finding, rule
-from mquant.loader_model.modules import ModuleView, undeclared
+from mquant.loader_model.declared import undeclared
+from mquant.loader_model.modules import ModuleView
 from mquant.text import names
 from mquant.verify.numbers import PIECE
 

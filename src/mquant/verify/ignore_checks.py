@@ -6,7 +6,8 @@ from typing import Final
 
 from mquant.family_rows import Role
 from mquant.findings import Finding, Rule, rule
-from mquant.loader_model.modules import ModuleView, declared_config
+from mquant.loader_model.declared import declared_config
+from mquant.loader_model.modules import ModuleView
 from mquant.loader_model.vllm_view import Group, Judged, VllmView
 from mquant.plan.never_quantized import QUANTIZED
 from mquant.text import names
