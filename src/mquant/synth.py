@@ -29,6 +29,7 @@ from mquant.output.disk import open_own, out_of_space, write_whole
 from mquant.output.staging import staging
 from mquant.plan import DEFAULT_SHARD_BYTES, cut_shards
 from mquant.synth_formats import (
+    FP8_BLOCK,
     SCALES_OF_STACKS,
     STACKED,
     STD,
@@ -242,7 +243,7 @@ def _stacked(
 ) -> Iterator[SynthTensor]:
     """Yield the tensors; of those that one tensor on disk holds, yield that tensor once."""
     holders = {name: stack for stack in family.stacks for name in stack.holds}
-    written: set[str] = set()
+    height: dict[str, int] = {}  # of the codes of a stack, by the name of each of its tensors
     for tensor in tensors:
         own = tensor.name.removesuffix(SCALES_OF_STACKS)
         end = tensor.name.removeprefix(own)
@@ -252,15 +253,17 @@ def _stacked(
             yield tensor
             continue
         name = stack.name.replace("{layer}", str(role.layer)) + end
-        if name in written:
+        if name in height:
             continue
-        written.add(name)
         rows, *columns = tensor.shape
+        height[name] = rows * len(stack.holds)
         if precision is Precision.MXFP4_BLOCKS and columns:
             check_groups(name, columns[0])
-            yield from in_blocks(tensor, name, experts, rows * len(stack.holds))
+            yield from in_blocks(tensor, name, experts, height[name])
             continue
-        part = (rows * len(stack.holds), *columns)
+        if end:  # a block may hold rows of two weights
+            height[name] = -(-height[name.removesuffix(end)] // FP8_BLOCK)
+        part = (height[name], *columns)
         shape = part[::-1] if stack.transposed else part
         yield replace(tensor, name=name, shape=(experts, *shape))
 

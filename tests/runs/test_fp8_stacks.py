@@ -14,18 +14,32 @@ from judges import hashes, opened, read_json
 from make import write_json
 from mquant.checkpoint import Folder
 from mquant.family import Family
+from mquant.family_files import load_families
 from mquant.measure.comparison import compare
 from mquant.plan import make_bf16_plan, make_plan
 from mquant.recipe import find_recipe
 from mquant.runs.convert import convert
 from mquant.runs.quantize import quantize
+from mquant.synth import Precision, Sizes, synth
 from mquant.verify.judge import Depth, verify
-from stacked import BOTH, INTERLEAVED, ROWS, TRANSPOSED, Layout, arrays, family, with_stacks, write
+from stacked import (
+    APART,
+    BOTH,
+    INTERLEAVED,
+    ROWS,
+    TRANSPOSED,
+    Layout,
+    arrays,
+    family,
+    with_stacks,
+    write,
+)
 from stacked import of_each_expert as bf16
 
 Scales = npt.NDArray[Any]
 FP8: Final = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 BLOCKS: Final = {**FP8, "weight_block_size": [32, 16]}
+LARGE: Final = {**FP8, "weight_block_size": [128, 128]}
 MODELOPT: Final = {"quant_method": "modelopt", "quant_algo": "FP8"}
 FBGEMM: Final = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
 
@@ -66,6 +80,8 @@ CASES: Final[dict[str, tuple[Layout, dict[str, Any], str, Callable[[Shape], Shap
     "for each expert": (ROWS, FP8, "_scale_inv", each),
     "for each expert, transposed": (TRANSPOSED, FP8, "_scale_inv", each_in_blocks),
     "for all experts": (ROWS, MODELOPT, "_weight_scale", alone),
+    "a block larger than an expert": (ROWS, LARGE, "_scale_inv", each_in_blocks),
+    "a block larger than an expert, apart": (APART, LARGE, "_scale_inv", each_in_blocks),
     "for each row": (ROWS, FBGEMM, "_scale", rows),
     "for each column": (TRANSPOSED, FBGEMM, "_scale", columns),
     "for each column, interleaved": (BOTH, FBGEMM, "_scale", columns),
@@ -85,7 +101,7 @@ def released(
     own, random = family(folder, layout, vllm=None), np.random.default_rng(5)
     src = with_stacks(bf16(folder / "each"), folder / "plain", layout)
     tensors, expected = arrays(src), dict[str, torch.Tensor]()
-    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+    for name in [name for name in tensors if tensors[name].ndim == 3]:
         shape = tensors[name].shape
         codes = random.uniform(-400, 400, shape).astype(ml_dtypes.float8_e4m3fn)
         scale = random.uniform(1e-4, 2e-4, shape_of(shape)).astype(np.float32)
@@ -163,3 +179,32 @@ def test_a_block_that_holds_rows_of_two_weights_is_refused(tmp_path: Path) -> No
         "each block [24, 16] of each weight in model.layers.0.mlp.experts.gate_up_proj, "
         "[8, 128, 128] (and 31 more modules like it)."
     )
+
+
+def test_one_scale_for_two_blocks_is_refused(tmp_path: Path) -> None:
+    """gate and up have 64 rows each, a block: they are two blocks of their tensor."""
+
+    def short(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0], 2 if shape[2] == 64 else 1, 1)
+
+    config = {**FP8, "weight_block_size": [64, 128]}
+    src, _, own = released(tmp_path, ROWS, config, "_scale_inv", short)
+    (finding,) = make_bf16_plan(opened(src), {"own": own}).refusals
+    assert "one for each block [64, 128] of each weight in" in finding.message
+    assert "mlp.experts.gate_up_proj, [8, 128, 128]" in finding.message
+
+
+STACKED: Final = {
+    name: each
+    for name, each in load_families().items()
+    if each.stacks and not any("bias" in stack.name for stack in each.stacks)
+}
+
+
+@pytest.mark.parametrize("sizes", [Sizes(), Sizes(intermediate=64)], ids=["tiny", "narrow"])
+@pytest.mark.parametrize("name", STACKED)
+def test_the_stacks_of_each_family_are_read(tmp_path: Path, name: str, sizes: Sizes) -> None:
+    src = synth(tmp_path, STACKED[name], sizes=sizes, precision=Precision.FP8_STACKS).path
+    plan = make_bf16_plan(opened(src), STACKED)
+    assert plan.refusals == ()
+    assert any(action.stored and len(action.source.shape) == 3 for action in plan.actions)

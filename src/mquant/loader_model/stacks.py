@@ -22,6 +22,7 @@ from mquant.dtypes import BITS
 from mquant.errors import SourceError
 from mquant.family import Family
 from mquant.family_rows import Stack
+from mquant.loader_model.declared import declared_config
 from mquant.untrusted import MAX_TENSORS
 
 CODED: Final = ("blocks", "scales")
@@ -48,10 +49,13 @@ def unstacked(checkpoint: Checkpoint, family: Family | None) -> Mapping[str, Ten
     """
     if family is None or not family.stacks:
         return checkpoint.tensors
-    left = MAX_TENSORS
+    left, in_blocks = (
+        MAX_TENSORS,
+        bool((declared_config(checkpoint) or {}).get("weight_block_size")),
+    )
     tensors: dict[str, TensorInfo] = {}
     for info in checkpoint.tensors.values():
-        if scales := _scales(info, checkpoint.tensors, family):
+        if scales := _scales(info, checkpoint.tensors, family, in_blocks=in_blocks):
             left -= len(scales)
             tensors |= {scale.name: scale for scale in scales}
             continue
@@ -96,9 +100,12 @@ def stack_beside(name: str, family: Family) -> Found | None:
 
 
 def _scales(
-    info: TensorInfo, tensors: Mapping[str, TensorInfo], family: Family
+    info: TensorInfo, tensors: Mapping[str, TensorInfo], family: Family, *, in_blocks: bool
 ) -> list[TensorInfo]:
-    """Return the scales of each expert that a tensor beside a stack in FP8 holds; else nothing."""
+    """Return the scales of each expert that a tensor beside a stack in FP8 holds; else nothing.
+
+    A lone scale of an expert is [1, 1] if the scales are those of blocks.
+    """
     end = next((end for end in _ENDS if info.name.endswith(end)), None)
     codes = tensors.get(info.name.removesuffix(end)) if end else None
     found = family.stack_of(codes.name) if codes else None
@@ -112,7 +119,8 @@ def _scales(
     stack = stack.model_copy(update={"holds": holds})
     experts = codes.shape[0]
     if info.elements == 1 or (info.elements == experts == shape[0]):
-        return list(_of_each(info, stack, layer, experts, (1,)))
+        alone = (1, 1) if in_blocks and len(shape) == 3 else (1,)
+        return list(_of_each(info, stack, layer, experts, alone))
     if len(shape) != 3 or shape[0] != experts or 0 in shape:
         return []
     if stack.transposed and end == "_scale" and shape[1:] == (codes.shape[2], 1):

@@ -85,9 +85,14 @@ class Stored:
         if codes is None or scale is None:
             raise TypeError(f"{self.codes.name} is a tensor of its own")
         block = self.block[::-1] if codes.transposed else self.block
-        if scale.by.elements in (1, codes.by.shape[0]):  # a scale for all of an expert
+        if self._one_each:
             block = codes.rows, codes.columns
         return Stored(self.format, codes.by, scale.by, block)
+
+    @property
+    def _one_each(self) -> bool:
+        """Whether all weights of an expert share one scale, whatever their size."""
+        return self.scale.held is not None and self.scale.shape in SCALAR
 
     @property
     def fits_whole(self) -> bool:
@@ -100,8 +105,7 @@ class Stored:
         shared = self.codes.shape[0] < across
         groups = -(-codes.rows // high) * -(-codes.columns // wide)
         cut = shared and across > self.block[0] and self.codes.shape[0] % self.block[0] > 0
-        one = scale.by.elements in (1, codes.by.shape[0])
-        return one or (groups * codes.by.shape[0] == scale.by.elements and not cut)
+        return self._one_each or (groups * codes.by.shape[0] == scale.by.elements and not cut)
 
     def under(self, prefix: str) -> "Stored":
         """Return the same weight, with `prefix` before the names of its files."""
