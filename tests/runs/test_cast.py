@@ -1,5 +1,7 @@
 """A source in MXFP4 becomes NVFP4 with equal weights, as compressed-tensors decompresses both."""
 
+import itertools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from mquant.plan import make_plan
 from mquant.recipe import find_recipe
 from mquant.repair.diagnose import diagnose
 from mquant.repair.repair import repair
-from mquant.runs.casts import exact
+from mquant.runs.casts import count_casts, exact
 from mquant.runs.quantize import quantize
 from mquant.runs.shares import finish_shares
 from mquant.synth import Precision, synth
@@ -254,6 +256,28 @@ def test_a_run_with_a_scratch_makes_the_same_files(
     assert hashes(scratched.out) == hashes(whole.out)
     assert scratched.cast == whole.cast
     assert scratched.cast
+
+
+def test_scales_on_a_hub_are_read_many_at_once(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each costs a round trip, so a machine with one core waits for 16 of them at a time."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    src = source(tmp_path)
+    hub.add("org/mxfp4", src)
+    repo = HubRepo("org/mxfp4")
+    plan = make_plan(open_checkpoint(repo), find_recipe("nvfp4"), load_families())
+    read, reading, enough = repo.read, itertools.count(1), threading.Event()
+
+    def waiting(path: str, start: int = 0, end: int | None = None) -> bytes:
+        if next(reading) == 16:
+            enough.set()
+        enough.wait(timeout=5)  # until 16 are in here
+        assert enough.is_set()
+        return read(path, start, end)
+
+    monkeypatch.setattr(repo, "read", waiting)
+    assert count_casts(plan, repo) == count_casts(plan_of(src), Folder(src))
 
 
 def test_a_repair_makes_a_cast_expert_again(tmp_path: Path) -> None:
