@@ -208,3 +208,12 @@ def test_the_stacks_of_each_family_are_read(tmp_path: Path, name: str, sizes: Si
     plan = make_bf16_plan(opened(src), STACKED)
     assert plan.refusals == ()
     assert any(action.stored and len(action.source.shape) == 3 for action in plan.actions)
+
+
+@pytest.mark.parametrize("name", ["llama4", "mistral4"])
+def test_whether_vllm_takes_a_stack_in_fp8_is_not_judged(tmp_path: Path, name: str) -> None:
+    src = synth(tmp_path, STACKED[name], precision=Precision.FP8_STACKS).path
+    report = verify(Folder(src), load_families(), Depth.STRUCTURE)
+    assert [finding for finding in report.findings if finding.severity == "error"] == []
+    assert report.undecided is not None
+    assert "what vLLM makes of experts in one tensor" in report.undecided

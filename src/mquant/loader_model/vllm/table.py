@@ -13,7 +13,7 @@ from mquant.loader_model.vllm.experts import Experts
 from mquant.loader_model.vllm.layers import Bare, Layer
 from mquant.loader_model.vllm.model import Model
 from mquant.loader_model.vllm.names import Renaming, place, rename
-from mquant.loader_model.vllm.tensors import Copies, Loaded, LoadRefused
+from mquant.loader_model.vllm.tensors import Copies, Loaded, LoadRefused, Unknown
 
 _EXPERT: Final = re.compile(r"(.*\bexperts)\.((\d+)\.([^.]+)\.(.+))")
 _OUTER: Final = "model."
@@ -114,6 +114,8 @@ class Table:
         if name in self._stacks:
             module, suffix = name, "weight"
         if module not in self._stacks:
+            if any(name.startswith(f"{known}_") for known in self._stacks):  # scales in FP8
+                raise Unknown(f"experts in one tensor ({loaded.name})")
             return False
         experts, stack = self._stacks[module]
         experts.load_stack(copies, stack, loaded, suffix)
