@@ -141,7 +141,9 @@ def _packed(bits: int, std: float) -> tuple[_Part, ...]:
     )
 
 
-_ACTIVATIONS: Final = _Part("activation_scale", "F32", _one, 0.05, 0.001)
+_ACTIVATIONS: Final = _Part("activation_scale", "F32", _one, 0.05, 1e-12)
+"""So small a deviation that F32 has one number for all: modules that share their inputs share the
+scale of the inputs."""
 _FP8_BLOCKS: Final = _fp8("weight_scale_inv", "F32", _per(FP8_BLOCK, FP8_BLOCK))
 _STORED: Final[dict[Precision, tuple[_Part, ...]]] = {
     Precision.FP8_BLOCK: _FP8_BLOCKS,
