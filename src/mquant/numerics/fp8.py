@@ -25,7 +25,7 @@ from mquant.numerics.floats import E4M3, FLOATS, Array, Bytes, FloatFormat, Floa
 from mquant.numerics.thresholds import Magnitudes
 
 _LARGEST: Final = E4M3[-1]
-_EPSILON: Final = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23}
+EPSILON: Final = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23}
 _ONES: Final = np.float32(1.5 * 2**23)
 """Adding and subtracting _ONES rounds a number to the nearest integer, half to even."""
 # _AS_FLOAT turns a magnitude into a float32: a shift and a factor. _ROUNDED rounds a float32 to the
@@ -64,7 +64,7 @@ def scales_of(amax: Array) -> Array:
     with np.errstate(under="ignore"):
         scales: Array = amax / amax.dtype.type(_LARGEST)
     float_format = next(known for known in FLOATS.values() if known.value == amax.dtype)
-    scales[scales == 0] = _EPSILON[float_format.name]
+    scales[scales == 0] = EPSILON[float_format.name]
     return scales
 
 

@@ -1,0 +1,162 @@
+"""The scales of a fused set's weights, and the tensors that codes and scales become on disk.
+
+| scheme | codes | scales | a number is |
+| --- | --- | --- | --- |
+| NVFP4A16, NVFP4 | E2M1 | E4M3 for 16 columns, one F32 number for the set | code * (scale / number) |
+| FP8_DYNAMIC | E4M3 | own dtype, for a row | code * scale |
+| FP8_BLOCK | E4M3 | own dtype, for 128 x 128 | code * scale |
+| integers in groups | 4 or 8 bits | own dtype, for a row's group of columns | code * scale |
+
+Min-max scales are llmcompressor's, bit for bit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+
+from mquant.compiled import compiled
+from mquant.numerics.floats import E4M3, F32, Array, Bytes, FloatFormat, Floats
+from mquant.numerics.fp8 import EPSILON, scales_of
+from mquant.numerics.kernels import block_maxima
+from mquant.numerics.nvfp4 import GROUP, block_scales, global_scale
+from mquant.numerics.scale_search import ALIKE, SearchedWeight, search
+from mquant.numerics.sweeps import E2M1_GRID, E4M3_GRID, Grid, integers
+from mquant.schemes import Scheme
+
+F8: Final = np.dtype(ml_dtypes.float8_e4m3fn)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scaled:
+    """The scales of a weight [out, in].
+
+    `divisors`, float32 [out, groups]: what the codes of a row's `width` columns are multiplied by.
+    `tensors`: the tensors of the scales, by suffix.
+    """
+
+    divisors: Floats
+    width: int
+    tensors: dict[str, Array]
+
+
+def grid_of(scheme: Scheme) -> Grid:
+    """Return the numbers that the codes of a scheme can mean."""
+    kind, bits = _kind(scheme)
+    if kind == "int":
+        return integers(bits)
+    return E2M1_GRID if bits == 4 else E4M3_GRID
+
+
+def scaled(
+    weights: Sequence[Floats], scheme: Scheme, own: FloatFormat, scales: str
+) -> list[Scaled]:
+    """Return the scales of a fused set's weights, float32 [out, in] each, of the dtype `own`.
+
+    `scales`: "minmax", or "search" for NVFP4's scales of the smallest squared error.
+    """
+    kind, bits = _kind(scheme)
+    if (kind, bits) == ("float", 4):
+        return _nvfp4(weights, own, scales)
+    arguments = scheme.config_group["weights"]
+    high, wide = arguments["block_structure"] or (1, arguments["group_size"] or 0)
+    largest = None if kind == "float" else np.float32((2**bits - 1) / 2)
+    return [_blocks(weight, (high, wide or weight.shape[1]), largest, own) for weight in weights]
+
+
+def _kind(scheme: Scheme) -> tuple[str, int]:
+    arguments = scheme.config_group["weights"]
+    return arguments["type"], arguments["num_bits"]
+
+
+def _nvfp4(weights: Sequence[Floats], own: FloatFormat, scales: str) -> list[Scaled]:
+    if scales == "minmax":
+        owns = [weight.astype(own.value) for weight in weights]
+        shared = global_scale(owns)
+        codes = [
+            block_scales(np.abs(w.reshape(len(w), -1, GROUP)).max(axis=-1), shared) for w in owns
+        ]
+    else:
+        shared, codes = _searched(weights)
+    return [nvfp4_scaled(code, shared) for code in codes]
+
+
+def _searched(weights: Sequence[Floats]) -> tuple[np.float32, list[Bytes]]:
+    searched = []
+    for weight in weights:
+        words = np.ascontiguousarray(weight).reshape(-1).view(F32.word)
+        maxima = np.empty(weight.size // GROUP, np.uint32)
+        block_maxima(words, F32, maxima)
+        searched.append(SearchedWeight(words, F32, maxima, ALIKE))
+    ends = np.cumsum([len(weight.maxima) for weight in searched])
+    shared, codes = search(searched, np.empty((2, ends[-1]), np.uint8))
+    parts = np.split(codes, ends[:-1])
+    return shared, [part.reshape(len(w), -1).copy() for part, w in zip(parts, weights, strict=True)]
+
+
+def nvfp4_scaled(codes: Bytes, shared: np.float32) -> Scaled:
+    """Return NVFP4's scales from E4M3 codes [out, in / 16] and the set's global scale."""
+    tensors = {
+        "weight_scale": codes.view(F8),
+        "weight_global_scale": np.array([shared], np.float32),
+    }
+    return Scaled(E4M3[codes] / shared, GROUP, tensors)
+
+
+def _blocks(
+    weight: Floats, block: tuple[int, int], largest: np.float32 | None, own: FloatFormat
+) -> Scaled:
+    """Return min-max scales of blocks; `largest` is an integer grid's, None that of FP8."""
+    high, wide = block
+    rows, columns = weight.shape
+    down, across = -(-rows // high), -(-columns // wide)
+    padded = np.zeros((down * high, across * wide), np.float32)
+    padded[:rows, :columns] = np.abs(weight)
+    amax = padded.reshape(down, high, across, wide).max(axis=(1, 3)).astype(own.value)
+    if largest is None:
+        stored = scales_of(amax)
+    else:
+        with np.errstate(under="ignore"):
+            stored = amax / own.value.type(largest)
+        stored[stored == 0] = EPSILON[own.name]
+    divisors = np.repeat(stored.astype(np.float32), high, axis=0)[:rows]
+    return Scaled(divisors, wide, {"weight_scale": stored})
+
+
+def stored(points: Floats, scales: Scaled, scheme: Scheme) -> dict[str, Array]:
+    """Return the tensors of a weight by suffix: of grid points, float32 [out, in], and scales.
+
+    The order is that of the scheme's parts.
+    """
+    kind, bits = _kind(scheme)
+    tensors = dict(scales.tensors)
+    if kind == "int":
+        per_word = 32 // bits
+        codes = (points + 2 ** (bits - 1)).astype(np.uint32).reshape(len(points), -1, per_word)
+        shifts = np.arange(0, 32, bits, dtype=np.uint32)
+        tensors["weight_packed"] = np.bitwise_or.reduce(codes << shifts, axis=-1).view(np.int32)
+        tensors["weight_shape"] = np.array(points.shape, np.int64)
+    elif bits == 4:
+        tensors["weight_packed"] = np.empty((len(points), points.shape[1] // 2), np.uint8)
+        _pack_e2m1(points.reshape(-1), tensors["weight_packed"].reshape(-1))
+    else:
+        tensors["weight"] = points.astype(F8)
+    return {part.suffix: tensors[part.suffix] for part in scheme.parts if part.suffix in tensors}
+
+
+@compiled
+def _pack_e2m1(points: Array, packed: Array) -> None:
+    for i in range(packed.size):
+        packed[i] = _e2m1(points[2 * i]) | np.uint8(_e2m1(points[2 * i + 1]) << np.uint8(4))
+
+
+@compiled
+def _e2m1(point: Any) -> Any:
+    """Return the code of an E2M1 number: its bits of sign, exponent and mantissa, moved."""
+    magnitude = abs(point)
+    bits = np.uint32(np.float32(magnitude).view(np.uint32) >> np.uint32(22))
+    normal = np.uint8(bits - np.uint32((127 << 1) - 2))
+    code = normal if magnitude >= np.float32(1) else np.uint8(magnitude * np.float32(2))
+    return np.uint8(code | np.uint8(np.uint8(point < np.float32(0)) << np.uint8(3)))
