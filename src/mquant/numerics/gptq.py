@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 
 from mquant.numerics.floats import BF16, Array, FloatFormat, Floats
-from mquant.numerics.hessian import Curvature, curvature, hessian_of
+from mquant.numerics.hessian import Curvature, curvature, damping, hessian_of
 from mquant.numerics.scaled import Scaled, grid_of, scaled, stored
 from mquant.numerics.sweeps import Divisors, Grid, nearest_points, sweep
 from mquant.schemes import Scheme
@@ -63,6 +63,7 @@ def round_set(
     *,
     rows: Map = map,
     own: FloatFormat = BF16,
+    tokens: int | None = None,
 ) -> list[Rounded]:
     """Quantize the weights of a fused set, float32 [out, in] each, of finite numbers.
 
@@ -71,16 +72,14 @@ def round_set(
     that maps work over slices of rows, which may use threads. `own`: the weights' dtype on disk,
     which is that of some schemes' scales.
     """
-    grid = grid_of(scheme)
-    if hessian is None:
-        method = "minmax" if rounding.scales == "minmax" else "search"
-        sets = scaled(weights, scheme, own, method)
-        work = _Work(None, grid, 0)
-    else:
-        method = "minmax" if rounding.scales == "minmax" else "search"
-        sets = scaled(weights, scheme, own, method)
-        curved = curvature(hessian, rounding.damp, descending=rounding.order == "descending")
-        work = _Work(curved, grid, rounding.sweeps)
+    grid, curved = grid_of(scheme), None
+    if hessian is not None:
+        damp = rounding.damp if tokens is None else damping(tokens, len(hessian))
+        curved = curvature(hessian, damp, descending=rounding.order == "descending")
+    alone = curved is None and rounding.scales == "hessian"
+    scales = "search" if alone else rounding.scales
+    sets = scaled(weights, scheme, own, scales, curved)
+    work = _Work(curved, grid, rounding.sweeps)
     slices = [
         (number, slice(first, first + _ROWS))
         for number, weight in enumerate(weights)

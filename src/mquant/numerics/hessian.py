@@ -5,20 +5,22 @@ The output error of a weight W [out, in] that is rounded to Q is, summed over to
     sum of ((W - Q) @ x)**2 = trace of E @ H @ E.T,    E = W - Q,    H = X.T @ X.
 
 `Curvature` is H made ready for rounding: damped, its columns in the order of rounding, and factored
-into H = A @ D @ A.T with A unit upper triangular and D diagonal. All sums are F32 and by BLAS, which
-adds in the same order as long as it uses one thread.
+into H = A @ D @ A.T, A unit upper triangular and D diagonal. Sums are F32 and by BLAS, which adds
+in the same order as long as it uses one thread.
 """
 
-from typing import Final, NamedTuple
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from mquant.numerics.floats import Floats
+from mquant.numerics.nvfp4 import GROUP
 
 _TOKENS: Final = 4096
 """Inputs that are multiplied at once: sums over more tokens add the sums of these."""
-_WIDTH: Final = 256
+_WIDTH: Final = 128
 """Columns that are factored at once."""
 
 
@@ -39,23 +41,21 @@ def add_inputs(hessian: Floats, inputs: Floats) -> None:
         hessian += part.T @ part  # numpy asks BLAS for one triangle, and mirrors it
 
 
-class Curvature(NamedTuple):
-    """A Hessian ready for rounding, its columns in the order in which they are rounded.
+def damping(tokens: int, columns: int) -> float:
+    """Return the damping of a Hessian that sums the inputs of some tokens.
 
-    `order`, intp [in]: the column at each place. `hessian`, float32 [in, in]: the damped Hessian.
-    `feedback`, float32 [in, in]: A of hessian = A @ D @ A.T; nothing is said below its diagonal.
+    A Hessian of few tokens does not know most directions of the inputs, and rounding would put all
+    errors there. Half of columns / tokens was best on held-out text at 0.4 to 60 tokens a column,
+    by a tenth to a half of the error if the tokens are few (docs/lab-log.md).
     """
-
-    order: npt.NDArray[np.intp]
-    hessian: Floats
-    feedback: Floats
+    return 0.02 + columns / (2 * max(tokens, 1))
 
 
 def damped(hessian: Floats, damp: float) -> Floats:
     """Return the Hessian with `damp` times its mean diagonal added to the diagonal.
 
-    As llmcompressor's GPTQ. A dead column (its input is always 0) gets the mean diagonal of the
-    others, so that its weights are rounded to nearest; without any input, the result is diagonal.
+    As llmcompressor's GPTQ, except for dead columns, whose input is always 0: they get the mean
+    diagonal of the others, and keep their weights. If no input is known, the result is diagonal.
     """
     diagonal = hessian.diagonal().astype(np.float64)
     alive = diagonal > 0
@@ -65,37 +65,82 @@ def damped(hessian: Floats, damp: float) -> Floats:
     return result
 
 
+def diagonal_blocks(matrix: Floats) -> Floats:
+    """Return the blocks of 16 x 16 on the diagonal, [in / 16, 16, 16]."""
+    count = len(matrix) // GROUP
+    blocks = matrix.reshape(count, GROUP, count, GROUP)
+    return blocks[np.arange(count), :, np.arange(count)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Curvature:
+    """A damped Hessian ready for rounding, its columns in the order in which they are rounded.
+
+    `order`, intp [in]: the column at each place. `hessian`, float32 [in, in]. `feedback`, float32
+    [in, in]: A of hessian = A @ D @ A.T, with zeros below its diagonal. `pivots`, float32 [in]: the
+    diagonal of D.
+    """
+
+    order: npt.NDArray[np.intp]
+    hessian: Floats
+    feedback: Floats
+    pivots: Floats
+
+    def compensated_blocks(self) -> Floats:
+        """Return the Hessian of each 16 columns in stored order, float64 [in / 16, 16, 16].
+
+        That is what an error in these columns costs if all other columns compensate it at best: the
+        inverse of the block of the inverse (H's Schur complement).
+        """
+        roots = self._inverse_roots()
+        sides = roots.reshape(-1, GROUP, len(roots))
+        inverses = sides @ sides.transpose(0, 2, 1)
+        result: Floats = np.linalg.inv(inverses.astype(np.float64))
+        return result
+
+    def compensated_diagonal(self) -> Floats:
+        """Return the same for each column alone, float32 [in]."""
+        roots = self._inverse_roots()
+        return np.float32(1) / np.einsum("ij,ij->i", roots, roots)
+
+    def _inverse_roots(self) -> Floats:
+        """Return V of inverse(H) = V @ V.T, float32 [in, in], its rows in stored order."""
+        roots = _inverse(self.feedback) / np.sqrt(self.pivots)[:, None]
+        stored = np.empty_like(roots.T)
+        stored[self.order] = roots.T
+        return stored
+
+
 def curvature(hessian: Floats, damp: float, *, descending: bool) -> Curvature:
     """Damp, order and factor a Hessian, float32 [in, in].
 
     `descending`: columns with a large diagonal are rounded first, so that many columns are left to
     compensate their errors; otherwise columns are rounded as they are stored. A Hessian that has no
     factors (F32 sums of few tokens can be a little indefinite) is damped ten times as much, until
-    it has.
+    it has factors.
     """
-    columns = len(hessian)
-    order = np.arange(columns)
+    order = np.arange(len(hessian))
     if descending:
         order = np.argsort(-hessian.diagonal(), kind="stable")
     while True:
         ordered = damped(hessian, damp)
         if descending:
-            ordered = ordered[order[:, None], order]
-        feedback = ordered.copy()
+            ordered = np.take(ordered[order], order, axis=1)
+        feedback = np.triu(ordered)
         try:
-            _factor(feedback)
+            pivots = _factor(feedback)
         except np.linalg.LinAlgError:
             damp = max(damp, 1e-4) * 10
         else:
-            return Curvature(order, ordered, feedback)
+            return Curvature(order, ordered, feedback, pivots)
 
 
-def _factor(matrix: Floats) -> None:
-    """Overwrite H by A of H = A @ D @ A.T, in blocks of columns from the last to the first.
+def _factor(matrix: Floats) -> Floats:
+    """Overwrite the upper triangle of H by A of H = A @ D @ A.T; return the diagonal of D.
 
-    With R = A @ D**0.5 a block of columns of H is R @ R.T of the later blocks, which is subtracted,
-    plus R @ R.T of the block itself: its square part is factored, and the rows above are multiplied
-    by the inverse of the factor.
+    Blocks of columns are factored from the last to the first. With R = A @ D**0.5 a block of H is
+    the product of R's later columns, which is subtracted, plus that of the block's own columns: the
+    square on the diagonal is factored, and the rows above are multiplied by its inverse.
     """
     columns = len(matrix)
     for start in reversed(range(0, columns, _WIDTH)):
@@ -104,8 +149,28 @@ def _factor(matrix: Floats) -> None:
         if end < columns:
             block -= matrix[:end, end:] @ matrix[start:end, end:].T
         square = block[start:].astype(np.float64)
+        square = np.triu(square) + np.triu(square, 1).T
         factor = np.linalg.cholesky(square[::-1, ::-1])[::-1, ::-1]
         block[:start] = block[:start] @ np.linalg.inv(factor).T.astype(np.float32)
         block[start:] = factor
-    # A's columns are R's divided by R's diagonal.
-    matrix /= matrix.diagonal().copy()
+    roots = matrix.diagonal().copy()
+    matrix /= roots
+    return roots * roots
+
+
+def _inverse(unit: Floats) -> Floats:
+    """Return the inverse of a unit upper triangular matrix, whose two halves are inverted first."""
+    result = np.zeros_like(unit)
+    _invert(unit, result)
+    return result
+
+
+def _invert(unit: Floats, result: Floats) -> None:
+    half = len(unit) // 2
+    if half < _WIDTH:
+        result[:] = np.linalg.inv(unit.astype(np.float64))
+        return
+    first, last = slice(None, half), slice(half, None)
+    _invert(unit[first, first], result[first, first])
+    _invert(unit[last, last], result[last, last])
+    result[first, last] = result[first, first] @ -(unit[first, last] @ result[last, last])

@@ -48,11 +48,11 @@ _SAMPLED: Final = 8192  # blocks of a fused set on which all global scales are t
 
 _TILE: Final = 128  # blocks at once: their data stays in the first-level cache
 _LAST: Final = len(E4M3) - 1
-_ABOVE, _BELOW = 7, 5  # codes tried above and below the code of a / 6
+_ABOVE, BELOW = 7, 5  # codes tried above and below the code of a / 6
 _SMALL: Final = 8  # blocks with a lower code try 15 codes above
 _KEPT: Final = np.float32(0.65)  # the part of a that a tried code must keep
-_PADDED: Final = np.clip(np.arange(-_BELOW, _LAST + 16), 1, _LAST)
-"""The codes around a code, at index code + _BELOW; the ends repeat."""
+PADDED: Final = np.clip(np.arange(-BELOW, _LAST + 16), 1, _LAST)
+"""The codes around a code, at index code + BELOW; the ends repeat."""
 _UNIT: Final = {"BF16": np.float32(1), "F16": np.float32(2.0**112), "F32": np.float32(1)}
 _SHIFT: Final = {"BF16": np.uint32(16), "F16": np.uint32(13), "F32": np.uint32(0)}
 _ONES: Final = np.float32(1.5 * 2**23)
@@ -84,16 +84,32 @@ def search(weights: Sequence[SearchedWeight], scratch: Bytes) -> tuple[np.float3
 
     The codes are a view of `scratch`, uint8 [2, blocks], which the next search overwrites.
     """
+    minmax, best = _base(weights), sampled_scale(weights)
+    weights = _relative(weights)
+    scales = np.array([minmax, best])
+    number = np.argmin(_search_under(scales, weights, _power(minmax), 1, scratch))
+    return scales[number], scratch[number, : _blocks(weights)]
+
+
+def sampled_scale(weights: Sequence[SearchedWeight]) -> np.float32:
+    """Return the global scale, of those tried, that is best for a sample of a fused set's blocks."""
     minmax = _base(weights)
     lower = (BF16.value.type(minmax / np.float32(ratio)) for ratio in RATIOS)
     scales = np.array(list(lower), np.float32)
     weights = _relative(weights)
-    power = np.ldexp(np.float32(1), np.frexp(minmax)[1] - 1)
-    blocks = sum(len(weight.maxima) for weight in weights)
-    sampled = _search_under(scales, weights, power, max(1, blocks // _SAMPLED), scratch[:1])
-    scales = np.array([minmax, scales[np.argmin(sampled)]])
-    best = np.argmin(_search_under(scales, weights, power, 1, scratch))
-    return scales[best], scratch[best, :blocks]
+    every = max(1, _blocks(weights) // _SAMPLED)
+    codes = np.empty((1, _blocks(weights)), np.uint8)
+    best: np.float32 = scales[np.argmin(_search_under(scales, weights, _power(minmax), every, codes))]
+    return best
+
+
+def _blocks(weights: Sequence[SearchedWeight]) -> int:
+    return sum(len(weight.maxima) for weight in weights)
+
+
+def _power(minmax: np.float32) -> np.float32:
+    """Return the unit of `_value`: a power of two."""
+    return np.ldexp(np.float32(1), np.frexp(minmax)[1] - 1)
 
 
 def _base(weights: Sequence[SearchedWeight]) -> np.float32:
@@ -121,7 +137,7 @@ def _search_under(
     If `codes` has a row for each scale, the search fills each row with the codes of its scale.
     """
     with np.errstate(over="ignore", under="ignore"):
-        divisors = E4M3[_PADDED] / scales[:, None] * power
+        divisors = E4M3[PADDED] / scales[:, None] * power
         inverse = np.float32(1) / divisors
     totals = np.zeros(len(scales))
     start = 0
@@ -173,14 +189,14 @@ def _choose(
     """Write the best `codes` of blocks, a column of `x` and `w` each, and their errors (`best`)."""
     errors, d = np.empty(best.size, np.float32), np.empty(best.size, np.float32)
     over_d, center = np.empty(best.size, np.float32), np.empty(best.size, np.int32)
-    above = _centers(largest, ratio, center, codes)
-    _look_up(codes, divisors, inverse, 0, d, over_d)
+    above = centers(largest, ratio, center, codes)
+    look_up(codes, divisors, inverse, 0, d, over_d)
     _errors(x, w, d, over_d, best)
-    for number in range(1, above + _BELOW + 1):
+    for number in range(1, above + BELOW + 1):
         step = number if number <= above else above - number
-        _look_up(center, divisors, inverse, step, d, over_d)
+        look_up(center, divisors, inverse, step, d, over_d)
         _errors(x, w, d, over_d, errors)
-        _keep(errors, d, largest, center, step, best, codes)
+        keep(errors, d, largest, center, step, best, codes)
 
 
 @compiled
@@ -210,7 +226,7 @@ def _spread(importance: Array, first: int, n: int, w: Array) -> None:
 
 
 @compiled
-def _centers(largest: Array, ratio: Any, center: Array, codes: Array) -> int:
+def centers(largest: Array, ratio: Any, center: Array, codes: Array) -> int:
     """Write the codes of a / 6 to `center`, and as stored to `codes`; return the steps above."""
     above = _ABOVE
     for b in range(largest.size):
@@ -229,17 +245,17 @@ def _centers(largest: Array, ratio: Any, center: Array, codes: Array) -> int:
 
 
 @compiled
-def _look_up(
+def look_up(
     codes: Array, divisors: Array, inverse: Array, step: int, d: Array, over_d: Array
 ) -> None:
     """Write the scales of the codes plus `step`, and the reciprocals of the scales."""
     for b in range(d.size):
-        code = np.int64(codes[b]) + (step + _BELOW)
+        code = np.int64(codes[b]) + (step + BELOW)
         d[b], over_d[b] = divisors[code], inverse[code]
 
 
 @compiled
-def _keep(
+def keep(
     errors: Array, d: Array, largest: Array, center: Array, step: int, best: Array, codes: Array
 ) -> None:
     """Take the codes with smaller errors, if the codes keep enough of the largest weight."""

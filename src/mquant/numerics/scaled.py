@@ -22,11 +22,17 @@ from mquant.numerics.floats import E4M3, F32, Array, Bytes, FloatFormat, Floats
 from mquant.numerics.fp8 import EPSILON, scales_of
 from mquant.numerics.kernels import block_maxima
 from mquant.numerics.nvfp4 import GROUP, block_scales, global_scale
-from mquant.numerics.scale_search import ALIKE, SearchedWeight, search
-from mquant.numerics.sweeps import E2M1_GRID, E4M3_GRID, Grid, integers
+from mquant.numerics.hessian import Curvature
+from mquant.numerics.hessian_search import factored, search_codes
+from mquant.numerics.scale_search import ALIKE, SearchedWeight, sampled_scale, search
+from mquant.numerics.sweeps import E2M1_GRID, E4M3_GRID, Grid, integers, nearest
 from mquant.schemes import Scheme
 
 F8: Final = np.dtype(ml_dtypes.float8_e4m3fn)
+MINMAX: Final[Floats] = np.ones(1, np.float32)
+RATIOS: Final[Floats] = np.append(MINMAX, np.arange(20, 45, dtype=np.float32) / 40)
+"""The scales of integers that are tried, over the min-max scale, which wins a tie."""
+_LANES: Final = 16  # sums of an error side by side: the order of additions is fixed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,19 +57,29 @@ def grid_of(scheme: Scheme) -> Grid:
 
 
 def scaled(
-    weights: Sequence[Floats], scheme: Scheme, own: FloatFormat, scales: str
+    weights: Sequence[Floats],
+    scheme: Scheme,
+    own: FloatFormat,
+    scales: str,
+    curved: Curvature | None,
 ) -> list[Scaled]:
     """Return the scales of a fused set's weights, float32 [out, in] each, of the dtype `own`.
 
-    `scales`: "minmax", or "search" for NVFP4's scales of the smallest squared error.
+    `scales`: "minmax"; "search", for the smallest squared error of the weights; or "hessian", for
+    the smallest error of the outputs if rounding goes by `curved`, as far as a block of 16 columns
+    (NVFP4) or a column (integers) tells it. FP8 gains nothing from a search: always "minmax".
     """
     kind, bits = _kind(scheme)
+    curved = curved if scales == "hessian" else None
     if (kind, bits) == ("float", 4):
-        return _nvfp4(weights, own, scales)
+        return _nvfp4(weights, own, scales, curved)
     arguments = scheme.config_group["weights"]
-    high, wide = arguments["block_structure"] or (1, arguments["group_size"] or 0)
-    largest = None if kind == "float" else np.float32((2**bits - 1) / 2)
-    return [_blocks(weight, (high, wide or weight.shape[1]), largest, own) for weight in weights]
+    high, wide = arguments["block_structure"] or (1, arguments["group_size"])
+    if kind == "float":
+        return [_blocks(weight, (high, wide or weight.shape[1]), own) for weight in weights]
+    importance = curved.compensated_diagonal() if curved else np.ones(weights[0].shape[1])
+    ratios = MINMAX if scales == "minmax" else RATIOS
+    return [_integers(w, wide, bits, own, importance.astype(np.float32), ratios) for w in weights]
 
 
 def _kind(scheme: Scheme) -> tuple[str, int]:
@@ -71,29 +87,36 @@ def _kind(scheme: Scheme) -> tuple[str, int]:
     return arguments["type"], arguments["num_bits"]
 
 
-def _nvfp4(weights: Sequence[Floats], own: FloatFormat, scales: str) -> list[Scaled]:
+def _nvfp4(
+    weights: Sequence[Floats], own: FloatFormat, scales: str, curved: Curvature | None
+) -> list[Scaled]:
     if scales == "minmax":
         owns = [weight.astype(own.value) for weight in weights]
         shared = global_scale(owns)
         codes = [
             block_scales(np.abs(w.reshape(len(w), -1, GROUP)).max(axis=-1), shared) for w in owns
         ]
-    else:
-        shared, codes = _searched(weights)
-    return [nvfp4_scaled(code, shared) for code in codes]
-
-
-def _searched(weights: Sequence[Floats]) -> tuple[np.float32, list[Bytes]]:
-    searched = []
-    for weight in weights:
-        words = np.ascontiguousarray(weight).reshape(-1).view(F32.word)
-        maxima = np.empty(weight.size // GROUP, np.uint32)
-        block_maxima(words, F32, maxima)
-        searched.append(SearchedWeight(words, F32, maxima, ALIKE))
+        return [nvfp4_scaled(code, shared) for code in codes]
+    searched = [_searched(weight) for weight in weights]
+    if curved:
+        shared = sampled_scale(searched)
+        blocks = factored(curved.compensated_blocks())
+        codes = [search_codes(weight, blocks, shared, compensated=True) for weight in weights]
+        return [nvfp4_scaled(code, shared) for code in codes]
     ends = np.cumsum([len(weight.maxima) for weight in searched])
-    shared, codes = search(searched, np.empty((2, ends[-1]), np.uint8))
-    parts = np.split(codes, ends[:-1])
-    return shared, [part.reshape(len(w), -1).copy() for part, w in zip(parts, weights, strict=True)]
+    shared, flat = search(searched, np.empty((2, ends[-1]), np.uint8))
+    codes = np.split(flat, ends[:-1])
+    return [
+        nvfp4_scaled(code.reshape(len(weight), -1).copy(), shared)
+        for code, weight in zip(codes, weights, strict=True)
+    ]
+
+
+def _searched(weight: Floats) -> SearchedWeight:
+    words = np.ascontiguousarray(weight).reshape(-1).view(F32.word)
+    maxima = np.empty(weight.size // GROUP, np.uint32)
+    block_maxima(words, F32, maxima)
+    return SearchedWeight(words, F32, maxima, ALIKE)
 
 
 def nvfp4_scaled(codes: Bytes, shared: np.float32) -> Scaled:
@@ -105,24 +128,54 @@ def nvfp4_scaled(codes: Bytes, shared: np.float32) -> Scaled:
     return Scaled(E4M3[codes] / shared, GROUP, tensors)
 
 
-def _blocks(
-    weight: Floats, block: tuple[int, int], largest: np.float32 | None, own: FloatFormat
-) -> Scaled:
-    """Return min-max scales of blocks; `largest` is an integer grid's, None that of FP8."""
+def _blocks(weight: Floats, block: tuple[int, int], own: FloatFormat) -> Scaled:
+    """Return the min-max scales of FP8 in blocks, as `fp8` has them."""
     high, wide = block
     rows, columns = weight.shape
     down, across = -(-rows // high), -(-columns // wide)
     padded = np.zeros((down * high, across * wide), np.float32)
     padded[:rows, :columns] = np.abs(weight)
-    amax = padded.reshape(down, high, across, wide).max(axis=(1, 3)).astype(own.value)
-    if largest is None:
-        stored = scales_of(amax)
-    else:
-        with np.errstate(under="ignore"):
-            stored = amax / own.value.type(largest)
-        stored[stored == 0] = EPSILON[own.name]
+    stored = scales_of(padded.reshape(down, high, across, wide).max(axis=(1, 3)).astype(own.value))
     divisors = np.repeat(stored.astype(np.float32), high, axis=0)[:rows]
     return Scaled(divisors, wide, {"weight_scale": stored})
+
+
+def _integers(
+    weight: Floats, wide: int, bits: int, own: FloatFormat, importance: Floats, ratios: Floats
+) -> Scaled:
+    """Return scales of groups of `wide` columns: the best of `ratios` times the min-max scale.
+
+    The min-max scale is amax / 7.5 (4 bits) in the own dtype, and its epsilon if that is 0.
+    """
+    groups = weight.reshape(len(weight), -1, wide)
+    with np.errstate(under="ignore"):
+        stored = np.abs(groups).max(axis=2).astype(own.value) / own.value.type((2**bits - 1) / 2)
+        stored[stored == 0] = EPSILON[own.name]
+        tried = (stored[..., None].astype(np.float32) * ratios).astype(own.value)
+        tried[tried == 0] = EPSILON[own.name]
+    errors = np.empty(tried.shape, np.float32)
+    spread = importance.reshape(-1, wide) / importance.max()
+    _integer_errors(groups, spread, tried.astype(np.float32), integers(bits), errors)
+    best = np.take_along_axis(tried, errors.argmin(axis=2)[..., None], axis=2)[..., 0]
+    return Scaled(best.astype(np.float32), wide, {"weight_scale": best})
+
+
+@compiled
+def _integer_errors(groups: Array, importance: Array, tried: Array, grid: Any, errors: Array) -> None:
+    low, high, normal, ones = grid
+    sums = np.empty(_LANES, np.float64)
+    for row in range(groups.shape[0]):
+        for group in range(groups.shape[1]):
+            x, w = groups[row, group], importance[group]
+            for i in range(tried.shape[2]):
+                d = tried[row, group, i]
+                sums[:] = 0
+                for first in range(0, x.size, _LANES):
+                    for lane in range(min(_LANES, x.size - first)):
+                        element = x[first + lane]
+                        error = element - nearest(element / d, low, high, normal, ones) * d
+                        sums[lane] += w[first + lane] * (error * error)
+                errors[row, group, i] = sums.sum()
 
 
 def stored(points: Floats, scales: Scaled, scheme: Scheme) -> dict[str, Array]:

@@ -95,12 +95,12 @@ def sweep(
         )
 
 
-def _contract(function: Any) -> Any:
+def contract(function: Any) -> Any:
     """Compile a function whose products and sums may be fused."""
     return compiled(function, fastmath={"contract"})
 
 
-@_contract
+@contract
 def _sweep(
     weights: Array,
     errors: Array,
@@ -127,13 +127,13 @@ def _sweep(
             _round(target[:n], weight, scales[group[j], part], grid, old, changes[j, :n])
 
 
-@_contract
+@contract
 def _start(weight: Array, old: Array, sums: Array, target: Array) -> None:
     for r in range(target.size):
         target[r] = (weight[r] - old[r]) + sums[r]
 
 
-@_contract
+@contract
 def _add_products(changes: Array, feedback: Array, j: int, target: Array) -> None:
     """Add the changes of the columns before column j, times A, to column j's target."""
     fours = j // 4 * 4
@@ -148,19 +148,19 @@ def _add_products(changes: Array, feedback: Array, j: int, target: Array) -> Non
             target[r] = target[r] + c[r] * a
 
 
-@_contract
+@contract
 def _round(
     target: Array, weight: Array, scale: Array, grid: Any, errors: Array, changes: Array
 ) -> None:
     low, high, normal, ones = grid
     for r in range(target.size):
-        error = weight[r] - _nearest(target[r] / scale[r], low, high, normal, ones) * scale[r]
+        error = weight[r] - nearest(target[r] / scale[r], low, high, normal, ones) * scale[r]
         changes[r] = error - errors[r]
         errors[r] = error
 
 
 @compiled
-def _nearest(x: Any, low: Any, high: Any, normal: Any, ones: Any) -> Any:
+def nearest(x: Any, low: Any, high: Any, normal: Any, ones: Any) -> Any:
     """Return the nearest point of a grid: adding a far larger number rounds to the grid's step."""
     x = min(max(x, low), high)
     binade = np.float32(max(abs(x), normal)).view(np.uint32) & np.uint32(0x7F800000)
@@ -179,4 +179,4 @@ def nearest_points(weights: Array, errors: Array, divisors: Any, grid: Any, poin
     for j in range(weights.shape[0]):
         w, e, s, p = weights[j], errors[j], scales[group[j]], points[j]
         for r in range(w.size):
-            p[r] = _nearest((w[r] - e[r]) / s[r], low, high, normal, ones)
+            p[r] = nearest((w[r] - e[r]) / s[r], low, high, normal, ones)
