@@ -1,7 +1,7 @@
 """GPTQ, and coordinate descent after GPTQ: rounding with the least error of the outputs.
 
-Scales are fixed before codes: columns can be rounded in any order, and columns stay in their groups,
-so the format does not change. `hessian` and `sweeps` have the arithmetic.
+Scales are fixed before codes: columns are rounded in any order, and stay in their groups, so the
+format does not change. `hessian` and `sweeps` have the arithmetic.
 
 The result is deterministic: rows are computed in slices of a fixed size, and nothing depends on
 which thread computes a slice. BLAS must use one thread (`weights.matrix.Workers` sees to that).
@@ -14,9 +14,9 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 
 from mquant.numerics.floats import BF16, Array, FloatFormat, Floats
-from mquant.numerics.hessian import Curvature, curvature, damping, hessian_of
+from mquant.numerics.hessian import Curvature, curvature, extra_damp, hessian_of
 from mquant.numerics.scaled import Scaled, grid_of, scaled, stored
-from mquant.numerics.sweeps import Divisors, Grid, nearest_points, sweep
+from mquant.numerics.sweeps import Divisors, Grid, nearest_points, sweep, turn
 from mquant.schemes import Scheme
 
 __all__ = ["Map", "Rounded", "Rounding", "hessian_of", "round_set"]
@@ -35,13 +35,13 @@ class Rounding:
     the last. `sweeps`: how often, after GPTQ, each code is chosen anew, given all other codes of
     its row. `scales`: "minmax", "search" (the smallest error of the weights) or "hessian" (the
     smallest error of the outputs, block by block). `damp`: the part of the Hessian's mean diagonal
-    that is added to the diagonal.
+    that is added to the diagonal, besides what few tokens ask for.
     """
 
     scales: Literal["minmax", "search", "hessian"] = "hessian"
     order: Literal["stored", "descending"] = "descending"
     sweeps: int = 0
-    damp: float = 0.01
+    damp: float = 0.02
 
 
 class Rounded(NamedTuple):
@@ -70,11 +70,12 @@ def round_set(
     `hessian`, float32 [in, in], is that of the inputs that the weights share (`hessian_of`); None
     if no inputs are known: then each weight is rounded to the nearest number. `rows`: the function
     that maps work over slices of rows, which may use threads. `own`: the weights' dtype on disk,
-    which is that of some schemes' scales.
+    which is that of some schemes' scales. `tokens`: the number of inputs of the Hessian; None if
+    there are more than enough.
     """
     grid, curved = grid_of(scheme), None
     if hessian is not None:
-        damp = rounding.damp if tokens is None else damping(tokens, len(hessian))
+        damp = rounding.damp + (extra_damp(tokens, len(hessian)) if tokens else 0)
         curved = curvature(hessian, damp, descending=rounding.order == "descending")
     alone = curved is None and rounding.scales == "hessian"
     scales = "search" if alone else rounding.scales
@@ -110,7 +111,8 @@ class _Work:
         columns = weight.shape[1]
         curved, grid = self._curved, self._grid
         order = curved.order if curved else np.arange(columns)
-        turned = np.ascontiguousarray(weight.T[order])
+        turned = np.empty((columns, len(weight)), np.float32)
+        turn(weight, order, turned)
         divisors = Divisors(np.ascontiguousarray(scales.divisors[part].T), order // scales.width)
         errors = np.zeros_like(turned)
         if curved:
@@ -118,14 +120,9 @@ class _Work:
         if self._full is not None:
             for _ in range(self._sweeps):
                 sweep(turned, errors, self._full, divisors, grid, upper=False)
-        nearest_points(turned, errors, divisors, grid, errors)
-        points[:, order] = errors.T
+        nearest_points(turned, errors, divisors, grid, order, points)
 
 
 def _rounded(points: Floats, scales: Scaled, scheme: Scheme) -> Rounded:
     tensors = stored(points, scales, scheme)
-    columns = points.shape[1]
-    for first in range(0, columns, scales.width):
-        group = slice(first, first + scales.width)
-        points[:, group] *= scales.divisors[:, first // scales.width, None]
-    return Rounded(tensors, points)
+    return Rounded(tensors, scales.values(points))

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from mquant.numerics.floats import Floats
+from mquant.numerics.floats import Array, Floats
 from mquant.numerics.nvfp4 import GROUP
 
 _TOKENS: Final = 4096
@@ -41,14 +41,14 @@ def add_inputs(hessian: Floats, inputs: Floats) -> None:
         hessian += part.T @ part  # numpy asks BLAS for one triangle, and mirrors it
 
 
-def damping(tokens: int, columns: int) -> float:
-    """Return the damping of a Hessian that sums the inputs of some tokens.
+def extra_damp(tokens: int, columns: int) -> float:
+    """Return how much more a Hessian is damped that sums the inputs of few tokens.
 
-    A Hessian of few tokens does not know most directions of the inputs, and rounding would put all
-    errors there. Half of columns / tokens was best on held-out text at 0.4 to 60 tokens a column,
-    by a tenth to a half of the error if the tokens are few (docs/lab-log.md).
+    Such a Hessian does not know most directions of the inputs, and rounding would put all errors
+    there. Half of columns / tokens is near the best on held-out text from 0.4 to 60 tokens a column
+    (docs/lab-log.md).
     """
-    return 0.02 + columns / (2 * max(tokens, 1))
+    return columns / (2 * tokens)
 
 
 def damped(hessian: Floats, damp: float) -> Floats:
@@ -69,7 +69,8 @@ def diagonal_blocks(matrix: Floats) -> Floats:
     """Return the blocks of 16 x 16 on the diagonal, [in / 16, 16, 16]."""
     count = len(matrix) // GROUP
     blocks = matrix.reshape(count, GROUP, count, GROUP)
-    return blocks[np.arange(count), :, np.arange(count)]
+    result: Floats = blocks[np.arange(count), :, np.arange(count)]
+    return result
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,7 +87,7 @@ class Curvature:
     feedback: Floats
     pivots: Floats
 
-    def compensated_blocks(self) -> Floats:
+    def compensated_blocks(self) -> Array:
         """Return the Hessian of each 16 columns in stored order, float64 [in / 16, 16, 16].
 
         That is what an error in these columns costs if all other columns compensate it at best: the
@@ -95,18 +96,18 @@ class Curvature:
         roots = self._inverse_roots()
         sides = roots.reshape(-1, GROUP, len(roots))
         inverses = sides @ sides.transpose(0, 2, 1)
-        result: Floats = np.linalg.inv(inverses.astype(np.float64))
-        return result
+        return np.linalg.inv(inverses.astype(np.float64))
 
     def compensated_diagonal(self) -> Floats:
         """Return the same for each column alone, float32 [in]."""
         roots = self._inverse_roots()
-        return np.float32(1) / np.einsum("ij,ij->i", roots, roots)
+        result: Floats = 1 / np.einsum("ij,ij->i", roots, roots)
+        return result
 
     def _inverse_roots(self) -> Floats:
         """Return V of inverse(H) = V @ V.T, float32 [in, in], its rows in stored order."""
         roots = _inverse(self.feedback) / np.sqrt(self.pivots)[:, None]
-        stored = np.empty_like(roots.T)
+        stored: Floats = np.empty(roots.shape, np.float32)
         stored[self.order] = roots.T
         return stored
 

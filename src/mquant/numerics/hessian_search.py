@@ -31,8 +31,8 @@ class BlockHessians(NamedTuple):
     """Factored Hessians of the blocks of 16 columns, elements by descending diagonal.
 
     `order`, intp [in / 16, 16]: the element at each place. `feedback`, float32 [in / 16, 16, 16]: A
-    less the identity, upper triangular. `pivots`, float32 [in / 16, 16]: the diagonals of D, of which the largest
-    is 1.
+    less the identity, upper triangular. `pivots`, float32 [in / 16, 16]: the diagonals of D, whose
+    largest number is 1.
     """
 
     order: Array
@@ -134,7 +134,12 @@ def _errors(x: Array, e: Array, hessian: Any, d: Array, over_d: Array, errors: A
         for r in range(errors.size):
             target[r] = element[r]
         for k in range(0, j, 4):  # four at once; the factors from row j on are zero
-            f0, f1, f2, f3 = feedback[k, j], feedback[k + 1, j], feedback[k + 2, j], feedback[k + 3, j]
+            f0, f1, f2, f3 = (
+                feedback[k, j],
+                feedback[k + 1, j],
+                feedback[k + 2, j],
+                feedback[k + 3, j],
+            )
             e0, e1, e2, e3 = e[k], e[k + 1], e[k + 2], e[k + 3]
             for r in range(errors.size):
                 target[r] = target[r] + f0 * e0[r] + f1 * e1[r] + f2 * e2[r] + f3 * e3[r]

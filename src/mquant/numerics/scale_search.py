@@ -92,14 +92,16 @@ def search(weights: Sequence[SearchedWeight], scratch: Bytes) -> tuple[np.float3
 
 
 def sampled_scale(weights: Sequence[SearchedWeight]) -> np.float32:
-    """Return the global scale, of those tried, that is best for a sample of a fused set's blocks."""
+    """Return the best global scale below the min-max scale for a sample of the set's blocks."""
     minmax = _base(weights)
     lower = (BF16.value.type(minmax / np.float32(ratio)) for ratio in RATIOS)
     scales = np.array(list(lower), np.float32)
     weights = _relative(weights)
     every = max(1, _blocks(weights) // _SAMPLED)
     codes = np.empty((1, _blocks(weights)), np.uint8)
-    best: np.float32 = scales[np.argmin(_search_under(scales, weights, _power(minmax), every, codes))]
+    best: np.float32 = scales[
+        np.argmin(_search_under(scales, weights, _power(minmax), every, codes))
+    ]
     return best
 
 
@@ -109,7 +111,8 @@ def _blocks(weights: Sequence[SearchedWeight]) -> int:
 
 def _power(minmax: np.float32) -> np.float32:
     """Return the unit of `_value`: a power of two."""
-    return np.ldexp(np.float32(1), np.frexp(minmax)[1] - 1)
+    power: np.float32 = np.ldexp(np.float32(1), np.frexp(minmax)[1] - 1)
+    return power
 
 
 def _base(weights: Sequence[SearchedWeight]) -> np.float32:

@@ -2,7 +2,7 @@
 
 | scheme | codes | scales | a number is |
 | --- | --- | --- | --- |
-| NVFP4A16, NVFP4 | E2M1 | E4M3 for 16 columns, one F32 number for the set | code * (scale / number) |
+| NVFP4A16, NVFP4 | E2M1 | E4M3 for 16 columns, F32 for the set | code * (scale / set's scale) |
 | FP8_DYNAMIC | E4M3 | own dtype, for a row | code * scale |
 | FP8_BLOCK | E4M3 | own dtype, for 128 x 128 | code * scale |
 | integers in groups | 4 or 8 bits | own dtype, for a row's group of columns | code * scale |
@@ -20,10 +20,10 @@ import numpy as np
 from mquant.compiled import compiled
 from mquant.numerics.floats import E4M3, F32, Array, Bytes, FloatFormat, Floats
 from mquant.numerics.fp8 import EPSILON, scales_of
-from mquant.numerics.kernels import block_maxima
-from mquant.numerics.nvfp4 import GROUP, block_scales, global_scale
 from mquant.numerics.hessian import Curvature
 from mquant.numerics.hessian_search import factored, search_codes
+from mquant.numerics.kernels import block_maxima
+from mquant.numerics.nvfp4 import GROUP, block_scales, global_scale
 from mquant.numerics.scale_search import ALIKE, SearchedWeight, sampled_scale, search
 from mquant.numerics.sweeps import E2M1_GRID, E4M3_GRID, Grid, integers, nearest
 from mquant.schemes import Scheme
@@ -46,6 +46,11 @@ class Scaled:
     divisors: Floats
     width: int
     tensors: dict[str, Array]
+
+    def values(self, points: Floats) -> Floats:
+        """Return grid points, float32 [out, in], times their divisors, in place."""
+        _multiply(points, self.divisors, self.width)
+        return points
 
 
 def grid_of(scheme: Scheme) -> Grid:
@@ -161,7 +166,18 @@ def _integers(
 
 
 @compiled
-def _integer_errors(groups: Array, importance: Array, tried: Array, grid: Any, errors: Array) -> None:
+def _multiply(points: Array, divisors: Array, width: int) -> None:
+    for row in range(points.shape[0]):
+        for group in range(divisors.shape[1]):
+            divisor, part = divisors[row, group], points[row, group * width : (group + 1) * width]
+            for i in range(part.size):
+                part[i] = part[i] * divisor
+
+
+@compiled
+def _integer_errors(
+    groups: Array, importance: Array, tried: Array, grid: Any, errors: Array
+) -> None:
     low, high, normal, ones = grid
     sums = np.empty(_LANES, np.float64)
     for row in range(groups.shape[0]):
@@ -212,4 +228,5 @@ def _e2m1(point: Any) -> Any:
     bits = np.uint32(np.float32(magnitude).view(np.uint32) >> np.uint32(22))
     normal = np.uint8(bits - np.uint32((127 << 1) - 2))
     code = normal if magnitude >= np.float32(1) else np.uint8(magnitude * np.float32(2))
-    return np.uint8(code | np.uint8(np.uint8(point < np.float32(0)) << np.uint8(3)))
+    sign = np.uint8(np.float32(point).view(np.uint32) >> np.uint32(28)) & np.uint8(8)
+    return np.uint8(code | sign)

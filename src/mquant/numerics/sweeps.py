@@ -25,6 +25,7 @@ from mquant.numerics.floats import Array, Floats
 _COLUMNS: Final = 128
 """Columns of a block: fewer make the products slow, more the compiled loops."""
 _TILE: Final = 64  # rows of the weight at once: a block of their errors stays in the nearest cache
+_AT_ONCE: Final = 16  # rows that are turned at once: a cache line
 _ONES: Final = np.float32(1.5 * 2**23)
 """Adding and subtracting _ONES rounds a number to the nearest integer, half to even."""
 
@@ -32,8 +33,9 @@ _ONES: Final = np.float32(1.5 * 2**23)
 class Grid(NamedTuple):
     """The numbers that a code can mean, before scaling: those of a small float, or integers.
 
-    `low` and `high` are the ends. The step between numbers is `_ONES` / `ones` of the power of two
-    at or below a number's magnitude, and of `normal` for smaller numbers. Integers are all smaller.
+    `low` and `high` are the ends. Between a power of two and the next there are `_ONES / ones`
+    steps of equal size; below the power of two `normal` the step stays the same. Integers are all
+    below.
     """
 
     low: np.float32
@@ -42,14 +44,18 @@ class Grid(NamedTuple):
     ones: np.float32
 
 
-E2M1_GRID: Final = Grid(*map(np.float32, (-6, 6, 1, _ONES / 2)))
-E4M3_GRID: Final = Grid(*map(np.float32, (-448, 448, 2.0**-6, _ONES / 8)))
+def _grid(low: float, high: float, normal: float, steps: int) -> Grid:
+    return Grid(np.float32(low), np.float32(high), np.float32(normal), np.float32(_ONES / steps))
+
+
+E2M1_GRID: Final = _grid(-6, 6, 1, steps=2)
+E4M3_GRID: Final = _grid(-448, 448, 2.0**-6, steps=8)
 
 
 def integers(bits: int) -> Grid:
     """Return the grid of signed integers of some bits."""
-    half = 2.0 ** (bits - 1)
-    return Grid(*map(np.float32, (-half, half - 1, half, _ONES / half)))
+    half = 1 << (bits - 1)
+    return _grid(-half, half - 1, half, steps=half)
 
 
 class Divisors(NamedTuple):
@@ -169,14 +175,39 @@ def nearest(x: Any, low: Any, high: Any, normal: Any, ones: Any) -> Any:
 
 
 @compiled
-def nearest_points(weights: Array, errors: Array, divisors: Any, grid: Any, points: Array) -> None:
-    """Write the grid points of (weights - errors) / scale to `points`.
+def turn(weight: Array, order: Array, turned: Array) -> None:
+    """Write the columns of a weight [out, in], in some order, to the rows of `turned` [in, out]."""
+    rows = weight.shape[0]
+    for first in range(0, rows, _AT_ONCE):
+        n = min(_AT_ONCE, rows - first)
+        for j in range(order.size):
+            column, row = order[j], turned[j, first : first + n]
+            for r in range(n):
+                row[r] = weight[first + r, column]
 
-    `weights`, `errors`, `points`: float32 [in, out]; the quotients are points but for rounding.
+
+@compiled
+def nearest_points(
+    weights: Array, errors: Array, divisors: Any, grid: Any, order: Array, points: Array
+) -> None:
+    """Write the grid points of (weights - errors) / scale, and undo `turn`.
+
+    `weights` and `errors` are float32 [in, out], `points` is float32 [out, in]. A tiny negative
+    number becomes -0.0.
     """
     scales, group = divisors
     low, high, normal, ones = grid
-    for j in range(weights.shape[0]):
-        w, e, s, p = weights[j], errors[j], scales[group[j]], points[j]
-        for r in range(w.size):
-            p[r] = nearest((w[r] - e[r]) / s[r], low, high, normal, ones)
+    rows = points.shape[0]
+    found = np.empty(_AT_ONCE, np.float32)
+    for first in range(0, rows, _AT_ONCE):
+        n = min(_AT_ONCE, rows - first)
+        part = slice(first, first + n)
+        for j in range(order.size):
+            column = order[j]
+            w, e, s = weights[j, part], errors[j, part], scales[group[j], part]
+            for r in range(n):
+                value = w[r] - e[r]
+                point = nearest(value / s[r], low, high, normal, ones)
+                found[r] = -abs(point) if value < np.float32(0) else point
+            for r in range(n):
+                points[first + r, column] = found[r]
