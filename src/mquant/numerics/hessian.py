@@ -106,9 +106,10 @@ class Curvature:
 
     def _inverse_roots(self) -> Floats:
         """Return V of inverse(H) = V @ V.T, float32 [in, in], its rows in stored order."""
-        roots = _inverse(self.feedback) / np.sqrt(self.pivots)[:, None]
-        stored: Floats = np.empty(roots.shape, np.float32)
-        stored[self.order] = roots.T
+        roots = _inverse_transposed(self.feedback)
+        roots /= np.sqrt(self.pivots)
+        stored: Floats = np.empty_like(roots)
+        stored[self.order] = roots
         return stored
 
 
@@ -159,19 +160,21 @@ def _factor(matrix: Floats) -> Floats:
     return roots * roots
 
 
-def _inverse(unit: Floats) -> Floats:
-    """Return the inverse of a unit upper triangular matrix, whose two halves are inverted first."""
+def _inverse_transposed(unit: Floats) -> Floats:
+    """Return inverse(A).T of a unit upper triangular A: blocks of rows from the first to the last.
+
+    A.T @ inverse(A).T = 1, so the rows of a block follow from the rows before. The product with
+    these is done in pieces of columns, of which most zeros are left out.
+    """
+    columns = len(unit)
     result = np.zeros_like(unit)
-    _invert(unit, result)
+    for start in range(0, columns, _WIDTH):
+        end = min(start + _WIDTH, columns)
+        own = np.linalg.inv(unit[start:end, start:end].astype(np.float64)).T.astype(np.float32)
+        rows = result[start:end]
+        for first in range(0, start, 4 * _WIDTH):
+            part = slice(first, min(first + 4 * _WIDTH, start))
+            rows[:, part] = unit[first:start, start:end].T @ result[first:start, part]
+        rows[:, :start] = -own @ rows[:, :start]
+        rows[:, start:end] = own
     return result
-
-
-def _invert(unit: Floats, result: Floats) -> None:
-    half = len(unit) // 2
-    if half < _WIDTH:
-        result[:] = np.linalg.inv(unit.astype(np.float64))
-        return
-    first, last = slice(None, half), slice(half, None)
-    _invert(unit[first, first], result[first, first])
-    _invert(unit[last, last], result[last, last])
-    result[first, last] = result[first, first] @ -(unit[first, last] @ result[last, last])
