@@ -65,11 +65,11 @@ def damped(hessian: Floats, damp: float) -> Floats:
     return result
 
 
-def diagonal_blocks(matrix: Floats) -> Floats:
+def diagonal_blocks(matrix: Array) -> Array:
     """Return the blocks of 16 x 16 on the diagonal, [in / 16, 16, 16]."""
     count = len(matrix) // GROUP
     blocks = matrix.reshape(count, GROUP, count, GROUP)
-    result: Floats = blocks[np.arange(count), :, np.arange(count)]
+    result: Array = blocks[np.arange(count), :, np.arange(count)]
     return result
 
 

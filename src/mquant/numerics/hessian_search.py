@@ -11,7 +11,8 @@ errors of the elements before it, (x[j] + sum over k < j of e[k] * A[k, j]) / d,
 what a sweep of `sweeps` will choose: then the error is D[j] times the square of what is left.
 
 The codes that are tried, and those that are refused, are those of `scale_search`, whose search also
-gives the global scale G.
+gives the global scale G. Under a Hessian a code further above can be the best: one block in forty,
+by a tenth of its error.
 """
 
 from typing import Any, Final, NamedTuple
