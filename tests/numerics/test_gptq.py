@@ -59,7 +59,8 @@ def inputs_of(seed: int, count: int, columns: int = COLUMNS) -> Floats:
     rng = np.random.default_rng([seed, 1])
     common = rng.standard_normal((count, columns // 4)) @ mixed
     noise = rng.standard_normal((count, columns)) / 2
-    return ((common + noise) * sizes).astype(np.float32)
+    inputs: Floats = ((common + noise) * sizes).astype(np.float32)
+    return inputs
 
 
 def loss(weights: list[Floats], rounded: list[Rounded], hessian: Array) -> float:
@@ -115,7 +116,7 @@ def of_llmcompressor(weight: Floats, hessian: Floats, scheme: Scheme, rounding: 
     group = {key: value for key, value in scheme.config_group.items() if key != "format"}
     arguments = QuantizationScheme(targets=["Linear"], **group).weights
     assert arguments is not None
-    arguments.actorder = "weight" if rounding.order == "descending" else None  # type: ignore[assignment]
+    arguments.actorder = "weight" if rounding.order == "descending" else None
     scale = torch.from_numpy(values)[None]
     made, _, fallen_back = quantize_weight(
         torch.from_numpy(weight.copy())[None],
@@ -127,8 +128,8 @@ def of_llmcompressor(weight: Floats, hessian: Floats, scheme: Scheme, rounding: 
         percdamp=rounding.damp,
     )
     assert not fallen_back.any()
-    values: Floats = made[0].numpy()
-    return values
+    result: Floats = made[0].numpy()
+    return result
 
 
 @pytest.mark.upstream

@@ -19,7 +19,7 @@ from mquant.numerics.scaled import Scaled, grid_of, scaled, stored
 from mquant.numerics.sweeps import Divisors, Grid, nearest_points, sweep, turn
 from mquant.schemes import Scheme
 
-__all__ = ["Map", "Rounded", "Rounding", "hessian_of", "round_set"]
+__all__ = ["Map", "Rounded", "Rounding", "hessian_of", "prepare_rounding", "round_set"]
 
 _ROWS: Final = 1536
 """Rows of a slice. Slices are the same whatever the number of threads."""
@@ -95,6 +95,14 @@ def round_set(
     for _ in rows(one, slices):
         pass
     return [_rounded(p, s, scheme) for p, s in zip(points, sets, strict=True)]
+
+
+def prepare_rounding(scheme: Scheme, rounding: Rounding) -> None:
+    """Compile what a scheme needs, or take it from numba's cache."""
+    columns = 128  # a multiple of every scheme's
+    weights = [np.ones((1, columns), np.float32)]
+    for hessian in (None, np.eye(columns, dtype=np.float32)):
+        round_set(weights, hessian, scheme, rounding)
 
 
 class _Work:
