@@ -37,10 +37,10 @@ def run(folder: Path, parent: Path | None = None, **options: Any) -> Evaluation:
     return evaluate(Folder(folder), against, load_families(), text, **options)
 
 
-def model_of(folder: Path, context: int = 64) -> Model:
+def model_of(folder: Path, context: int = 64, workers: Workers = WORKERS) -> Model:
     source = Folder(folder)
     view = read_modules(opened(folder), load_families())
-    return Model(view, reader_of(source), context, WORKERS)
+    return Model(view, reader_of(source), context, workers)
 
 
 def final_states(model: Model, ids: Any, windows: list[slice]) -> Any:
@@ -168,6 +168,16 @@ def test_scores_by_slices_of_the_vocabulary_equal_scores_of_all_logits(
     assert scores.divergence is not None
     np.testing.assert_allclose(scores.divergence, divergence, rtol=1e-4)
     assert (scores.agree == (logs[0].argmax(1) == logs[1].argmax(1))).all()
+
+
+def test_states_have_the_same_bytes_whatever_the_number_of_workers() -> None:
+    ids = np.random.default_rng(0).integers(0, 2048, 3000)
+    windows = [slice(at, min(at + 256, 3000)) for at in range(0, 3000, 256)]
+    results = []
+    for count in (1, 2, 3):
+        with Workers(count) as workers:
+            results.append(final_states(model_of(TRAINED, workers=workers), ids, windows).tobytes())
+    assert len(set(results)) == 1
 
 
 def test_windows_are_independent() -> None:

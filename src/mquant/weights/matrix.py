@@ -7,12 +7,14 @@ the rarer formats. The arithmetic is that of `decode`, without any of `numerics`
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from threading import local
 from typing import Any, Final, Self, TypeVar, cast
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from mquant.checkpoint import RangeReader, Reader, TensorInfo
 from mquant.checkpoint.slices import read_part, read_whole
@@ -101,13 +103,18 @@ class Plain(Matrix):
 
 
 class Workers:
-    """Threads that each keep a Scratch. A context manager that ends the threads."""
+    """Threads that each keep a Scratch. A context manager that ends the threads.
+
+    In the context, BLAS uses one thread a call: the workers share the cores, and a product has the
+    same bytes whatever the number of cores and workers.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
         # Broken weights overflow: callers look at the result, and need no warnings.
         self._pool = ThreadPoolExecutor(count, initializer=np.seterr, initargs=("ignore",))
         self._local = local()
+        self._blas = ExitStack()
 
     @property
     def scratch(self) -> Scratch:
@@ -122,10 +129,12 @@ class Workers:
         return self._pool.map(function, items)
 
     def __enter__(self) -> Self:
+        self._blas.enter_context(threadpool_limits(1, "blas"))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+        self._blas.close()
 
 
 @dataclass(frozen=True)
