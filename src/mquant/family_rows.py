@@ -236,13 +236,30 @@ class ConfigKeys(Data):
 class Forward(Data):
     """The facts about the forward pass of a family that names and shapes do not show."""
 
-    qk_norm: Literal["none", "all heads", "each head"] = "none"
-    """The span of the norm of q and k: the whole projection, or each head."""
+    qk_norm: Literal["none", "all heads", "each head", "each head, rotated"] = "none"
+    """The span of the norm of q and k: the whole projection, or each head, before or after RoPE."""
     scores: Literal["softmax", "sigmoid"] = "softmax"
     """The function from router logits to routing weights. A routing bias only selects experts."""
     normalised: str = ""
     """A key of config.json; if the key is true, or this field is empty, the chosen experts' weights
     are scaled to add up to 1."""
+    scaled: str = ""
+    """A key of config.json: the factor of the chosen experts' weights after that."""
+    grouped: Condition | None = None
+    """When a token chooses among the experts of its best groups only: `topk_group` of `n_group`."""
+    group_score: Literal["largest", "two largest"] = "two largest"
+    """The values of a group's experts whose sum is the group's score."""
+    rope_neighbours: bool = False
+    """Whether RoPE rotates pairs of neighbours, if `rope_interleave` in config.json is not false;
+    otherwise it rotates pairs of one number of each half."""
+    rope_share: float = 1.0
+    """The part of a head that RoPE rotates if config.json does not say."""
+    sliding: Condition | None = None
+    """The layers whose attention slides, if config.json has `sliding_window` and no `layer_types`;
+    None: mquant refuses a window shorter than the context."""
+    takes: Mapping[str, tuple[bool | int | str | None, ...]] = Field(default_factory=dict)
+    """Keys of config.json with the values that mquant can compute, that of the config class first.
+    """
 
 
 class ReleasedFormat(Data):

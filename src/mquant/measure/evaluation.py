@@ -15,7 +15,8 @@ from mquant.errors import SourceError
 from mquant.events import Emit, Note, Progress, silent
 from mquant.family import Family
 from mquant.findings import Finding, rule
-from mquant.forward.decoder import Integers, Model
+from mquant.forward.decoder import Model
+from mquant.forward.tensors import Integers
 from mquant.loader_model.modules import ModuleView, read_modules
 from mquant.loader_model.storage import activations, format_of, groups
 from mquant.measure.calibrated_on import calibrated_on
@@ -154,10 +155,10 @@ def evaluate(
         windows = [slice(at, min(at + context, count)) for at in range(0, count, context)]
         hidden = [model.embed(ids[:count]) for model in models]
         with np.errstate(all="ignore"):  # numbers that are not finite are an error, no warning
-            _check_finite(models, hidden, "the embeddings give", "model.embed_tokens.")
+            _check_finite(models, hidden, "the embeddings give", "embed_tokens.")
             routing = _run(models, hidden, windows, emit)
             for model, states in zip(models, hidden, strict=True):
-                states[:] = model.norm(states, "model.norm.weight")
+                states[:] = model.last_norm(states)
             scores = score(models, hidden, ids[1 : count + 1], workers)
     perplexities = [_perplexity(m, loss) for m, loss in zip(models, scores.losses, strict=True)]
     return Evaluation(
@@ -184,14 +185,15 @@ def _run(
     routing: list[Routing] = []
     layers = models[0].shape.layers
     sizes = [
-        sum(model.nbytes(f"model.layers.{number}.") for model in models) for number in range(layers)
+        sum(model.nbytes(f"{model.base}layers.{number}.") for model in models)
+        for number in range(layers)
     ]
     for number in range(layers):
         chosen = [
             model.layer(number, states, windows)
             for model, states in zip(models, hidden, strict=True)
         ]
-        _check_finite(models, hidden, f"layer {number} gives", f"model.layers.{number}.")
+        _check_finite(models, hidden, f"layer {number} gives", f"layers.{number}.")
         routed = [experts for experts in chosen if experts is not None]
         if routed:
             routing.append(_routing(number, routed, models[0].shape.experts))
@@ -256,11 +258,11 @@ def _fitting(sources: list[Source]) -> Iterator[None]:
 def _perplexity(model: Model, losses: Doubles) -> float:
     loss = float(losses.mean())
     if not loss < _MOST_NATS:  # also NaN
-        raise model.not_finite("the logits give", "model.norm.", model.head())
+        raise model.not_finite("the logits give", f"{model.base}norm.", model.head())
     return math.exp(loss)
 
 
 def _check_finite(models: list[Model], hidden: list[Floats], gives: str, part: str) -> None:
     for model, states in zip(models, hidden, strict=True):
         if not np.isfinite(states.sum(axis=1, dtype=np.float64)).all():
-            raise model.not_finite(gives, part)
+            raise model.not_finite(gives, f"{model.base}{part}")

@@ -10,7 +10,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from mquant.forward.decoder import Integers, Model
+from mquant.forward.decoder import Model
+from mquant.forward.tensors import Integers
 from mquant.weights.decode import Floats
 from mquant.weights.matrix import Workers
 
