@@ -10,9 +10,16 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from mquant.data_files import folder, read_yaml
 from mquant.errors import DataFileError, UsageError
@@ -87,10 +94,19 @@ class Recipe(BaseModel):
     description: str = ""
     suffix: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     roles: Mapping[Role, SchemeName]
-    scales: Literal["minmax", "search"] = "minmax"
-    """`minmax`: llmcompressor's scales, bit for bit. `search`: the scales of the smallest error."""
+    revision: int = Field(default=1, ge=1)
+    """The number of times that a release has changed what a shipped recipe of this name makes."""
+    scales: Literal["minmax", "search", "hessian"] = "minmax"
+    """`minmax`: llmcompressor's scales, bit for bit. `search`: the scales of the smallest error.
+    `hessian`: the scales of the smallest error of the outputs on the calibration data, block by
+    block."""
     rounding: Literal["nearest", "gptq"] = "nearest"
     """`gptq`: later columns compensate each column's error, weighted by the calibration data."""
+    order: Literal["stored", "descending"] = "stored"
+    """The order in which GPTQ rounds columns: as stored, or columns with the largest inputs first.
+    Columns keep their places and groups, so the format stays the same."""
+    sweeps: int = Field(default=0, ge=0, le=100)
+    """How many times, after GPTQ, each code is chosen anew, given all other codes of its row."""
     smoothing: Literal["none", "awq"] = "none"
     """`awq`: factors multiply the columns of weights, so that the columns that matter most to the
     calibration data lose least, and divide the norms and weights that feed these columns."""
@@ -100,6 +116,15 @@ class Recipe(BaseModel):
     ignore: tuple[Pattern, ...] = ()
     foreign: bool = Field(default=False, exclude=True)
     """Whether the file is llmcompressor's, in which an entry that matches nothing is common."""
+
+    @model_validator(mode="after")
+    def _of_gptq(self) -> Self:
+        asked = {"scales": self.scales == "hessian", "order": self.order != "stored"}
+        asked["sweeps"] = self.sweeps > 0
+        for key, given in asked.items():
+            if given and self.rounding != "gptq":
+                raise ValueError(f"{key}: {getattr(self, key)} needs rounding: gptq")
+        return self
 
     def on(self, names: Iterable[str]) -> "Choice":
         """Return the recipe applied to a model whose modules have these names.
@@ -214,7 +239,8 @@ def load_recipe(path: Path) -> Recipe:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        raise DataFileError(f"{path.name}: {where}: {message}.", "Correct the recipe.") from None
+        parts = ": ".join(filter(None, (path.name, where, message)))
+        raise DataFileError(f"{parts}.", "Correct the recipe.") from None
 
 
 def _quantization_modifier(data: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:

@@ -36,6 +36,7 @@ from mquant.output.shared_run import (
     read_shared_run,
     take_share,
 )
+from mquant.output.states import STATES, StatesFile
 from mquant.plan import config_json
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "RECIPE_NAME",
     "RECORD",
     "SHARES",
+    "STATES",
     "WORK",
     "Claim",
     "Document",
@@ -57,6 +59,7 @@ __all__ = [
     "ShardSet",
     "SharedRun",
     "State",
+    "StatesFile",
     "apply",
     "as_table",
     "calibration_of",

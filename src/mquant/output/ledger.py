@@ -12,6 +12,7 @@ units.
      "fronts": {"model-00001-of-00003.safetensors": FRONT}}
     {"shard": "model-00001-of-00003.safetensors", "sha256": "...", "jobs": [[0, 99]],
      "stamp": STAMP}                                                   complete
+    {"said": {...}}                    what an engine that is done says, for mquant.json
 
 A STAMP is a list of size, mtime, ctime and inode. A ledger of an earlier release has other stamps,
 which equal no stamp of this release. A FRONT is a list of the number of bytes at the front of a
@@ -74,7 +75,8 @@ class Recorded:
 
     `units` maps the number of a work unit to the stamps of the source files at that time; `shards`
     maps the name of a complete shard to its sha256, and `stamps` to the stamp of its file. `fronts`
-    maps the name of a partial shard to the front that was recorded last.
+    maps the name of a partial shard to the front that was recorded last. `said` is what an engine
+    said that is done; None if none is.
     """
 
     fingerprint: dict[str, Any] = field(default_factory=dict)
@@ -83,6 +85,7 @@ class Recorded:
     shards: dict[str, str] = field(default_factory=dict)
     stamps: dict[str, Stamp] = field(default_factory=dict)
     fronts: dict[str, Front] = field(default_factory=dict)
+    said: Mapping[str, Any] | None = None
 
     def has(self, shard: str, path: Path) -> bool:
         """Return whether `path` is the complete shard: by its stamp, or else by its sha256."""
@@ -125,6 +128,8 @@ def parse_ledger(raw: bytes) -> Recorded:
                     recorded.stamps[str(entry["shard"])] = _stamp(entry.get("stamp"))
                     recorded.fronts.pop(str(entry["shard"]), None)
                 recorded.fronts |= _fronts(entry.get("fronts"))
+            case {"said": dict(said)}:
+                recorded.said = said
     return recorded
 
 
@@ -212,6 +217,10 @@ class Ledger:
     def complete_shard(self, name: str, sha256: str, units: range) -> None:
         """Count a shard that is on disk under its final name, and all its work units."""
         self._append(shard_line(name, sha256, units, stamp((self._out / name).stat())))
+
+    def say(self, said: Mapping[str, Any]) -> None:
+        """Record what an engine that is done says, for mquant.json."""
+        self._append(_line({"said": said}))
 
     def complete(self) -> None:
         """Delete the ledger: the run is complete."""

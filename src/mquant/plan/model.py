@@ -171,8 +171,8 @@ class Plan:
         """
         digest = hashlib.sha256(f"{self.recipe.scales}\n".encode())
         if self.recipe.needs_data:
-            measured = self.recipe.model_dump_json(include={"rounding", "smoothing", "calibration"})
-            digest.update(measured.encode())
+            keys = {"rounding", "order", "sweeps", "smoothing", "calibration"}
+            digest.update(self.recipe.model_dump_json(include=keys).encode())
         if self.family.own:
             digest.update(self.family.model_dump_json().encode())
         for shard in self.shards:

@@ -76,11 +76,16 @@ def run_engine(
         if spec.kind is Engine.ONESHOT:
             from mquant.engines import oneshot  # torch and transformers: seconds, and optional
 
-            # A read of all shards is short beside the engine, which cannot resume.
-            run.source_digests = digests_now(run.source, spec.read, run.emit)
+            _know_digests(run, spec)
             oneshot.run(run.plan, run.source, output.write, run.emit, _samples(run, spec))
             run.accept_touched()
-        # After oneshot only the copied tensors are left to write.
+        elif spec.kind is Engine.CALIBRATED:
+            from mquant.runs.calibrated import run_calibrated
+
+            _know_digests(run, spec)
+            run_calibrated(run, _samples(run, spec) or [], output)
+            run.accept_touched()
+        # After these engines only the copied tensors are left to write.
         weigh = weigher(run.plan.recipe, spec.importance)
         with ship() if ship else nullcontext() as observer:
             if observer is not None:
@@ -90,6 +95,14 @@ def run_engine(
             output.finish()
 
     run.write_shards(engines, away, files)
+
+
+def _know_digests(run: Run, spec: QuantizeSpec) -> None:
+    """Hash the source: what is made of a weight depends on all files, and cannot be made again.
+
+    A read of all shards is short beside the engine.
+    """
+    run.source_digests = digests_now(run.source, spec.read, run.emit)
 
 
 def judge(run: Run, spec: QuantizeSpec, made: Source) -> None:

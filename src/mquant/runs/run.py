@@ -227,16 +227,17 @@ class Run:
         spec, plan, ledger = self.spec, self.plan, self.claimed
         shards = {shard.name for shard in plan.shards}
         while True:
-            recorded = recorded if spec.resumes else None
-            old = old - shards if recorded else old
+            recorded = spec.resumable(recorded)
+            old = old - shards - {*spec.working} if recorded else old
             discard(self.out, old - {RECORD})
-            ledger.begin(spec.fingerprint, files or spec.files, afresh=recorded is None)
+            names = (*(files or spec.files), *spec.working)
+            ledger.begin(spec.fingerprint, names, afresh=recorded is None)
             discard(self.out, old & {RECORD})  # until the ledger is there, it says whose OUT is
             touched = self._write(engine, recorded, None if away is None else away())
             if not touched:
                 break
             self._count_touch(touched)
-            recorded, old = ledger.recorded, shards
+            recorded, old = ledger.recorded, shards | {*spec.working}
         if away is None:
             check_headers_as_planned(Folder(self.out), plan)
 
@@ -312,7 +313,8 @@ class Run:
                 if self._again is None:  # other runs wrote the shards
                     raise changed(names([*error.touched])) from None
                 self._count_touch(error.touched)
-                self._again(self.claimed.recorded, {shard.name for shard in self.plan.shards})
+                shards = {shard.name for shard in self.plan.shards}
+                self._again(self.claimed.recorded, shards | {*self.spec.working})
             else:
                 return
 

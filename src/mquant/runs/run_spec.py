@@ -9,7 +9,7 @@ from typing import Any
 from mquant import __version__
 from mquant.checkpoint import Source, Stamp
 from mquant.events import Emit
-from mquant.output import file_names
+from mquant.output import Recorded, file_names
 from mquant.plan import Plan
 from mquant.runs.unchanged import Origin
 
@@ -43,6 +43,8 @@ class RunSpec:
     extra_record: Mapping[str, Any] = field(default_factory=dict)
     resumes: bool = True
     """Whether the engine can resume from the work units in the ledger."""
+    working: tuple[str, ...] = ()
+    """The files that the engine needs in OUT to resume, and that OUT does not hold in the end."""
 
     @property
     def shards(self) -> Plan:
@@ -59,6 +61,10 @@ class RunSpec:
         """The bytes of the shards and side files that the run writes."""
         side_bytes = sum(source.files[path] for path, source in self.side_files.items())
         return self.shards.file_bytes + side_bytes
+
+    def resumable(self, recorded: Recorded | None) -> Recorded | None:
+        """Return what counts of an earlier run of which the ledger has `recorded`."""
+        return recorded if self.resumes else None
 
     @cached_property
     def read(self) -> tuple[str, ...]:

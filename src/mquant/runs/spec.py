@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from mquant.checkpoint import Source
-from mquant.errors import MissingExtra, Refused, UsageError
+from mquant.errors import MissingExtra, Refused, SourceError, UsageError
 from mquant.events import Emit
-from mquant.output import CALIBRATION, calibration_of, side_files
+from mquant.forward.decoder import shape_of
+from mquant.output import CALIBRATION, STATES, Recorded, calibration_of, side_files
 from mquant.plan import Plan
 from mquant.recipe import AS_STORED, Recipe, data_file
 from mquant.runs.casts import count_casts
@@ -28,32 +29,33 @@ class Engine(StrEnum):
 
     AUTO = "auto"
     STREAM = "stream"
+    CALIBRATED = "calibrated"
     ONESHOT = "oneshot"
 
 
 # Packages whose versions can change the bytes that an engine writes.
 _DECISIVE: Final[dict[Engine, tuple[str, ...]]] = {
     Engine.STREAM: (),
+    Engine.CALIBRATED: ("numpy", "numba"),
     Engine.ONESHOT: ("llmcompressor", "compressed-tensors", "torch", "transformers"),
 }
 
 
 def choose_engine(requested: Engine, plan: Plan) -> Engine:
-    """Return the engine that will run. `auto` means stream if the stream engine can do the recipe.
+    """Return the engine that will run; `auto` means one that can do the recipe.
 
-    The oneshot engine runs recipes that need data, or store a scheme that the stream engine does
-    not make; weights that stay as the source stores them do not count. Raises UsageError for an
-    engine that cannot do the recipe.
+    That is stream, or calibrated for a recipe that needs data. The oneshot engine runs what both
+    cannot do: AWQ, and schemes that the stream engine does not make; weights that stay as the
+    source stores them do not count. Raises UsageError for an engine that cannot do the recipe.
     """
     recipe = plan.recipe
     if recipe.needs_data:
-        if requested is Engine.STREAM:
-            raise UsageError(
-                f"Recipe {recipe.name} needs the model's own activations, which the stream engine "
-                "does not see.",
-                "Leave out --engine, or take recipe nvfp4.",
-            )
-        return Engine.ONESHOT
+        return _with_data(requested, plan)
+    if requested is Engine.CALIBRATED:
+        raise UsageError(
+            f"Recipe {recipe.name} needs no data, which the calibrated engine is for.",
+            "Leave out --engine.",
+        )
     foreign = [scheme.name for scheme in _made(plan) if not scheme.streamed]
     if foreign:
         if requested is Engine.STREAM:
@@ -68,6 +70,38 @@ def choose_engine(requested: Engine, plan: Plan) -> Engine:
             "Leave out --engine, or take recipe nvfp4.",
         )
     return Engine.STREAM if requested is Engine.AUTO else requested
+
+
+def _with_data(requested: Engine, plan: Plan) -> Engine:
+    """Return the engine for a recipe that needs data. Raises UsageError as `choose_engine`."""
+    recipe = plan.recipe
+    if requested is Engine.STREAM:
+        raise UsageError(
+            f"Recipe {recipe.name} needs the model's own activations, which the stream engine "
+            "does not see.",
+            "Leave out --engine, or take recipe nvfp4.",
+        )
+    theirs = recipe.smoothing == "awq"
+    if requested is Engine.ONESHOT or (requested is Engine.AUTO and theirs):
+        if recipe.sweeps:
+            raise UsageError(
+                f"Recipe {recipe.name} asks for sweeps, which only the calibrated engine does.",
+                "Leave out --engine.",
+            )
+        return Engine.ONESHOT
+    if theirs:
+        raise UsageError(
+            f"Recipe {recipe.name} asks for AWQ, which only the oneshot engine does.",
+            "Leave out --engine.",
+        )
+    try:
+        shape_of(plan.family, plan.survey.checkpoint.config, recipe.calibration.length)
+    except SourceError as error:
+        raise UsageError(
+            f"Recipe {recipe.name} needs the model's activations. {error.message}",
+            "Give --engine oneshot, which builds the model with transformers.",
+        ) from None
+    return Engine.CALIBRATED
 
 
 def _made(plan: Plan) -> list[Scheme]:
@@ -88,6 +122,17 @@ class QuantizeSpec(RunSpec):
     kind: Engine
     importance: "Importance | None"
     data: CalibrationData | None
+
+    def resumable(self, recorded: Recorded | None) -> Recorded | None:
+        """Return what counts of an earlier run: of a calibrated one, only if no file was touched.
+
+        What the calibrated engine makes of a weight depends on all files.
+        """
+        recorded = super().resumable(recorded)
+        if self.kind is not Engine.CALIBRATED or recorded is None:
+            return recorded
+        same = all(sources == self.stamps for sources in recorded.units.values())
+        return recorded if same else None
 
     def measured(self, source: Source, emit: Emit) -> dict[str, Any]:
         """Return what a cast to NVFP4 keeps and loses; tell what a second rounding costs."""
@@ -138,7 +183,8 @@ def prepare(
         stage="quantize",
         protected=source.folders,
         # oneshot cannot resume: it quantizes in the model's order, not the output's.
-        resumes=kind is Engine.STREAM,
+        resumes=kind is not Engine.ONESHOT,
+        working=(STATES,) if kind is Engine.CALIBRATED else (),
         kind=kind,
         extra_record=_calibrated(weights) or calibration_of(source),
         importance=weights,

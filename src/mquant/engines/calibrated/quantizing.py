@@ -1,0 +1,203 @@
+"""The method that quantizes a layer with the inputs of its linear modules, while it is computed.
+
+Each fused set is quantized when the forward pass asks for its weights, and gives the dequantized
+weights: so what follows in the layer, and every later layer, sees the outputs of the quantized
+model. A set's tensors are written at once.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from threading import Lock
+from typing import Any, Final, NamedTuple, Protocol
+
+import numpy as np
+
+from mquant.engines.calibrated.walk import Saved
+from mquant.errors import SourceError
+from mquant.forward.decoder import Model
+from mquant.plan import Plan, WorkUnit
+from mquant.weights.decode import Floats
+from mquant.weights.matrix import Workers
+
+
+class Rounded(NamedTuple):
+    """A quantized weight: its tensors by suffix, and the float32 values [out, in] they stand for."""
+
+    tensors: Mapping[str, Any]
+    values: Floats
+
+
+class Inputs(NamedTuple):
+    """What is known of a fused set's inputs.
+
+    `own`, float32 [n, in], are those of the set's own tokens. `block`, float32 [m, in], are tokens
+    that the layer's router chose from, for a routed expert; None if nothing is known of them.
+    """
+
+    own: Floats
+    block: Floats | None = None
+
+
+Round = Callable[[list[Floats], Inputs | None, WorkUnit], list[Rounded]]
+"""The arithmetic of a method: weights of a fused set, its inputs (None: unknown), the set."""
+
+
+class Sink(Protocol):
+    """The destination of tensors: `mquant.output.ShardSet`."""
+
+    @property
+    def pending(self) -> list[WorkUnit]:
+        """The work units to do."""
+
+    def write(self, name: str, data: memoryview) -> None:
+        """Write the next bytes of a tensor."""
+
+    def commit(self) -> None:
+        """Record the complete work units."""
+
+
+FEW: Final = 64
+"""An expert with fewer tokens is named: its block's tokens say more of its inputs than its own."""
+_BLOCK_TOKENS: Final = 1024
+"""The most tokens of a block that are kept."""
+
+
+class Quantizing:
+    """The `Listener` that quantizes the fused sets of a plan with `round_` and writes them."""
+
+    def __init__(
+        self, model: Model, plan: Plan, output: Sink, round_: Round, workers: Workers
+    ) -> None:
+        """Index the fused sets by the names that the forward pass has for their weights."""
+        self._model, self._output, self._round, self._workers = model, output, round_, workers
+        self._name = plan.family.in_memory_name
+        self._units: dict[str, WorkUnit] = {}
+        self._layers: dict[int | None, list[WorkUnit]] = defaultdict(list)
+        for unit in plan.units:
+            if unit.scheme and not unit.cast:
+                self._layers[unit.actions[0].layer].append(unit)
+                for action in unit.actions:
+                    self._units[self._name(action.source.name)] = unit
+        self._pending = {next(unit.outputs).name for unit in output.pending}
+        self._made: dict[str, Floats] = {}  # values of members that were not asked for yet
+        self._done: set[str] = set()  # the first outputs of this layer's sets
+        self._blocks: dict[str, Floats] = {}
+        self._said: dict[str, list[str]] = {"few_tokens": [], "no_tokens": [], "no_inputs": []}
+        self._order = {action.module: n for n, action in enumerate(plan.actions)}
+        self._lock = Lock()
+
+    @property
+    def said(self) -> Mapping[str, list[str]]:
+        """The modules that few tokens, or none, reached, and those whose inputs are not known.
+
+        The modules are in the order of the output.
+        """
+        return {key: sorted(modules, key=self._order.get) for key, modules in self._said.items()}
+
+    @property
+    def pending(self) -> bool:
+        """Whether a fused set is still to be written."""
+        return any(self._is_pending(unit) for units in self._layers.values() for unit in units)
+
+    def resume(self, saved: Saved) -> bool:
+        """Return whether all fused sets of the saved layers are written; if so, go on from there."""
+        for number, units in self._layers.items():
+            if number is not None and number < saved.layers and any(map(self._is_pending, units)):
+                return False
+        self._said = {key: [*saved.said.get(key, ())] for key in self._said}
+        return True
+
+    def begin(self, number: int) -> None:
+        """Forget the layer before."""
+        self._done.clear()
+        self._made.clear()
+        self._blocks.clear()
+
+    def hear_block(self, experts: str, inputs: Floats) -> None:
+        """Keep some of the inputs that the router chooses from, evenly spaced."""
+        step = -(-len(inputs) // _BLOCK_TOKENS)
+        self._blocks[experts] = inputs[::step].copy()
+
+    def weights(self, names: tuple[str, ...], inputs: Floats) -> tuple[Floats, ...]:
+        """Return the dequantized weights of modules with these inputs; plain ones as on disk."""
+        return tuple(self._weight(name, inputs) for name in names)
+
+    def _weight(self, name: str, inputs: Floats) -> Floats:
+        unit = self._units.get(name)
+        if unit is None:
+            return self._model.weight(name, name.rsplit(".", 2)[-2])
+        with self._lock:
+            made = self._made.pop(name, None)
+        if made is not None:
+            return made
+        self._tell_few(unit, name, len(inputs))
+        values = self._quantize(unit, Inputs(inputs, self._block(name)))
+        with self._lock:
+            self._made |= values
+            return self._made.pop(name)
+
+    def _block(self, name: str) -> Floats | None:
+        """Return inputs of the block for gate and up of an expert: `down` has other inputs."""
+        if name.endswith(".down_proj.weight"):
+            return None
+        return self._blocks.get(name.rsplit(".", 3)[0])
+
+    def _quantize(self, unit: WorkUnit, inputs: Inputs | None) -> dict[str, Floats]:
+        """Quantize a fused set, write it, and return the values of its members by name."""
+        names = [self._name(action.source.name) for action in unit.actions]
+        weights = [self._read(name) for name in names]
+        rounded = self._round(weights, inputs, unit)
+        first = next(unit.outputs).name
+        if self._is_pending(unit):
+            for action, made in zip(unit.actions, rounded, strict=True):
+                for suffix, array in made.tensors.items():
+                    data = np.ascontiguousarray(array)
+                    self._output.write(f"{action.module}.{suffix}", memoryview(data.reshape(-1).view(np.uint8)))
+        with self._lock:
+            self._pending.discard(first)
+            self._done.add(first)
+        return {name: made.values for name, made in zip(names, rounded, strict=True)}
+
+    def _read(self, name: str) -> Floats:
+        matrix = self._model.matrix(name)
+        weight = np.empty(matrix.shape, np.float32)
+        matrix.read(0, len(weight), weight, self._workers.scratch)
+        bad = weight.size - int(np.count_nonzero(np.isfinite(weight)))
+        if bad:
+            values = "value that is" if bad == 1 else "values that are"
+            raise SourceError(
+                f"{matrix.name} holds {bad:,} {values} NaN or infinite: it cannot be quantized.",
+                "Get the checkpoint again; or keep the module with the recipe's ignore list.",
+            )
+        return weight
+
+    def end(self, number: int) -> None:
+        """Quantize the experts that no token reached, and commit."""
+        left = [u for u in self._layers[number] if next(u.outputs).name not in self._done]
+
+        def work(unit: WorkUnit) -> None:
+            block = self._block(self._name(unit.actions[0].source.name))
+            none = None if block is None else Inputs(block[:0], block)
+            self._quantize(unit, none)
+
+        list(self._workers.map(work, left))
+        for unit in left:
+            key = "no_inputs" if unit.actions[0].expert is None else "no_tokens"
+            self._said[key] += [action.module for action in unit.actions]
+        self._output.commit()
+
+    def finish(self) -> None:
+        """Quantize the fused sets outside of the layers, from their weights alone, and commit."""
+        computed = range(self._model.shape.layers)
+        left = [u for n, units in self._layers.items() if n not in computed for u in units]
+        list(self._workers.map(lambda unit: self._quantize(unit, None), left))
+        self._said["no_inputs"] += [action.module for unit in left for action in unit.actions]
+        self._output.commit()
+
+    def _tell_few(self, unit: WorkUnit, name: str, tokens: int) -> None:
+        if unit.actions[0].expert is not None and tokens < FEW:
+            with self._lock:
+                self._said["few_tokens"] += [action.module for action in unit.actions]
+
+    def _is_pending(self, unit: WorkUnit) -> bool:
+        return next(unit.outputs).name in self._pending
