@@ -134,7 +134,7 @@ def test_targets_narrow_a_recipe_and_ignore_wins(tmp_path: Path) -> None:
             "mine.yaml: ignore.0: 're:[' is no regular expression: unterminated character set at "
             "position 0.",
         ),
-        ("scales: best", "mine.yaml: scales: Input should be 'minmax' or 'search'."),
+        ("scales: best", "mine.yaml: scales: Input should be 'minmax', 'search' or 'hessian'."),
         ("ignore: [3]", "mine.yaml: ignore.0: Input should be a valid string."),
         (
             "suffix: ../../etc",
@@ -205,4 +205,4 @@ def test_a_model_given_as_a_recipe_is_not_read_whole(tmp_path: Path) -> None:
 
 def test_a_recipe_needs_data_for_activations_gptq_and_awq() -> None:
     needs = {name for name, recipe in load_recipes().items() if recipe.needs_data}
-    assert needs == {"nvfp4-gptq", "nvfp4-w4a4", "w4a16-awq"}
+    assert needs == {"nvfp4-best", "nvfp4-gptq", "nvfp4-w4a4", "w4a16-awq"}

@@ -10,13 +10,14 @@ class Progress:
     """The progress of `stage`: `done` of `total` bytes are finished.
 
     `total` is known before the first byte. `workers` counts the other processes that do the
-    work; 0 if this process does the work.
+    work; 0 if this process does the work. `part` says what is under way: `layer 3 of 62`.
     """
 
     stage: str
     done: int
     total: int
     workers: int = 0
+    part: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,7 +134,7 @@ def test_other_dtypes_are_searched_too(tmp_path: Path, dtype: str) -> None:
 
 
 def test_recipe_yaml_says_that_mquant_searched_the_scales(trained: Path) -> None:
-    assert "# mquant searched the scales;" in (trained / "recipe.yaml").read_text()
+    assert "# mquant searches the scales;" in (trained / "recipe.yaml").read_text()
 
 
 @pytest.mark.parametrize("workers", [2, 5])

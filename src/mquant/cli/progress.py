@@ -61,6 +61,7 @@ def _bars(out: Output) -> Iterator[Emit]:
                         completed=event.done,  # bytes of an earlier run must not count in the rate
                     )
                 suffix = f", {plural(event.workers, 'worker')}" if event.workers else ""
+                suffix += f", {event.part}" if event.part else ""
                 bars.update(
                     tasks[event.stage],
                     completed=event.done,

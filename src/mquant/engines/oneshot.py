@@ -99,10 +99,7 @@ def run(
             model.get_submodule(in_memory(a.module)): a.module for a in plan.actions if a.scaled
         }
         drain = Drain(hub_names, scaled, write, stack.enter_context(_threads()))
-        options: dict[str, Any] = {}
-        kind: Any = Drained if plan.recipe.smoothing == "none" else DrainedAfterAWQ
-        if plan.recipe.rounding == "gptq":
-            kind, options = DrainedGPTQ, {"actorder": None}
+        kind, options = _kind(plan, emit)
         modifier = kind(
             **options,
             config_groups={
@@ -121,6 +118,16 @@ def run(
         session.reset()
         if scaled:  # the output would otherwise have an unscaled copy
             raise EngineError(f"The engine did not write {min(scaled.values())}, scaled by AWQ.")
+
+
+def _kind(plan: Plan, emit: Emit) -> tuple[Any, dict[str, Any]]:
+    """Return the modifier of a recipe, and its options beside groups and modules."""
+    recipe = plan.recipe
+    if recipe.rounding != "gptq":
+        return Drained if recipe.smoothing == "none" else DrainedAfterAWQ, {}
+    if recipe.scales != "minmax":
+        emit(Note("info", "llmcompressor's GPTQ takes min-max scales; it searches none."))
+    return DrainedGPTQ, {"actorder": "static" if recipe.order == "descending" else None}
 
 
 def _awq(plan: Plan) -> AWQModifier:

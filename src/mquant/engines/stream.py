@@ -44,6 +44,8 @@ _COMMIT_SECONDS: Final = 0.3
 
 Importance = Callable[[str], Floats]
 """A module's name -> float32 [in]: how much an error in each column of its weight counts."""
+InputScale = Callable[[str], np.float32]
+"""A module's name -> the divisor of its inputs in 4 bits."""
 
 
 def alike(_module: str) -> Floats:
@@ -87,10 +89,12 @@ def run(
     workers: int,
     importance: Importance | None = None,
     emit: Emit = silent,
+    input_scale: InputScale | None = None,
 ) -> None:
     """Do all pending work units of `output`; if an `importance` is given, search the scales.
 
-    `emit` gets a warning if dequantized weights are NaN or infinite.
+    `input_scale` gives the scale of a module's inputs, if the plan stores such scales. `emit` gets
+    a warning if dequantized weights are NaN or infinite.
     Raises SourceError if the source cannot be read, changes, or holds NaN or infinity in a weight
     that is quantized. Complete work units are committed, however the run ends. If the run ends
     early, it stops `output`, so that no worker waits forever.
@@ -103,7 +107,7 @@ def run(
         queue = _Queue(units, reader, ahead=workers)
 
         def work() -> None:
-            worker = Worker(reader, output.write, units, importance)
+            worker = Worker(reader, output.write, units, importance, input_scale)
             started.append(worker)
             for unit in queue:
                 if stop.is_set():
@@ -187,6 +191,7 @@ class Worker:
         write: Callable[[str, memoryview], None],
         units: list[WorkUnit],
         importance: Importance | None,
+        input_scale: InputScale | None = None,
     ) -> None:
         """Allocate buffers that hold the largest fused set among `units`.
 
@@ -196,6 +201,7 @@ class Worker:
         self._reader = reader
         self._write = write
         self._importance = importance
+        self._input_scale = input_scale
         sets = [unit for unit in units if unit.scheme and not _is_fp8(unit)]
         read = [unit for unit in units if not unit.cast]
         stored = [action for unit in read for action in unit.actions if action.stored]
@@ -334,7 +340,7 @@ class Worker:
         scale: np.float32,
         searched: Bytes | None,
     ) -> None:
-        packed_name, scale_name, global_name = (output.name for output in action.outputs)
+        packed_name, scale_name, global_name, *rest = (output.name for output in action.outputs)
         steps = thresholds(action.source.dtype, float(scale))
         words = weight.view(steps.float_format.word)
         blocks = PIECE // steps.float_format.word.itemsize // GROUP
@@ -350,6 +356,9 @@ class Worker:
             self._write(packed_name, packed.data)
             self._write(scale_name, scales.data)
         self._write(global_name, np.array([scale], "<f4").data.cast("B"))
+        if rest and self._input_scale:
+            scale = self._input_scale(action.module)
+            self._write(rest[0], np.array([scale], "<f4").data.cast("B"))
 
 
 def _stripe(action: Action) -> tuple[int, tuple[int, int]]:

@@ -148,7 +148,7 @@ def evaluate(
             )
         read = read_tokens(text, sources, tokens + 1)
         ids = read.ids
-        check_ids([ids], models[0].matrix("model.embed_tokens.weight").shape[0])
+        check_ids([ids], models[0].matrix(f"{models[0].base}embed_tokens.weight").shape[0])
         count = min(tokens, len(ids) - 1)
         emit(Note("info", _plan(count, len(ids) - 1 if read.whole else None, context, models)))
         changed = check_measured(source, parent, emit) if digests else ()

@@ -157,7 +157,8 @@ def recipe_yaml(plan: Plan) -> str:
         modifier = {"config_groups": plan.quantization_config["config_groups"], "ignore": ignore}
     kind = "QuantizationModifier"
     if plan.recipe.rounding == "gptq":
-        kind, modifier["actorder"] = "GPTQModifier", None
+        kind = "GPTQModifier"
+        modifier["actorder"] = "static" if plan.recipe.order == "descending" else None
     modifiers = {kind: modifier}
     if plan.recipe.smoothing == "awq":
         table = [
@@ -169,8 +170,8 @@ def recipe_yaml(plan: Plan) -> str:
     head = f"# What mquant did (recipe {plan.recipe.name}), as a recipe for llmcompressor.\n"
     if any(action.already for action in plan.actions):
         head += "# mquant kept quantized modules as the source stored them.\n"
-    if plan.recipe.scales == "search":
-        head += "# mquant searched the scales; llmcompressor computes others for these modules.\n"
+    if plan.recipe.scales != "minmax":
+        head += "# mquant searches the scales; llmcompressor computes others for these modules.\n"
     return head + yaml.safe_dump(recipe, sort_keys=False)
 
 

@@ -29,6 +29,7 @@ _LONGEST_LINE: Final = 64_000_000
 _PIECE: Final = 16 << 20
 
 Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 
 
 class StatesFile:
@@ -76,17 +77,22 @@ class StatesFile:
             "said": said,
             "sha256": self._digest(layers, states, said),
         }
-        data = memoryview(states.astype("<f4", copy=False)).cast("B")
+        data = _bytes(states)
         pieces = (data[at : at + _PIECE] for at in range(0, len(data), _PIECE))
         with out_of_space(self._path, len(data)):
             write_whole(self._path, [json.dumps(head).encode() + b"\n", *map(bytes, pieces)])
 
     def _digest(self, layers: int, states: Floats, said: Mapping[str, Any]) -> str:
         digest = hashlib.sha256(json.dumps([_SCHEMA, self._key, layers, said]).encode())
-        digest.update(memoryview(states.astype("<f4", copy=False)).cast("B"))
+        digest.update(_bytes(states))
         return digest.hexdigest()
 
     def delete(self) -> None:
         """Delete the file, if there is one. Raises OutputError."""
         with out_of_space(self._path, 0):
             self._path.unlink(missing_ok=True)
+
+
+def _bytes(states: Floats) -> memoryview:
+    raw: Bytes = np.ascontiguousarray(states, "<f4").reshape(-1).view(np.uint8)
+    return raw.data

@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 
 from mquant.checkpoint import build_header
+from mquant.engines.calibrated.listening import MeanSquares
+from mquant.engines.calibrated.walk import walk
 from mquant.engines.importance import CALIBRATION
-from mquant.errors import MissingExtra, Refused
+from mquant.errors import Refused
 from mquant.events import Emit, silent
 from mquant.numerics.floats import Floats
 from mquant.output import Document
 from mquant.plan import Plan
-from mquant.runs.checks import check_plain
+from mquant.runs.calibrated import model_of
+from mquant.runs.checks import check_forward
 from mquant.tokens.calibration_data import find_data
 from mquant.tokens.samples import load_samples
 from mquant.verify.digests import refuse_changed
@@ -40,33 +43,29 @@ class Calibrated:
 def calibrate(plan: Plan, data: str, out: Path, emit: Emit = silent) -> Calibrated:
     """Send `data` through the model that `plan` quantizes, and write the importance file.
 
-    Raises Refused for a plan with errors, UsageError for weights that are stored quantized,
-    OutputError if `out` exists or cannot be written, DataFileError for data that cannot be read,
-    MissingExtra without the packages of `oneshot`.
+    Raises Refused for a plan with errors, UsageError for a model whose forward pass is not known,
+    OutputError if `out` exists or cannot be written, DataFileError for data that cannot be read.
     """
     if plan.refusals:
         raise Refused(plan.refusals)
-    check_plain(plan, "Calibration")
+    check_forward(plan, "Take recipe nvfp4-opt without --importance.")
     found = find_data(data)
     document = Document(out, "-o", b"")
     document.check()
     refuse_changed(plan.survey.checkpoint.source, emit)
     source = plan.survey.checkpoint.source.materialize(emit)
-    try:
-        from mquant.engines.activations import mean_squares
-    except ModuleNotFoundError:
-        raise MissingExtra("Calibration", "oneshot") from None
-
     samples = load_samples(found, source, plan.recipe.calibration, emit)
     emit(samples.note)
-    means = mean_squares(plan, source, samples.ids, emit)
     widths = {a.module: a.source.shape[1] for a in plan.actions if a.scheme}
+    with model_of(plan, source, samples.ids) as (model, _):
+        measured = MeanSquares(model, plan)
+        walk(model, samples.ids, measured, emit=emit)
     vectors = {
-        name: np.zeros(widths[name], "<f4") if mean is None else mean.astype("<f4")
-        for name, mean in means.items()
+        name: measured.means.get(name, np.zeros(width, np.float32)).astype("<f4")
+        for name, width in widths.items()
     }
     document.write(_file(vectors, samples.record))
-    unseen = tuple(name for name, mean in means.items() if mean is None)
+    unseen = tuple(name for name in widths if name not in measured.means)
     return Calibrated(out, len(vectors), len(samples.ids), samples.tokens, samples.record, unseen)
 
 

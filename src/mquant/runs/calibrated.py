@@ -2,18 +2,23 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
-from mquant.checkpoint import reader_of
+import numpy as np
+
+from mquant.checkpoint import Source, reader_of
 from mquant.engines.calibrated.gptq import gptq
-from mquant.engines.calibrated.quantizing import FEW, Quantizing
+from mquant.engines.calibrated.input_scales import FEW, InputScales, input_scale_of
+from mquant.engines.calibrated.quantizing import Quantizing
 from mquant.engines.calibrated.walk import Saved, walk
 from mquant.events import Note
-from mquant.forward.decoder import Integers, Model
+from mquant.forward.decoder import Model
+from mquant.forward.tensors import Integers
 from mquant.loader_model.modules import read_modules
 from mquant.output import ShardSet, StatesFile
+from mquant.plan import Plan
 from mquant.runs.run import Run
 from mquant.runs.workers import default_workers
 from mquant.text import names, plural
@@ -34,26 +39,47 @@ class _States:
         self._file.save(*saved)
 
 
-def run_calibrated(run: Run, samples: Sequence[Integers], output: ShardSet) -> None:
-    """Quantize what the plan quantizes, except casts, and write it into `output`.
+@contextmanager
+def model_of(
+    plan: Plan, source: Source, samples: Sequence[Integers], workers: int | None = None
+) -> Iterator[tuple[Model, Workers]]:
+    """Open the plan's model, whose files are in `source`, for a pass of `samples`.
 
-    A run that was stopped goes on after the last layer whose states are in OUT. Raises as `walk`.
+    `workers` is the number of threads; None: one for each core.
     """
-    plan = run.plan
-    file = StatesFile(run.out, _key(run))
-    said = run.claimed.recorded.said
     view = read_modules(plan.survey.checkpoint, {plan.family.name: plan.family})
-    workers = run.workers or default_workers() - 1  # the disk is no limit
-    with closing(reader_of(run.source)) as reader, Workers(workers) as pool:
-        model = Model(view, reader, max(map(len, samples)), pool)
-        method = Quantizing(model, plan, output, gptq(plan.recipe), pool)
-        if said is None or method.pending:
-            walk(model, samples, method, _States(file))
-            method.finish()
-            said = method.said
+    threads = workers or default_workers() - 1  # here the disk is no limit
+    with closing(reader_of(source)) as reader, Workers(threads) as pool:
+        yield Model(view, reader, max(map(len, samples)), pool), pool
+
+
+def run_calibrated(
+    run: Run, samples: Sequence[Integers], output: ShardSet
+) -> Callable[[str], np.float32] | None:
+    """Send the samples through the model, and do what the recipe does with them.
+
+    GPTQ writes what the plan quantizes, except casts, into `output`. Otherwise, return the scales
+    of the modules' inputs, which the stream engine writes. A run that was stopped goes on after the
+    last layer whose states are in OUT. Raises as `walk`.
+    """
+    file, recipe = StatesFile(run.out, _key(run)), run.plan.recipe
+    said = run.claimed.recorded.said
+    with model_of(run.plan, run.source, samples, run.workers) as (model, pool):
+        if recipe.rounding == "gptq":
+            quantizing = Quantizing(model, run.plan, output, gptq(run.plan), pool)
+            if said is None or quantizing.pending:
+                walk(model, samples, quantizing, _States(file), run.emit)
+                quantizing.finish()
+                said = quantizing.said
+                run.claimed.say(said)
+            _tell(run, said)
+        elif said is None:
+            measuring = InputScales(model, run.plan)
+            walk(model, samples, measuring, _States(file), run.emit)
+            said = measuring.said
             run.claimed.say(said)
     file.delete()
-    _tell(run, said)
+    return None if recipe.rounding == "gptq" else input_scale_of(said)
 
 
 def _key(run: Run) -> str:

@@ -5,7 +5,7 @@ from contextlib import closing
 import numpy as np
 
 from mquant.checkpoint import Source, read_header, reader_of
-from mquant.errors import EngineError, Refused, UsageError
+from mquant.errors import EngineError, Refused, SourceError, UsageError
 from mquant.plan import Plan
 from mquant.verify.numbers import PACKED_SHAPE_DIFFERS
 from mquant.verify.tally import Tally
@@ -49,6 +49,18 @@ def check_sizes(plan: Plan) -> None:
                 tally.add(PACKED_SHAPE_DIFFERS, info.name, wrong)
     if findings := tally.findings():
         raise Refused(findings)
+
+
+def check_forward(plan: Plan, fix: str) -> None:
+    """Raise UsageError, with `fix`, if mquant does not know the model's forward pass."""
+    from mquant.forward.shape import shape_of  # numba
+
+    try:
+        shape_of(plan.family, plan.survey.checkpoint.config, plan.recipe.calibration.length)
+    except SourceError as error:
+        reason = error.message.replace("evaluated", "calibrated")
+        message = f"Recipe {plan.recipe.name} needs the model's activations. {reason}"
+        raise UsageError(message, fix) from None
 
 
 def check_plain(plan: Plan, reader: str) -> None:

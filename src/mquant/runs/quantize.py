@@ -73,6 +73,7 @@ def run_engine(
         from mquant.engines import stream  # numba
         from mquant.engines.importance import weigher
 
+        input_scale = None
         if spec.kind is Engine.ONESHOT:
             from mquant.engines import oneshot  # torch and transformers: seconds, and optional
 
@@ -83,15 +84,15 @@ def run_engine(
             from mquant.runs.calibrated import run_calibrated
 
             _know_digests(run, spec)
-            run_calibrated(run, _samples(run, spec) or [], output)
+            input_scale = run_calibrated(run, _samples(run, spec) or [], output)
             run.accept_touched()
-        # After these engines only the copied tensors are left to write.
+        # After oneshot and GPTQ only the copied tensors are left to write.
         weigh = weigher(run.plan.recipe, spec.importance)
         with ship() if ship else nullcontext() as observer:
             if observer is not None:
                 output.observe(observer)
             with _reading(run, output, scratch) as reader:
-                stream.run(reader, output, run.threads, weigh, run.emit)
+                stream.run(reader, output, run.threads, weigh, run.emit, input_scale)
             output.finish()
 
     run.write_shards(engines, away, files)

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from mquant.checkpoint import Source
-from mquant.errors import MissingExtra, Refused, SourceError, UsageError
+from mquant.errors import MissingExtra, Refused, UsageError
 from mquant.events import Emit
-from mquant.forward.decoder import shape_of
 from mquant.output import CALIBRATION, STATES, Recorded, calibration_of, side_files
 from mquant.plan import Plan
 from mquant.recipe import AS_STORED, Recipe, data_file
 from mquant.runs.casts import count_casts
-from mquant.runs.checks import check_plain
+from mquant.runs.checks import check_forward, check_plain
 from mquant.runs.cost import measure_cost
 from mquant.runs.run_spec import RunSpec
 from mquant.schemes import SCHEMES, Scheme
@@ -94,13 +93,7 @@ def _with_data(requested: Engine, plan: Plan) -> Engine:
             f"Recipe {recipe.name} asks for AWQ, which only the oneshot engine does.",
             "Leave out --engine.",
         )
-    try:
-        shape_of(plan.family, plan.survey.checkpoint.config, recipe.calibration.length)
-    except SourceError as error:
-        raise UsageError(
-            f"Recipe {recipe.name} needs the model's activations. {error.message}",
-            "Give --engine oneshot, which builds the model with transformers.",
-        ) from None
+    check_forward(plan, "Give --engine oneshot, which builds the model with transformers.")
     return Engine.CALIBRATED
 
 

@@ -6,25 +6,20 @@ model. A set's tensors are written at once.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
+from mquant.engines.calibrated.input_scales import FEW, INPUT_SCALE, Maxima, input_scale
 from mquant.engines.calibrated.walk import Saved
 from mquant.errors import SourceError
 from mquant.forward.decoder import Model
+from mquant.numerics.gptq import Map, Rounded
 from mquant.plan import Plan, WorkUnit
-from mquant.weights.decode import Floats
+from mquant.weights.decode import Bytes, Floats
 from mquant.weights.matrix import Workers
-
-
-class Rounded(NamedTuple):
-    """A quantized weight: its tensors by suffix, and the float32 values [out, in] they stand for."""
-
-    tensors: Mapping[str, Any]
-    values: Floats
 
 
 class Inputs(NamedTuple):
@@ -38,8 +33,9 @@ class Inputs(NamedTuple):
     block: Floats | None = None
 
 
-Round = Callable[[list[Floats], Inputs | None, WorkUnit], list[Rounded]]
-"""The arithmetic of a method: weights of a fused set, its inputs (None: unknown), the set."""
+Round = Callable[[list[Floats], Inputs | None, WorkUnit, Map], Sequence[Rounded]]
+"""The arithmetic of a method: weights of a fused set, its inputs (None: unknown), the set, and the
+map over its parts, which may use threads."""
 
 
 class Sink(Protocol):
@@ -56,8 +52,6 @@ class Sink(Protocol):
         """Record the complete work units."""
 
 
-FEW: Final = 64
-"""An expert with fewer tokens is named: its block's tokens say more of its inputs than its own."""
 _BLOCK_TOKENS: Final = 1024
 """The most tokens of a block that are kept."""
 
@@ -84,6 +78,8 @@ class Quantizing:
         self._blocks: dict[str, Floats] = {}
         self._said: dict[str, list[str]] = {"few_tokens": [], "no_tokens": [], "no_inputs": []}
         self._order = {action.module: n for n, action in enumerate(plan.actions)}
+        self._maxima = Maxima(plan)
+        self._scaled: list[str] = []  # modules of this layer that lack the scale of their inputs
         self._lock = Lock()
 
     @property
@@ -92,7 +88,9 @@ class Quantizing:
 
         The modules are in the order of the output.
         """
-        return {key: sorted(modules, key=self._order.get) for key, modules in self._said.items()}
+        return {
+            key: sorted(modules, key=self._order.__getitem__) for key, modules in self._said.items()
+        }
 
     @property
     def pending(self) -> bool:
@@ -100,7 +98,7 @@ class Quantizing:
         return any(self._is_pending(unit) for units in self._layers.values() for unit in units)
 
     def resume(self, saved: Saved) -> bool:
-        """Return whether all fused sets of the saved layers are written; if so, go on from there."""
+        """Go on after the saved layers, unless one of their fused sets is not written."""
         for number, units in self._layers.items():
             if number is not None and number < saved.layers and any(map(self._is_pending, units)):
                 return False
@@ -109,17 +107,20 @@ class Quantizing:
 
     def begin(self, number: int) -> None:
         """Forget the layer before."""
+        self._maxima.begin()
         self._done.clear()
         self._made.clear()
         self._blocks.clear()
 
     def hear_block(self, experts: str, inputs: Floats) -> None:
         """Keep some of the inputs that the router chooses from, evenly spaced."""
+        self._maxima.hear_block(experts, inputs)
         step = -(-len(inputs) // _BLOCK_TOKENS)
         self._blocks[experts] = inputs[::step].copy()
 
     def weights(self, names: tuple[str, ...], inputs: Floats) -> tuple[Floats, ...]:
         """Return the dequantized weights of modules with these inputs; plain ones as on disk."""
+        self._maxima.hear(names, inputs)
         return tuple(self._weight(name, inputs) for name in names)
 
     def _weight(self, name: str, inputs: Floats) -> Floats:
@@ -146,13 +147,17 @@ class Quantizing:
         """Quantize a fused set, write it, and return the values of its members by name."""
         names = [self._name(action.source.name) for action in unit.actions]
         weights = [self._read(name) for name in names]
-        rounded = self._round(weights, inputs, unit)
+        # Experts are quantized in the workers, which must not wait for each other.
+        rows: Map = self._workers.map if unit.actions[0].expert is None else map
+        rounded = self._round(weights, inputs, unit, rows)
         first = next(unit.outputs).name
         if self._is_pending(unit):
+            if unit.scheme and unit.scheme.needs_data:
+                self._scaled += [action.module for action in unit.actions]
             for action, made in zip(unit.actions, rounded, strict=True):
                 for suffix, array in made.tensors.items():
-                    data = np.ascontiguousarray(array)
-                    self._output.write(f"{action.module}.{suffix}", memoryview(data.reshape(-1).view(np.uint8)))
+                    raw: Bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+                    self._output.write(f"{action.module}.{suffix}", raw.data)
         with self._lock:
             self._pending.discard(first)
             self._done.add(first)
@@ -180,19 +185,35 @@ class Quantizing:
             none = None if block is None else Inputs(block[:0], block)
             self._quantize(unit, none)
 
-        list(self._workers.map(work, left))
+        experts = [unit for unit in left if unit.actions[0].expert is not None]
+        list(self._workers.map(work, experts))
+        for unit in left:
+            if unit.actions[0].expert is None:
+                work(unit)
         for unit in left:
             key = "no_inputs" if unit.actions[0].expert is None else "no_tokens"
             self._said[key] += [action.module for action in unit.actions]
+        self._write_input_scales(number)
         self._output.commit()
 
     def finish(self) -> None:
         """Quantize the fused sets outside of the layers, from their weights alone, and commit."""
         computed = range(self._model.shape.layers)
         left = [u for n, units in self._layers.items() if n not in computed for u in units]
-        list(self._workers.map(lambda unit: self._quantize(unit, None), left))
+        for unit in left:
+            self._quantize(unit, None)
         self._said["no_inputs"] += [action.module for unit in left for action in unit.actions]
+        self._maxima.begin()
+        self._write_input_scales(None)
         self._output.commit()
+
+    def _write_input_scales(self, number: int | None) -> None:
+        """Write the scales of the layer's inputs: an expert's may depend on other experts."""
+        largest = self._maxima.of_layer(number)
+        for module in self._scaled:
+            scale = np.array([input_scale(largest.get(module, np.float32(0)))], "<f4")
+            self._output.write(f"{module}.{INPUT_SCALE}", scale.data.cast("B"))
+        self._scaled.clear()
 
     def _tell_few(self, unit: WorkUnit, name: str, tokens: int) -> None:
         if unit.actions[0].expert is not None and tokens < FEW:

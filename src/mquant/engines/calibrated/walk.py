@@ -10,8 +10,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from mquant.forward.decoder import Integers, Model
+from mquant.events import Emit, Progress, silent
+from mquant.forward.decoder import Model
 from mquant.forward.linears import Linears
+from mquant.forward.tensors import Integers
 from mquant.weights.decode import Floats
 
 
@@ -54,30 +56,41 @@ class Listener(Linears, Protocol):
 
 
 def walk(
-    model: Model, samples: Sequence[Integers], listener: Listener, states: States | None = None
+    model: Model,
+    samples: Sequence[Integers],
+    listener: Listener,
+    states: States | None = None,
+    emit: Emit = silent,
 ) -> None:
     """Send the samples, vectors of token ids, through all layers.
 
-    With `states`, the pass goes on after the last layer that is saved there. Raises SourceError if
+    With `states`, the pass goes on after the last layer that is saved there. `emit` receives the
+    bytes of the weights whose layers are done. Raises SourceError if
     a weight cannot be read, or if the model gives NaN or infinity.
     """
     ends = list(accumulate(len(sample) for sample in samples))
-    windows = [
-        slice(end - len(sample), end) for sample, end in zip(samples, ends, strict=True)
-    ]
+    windows = [slice(end - len(sample), end) for sample, end in zip(samples, ends, strict=True)]
     saved = states.read() if states else None
     if saved is None or not listener.resume(saved):
         saved = Saved(0, model.embed(np.concatenate(samples)), {})
     hidden = saved.hidden
+    sizes = [model.nbytes(f"{model.base}layers.{number}.") for number in range(model.shape.layers)]
+
+    def tell(done: int) -> None:
+        part = f"layer {min(done + 1, len(sizes)):,} of {len(sizes):,}"
+        emit(Progress("calibrate", sum(sizes[:done]), sum(sizes), part=part))
+
+    tell(saved.layers)
     with np.errstate(all="ignore"):  # numbers that are not finite are an error, no warning
-        _check_finite(model, hidden, "the embeddings give", "model.embed_tokens.")
+        _check_finite(model, hidden, "the embeddings give", f"{model.base}embed_tokens.")
         for number in range(saved.layers, model.shape.layers):
             listener.begin(number)
             model.layer(number, hidden, windows, listener)
-            _check_finite(model, hidden, f"layer {number} gives", f"model.layers.{number}.")
+            _check_finite(model, hidden, f"layer {number} gives", f"{model.base}layers.{number}.")
             listener.end(number)
             if states:
                 states.save(Saved(number + 1, hidden, listener.said))
+            tell(number + 1)
 
 
 def _check_finite(model: Model, hidden: Floats, gives: str, part: str) -> None:

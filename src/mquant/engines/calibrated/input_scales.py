@@ -1,0 +1,150 @@
+"""The scale of each module's inputs in 4 bits, from the largest input that calibration shows.
+
+As in llmcompressor, gate and up of every routed expert go by all tokens of their layer. An expert's
+`down` goes by the expert's own tokens. (llmcompressor sends all tokens through every expert, which
+costs as many times more as there are experts for each chosen one.) If FEW tokens or fewer reach an
+expert, its `down` goes by the largest input of all experts' `down` in the layer: a scale for larger
+inputs loses little, because a block's scale in E4M3 is precise over 17 octaves; a scale for smaller
+inputs cuts inputs off.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from threading import Lock
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from mquant.engines.calibrated.listening import Listening
+from mquant.engines.calibrated.walk import Saved
+from mquant.forward.decoder import Model
+from mquant.plan import Action, Plan
+from mquant.weights.decode import Floats
+
+FEW: Final = 64
+"""The tokens below which an expert's own tokens say too little of its inputs."""
+INPUT_SCALE: Final = "input_global_scale"
+_LARGEST: Final = np.float32(448 * 6)
+"""The largest scale of a block in E4M3 times the largest code in E2M1."""
+_KEY: Final = "largest_inputs"
+
+
+class _Heard(NamedTuple):
+    largest: np.float32
+    tokens: int
+
+
+def input_scale_of(said: Mapping[str, Any]) -> Callable[[str], np.float32]:
+    """Return the scale of a module's inputs, by hub name, from what `InputScales` said."""
+    largest = said[_KEY]
+    return lambda module: input_scale(np.float32(largest.get(module, 0)))
+
+
+def input_scale(largest: np.float32) -> np.float32:
+    """Return compressed-tensors' `input_global_scale`, a divisor, for inputs of at most `largest`.
+
+    As `generate_gparam` of compressed-tensors computes it: 1 if there is no finite divisor, as for
+    a module of which no input is known.
+    """
+    with np.errstate(all="ignore"):
+        scale = _LARGEST / np.maximum(largest, np.finfo(np.float32).tiny)
+    return scale if np.isfinite(scale) else np.float32(1)
+
+
+class Maxima:
+    """The largest absolute inputs of a plan's modules, a layer at a time."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Find the modules whose inputs are scaled by calibration."""
+        self._lock = Lock()
+        self._name = plan.family.in_memory_name
+        self._layers: dict[int | None, list[Action]] = defaultdict(list)
+        self._modules: dict[str, str] = {}
+        for action in plan.actions:
+            if action.scheme and action.scheme.needs_data:
+                self._layers[action.layer].append(action)
+                self._modules[self._name(action.source.name)] = action.module
+        self._heard: dict[str, _Heard] = {}
+        self._blocks: dict[str, np.float32] = {}
+
+    def begin(self) -> None:
+        """Forget the layer before."""
+        self._heard.clear()
+        self._blocks.clear()
+
+    def hear(self, names: tuple[str, ...], inputs: Floats) -> None:
+        """Hear the inputs [n, in] of modules, by the forward pass's names, from any thread."""
+        modules = [self._modules[name] for name in names if name in self._modules]
+        if modules:
+            heard = _Heard(_largest(inputs), len(inputs))
+            with self._lock:
+                self._heard |= dict.fromkeys(modules, heard)
+
+    def hear_block(self, experts: str, inputs: Floats) -> None:
+        """Hear the inputs that all routed experts of a layer choose from, before the experts'."""
+        if self._modules:
+            self._blocks[experts] = _largest(inputs)
+
+    def of_layer(self, number: int | None) -> dict[str, np.float32]:
+        """Return the largest inputs of the layer's modules, by hub name.
+
+        A module of which nothing is known has no entry.
+        """
+        found: dict[str, np.float32] = {}
+        few: list[str] = []
+        downs: list[np.float32] = []
+        for action in self._layers[number]:
+            module, name = action.module, self._name(action.source.name)
+            heard = self._heard.get(module, _Heard(np.float32(0), 0))
+            block = self._blocks.get(name.rsplit(".", 3)[0])
+            if action.expert is None or block is None:
+                if heard.tokens:
+                    found[module] = heard.largest
+            elif not name.endswith(".down_proj.weight"):
+                found[module] = block
+            else:
+                found[module] = heard.largest
+                downs.append(heard.largest)
+                few += [module] if heard.tokens < FEW else []
+        return found | dict.fromkeys(few, max(downs, default=np.float32(0)))
+
+
+def _largest(inputs: Floats) -> np.float32:
+    return np.float32(max(inputs.max(initial=0), -inputs.min(initial=0)))
+
+
+class InputScales(Listening):
+    """The method that measures the inputs; the stream engine then writes weights and scales."""
+
+    def __init__(self, model: Model, plan: Plan) -> None:
+        """Begin without a layer."""
+        super().__init__(model)
+        self._maxima = Maxima(plan)
+        self._largest: dict[str, float] = {}
+
+    @property
+    def said(self) -> Mapping[str, Any]:
+        """The largest inputs so far, by module."""
+        return {_KEY: dict(self._largest)}
+
+    def resume(self, saved: Saved) -> bool:
+        """Take over the largest inputs of the saved layers."""
+        self._largest = dict(saved.said[_KEY])
+        return True
+
+    def begin(self, number: int) -> None:
+        """Forget the layer before."""
+        self._maxima.begin()
+
+    def end(self, number: int) -> None:
+        """Keep the largest inputs of the layer."""
+        largest = self._maxima.of_layer(number)
+        self._largest |= {module: float(value) for module, value in largest.items()}
+
+    def hear(self, names: tuple[str, ...], inputs: Floats) -> None:
+        """Hear the inputs of modules."""
+        self._maxima.hear(names, inputs)
+
+    def hear_block(self, experts: str, inputs: Floats) -> None:
+        """Hear the inputs that the experts choose from."""
+        self._maxima.hear_block(experts, inputs)
