@@ -18,8 +18,9 @@ from mquant.family_files import load_families
 from mquant.output import LEDGER, ShardSet
 from mquant.repair.diagnose import diagnose
 from mquant.repair.repair import repair_in_place
+from mquant.runs.quantize import quantize
 from mquant.runs.shares import finish_shares
-from run import quantize_nvfp4, shares_of
+from run import plan_of, quantize_nvfp4, shares_of
 
 _SERVER = multiprocessing.get_context("forkserver")
 
@@ -62,6 +63,17 @@ def share_and_die(
 def finish_and_die(out: Path, changes: int) -> int | None:
     """Finish a run in shares, and kill the process after `changes` renames or deletions in OUT."""
     return _outcome(_start(_finish_and_die, out, changes))
+
+
+def calibrate_and_die(
+    src: Path, recipe: str, out: Path, text: str, after: tuple[type, str, int]
+) -> int | None:
+    """Quantize with calibration data, and kill the process; return the exit code.
+
+    `after` is the call that the process does not survive: a class, a method, and which of the calls
+    of the method. One worker does the same calls every time.
+    """
+    return _outcome(_start(_calibrate_and_die, src, recipe, out, text, after))
 
 
 def repair_and_die(bad: Path, parent: Path, changes: int) -> int | None:
@@ -124,6 +136,24 @@ def _die_after_changes(bad: Path, parent: Path, changes: int) -> None:
 def _finish_and_die(out: Path, changes: int) -> None:
     _count_changes(changes)
     finish_shares(out)
+
+
+def _calibrate_and_die(
+    src: Path, recipe: str, out: Path, text: str, after: tuple[type, str, int]
+) -> None:
+    owner, name, left = after
+    method = getattr(owner, name)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        nonlocal left
+        result = method(*arguments, **named)
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, call)
+    quantize(plan_of(src, recipe), out, data=text, workers=1)
 
 
 def _count_changes(changes: int) -> None:

@@ -77,19 +77,22 @@ class Quantizing:
         self._done: set[str] = set()  # the first outputs of this layer's sets
         self._blocks: dict[str, Floats] = {}
         self._said: dict[str, list[str]] = {"few_tokens": [], "no_tokens": [], "no_inputs": []}
-        self._order = {action.module: n for n, action in enumerate(plan.actions)}
+        self._order: dict[str, int] = {}
+        for unit in plan.units:
+            for name in _named(unit):
+                self._order.setdefault(name, len(self._order))
         self._maxima = Maxima(plan)
         self._scaled: list[str] = []  # modules of this layer that lack the scale of their inputs
         self._lock = Lock()
 
     @property
     def said(self) -> Mapping[str, list[str]]:
-        """The modules that few tokens, or none, reached, and those whose inputs are not known.
+        """The experts that few tokens, or none, reached, and modules whose inputs are not known.
 
-        The modules are in the order of the output.
+        The names are in the order of the output.
         """
         return {
-            key: sorted(modules, key=self._order.__getitem__) for key, modules in self._said.items()
+            key: sorted({*names}, key=self._order.__getitem__) for key, names in self._said.items()
         }
 
     @property
@@ -192,7 +195,7 @@ class Quantizing:
                 work(unit)
         for unit in left:
             key = "no_inputs" if unit.actions[0].expert is None else "no_tokens"
-            self._said[key] += [action.module for action in unit.actions]
+            self._said[key] += _named(unit)
         self._write_input_scales(number)
         self._output.commit()
 
@@ -202,7 +205,7 @@ class Quantizing:
         left = [u for n, units in self._layers.items() if n not in computed for u in units]
         for unit in left:
             self._quantize(unit, None)
-        self._said["no_inputs"] += [action.module for unit in left for action in unit.actions]
+        self._said["no_inputs"] += [name for unit in left for name in _named(unit)]
         self._maxima.begin()
         self._write_input_scales(None)
         self._output.commit()
@@ -218,7 +221,15 @@ class Quantizing:
     def _tell_few(self, unit: WorkUnit, name: str, tokens: int) -> None:
         if unit.actions[0].expert is not None and tokens < FEW:
             with self._lock:
-                self._said["few_tokens"] += [action.module for action in unit.actions]
+                self._said["few_tokens"] += _named(unit)
 
     def _is_pending(self, unit: WorkUnit) -> bool:
         return next(unit.outputs).name in self._pending
+
+
+def _named(unit: WorkUnit) -> list[str]:
+    """Return the names of a set's modules; the expert's name for a set of an expert."""
+    modules = [action.module for action in unit.actions]
+    if unit.actions[0].expert is None:
+        return modules
+    return [module.rpartition(".")[0] for module in modules]
