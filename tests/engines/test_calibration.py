@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from judges import data, differences, model_free_ptq, one_shard, opened
@@ -114,7 +115,7 @@ def test_every_tensor_equals_oneshots_on_the_whole_model(
     plan = plan_of(src, recipe(tmp_path, name))
     with monkeypatch.context() as patched:
         patched.setattr(oneshot, "_AT_ONCE", 8192)  # elements of a weight compressed at once
-        quantize(plan, tmp_path / "out", data=TEXT)
+        quantize(plan, tmp_path / "out", data=TEXT, engine=Engine.ONESHOT)
 
     # AWQ pins memory for an accelerator even if the machine has none.
     monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda *_arguments: None)
@@ -171,7 +172,7 @@ def test_experts_without_routed_tokens_are_named(tmp_path: Path) -> None:
     path.write_text(json.dumps({"text": "a b"}))
     plan = plan_of(TRAINED, recipe(tmp_path, "nvfp4-w4a4"))
 
-    quantize(plan, tmp_path / "out", data=str(path), emit=events.append)
+    quantize(plan, tmp_path / "out", data=str(path), engine=Engine.ONESHOT, emit=events.append)
 
     (note,) = [e.message for e in events if isinstance(e, Note) and "was routed to" in e.message]
     assert note.startswith("No calibration token was routed to ")
@@ -195,6 +196,46 @@ def test_llmcompressor_accepts_recipe_yaml(tmp_path: Path, name: str) -> None:
         "nvfp4-gptq": ("GPTQModifier", "NVFP4A16"),
         "w4a16-awq": ("QuantizationModifier", "W4A16"),
     }[name]
+
+
+def test_input_scales_are_within_2_percent_of_oneshots(tmp_path: Path) -> None:
+    path = Path(recipe(tmp_path, "nvfp4-w4a4"))
+    more = '"samples": 16, "length": 128, "seed": 0'
+    path.write_text(path.read_text().replace(json.dumps(FEW.model_dump()), f"{{{more}}}"))
+    plan = plan_of(TRAINED, str(path))
+    assert quantize(plan, tmp_path / "ours", data=TEXT).engine == Engine.CALIBRATED
+    quantize(plan, tmp_path / "theirs", data=TEXT, engine=Engine.ONESHOT)
+
+    ours, theirs = opened(tmp_path / "ours"), opened(tmp_path / "theirs")
+    scales = {name for name in ours.tensors if name.endswith(".input_global_scale")}
+    assert len(scales) == 102
+    assert [n for n in ours.tensors.keys() - scales if data(ours, n) != data(theirs, n)] == []
+    for name in scales:
+        our, their = (np.frombuffer(data(made, name), "<f4")[0] for made in (ours, theirs))
+        assert abs(our / their - 1) < 0.02, name
+
+
+def test_an_input_scale_is_the_observers_of_the_same_inputs() -> None:
+    import torch
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from llmcompressor.observers import Observer
+
+    from mquant.engines.calibrated.input_scales import Maxima, input_scale
+
+    arguments = preset_name_to_scheme("NVFP4", ["Linear"]).input_activations
+    name = "model.layers.0.self_attn.q_proj"
+    for seed, scale in enumerate((0.0, 1e-20, 1e-3, 1.0, 70.0)):
+        inputs = np.random.default_rng(seed).standard_normal((40, 64), np.float32)
+        inputs *= np.float32(scale)
+        observer: Any = Observer.load_from_registry(
+            "static_minmax", base_name="input", args=arguments
+        )
+        for part in np.split(inputs, 4):
+            observer(torch.from_numpy(part[None]))
+        maxima = Maxima(plan_of(TRAINED, "nvfp4-w4a4"))
+        maxima.hear((f"{name}.weight",), inputs)
+        expected = observer.get_qparams()["global_scale"].numpy()
+        assert input_scale(maxima.of_layer(0)[name]).tobytes() == expected.tobytes(), scale
 
 
 def test_pin_memory_is_restored_after_awq_without_an_accelerator(

@@ -58,7 +58,7 @@ class Cluster(StrEnum):
 EngineChoice = Annotated[
     Engine,
     typer.Option(
-        help="The engine that quantizes; `auto`: stream, or oneshot if the recipe needs data."
+        help="The engine that quantizes; `auto`: stream, or calibrated if the recipe needs data."
     ),
 ]
 PushTo = Annotated[

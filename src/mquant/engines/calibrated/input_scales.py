@@ -1,15 +1,19 @@
 """The scale of each module's inputs in 4 bits, from the largest input that calibration shows.
 
-As in llmcompressor, gate and up of every routed expert go by all tokens of their layer. An expert's
-`down` goes by the expert's own tokens. (llmcompressor sends all tokens through every expert, which
-costs as many times more as there are experts for each chosen one.) If FEW tokens or fewer reach an
-expert, its `down` goes by the largest input of all experts' `down` in the layer: a scale for larger
-inputs loses little, because a block's scale in E4M3 is precise over 17 octaves; a scale for smaller
-inputs cuts inputs off.
+As in llmcompressor, gate and up of every routed expert go by all tokens of their layer.
+llmcompressor also sends all tokens through every expert, for the inputs of `down`; that costs as
+many times more as there are experts for each chosen one. Here an expert's `down` goes by the
+expert's own tokens, and by at most TOKENS of all tokens, evenly spaced, that are sent through the
+expert too.
+
+GPTQ does without these other tokens: where fewer than FEW tokens reach an expert, its `down` goes
+by the largest input of all experts' `down` in the layer. A scale for larger inputs loses little,
+because a block's scale in E4M3 is precise over 17 octaves; a scale for smaller inputs cuts inputs
+off.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from threading import Lock
 from typing import Any, Final, NamedTuple
 
@@ -18,15 +22,17 @@ import numpy as np
 from mquant.engines.calibrated.listening import Listening
 from mquant.engines.calibrated.walk import Saved
 from mquant.forward.decoder import Model
+from mquant.numerics.nvfp4 import global_scale_of
 from mquant.plan import Action, Plan
 from mquant.weights.decode import Floats
 
 FEW: Final = 64
 """The tokens below which an expert's own tokens say too little of its inputs."""
 INPUT_SCALE: Final = "input_global_scale"
-_LARGEST: Final = np.float32(448 * 6)
-"""The largest scale of a block in E4M3 times the largest code in E2M1."""
+TOKENS: Final = 2048
+"""The most tokens that all experts of a layer see."""
 _KEY: Final = "largest_inputs"
+_DOWN: Final = ".down_proj.weight"
 
 
 class _Heard(NamedTuple):
@@ -43,12 +49,9 @@ def input_scale_of(said: Mapping[str, Any]) -> Callable[[str], np.float32]:
 def input_scale(largest: np.float32) -> np.float32:
     """Return compressed-tensors' `input_global_scale`, a divisor, for inputs of at most `largest`.
 
-    As `generate_gparam` of compressed-tensors computes it: 1 if there is no finite divisor, as for
-    a module of which no input is known.
+    1 if there is no finite divisor, as for a module of which no input is known.
     """
-    with np.errstate(all="ignore"):
-        scale = _LARGEST / np.maximum(largest, np.finfo(np.float32).tiny)
-    return scale if np.isfinite(scale) else np.float32(1)
+    return global_scale_of([np.asarray(largest, np.float32)])
 
 
 class Maxima:
@@ -66,11 +69,13 @@ class Maxima:
                 self._modules[self._name(action.source.name)] = action.module
         self._heard: dict[str, _Heard] = {}
         self._blocks: dict[str, np.float32] = {}
+        self._some: dict[str, Floats] = {}
 
     def begin(self) -> None:
         """Forget the layer before."""
         self._heard.clear()
         self._blocks.clear()
+        self._some.clear()
 
     def hear(self, names: tuple[str, ...], inputs: Floats) -> None:
         """Hear the inputs [n, in] of modules, by the forward pass's names, from any thread."""
@@ -84,11 +89,23 @@ class Maxima:
         """Hear the inputs that all routed experts of a layer choose from, before the experts'."""
         if self._modules:
             self._blocks[experts] = _largest(inputs)
+            self._some[experts] = inputs[:: -(-len(inputs) // TOKENS)].copy()
 
-    def of_layer(self, number: int | None) -> dict[str, np.float32]:
+    def unheard(self, number: int) -> Iterator[tuple[str, str, Floats]]:
+        """Yield each `down` of a routed expert: hub name, name in memory, inputs of its block."""
+        for action in self._layers[number]:
+            name = self._name(action.source.name)
+            some = self._some.get(name.rsplit(".", 3)[0])
+            if some is not None and name.endswith(_DOWN):
+                yield action.module, name, some
+
+    def of_layer(
+        self, number: int | None, others: Mapping[str, np.float32] | None = None
+    ) -> dict[str, np.float32]:
         """Return the largest inputs of the layer's modules, by hub name.
 
-        A module of which nothing is known has no entry.
+        `others` are the largest inputs that other tokens give an expert's `down`. A module of which
+        nothing is known has no entry.
         """
         found: dict[str, np.float32] = {}
         few: list[str] = []
@@ -100,8 +117,10 @@ class Maxima:
             if action.expert is None or block is None:
                 if heard.tokens:
                     found[module] = heard.largest
-            elif not name.endswith(".down_proj.weight"):
+            elif not name.endswith(_DOWN):
                 found[module] = block
+            elif others is not None:
+                found[module] = max(heard.largest, others[module])
             else:
                 found[module] = heard.largest
                 downs.append(heard.largest)
@@ -138,7 +157,10 @@ class InputScales(Listening):
 
     def end(self, number: int) -> None:
         """Keep the largest inputs of the layer."""
-        largest = self._maxima.of_layer(number)
+        modules = [*self._maxima.unheard(number)]
+        others = self._model.workers.map(self._through_expert, modules)
+        named = {module: largest for (module, _, _), largest in zip(modules, others, strict=True)}
+        largest = self._maxima.of_layer(number, named)
         self._largest |= {module: float(value) for module, value in largest.items()}
 
     def hear(self, names: tuple[str, ...], inputs: Floats) -> None:
@@ -148,3 +170,12 @@ class InputScales(Listening):
     def hear_block(self, experts: str, inputs: Floats) -> None:
         """Hear the inputs that the experts choose from."""
         self._maxima.hear_block(experts, inputs)
+
+    def _through_expert(self, expert: tuple[str, str, Floats]) -> np.float32:
+        """Return the largest input of an expert's `down` for tokens of its block."""
+        _, down, inputs = expert
+        gate, up = (down.replace(_DOWN, f".{part}_proj.weight") for part in ("gate", "up"))
+        gates = inputs @ self._model.weight(gate, "gate").T
+        middle: Floats = inputs @ self._model.weight(up, "up").T
+        middle *= gates / (1 + np.exp(-gates))  # silu, as in every decoder whose experts are known
+        return _largest(middle)
