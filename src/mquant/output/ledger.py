@@ -28,7 +28,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -75,8 +75,9 @@ class Recorded:
 
     `units` maps the number of a work unit to the stamps of the source files at that time; `shards`
     maps the name of a complete shard to its sha256, and `stamps` to the stamp of its file. `fronts`
-    maps the name of a partial shard to the front that was recorded last. `said` is what an engine
-    said that is done; None if none is.
+    maps the name of a partial shard to the front that was recorded last. `digests` maps the number
+    of a work unit that was written out of order to its sha256 (see `ShardSet`). `said` is what an
+    engine said that is done; None if none is.
     """
 
     fingerprint: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +86,7 @@ class Recorded:
     shards: dict[str, str] = field(default_factory=dict)
     stamps: dict[str, Stamp] = field(default_factory=dict)
     fronts: dict[str, Front] = field(default_factory=dict)
+    digests: dict[int, str] = field(default_factory=dict)
     said: Mapping[str, Any] | None = None
 
     def has(self, shard: str, path: Path) -> bool:
@@ -128,6 +130,7 @@ def parse_ledger(raw: bytes) -> Recorded:
                     recorded.stamps[str(entry["shard"])] = _stamp(entry.get("stamp"))
                     recorded.fronts.pop(str(entry["shard"]), None)
                 recorded.fronts |= _fronts(entry.get("fronts"))
+                recorded.digests |= _digests(entry.get("digests"), recorded.units)
             case {"said": dict(said)}:
                 recorded.said = said
     return recorded
@@ -200,10 +203,16 @@ class Ledger:
         """The content of the ledger."""
         return read_ledger(self._out, self._path.name) or Recorded()
 
-    def count(self, units: Iterable[int], fronts: Mapping[str, Front] | None = None) -> None:
+    def count(
+        self,
+        units: Iterable[int],
+        fronts: Mapping[str, Front] | None = None,
+        digests: Mapping[int, str] | None = None,
+    ) -> None:
         """Count work units whose bytes are on disk; `fronts`: of the partial shards that changed.
 
         A front holds before and after the line is written: its bytes are on disk, and stay.
+        `digests`: the sha256 of units that were written out of order.
         """
         spans: list[list[int]] = []
         for number in sorted(units):
@@ -211,8 +220,11 @@ class Ledger:
                 spans[-1][1] = number
             else:
                 spans.append([number, number])
+        more = {"fronts": fronts, "digests": digests}
         if spans or fronts:
-            self._append(_line({"jobs": spans, **({"fronts": fronts} if fronts else {})}))
+            self._append(
+                _line({"jobs": spans, **{key: each for key, each in more.items() if each}})
+            )
 
     def complete_shard(self, name: str, sha256: str, units: range) -> None:
         """Count a shard that is on disk under its final name, and all its work units."""
@@ -296,6 +308,16 @@ def _fronts(table: object) -> dict[str, Front]:
             case _:
                 fronts[name] = Front(-1, "")  # no file begins so
     return fronts
+
+
+def _digests(table: object, units: Container[int]) -> dict[int, str]:
+    """Return the digests of known work units: JSON's keys are strings."""
+    return {
+        int(number): digest
+        for number, digest in (table.items() if isinstance(table, dict) else ())
+        if number.isascii() and number.isdigit() and len(number) < 9 and int(number) in units
+        if isinstance(digest, str)
+    }
 
 
 def _span(value: object) -> range:

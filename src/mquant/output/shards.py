@@ -1,18 +1,19 @@
 """The output shards of a plan: which bytes are still to write, and which are durably on disk."""
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Final
+from typing import Any, Final
 
 from mquant.checkpoint import Stamp
 from mquant.errors import EngineError
 from mquant.events import Emit, Note, Progress, silent
 from mquant.output.disk import PARTIAL, out_of_space, unlink_foreign
 from mquant.output.ledger import Front, Ledger, Recorded
-from mquant.output.writer import Hashed, ShardWriter, hash_resumed, tensor_ends
+from mquant.output.writer import Hashed, ShardWriter, has_units, hash_resumed, tensor_ends
 from mquant.plan import Plan, ShardPlan, WorkUnit
 
 
@@ -59,6 +60,8 @@ class _Tensor:
     place: int
     nbytes: int
     written: int = 0
+    digest: Any = None
+    """The sha256 so far, of a tensor that may be written out of order."""
 
 
 class ShardSet:
@@ -67,6 +70,10 @@ class ShardSet:
     Engines write tensors in any order, each tensor from its first byte to its last. A shard is
     complete when its last tensor is. The ledger counts the work units that are on disk, and every
     observer hears of them.
+
+    A later run trusts what the ledger has a sha256 of: the front of each partial shard. That is
+    almost all, if units come in the order of the output. If they come in another order (`in_order`
+    False), the ledger has the sha256 of each unit, too.
     """
 
     def __init__(
@@ -79,6 +86,7 @@ class ShardSet:
         emit: Emit = silent,
         stage: str = "quantize",
         away: Mapping[str, str] | None = None,
+        in_order: bool = True,
     ) -> None:
         """Resume what an earlier run `recorded`, if the `sources` are unchanged since.
 
@@ -95,6 +103,8 @@ class ShardSet:
             for number, unit in enumerate(shard_plan.units)
         ]
         self._tensors: dict[str, _Tensor] = {}
+        self._in_order = in_order
+        self._unit_digests: dict[int, str] = {}  # of work units that are not counted yet
         for index, task in enumerate(self._tasks):
             _, places = plan.shards[task.shard].layout
             for output in task.unit.outputs:
@@ -153,6 +163,9 @@ class ShardSet:
             raise EngineError(f"The engine made {name} twice, or over {tensor.nbytes:,} bytes.")
         writer = self._writer(task.shard)
         writer.write(data, tensor.place + tensor.written)
+        if not self._in_order:
+            tensor.digest = tensor.digest or hashlib.sha256()
+            tensor.digest.update(data)
         tensor.written += nbytes
         task.left -= nbytes
         if not task.left:
@@ -164,6 +177,7 @@ class ShardSet:
             observer.poll()
         with self._lock:
             units, writers = set(self._written), list(self._open.values())
+            digests = {i: self._unit_digests[i] for i in units if i in self._unit_digests}
         fronts: dict[str, Front] = {}
         for writer in writers:
             writer.hash()
@@ -172,12 +186,14 @@ class ShardSet:
         if units or fronts:
             for writer in writers:
                 writer.sync()
-            self._ledger.count(units, fronts)
+            self._ledger.count(units, fronts, digests)
             self._fronts |= fronts
             for observer in self._observers:
                 observer.settled(units)
             with self._lock:
                 self._written -= units
+                for index in digests:
+                    self._unit_digests.pop(index, None)
 
     def finish(self) -> None:
         """Rename shards that lack only the final name. Raises EngineError for a missing tensor."""
@@ -222,7 +238,10 @@ class ShardSet:
         task = self._tasks[index]
         writer = self._open[task.shard]
         writer.done(task.number)
+        digest = None if self._in_order else self._digest(task.unit)
         with self._lock:
+            if digest:
+                self._unit_digests[index] = digest
             self._done.add(index)
             self._written.add(index)
             self._bytes += task.unit.source_bytes
@@ -233,6 +252,16 @@ class ShardSet:
             self._close(task.shard)
         else:
             writer.hash()
+
+    def _digest(self, unit: WorkUnit) -> str:
+        """Return the sha256 of the sha256s of a unit's tensors, and forget these."""
+        digest = hashlib.sha256()
+        for output in unit.outputs:
+            tensor = self._tensors[output.name]
+            if tensor.digest:  # an empty tensor has none
+                digest.update(tensor.digest.digest())
+            tensor.digest = None
+        return digest.hexdigest()
 
     def _close(self, shard: int) -> None:
         name = self._plan.shards[shard].name
@@ -285,16 +314,20 @@ class ShardSet:
         if front is None:  # of an earlier release, or without a work unit
             return units if _is_of(partial, shard.file_bytes) else set()
         behind = {number + first for end, number in tensor_ends(shard) if end > front.nbytes}
+        alone = units & behind & recorded.digests.keys()
         units, hashed = units - behind, None
-        if units and _is_of(partial, shard.file_bytes):
+        if (units or alone) and _is_of(partial, shard.file_bytes):
             done = {number - first for number in units}
             hashed = hash_resumed(partial, shard, done, front)
-            if hashed is None:
+            digests = {number - first: recorded.digests[number] for number in alone}
+            same = has_units(partial, shard, digests)
+            if hashed is None or not same:
                 sentence = "is not as an earlier run left it; its tensors are made again."
                 self._emit(Note("warning", f"{partial.name} {sentence}"))
+                hashed = None
         self._hashed[index] = hashed or Hashed()
         self._fronts[shard.name] = self._hashed[index].front
-        return units if hashed else set()
+        return units | alone if hashed else set()
 
 
 def units_still_valid(plan: Plan, recorded: Recorded, sources: Mapping[str, Stamp]) -> set[int]:

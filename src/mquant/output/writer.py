@@ -8,7 +8,7 @@ the ledger can say the sha256 of the bytes that were hashed so far (see `Front`)
 
 import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Final, Self
@@ -80,6 +80,32 @@ def hash_resumed(
         recorded = hashed.copy()
         recorded.add(file.fileno(), min(front.nbytes, shard.file_bytes))
     return hashed if recorded.front == front else None
+
+
+def has_units(path: Path, shard: ShardPlan, digests: Mapping[int, str]) -> bool:
+    """Return whether a partial file holds work units, by number in the shard, with these sha256.
+
+    The sha256 of a unit is that of the sha256s of its tensors.
+    """
+    _, places = shard.layout
+    buffer = memoryview(bytearray(_HASH_BYTES))
+    with path.open("rb") as file:
+        for number, digest in digests.items():
+            whole = hashlib.sha256()
+            for output in shard.units[number].outputs:
+                tensor, place = hashlib.sha256(), places[output.name]
+                end = place + output.nbytes
+                while place < end:
+                    part = buffer[: min(len(buffer), end - place)]
+                    if not (count := os.preadv(file.fileno(), [part], place)):
+                        return False
+                    tensor.update(part[:count])
+                    place += count
+                if output.nbytes:
+                    whole.update(tensor.digest())
+            if whole.hexdigest() != digest:
+                return False
+    return True
 
 
 class ShardWriter:

@@ -258,7 +258,15 @@ class Run:
         spec, plan, ledger = self.spec, self.plan, self.claimed
         ledger.read_from(spec.stamps)
         output = ShardSet(
-            self.out, plan, ledger, recorded, spec.stamps, self.emit, spec.stage, away
+            self.out,
+            plan,
+            ledger,
+            recorded,
+            spec.stamps,
+            self.emit,
+            spec.stage,
+            away,
+            in_order=not spec.working,  # states are of layers, whatever the order of the output
         )
         try:
             self._tell(output, "were done before")
