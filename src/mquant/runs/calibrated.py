@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from mquant.checkpoint import Source, reader_of
-from mquant.engines import stream
 from mquant.engines.calibrated.gptq import gptq
 from mquant.engines.calibrated.input_scales import FEW, InputScales, input_scale_of
 from mquant.engines.calibrated.quantizing import Quantizing
@@ -23,7 +22,7 @@ from mquant.plan import Plan
 from mquant.runs.run import Run
 from mquant.runs.workers import default_workers
 from mquant.text import names, plural
-from mquant.weights.matrix import AnyReader, Workers
+from mquant.weights.matrix import Workers
 
 
 class _States:
@@ -40,18 +39,10 @@ class _States:
         self._file.save(*saved)
 
 
-class _Others:
-    """The work units of an output that need no data."""
-
-    def __init__(self, output: ShardSet) -> None:
-        self.write, self.commit, self.stop = output.write, output.commit, output.stop
-        self.pending = [unit for unit in output.pending if unit.scheme is None or unit.cast]
-
-
 @contextmanager
 def model_of(
     plan: Plan, source: Source, samples: Sequence[Integers], workers: int | None = None
-) -> Iterator[tuple[Model, Workers, AnyReader]]:
+) -> Iterator[tuple[Model, Workers]]:
     """Open the plan's model, whose files are in `source`, for a pass of `samples`.
 
     `workers` is the number of threads; None: one for each core.
@@ -59,7 +50,7 @@ def model_of(
     view = read_modules(plan.survey.checkpoint, {plan.family.name: plan.family})
     threads = workers or default_workers() - 1  # here the disk is no limit
     with closing(reader_of(source)) as reader, Workers(threads) as pool:
-        yield Model(view, reader, max(map(len, samples)), pool), pool, reader
+        yield Model(view, reader, max(map(len, samples)), pool), pool
 
 
 def run_calibrated(
@@ -73,12 +64,10 @@ def run_calibrated(
     """
     file, recipe = StatesFile(run.out, _key(run)), run.plan.recipe
     said = run.claimed.recorded.said
-    with model_of(run.plan, run.source, samples, run.workers) as (model, pool, reader):
+    with model_of(run.plan, run.source, samples, run.workers) as (model, pool):
         if recipe.rounding == "gptq":
             quantizing = Quantizing(model, run.plan, output, gptq(run.plan), pool)
             if said is None or quantizing.pending:
-                # First: a partial shard resumes at the end of its complete front.
-                stream.run(reader, _Others(output), pool.count, emit=run.emit)
                 walk(model, samples, quantizing, _States(file), run.emit)
                 quantizing.finish()
                 said = quantizing.said
