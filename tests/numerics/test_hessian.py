@@ -45,7 +45,8 @@ def test_the_factors_are_unit_triangular_and_give_the_damped_hessian(
     diagonal = hessian.diagonal()[order]
     assert (diagonal[:-1] >= diagonal[1:]).all() or not descending
     assert (order == np.arange(columns)).all() or descending
-    expected = hessian + 0.01 * np.mean(hessian.diagonal()) * np.eye(columns)
+    mean = np.mean(hessian.diagonal(), dtype=np.float64)
+    expected = (hessian + 0.01 * mean * np.eye(columns)) / 2 ** np.round(np.log2(mean))
     product = (curved.feedback.astype(np.float64) * curved.pivots) @ curved.feedback.T
     assert (np.triu(curved.feedback) == curved.feedback).all()
     assert (curved.feedback.diagonal() == 1).all()
@@ -74,7 +75,7 @@ def test_a_hessian_without_factors_is_damped_until_it_has_factors() -> None:
 
     curved = curvature(hessian, 0.01, descending=False)
 
-    assert curved.hessian.tolist() == [[11, 3], [3, 11]]
+    assert curved.hessian.tolist() == [[11, 3], [3, 11]]  # damping of 10
     product = (curved.feedback * curved.pivots) @ curved.feedback.T
     assert np.allclose(product, curved.hessian)
 
@@ -88,7 +89,15 @@ def test_one_token_is_enough_for_factors() -> None:
     assert (curved.pivots > 0).all()
 
 
-@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_inputs_whose_squares_overflow_are_refused() -> None:
+    with np.errstate(over="ignore"):
+        hessian = hessian_of(inputs_of(6, 10, 32) * np.float32(1e20))
+
+    with pytest.raises(ValueError, match="not finite"):
+        curvature(hessian, 0.01, descending=True)
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e15])
 def test_the_size_of_inputs_does_not_matter(size: float) -> None:
     inputs: Floats = inputs_of(5, 500, 128)
     power = np.float32(2.0 ** np.round(np.log2(size)))

@@ -71,7 +71,7 @@ def round_set(
     if no inputs are known: then each weight is rounded to the nearest number. `rows`: the function
     that maps work over slices of rows, which may use threads. `own`: the weights' dtype on disk,
     which is that of some schemes' scales. `tokens`: the number of inputs of the Hessian; None if
-    there are more than enough.
+    there are more than enough. Raises ValueError if the Hessian is not finite.
     """
     grid, curved = grid_of(scheme), None
     if hessian is not None:

@@ -58,12 +58,14 @@ def damped(hessian: Floats, damp: float) -> Floats:
 
     As llmcompressor's GPTQ, except for dead columns, whose input is always 0: they get the mean
     diagonal of the others, and keep their weights. If no input is known, the result is diagonal.
+    The result is divided by the power of two near the mean: only ratios matter for rounding.
     """
     diagonal = hessian.diagonal().astype(np.float64)
     alive = diagonal > 0
     mean = diagonal[alive].mean() if alive.any() else 1.0
-    result = hessian.copy()
-    np.fill_diagonal(result, np.where(alive, diagonal, mean) + damp * mean)
+    unit = 2.0 ** -np.clip(np.round(np.log2(mean)), -126, 126)
+    result: Floats = hessian * np.float32(unit)
+    np.fill_diagonal(result, unit * (np.where(alive, diagonal, mean) + damp * mean))
     return result
 
 
@@ -129,8 +131,10 @@ def curvature(hessian: Floats, damp: float, *, descending: bool) -> Curvature:
     `descending`: columns with a large diagonal are rounded first, so that many columns are left to
     compensate their errors; otherwise columns are rounded as they are stored. A Hessian that has no
     factors (F32 sums of few tokens can be a little indefinite) is damped ten times as much, until
-    it has factors.
+    it has factors. Raises ValueError if a sum of squares is not finite.
     """
+    if not np.isfinite(hessian.diagonal()).all():
+        raise ValueError("the inputs are too large: the sum of their squares is not finite")
     order = np.arange(len(hessian))
     if descending:
         order = np.argsort(-hessian.diagonal(), kind="stable")
