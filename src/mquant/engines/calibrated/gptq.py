@@ -4,7 +4,6 @@ from typing import Final
 
 import numpy as np
 
-from mquant.engines.calibrated.input_scales import FEW
 from mquant.engines.calibrated.quantizing import Inputs, Round
 from mquant.numerics.floats import FLOATS
 from mquant.numerics.gptq import Map, Rounded, Rounding, hessian_of, prepare_rounding, round_set
@@ -44,15 +43,16 @@ def rounding_of(recipe: Recipe) -> Rounding:
 def _hessian(inputs: Inputs, rows: Map) -> tuple[Floats, int]:
     """Return the sum of the inputs' outer products, float32 [in, in], and how many tokens it means.
 
-    The block's mean counts as much as FEW tokens: an expert that saw many tokens goes by its own,
-    an expert that saw none goes by the block's. (The mean of a posterior, under a prior that is
-    worth FEW observations.)
+    The block's mean counts as much as a token for each column, which is what a Hessian takes to
+    know its directions: an expert that saw many more goes by its own, an expert that saw none goes
+    by the block's. (The mean of a posterior, under a prior that is worth so many observations;
+    docs/lab-log.md has what other numbers lose.)
     """
     hessian, tokens = _outer(inputs.own, rows), len(inputs.own)
     if inputs.block is not None:
         prior = _outer(inputs.block, rows)
-        prior *= FEW / len(inputs.block)
-        hessian, tokens = hessian + prior, tokens + FEW
+        prior *= len(prior) / len(inputs.block)
+        hessian, tokens = hessian + prior, tokens + len(prior)
     return hessian, tokens
 
 
