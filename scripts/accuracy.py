@@ -202,6 +202,7 @@ def upstream(model: Path, plan: Plan, observer: str, name: str, judge: Judge, wh
         for key in tensors.keys() & new.keys():
             tensors[key] = new[key].view(tensors[key].dtype).reshape(tensors[key].shape)
         save_file(tensors, shard, metadata={"format": "pt"})
+    (out / "mquant.json").unlink()  # it lists the digests of other shards
     return judged(Row(name, seconds), model, out, judge, where)
 
 
