@@ -319,9 +319,9 @@ not predict the loss of a large model.
 is the divergence of the next-token distribution from the parent's. Activations are not quantized:
 recipes that quantize activations are measured by their weights alone. *seconds* is the time of
 `mquant` as a whole process, with start-up, or of llmcompressor's observers alone, on weights in
-memory. `w4a16-awq` is llmcompressor's AWQ: the tests check that every tensor equals the tensor of plain
-`oneshot`. The weight error is left out for `w4a16-awq`, because AWQ scales weights away from the
-parent's.
+memory. `w4a16-awq` is llmcompressor's AWQ: the tests check that every tensor equals the tensor of
+plain `oneshot`. The weight error is left out for `w4a16-awq`, because AWQ scales weights away from
+the parent's.
 """
 
 
