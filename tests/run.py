@@ -35,9 +35,14 @@ def wide(path: Path) -> Path:
     make_checkpoint(
         path, hidden=256, intermediate=128, heads=8, kv_heads=4, head_dim=32, vocab=2048
     )
+    copy_tokenizer(path)
+    return path
+
+
+def copy_tokenizer(path: Path) -> None:
+    """Give a checkpoint the tokenizer of the trained model, which has 2,048 tokens."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TRAINED / name, path / name)
-    return path
 
 
 def plan_of(src: Path, recipe: str = "nvfp4", max_shard_bytes: int = 5_000_000_000) -> Plan:

@@ -8,17 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
+from judges import opened
 from mquant.checkpoint import Folder
 from mquant.cli.app import app
 from mquant.engines.importance import open_importance
 from mquant.errors import DataFileError, OutputError
+from mquant.family_files import load_families
+from mquant.plan import make_bf16_plan
 from mquant.recipe import Calibration, find_recipe
 from mquant.runs.calibrate import calibrate
+from mquant.runs.convert import convert
 from mquant.runs.quantize import quantize
+from mquant.synth import Precision, Sizes, synth
 from mquant.tokens.samples import load_samples
-from run import FIXTURES, TRAINED, plan_of
+from run import FIXTURES, TRAINED, copy_tokenizer, plan_of
 
 pytestmark = pytest.mark.upstream
 
@@ -176,3 +182,20 @@ def test_calibrate_without_data_is_a_usage_error() -> None:
     result = CliRunner().invoke(app, ("calibrate", str(TRAINED)))
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: --data is missing.\nExample: mquant calibrate")
+
+
+def test_calibration_reads_weights_in_fp8(tmp_path: Path) -> None:
+    sizes = Sizes(layers=1, experts=3, hidden=128, intermediate=128, vocab=2048)
+    src = tmp_path / "fp8"
+    synth(src, load_families()["minimax_m2"], sizes=sizes, precision=Precision.FP8_BLOCK)
+    copy_tokenizer(src)
+    convert(make_bf16_plan(opened(src), load_families()), tmp_path / "bf16", "dequantize")
+    found = []
+    for folder in (src, tmp_path / "bf16"):
+        out = tmp_path / f"{folder.name}.safetensors"
+        calibrate(plan_of(folder, "nvfp4-opt"), str(TEXT), out)
+        found.append(load_file(out))
+    assert found[0].keys() == found[1].keys()
+    first = "model.layers.0.self_attn.q_proj"  # what comes after sees weights rounded to BF16
+    assert np.array_equal(found[0][first], found[1][first])
+    assert found[0][first].any()

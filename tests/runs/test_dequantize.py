@@ -17,13 +17,12 @@ from mquant.family_files import load_families
 from mquant.plan import Plan, make_bf16_plan
 from mquant.repair.diagnose import diagnose
 from mquant.repair.repair import repair
-from mquant.runs.calibrate import calibrate
 from mquant.runs.convert import convert
 from mquant.runs.quantize import quantize
 from mquant.runs.spec import Engine
 from mquant.synth import Precision, Sizes, synth
 from mutate import changed, mutated
-from run import TRAINED, plan_of, quantize_nvfp4
+from run import FIXTURES, TRAINED, plan_of, quantize_nvfp4
 from schemes import (
     FP8_BLOCKS,
     FP8_CHANNEL,
@@ -288,10 +287,11 @@ def test_the_oneshot_engine_does_not_read_fp8(original: Path, tmp_path: Path) ->
         quantize(plan_of(original), tmp_path / "out", engine=Engine.ONESHOT)
 
 
-def test_calibration_through_fp8_is_refused(original: Path, tmp_path: Path) -> None:
-    message = "Calibration reads BF16, F16 and F32; the source's weights are stored in FP8."
+def test_oneshot_through_fp8_is_refused(original: Path, tmp_path: Path) -> None:
+    message = "The oneshot engine reads BF16, F16 and F32; the source's weights are stored in FP8."
+    plan = plan_of(original, "nvfp4-gptq")
     with pytest.raises(UsageError, match=message) as caught:
-        calibrate(plan_of(original, "nvfp4-opt"), "text.txt", tmp_path / "out")
+        quantize(plan, tmp_path / "out", engine=Engine.ONESHOT, data=str(FIXTURES / "heldout.txt"))
     assert caught.value.fix == "Make a BF16 checkpoint first: mquant dequantize."
 
 

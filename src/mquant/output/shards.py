@@ -86,7 +86,6 @@ class ShardSet:
         emit: Emit = silent,
         stage: str = "quantize",
         away: Mapping[str, str] | None = None,
-        in_order: bool = True,
     ) -> None:
         """Resume what an earlier run `recorded`, if the `sources` are unchanged since.
 
@@ -103,7 +102,8 @@ class ShardSet:
             for number, unit in enumerate(shard_plan.units)
         ]
         self._tensors: dict[str, _Tensor] = {}
-        self._in_order = in_order
+        self.in_order = True
+        """Whether the engine writes units in the order of the output, or nearly so."""
         self._unit_digests: dict[int, str] = {}  # of work units that are not counted yet
         for index, task in enumerate(self._tasks):
             _, places = plan.shards[task.shard].layout
@@ -163,7 +163,7 @@ class ShardSet:
             raise EngineError(f"The engine made {name} twice, or over {tensor.nbytes:,} bytes.")
         writer = self._writer(task.shard)
         writer.write(data, tensor.place + tensor.written)
-        if not self._in_order:
+        if not self.in_order:
             tensor.digest = tensor.digest or hashlib.sha256()
             tensor.digest.update(data)
         tensor.written += nbytes
@@ -238,7 +238,7 @@ class ShardSet:
         task = self._tasks[index]
         writer = self._open[task.shard]
         writer.done(task.number)
-        digest = None if self._in_order else self._digest(task.unit)
+        digest = None if self.in_order else self._digest(task.unit)
         with self._lock:
             if digest:
                 self._unit_digests[index] = digest

@@ -101,7 +101,7 @@ def report(
     )
     try:
         page = render(evidence)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         if inputs.comparison is None and inputs.evaluation is None:
             raise
         paths = " or ".join(str(path) for path in (inputs.comparison, inputs.evaluation) if path)

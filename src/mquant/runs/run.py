@@ -258,16 +258,9 @@ class Run:
         spec, plan, ledger = self.spec, self.plan, self.claimed
         ledger.read_from(spec.stamps)
         output = ShardSet(
-            self.out,
-            plan,
-            ledger,
-            recorded,
-            spec.stamps,
-            self.emit,
-            spec.stage,
-            away,
-            in_order=not spec.working,  # states are of layers, whatever the order of the output
+            self.out, plan, ledger, recorded, spec.stamps, self.emit, spec.stage, away
         )
+        output.in_order = not spec.working  # layers come in another order
         try:
             self._tell(output, "were done before")
             self.emit(Progress(spec.stage, output.done_bytes, plan.source_bytes))
