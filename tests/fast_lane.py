@@ -13,7 +13,7 @@ ROOMS = {
     "cli": ["cli/test_text.py", "cli/test_output.py", "cli/test_inspect.py"],
     "engines": ["engines/test_stream_search.py::test_the_number_of_workers_changes_no_byte"],
     "family_draft": ["families/test_draft.py"],
-    "forward": ["measure/test_eval.py::test_a_model_agrees_with_itself"],
+    "forward": ["forward/test_shape.py", "measure/test_eval.py::test_a_model_agrees_with_itself"],
     "loader_model": ["verify/test_layouts.py"],
     "measure": ["measure/test_compare.py::test_every_layout_is_decoded_as_the_judge_decodes_it"],
     "numerics": ["numerics/test_formats.py", "numerics/test_thresholds.py"],
