@@ -151,7 +151,9 @@ def test_results_of_something_else_are_refused(trained: Path, tmp_path: Path) ->
     assert "is not a result of this version of mquant" in error_on(
         '{"schema": "mquant.compare/1", "source": "Tiny-NVFP4"}'
     )
-    comparison = json.loads(run("compare", trained, "--against", TRAINED, "--format", "json").stdout)
+    comparison = json.loads(
+        run("compare", trained, "--against", TRAINED, "--format", "json").stdout
+    )
     comparison["changed"]["sqnr_db"] = 10**400  # no float is so large
     assert "is not a result of this version of mquant" in error_on(json.dumps(comparison))
 
