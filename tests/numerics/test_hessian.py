@@ -5,19 +5,26 @@ from typing import Final
 import numpy as np
 import pytest
 
-from mquant.numerics.floats import Floats
+from mquant.numerics.floats import Array, Floats
 from mquant.numerics.hessian import (
     Curvature,
     add_inputs,
     curvature,
     damped,
-    diagonal_blocks,
     hessian_of,
 )
 from numerics.test_gptq import inputs_of
 
 SIZES: Final = pytest.mark.parametrize("columns", [16, 128, 144, 400])
 BOTH: Final = pytest.mark.parametrize("descending", [False, True])
+
+
+def diagonal_blocks(matrix: Array) -> Array:
+    """Return the blocks of 16 x 16 on the diagonal, [in / 16, 16, 16]."""
+    count = len(matrix) // 16
+    blocks = matrix.reshape(count, 16, count, 16)
+    result: Array = blocks[np.arange(count), :, np.arange(count)]
+    return result
 
 
 def test_inputs_add_up() -> None:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from mquant.numerics.floats import E2M1, E4M3, Array, Floats
-from mquant.numerics.hessian import damped, diagonal_blocks, hessian_of
+from mquant.numerics.hessian import damped, hessian_of
 from mquant.numerics.hessian_search import factored, search_codes
 from numerics.test_gptq import inputs_of, weights_of
+from numerics.test_hessian import diagonal_blocks
 
 EVERY_CODE: Final = np.arange(1, 127)
 KEPT: Final = 0.65

@@ -1,8 +1,19 @@
 """The seam between running a model and what wants to see or change its linear modules."""
 
-from typing import Protocol
+from typing import Final, Protocol
 
 from mquant.weights.decode import Floats
+
+DOWN: Final = ".down_proj.weight"
+"""What the name of an expert's last weight ends with."""
+
+
+def block_of(name: str) -> str:
+    """Return what the names of all routed experts of a layer begin with, from an expert's weight.
+
+    `Linears.hear_block` gets the same.
+    """
+    return name.rsplit(".", 3)[0]
 
 
 class Linears(Protocol):

@@ -7,14 +7,14 @@ The result is deterministic: rows are computed in slices of a fixed size, and no
 which thread computes a slice. BLAS must use one thread (`weights.matrix.Workers` sees to that).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 
 from mquant.numerics.floats import BF16, Array, FloatFormat, Floats
-from mquant.numerics.hessian import Curvature, curvature, extra_damp, hessian_of
+from mquant.numerics.hessian import Curvature, Map, curvature, extra_damp, hessian_of
 from mquant.numerics.scaled import Scaled, grid_of, scaled, stored
 from mquant.numerics.sweeps import Divisors, Grid, nearest_points, sweep, turn
 from mquant.schemes import Scheme
@@ -23,8 +23,6 @@ __all__ = ["Map", "Rounded", "Rounding", "hessian_of", "prepare_rounding", "roun
 
 _ROWS: Final = 1536
 """Rows of a slice. Slices are the same whatever the number of threads."""
-
-Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True, slots=True)

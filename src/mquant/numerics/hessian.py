@@ -9,8 +9,9 @@ into H = A @ D @ A.T, A unit upper triangular and D diagonal. Sums are F32 and b
 in the same order as long as it uses one thread.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,23 +25,36 @@ _WIDTH: Final = 128
 """Columns that are factored at once."""
 _NEAR: Final = 512
 """Columns that compensate each other when scales are chosen."""
+_PRODUCTS: Final = 8
+"""Products that are in memory at a time, if threads make them."""
+
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 
-def hessian_of(inputs: Floats) -> Floats:
-    """Return X.T @ X, float32 [in, in], of inputs X, float32 [n, in]."""
+def hessian_of(inputs: Floats, rows: Map = map) -> Floats:
+    """Return X.T @ X, float32 [in, in], of inputs X, float32 [n, in].
+
+    `rows`: the function that maps work over slices of the inputs, which may use threads.
+    """
     hessian: Floats = np.zeros((inputs.shape[1],) * 2, np.float32)
-    add_inputs(hessian, inputs)
+    add_inputs(hessian, inputs, rows)
     return hessian
 
 
-def add_inputs(hessian: Floats, inputs: Floats) -> None:
+def add_inputs(hessian: Floats, inputs: Floats, rows: Map = map) -> None:
     """Add X.T @ X of inputs X, float32 [n, in], to a Hessian, float32 [in, in].
 
-    The same calls in the same order give the same bytes.
+    The same calls in the same order give the same bytes, whatever `rows` (see `hessian_of`).
     """
-    for start in range(0, len(inputs), _TOKENS):
-        part = inputs[start : start + _TOKENS]
-        hessian += part.T @ part  # numpy asks BLAS for one triangle, and mirrors it
+    parts = [inputs[start : start + _TOKENS] for start in range(0, len(inputs), _TOKENS)]
+    for first in range(0, len(parts), _PRODUCTS):
+        for product in rows(_product, parts[first : first + _PRODUCTS]):
+            hessian += product
+
+
+def _product(part: Floats) -> Floats:
+    product: Floats = part.T @ part  # numpy asks BLAS for one triangle, and mirrors it
+    return product
 
 
 def extra_damp(tokens: int, columns: int) -> float:
@@ -66,14 +80,6 @@ def damped(hessian: Floats, damp: float) -> Floats:
     unit = 2.0 ** -np.clip(np.round(np.log2(mean)), -126, 126)
     result: Floats = hessian * np.float32(unit)
     np.fill_diagonal(result, unit * (np.where(alive, diagonal, mean) + damp * mean))
-    return result
-
-
-def diagonal_blocks(matrix: Array) -> Array:
-    """Return the blocks of 16 x 16 on the diagonal, [in / 16, 16, 16]."""
-    count = len(matrix) // GROUP
-    blocks = matrix.reshape(count, GROUP, count, GROUP)
-    result: Array = blocks[np.arange(count), :, np.arange(count)]
     return result
 
 

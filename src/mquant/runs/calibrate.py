@@ -57,7 +57,7 @@ def calibrate(plan: Plan, data: str, out: Path, emit: Emit = silent) -> Calibrat
     samples = load_samples(found, source, plan.recipe.calibration, emit)
     emit(samples.note)
     widths = {a.module: a.source.shape[1] for a in plan.actions if a.scheme}
-    with model_of(plan, source, samples.ids) as (model, _):
+    with model_of(plan, source, samples.ids) as model:
         measured = MeanSquares(model, plan)
         walk(model, samples.ids, measured, emit=emit)
     vectors = {

@@ -42,7 +42,7 @@ class _States:
 @contextmanager
 def model_of(
     plan: Plan, source: Source, samples: Sequence[Integers], workers: int | None = None
-) -> Iterator[tuple[Model, Workers]]:
+) -> Iterator[Model]:
     """Open the plan's model, whose files are in `source`, for a pass of `samples`.
 
     `workers` is the number of threads; None: one for each core.
@@ -50,7 +50,7 @@ def model_of(
     view = read_modules(plan.survey.checkpoint, {plan.family.name: plan.family})
     threads = workers or default_workers() - 1  # here the disk is no limit
     with closing(reader_of(source)) as reader, Workers(threads) as pool:
-        yield Model(view, reader, max(map(len, samples)), pool), pool
+        yield Model(view, reader, max(map(len, samples)), pool)
 
 
 def run_calibrated(
@@ -64,9 +64,9 @@ def run_calibrated(
     """
     file, recipe = StatesFile(run.out, _key(run)), run.plan.recipe
     said = run.claimed.recorded.said
-    with model_of(run.plan, run.source, samples, run.workers) as (model, pool):
+    with model_of(run.plan, run.source, samples, run.workers) as model:
         if recipe.rounding == "gptq":
-            quantizing = Quantizing(model, run.plan, output, gptq(run.plan), pool)
+            quantizing = Quantizing(model, run.plan, output, gptq(run.plan))
             if said is None or quantizing.pending:
                 walk(model, samples, quantizing, _States(file), run.emit)
                 quantizing.finish()

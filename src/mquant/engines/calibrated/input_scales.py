@@ -22,6 +22,7 @@ import numpy as np
 from mquant.engines.calibrated.listening import Listening
 from mquant.engines.calibrated.walk import Saved
 from mquant.forward.decoder import Model
+from mquant.forward.linears import DOWN, block_of
 from mquant.numerics.nvfp4 import global_scale_of
 from mquant.plan import Action, Plan
 from mquant.weights.decode import Floats
@@ -32,7 +33,6 @@ INPUT_SCALE: Final = "input_global_scale"
 TOKENS: Final = 2048
 """The most tokens that all experts of a layer see."""
 _KEY: Final = "largest_inputs"
-_DOWN: Final = ".down_proj.weight"
 
 
 class _Heard(NamedTuple):
@@ -95,8 +95,8 @@ class Maxima:
         """Yield each `down` of a routed expert: hub name, name in memory, inputs of its block."""
         for action in self._layers[number]:
             name = self._name(action.source.name)
-            some = self._some.get(name.rsplit(".", 3)[0])
-            if some is not None and name.endswith(_DOWN):
+            some = self._some.get(block_of(name))
+            if some is not None and name.endswith(DOWN):
                 yield action.module, name, some
 
     def of_layer(
@@ -113,11 +113,11 @@ class Maxima:
         for action in self._layers[number]:
             module, name = action.module, self._name(action.source.name)
             heard = self._heard.get(module, _Heard(np.float32(0), 0))
-            block = self._blocks.get(name.rsplit(".", 3)[0])
+            block = self._blocks.get(block_of(name))
             if action.expert is None or block is None:
                 if heard.tokens:
                     found[module] = heard.largest
-            elif not name.endswith(_DOWN):
+            elif not name.endswith(DOWN):
                 found[module] = block
             elif others is not None:
                 found[module] = max(heard.largest, others[module])
@@ -174,7 +174,7 @@ class InputScales(Listening):
     def _through_expert(self, expert: tuple[str, str, Floats]) -> np.float32:
         """Return the largest input of an expert's `down` for tokens of its block."""
         _, down, inputs = expert
-        gate, up = (down.replace(_DOWN, f".{part}_proj.weight") for part in ("gate", "up"))
+        gate, up = (down.replace(DOWN, f".{part}_proj.weight") for part in ("gate", "up"))
         gates = inputs @ self._model.weight(gate, "gate").T
         middle: Floats = inputs @ self._model.weight(up, "up").T
         middle *= gates / (1 + np.exp(-gates))  # silu, as in every decoder whose experts are known

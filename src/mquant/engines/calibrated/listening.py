@@ -5,14 +5,11 @@ from threading import Lock
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from mquant.engines.calibrated.walk import Saved
 from mquant.forward.decoder import Model
 from mquant.plan import Plan
 from mquant.weights.decode import Floats
-
-Doubles = npt.NDArray[np.float64]
 
 _AT_ONCE: Final = 4096
 """The tokens that are squared at a time."""

@@ -16,21 +16,26 @@ from mquant.engines.calibrated.input_scales import FEW, INPUT_SCALE, Maxima, inp
 from mquant.engines.calibrated.walk import Saved
 from mquant.errors import SourceError
 from mquant.forward.decoder import Model
-from mquant.numerics.gptq import Map, Rounded
+from mquant.forward.linears import DOWN, block_of
+from mquant.numerics.gptq import Rounded
+from mquant.numerics.hessian import Map, hessian_of
 from mquant.plan import Plan, WorkUnit
 from mquant.weights.decode import Bytes, Floats
-from mquant.weights.matrix import Workers
 
 
 class Inputs(NamedTuple):
     """What is known of a fused set's inputs.
 
-    `own`, float32 [n, in], are those of the set's own tokens. `block`, float32 [m, in], are tokens
-    that the layer's router chose from, for a routed expert; None if nothing is known of them.
+    `own`, float32 [n, in], are those of the set's own tokens. `prior`, float32 [in, in], is for
+    gate and up of a routed expert the Hessian of tokens that the layer's router chose from, as if
+    there was one for each column; None if nothing is known of them. So many are what a Hessian
+    takes to know its directions: an expert that saw many more goes by its own, an expert that saw
+    none goes by the block's. (The prior of a mean, worth so many observations; docs/lab-log.md has
+    what other numbers lose.)
     """
 
     own: Floats
-    block: Floats | None = None
+    prior: Floats | None = None
 
 
 Round = Callable[[list[Floats], Inputs | None, WorkUnit, Map], Sequence[Rounded]]
@@ -53,17 +58,16 @@ class Sink(Protocol):
 
 
 _BLOCK_TOKENS: Final = 1024
-"""The most tokens of a block that are kept."""
+"""The most tokens of a block that its prior is made of."""
 
 
 class Quantizing:
     """The `Listener` that quantizes the fused sets of a plan with `round_` and writes them."""
 
-    def __init__(
-        self, model: Model, plan: Plan, output: Sink, round_: Round, workers: Workers
-    ) -> None:
+    def __init__(self, model: Model, plan: Plan, output: Sink, round_: Round) -> None:
         """Index the fused sets by the names that the forward pass has for their weights."""
-        self._model, self._output, self._round, self._workers = model, output, round_, workers
+        self._model, self._output, self._round = model, output, round_
+        self._workers = model.workers
         self._name = plan.family.in_memory_name
         self._units: dict[str, WorkUnit] = {}
         self._layers: dict[int | None, list[WorkUnit]] = defaultdict(list)
@@ -75,7 +79,12 @@ class Quantizing:
         self._pending = {next(unit.outputs).name for unit in output.pending}
         self._made: dict[str, Floats] = {}  # values of members that were not asked for yet
         self._done: set[str] = set()  # the first outputs of this layer's sets
-        self._blocks: dict[str, Floats] = {}
+        self._experts = {
+            block_of(name)
+            for name, unit in self._units.items()
+            if unit.actions[0].expert is not None and not name.endswith(DOWN)
+        }
+        self._priors: dict[str, Floats] = {}
         self._said: dict[str, list[str]] = {"few_tokens": [], "no_tokens": [], "no_inputs": []}
         self._order: dict[str, int] = {}
         for unit in plan.units:
@@ -113,13 +122,16 @@ class Quantizing:
         self._maxima.begin()
         self._done.clear()
         self._made.clear()
-        self._blocks.clear()
+        self._priors.clear()
 
     def hear_block(self, experts: str, inputs: Floats) -> None:
-        """Keep some of the inputs that the router chooses from, evenly spaced."""
+        """Make the prior of the layer's experts from some of the inputs, evenly spaced."""
         self._maxima.hear_block(experts, inputs)
-        step = -(-len(inputs) // _BLOCK_TOKENS)
-        self._blocks[experts] = inputs[::step].copy()
+        if experts in self._experts:
+            some = inputs[:: -(-len(inputs) // _BLOCK_TOKENS)]
+            prior = hessian_of(some, self._workers.map)
+            prior *= len(prior) / len(some)
+            self._priors[experts] = prior
 
     def weights(self, names: tuple[str, ...], inputs: Floats) -> tuple[Floats, ...]:
         """Return the dequantized weights of modules with these inputs; plain ones as on disk."""
@@ -134,17 +146,15 @@ class Quantizing:
             made = self._made.pop(name, None)
         if made is not None:
             return made
-        self._tell_few(unit, name, len(inputs))
-        values = self._quantize(unit, Inputs(inputs, self._block(name)))
+        self._tell_few(unit, len(inputs))
+        values = self._quantize(unit, Inputs(inputs, self._prior(name)))
         with self._lock:
             self._made |= values
             return self._made.pop(name)
 
-    def _block(self, name: str) -> Floats | None:
-        """Return inputs of the block for gate and up of an expert: `down` has other inputs."""
-        if name.endswith(".down_proj.weight"):
-            return None
-        return self._blocks.get(name.rsplit(".", 3)[0])
+    def _prior(self, name: str) -> Floats | None:
+        """Return the prior for gate and up of an expert: `down` has other inputs."""
+        return None if name.endswith(DOWN) else self._priors.get(block_of(name))
 
     def _quantize(self, unit: WorkUnit, inputs: Inputs | None) -> dict[str, Floats]:
         """Quantize a fused set, write it, and return the values of its members by name."""
@@ -184,9 +194,9 @@ class Quantizing:
         left = [u for u in self._layers[number] if next(u.outputs).name not in self._done]
 
         def work(unit: WorkUnit) -> None:
-            block = self._block(self._name(unit.actions[0].source.name))
-            none = None if block is None else Inputs(block[:0], block)
-            self._quantize(unit, none)
+            prior = self._prior(self._name(unit.actions[0].source.name))
+            none = np.empty((0, 0 if prior is None else len(prior)), np.float32)
+            self._quantize(unit, None if prior is None else Inputs(none, prior))
 
         experts = [unit for unit in left if unit.actions[0].expert is not None]
         list(self._workers.map(work, experts))
@@ -218,7 +228,7 @@ class Quantizing:
             self._output.write(f"{module}.{INPUT_SCALE}", scale.data.cast("B"))
         self._scaled.clear()
 
-    def _tell_few(self, unit: WorkUnit, name: str, tokens: int) -> None:
+    def _tell_few(self, unit: WorkUnit, tokens: int) -> None:
         if unit.actions[0].expert is not None and tokens < FEW:
             with self._lock:
                 self._said["few_tokens"] += _named(unit)
