@@ -91,6 +91,11 @@ class Tensors:
         source = self.view.checkpoint.source.name
         return not_finite(source, gives, (each for each in part if each), self.workers.scratch)
 
+    def check_finite(self, states: Floats, gives: str, *prefixes: str) -> None:
+        """Raise the error of `not_finite` if `states` [n, size] hold NaN or infinity."""
+        if not np.isfinite(states.sum(axis=1, dtype=np.float64)).all():
+            raise self.not_finite(gives, *prefixes)
+
     def nbytes(self, prefix: str) -> int:
         """Return the bytes of the tensors whose names, as transformers has them, have a prefix."""
         part = [each for name, each in self._matrices.items() if each and name.startswith(prefix)]

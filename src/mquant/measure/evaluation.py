@@ -264,5 +264,4 @@ def _perplexity(model: Model, losses: Doubles) -> float:
 
 def _check_finite(models: list[Model], hidden: list[Floats], gives: str, part: str) -> None:
     for model, states in zip(models, hidden, strict=True):
-        if not np.isfinite(states.sum(axis=1, dtype=np.float64)).all():
-            raise model.not_finite(gives, f"{model.base}{part}")
+        model.check_finite(states, gives, f"{model.base}{part}")

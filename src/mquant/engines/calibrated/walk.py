@@ -65,8 +65,8 @@ def walk(
     """Send the samples, vectors of token ids, through all layers.
 
     With `states`, the pass goes on after the last layer that is saved there. `emit` receives the
-    bytes of the weights whose layers are done. Raises SourceError if
-    a weight cannot be read, or if the model gives NaN or infinity.
+    bytes of the weights whose layers are done. Raises SourceError if a weight cannot be read, or if
+    the model gives NaN or infinity.
     """
     ends = list(accumulate(len(sample) for sample in samples))
     windows = [slice(end - len(sample), end) for sample, end in zip(samples, ends, strict=True)]
@@ -82,17 +82,13 @@ def walk(
 
     tell(saved.layers)
     with np.errstate(all="ignore"):  # numbers that are not finite are an error, no warning
-        _check_finite(model, hidden, "the embeddings give", f"{model.base}embed_tokens.")
+        model.check_finite(hidden, "the embeddings give", f"{model.base}embed_tokens.")
         for number in range(saved.layers, model.shape.layers):
             listener.begin(number)
             model.layer(number, hidden, windows, listener)
-            _check_finite(model, hidden, f"layer {number} gives", f"{model.base}layers.{number}.")
+            part = f"{model.base}layers.{number}."
+            model.check_finite(hidden, f"layer {number} gives", part)
             listener.end(number)
             if states:
                 states.save(Saved(number + 1, hidden, listener.said))
             tell(number + 1)
-
-
-def _check_finite(model: Model, hidden: Floats, gives: str, part: str) -> None:
-    if not np.isfinite(hidden.sum(axis=1, dtype=np.float64)).all():
-        raise model.not_finite(gives, part)
