@@ -20,9 +20,16 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from mquant.compiled import compiled
-from mquant.numerics.floats import E4M3, Array, Bytes, Floats
+from mquant.numerics.floats import Array, Bytes, Floats
 from mquant.numerics.nvfp4 import GROUP
-from mquant.numerics.scale_search import BELOW, PADDED, centers, keep, look_up
+from mquant.numerics.scale_search import (
+    BELOW,
+    centers,
+    divisors_under,
+    keep,
+    look_up,
+    power_of,
+)
 from mquant.numerics.sweeps import E2M1_GRID, contract, nearest
 
 _TILE: Final = 128  # blocks at once, of the same columns
@@ -60,13 +67,9 @@ def search_codes(
 
     `shared` is the global scale of the fused set.
     """
-    # In units in which the set's largest weight is near 2688, no square overflows.
-    power = np.ldexp(np.float32(1), np.frexp(shared)[1] - 1)
-    with np.errstate(over="ignore", under="ignore"):
-        divisors = E4M3[PADDED] / shared * power
-        inverse = np.float32(1) / divisors
+    power = power_of(shared)
     codes = np.empty((len(weight), len(hessians.order)), np.uint8)
-    under = (shared / power, divisors, inverse)
+    under = (shared / power, *divisors_under(np.asarray(shared), power))
     _search(np.ascontiguousarray(weight), power, hessians, under, compensated, codes)
     return codes
 

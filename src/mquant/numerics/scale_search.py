@@ -87,7 +87,7 @@ def search(weights: Sequence[SearchedWeight], scratch: Bytes) -> tuple[np.float3
     minmax, best = _base(weights), sampled_scale(weights)
     weights = _relative(weights)
     scales = np.array([minmax, best])
-    number = np.argmin(_search_under(scales, weights, _power(minmax), 1, scratch))
+    number = np.argmin(_search_under(scales, weights, power_of(minmax), 1, scratch))
     return scales[number], scratch[number, : _blocks(weights)]
 
 
@@ -100,7 +100,7 @@ def sampled_scale(weights: Sequence[SearchedWeight]) -> np.float32:
     every = max(1, _blocks(weights) // _SAMPLED)
     codes = np.empty((1, _blocks(weights)), np.uint8)
     best: np.float32 = scales[
-        np.argmin(_search_under(scales, weights, _power(minmax), every, codes))
+        np.argmin(_search_under(scales, weights, power_of(minmax), every, codes))
     ]
     return best
 
@@ -109,10 +109,23 @@ def _blocks(weights: Sequence[SearchedWeight]) -> int:
     return sum(len(weight.maxima) for weight in weights)
 
 
-def _power(minmax: np.float32) -> np.float32:
-    """Return the unit of `_value`: a power of two."""
-    power: np.float32 = np.ldexp(np.float32(1), np.frexp(minmax)[1] - 1)
+def power_of(shared: np.float32) -> np.float32:
+    """Return the power of two in whose units no square overflows: the largest weight is near 2688.
+
+    `shared` is the global scale of the fused set.
+    """
+    power: np.float32 = np.ldexp(np.float32(1), np.frexp(shared)[1] - 1)
     return power
+
+
+def divisors_under(scales: Floats, power: np.float32) -> tuple[Floats, Floats]:
+    """Return the block scales of all codes under global scales [...], and their reciprocals.
+
+    Each is float32 [..., codes], in units of `power`; codes are in the order of `PADDED`.
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        divisors: Floats = E4M3[PADDED] / scales[..., None] * power
+        return divisors, np.float32(1) / divisors
 
 
 def _base(weights: Sequence[SearchedWeight]) -> np.float32:
@@ -139,15 +152,13 @@ def _search_under(
 
     If `codes` has a row for each scale, the search fills each row with the codes of its scale.
     """
-    with np.errstate(over="ignore", under="ignore"):
-        divisors = E4M3[PADDED] / scales[:, None] * power
-        inverse = np.float32(1) / divisors
+    under_all = divisors_under(scales, power)
     totals = np.zeros(len(scales))
     start = 0
     for words, float_format, maxima, importance in weights:
         end = start + len(maxima)
         as_float = _SHIFT[float_format.name], _UNIT[float_format.name], power
-        weight, under = (words, maxima, importance), (scales / power, divisors, inverse)
+        weight, under = (words, maxima, importance), (scales / power, *under_all)
         _search(weight, every, as_float, under, codes[:, start:end], totals)
         start = end
     return totals
