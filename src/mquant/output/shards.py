@@ -13,7 +13,14 @@ from mquant.errors import EngineError
 from mquant.events import Emit, Note, Progress, silent
 from mquant.output.disk import PARTIAL, out_of_space, unlink_foreign
 from mquant.output.ledger import Front, Ledger, Recorded
-from mquant.output.writer import Hashed, ShardWriter, has_units, hash_resumed, tensor_ends
+from mquant.output.writer import (
+    Hashed,
+    ShardWriter,
+    has_units,
+    hash_resumed,
+    tensor_ends,
+    unit_sha256,
+)
 from mquant.plan import Plan, ShardPlan, WorkUnit
 
 
@@ -254,14 +261,12 @@ class ShardSet:
             writer.hash()
 
     def _digest(self, unit: WorkUnit) -> str:
-        """Return the sha256 of the sha256s of a unit's tensors, and forget these."""
-        digest = hashlib.sha256()
-        for output in unit.outputs:
-            tensor = self._tensors[output.name]
-            if tensor.digest:  # an empty tensor has none
-                digest.update(tensor.digest.digest())
-            tensor.digest = None
-        return digest.hexdigest()
+        """Return a unit's sha256, and forget those of its tensors."""
+        tensors = [self._tensors[output.name] for output in unit.outputs]
+        digests = [(each.digest or hashlib.sha256()).digest() for each in tensors]
+        for each in tensors:
+            each.digest = None
+        return unit_sha256(digests)
 
     def _close(self, shard: int) -> None:
         name = self._plan.shards[shard].name

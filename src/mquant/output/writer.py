@@ -8,7 +8,7 @@ the ledger can say the sha256 of the bytes that were hashed so far (see `Front`)
 
 import hashlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Final, Self
@@ -82,16 +82,18 @@ def hash_resumed(
     return hashed if recorded.front == front else None
 
 
-def has_units(path: Path, shard: ShardPlan, digests: Mapping[int, str]) -> bool:
-    """Return whether a partial file holds work units, by number in the shard, with these sha256.
+def unit_sha256(tensors: Iterable[bytes]) -> str:
+    """Return the sha256 of a work unit: that of its tensors' sha256s, in the unit's order."""
+    return hashlib.sha256(b"".join(tensors)).hexdigest()
 
-    The sha256 of a unit is that of the sha256s of its tensors.
-    """
+
+def has_units(path: Path, shard: ShardPlan, digests: Mapping[int, str]) -> bool:
+    """Return whether a partial file holds work units with these sha256, by number in the shard."""
     _, places = shard.layout
     buffer = memoryview(bytearray(_HASH_BYTES))
     with path.open("rb") as file:
         for number, digest in digests.items():
-            whole = hashlib.sha256()
+            tensors = []
             for output in shard.units[number].outputs:
                 tensor, place = hashlib.sha256(), places[output.name]
                 end = place + output.nbytes
@@ -101,9 +103,8 @@ def has_units(path: Path, shard: ShardPlan, digests: Mapping[int, str]) -> bool:
                         return False
                     tensor.update(part[:count])
                     place += count
-                if output.nbytes:
-                    whole.update(tensor.digest())
-            if whole.hexdigest() != digest:
+                tensors.append(tensor.digest())
+            if unit_sha256(tensors) != digest:
                 return False
     return True
 
