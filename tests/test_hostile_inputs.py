@@ -165,7 +165,7 @@ def test_the_tokens_of_the_beginning_are_those_of_the_whole_text(
     # Every cut between 4,001 and 4,004 bytes, some in the middle of a character.
     for first in (4001, 4002, 4003, 4004):
         monkeypatch.setattr(text_tokens, "_FIRST", first)
-        monkeypatch.setattr(text_tokens, "_MARGIN", 200)
+        monkeypatch.setattr(text_tokens, "MARGIN", 200)
         part = read_tokens(text, [Folder(TRAINED)], tokens)
         assert len(part.ids) >= tokens
         assert (part.ids == whole.ids[: len(part.ids)]).all()
@@ -176,7 +176,7 @@ def test_the_tokens_of_the_beginning_are_those_of_the_whole_text(
 def short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have 100 bytes of a text read first, of which the last 10 characters are the margin."""
     monkeypatch.setattr(text_tokens, "_FIRST", 100)
-    monkeypatch.setattr(text_tokens, "_MARGIN", 10)
+    monkeypatch.setattr(text_tokens, "MARGIN", 10)
 
 
 @pytest.mark.usefixtures("short_reads")

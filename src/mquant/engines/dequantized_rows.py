@@ -145,10 +145,7 @@ class _FP8:
     def __init__(self, source: Source, stored: Stored, columns: int, scratch: Bytes) -> None:
         self._source, self._stored, self._columns = source, stored, columns
         self._scratch = scratch
-        scales = _read(source, stored.scale)
-        if stored.scale.dtype != "F16":  # in F16 upstream rounds twice
-            scales = scales.astype(np.float32)
-        self._scales = scales.reshape(-1, -(-columns // stored.block[1]))
+        self._scales = _scales(source, stored, columns)
 
     def read(self, first: int, last: int, words: Words) -> None:
         high = self._stored.block[0]
@@ -231,14 +228,11 @@ class _Int8:
     def __init__(self, source: Source, stored: Stored, columns: int, scratch: Bytes) -> None:
         self._source, self._stored, self._columns = source, stored, columns
         self._scratch = scratch
-        scales = _read(source, stored.scale)
-        if stored.scale.dtype != "F16":  # in F16 upstream rounds twice
-            scales = scales.astype(np.float32)
-        groups = -(-columns // stored.block[1])
-        self._scales = scales.reshape(-1, groups)
+        self._scales = _scales(source, stored, columns)
         self._zeros = np.zeros(self._scales.shape, np.int8)
         if stored.zeros is not None:
-            self._zeros = _bytes(source, stored.zeros).view(np.int8).reshape(-1, groups)
+            zeros = _bytes(source, stored.zeros).view(np.int8)
+            self._zeros = zeros.reshape(self._scales.shape)
 
     def read(self, first: int, last: int, words: Words) -> None:
         high, wide = self._stored.block
@@ -248,6 +242,14 @@ class _Int8:
         blocks = np.arange(first, last) // high
         codes = codes.reshape(last - first, self._columns)
         decode_integers(codes, 8, self._scales[blocks], self._zeros[blocks], wide, words)
+
+
+def _scales(source: Source, stored: Stored, columns: int) -> Array:
+    """Return all scales of a weight [out, columns], a row for each block of rows."""
+    scales = _read(source, stored.scale)
+    if stored.scale.dtype != "F16":  # in F16 upstream rounds twice
+        scales = scales.astype(np.float32)
+    return scales.reshape(-1, -(-columns // stored.block[1]))
 
 
 def wrong_size(stored: Stored, raw: Bytes) -> str:

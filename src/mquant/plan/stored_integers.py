@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple
 
 from mquant.checkpoint import TensorInfo
 from mquant.findings import Finding
-from mquant.loader_model.integer_parts import byte_scales
+from mquant.loader_model.integer_parts import FLOATS, byte_scales
 from mquant.loader_model.modules import quantized_suffixes
 from mquant.loader_model.storage import StorageFormat, groups
 from mquant.name_patterns import Style, match
@@ -17,7 +17,6 @@ ORDER: Final = "weight_g_idx"
 """The suffix of the group of each column."""
 _SIZE: Final = "weight_shape"
 _PARTS: Final = {_CODES, _SCALE, _ZEROS, ORDER, _SIZE}
-_FLOATS: Final = ("F32", "BF16", "F16")
 BITS: Final = (4, 8)
 """The bits of integers that can be decoded."""
 _SIZES: Final = ("I64", "I32")
@@ -94,8 +93,8 @@ def stored_integers(
     if codes.dtype != "I32" or len(codes.shape) != 2 or 0 in codes.shape:
         return misfit(codes, "I32 with two dimensions")
     args = declared.of(module, codes, scale)
-    if args is None or scale.dtype not in _FLOATS:
-        dtypes = " or ".join(_FLOATS)
+    if args is None or scale.dtype not in FLOATS:
+        dtypes = " or ".join(FLOATS)
         said = " and ".join(dict.fromkeys(_said(group, bits) for group, bits in declared.declared))
         return misfit(
             scale,

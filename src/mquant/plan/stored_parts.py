@@ -35,9 +35,8 @@ class Stored:
     `codes` and `scale` are [out, ...] also where one tensor on disk holds those of all experts.
     `block` are the rows and columns that share an element of `scale`. `second` is the scale of the
     whole weight, or None; `input` is the scale of the activations, or None. Integers have `bits`
-    (those of a code on disk),
-    and may have zero points, and an `order`: the group of each column. `size` says [out, in] of
-    packed integers; a run refuses a size that is not `shape`.
+    (those of a code on disk), and may have zero points, and an `order`: the group of each column.
+    `size` says [out, in] of packed integers; a run refuses a size that is not `shape`.
     """
 
     format: StorageFormat

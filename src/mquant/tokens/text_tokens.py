@@ -16,7 +16,6 @@ from mquant.untrusted import open_named
 
 _FIRST: Final = 300_000
 """Bytes to read first. A byte of a text that is one word takes 200 bytes of memory."""
-_MARGIN: Final = MARGIN
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def read_tokens(text: Path, sources: Sequence[Source], count: int) -> TextTokens
                 fix = "Convert the text, e.g. with iconv."
                 raise SourceError("The text is not UTF-8.", fix) from None
             ids, ends = tokenizer.encode_with_ends(string, "text")
-            settled = len(ends) if whole else bisect_right(ends, len(string) - _MARGIN)
+            settled = len(ends) if whole else bisect_right(ends, len(string) - MARGIN)
             if whole or settled >= count:
                 break
         else:  # a terabyte of zeros may be one token
