@@ -121,6 +121,25 @@ def test_states_that_are_not_whole_count_for_nothing(
     assert files_of(out) == files_of(made)
 
 
+def test_a_written_unit_that_changed_since_is_made_again_and_the_run_says_so(
+    made: Path, text: str, tmp_path: Path
+) -> None:
+    """Layers come in another order than the output: the unit lies behind tensors still to come."""
+    recipe, out = write_recipe(tmp_path, ALL + GPTQ), tmp_path / "out"
+    assert calibrate_and_die(TRAINED, recipe, out, text, (StatesFile, "save", 1)) == -signal.SIGKILL
+    plan, events = plan_of(TRAINED, recipe), list[Event]()
+    (shard,) = plan.shards
+    partial = out / f"{shard.name}.partial"
+    raw = bytearray(partial.read_bytes())
+    raw[shard.layout[1]["model.layers.0.self_attn.o_proj.weight_packed"]] ^= 1
+    partial.write_bytes(raw)
+
+    quantize(plan, out, data=text, workers=1, emit=events.append)
+    sentence = f"{partial.name} is not as an earlier run left it; its tensors are made again."
+    assert Note("warning", sentence) in events
+    assert files_of(out) == files_of(made)
+
+
 def test_another_run_deletes_the_states(text: str, tmp_path: Path) -> None:
     recipe, out = write_recipe(tmp_path, ALL + GPTQ), tmp_path / "out"
     assert calibrate_and_die(TRAINED, recipe, out, text, (StatesFile, "save", 1)) == -signal.SIGKILL
@@ -176,6 +195,37 @@ def test_the_next_layer_sees_the_values_that_loaders_decode(
         model = Model(view, reader_of(Folder(made)), 96, workers)
         for name, values in given.items():
             assert np.allclose(model.weight(name, "all"), values, rtol=1e-6, atol=0), name
+
+
+def test_the_tokens_of_a_layer_count_as_one_for_each_column_of_an_expert(
+    text: str, tmp_path: Path
+) -> None:
+    inputs: dict[str, Any] = {}
+    priors: dict[str, Any] = {}
+    hear, prior_of = Quantizing.hear_block, Quantizing._prior
+
+    def heard(self: Quantizing, experts: str, block: Any) -> None:
+        inputs[experts] = block.copy()
+        hear(self, experts, block)
+
+    def given(self: Quantizing, name: str) -> Any:
+        priors[name] = prior_of(self, name)
+        return priors[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Quantizing, "hear_block", heard)
+        patch.setattr(Quantizing, "_prior", given)
+        recipe = write_recipe(tmp_path, ALL + GPTQ)
+        quantize(plan_of(TRAINED, recipe), tmp_path / "out", data=text)
+
+    with_prior = {name for name, prior in priors.items() if prior is not None}
+    assert with_prior
+    assert all(name.endswith("gate_proj.weight") for name in with_prior)
+    for name in with_prior:
+        block = inputs[name.partition(".experts.")[0] + ".experts"]
+        assert len(block) <= 1024  # so all of them count
+        expected = (block.T.astype(np.float64) @ block) * (block.shape[1] / len(block))
+        assert np.abs(priors[name] - expected).max() < 1e-5 * expected.max(), name
 
 
 def test_experts_that_few_tokens_reach_are_named(tmp_path: Path) -> None:
